@@ -6,6 +6,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.cut import Cut, Divisible
 from erniekit.nn.mlp import swiglu
 
 
@@ -58,18 +59,31 @@ def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]
     return _GroupedMatmul.apply(rows, weight, counts)
 
 
-class StackedLinear(nn.Layer):
-    """E projections of one shape: weight [E, in, out]."""
+class StackedLinear(Divisible):
+    """E projections of one shape: weight [E, in, out], E those of this process. `adapter`: as in nn.Linear, called
+    with the rows and the counts.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
         super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = self.create_parameter(
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
+        self.adapter: nn.Layer | None = None
+
+    def cuts(self) -> dict[str, Cut]:
+        """Whole experts are divided."""
+        return {"weight": Cut(0, over="experts")}
+
+    def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
+        """Each row times its expert's matrix: [R, in] -> [R, out]."""
+        return grouped_matmul(rows, self.weight, counts)
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
-        return grouped_matmul(rows, self.weight, counts)
+        y = self.product(rows, counts)
+        return y if self.adapter is None else y + self.adapter(rows, counts)
 
 
 class Experts(nn.Layer):

@@ -1,19 +1,25 @@
 """The one projection layer. Tensor parallelism, LoRA, FP8 and weight-only quantisation attach here and nowhere else."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import paddle
 from paddle import nn
 
+from erniekit.nn.cut import Cut, Divisible
+
 Split = Literal["column", "row"]
 
 
-class Linear(nn.Layer):
+class Linear(Divisible):
     """y = x W + b with W [in_features, out_features], x [..., in_features], y [..., out_features].
 
     `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): whoever shards or
     adapts the layer must treat each part on its own. `split` says how tensor parallelism cuts it: "column" by outputs,
-    "row" by inputs, None not at all.
+    "row" by inputs, None not at all. All sizes are those of this process.
+
+    What is applied from outside hangs on three attributes, None on a plain model: `enter` and `leave` communicate before
+    the product and after it (the bias is added behind), `adapter` is a layer whose output is added to the product.
     """
 
     def __init__(
@@ -36,8 +42,28 @@ class Linear(nn.Layer):
             [in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.bias = self.create_parameter([out_features], is_bias=True) if bias else None
+        self.enter: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.adapter: nn.Layer | None = None
+
+    def cuts(self) -> dict[str, Cut]:
+        """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
+        widths = tuple(self.parts.values())
+        if self.split == "column":
+            return {"weight": Cut(1, widths), "bias": Cut(0, widths)}
+        return {"weight": Cut(0)} if self.split == "row" else {}
+
+    def product(self, x: paddle.Tensor) -> paddle.Tensor:
+        """x W: [..., in_features] -> [..., out_features]."""
+        return paddle.matmul(x, self.weight)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
-        y = paddle.matmul(x, self.weight)
+        if self.enter is not None:
+            x = self.enter(x)
+        y = self.product(x)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
+        if self.leave is not None:
+            y = self.leave(y)
         return y if self.bias is None else y + self.bias
