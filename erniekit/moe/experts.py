@@ -6,7 +6,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn.cut import Cut, Divisible
+from erniekit.nn.cut import Cut
+from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
 
 
@@ -24,7 +25,7 @@ class _GroupedMatmul(PyLayer):
             for e, (begin, end) in enumerate(_stretches(counts))
             if end > begin
         ]
-        return paddle.concat(parts, axis=0)
+        return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -33,7 +34,7 @@ class _GroupedMatmul(PyLayer):
         drows = None
         if not rows.stop_gradient:
             parts = [paddle.matmul(dy[b:e], weight[i], transpose_y=True) for i, (b, e) in enumerate(stretches) if e > b]
-            drows = paddle.concat(parts, axis=0)
+            drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
         if weight.stop_gradient:
             return drows, None
         empty = paddle.zeros(weight.shape[1:], dtype=weight.dtype)
@@ -59,9 +60,9 @@ def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]
     return _GroupedMatmul.apply(rows, weight, counts)
 
 
-class StackedLinear(Divisible):
-    """E projections of one shape: weight [E, in, out], E those of this process. `adapter`: as in nn.Linear, called
-    with the rows and the counts.
+class StackedLinear(Projection):
+    """E projections of one shape: weight [E, in, out], E those of this process. `adapter` and `low_bit`: as in
+    nn.Linear, called with the rows and the counts.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
@@ -70,7 +71,8 @@ class StackedLinear(Divisible):
         self.weight = self.create_parameter(
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
-        self.adapter: nn.Layer | None = None
+        self.adapter = None
+        self.low_bit: nn.Layer | None = None
 
     def cuts(self) -> dict[str, Cut]:
         """Whole experts are divided."""
@@ -78,12 +80,14 @@ class StackedLinear(Divisible):
 
     def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Each row times its expert's matrix: [R, in] -> [R, out]."""
+        if self.low_bit is not None:
+            return self.low_bit(rows, counts)
         return grouped_matmul(rows, self.weight, counts)
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
         y = self.product(rows, counts)
-        return y if self.adapter is None else y + self.adapter(rows, counts)
+        return y if self.adapter is None else self.adapter(rows, counts, y)
 
 
 class Experts(nn.Layer):

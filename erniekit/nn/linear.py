@@ -11,15 +11,26 @@ from erniekit.nn.cut import Cut, Divisible
 Split = Literal["column", "row"]
 
 
-class Linear(Divisible):
+class Projection(Divisible):
+    """A weight that an adapter can hang on. `in_features` and `out_features` are those of this process; `adapter`, None
+    on a plain model, is a layer that takes the input and the product and gives the adapted product.
+    """
+
+    in_features: int
+    out_features: int
+    adapter: nn.Layer | None
+
+
+class Linear(Projection):
     """y = x W + b with W [in_features, out_features], x [..., in_features], y [..., out_features].
 
     `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): whoever shards or
     adapts the layer must treat each part on its own. `split` says how tensor parallelism cuts it: "column" by outputs,
     "row" by inputs, None not at all. All sizes are those of this process.
 
-    What is applied from outside hangs on three attributes, None on a plain model: `enter` and `leave` communicate before
-    the product and after it (the bias is added behind), `adapter` is a layer whose output is added to the product.
+    What is applied from outside hangs on four attributes, None on a plain model: `enter` and `leave` communicate
+    before the product and after it (the bias is added behind), `adapter` is a layer whose output is added to the
+    product, `low_bit` is a layer that holds W in few bits and multiplies by it; there is no `weight` then.
     """
 
     def __init__(
@@ -44,7 +55,8 @@ class Linear(Divisible):
         self.bias = self.create_parameter([out_features], is_bias=True) if bias else None
         self.enter: Callable[[paddle.Tensor], paddle.Tensor] | None = None
         self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
-        self.adapter: nn.Layer | None = None
+        self.adapter = None
+        self.low_bit: nn.Layer | None = None
 
     def cuts(self) -> dict[str, Cut]:
         """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
@@ -55,7 +67,7 @@ class Linear(Divisible):
 
     def product(self, x: paddle.Tensor) -> paddle.Tensor:
         """x W: [..., in_features] -> [..., out_features]."""
-        return paddle.matmul(x, self.weight)
+        return paddle.matmul(x, self.weight) if self.low_bit is None else self.low_bit(x)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -63,7 +75,7 @@ class Linear(Divisible):
             x = self.enter(x)
         y = self.product(x)
         if self.adapter is not None:
-            y = y + self.adapter(x)
+            y = self.adapter(x, y)
         if self.leave is not None:
             y = self.leave(y)
         return y if self.bias is None else y + self.bias
