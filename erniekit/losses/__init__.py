@@ -1,1 +1,17 @@
-"""Losses as pure functions: sums over tokens; the trainer divides once, globally."""
+"""Losses as pure functions: sums over tokens or values of each pair; the trainer divides once, globally."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erniekit.losses.preference import preference_loss
+
+__all__ = ["preference_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded on first use, so that importing the package does not import Paddle."""
+    if name != "preference_loss":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from erniekit.losses.preference import preference_loss
+
+    return preference_loss
