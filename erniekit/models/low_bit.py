@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.experts import StackedLinear
-from erniekit.nn.linear import Linear
+from erniekit.nn.linear import Projection
 from erniekit.precision.low_bit import LowBitWeight
 from erniekit.precision.weight_only import INT4, INT8, NF4, Scheme
 
@@ -33,7 +33,7 @@ def hold_in_low_bits(model: CausalLM, schemes: Schemes) -> None:
     Built without allocating (paddle.LazyGuard), the model never holds the weights that are replaced.
     """
     for layer in model.model.layers.sublayers():
-        if isinstance(layer, Linear | StackedLinear):
+        if isinstance(layer, Projection):
             scheme = schemes.experts if isinstance(layer, StackedLinear) else schemes.projections
             layer.low_bit = LowBitWeight(layer.weight.shape, scheme)
             del layer.weight
@@ -44,5 +44,5 @@ def low_bit_weights(model: CausalLM) -> dict[str, LowBitWeight]:
     return {
         f"{name}.weight": layer.low_bit
         for name, layer in model.named_sublayers()
-        if isinstance(layer, Linear | StackedLinear) and isinstance(layer.low_bit, LowBitWeight)
+        if isinstance(layer, Projection) and isinstance(layer.low_bit, LowBitWeight)
     }

@@ -72,7 +72,7 @@ class StackedLinear(Projection):
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.adapter = None
-        self.low_bit: nn.Layer | None = None
+        self.low_bit = None
 
     def cuts(self) -> dict[str, Cut]:
         """Whole experts are divided."""

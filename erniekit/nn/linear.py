@@ -13,12 +13,14 @@ Split = Literal["column", "row"]
 
 class Projection(Divisible):
     """A weight that an adapter can hang on. `in_features` and `out_features` are those of this process; `adapter`, None
-    on a plain model, is a layer that takes the input and the product and gives the adapted product.
+    on a plain model, is a layer that takes the input and the product and gives the adapted product. `low_bit`, None on
+    a plain model, is a layer that holds the weight in few bits and multiplies by it; there is no `weight` then.
     """
 
     in_features: int
     out_features: int
     adapter: nn.Layer | None
+    low_bit: nn.Layer | None
 
 
 class Linear(Projection):
@@ -28,9 +30,8 @@ class Linear(Projection):
     adapts the layer must treat each part on its own. `split` says how tensor parallelism cuts it: "column" by outputs,
     "row" by inputs, None not at all. All sizes are those of this process.
 
-    What is applied from outside hangs on four attributes, None on a plain model: `enter` and `leave` communicate
-    before the product and after it (the bias is added behind), `adapter` is a layer whose output is added to the
-    product, `low_bit` is a layer that holds W in few bits and multiplies by it; there is no `weight` then.
+    What is applied from outside hangs on four attributes, None on a plain model: `adapter` and `low_bit` as in
+    Projection, `enter` and `leave` communicate before the product and after it (the bias is added behind).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Linear(Projection):
         self.enter: Callable[[paddle.Tensor], paddle.Tensor] | None = None
         self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
         self.adapter = None
-        self.low_bit: nn.Layer | None = None
+        self.low_bit = None
 
     def cuts(self) -> dict[str, Cut]:
         """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
