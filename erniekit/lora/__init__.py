@@ -1,0 +1,208 @@
+"""LoRA: small trained factors beside frozen weights, attached to a model from outside.
+
+`attach(model, options)` hangs adapters on the projections and freezes the rest; `disabled(model)` is the base model for
+a while; `merge(model)` makes the adapters part of the weights. Files: erniekit/checkpoint/adapter.py.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, own_name, refuse_low_bit
+from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
+from erniekit.nn.cut import Cut, take
+from erniekit.nn.linear import Linear, Projection
+from erniekit.utils.errors import ConfigError
+
+__all__ = ["LoraOptions", "LoraState", "Slot", "attach", "attach_slots", "disabled", "merge", "state_of", "unload"]
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """`rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout` on the adapters' input
+    while training. `targets`, `modules_to_save`: see targets.choose and choose_saved. `seed` decides the start of A.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 42
+
+    @property
+    def scaling(self) -> float:
+        """s of W + s A B."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass
+class LoraState:
+    """What is attached to a model: its options, the adapters of the whole model (projection -> part -> slot), of which
+    this process may hold some, and the parameters that are trained whole, with their values before (`originals`).
+    """
+
+    options: LoraOptions
+    slots: dict[str, dict[str, Slot]]
+    saved: tuple[str, ...]
+    originals: dict[str, paddle.Tensor] = field(default_factory=dict)
+
+
+_STATE = "lora_state"  # a plain attribute of the model
+_Share = Callable[[Cut], tuple[int, int]]
+
+
+def state_of(model: nn.Layer) -> LoraState | None:
+    """What is attached to `model`; None for a plain model."""
+    return vars(model).get(_STATE)
+
+
+def attach(
+    model: nn.Layer,
+    options: LoraOptions,
+    names: Iterable[str] | None = None,
+    tied: bool = False,
+    share: _Share = lambda cut: (0, 1),
+) -> LoraState:
+    """Hang new adapters on the projections that `options` name; only they and modules_to_save are trained from here on.
+
+    `model` has its weights. Where it is a part of a model, `names` are the whole model's weights, and `share` says which
+    share of a divided parameter this process holds. `tied`: the head is the embedding. A is uniform in
+    +-1 / sqrt(in), as in PEFT, drawn from (seed, name, expert), whatever the layout; B is 0: at first the adapted model
+    is the base. Raises ConfigError (see targets.choose).
+    """
+    known = [name for name, _ in model.named_parameters()] if names is None else list(names)
+    slot = Slot(options.rank, options.scaling)
+    chosen = choose(known, options.targets)
+    saved = choose_saved(known, options.modules_to_save, tied)
+    slots = {module: dict.fromkeys(parts, slot) for module, parts in chosen.items()}
+    if options.dora:
+        _refuse_dora(known, slots)
+    state = attach_slots(model, options, slots, saved)
+    _draw(model, options.seed, share)
+    return state
+
+
+def attach_slots(
+    model: nn.Layer, options: LoraOptions, slots: dict[str, dict[str, Slot]], saved: tuple[str, ...]
+) -> LoraState:
+    """Hang zero adapters of these slots on `model`, as far as it holds their projections, and freeze the rest."""
+    assert state_of(model) is None, "a model has one adapter at most"
+    state = LoraState(options, slots, saved)
+    for name, parameter in model.named_parameters():
+        parameter.stop_gradient = name not in saved
+        if name in saved:
+            state.originals[name] = parameter.detach().clone()
+    dtype = paddle.get_default_dtype()
+    for name, layer in list(model.named_sublayers()):
+        if not isinstance(layer, Projection) or name not in slots:
+            continue
+        dtype = _dtype_of(layer)
+        if isinstance(layer, Linear):
+            adapter: Adapter = LinearAdapter(layer, slots[name], options.dropout, options.dora, dtype)
+        else:
+            adapter = StackedAdapter(layer, slots[name][""], options.dropout, dtype)
+        adapter.training = layer.training
+        layer.adapter = adapter
+    vars(model)[_STATE] = state
+    return state
+
+
+def _dtype_of(layer: Projection) -> paddle.dtype:
+    weight = layer._parameters.get("weight")
+    return paddle.get_default_dtype() if weight is None else weight.dtype
+
+
+def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> None:
+    """PEFT's files cannot say DoRA for the feed-forward layers of a mixture of experts."""
+    if any(is_stacked(module) for module in adaptable(names)):
+        wrong = [module for module in slots if ".self_attn." not in module]
+        if wrong:
+            raise ConfigError(
+                f"use_dora: {wrong[0]}: in a mixture of experts only attention can have DoRA (so it is in PEFT, too). "
+                "Set lora_target_modules: qkv_proj,o_proj, or use_dora: False."
+            )
+
+
+def adapters(model: nn.Layer) -> Iterator[tuple[str, Projection, Adapter]]:
+    """(name of the projection, projection, adapter) of every adapter."""
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, Projection) and isinstance(layer.adapter, Adapter):
+            yield name, layer, layer.adapter
+
+
+@paddle.no_grad()
+def _draw(model: nn.Layer, seed: int, share: _Share) -> None:
+    """The start of every A (He et al. 2015 with a = sqrt(5): bound 1 / sqrt(in))."""
+    for name, _, adapter in adapters(model):
+        cuts = adapter.cuts()
+        for part in adapter.slots:
+            a, own = adapter.factors(part)[0], own_name("A", part)
+            full, cut = f"{name}.adapter.{own}", cuts.get(own)
+            index, count = (0, 1) if cut is None else share(cut)
+            if len(a.shape) == 3:
+                first = index * a.shape[0]
+                value = np.stack([_uniform(seed, f"{full}.{first + e}", a.shape[1:]) for e in range(a.shape[0])])
+            else:
+                whole = _uniform(seed, full, [a.shape[0] * count, a.shape[1]])
+                value = whole if cut is None else take(whole, cut, index, count)
+            a.set_value(paddle.to_tensor(value).astype(a.dtype))
+
+
+def _uniform(seed: int, name: str, shape: list[int]) -> np.ndarray:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
+    return ((2 * generator.random(shape, dtype=np.float32) - 1) / np.sqrt(np.float32(shape[0]))).astype(np.float32)
+
+
+@contextmanager
+def disabled(model: nn.Layer) -> Iterator[nn.Layer]:
+    """The base model: adapters off, modules_to_save as they were before training. For forward passes only; the trained
+    state comes back afterwards, bit for bit.
+    """
+    state = state_of(model)
+    assert state is not None, "the model has no adapter"
+    switched = [adapter for _, _, adapter in adapters(model) if adapter.enabled]
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name].detach().clone() for name in state.originals}
+    try:
+        for adapter in switched:
+            adapter.enabled = False
+        for name, original in state.originals.items():
+            parameters[name].set_value(original)
+        yield model
+    finally:
+        for adapter in switched:
+            adapter.enabled = True
+        for name, value in trained.items():
+            parameters[name].set_value(value)
+
+
+@paddle.no_grad()
+def merge(model: nn.Layer) -> None:
+    """Make the adapters part of the weights, computed in fp32; afterwards `model` is a plain model.
+
+    Raises UserError where the base is held in few bits.
+    """
+    for name, layer, adapter in list(adapters(model)):
+        refuse_low_bit(layer, name)
+        assert isinstance(adapter, LinearAdapter | StackedAdapter)
+        weight = layer._parameters["weight"]
+        weight.set_value(adapter.merged().astype(weight.dtype))
+    unload(model)
+
+
+def unload(model: nn.Layer) -> None:
+    """Take the adapters off and let every weight be trained again. What is in modules_to_save stays trained."""
+    for _, layer, _ in list(adapters(model)):
+        layer.adapter = None
+    vars(model).pop(_STATE, None)
+    for parameter in model.parameters():
+        parameter.stop_gradient = False

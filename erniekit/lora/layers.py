@@ -1,0 +1,303 @@
+"""The adapters that hang on projections (LoRA: Hu et al. 2021, arXiv 2106.09685; DoRA: Liu et al. 2024, arXiv
+2402.09353).
+
+A part of a projection with weight W [in, out] becomes W + s A B with A [in, r], B [r, out]; W is frozen. Scaling s is
+alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import paddle
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from erniekit.nn.cut import Cut, Divisible
+from erniekit.nn.linear import Linear, Projection
+from erniekit.utils.errors import UserError
+
+_ROWS = 1024  # rows of a weight looked at together
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The adapter of one part: its rank and its scaling s."""
+
+    rank: int
+    scaling: float
+
+
+class _LowRank(PyLayer):
+    """y + s_i (x A_i) B_i in the columns of each part i. One product with all A side by side, one with all B."""
+
+    @staticmethod
+    def forward(ctx, x, y, spans, scalings, *factors):
+        a, b = _joined(factors, spans, scalings, y.shape[1])
+        u = paddle.matmul(x, a)
+        ctx.save_for_backward(x, a, b, u)
+        ctx.spans, ctx.scalings = spans, scalings
+        ctx.ranks = [factor.shape[1] for factor in factors[: len(spans)]]
+        ctx.wanted = not x.stop_gradient, not y.stop_gradient
+        return paddle.addmm(y, u, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, a, b, u = ctx.saved_tensor()
+        du = paddle.matmul(dy, b, transpose_y=True)
+        dx = paddle.matmul(du, a, transpose_y=True) if ctx.wanted[0] else None
+        da, db = paddle.matmul(x, du, transpose_x=True), paddle.matmul(u, dy, transpose_x=True)
+        if len(ctx.spans) == 1:
+            (begin, end), scaling = ctx.spans[0], ctx.scalings[0]
+            return dx, dy if ctx.wanted[1] else None, da, (db[:, begin:end] * scaling)
+        das, dbs, row = [], [], 0
+        for (begin, end), scaling, rank in zip(ctx.spans, ctx.scalings, ctx.ranks, strict=True):
+            das.append(da[:, row : row + rank].contiguous())
+            dbs.append(db[row : row + rank, begin:end] * scaling)
+            row += rank
+        return dx, dy if ctx.wanted[1] else None, *das, *dbs
+
+
+def _joined(
+    factors: Sequence[paddle.Tensor], spans: Sequence[tuple[int, int]], scalings: Sequence[float], width: int
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """All A side by side [in, R], and all B on a block diagonal [R, width], scaled; zero where no part is adapted."""
+    count = len(spans)
+    if count == 1 and spans[0] == (0, width):
+        return factors[0], factors[1] * scalings[0]
+    blocks = []
+    for b, (begin, end), scaling in zip(factors[count:], spans, scalings, strict=True):
+        blocks.append(nn.functional.pad(b * scaling, [0, 0, begin, width - end]))
+    return paddle.concat(list(factors[:count]), axis=1), paddle.concat(blocks, axis=0)
+
+
+class _GroupedLowRank(PyLayer):
+    """y + s (rows_e A_e) B_e for the rows of each expert e; experts without rows get zero gradients."""
+
+    @staticmethod
+    def forward(ctx, rows, y, counts, scaling, a, b):
+        ctx.counts, ctx.scaling = counts, scaling
+        ctx.wanted = not rows.stop_gradient, not y.stop_gradient
+        narrow, parts = [], []
+        for e, begin, end in _stretches(counts):
+            narrow.append(paddle.matmul(rows[begin:end], a[e]).scale_(scaling))
+            parts.append(paddle.addmm(y[begin:end], narrow[-1], b[e]))
+        ctx.save_for_backward(rows, a, b)
+        ctx.narrow = narrow
+        return paddle.concat(parts) if parts else y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, a, b = ctx.saved_tensor()
+        drows, das, dbs = (
+            [],
+            [paddle.zeros(a.shape[1:], a.dtype)] * len(a),
+            [paddle.zeros(b.shape[1:], b.dtype)] * len(b),
+        )
+        for u, (e, begin, end) in zip(ctx.narrow, _stretches(ctx.counts), strict=True):
+            part = dy[begin:end]
+            du = paddle.matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
+            das[e] = paddle.matmul(rows[begin:end], du, transpose_x=True)
+            dbs[e] = paddle.matmul(u, part, transpose_x=True)
+            if ctx.wanted[0]:
+                drows.append(paddle.matmul(du, a[e], transpose_y=True))
+        ctx.narrow = None
+        drows_all = None
+        if ctx.wanted[0]:
+            drows_all = paddle.concat(drows) if drows else paddle.zeros_like(rows)
+        return drows_all, dy if ctx.wanted[1] else None, paddle.stack(das), paddle.stack(dbs)
+
+
+def _stretches(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(expert, begin, end) of each expert that has rows."""
+    stretches, begin = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            stretches.append((expert, begin, begin + count))
+        begin += count
+    return stretches
+
+
+class Adapter(Divisible):
+    """What every adapter has: `slots` by part, a switch, and dropout on its input while training."""
+
+    def __init__(self, slots: dict[str, Slot], dropout: float) -> None:
+        super().__init__()
+        self.slots, self.dropout, self.enabled = slots, dropout, True
+
+    def factors(self, part: str) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """A and B of a part."""
+        return self._parameters[own_name("A", part)], self._parameters[own_name("B", part)]
+
+    def _add(self, kind: str, part: str, shape: list[int], dtype: paddle.dtype) -> None:
+        zero = nn.initializer.Constant(0.0)
+        self.add_parameter(own_name(kind, part), self.create_parameter(shape, dtype=dtype, default_initializer=zero))
+
+    def _dropped(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not self.dropout or not self.training:
+            return x
+        return nn.functional.dropout(x, self.dropout)
+
+
+def own_name(kind: str, part: str) -> str:
+    """Name of a parameter inside its adapter: "A_q", or "A" where the projection has no parts."""
+    return f"{kind}_{part}" if part else kind
+
+
+class LinearAdapter(Adapter):
+    """The adapters of a Linear, one for each part in `slots` ("" where it has no parts).
+
+    With `dora` a part's columns are rescaled to a trained length: m (W + s A B) / |W + s A B|, the norm of each column
+    held constant in the backward pass (section 4.3 of the paper).
+    """
+
+    def __init__(self, linear: Linear, slots: dict[str, Slot], dropout: float, dora: bool, dtype: paddle.dtype) -> None:
+        super().__init__(slots, dropout)
+        self.split, self.dora = linear.split, dora
+        self._linear = [linear]  # in a list: it is not a sub-layer
+        ends, begin = {}, 0
+        for part, width in (linear.parts or {"": linear.out_features}).items():
+            ends[part] = (begin, begin + width)
+            begin += width
+        self.spans = {part: ends[part] for part in slots}
+        for part, slot in slots.items():
+            width = self.spans[part][1] - self.spans[part][0]
+            self._add("A", part, [linear.in_features, slot.rank], dtype)
+            self._add("B", part, [slot.rank, width], dtype)
+            if dora:
+                self._add("magnitude", part, [width], dtype)
+        self._squares: paddle.Tensor | None = None
+        if dora:
+            self.reset_magnitude()
+
+    def cuts(self) -> dict[str, Cut]:
+        """As the projection's weight: B by outputs, or A by inputs."""
+        if self.split == "row":
+            return {own_name("A", part): Cut(0) for part in self.slots}
+        if self.split is None:
+            return {}
+        cuts = {own_name("B", part): Cut(1) for part in self.slots}
+        return cuts | ({own_name("magnitude", part): Cut(0) for part in self.slots} if self.dora else {})
+
+    def partial_gradients(self) -> tuple[str, ...]:
+        """The factor that is whole: each rank sees only its outputs' (column) or its inputs' (row) share."""
+        if self.split is None:
+            return ()
+        names = [own_name("A" if self.split == "column" else "B", part) for part in self.slots]
+        if self.dora and self.split == "row":
+            names += [own_name("magnitude", part) for part in self.slots]
+        return tuple(names)
+
+    def forward(self, x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+        """x [..., in], product [..., out] -> adapted product [..., out]."""
+        if not self.enabled:
+            return y
+        shape = y.shape
+        if len(shape) != 2:
+            x, y = x.reshape([-1, x.shape[-1]]), y.reshape([-1, shape[-1]])
+        dropped = self._dropped(x)
+        base = self._linear[0].product(dropped) if self.dora and dropped is not x else y
+        parts = list(self.slots)
+        factors = [self.factors(part) for part in parts]
+        adapted = _LowRank.apply(
+            dropped,
+            base,
+            [self.spans[part] for part in parts],
+            [self.slots[part].scaling for part in parts],
+            *(a for a, _ in factors),
+            *(b for _, b in factors),
+        )
+        if self.dora:
+            adapted = adapted * self._gain(y.shape[-1])
+            if base is not y:
+                adapted = adapted + (y - base)
+        return adapted if len(shape) == 2 else adapted.reshape(shape)
+
+    def _gain(self, width: int) -> paddle.Tensor:
+        """[out]: trained length over the present one; 1 in columns without an adapter."""
+        norms = self.column_norms()
+        pieces, begin = [], 0
+        for part, (start, end) in self.spans.items():
+            if start > begin:
+                pieces.append(paddle.ones([start - begin], dtype=norms[part].dtype))
+            pieces.append(self._parameters[own_name("magnitude", part)] / norms[part])
+            begin = end
+        if begin < width:
+            pieces.append(paddle.ones([width - begin], dtype=pieces[0].dtype))
+        return pieces[0] if len(pieces) == 1 else paddle.concat(pieces)
+
+    @paddle.no_grad()
+    def column_norms(self) -> dict[str, paddle.Tensor]:
+        """|W + s A B| of each column, by part, without forming the sum: |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b."""
+        assert self._squares is not None
+        norms = {}
+        for part, (begin, end) in self.spans.items():
+            (a, b), s = self.factors(part), self.slots[part].scaling
+            a_w = self._linear[0].product(a.T)[:, begin:end]
+            squares = self._squares[begin:end] + (
+                b * (2 * s * a_w + s * s * paddle.matmul(paddle.matmul(a.T, a), b))
+            ).sum(0)
+            norms[part] = squares.clip(min=1e-30).sqrt()
+        return norms
+
+    @paddle.no_grad()
+    def reset_magnitude(self) -> None:
+        """m = |W|: what it is before training. The weight must be in place."""
+        linear, total = self._linear[0], None
+        for begin in range(0, linear.in_features, _ROWS):
+            rows = paddle.eye(linear.in_features, dtype=self.factors(next(iter(self.slots)))[0].dtype)[
+                begin : begin + _ROWS
+            ]
+            squares = linear.product(rows).square().sum(0)
+            total = squares if total is None else total + squares
+        self._squares = total
+        for part, (begin, end) in self.spans.items():
+            self._parameters[own_name("magnitude", part)].set_value(total[begin:end].sqrt())
+
+    @paddle.no_grad()
+    def merged(self) -> paddle.Tensor:
+        """The projection's weight with the adapter in it, fp32 [in, out]."""
+        weight = self._linear[0].weight.astype("float32").clone()
+        norms = self.column_norms() if self.dora else {}
+        for part, (begin, end) in self.spans.items():
+            a, b = (factor.astype("float32") for factor in self.factors(part))
+            columns = weight[:, begin:end] + paddle.matmul(a, b * self.slots[part].scaling)
+            if self.dora:
+                columns = columns * (self._parameters[own_name("magnitude", part)] / norms[part]).astype("float32")
+            weight[:, begin:end] = columns
+        return weight
+
+
+class StackedAdapter(Adapter):
+    """The adapters of all routed experts of a layer: A [E, in, r], B [E, r, out], one product an expert."""
+
+    def __init__(self, stacked: Projection, slot: Slot, dropout: float, dtype: paddle.dtype) -> None:
+        super().__init__({"": slot}, dropout)
+        self._stacked = [stacked]
+        assert stacked.num_experts is not None
+        self._add("A", "", [stacked.num_experts, stacked.in_features, slot.rank], dtype)
+        self._add("B", "", [stacked.num_experts, slot.rank, stacked.out_features], dtype)
+
+    def cuts(self) -> dict[str, Cut]:
+        """Whole experts are divided."""
+        return {"A": Cut(0, over="experts"), "B": Cut(0, over="experts")}
+
+    def forward(self, rows: paddle.Tensor, counts: list[int], y: paddle.Tensor) -> paddle.Tensor:
+        """rows [R, in] sorted by expert, products [R, out] -> adapted products [R, out]."""
+        if not self.enabled:
+            return y
+        return _GroupedLowRank.apply(self._dropped(rows), y, counts, self.slots[""].scaling, *self.factors(""))
+
+    @paddle.no_grad()
+    def merged(self) -> paddle.Tensor:
+        """The stacked weight with the adapters in it, fp32 [E, in, out]."""
+        a, b = (factor.astype("float32") for factor in self.factors(""))
+        return self._stacked[0].weight.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
+
+
+def refuse_low_bit(layer: Projection, name: str) -> None:
+    """Merging needs the weight itself."""
+    if "weight" not in layer._parameters or layer._parameters["weight"] is None:
+        raise UserError(
+            f"{name} is held in 8 or 4 bits, into which an adapter cannot be merged. Export the adapter: it is merged into "
+            "the weights as they were published."
+        )

@@ -1,0 +1,153 @@
+"""Which projections are adapted: from names or patterns, ours or Hugging Face's, to parts of projections. No tensors.
+
+In memory q|k|v and gate|up are fused; Hugging Face has q_proj, k_proj, v_proj, gate_proj and up_proj. A fused
+projection has an adapter for each part that is targeted, so that PEFT's files map one to one. Routed experts are one
+stacked projection for gate and up on either side, hence one adapter (as PEFT has it for `experts.gate_up_proj`).
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from erniekit.utils.errors import ConfigError
+
+FUSED = {"qkv_proj": ("q", "k", "v"), "up_gate_proj": ("gate", "up")}
+DEFAULT_TARGETS = ("qkv_proj", "o_proj", "up_gate_proj", "down_proj")  # ERNIEKit's; not the router, not the head
+_LEAVES = (*FUSED, "o_proj", "down_proj")
+_KNOWN = (*_LEAVES, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
+# Modules that modules_to_save can name: whole parameters outside the projections and the routers.
+SAVEABLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
+_PLAIN = re.compile(r"[\w.]+")
+
+# Module name of a projection -> its parts that are adapted; ("",) where it has no parts.
+Chosen = dict[str, tuple[str, ...]]
+
+
+def is_stacked(module: str) -> bool:
+    """Whether a projection's name is that of all routed experts of a layer."""
+    return module.rpartition(".")[0].endswith(".mlp.experts")
+
+
+def adaptable(names: Iterable[str]) -> list[str]:
+    """The projections among module or weight names: attention and feed-forward, not multi-token prediction."""
+    modules = dict.fromkeys(name.removesuffix(".weight") for name in names)
+    return [name for name in modules if name.rpartition(".")[2] in _LEAVES and ".mtp_" not in name]
+
+
+def parts_of(module: str) -> tuple[str, ...]:
+    """The parts of a projection that have an adapter each."""
+    return ("",) if is_stacked(module) else FUSED.get(module.rpartition(".")[2], ("",))
+
+
+def hf_name(module: str, part: str) -> str:
+    """Hugging Face's name of a part: "...self_attn.qkv_proj", "q" -> "...self_attn.q_proj"; the experts' stacked
+    parameters are "...experts.gate_up_proj" and "...experts.down_proj".
+    """
+    prefix, _, leaf = module.rpartition(".")
+    if part:
+        return f"{prefix}.{part}_proj"
+    return f"{prefix}.gate_up_proj" if leaf == "up_gate_proj" else module
+
+
+def split_targets(text: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list; a comma inside brackets of a pattern is part of it."""
+    return tuple(entry.strip() for entry in re.split(r",(?![^\[{(]*[\]})])", text) if entry.strip())
+
+
+def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
+    """The parts that `targets` mean among the projections `names` (the whole model's).
+
+    An entry of letters, digits, _ and . is the end of a name ("q_proj", "mlp.down_proj"); anything else is a regular
+    expression for a whole name. Both are tried on our names and on Hugging Face's ("experts.0.gate_proj" stands for all
+    experts). Raises ConfigError: an entry that means nothing (the nearest name is named), an invalid expression, gate
+    without up in routed experts.
+    """
+    modules = adaptable(names)
+    chosen: dict[str, dict[str, None]] = {}
+    halves: dict[str, set[str]] = {}
+    for target in targets:
+        hits = [(module, part) for module in modules for part in parts_of(module) if _means(target, module, part)]
+        half_hits = [
+            (module, half)
+            for module in modules
+            if is_stacked(module) and module.endswith("up_gate_proj")
+            for half in ("gate", "up")
+            if _matches(target, (f"{module.rpartition('.')[0]}.0.{half}_proj",))
+        ]
+        if not hits and not half_hits:
+            raise ConfigError(_unknown(target, modules))
+        for module, part in hits:
+            chosen.setdefault(module, {})[part] = None
+        for module, half in half_hits:
+            halves.setdefault(module, set()).add(half)
+    for module, found in halves.items():
+        if len(found) == 2:
+            chosen.setdefault(module, {})[""] = None
+        elif module not in chosen:
+            raise ConfigError(
+                f"lora_target_modules: {found.pop()}_proj of the routed experts ({module}) without the other half: they "
+                "are one projection with one adapter. Name both gate_proj and up_proj, or patterns without experts."
+            )
+    return {module: tuple(p for p in parts_of(module) if p in chosen[module]) for module in modules if module in chosen}
+
+
+def _means(target: str, module: str, part: str) -> bool:
+    names = [module, hf_name(module, part)]
+    if is_stacked(module) and module.endswith("down_proj"):
+        names.append(f"{module.rpartition('.')[0]}.0.down_proj")
+    return _matches(target, names)
+
+
+def _matches(target: str, names: Iterable[str]) -> bool:
+    if _PLAIN.fullmatch(target):
+        return any(name == target or name.endswith(f".{target}") for name in names)
+    try:
+        return any(re.fullmatch(target, name) for name in names)
+    except re.error as error:
+        raise ConfigError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
+
+
+def _unknown(target: str, modules: Sequence[str]) -> str:
+    leaf = target.rpartition(".")[2]
+    if leaf in ("gate", "lm_head", "embed_tokens"):
+        whole = "" if leaf == "gate" else f" To train it whole, put it into modules_to_save: {leaf}."
+        kind = "the router is" if leaf == "gate" else f"{leaf} is"
+        return f"lora_target_modules: {target}: {kind} not adapted.{whole}"
+    if not _PLAIN.fullmatch(target):
+        example = f" (names look like {modules[0]})" if modules else ""
+        return f"lora_target_modules: the pattern {target!r} matches no projection of this model{example}."
+    near = difflib.get_close_matches(leaf, _KNOWN, n=1, cutoff=0.3)
+    return (
+        f"lora_target_modules: {target}: no projection of this model has that name; did you mean "
+        f"{near[0] if near else 'q_proj'}? There are {', '.join(_KNOWN)}."
+    )
+
+
+def choose_saved(names: Iterable[str], entries: Sequence[str], tied: bool) -> tuple[str, ...]:
+    """The parameters (of `names`, the whole model's weights) that modules_to_save means, trained whole and saved with
+    the adapter. ConfigError for a module that cannot be, or that is not there.
+    """
+    names = list(names)
+    saved: dict[str, None] = {}
+    for entry in entries:
+        leaf = entry.rpartition(".")[2]
+        if entry == "lm_head" and tied:
+            raise ConfigError(
+                "modules_to_save: lm_head: the head of this model is its embeddings. Name embed_tokens: both are trained."
+            )
+        hits = [
+            name
+            for name in names
+            if ".mtp_" not in name
+            for module in (name.rpartition(".")[0],)
+            if leaf in SAVEABLE and (module == entry or module.endswith(f".{entry}"))
+        ]
+        if not hits:
+            near = difflib.get_close_matches(leaf, SAVEABLE, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near and near[0] != entry else ""
+            raise ConfigError(
+                f"modules_to_save: {entry}: not a module of this model that can be trained whole{hint} There are "
+                f"{', '.join(SAVEABLE)}; projections are adapted (lora_target_modules)."
+            )
+        saved |= dict.fromkeys(hits)
+    return tuple(saved)
