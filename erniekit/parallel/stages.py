@@ -1,0 +1,145 @@
+"""Cutting the decoder layers into the pieces of a pipeline: pure arithmetic on sizes.
+
+A piece is a tuple of consecutive layer numbers; the first piece also holds the embedding, the last one the final norm,
+the head and the blocks for multi-token prediction. With p stages, piece i is chunk i // p of stage i % p.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import yaml
+
+from erniekit.utils.errors import ConfigError
+
+# ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
+ITEMS_BEFORE_LAYERS, ITEMS_BESIDE_LAYERS = 1, 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Any one unit: of each layer, of what the first piece holds besides layers, and the last."""
+
+    layers: tuple[float, ...]
+    first: float = 0.0
+    last: float = 0.0
+
+    def of(self, piece: Sequence[int]) -> float:
+        """The cost of a piece (consecutive layers, not empty)."""
+        ends = (self.first if piece[0] == 0 else 0.0) + (self.last if piece[-1] == len(self.layers) - 1 else 0.0)
+        return ends + sum(self.layers[piece[0] : piece[-1] + 1])
+
+
+def layer_costs(config: Any, mean_context: int) -> Costs:
+    """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
+    tokens: half of a document's length.
+
+    With D = hidden size, H and K = heads times head size of queries and of keys, I = intermediate size:
+      attention   2 D (H + K) + 2 H mean_context
+      dense       3 D I;    sparse  3 D I_expert (moe_k + shared experts) + D experts
+      embedding   D (a row is copied; its gradient is added)
+      head        D vocab_size
+      each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
+    The backward pass takes the same multiple of each, and communication is not counted.
+    """
+    hidden = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = 2 * hidden * (queries + keys) + 2 * queries * mean_context
+    dense = attention + 3 * hidden * config.intermediate_size
+    experts_seen = config.moe_k + config.moe_num_shared_experts
+    sparse = attention + 3 * hidden * config.moe_intermediate_size * experts_seen + hidden * config.moe_num_experts
+    head = hidden * config.vocab_size
+    ahead = config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
+    layers = [sparse if config.is_moe_layer(i) else dense for i in range(config.num_hidden_layers)]
+    return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
+
+
+def cut(
+    num_layers: int, pieces: int, method: str | Sequence[int] = "", costs: Costs | None = None
+) -> list[tuple[int, ...]]:
+    """The layer numbers of each piece, in order. `method` is the YAML's pp_seg_method:
+
+    "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
+    "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
+    "[0,29,57]" or a list         where each piece starts, and the end: in layers (the end is num_layers), or as
+                                  ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
+
+    Raises ConfigError for another method, for fewer layers than pieces, and for a list that does not fit.
+    """
+    if num_layers < pieces:
+        raise ConfigError(
+            f"{num_layers} layers cannot be cut into {pieces} pieces (pipeline_parallel_degree x virtual_pp_degree), "
+            "each needs at least one. Lower one of the two"
+        )
+    if not isinstance(method, str):
+        return _by_list(num_layers, pieces, list(method))
+    if method.lstrip().startswith("["):
+        return _by_list(num_layers, pieces, _parse(method))
+    if method == "balanced":
+        assert costs is not None and len(costs.layers) == num_layers
+        return _balanced(pieces, costs)
+    if method in ("", "uniform") or method.startswith("layer:"):
+        sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
+        return _between([0, *accumulate(sizes)])
+    raise ConfigError(
+        f'pp_seg_method: {method!r} is not known. Use "layer:DecoderLayer" (as many layers each), '
+        '"balanced" (by cost), or the places of the cuts, such as "[0,14,28]"'
+    )
+
+
+def _between(bounds: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(range(start, end)) for start, end in pairwise(bounds)]
+
+
+def _parse(method: str) -> list[object]:
+    try:
+        return list(yaml.safe_load(method))
+    except (yaml.YAMLError, TypeError):
+        raise ConfigError(f'pp_seg_method: {method!r} is not a list of whole numbers such as "[0,14,28]"') from None
+
+
+def _by_list(num_layers: int, pieces: int, bounds: list[object]) -> list[tuple[int, ...]]:
+    where = f"pp_seg_method: {bounds}"
+    numbers = [bound for bound in bounds if isinstance(bound, int)]
+    if len(numbers) != len(bounds):
+        raise ConfigError(f"{where} must be a list of whole numbers")
+    if len(numbers) != pieces + 1:
+        raise ConfigError(
+            f"{where} names {len(numbers) - 1} pieces, but pipeline_parallel_degree x virtual_pp_degree is {pieces}, "
+            f"which takes {pieces + 1} numbers"
+        )
+    if numbers[0] != 0 or numbers[-1] not in (num_layers, num_layers + ITEMS_BESIDE_LAYERS):
+        raise ConfigError(
+            f"{where} must run from 0 to {num_layers} (the layers), or to {num_layers + ITEMS_BESIDE_LAYERS} "
+            f"(embedding, {num_layers} layers, norm and head)"
+        )
+    if numbers[-1] != num_layers:
+        numbers = [min(max(number - ITEMS_BEFORE_LAYERS, 0), num_layers) for number in numbers]
+    result = _between(numbers)
+    empty = [i for i, piece in enumerate(result) if not piece]
+    if empty:
+        raise ConfigError(f"{where} leaves piece {empty[0]} without a layer: the numbers must grow from piece to piece")
+    return result
+
+
+def _balanced(pieces: int, costs: Costs) -> list[tuple[int, ...]]:
+    """Dynamic programming over (pieces used, layers used): smallest maximum; of equal ones, the smaller sum of squares
+    as far as it can be told piece by piece.
+    """
+    num_layers = len(costs.layers)
+    best: list[tuple[float, float, list[int]] | None] = [(0.0, 0.0, [0])] + [None] * num_layers
+    for _ in range(pieces):
+        following: list[tuple[float, float, list[int]] | None] = [None] * (num_layers + 1)
+        for end in range(1, num_layers + 1):
+            options = []
+            for start, before in enumerate(best[:end]):
+                if before is not None:
+                    cost = costs.of(range(start, end))
+                    options.append((max(before[0], cost), before[1] + cost**2, [*before[2], end]))
+            following[end] = min(options, default=None)
+        best = following
+    found = best[num_layers]
+    assert found is not None, "as many layers as pieces at least"
+    return _between(found[2])
