@@ -1,0 +1,501 @@
+"""What ranks say to one another; nothing else in the package calls a collective.
+
+A group is a list of ranks; a group of one rank costs nothing: every function is then the identity. On a CPU the ranks
+talk over `links` (TCP); on GPUs over NCCL through `paddle.distributed`, which has never been run here.
+
+Traffic is counted by formula in bytes of the tensor's own dtype, n ranks, x of B bytes on this rank before the call:
+all_reduce 2 (n-1)/n B, reduce_scatter (n-1)/n B, all_gather (n-1) B, broadcast B at the source; all_to_all the rows for
+other ranks, send B. The first two are what ring and pairwise algorithms send, the least possible.
+"""
+
+import atexit
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle.autograd import PyLayer
+
+from erniekit.parallel import links
+from erniekit.parallel.links import Links, World
+
+Ranks = tuple[int, ...]
+
+# Below this many bytes an all-reduce sends its tensor whole to everyone: one round instead of two.
+_WHOLE_BYTES = 32 << 10
+_HALF = (paddle.bfloat16, paddle.float16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to one another. `index`: the place of this rank among `ranks`; `handle`: NCCL's, or None."""
+
+    ranks: Ranks
+    index: int
+    handle: Any = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def others(self) -> list[int]:
+        """Places of the other ranks, this rank's successor first, so that not all send to the same one at a time."""
+        return [(self.index + step) % self.size for step in range(1, self.size)]
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank sent, by kind of operation."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, num_bytes: float) -> None:
+        self.sent[kind] += int(num_bytes)
+
+    def take(self) -> dict[str, int]:
+        """What was counted since the last call; counting starts at 0 again."""
+        taken = dict(self.sent)
+        self.sent.clear()
+        return taken
+
+
+@dataclass
+class Work:
+    """A communication under way. `wait` returns its result; not before may anyone read it or change its input."""
+
+    result: paddle.Tensor
+    task: Any = None
+
+    def wait(self) -> paddle.Tensor:
+        if self.task is not None:
+            self.task.wait()
+            self.task = None
+        return self.result
+
+
+traffic = Traffic()
+# Told what this rank waits for, in words, and None when the wait is over (a heartbeat's hook).
+on_wait: Callable[[str | None], None] | None = None
+
+_world = World(0, 1, ("localhost:0",))
+_links: Links | None = None
+_groups: dict[Ranks, Group] = {}
+_channels: dict[tuple[int, int], Any] = {}  # NCCL only: (from, to) -> group
+
+
+def init(timeout_seconds: float = 600) -> World:
+    """Join the processes that a launcher started (PADDLE_TRAINER_ID, PADDLE_TRAINERS_NUM, PADDLE_TRAINER_ENDPOINTS).
+    Without a launcher this process is the whole world. Calling it again does nothing.
+
+    Args:
+        timeout_seconds: how long to wait for all ranks to come.
+
+    Raises:
+        TrainError: ranks did not come in time (the message names them), or a port is taken.
+    """
+    global _world, _links
+    env = dist.ParallelEnv()
+    if env.world_size < 2 or _world.size > 1:
+        return _world
+    world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        links.roll_call(world, timeout_seconds)
+        dist.init_parallel_env()
+    else:
+        _links = links.connect(world, timeout_seconds)
+        atexit.register(_links.close)
+    _world = world
+    return _world
+
+
+def world() -> World:
+    """Who this process is."""
+    return _world
+
+
+def groups(rank_lists: Sequence[Ranks]) -> dict[Ranks, Group]:
+    """Create the groups that do not exist yet; returns those that this rank is in. All ranks call it with the same
+    lists in the same order (NCCL needs that).
+    """
+    for ranks in rank_lists:
+        if ranks not in _groups:
+            handle = dist.new_group(list(ranks)) if _links is None and len(ranks) > 1 else None
+            _groups[ranks] = Group(ranks, ranks.index(_world.rank) if _world.rank in ranks else -1, handle)
+    return {ranks: _groups[ranks] for ranks in rank_lists if _world.rank in ranks}
+
+
+def world_group() -> Group:
+    """All ranks."""
+    ranks = tuple(range(_world.size))
+    return groups([ranks])[ranks]
+
+
+def channels(pairs: Sequence[tuple[int, int]]) -> None:
+    """Prepare `send` and `recv` along these (from, to) pairs; all ranks call it with the same pairs. NCCL gets a
+    communicator for each direction, else a send that crosses another would wait for ever; TCP needs nothing.
+    """
+    for pair in pairs:
+        if _links is None and pair not in _channels:
+            _channels[pair] = dist.new_group(sorted(pair))
+
+
+@contextmanager
+def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
+    """Tell the heartbeat what is waited for."""
+    if on_wait is None:
+        yield
+        return
+    on_wait(f"{kind} of {_num_bytes(x)} bytes with ranks {', '.join(map(str, ranks))}")
+    try:
+        yield
+    finally:
+        on_wait(None)
+
+
+def _num_bytes(x: paddle.Tensor) -> int:
+    return x.size * x.element_size()
+
+
+def _bytes(x: paddle.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    assert x.is_contiguous()
+    size = _num_bytes(x)
+    return links.view(x.data_ptr(), size, x) if size else memoryview(b"")
+
+
+def _tcp() -> Links:
+    assert _links is not None, "comm.init() comes first"
+    return _links
+
+
+# Not differentiable.
+
+
+def all_reduce_(x: paddle.Tensor, group: Group, op: str = "sum") -> paddle.Tensor:
+    """x (contiguous, any shape) becomes the sum or the maximum over the group, the same bits on every rank. 16-bit
+    floats are summed in float32 and rounded once.
+    """
+    return start_all_reduce(x, group, op).wait()
+
+
+def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
+    """`all_reduce_` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    assert op in ("sum", "max")
+    if group.size == 1 or not x.size:
+        return Work(x)
+    traffic.add("all_reduce", 2 * (group.size - 1) / group.size * _num_bytes(x))
+    with _waiting("all_reduce", x, group.ranks), paddle.no_grad():
+        if group.handle is not None:
+            kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+            return Work(x, dist.all_reduce(x, kind, group=group.handle, sync_op=False))
+        _bytes(x)[:] = _bytes(_reduced(x, group, op))
+        return Work(x)
+
+
+def all_gather(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """[n, ...] on each rank, the same shape everywhere -> [size * n, ...] in the group's order."""
+    if group.size == 1:
+        return x
+    traffic.add("all_gather", (group.size - 1) * _num_bytes(x))
+    x = x.detach().contiguous()
+    with _waiting("all_gather", x, group.ranks), paddle.no_grad():
+        if group.handle is None:
+            return _gathered(x, group, "all_gather")
+        out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
+        dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
+        return out
+
+
+def reduce_scatter(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """[size * n, ...] -> this rank's [n, ...] of the sum. 16-bit floats are summed in float32 and rounded once."""
+    return start_reduce_scatter(x, group).wait()
+
+
+def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
+    """`reduce_scatter` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    if group.size == 1:
+        return Work(x)
+    assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows do not divide by {group.size} ranks"
+    traffic.add("reduce_scatter", (group.size - 1) / group.size * _num_bytes(x))
+    x = x.detach().contiguous()
+    shape = [x.shape[0] // group.size, *x.shape[1:]]
+    with _waiting("reduce_scatter", x, group.ranks), paddle.no_grad():
+        if group.handle is not None:
+            out = paddle.empty(shape, dtype=x.dtype)
+            task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
+            return Work(out, task)
+        bounds = [part * (x.size // group.size) for part in range(group.size + 1)]
+        return Work(_reduced_part(x.flatten(), bounds, group, "sum", "reduce_scatter").reshape(shape))
+
+
+def all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> paddle.Tensor:
+    """Rows to and from every rank: x [sum(send_counts), ...], grouped by receiver -> [sum(recv_counts), ...], grouped
+    by sender. Counts may be 0 and unequal; each rank's recv_counts[i] is rank i's send_counts for it.
+    """
+    return start_all_to_all(x, send_counts, recv_counts, group).wait()
+
+
+def start_all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> Work:
+    """`all_to_all` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    if group.size == 1:
+        return Work(x)
+    send_counts, recv_counts = [int(n) for n in send_counts], [int(n) for n in recv_counts]
+    assert sum(send_counts) == x.shape[0] and len(send_counts) == len(recv_counts) == group.size
+    x = x.detach().contiguous()
+    out = paddle.empty([sum(recv_counts), *x.shape[1:]], dtype=x.dtype)
+    row_bytes = x.element_size() * int(np.prod(x.shape[1:]))
+    traffic.add("all_to_all", (x.shape[0] - send_counts[group.index]) * row_bytes)
+    with _waiting("all_to_all", x, group.ranks):
+        if group.handle is not None:
+            task = dist.alltoall_single(out, x, send_counts, recv_counts, group=group.handle, sync_op=False)
+            return Work(out, task)
+        _exchange("all_to_all", group, _parts(x, send_counts, row_bytes), _parts(out, recv_counts, row_bytes))
+        return Work(out)
+
+
+def broadcast_(x: paddle.Tensor, source_index: int, group: Group) -> paddle.Tensor:
+    """x (contiguous) becomes what it is on the rank at `source_index` of the group."""
+    if group.size == 1 or not x.size:
+        return x
+    is_source = group.index == source_index
+    traffic.add("broadcast", _num_bytes(x) if is_source else 0)
+    with _waiting("broadcast", x, group.ranks), paddle.no_grad():
+        if group.handle is not None:
+            dist.broadcast(x, group.ranks[source_index], group=group.handle)
+            return x
+        data = _bytes(x)
+        outgoing = [(group.ranks[i], data) for i in group.others()] if is_source else []
+        _tcp().exchange("broadcast", outgoing, [] if is_source else [(group.ranks[source_index], data)])
+        return x
+
+
+def send(x: paddle.Tensor, peer_rank: int) -> None:
+    """Send to a rank of the world, without waiting for it to receive; x may be changed afterwards (over NCCL: not
+    before the receiver has it). Between two ranks messages keep their order.
+    """
+    x = x.detach().contiguous()
+    traffic.add("send", _num_bytes(x))
+    if _links is None:
+        dist.isend(x, peer_rank, group=_channels[_world.rank, peer_rank])
+    else:
+        _links.post(peer_rank, "send", _bytes(x))
+
+
+def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
+    """Wait for the next tensor that a rank of the world sends; both sides know shape and dtype."""
+    x = paddle.empty(list(shape), dtype=dtype)
+    with _waiting("recv", x, (peer_rank,)):
+        if _links is None:
+            dist.recv(x, peer_rank, group=_channels[peer_rank, _world.rank])
+        else:
+            _links.receive(peer_rank, "send", _bytes(x))
+    return x
+
+
+# Host values.
+
+
+def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
+    """Sum of float64 arrays of one shape over the group, in the group's order: the same bits on every rank."""
+    if group.size == 1:
+        return values
+    rows = all_gather(paddle.to_tensor(values.astype(np.float64)).reshape([1, -1]), group).numpy()
+    total = rows[0].copy()
+    for row in rows[1:]:
+        total += row
+    return total.reshape(values.shape)
+
+
+def exchange_counts(counts: np.ndarray, group: Group) -> np.ndarray:
+    """[size, n] int64: row i goes to rank i of the group -> [size, n]: row i came from rank i."""
+    ones = [1] * group.size
+    return all_to_all(paddle.to_tensor(counts.astype(np.int64)), ones, ones, group).numpy()
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """What every rank of the group has to say, in its order; values that JSON knows."""
+    if group.size == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    lengths = all_gather(paddle.to_tensor(np.array([len(data)])), group).numpy()
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = all_gather(paddle.to_tensor(padded).reshape([1, -1]), group).numpy()
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def barrier(group: Group) -> None:
+    """Wait until every rank of the group is here."""
+    sum_floats(np.zeros(1), group)
+
+
+# Over TCP.
+
+
+def _exchange(kind: str, group: Group, outgoing: list[memoryview], incoming: list[memoryview]) -> None:
+    """outgoing[i] goes to rank i of the group, incoming[i] comes from it; empty ones are not sent at all."""
+    me = group.index
+    incoming[me][:] = outgoing[me]
+    _tcp().exchange(
+        kind,
+        [(group.ranks[i], outgoing[i]) for i in group.others() if len(outgoing[i])],
+        [(group.ranks[i], incoming[i]) for i in reversed(group.others()) if len(incoming[i])],
+    )
+
+
+def _parts(x: paddle.Tensor, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
+    """The memory of x cut into pieces of counts[i] units."""
+    data = _bytes(x)
+    bounds = np.cumsum([0, *counts]) * unit_bytes
+    return [data[start:end] for start, end in zip(bounds[:-1], bounds[1:])]
+
+
+def _gathered(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
+    out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
+    _exchange(kind, group, [_bytes(x)] * group.size, _parts(out, [1] * group.size, _num_bytes(x)))
+    return out
+
+
+def _reduced(x: paddle.Tensor, group: Group, op: str) -> paddle.Tensor:
+    flat = x.detach().flatten()
+    if _num_bytes(x) <= _WHOLE_BYTES:
+        return _combine(list(_gathered(flat, group, "all_reduce").reshape([group.size, -1])), op)
+    bounds = [part * flat.size // group.size for part in range(group.size + 1)]
+    own = _reduced_part(flat, bounds, group, op, "all_reduce")
+    out = paddle.empty_like(flat)
+    counts = np.diff(bounds).tolist()
+    _exchange("all_reduce", group, [_bytes(own)] * group.size, _parts(out, counts, flat.element_size()))
+    return out
+
+
+def _reduced_part(flat: paddle.Tensor, bounds: list[int], group: Group, op: str, kind: str) -> paddle.Tensor:
+    """This rank's stretch of `flat` [bounds[index], bounds[index + 1]), combined over the group."""
+    mine = bounds[group.index + 1] - bounds[group.index]
+    pieces = [paddle.empty([mine], dtype=flat.dtype) for _ in group.ranks]
+    _exchange(
+        kind, group, _parts(flat, np.diff(bounds).tolist(), flat.element_size()), [_bytes(piece) for piece in pieces]
+    )
+    return _combine(pieces, op)
+
+
+def _combine(pieces: list[paddle.Tensor], op: str) -> paddle.Tensor:
+    """Sum (16-bit floats in float32) or maximum in the group's order, so that every rank gets the same bits."""
+    dtype = pieces[0].dtype
+    assert op == "max" or dtype != paddle.bool, "a sum of truth values has no meaning; cast to int32"
+    wide = {paddle.bool: paddle.int32}.get(dtype, paddle.float32 if dtype in _HALF else dtype)
+    total = pieces[0].astype(wide)
+    for piece in pieces[1:]:
+        piece = piece.astype(wide)
+        total = total + piece if op == "sum" else paddle.maximum(total, piece)
+    return total.astype(dtype)
+
+
+# Differentiable: each is a linear map over the group's ranks, and its backward pass is the transposed map.
+
+
+def copy_to(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """The identity, entering a part where each rank computes with its share of the weights; the gradients add up."""
+    return x if group.size == 1 else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """Sum over the group, leaving such a part; the gradient, equal on all ranks, passes as it is."""
+    return x if group.size == 1 else _ReduceFrom.apply(x, group)
+
+
+def gather_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """[n, ...] -> [size * n, ...] for use in a part where each rank has its share of the weights: gradients of the
+    whole are summed over the ranks, each gets its rows.
+    """
+    return x if group.size == 1 else _GatherRows.apply(x, group)
+
+
+def gather_rows_replicated(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """[n, ...] -> [size * n, ...] for use that is the same on all ranks: each takes its rows of the gradient."""
+    return x if group.size == 1 else _GatherRowsReplicated.apply(x, group)
+
+
+def scatter_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """[size * n, ...], a partial sum on each rank -> this rank's [n, ...] of the sum; gradients are gathered."""
+    return x if group.size == 1 else _ScatterRows.apply(x, group)
+
+
+def exchange_rows(
+    x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
+) -> paddle.Tensor:
+    """`all_to_all` whose gradient goes back the same ways. [sum(send_counts), ...] -> [sum(recv_counts), ...]."""
+    return x if group.size == 1 else _ExchangeRows.apply(x, send_counts, recv_counts, group)
+
+
+class _CopyTo(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
+        ctx.group = group
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        return all_reduce_(dy.clone(), ctx.group)
+
+
+class _ReduceFrom(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
+        return all_reduce_(x.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        return dy.detach()
+
+
+class _GatherRows(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        return reduce_scatter(dy, ctx.group)
+
+
+class _GatherRowsReplicated(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        num_rows = dy.shape[0] // ctx.group.size
+        return dy[ctx.group.index * num_rows : (ctx.group.index + 1) * num_rows].clone()
+
+
+class _ScatterRows(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        return all_gather(dy, ctx.group)
+
+
+class _ExchangeRows(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any, x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
+    ) -> paddle.Tensor:
+        ctx.counts, ctx.group = (list(send_counts), list(recv_counts)), group
+        return all_to_all(x, *ctx.counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        send_counts, recv_counts = ctx.counts
+        return all_to_all(dy, recv_counts, send_counts, ctx.group)

@@ -1,0 +1,207 @@
+"""How many ranks each form of parallelism gets, which of them this process is, and with whom it talks.
+
+Axes: pipeline P, data D, tensor T; rank = (p * D + d) * T + t. Experts are spread over E adjacent data ranks (and over
+the tensor ranks). Sharding cuts optimizer state over S adjacent data ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from erniekit.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from erniekit.parallel.comm import Group
+
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Sizes of the axes. `data` counts all data ranks: those that shard, and those that share experts, are among them.
+
+    Raises:
+        ConfigError: a degree does not divide the data ranks.
+    """
+
+    pipeline: int = 1
+    data: int = 1
+    tensor: int = 1
+    expert: int = 1
+    sharding: int = 1
+
+    def __post_init__(self) -> None:
+        for key, degree in (("expert_parallel_degree", self.expert), ("sharding_parallel_degree", self.sharding)):
+            if self.data % degree:
+                raise ConfigError(
+                    f"{key}: {degree} does not divide the {self.data} data ranks ({self.data} / {degree} = "
+                    f"{self.data / degree:.2f}): it takes whole groups of data ranks. Make data_parallel_degree * "
+                    f"sharding_parallel_degree a multiple of {degree}."
+                )
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.pipeline * self.data * self.tensor
+
+    @classmethod
+    def from_config(cls, cfg: Any, world: int | None = None) -> "Degrees":
+        """Degrees that a configuration asks for; 1 and -1 mean "not asked".
+
+        Args:
+            cfg: has pipeline_, tensor_, sharding_, data_ and expert_parallel_degree, and `sharding` ("": none); where
+                it is set without a degree, all data ranks shard.
+            world: the processes there are (GPUs), over which the data ranks then spread; None: as many as asked for.
+
+        Raises:
+            ConfigError: the degrees do not multiply to `world`, or one does not divide the data ranks.
+        """
+        pipeline, tensor = max(cfg.pipeline_parallel_degree, 1), max(cfg.tensor_parallel_degree, 1)
+        sharding, replicas = max(cfg.sharding_parallel_degree, 1), max(cfg.data_parallel_degree, 1)
+        expert = max(cfg.expert_parallel_degree, 1)
+        data = sharding * replicas
+        asked = data > 1
+        if world is not None and replicas == 1 and world % (pipeline * tensor * sharding) == 0:
+            data = world // (pipeline * tensor)
+        elif not asked:
+            data = expert
+        if cfg.sharding and cfg.sharding_parallel_degree < 1 and replicas == 1:
+            sharding = data
+        if sharding > 1 and not cfg.sharding:
+            raise ConfigError(
+                f"sharding_parallel_degree: {sharding} without `sharding`. Set sharding: stage1 (optimizer state) or "
+                f"stage2 (gradients as well), or data_parallel_degree: {sharding} to divide nothing."
+            )
+        degrees = cls(pipeline, data, tensor, expert, sharding)
+        if world is not None and degrees.world != world:
+            raise ConfigError(
+                f"pipeline_parallel_degree {pipeline} * data ranks {data} (data_parallel_degree {replicas} * "
+                f"sharding_parallel_degree {sharding}) * tensor_parallel_degree {tensor} = {degrees.world} processes, "
+                f"but there are {world}. Change a degree, or start {degrees.world} processes."
+            )
+        return degrees
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process among all: coordinates and groups. `expert` is its place in its expert group."""
+
+    degrees: Degrees
+    rank: int
+    pipe: int
+    data: int
+    tensor: int
+    expert: int
+    world_group: "Group"
+    data_group: "Group"  # same stage, same tensor rank
+    tensor_group: "Group"
+    pipe_group: "Group"
+    expert_group: "Group"  # E data ranks that share the experts
+    expert_data_group: "Group"  # data ranks that hold the same experts
+    shard_group: "Group"  # S data ranks that share optimizer state
+    shard_replica_group: "Group"  # data ranks that hold the same shard
+    expert_shard_group: "Group"  # the same for weights of experts: within expert_data_group
+    expert_shard_replica_group: "Group"
+    ends_group: "Group"  # first and last stage: they share embeddings
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.degrees.world
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipe == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipe == self.degrees.pipeline - 1
+
+    @staticmethod
+    def single() -> "Mesh":
+        """One process alone, whatever the world it may be in."""
+        from erniekit.parallel.comm import Group
+
+        alone = Group((0,), 0)
+        return Mesh(Degrees(), 0, 0, 0, 0, 0, *[alone] * len(group_names()))
+
+
+def coordinates(degrees: Degrees, rank: int) -> tuple[int, int, int]:
+    """(pipe, data, tensor) of a rank."""
+    rest, tensor = divmod(rank, degrees.tensor)
+    pipe, data = divmod(rest, degrees.data)
+    return pipe, data, tensor
+
+
+def group_names() -> tuple[str, ...]:
+    """The groups of a mesh, in the order of its fields."""
+    return tuple(name for name in Mesh.__dataclass_fields__ if name.endswith("_group"))
+
+
+def rank_lists(degrees: Degrees, rank: int) -> dict[str, Ranks]:
+    """The ranks of each group that `rank` is in, by the group's name."""
+    pipe, data, tensor = coordinates(degrees, rank)
+    num_data, num_expert = degrees.data, degrees.expert
+
+    def at(stage: int, data_ranks: range) -> Ranks:
+        return tuple((stage * num_data + d) * degrees.tensor + tensor for d in data_ranks)
+
+    all_data = range(num_data)
+    same_experts = range(data % num_expert, num_data, num_expert)
+    # Optimizer state of expert weights is cut over as many ranks as hold the same experts within a sharding group.
+    expert_sharding = max(1, degrees.sharding // num_expert)
+    stages = range(degrees.pipeline)
+    along_pipe = tuple((stage * num_data + data) * degrees.tensor + tensor for stage in stages)
+    ends = along_pipe[:1] + along_pipe[-1:] if degrees.pipeline > 1 else along_pipe
+    is_end = pipe in (0, degrees.pipeline - 1)
+    return {
+        "world_group": tuple(range(degrees.world)),
+        "data_group": at(pipe, all_data),
+        "tensor_group": tuple(rank - tensor + t for t in range(degrees.tensor)),
+        "pipe_group": along_pipe,
+        "expert_group": at(pipe, _block(all_data, data, num_expert)),
+        "expert_data_group": at(pipe, same_experts),
+        "shard_group": at(pipe, _block(all_data, data, degrees.sharding)),
+        "shard_replica_group": at(pipe, all_data[data % degrees.sharding :: degrees.sharding]),
+        "expert_shard_group": at(pipe, _block(same_experts, data // num_expert, expert_sharding)),
+        "expert_shard_replica_group": at(pipe, same_experts[data // num_expert % expert_sharding :: expert_sharding]),
+        "ends_group": ends if is_end else (rank,),
+    }
+
+
+def _block(ranks: range, place: int, length: int) -> range:
+    """The stretch of `length` adjacent entries that `place` lies in."""
+    start = place // length * length
+    return ranks[start : start + length]
+
+
+def pipe_pairs(degrees: Degrees) -> Iterator[tuple[int, int]]:
+    """(from, to) of every pair of neighbours along a pipeline, both directions, the ends being neighbours too."""
+    for rank in range(degrees.world):
+        stages = rank_lists(degrees, rank)["pipe_group"]
+        place = stages.index(rank)
+        for step in (-1, 1):
+            if degrees.pipeline > 1:
+                yield rank, stages[(place + step) % degrees.pipeline]
+
+
+def build_mesh(degrees: Degrees) -> Mesh:
+    """Create the groups. All ranks call it, after `comm.init()`, with the same degrees.
+
+    Raises:
+        ConfigError: the processes that were started are not as many as the degrees need.
+    """
+    from erniekit.parallel import comm
+
+    world = comm.world()
+    if world.size != degrees.world:
+        raise ConfigError(
+            f"The degrees need {degrees.pipeline} (pipeline) * {degrees.data} (data) * {degrees.tensor} (tensor) = "
+            f"{degrees.world} processes, but {world.size} were started."
+        )
+    lists = [ranks for rank in range(degrees.world) for ranks in rank_lists(degrees, rank).values()]
+    comm.channels(list(dict.fromkeys(pipe_pairs(degrees))))
+    groups = comm.groups(list(dict.fromkeys(lists)))
+    mine = {name: groups[ranks] for name, ranks in rank_lists(degrees, world.rank).items()}
+    pipe, data, tensor = coordinates(degrees, world.rank)
+    return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **mine)
