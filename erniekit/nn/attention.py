@@ -55,19 +55,23 @@ class HeadLayout:
 
 @dataclass(frozen=True)
 class _BucketRows:
-    """A bucket of N documents of length L as rows of d numbers. Its queries stand block by block, [N, G, block, r] in
-    each, its keys and values [N, G, L]: what one product needs lies together. r = H / G heads share a kv head.
+    """A bucket of N documents of length L that see a prefix of up to F tokens (0: none) as rows of d numbers. Its
+    queries stand block by block, [N, G, block, r] in each, its keys and values [N, G, F + L]: what one product needs
+    lies together. r = H / G heads share a kv head.
 
     `fetch` [rows]: for queries, then keys, then values, their rows in the projection seen as [T*(H+2G), d].
     `fetch_grad` [queries]: their rows in the context's gradient seen as [T*H, d]. `keep` [queries, 1]: 0 where a query
-    is padding, 1 elsewhere; None without padding.
+    is padding, 1 elsewhere; None without padding. `hidden` [N, 1, 1, F + L]: added to the scores, it hides the padding
+    before short prefixes; None without.
     """
 
     num_documents: int
     length: int
+    num_prefix: int
     fetch: paddle.Tensor
     fetch_grad: paddle.Tensor
     keep: paddle.Tensor | None
+    hidden: paddle.Tensor | None
 
     def blocks(self) -> list[tuple[int, int]]:
         """[start, stop) of each block of query positions."""
@@ -77,7 +81,8 @@ class _BucketRows:
 @dataclass(frozen=True)
 class _Rows:
     """Every bucket's rows, and the way back: `merge` [T*H] finds each head's context in the buckets' queries one after
-    another, `merge_grad` [T*(H+2G)] each head's gradient in the buckets' queries, keys and values.
+    another, `merge_grad` [T*(H+2G)] each head's gradient in the buckets' queries, keys and values. A shared prefix's
+    keys and values have gradients in several places, `shared` [places][rows]; the rows' sums stand behind all buckets.
 
     A gather copies whole rows and is some fifty times faster on a CPU than the transpositions it stands for.
     """
@@ -85,28 +90,65 @@ class _Rows:
     buckets: list[_BucketRows]
     merge: paddle.Tensor
     merge_grad: paddle.Tensor
+    shared: list[paddle.Tensor]
 
 
 def _rows_of(plan: AttentionPlan, heads: HeadLayout) -> _Rows:
     h, g, r, total = heads.num_heads, heads.num_kv_heads, heads.repeat, heads.total
     merge, merge_grad = np.empty(plan.num_tokens * h, np.int64), np.empty(plan.num_tokens * total, np.int64)
     buckets, num_queries, num_rows = [], 0, 0
-    head = np.arange(h).reshape(g, 1, r)
+    head, kv_head = np.arange(h).reshape(g, 1, r), h + np.arange(g).reshape(g, 1)
+    again: list[tuple[np.ndarray, np.ndarray]] = []  # of prefixes: rows of the projection, where their gradients are
     for bucket in plan.buckets:
         tokens, real = bucket.tokens[:, None, :, None], bucket.real[:, None, :, None]
         spans = [slice(start, start + _BLOCK) for start in range(0, bucket.tokens.shape[1], _BLOCK)]
         query = np.concatenate([(tokens[:, :, span] * h + head).reshape(-1) for span in spans])
         query_real = np.concatenate([np.repeat(real[:, :, span], g, axis=1).reshape(-1).repeat(r) for span in spans])
-        key = (tokens * total + h + np.arange(g).reshape(g, 1, 1)).reshape(-1)
-        key_real = np.repeat(real, g, axis=1).reshape(-1)
+        seen = np.concatenate([bucket.prefix, bucket.tokens], axis=1)
+        key = (seen[:, None] * total + kv_head).reshape(-1)
         fetch = np.concatenate([query // h * total + query % h, key, key + g])
-        fetch_real = np.concatenate([query_real, key_real, key_real])
+        own = _fetched(query_real, np.concatenate([bucket.prefix_real & False, bucket.real], axis=1), g)
         merge[query[query_real]] = num_queries + np.flatnonzero(query_real)
-        merge_grad[fetch[fetch_real]] = num_rows + np.flatnonzero(fetch_real)
+        merge_grad[fetch[own]] = num_rows + np.flatnonzero(own)
+        if bucket.prefix.shape[1]:
+            prefix = _fetched(query_real & False, np.concatenate([bucket.prefix_real, bucket.real & False], axis=1), g)
+            again.append((fetch[prefix], num_rows + np.flatnonzero(prefix)))
         num_queries, num_rows = num_queries + len(query), num_rows + len(fetch)
         keep = None if query_real.all() else paddle.to_tensor(query_real.astype(np.float32)[:, None])
-        buckets.append(_BucketRows(*bucket.tokens.shape, paddle.to_tensor(fetch), paddle.to_tensor(query), keep))
-    return _Rows(buckets, paddle.to_tensor(merge), paddle.to_tensor(merge_grad))
+        hidden = None
+        if not bucket.prefix_real.all():
+            visible = np.concatenate([bucket.prefix_real, bucket.real | True], axis=1)
+            hidden = paddle.to_tensor(np.where(visible, 0.0, HIDDEN).astype(np.float32)[:, None, None])
+        sizes = (*bucket.tokens.shape, bucket.prefix.shape[1])
+        buckets.append(_BucketRows(*sizes, paddle.to_tensor(fetch), paddle.to_tensor(query), keep, hidden))
+    shared = _shared_places(again, merge_grad, num_rows)
+    return _Rows(buckets, paddle.to_tensor(merge), paddle.to_tensor(merge_grad), shared)
+
+
+def _fetched(queries: np.ndarray, keys: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    """A mask of the queries [queries] and one of the seen tokens [N, F + L] as a mask of a bucket's `fetch`."""
+    keys = np.repeat(keys[:, None], num_kv_heads, axis=1).reshape(-1)
+    return np.concatenate([queries, keys, keys])
+
+
+def _shared_places(
+    again: list[tuple[np.ndarray, np.ndarray]], merge_grad: np.ndarray, num_rows: int
+) -> list[paddle.Tensor]:
+    """Where the gradients of shared prefixes' rows are: [places][rows], of which the first is the prefix's own; row
+    `num_rows` of the gradients is zero, for those with fewer. `merge_grad` is turned to the sums, which follow it.
+    """
+    if not again:
+        return []
+    rows, places = (np.concatenate(parts) for parts in zip(*again, strict=True))
+    order = np.argsort(rows, kind="stable")
+    rows, places = rows[order], places[order]
+    targets, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    column = np.arange(len(rows)) - np.repeat(first, counts)
+    table = np.full((1 + int(counts.max()), len(targets)), num_rows, np.int64)
+    table[0] = merge_grad[targets]
+    table[1 + column, np.repeat(np.arange(len(targets)), counts)] = places
+    merge_grad[targets] = num_rows + 1 + np.arange(len(targets))
+    return [paddle.to_tensor(line) for line in table]
 
 
 @lru_cache(maxsize=64)
@@ -118,12 +160,20 @@ def _causal_mask(start: int, stop: int, repeat: int) -> paddle.Tensor:
     return paddle.to_tensor(np.where(visible, 0.0, HIDDEN).astype(np.float32).repeat(repeat, axis=0))
 
 
-def _probabilities(q: paddle.Tensor, k: paddle.Tensor, start: int, stop: int, repeat: int) -> paddle.Tensor:
-    """Softmax weights of query positions [start, stop) over keys [0, stop): [N, G, (stop-start)*r, stop] in fp32. q
-    [N, G, (stop-start)*r, d] comes scaled.
+def _probabilities(
+    q: paddle.Tensor, k: paddle.Tensor, start: int, stop: int, repeat: int, bucket: _BucketRows
+) -> paddle.Tensor:
+    """Softmax weights of query positions [start, stop) over the prefix and keys [0, stop): [N, G, (stop-start)*r,
+    F + stop] in fp32. q [N, G, (stop-start)*r, d] comes scaled.
     """
-    scores = paddle.matmul(q, k[:, :, :stop], transpose_y=True).astype("float32")
-    return nn.functional.softmax(scores.add_(_causal_mask(start, stop, repeat)), axis=-1)
+    seen = bucket.num_prefix + stop
+    scores = paddle.matmul(q, k[:, :, :seen], transpose_y=True).astype("float32")
+    mask = _causal_mask(start, stop, repeat)
+    if bucket.num_prefix:
+        mask = nn.functional.pad(mask, [0, 0, bucket.num_prefix, 0])
+    if bucket.hidden is not None:
+        scores = scores.add_(bucket.hidden[..., :seen])
+    return nn.functional.softmax(scores.add_(mask), axis=-1)
 
 
 def _cut(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) -> list[paddle.Tensor]:
@@ -147,17 +197,17 @@ class _DocumentAttention(PyLayer):
         saved, outputs = [], []
         for bucket in rows.buckets:
             fetched = paddle.gather(z, bucket.fetch)
-            num_keys = bucket.num_documents * bucket.length * g
-            num_queries = num_keys * heads.repeat
+            num_queries = bucket.num_documents * bucket.length * heads.num_heads
+            shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
+            num_keys = shape[0] * g * shape[2]
             queries = _cut(fetched[:num_queries] * d**-0.5, bucket, heads)
-            shape = [bucket.num_documents, g, bucket.length, d]
             k = fetched[num_queries : num_queries + num_keys].reshape(shape)
             v = fetched[num_queries + num_keys :].reshape(shape)
             weights, parts = [], []
             for q, (start, stop) in zip(queries, bucket.blocks(), strict=True):
-                p = _probabilities(q, k, start, stop, heads.repeat)
-                weights.append(p if bucket.length <= _KEEP_WEIGHTS else None)
-                parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, :stop]))
+                p = _probabilities(q, k, start, stop, heads.repeat, bucket)
+                weights.append(p if shape[2] <= _KEEP_WEIGHTS else None)
+                parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, : bucket.num_prefix + stop]))
             saved.append((queries, k, v, weights, parts))
             outputs += [part.reshape([-1, d]) for part in parts]
         ctx.table, ctx.rows, ctx.heads, ctx.saved = table, rows, heads, saved
@@ -176,12 +226,23 @@ class _DocumentAttention(PyLayer):
                 do = do.multiply_(bucket.keep.astype(do.dtype))
             grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads)]
         ctx.saved = None
-        dz = paddle.gather(_join(grads), rows.merge_grad).reshape([num_tokens, heads.total, d])
+        dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
         return rotate(dz, ctx.table, inverse=True).reshape([num_tokens, heads.total * d])
 
 
 def _join(parts: list[paddle.Tensor]) -> paddle.Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
+
+
+def _with_sums(grads: list[paddle.Tensor], shared: list[paddle.Tensor]) -> paddle.Tensor:
+    """The buckets' gradients one after another, then a row of zeros and the sums over the places of `shared`."""
+    if not shared:
+        return _join(grads)
+    every = _join([*grads, paddle.zeros([1, grads[0].shape[1]], dtype=grads[0].dtype)])
+    total = paddle.gather(every, shared[0])
+    for places in shared[1:]:
+        total = total.add_(paddle.gather(every, places))
+    return paddle.concat([every, total], axis=0)
 
 
 def _bucket_backward(
@@ -204,40 +265,47 @@ def _bucket_backward(
     dq_parts, dk, dv = [], None, None
     blocks = zip(queries, weights, outputs, _cut(do, bucket, heads), bucket.blocks(), strict=True)
     for q, kept, out, do_b, (start, stop) in blocks:
-        p = _probabilities(q, k, start, stop, heads.repeat) if kept is None else kept
+        p = _probabilities(q, k, start, stop, heads.repeat, bucket) if kept is None else kept
+        seen = bucket.num_prefix + stop
         do_and_sum = paddle.concat([do_b, paddle.matmul(do_b * out, ones)], axis=-1)
-        ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :stop], transpose_y=True).astype("float32").multiply_(p)
+        ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True).astype("float32").multiply_(p)
         ds = ds.astype(q.dtype)
-        dq_parts.append(paddle.matmul(ds, k[:, :, :stop]).scale_(heads.dim**-0.5))
-        dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), stop)
-        dv = _accumulate(dv, paddle.matmul(p.astype(q.dtype), do_b, transpose_x=True), stop)
+        dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
+        dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), seen)
+        dv = _accumulate(dv, paddle.matmul(p.astype(q.dtype), do_b, transpose_x=True), seen)
     return [*dq_parts, dk, dv]
 
 
-def _accumulate(total: paddle.Tensor | None, part: paddle.Tensor, stop: int) -> paddle.Tensor:
-    """Add a block's key gradient [N, G, stop, d] to the running one [N, G, <=stop, d]; `stop` grows block by block."""
+def _accumulate(total: paddle.Tensor | None, part: paddle.Tensor, seen: int) -> paddle.Tensor:
+    """Add a block's key gradient [N, G, seen, d] to the running one [N, G, <=seen, d]; `seen` grows block by block."""
     if total is None:
         return part
-    pad = paddle.zeros([*part.shape[:2], stop - total.shape[2], part.shape[3]], dtype=part.dtype)
+    pad = paddle.zeros([*part.shape[:2], seen - total.shape[2], part.shape[3]], dtype=part.dtype)
     return paddle.concat([total, pad], axis=2).add_(part)
+
+
+def last_rows(plan: AttentionPlan) -> np.ndarray:
+    """For each token, the first later one that no longer sees it: int [T]."""
+    ends = np.cumsum(np.bincount(plan.document_of_token))
+    return ends[plan.last_reader[plan.document_of_token]]
 
 
 def _flash_attention(qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPlan, heads: HeadLayout) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
-    document ends.
+    document ends, or its last branch if it is a shared prefix.
     """
     z = rotate(qkv.reshape([plan.num_tokens, heads.total, heads.dim]), table)
     q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
-    lengths = np.bincount(plan.document_of_token)
-    ends = np.cumsum(lengths)[plan.document_of_token].astype(np.int32)
-    indices = paddle.to_tensor(ends).reshape([1, 1, plan.num_tokens, 1])
+    indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
     out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, causal=True)
     return out.reshape([plan.num_tokens, heads.num_heads * heads.dim])
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Attention of a training or evaluation batch: every token sees the earlier tokens of its own document."""
+    """Attention of a training or evaluation batch: every token sees the earlier tokens of its own document, and those
+    of the prefix that its document branches from.
+    """
 
     plan: AttentionPlan
     table: paddle.Tensor
