@@ -1,7 +1,7 @@
 """Models from and to directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
 
 import dataclasses
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,10 @@ from erniekit.checkpoint.safetensors import Writer
 from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
 from erniekit.models.config import FORMATS, Format, ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.models.local import named_cuts
+from erniekit.models.partition import WHOLE
 from erniekit.models.weights import Logical, export_tensors, logical_tensors
+from erniekit.nn.cut import Cut, take
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, UserError
 
@@ -58,35 +61,41 @@ def load_model(path: str | Path, dtype: str = "float32", adapter: str | None = N
 
 
 def _fill(model: paddle.nn.Layer, source: Source, through: str | None) -> None:
-    """Set every parameter and persistent buffer, rounding through the header dtype `through` if given."""
+    """Set every parameter and persistent buffer, rounding through the header dtype `through` if given. A model that is
+    one part of several takes its share of each.
+    """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for param, array in _parameters(source, through):
+    cuts, part = named_cuts(model), model.part
+    for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
-        assert tensor is not None, f"the model has no {param}, which its configuration asks for"
+        if tensor is None:
+            assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
+            continue
+        cut = cuts.get(param)
+        array = _read(source, list(logicals), cut, (0, 1) if cut is None else part.share(cut), through)
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _parameters(source: Source, through: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    """(our name, float32 array) of each parameter; experts are stacked. One parameter is held at a time."""
+def _read(
+    source: Source, logicals: list[Logical], cut: Cut | None, share: tuple[int, int], through: str | None
+) -> np.ndarray:
+    """A share (index, count) of one parameter as float32; of stacked experts, only those wanted are read."""
 
-    def read(logical: Logical) -> np.ndarray:
+    def whole(logical: Logical) -> np.ndarray:
         array = source.read(logical, as_fp32=True)
         if through is None or logical.keep_fp32:
             return array
         return dtypes.to_fp32(dtypes.convert(array, "F32", through), through)
 
-    num_experts = source.config.moe_num_experts
-    stack = np.empty(0, np.float32)
-    for logical in source.logicals:
-        if logical.index is None:
-            yield logical.param, read(logical)
-            continue
-        if logical.index == 0:
-            stack = np.empty((num_experts, *logical.shape), np.float32)
-        stack[logical.index] = read(logical)
-        if logical.index == num_experts - 1:
-            yield logical.param, stack
+    index, count = share
+    if logicals[0].index is None:
+        return whole(logicals[0]) if cut is None else np.ascontiguousarray(take(whole(logicals[0]), cut, index, count))
+    held = len(logicals) // count
+    stack = np.empty((held, *logicals[0].shape), np.float32)
+    for place, logical in enumerate(logicals[index * held : (index + 1) * held]):
+        stack[place] = whole(logical)
+    return stack
 
 
 def save_model(

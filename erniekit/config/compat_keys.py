@@ -7,6 +7,8 @@ _ALIASES: dict[str, Alias] = {
     "from_scratch": Alias("continue_training", compat.negated),
     "bf16": Alias("compute_type", compat.bf16_flag),
     "fp16": Alias("compute_type", compat.fp16_flag),
+    "weight_quantize_algo": Alias("compute_type", compat.quantisation),
+    "quantization": Alias("compute_type", compat.quantisation),
     "use_recompute": Alias("recompute"),
     "multi_token_pred_depth": Alias("num_nextn_predict_layers"),
     "per_device_train_batch_size": Alias("batch_size", compat.weak),
@@ -20,6 +22,7 @@ _ALIASES: dict[str, Alias] = {
     "packing_interval": Alias("buffer_size"),
     "truncation_strategy": Alias("truncation", compat.truncation),
     "eval_strategy": Alias("evaluation_strategy"),
+    "sharding_degree": Alias("sharding_parallel_degree"),
     "zcc_save_ema_coef": Alias("ema_decay", compat.unless_zero),
 }
 
@@ -44,9 +47,11 @@ _NO_EFFECT: dict[str, str] = {
         "bos_token_id eos_token_id pad_token_id max_position_embeddings rope_3d"
     ),
     "the model's config.json says whether it has experts": "use_moe",
+    "experts are always divided over the ranks of expert_parallel_degree and of tensor_parallel_degree": (
+        "moe_group use_expert_parallel"
+    ),
     "experts are dispatched in one way here": (
-        "moe_gate moe_group moe_with_send_router_loss moe_multimodal_dispatch_use_allgather moe_logging "
-        "enable_mtp_magic_send"
+        "moe_gate moe_with_send_router_loss moe_multimodal_dispatch_use_allgather moe_logging enable_mtp_magic_send"
     ),
     "moe_orthogonal_loss_lambda alone decides": "use_ortho_loss_callback",
     "both weight layouts are recognised, and save_format decides what is written": (
@@ -107,15 +112,10 @@ _NO_EFFECT: dict[str, str] = {
     "only for jobs in PaddleCloud": "pdc_download_ckpt pdc_download_timeout",
     "environment variables are set in the shell": "env",
     "its parts come from the model's config.json": "vision_config",
-    "one process has no tensor-parallel group": (
-        "sequence_parallel use_sp_callback fuse_sequence_parallel_allreduce sequence_parallel_config "
-        "tensor_parallel_config tensor_parallel_output"
-    ),
-    "one process has no pipeline": (
-        "pp_seg_method pipeline_parallel_config disable_pipeline_warmup pp_need_data pp_need_data_degree"
-    ),
-    "one process: nothing to shard": (
-        "sharding sharding_parallel_config sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB "
+    "what parallel ranks exchange, and when, follows from the degrees": (
+        "use_sp_callback fuse_sequence_parallel_allreduce sequence_parallel_config tensor_parallel_config "
+        "tensor_parallel_output pipeline_parallel_config disable_pipeline_warmup pp_need_data pp_need_data_degree "
+        "sharding_parallel_config sharding_parallel_mesh_dimension sharding_comm_buffer_size_MB "
         "data_parallel_config hybrid_parallel_topo_order split_inputs_sequence_dim split_norm_comm"
     ),
 }
@@ -167,12 +167,9 @@ _LATER: dict[str, Later] = {
     "moe_dropout_prob": Later("dropout", commands=("train",)),
     "use_fp8": Later("FP8"),
     "use_fp8_mlp": Later("FP8"),
-    "weight_quantize_algo": Later("weights in 8 or 4 bits"),
-    "quantization": Later("weights in 8 or 4 bits"),
     "ckpt_quant_stage": Later("quantised optimizer state in checkpoints", safe=("o0",), commands=("train",)),
     "expert_max_capacity": Later("expert capacity", safe=(2**32,)),
     "expert_min_capacity": Later("expert capacity", safe=(1,)),
-    "use_expert_parallel": Later("expert parallelism"),
     "adaptive_norm_clip": Later("adaptive clipping", commands=("train",)),
     "self_constraint_cpt": Later("continued pretraining held near the first model", commands=("train",)),
     "reshard_save_then_exit": Later("re-sharding training checkpoints", commands=("train",)),
@@ -191,14 +188,7 @@ _LATER: dict[str, Later] = {
 }
 
 _DEGREES: dict[str, str] = {
-    "tensor_parallel_degree": "tensor parallelism",
-    "pipeline_parallel_degree": "pipeline parallelism",
-    "virtual_pp_degree": "pipeline parallelism",
-    "expert_parallel_degree": "expert parallelism",
-    "expert_tensor_parallel_degree": "expert parallelism",
-    "sharding_parallel_degree": "sharded optimizer state",
-    "sharding_degree": "sharded optimizer state",
-    "data_parallel_degree": "data parallelism",
+    "expert_tensor_parallel_degree": "tensor parallelism of its own for experts",
     "sep_parallel_degree": "sequence-splitting parallelism",
     "context_parallel_degree": "context parallelism",
 }

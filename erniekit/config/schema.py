@@ -8,6 +8,7 @@ import yaml
 
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
+from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
@@ -17,6 +18,7 @@ GROUPS: dict[str, type] = {
     "model": ModelArgs,
     "train": TrainArgs,
     "optimizer": OptimArgs,
+    "parallel": ParallelArgs,
     "mixture of experts": MoEArgs,
     "generation": GenerateArgs,
     "evaluation": EvalArgs,
@@ -25,7 +27,7 @@ GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataArgs, ModelArgs, TrainArgs, OptimArgs, MoEArgs, GenerateArgs, EvalArgs, ExportArgs):
+class Config(DataArgs, ModelArgs, TrainArgs, OptimArgs, ParallelArgs, MoEArgs, GenerateArgs, EvalArgs, ExportArgs):
     """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
 
     extras: keys given that have no field (no effect here, or not built yet), as (name, value).

@@ -16,10 +16,6 @@ _STAGES = {
 _COMPUTE = {
     "fp16": "fp16 training with loss scaling",
     "fp8": "FP8",
-    "wint8": "INT8 weights",
-    "wint4": "INT4 weights",
-    "wint4/8": "INT4 and INT8 weights",
-    "nf4": "NF4 weights",
 }
 # Keys that only one kind of training data reads.
 _ONLY_TEXT = (
@@ -66,11 +62,22 @@ def notes(cfg: Config, command: str) -> list[str]:
         elif isinstance(rule, Later) and rule.asks(value) and command not in rule.commands:
             found.append(f"{name}: no effect: `{command}` does not need it")
     found += _other_data(cfg, command)
+    found += _one_process(cfg, command)
     if cfg.logging_dir and cfg.report_to == "none" and command == "train":
         found.append("logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir")
     if cfg.warmup_steps and cfg.warmup_ratio:
         found.append(f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides")
     return found
+
+
+def _one_process(cfg: Config, command: str) -> list[str]:
+    """Degrees above 1 for a command that runs in one process, and what only several tensor ranks do."""
+    degrees = [name for name in vars(cfg) if name.endswith(("_parallel_degree", "_pp_degree")) and vars(cfg)[name] > 1]
+    if degrees and command != "train":
+        return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process"]
+    if cfg.sequence_parallel and cfg.tensor_parallel_degree <= 1 and command == "train":
+        return ["sequence_parallel: no effect: tensor_parallel_degree is 1"]
+    return []
 
 
 def _other_data(cfg: Config, command: str) -> list[str]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.parallel import comm
+from erniekit.parallel.comm import Group
+
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
 _KERNEL_RANGE = 60.0  # losses (nats) up to which Paddle's CPU kernel is exact
 
@@ -14,21 +17,30 @@ _KERNEL_RANGE = 60.0  # losses (nats) up to which Paddle's CPU kernel is exact
 @dataclass(frozen=True)
 class Head:
     """The output head's parameters: `weight` [V, D] if `by_vocab` (tied to the embedding), else [D, V]; `bias` [V] or
-    None.
+    None. Where a `group` of ranks shares the vocabulary, V is this rank's stretch of it, in rank order.
     """
 
     weight: paddle.Tensor
     by_vocab: bool
     bias: paddle.Tensor | None = None
+    group: Group | None = None
 
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0 if self.by_vocab else 1]
 
-    def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
-        """[T, D] -> [T, V]."""
+    def own_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
+        """[T, D] -> [T, V], V those of this rank."""
         logits = paddle.matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
         return logits if self.bias is None else logits + self.bias
+
+    def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
+        """[T, D] -> [T, V], V the whole vocabulary. With a group, without gradient."""
+        logits = self.own_logits(hidden_TD)
+        if self.group is None:
+            return logits
+        shares = comm.all_gather(logits.detach(), self.group).split(self.group.size)
+        return paddle.concat(shares, axis=-1)
 
 
 def _chunks(num_tokens: int, vocab_size: int, most: int) -> list[slice]:
@@ -48,31 +60,64 @@ def _softmax_nll(logits_TV: paddle.Tensor, labels_T1: paddle.Tensor) -> tuple[pa
     return p, nll
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """Of a chunk of T tokens: `p` [T, V] this rank's probabilities, `nll` [T, 1] = -log p(label), `own` [T, 1] the
+    label's column here and `is_own` [T, 1] whether this rank has it (None: always), `z` [T, 1] logsumexp if asked for.
+    """
+
+    p: paddle.Tensor
+    nll: paddle.Tensor
+    own: paddle.Tensor
+    is_own: paddle.Tensor | None
+    z: paddle.Tensor | None
+
+    def minus_label(self, value_T1: paddle.Tensor) -> paddle.Tensor:
+        """p + value at the label, in place of p."""
+        value_T1 = value_T1 if self.is_own is None else value_T1 * self.is_own
+        return self.p.put_along_axis_(self.own, value_T1, axis=1, reduce="add")
+
+
+def softmax_at(head: Head, hidden_TD: paddle.Tensor, labels_T1: paddle.Tensor, with_z: bool) -> Softmax:
+    """Probabilities and losses of a chunk, in fp32. Ranks that share the vocabulary exchange three numbers a token."""
+    logits = head.own_logits(hidden_TD).astype("float32")
+    if head.group is None:
+        at_label = paddle.take_along_axis(logits, labels_T1, axis=1) if with_z else None
+        p, nll = _softmax_nll(logits, labels_T1)
+        return Softmax(p, nll, labels_T1, None, nll + at_label if with_z else None)
+    own = labels_T1 - head.group.index * head.vocab_size
+    is_own = ((own >= 0) & (own < head.vocab_size)).astype("float32")
+    own = own.clip(0, head.vocab_size - 1)
+    largest = comm.all_reduce_(logits.max(axis=1, keepdim=True), head.group, op="max")
+    at_label = paddle.take_along_axis(logits, own, axis=1) * is_own
+    p = paddle.exp(logits.subtract_(largest))
+    sums = comm.all_reduce_(paddle.concat([p.sum(axis=1, keepdim=True), at_label], axis=1), head.group)
+    total, at_label = sums[:, :1], sums[:, 1:]
+    z = paddle.log(total) + largest
+    return Softmax(p.divide_(total), z - at_label, own, is_own, z)
+
+
 class _LinearCrossEntropy(PyLayer):
     """The forward pass also forms the gradients, chunk by chunk: the loss is a weighted sum over tokens, so they only
     wait for one scalar.
     """
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, most, z_weight):
-        head = Head(weight, by_vocab, bias)
+    def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, group, most, z_weight):
+        head = Head(weight, by_vocab, bias, group)
         nll_parts, z_parts, dhidden_parts, dweight, dbias = [], [], [], None, None
         for rows in _chunks(hidden_TD.shape[0], head.vocab_size, most):
             x, scale = hidden_TD[rows], token_weights_T[rows].unsqueeze(-1)
-            labels = labels_T[rows].unsqueeze(-1)
-            logits = head.logits(x).astype("float32")
-            at_label = paddle.take_along_axis(logits, labels, axis=1) if z_weight else None
-            p, nll = _softmax_nll(logits, labels)
-            nll_parts.append(nll.squeeze(-1))
+            softmax = softmax_at(head, x, labels_T[rows].unsqueeze(-1), bool(z_weight))
+            nll_parts.append(softmax.nll.squeeze(-1))
             # d nll / d logits = p - onehot(label), and d z^2 / d logits = 2 z p: together f * (p - onehot / f) with the
             # factor f below. It goes, like the token's weight, to the narrow [rows, D] side of both products.
-            minus = paddle.full_like(nll, -1.0)
+            minus = paddle.full_like(softmax.nll, -1.0)
             if z_weight:
-                z = nll + at_label
-                z_parts.append(z.square().squeeze(-1))
-                factor = 1.0 + 2.0 * z_weight * z
+                z_parts.append(softmax.z.square().squeeze(-1))
+                factor = 1.0 + 2.0 * z_weight * softmax.z
                 minus, scale = minus / factor, scale * factor
-            p = p.put_along_axis_(labels, minus, axis=1, reduce="add").astype(x.dtype)
+            p = softmax.minus_label(minus).astype(x.dtype)
             dhidden_parts.append(paddle.matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale)
             if not weight.stop_gradient:
                 scaled = (x.astype("float32") * scale).astype(x.dtype)
@@ -114,8 +159,17 @@ def linear_cross_entropy(
 
     hidden [T, D] after the final norm, labels [T] int64 (every one a real label: drop ignored positions first), weights
     [T] fp32 constants. The softmax is fp32. Peak memory is one chunk of logits (at most `max_chunk_tokens` rows of it)
-    and the gradients of hidden and head, which the forward pass leaves ready.
+    and the gradients of hidden and head, which the forward pass leaves ready. Where ranks share the vocabulary, the
+    gradient of hidden is a partial sum on each.
     """
     return _LinearCrossEntropy.apply(
-        hidden_TD, head.weight, head.bias, labels_T, token_weights_T, head.by_vocab, max_chunk_tokens, z_weight
+        hidden_TD,
+        head.weight,
+        head.bias,
+        labels_T,
+        token_weights_T,
+        head.by_vocab,
+        head.group,
+        max_chunk_tokens,
+        z_weight,
     )

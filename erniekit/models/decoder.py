@@ -4,7 +4,7 @@ Tokens flow as one flat stretch [T, D] (T = B * S, row-major): every layer but a
 attention knows documents through its plan. Legend: B batch, S sequence, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,18 +13,25 @@ from paddle import nn
 
 from erniekit.losses.lm import Head
 from erniekit.models.config import ModelConfig
+from erniekit.models.partition import WHOLE, Partition
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
 from erniekit.nn.attention import Documents, HeadLayout, Mixer, SelfAttention
+from erniekit.nn.cut import Cut, Divisible
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.rope import rotation_table
 from erniekit.nn.segments import make_plan
+from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
 HostIds = paddle.Tensor | np.ndarray | Sequence[Sequence[int]]
+
+
+# What each sparse layer's routers decided, by (layer, modality).
+Routings = dict[tuple[int, int], Routed]
 
 
 @dataclass
@@ -35,12 +42,13 @@ class Hidden:
 
     last: paddle.Tensor
     normed: paddle.Tensor
-    routings: dict[tuple[int, int], Routed] = field(default_factory=dict)
+    routings: Routings = field(default_factory=dict)
 
 
-def head_layout(config: ModelConfig) -> HeadLayout:
-    """Attention heads of this configuration."""
-    return HeadLayout(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+def head_layout(config: ModelConfig, part: Partition = WHOLE) -> HeadLayout:
+    """Attention heads of this configuration that `part` holds."""
+    degree = part.tensor_degree
+    return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
 
 
 def router_options(config: ModelConfig) -> RouterOptions:
@@ -53,11 +61,13 @@ def router_options(config: ModelConfig) -> RouterOptions:
 class DecoderLayer(nn.Layer):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, sparse: bool) -> None:
+    def __init__(self, config: ModelConfig, sparse: bool, part: Partition = WHOLE) -> None:
         super().__init__()
-        std = config.initializer_range
+        std, degree = config.initializer_range, part.tensor_degree
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config.hidden_size, head_layout(config), bias=config.use_bias, init_std=std)
+        self.self_attn = SelfAttention(
+            config.hidden_size, head_layout(config, part), bias=config.use_bias, init_std=std
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = sparse
         if sparse:
@@ -68,10 +78,13 @@ class DecoderLayer(nn.Layer):
                 num_shared=config.moe_num_shared_experts,
                 bias=config.use_bias,
                 init_std=std,
+                expert_shares=part.expert_shares,
+                tensor_degree=degree,
             )
             self.mlp = MoELayer(sizes, router_options(config))
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.use_bias, init_std=std)
+            width = config.intermediate_size // degree
+            self.mlp = SwiGLU(config.hidden_size, width, bias=config.use_bias, init_std=std)
 
     def forward(
         self, x_TD: paddle.Tensor, mixer: Mixer, tokens: TokenInfo, layer: int
@@ -85,84 +98,120 @@ class DecoderLayer(nn.Layer):
         return x_TD + self.mlp(normed), {}
 
 
-class Decoder(nn.Layer):
-    """Embedding, layers, final norm, and the multi-token-prediction blocks if the configuration has them."""
+class Layers(nn.Layer):
+    """The layers of a stack that this process holds, under their numbers in the whole model."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, layers: dict[int, DecoderLayer]) -> None:
+        super().__init__()
+        self.numbers = tuple(layers)
+        for number, layer in layers.items():
+            self.add_sublayer(str(number), layer)
+
+    def __getitem__(self, number: int) -> DecoderLayer:
+        return self._sub_layers[str(number)]
+
+    def __iter__(self) -> Iterator[DecoderLayer]:
+        return iter(self._sub_layers.values())
+
+
+class Decoder(nn.Layer):
+    """Embedding, layers, final norm, and the multi-token-prediction blocks if the configuration has them; or the part
+    of them that this process holds.
+    """
+
+    def __init__(self, config: ModelConfig, part: Partition = WHOLE) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
-        self.layers = nn.LayerList(
-            [DecoderLayer(config, config.is_moe_layer(i)) for i in range(config.num_hidden_layers)]
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        depths = range(config.num_nextn_predict_layers)
         size, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
+        numbers = range(config.num_hidden_layers) if part.layers is None else part.layers
+        depths = range(config.num_nextn_predict_layers if part.has_head else 0)
+        # A head that is tied to the embedding, or that looks ahead, needs it on its own process, too.
+        self.embed_tokens: Embedding | None = None
+        if part.has_embedding or (part.has_head and config.tie_word_embeddings) or depths:
+            self.embed_tokens = Embedding(config.vocab_size // part.tensor_degree, size, std)
+        self.layers = Layers({i: DecoderLayer(config, config.is_moe_layer(i), part) for i in numbers})
+        self.norm = RMSNorm(size, eps) if part.has_head else None
         # Multi-token prediction (models/mtp.py): a dense block a depth, beside the main path, which never reads it.
         self.mtp_emb_norm = nn.LayerList([RMSNorm(size, eps) for _ in depths])
         self.mtp_hidden_norm = nn.LayerList([RMSNorm(size, eps) for _ in depths])
         self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, init_std=std) for _ in depths])
-        self.mtp_block = nn.LayerList([DecoderLayer(config, sparse=False) for _ in depths])
+        self.mtp_block = nn.LayerList([DecoderLayer(config, False, part) for _ in depths])
 
-    def forward(
-        self,
-        input_ids_T: paddle.Tensor,
-        mixer: Mixer,
-        noise_TD: paddle.Tensor | None = None,
-        tokens: TokenInfo | None = None,
-    ) -> Hidden:
-        """Token ids [T] -> Hidden. `noise` [T, D] is added to their embeddings; `tokens` (default: one row of text)
-        says what sparse layers count over.
-        """
-        x_TD = self.embed_tokens(input_ids_T)
-        if noise_TD is not None:
-            x_TD = x_TD + noise_TD
-        tokens = tokens or TokenInfo([x_TD.shape[0]])
+    def run(
+        self, x_TD: paddle.Tensor, numbers: Sequence[int], mixer: Mixer, tokens: TokenInfo
+    ) -> tuple[paddle.Tensor, Routings]:
+        """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
         routings = {}
-        for number, layer in enumerate(self.layers):
-            x_TD, decisions = layer(x_TD, mixer, tokens, number)
+        for number in numbers:
+            x_TD, decisions = self.layers[number](x_TD, mixer, tokens, number)
             routings |= {(number, modality): routed for modality, routed in decisions.items()}
+        return x_TD, routings
+
+    def forward(self, input_ids_T: paddle.Tensor, mixer: Mixer, tokens: TokenInfo | None = None) -> Hidden:
+        """Token ids [T] -> Hidden, through a whole model. `tokens` (default: one row of text) says what sparse layers
+        count over.
+        """
+        tokens = tokens or TokenInfo([input_ids_T.shape[0]])
+        x_TD, routings = self.run(self.embed_tokens(input_ids_T), self.layers.numbers, mixer, tokens)
         return Hidden(x_TD, self.norm(x_TD), routings)
 
 
-class Embedding(nn.Layer):
-    """Token embedding [V, D]."""
+class Embedding(Divisible):
+    """Token embedding [V, D]; V are the rows that this process holds.
+
+    `lookup(ids, weight)`, set from outside, replaces the plain one where the rows are divided.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
         super().__init__()
         self.weight = self.create_parameter(
             [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
+        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
+
+    def cuts(self) -> dict[str, Cut]:
+        """See Divisible."""
+        return {"weight": Cut(0)}
 
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """[...] int64 -> [..., D]."""
-        return nn.functional.embedding(ids, self.weight)
+        return self.lookup(ids, self.weight)
 
 
-class HeadBias(nn.Layer):
+class HeadBias(Divisible):
     """The bias [V] of a head whose matrix is the embedding."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.bias = self.create_parameter([vocab_size], is_bias=True)
 
+    def cuts(self) -> dict[str, Cut]:
+        """See Divisible."""
+        return {"bias": Cut(0)}
+
 
 class CausalLM(nn.Layer):
-    """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts."""
+    """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With `part`, only the parameters that one process of several holds, under their names in the whole model; what the
+    processes exchange is attached from outside (parallel/apply.py).
+    """
+
+    def __init__(self, config: ModelConfig, part: Partition = WHOLE) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.part = config, part
+        self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
+        self.model = Decoder(config, part)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.use_bias and config.moe_num_experts > 0
         self.lm_head: Linear | HeadBias | None = None
-        if not config.tie_word_embeddings:
+        vocab_size = config.vocab_size // part.tensor_degree
+        if part.has_head and not config.tie_word_embeddings:
             self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, bias=bias, split="column", init_std=config.initializer_range
+                config.hidden_size, vocab_size, bias=bias, split="column", init_std=config.initializer_range
             )
-        elif bias:
-            self.lm_head = HeadBias(config.vocab_size)
+        elif part.has_head and bias:
+            self.lm_head = HeadBias(vocab_size)
 
     def documents(self, segment_ids_BS: np.ndarray, position_ids_BS: np.ndarray | None = None) -> Documents:
         """The mixer of a batch: segment ids [B, S] (see nn.segments), positions [B, S] or None (each document starts at
@@ -170,7 +219,7 @@ class CausalLM(nn.Layer):
         """
         plan = make_plan(segment_ids_BS)
         positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
-        heads = head_layout(self.config)
+        heads = head_layout(self.config, self.part)
         table = rotation_table(
             positions, heads.dim, self.config.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
         )
@@ -179,12 +228,17 @@ class CausalLM(nn.Layer):
     def output_head(self) -> Head:
         """The head's parameters, as the fused loss takes them."""
         bias = None if self.lm_head is None else self.lm_head.bias
+        group = None if self.tensor is None else self.tensor.group
         if self.config.tie_word_embeddings:
-            return Head(self.model.embed_tokens.weight, by_vocab=True, bias=bias)
-        return Head(self.lm_head.weight, by_vocab=False, bias=bias)
+            return Head(self.model.embed_tokens.weight, by_vocab=True, bias=bias, group=group)
+        return Head(self.lm_head.weight, by_vocab=False, bias=bias, group=group)
+
+    def enter_head(self, normed_TD: paddle.Tensor) -> paddle.Tensor:
+        """Normed hidden states, a rank's own -> those of all T tokens, as the fused loss takes them."""
+        return normed_TD if self.tensor is None else self.tensor.enter(normed_TD)
 
     def head(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
-        """Normed hidden states [T, D] -> logits [T, V]."""
+        """Normed hidden states of all tokens [T, D] -> logits [T, V]."""
         return self.output_head().logits(hidden_TD)
 
     def forward(

@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 
 from erniekit.moe.dispatch import assign, combine, dispatch
+from erniekit.moe.exchange import ExpertRanks
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
@@ -24,7 +25,8 @@ class MoESizes:
     """Plain sizes of a sparse layer.
 
     `intermediate_sizes`: the width of one expert, for text and, where there is a second entry, for vision.
-    `num_shared` experts of the text width see every token; 0 means none.
+    `num_shared` experts of the text width see every token; 0 means none. These are the whole layer's; this process
+    holds one of `expert_shares` of the experts and of `tensor_degree` of the shared ones.
     """
 
     hidden_size: int
@@ -33,6 +35,13 @@ class MoESizes:
     num_shared: int
     bias: bool
     init_std: float
+    expert_shares: int = 1
+    tensor_degree: int = 1
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts that this process holds."""
+        return self.num_experts // self.expert_shares
 
 
 @dataclass(frozen=True)
@@ -72,32 +81,42 @@ class MoELayer(nn.Layer):
         modalities = len(sizes.intermediate_sizes)
         self.gate = Gate(sizes.hidden_size, sizes.num_experts, modalities, sizes.init_std)
         self.moe_statics = RouterStatics(modalities, sizes.num_experts)
+        self.ranks: ExpertRanks | None = None  # attached from outside where several processes hold the experts
         widths = sizes.intermediate_sizes
-        self.experts = Experts(sizes.num_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
+        self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:
-            self.vision_experts = Experts(sizes.num_experts, sizes.hidden_size, widths[VISION], sizes.init_std)
+            self.vision_experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[VISION], sizes.init_std)
         self.shared_experts = None
         if sizes.num_shared:
-            width = widths[TEXT] * sizes.num_shared
+            width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
+        shared = None if self.shared_experts is None else self.shared_experts(x_TD)
+        if self.ranks is not None:
+            x_TD = self.ranks.enter(x_TD)
+        num_rows, num_tokens = x_TD.shape[0], sum(tokens.row_lengths)
+        x_TD = x_TD if num_rows == num_tokens else x_TD[:num_tokens]
         if tokens.modality is None:
             y, routed = self._routed(x_TD, TEXT, tokens.row_lengths)
             decisions = {TEXT: routed}
         else:
             y, decisions = self._by_modality(x_TD, tokens)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x_TD)
-        return y, decisions
+        if num_rows != num_tokens:
+            y = paddle.concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
+        if self.ranks is not None:
+            y = self.ranks.leave(y)
+        return y if shared is None else y + shared, decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
-        """Each modality's tokens through its own router and experts. A modality without tokens does not run."""
+        """Each modality's tokens through its own router and experts. A modality without tokens does not run, unless
+        other ranks may need its experts.
+        """
         outputs, places, decisions = [], [], {}
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.part(modality)
-            if len(where):
+            if len(where) or (self.ranks is not None and self.ranks.expert.size > 1):
                 part = paddle.gather(x_TD, paddle.to_tensor(where))
                 y, decisions[modality] = self._routed(part, modality, row_lengths)
                 outputs.append(y)
@@ -110,12 +129,19 @@ class MoELayer(nn.Layer):
         bias = self.moe_statics.e_score_correction_bias[modality]
         routing = route(self.gate(x_TD, modality), bias, self.options)
         chosen = routing.experts.numpy()
-        keep = None
+        usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
+        keep, dropped = None, 0
         if self.options.capacity is not None and self.training:
             keep = within_capacity(chosen, num_experts, self.options.capacity, row_lengths)
-        assignment = assign(chosen, num_experts, keep)
+            dropped = int((~keep).sum())
         experts = self.experts if modality == TEXT else self.vision_experts
-        rows = experts(dispatch(x_TD, assignment), assignment.counts)
-        usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
-        y = combine(rows, routing.weights, assignment)
-        return y, Routed(routing, usage, assignment.num_dropped, row_lengths)
+        weights = routing.weights
+        if self.ranks is not None:
+            own = self.ranks.own_pairs(chosen, self.sizes.num_local_experts)
+            keep = own if keep is None else keep & own
+            x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
+        assignment = assign(chosen, num_experts, keep)
+        rows = dispatch(x_TD, assignment)
+        rows = experts(rows, assignment.counts) if self.ranks is None else self.ranks.apply(experts, rows, assignment)
+        y = combine(rows, weights, assignment)
+        return y, Routed(routing, usage, dropped, row_lengths)

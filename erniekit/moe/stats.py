@@ -31,6 +31,18 @@ class RouterStats:
         for name, value in other.losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
 
+    def to_vector(self) -> np.ndarray:
+        """All sums as float64, for adding up over ranks."""
+        rest = [self.entropy, self.dropped, self.num_tokens, *self.losses.values()]
+        return np.concatenate([self.usage.astype(np.float64), np.array(rest, np.float64)])
+
+    def from_vector(self, vector: np.ndarray) -> "RouterStats":
+        """The stats whose sums are `vector`, with the names of this one's losses."""
+        num_experts = len(self.usage)
+        entropy, dropped, num_tokens, *losses = vector[num_experts:].tolist()
+        usage = vector[:num_experts].astype(np.int64)
+        return RouterStats(usage, entropy, int(dropped), int(num_tokens), dict(zip(self.losses, losses, strict=True)))
+
     def record(self, bias_E: np.ndarray) -> dict[str, float]:
         """Means a token, the busiest expert's load over the mean load, and the range of the correction bias."""
         tokens = max(self.num_tokens, 1)

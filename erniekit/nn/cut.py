@@ -10,9 +10,9 @@ from paddle import nn
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter divided along `axis`. `parts` are shares of that axis that were fused (q, k, v or gate, up; any common
-    unit: widths of the whole or of one rank); each part is divided on its own. `over` says what divides it: the tensor
-    ranks, or all ranks that share the experts of a layer (expert ranks times tensor ranks).
+    """A parameter divided along `axis`. `parts` are shares of that axis that were fused (q, k, v or gate, up; any
+    common unit: widths of the whole or of one rank); each part is divided on its own. `over` says what divides it: the
+    tensor ranks, or all ranks that share the experts of a layer (expert ranks times tensor ranks).
     """
 
     axis: int

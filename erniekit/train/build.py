@@ -19,10 +19,16 @@ from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.models.distribute import distribute, partition_of
+from erniekit.models.initial import draw
+from erniekit.models.weights import our_shapes
 from erniekit.parallel import recompute
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.schedule import Action
 from erniekit.precision import policy
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
+from erniekit.train.layout import cut_layers, plan_actions
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
@@ -38,7 +44,10 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    mesh: Mesh
     model: CausalLM
+    chunks: list[tuple[int, ...]]
+    actions: Callable[[int], list[Action]]
     tokenizer: Tokenizer
     recipe: Recipe
     optimizer: AdamW
@@ -63,15 +72,15 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
-def build_run(cfg: Config) -> Run:
-    """Build in the order of the module's title. ConfigError, DataError and CheckpointError name what the user can
-    mend.
+def build_run(cfg: Config, mesh: Mesh) -> Run:
+    """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
+    what the user can mend.
     """
     assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
     seed_everything(cfg.seed)
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     tokenizer = load_tokenizer(model_dir)
-    model = build_model(cfg, model_dir)
+    model, chunks = build_model(cfg, model_dir, mesh)
     check_fits(tokenizer, model.config.vocab_size, str(model_dir))
     mtp_depths = train_mtp(model, cfg)
     num_layers = model.config.num_hidden_layers
@@ -79,15 +88,18 @@ def build_run(cfg: Config) -> Run:
     optimizer = AdamW(
         model.named_parameters(), rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon, cfg.amp_master_grad
     )
-    loader, num_steps = _train_loader(cfg, tokenizer)
+    loader, num_steps = _train_loader(cfg, tokenizer, mesh)
     max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
-    eval_loader = build_loader(cfg, tokenizer, "eval") if wants_eval else None
+    eval_loader = build_loader(cfg, tokenizer, "eval", mesh.data, mesh.degrees.data) if wants_eval else None
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        mesh=mesh,
         model=model,
+        chunks=chunks,
+        actions=lambda num_microbatches: plan_actions(cfg, mesh, num_microbatches),
         tokenizer=tokenizer,
         recipe=CausalRecipe(cfg, mtp_depths),
         optimizer=optimizer,
@@ -100,9 +112,9 @@ def build_run(cfg: Config) -> Run:
     )
 
 
-def build_model(cfg: Config, model_dir: Path) -> CausalLM:
-    """The model with its weights, or at random where continue_training is false, in its precision, recomputing if
-    asked.
+def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
+    """This process's part of the model with its weights, or at random where continue_training is false, in its
+    precision, recomputing if asked; and the layers of each of its chunks.
     """
     stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
     if cfg.continue_training and not has_weights(model_dir):
@@ -110,7 +122,12 @@ def build_model(cfg: Config, model_dir: Path) -> CausalLM:
             f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
         )
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
-    model = CausalLM(_as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg))
+    config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
+    chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
+    with paddle.LazyGuard():  # no memory and no random values before the weights arrive
+        model = CausalLM(config, partition_of(mesh, chunks))
+    known = set(our_shapes(stored)) if cfg.continue_training else set()
+    draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
         if depths > stored.num_nextn_predict_layers:
@@ -121,19 +138,21 @@ def build_model(cfg: Config, model_dir: Path) -> CausalLM:
     else:
         log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
     policy.apply(model, policy.choose(cfg.compute_type, paddle.get_device()))
+    distribute(model, mesh, cfg.sequence_parallel)
     if cfg.recompute:
         recompute.apply(model.model.layers)
     model.train()
-    return model
+    return model, chunks
 
 
-def _train_loader(cfg: Config, tokenizer: Tokenizer) -> tuple[Loader, Callable[[], int]]:
+def _train_loader(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Loader, Callable[[], int]]:
     """The training data, and how many steps they make (measured when called)."""
     warmup, full = cfg.batch_size_warmup_steps, cfg.gradient_accumulation_steps
     if not warmup:
-        loader = build_loader(cfg, tokenizer, "train")
+        loader = build_loader(cfg, tokenizer, "train", mesh.data, mesh.degrees.data)
         return loader, lambda: loader.num_steps
-    single = build_loader(dataclasses.replace(cfg, gradient_accumulation_steps=1), tokenizer, "train")
+    one_by_one = dataclasses.replace(cfg, gradient_accumulation_steps=1)
+    single = build_loader(one_by_one, tokenizer, "train", mesh.data, mesh.degrees.data)
     return single, lambda: steps_for(single.num_steps, full, warmup)
 
 

@@ -10,11 +10,13 @@ from erniekit.data.batch import IGNORE, Batch
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """T real tokens of a Batch in row order (legend: T tokens).
+    """The real tokens of a Batch in row order (legend: T tokens).
 
     Host arrays, all [T] int64: `input_ids`, `labels` (IGNORE = no loss), `position_ids`, `segment_ids` (documents
     numbered 1.. through the whole batch).
-    `row_lengths` are the rows' numbers of tokens, and sum to T. `sources` names the documents' places.
+    `row_lengths` are the rows' numbers of tokens, and sum to `num_tokens`; where ranks share the tokens, T may be a
+    little more: the last document is then filling, without loss, that no router sees. `sources` names the documents'
+    places.
     """
 
     input_ids: np.ndarray
@@ -26,6 +28,12 @@ class FlatBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Real tokens."""
+        return sum(self.row_lengths)
+
+    @property
+    def size(self) -> int:
+        """T: all tokens, filling included."""
         return len(self.input_ids)
 
     @property
@@ -42,9 +50,9 @@ class FlatBatch:
         return paddle.to_tensor(self.input_ids)
 
 
-def flatten(batch: Batch) -> FlatBatch:
-    """Drop padding and join the rows. A batch of nothing but padding keeps one token without loss, so that every rank
-    runs the same graph.
+def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:
+    """Drop padding and join the rows; fill up to a `multiple` of tokens. A batch of nothing but padding keeps one token
+    without loss, so that every rank runs the same graph.
     """
     rows, columns = np.nonzero(batch.segment_ids != 0)
     if len(rows) == 0:
@@ -52,11 +60,17 @@ def flatten(batch: Batch) -> FlatBatch:
     segments = batch.segment_ids[rows, columns]
     new_document = np.ones(len(rows), dtype=bool)
     new_document[1:] = (segments[1:] != segments[:-1]) | (rows[1:] != rows[:-1])
+    filling = -len(rows) % multiple
+    documents = np.cumsum(new_document)
+
+    def joined(values: np.ndarray, fill: int) -> np.ndarray:
+        return np.pad(values.astype(np.int64), (0, filling), constant_values=fill)
+
     return FlatBatch(
-        input_ids=batch.input_ids[rows, columns].astype(np.int64),
-        labels=batch.labels[rows, columns].astype(np.int64),
-        position_ids=batch.position_ids[rows, columns].astype(np.int64),
-        segment_ids=np.cumsum(new_document),
+        input_ids=joined(batch.input_ids[rows, columns], 0),
+        labels=joined(batch.labels[rows, columns], IGNORE),
+        position_ids=joined(batch.position_ids[rows, columns], 0),
+        segment_ids=joined(documents, int(documents[-1]) + 1),
         row_lengths=[int(n) for n in np.bincount(rows) if n],
         sources=[source for row in batch.sources for source in row],
     )

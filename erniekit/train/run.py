@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.config.schema import Config
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.train.trainer import Trainer
@@ -27,10 +29,18 @@ class _History(Callback):
         self.steps.append(metrics.record())
 
 
+def join(cfg: Config) -> Mesh:
+    """This process's place among those that a launcher started; alone without one."""
+    world = comm.init()
+    return build_mesh(Degrees.from_config(cfg, world.size))
+
+
 def train(cfg: Config) -> TrainResult:
     """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
+    mesh = join(cfg)
     history = _History()
-    callbacks = [*build_callbacks(cfg), history]
-    trainer = Trainer(build_run(cfg), callbacks)
+    # The numbers are the same on every rank; one of them reports.
+    callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
+    trainer = Trainer(build_run(cfg, mesh), callbacks)
     summary = trainer.fit()
     return TrainResult(trainer.run.output_dir, history.steps, summary)

@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections import defaultdict
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,26 +11,19 @@ import paddle
 from erniekit.data.batch import Batch
 from erniekit.models.scoring import score_batches
 from erniekit.moe.balance import update_bias
-from erniekit.moe.stats import RouterStats
+from erniekit.parallel import comm
+from erniekit.parallel.schedule import Forward
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.optim import clip_gradients, global_norm
 from erniekit.train.saving import Saver
+from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
+from erniekit.train.totals import global_counts, global_sums
 from erniekit.utils import log
 from erniekit.utils.errors import TrainError
-
-
-@dataclass
-class StepSums:
-    """What the microbatches of one step add up to: each term's sum, the divisors, and what each router did."""
-
-    counts: dict[str, float]
-    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    loss: float = 0.0
-    routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
 
 
 class Trainer:
@@ -116,7 +107,9 @@ class Trainer:
         started = time.perf_counter()
         step = self.state.step
         paddle.seed((self.cfg.seed * 1_000_003 + step) % 2**32)  # noise depends on the step alone: nothing to save
-        microbatches = [flatten(batch) for batch in batches]
+        ranks = self.run.model.tensor
+        multiple = ranks.group.size if ranks is not None and ranks.sequence else 1
+        microbatches = [flatten(batch, multiple) for batch in batches]
         sums = self._forward_backward(microbatches)
         gradients = self.run.optimizer.gradients()
         norm = global_norm(gradients.values())
@@ -131,6 +124,7 @@ class Trainer:
                 update_bias(moe, modality, stats.usage, self.cfg.moe_use_aux_free_update_coef)
         if self.run.average is not None:
             self.run.average.update()
+        routers = self._router_records(sums)
         num_tokens = int(sums.counts["tokens"])
         self.state.step += 1
         self.state.num_tokens += num_tokens
@@ -140,61 +134,55 @@ class Trainer:
             grad_norm=norm,
             learning_rate=learning_rate,
             num_tokens=num_tokens,
-            num_supervised=sum(len(batch.supervised) for batch in microbatches),
+            num_supervised=int(sums.counts["supervised"]),
             seconds=time.perf_counter() - started,
-            parts=_parts(sums),
-            routers=self._router_records(sums),
+            parts=_parts(sums, routers),
+            routers=routers,
         )
 
     def _forward_backward(self, microbatches: list[FlatBatch]) -> StepSums:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
-        counts: dict[str, float] = defaultdict(float)
-        for batch in microbatches:
-            for name, count in self.run.recipe.counts(batch).items():
-                counts[name] += count
-        sums = StepSums(counts)
-        for batch in microbatches:
-            output = self.run.recipe.loss(self.run.model, batch)
-            shares = []
-            for name, term in output.terms.items():
-                mean = term.total / max(counts[term.divisor], 1.0)
-                shares.append(mean * term.weight)
-                sums.terms[name] += mean.item()
-            loss = paddle.add_n(shares)
-            loss.backward()
-            self.run.optimizer.accumulate()
-            sums.loss += loss.item()
-            for router, stats in output.routers.items():
-                if router in sums.routers:
-                    sums.routers[router].add(stats)
-                else:
-                    sums.routers[router] = stats
-        return sums
+        run, mesh = self.run, self.run.mesh
+        counts = global_counts(run.recipe, microbatches, mesh)
+        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, run.optimizer.accumulate)
+        for action in run.actions(len(microbatches)):
+            if isinstance(action, Forward):
+                _, loss = stage.forward(action.chunk, action.microbatch, None)
+                loss.backward()
+                stage.after_backward(action.microbatch)
+        return global_sums(stage.sums, mesh)
 
     def _router_records(self, sums: StepSums) -> dict[str, dict[str, Any]]:
-        """Each router's numbers and its experts' loads, by "layer" or "layer.vision"."""
+        """Each router's numbers and its experts' loads, by "layer" or "layer.vision"; those of every stage."""
         records = {}
         for (layer, modality), stats in sums.routers.items():
             bias = self.run.model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.numpy()[modality]
             name = f"{layer}.vision" if modality else str(layer)
             records[name] = stats.record(bias) | {"load": stats.usage.tolist()}
-        return records
+        return {k: v for part in comm.gather_objects(records, self.run.mesh.pipe_group) for k, v in part.items()}
 
     def _require_finite(
         self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[FlatBatch]
     ) -> None:
+        """Stop before a bad update. Loss and norm are the same on every rank, so all stop, with the same words."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         step = self.state.step + 1
-        weights = [name for name, p in self.run.model.named_parameters() if not bool(paddle.isfinite(p).all())]
-        bad = [name for name, gradient in gradients.items() if not bool(paddle.isfinite(gradient).all())]
+        named = self.run.model.named_parameters()
+        found = {
+            "weights": [name for name, p in named if not bool(paddle.isfinite(p).all())],
+            "gradients": [name for name, gradient in gradients.items() if not bool(paddle.isfinite(gradient).all())],
+            "sources": [source for batch in microbatches for source in batch.sources],
+        }
+        everywhere = comm.gather_objects(found, self.run.mesh.world_group)
+        weights, bad, sources = ([x for part in everywhere for x in part[key]] for key in found)
         if weights:
             where = f"the weight {weights[0]} is not finite"
         elif bad:
             where = f"the first bad gradient is that of {bad[0]}"
         else:
             where = "every gradient is finite, but their squares overflow"
-        sources = [source for batch in microbatches for source in batch.sources]
+        sources = list(dict.fromkeys(sources))
         shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
         newest = self.saver.manager.newest()
         kept = f"{newest} is unharmed" if newest else "no checkpoint had been saved yet"
@@ -282,11 +270,10 @@ def evaluate(run: Run) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in score.metrics().items()}
 
 
-def _parts(sums: StepSums) -> dict[str, float]:
+def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The named means of the loss, and the load of the busiest expert over the mean, averaged over layers."""
     parts = {f"loss_{name}": value for name, value in sums.terms.items()} if len(sums.terms) > 1 else {}
-    if sums.routers:
-        loads = [stats.usage.max() / max(stats.usage.mean(), 1e-9) for stats in sums.routers.values()]
-        parts["expert_load_max_over_mean"] = float(np.mean(loads))
-        parts["dropped_pairs"] = float(sum(stats.dropped for stats in sums.routers.values()))
+    if routers:
+        parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
+        parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
     return parts

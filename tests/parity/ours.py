@@ -2,6 +2,7 @@
 
 import numpy as np
 import paddle
+from whole_model import all_terms
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE, Batch
@@ -48,5 +49,5 @@ def training_loss(model: CausalLM, item: Item, mtp_factor: float = 0.0) -> paddl
     batch = Batch(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"], num_samples=1)
     flat = flatten(batch)
     counts = recipe.counts(flat)
-    terms = recipe.loss(model, flat).terms.values()
+    terms = all_terms(config, model, recipe, flat).values()
     return sum(term.weight * term.total / counts[term.divisor] for term in terms)

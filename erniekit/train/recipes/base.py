@@ -1,12 +1,12 @@
 """What a recipe gives the trainer: named sums, and the counts that each is divided by."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import paddle
 
 from erniekit.models.decoder import CausalLM
-from erniekit.moe.stats import RouterStats
+from erniekit.nn.attention import Documents
 from erniekit.train.flat import FlatBatch
 
 
@@ -22,23 +22,21 @@ class Term:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """A microbatch's terms by name, and what each router did, by (layer, modality)."""
-
-    terms: dict[str, Term]
-    routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
-
-
 class Recipe(Protocol):
     """A method. `counts` is known before any model runs, so that every microbatch is divided by the step's global
-    count.
+    count. The layers' own terms (router losses) are added by the stage that runs them, whatever the recipe.
     """
 
     def counts(self, batch: FlatBatch) -> dict[str, float]:
         """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
         ...
 
-    def loss(self, model: CausalLM, batch: FlatBatch) -> LossOutput:
-        """The microbatch's terms."""
+    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
+        """What is added to the embeddings [T, D], or None."""
+        ...
+
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch
+    ) -> dict[str, Term]:
+        """The terms that the last layer's output [T, D], before the final norm, gives; asked of the last stage only."""
         ...

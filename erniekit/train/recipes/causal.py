@@ -10,19 +10,15 @@ from erniekit.data.batch import IGNORE
 from erniekit.losses.lm import linear_cross_entropy
 from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.mtp import predict_ahead
-from erniekit.moe.layer import Routed, TokenInfo
-from erniekit.moe.losses import load_balance_loss, router_orthogonal_loss, router_z_loss
-from erniekit.moe.router import RouterOptions
-from erniekit.moe.stats import RouterStats, measure
 from erniekit.nn.attention import Documents
 from erniekit.nn.segments import make_plan
 from erniekit.train.flat import FlatBatch
-from erniekit.train.recipes.base import LossOutput, Term
+from erniekit.train.recipes.base import Term
 
 
 @dataclass(frozen=True)
 class CausalRecipe:
-    """Cross-entropy of the next token, multi-token prediction, router losses.
+    """Cross-entropy of the next token, multi-token prediction.
 
     With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
     (1/N) sum_i sum_t nll_it / length_i, so that samples with little supervised text do not dominate (ERNIE 4.5
@@ -47,16 +43,13 @@ class CausalRecipe:
                 counts[f"mtp_{depth}"] = float((valid & (batch.labels[target] != IGNORE)).sum())
         return counts
 
-    def loss(self, model: CausalLM, batch: FlatBatch) -> LossOutput:
-        """Terms "lm", "head_z", "mtp_d" and, for sparse layers, "router_balance", "router_z", "router_orthogonal"."""
-        documents = model.documents(batch.segment_ids[None], batch.position_ids[None])
-        ids_T = batch.ids_tensor()
-        hidden = model.model(ids_T, documents, self._noise(model, batch), TokenInfo(batch.row_lengths))
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch
+    ) -> dict[str, Term]:
+        """Terms "lm", and if asked for "head_z" and "mtp_d"."""
+        hidden = Hidden(x_TD, model.model.norm(x_TD))
         terms = self._lm_terms(model, hidden.normed, batch)
-        if self.mtp_depths:
-            terms |= self._mtp_terms(model, hidden, ids_T, documents, batch)
-        router_terms, routers = self._router_terms(model, hidden)
-        return LossOutput(terms | router_terms, routers)
+        return terms | self._mtp_terms(model, hidden, documents, batch) if self.mtp_depths else terms
 
     def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: FlatBatch) -> dict[str, Term]:
         """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
@@ -86,24 +79,23 @@ class CausalRecipe:
         only.
         """
         if len(places) == 0:
-            # Nothing to learn here, but the graph (and every rank's collectives) must be the same.
+            # Nothing to learn here, but every rank's graph must reach every parameter.
             nothing = (normed_TD * 0.0).sum()
             return nothing, nothing
         weights = np.ones(len(places), dtype=np.float32)
         if self.cfg.token_balance_loss:
             weights /= batch.document_lengths()[places]
-        rows = normed_TD if len(places) == batch.num_tokens else paddle.gather(normed_TD, paddle.to_tensor(places))
+        normed_TD = model.enter_head(normed_TD)
+        rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
         labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
         loss, _, z_squared_T = linear_cross_entropy(
             rows, model.output_head(), labels, weights_T, self.cfg.loss_subbatch_seqlen, z_weight
         )
         return loss, (z_squared_T * weights_T).sum()
 
-    def _mtp_terms(
-        self, model: CausalLM, hidden: Hidden, ids_T: paddle.Tensor, documents: Documents, batch: FlatBatch
-    ) -> dict[str, Term]:
+    def _mtp_terms(self, model: CausalLM, hidden: Hidden, documents: Documents, batch: FlatBatch) -> dict[str, Term]:
         terms = {}
-        for number, depth in enumerate(predict_ahead(model.model, hidden, ids_T, documents)):
+        for number, depth in enumerate(predict_ahead(model.model, hidden, batch.ids_tensor(), documents)):
             labels = np.where(depth.valid, batch.labels[depth.target], IGNORE)
             places = np.flatnonzero(labels != IGNORE)
             total, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
@@ -111,46 +103,12 @@ class CausalRecipe:
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms
 
-    def _router_terms(
-        self, model: CausalLM, hidden: Hidden
-    ) -> tuple[dict[str, Term], dict[tuple[int, int], RouterStats]]:
-        """Sums over routers of the losses whose coefficient is not 0, and each router's own numbers. A frozen router
-        has no loss.
-        """
-        totals: dict[str, list[paddle.Tensor]] = {}
-        stats = {}
-        for (layer, modality), routed in hidden.routings.items():
-            mlp = model.model.layers[layer].mlp
-            gate = mlp.gate.matrix(modality)
-            losses = {} if gate.stop_gradient else self._router_losses(routed, gate, mlp.options)
-            for name, loss in losses.items():
-                totals.setdefault(name, []).append(loss)
-            stats[layer, modality] = measure(routed, losses)
-        weights = {
-            "router_balance": self.cfg.moe_aux_loss_lambda,
-            "router_z": self.cfg.moe_z_loss_lambda,
-            "router_orthogonal": self.cfg.moe_orthogonal_loss_lambda,
-        }
-        return {name: Term(paddle.add_n(parts), "tokens", weights[name]) for name, parts in totals.items()}, stats
-
-    def _router_losses(self, routed: Routed, gate: paddle.Tensor, options: RouterOptions) -> dict[str, paddle.Tensor]:
-        losses = {}
-        num_tokens = routed.routing.probs.shape[0]
-        if self.cfg.moe_aux_loss_lambda:
-            losses["router_balance"] = load_balance_loss(routed.routing.probs, options, routed.row_lengths)
-        if self.cfg.moe_z_loss_lambda:
-            losses["router_z"] = router_z_loss(routed.routing.logits)
-        if self.cfg.moe_orthogonal_loss_lambda:
-            groups = options.top_k if options.grouped else 1
-            losses["router_orthogonal"] = router_orthogonal_loss(gate, groups) * num_tokens
-        return losses
-
-    def _noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
+    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
         """NEFTune: uniform noise in [-1, 1] * alpha / sqrt(length * D) on each document's embeddings (Jain et al. 2023,
         arXiv 2310.05914, algorithm 1)."""
         if not self.cfg.neftune:
             return None
         size = model.config.hidden_size
         scale = self.cfg.neftune_noise_alpha / np.sqrt(batch.document_lengths() * size)
-        noise = paddle.uniform([batch.num_tokens, size], min=-1.0, max=1.0)
+        noise = paddle.uniform([batch.size, size], min=-1.0, max=1.0)
         return noise * paddle.to_tensor(scale.astype(np.float32)).unsqueeze(-1)

@@ -1,0 +1,61 @@
+"""Keys about the processes that train together."""
+
+from dataclasses import dataclass
+
+from erniekit.config.fields import key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArgs:
+    """Over how many processes the model and the data are divided. A degree of -1 is not asked for."""
+
+    tensor_parallel_degree: int = key(
+        1, "Ranks that share every projection and, by whole experts, every sparse layer.", ge=1, off=-1
+    )
+    sequence_parallel: bool = key(
+        False, "Between their projections, tensor-parallel ranks also share the tokens: less memory for activations."
+    )
+    pipeline_parallel_degree: int = key(1, "Stages that the layers are cut into.", ge=1, off=-1)
+    virtual_pp_degree: int = key(
+        1, "Pieces of the model on each stage; above 1 the pipeline is interleaved.", ge=1, off=-1
+    )
+    pp_seg_method: str = key(
+        "layer:DecoderLayer",
+        "Where the layers are cut: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
+    )
+    pipeline_schedule: str = key(
+        "1f1b",
+        "Order of forward and backward passes: 1f1b, or memory_efficient (fewer activations alive, more waiting).",
+        choices=("1f1b", "memory_efficient"),
+    )
+    expert_parallel_degree: int = key(
+        -1, "Data ranks that share the experts of a layer; it divides the number of data ranks.", ge=1, off=-1
+    )
+    data_parallel_degree: int = key(
+        -1,
+        "Data ranks that each keep all of the optimizer's state; -1: what the number of processes leaves.",
+        ge=1,
+        off=-1,
+    )
+    sharding: str = key(
+        "",
+        "Divide over data ranks the optimizer's state (stage1), and the gradients as well (stage2); empty: nothing.",
+        choices=("", "stage1", "stage2"),
+    )
+    sharding_parallel_degree: int = key(
+        -1, "Data ranks that share one copy of what `sharding` divides; -1: all of them.", ge=1, off=-1
+    )
+    distributed_timeout: float = key(
+        30.0, "Seconds within which a rank that died or hangs ends the whole job, on all hosts.", ge=2
+    )
+    rendezvous_timeout: float = key(
+        600.0, "Seconds that the hosts of a job (NNODES) wait for one another before it begins.", gt=0
+    )
+    max_restarts: int = key(
+        0, "How often a job that lost a rank starts again by itself, from its last checkpoint.", ge=0
+    )
+    elastic: bool = key(
+        False,
+        "A restarted job goes on without the hosts that do not come back: fewer data ranks, more accumulation, the "
+        "same global batch.",
+    )

@@ -1,0 +1,25 @@
+"""Where the layers of a run lie, and in which order a stage works on them."""
+
+from erniekit.config.schema import Config
+from erniekit.models.config import ModelConfig
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.schedule import Action, plan
+from erniekit.parallel.stages import cut, layer_costs
+
+
+def schedule_of(cfg: Config) -> str:
+    """The name of the pipeline's schedule; several chunks a stage are interleaved."""
+    return "interleaved" if cfg.virtual_pp_degree > 1 and cfg.pipeline_schedule == "1f1b" else cfg.pipeline_schedule
+
+
+def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
+    """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
+    chunks = max(cfg.virtual_pp_degree, 1)
+    pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, layer_costs(config, cfg.max_seq_len // 2))
+    return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
+
+
+def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]:
+    """What this process's stage does in a step of so many microbatches."""
+    stages, chunks = mesh.degrees.pipeline, max(cfg.virtual_pp_degree, 1)
+    return plan(schedule_of(cfg), stages, num_microbatches, chunks)[mesh.pipe]

@@ -1,0 +1,99 @@
+"""What a process does with one step's microbatches: its own layers, and the losses that arise there.
+
+The pipeline's executor (parallel/pipeline.py) decides when; one process alone is a pipeline of one stage.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.models.decoder import CausalLM
+from erniekit.moe.layer import TokenInfo
+from erniekit.moe.stats import RouterStats
+from erniekit.train.flat import FlatBatch
+from erniekit.train.recipes.base import Recipe, Term
+from erniekit.train.recipes.routers import router_terms
+
+
+@dataclass
+class StepSums:
+    """What this process's microbatches of one step add up to: the divisors (of all data ranks), each term's mean over
+    them, the loss, and what each router did.
+    """
+
+    counts: dict[str, float]
+    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    loss: float = 0.0
+    routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
+
+
+class TrainStage:
+    """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
+    interleaved). `sums` are complete when every microbatch has been forward.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: CausalLM,
+        recipe: Recipe,
+        chunks: Sequence[Sequence[int]],
+        microbatches: Sequence[FlatBatch],
+        counts: dict[str, float],
+        accumulate: Callable[[], None],
+    ) -> None:
+        self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
+        self.microbatches = microbatches
+        self.sums = StepSums(counts)
+        self._accumulate = accumulate
+
+    def forward(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
+        batch, decoder = self.microbatches[microbatch], self.model.model
+        documents = self.model.documents(batch.segment_ids[None], batch.position_ids[None])
+        if x_TD is None:
+            x_TD = decoder.embed_tokens(batch.ids_tensor())
+            noise = self.recipe.noise(self.model, batch)
+            if noise is not None:
+                x_TD = x_TD + (noise if self.model.tensor is None else self.model.tensor.own_tokens(noise))
+        x_TD, routings = decoder.run(x_TD, self.chunks[chunk], documents, TokenInfo(batch.row_lengths))
+        terms, stats = router_terms(self.cfg, self.model, routings)
+        for router, numbers in stats.items():
+            if router in self.sums.routers:
+                self.sums.routers[router].add(numbers)
+            else:
+                self.sums.routers[router] = numbers
+        if not self._is_last(chunk):
+            return x_TD, self._share(terms)
+        return None, self._share(self.recipe.head_terms(self.model, x_TD, documents, batch) | terms)
+
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
+        """Shape and dtype of what the stage before sends."""
+        ranks, size = self.model.tensor, self.microbatches[microbatch].size
+        rows = size // ranks.group.size if ranks is not None and ranks.sequence else size
+        return [rows, self.model.config.hidden_size], paddle.get_default_dtype()
+
+    def after_backward(self, microbatch: int) -> None:
+        """The gradients of a microbatch are complete."""
+        self._accumulate()
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.model.part.has_head and chunk == len(self.chunks) - 1
+
+    def _share(self, terms: dict[str, Term]) -> paddle.Tensor | None:
+        """The terms over the step's counts, weighted and added up."""
+        shares = []
+        for name, term in terms.items():
+            mean = term.total / max(self.sums.counts[term.divisor], 1.0)
+            shares.append(mean * term.weight)
+            self.sums.terms[name] += mean.item()
+        if not shares:
+            return None
+        loss = paddle.add_n(shares)
+        self.sums.loss += loss.item()
+        return loss

@@ -1,0 +1,42 @@
+"""One step's numbers, from what each rank saw to what all ranks saw together."""
+
+import numpy as np
+
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Mesh
+from erniekit.train.flat import FlatBatch
+from erniekit.train.recipes.base import Recipe
+from erniekit.train.stage import StepSums
+
+
+def global_counts(recipe: Recipe, microbatches: list[FlatBatch], mesh: Mesh) -> dict[str, float]:
+    """What each term of the loss is divided by: over every microbatch and every data rank, before any model runs.
+    "supervised" are the tokens that carry loss.
+    """
+    counts: dict[str, float] = {"supervised": 0.0}
+    for batch in microbatches:
+        counts["supervised"] += len(batch.supervised)
+        for name, count in recipe.counts(batch).items():
+            counts[name] = counts.get(name, 0.0) + count
+    summed = comm.sum_floats(np.array(list(counts.values())), mesh.data_group)
+    return dict(zip(counts, summed.tolist(), strict=True))
+
+
+def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
+    """Terms and loss over all stages and data ranks; routers (those of this rank's own layers) over the data ranks."""
+    terms: dict[str, float] = {}
+    for stage_terms in comm.gather_objects(dict(sums.terms) | {"": sums.loss}, mesh.pipe_group):
+        for name, value in stage_terms.items():
+            terms[name] = terms.get(name, 0.0) + value
+    names = sorted(terms)
+    vectors = [np.array([terms[name] for name in names])]
+    vectors += [stats.to_vector() for stats in sums.routers.values()]
+    summed = comm.sum_floats(np.concatenate(vectors), mesh.data_group)
+    values = dict(zip(names, summed[: len(names)].tolist(), strict=True))
+    ends = np.cumsum([len(vector) for vector in vectors])
+    routers = {
+        router: stats.from_vector(summed[begin:end])
+        for (router, stats), begin, end in zip(sums.routers.items(), ends[:-1], ends[1:], strict=True)
+    }
+    loss = values.pop("")
+    return StepSums(sums.counts, values, loss, routers)
