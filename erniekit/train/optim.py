@@ -9,6 +9,12 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.parallel.buckets import gradient_bytes, state_bytes
+from erniekit.parallel.sharding import GradientSync
+from erniekit.utils import log
+
+# Fields of the state that are one number a parameter.
+POWERS = ("beta1_pow", "beta2_pow")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,10 @@ class AdamW:
 
     State is fp32: the two moments, the powers of the betas, and, for 16-bit parameters, a master copy. `state` maps
     parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the names of
-    `model.named_parameters()`.
+    `model.named_parameters()`. Where `sync` divides a parameter's state over ranks, moments and master copy are this
+    rank's chunk [c], flat (parallel/buckets.py).
+
+    Gradients come from `sync` (without one: those of this process alone).
     """
 
     def __init__(
@@ -60,54 +69,59 @@ class AdamW:
         beta2: float,
         epsilon: float,
         master_grad: bool = True,
+        sync: GradientSync | None = None,
     ) -> None:
-        self.parameters = {name: p for name, p in named_parameters if not p.stop_gradient}
+        self.sync = GradientSync.single(named_parameters, master_grad) if sync is None else sync
+        self.parameters = self.sync.parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.state = {name: self._new_state(p) for name, p in self.parameters.items()}
-        self._master_grad = master_grad
-        self._fp32_grads: dict[str, paddle.Tensor] = {}
+        self.state = {name: self._new_state(name) for name in self.parameters}
+        if self.sync.world.size > 1:
+            log.info(self.memory_line())
 
-    def _new_state(self, parameter: paddle.Tensor) -> dict[str, paddle.Tensor]:
+    def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
+        own = self.sync.own(name)
         state = {
-            "moment1": paddle.zeros(parameter.shape, dtype="float32"),
-            "moment2": paddle.zeros(parameter.shape, dtype="float32"),
+            "moment1": paddle.zeros(own.shape, dtype="float32"),
+            "moment2": paddle.zeros(own.shape, dtype="float32"),
             "beta1_pow": paddle.full([1], self.beta1, dtype="float32"),
             "beta2_pow": paddle.full([1], self.beta2, dtype="float32"),
         }
-        if parameter.dtype != paddle.float32:
-            state["master"] = parameter.astype("float32")
+        if own.dtype != paddle.float32:
+            state["master"] = own.astype("float32")
         return state
 
-    @paddle.no_grad()
+    def state_bytes(self) -> int:
+        """Bytes of the state on this rank, counted over its tensors; the formula is parallel.buckets.state_bytes."""
+        return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
+
+    def memory_line(self) -> str:
+        """What the optimizer holds on this rank, beside what it would hold undivided."""
+        sync, entries = self.sync, self.sync.entries.values()
+        undivided = state_bytes(entries, divided=False)
+        gradients = gradient_bytes(entries, sync.stage, sync.master_grad)
+        return (
+            f"optimizer state: {_mib(self.state_bytes())} on this rank, {_mib(undivided)} if it were not divided; "
+            f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.stage})"
+        )
+
     def accumulate(self) -> None:
-        """After a microbatch's backward pass: move gradients of 16-bit parameters into fp32 sums (`master_grad`)."""
-        if not self._master_grad:
-            return
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None or parameter.dtype == paddle.float32:
-                continue
-            part = parameter.grad.astype("float32")
-            total = self._fp32_grads.get(name)
-            self._fp32_grads[name] = part if total is None else total.add_(part)
-            parameter.grad = None
+        """After a microbatch's backward pass (see GradientSync)."""
+        self.sync.after_backward()
 
     def gradients(self) -> dict[str, paddle.Tensor]:
-        """The step's gradient of each parameter that has one: its fp32 sum where there is one."""
-        found = {}
-        for name, parameter in self.parameters.items():
-            gradient = self._fp32_grads.get(name, parameter.grad)
-            if gradient is not None:
-                found[name] = gradient
-        return found
+        """The step's gradient of each parameter that has one (see GradientSync)."""
+        return self.sync.gradients()
 
     @paddle.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update every parameter that has a gradient. A parameter without one (an expert no token reached has a zero
-        gradient, not none) is left alone.
+        """Update every parameter that has a gradient. A parameter without one on any rank (an expert no token reached
+        has a zero gradient, not none) is left alone.
         """
-        for name, gradient in self.gradients().items():
-            parameter, rule, state = self.parameters[name], self.rules[name], self.state[name]
+        updated = {}
+        for name, gradient in self.sync.gradients().items():
+            parameter, rule, state = self.sync.own(name), self.rules[name], self.state[name]
+            updated[name] = parameter
             paddle._C_ops.adamw_(
                 parameter,
                 gradient.astype(parameter.dtype),
@@ -131,25 +145,42 @@ class AdamW:
                 False,  # use_global_beta_pow
                 False,  # amsgrad
             )
+        self.sync.publish(updated)
 
     def clear_grad(self) -> None:
         """Forget the gradients and free their memory."""
-        self._fp32_grads.clear()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.sync.clear()
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""
+        return {f"{name}/{field}": self._shape(name, field) for name, fields in self.state.items() for field in fields}
+
+    def _shape(self, name: str, field: str) -> tuple[int, ...]:
+        return (1,) if field in POWERS else self.sync.entries[name].shape
+
+    def state_array(self, key: str) -> np.ndarray:
+        """One entry of the state, whole, fp32. All ranks of the parameter's shard group have to call it together."""
+        name, field = key.rsplit("/", 1)
+        tensor = self.state[name][field]
+        return tensor.numpy() if field in POWERS else self.sync.gather(name, tensor)
 
     def state_arrays(self) -> dict[str, np.ndarray]:
         """The whole state as "parameter name/field" -> fp32 array, for a checkpoint."""
-        return {
-            f"{name}/{field}": tensor.numpy() for name, state in self.state.items() for field, tensor in state.items()
-        }
+        return {key: self.state_array(key) for key in self.state_shapes()}
 
     def load_state_array(self, key: str, array: np.ndarray) -> None:
-        """Set one entry of `state_arrays`. KeyError if the optimizer has no such entry, ValueError if its shape
-        differs.
+        """Set one entry of the state from the whole array. KeyError if the optimizer has no such entry, ValueError if
+        its shape differs.
         """
         name, field = key.rsplit("/", 1)
-        self.state[name][field].set_value(array)
+        tensor, shape = self.state[name][field], self._shape(name, field)
+        if array.shape != shape:
+            raise ValueError(f"{key}: shape {array.shape}, not {shape}")
+        tensor.set_value(array if field in POWERS else self.sync.scatter(name, array))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
 
 
 @paddle.no_grad()

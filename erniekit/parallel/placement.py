@@ -1,0 +1,26 @@
+"""Which ranks share a parameter, its gradient and its optimizer state."""
+
+from dataclasses import dataclass
+
+from erniekit.parallel.comm import Group
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of one local parameter.
+
+    Attributes:
+        gradient: ranks whose gradients of this parameter add up (all data ranks, or the expert-data ranks for experts).
+        shard: ranks over which its optimizer state is divided (one rank: not divided); a subgroup of `gradient`.
+        replica: ranks that hold the same shard (gradient = shard x replica).
+        partial: tensor ranks over which its gradient is still a partial sum (one rank: none).
+        ends: first and last stage for a shared embedding, else one rank.
+        copies: ranks in the world that hold these same values.
+    """
+
+    gradient: Group
+    shard: Group
+    replica: Group
+    partial: Group
+    ends: Group
+    copies: int
