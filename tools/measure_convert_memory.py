@@ -52,9 +52,8 @@ def synthetic_config(megabytes: int) -> ModelConfig:
     )
 
 
-def make_checkpoint(directory: Path, megabytes: int) -> None:
+def make_checkpoint(directory: Path, config: ModelConfig) -> None:
     """Random bits of ordinary size under the names of a -PT checkpoint."""
-    config = synthetic_config(megabytes)
     rng = np.random.default_rng(0)
     plan: Plan = []
     for logical in logical_tensors(config):
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
-        make_checkpoint(args.make, args.megabytes)
+        make_checkpoint(args.make, synthetic_config(args.megabytes))
         return
     if args.step:
         source, target, layout, shard = args.step

@@ -1,6 +1,7 @@
 """Models from and to directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
 
 import dataclasses
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
 from erniekit.models.config import FORMATS, Format, ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
+from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights
 from erniekit.models.partition import WHOLE
 from erniekit.models.weights import Logical, export_tensors, logical_tensors
 from erniekit.nn.cut import Cut, take
+from erniekit.precision.low_bit import LowBitWeight
+from erniekit.precision.weight_only import Schemes
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, UserError
 
@@ -24,7 +28,8 @@ __all__ = ["load_model", "load_weights", "read_config", "save_model"]
 
 
 def load_weights(model: paddle.nn.Layer, path: str | Path, stored: ModelConfig | None = None) -> None:
-    """Fill `model` (with a `.config`) from the directory `path`, a parameter at a time; its dtypes stay.
+    """Fill `model` (with a `.config`) from the directory `path`, a parameter at a time; its dtypes stay. Weights that
+    are held in few bits are quantised as they come, experts one by one.
 
     `stored`: what the directory holds, where that is only part of the model; the rest is left as it is.
     Raises CheckpointError with every missing, unexpected and misshapen tensor.
@@ -32,11 +37,14 @@ def load_weights(model: paddle.nn.Layer, path: str | Path, stored: ModelConfig |
     _fill(model, Source(path, stored or model.config), through=None)
 
 
-def load_model(path: str | Path, dtype: str = "float32", adapter: str | None = None) -> CausalLM:
+def load_model(
+    path: str | Path, dtype: str = "float32", adapter: str | None = None, low_bit: Schemes | None = None
+) -> CausalLM:
     """The model in directory `path`, in eval mode.
 
     `dtype`: "float32", "bfloat16" or "float16" of the parameters; router and correction bias stay float32. On a CPU,
     where Paddle cannot multiply the short types, the weights are rounded through them and held in float32.
+    `low_bit`: how the projections of the layers are held instead, frozen (see precision.weight_only.SCHEMES).
     Raises CheckpointError (see `Source`), UserError for an adapter, which this version cannot apply.
     """
     if adapter is not None:
@@ -55,7 +63,11 @@ def load_model(path: str | Path, dtype: str = "float32", adapter: str | None = N
             model = CausalLM(source.config)
     finally:
         paddle.set_default_dtype(default)
+    if low_bit is not None:
+        hold_in_low_bits(model, low_bit)
     _fill(model, source, through=target if on_cpu else None)
+    if low_bit is not None:
+        log.info(f"{path}: {describe(model)}")
     model.eval()
     return model
 
@@ -64,7 +76,7 @@ def _fill(model: paddle.nn.Layer, source: Source, through: str | None) -> None:
     """Set every parameter and persistent buffer, rounding through the header dtype `through` if given. A model that is
     one part of several takes its share of each.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | low_bit_weights(model)
     cuts, part = named_cuts(model), model.part
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
@@ -72,15 +84,35 @@ def _fill(model: paddle.nn.Layer, source: Source, through: str | None) -> None:
             assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
             continue
         cut = cuts.get(param)
-        array = _read(source, list(logicals), cut, (0, 1) if cut is None else part.share(cut), through)
+        units = list(logicals)
+        pieces = _read(source, units, cut, (0, 1) if cut is None else part.share(cut), through)
+        if isinstance(tensor, LowBitWeight):
+            _quantise(tensor, pieces, param)
+            continue
+        array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
+def _quantise(weight: LowBitWeight, pieces: Iterator[np.ndarray], param: str) -> None:
+    for place, piece in enumerate(pieces):
+        try:
+            weight.fill(place, piece)
+        except ValueError as error:
+            raise CheckpointError(f"{param}: {error}: it cannot be held in few bits.") from None
+
+
+def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    stack = np.empty(shape, np.float32)
+    for place, piece in enumerate(pieces):
+        stack[place] = piece
+    return stack
+
+
 def _read(
     source: Source, logicals: list[Logical], cut: Cut | None, share: tuple[int, int], through: str | None
-) -> np.ndarray:
-    """A share (index, count) of one parameter as float32; of stacked experts, only those wanted are read."""
+) -> Iterator[np.ndarray]:
+    """A share (index, count) of one parameter as float32, whole, or expert by expert: only those wanted are read."""
 
     def whole(logical: Logical) -> np.ndarray:
         array = source.read(logical, as_fp32=True)
@@ -90,12 +122,11 @@ def _read(
 
     index, count = share
     if logicals[0].index is None:
-        return whole(logicals[0]) if cut is None else np.ascontiguousarray(take(whole(logicals[0]), cut, index, count))
+        yield whole(logicals[0]) if cut is None else np.ascontiguousarray(take(whole(logicals[0]), cut, index, count))
+        return
     held = len(logicals) // count
-    stack = np.empty((held, *logicals[0].shape), np.float32)
-    for place, logical in enumerate(logicals[index * held : (index + 1) * held]):
-        stack[place] = whole(logical)
-    return stack
+    for logical in logicals[index * held : (index + 1) * held]:
+        yield whole(logical)
 
 
 def save_model(
@@ -111,6 +142,11 @@ def save_model(
     and correction bias are always float32. The directory is complete or as it was before; a full disk is a
     CheckpointError. One parameter is copied at a time.
     """
+    if low_bit_weights(model):
+        raise CheckpointError(
+            "this model holds its weights in few bits, from which no file is made: save its adapter, and merge it into "
+            "the weights that the model was loaded from."
+        )
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     header = dtypes.header_name(dtype or "float32")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
 
+LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
 _SUM_ROOM = 0.02  # so that "0.33,0.33,0.33" will do
 
@@ -17,7 +18,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     found = [*_schedule(cfg), *_datasets(cfg), *_numbers(cfg), *_needed(cfg, command), *_token_files(cfg, command)]
     if command == "train":
-        found += [*_training(cfg), *_best(cfg)]
+        found += [*_training(cfg), *_low_bit(cfg), *_best(cfg)]
     return found
 
 
@@ -101,6 +102,16 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         asked = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {asked}"
+
+
+def _low_bit(cfg: Config) -> Iterator[str]:
+    if cfg.compute_type not in LOW_BIT:
+        return
+    asked = f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen"
+    if cfg.fine_tuning != "LoRA":
+        yield f"{asked}, but fine_tuning: {cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
+    if not cfg.continue_training:
+        yield f"{asked}, which makes no sense of a random start: set continue_training: true, or compute_type: bf16"
 
 
 def _best(cfg: Config) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Alias:
     """Another name of the key `to`.
 
     `convert` gives (value, rank), or None when the value says nothing. Rank 0 is as good as the key itself and may not
-    contradict it; a higher rank gives way to a lower one.
+    contradict it; a higher rank gives way to a lower one, the key itself to a negative one.
     """
 
     to: str
@@ -86,6 +86,23 @@ def bf16_flag(value: Any) -> tuple[Any, int]:
 def fp16_flag(value: Any) -> tuple[Any, int] | None:
     """fp16: True is compute_type: fp16; fp16: False says nothing."""
     return ("fp16", 0) if to_bool(value) else None
+
+
+_QUANTISATIONS = {
+    "weight_only_int8": "wint8",
+    "weight_only_int4": "wint4",
+    "weight_only_mix": "wint4/8",
+    "fp8linear": "fp8",
+} | {name: name for name in ("wint8", "wint4", "wint4/8", "nf4")}
+
+
+def quantisation(value: Any) -> tuple[Any, int] | None:
+    """How a base is quantised says more than the bf16 of its products: it decides over the key itself."""
+    if _plain(value) is None:
+        return None
+    if not isinstance(value, str) or value not in _QUANTISATIONS:
+        raise ValueError(f"expected one of {', '.join(_QUANTISATIONS)}, got {value!r}")
+    return _QUANTISATIONS[value], -1
 
 
 def unless_zero(value: Any) -> tuple[Any, int] | None:

@@ -28,7 +28,8 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16 or fp32; fp16, fp8, wint8, wint4, wint4/8, nf4 are not built yet.",
+        "Precision of weights and products: bf16 or fp32; or a frozen base in few bits, to train LoRA on or to use: "
+        "wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp16 and fp8 are not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")

@@ -65,11 +65,13 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     path = _directory(cfg)
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     if has_weights(path):
-        model = load_model(path, precision.param_dtype)
+        model = load_model(path, precision.param_dtype, low_bit=precision.low_bit)
         log.info(f"model: {path}")
     elif random_start and not cfg.continue_training:
         model = _random(cfg, path)
         policy.apply(model, precision)
+        if precision.low_bit is not None:
+            log.info(f"compute_type: {cfg.compute_type}: no effect on a random start")
     else:
         start = " (or set continue_training: false for a random start)" if random_start else ""
         raise CheckpointError(f"{path} holds a config.json but no weights: train first, or name another model{start}.")

@@ -1,29 +1,12 @@
 """Which weights of a model a frozen base holds in 8 or 4 bits, and how many bytes that takes."""
 
-from dataclasses import dataclass
+from math import prod
 
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.experts import StackedLinear
 from erniekit.nn.linear import Projection
 from erniekit.precision.low_bit import LowBitWeight
-from erniekit.precision.weight_only import INT4, INT8, NF4, Scheme
-
-
-@dataclass(frozen=True)
-class Schemes:
-    """How the projections of attention, dense blocks and shared experts are held, and how the routed experts are."""
-
-    projections: Scheme
-    experts: Scheme
-
-
-# By compute_type.
-SCHEMES = {
-    "wint8": Schemes(INT8, INT8),
-    "wint4": Schemes(INT4, INT4),
-    "wint4/8": Schemes(INT8, INT4),
-    "nf4": Schemes(NF4, NF4),
-}
+from erniekit.precision.weight_only import Schemes
 
 
 def hold_in_low_bits(model: CausalLM, schemes: Schemes) -> None:
@@ -37,6 +20,16 @@ def hold_in_low_bits(model: CausalLM, schemes: Schemes) -> None:
             scheme = schemes.experts if isinstance(layer, StackedLinear) else schemes.projections
             layer.low_bit = LowBitWeight(layer.weight.shape, scheme)
             del layer.weight
+
+
+def describe(model: CausalLM) -> str:
+    """What is held in few bits, and how many bytes that takes instead of those of the model's other weights."""
+    held = low_bit_weights(model).values()
+    names = sorted({weight.scheme.name for weight in held})
+    few = sum(weight.num_bytes() for weight in held)
+    size = next(model.model.layers.children()).input_layernorm.weight.element_size()
+    many = size * sum(prod(weight.shape) for weight in held)
+    return f"{len(held)} frozen weights in {' and '.join(names)}: {few / 1e6:.1f} MB instead of {many / 1e6:.1f} MB"
 
 
 def low_bit_weights(model: CausalLM) -> dict[str, LowBitWeight]:

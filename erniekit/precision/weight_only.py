@@ -63,6 +63,23 @@ INT4 = Scheme("int4", 4, 64, tuple(float(k) for k in range(-8, 8)))  # -8 is not
 NF4 = Scheme("nf4", 4, 64, tuple(_nf4_levels().tolist()))
 
 
+@dataclass(frozen=True)
+class Schemes:
+    """How the projections of attention, dense blocks and shared experts are held, and how the routed experts are."""
+
+    projections: Scheme
+    experts: Scheme
+
+
+# By compute_type.
+SCHEMES = {
+    "wint8": Schemes(INT8, INT8),
+    "wint4": Schemes(INT4, INT4),
+    "wint4/8": Schemes(INT8, INT4),
+    "nf4": Schemes(NF4, NF4),
+}
+
+
 def quantise(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     """weight [in, out] floating -> codes (int8 [out, in], or uint8 [out, ceil(in/2)]), scales [out, groups] fp32.
 

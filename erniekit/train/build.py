@@ -19,16 +19,18 @@ from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.distribute import distribute, partition_of
+from erniekit.models.distribute import distribute, partition_of, placements
 from erniekit.models.initial import draw
+from erniekit.models.low_bit import describe, hold_in_low_bits
 from erniekit.models.weights import our_shapes
 from erniekit.parallel import recompute
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.schedule import Action
+from erniekit.parallel.sharding import GradientSync
 from erniekit.precision import policy
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
-from erniekit.train.layout import cut_layers, plan_actions
+from erniekit.train.layout import chunk_of, cut_layers, plan_actions
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
@@ -85,9 +87,15 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     mtp_depths = train_mtp(model, cfg)
     num_layers = model.config.num_hidden_layers
     rules = {name: rule_for(name, cfg, num_layers) for name, _ in model.named_parameters()}
-    optimizer = AdamW(
-        model.named_parameters(), rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon, cfg.amp_master_grad
+    sync = GradientSync(
+        model.named_parameters(),
+        placements(model, mesh, bool(cfg.sharding)),
+        mesh.world_group,
+        stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
+        master_grad=cfg.amp_master_grad,
+        parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
     )
+    optimizer = AdamW(model.named_parameters(), rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon, sync=sync)
     loader, num_steps = _train_loader(cfg, tokenizer, mesh)
     max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
@@ -124,8 +132,11 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
+    precision = policy.choose(cfg.compute_type, paddle.get_device())
     with paddle.LazyGuard():  # no memory and no random values before the weights arrive
         model = CausalLM(config, partition_of(mesh, chunks))
+    if precision.low_bit is not None:
+        hold_in_low_bits(model, precision.low_bit)
     known = set(our_shapes(stored)) if cfg.continue_training else set()
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
@@ -137,7 +148,9 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
             )
     else:
         log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
-    policy.apply(model, policy.choose(cfg.compute_type, paddle.get_device()))
+    policy.apply(model, precision)
+    if precision.low_bit is not None:
+        log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
     distribute(model, mesh, cfg.sequence_parallel)
     if cfg.recompute:
         recompute.apply(model.model.layers)

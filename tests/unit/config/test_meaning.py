@@ -153,7 +153,6 @@ def test_each_command_needs_only_its_own_keys():
         ({"fine_tuning": "LoRA"}, "fine_tuning: LoRA"),
         ({"lora": True}, "lora: True (LoRA)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
-        ({"compute_type": "wint4/8"}, "compute_type: wint4/8 (INT4 and INT8 weights)"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree: 2 (tensor parallelism)"),
         ({"pipeline_parallel_degree": "4"}, "pipeline_parallel_degree: 4 (pipeline parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout)"),
@@ -201,6 +200,45 @@ def test_every_key_without_effect_is_named_once_with_a_reason():
 def test_a_log_directory_without_a_logger_is_said():
     assert any(note.startswith("logging_dir: no effect") for note in cfg(logging_dir="./vdl_log").notes)
     assert not cfg(logging_dir="./vdl_log", report_to="visualdl").notes
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"compute_type": "nf4"}, "nf4"),
+        ({"compute_type": "bf16", "weight_quantize_algo": "weight_only_mix"}, "wint4/8"),
+        ({"weight_quantize_algo": "weight_only_int8", "quantization": "wint8"}, "wint8"),
+        ({"compute_type": "wint4", "quantization": None}, "wint4"),
+    ],
+)
+def test_ways_to_ask_for_a_base_in_few_bits(given: dict, expected: str):
+    asked = cfg(fine_tuning="LoRA", **given)
+    assert asked.compute_type == expected
+    overruled = given.get("compute_type") == "bf16"
+    assert any(note.startswith("compute_type: bf16") and "no effect" in note for note in asked.notes) == overruled
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"compute_type": "wint8"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
+        ({"quantization": "wint4"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
+        (
+            {"compute_type": "nf4", "fine_tuning": "LoRA", "continue_training": False},
+            "makes no sense of a random start",
+        ),
+        ({"weight_quantize_algo": "a8w8linear"}, "weight_quantize_algo: expected one of weight_only_int8"),
+        ({"weight_quantize_algo": {"weight_only_int4": [".*"]}}, "weight_quantize_algo: expected one of"),
+        ({"quantization": "wint8", "weight_quantize_algo": "nf4"}, "compute_type: given twice: "),
+    ],
+)
+def test_a_base_in_few_bits_that_cannot_be(given: dict, expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        cfg(**given)
+
+
+def test_a_base_in_few_bits_is_used_without_lora():
+    assert load(None, {"model_name_or_path": "m", "quantization": "wint4"}, "chat").compute_type == "wint4"
 
 
 def test_values_that_ask_for_nothing():
