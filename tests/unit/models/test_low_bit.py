@@ -6,8 +6,12 @@ import pytest
 from tiny_models import tiny_model
 
 from erniekit import save_model
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.model_io import load_model, load_weights
+from erniekit.models.decoder import CausalLM
+from erniekit.models.local import named_cuts
 from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights
+from erniekit.models.partition import Partition
+from erniekit.nn.cut import take
 from erniekit.precision.weight_only import INT4, INT8, SCHEMES, dequantise, quantise
 from erniekit.utils.errors import CheckpointError
 
@@ -53,6 +57,26 @@ def test_loading(kind: str, compute_type: str, tmp_path):
         np.testing.assert_array_equal(weight.dense(), np.stack(back).reshape(plain.shape))
         plain.set_value(weight.dense())
     np.testing.assert_allclose(held(IDS).numpy(), model(IDS).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute_type", SCHEMES)
+def test_a_rank_quantises_its_own_share(compute_type: str, tmp_path):
+    """Tensor rank 1 of 2, expert rank 1 of 2: first the share, then the codes, so that no scale spans two ranks."""
+    model = tiny_model("moe", vocab_size=62, **SIZES)
+    save_model(model, tmp_path)
+    part = Partition(tensor_rank=1, tensor_degree=2, expert_rank=1, expert_degree=2)
+    with paddle.LazyGuard():
+        share = CausalLM(model.config, part)
+    hold_in_low_bits(share, SCHEMES[compute_type])
+    load_weights(share, tmp_path)
+    whole, cuts = dict(model.named_parameters()), named_cuts(model)
+    for name, weight in low_bit_weights(share).items():
+        own = take(whole[name].numpy(), cuts[name], *part.share(cuts[name]))
+        assert own.shape == weight.shape
+        for place, matrix in enumerate(own if own.ndim == 3 else [own]):
+            codes, scales = quantise(matrix, weight.scheme)
+            np.testing.assert_array_equal(weight.matrices[place].codes.numpy(), codes)
+            np.testing.assert_array_equal(weight.matrices[place].scales.numpy(), scales)
 
 
 @pytest.mark.parametrize("compute_type", SCHEMES)
