@@ -10,6 +10,7 @@ other ranks, send B. The first two are what ring and pairwise algorithms send, t
 
 import atexit
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,31 +22,9 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
-from erniekit.parallel import links
-from erniekit.parallel.links import Links, World
-
-Ranks = tuple[int, ...]
-
-# Below this many bytes an all-reduce sends its tensor whole to everyone: one round instead of two.
-_WHOLE_BYTES = 32 << 10
-_HALF = (paddle.bfloat16, paddle.float16)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Ranks that talk to one another. `index`: the place of this rank among `ranks`; `handle`: NCCL's, or None."""
-
-    ranks: Ranks
-    index: int
-    handle: Any = None
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    def others(self) -> list[int]:
-        """Places of the other ranks, this rank's successor first, so that not all send to the same one at a time."""
-        return [(self.index + step) % self.size for step in range(1, self.size)]
+from erniekit.parallel import links, tcp
+from erniekit.parallel.links import Links
+from erniekit.parallel.ranks import Group, Ranks, World
 
 
 @dataclass
@@ -158,7 +137,7 @@ def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
 
 
 def _num_bytes(x: paddle.Tensor) -> int:
-    return x.size * x.element_size()
+    return math.prod(x.shape) * x.element_size()
 
 
 def _bytes(x: paddle.Tensor) -> memoryview:
@@ -166,6 +145,10 @@ def _bytes(x: paddle.Tensor) -> memoryview:
     assert x.is_contiguous()
     size = _num_bytes(x)
     return links.view(x.data_ptr(), size, x) if size else memoryview(b"")
+
+
+def _dtype(x: paddle.Tensor) -> str:
+    return str(x.dtype).removeprefix("paddle.")
 
 
 def _tcp() -> Links:
@@ -186,14 +169,14 @@ def all_reduce_(x: paddle.Tensor, group: Group, op: str = "sum") -> paddle.Tenso
 def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
     """`all_reduce_` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
     assert op in ("sum", "max")
-    if group.size == 1 or not x.size:
+    if group.size == 1 or not _num_bytes(x):
         return Work(x)
     traffic.add("all_reduce", 2 * (group.size - 1) / group.size * _num_bytes(x))
     with _waiting("all_reduce", x, group.ranks), paddle.no_grad():
         if group.handle is not None:
             kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
             return Work(x, dist.all_reduce(x, kind, group=group.handle, sync_op=False))
-        _bytes(x)[:] = _bytes(_reduced(x, group, op))
+        tcp.all_reduce(_tcp(), group, _bytes(x), _dtype(x), op)
         return Work(x)
 
 
@@ -204,10 +187,11 @@ def all_gather(x: paddle.Tensor, group: Group) -> paddle.Tensor:
     traffic.add("all_gather", (group.size - 1) * _num_bytes(x))
     x = x.detach().contiguous()
     with _waiting("all_gather", x, group.ranks), paddle.no_grad():
-        if group.handle is None:
-            return _gathered(x, group, "all_gather")
         out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
-        dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
+        if group.handle is not None:
+            dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
+        else:
+            tcp.gather(_tcp(), "all_gather", group, _bytes(x), _bytes(out))
         return out
 
 
@@ -223,14 +207,13 @@ def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows do not divide by {group.size} ranks"
     traffic.add("reduce_scatter", (group.size - 1) / group.size * _num_bytes(x))
     x = x.detach().contiguous()
-    shape = [x.shape[0] // group.size, *x.shape[1:]]
+    out = paddle.empty([x.shape[0] // group.size, *x.shape[1:]], dtype=x.dtype)
     with _waiting("reduce_scatter", x, group.ranks), paddle.no_grad():
         if group.handle is not None:
-            out = paddle.empty(shape, dtype=x.dtype)
             task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
             return Work(out, task)
-        bounds = [part * (x.size // group.size) for part in range(group.size + 1)]
-        return Work(_reduced_part(x.flatten(), bounds, group, "sum", "reduce_scatter").reshape(shape))
+        tcp.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
+        return Work(out)
 
 
 def all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> paddle.Tensor:
@@ -244,23 +227,24 @@ def start_all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: 
     """`all_to_all` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
     if group.size == 1:
         return Work(x)
-    send_counts, recv_counts = [int(n) for n in send_counts], [int(n) for n in recv_counts]
-    assert sum(send_counts) == x.shape[0] and len(send_counts) == len(recv_counts) == group.size
+    sent, received = [int(n) for n in send_counts], [int(n) for n in recv_counts]
+    assert sum(sent) == x.shape[0] and len(sent) == len(received) == group.size
     x = x.detach().contiguous()
-    out = paddle.empty([sum(recv_counts), *x.shape[1:]], dtype=x.dtype)
-    row_bytes = x.element_size() * int(np.prod(x.shape[1:]))
-    traffic.add("all_to_all", (x.shape[0] - send_counts[group.index]) * row_bytes)
+    out = paddle.empty([sum(received), *x.shape[1:]], dtype=x.dtype)
+    row_bytes = x.element_size() * math.prod(x.shape[1:])
+    traffic.add("all_to_all", (x.shape[0] - sent[group.index]) * row_bytes)
     with _waiting("all_to_all", x, group.ranks):
         if group.handle is not None:
-            task = dist.alltoall_single(out, x, send_counts, recv_counts, group=group.handle, sync_op=False)
+            task = dist.alltoall_single(out, x, sent, received, group=group.handle, sync_op=False)
             return Work(out, task)
-        _exchange("all_to_all", group, _parts(x, send_counts, row_bytes), _parts(out, recv_counts, row_bytes))
+        parts = tcp.cut(_bytes(x), sent, row_bytes), tcp.cut(_bytes(out), received, row_bytes)
+        tcp.all_to_all(_tcp(), group, *parts)
         return Work(out)
 
 
 def broadcast_(x: paddle.Tensor, source_index: int, group: Group) -> paddle.Tensor:
     """x (contiguous) becomes what it is on the rank at `source_index` of the group."""
-    if group.size == 1 or not x.size:
+    if group.size == 1 or not _num_bytes(x):
         return x
     is_source = group.index == source_index
     traffic.add("broadcast", _num_bytes(x) if is_source else 0)
@@ -334,67 +318,6 @@ def barrier(group: Group) -> None:
     sum_floats(np.zeros(1), group)
 
 
-# Over TCP.
-
-
-def _exchange(kind: str, group: Group, outgoing: list[memoryview], incoming: list[memoryview]) -> None:
-    """outgoing[i] goes to rank i of the group, incoming[i] comes from it; empty ones are not sent at all."""
-    me = group.index
-    incoming[me][:] = outgoing[me]
-    _tcp().exchange(
-        kind,
-        [(group.ranks[i], outgoing[i]) for i in group.others() if len(outgoing[i])],
-        [(group.ranks[i], incoming[i]) for i in reversed(group.others()) if len(incoming[i])],
-    )
-
-
-def _parts(x: paddle.Tensor, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
-    """The memory of x cut into pieces of counts[i] units."""
-    data = _bytes(x)
-    bounds = np.cumsum([0, *counts]) * unit_bytes
-    return [data[start:end] for start, end in zip(bounds[:-1], bounds[1:])]
-
-
-def _gathered(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
-    out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
-    _exchange(kind, group, [_bytes(x)] * group.size, _parts(out, [1] * group.size, _num_bytes(x)))
-    return out
-
-
-def _reduced(x: paddle.Tensor, group: Group, op: str) -> paddle.Tensor:
-    flat = x.detach().flatten()
-    if _num_bytes(x) <= _WHOLE_BYTES:
-        return _combine(list(_gathered(flat, group, "all_reduce").reshape([group.size, -1])), op)
-    bounds = [part * flat.size // group.size for part in range(group.size + 1)]
-    own = _reduced_part(flat, bounds, group, op, "all_reduce")
-    out = paddle.empty_like(flat)
-    counts = np.diff(bounds).tolist()
-    _exchange("all_reduce", group, [_bytes(own)] * group.size, _parts(out, counts, flat.element_size()))
-    return out
-
-
-def _reduced_part(flat: paddle.Tensor, bounds: list[int], group: Group, op: str, kind: str) -> paddle.Tensor:
-    """This rank's stretch of `flat` [bounds[index], bounds[index + 1]), combined over the group."""
-    mine = bounds[group.index + 1] - bounds[group.index]
-    pieces = [paddle.empty([mine], dtype=flat.dtype) for _ in group.ranks]
-    _exchange(
-        kind, group, _parts(flat, np.diff(bounds).tolist(), flat.element_size()), [_bytes(piece) for piece in pieces]
-    )
-    return _combine(pieces, op)
-
-
-def _combine(pieces: list[paddle.Tensor], op: str) -> paddle.Tensor:
-    """Sum (16-bit floats in float32) or maximum in the group's order, so that every rank gets the same bits."""
-    dtype = pieces[0].dtype
-    assert op == "max" or dtype != paddle.bool, "a sum of truth values has no meaning; cast to int32"
-    wide = {paddle.bool: paddle.int32}.get(dtype, paddle.float32 if dtype in _HALF else dtype)
-    total = pieces[0].astype(wide)
-    for piece in pieces[1:]:
-        piece = piece.astype(wide)
-        total = total + piece if op == "sum" else paddle.maximum(total, piece)
-    return total.astype(dtype)
-
-
 # Differentiable: each is a linear map over the group's ranks, and its backward pass is the transposed map.
 
 
@@ -436,7 +359,7 @@ class _CopyTo(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
         ctx.group = group
-        return x.detach()
+        return x.clone()  # Paddle takes a shared buffer for an in-place operation, which a leaf refuses
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
@@ -492,10 +415,10 @@ class _ExchangeRows(PyLayer):
     def forward(
         ctx: Any, x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
     ) -> paddle.Tensor:
-        ctx.counts, ctx.group = (list(send_counts), list(recv_counts)), group
-        return all_to_all(x, *ctx.counts, group)
+        ctx.counts, ctx.group = (send_counts, recv_counts), group
+        return all_to_all(x, send_counts, recv_counts, group)
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
-        send_counts, recv_counts = ctx.counts
-        return all_to_all(dy, recv_counts, send_counts, ctx.group)
+        sent, received = ctx.counts
+        return all_to_all(dy, received, sent, ctx.group)

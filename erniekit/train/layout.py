@@ -1,5 +1,8 @@
 """Where the layers of a run lie, and in which order a stage works on them."""
 
+import re
+from collections.abc import Sequence
+
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh
@@ -15,7 +18,8 @@ def schedule_of(cfg: Config) -> str:
 def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
     """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
     chunks = max(cfg.virtual_pp_degree, 1)
-    pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, layer_costs(config, cfg.max_seq_len // 2))
+    costs = layer_costs(config, cfg.max_seq_len // 2)
+    pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
     return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
 
 
@@ -23,3 +27,13 @@ def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]
     """What this process's stage does in a step of so many microbatches."""
     stages, chunks = mesh.degrees.pipeline, max(cfg.virtual_pp_degree, 1)
     return plan(schedule_of(cfg), stages, num_microbatches, chunks)[mesh.pipe]
+
+
+def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
+    """The chunk of this process's stage that a parameter is reached by: its layer's; of the embedding the first, of what
+    stands behind the layers the last.
+    """
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if match:
+        return next(number for number, layers in enumerate(chunks) if int(match.group(1)) in layers)
+    return 0 if name.startswith("model.embed_tokens") else len(chunks) - 1

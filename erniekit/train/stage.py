@@ -43,12 +43,12 @@ class TrainStage:
         chunks: Sequence[Sequence[int]],
         microbatches: Sequence[FlatBatch],
         counts: dict[str, float],
-        accumulate: Callable[[], None],
+        after_backward: Callable[[int], None],
     ) -> None:
         self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
         self.microbatches = microbatches
         self.sums = StepSums(counts)
-        self._accumulate = accumulate
+        self._after_backward = after_backward
 
     def forward(
         self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
@@ -78,9 +78,9 @@ class TrainStage:
         rows = size // ranks.group.size if ranks is not None and ranks.sequence else size
         return [rows, self.model.config.hidden_size], paddle.get_default_dtype()
 
-    def after_backward(self, microbatch: int) -> None:
-        """The gradients of a microbatch are complete."""
-        self._accumulate()
+    def after_backward(self, chunk: int, microbatch: int) -> None:
+        """The gradients of a chunk's pass are complete."""
+        self._after_backward(chunk)
 
     def _is_last(self, chunk: int) -> bool:
         return self.model.part.has_head and chunk == len(self.chunks) - 1

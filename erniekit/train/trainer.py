@@ -17,7 +17,6 @@ from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.flat import FlatBatch, flatten
-from erniekit.train.optim import clip_gradients, global_norm
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
@@ -111,10 +110,10 @@ class Trainer:
         multiple = ranks.group.size if ranks is not None and ranks.sequence else 1
         microbatches = [flatten(batch, multiple) for batch in batches]
         sums = self._forward_backward(microbatches)
-        gradients = self.run.optimizer.gradients()
-        norm = global_norm(gradients.values())
-        self._require_finite(sums.loss, norm, gradients, microbatches)
-        clip_gradients(gradients.values(), norm, self.cfg.max_grad_norm)
+        sync = self.run.optimizer.sync
+        norm = sync.global_norm()
+        self._require_finite(sums.loss, norm, sync.gradients(), microbatches)
+        sync.clip(norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
         self.run.optimizer.step(learning_rate)
         self.run.optimizer.clear_grad()
@@ -144,12 +143,15 @@ class Trainer:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
-        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, run.optimizer.accumulate)
+        sync = run.optimizer.sync
+        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward)
+        sync.begin(len(microbatches))
         for action in run.actions(len(microbatches)):
             if isinstance(action, Forward):
                 _, loss = stage.forward(action.chunk, action.microbatch, None)
                 loss.backward()
-                stage.after_backward(action.microbatch)
+                stage.after_backward(action.chunk, action.microbatch)
+        sync.finish()
         return global_sums(stage.sums, mesh)
 
     def _router_records(self, sums: StepSums) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,87 @@
+"""N ranks train as one does: five optimizer steps with clipping, packing and accumulation, on real data."""
+
+from pathlib import Path
+
+import pytest
+from equality import compare, keys_for, prepare, train_some
+from worlds import World
+
+# Sums over ranks go in another order than over microbatches: a few ulps a step, which AdamW amplifies where a second
+# moment is tiny.
+TOLERANCE = 1e-5
+
+DATA2 = {"data_parallel_degree": 2}
+TENSOR2 = {"tensor_parallel_degree": 2}
+EXPERT2 = {"expert_parallel_degree": 2}
+PIPE2 = {"pipeline_parallel_degree": 2}
+SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
+MTP = {"num_nextn_predict_layers": 1}
+
+TWO = {
+    "dense-dp2": ("dense", DATA2),
+    "dense-sharding2": ("dense", SHARD2),
+    "moe-sharding2-stage2": ("moe", SHARD2 | {"sharding": "stage2"}),
+    "dense-tp2": ("dense", TENSOR2),
+    "untied-tp2": ("untied", TENSOR2),
+    "moe-tp2": ("moe", TENSOR2 | MTP),
+    "untied-tp2-sp": ("untied", TENSOR2 | {"sequence_parallel": True}),
+    "moe-tp2-sp": ("moe", TENSOR2 | MTP | {"sequence_parallel": True}),
+    "moe-dp2": ("moe", DATA2 | MTP),
+    "moe-ep2": ("moe", EXPERT2 | MTP),
+    "moe-ep2-sharding": ("moe", EXPERT2 | SHARD2),
+    "dense-pp2": ("dense", PIPE2 | MTP),
+    "untied-pp2": ("untied", PIPE2 | {"pp_seg_method": "[0,3,4]"}),
+    "moe-pp2": ("moe", PIPE2 | MTP),
+    "moe-pp2-interleaved": ("moe", PIPE2 | MTP | {"virtual_pp_degree": 2}),
+    "dense-pp2-memory": ("dense", PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
+    "moe-pp2-recompute": ("moe", PIPE2 | {"recompute": True}),
+    "moe-ep2-recompute": ("moe", EXPERT2 | {"recompute": True}),
+}
+FOUR = {
+    "moe-dp2-ep2": ("moe", EXPERT2 | {"data_parallel_degree": 4}),
+    "moe-ep4": ("moe", {"expert_parallel_degree": 4}),
+    "moe-pp2-ep2": ("moe", PIPE2 | EXPERT2 | MTP),
+    "moe-pp2-tp2": ("moe", PIPE2 | TENSOR2 | MTP),
+    "moe-tp2-ep2": ("moe", TENSOR2 | EXPERT2 | MTP),
+    "moe-tp2-sp-ep2": ("moe", TENSOR2 | EXPERT2 | MTP | {"sequence_parallel": True}),
+    "dense-pp2-dp2-sharding": ("dense", PIPE2 | SHARD2),
+    "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("equality")
+    prepare(path)
+    return path
+
+
+def data_ranks(keys: dict[str, object]) -> int:
+    degrees = (
+        keys.get(name, 1) for name in ("data_parallel_degree", "sharding_parallel_degree", "expert_parallel_degree")
+    )
+    return max(int(degree) for degree in degrees)
+
+
+alone: dict[str, dict] = {}
+
+
+def check(world: World, directory: Path, model: str, keys: dict[str, object]) -> tuple[float, float]:
+    kept = {name: value for name, value in keys.items() if name in MTP}
+    name = f"{model} {kept}"
+    if name not in alone:
+        alone[name] = train_some(keys_for(str(directory), model, rows=2, **kept))
+    ranks = world.run(train_some, keys=keys_for(str(directory), model, data_ranks(keys), **keys))
+    return compare(ranks, alone[name])
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_ranks_train_as_one(world2: World, directory: Path, case: str):
+    losses, parameters = check(world2, directory, *TWO[case])
+    assert losses < TOLERANCE and parameters < TOLERANCE
+
+
+@pytest.mark.parametrize("case", FOUR)
+def test_four_ranks_train_as_one(world4: World, directory: Path, case: str):
+    losses, parameters = check(world4, directory, *FOUR[case])
+    assert losses < TOLERANCE and parameters < TOLERANCE
