@@ -7,19 +7,20 @@ stage s. Three schedules, all with as little idle time as their pieces allow:
 * `interleaved` (the same, section 2.2.2): v > 1, a bubble v times smaller for v times the transfers.
 * `memory_efficient`: interleaved with a shorter warm-up: one microbatch more than the next stage instead of two, as in
   1F1B. The bubble stays, p - 1 - s chunks fewer are kept on stage s (see `peak_live`). The price is slack: a transfer
-  has no spare forward pass to hide behind, so `interleaved` is the faster one where transfers are slow and run beside
-  the computation. Where a send waits for its receiver it is the other way round, see `bubble_fraction`.
+  has no spare forward pass to hide behind, so `interleaved` is the faster one where transfers are slow.
 
 Microbatches of interleaved schedules go in groups: chunk 0 for the whole group, then chunk 1, ... A group needs at
 least p microbatches to keep every stage busy, so m are divided into m // p groups whose sizes differ by at most one; m
 need not be a multiple of p. Fewer than p make one group.
 
-Why no execution in list order can deadlock, even where a send waits for its receiver: all actions of all stages stand
-in one total order, in which a transfer is one element, and each stage's list is a part of that order. The first element
-not yet executed has everything it needs: its stage, or both stages, stand before it.
+Transfers stand in the lists in one of two ways. Where a send does not wait (`comm.send`), it stands right behind the
+computation, so that it travels while the stage computes on; a receive stands where its tensor is needed. Messages from
+one stage to another are received in the order sent. Where a send waits for its receiver, that could deadlock; then
+(`sends_wait`) all actions of all stages stand in one total order, in which a transfer is one element, and each stage's
+list is its part of that order. The first element not yet executed always has all it needs: nothing can deadlock.
 """
 
-from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,9 +28,7 @@ from typing import Literal
 from erniekit.utils.errors import ConfigError
 
 SCHEDULES = ("1f1b", "interleaved", "memory_efficient")
-# Clock of the total order: a backward pass costs about two forward passes. Another ratio changes where a transfer
-# stands, not whether the lists are right.
-FORWARD_COST, BACKWARD_COST = 1, 2
+Payload = Literal["activation", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Backward:
 class Send:
     """Give stage `peer` what this stage's `chunk` made: its output ("activation") or its input's gradient."""
 
-    what: Literal["activation", "gradient"]
+    what: Payload
     chunk: int
     microbatch: int
     peer: int
@@ -62,7 +61,7 @@ class Send:
 class Recv:
     """Take from stage `peer` what this stage's `chunk` needs: its input ("activation") or its output's gradient."""
 
-    what: Literal["activation", "gradient"]
+    what: Payload
     chunk: int
     microbatch: int
     peer: int
@@ -72,16 +71,22 @@ Compute = Forward | Backward
 Action = Forward | Backward | Send | Recv
 
 
-def plan(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> list[list[Action]]:
-    """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers."""
+def plan(
+    schedule: str, stages: int, microbatches: int, chunks: int = 1, sends_wait: bool = False
+) -> list[list[Action]]:
+    """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers.
+
+    Raises ConfigError as `check_schedule` does.
+    """
     check_schedule(schedule, stages, chunks)
-    return _with_transfers([_compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)])
+    orders = [_compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)]
+    return _in_one_order(orders) if sends_wait else _sent_at_once(orders)
 
 
-def forward_plan(stages: int, microbatches: int, chunks: int = 1) -> list[list[Action]]:
+def forward_plan(stages: int, microbatches: int, chunks: int = 1, sends_wait: bool = False) -> list[list[Action]]:
     """Each stage's actions where nothing is trained: evaluation, a reference model."""
     forwards: list[Compute] = [Forward(c, i) for c, i in _in_groups(stages, microbatches, chunks)]
-    return _with_transfers([forwards] * stages)
+    return _in_one_order([forwards] * stages) if sends_wait else _sent_at_once([forwards] * stages)
 
 
 def check_schedule(schedule: str, stages: int, chunks: int) -> None:
@@ -108,9 +113,8 @@ def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:
     """The part of a step that a stage stands idle, transfers taken as free and all pieces as equally long.
 
     Every schedule here takes max(v m + p - 1, v p + m - 1) times the time of one piece's forward and backward, whatever
-    the ratio of the two, and v m of them are work. So for m >= p the bubble is (p - 1) / (v m + p - 1). That is for
-    transfers that wait in a buffer. Where a send waits for its receiver, and a backward pass is as long as two forward
-    passes, 1f1b and memory_efficient take no longer; interleaved took up to 1.3 times as long (up to 12 stages tried).
+    the ratio of the two, and v m of them are work. So for m >= p the bubble is (p - 1) / (v m + p - 1). Where sends
+    wait for their receivers that holds if a backward pass is as long as a forward pass, and is a lower bound otherwise.
     """
     work = chunks * microbatches
     return 1 - work / max(work + stages - 1, chunks * stages + microbatches - 1)
@@ -172,84 +176,101 @@ def _compute_order(schedule: str, stage: int, stages: int, microbatches: int, ch
     return [*forwards[:warm_up], *steady, *backwards[len(order) - warm_up :]]
 
 
-class _Clock:
-    """When each stage runs each of its actions if transfers are free and nobody waits for a receiver."""
+@dataclass(frozen=True)
+class _Transfer:
+    """What one stage's action makes and the same action on the next piece, on another stage, needs."""
 
-    def __init__(self, orders: list[list[Compute]]) -> None:
-        self.stages = len(orders)
-        self.num_pieces = self.stages * (1 + max(action.chunk for action in orders[0]))
-        self.start: dict[tuple[int, Compute], int] = {}
-        waiting = [list(reversed(order)) for order in orders]
-        free = [0] * self.stages
-        running = True
-        while running:
-            running = False
-            for stage, todo in enumerate(waiting):
-                while todo and (ready := self._ready(stage, todo[-1])) is not None:
-                    action, running = todo.pop(), True
-                    self.start[stage, action] = max(free[stage], ready)
-                    free[stage] = self.end(stage, action)
-        assert not any(waiting), "a stage waits for something that is never computed"
-        # Both sorted, since a stage's actions follow one another.
-        self.starts = [[self.start[stage, action] for action in order] for stage, order in enumerate(orders)]
-        self.ends = [[self.end(stage, action) for action in order] for stage, order in enumerate(orders)]
+    source: int
+    made_by: Compute
+    target: int
+    used_by: Compute
 
-    def end(self, stage: int, action: Compute) -> int:
-        cost = FORWARD_COST if isinstance(action, Forward) else BACKWARD_COST
-        return self.start[stage, action] + cost
+    @property
+    def what(self) -> Payload:
+        return "activation" if isinstance(self.made_by, Forward) else "gradient"
 
-    def neighbour(self, stage: int, action: Compute, step: int) -> tuple[int, Compute] | None:
-        """The same action on the piece `step` pieces further on; None at the ends of the model."""
-        piece = action.chunk * self.stages + stage + step
-        if not 0 <= piece < self.num_pieces:
-            return None
-        return piece % self.stages, type(action)(piece // self.stages, action.microbatch)
+    @property
+    def send(self) -> Send:
+        return Send(self.what, self.made_by.chunk, self.made_by.microbatch, self.target)
 
-    def _ready(self, stage: int, action: Compute) -> int | None:
-        """When all that an action needs has been computed; None if that is not known yet."""
-        before = self.neighbour(stage, action, -1 if isinstance(action, Forward) else 1)
-        needed = [before] if before else []
-        if isinstance(action, Backward):
-            needed.append((stage, Forward(action.chunk, action.microbatch)))
-        if any(key not in self.start for key in needed):
-            return None
-        return max((self.end(*key) for key in needed), default=0)
-
-    def meeting(self, sender: int, receiver: int, made: int, used: int) -> int:
-        """The time in [made, used] for a transfer: as late as possible without stopping either stage's computation."""
-        times = {made, used}
-        for stage in (sender, receiver):
-            for ticks in (self.starts[stage], self.ends[stage]):
-                times.update(ticks[bisect_left(ticks, made) : bisect_right(ticks, used)])
-        return max(times, key=lambda time: (-max(self._delay(sender, time), self._delay(receiver, time)), time))
-
-    def _delay(self, stage: int, time: int) -> int:
-        """How long a stage that stops computing at its next chance still computes at `time`."""
-        last = bisect_left(self.starts[stage], time) - 1
-        return max(self.ends[stage][last] - time, 0) if last >= 0 else 0
+    @property
+    def recv(self) -> Recv:
+        return Recv(self.what, self.used_by.chunk, self.used_by.microbatch, self.source)
 
 
-def _with_transfers(orders: list[list[Compute]]) -> list[list[Action]]:
-    """Put every transfer into one total order of all actions, and give each stage its part of it."""
-    clock = _Clock(orders)
+def _transfers(orders: list[list[Compute]]) -> list[_Transfer]:
+    """All of a step, those of one source in the order in which they are made."""
     stages = len(orders)
+    num_pieces = stages * (1 + max(action.chunk for action in orders[0]))
+    found = []
+    for stage, order in enumerate(orders):
+        for action in order:
+            piece = action.chunk * stages + stage + (1 if isinstance(action, Forward) else -1)
+            if 0 <= piece < num_pieces:
+                used_by = type(action)(piece // stages, action.microbatch)
+                found.append(_Transfer(stage, action, piece % stages, used_by))
+    return found
+
+
+def _sent_at_once(orders: list[list[Compute]]) -> list[list[Action]]:
+    """Each send right behind its computation; each receive as late as its use and the order of sending allow."""
+    transfers = _transfers(orders)
+    sends = {(t.source, t.made_by): t.send for t in transfers}
+    needs = {(t.target, t.used_by): t.recv for t in transfers}
+    inbox: dict[tuple[int, int], deque[Recv]] = {(t.source, t.target): deque() for t in transfers}
+    for transfer in transfers:
+        inbox[transfer.source, transfer.target].append(transfer.recv)
+    lists: list[list[Action]] = []
+    for stage, order in enumerate(orders):
+        actions: list[Action] = []
+        arrived: set[Recv] = set()
+        for action in order:
+            need = needs.get((stage, action))
+            while need is not None and need not in arrived:
+                first = inbox[need.peer, stage].popleft()
+                arrived.add(first)
+                actions.append(first)
+            actions.append(action)
+            if (stage, action) in sends:
+                actions.append(sends[stage, action])
+        lists.append(actions)
+    return lists
+
+
+def _in_one_order(orders: list[list[Compute]]) -> list[list[Action]]:
+    """Each stage's part of one total order: by time, and a transfer stands at the time when its receiver needs it."""
+    transfers, stages = _transfers(orders), len(orders)
+    start = _unit_clock(orders, transfers)
     events: list[tuple[tuple[int, ...], list[tuple[int, Action]]]] = []
-    for number, ((stage, action), start) in enumerate(clock.start.items()):
-        events.append(((start, 1, 0, number), [(stage, action)]))
-        forward = isinstance(action, Forward)
-        after = clock.neighbour(stage, action, 1 if forward else -1)
-        if after is None or stages == 1:
-            continue
-        peer, consumer = after
-        time = clock.meeting(stage, peer, clock.end(stage, action), clock.start[after])
+    for (stage, action), time in start.items():
+        events.append(((time, 1, 0, stage), [(stage, action)]))
+    for number, transfer in enumerate(transfers):
+        source, target = transfer.source, transfer.target
         # At one time, links 0-1, 2-3, ... come before 1-2, 3-4, ...: no chain of stages waits for one another.
-        link = min(stage, peer) if abs(stage - peer) == 1 else stages - 1
-        what: Literal["activation", "gradient"] = "activation" if forward else "gradient"
-        send = Send(what, action.chunk, action.microbatch, peer)
-        recv = Recv(what, consumer.chunk, consumer.microbatch, stage)
-        events.append(((time, 0, link % 2, number), [(stage, send), (peer, recv)]))
+        link = min(source, target) if abs(source - target) == 1 else stages - 1
+        key = (start[target, transfer.used_by], 0, link % 2, number)
+        events.append((key, [(source, transfer.send), (target, transfer.recv)]))
     lists: list[list[Action]] = [[] for _ in orders]
     for _, actions in sorted(events, key=lambda event: event[0]):
         for stage, part in actions:
             lists[stage].append(part)
     return lists
+
+
+def _unit_clock(orders: list[list[Compute]], transfers: list[_Transfer]) -> dict[tuple[int, Compute], int]:
+    """When each stage starts each of its actions, if each takes one unit of time and transfers none."""
+    producers = {(t.target, t.used_by): (t.source, t.made_by) for t in transfers}
+    start: dict[tuple[int, Compute], int] = {}
+    todo = [deque(order) for order in orders]
+    free = [0] * len(orders)
+    moved = True
+    while moved:
+        moved = False
+        for stage, order in enumerate(todo):
+            while order and ((producer := producers.get((stage, order[0]))) is None or producer in start):
+                action, moved = order.popleft(), True
+                time = max(free[stage], start[producer] + 1 if producer else 0)
+                start[stage, action] = time
+                free[stage] = time + 1
+    assert not any(todo), "a stage waits for something that is never computed"
+    return start
