@@ -33,6 +33,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
@@ -181,12 +182,15 @@ def _serve(connection: Connection) -> None:
         paddle.seed(0)
         np.random.seed(0)
 
-        def job() -> Any:
-            result = _function(path, module, name)(**kwargs)
-            comm.barrier(comm.world_group())  # fails where a message lies unread
-            return result
+        _answer(connection, partial(_run, path, module, name, kwargs))
 
-        _answer(connection, job)
+
+def _run(path: str, module: str, name: str, kwargs: dict[str, Any]) -> Any:
+    from erniekit.parallel import comm
+
+    result = _function(path, module, name)(**kwargs)
+    comm.barrier(comm.world_group())  # fails where a message lies unread
+    return result
 
 
 def _answer(connection: Connection, job: Callable[[], Any]) -> None:

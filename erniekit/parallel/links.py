@@ -19,8 +19,8 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from erniekit.parallel.ranks import World
 from erniekit.utils.errors import TrainError
 
 _HELLO = struct.Struct("<8s16sI")  # magic, digest of the job's addresses, rank
@@ -30,19 +30,6 @@ _LENGTH = struct.Struct("<I")
 _RETRY_SECONDS = 0.05
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "host")
-
-
-@dataclass(frozen=True)
-class World:
-    """Who this process is: `rank` of `size`, and every rank's "host:port" under which the others reach it."""
-
-    rank: int
-    size: int
-    endpoints: tuple[str, ...]
-
-    def name(self, rank: int) -> str:
-        """A rank as messages name it."""
-        return f"rank {rank} ({self.endpoints[rank]})"
 
 
 def view(address: int, num_bytes: int, owner: object) -> memoryview:
@@ -138,8 +125,8 @@ class _Peer:
         number, num_bytes = _HEADER.unpack(self._header)
         if number != KINDS.index(kind) or num_bytes != len(into):
             raise TrainError(
-                f"{self._name} sends {num_bytes} bytes of {KINDS[number]}, this rank expects {len(into)} bytes of {kind}: "
-                "the ranks do not run the same step. Check that all were started with the same configuration and code."
+                f"{self._name} sends {num_bytes} bytes of {KINDS[number]}, this rank expects {len(into)} bytes of "
+                f"{kind}: the ranks do not run the same step. Start all with the same configuration and code."
             )
         self._read(into)
 
@@ -228,8 +215,8 @@ def _roll_call(world: World, listener: socket.socket, deadline: float) -> dict[i
 def _missing(world: World, absent: list[int], waited: float) -> TrainError:
     names = ", ".join(world.name(rank) for rank in absent)
     return TrainError(
-        f"After {waited:.0f} s {len(absent)} of {world.size} ranks have not come: {names}. Look at their logs, check that "
-        "each host was started and that the hosts reach one another under these addresses."
+        f"After {waited:.0f} s {len(absent)} of {world.size} ranks have not come: {names}. Look at their logs, check "
+        "that each host was started and that the hosts reach one another under these addresses."
     )
 
 
@@ -249,8 +236,8 @@ def _listen(world: World) -> socket.socket:
         return socket.create_server(("", port), backlog=max(128, world.size))
     except OSError as error:
         raise TrainError(
-            f"{world.name(world.rank)} cannot listen on port {port}: {error.strerror}. Another process uses it; start again, "
-            "or name other ports."
+            f"{world.name(world.rank)} cannot listen on port {port}: {error.strerror}. Another process uses it; start "
+            "again, or name other ports."
         ) from error
 
 
@@ -267,8 +254,8 @@ def _call(world: World, rank: int, deadline: float) -> socket.socket:
         except OSError as error:
             reason = error.strerror or str(error)
             time.sleep(_RETRY_SECONDS)
-    error = _missing(world, [rank], time.monotonic() - started)
-    raise TrainError(f"{error} (The last attempt: {reason}.)")
+    missing = _missing(world, [rank], time.monotonic() - started)
+    raise TrainError(f"{missing} (The last attempt: {reason}.)")
 
 
 def _answer(world: World, listener: socket.socket, deadline: float) -> tuple[socket.socket | None, int]:

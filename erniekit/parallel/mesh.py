@@ -6,14 +6,10 @@ the tensor ranks). Sharding cuts optimizer state over S adjacent data ranks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from erniekit.parallel.ranks import ALONE, Group, Ranks
 from erniekit.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from erniekit.parallel.comm import Group
-
-Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,17 +88,17 @@ class Mesh:
     data: int
     tensor: int
     expert: int
-    world_group: "Group"
-    data_group: "Group"  # same stage, same tensor rank
-    tensor_group: "Group"
-    pipe_group: "Group"
-    expert_group: "Group"  # E data ranks that share the experts
-    expert_data_group: "Group"  # data ranks that hold the same experts
-    shard_group: "Group"  # S data ranks that share optimizer state
-    shard_replica_group: "Group"  # data ranks that hold the same shard
-    expert_shard_group: "Group"  # the same for weights of experts: within expert_data_group
-    expert_shard_replica_group: "Group"
-    ends_group: "Group"  # first and last stage: they share embeddings
+    world_group: Group
+    data_group: Group  # same stage, same tensor rank
+    tensor_group: Group
+    pipe_group: Group
+    expert_group: Group  # E data ranks that share the experts
+    expert_data_group: Group  # data ranks that hold the same experts
+    shard_group: Group  # S data ranks that share optimizer state
+    shard_replica_group: Group  # data ranks that hold the same shard
+    expert_shard_group: Group  # the same for weights of experts: within expert_data_group
+    expert_shard_replica_group: Group
+    ends_group: Group  # first and last stage: they share embeddings
 
     @property
     def world(self) -> int:
@@ -120,10 +116,7 @@ class Mesh:
     @staticmethod
     def single() -> "Mesh":
         """One process alone, whatever the world it may be in."""
-        from erniekit.parallel.comm import Group
-
-        alone = Group((0,), 0)
-        return Mesh(Degrees(), 0, 0, 0, 0, 0, *[alone] * len(group_names()))
+        return Mesh(Degrees(), 0, 0, 0, 0, 0, *[ALONE] * len(group_names()))
 
 
 def coordinates(degrees: Degrees, rank: int) -> tuple[int, int, int]:
