@@ -53,7 +53,7 @@ def all_to_all(links: Links, group: Group, outgoing: Sequence[memoryview], incom
 def all_reduce(links: Links, group: Group, data: memoryview, dtype: str, op: str) -> None:
     """`data` becomes the sum or the maximum over the group."""
     if len(data) <= WHOLE_BYTES:
-        rows = X)
+        rows = np.empty(group.size * len(data), np.uint8).data
         gather(links, "all_reduce", group, data, rows)
         _write(data, dtype, _combined(cut(rows, [1] * group.size, len(data)), dtype, op))
         return
@@ -74,7 +74,7 @@ def _reduce_parts(
 ) -> None:
     """`out` becomes the combination of every rank's parts[index of this rank]."""
     own = parts[group.index]
-    pieces = [own if i == group.index else X) for i in range(group.size)]
+    pieces = [own if i == group.index else np.empty(len(own), np.uint8).data for i in range(group.size)]
     exchange(links, kind, group, parts, pieces)
     _write(out, dtype, _combined(pieces, dtype, op))
 
