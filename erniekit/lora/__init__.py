@@ -71,10 +71,11 @@ def attach(
     tied: bool = False,
     share: _Share = lambda cut: (0, 1),
 ) -> LoraState:
-    """Hang new adapters on the projections that `options` name; only they and modules_to_save are trained from here on.
+    """Hang new adapters on the projections that `options` name; only they and modules_to_save are trained from here
+    on.
 
-    `model` has its weights. Where it is a part of a model, `names` are the whole model's weights, and `share` says which
-    share of a divided parameter this process holds. `tied`: the head is the embedding. A is uniform in
+    `model` has its weights. Where it is a part of a model, `names` are the whole model's weights, and `share` says
+    which share of a divided parameter this process holds. `tied`: the head is the embedding. A is uniform in
     +-1 / sqrt(in), as in PEFT, drawn from (seed, name, expert), whatever the layout; B is 0: at first the adapted model
     is the base. Raises ConfigError (see targets.choose).
     """

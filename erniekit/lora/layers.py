@@ -249,6 +249,7 @@ class LinearAdapter(Adapter):
             ]
             squares = linear.product(rows).square().sum(0)
             total = squares if total is None else total + squares
+        assert total is not None
         self._squares = total
         for part, (begin, end) in self.spans.items():
             self._parameters[own_name("magnitude", part)].set_value(total[begin:end].sqrt())
@@ -298,6 +299,6 @@ def refuse_low_bit(layer: Projection, name: str) -> None:
     """Merging needs the weight itself."""
     if "weight" not in layer._parameters or layer._parameters["weight"] is None:
         raise UserError(
-            f"{name} is held in 8 or 4 bits, into which an adapter cannot be merged. Export the adapter: it is merged into "
-            "the weights as they were published."
+            f"{name} is held in 8 or 4 bits, into which an adapter cannot be merged. Export the adapter: it is merged "
+            "into the weights as they were published."
         )

@@ -85,8 +85,8 @@ def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
             chosen.setdefault(module, {})[""] = None
         elif module not in chosen:
             raise ConfigError(
-                f"lora_target_modules: {found.pop()}_proj of the routed experts ({module}) without the other half: they "
-                "are one projection with one adapter. Name both gate_proj and up_proj, or patterns without experts."
+                f"lora_target_modules: {found.pop()}_proj of the routed experts ({module}) without the other "
+                "half: they are one projection with one adapter. Name both gate_proj and up_proj, or leave experts out."
             )
     return {module: tuple(p for p in parts_of(module) if p in chosen[module]) for module in modules if module in chosen}
 
@@ -133,7 +133,8 @@ def choose_saved(names: Iterable[str], entries: Sequence[str], tied: bool) -> tu
         leaf = entry.rpartition(".")[2]
         if entry == "lm_head" and tied:
             raise ConfigError(
-                "modules_to_save: lm_head: the head of this model is its embeddings. Name embed_tokens: both are trained."
+                "modules_to_save: lm_head: the head of this model is its embeddings. Name embed_tokens: both are "
+                "trained."
             )
         hits = [
             name
