@@ -45,9 +45,10 @@ class Degrees:
         """Degrees that a configuration asks for; 1 and -1 mean "not asked".
 
         Args:
-            cfg: has pipeline_, tensor_, sharding_, data_ and expert_parallel_degree, and `sharding` ("": none); where
-                it is set without a degree, all data ranks shard.
-            world: the processes there are (GPUs), over which the data ranks then spread; None: as many as asked for.
+            cfg: has pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
+                stands for all data ranks.
+            world: the processes there are, over which the data ranks spread where data_parallel_degree does not say
+                how many; None: as many processes as the degrees ask for.
 
         Raises:
             ConfigError: the degrees do not multiply to `world`, or one does not divide the data ranks.
@@ -55,27 +56,50 @@ class Degrees:
         pipeline, tensor = max(cfg.pipeline_parallel_degree, 1), max(cfg.tensor_parallel_degree, 1)
         sharding, replicas = max(cfg.sharding_parallel_degree, 1), max(cfg.data_parallel_degree, 1)
         expert = max(cfg.expert_parallel_degree, 1)
-        data = sharding * replicas
-        asked = data > 1
+        data = sharding * replicas if sharding * replicas > 1 else expert
         if world is not None and replicas == 1 and world % (pipeline * tensor * sharding) == 0:
             data = world // (pipeline * tensor)
-        elif not asked:
-            data = expert
-        if cfg.sharding and cfg.sharding_parallel_degree < 1 and replicas == 1:
-            sharding = data
-        if sharding > 1 and not cfg.sharding:
-            raise ConfigError(
-                f"sharding_parallel_degree: {sharding} without `sharding`. Set sharding: stage1 (optimizer state) or "
-                f"stage2 (gradients as well), or data_parallel_degree: {sharding} to divide nothing."
-            )
-        degrees = cls(pipeline, data, tensor, expert, sharding)
-        if world is not None and degrees.world != world:
+        if world not in (None, pipeline * data * tensor):
             raise ConfigError(
                 f"pipeline_parallel_degree {pipeline} * data ranks {data} (data_parallel_degree {replicas} * "
-                f"sharding_parallel_degree {sharding}) * tensor_parallel_degree {tensor} = {degrees.world} processes, "
-                f"but there are {world}. Change a degree, or start {degrees.world} processes."
+                f"sharding_parallel_degree {sharding}, at least expert_parallel_degree {expert}) * "
+                f"tensor_parallel_degree {tensor} = {pipeline * data * tensor} processes, but there are {world}. "
+                f"Change a degree, or start {pipeline * data * tensor} processes."
             )
-        return degrees
+        return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
+
+
+def check_model(degrees: Degrees, config: Any) -> None:
+    """Refuse degrees that do not divide a model.
+
+    Args:
+        config: has the sizes of `models.config.ModelConfig`.
+
+    Raises:
+        ConfigError: names the degree and the size, with the division.
+    """
+    if config.num_hidden_layers < degrees.pipeline:
+        raise ConfigError(
+            f"pipeline_parallel_degree: {degrees.pipeline} stages need a layer each, but the model has "
+            f"{config.num_hidden_layers}."
+        )
+    if degrees.expert > 1 and not config.moe_num_experts:
+        raise ConfigError(f"expert_parallel_degree: {degrees.expert}, but the model has no experts. Leave it out.")
+    tensor = ("tensor_parallel_degree", degrees.tensor)
+    both = ("expert_parallel_degree * tensor_parallel_degree", degrees.expert * degrees.tensor)
+    for (key, degree), size, what in (
+        (tensor, config.num_attention_heads, "attention heads"),
+        (tensor, config.num_key_value_heads, "key-value heads"),
+        (tensor, config.vocab_size, "entries of the vocabulary"),
+        (tensor, config.intermediate_size, "features of intermediate_size"),
+        (tensor, config.moe_intermediate_size * config.moe_num_shared_experts, "features of the shared experts"),
+        (both, config.moe_num_experts, "experts"),
+    ):
+        if size % degree:
+            raise ConfigError(
+                f"{key}: {degree} does not divide the model's {size} {what} ({size} / {degree} = {size / degree:.2f}). "
+                f"Possible: {', '.join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -141,12 +165,11 @@ def rank_lists(degrees: Degrees, rank: int) -> dict[str, Ranks]:
 
     all_data = range(num_data)
     same_experts = range(data % num_expert, num_data, num_expert)
-    # Optimizer state of expert weights is cut over as many ranks as hold the same experts within a sharding group.
-    expert_sharding = max(1, degrees.sharding // num_expert)
+    # Optimizer state of expert weights is cut over the ranks of a sharding group that hold the same experts.
+    expert_sharding = 1 if degrees.sharding % num_expert else degrees.sharding // num_expert
     stages = range(degrees.pipeline)
     along_pipe = tuple((stage * num_data + data) * degrees.tensor + tensor for stage in stages)
     ends = along_pipe[:1] + along_pipe[-1:] if degrees.pipeline > 1 else along_pipe
-    is_end = pipe in (0, degrees.pipeline - 1)
     return {
         "world_group": tuple(range(degrees.world)),
         "data_group": at(pipe, all_data),
@@ -158,7 +181,7 @@ def rank_lists(degrees: Degrees, rank: int) -> dict[str, Ranks]:
         "shard_replica_group": at(pipe, all_data[data % degrees.sharding :: degrees.sharding]),
         "expert_shard_group": at(pipe, _block(same_experts, data // num_expert, expert_sharding)),
         "expert_shard_replica_group": at(pipe, same_experts[data // num_expert % expert_sharding :: expert_sharding]),
-        "ends_group": ends if is_end else (rank,),
+        "ends_group": ends if rank in ends else (rank,),
     }
 
 
