@@ -4,23 +4,40 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Batch, Row
+from erniekit.data.batch import IGNORE, Batch, Document, Pairs, Row
 
 PAD_MULTIPLE = 8  # row lengths are rounded up to this, so that few distinct shapes occur
 
 
-def make_row(documents: Sequence[tuple[np.ndarray, np.ndarray]], sources: Sequence[str]) -> Row:
-    """Lay documents one after another. Each is (ids [n], labels [n]); positions restart and the segment number rises at
-    each.
+def make_row(documents: Sequence[Document], sources: Sequence[str]) -> Row:
+    """Lay documents one after another. Positions restart and the segment number rises at each; the answers of a pair
+    are segments of their own, whose positions go on from their prompt's.
     """
-    lengths = [len(ids) for ids, _ in documents]
+    spans: list[tuple[int, int]] = []  # of each segment: its first position, its length
+    pairs: list[tuple[int, int, int, float]] = []
+    for document in documents:
+        if document.pair is None:
+            spans.append((0, len(document.ids)))
+            continue
+        prompt, chosen, rejected, score_delta = document.pair
+        if prompt:
+            spans.append((0, prompt))
+        spans += [(prompt, chosen), (prompt, rejected)]
+        pairs.append((len(spans) - 2 if prompt else 0, len(spans) - 1, len(spans), score_delta))
     return Row(
-        input_ids=np.concatenate([ids for ids, _ in documents]).astype(np.int64),
-        labels=np.concatenate([labels for _, labels in documents]).astype(np.int64),
-        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        segment_ids=np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths),
+        input_ids=np.concatenate([document.ids for document in documents]).astype(np.int64),
+        labels=np.concatenate([document.labels for document in documents]).astype(np.int64),
+        position_ids=np.concatenate([np.arange(first, first + n, dtype=np.int64) for first, n in spans]),
+        segment_ids=np.repeat(np.arange(1, len(spans) + 1, dtype=np.int32), [n for _, n in spans]),
         sources=list(sources),
+        pairs=_table(pairs) if pairs else None,
     )
+
+
+def _table(pairs: list[tuple[int, int, int, float]]) -> Pairs:
+    prompts, chosen, rejected, score_deltas = zip(*pairs, strict=True)
+    segments = (np.array(numbers, np.int32) for numbers in (prompts, chosen, rejected))
+    return Pairs(*segments, np.array(score_deltas, np.float32))
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -42,4 +59,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         position_ids[i, :end] = row.position_ids
         segment_ids[i, :end] = row.segment_ids
     num_samples = sum(len(row.sources) for row in rows)
-    return Batch(input_ids, labels, position_ids, segment_ids, num_samples, [row.sources for row in rows])
+    pairs = [row.pairs for row in rows if row.pairs is not None]
+    assert len(pairs) in (0, len(rows)), "a batch holds pairs of answers or none"
+    sources = [row.sources for row in rows]
+    return Batch(input_ids, labels, position_ids, segment_ids, num_samples, sources, pairs or None)

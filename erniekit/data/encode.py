@@ -5,9 +5,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE
+from erniekit.data.batch import IGNORE, Document
 from erniekit.data.files import Raw, load_record
-from erniekit.data.formats import Sample, parse_record
+from erniekit.data.formats import parse_record
+from erniekit.data.preference import cut_document, join_pair, one_answer
+from erniekit.data.record import Sample
 from erniekit.utils.errors import DataError, UserError
 
 
@@ -33,14 +35,10 @@ class Template(Protocol):
     def labels(self, segments: Any) -> tuple[list[int], list[int]]: ...
 
 
-# ids int32 [n], labels int32 [n]: labels[t] is the target of position t, or -100
-Document = tuple[np.ndarray, np.ndarray]
-
-
 @dataclass(frozen=True)
 class Encoded:
     """The documents that a record became: one for a conversation (one per answer if the chat template rewrites earlier
-    turns), one or more for a pretraining text, none if it was dropped.
+    turns) or a pair of answers, one or more for a pretraining text, none if it was dropped.
 
     `cut` says that part of it was left out; `dropped` says why there is nothing of it.
     """
@@ -60,7 +58,9 @@ class Encoder:
 
     A conversation longer than `max_seq_len` tokens loses its earliest whole turns (a turn is a user message and all
     that answers it), never its system text. If its last turn alone does not fit, `truncation` says what happens: "drop"
-    it, "cut" it at its end, or "error". A pretraining text is followed by eos and split into documents of at most
+    it, "cut" it at its end, or "error". Of a pair of answers the prompt loses its turns so, until it has at most
+    `max_prompt_len` tokens and all three parts together at most max_seq_len; "cut" shortens the longer answer and drops
+    a pair whose last question is too long. A pretraining text is followed by eos and split into documents of at most
     max_seq_len tokens, of which the last token of one predicts the first of the next: no target is lost. Special tokens
     written in a pretraining text are read as plain text.
     """
@@ -72,8 +72,9 @@ class Encoder:
         max_seq_len: int,
         truncation: str = "drop",
         on_bad_line: str = "error",
+        max_prompt_len: int | None = None,
     ):
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._template, self._max_prompt_len = tokenizer, template, max_prompt_len
         self._max_seq_len, self._truncation, self._skip_bad = max_seq_len, truncation, on_bad_line == "skip"
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
@@ -92,7 +93,9 @@ class Encoder:
         tokens = np.array([*self._tokenizer.encode_plain(text), self._tokenizer.eos_id], np.int32)
         labels = np.append(tokens[1:], np.int32(IGNORE))
         starts = range(0, len(tokens), self._max_seq_len)
-        documents = [(tokens[at : at + self._max_seq_len], labels[at : at + self._max_seq_len]) for at in starts]
+        documents = [
+            Document(tokens[at : at + self._max_seq_len], labels[at : at + self._max_seq_len]) for at in starts
+        ]
         if len(documents) > 1 and len(documents[-1][0]) == 1:
             documents.pop()  # the eos alone: already the last target of the document before, and nothing follows it
         return Encoded(where, documents)
@@ -103,14 +106,13 @@ class Encoder:
         if cut:
             documents = self._last_turns(sample)
         if not self._fits(documents):
-            longest = max(len(ids) for ids, _ in documents)
-            excess = f"its last turn alone has {longest} tokens, more than max_seq_len {self._max_seq_len}"
+            excess, key = self._excess(documents)
             if self._truncation == "error":
-                raise DataError(f"{where}: {excess}. Hint: raise max_seq_len, or set truncation: cut or drop.")
-            if self._truncation == "drop":
+                raise DataError(f"{where}: {excess}. Hint: raise {key}, or set truncation: cut or drop.")
+            if self._truncation == "drop" or key == "max_prompt_len":
                 return Encoded(where, dropped=excess)
-            documents = [(ids[: self._max_seq_len], labels[: self._max_seq_len]) for ids, labels in documents]
-        documents = [document for document in documents if (document[1] != IGNORE).any()]
+            documents = [cut_document(document, self._max_seq_len) for document in documents]
+        documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
             return Encoded(
                 where, dropped="no answer to learn is left: its label says 0, or the prompt alone fills max_seq_len"
@@ -118,11 +120,26 @@ class Encoder:
         return Encoded(where, documents, cut)
 
     def _fits(self, documents: list[Document]) -> bool:
-        return all(len(ids) <= self._max_seq_len for ids, _ in documents)
+        return not self._prompt_too_long(documents) and all(len(d.ids) <= self._max_seq_len for d in documents)
+
+    def _prompt_too_long(self, documents: list[Document]) -> bool:
+        most = self._max_prompt_len
+        return most is not None and any(d.pair is not None and d.pair.prompt + 1 > most for d in documents)
+
+    def _excess(self, documents: list[Document]) -> tuple[str, str]:
+        """What of a last turn does not fit, and the key that says how much may."""
+        if self._prompt_too_long(documents):
+            prompt = max(document.pair.prompt + 1 for document in documents if document.pair is not None)
+            return (
+                f"its last question alone has {prompt} tokens, more than max_prompt_len {self._max_prompt_len}",
+                "max_prompt_len",
+            )
+        longest = max(len(document.ids) for document in documents)
+        return f"its last turn alone has {longest} tokens, more than max_seq_len {self._max_seq_len}", "max_seq_len"
 
     def _last_turns(self, sample: Sample) -> list[Document]:
         """The documents of the longest run of last turns that fits; of the last turn alone if none does. Fewer turns
-        never have more tokens, so this can bisect.
+        never have more tokens, so this can bisect. Of a pair only the prompt's turns are left out.
         """
         turns = [i for i, message in enumerate(sample.messages) if message["role"] == "user"]
         # leaving out `fewest` turns fits, once found; leaving out less than `low` does not
@@ -137,6 +154,20 @@ class Encoder:
         return found or self._documents(_from_message(sample, turns[0], turns[-1]))
 
     def _documents(self, sample: Sample) -> list[Document]:
+        if sample.answers is None:
+            return self._render(sample)
+        sides = [self._render(one_answer(sample, answer)) for answer in sample.answers]
+        if any(len(documents) > 1 for documents in sides):
+            raise _Refused(
+                "the chat template rewrites earlier turns, so that an answer of several turns is not one sequence. "
+                "Hint: give answers of one turn, or choose another template."
+            )
+        try:
+            return [join_pair(sides[0][0], sides[1][0], sample.score_delta)]
+        except DataError as error:
+            raise _Refused(str(error)) from error
+
+    def _render(self, sample: Sample) -> list[Document]:
         assert self._template is not None, "EncoderSpec loads one where there are conversations"
         try:
             sequences = self._template.encode_all(sample.messages, sample.tools, sample.label)
@@ -149,7 +180,7 @@ class Encoder:
                 f"the chat template cannot render this sample: {error!r}. "
                 "Hint: check the order of its roles and its tools."
             ) from error
-        return [(np.array(ids, np.int32), np.array(labels, np.int32)) for ids, labels in pairs]
+        return [Document(np.array(ids, np.int32), np.array(labels, np.int32)) for ids, labels in pairs]
 
 
 def _from_message(sample: Sample, first: int, start: int) -> Sample:

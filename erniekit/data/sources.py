@@ -13,6 +13,7 @@ from typing import Any
 from erniekit import hub
 from erniekit.data.files import DataFile, Raw, find_files, load_record, open_file
 from erniekit.data.formats import ALIASES, FORMATS, parse_record
+from erniekit.data.preference_formats import PREFERENCE_FORMATS
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -23,7 +24,9 @@ _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One entry of train_dataset_path: where it is, its records' type (a key of formats.FORMATS), its share."""
+    """One entry of train_dataset_path: where it is, its records' type (a key of FORMATS or PREFERENCE_FORMATS), its
+    share.
+    """
 
     path: str
     type: str
@@ -33,7 +36,8 @@ class SourceSpec:
 def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT") -> list[SourceSpec]:
     """Read the comma-separated (or already split) values of {split}_dataset_path/type/prob.
 
-    No type means erniekit; at stage PT that is the pretraining type `text`. No share means equal shares; shares are
+    No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
+    preference_formats. No share means equal shares; shares are
     divided by their sum.
     """
     path_list, type_list, prob_list = (_split(value) for value in (paths, types, probs))
@@ -77,6 +81,12 @@ def _type(name: str, key: str, stage: str) -> str:
     name = ALIASES.get(name, name)
     if name not in FORMATS:
         raise DataError(f"{key}_type: unknown type {name!r}. Hint: the types are {', '.join([*FORMATS, *ALIASES])}.")
+    if stage == "DPO":
+        if f"{name} (DPO)" not in PREFERENCE_FORMATS:
+            raise DataError(
+                f"{key}_type: stage DPO reads pairs of answers, not {name}. Hint: use type erniekit or messages."
+            )
+        return f"{name} (DPO)"
     if stage != "PT":
         return name
     if name not in ("erniekit", "text"):

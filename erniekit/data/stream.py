@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Row
+from erniekit.data.batch import IGNORE, Document, Row
 from erniekit.data.collate import make_row
 from erniekit.data.encode import Encoded
 from erniekit.data.order import Order
@@ -67,11 +67,12 @@ class Position:
 
 
 @dataclass(frozen=True)
-class _Document:
+class _Placed:
+    """A document, its key in a round (see Position), and its record's "file:line"."""
+
     key: tuple[int, int]
     where: str
-    ids: np.ndarray
-    labels: np.ndarray
+    document: Document
 
 
 class RowStream:
@@ -140,16 +141,14 @@ class RowStream:
                 if length == 0:
                     return
                 stop = min(start + self._window, length)
-                began = Position(number, start, tuple(document.key for document in pending), 0, counts, counts)
+                began = Position(number, start, tuple(placed.key for placed in pending), 0, counts, counts)
                 counts, new = self._take(encoded, start, stop, counts)
                 documents = pending + new
                 groups, carried = self._packer(
-                    [len(document.ids) for document in documents], self._max_seq_len, stop == length
+                    [len(placed.document.ids) for placed in documents], self._max_seq_len, stop == length
                 )
                 for done, group in enumerate(groups, 1):
-                    row = make_row(
-                        [(documents[i].ids, documents[i].labels) for i in group], [documents[i].where for i in group]
-                    )
+                    row = make_row([documents[i].document for i in group], [documents[i].where for i in group])
                     counts = _count_row(counts, row)
                     if done > emitted:
                         yield row, Position(began.round, began.start, began.carried, done, began.counts, counts)
@@ -175,21 +174,21 @@ class RowStream:
             number, start = number + 1, 0
 
     @staticmethod
-    def _take_carried(encoded: Iterator[Encoded], carried: Sequence[tuple[int, int]]) -> list[_Document]:
+    def _take_carried(encoded: Iterator[Encoded], carried: Sequence[tuple[int, int]]) -> list[_Placed]:
         records = {index: next(encoded) for index in dict.fromkeys(index for index, _ in carried)}
-        return [_Document((i, j), records[i].where, *records[i].documents[j]) for i, j in carried]
+        return [_Placed((i, j), records[i].where, records[i].documents[j]) for i, j in carried]
 
     @staticmethod
-    def _take(encoded: Iterator[Encoded], start: int, stop: int, counts: Counts) -> tuple[Counts, list[_Document]]:
+    def _take(encoded: Iterator[Encoded], start: int, stop: int, counts: Counts) -> tuple[Counts, list[_Placed]]:
         """The documents of the next samples of the order, and the counts with these samples."""
-        documents: list[_Document] = []
+        documents: list[_Placed] = []
         samples = cut = dropped = 0
         for index in range(start, stop):
             record = next(encoded)
             samples += not record.dropped
             dropped += bool(record.dropped)
             cut += record.cut
-            documents += [_Document((index, j), record.where, *document) for j, document in enumerate(record.documents)]
+            documents += [_Placed((index, j), record.where, document) for j, document in enumerate(record.documents)]
         now = Counts(
             counts.samples + samples,
             counts.cut + cut,

@@ -92,7 +92,7 @@ class TextFeed:
         cut = dropped = 0
         with closing(self._service.stream(numbers)) as encoded:
             for number, record in zip(numbers, encoded, strict=True):
-                lengths[number] = [len(tokens) for tokens, _ in record.documents]
+                lengths[number] = [len(document.ids) for document in record.documents]
                 cut += record.cut
                 dropped += bool(record.dropped)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
@@ -142,7 +142,14 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     packer, window = _packer(cfg)
     needs_template = any(spec.type != "text" for spec in specs)
     spec = EncoderSpec(
-        tokenizer, cfg.max_seq_len, cfg.truncation, cfg.on_bad_line, needs_template, cfg.chat_template, template
+        tokenizer,
+        cfg.max_seq_len,
+        cfg.truncation,
+        cfg.on_bad_line,
+        cfg.max_prompt_len if cfg.stage == "DPO" else None,
+        needs_template,
+        cfg.chat_template,
+        template,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
@@ -184,7 +191,7 @@ def _packer(cfg: Any) -> tuple[Packer, int]:
 
 def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
     """All that decides which rows the stream gives, by the names that a user knows."""
-    return {
+    identity = {
         "seed": cfg.seed,
         "random_shuffle": cfg.random_shuffle,
         "mix_strategy": cfg.mix_strategy,
@@ -196,3 +203,4 @@ def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packe
         "packing": packer.__name__,
         "buffer_size": cfg.buffer_size if packer is greedy else None,
     }
+    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.stage == "DPO" else {})

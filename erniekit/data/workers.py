@@ -38,6 +38,7 @@ class EncoderSpec:
     max_seq_len: int
     truncation: str = "drop"
     on_bad_line: str = "error"
+    max_prompt_len: int | None = None
     needs_template: bool = True
     template_name: str | None = None
     template: Template | None = None
@@ -57,7 +58,9 @@ class EncoderSpec:
             template = chat.Template(*self.template_text, self.tokenizer)
         elif template is None and self.needs_template:
             template = chat.load_template(self.tokenizer, self.template_name)
-        return Encoder(self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line)
+        return Encoder(
+            self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
+        )
 
 
 class Job(Protocol):
@@ -244,7 +247,7 @@ class EncodingService:
                     + (" (further ones are only counted)" if self._drops == _SHOWN_DROPS else "")
                 )
         # 600: about what the objects around the arrays take
-        size = 600 + sum(ids.nbytes + labels.nbytes for ids, labels in encoded.documents)
+        size = 600 + sum(document.ids.nbytes + document.labels.nbytes for document in encoded.documents)
         if size <= self._room:
             self._room -= size
             self._cache[number] = encoded

@@ -1,11 +1,11 @@
 import numpy as np
 
-from erniekit.data.batch import IGNORE
+from erniekit.data.batch import IGNORE, Document
 from erniekit.data.collate import collate, make_row
 
 
 def document(*ids):
-    return np.array(ids, np.int32), np.array([*ids[1:], IGNORE], np.int32)
+    return Document(np.array(ids, np.int32), np.array([*ids[1:], IGNORE], np.int32))
 
 
 def test_a_row_restarts_positions_and_numbers_its_documents():

@@ -86,7 +86,7 @@ def encode(record, max_seq_len, truncation="drop"):
 
 
 def shown(encoded):
-    return [FakeTokenizer().decode(ids.tolist()) for ids, _ in encoded.documents]
+    return [FakeTokenizer().decode(ids.tolist()) for ids, *_ in encoded.documents]
 
 
 @pytest.mark.parametrize(

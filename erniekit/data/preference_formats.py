@@ -1,0 +1,147 @@
+"""Records of preference data -> Sample of kind "pair": a conversation so far, a chosen and a rejected answer.
+
+erniekit: {"src": [...], "tgt": [...], "response": [[...], [...]], "sort": [1, 0]}: n user turns, the n - 1 answers
+before the last, two responses, each a string or a list that alternates assistant, user, ..., assistant; the higher
+`sort` is chosen. messages and sharegpt: the conversation so far in the type's usual field (or `prompt`) and two
+answers, each a message, a list of them, or its text; without the conversation, `chosen` and `rejected` are whole
+conversations that begin alike. alpaca: `question` or `instruction` (with input and history), `chosen`, `rejected`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from erniekit.data.record import (
+    BadRecord,
+    Sample,
+    alpaca_prompt,
+    check_order,
+    kind_of,
+    list_of,
+    system_messages,
+    text_of,
+    texts_of,
+    tools_of,
+    turn_of,
+)
+
+Turns = list[dict[str, Any]]
+
+
+def _pair(prompt: Turns, chosen: Turns, rejected: Turns, tools: Any = None, score_delta: float = 1.0) -> Sample:
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        check_order(prompt + answer, f"prompt + {name}")
+        if answer[0]["role"] != "assistant":
+            raise BadRecord(f"the {name} answer begins with the role {answer[0]['role']!r}", "begin it with assistant")
+    if chosen == rejected:
+        raise BadRecord("both answers are the same", "a pair needs a better and a worse answer; remove the record")
+    return Sample(prompt, tools=tools, kind="pair", answers=(chosen, rejected), score_delta=score_delta)
+
+
+def _erniekit(record: dict[str, Any]) -> Sample:
+    questions = texts_of(record, "src")
+    earlier = texts_of(record, "tgt") if record.get("tgt") else []
+    if len(earlier) != len(questions) - 1:
+        raise BadRecord(
+            f"'src' has {len(questions)} turns and 'tgt' has {len(earlier)}",
+            "tgt holds the earlier answers, one less than src; the last question's two answers are the response",
+        )
+    prompt = system_messages(record)
+    for i, question in enumerate(questions):
+        prompt.append({"role": "user", "content": text_of(question, f"src[{i}]")})
+        if i < len(earlier):
+            prompt.append({"role": "assistant", "content": text_of(earlier[i], f"tgt[{i}]")})
+    responses, sort = list_of(record, "response"), list_of(record, "sort")
+    if len(responses) != 2:
+        raise BadRecord(f"'response' has {len(responses)} entries", "give exactly two, a better and a worse one")
+    if len(sort) != 2 or any(type(x) not in (int, float) for x in sort):
+        raise BadRecord(f"'sort' must be two numbers, not {sort!r}", "give one for each response; the higher is chosen")
+    if sort[0] == sort[1]:
+        raise BadRecord(f"'sort' is {sort!r}: neither response is better", "give different numbers, or remove it")
+    turns = [_alternating(response, f"response[{i}]") for i, response in enumerate(responses)]
+    best = 0 if sort[0] > sort[1] else 1
+    return _pair(prompt, turns[best], turns[1 - best], score_delta=float(abs(sort[0] - sort[1])))
+
+
+def _alternating(response: Any, name: str) -> Turns:
+    texts = response if isinstance(response, list) else [response]
+    if len(texts) % 2 == 0:
+        raise BadRecord(
+            f"{name} has {len(texts)} turns", "assistant, user, ..., assistant: an odd number, beginning and ending so"
+        )
+    roles = ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text_of(text, f"{name}[{i}]")} for i, text in enumerate(texts)]
+
+
+def _alpaca(record: dict[str, Any]) -> Sample:
+    name = "question" if "question" in record else "instruction"
+    if name not in record:
+        raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
+    if "question" in record and "instruction" in record:
+        raise BadRecord("both 'question' and 'instruction' are given", "keep one of them")
+    answers = [_answer(record, side, "role", "content") for side in ("chosen", "rejected")]
+    return _pair(alpaca_prompt(record, name), *answers)
+
+
+def _messages(record: dict[str, Any]) -> Sample:
+    return _conversations(record, ("messages", "prompt"), [], "role", "content")
+
+
+def _sharegpt(record: dict[str, Any]) -> Sample:
+    return _conversations(record, ("conversations", "prompt"), system_messages(record), "from", "value")
+
+
+def _conversations(record: dict[str, Any], names: tuple[str, str], system: Turns, role: str, content: str) -> Sample:
+    sides = []
+    for side in ("chosen", "rejected"):
+        if side in record and f"{side}_response" in record:
+            raise BadRecord(f"both {side!r} and '{side}_response' are given", "keep one of them")
+        sides.append(_answer(record, f"{side}_response" if f"{side}_response" in record else side, role, content))
+    given = [name for name in names if name in record]
+    if len(given) > 1:
+        raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
+    if not given:
+        return _pair(*_common_beginning(system, *sides), tools=tools_of(record))
+    prompt = record[given[0]]
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": text_of(prompt, repr(given[0]))}]
+    else:
+        turns = [turn_of(turn, f"{given[0]}[{i}]", role, content) for i, turn in enumerate(list_of(record, given[0]))]
+    return _pair(system + turns, *sides, tools=tools_of(record))
+
+
+def _answer(record: dict[str, Any], name: str, role: str, content: str) -> Turns:
+    """An answer as messages, from a text, a message or a list of messages."""
+    value = record.get(name)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": text_of(value, repr(name))}]
+    if isinstance(value, dict):
+        return [turn_of(value, name, role, content)]
+    if value is not None and not isinstance(value, list):
+        raise BadRecord(f"{name!r} must be text or a list of messages, not {kind_of(value)}", "write the answer there")
+    return [turn_of(turn, f"{name}[{i}]", role, content) for i, turn in enumerate(list_of(record, name))]
+
+
+def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
+    """Two whole conversations as what they share, up to the last question or tool result, and what follows."""
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if same == len(chosen) == len(rejected):
+        raise BadRecord("both answers are the same", "a pair needs a better and a worse answer; remove the record")
+    while same and chosen[same - 1]["role"] not in ("user", "tool"):
+        same -= 1
+    if not same or same in (len(chosen), len(rejected)):
+        raise BadRecord(
+            "'chosen' and 'rejected' do not share a question", "begin both with the same turns, or give 'prompt'"
+        )
+    return system + chosen[:same], chosen[same:], rejected[same:]
+
+
+_SIDES = ("chosen", "rejected", "chosen_response", "rejected_response")
+# type -> (reader, its fields). "(DPO)" tells these types from those of single answers: see sources.read_specs.
+PREFERENCE_FORMATS: dict[str, tuple[Callable[[dict[str, Any]], Sample], tuple[str, ...]]] = {
+    "erniekit (DPO)": (_erniekit, ("src", "tgt", "response", "sort", "system")),
+    "alpaca (DPO)": (_alpaca, ("question", "instruction", "input", "history", "system", "chosen", "rejected")),
+    "messages (DPO)": (_messages, ("messages", "prompt", "tools", *_SIDES)),
+    "sharegpt (DPO)": (_sharegpt, ("conversations", "prompt", "system", "tools", *_SIDES)),
+}
