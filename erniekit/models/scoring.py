@@ -85,12 +85,20 @@ def batch_nll(
     positions = None if position_ids is None else position_ids[real][None]
     mixer = model.documents(segments[real][None], positions)
     hidden = model.model(paddle.to_tensor(input_ids[real].astype(np.int64)), mixer).normed
+    return score_hidden(model, hidden, places, flat_labels)
+
+
+@paddle.no_grad()
+def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, labels_T: np.ndarray) -> Score:
+    """Score the token numbers `places`, which have labels, from the hidden states of all tokens behind the final norm
+    [T, D].
+    """
     size = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
     score = Score()
     for start in range(0, len(places), size):
         rows = places[start : start + size]
-        targets = paddle.to_tensor(flat_labels[rows].astype(np.int64))
-        logits = model.head(paddle.gather(hidden, paddle.to_tensor(rows))).astype("float32")
+        targets = paddle.to_tensor(labels_T[rows].astype(np.int64))
+        logits = model.head(paddle.gather(hidden_TD, paddle.to_tensor(rows))).astype("float32")
         nll = nn.functional.cross_entropy(logits, targets, reduction="none")
         # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 they are NaN.
         nll += logits.sum(axis=-1) * 0

@@ -60,6 +60,12 @@ class Run:
     update_router_bias: bool
     average: WeightAverage | None
 
+    @property
+    def token_multiple(self) -> int:
+        """What a microbatch's number of tokens must divide by."""
+        ranks = self.model.tensor
+        return ranks.group.size if ranks is not None and ranks.sequence else 1
+
     def close(self) -> None:
         """Stop the data workers."""
         self.loader.close()

@@ -30,8 +30,8 @@ def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]
 
 
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
-    """The chunk of this process's stage that a parameter is reached by: its layer's; of the embedding the first, of what
-    stands behind the layers the last.
+    """The chunk of this process's stage that a parameter is reached by: its layer's; of the embedding the first, of
+    what stands behind the layers the last.
     """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match:

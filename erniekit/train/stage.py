@@ -10,12 +10,37 @@ from dataclasses import dataclass, field
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.models.decoder import CausalLM
+from erniekit.models.decoder import CausalLM, Routings
 from erniekit.moe.layer import TokenInfo
 from erniekit.moe.stats import RouterStats
+from erniekit.nn.attention import Documents
 from erniekit.train.flat import FlatBatch
 from erniekit.train.recipes.base import Recipe, Term
 from erniekit.train.recipes.routers import router_terms
+
+
+def run_chunk(
+    model: CausalLM,
+    layers: Sequence[int],
+    batch: FlatBatch,
+    x_TD: paddle.Tensor | None,
+    noise_TD: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, Documents, Routings]:
+    """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it)."""
+    documents = model.documents(batch.segment_ids[None], batch.position_ids[None])
+    if x_TD is None:
+        x_TD = model.model.embed_tokens(batch.ids_tensor())
+        if noise_TD is not None:
+            x_TD = x_TD + (noise_TD if model.tensor is None else model.tensor.own_tokens(noise_TD))
+    x_TD, routings = model.model.run(x_TD, layers, documents, TokenInfo(batch.row_lengths))
+    return x_TD, documents, routings
+
+
+def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], str]:
+    """Shape and dtype of what goes from one stage to the next."""
+    ranks = model.tensor
+    rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
+    return [rows, model.config.hidden_size], paddle.get_default_dtype()
 
 
 @dataclass
@@ -54,14 +79,9 @@ class TrainStage:
         self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
-        batch, decoder = self.microbatches[microbatch], self.model.model
-        documents = self.model.documents(batch.segment_ids[None], batch.position_ids[None])
-        if x_TD is None:
-            x_TD = decoder.embed_tokens(batch.ids_tensor())
-            noise = self.recipe.noise(self.model, batch)
-            if noise is not None:
-                x_TD = x_TD + (noise if self.model.tensor is None else self.model.tensor.own_tokens(noise))
-        x_TD, routings = decoder.run(x_TD, self.chunks[chunk], documents, TokenInfo(batch.row_lengths))
+        batch = self.microbatches[microbatch]
+        noise = self.recipe.noise(self.model, batch) if x_TD is None else None
+        x_TD, documents, routings = run_chunk(self.model, self.chunks[chunk], batch, x_TD, noise)
         terms, stats = router_terms(self.cfg, self.model, routings)
         for router, numbers in stats.items():
             if router in self.sums.routers:
@@ -74,9 +94,7 @@ class TrainStage:
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
         """Shape and dtype of what the stage before sends."""
-        ranks, size = self.model.tensor, self.microbatches[microbatch].size
-        rows = size // ranks.group.size if ranks is not None and ranks.sequence else size
-        return [rows, self.model.config.hidden_size], paddle.get_default_dtype()
+        return input_shape(self.model, self.microbatches[microbatch])
 
     def after_backward(self, chunk: int, microbatch: int) -> None:
         """The gradients of a chunk's pass are complete."""

@@ -2,20 +2,18 @@
 
 import math
 import time
-from contextlib import closing
 from typing import Any
 
 import numpy as np
 import paddle
 
 from erniekit.data.batch import Batch
-from erniekit.models.scoring import score_batches
 from erniekit.moe.balance import update_bias
-from erniekit.parallel import comm
-from erniekit.parallel.schedule import Forward
+from erniekit.parallel import comm, pipeline
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
+from erniekit.train.evaluation import evaluate
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
@@ -106,9 +104,7 @@ class Trainer:
         started = time.perf_counter()
         step = self.state.step
         paddle.seed((self.cfg.seed * 1_000_003 + step) % 2**32)  # noise depends on the step alone: nothing to save
-        ranks = self.run.model.tensor
-        multiple = ranks.group.size if ranks is not None and ranks.sequence else 1
-        microbatches = [flatten(batch, multiple) for batch in batches]
+        microbatches = [flatten(batch, self.run.token_multiple) for batch in batches]
         sums = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
         norm = sync.global_norm()
@@ -146,11 +142,7 @@ class Trainer:
         sync = run.optimizer.sync
         stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward)
         sync.begin(len(microbatches))
-        for action in run.actions(len(microbatches)):
-            if isinstance(action, Forward):
-                _, loss = stage.forward(action.chunk, action.microbatch, None)
-                loss.backward()
-                stage.after_backward(action.chunk, action.microbatch)
+        pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         sync.finish()
         return global_sums(stage.sums, mesh)
 
@@ -258,18 +250,6 @@ class Trainer:
             summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
         summary["data"] = self.run.loader.report()
         return summary
-
-
-def evaluate(run: Run) -> dict[str, float]:
-    """Loss, perplexity and token accuracy over the evaluation data (at most max_evaluate_steps batches)."""
-    assert run.eval_loader is not None
-    run.model.eval()
-    with closing(run.eval_loader.batches()) as batches:
-        score, _ = score_batches(run.model, batches, run.cfg.max_evaluate_steps)
-    run.model.train()
-    if not score.num_tokens:
-        raise TrainError("eval_dataset_path: no token of the evaluation data carries loss")
-    return {f"eval_{name}": value for name, value in score.metrics().items()}
 
 
 def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:
