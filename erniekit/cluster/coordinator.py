@@ -1,0 +1,348 @@
+"""What the hosts of a job agree on: who is in it, whether it runs, which rank failed first, whether it starts again.
+
+A state machine without clock, socket or process. The agent of every host asks it about once a second; it lives in the
+master's agent, and a job on one host talks to it directly.
+
+An agent sends `hello` until it gets `start` (its ranks, and where they find one another), then `report` (its ranks'
+signs of life, and who failed or is done) until it gets `stop`; after a `stop` that says restart it begins again.
+"""
+
+import math
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from erniekit.cluster.job import Layout, Limits
+from erniekit.cluster.watch import Sign, diagnose
+
+Message = dict[str, Any]
+
+# A rank's death makes others fail at the same moment. Seconds to wait for the first one's report to come in, and how
+# many times that if all who reported blame a peer.
+GRACE, GRACE_FOR_PEERS = 1.0, 6.0
+GONE = 3.0  # seconds after which a broken connection counts as a lost host
+EXIT_USER_ERROR = 1  # as in erniekit.cli.main
+
+
+@dataclass
+class Host:
+    """An agent that said hello. `order`: that of its first hello; `seen`: when it last spoke."""
+
+    id: str
+    name: str
+    address: str
+    order: int
+    slots: int
+    node: int | None
+    is_master: bool
+    ports: list[int]
+    seen: float
+    gone: float | None = None
+    ranks: range = range(0)
+    reply: Message = field(default_factory=dict)
+    signs: list[Sign] = field(default_factory=list)
+    done: bool = False
+    told: bool = False
+
+    @property
+    def shown(self) -> str:
+        """Name and address, and its ranks."""
+        ranks = f", ranks {self.ranks[0]} to {self.ranks[-1]}" if self.ranks else ""
+        return f"{self.name} ({self.address}{ranks})"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a rank that was not meant. by_peer: it says itself that another is to blame. code: negative for a
+    signal, as in subprocess; None: it hangs, or its host is lost. detail: its own last words.
+    """
+
+    rank: int
+    host: Host
+    at: float
+    what: str
+    code: int | None = None
+    by_peer: bool = False
+    step: int = 0
+    detail: str = ""
+
+    @property
+    def place(self) -> tuple[bool, float]:
+        """Sorts the cause before its consequences; gloo and NCCL abort when a peer is gone."""
+        return self.by_peer or self.code == -signal.SIGABRT, self.at
+
+    @property
+    def mends_itself(self) -> bool:
+        """Whether a restart can help: not against a mistake in the configuration or the data."""
+        return self.by_peer or self.code != EXIT_USER_ERROR
+
+
+class Coordinator:
+    """See above. `handle` may be called by several threads."""
+
+    def __init__(self, hosts: int, layouts: tuple[Layout, ...], limits: Limits) -> None:
+        self._wanted = hosts
+        self._layouts = layouts
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._attempt = 1
+        self._began: float | None = None  # since when the hosts gather
+        self._orders: dict[str, int] = {}
+        self._hosts: dict[str, Host] = {}  # gathered, or of the running attempt
+        self._running = False
+        self._stopping = False
+        self._config: dict[str, str] | None = None
+        self._failures: list[Failure] = []
+        self._verdict: Message = {}  # of the last attempt that ended
+        self._over = False
+
+    def handle(self, message: Message, now: float) -> Message:
+        """The answer to a `hello`, `report` or `leave`, at `now` (seconds of one monotonic clock)."""
+        with self._lock:
+            host = self._hosts.get(message["id"])
+            if host is not None:
+                host.seen, host.gone = now, None
+            if message["kind"] == "hello":
+                return self._hello(message, now)
+            if message["kind"] == "leave":
+                return self._leave(host, message["why"], now)
+            return self._report(host, message, now)
+
+    def disconnect(self, host_id: str, now: float) -> None:
+        """The connection of that host broke; it may come back."""
+        with self._lock:
+            if host_id in self._hosts:
+                self._hosts[host_id].gone = now
+
+    @property
+    def all_told(self) -> bool:
+        """Whether every host knows that the job is over."""
+        with self._lock:
+            return self._over and all(host.told or host.gone is not None for host in self._hosts.values())
+
+    # ---- gathering
+
+    def _hello(self, message: Message, now: float) -> Message:
+        if self._running or self._over:
+            return self._answer(message)
+        problem = self._mismatch(message)
+        if problem:
+            return {"kind": "refused", "why": problem}
+        if self._began is None:
+            self._began = now
+        if message["id"] not in self._hosts:
+            self._hosts[message["id"]] = self._new_host(message, now)
+        self._gather(now)
+        return self._answer(message)
+
+    def _answer(self, hello: Message) -> Message:
+        host = self._hosts.get(hello["id"])
+        if self._over:
+            return self._tell(host)
+        if not self._running:
+            return {"kind": "wait", "why": self._who_is_here()}
+        if host is not None:
+            return host.reply
+        return {"kind": "wait", "why": "the job runs without this host, which can join it at its next restart"}
+
+    def _new_host(self, message: Message, now: float) -> Host:
+        order = self._orders.setdefault(message["id"], len(self._orders))
+        node = message["node"]
+        return Host(
+            message["id"],
+            message["name"],
+            message["address"],
+            order,
+            message["slots"],
+            node,
+            message["master"],
+            message["ports"],
+            now,
+        )
+
+    def _mismatch(self, message: Message) -> str:
+        """Why this host cannot be part of the job; empty if it can."""
+        if self._config is None:
+            self._config = message["config"]
+        theirs, ours = message["config"], self._config
+        different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        if different:
+            shown = [f"\n  {key}: {theirs.get(key, '-')} here, {ours.get(key, '-')} there" for key in different[:8]]
+            return (
+                f"{message['name']} has another configuration than the host that came first:{''.join(shown)}\n"
+                "Start every host alike."
+            )
+        others = [host for host in self._hosts.values() if host.id != message["id"]]
+        for host in others:
+            if message["node"] is not None and host.node == message["node"]:
+                return (
+                    f"{message['name']} and {host.name} both are node {host.node}. Start one `erniekit` a host, and "
+                    "give each its own PADDLE_NODE_RANK (or none of them any)."
+                )
+        if len(others) >= self._wanted:
+            return f"all {self._wanted} hosts of the job are here already: {', '.join(h.shown for h in others)}"
+        return ""
+
+    def _gather(self, now: float) -> None:
+        """Start if all are here; go on with fewer, or give up, when time is over."""
+        assert self._began is not None
+        for host in list(self._hosts.values()):
+            if now - host.seen > self._limits.detect or (host.gone is not None and now - host.gone > GONE):
+                del self._hosts[host.id]
+        waited = now - self._began
+        if len(self._hosts) == self._wanted:
+            self._start(self._layouts[0])
+        elif self._attempt > 1 and self._limits.elastic and waited > self._limits.fault:
+            room = sum(host.slots for host in self._hosts.values())
+            layout = next((layout for layout in self._layouts if layout.world <= room), None)
+            if layout is not None:
+                self._start(layout)
+            else:
+                smallest = self._layouts[-1].world
+                self._give_up(f"{self._who_is_here()}\nThe job needs at least {smallest} processes, there are {room}")
+        elif waited > self._limits.rendezvous:
+            hint = (
+                "Is the command running there, with the same MASTER_ADDR and MASTER_PORT? Does a firewall stand in "
+                f"between? rendezvous_timeout (now {self._limits.rendezvous:g}) is how long the hosts wait."
+            )
+            self._give_up(f"{self._who_is_here()} after {self._limits.rendezvous:g} s. {hint}")
+
+    def _who_is_here(self) -> str:
+        hosts = sorted(self._hosts.values(), key=lambda host: host.order)
+        here = ", ".join(f"node {h.node} {h.shown}" if h.node is not None else h.shown for h in hosts)
+        given = {host.node for host in hosts}
+        absent = [str(node) for node in range(self._wanted) if node not in given]
+        missing = f"; missing: node {', '.join(absent[:20])}" if None not in given and absent else ""
+        return f"{len(hosts)} of {self._wanted} hosts are here: {here or 'none'}{missing}"
+
+    def _start(self, layout: Layout) -> None:
+        def place(host: Host) -> tuple[float, int]:
+            if host.node is not None:
+                return host.node, host.order
+            return (-1 if host.is_master else math.inf), host.order
+
+        hosts = sorted(self._hosts.values(), key=place)
+        first, endpoints = 0, []
+        for host in hosts:
+            host.ranks = range(first, min(first + host.slots, layout.world))
+            first = host.ranks.stop
+            endpoints += [f"{host.address}:{port}" for port in host.ports[1 : 1 + len(host.ranks)]]
+        for node, host in enumerate(hosts):
+            host.signs, host.done, host.gone = [], not host.ranks, None
+            host.reply = {
+                "kind": "start",
+                "attempt": self._attempt,
+                "node": node,
+                "hosts": sum(1 for each in hosts if each.ranks),
+                "first": host.ranks.start,
+                "count": len(host.ranks),
+                "world": layout.world,
+                "store": f"{hosts[0].address}:{hosts[0].ports[0]}",
+                "endpoints": endpoints,
+                "overrides": list(layout.overrides),
+                "note": layout.note,
+            }
+        self._running, self._failures, self._began = True, [], None
+
+    # ---- running
+
+    def _report(self, host: Host | None, message: Message, now: float) -> Message:
+        self._stopping = self._stopping or message["stopping"]
+        if not self._running or message["attempt"] != self._attempt:
+            return self._tell(host)
+        assert host is not None, "a host reports an attempt that it is not in"
+        host.signs = [Sign(**sign) for sign in message["signs"]]
+        host.done = message["done"]
+        known = {failure.rank for failure in self._failures}
+        for each in message["failures"]:
+            if each["rank"] not in known:
+                self._failures.append(Failure(**{**each, "host": host, "at": now - each["at"]}))
+        self._judge(now)
+        return {"kind": "run"} if self._running else self._tell(host)
+
+    def _leave(self, host: Host | None, why: str, now: float) -> Message:
+        if host is not None and not self._over:
+            host.told = True
+            if self._running:
+                self._failures.append(self._lost(host, why, now))
+                self._stopping = True
+                self._judge(now + GRACE)
+            else:
+                del self._hosts[host.id]
+        return {"kind": "bye"}
+
+    def _judge(self, now: float) -> None:
+        """See whether the attempt goes on, has ended well, or has failed and by whom."""
+        hosts = list(self._hosts.values())
+        failed = {failure.rank for failure in self._failures}
+        for host in hosts:
+            silent = now - host.seen
+            if host.ranks and not host.done and host.ranks[0] not in failed:
+                if host.gone is not None and now - host.gone > GONE:
+                    self._failures.append(self._lost(host, "the connection to its agent broke", host.gone))
+                elif silent > self._limits.detect:
+                    self._failures.append(self._lost(host, f"no word from its agent for {silent:.0f} s", host.seen))
+        if not self._failures and all(host.done for host in hosts):
+            self._end({"restart": False, "code": 0, "headline": "", "detail": ""})
+        elif not self._failures:
+            self._find_hanging(now)
+        if self._failures:
+            first = min(self._failures, key=lambda failure: failure.place)
+            since = now - min(failure.at for failure in self._failures)
+            ended = sum(len(host.ranks) for host in hosts if host.done) + len({f.rank for f in self._failures})
+            grace = GRACE if ended < sum(len(host.ranks) for host in hosts) else 0.0
+            if since >= (GRACE_FOR_PEERS if first.place[0] else grace):
+                self._fail(first)
+
+    def _find_hanging(self, now: float) -> None:
+        hosts = [host for host in self._hosts.values() if not host.done]
+        signs = [sign for host in hosts for sign in host.signs]
+        if not all(host.signs for host in hosts):
+            return  # not all have begun
+        found = diagnose(signs, self._limits.detect)
+        if found is None:
+            return
+        rank, why = found
+        host = next(host for host in hosts if rank in host.ranks)
+        step = next(sign.step for sign in signs if sign.rank == rank)
+        advice = f"If that was good work, raise distributed_timeout (now {self._limits.fault:g})."
+        what = f"hangs: {why}"
+        # Far enough in the past that no grace is waited for: nobody fails because of it.
+        self._failures.append(Failure(rank, host, now - GRACE, what, step=step, detail=advice))
+
+    def _lost(self, host: Host, why: str, at: float) -> Failure:
+        step = max((sign.step for sign in host.signs), default=0)
+        return Failure(host.ranks[0] if host.ranks else -1, host, at, f"is lost with its host: {why}", step=step)
+
+    def _fail(self, first: Failure) -> None:
+        headline = f"rank {first.rank} on {first.host.shown} {first.what}; last finished step: {first.step}"
+        others = len({failure.rank for failure in self._failures} - {first.rank})
+        if others:
+            headline += f"; {others} other rank{'s' * (others > 1)} failed after it"
+        left = self._limits.max_restarts - (self._attempt - 1)
+        restart = left > 0 and first.mends_itself and not self._stopping
+        if not restart and left > 0:
+            headline += "; not started again, " + (
+                "the job was told to stop" if self._stopping else "the same error would come again"
+            )
+        code = first.code if first.code is not None and first.code > 0 else 1
+        self._end(
+            {"restart": restart, "code": code, "headline": headline, "detail": first.detail, "host": first.host.id}
+        )
+
+    def _give_up(self, why: str) -> None:
+        self._end({"restart": False, "code": 1, "headline": "not all hosts came", "detail": f"error: {why}"})
+
+    def _end(self, verdict: Message) -> None:
+        """End the attempt; the agents learn it when they next report."""
+        self._verdict = {"kind": "stop", **verdict}
+        self._running, self._over, self._began = False, not verdict["restart"], None
+        if verdict["restart"]:
+            self._attempt += 1
+            self._hosts = {}
+
+    def _tell(self, host: Host | None) -> Message:
+        if host is not None:
+            host.told = True
+        return self._verdict

@@ -1,0 +1,206 @@
+"""Faults of real processes that only pretend to train: who is named, what is printed last, and that nobody is left."""
+
+import os
+import signal
+import socket
+import time
+
+import fake_job
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_job_that_ends_well(tmp_path):
+    code, said = fake_job.finish(fake_job.start(tmp_path, steps=3))
+    assert code == 0, said
+    assert "ranks 0 to 1 of 2" in said
+    assert "words [] from step 0" in said, "rank 0 streams to the terminal"
+    assert "words [] from step 0" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert said.count("words") == 1
+
+
+def test_the_first_error_comes_last(tmp_path):
+    """Rank 1 fails; rank 0 fails because of it, and even reports first."""
+    process = fake_job.start(tmp_path, world=3, acts={"0": ["peer", 5], "1": ["raise", 6], "2": ["wait", 5]})
+    code, said = fake_job.finish(process)
+    assert code == 70
+    assert said.rstrip().endswith("error: the disk is on fire")
+    assert "closed by peer" not in said
+    assert "rank 1 on " in said and "last finished step: 5" in said and socket.gethostname() in said
+    assert_nobody_left(tmp_path)
+
+
+def assert_nobody_left(directory):
+    fake_job.assert_gone(fake_job.pids(directory, 1).values())
+
+
+def test_a_killed_rank(tmp_path):
+    process = fake_job.start(tmp_path, acts={"0": ["wait", 4], "1": ["die", 4]})
+    code, said = fake_job.finish(process)
+    assert code == 1
+    assert "last words\nerror: rank 1 was killed by SIGKILL" in said
+    assert "last finished step: 3" in said and "rank-1.log" in said
+    assert_nobody_left(tmp_path)
+
+
+@pytest.mark.parametrize(("act", "why"), [("freeze", "SIGSTOP"), ("loop", "_act")])
+def test_a_rank_that_hangs(tmp_path, act, why):
+    process = fake_job.start(tmp_path, acts={"0": ["wait", 4], "1": [act, 4]})
+    fake_job.pids(tmp_path, 2)
+    began = time.monotonic()
+    code, said = fake_job.finish(process)
+    assert code == 1
+    assert time.monotonic() - began < 20, "limits.fault is 4 s"
+    assert "rank 1 on" in said and "hangs" in said and why in said and "distributed_timeout (now 4)" in said
+    assert_nobody_left(tmp_path)
+
+
+def test_a_restart_goes_on_from_what_was_saved(tmp_path):
+    process = fake_job.start(tmp_path, steps=12, acts={"0": ["wait", 9], "1": ["die", 6]}, max_restarts=1)
+    code, said = fake_job.finish(process)
+    assert code == 0, said
+    assert "Starting again: attempt 2 of 2" in said and "rank 1 was killed" in said
+    assert "words ['again'] from step 8" in said
+    assert "last words" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert (tmp_path / "logs" / "rank-1.attempt-2.log").exists()
+
+
+def test_restarts_are_counted(tmp_path):
+    process = fake_job.start(tmp_path, acts={"0": ["always wait", 9], "1": ["always die", 12]}, max_restarts=2)
+    code, said = fake_job.finish(process)
+    assert code == 1
+    assert said.count("Starting again") == 2
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
+    process = fake_job.start(tmp_path, acts={"1": ["user error", 4]}, max_restarts=2)
+    code, said = fake_job.finish(process)
+    assert code == 1
+    assert "the same error would come again" in said and "Starting again" not in said
+    assert said.rstrip().endswith("error: train_dataset_path: no such file")
+
+
+def test_sigterm_lets_the_workers_end_their_step(tmp_path):
+    process = fake_job.start(tmp_path, steps=2000)
+    fake_job.pids(tmp_path, 2)
+    process.terminate()
+    code, said = fake_job.finish(process)
+    assert code == 0, said
+    assert (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_agent(tmp_path, number):
+    process = fake_job.start(tmp_path, world=3, steps=2000, acts={"1": ["loop", 5], "2": ["wait", 5]})
+    workers = fake_job.pids(tmp_path, 3)
+    os.kill(process.pid, number)
+    code, said = fake_job.finish(process)
+    assert code == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in said
+    fake_job.assert_gone(workers.values())
+
+
+# ---- two "hosts" on the loopback interface
+
+
+def test_two_hosts(tmp_path):
+    port = free_port()
+    jobs = [fake_job.start(tmp_path, world=4, hosts=2, port=port, steps=5) for _ in range(2)]
+    ends = [fake_job.finish(job) for job in jobs]
+    assert [code for code, _ in ends] == [0, 0], ends
+    lines = sorted(said[said.index("host ") :].split(";")[0] for _, said in ends)
+    name = socket.gethostname()
+    assert lines == [f"host 1 of 2 ({name}): ranks 0 to 1 of 4", f"host 2 of 2 ({name}): ranks 2 to 3 of 4"]
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"rank-{rank}.log" for rank in (1, 2, 3)}
+
+
+def test_a_fault_on_one_host_ends_both_and_is_told_on_both(tmp_path):
+    port = free_port()
+    acts = {"0": ["wait", 9], "1": ["peer", 7], "2": ["wait", 9], "3": ["raise", 6]}
+    jobs = [fake_job.start(tmp_path, world=4, hosts=2, port=port, node=n, acts=acts) for n in range(2)]
+    for code, said in [fake_job.finish(job) for job in jobs]:
+        assert code == 70, said
+        assert "rank 3 on" in said and said.rstrip().endswith("the disk is on fire")
+    assert_nobody_left(tmp_path)
+
+
+def test_a_lost_host_and_elastic(tmp_path):
+    """The second agent is killed: its workers go with it, and the first host goes on alone."""
+    port = free_port()
+    keys = {"max_restarts": 1, "elastic": True, "fault": 5.0}
+    jobs = [fake_job.start(tmp_path, hosts=2, port=port, node=n, steps=100, **keys) for n in range(2)]
+    workers = fake_job.pids(tmp_path, 2)
+    jobs[1].kill()
+    fake_job.finish(jobs[1])
+    code, said = fake_job.finish(jobs[0])
+    assert code == 0, said
+    assert "rank 1 on" in said and "is lost with its host: the connection to its agent broke" in said
+    assert "goes on with 1" in said and "words ['shrunk=1', 'again']" in said
+    fake_job.assert_gone(workers.values())
+
+
+def test_a_host_that_comes_back_is_taken_again(tmp_path):
+    port = free_port()
+    keys = {"hosts": 2, "port": port, "steps": 100, "max_restarts": 1}
+    jobs = [fake_job.start(tmp_path, node=n, **keys) for n in range(2)]
+    fake_job.pids(tmp_path, 2)
+    jobs[1].kill()
+    fake_job.finish(jobs[1])
+    back = fake_job.start(tmp_path, node=1, **keys)
+    for job in (jobs[0], back):
+        code, said = fake_job.finish(job)
+        assert code == 0, said
+        assert "2 of 2" in said
+
+
+def test_the_master_is_lost(tmp_path):
+    port = free_port()
+    jobs = [fake_job.start(tmp_path, hosts=2, port=port, node=n, steps=2000) for n in range(2)]
+    workers = fake_job.pids(tmp_path, 2)
+    jobs[0].kill()
+    fake_job.finish(jobs[0])
+    code, said = fake_job.finish(jobs[1])
+    assert code == 1
+    assert f"127.0.0.1:{port}" in said and "Traceback" not in said
+    fake_job.assert_gone(workers.values())
+
+
+def test_a_host_that_never_comes(tmp_path):
+    job = fake_job.start(tmp_path, hosts=2, port=free_port(), rendezvous=2.0)
+    code, said = fake_job.finish(job)
+    assert code == 1
+    assert "error: 1 of 2 hosts are here: " in said and socket.gethostname() in said and "after 2 s" in said
+    assert "rendezvous_timeout" in said
+
+
+def test_a_host_with_another_configuration_is_sent_away(tmp_path):
+    port = free_port()
+    first = fake_job.start(tmp_path, hosts=2, port=port, rendezvous=4.0, steps=30)
+    code, said = fake_job.finish(_after(first, fake_job.start(tmp_path, hosts=2, port=port, rendezvous=4.0, steps=31)))
+    assert code == 1
+    assert "steps: 3" in said and "another configuration" in said
+    fake_job.finish(first)
+
+
+def _after(first, second):
+    """Whichever of the two was refused ends at once; the other waits."""
+    deadline = time.monotonic() + 30
+    while first.poll() is None and second.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return first if first.poll() is not None else second
+
+
+def test_a_stranger_at_the_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        job = fake_job.start(tmp_path, hosts=2, port=server.getsockname()[1])
+        connection, _ = server.accept()
+        connection.sendall(b"SSH-2.0-OpenSSH\n")
+        code, said = fake_job.finish(job)
+    assert code == 1
+    assert "MASTER_PORT" in said and "no erniekit job" in said and "SSH" in said
