@@ -24,3 +24,6 @@ class Placement:
     partial: Group
     ends: Group
     copies: int
+
+    def __post_init__(self) -> None:
+        assert self.gradient.size == self.shard.size * self.replica.size

@@ -145,6 +145,7 @@ class GradientSync:
         self._sent_early.clear()
         if not self.buckets:
             return
+        assert part in self._due, "begin() comes before the first backward pass"
         due = self._due[part]
         while due:
             self._send(due.popleft())
