@@ -144,7 +144,7 @@ def _bytes(x: paddle.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     assert x.is_contiguous()
     size = _num_bytes(x)
-    return links.view(x.data_ptr(), size, x) if size else memoryview(b"")
+    return links.view(x.data_ptr(), size, x) if size else memoryview(bytearray())
 
 
 def _dtype(x: paddle.Tensor) -> str:
