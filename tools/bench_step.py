@@ -91,17 +91,17 @@ class _Ours:
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.config import ModelConfig
         from erniekit.models.decoder import CausalLM
-        from erniekit.train.optim import AdamW, clip_gradients, global_norm, rule_for
+        from erniekit.parallel.sharding import GradientSync
+        from erniekit.train.optim import AdamW, rule_for
 
         self.threads = runtime.set_threads(job["threads"])
         paddle.seed(0)
         self.paddle, self.loss_of = paddle, linear_cross_entropy
-        self.norm_of, self.clip = global_norm, clip_gradients
         config = ModelConfig.from_dict(job["config"])
         self.model = model = CausalLM(config)
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
         rules = {name: rule_for(name, Config(weight_decay=0.01), config.num_hidden_layers) for name, _ in named}
-        self.optimizer = AdamW(named, rules, 0.9, 0.999, 1e-8)
+        self.optimizer = AdamW(GradientSync.single(named), rules, 0.9, 0.999, 1e-8)
         self.head = model.output_head()
         self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)
         self.segments = np.tile(documents_in_row(job["seq"], job["documents"]), (job["batch"], 1))
@@ -116,8 +116,7 @@ class _Ours:
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
-        parameters = list(self.optimizer.parameters.values())
-        self.clip(parameters, self.norm_of(parameters), 1.0)
+        self.optimizer.sync.clip(self.optimizer.sync.global_norm(), 1.0)
         self.optimizer.step(1e-4)
         self.optimizer.clear_grad()
         times.append(time.perf_counter())

@@ -28,6 +28,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.schedule import Action
 from erniekit.parallel.sharding import GradientSync
 from erniekit.precision import policy
+from erniekit.train.adapt import attach_lora
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
 from erniekit.train.layout import chunk_of, cut_layers, plan_actions
@@ -101,7 +102,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         master_grad=cfg.amp_master_grad,
         parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
     )
-    optimizer = AdamW(model.named_parameters(), rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon, sync=sync)
+    optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
     loader, num_steps = _train_loader(cfg, tokenizer, mesh)
     max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
@@ -158,8 +159,10 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     if precision.low_bit is not None:
         log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
     distribute(model, mesh, cfg.sequence_parallel)
+    if cfg.fine_tuning == "LoRA":
+        attach_lora(model, cfg, model_dir)
     if cfg.recompute:
-        recompute.apply(model.model.layers)
+        recompute.apply(model.model.layers, draws_noise=cfg.lora_dropout > 0.0)
     model.train()
     return model, chunks
 

@@ -1,8 +1,6 @@
-"""AdamW with its state in plain sight, and clipping by global norm."""
+"""AdamW with its state in plain sight."""
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +36,16 @@ def layer_depth(name: str, num_layers: int) -> int:
 
 
 def rule_for(name: str, cfg: Config, num_layers: int) -> ParamRule:
-    """Norms and biases are not decayed. With layerwise_lr_decay_bound b < 1 the rate is b + (1 - b) * depth / (n + 2);
-    the router's gate has moe_gate_lr_ratio.
+    """Norms, biases and DoRA's magnitudes are not decayed. With layerwise_lr_decay_bound b < 1 the rate is b + (1 - b) * depth / (n + 2);
+    the router's gate has moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
     """
     bound = cfg.layerwise_lr_decay_bound
     ratio = bound + (1.0 - bound) * layer_depth(name, num_layers) / (num_layers + 2)
     if cfg.moe_gate_lr_ratio is not None and name.endswith(".mlp.gate.weight"):
         ratio *= cfg.moe_gate_lr_ratio
-    decayed = not name.endswith("bias") and "norm" not in name
+    if ".adapter.B" in name:
+        ratio *= cfg.lora_plus_scale
+    decayed = not name.endswith("bias") and "norm" not in name and ".adapter.magnitude" not in name
     return ParamRule(ratio, cfg.weight_decay if decayed else 0.0)
 
 
@@ -58,25 +58,24 @@ class AdamW:
     `model.named_parameters()`. Where `sync` divides a parameter's state over ranks, moments and master copy are this
     rank's chunk [c], flat (parallel/buckets.py).
 
-    Gradients come from `sync` (without one: those of this process alone).
+    Args:
+        sync: the parameters and their gradients.
+        rules: of each parameter.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, paddle.Tensor]],
+        sync: GradientSync,
         rules: dict[str, ParamRule],
         beta1: float,
         beta2: float,
         epsilon: float,
-        master_grad: bool = True,
-        sync: GradientSync | None = None,
     ) -> None:
-        self.sync = GradientSync.single(named_parameters, master_grad) if sync is None else sync
-        self.parameters = self.sync.parameters
+        self.sync = sync
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.state = {name: self._new_state(name) for name in self.parameters}
-        if self.sync.world.size > 1:
+        self.state = {name: self._new_state(name) for name in sync.parameters}
+        if sync.world.size > 1:
             log.info(self.memory_line())
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
@@ -104,14 +103,6 @@ class AdamW:
             f"optimizer state: {_mib(self.state_bytes())} on this rank, {_mib(undivided)} if it were not divided; "
             f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.stage})"
         )
-
-    def accumulate(self) -> None:
-        """After a microbatch's backward pass (see GradientSync)."""
-        self.sync.after_backward()
-
-    def gradients(self) -> dict[str, paddle.Tensor]:
-        """The step's gradient of each parameter that has one (see GradientSync)."""
-        return self.sync.gradients()
 
     @paddle.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -181,20 +172,3 @@ class AdamW:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-
-
-@paddle.no_grad()
-def global_norm(gradients: Iterable[paddle.Tensor]) -> float:
-    """Euclidean norm of all gradients together (squares summed in fp32 a tensor, in fp64 over tensors)."""
-    squares = [paddle._C_ops.squared_l2_norm(gradient.astype("float32")) for gradient in gradients]
-    return math.sqrt(math.fsum(square.item() for square in squares))
-
-
-@paddle.no_grad()
-def clip_gradients(gradients: Iterable[paddle.Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where norm exceeds max_norm > 0 (Pascanu et al. 2013, arXiv 1211.5063,
-    algorithm 1)."""
-    if max_norm <= 0.0 or norm <= max_norm:
-        return
-    for gradient in gradients:
-        gradient.scale_(max_norm / norm)

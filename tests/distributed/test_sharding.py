@@ -48,7 +48,7 @@ def backward(parameters: dict[str, paddle.Tensor], gradients: dict[str, np.ndarr
 
 def adamw(sync: GradientSync) -> AdamW:
     rules = {name: ParamRule(1.0, 0.0 if name == "b" else 0.1) for name in sync.parameters}
-    return AdamW(sync.parameters.items(), rules, 0.9, 0.95, 1e-8, sync=sync)
+    return AdamW(sync, rules, 0.9, 0.95, 1e-8)
 
 
 def finish_step(optimizer: AdamW) -> float:
@@ -131,9 +131,9 @@ def train_alone(ranks: int, until: int = STEPS) -> tuple[dict[str, np.ndarray], 
                     if part is not None:
                         key = f"experts{rank % 2}" if name == "experts" else name
                         total[key] = total.get(key, np.float64(0.0)) + part.astype(np.float64)
-        backward(optimizer.parameters, {name: sums.astype(np.float32) for name, sums in total.items()})
+        backward(optimizer.sync.parameters, {name: sums.astype(np.float32) for name, sums in total.items()})
         norms.append(finish_step(optimizer))
-    return {name: p.numpy() for name, p in optimizer.parameters.items()}, norms, optimizer.state_arrays()
+    return {name: p.numpy() for name, p in optimizer.sync.parameters.items()}, norms, optimizer.state_arrays()
 
 
 def check_equal(results: list[dict], ranks: int, norms_from: int = 0) -> None:
