@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.folder import write_json
+from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, write_json
 from erniekit.checkpoint.safetensors import SINGLE_FILE, Reader, Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
 from erniekit.lora.layers import own_name
@@ -26,13 +26,7 @@ from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-
-def is_adapter(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter."""
-    return all((Path(directory) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def fingerprint(model_dir: str | Path) -> str:
@@ -86,22 +80,20 @@ def write_adapter(
     state: LoraState,
     config: ModelConfig,
     tensors: Iterable[np.ndarray],
-    base: str | None = None,
-    base_fingerprint: str | None = None,
 ) -> None:
     """Write an adapter for the model of `config`. `tensors`: fp32, whole, in the order of `adapter_parameters`, taken
-    one at a time. `base`: how the base model is named to others; `base_fingerprint`: see `fingerprint`.
+    one at a time.
     """
     entries = _entries(state, config)
-    metadata = {"format": "pt"} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    metadata = {"format": "pt"} | ({"base_fingerprint": state.base_fingerprint} if state.base_fingerprint else {})
     plan = [(entry.name, "F32", entry.shape) for entry in entries]
     staging = directory / ".adapter"  # the writer knows one name of file
     with Writer(staging, plan, max_shard_size="1000TB", metadata=metadata) as writer:
         for (_, group), array in zip(groupby(entries, key=lambda entry: entry.param), tensors, strict=True):
             for entry in group:
                 writer.write(entry.name, entry.to_file(array))
-    write_json(directory / CONFIG_FILE, _config_json(state, config, base))
-    (staging / SINGLE_FILE).replace(directory / WEIGHTS_FILE)
+    write_json(directory / ADAPTER_CONFIG_FILE, _config_json(state, config))
+    (staging / SINGLE_FILE).replace(directory / ADAPTER_FILE)
     staging.rmdir()
 
 
@@ -153,7 +145,7 @@ def part_sizes(config: ModelConfig) -> dict[tuple[str, str], tuple[int, int, int
     return sizes
 
 
-def _config_json(state: LoraState, config: ModelConfig, base: str | None) -> dict[str, Any]:
+def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
     options = state.options
     targets = {(module, part): slot for module, slots in state.slots.items() for part, slot in slots.items()}
     rank, alpha = Counter((slot.rank, _alpha(slot, options)) for slot in targets.values()).most_common(1)[0][0]
@@ -177,7 +169,7 @@ def _config_json(state: LoraState, config: ModelConfig, base: str | None) -> dic
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": state.base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -1,6 +1,7 @@
 """Adapters of a model in memory, from and to directories."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,26 @@ import paddle
 from erniekit.checkpoint.adapter import adapter_parameters, write_adapter
 from erniekit.checkpoint.adapter_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.folder import staged
-from erniekit.lora import attach_slots, state_of
+from erniekit.lora import LoraState, attach_slots, describe, state_of
 from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
 from erniekit.models.weights import to_numpy
 from erniekit.nn.cut import take
 from erniekit.utils.errors import CheckpointError
 
-Gather = Callable[[str, paddle.Tensor], np.ndarray]
 
-
-def attach_stored(model: CausalLM, directory: str | Path, model_dir: str | Path | None = None) -> StoredAdapter:
+def attach_stored(
+    model: CausalLM, directory: str | Path, model_dir: str | Path | None = None, dropout: float | None = None
+) -> LoraState:
     """Hang the adapter in `directory` on `model`, a plain one with its weights (those of `model_dir`, if given). Only
-    the adapter is trained from here on. Raises CheckpointError (see `read_adapter`).
+    the adapter is trained from here on, with `dropout`, or the adapter's own. Raises CheckpointError (see
+    `read_adapter`).
     """
     stored = read_adapter(directory, model.config, model_dir)
-    attach_slots(model, stored.options, stored.slots, stored.saved)
+    options = stored.options if dropout is None else dataclasses.replace(stored.options, dropout=dropout)
+    state = attach_slots(model, options, stored.slots, stored.saved)
     fill(model, stored)
-    return stored
+    return state
 
 
 def load_adapter(model: CausalLM, directory: str | Path) -> None:
@@ -36,19 +39,19 @@ def load_adapter(model: CausalLM, directory: str | Path) -> None:
     state = state_of(model)
     assert state is not None, "the model has no adapter"
     stored = read_adapter(directory, model.config)
-    if (
-        stored.slots != state.slots
-        or set(stored.saved) != set(state.saved)
-        or stored.options.dora != state.options.dora
-    ):
-        theirs, ours = (
-            _summary(stored.slots, stored.saved, stored.options.dora),
-            _summary(state.slots, state.saved, state.options.dora),
-        )
+    theirs = LoraState(stored.options, stored.slots, stored.saved)
+    if _essence(theirs) != _essence(state):
         raise CheckpointError(
-            f"{directory} holds another adapter than the configuration asks for: {theirs}; asked for: {ours}."
+            f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(theirs)}\n  Asked "
+            f"for: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
         )
     fill(model, stored)
+
+
+def _essence(state: LoraState) -> object:
+    """What must be equal for one adapter's tensors to be another's. Scalings went through a file as alpha."""
+    slots = {(m, p): (s.rank, round(s.scaling, 5)) for m, parts in state.slots.items() for p, s in parts.items()}
+    return slots, set(state.saved), state.options.dora
 
 
 def fill(model: CausalLM, stored: StoredAdapter) -> None:
@@ -61,9 +64,7 @@ def fill(model: CausalLM, stored: StoredAdapter) -> None:
             parameters[name].set_value(paddle.to_tensor(share).astype(parameters[name].dtype))
 
 
-def save_adapter(
-    model: CausalLM, directory: str | Path, base: str | None = None, base_fingerprint: str | None = None
-) -> None:
+def save_adapter(model: CausalLM, directory: str | Path) -> None:
     """Write the adapter of a whole model to `directory` in PEFT's format (see `write_adapter`): complete, or as it was
     before.
     """
@@ -76,11 +77,4 @@ def save_adapter(
             yield to_numpy(parameters[name])
 
     with staged(directory) as staging:
-        write_adapter(staging, state, model.config, arrays(), base, base_fingerprint)
-
-
-def _summary(slots: dict, saved: tuple[str, ...], dora: bool) -> str:
-    ranks = sorted({slot.rank for parts in slots.values() for slot in parts.values()})
-    scalings = sorted({round(slot.scaling, 6) for parts in slots.values() for slot in parts.values()})
-    leaves = sorted({name.rpartition(".")[2] for name in slots})
-    return f"{len(slots)} projections ({', '.join(leaves)}), rank {ranks}, scaling {scalings}, modules_to_save {list(saved)}, dora {dora}"
+        write_adapter(staging, state, model.config, arrays())

@@ -11,15 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.checkpoint.adapter import (
-    CONFIG_FILE,
-    PREFIX,
-    WEIGHTS_FILE,
-    fingerprint,
-    is_adapter,
-    is_parameter,
-    part_sizes,
-)
+from erniekit.checkpoint.adapter import PREFIX, fingerprint, is_parameter, part_sizes
+from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import own_name
@@ -69,7 +62,7 @@ def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Pa
     """
     path = Path(directory)
     content = read_config(path)
-    reader = Reader(path / WEIGHTS_FILE)
+    reader = Reader(path / ADAPTER_FILE)
     made_for = reader.metadata.get("base_fingerprint")
     base = content.get("base_model_name_or_path")
     if made_for and model_dir is not None and made_for != fingerprint(model_dir):
@@ -84,12 +77,12 @@ def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Pa
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json, refused where it says what is not known here."""
     if not is_adapter(path):
-        raise CheckpointError(f"{path} holds no adapter: {CONFIG_FILE} and {WEIGHTS_FILE} are needed.")
+        raise CheckpointError(f"{path} holds no adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE} are needed.")
     try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads((path / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         assert isinstance(content, dict)
     except (OSError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} cannot be read: {error}") from None
+        raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} cannot be read: {error}") from None
     if content.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {content.get('peft_type')!r}: only LORA adapters can be applied.")
     for name, allowed in _ONLY.items():

@@ -23,6 +23,7 @@ from erniekit.utils.errors import CheckpointError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Everything a tokenizer may consist of, for either side.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -44,25 +45,34 @@ def has_weights(directory: Path) -> bool:
     return weights and (directory / CONFIG_FILE).is_file()
 
 
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter, to be used with the model it was trained on."""
+    return all((Path(directory) / name).is_file() for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE))
+
+
 def find_checkpoint(output_dir: str | Path) -> Path:
-    """The model of a run: the final one in `output_dir`, else the newest `checkpoint-N` that holds weights.
+    """The model or the adapter of a run: the final one in `output_dir`, else the newest `checkpoint-N` that holds one.
 
     Raises CheckpointError where there is neither.
     """
     root = Path(output_dir)
-    if has_weights(root):
+    if has_weights(root) and is_adapter(root):
+        raise CheckpointError(
+            f"{root} holds both a model and an adapter, so it is not clear which is meant: move one of them elsewhere."
+        )
+    if has_weights(root) or is_adapter(root):
         return root
     numbered = []
     if root.is_dir():
         found = ((_CHECKPOINT.fullmatch(entry.name), entry) for entry in root.iterdir())
         numbered = sorted(((int(match.group(1)), entry) for match, entry in found if match), reverse=True)
     for _, directory in numbered:
-        if has_weights(directory):
+        if has_weights(directory) or is_adapter(directory):
             return directory
         log.warning(f"{directory} holds no complete weights; looking for an earlier checkpoint")
     raise CheckpointError(
-        f"No valid checkpoint found in: {root}. Expected {SINGLE_FILE} or {INDEX_FILE} with {CONFIG_FILE} there or in "
-        "a checkpoint-N below it; train first, or check output_dir."
+        f"No valid checkpoint found in: {root}. Expected {SINGLE_FILE} or {INDEX_FILE} with {CONFIG_FILE}, or an "
+        f"adapter ({ADAPTER_FILE}), there or in a checkpoint-N below it; train first, or check output_dir."
     )
 
 
@@ -75,20 +85,26 @@ def staged(directory: str | Path) -> Iterator[Path]:
     attempt is removed first. OSErrors become CheckpointErrors.
     """
     target = Path(directory).resolve()
-    staging = target / ".saving" if target.is_dir() else target.parent / f".{target.name}.saving"
+    staging = staging_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-        _move(staging, target)
+        move_staged(staging, target)
     except OSError as error:
         raise write_error(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _move(staging: Path, target: Path) -> None:
+def staging_of(target: Path) -> Path:
+    """The temporary directory of `target`, on the same file system."""
+    return target / ".saving" if target.is_dir() else target.parent / f".{target.name}.saving"
+
+
+def move_staged(staging: Path, target: Path) -> None:
+    """Move what was written into the temporary directory `staging` to `target`, as `staged` says."""
     if not target.exists():
         os.rename(staging, target)
         sync_directory(target.parent)

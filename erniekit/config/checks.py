@@ -18,7 +18,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     found = [*_schedule(cfg), *_datasets(cfg), *_numbers(cfg), *_needed(cfg, command), *_token_files(cfg, command)]
     if command == "train":
-        found += [*_training(cfg), *_low_bit(cfg), *_best(cfg)]
+        found += [*_training(cfg), *_low_bit(cfg), *_lora(cfg), *_best(cfg)]
     return found
 
 
@@ -105,13 +105,33 @@ def _training(cfg: Config) -> Iterator[str]:
 
 
 def _low_bit(cfg: Config) -> Iterator[str]:
-    if cfg.compute_type not in LOW_BIT:
-        return
-    asked = f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen"
+    if cfg.compute_type in LOW_BIT and cfg.fine_tuning != "LoRA":
+        yield (
+            f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen, but fine_tuning: "
+            f"{cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
+        )
+
+
+def _lora(cfg: Config) -> Iterator[str]:
     if cfg.fine_tuning != "LoRA":
-        yield f"{asked}, but fine_tuning: {cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
+        if cfg.lora_path:
+            yield (
+                f"lora_path: {cfg.lora_path} with fine_tuning: {cfg.fine_tuning}: set fine_tuning: LoRA, or export the "
+                "adapter first and train the merged model"
+            )
+        return
     if not cfg.continue_training:
-        yield f"{asked}, which makes no sense of a random start: set continue_training: true, or compute_type: bf16"
+        yield "continue_training: fine_tuning: LoRA adapts trained weights; with a random start use fine_tuning: Full"
+    if cfg.num_nextn_predict_layers:
+        yield (
+            f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: fine_tuning: LoRA does not train multi-token "
+            "prediction: set it to 0 (the model's own blocks are kept as they are)"
+        )
+    if cfg.use_dora and cfg.tensor_parallel_degree > 1:
+        yield (
+            f"use_dora: not with tensor_parallel_degree: {cfg.tensor_parallel_degree}: "
+            "no rank has whole columns of all weights. Use data or pipeline parallelism, or use_dora: False"
+        )
 
 
 def _best(cfg: Config) -> Iterator[str]:

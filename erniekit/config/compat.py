@@ -1,7 +1,7 @@
 """Names that ERNIEKit and its relatives use and that have no field here: what each one means for us.
 
 Four kinds of rule. An Alias is another name of a key. NoEffect is accepted and named at start-up with the reason.
-Detail belongs to a feature that is not built yet and is harmless by itself (lora_rank without LoRA). Later asks for
+Detail belongs to a feature that is not built yet and is harmless by itself (apply_hadamard without FP8). Later asks for
 such a feature, unless its value asks for nothing.
 """
 
@@ -66,6 +66,11 @@ Rule = Alias | NoEffect | Detail | Later
 def negated(value: Any) -> tuple[Any, int]:
     """from_scratch: 1 means continue_training: False."""
     return not to_bool(value), 0
+
+
+def lora_flag(value: Any) -> tuple[Any, int] | None:
+    """lora: True means fine_tuning: LoRA; False says nothing (fine_tuning does)."""
+    return ("LoRA", 0) if to_bool(value) else None
 
 
 def weak(value: Any) -> tuple[Any, int]:

@@ -10,6 +10,11 @@ _ALIASES: dict[str, Alias] = {
     "weight_quantize_algo": Alias("compute_type", compat.quantisation),
     "quantization": Alias("compute_type", compat.quantisation),
     "use_recompute": Alias("recompute"),
+    "lora": Alias("fine_tuning", compat.lora_flag),
+    "use_lora": Alias("fine_tuning", compat.lora_flag),
+    "lora_r": Alias("lora_rank"),
+    "lora_target": Alias("lora_target_modules"),
+    "use_rslora": Alias("rslora"),
     "multi_token_pred_depth": Alias("num_nextn_predict_layers"),
     "per_device_train_batch_size": Alias("batch_size", compat.weak),
     "per_device_eval_batch_size": Alias("batch_size", compat.weaker),
@@ -122,7 +127,6 @@ _NO_EFFECT: dict[str, str] = {
 
 # What must be asked for first -> the keys that only that reads.
 _DETAILS: dict[str, str] = {
-    "fine_tuning: LoRA": "lora_rank lora_alpha rslora rslora_plus lora_plus_scale",
     "stage: DPO": (
         "max_prompt_len beta loss_type pref_loss_ratio sft_loss_ratio label_smoothing offset_alpha simpo_gamma "
         "dpop_lambda normalize_logps reference_free ref_model_update_steps num_comparisons num_of_gpus dpo_benchmark"
@@ -154,8 +158,6 @@ _DETAILS: dict[str, str] = {
 }
 
 _LATER: dict[str, Later] = {
-    "lora": Later("LoRA", commands=EVERY),
-    "lora_path": Later("LoRA", commands=EVERY),
     "multimodal": Later("vision-language models", commands=EVERY),
     "vision_model_name_or_path": Later("vision-language models"),
     "enable_mm": Later("vision-language models"),

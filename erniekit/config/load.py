@@ -142,6 +142,16 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
         notes.append("stage: not given, so PT, because dataset_type is pretrain")
 
 
+def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
+    """rslora_plus stands for three keys."""
+    if values.get("rslora_plus"):
+        given = {"rslora": True, "lora_plus_scale": 4.0, "lora_alpha": 4.0} | values
+        values |= {name: given[name] for name in ("lora_plus_scale", "lora_alpha")} | {"rslora": True}
+        notes.append(
+            f"rslora_plus: rslora, lora_plus_scale: {values['lora_plus_scale']:g}, lora_alpha: {values['lora_alpha']:g}"
+        )
+
+
 def _finish(state: _State, path: str | None, command: str) -> Config:
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
@@ -152,6 +162,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         values["eval_steps"] = values.get("logging_steps", 500)
         state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
     _complete_pretraining(values, state.notes)
+    _complete_lora(values, state.notes)
     extras = tuple((name, given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, source=path or "")
     places = {name: given.place for name, given in state.given.items()}

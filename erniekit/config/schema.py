@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from erniekit.config.schema_data import DataArgs
+from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -16,6 +17,7 @@ from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 GROUPS: dict[str, type] = {
     "data": DataArgs,
     "model": ModelArgs,
+    "LoRA": LoraArgs,
     "train": TrainArgs,
     "optimizer": OptimArgs,
     "parallel": ParallelArgs,
@@ -27,7 +29,9 @@ GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataArgs, ModelArgs, TrainArgs, OptimArgs, ParallelArgs, MoEArgs, GenerateArgs, EvalArgs, ExportArgs):
+class Config(
+    DataArgs, ModelArgs, LoraArgs, TrainArgs, OptimArgs, ParallelArgs, MoEArgs, GenerateArgs, EvalArgs, ExportArgs
+):
     """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
 
     extras: keys given that have no field (no effect here, or not built yet), as (name, value).

@@ -23,7 +23,8 @@ class ModelArgs:
     )
     fine_tuning: str = key(
         "Full",
-        "Full trains every weight; LoRA is known but not built yet (ERNIEKit's default is LoRA, here it is asked for).",
+        "Full trains every weight; LoRA trains adapters beside frozen weights (ERNIEKit's default is LoRA, here it is "
+        "asked for).",
         choices=("Full", "LoRA"),
     )
     compute_type: str = key(

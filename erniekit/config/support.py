@@ -5,6 +5,7 @@ import dataclasses
 from erniekit.config.compat import DATA, RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
+from erniekit.config.schema_lora import LoraArgs
 from erniekit.utils.errors import ConfigError
 
 _STAGES = {
@@ -30,8 +31,6 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     found: list[str] = []
     if cfg.stage in _STAGES and command in ("train", "eval"):
         found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); this version has SFT and PT")
-    if cfg.fine_tuning == "LoRA":
-        found.append("fine_tuning: LoRA (LoRA); this version has Full")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         found.append(f"compute_type: {cfg.compute_type} ({kind}); this version has bf16 and fp32")
@@ -63,6 +62,7 @@ def notes(cfg: Config, command: str) -> list[str]:
             found.append(f"{name}: no effect: `{command}` does not need it")
     found += _other_data(cfg, command)
     found += _one_process(cfg, command)
+    found += _lora(cfg, command)
     if cfg.logging_dir and cfg.report_to == "none" and command == "train":
         found.append("logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir")
     if cfg.warmup_steps and cfg.warmup_ratio:
@@ -78,6 +78,16 @@ def _one_process(cfg: Config, command: str) -> list[str]:
     if cfg.sequence_parallel and cfg.tensor_parallel_degree <= 1 and command == "train":
         return ["sequence_parallel: no effect: tensor_parallel_degree is 1"]
     return []
+
+
+def _lora(cfg: Config, command: str) -> list[str]:
+    """Keys of adapters where none are trained, and what adapters make pointless."""
+    if command != "train":
+        return []
+    if cfg.fine_tuning == "LoRA":
+        return ["save_format: no effect: adapters are saved in PEFT's format"] if cfg.save_format != "pt" else []
+    given = [field.name for field in dataclasses.fields(LoraArgs) if vars(cfg)[field.name] != field.default]
+    return [f"{', '.join(given)}: no effect: read only with fine_tuning: LoRA"] if given else []
 
 
 def _other_data(cfg: Config, command: str) -> list[str]:

@@ -19,7 +19,18 @@ from erniekit.nn.cut import Cut, take
 from erniekit.nn.linear import Linear, Projection
 from erniekit.utils.errors import ConfigError
 
-__all__ = ["LoraOptions", "LoraState", "Slot", "attach", "attach_slots", "disabled", "merge", "state_of", "unload"]
+__all__ = [
+    "LoraOptions",
+    "LoraState",
+    "Slot",
+    "attach",
+    "attach_slots",
+    "describe",
+    "disabled",
+    "merge",
+    "state_of",
+    "unload",
+]
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,15 @@ class LoraOptions:
 class LoraState:
     """What is attached to a model: its options, the adapters of the whole model (projection -> part -> slot), of which
     this process may hold some, and the parameters that are trained whole, with their values before (`originals`).
+    `base` names the base model to others, `base_fingerprint` its weights (see checkpoint.adapter).
     """
 
     options: LoraOptions
     slots: dict[str, dict[str, Slot]]
     saved: tuple[str, ...]
     originals: dict[str, paddle.Tensor] = field(default_factory=dict)
+    base: str | None = None
+    base_fingerprint: str | None = None
 
 
 _STATE = "lora_state"  # a plain attribute of the model
@@ -101,11 +115,11 @@ def attach_slots(
         parameter.stop_gradient = name not in saved
         if name in saved:
             state.originals[name] = parameter.detach().clone()
-    dtype = paddle.get_default_dtype()
+    # A base in few bits has no weights of a floating type; norms have the type that is computed in.
+    dtype = next(parameter.dtype for name, parameter in model.named_parameters() if name.endswith("norm.weight"))
     for name, layer in list(model.named_sublayers()):
         if not isinstance(layer, Projection) or name not in slots:
             continue
-        dtype = _dtype_of(layer)
         if isinstance(layer, Linear):
             adapter: Adapter = LinearAdapter(layer, slots[name], options.dropout, options.dora, dtype)
         else:
@@ -114,11 +128,6 @@ def attach_slots(
         layer.adapter = adapter
     vars(model)[_STATE] = state
     return state
-
-
-def _dtype_of(layer: Projection) -> paddle.dtype:
-    weight = layer._parameters.get("weight")
-    return paddle.get_default_dtype() if weight is None else weight.dtype
 
 
 def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> None:
@@ -130,6 +139,17 @@ def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> Non
                 f"use_dora: {wrong[0]}: in a mixture of experts only attention can have DoRA (so it is in PEFT, too). "
                 "Set lora_target_modules: qkv_proj,o_proj, or use_dora: False."
             )
+
+
+def describe(state: LoraState) -> str:
+    """What is adapted, in a few words: projections by kind, rank, scaling, what is trained whole."""
+    slots = [slot for parts in state.slots.values() for slot in parts.values()]
+    leaves = sorted({name.rpartition(".")[2] for name in state.slots})
+    ranks = ", ".join(str(rank) for rank in sorted({slot.rank for slot in slots}))
+    scalings = ", ".join(f"{scaling:g}" for scaling in sorted({slot.scaling for slot in slots}))
+    dora = ", DoRA" if state.options.dora else ""
+    saved = f", whole: {', '.join(state.saved)}" if state.saved else ""
+    return f"{len(state.slots)} projections ({', '.join(leaves)}), rank {ranks}, scaling {scalings}{dora}{saved}"
 
 
 def adapters(model: nn.Layer) -> Iterator[tuple[str, Projection, Adapter]]:

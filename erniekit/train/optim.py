@@ -36,8 +36,9 @@ def layer_depth(name: str, num_layers: int) -> int:
 
 
 def rule_for(name: str, cfg: Config, num_layers: int) -> ParamRule:
-    """Norms, biases and DoRA's magnitudes are not decayed. With layerwise_lr_decay_bound b < 1 the rate is b + (1 - b) * depth / (n + 2);
-    the router's gate has moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
+    """Norms, biases and DoRA's magnitudes are not decayed. With layerwise_lr_decay_bound b < 1 the rate is
+    b + (1 - b) * depth / (n + 2); the router's gate has moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou
+    et al. 2024, arXiv 2402.12354).
     """
     bound = cfg.layerwise_lr_decay_bound
     ratio = bound + (1.0 - bound) * layer_depth(name, num_layers) / (num_layers + 2)
