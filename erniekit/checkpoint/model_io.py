@@ -9,9 +9,11 @@ import numpy as np
 import paddle
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.adapter_io import attach_stored
 from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs
 from erniekit.checkpoint.safetensors import Writer
 from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
+from erniekit.lora import state_of
 from erniekit.models.config import FORMATS, Format, ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
@@ -22,7 +24,7 @@ from erniekit.nn.cut import Cut, take
 from erniekit.precision.low_bit import LowBitWeight
 from erniekit.precision.weight_only import Schemes
 from erniekit.utils import log
-from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.errors import CheckpointError
 
 __all__ = ["load_model", "load_weights", "read_config", "save_model"]
 
@@ -45,12 +47,9 @@ def load_model(
     `dtype`: "float32", "bfloat16" or "float16" of the parameters; router and correction bias stay float32. On a CPU,
     where Paddle cannot multiply the short types, the weights are rounded through them and held in float32.
     `low_bit`: how the projections of the layers are held instead, frozen (see precision.weight_only.SCHEMES).
-    Raises CheckpointError (see `Source`), UserError for an adapter, which this version cannot apply.
+    `adapter`: a directory with an adapter in PEFT's format, hung on the model.
+    Raises CheckpointError (see `Source`, `read_adapter`).
     """
-    if adapter is not None:
-        raise UserError(
-            f"adapter {adapter!r}: adapters come with LoRA, which this version does not have yet. Leave it out."
-        )
     target = dtypes.header_name(dtype)
     source = Source(path)
     on_cpu = paddle.get_device() == "cpu"
@@ -68,6 +67,8 @@ def load_model(
     _fill(model, source, through=target if on_cpu else None)
     if low_bit is not None:
         log.info(f"{path}: {describe(model)}")
+    if adapter is not None:
+        attach_stored(model, adapter, path)
     model.eval()
     return model
 
@@ -146,6 +147,11 @@ def save_model(
         raise CheckpointError(
             "this model holds its weights in few bits, from which no file is made: save its adapter, and merge it into "
             "the weights that the model was loaded from."
+        )
+    if state_of(model) is not None:
+        raise CheckpointError(
+            "this model has an adapter, which files of weights cannot hold: make it part of the weights first "
+            "(erniekit.lora.merge), or save the adapter (erniekit.checkpoint.adapter_io.save_adapter)."
         )
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
