@@ -44,9 +44,8 @@ _NO_EFFECT: dict[str, str] = {
     "head and loss always run only where labels are, a chunk of tokens at a time": (
         "use_sparse_head_and_loss_fn use_fused_head_and_loss_fn use_recompute_loss_fn"
     ),
-    "`recompute` recomputes whole layers: the same result, less memory, more time": (
-        "recompute_granularity recompute_use_reentrant no_recompute_layers offload_recompute_inputs "
-        "use_recompute_moe use_recompute_mtp refined_recompute"
+    "recompute_granularity decides what is recomputed, always in the one way that takes any input": (
+        "recompute_use_reentrant offload_recompute_inputs refined_recompute"
     ),
     "this comes from the model's config.json and tokenizer": (
         "bos_token_id eos_token_id pad_token_id max_position_embeddings rope_3d"

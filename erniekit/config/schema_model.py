@@ -34,7 +34,18 @@ class ModelArgs:
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")
-    recompute: bool = key(False, "Recompute each layer in the backward pass: less memory, about a third more time.")
+    recompute: bool = key(False, "Recompute in the backward pass what would be kept for it: less memory, more time.")
+    recompute_granularity: str = key(
+        "full",
+        "What is recomputed of a layer: all (full), attention with its projections (full_attn), the attention between "
+        "them (core_attn), or only sparse feed-forward layers (moe).",
+        choices=("full", "full_attn", "core_attn", "moe"),
+    )
+    use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
+    use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
+    no_recompute_layers: str = key(
+        "", "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", many=True
+    )
     loss_subbatch_seqlen: int = key(32768, "At most so many tokens' logits exist at a time in head and loss.", ge=1)
     rope_theta: float | None = key(
         None, "Base of the rotary positions, to go on at a longer context; null: as the model's config.json says.", gt=0

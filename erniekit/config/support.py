@@ -65,6 +65,8 @@ def notes(cfg: Config, command: str) -> list[str]:
     found += _lora(cfg, command)
     if cfg.logging_dir and cfg.report_to == "none" and command == "train":
         found.append("logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir")
+    if not cfg.recompute and command == "train" and (cfg.no_recompute_layers or cfg.use_recompute_moe):
+        found.append("no_recompute_layers, use_recompute_moe: no effect: recompute is False")
     if cfg.warmup_steps and cfg.warmup_ratio:
         found.append(f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides")
     return found

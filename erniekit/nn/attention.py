@@ -340,4 +340,8 @@ class SelfAttention(nn.Layer):
 
     def forward(self, x_TD: paddle.Tensor, mixer: Mixer, layer: int) -> paddle.Tensor:
         """[T, D] -> [T, D]."""
-        return self.o_proj(mixer.attend(self.qkv_proj(x_TD), layer))
+        return self.o_proj(self.core(self.qkv_proj(x_TD), mixer, layer))
+
+    def core(self, qkv: paddle.Tensor, mixer: Mixer, layer: int) -> paddle.Tensor:
+        """What lies between the projections: [T, (H+2G)*d] -> [T, H*d]."""
+        return mixer.attend(qkv, layer)

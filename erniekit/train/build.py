@@ -17,13 +17,13 @@ from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
+from erniekit.models import recompute
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.distribute import distribute, partition_of, placements
 from erniekit.models.initial import draw
 from erniekit.models.low_bit import describe, hold_in_low_bits
 from erniekit.models.weights import our_shapes
-from erniekit.parallel import recompute
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.schedule import Action
 from erniekit.parallel.sharding import GradientSync
@@ -162,7 +162,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     if cfg.fine_tuning == "LoRA":
         attach_lora(model, cfg, model_dir)
     if cfg.recompute:
-        recompute.apply(model.model.layers, draws_noise=cfg.lora_dropout > 0.0)
+        recompute.apply(model.model, _recompute_options(cfg, config))
     model.train()
     return model, chunks
 
@@ -176,6 +176,21 @@ def _train_loader(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Loader
     one_by_one = dataclasses.replace(cfg, gradient_accumulation_steps=1)
     single = build_loader(one_by_one, tokenizer, "train", mesh.data, mesh.degrees.data)
     return single, lambda: steps_for(single.num_steps, full, warmup)
+
+
+def _recompute_options(cfg: Config, config: ModelConfig) -> recompute.RecomputeOptions:
+    try:
+        kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
+    except ValueError:
+        raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
+    strange = sorted(number for number in kept if not 0 <= number < config.num_hidden_layers)
+    if strange:
+        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
+    if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
+        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+    return recompute.RecomputeOptions(
+        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+    )
 
 
 def _as_asked(config: ModelConfig, cfg: Config) -> ModelConfig:

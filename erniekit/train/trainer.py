@@ -10,6 +10,7 @@ import paddle
 from erniekit.data.batch import Batch
 from erniekit.moe.balance import update_bias
 from erniekit.parallel import comm, pipeline
+from erniekit.train import stop
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
@@ -19,7 +20,7 @@ from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
-from erniekit.utils import log
+from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import TrainError
 
 
@@ -43,10 +44,13 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.on_start(info)
-            while self.state.step < self.run.max_steps and not self._stopped_early():
+            told = False
+            while self.state.step < self.run.max_steps and not told and not self._stopped_early():
                 if not self._advance():
                     break
-            summary = self._finish()
+                told = self.state.step < self.run.max_steps and self._told_to_stop()
+            with heartbeat.phase("the end of the run"):
+                summary = self._pause() if told else self._finish()
         except BaseException as error:
             summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
             raise
@@ -75,6 +79,7 @@ class Trainer:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             return False
         metrics = self.train_step(batches)
+        heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
         for callback in self.callbacks:
             callback.on_step(metrics)
@@ -103,7 +108,8 @@ class Trainer:
         """One optimizer step on this rank's microbatches."""
         started = time.perf_counter()
         step = self.state.step
-        paddle.seed((self.cfg.seed * 1_000_003 + step) % 2**32)  # noise depends on the step alone: nothing to save
+        # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
+        paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         microbatches = [flatten(batch, self.run.token_multiple) for batch in batches]
         sums = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
@@ -197,7 +203,8 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Score the evaluation data. True if this is the best so far by metric_for_best_model."""
-        metrics = evaluate(self.run)
+        with heartbeat.phase("an evaluation"):
+            metrics = evaluate(self.run)
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
         name = "eval_" + (self.cfg.metric_for_best_model or "loss").removeprefix("eval_")
@@ -226,8 +233,21 @@ class Trainer:
             )
         return stop
 
+    def _told_to_stop(self) -> bool:
+        """Whether SIGTERM has reached any rank: all of them then stop after the same step."""
+        asked = np.array([stop.asked()], np.float64)
+        return bool(comm.sum_floats(asked, self.run.mesh.world_group)[0])
+
+    def _pause(self) -> dict[str, Any]:
+        """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
+        if self._saved_step != self.state.step:
+            self._save()
+        log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
+        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": "SIGTERM"}
+
     def _save(self) -> None:
-        path = self.saver.save(self.state)
+        with heartbeat.phase("a save"):
+            path = self.saver.save(self.state)
         self._saved_step = self.state.step
         for callback in self.callbacks:
             callback.on_save(self.state.step, path)
