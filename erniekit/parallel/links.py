@@ -28,6 +28,8 @@ _MAGIC = b"ernlink1"
 _HEADER = struct.Struct("<BQ")  # kind of operation, bytes that follow
 _LENGTH = struct.Struct("<I")
 _RETRY_SECONDS = 0.05
+_HELLO_SECONDS = 5  # for one who knocks to say who it is
+_ALL_HERE_SECONDS = 60  # to connect the rest, once all ranks have called rank 0
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "host")
 
@@ -156,16 +158,16 @@ def connect(world: World, timeout_seconds: float) -> Links:
     Raises:
         TrainError: an address is taken, or ranks did not come in time; the message names them.
     """
-    deadline = time.monotonic() + timeout_seconds
     with _listen(world) as listener:
-        sockets = _roll_call(world, listener, deadline)
+        sockets = _roll_call(world, listener, timeout_seconds)
+        deadline = time.monotonic() + _ALL_HERE_SECONDS
         for rank in range(1, world.rank):
             sockets[rank] = _call(world, rank, deadline)
         while len(sockets) < world.size - 1:
             sock, rank = _answer(world, listener, deadline)
             if sock is None:
                 absent = [r for r in range(world.size) if r != world.rank and r not in sockets]
-                raise _missing(world, absent, timeout_seconds)
+                raise _missing(world, absent, _ALL_HERE_SECONDS)
             sockets[rank] = sock
     return Links(world, {rank: _Peer(sock, world.name(rank)) for rank, sock in sorted(sockets.items())})
 
@@ -176,16 +178,15 @@ def roll_call(world: World, timeout_seconds: float) -> None:
     Raises:
         TrainError: ranks did not come in time; the message names them.
     """
-    deadline = time.monotonic() + timeout_seconds
     with _listen(world) as listener:
-        sockets = _roll_call(world, listener, deadline)
+        sockets = _roll_call(world, listener, timeout_seconds)
     for sock in sockets.values():
         sock.close()
 
 
-def _roll_call(world: World, listener: socket.socket, deadline: float) -> dict[int, socket.socket]:
+def _roll_call(world: World, listener: socket.socket, timeout_seconds: float) -> dict[int, socket.socket]:
     """Rank 0 hears every rank and tells all of them who is missing, so that each ends with the same message."""
-    started = time.monotonic()
+    deadline = time.monotonic() + timeout_seconds
     sockets: dict[int, socket.socket] = {}
     if world.rank == 0:
         while len(sockets) < world.size - 1:
@@ -199,8 +200,8 @@ def _roll_call(world: World, listener: socket.socket, deadline: float) -> dict[i
             sock.sendall(_LENGTH.pack(len(message)) + message)
     else:
         sock = _call(world, 0, deadline)
-        # Rank 0 may have started later than this rank; its own limit decides.
-        sock.settimeout(None)
+        # Rank 0 may have started later than this rank; its limit decides.
+        sock.settimeout(timeout_seconds + _ALL_HERE_SECONDS)
         try:
             length = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))[0]
             absent = [int(rank) for rank in _receive_exactly(sock, length).split(b",") if rank]
@@ -208,7 +209,7 @@ def _roll_call(world: World, listener: socket.socket, deadline: float) -> dict[i
             raise TrainError(f"{world.name(0)} ended while the ranks were gathering; see that rank's log.") from error
         sockets[0] = sock
     if absent:
-        raise _missing(world, absent, time.monotonic() - started)
+        raise _missing(world, absent, timeout_seconds)
     return sockets
 
 
@@ -267,7 +268,7 @@ def _answer(world: World, listener: socket.socket, deadline: float) -> tuple[soc
         except OSError:
             continue
         try:
-            sock.settimeout(min(left, 10))
+            sock.settimeout(min(left, _HELLO_SECONDS))
             magic, digest, rank = _HELLO.unpack(_receive_exactly(sock, _HELLO.size))
         except OSError:
             sock.close()

@@ -1,0 +1,132 @@
+"""Connections between ranks, here threads of one process: meeting, missing ranks, strangers, and peers that end."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from worlds import free_ports
+
+from erniekit.parallel.links import Links, connect, roll_call
+from erniekit.parallel.ranks import World
+from erniekit.utils.errors import TrainError
+
+
+def _endpoints(size: int) -> tuple[str, ...]:
+    return tuple(f"127.0.0.1:{port}" for port in free_ports(size))
+
+
+def _everywhere(endpoints: tuple[str, ...], ranks: list[int], work: Callable, timeout: float) -> list:
+    """work(World, timeout) on the given ranks of a world; results or exceptions, in their order."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        calls = [pool.submit(work, World(rank, len(endpoints), endpoints), timeout) for rank in ranks]
+        return [call.exception() or call.result() for call in calls]
+
+
+@contextmanager
+def _linked(size: int) -> Iterator[list[Links]]:
+    links = _everywhere(_endpoints(size), list(range(size)), connect, 30)
+    assert all(isinstance(one, Links) for one in links), links
+    yield links
+    for one in links:
+        one.close()
+
+
+def _shown(data: bytes) -> memoryview:
+    return memoryview(bytearray(data))
+
+
+def test_every_rank_reaches_every_other():
+    size = 5
+    with _linked(size) as links:
+        received = [[_shown(b"..") for _ in range(size)] for _ in range(size)]
+
+        def exchange(rank: int) -> None:
+            others = [other for other in range(size) if other != rank]
+            outgoing = [(other, _shown(b"%d%d" % (rank, other))) for other in others]
+            links[rank].exchange("host", outgoing, [(other, received[rank][other]) for other in others])
+
+        with ThreadPoolExecutor(size) as pool:
+            list(pool.map(exchange, range(size)))
+    expected = [[b".." if a == b else b"%d%d" % (b, a) for b in range(size)] for a in range(size)]
+    assert [[bytes(data) for data in row] for row in received] == expected
+
+
+def test_a_message_larger_than_every_buffer_leaves_the_sender_free_and_arrives_before_the_end():
+    data = bytes(range(256)) * (1 << 16)  # 16 MB
+    with _linked(2) as (a, b):
+        mutable = _shown(data)
+        for kind in ("send", "host"):
+            a.post(1, kind, mutable)  # returns although nobody receives
+        mutable[:] = bytes(len(mutable))  # and what was sent is what it was
+        closing = threading.Thread(target=a.close)
+        closing.start()  # a process that ends writes out what it still has
+        for kind in ("send", "host"):
+            into = _shown(bytes(len(data)))
+            b.receive(0, kind, into)
+            assert into == data
+        closing.join()
+
+
+@pytest.mark.parametrize("meet", [connect, roll_call])
+def test_ranks_that_do_not_come_are_named_to_all_who_came(meet: Callable):
+    endpoints = _endpoints(4)
+    errors = _everywhere(endpoints, [0, 2], meet, 1)
+    for error in errors:
+        assert isinstance(error, TrainError)
+        assert f"After 1 s 2 of 4 ranks have not come: rank 1 ({endpoints[1]}), rank 3 ({endpoints[3]})" in str(error)
+
+
+def test_without_rank_0_the_others_say_so():
+    endpoints = _endpoints(2)
+    (error,) = _everywhere(endpoints, [1], connect, 0.3)
+    assert isinstance(error, TrainError)
+    assert f"1 of 2 ranks have not come: rank 0 ({endpoints[0]})" in str(error) and "refused" in str(error)
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(TrainError, match=rf"cannot listen on port {port}: Address already in use"):
+            connect(World(0, 2, (f"127.0.0.1:{port}", "127.0.0.1:1")), 1)
+
+
+def test_a_stranger_at_the_door_is_turned_away():
+    endpoints = _endpoints(2)
+    host, port = endpoints[0].split(":")
+    results: list = []
+    meeting = threading.Thread(target=lambda: results.extend(_everywhere(endpoints, [0], connect, 20)))
+    meeting.start()
+    while True:  # until rank 0 listens
+        try:
+            stranger = socket.create_connection((host, int(port)))
+            break
+        except ConnectionRefusedError:
+            continue
+    stranger.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n")  # as long as a rank's first words
+    assert stranger.recv(1) == b""
+    stranger.close()
+    results += _everywhere(endpoints, [1], connect, 20)
+    meeting.join()
+    assert all(isinstance(links, Links) for links in results)
+    for links in results:
+        links.close()
+
+
+def test_a_peer_that_has_ended_is_named():
+    with _linked(3) as (a, b, c):
+        b.close()
+        with pytest.raises(TrainError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
+            a.receive(1, "host", _shown(b"1"))
+        with pytest.raises(TrainError, match=r"rank 1 \(127.0.0.1:\d+\) has gone"):
+            for _ in range(3):  # the first may still fit into a buffer
+                c.exchange("host", [(1, _shown(bytes(8 << 20)))], [])
+
+
+def test_ranks_that_do_different_things_are_told():
+    with _linked(2) as (a, b):
+        a.post(1, "all_reduce", _shown(b"1234"))
+        with pytest.raises(TrainError, match="sends 4 bytes of all_reduce, this rank expects 8 bytes of send"):
+            b.receive(0, "send", _shown(bytes(8)))
