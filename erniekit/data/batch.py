@@ -35,7 +35,8 @@ class Document(NamedTuple):
 @dataclass(frozen=True)
 class Pairs:
     """The N pairs of a row, all [N]: the segments of the shared prompts (0: none), of the chosen and of the rejected
-    answers, int32, and score_deltas float32. An answer sees its prompt's segment and its own.
+    answers, int32, and score_deltas float32. An answer sees its prompt's segment and its own. The row's segments are
+    numbered 1, 2, ... without a gap.
     """
 
     prompts: np.ndarray
@@ -81,3 +82,40 @@ class Batch:
     num_samples: int
     sources: list[list[str]] = field(default_factory=list)
     pairs: list[Pairs] | None = None
+
+
+@dataclass(frozen=True)
+class FlatPairs:
+    """The N pairs of a batch, whose documents (segments) are numbered 0, 1, ... row by row. `prefixes` [documents]: the
+    document that each also sees, or -1. `chosen`, `rejected` int64 [N]: the answers' documents. `score_deltas`
+    float32 [N]. `reference` fp32 [2, N]: the reference's log-probabilities of chosen and rejected, once known.
+    """
+
+    prefixes: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    score_deltas: np.ndarray
+    reference: np.ndarray | None = None
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Chosen, then rejected [2N]."""
+        return np.concatenate([self.chosen, self.rejected])
+
+
+def flat_pairs(batch: Batch) -> FlatPairs | None:
+    """The pairs of a whole batch; None where it has none."""
+    if batch.pairs is None:
+        return None
+    counts = batch.segment_ids.max(axis=1)
+    first = np.cumsum(counts) - counts
+    prefixes = np.full(int(counts.sum()), -1)
+    sides = []
+    for offset, pairs in zip(first.tolist(), batch.pairs, strict=True):
+        documents = np.stack([pairs.prompts, pairs.chosen, pairs.rejected]).astype(np.int64) + (offset - 1)
+        shared = pairs.prompts > 0
+        for side in documents[1:]:
+            prefixes[side[shared]] = documents[0][shared]
+        sides.append(documents[1:])
+    chosen, rejected = np.concatenate(sides, axis=1)
+    return FlatPairs(prefixes, chosen, rejected, np.concatenate([pairs.score_deltas for pairs in batch.pairs]))

@@ -43,7 +43,8 @@ class Head:
         return paddle.concat(shares, axis=-1)
 
 
-def _chunks(num_tokens: int, vocab_size: int, most: int) -> list[slice]:
+def chunks_of(num_tokens: int, vocab_size: int, most: int) -> list[slice]:
+    """Stretches of tokens whose logits may exist at a time."""
     size = max(1, min(num_tokens, most, _CHUNK_ELEMENTS // vocab_size))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
@@ -97,6 +98,38 @@ def softmax_at(head: Head, hidden_TD: paddle.Tensor, labels_T1: paddle.Tensor, w
     return Softmax(p.divide_(total), z - at_label, own, is_own, z)
 
 
+class HeadGradients:
+    """Gradients of hidden states and head, collected chunk by chunk."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self._hidden: list[paddle.Tensor] = []
+        self._weight: paddle.Tensor | None = None
+        self._bias: paddle.Tensor | None = None
+
+    def add(self, x_TD: paddle.Tensor, dlogits_TV: paddle.Tensor, scale_T1: paddle.Tensor) -> None:
+        """A chunk whose logits have the gradient dlogits * scale. The scale, fp32, goes to the narrow [T, D] side of
+        both products.
+        """
+        weight, bias, by_vocab = self.head.weight, self.head.bias, self.head.by_vocab
+        p = dlogits_TV.astype(x_TD.dtype)
+        self._hidden.append(paddle.matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
+        if not weight.stop_gradient:
+            scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
+            first, second = (p, scaled) if by_vocab else (scaled, p)
+            part = paddle.matmul(first, second, transpose_x=True)
+            self._weight = part if self._weight is None else self._weight.add_(part)
+        if bias is not None and not bias.stop_gradient:
+            part = paddle.matmul(scale_T1.astype(p.dtype), p, transpose_x=True).squeeze(0)
+            self._bias = part if self._bias is None else self._bias + part
+
+    def result(self, hidden_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        """Of hidden, weight and, if there is one, bias; None where it is frozen."""
+        dhidden = None if hidden_TD.stop_gradient else paddle.concat(self._hidden).astype(hidden_TD.dtype)
+        grads = (dhidden, self._weight, self._bias)
+        return grads if self.head.bias is not None else grads[:2]
+
+
 class _LinearCrossEntropy(PyLayer):
     """The forward pass also forms the gradients, chunk by chunk: the loss is a weighted sum over tokens, so they only
     wait for one scalar.
@@ -105,44 +138,29 @@ class _LinearCrossEntropy(PyLayer):
     @staticmethod
     def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, group, most, z_weight):
         head = Head(weight, by_vocab, bias, group)
-        nll_parts, z_parts, dhidden_parts, dweight, dbias = [], [], [], None, None
-        for rows in _chunks(hidden_TD.shape[0], head.vocab_size, most):
+        nll_parts, z_parts, gradients = [], [], HeadGradients(head)
+        for rows in chunks_of(hidden_TD.shape[0], head.vocab_size, most):
             x, scale = hidden_TD[rows], token_weights_T[rows].unsqueeze(-1)
             softmax = softmax_at(head, x, labels_T[rows].unsqueeze(-1), bool(z_weight))
             nll_parts.append(softmax.nll.squeeze(-1))
             # d nll / d logits = p - onehot(label), and d z^2 / d logits = 2 z p: together f * (p - onehot / f) with the
-            # factor f below. It goes, like the token's weight, to the narrow [rows, D] side of both products.
+            # factor f below, which goes to the scale, like the token's weight.
             minus = paddle.full_like(softmax.nll, -1.0)
-            if z_weight:
+            if softmax.z is not None and z_weight:
                 z_parts.append(softmax.z.square().squeeze(-1))
                 factor = 1.0 + 2.0 * z_weight * softmax.z
                 minus, scale = minus / factor, scale * factor
-            p = softmax.minus_label(minus).astype(x.dtype)
-            dhidden_parts.append(paddle.matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale)
-            if not weight.stop_gradient:
-                scaled = (x.astype("float32") * scale).astype(x.dtype)
-                part = (
-                    paddle.matmul(p, scaled, transpose_x=True)
-                    if by_vocab
-                    else paddle.matmul(scaled, p, transpose_x=True)
-                )
-                dweight = part if dweight is None else dweight.add_(part)
-            if bias is not None and not bias.stop_gradient:
-                part = paddle.matmul(scale.astype(p.dtype), p, transpose_x=True).squeeze(0)
-                dbias = part if dbias is None else dbias + part
+            gradients.add(x, softmax.minus_label(minus), scale)
         nll_T = paddle.concat(nll_parts)
-        dhidden = None if hidden_TD.stop_gradient else paddle.concat(dhidden_parts).astype(hidden_TD.dtype)
-        ctx.grads = (dhidden, dweight, dbias)
-        ctx.has_bias = bias is not None
+        ctx.grads = gradients.result(hidden_TD)
         z_T = paddle.concat(z_parts) if z_parts else paddle.zeros_like(nll_T)
         ctx.mark_non_differentiable(nll_T, z_T)
         return ((nll_T + z_weight * z_T) * token_weights_T).sum(), nll_T, z_T
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dhidden, dweight, dbias = (None if g is None else g.multiply_(dloss.astype(g.dtype)) for g in ctx.grads)
-        ctx.grads = None
-        return (dhidden, dweight, dbias) if ctx.has_bias else (dhidden, dweight)
+        grads, ctx.grads = ctx.grads, None
+        return tuple(None if g is None else g.multiply_(dloss.astype(g.dtype)) for g in grads)
 
 
 def linear_cross_entropy(

@@ -213,11 +213,16 @@ class CausalLM(nn.Layer):
         elif part.has_head and bias:
             self.lm_head = HeadBias(vocab_size)
 
-    def documents(self, segment_ids_BS: np.ndarray, position_ids_BS: np.ndarray | None = None) -> Documents:
-        """The mixer of a batch: segment ids [B, S] (see nn.segments), positions [B, S] or None (each document starts at
-        0).
+    def documents(
+        self,
+        segment_ids_BS: np.ndarray,
+        position_ids_BS: np.ndarray | None = None,
+        prefixes: np.ndarray | None = None,
+    ) -> Documents:
+        """The mixer of a batch: segment ids [B, S] and prefixes as in nn.segments.make_plan, positions [B, S] or None
+        (each document starts at 0, or where its prefix ends).
         """
-        plan = make_plan(segment_ids_BS)
+        plan = make_plan(segment_ids_BS, prefixes)
         positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
         heads = head_layout(self.config, self.part)
         table = rotation_table(

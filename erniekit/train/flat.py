@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from erniekit.data.batch import IGNORE, Batch
+from erniekit.data.batch import IGNORE, Batch, FlatPairs, flat_pairs
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class FlatBatch:
     numbered 1.. through the whole batch).
     `row_lengths` are the rows' numbers of tokens, and sum to `num_tokens`; where ranks share the tokens, T may be a
     little more: the last document is then filling, without loss, that no router sees. `sources` names the documents'
-    places.
+    places. `pairs`: the pairs of answers, in preference data; document d has segment id d + 1.
     """
 
     input_ids: np.ndarray
@@ -25,6 +25,7 @@ class FlatBatch:
     segment_ids: np.ndarray
     row_lengths: list[int]
     sources: list[str]
+    pairs: FlatPairs | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -35,6 +36,11 @@ class FlatBatch:
     def size(self) -> int:
         """T: all tokens, filling included."""
         return len(self.input_ids)
+
+    @property
+    def prefixes(self) -> np.ndarray | None:
+        """For each document, the one whose tokens it also sees, or -1 (nn.segments.make_plan); None: no such thing."""
+        return None if self.pairs is None else self.pairs.prefixes
 
     @property
     def supervised(self) -> np.ndarray:
@@ -73,4 +79,5 @@ def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:
         segment_ids=joined(documents, int(documents[-1]) + 1),
         row_lengths=[int(n) for n in np.bincount(rows) if n],
         sources=[source for row in batch.sources for source in row],
+        pairs=flat_pairs(batch),
     )

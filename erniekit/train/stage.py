@@ -27,7 +27,7 @@ def run_chunk(
     noise_TD: paddle.Tensor | None = None,
 ) -> tuple[paddle.Tensor, Documents, Routings]:
     """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it)."""
-    documents = model.documents(batch.segment_ids[None], batch.position_ids[None])
+    documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
     if x_TD is None:
         x_TD = model.model.embed_tokens(batch.ids_tensor())
         if noise_TD is not None:

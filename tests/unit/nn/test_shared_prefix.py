@@ -1,7 +1,5 @@
 """Documents that branch from a shared prefix: equal to the same documents written out one by one."""
 
-import dataclasses
-
 import numpy as np
 import paddle
 import pytest
@@ -114,10 +112,7 @@ def test_a_model_gives_the_logits_and_gradients_of_separate_rows(kind):
     answers = np.concatenate([t[w:] for t, w in zip(tokens, widths, strict=True)])
 
     model = tiny_model(kind)
-    plain = model.documents(segments)
-    plan = make_plan(segments, prefixes)
-    table = rotation_table(plan.position_in_document, 8, model.config.rope_theta, 6, 2)
-    hidden = model.model(paddle.to_tensor(ids), dataclasses.replace(plain, plan=plan, table=table))
+    hidden = model.model(paddle.to_tensor(ids), model.documents(segments, prefixes=prefixes))
     logits = model.head(hidden.normed)
     paddle.sum(paddle.gather(logits * paddle.to_tensor(upstream), paddle.to_tensor(answers))).backward()
     together = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

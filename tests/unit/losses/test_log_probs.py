@@ -1,0 +1,69 @@
+"""Log-probabilities of answers: the formula, every gradient, chunks, and the fused cross-entropy as a second oracle."""
+
+import numpy as np
+import paddle
+import pytest
+from numeric import numeric_gradient
+
+from erniekit.losses.lm import Head, linear_cross_entropy
+from erniekit.losses.log_probs import answer_log_probs, token_log_probs
+
+TOKENS, SIZE, VOCAB = 9, 5, 11
+LABELS = np.array([-100, 3, 10, -100, 0, 7, 7, -100, 2])
+DOCUMENTS = np.array([0, 1, 1, 1, 2, 2, 2, 3, 4])
+ANSWERS = np.array([4, 1, 2])
+
+
+def example(by_vocab):
+    random = np.random.default_rng(0)
+    shape = (VOCAB, SIZE) if by_vocab else (SIZE, VOCAB)
+    return [random.normal(size=(TOKENS, SIZE)), random.normal(size=shape), random.normal(size=VOCAB)]
+
+
+def formula(by_vocab):
+    def sums(hidden, weight, bias):
+        logits = hidden @ (weight.T if by_vocab else weight) + bias
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return np.array([
+            sum(log_p[t, LABELS[t]] for t in range(TOKENS) if DOCUMENTS[t] == answer and LABELS[t] >= 0)
+            for answer in ANSWERS
+        ])  # fmt: skip
+
+    return sums
+
+
+@pytest.mark.parametrize("by_vocab", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_sums_and_every_gradient_follow_the_formula(by_vocab, most):
+    values = example(by_vocab)
+    hidden, weight, bias = (paddle.to_tensor(v.astype(np.float32), stop_gradient=False) for v in values)
+    upstream = np.array([1.0, -2.0, 0.5])
+    sums = answer_log_probs(hidden, Head(weight, by_vocab, bias), LABELS, DOCUMENTS, ANSWERS, most)
+    np.testing.assert_allclose(sums.numpy(), formula(by_vocab)(*values), rtol=1e-5)
+    (sums * paddle.to_tensor(upstream.astype(np.float32))).sum().backward()
+    for which, tensor in enumerate((hidden, weight, bias)):
+        expected = numeric_gradient(formula(by_vocab), values, which, upstream)
+        np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_grad_records_nothing():
+    hidden, weight, _ = (paddle.to_tensor(v.astype(np.float32), stop_gradient=False) for v in example(True))
+    weight.stop_gradient = True
+    labels = paddle.to_tensor(np.array([1, 2, 3]))
+    token_log_probs(hidden[:3], Head(weight, True), labels, 100).sum().backward()
+    assert weight.grad is None and hidden.grad is not None
+    with paddle.no_grad():
+        assert token_log_probs(hidden[:3], Head(weight, True), labels, 100).stop_gradient
+
+
+def test_equal_to_the_fused_cross_entropy():
+    hidden, weight, bias = (paddle.to_tensor(v.astype(np.float32), stop_gradient=False) for v in example(False))
+    head, labels = Head(weight, False, bias), paddle.to_tensor(LABELS.clip(0))
+    token_log_probs(hidden, head, labels, 4).sum().backward()
+    ours = [t.grad.numpy() for t in (hidden, weight, bias)]
+    for tensor in (hidden, weight, bias):
+        tensor.clear_grad()
+    loss, _, _ = linear_cross_entropy(hidden, head, labels, paddle.ones([TOKENS]))
+    (-loss).backward()
+    for gradient, tensor in zip(ours, (hidden, weight, bias), strict=True):
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-5, atol=1e-6)
