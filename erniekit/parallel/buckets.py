@@ -146,7 +146,9 @@ def is_eager(placement: Placement, stage: int) -> bool:
 
 
 def gradient_bytes(entries: Iterable[Entry], stage: int, master_grad: bool) -> int:
-    """Bytes of gradients on this rank between two microbatches: whole ones, or in stage 2 the own chunk and a flag."""
+    """Bytes of gradients on this rank between two microbatches: whole ones, or in stage 2 the own chunk and a flag
+    (beside them buckets that are on their way, where exchanges overlap with computation).
+    """
     return sum(
         (entry.chunk + 1 if is_eager(entry.placement, stage) else entry.size)
         * _width(entry.gradient_dtype(master_grad))

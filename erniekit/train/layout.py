@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Mesh
-from erniekit.parallel.schedule import Action, plan
+from erniekit.parallel.mesh import Degrees, Mesh
+from erniekit.parallel.schedule import Action, describe, plan
 from erniekit.parallel.stages import cut, layer_costs
 
 
@@ -29,11 +29,28 @@ def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]
     return plan(schedule_of(cfg), stages, num_microbatches, chunks)[mesh.pipe]
 
 
+def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:
+    """What the log says about the ranks; nothing for one."""
+    if degrees.world == 1:
+        return []
+    experts = f", experts over {degrees.expert * degrees.tensor} ranks" if config.moe_num_experts else ""
+    tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
+    lines = [
+        f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "
+        f"tensor ranks{tokens}{experts}; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} "
+        f"microbatches x {degrees.data} = {cfg.batch_size * cfg.gradient_accumulation_steps * degrees.data} rows"
+    ]
+    if degrees.pipeline > 1:
+        stages = cut_layers(cfg, config, degrees.pipeline)
+        lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
+    return lines
+
+
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
-    """The chunk of this process's stage that a parameter is reached by: its layer's; of the embedding the first, of
-    what stands behind the layers the last.
+    """The chunk of this process's stage that a parameter is reached by: its layer's; of what stands behind the layers
+    the last; of the embedding the one that looks tokens up, or on other stages than the first the last, too.
     """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match:
         return next(number for number, layers in enumerate(chunks) if int(match.group(1)) in layers)
-    return 0 if name.startswith("model.embed_tokens") else len(chunks) - 1
+    return 0 if name.startswith("model.embed_tokens") and 0 in chunks[0] else len(chunks) - 1

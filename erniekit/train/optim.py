@@ -72,10 +72,10 @@ class AdamW:
         beta2: float,
         epsilon: float,
     ) -> None:
-        self.sync = sync
+        self.sync, self.parameters = sync, sync.parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.state = {name: self._new_state(name) for name in sync.parameters}
+        self.state = {name: self._new_state(name) for name in self.parameters}
         if sync.world.size > 1:
             log.info(self.memory_line())
 
