@@ -26,11 +26,17 @@ class Toy:
     """Layers h -> h + tanh(h W), each with a small loss of its own (as routers have), and a target at the end."""
 
     def __init__(
-        self, stage: int, stages: int, chunks: int, frozen: Sequence[int] = (), own_losses: bool = True
+        self,
+        stage: int,
+        stages: int,
+        chunks: int,
+        frozen: Sequence[int] = (),
+        own_losses: bool = True,
+        without_target: Sequence[int] = (),
     ) -> None:
         pieces = cut(NUM_LAYERS, stages * chunks)
         self.pieces = [pieces[chunk * stages + stage] for chunk in range(chunks)]
-        self.own_losses = own_losses
+        self.own_losses, self.without_target = own_losses, without_target
         self.weights = {}
         for layer in (layer for piece in self.pieces for layer in piece):
             values = np.random.default_rng(layer).normal(size=(WIDTH, WIDTH)) / 2
@@ -56,7 +62,7 @@ class Toy:
             if self.own_losses and layer % 2:
                 losses.append(0.1 * (h**2).mean())
         is_last = self.pieces[chunk][-1] == NUM_LAYERS - 1
-        if is_last:
+        if is_last and microbatch not in self.without_target:
             losses.append(((h - 1.0) ** 2).sum())
         self.recorded.append(not h.stop_gradient)
         loss = paddle.add_n(losses) if losses else None
@@ -94,7 +100,9 @@ def in_one_piece(microbatches: int, **options: Any) -> tuple[float, dict[int, np
     """The same without a schedule: Paddle's own backward pass over each microbatch."""
     toy = Toy(0, 1, 1, **options)
     for microbatch in range(microbatches):
-        toy.forward(0, microbatch, None)[1].backward()
+        _, loss = toy.forward(0, microbatch, None)
+        if loss is not None:
+            loss.backward()
     return toy.loss, gradients(toy)
 
 
@@ -136,6 +144,11 @@ def test_stages_without_trainable_weights_take_part(world4: World, own_losses: b
     results = world4.run(on_a_rank, lists=plan("1f1b", 4, 5), chunks=1, **options)
     compare(results, 5, **options)
     assert not results[0]["gradients"] and not any(results[0]["recorded"])
+
+
+def test_microbatches_without_a_loss_on_the_last_stage(world2: World):
+    options = {"own_losses": False, "without_target": [0, 2]}
+    compare(world2.run(on_a_rank, lists=plan("1f1b", 2, 4), chunks=1, **options), 4, **options)
 
 
 def test_everything_frozen_but_the_first_layer(world2: World):

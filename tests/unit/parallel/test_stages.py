@@ -86,6 +86,11 @@ def test_balanced_has_the_smallest_maximum_of_all_cuts(data):
     )
 
 
+def test_balanced_minds_the_maximum_first_and_evenness_second():
+    assert cut(4, 3, "balanced", Costs((5.0, 3.0, 9.0, 1.0))) == [(0, 1), (2,), (3,)]  # 8 | 9 | 1, not 5 | 3 | 10
+    assert sorted(lengths(cut(9, 4, "balanced", Costs((1.0,) * 9)))) == [2, 2, 2, 3]
+
+
 def test_a_large_head_takes_layers_off_the_last_stage():
     assert lengths(cut(9, 3, "balanced", Costs((1.0,) * 9, last=3.0))) == [4, 4, 1]
 
