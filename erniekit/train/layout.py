@@ -47,8 +47,9 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str
 
 
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
-    """The chunk of this process's stage that a parameter is reached by: its layer's; of what stands behind the layers
-    the last; of the embedding the one that looks tokens up, or on other stages than the first the last, too.
+    """The chunk of this process's stage that a parameter is reached by: its layer's, or the last for what stands behind
+    the layers. The embedding belongs to the first chunk where tokens are looked up, and where only the head shares it to
+    the last.
     """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match:
