@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Degrees, Mesh
-from erniekit.parallel.schedule import Action, describe, plan
+from erniekit.parallel.mesh import Degrees, Mesh, check_model
+from erniekit.parallel.schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.stages import cut, layer_costs
 
 
@@ -21,6 +21,15 @@ def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple
     costs = layer_costs(config, cfg.max_seq_len // 2)
     pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
     return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
+
+
+def check_layout(cfg: Config, degrees: Degrees, config: ModelConfig) -> None:
+    """Refuse what does not divide, from the model's config.json alone: before any process starts. ConfigError with the
+    arithmetic.
+    """
+    check_model(degrees, config)
+    check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
+    cut_layers(cfg, config, degrees.pipeline)
 
 
 def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]:
@@ -48,8 +57,8 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str
 
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
     """The chunk of this process's stage that a parameter is reached by: its layer's, or the last for what stands behind
-    the layers. The embedding belongs to the first chunk where tokens are looked up, and where only the head shares it to
-    the last.
+    the layers. The embedding belongs to the first chunk where tokens are looked up, to the last where the head shares
+    it.
     """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match:
