@@ -1,19 +1,32 @@
 """What stands between the command line and the library: the configuration, and the processes to run it in.
 
-This version runs in one process. The variables that ask for several (ERNIEKit's NNODES, Paddle's PADDLE_TRAINERS_NUM)
-are read only to refuse: N processes that know nothing of one another would each train the whole set into one directory.
+`erniekit train` in a shell is either the one process that trains, or the agent of this host, which starts the workers
+and watches them (erniekit/cluster). Which of the two follows from the degrees, before Paddle is imported. A process
+that PADDLE_TRAINERS_NUM counts and PADDLE_TRAINER_ID names is a worker: of such an agent, or of
+`python -m paddle.distributed.launch`.
 """
 
+import math
 import os
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
-from erniekit import config
+from erniekit import __version__, config, hub
+from erniekit.cluster import net
+from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
-from erniekit.utils import log
+from erniekit.models.config import ModelConfig
+from erniekit.parallel.mesh import Degrees
+from erniekit.train.layout import check_layout
+from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import ConfigError
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
+# Where schedulers that start one process a host say which host this is.
+_NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
+_AGENT = "ERNIEKIT_AGENT"  # "process id:where to beat", from an agent to its workers
 
 
 def configure(args: list[str], command: str) -> Config:
@@ -28,31 +41,199 @@ def configure(args: list[str], command: str) -> Config:
     Raises:
         ConfigError: the arguments, the file or a key is wrong, or asks for what this version cannot do.
     """
+    if command == "train" and is_worker():
+        _begin_worker(os.environ)
     path, overrides = (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
     cfg = config.load(path, overrides, command, allow_extra=_is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")))
-    for note in cfg.notes:
-        log.info(note)
-    check(cfg, command)
+    if _AGENT not in os.environ:  # else the agent has said it
+        for note in cfg.notes:
+            log.info(note)
+    config.require_supported(cfg, command)
+    if command != "train":
+        _require_one_process(os.environ, f"`erniekit {command}`")
     return cfg
 
 
 def check(cfg: Config, command: str) -> None:
-    """Refuse a configuration, or an environment, that this version cannot run.
+    """Refuse a configuration, or an environment, that a Python caller cannot run in this process.
 
     Raises:
-        ConfigError: names what is not possible yet.
+        ConfigError: names what is not possible.
     """
     config.require_supported(cfg, command)
-    _require_one_process(os.environ)
+    if not is_worker() and job_of(cfg, []) is not None:
+        raise ConfigError(
+            "erniekit.train trains in the process that calls it, and this configuration needs several. Use the command "
+            f"`erniekit train {cfg.source or 'FILE.yaml'}`, which starts them."
+        )
 
 
-def _require_one_process(environ: Mapping[str, str]) -> None:
+def is_worker() -> bool:
+    """Whether a launcher started this process as one of several ranks."""
+    return _count(os.environ, "PADDLE_TRAINERS_NUM") > 1
+
+
+def job_of(cfg: Config, args: list[str]) -> Job | None:
+    """What this host has to start to train as `cfg` says; None if this process is enough.
+
+    Args:
+        args: what follows `train` on the command line, for the workers.
+
+    Raises:
+        ConfigError: the degrees, the model and the hosts do not fit together, or the environment is wrong.
+        CheckpointError: the model cannot be found, or its config.json is wrong.
+    """
+    environ = os.environ
+    hosts, devices = _count(environ, "NNODES"), _devices(environ)
+    degrees = Degrees.from_config(cfg, hosts * len(devices) if devices else None)
+    if degrees.world == 1 and hosts == 1:
+        return None
+    slots, rest = divmod(degrees.world, hosts)
+    if rest:
+        raise ConfigError(
+            f"NNODES={hosts} hosts cannot share {degrees.world} processes (pipeline {degrees.pipeline} * data "
+            f"{degrees.data} * tensor {degrees.tensor}) evenly: {degrees.world} / {hosts} = "
+            f"{degrees.world / hosts:.2f}. Change a degree (data_parallel_degree adds processes), or NNODES."
+        )
+    _check_model(cfg, degrees)
+    master = _master(environ, hosts)
+    assert cfg.output_dir, "config.load requires it to train"
+    return Job(
+        command=(sys.executable, "-m", "erniekit", "train", *args),
+        environ=dict(environ),
+        hosts=hosts,
+        slots=slots,
+        layouts=_layouts(cfg, degrees),
+        limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
+        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs"),
+        devices=devices,
+        master=master,
+        config=_comparable(cfg, slots),
+        again=lambda: _go_on(Path(cfg.output_dir or "")),
+    )
+
+
+def _check_model(cfg: Config, degrees: Degrees) -> None:
+    """Download the model once for all workers of this host, and see whether it can be divided."""
+    assert cfg.model_name_or_path, "config.load requires it to train"
+    directory = hub.resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    check_layout(cfg, degrees, ModelConfig.from_dir(directory))
+
+
+def _layouts(cfg: Config, degrees: Degrees) -> tuple[Layout, ...]:
+    """The whole job, and the smaller ones that an elastic job may become, which see the same batches: as many rows a
+    step, over fewer data ranks in more accumulation steps.
+    """
+    layouts = [Layout(degrees.world)]
+    if not cfg.elastic:
+        return tuple(layouts)
+    if cfg.batch_size_warmup_steps:
+        raise ConfigError(
+            "elastic: not with batch_size_warmup_steps: a smaller job could not keep the same growing batch."
+        )
+    batches = cfg.gradient_accumulation_steps * degrees.data
+    for data in range(degrees.data - 1, 0, -1):
+        if data % degrees.expert or batches % data:
+            continue
+        accumulation = batches // data
+        # A degree of 1 or -1 needs no word: nobody shards, or all data ranks do, however many they are.
+        sharding = math.gcd(cfg.sharding_parallel_degree, data) if cfg.sharding_parallel_degree > 1 else 1
+        words = [f"--data_parallel_degree={data // sharding}", f"--gradient_accumulation_steps={accumulation}"]
+        if cfg.sharding_parallel_degree > 1:
+            words.append(f"--sharding_parallel_degree={sharding}")
+        note = (
+            f"elastic: {data} data ranks instead of {degrees.data}, gradient_accumulation_steps {accumulation} instead "
+            f"of {cfg.gradient_accumulation_steps}: still {batches * cfg.batch_size} rows a step, and slower steps"
+        )
+        layouts.append(Layout(degrees.pipeline * data * degrees.tensor, tuple(words), note))
+    return tuple(layouts)
+
+
+def _comparable(cfg: Config, slots: int) -> dict[str, str]:
+    """What has to be the same on every host."""
+    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("notes", "source")}
+    return values | {"erniekit's version": __version__, "processes a host": str(slots)}
+
+
+def _go_on(output_dir: Path) -> list[str]:
+    """What a restarted worker is told on top: keep what was saved, and resume from it whatever it began with."""
+    words = ["--overwrite_output_dir=false"]
+    return [*words, "--resume_from_checkpoint=auto"] if any(output_dir.glob("checkpoint-*")) else words
+
+
+def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
+    """Where the hosts meet, and which of them this is."""
+    if hosts == 1:
+        return None
+    name = environ.get("MASTER_ADDR", "").strip()
+    if not name:
+        raise ConfigError(
+            f"NNODES={hosts}, but MASTER_ADDR is not set. Set it to the name or address of the first host, and "
+            "MASTER_PORT to a free port there, the same on every host."
+        )
+    text = environ.get("MASTER_PORT", "").strip() or "8080"
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise ConfigError(f"MASTER_PORT={text}: not a port. Give a whole number from 1024 to 65535.")
+    return Master(net.resolve(name), int(text), _node_rank(environ, hosts))
+
+
+def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
+    name = next((name for name in _NODE_RANKS if environ.get(name, "").strip()), None)
+    if name is None:
+        return None
+    text = environ[name].strip()
+    if not text.isdigit() or int(text) >= hosts:
+        raise ConfigError(
+            f"{name}={text}, but with NNODES={hosts} the hosts are numbered from 0 to {hosts - 1}. Start one "
+            "`erniekit` a host; PADDLE_NODE_RANK overrules what the scheduler says."
+        )
+    return int(text)
+
+
+def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The GPUs that the workers get, one each; none where Paddle was built for the CPU. Never run with GPUs."""
+    try:
+        metadata.distribution("paddlepaddle-gpu")
+    except metadata.PackageNotFoundError:
+        return ()
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")))
+    return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
+
+
+def _begin_worker(environ: Mapping[str, str]) -> None:
+    """Name the log lines, and beat for the agent if there is one."""
+    rank = environ.get("PADDLE_TRAINER_ID", "").strip()
+    if not rank.isdigit() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
+        raise ConfigError(
+            f"PADDLE_TRAINERS_NUM={environ['PADDLE_TRAINERS_NUM']} says that a launcher started this process, but "
+            f"PADDLE_TRAINER_ID={rank or '(not set)'} is not one of its ranks. Unset both, and set the degrees: "
+            "`erniekit train` starts the processes itself."
+        )
+    log.set_rank(int(rank))
+    agent, _, beat = environ.get(_AGENT, "").partition(":")
+    if beat:
+        heartbeat.start(Path(beat), int(agent), streams=rank == "0")
+
+
+def _require_one_process(environ: Mapping[str, str], what: str) -> None:
     for name in _PROCESS_COUNTS:
-        if environ.get(name, "").strip() not in ("", "0", "1"):
+        if _count(environ, name) > 1:
             raise ConfigError(
-                f"{name}={environ[name]} is set in the environment, but this version runs in one process. "
+                f"{name}={environ[name]} is set in the environment, but {what} runs in one process. "
                 f"Unset {name}, or set it to 1."
             )
+
+
+def _count(environ: Mapping[str, str], name: str) -> int:
+    """A number of hosts or processes; 1 if it is not set."""
+    text = environ.get(name, "").strip()
+    if text in ("", "0"):
+        return 1
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text}: not a number. Give a whole number from 1, or unset it.")
+    return int(text)
 
 
 def _is_file(arg: str) -> bool:

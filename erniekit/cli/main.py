@@ -12,6 +12,7 @@ import os
 import sys
 
 from erniekit.cli.commands import ALIASES, COMMANDS
+from erniekit.utils import heartbeat
 from erniekit.utils.errors import UserError
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
@@ -77,10 +78,10 @@ def _report(name: str, error: Exception) -> int:
         return _fail(f"error: {message}", EXIT_USER_ERROR)
     import traceback
 
-    _flush_stdout()
-    traceback.print_exception(error)
+    trace = "".join(traceback.format_exception(error))
     return _fail(
-        f"\n`erniekit {name}` failed. This is a bug in erniekit, please report it with the lines above.", EXIT_DEFECT
+        f"{trace}\n`erniekit {name}` failed. This is a bug in erniekit, please report it with the lines above.",
+        EXIT_DEFECT,
     )
 
 
@@ -101,7 +102,8 @@ def _explain(name: str, error: Exception) -> str | None:
 
 def _fail(message: str, code: int) -> int:
     _flush_stdout()
-    print(message, file=sys.stderr, flush=True)
+    if not heartbeat.fail(message):
+        print(message, file=sys.stderr, flush=True)
     return code
 
 

@@ -4,9 +4,17 @@ from erniekit.cli import launch
 
 
 def run(args: list[str]) -> int:
-    """Train and return the exit code."""
+    """Train, in this process or in those that the configuration asks for, and return the exit code."""
     cfg = launch.configure(args, "train")
-    from erniekit.train import run as training
+    job = None if launch.is_worker() else launch.job_of(cfg, args)
+    if job is not None:
+        from erniekit.cluster import agent
+
+        return agent.run(job)
+    from erniekit.train import stop
+
+    stop.listen()
+    from erniekit.train import run as training  # imports Paddle, which takes seconds
 
     training.train(cfg)
     return 0

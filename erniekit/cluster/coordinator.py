@@ -47,9 +47,8 @@ class Host:
 
     @property
     def shown(self) -> str:
-        """Name and address, and its ranks."""
-        ranks = f", ranks {self.ranks[0]} to {self.ranks[-1]}" if self.ranks else ""
-        return f"{self.name} ({self.address}{ranks})"
+        """Name and address."""
+        return f"{self.name} ({self.address})"
 
 
 @dataclass(frozen=True)
@@ -264,11 +263,11 @@ class Coordinator:
     def _leave(self, host: Host | None, why: str, now: float) -> Message:
         if host is not None and not self._over:
             host.told = True
-            if self._running:
+            if self._running and host.ranks:
                 self._failures.append(self._lost(host, why, now))
                 self._stopping = True
                 self._judge(now + GRACE)
-            else:
+            elif not self._running:
                 del self._hosts[host.id]
         return {"kind": "bye"}
 
@@ -313,13 +312,14 @@ class Coordinator:
 
     def _lost(self, host: Host, why: str, at: float) -> Failure:
         step = max((sign.step for sign in host.signs), default=0)
-        return Failure(host.ranks[0] if host.ranks else -1, host, at, f"is lost with its host: {why}", step=step)
+        what = f"is lost with its host and ranks {host.ranks[0]} to {host.ranks[-1]}: {why}"
+        return Failure(host.ranks[0], host, at, what, step=step)
 
     def _fail(self, first: Failure) -> None:
         headline = f"rank {first.rank} on {first.host.shown} {first.what}; last finished step: {first.step}"
         others = len({failure.rank for failure in self._failures} - {first.rank})
         if others:
-            headline += f"; {others} other rank{'s' * (others > 1)} failed after it"
+            headline += f"; {others} more failed after it"
         left = self._limits.max_restarts - (self._attempt - 1)
         restart = left > 0 and first.mends_itself and not self._stopping
         if not restart and left > 0:

@@ -57,7 +57,8 @@ class Worker:
     def __init__(self, job: Job, start: Message, local: int, cores: int, beats: Path) -> None:
         self.rank: int = start["first"] + local
         self.beat = beats / f"{self.rank}-{start['attempt']}"
-        self.log = None if self.rank == 0 else _log_path(job.logs, self.rank, start["attempt"])
+        self._path = _log_path(job.logs, self.rank, start["attempt"])
+        self.log = None if self.rank == 0 else self._path
         words = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
         environ = environment(job, start, local, cores) | {"ERNIEKIT_AGENT": f"{os.getpid()}:{self.beat}"}
         if self.log is None:
@@ -126,6 +127,9 @@ class Worker:
         at = time.monotonic() - said.get("time", self.alive_at)
         detail = said.get("text") or f"{self._tail()}error: rank {self.rank} {what}"
         by_peer = said.get("by_peer", False)
+        if self.log is None and by_peer:  # not for the terminal, which shows the first error alone
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(detail + "\n", encoding="utf-8")
         return {
             "rank": self.rank,
             "at": at,

@@ -118,7 +118,9 @@ def serve() -> None:
     """The life of a worker: read the job, then chunks of records; answer each with the results up to the first wrong
     record, and that one's error.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends its workers
+    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the trainer, which then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not get between the answers
     encoder: Callable[..., Any] | None = None

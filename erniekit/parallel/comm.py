@@ -125,15 +125,13 @@ def channels(pairs: Sequence[tuple[int, int]]) -> None:
 
 @contextmanager
 def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
-    """Tell the heartbeat what is waited for."""
+    """Tell the heartbeat what is waited for. Not that it is over if it fails: then a peer is to blame."""
     if on_wait is None:
         yield
         return
     on_wait(f"{kind} of {_num_bytes(x)} bytes with ranks {', '.join(map(str, ranks))}")
-    try:
-        yield
-    finally:
-        on_wait(None)
+    yield
+    on_wait(None)
 
 
 def _num_bytes(x: paddle.Tensor) -> int:

@@ -10,6 +10,7 @@ from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.train.trainer import Trainer
+from erniekit.utils import heartbeat
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class _History(Callback):
 
 def join(cfg: Config) -> Mesh:
     """This process's place among those that a launcher started; alone without one."""
+    comm.on_wait = heartbeat.waiting
+    heartbeat.waiting("the gathering of all ranks")
     world = comm.init()
+    heartbeat.waiting(None)
     return build_mesh(Degrees.from_config(cfg, world.size))
 
 

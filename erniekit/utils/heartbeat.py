@@ -25,8 +25,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class _Worker:
     """What the main thread does, told by itself; the beating thread only reads."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, streams: bool) -> None:
+        self.path, self.streams = path, streams
         self.main = threading.get_ident()
         self.step = 0
         self.phase = START
@@ -70,14 +70,14 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def start(path: Path, parent: int) -> None:
+def start(path: Path, parent: int, streams: bool = False) -> None:
     """Beat into the file `path` from now on, and die when the process `parent`, the agent, does.
 
-    To be called by the main thread, once.
+    streams: what this process prints goes to the user's terminal. To be called by the main thread, once.
     """
     global _worker
     _die_with(parent)
-    _worker = _Worker(path)
+    _worker = _Worker(path, streams)
     _worker.write()
     threading.Thread(target=_beat, args=(_worker, parent), daemon=True, name="heartbeat").start()
 
@@ -112,12 +112,14 @@ def phase(name: str) -> Iterator[None]:
 
 
 def fail(text: str) -> bool:
-    """Hand the error to the agent, which shows it if it is the job's first. False if there is no agent to show it."""
+    """Hand the error to the agent, which shows it if it is the job's first. True if it should not be printed as well:
+    on the terminal it would hide the first.
+    """
     if _worker is None:
         return False
     record = {"time": time.monotonic(), "text": text, "by_peer": _worker.waiting is not None, "step": _worker.step}
     _write(error_file(_worker.path), json.dumps(record))
-    return True
+    return _worker.streams
 
 
 def error_file(path: Path) -> Path:

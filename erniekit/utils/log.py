@@ -19,6 +19,12 @@ _logger.setLevel(logging.INFO)
 _logger.propagate = False
 
 
+def set_rank(rank: int) -> None:
+    """Begin the lines of all ranks but the first with their number; each rank has a stream of its own."""
+    if rank:
+        _handler.setFormatter(logging.Formatter(f"[erniekit {rank}] %(message)s"))
+
+
 def info(message: str) -> None:
     """Say something the user may want to know."""
     _logger.info(message)

@@ -1,11 +1,18 @@
 """From the arguments of a command to a checked configuration, and what is refused before anything starts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from erniekit import config
 from erniekit.cli import launch
+from erniekit.cluster.job import Master
 from erniekit.utils.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+TWO = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.fixture
@@ -72,14 +79,132 @@ def test_an_unknown_key_is_refused_unless_the_environment_allows_it(yaml_file, m
 
 
 def test_what_this_version_cannot_do_is_refused(yaml_file):
-    with pytest.raises(ConfigError, match=r"cannot do yet:\n.*fine_tuning: LoRA"):
-        launch.configure([yaml_file(), "fine_tuning=LoRA"], "export")
+    with pytest.raises(ConfigError, match=r"cannot do yet:\n.*compute_type: fp8"):
+        launch.configure([yaml_file("stage: SFT", "train_dataset_path: x.jsonl", "compute_type: fp8")], "train")
 
 
 @pytest.mark.parametrize("name", ["NNODES", "PADDLE_TRAINERS_NUM"])
-def test_several_processes_are_refused(yaml_file, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_only_train_runs_in_several_processes(yaml_file, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setenv(name, "1")
     launch.configure([yaml_file()], "export")
     monkeypatch.setenv(name, "2")
     with pytest.raises(ConfigError, match=rf"{name}=2 .* one process"):
         launch.configure([yaml_file()], "export")
+
+
+# ---- from degrees and environment to the processes of a job
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The job of a tiny model of experts (4 heads over 2, 8 experts, 4 layers) under the keys and variables given."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", *launch._NODE_RANKS):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(model: str = "tiny-moe", environ: dict[str, str] | None = None, **keys):
+        for name, value in (environ or {}).items():
+            monkeypatch.setenv(name, value)
+        needed = {"model_name_or_path": f"{ROOT}/examples/models/{model}", "output_dir": str(tmp_path / "out")}
+        cfg = config.load(None, needed | {"train_dataset_path": "x.jsonl", "max_steps": 1} | keys)
+        return launch.job_of(cfg, ["x.yaml", "seed=1"])
+
+    return make
+
+
+def test_one_process_stays_this_one(job):
+    assert job() is None
+
+
+def test_the_degrees_decide_the_processes(job, tmp_path: Path):
+    made = job(pipeline_parallel_degree=2, tensor_parallel_degree=2, expert_parallel_degree=2, max_restarts=3)
+    assert (made.hosts, made.slots, made.master, made.devices) == (1, 8, None, ())
+    assert [layout.world for layout in made.layouts] == [8]
+    assert made.command[1:] == ("-m", "erniekit", "train", "x.yaml", "seed=1")
+    assert made.logs == tmp_path / "out" / "logs"
+    assert (made.limits.fault, made.limits.max_restarts) == (30.0, 3)
+    assert job(environ={"ERNIEKIT_DIST_LOG": "elsewhere"}, data_parallel_degree=2).logs == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"data_parallel_degree": 3, "expert_parallel_degree": 2}, r"expert_parallel_degree: 2 .*3 / 2 = 1\.50"),
+        (
+            {"tensor_parallel_degree": 4},
+            r"tensor_parallel_degree: 4 does not divide .* 2 key-value heads .2 / 4 = 0\.50",
+        ),
+        ({"expert_parallel_degree": 3}, r"expert_parallel_degree .*: 3 does not divide .* 8 experts .8 / 3 = 2\.67"),
+        ({"pipeline_parallel_degree": 5}, r"5 stages .* the model has 4"),
+        ({"pipeline_parallel_degree": 2, "pp_seg_method": "[0,3,9]"}, r"pp_seg_method: .* must run from 0 to 4"),
+        ({"model": "tiny-dense", "expert_parallel_degree": 2}, "the model has no experts"),
+        ({"environ": {"NNODES": "2"}, "data_parallel_degree": 3}, r"3 / 2 = 1\.50"),
+        ({"environ": {"NNODES": "2"}}, r"1 / 2 = 0\.50"),
+        ({"environ": {"NNODES": "two"}}, "NNODES=two: not a number"),
+        ({"environ": {"NNODES": "2"}, "data_parallel_degree": 2}, "MASTER_ADDR is not set"),
+        ({"environ": TWO | {"MASTER_PORT": "99999"}, "data_parallel_degree": 2}, "MASTER_PORT=99999: not a port"),
+        ({"environ": TWO | {"MASTER_PORT": "http"}, "data_parallel_degree": 2}, "MASTER_PORT=http: not a port"),
+        ({"environ": TWO | {"MASTER_ADDR": "no.such.host.invalid"}, "data_parallel_degree": 2}, "MASTER_ADDR=no.such"),
+        ({"environ": TWO | {"PADDLE_NODE_RANK": "2"}, "data_parallel_degree": 2}, "PADDLE_NODE_RANK=2.*from 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_process_starts(job, keys: dict, said: str):
+    with pytest.raises(ConfigError, match=said):
+        job(**keys)
+
+
+def test_several_hosts(job):
+    made = job(environ=TWO | {"SLURM_NODEID": "1"}, data_parallel_degree=4)
+    assert (made.hosts, made.slots) == (2, 2)
+    assert made.master == Master("127.0.0.1", 8080, 1)
+    assert job(environ={"PADDLE_NODE_RANK": "0", "MASTER_PORT": "9000"}, data_parallel_degree=4).master.node == 0
+
+
+def test_an_elastic_job_keeps_its_global_batch(job):
+    """D * accumulation stays 12: 4 x 3, 2 x 6 (3 data ranks do not make whole expert groups of 2), never 1."""
+    keys = {"data_parallel_degree": 4, "gradient_accumulation_steps": 3, "expert_parallel_degree": 2}
+    layouts = job(elastic=True, **keys).layouts
+    assert [layout.world for layout in layouts] == [4, 2]
+    assert layouts[1].overrides == ("--data_parallel_degree=2", "--gradient_accumulation_steps=6")
+    assert "still 12 rows a step" in layouts[1].note
+
+
+def test_an_elastic_job_that_shards(job):
+    keys = {"data_parallel_degree": 2, "sharding_parallel_degree": 2, "sharding": "stage1"}
+    layouts = job(elastic=True, **keys).layouts
+    assert [layout.world for layout in layouts] == [4, 2, 1]
+    words = "--data_parallel_degree=1 --gradient_accumulation_steps=2 --sharding_parallel_degree=2"
+    assert " ".join(layouts[1].overrides) == words
+
+
+def test_a_restart_keeps_what_was_saved(job, tmp_path: Path):
+    again = job(data_parallel_degree=2, overwrite_output_dir=True, resume_from_checkpoint="none").again
+    assert again() == ["--overwrite_output_dir=false"]
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    assert again() == ["--overwrite_output_dir=false", "--resume_from_checkpoint=auto"]
+
+
+def test_python_callers_are_sent_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    keys = {"model_name_or_path": f"{ROOT}/examples/models/tiny-moe", "output_dir": str(tmp_path)}
+    cfg = config.load(None, keys | {"train_dataset_path": "x.jsonl", "max_steps": 1, "data_parallel_degree": 2})
+    with pytest.raises(ConfigError, match="`erniekit train"):
+        launch.check(cfg, "train")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    launch.check(cfg, "train")
+
+
+def test_a_worker_without_its_rank_is_told(yaml_file, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.delenv("PADDLE_TRAINER_ID", raising=False)
+    with pytest.raises(ConfigError, match=r"PADDLE_TRAINER_ID=\(not set\)"):
+        launch.configure([yaml_file()], "train")
+
+
+def test_planning_a_job_leaves_paddle_out(tmp_path: Path):
+    code = (
+        "import sys; from erniekit import config; from erniekit.cli import launch; from erniekit.cluster import agent;"
+        f"cfg = config.load(None, dict(model_name_or_path='{ROOT}/examples/models/tiny-moe', output_dir='out',"
+        "train_dataset_path='x', max_steps=1, data_parallel_degree=2));"
+        "assert launch.job_of(cfg, []).slots == 2; assert 'paddle' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -139,7 +139,7 @@ def test_a_lost_host_and_elastic(tmp_path):
     fake_job.finish(jobs[1])
     code, said = fake_job.finish(jobs[0])
     assert code == 0, said
-    assert "rank 1 on" in said and "is lost with its host: the connection to its agent broke" in said
+    assert "rank 1 on" in said and "lost with its host and ranks 1 to 1: the connection to its agent broke" in said
     assert "goes on with 1" in said and "words ['shrunk=1', 'again']" in said
     fake_job.assert_gone(workers.values())
 
