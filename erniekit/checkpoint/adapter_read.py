@@ -14,6 +14,7 @@ import numpy as np
 from erniekit.checkpoint.adapter import PREFIX, fingerprint, is_parameter, part_sizes
 from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
 from erniekit.checkpoint.safetensors import Reader
+from erniekit.hub import resolve_model
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import own_name
 from erniekit.lora.targets import SAVEABLE, hf_name, is_stacked
@@ -95,6 +96,18 @@ def read_config(path: Path) -> dict[str, Any]:
             "plain one with PEFT first (path_initial_model_for_weight_conversion)."
         )
     return content
+
+
+def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
+    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or what the adapter itself
+    says. Raises CheckpointError if neither is there.
+    """
+    base = named or read_config(Path(directory)).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
+        )
+    return resolve_model(base, hub)
 
 
 class _Reading:

@@ -7,7 +7,9 @@ tensors at a time.
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -68,13 +70,34 @@ def tell_not_copied(source_dir: str | Path) -> None:
         log.info(f"{source_dir}: not copied (neither weights nor tokenizer): {', '.join(left)}")
 
 
+class Edit(Protocol):
+    """A change of some units of the weights on their way (see export.merge.Merge)."""
+
+    def touches(self, logical: Logical) -> bool:
+        """Whether a unit changes."""
+        ...
+
+    def apply(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
+        """fp32 in our layout -> the same."""
+        ...
+
+
 def rewrite(
-    source_dir: str | Path, target_dir: Path, format: Format, max_shard_size: int | str, dtype: str | None
+    source_dir: str | Path,
+    target_dir: Path,
+    format: Format,
+    max_shard_size: int | str,
+    dtype: str | None,
+    edit: Callable[[Source], Edit] | None = None,
 ) -> Report:
-    """Weights, config.json and, where there is none, generation_config.json; then compare (see `convert`)."""
+    """Weights, config.json and, where there is none, generation_config.json; then compare (see `convert`). `edit`: what
+    changes on the way, for an opened source.
+    """
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     source = Source(source_dir, keep_mtp=True)
+    editor = None if edit is None else edit(source)
+    edited: dict[str, bytes] = {}
     wanted = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}
     plan: Plan = [
         (piece.name, wanted[id(logical)], piece.shape)
@@ -83,13 +106,17 @@ def rewrite(
     ]
     with Writer(target_dir, plan, max_shard_size, METADATA[format]) as writer:
         for logical in source.logicals:
-            array = _read_as(source, logical, wanted[id(logical)])
+            touched = editor is not None and editor.touches(logical)
+            array = _read_as(source, logical, wanted[id(logical)], editor if touched else None)
             for piece in logical.pieces(format):
-                writer.write(piece.name, piece.extract(array))
+                stored = piece.extract(array)
+                writer.write(piece.name, stored)
+                if touched:
+                    edited[piece.name] = digest(stored)
             del array  # not held while the next one is read
     config = dataclasses.replace(source.config, dtype=_config_dtype(source, dtype))
     write_configs(target_dir, config, format)
-    _verify(source, target_dir)
+    _verify(source, target_dir, edited)
     return Report(len(plan), writer.num_bytes, len(writer.files))
 
 
@@ -106,15 +133,19 @@ def _config_dtype(source: Source, dtype: str | None) -> str | None:
     return source.config.dtype or dtypes.LONG_NAMES.get(source.dtype_of(source.logicals[0]))
 
 
-def _read_as(source: Source, logical: Logical, dtype: str) -> np.ndarray:
+def _read_as(source: Source, logical: Logical, dtype: str, editor: Edit | None) -> np.ndarray:
     try:
+        if editor is not None:
+            changed = editor.apply(logical, source.read(logical, as_fp32=True))
+            return dtypes.convert(changed, "F32", dtype)
         return dtypes.convert(source.read(logical), source.dtype_of(logical), dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {logical.param}: {error}") from error
 
 
-def _verify(source: Source, target_dir: Path) -> None:
-    """Read every tensor of the target, bring it back to the source's layout, and compare it with the source, bitwise.
+def _verify(source: Source, target_dir: Path, edited: Mapping[str, bytes]) -> None:
+    """Read every tensor of the target, bring it back to the source's layout, and compare it with the source, bitwise;
+    or with what was written, where it was edited (digests by name in the target).
 
     Digests stand for the two sides, so that they need not be in memory together.
     """
@@ -123,15 +154,24 @@ def _verify(source: Source, target_dir: Path) -> None:
     for logical in source.logicals:
         ours = target.read(logical)
         dtype = target.dtype_of(logical)
+        if any(piece.name in edited for piece in logical.pieces(target.format)):
+            for piece in logical.pieces(target.format):
+                if digest(piece.extract(ours)) != edited[piece.name]:
+                    raise _misread(piece.name, source, target_dir)
+            continue
         for piece in logical.pieces(source.format):
             written = digest(piece.extract(ours))
             original = source.reader.read(source.stored_name(piece.name))
             if digest(dtypes.convert(original, source.info(piece.name).dtype, dtype)) != written:
-                raise CheckpointError(
-                    f"{piece.name} read again from {target_dir} differs from {source.path}: the disk or the memory of "
-                    "this machine is at fault, or the source changed meanwhile. Nothing was kept; try again."
-                )
+                raise _misread(piece.name, source, target_dir)
         del ours
+
+
+def _misread(name: str, source: Source, target_dir: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{name} read again from {target_dir} differs from {source.path}: the disk or the memory of this machine is at "
+        "fault, or the source changed meanwhile. Nothing was kept; try again."
+    )
 
 
 def digest(array: np.ndarray) -> bytes:

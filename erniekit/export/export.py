@@ -2,26 +2,45 @@
 
 from pathlib import Path
 
-from erniekit.checkpoint.folder import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, copy_companions, find_checkpoint, staged
+from erniekit.checkpoint.adapter_read import base_of, read_adapter
+from erniekit.checkpoint.folder import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    copy_companions,
+    find_checkpoint,
+    is_adapter,
+    staged,
+)
+from erniekit.checkpoint.source import Source
 from erniekit.config import Config
 from erniekit.data.template import load_template
 from erniekit.data.tokenizer import load_tokenizer
 from erniekit.export.convert import Report, require_apart, rewrite
+from erniekit.export.merge import Merge
 from erniekit.models.config import Format
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 
 def export(cfg: Config) -> Report:
     """Export the checkpoint that `cfg` names to `output_dir`/export, in `format`, in files of `max_shard_size` GB."""
+    checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
     return export_checkpoint(
-        checkpoint_of(cfg),
+        checkpoint,
         output_of(cfg) / "export",
         format="paddle" if cfg.format == "paddle" else "pt",
         max_shard_size=f"{cfg.max_shard_size:g}GB",
         chat_template=cfg.chat_template,
         copy_tokenizer=cfg.copy_tokenizer,
+        adapter_dir=adapter,
     )
+
+
+def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:
+    """(model, None), or (base, adapter) where the checkpoint is an adapter."""
+    if not is_adapter(checkpoint):
+        return checkpoint, None
+    return base_of(checkpoint, cfg.model_name_or_path, cfg.download_hub), checkpoint
 
 
 def output_of(cfg: Config) -> Path:
@@ -32,8 +51,17 @@ def output_of(cfg: Config) -> Path:
 
 
 def checkpoint_of(cfg: Config) -> Path:
-    """The directory that the key `checkpoint` names, else the final model or the newest checkpoint in `output_dir`."""
-    return Path(cfg.checkpoint) if cfg.checkpoint else find_checkpoint(output_of(cfg))
+    """The directory that the key `checkpoint` names, else the final model or the newest checkpoint in `output_dir`,
+    else the adapter that `lora_path` names.
+    """
+    if cfg.checkpoint:
+        return Path(cfg.checkpoint)
+    try:
+        return find_checkpoint(output_of(cfg))
+    except CheckpointError:
+        if cfg.lora_path is None:
+            raise
+    return Path(cfg.lora_path)
 
 
 def export_checkpoint(
@@ -44,20 +72,30 @@ def export_checkpoint(
     dtype: str | None = None,
     chat_template: str | None = None,
     copy_tokenizer: bool = True,
+    adapter_dir: str | Path | None = None,
 ) -> Report:
     """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and compare.
 
-    `dtype` of the weights: None keeps the checkpoint's. `chat_template`: a built-in one's name; None takes the
-    checkpoint's own, else `text`. Raises CheckpointError for a checkpoint that is not whole or a full disk.
+    `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype` of the weights: None keeps the
+    checkpoint's. `chat_template`: a built-in one's name; None takes the checkpoint's own, else `text`. Raises
+    CheckpointError for a checkpoint that is not whole or a full disk.
     """
+
+    def merge(source: Source) -> Merge:
+        assert adapter_dir is not None
+        return Merge(read_adapter(adapter_dir, source.config, checkpoint_dir), source.config)
+
     require_apart(checkpoint_dir, target_dir)
     with staged(target_dir) as staging:
-        report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype)
+        report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
             template = load_template(load_tokenizer(checkpoint_dir), chat_template)
             (staging / CHAT_TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
         elif copy_tokenizer:
             log.warning(f"{checkpoint_dir} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): none is exported")
-    log.info(f"{target_dir}: {report}, layout {format}; read again and equal to {checkpoint_dir}")
+    compared = f"read again and equal to {checkpoint_dir}"
+    if adapter_dir is not None:
+        compared = f"{checkpoint_dir} with the adapter {adapter_dir} merged into it, read again"
+    log.info(f"{target_dir}: {report}, layout {format}; {compared}")
     return report

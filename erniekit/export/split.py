@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from erniekit.checkpoint.folder import copy_companions, staged
+from erniekit.checkpoint.folder import copy_companions, is_adapter, staged
 from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.config import Config
 from erniekit.export.convert import Report, digest, require_apart, tell_not_copied
@@ -28,6 +28,8 @@ def split_checkpoint(
     """
     source_dir = Path(source_dir)
     require_apart(source_dir, target_dir)
+    if is_adapter(source_dir):
+        raise CheckpointError(f"{source_dir} is an adapter: `erniekit export` merges it, and writes shards as well.")
     reader = Reader(source_dir)
     plan = [(name, *reader.info(name)) for name in reader.keys()]  # noqa: SIM118 - a Reader is not iterable
     with staged(target_dir) as staging:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import paddle
 
-from erniekit.checkpoint.folder import find_checkpoint, has_weights
+from erniekit.checkpoint.adapter_read import base_of
+from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, find_checkpoint, has_weights, is_adapter
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config
 from erniekit.data.template import Template, load_template
@@ -56,17 +57,21 @@ def sampling_of(cfg: Config) -> Sampling:
 
 def open_model(cfg: Config, random_start: bool = False) -> Opened:
     """Load the model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
-    `model_name_or_path`.
+    `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is hung on its
+    base: `model_name_or_path`, else the model that it names itself.
 
     With `random_start`, a model_name_or_path without weights and with continue_training: false gives the random start
     that training would have. A checkpoint without tokenizer files takes those of model_name_or_path. Raises
     CheckpointError or ConfigError that names the key.
     """
-    path = _directory(cfg)
+    found = path = _directory(cfg)
+    if is_adapter(found):
+        path = base_of(found, cfg.model_name_or_path, cfg.download_hub)
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     if has_weights(path):
-        model = load_model(path, precision.param_dtype, low_bit=precision.low_bit)
-        log.info(f"model: {path}")
+        adapter = str(found) if found != path else None
+        model = load_model(path, precision.param_dtype, adapter, low_bit=precision.low_bit)
+        log.info(f"model: {path}" + (f" with the adapter {adapter}" if adapter else ""))
     elif random_start and not cfg.continue_training:
         model = _random(cfg, path)
         policy.apply(model, precision)
@@ -82,7 +87,7 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
         thinking = None
-    return Opened(model, tokenizer, template, path, thinking)
+    return Opened(model, tokenizer, template, found, thinking)
 
 
 def _directory(cfg: Config) -> Path:
@@ -97,8 +102,14 @@ def _directory(cfg: Config) -> Path:
             return find_checkpoint(cfg.output_dir)
         except CheckpointError as error:
             missing = str(error)
-            if cfg.model_name_or_path is None:
+            if cfg.model_name_or_path is None and cfg.lora_path is None:
                 raise
+    if cfg.lora_path is not None:
+        if not is_adapter(cfg.lora_path):
+            raise CheckpointError(
+                f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
+            )
+        return Path(cfg.lora_path)
     if cfg.model_name_or_path is None:
         raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
     if missing:

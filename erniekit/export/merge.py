@@ -1,0 +1,43 @@
+"""An adapter made part of its base's weights, tensor by tensor in fp32: W + s A B, with DoRA rescaled by columns."""
+
+import numpy as np
+
+from erniekit.checkpoint.adapter import part_sizes
+from erniekit.checkpoint.adapter_read import StoredAdapter
+from erniekit.lora.layers import own_name
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import Logical
+
+
+class Merge:
+    """What an adapter changes in the units of its base's weights."""
+
+    def __init__(self, adapter: StoredAdapter, config: ModelConfig) -> None:
+        """`config`: of the base."""
+        self.adapter = adapter
+        self._columns: dict[str, dict[str, slice]] = {}
+        for (module, part), (_, _, width) in part_sizes(config).items():
+            columns = self._columns.setdefault(module, {})
+            begin = max((other.stop for other in columns.values()), default=0)
+            columns[part] = slice(begin, begin + width)
+
+    def touches(self, logical: Logical) -> bool:
+        """Whether a unit of the weights changes."""
+        return logical.param in self.adapter.saved or logical.param.removesuffix(".weight") in self.adapter.slots
+
+    def apply(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
+        """A unit of the base, fp32 in our layout -> that of the merged model; `weight` itself may be changed."""
+        if logical.param in self.adapter.saved:
+            return self.adapter.tensors[logical.param]
+        module, tensors = logical.param.removesuffix(".weight"), self.adapter.tensors
+        for part, slot in self.adapter.slots[module].items():
+            prefix = f"{module}.adapter."
+            a, b = (tensors[prefix + own_name(kind, part)] for kind in ("A", "B"))
+            if logical.index is not None:
+                a, b = a[logical.index], b[logical.index]
+            columns = weight[:, self._columns[module][part]]
+            columns += a @ (b * np.float32(slot.scaling))
+            magnitude = tensors.get(prefix + own_name("magnitude", part))
+            if magnitude is not None:
+                columns *= magnitude / np.linalg.norm(columns, axis=0)
+        return weight
