@@ -25,6 +25,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -138,11 +140,12 @@ class World:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
+    """Ports that nobody listens on, below those that systems give to outgoing connections: still free in a moment."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with suppress(OSError), socket.create_server(("", port)):
+            ports += [port] if port not in ports else []
     return ports
 
 

@@ -8,10 +8,12 @@ groups), and use each: sums, an uneven all-to-all, sends that cross. Exit code 1
 
 import argparse
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -40,10 +42,7 @@ def main() -> int:
 
 def start(size: int) -> list[tuple[int, str]]:
     """One world: exit code and output of each rank."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
-    endpoints = ",".join(f"127.0.0.1:{sock.getsockname()[1]}" for sock in sockets)
-    for sock in sockets:
-        sock.close()
+    endpoints = ",".join(f"127.0.0.1:{port}" for port in _free_ports(size))
     common = {"PADDLE_TRAINERS_NUM": str(size), "PADDLE_TRAINER_ENDPOINTS": endpoints, "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     ranks = [
@@ -58,6 +57,16 @@ def start(size: int) -> list[tuple[int, str]]:
         for rank in range(size)
     ]
     return [_finish(process) for process in ranks]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below those that systems give to outgoing connections: still free in a moment."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20000, 32000)
+        with suppress(OSError), socket.create_server(("", port)):
+            ports += [port] if port not in ports else []
+    return ports
 
 
 def _finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -5,7 +5,7 @@ talk over `links` (TCP); on GPUs over NCCL through `paddle.distributed`, which h
 
 Traffic is counted by formula in bytes of the tensor's own dtype, n ranks, x of B bytes on this rank before the call:
 all_reduce 2 (n-1)/n B, reduce_scatter (n-1)/n B, all_gather (n-1) B, broadcast B at the source; all_to_all the rows for
-other ranks, send B. The first two are what ring and pairwise algorithms send, the least possible.
+other ranks, send B. That is what ring and pairwise algorithms send, the least possible.
 """
 
 import atexit
@@ -49,11 +49,12 @@ class Work:
 
     result: paddle.Tensor
     task: Any = None
+    source: paddle.Tensor | None = None  # what is being sent stays alive
 
     def wait(self) -> paddle.Tensor:
         if self.task is not None:
             self.task.wait()
-            self.task = None
+            self.task = self.source = None
         return self.result
 
 
@@ -82,7 +83,7 @@ def init(timeout_seconds: float = 600) -> World:
     if env.world_size < 2 or _world.size > 1:
         return _world
     world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
-    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+    if paddle.get_device().startswith("gpu"):
         links.roll_call(world, timeout_seconds)
         dist.init_parallel_env()
     else:
@@ -158,8 +159,8 @@ def _tcp() -> Links:
 
 
 def all_reduce_(x: paddle.Tensor, group: Group, op: str = "sum") -> paddle.Tensor:
-    """x (contiguous, any shape) becomes the sum or the maximum over the group, the same bits on every rank. 16-bit
-    floats are summed in float32 and rounded once.
+    """x (contiguous, any shape) becomes the sum or the maximum over the group, the same bits on every rank. Over TCP
+    16-bit floats are summed in float32 and rounded once.
     """
     return start_all_reduce(x, group, op).wait()
 
@@ -180,21 +181,23 @@ def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
 
 def all_gather(x: paddle.Tensor, group: Group) -> paddle.Tensor:
     """[n, ...] on each rank, the same shape everywhere -> [size * n, ...] in the group's order."""
-    if group.size == 1:
-        return x
-    traffic.add("all_gather", (group.size - 1) * _num_bytes(x))
+    return x if group.size == 1 else _gather(x, group, "all_gather")
+
+
+def _gather(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
+    traffic.add(kind, (group.size - 1) * _num_bytes(x))
     x = x.detach().contiguous()
-    with _waiting("all_gather", x, group.ranks), paddle.no_grad():
+    with _waiting(kind, x, group.ranks), paddle.no_grad():
         out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
         if group.handle is not None:
             dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
         else:
-            tcp.gather(_tcp(), "all_gather", group, _bytes(x), _bytes(out))
+            tcp.gather(_tcp(), kind, group, _bytes(x), _bytes(out))
         return out
 
 
 def reduce_scatter(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """[size * n, ...] -> this rank's [n, ...] of the sum. 16-bit floats are summed in float32 and rounded once."""
+    """[size * n, ...] -> this rank's [n, ...] of the sum. Over TCP 16-bit floats are summed in float32."""
     return start_reduce_scatter(x, group).wait()
 
 
@@ -209,7 +212,7 @@ def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
     with _waiting("reduce_scatter", x, group.ranks), paddle.no_grad():
         if group.handle is not None:
             task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
-            return Work(out, task)
+            return Work(out, task, x)
         tcp.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
         return Work(out)
 
@@ -223,20 +226,26 @@ def all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequen
 
 def start_all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> Work:
     """`all_to_all` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
-    if group.size == 1:
-        return Work(x)
+    return Work(x) if group.size == 1 else _start_exchange(x, send_counts, recv_counts, group, "all_to_all")
+
+
+def _start_exchange(
+    x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group, kind: str
+) -> Work:
     sent, received = [int(n) for n in send_counts], [int(n) for n in recv_counts]
     assert sum(sent) == x.shape[0] and len(sent) == len(received) == group.size
     x = x.detach().contiguous()
     out = paddle.empty([sum(received), *x.shape[1:]], dtype=x.dtype)
     row_bytes = x.element_size() * math.prod(x.shape[1:])
-    traffic.add("all_to_all", (x.shape[0] - sent[group.index]) * row_bytes)
-    with _waiting("all_to_all", x, group.ranks):
+    traffic.add(kind, (x.shape[0] - sent[group.index]) * row_bytes)
+    with _waiting(kind, x, group.ranks):
         if group.handle is not None:
-            task = dist.alltoall_single(out, x, sent, received, group=group.handle, sync_op=False)
-            return Work(out, task)
-        parts = tcp.cut(_bytes(x), sent, row_bytes), tcp.cut(_bytes(out), received, row_bytes)
-        tcp.all_to_all(_tcp(), group, *parts)
+            sizes = {"in_split_sizes": sent, "out_split_sizes": received}
+            task = dist.alltoall_single(out_tensor=out, in_tensor=x, **sizes, group=group.handle, sync_op=False)
+            return Work(out, task, x)
+        outgoing, incoming = tcp.cut(_bytes(x), sent, row_bytes), tcp.cut(_bytes(out), received, row_bytes)
+        incoming[group.index][:] = outgoing[group.index]
+        tcp.exchange(_tcp(), kind, group, outgoing, incoming)
         return Work(out)
 
 
@@ -279,14 +288,14 @@ def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     return x
 
 
-# Host values.
+# Host values. Their traffic is counted as "host", apart from what a model's tensors cost.
 
 
 def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
     """Sum of float64 arrays of one shape over the group, in the group's order: the same bits on every rank."""
     if group.size == 1:
         return values
-    rows = all_gather(paddle.to_tensor(values.astype(np.float64)).reshape([1, -1]), group).numpy()
+    rows = _gather(paddle.to_tensor(values.astype(np.float64)).reshape([1, -1]), group, "host").numpy()
     total = rows[0].copy()
     for row in rows[1:]:
         total += row
@@ -295,8 +304,10 @@ def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
 
 def exchange_counts(counts: np.ndarray, group: Group) -> np.ndarray:
     """[size, n] int64: row i goes to rank i of the group -> [size, n]: row i came from rank i."""
+    if group.size == 1:
+        return counts
     ones = [1] * group.size
-    return all_to_all(paddle.to_tensor(counts.astype(np.int64)), ones, ones, group).numpy()
+    return _start_exchange(paddle.to_tensor(counts.astype(np.int64)), ones, ones, group, "host").wait().numpy()
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
@@ -304,10 +315,10 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     if group.size == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-    lengths = all_gather(paddle.to_tensor(np.array([len(data)])), group).numpy()
+    lengths = _gather(paddle.to_tensor(np.array([len(data)])), group, "host").numpy()
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(data)] = data
-    rows = all_gather(paddle.to_tensor(padded).reshape([1, -1]), group).numpy()
+    rows = _gather(paddle.to_tensor(padded).reshape([1, -1]), group, "host").numpy()
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 

@@ -14,11 +14,13 @@ every order of sends and receives in which each message is received somewhere co
 import ctypes
 import hashlib
 import queue
+import resource
 import socket
 import struct
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 from erniekit.parallel.ranks import World
 from erniekit.utils.errors import TrainError
@@ -29,6 +31,7 @@ _HEADER = struct.Struct("<BQ")  # kind of operation, bytes that follow
 _LENGTH = struct.Struct("<I")
 _RETRY_SECONDS = 0.05
 _HELLO_SECONDS = 5  # for one who knocks to say who it is
+_OTHER_FILES = 512  # open files that are no connections to ranks
 _ALL_HERE_SECONDS = 60  # to connect the rest, once all ranks have called rank 0
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "host")
@@ -178,17 +181,17 @@ def roll_call(world: World, timeout_seconds: float) -> None:
     Raises:
         TrainError: ranks did not come in time; the message names them.
     """
-    with _listen(world) as listener:
+    with _listen(world) if world.rank == 0 else nullcontext() as listener:
         sockets = _roll_call(world, listener, timeout_seconds)
     for sock in sockets.values():
         sock.close()
 
 
-def _roll_call(world: World, listener: socket.socket, timeout_seconds: float) -> dict[int, socket.socket]:
+def _roll_call(world: World, listener: socket.socket | None, timeout_seconds: float) -> dict[int, socket.socket]:
     """Rank 0 hears every rank and tells all of them who is missing, so that each ends with the same message."""
     deadline = time.monotonic() + timeout_seconds
     sockets: dict[int, socket.socket] = {}
-    if world.rank == 0:
+    if listener is not None and world.rank == 0:
         while len(sockets) < world.size - 1:
             sock, rank = _answer(world, listener, deadline)
             if sock is None:
@@ -197,7 +200,8 @@ def _roll_call(world: World, listener: socket.socket, timeout_seconds: float) ->
         absent = [rank for rank in range(1, world.size) if rank not in sockets]
         message = ",".join(map(str, absent)).encode()
         for sock in sockets.values():
-            sock.sendall(_LENGTH.pack(len(message)) + message)
+            with suppress(OSError):  # a rank that has died meanwhile is found when it is needed
+                sock.sendall(_LENGTH.pack(len(message)) + message)
     else:
         sock = _call(world, 0, deadline)
         # Rank 0 may have started later than this rank; its limit decides.
@@ -233,6 +237,9 @@ def _split(endpoint: str) -> tuple[str, int]:
 
 def _listen(world: World) -> socket.socket:
     port = _split(world.endpoints[world.rank])[1]
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < world.size + _OTHER_FILES <= most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return socket.create_server(("", port), backlog=max(128, world.size))
     except OSError as error:

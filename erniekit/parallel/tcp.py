@@ -26,7 +26,7 @@ def cut(data: memoryview, counts: Sequence[int], unit_bytes: int) -> list[memory
 def exchange(
     links: Links, kind: str, group: Group, outgoing: Sequence[memoryview], incoming: Sequence[memoryview]
 ) -> None:
-    """outgoing[i] goes to rank i of the group, incoming[i] comes from it. This rank's own entries stay as they are, and
+    """outgoing[i] goes to rank i of the group, incoming[i] comes from it. This rank's own entries are left alone, and
     empty ones are not sent: both sides know their lengths.
     """
     others = group.others()
@@ -42,12 +42,6 @@ def gather(links: Links, kind: str, group: Group, data: memoryview, out: memoryv
     parts = cut(out, [1] * group.size, len(data))
     parts[group.index][:] = data
     exchange(links, kind, group, [data] * group.size, parts)
-
-
-def all_to_all(links: Links, group: Group, outgoing: Sequence[memoryview], incoming: Sequence[memoryview]) -> None:
-    """`exchange` with this rank's own entry copied."""
-    incoming[group.index][:] = outgoing[group.index]
-    exchange(links, "all_to_all", group, outgoing, incoming)
 
 
 def all_reduce(links: Links, group: Group, data: memoryview, dtype: str, op: str) -> None:

@@ -268,6 +268,8 @@ def count_traffic() -> dict[str, int]:
     comm.send(x, (rank + 1) % size)
     comm.recv(x.shape, x.dtype, (rank - 1) % size)
     comm.all_reduce_(x, Group((rank,), 0))  # costs nothing
+    comm.sum_floats(np.zeros(6), group)
+    comm.exchange_counts(np.zeros((size, 3)), group)
     taken = comm.traffic.take()
     assert comm.traffic.take() == {}
     return taken
@@ -284,6 +286,7 @@ def test_traffic_follows_the_formulas(world: World):
             "all_to_all": (n - 1) * b // n,
             "broadcast": b * (rank == 0),
             "send": b,
+            "host": (n - 1) * 6 * 8 + (n - 1) * 3 * 8,
         }
 
 
