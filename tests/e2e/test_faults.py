@@ -1,0 +1,112 @@
+"""Ranks that die or hang, hosts that vanish, schedulers that want the machine back: while a model really trains."""
+
+import os
+import signal
+import time
+
+import fake_job
+import launched
+import numpy as np
+import pytest
+
+import erniekit
+from erniekit.checkpoint.safetensors import Reader
+
+pytestmark = pytest.mark.slow
+TWO = "data_parallel_degree=2"
+LONG = "max_steps=100000"
+
+
+def weights(path):
+    reader = Reader(path)
+    return {name: reader.read(name).tobytes() for name in reader.keys()}  # noqa: SIM118 no mapping
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job(workspace, rank):
+    """At the default time limit."""
+    process = launched.start(workspace, TWO, LONG)
+    launched.wait_for(workspace / "out" / "checkpoint-2", process)
+    pids = launched.workers(process)
+    began = time.monotonic()
+    os.kill(pids[rank], signal.SIGKILL)
+    code, said = launched.finish(process)
+    seconds = time.monotonic() - began
+    assert code == 1
+    assert seconds < 30
+    assert f"rank {rank} on " in said and "last finished step" in said
+    assert said.rstrip().endswith(
+        f"error: rank {rank} was killed by SIGKILL (the system does that when memory runs out)"
+    )
+    fake_job.assert_gone(pids.values())
+    print(f"killed rank {rank}: the job ended after {seconds:.1f} s")
+
+
+def test_a_stopped_rank_ends_the_job_within_the_default_limit(workspace):
+    process = launched.start(workspace, TWO, LONG)
+    launched.wait_for(workspace / "out" / "checkpoint-2", process)
+    pids = launched.workers(process)
+    began = time.monotonic()
+    os.kill(pids[1], signal.SIGSTOP)
+    code, said = launched.finish(process)
+    seconds = time.monotonic() - began
+    assert code == 1
+    assert seconds < 30
+    assert "rank 1 on " in said and "hangs: no sign of life" in said and "SIGSTOP" in said
+    fake_job.assert_gone(pids.values())
+    print(f"stopped rank: the job ended after {seconds:.1f} s")
+
+
+def test_a_killed_rank_and_a_restart_lose_nothing(workspace):
+    words = ("max_steps=12", f"model_name_or_path={workspace}/moe", "gradient_accumulation_steps=2")
+    process = launched.start(workspace, TWO, *words, "max_restarts=1", "overwrite_output_dir=true")
+    launched.wait_for(workspace / "out" / "checkpoint-4", process)
+    os.kill(launched.workers(process)[1], signal.SIGKILL)
+    code, said = launched.finish(process)
+    assert code == 0, said
+    assert "Starting again: attempt 2 of 2" in said and "resuming after step" in said
+    whole = launched.start(workspace, TWO, *words, f"output_dir={workspace}/whole")
+    assert launched.finish(whole)[0] == 0
+    assert weights(workspace / "out") == weights(workspace / "whole")
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(workspace, degree):
+    """As schedulers do it: to every process of the group at once, data workers included."""
+    words = ("max_steps=60", "save_steps=1000", f"data_parallel_degree={degree}", "dataloader_num_workers=1")
+    process = launched.start(workspace, *words)
+    launched.wait_for(workspace / "out" / "metrics.jsonl", process)
+    for group in (process.pid, *launched.workers(process).values()):
+        os.killpg(group, signal.SIGTERM)
+    code, said = launched.finish(process)
+    assert code == 0, said
+    assert "stopped by SIGTERM after step" in said
+    assert len(list((workspace / "out").glob("checkpoint-*"))) == 1
+    assert not (workspace / "out" / "model.safetensors").exists()
+    again = launched.start(workspace, *words)
+    code, said = launched.finish(again)
+    assert code == 0, said
+    assert "resuming after step" in said
+    steps = launched.steps_of(workspace / "out")
+    assert [record["step"] for record in steps] == list(range(1, 61))
+
+
+def test_an_elastic_job_goes_on_without_a_host(workspace):
+    """The second of two hosts is lost; the first one trains on alone, over the same global batches."""
+    port = launched.free_port()
+    words = ("max_steps=14", TWO, "max_restarts=1", "elastic=true", "distributed_timeout=5")
+    hosts = [launched.start(workspace, *words, **launched.two_hosts(port, node)) for node in range(2)]
+    launched.wait_for(workspace / "out" / "checkpoint-4", hosts[0])
+    lost = launched.workers(hosts[1])
+    hosts[1].kill()
+    hosts[1].communicate()
+    code, said = launched.finish(hosts[0])
+    assert code == 0, said
+    assert "lost with its host" in said
+    assert "1 data ranks instead of 2, gradient_accumulation_steps 2 instead of 1: still 4 rows a step" in said
+    fake_job.assert_gone(lost.values())
+    whole = erniekit.train(
+        str(workspace / "run.yaml"), output_dir=str(workspace / "one"), gradient_accumulation_steps=2, max_steps=14
+    )
+    losses = [record["loss"] for record in launched.steps_of(workspace / "out")]
+    np.testing.assert_allclose(losses, [record["loss"] for record in whole.history], rtol=1e-5)
