@@ -1,7 +1,7 @@
 """Adapters of a model in memory, from and to directories."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,9 @@ def attach_stored(
     return state
 
 
-def load_adapter(model: CausalLM, directory: str | Path) -> None:
-    """Set the adapter that `model` has to the one in `directory`, which must adapt the same projections with the same
-    ranks and scalings. CheckpointError with what differs.
+def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set the adapter that `model` has, or tensors `into` under its names (an average), to the one in `directory`,
+    which must adapt the same projections with the same ranks and scalings. CheckpointError with what differs.
     """
     state = state_of(model)
     assert state is not None, "the model has no adapter"
@@ -45,7 +45,7 @@ def load_adapter(model: CausalLM, directory: str | Path) -> None:
             f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(theirs)}\n  Asked "
             f"for: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
         )
-    fill(model, stored)
+    fill(model, stored, into)
 
 
 def _essence(state: LoraState) -> object:
@@ -54,9 +54,9 @@ def _essence(state: LoraState) -> object:
     return slots, set(state.saved), state.options.dora
 
 
-def fill(model: CausalLM, stored: StoredAdapter) -> None:
-    """Set the parameters of `model` that an adapter holds; a part of a model takes its share."""
-    parameters, cuts = dict(model.named_parameters()), named_cuts(model)
+def fill(model: CausalLM, stored: StoredAdapter, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set the parameters of `model` (or `into`) that an adapter holds; a part of a model takes its share."""
+    parameters, cuts = dict(model.named_parameters()) if into is None else into, named_cuts(model)
     for name, array in stored.tensors.items():
         if name in parameters:
             cut = cuts.get(name)

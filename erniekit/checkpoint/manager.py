@@ -1,17 +1,24 @@
 """Training checkpoints: a directory is whole or it is not there.
 
-`checkpoint-N/` is written under a temporary name, forced to disk and renamed. A process killed at any moment leaves
-either the old set of checkpoints or the new one, plus at most a temporary directory that the next run removes.
+`checkpoint-N/` is written under a temporary name by all ranks, forced to disk and renamed by the first one. A process
+killed at any moment leaves either the old set of checkpoints or the new one, plus at most a temporary directory that
+the next run removes.
 """
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from erniekit.checkpoint.background import Save
+from erniekit.checkpoint.folder import move_staged, staging_of
+from erniekit.checkpoint.portion import Portion
+from erniekit.checkpoint.together import on_first
+from erniekit.parallel.comm import Group
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -61,11 +68,13 @@ def disk_errors(what: str, where: Path, kept: str) -> Iterator[None]:
 
 
 class CheckpointManager:
-    """The checkpoints of one output directory."""
+    """The checkpoints of one output directory, which all ranks of `group` share."""
 
-    def __init__(self, output_dir: Path, limit: int | None) -> None:
+    def __init__(self, output_dir: Path, limit: int | None, group: Group | None = None) -> None:
         self.output_dir = output_dir
         self.limit = limit
+        self.group = group or Group((0,), 0)
+        self._running: Save | None = None
 
     def remove_leftovers(self) -> None:
         """Delete temporary directories that a killed run left behind."""
@@ -79,25 +88,59 @@ class CheckpointManager:
         found = list_checkpoints(self.output_dir)
         return found[-1] if found else None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write checkpoint-`step` by calling write(temporary directory). Raises CheckpointError when the disk refuses;
-        earlier checkpoints stay.
+    def save(
+        self,
+        step: int,
+        add: Callable[[Path], None],
+        portions: Sequence[Portion] = (),
+        keep: Path | None = None,
+        background: bool = False,
+    ) -> Path:
+        """Write checkpoint-`step`: this rank's `portions`, and on the first rank what add(temporary directory) writes;
+        then prune, with `keep` as there. In the background, `wait` tells how it went.
+
+        All ranks call it. Raises CheckpointError when the disk refuses, also for the save before, if that was still
+        being written; earlier checkpoints stay.
         """
+        self.wait()
         target = self.output_dir / f"checkpoint-{step}"
         temporary = self.output_dir / f".checkpoint-{step}.tmp"
         newest = self.newest()
         kept = f"{newest.name} is unharmed." if newest else "There is no earlier checkpoint."
-        with disk_errors(f"checkpoint-{step}", self.output_dir, kept):
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                write(temporary)
-                sync_tree(temporary)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+
+        def commit() -> None:
+            sync_tree(temporary)
             _replace(temporary, target)
+            self.prune(keep)
+
+        guard = functools.partial(disk_errors, target.name, self.output_dir, kept)
+        save = Save(target.name, temporary, portions, add, commit, self.group, guard)
+        if background:
+            self._running = save
+            save.start()
+        else:
+            save.run()
         return target
+
+    def save_into(self, target: Path, add: Callable[[Path], None], portions: Sequence[Portion]) -> None:
+        """Write into a directory that may hold other files, as `save` does: its files are replaced one by one once all
+        are on disk.
+        """
+        self.wait()
+        staging = Path(on_first(self.group, lambda: str(staging_of(target))))
+        guard = functools.partial(disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.")
+        Save(target.name, staging, portions, add, lambda: move_staged(staging, target), self.group, guard).run()
+
+    def wait(self) -> None:
+        """Wait for a save in the background; raises what went wrong with it, on every rank. All ranks call it."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.settle()
+
+    def join(self) -> None:
+        """Wait for a save in the background, for a run that ends by an error: ask nobody, raise nothing."""
+        if self._running is not None:
+            self._running.join()
 
     def prune(self, keep: Path | None) -> None:
         """Remove the oldest checkpoints beyond the limit; `keep` (the best one) stays and counts."""

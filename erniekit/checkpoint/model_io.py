@@ -1,7 +1,7 @@
 """Models from and to directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import paddle
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.adapter_io import attach_stored
 from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs
-from erniekit.checkpoint.safetensors import Writer
+from erniekit.checkpoint.portion import Portion
+from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
 from erniekit.lora import state_of
 from erniekit.models.config import FORMATS, Format, ModelConfig
@@ -19,24 +20,30 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
 from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights
 from erniekit.models.partition import WHOLE
-from erniekit.models.weights import Logical, export_tensors, logical_tensors
+from erniekit.models.weights import Logical, logical_tensors
 from erniekit.nn.cut import Cut, take
 from erniekit.precision.low_bit import LowBitWeight
 from erniekit.precision.weight_only import Schemes
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
-__all__ = ["load_model", "load_weights", "read_config", "save_model"]
+__all__ = ["load_model", "load_weights", "model_portion", "read_config", "save_model"]
 
 
-def load_weights(model: paddle.nn.Layer, path: str | Path, stored: ModelConfig | None = None) -> None:
+def load_weights(
+    model: paddle.nn.Layer,
+    path: str | Path,
+    stored: ModelConfig | None = None,
+    into: Mapping[str, paddle.Tensor] | None = None,
+) -> None:
     """Fill `model` (with a `.config`) from the directory `path`, a parameter at a time; its dtypes stay. Weights that
     are held in few bits are quantised as they come, experts one by one.
 
-    `stored`: what the directory holds, where that is only part of the model; the rest is left as it is.
+    `stored`: what the directory holds, where that is only part of the model; the rest is left as it is. `into`: tensors
+    that are filled instead of the model's, under its names (an average).
     Raises CheckpointError with every missing, unexpected and misshapen tensor.
     """
-    _fill(model, Source(path, stored or model.config), through=None)
+    _fill(model, Source(path, stored or model.config), through=None, into=into)
 
 
 def load_model(
@@ -73,11 +80,13 @@ def load_model(
     return model
 
 
-def _fill(model: paddle.nn.Layer, source: Source, through: str | None) -> None:
+def _fill(
+    model: paddle.nn.Layer, source: Source, through: str | None, into: Mapping[str, paddle.Tensor] | None = None
+) -> None:
     """Set every parameter and persistent buffer, rounding through the header dtype `through` if given. A model that is
     one part of several takes its share of each.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | low_bit_weights(model)
+    tensors = held_tensors(model) | low_bit_weights(model) if into is None else into
     cuts, part = named_cuts(model), model.part
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
@@ -156,16 +165,59 @@ def save_model(
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     header = dtypes.header_name(dtype or "float32")
-    config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
-    plan = plan_for(logical_tensors(config), format, header)
+    portion = model_portion(model, Shares.alone(), format, header=header)
+    portion.max_shard_size = max_shard_size
     with staged(path) as staging:
-        with Writer(staging, plan, max_shard_size, METADATA[format]) as writer:
-            for (name, stored, _), (exported, array) in zip(plan, export_tensors(model, format), strict=True):
-                assert name == exported
-                try:
-                    writer.write(name, dtypes.convert(array, "F32", stored))
-                except CheckpointError as error:
-                    raise CheckpointError(f"{path}: {name}: {error}") from error
-        write_configs(staging, config, format)
+        portion.write(staging)
+        write_configs(staging, _config_of(model, header), format)
         if (Path(path) / GENERATION_CONFIG_FILE).exists():
             (staging / GENERATION_CONFIG_FILE).unlink()
+
+
+def model_portion(
+    model: paddle.nn.Layer,
+    shares: Shares,
+    format: Format,
+    tensors: Mapping[str, paddle.Tensor] | None = None,
+    directory: str = "",
+    header: str = "F32",
+) -> Portion:
+    """This rank's share of a model's weight files, in `directory` below a checkpoint. `tensors` stand in for the
+    parameters and buffers of `model` (an average). `header`: dtype of the files, as in `save_model`.
+    """
+    values = held_tensors(model) if tensors is None else tensors
+    units: dict[str, list[Logical]] = {}
+    for param, logicals in groupby(logical_tensors(model.config), key=lambda logical: logical.param):
+        if param in values:
+            rows = shares.rows(param, values[param].shape)
+            units[param] = list(logicals)[slice(*rows) if rows else slice(None)]
+        else:
+            assert shares.part != WHOLE, f"the model has no {param}, which its configuration asks for"
+
+    def encode(param: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        for place, logical in enumerate(units[param]):
+            ours = array if logical.index is None else array[place]
+            for piece in logical.pieces(format):
+                try:
+                    stored = dtypes.convert(piece.extract(ours), "F32", "F32" if logical.keep_fp32 else header)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{piece.name}: {error}") from error
+                yield piece.name, stored
+
+    written = [logical for param in units if shares.writes(param) for logical in units[param]]
+    whole = ((param, shares.gather(param, values[param])) for param in units)
+    return Portion(directory, plan_for(written, format, header), whole, encode, METADATA[format])
+
+
+def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format) -> None:
+    """config.json and generation_config.json beside the float32 weights of `model`."""
+    write_configs(directory, _config_of(model, "F32"), format)
+
+
+def held_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
+    """Parameters and persistent buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _config_of(model: paddle.nn.Layer, header: str) -> ModelConfig:
+    return dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])

@@ -128,12 +128,18 @@ class Reader:
         """The file that holds a tensor."""
         return self._entry(name).file
 
-    def read(self, name: str, as_fp32: bool = False) -> np.ndarray:
-        """One tensor; bfloat16 as its uint16 bits. `as_fp32` widens floating types to float32."""
+    def read(self, name: str, as_fp32: bool = False, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """One tensor, or `rows` [begin, end) of its first axis; bfloat16 as its uint16 bits. `as_fp32` widens floating
+        types to float32.
+        """
         entry = self._entry(name)
-        out = np.empty(entry.info.shape, STORAGE[entry.info.dtype])
+        begin, shape = 0, entry.info.shape
+        if rows is not None:
+            assert 0 <= rows[0] <= rows[1] <= shape[0], (name, shape, rows)
+            begin, shape = rows[0] * num_bytes(entry.info.dtype, shape[1:]), (rows[1] - rows[0], *shape[1:])
+        out = np.empty(shape, STORAGE[entry.info.dtype])
         with open(entry.file, "rb", buffering=0) as file:
-            file.seek(entry.start)
+            file.seek(entry.start + begin)
             _read_exactly(file, _bytes_of(out), entry.file)
         if not as_fp32:
             return out
@@ -256,6 +262,9 @@ class Writer:
     an index, or one `model.safetensors`; a tensor larger than `max_shard_size` has a shard of its own. They have
     temporary names until all are complete and on disk. On an error none of them stays, and what was there before is as
     it was.
+
+    With `numbered` (files of the writers before, files of all writers) these are some of the files of a model that
+    several processes write into one fresh directory; whoever has all weight maps adds the index (`write_index`).
     """
 
     def __init__(
@@ -264,15 +273,16 @@ class Writer:
         plan: Plan,
         max_shard_size: int | str = "5GB",
         metadata: Mapping[str, str] | None = None,
+        numbered: tuple[int, int] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self._metadata = dict(metadata) if metadata is not None else {"format": "pt"}
-        self._shards = _cut(plan, parse_size(max_shard_size))
+        self._shards = cut_plan(plan, max_shard_size)
+        self._whole = numbered is None
+        before, total = numbered or (0, len(self._shards))
         self._names = [SINGLE_FILE]
-        if len(self._shards) > 1:
-            self._names = [
-                f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))
-            ]
+        if total > 1:
+            self._names = [f"model-{before + i + 1:05d}-of-{total:05d}.safetensors" for i in range(len(self._shards))]
         self._queue = [(i, *tensor) for i, shard in enumerate(self._shards) for tensor in shard]
         self.num_bytes = sum(num_bytes(dtype, shape) for _, dtype, shape in plan)
         self._next = 0
@@ -287,6 +297,11 @@ class Writer:
     def files(self) -> list[str]:
         """Names of the weight files, in order (without the index)."""
         return list(self._names)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor -> file."""
+        return {name: self._names[shard] for shard, name, _, _ in self._queue}
 
     def __enter__(self) -> "Writer":
         return self
@@ -326,9 +341,14 @@ class Writer:
                 self._switch_to(shard)  # the last, or shards of a plan without tensors
             self._finish_file()
             ready = {name: self._temporary(name) for name in self._names}
-            if len(self._shards) > 1:
-                ready[INDEX_FILE] = self._write_index()
-            replace_weights(self.directory, ready)
+            if not self._whole:
+                for name, file in ready.items():
+                    os.replace(file, self.directory / name)
+            else:
+                if len(self._shards) > 1:
+                    ready[INDEX_FILE] = self._temporary(INDEX_FILE)
+                    write_index(ready[INDEX_FILE], self.weight_map, self.num_bytes)
+                replace_weights(self.directory, ready)
         except BaseException as error:  # an interrupt as well: no temporary file stays
             self.abort()
             if isinstance(error, OSError):
@@ -366,17 +386,16 @@ class Writer:
             self._file.close()
             self._file = None
 
-    def _write_index(self) -> Path:
-        weight_map = {name: self._names[shard] for shard, name, _, _ in self._queue}
-        content = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-        path = self._temporary(INDEX_FILE)
-        with open(path, "wb", buffering=0) as file:
-            _write_all(file, memoryview(json.dumps(content, indent=2, sort_keys=True).encode()))
-            os.fsync(file.fileno())
-        return path
-
     def _explain(self, error: OSError) -> CheckpointError:
         return write_error(error, self.directory, self.num_bytes)
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
+    """The index of several weight files, on disk when this returns."""
+    content = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(json.dumps(content, indent=2, sort_keys=True).encode()))
+        os.fsync(file.fileno())
 
 
 def write_error(error: OSError, directory: Path, needed: int | None = None) -> CheckpointError:
@@ -415,8 +434,9 @@ def _write_all(file: Any, data: memoryview) -> None:
         done += file.write(data[done : done + (1 << 30)])
 
 
-def _cut(plan: Plan, limit: int) -> list[Plan]:
-    """Consecutive tensors of the plan, at most `limit` bytes a shard."""
+def cut_plan(plan: Plan, max_shard_size: int | str) -> list[Plan]:
+    """Consecutive tensors of the plan for each file, at most `max_shard_size` of them; one file if there are none."""
+    limit = parse_size(max_shard_size)
     shards: list[Plan] = [[]]
     size = 0
     for name, dtype, shape in plan:

@@ -23,11 +23,13 @@ class Alias:
     """Another name of the key `to`.
 
     `convert` gives (value, rank), or None when the value says nothing. Rank 0 is as good as the key itself and may not
-    contradict it; a higher rank gives way to a lower one, the key itself to a negative one.
+    contradict it; a higher rank gives way to a lower one, the key itself to a negative one. `without_effect`: what of
+    the value does nothing here and why, in words.
     """
 
     to: str
     convert: Callable[[Any], tuple[Any, int] | None] = lambda value: (value, 0)
+    without_effect: Callable[[Any], str] = lambda value: ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,23 @@ def quantisation(value: Any) -> tuple[Any, int] | None:
 def unless_zero(value: Any) -> tuple[Any, int] | None:
     """A coefficient whose 0 or null means off."""
     return None if to_float(value or 0.0) == 0.0 else (value, 0)
+
+
+def async_save(value: Any) -> tuple[Any, int] | None:
+    """The one word of unified_checkpoint_config that asks for something here."""
+    return (True, 1) if "async_save" in _words(value) else None
+
+
+def other_words(value: Any) -> str:
+    """What the other words of unified_checkpoint_config do."""
+    rest = [word for word in _words(value) if word != "async_save"]
+    return f"{', '.join(rest)}: checkpoints are always whole tensors in safetensors" if rest else ""
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [str(word) for word, wanted in value.items() if wanted]
+    return [str(v) for v in value] if isinstance(value, list) else str(value or "").replace(",", " ").split()
 
 
 def truncation(value: Any) -> tuple[Any, int]:

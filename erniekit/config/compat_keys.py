@@ -28,6 +28,7 @@ _ALIASES: dict[str, Alias] = {
     "truncation_strategy": Alias("truncation", compat.truncation),
     "eval_strategy": Alias("evaluation_strategy"),
     "sharding_degree": Alias("sharding_parallel_degree"),
+    "unified_checkpoint_config": Alias("use_async_save", compat.async_save, compat.other_words),
     "zcc_save_ema_coef": Alias("ema_decay", compat.unless_zero),
 }
 
@@ -61,14 +62,14 @@ _NO_EFFECT: dict[str, str] = {
     "both weight layouts are recognised, and save_format decides what is written": (
         "use_huggingface_model convert_from_hf save_to_hf"
     ),
-    "checkpoints are always whole tensors in safetensors, written by this process": (
-        "unified_checkpoint unified_checkpoint_config save_sharded_model load_sharded_model "
+    "checkpoints are always whole tensors in safetensors, written by all ranks together": (
+        "unified_checkpoint save_sharded_model load_sharded_model "
         "load_sharded_model_remap_parameter_name save_sharding_stage1_model_include_freeze_params "
         "disable_ckpt_quant ordered_save_group_size save_on_each_node force_reshard_pp "
         "auto_parallel_resume_form_hybrid_parallel"
     ),
-    "saving is synchronous in this version": (
-        "use_async_save enable_zero_cost_checkpoint zcc_workers_num zcc_pipeline_hooks_capacity_usage "
+    "use_async_save alone decides whether checkpoints are written beside the training": (
+        "enable_zero_cost_checkpoint zcc_workers_num zcc_pipeline_hooks_capacity_usage "
         "flash_device_save_steps output_signal_dir"
     ),
     "always saved": "save_tokenizer save_rng_states",

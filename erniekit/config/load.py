@@ -85,6 +85,9 @@ class _State:
         except ValueError as error:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
             return
+        rest = rule.without_effect(entry.value)
+        if rest:
+            self.notes.append(f"{entry.name}: no effect: {rest} ({entry.place})")
         if converted is not None:
             self._put(given, rule.to, entry, *converted)
 

@@ -31,6 +31,9 @@ class TrainArgs:
     save_steps: int = key(500, "Steps from one checkpoint to the next.", ge=1)
     save_total_limit: int | None = key(None, "Checkpoints kept: the newest, and the best one; null: all.", ge=1)
     save_format: str = key("pt", "Layout of saved weights: pt (Hugging Face) or paddle.", choices=("pt", "paddle"))
+    use_async_save: bool = key(
+        False, "Checkpoints are copied to host memory and written beside the training, which goes on meanwhile."
+    )
     load_best_model_at_end: bool = key(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str | None = key(None, "Evaluation metric that ranks checkpoints; not given: loss.")
     greater_is_better: bool | None = key(None, "Whether that metric should be high; null: not for loss and perplexity.")

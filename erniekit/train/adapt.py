@@ -1,14 +1,18 @@
 """What of a model a run trains and saves: all weights, or adapters beside frozen ones (fine_tuning: LoRA)."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.adapter import fingerprint
-from erniekit.checkpoint.adapter_io import attach_stored, load_adapter, save_adapter
+from erniekit.checkpoint.adapter import adapter_parameters, fingerprint, write_adapter
+from erniekit.checkpoint.adapter_io import attach_stored, load_adapter
 from erniekit.checkpoint.folder import copy_companions
-from erniekit.checkpoint.model_io import load_weights, save_model
+from erniekit.checkpoint.model_io import held_tensors, load_weights, model_portion, write_model_configs
+from erniekit.checkpoint.portion import Portion
+from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
 from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
 from erniekit.models.config import Format
@@ -55,20 +59,48 @@ def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
     )
 
 
-def load_trained(model: CausalLM, directory: Path) -> None:
-    """Set what a run trains to what its checkpoint holds."""
+def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
+    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter."""
+    state, tensors = lora.state_of(model), held_tensors(model)
+    if state is None:
+        return tensors
+    return {name: tensors[name] for name in adapter_parameters(state) if name in tensors}
+
+
+def load_trained(model: CausalLM, directory: Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set what a run trains, or tensors `into` under the same names, to what its checkpoint holds."""
     if lora.state_of(model) is None:
-        load_weights(model, directory)
+        load_weights(model, directory, into=into)
     else:
-        load_adapter(model, directory)
+        load_adapter(model, directory, into)
 
 
-def save_trained(model: CausalLM, directory: Path, format: Format, model_dir: Path) -> None:
-    """Weights in `format`, config.json and tokenizer files: a directory that other tools load as it is; or the adapter
-    in PEFT's format.
+def prepare_save(
+    model: CausalLM,
+    tensors: Mapping[str, paddle.Tensor],
+    shares: Shares,
+    format: Format,
+    model_dir: Path,
+    directory: str = "",
+) -> tuple[list[Portion], Callable[[Path], None]]:
+    """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
+    what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
+    PEFT's format, which is put together now. All ranks call it.
     """
-    if lora.state_of(model) is None:
-        save_model(model, directory, format)
-        copy_companions(model_dir, directory)
-    else:
-        save_adapter(model, directory)
+    state = lora.state_of(model)
+    if state is None:
+        portion = model_portion(model, shares, format, tensors, directory)
+
+        def add_files(checkpoint: Path) -> None:
+            write_model_configs(model, checkpoint / directory, format)
+            copy_companions(model_dir, checkpoint / directory)
+
+        return [portion], add_files
+    is_first = shares.mesh.world_group.index == 0
+    whole = [array if is_first else None for array in shares.collect(tensors, adapter_parameters(state))]
+
+    def add_adapter(checkpoint: Path) -> None:
+        (checkpoint / directory).mkdir(parents=True, exist_ok=True)
+        write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
+
+    return [], add_adapter

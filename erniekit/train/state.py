@@ -3,18 +3,28 @@ bit.
 """
 
 import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erniekit.checkpoint.safetensors import Reader, Writer
+import numpy as np
+import paddle
+
+from erniekit.checkpoint.portion import Portion
+from erniekit.checkpoint.reshard import Shares
+from erniekit.checkpoint.safetensors import Plan, Reader
 from erniekit.config.schema import Config
-from erniekit.train.optim import AdamW
+from erniekit.models.partition import WHOLE
+from erniekit.models.weights import Shape
+from erniekit.train.optim import POWERS, AdamW
 from erniekit.utils.errors import CheckpointError
 
 STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "config.yaml"
 OPTIMIZER_DIR = "optimizer"
+_ROWS = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 # Keys that make a run this run: with another value, its checkpoints belong to something else.
 IDENTITY = (
@@ -44,6 +54,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_since_best: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, int] = field(default_factory=dict)
 
 
 def identity_of(cfg: Config) -> dict[str, Any]:
@@ -52,17 +63,61 @@ def identity_of(cfg: Config) -> dict[str, Any]:
     return {key: values[key] for key in IDENTITY}
 
 
-def write_state(directory: Path, cfg: Config, state: TrainState, optimizer: AdamW) -> None:
-    """Write trainer_state.json, config.yaml and, unless the configuration says otherwise, the optimizer's state."""
-    (directory / CONFIG_FILE).write_text(cfg.to_yaml(), encoding="utf-8")
-    if not cfg.ignore_save_lr_and_optim:
-        entries = [(name, key, tensor) for name, fields in optimizer.state.items() for key, tensor in fields.items()]
-        plan = [(f"{name}/{key}", "F32", tuple(tensor.shape)) for name, key, tensor in entries]
-        with Writer(directory / OPTIMIZER_DIR, plan, max_shard_size="5GB") as writer:
-            for name, key, tensor in entries:
-                writer.write(f"{name}/{key}", tensor.numpy())
-    # Last, so that a directory without it is not a training checkpoint.
-    (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+def state_writer(cfg: Config, state: TrainState) -> Callable[[Path], None]:
+    """A function that writes config.yaml and trainer_state.json, as they are now, into a checkpoint."""
+    text = json.dumps(asdict(state), indent=1)
+
+    def write(directory: Path) -> None:
+        (directory / CONFIG_FILE).write_text(cfg.to_yaml(), encoding="utf-8")
+        (directory / STATE_FILE).write_text(text, encoding="utf-8")
+
+    return write
+
+
+def optimizer_portion(optimizer: AdamW, shares: Shares) -> Portion:
+    """This rank's share of the optimizer's state: whole tensors "parameter/key", and of experts that several ranks
+    hold "parameter/key[begin:end]", the rows from begin to end.
+    """
+    plan: Plan = []
+    entries = []
+    for name, fields in optimizer.state.items():
+        local = tuple(optimizer.parameters[name].shape)
+        rows = shares.rows(name, local)
+        for key, tensor in fields.items():
+            entries.append((name, key, tensor))
+            if not shares.writes(name):
+                continue
+            if key not in POWERS:
+                shape = shares.whole_shape(name, local) if rows is None else local
+                plan.append((_name(name, key, rows), "F32", shape))
+            elif rows is None or rows[0] == 0:
+                plan.append((_name(name, key), "F32", (1,)))
+    mine = {stored for stored, _, _ in plan}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray | None]]:
+        for name, key, tensor in entries:
+            if key in POWERS:
+                stored = _name(name, key)
+                yield stored, tensor.numpy() if stored in mine else None
+            else:
+                rows = shares.rows(name, optimizer.parameters[name].shape)
+                yield _name(name, key, rows), _gathered(optimizer, shares, name, tensor)
+
+    return Portion(OPTIMIZER_DIR, plan, tensors(), lambda stored, array: [(stored, array)], {"format": "pt"})
+
+
+def _name(parameter: str, key: str, rows: tuple[int, int] | None = None) -> str:
+    return f"{parameter}/{key}" + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+
+
+def _gathered(optimizer: AdamW, shares: Shares, name: str, tensor: paddle.Tensor) -> np.ndarray | None:
+    """What `shares.writes` says, from the chunks of the ranks that share the state; None where another writes it."""
+    placement = optimizer.sync.entries[name].placement
+    if shares.is_repeated(name) or placement.replica.index > 0:
+        return None
+    if placement.shard.size > 1:
+        tensor = paddle.to_tensor(optimizer.sync.gather(name, tensor))
+    return shares.gather(name, tensor)
 
 
 def read_state(directory: Path) -> TrainState:
@@ -95,20 +150,74 @@ def check_identity(state: TrainState, cfg: Config, where: Path) -> None:
         )
 
 
-def load_optimizer(directory: Path, optimizer: AdamW) -> None:
-    """Restore every entry of the optimizer's state; CheckpointError lists what is missing, left over or misshapen."""
-    reader = Reader(directory / OPTIMIZER_DIR)
-    wanted = {
-        f"{name}/{key}": tuple(tensor.shape)
-        for name, fields in optimizer.state.items()
-        for key, tensor in fields.items()
-    }
-    found = {name: tuple(reader.info(name)[1]) for name in reader.keys()}  # noqa: SIM118 no mapping
+def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
+    """Restore every entry of the optimizer's state, whatever the layout that wrote it; CheckpointError lists what is
+    missing, left over or misshapen.
+    """
+    stored = StoredState(directory / OPTIMIZER_DIR)
+    wanted: dict[str, Shape] = {}
+    for name, fields in optimizer.state.items():
+        shape = shares.whole_shape(name, optimizer.parameters[name].shape)
+        wanted |= {_name(name, key): (1,) if key in POWERS else shape for key in fields}
+    # Of what this rank does not hold, other ranks judge.
+    found = {name: stored.shape(name) for name in stored.keys() if name in wanted or shares.part == WHOLE}  # noqa: SIM118
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
         raise CheckpointError(
             f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
             "on with the weights alone."
         )
-    for name in wanted:
-        optimizer.load_state_array(name, reader.read(name))
+    for name, fields in optimizer.state.items():
+        rows = shares.rows(name, optimizer.parameters[name].shape)
+        for key in fields:
+            entry = _name(name, key)
+            if key in POWERS:
+                optimizer.load_state_array(entry, stored.read(entry))
+            else:
+                share = shares.take(name, stored.read(entry, rows))
+                optimizer.load_state_array(entry, optimizer.sync.scatter(name, share))
+
+
+class StoredState:
+    """Tensors on disk, some of them in several pieces "name[begin:end]" along their first axis."""
+
+    def __init__(self, directory: Path) -> None:
+        """CheckpointError if the pieces of a tensor do not make a whole."""
+        self.reader = Reader(directory)
+        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
+        for stored in self.reader.keys():  # noqa: SIM118 no mapping
+            match = _ROWS.fullmatch(stored)
+            if match:
+                self._pieces.setdefault(match[1], []).append((int(match[2]), int(match[3]), stored))
+        for name, pieces in self._pieces.items():
+            pieces.sort()
+            ends = [0, *(end for _, end, _ in pieces)]
+            if [begin for begin, _, _ in pieces] != ends[:-1]:
+                raise CheckpointError(
+                    f"{directory}: the pieces of {name} leave gaps or overlap: {', '.join(p[2] for p in pieces)}. "
+                    "Resume from an older checkpoint."
+                )
+
+    def keys(self) -> list[str]:
+        """Names of the tensors as wholes."""
+        return list(dict.fromkeys(match[1] if (match := _ROWS.fullmatch(n)) else n for n in self.reader.keys()))  # noqa: SIM118
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.info(name).shape
+        return (pieces[-1][1], *self.reader.info(pieces[0][2]).shape[1:])
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor, or rows [begin, end) of its first axis; no other rows are read."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.read(name, rows=rows)
+        first, last = rows or (0, pieces[-1][1])
+        parts = [
+            self.reader.read(stored, rows=(max(first, begin) - begin, min(last, end) - begin))
+            for begin, end, stored in pieces
+            if begin < last and end > first
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

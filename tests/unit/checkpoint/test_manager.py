@@ -44,8 +44,7 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path):
 def test_the_limit_removes_the_oldest_and_keeps_the_best(tmp_path):
     manager = CheckpointManager(tmp_path, 2)
     for step in (1, 2, 3, 4):
-        manager.save(step, writer("x"))
-        manager.prune(keep=tmp_path / "checkpoint-1")
+        manager.save(step, writer("x"), keep=tmp_path / "checkpoint-1")
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
 
@@ -54,7 +53,6 @@ def test_a_limit_of_one_keeps_the_newest(tmp_path):
     manager = CheckpointManager(tmp_path, 1)
     for step in (1, 2):
         manager.save(step, writer("x"))
-        manager.prune(keep=None)
     assert names(tmp_path) == ["checkpoint-2"]
 
 
@@ -116,5 +114,4 @@ def test_other_files_in_the_directory_are_not_touched(tmp_path):
     manager = CheckpointManager(tmp_path, 1)
     manager.remove_leftovers()
     manager.save(5, writer("x"))
-    manager.prune(None)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.tmp", "checkpoint-5", "checkpoint-x", "notes.txt"]

@@ -17,7 +17,7 @@ from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import export_tensors
-from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.errors import CheckpointError
 
 
 def checkpoint(tmp_path, case, change=None, config=None, to_paddle=False):
@@ -204,8 +204,8 @@ def test_load_weights_fills_a_model_in_place():
         np.testing.assert_array_equal(parameters(model)[name], value)
 
 
-def test_adapters_are_refused_for_now():
-    with pytest.raises(UserError, match="adapters come with LoRA"):
+def test_a_directory_without_an_adapter_is_named():
+    with pytest.raises(CheckpointError, match="x holds no adapter"):
         load_model(read_fixture("dense_tied").path, adapter="x")
 
 

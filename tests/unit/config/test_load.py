@@ -118,8 +118,8 @@ def test_blocks_only_group_keys(write):
 
 
 def test_a_known_key_with_a_mapping_is_no_block(write):
-    cfg = load(write(BASE + "vision_config: {depth: 3}\n"), ["unified_checkpoint_config.async_save=true"])
-    assert dict(cfg.extras) == {"vision_config": {"depth": 3}, "unified_checkpoint_config": {"async_save": True}}
+    cfg = load(write(BASE + "vision_config: {depth: 3}\n"), ["amp_custom_white_list.async_save=true"])
+    assert dict(cfg.extras) == {"vision_config": {"depth": 3}, "amp_custom_white_list": {"async_save": True}}
 
 
 def test_one_key_in_two_blocks_must_not_contradict_itself(write):

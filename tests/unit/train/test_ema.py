@@ -4,22 +4,34 @@ import numpy as np
 import paddle
 from tiny_models import tiny_model
 
-from erniekit.train.ema import WeightAverage
+from erniekit.checkpoint.model_io import save_model
+from erniekit.train.ema import DIRECTORY, WeightAverage
 
 
-def test_the_average_follows_its_formula_and_the_weights_come_back():
+def test_the_average_follows_its_formula_and_the_weights_stay():
     model = tiny_model("moe")
     average = WeightAverage(model, decay=0.9)
-    _, parameter = next(iter(model.named_parameters()))
+    name, parameter = next(iter(model.named_parameters()))
     expected = parameter.numpy().astype(np.float64)
     for step in range(3):
         parameter.set_value(parameter.numpy() + np.float32(step + 1))
+        own = parameter.numpy().copy()
         average.update()
         expected = 0.9 * expected + 0.1 * parameter.numpy()
-    own = parameter.numpy().copy()
-    with average.in_place():
-        np.testing.assert_allclose(parameter.numpy(), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(parameter.numpy(), own)
+        np.testing.assert_array_equal(parameter.numpy(), own)
+    np.testing.assert_allclose(average.average[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_average_is_the_saved_one_and_the_weights_stay(tmp_path):
+    model, other = tiny_model("moe"), tiny_model("moe", seed=5)
+    save_model(other, tmp_path / DIRECTORY)
+    average = WeightAverage(model, decay=0.9)
+    before = {name: tensor.numpy() for name, tensor in model.named_parameters()}
+    average.load(tmp_path)
+    for name, tensor in other.named_parameters():
+        np.testing.assert_array_equal(average.average[name].numpy(), tensor.numpy())
+    for name, tensor in model.named_parameters():
+        np.testing.assert_array_equal(tensor.numpy(), before[name])
 
 
 def test_it_covers_router_biases_too():

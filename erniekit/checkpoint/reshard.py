@@ -1,0 +1,119 @@
+"""A rank's share of a model and the whole of it: which tensors a rank writes, and how it gets them together.
+
+A checkpoint holds whole tensors whatever the layout of the run. Of each pipeline stage, one rank (the first data rank,
+first tensor rank) writes what is not an expert; the ranks that hold the experts for the first time write theirs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import paddle
+
+from erniekit.models.decoder import CausalLM
+from erniekit.models.local import named_cuts
+from erniekit.models.partition import WHOLE, Partition
+from erniekit.models.weights import Shape, to_numpy
+from erniekit.nn.cut import Cut, join, take
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Mesh
+
+# The last stage repeats the embedding where the head is tied to it or looks ahead.
+_EMBEDDING = "model.embed_tokens."
+
+
+class Shares:
+    """The tensors that a process holds among those of all."""
+
+    def __init__(self, mesh: Mesh, part: Partition, cuts: Mapping[str, Cut]) -> None:
+        """`cuts`: of the parameters that can be divided, by name."""
+        self.mesh, self.part, self.cuts = mesh, part, cuts
+
+    @classmethod
+    def of(cls, model: CausalLM, mesh: Mesh) -> "Shares":
+        """Those of `model`, this process's part."""
+        return cls(mesh, model.part, named_cuts(model))
+
+    @classmethod
+    def alone(cls) -> "Shares":
+        """One process that holds everything."""
+        return cls(Mesh.single(), WHOLE, {})
+
+    def cut(self, name: str) -> Cut | None:
+        """How a tensor is divided; None if every rank of its stage holds all of it."""
+        cut = self.cuts.get(name)
+        return None if cut is None or self.part.share(cut)[1] == 1 else cut
+
+    def is_repeated(self, name: str) -> bool:
+        """Whether an earlier stage holds the tensor, too, and writes it."""
+        return name.startswith(_EMBEDDING) and not self.part.has_embedding
+
+    def writes(self, name: str) -> bool:
+        """Whether this rank writes the tensor; of divided experts, its own rows."""
+        cut, mesh = self.cut(name), self.mesh
+        if self.is_repeated(name):
+            return False
+        if cut is not None and cut.over == "experts":
+            return mesh.data < mesh.degrees.expert
+        return mesh.data == 0 and mesh.tensor == 0
+
+    def rows(self, name: str, shape: Iterable[int]) -> tuple[int, int] | None:
+        """[begin, end) of the experts that this rank holds of a stack, whose share has `shape`; None if it is not
+        divided by experts.
+        """
+        cut = self.cut(name)
+        if cut is None or cut.over != "experts":
+            return None
+        assert cut.axis == 0, (name, cut)
+        held, (index, _) = next(iter(shape)), self.part.share(cut)
+        return index * held, (index + 1) * held
+
+    def whole_shape(self, name: str, shape: Iterable[int]) -> Shape:
+        """Of the tensor whose share here has `shape`."""
+        sizes, cut = list(shape), self.cut(name)
+        if cut is not None:
+            sizes[cut.axis] *= self.part.share(cut)[1]
+        return tuple(sizes)
+
+    @paddle.no_grad()
+    def gather(self, name: str, tensor: paddle.Tensor) -> np.ndarray | None:
+        """A share as fp32 on the host -> what `writes` says: the whole tensor, or the rows of this rank's experts; None
+        where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same order.
+        """
+        cut = self.cut(name)
+        if cut is None or cut.over == "experts":
+            return to_numpy(tensor) if self.writes(name) else None
+        if self.is_repeated(name) or self.mesh.data != 0:
+            return None
+        group = self.mesh.tensor_group
+        shares = to_numpy(comm.all_gather(tensor.detach(), group)).reshape([group.size, *tensor.shape])
+        return join(list(shares), cut) if self.writes(name) else None
+
+    def take(self, name: str, whole: np.ndarray) -> np.ndarray:
+        """This rank's share of a whole tensor; of stacked experts, `whole` is already its rows."""
+        cut = self.cut(name)
+        if cut is None or cut.over == "experts":
+            return whole
+        return np.ascontiguousarray(take(whole, cut, *self.part.share(cut)))
+
+    @paddle.no_grad()
+    def collect(self, tensors: Mapping[str, paddle.Tensor], names: Iterable[str]) -> Iterator[np.ndarray]:
+        """The whole tensors `names` in this order, fp32, one at a time on every rank: for what is small (an adapter)
+        and written by one. `tensors`: this rank's; all ranks iterate together, to the end.
+        """
+        world = self.mesh.world_group
+        for name in names:
+            tensor = tensors.get(name)
+            mine = None if tensor is None else self.gather(name, tensor)
+            if world.size == 1:
+                assert mine is not None, name
+                yield mine
+                continue
+            rows = None if mine is None else self.rows(name, mine.shape)
+            told = comm.gather_objects(None if mine is None else [rows and rows[0], list(mine.shape)], world)
+            pieces = []
+            for rank, (first, shape) in ((rank, said) for rank, said in enumerate(told) if said is not None):
+                here = rank == world.index
+                piece = paddle.to_tensor(mine) if here else paddle.empty(shape, dtype="float32")
+                pieces.append((first or 0, comm.broadcast_(piece, rank, world).numpy()))
+            pieces.sort(key=lambda piece: piece[0])
+            yield pieces[0][1] if len(pieces) == 1 else np.concatenate([array for _, array in pieces])
