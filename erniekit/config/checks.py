@@ -18,7 +18,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     found = [*_schedule(cfg), *_datasets(cfg), *_numbers(cfg), *_needed(cfg, command), *_token_files(cfg, command)]
     if command == "train":
-        found += [*_training(cfg), *_low_bit(cfg), *_lora(cfg), *_best(cfg)]
+        found += [*_training(cfg), *_low_bit(cfg), *_lora(cfg), *_preference(cfg), *_best(cfg)]
     return found
 
 
@@ -132,6 +132,26 @@ def _lora(cfg: Config) -> Iterator[str]:
             f"use_dora: not with tensor_parallel_degree: {cfg.tensor_parallel_degree}: "
             "no rank has whole columns of all weights. Use data or pipeline parallelism, or use_dora: False"
         )
+
+
+def _preference(cfg: Config) -> Iterator[str]:
+    if cfg.stage != "DPO":
+        return
+    smoothed = ("sigmoid", "simpo", "dpop", "robust", "exo", "exo_pair")
+    if cfg.label_smoothing and cfg.loss_type not in smoothed:
+        yield f"label_smoothing: loss_type {cfg.loss_type} has none; it is for {', '.join(smoothed)}"
+    if cfg.loss_type in ("exo", "exo_pair") and not cfg.label_smoothing:
+        yield f"label_smoothing: loss_type {cfg.loss_type} needs one above 0; its paper takes 1e-3"
+    if cfg.offset_alpha:
+        if cfg.loss_type != "sigmoid":
+            yield f"offset_alpha: only for loss_type sigmoid, not {cfg.loss_type}"
+        types = {*_parts(cfg.train_dataset_type), *_parts(cfg.eval_dataset_type if cfg.do_eval else None)}
+        if types - {"erniekit"}:
+            yield "offset_alpha: needs the scores (`sort`) that only data of type erniekit has"
+    if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":
+        yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on"
+    if cfg.ref_logps_cache and cfg.ref_model_update_steps > 0:
+        yield "ref_logps_cache: a reference that changes (ref_model_update_steps) cannot be computed beforehand"
 
 
 def _best(cfg: Config) -> Iterator[str]:

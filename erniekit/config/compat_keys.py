@@ -96,6 +96,8 @@ _NO_EFFECT: dict[str, str] = {
     "every step is a full one, made of the one stream of rows": "dataloader_drop_last",
     "the end of an answer is always trained": "mask_out_eos_token",
     "there is no reward model": "use_cls",
+    "a record of preference data has two answers": "num_comparisons",
+    "the number of steps is measured on the data itself": "num_of_gpus dpo_benchmark",
     "the global batch is batch_size x gradient_accumulation_steps x data ranks": "global_batch_size",
     "templates are always jinja": "template_backend",
     "every answer is trained behind exactly the prompt that it would get": "encode_one_turn split_multi_turn",
@@ -127,10 +129,6 @@ _NO_EFFECT: dict[str, str] = {
 
 # What must be asked for first -> the keys that only that reads.
 _DETAILS: dict[str, str] = {
-    "stage: DPO": (
-        "max_prompt_len beta loss_type pref_loss_ratio sft_loss_ratio label_smoothing offset_alpha simpo_gamma "
-        "dpop_lambda normalize_logps reference_free ref_model_update_steps num_comparisons num_of_gpus dpo_benchmark"
-    ),
     "compute_type: fp8": (
         "apply_hadamard hadamard_block_size quant_input_grad quant_weight_grad apply_online_actscale_step "
         "actscale_moving_rate fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis "

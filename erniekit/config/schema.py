@@ -10,6 +10,7 @@ from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
+from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
@@ -18,6 +19,7 @@ GROUPS: dict[str, type] = {
     "data": DataArgs,
     "model": ModelArgs,
     "LoRA": LoraArgs,
+    "preference": PreferenceArgs,
     "train": TrainArgs,
     "optimizer": OptimArgs,
     "parallel": ParallelArgs,
@@ -30,7 +32,17 @@ GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    DataArgs, ModelArgs, LoraArgs, TrainArgs, OptimArgs, ParallelArgs, MoEArgs, GenerateArgs, EvalArgs, ExportArgs
+    DataArgs,
+    ModelArgs,
+    LoraArgs,
+    PreferenceArgs,
+    TrainArgs,
+    OptimArgs,
+    ParallelArgs,
+    MoEArgs,
+    GenerateArgs,
+    EvalArgs,
+    ExportArgs,
 ):
     """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
 

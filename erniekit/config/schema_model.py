@@ -18,7 +18,8 @@ class ModelArgs:
     continue_training: bool = key(True, "Start from the model's weights; False: a random start from its config.json.")
     stage: str = key(
         "SFT",
-        "The method: SFT (fine-tuning) or PT (pretraining); DPO, VL-SFT and OCR-VL-SFT are known but not built yet.",
+        "The method: SFT (fine-tuning), PT (pretraining) or DPO (pairs of answers); VL-SFT and OCR-VL-SFT are known but"
+        " not built yet.",
         choices=("SFT", "PT", "DPO", "VL-SFT", "OCR-VL-SFT", "VL-DPO"),
     )
     fine_tuning: str = key(

@@ -6,10 +6,10 @@ from erniekit.config.compat import DATA, RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.utils.errors import ConfigError
 
 _STAGES = {
-    "DPO": "preference optimisation",
     "VL-SFT": "vision-language models",
     "OCR-VL-SFT": "vision-language models",
     "VL-DPO": "vision-language models",
@@ -30,7 +30,7 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     """What cfg asks of `command` that this version cannot do yet: one line each with key, value and feature."""
     found: list[str] = []
     if cfg.stage in _STAGES and command in ("train", "eval"):
-        found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); this version has SFT and PT")
+        found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); this version has SFT, PT and DPO")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         found.append(f"compute_type: {cfg.compute_type} ({kind}); this version has bf16 and fp32")
@@ -63,6 +63,7 @@ def notes(cfg: Config, command: str) -> list[str]:
     found += _other_data(cfg, command)
     found += _one_process(cfg, command)
     found += _lora(cfg, command)
+    found += _preference(cfg, command)
     if cfg.logging_dir and cfg.report_to == "none" and command == "train":
         found.append("logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir")
     if not cfg.recompute and command == "train" and (cfg.no_recompute_layers or cfg.use_recompute_moe):
@@ -90,6 +91,36 @@ def _lora(cfg: Config, command: str) -> list[str]:
         return ["save_format: no effect: adapters are saved in PEFT's format"] if cfg.save_format != "pt" else []
     given = [field.name for field in dataclasses.fields(LoraArgs) if vars(cfg)[field.name] != field.default]
     return [f"{', '.join(given)}: no effect: read only with fine_tuning: LoRA"] if given else []
+
+
+# What a stage: DPO run does not do, and why.
+_NOT_IN_DPO = {
+    "num_nextn_predict_layers": "preference losses have no part for tokens further ahead",
+    "token_balance_loss": "every pair weighs the same",
+    "z_loss_lambda": "it belongs to the next-token loss",
+}
+
+
+def _preference(cfg: Config, command: str) -> list[str]:
+    """Keys of preference data and losses in other stages, and what those losses make pointless."""
+    if command not in DATA:
+        return []
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    if cfg.stage != "DPO":
+        given = [f.name for f in dataclasses.fields(PreferenceArgs) if vars(cfg)[f.name] != f.default]
+        return [f"{', '.join(given)}: no effect: read only with stage: DPO"] if given else []
+    found = [f"{n}: no effect: stage DPO: {why}" for n, why in _NOT_IN_DPO.items() if vars(cfg)[n] != defaults[n]]
+    free = cfg.reference_free or cfg.loss_type in ("simpo", "or", "orpo")
+    why = f"loss_type {cfg.loss_type} and reference_free: {cfg.reference_free} ask for no reference" if free else ""
+    if not why and cfg.fine_tuning == "LoRA":
+        why = "the reference is the model without its adapter"
+    if why and cfg.ref_model_update_steps > 0:
+        found.append(f"ref_model_update_steps: no effect: {why}")
+    if free and cfg.ref_logps_cache:
+        found.append(f"ref_logps_cache: no effect: {why}")
+    if cfg.loss_type in ("simpo", "or", "orpo", "ipo") and cfg.normalize_logps:
+        found.append(f"normalize_logps: no effect: {cfg.loss_type} averages over tokens by itself")
+    return found
 
 
 def _other_data(cfg: Config, command: str) -> list[str]:

@@ -19,16 +19,16 @@ SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # that read label
 _SMALLEST_SCORE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pairs:
-    """What a variant sees, all fp32 [pairs]: the legend's c and r, and what few variants need beside."""
+    """What a variant sees, all fp32 [pairs] (`kl`: scalars): the legend's c and r, and what few variants need."""
 
     policy_chosen: paddle.Tensor
     policy_rejected: paddle.Tensor
     c: paddle.Tensor
     r: paddle.Tensor
-    kl: tuple[paddle.Tensor, paddle.Tensor]
-    score_deltas: paddle.Tensor | None
+    kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
+    score_deltas: paddle.Tensor | None = None
 
     @property
     def z(self) -> paddle.Tensor:
@@ -107,6 +107,7 @@ def _kto_pair(pairs: Pairs, o: Options) -> paddle.Tensor:
     """Mean of 1 - sigma(b (c - KL_r)) and 1 - sigma(b (KL_c - r)), KL_x = max(0, mean of x): KTO for pairs (Ethayarajh
     et al. 2024, arXiv 2402.01306, section 4, both weights 1). No gradient goes through the KL terms.
     """
+    assert pairs.kl is not None
     kl_c, kl_r = pairs.kl
     return 1 - (sigmoid(o.beta * (pairs.c - kl_r)) + sigmoid(o.beta * (kl_c - pairs.r))) / 2
 
@@ -204,28 +205,54 @@ def preference_loss(
     that is computed in parts. loss = pref_loss_ratio * variant + sft_loss_ratio * (-pi_c / mean chosen length), whose
     mean is the chosen tokens' mean loss. Raises ValueError for options that do not go together.
     """
-    name = ALIASES.get(loss_type, loss_type)
     options = Options(beta, label_smoothing, offset_alpha, simpo_gamma, dpop_lambda)
-    _check(name, options, score_deltas)
+    _check(ALIASES.get(loss_type, loss_type), options, score_deltas)
+    lengths = None
+    if chosen_lengths is not None and rejected_lengths is not None:
+        lengths = chosen_lengths.astype("float32"), rejected_lengths.astype("float32")
+    pairs = log_ratios(
+        policy_chosen,
+        policy_rejected,
+        ref_chosen,
+        ref_rejected,
+        loss_type=loss_type,
+        reference_free=reference_free,
+        normalize_logps=normalize_logps,
+        lengths=lengths,
+    )
+    pairs.score_deltas = score_deltas
+    pairs.kl = kl or (relu(pairs.c.detach().mean()), relu(pairs.r.detach().mean()))
+    loss = pref_loss_ratio * VARIANTS[ALIASES.get(loss_type, loss_type)](pairs, options)
+    if sft_loss_ratio:
+        if lengths is None:
+            raise ValueError("sft_loss_ratio needs chosen_lengths and rejected_lengths")
+        loss = loss - sft_loss_ratio * policy_chosen.astype("float32") / lengths[0].mean()
+    return loss, (beta * pairs.c).detach(), (beta * pairs.r).detach()
+
+
+def log_ratios(
+    policy_chosen: paddle.Tensor,
+    policy_rejected: paddle.Tensor,
+    ref_chosen: paddle.Tensor | None,
+    ref_rejected: paddle.Tensor | None,
+    *,
+    loss_type: str,
+    reference_free: bool = False,
+    normalize_logps: bool = False,
+    lengths: tuple[paddle.Tensor, paddle.Tensor] | None = None,
+) -> Pairs:
+    """What preference_loss makes of its log-probabilities: in fp32, averaged or scaled as it says, without reference
+    where there is none.
+    """
+    name = ALIASES.get(loss_type, loss_type)
     if reference_free or name in REFERENCE_FREE:
         ref_chosen = ref_rejected = paddle.zeros_like(policy_chosen)
     elif ref_chosen is None or ref_rejected is None:
         raise ValueError(f"{name} needs the reference's log-probabilities, or reference_free")
     given = [t.astype("float32") for t in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)]
-    lengths = None
-    if chosen_lengths is not None and rejected_lengths is not None:
-        lengths = chosen_lengths.astype("float32"), rejected_lengths.astype("float32")
     scales = _length_scales(name, normalize_logps, lengths)
     chosen, rejected, ref_c, ref_r = (t if s is None else t * s for t, s in zip(given, scales * 2, strict=True))
-    c, r = chosen - ref_c, rejected - ref_r
-    if kl is None:
-        kl = relu(c.detach().mean()), relu(r.detach().mean())
-    loss = pref_loss_ratio * VARIANTS[name](Pairs(chosen, rejected, c, r, kl, score_deltas), options)
-    if sft_loss_ratio:
-        if lengths is None:
-            raise ValueError("sft_loss_ratio needs chosen_lengths and rejected_lengths")
-        loss = loss - sft_loss_ratio * given[0] / lengths[0].mean()
-    return loss, (beta * c).detach(), (beta * r).detach()
+    return Pairs(chosen, rejected, chosen - ref_c, rejected - ref_r)
 
 
 def _length_scales(

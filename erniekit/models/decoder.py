@@ -230,6 +230,11 @@ class CausalLM(nn.Layer):
         )
         return Documents(plan, table, heads)
 
+    @property
+    def token_multiple(self) -> int:
+        """What the number of tokens of a pass must divide by: the ranks that share them."""
+        return self.tensor.group.size if self.tensor is not None and self.tensor.sequence else 1
+
     def output_head(self) -> Head:
         """The head's parameters, as the fused loss takes them."""
         bias = None if self.lm_head is None else self.lm_head.bias

@@ -6,11 +6,13 @@ import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import paddle
 
+from erniekit import lora
 from erniekit.checkpoint.folder import has_weights
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
@@ -35,6 +37,9 @@ from erniekit.train.layout import chunk_of, cut_layers, plan_actions
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
+from erniekit.train.recipes.preference import PreferenceRecipe, wants_reference
+from erniekit.train.reference import AdapterOff, ForwardPass, Reference, SecondModel
+from erniekit.train.reference_cache import prepare_cache
 from erniekit.train.schedule import Schedule, build_schedule
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
@@ -64,8 +69,7 @@ class Run:
     @property
     def token_multiple(self) -> int:
         """What a microbatch's number of tokens must divide by."""
-        ranks = self.model.tensor
-        return ranks.group.size if ranks is not None and ranks.sequence else 1
+        return self.model.token_multiple
 
     def close(self) -> None:
         """Stop the data workers."""
@@ -86,6 +90,8 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     what the user can mend.
     """
     assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    if cfg.stage == "DPO":
+        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     tokenizer = load_tokenizer(model_dir)
@@ -116,7 +122,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         chunks=chunks,
         actions=lambda num_microbatches: plan_actions(cfg, mesh, num_microbatches),
         tokenizer=tokenizer,
-        recipe=CausalRecipe(cfg, mtp_depths),
+        recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,
         schedule=build_schedule(cfg, max_steps),
         max_steps=max_steps,
@@ -129,6 +135,33 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
 
 def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
     """This process's part of the model with its weights, or at random where continue_training is false, in its
+def _recipe(
+    cfg: Config,
+    model: CausalLM,
+    chunks: list[tuple[int, ...]],
+    mesh: Mesh,
+    model_dir: Path,
+    tokenizer: Tokenizer,
+    mtp_depths: int,
+) -> Recipe:
+    """The method that `stage` names. `model` has its first weights: it is still its own reference."""
+    if cfg.stage != "DPO":
+        return CausalRecipe(cfg, mtp_depths)
+    forward = ForwardPass(mesh, chunks, cfg.loss_subbatch_seqlen)
+    adapted = lora.state_of(model) is not None
+    reference: Reference | None = None
+    if wants_reference(cfg) and cfg.ref_logps_cache:
+        log_probs = AdapterOff(model, forward).log_probs if adapted else partial(forward.log_probs, model)
+        reference = prepare_cache(cfg, model_dir, model, mesh, tokenizer, log_probs)
+    elif wants_reference(cfg) and adapted:
+        reference = AdapterOff(model, forward)
+        log.info("reference: the model without its adapter")
+    elif wants_reference(cfg):
+        reference = SecondModel(build_model(cfg, model_dir, mesh)[0], forward)
+        log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
+    return PreferenceRecipe(cfg, model, forward, reference)
+
+
     precision, recomputing if asked; and the layers of each of its chunks.
     """
     stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)

@@ -1,6 +1,7 @@
 """Scores on the evaluation data while training, over every rank's share of model and data."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -9,10 +10,12 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.scoring import Score, score_hidden
+from erniekit.nn.attention import Documents
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.schedule import forward_plan
 from erniekit.train.build import Run
 from erniekit.train.flat import FlatBatch, flatten
+from erniekit.train.recipes.base import Recipe, Term
 from erniekit.train.stage import input_shape, run_chunk
 from erniekit.utils.errors import TrainError
 
@@ -29,13 +32,17 @@ class ScoreStage:
     ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """(output for the next stage, or None from the last; no loss)."""
         batch = self.microbatches[microbatch]
-        x_TD, _, _ = run_chunk(self.model, self.chunks[chunk], batch, x_TD)
+        x_TD, documents, _ = run_chunk(self.model, self.chunks[chunk], batch, x_TD)
         if not (self.model.part.has_head and chunk == len(self.chunks) - 1):
             return x_TD, None
+        self.score_hidden(x_TD, documents, batch)
+        return None, None
+
+    def score_hidden(self, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch) -> None:
+        """Add the scores of a microbatch, from the last layer's output."""
         hidden = self.model.enter_head(self.model.model.norm(x_TD))
         if len(batch.supervised):
             self.score += score_hidden(self.model, hidden, batch.supervised, batch.labels)
-        return None, None
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
         """Shape and dtype of what the stage before sends."""
@@ -45,26 +52,87 @@ class ScoreStage:
         """Nothing goes backward here."""
 
 
+class TermStage(ScoreStage):
+    """The same, but the last stage notes the recipe's `terms` of each microbatch."""
+
+    def __init__(
+        self, model: CausalLM, recipe: Recipe, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch]
+    ) -> None:
+        super().__init__(model, chunks, microbatches)
+        self.recipe = recipe
+        self.terms: list[dict[str, Term]] = []
+
+    def score_hidden(self, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch) -> None:
+        """Note the microbatch's terms."""
+        self.terms.append(self.recipe.head_terms(self.model, x_TD, documents, batch))
+
+
 def evaluate(run: Run) -> dict[str, float]:
-    """Loss, perplexity and token accuracy over the evaluation data (at most max_evaluate_steps batches a rank)."""
-    assert run.eval_loader is not None
-    mesh, most = run.mesh, run.cfg.max_evaluate_steps
-    stages = mesh.degrees.pipeline
-    score = Score()
+    """Scores over the evaluation data (at most max_evaluate_steps batches a rank): loss, perplexity and token accuracy,
+    or what the recipe reports instead. The names begin with eval_.
+    """
     run.model.eval()
+    metrics = _recipe_terms(run) if run.recipe.reports_terms else _label_scores(run)
+    run.model.train()
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def _groups(run: Run) -> Iterator[list[FlatBatch]]:
+    """The evaluation data, as many microbatches at a time as keep every stage busy."""
+    assert run.eval_loader is not None
+    most, stages = run.cfg.max_evaluate_steps, run.mesh.degrees.pipeline
     with closing(run.eval_loader.batches()) as batches:
         limited = islice(batches, most if most > 0 else None)
         while taken := [
             flatten(batch, run.token_multiple) for batch in islice(limited, 4 * stages if stages > 1 else 1)
         ]:
-            stage = ScoreStage(run.model, run.chunks, taken)
-            actions = forward_plan(stages, len(taken), len(run.chunks))[mesh.pipe]
-            pipeline.run(actions, stage, mesh.pipe_group.ranks)
-            score += stage.score
-    run.model.train()
-    over_stages = comm.sum_floats(np.array(score, np.float64), mesh.pipe_group)
-    sum_nll, num_tokens, num_correct = comm.sum_floats(over_stages, mesh.data_group).tolist()
+            yield taken
+
+
+def _run(run: Run, stage: ScoreStage) -> None:
+    actions = forward_plan(run.mesh.degrees.pipeline, len(stage.microbatches), len(run.chunks))[run.mesh.pipe]
+    pipeline.run(actions, stage, run.mesh.pipe_group.ranks)
+
+
+def _recipe_terms(run: Run) -> dict[str, float]:
+    """The recipe's terms and metrics, each over its own divisor, and "loss", their weighted sum."""
+    sums: dict[str, float] = defaultdict(float)
+    kinds: dict[str, tuple[str, float | None]] = {}
+    for taken in _groups(run):
+        prepared = run.recipe.prepare(taken)
+        for batch in prepared if run.mesh.pipe == 0 else ():  # every stage has the same batches
+            for name, count in run.recipe.counts(batch).items():
+                sums[f"count {name}"] += count
+        stage = TermStage(run.model, run.recipe, run.chunks, prepared)
+        _run(run, stage)
+        for terms in stage.terms:
+            for name, term in terms.items():
+                sums[name] += float(term.total)
+                kinds[name] = (term.divisor, term.weight)
+    kinds = {name: kind for part in comm.gather_objects(kinds, run.mesh.world_group) for name, kind in part.items()}
+    names = sorted({*kinds, *(f"count {divisor}" for divisor, _ in kinds.values())})
+    values = np.array([sums[name] for name in names])
+    total = dict(zip(names, _over_ranks(run, values), strict=True))
+    if not kinds or not total["count pairs"]:
+        raise TrainError("eval_dataset_path: the evaluation data holds no pair of answers")
+    means = {name: total[name] / max(total[f"count {divisor}"], 1.0) for name, (divisor, _) in kinds.items()}
+    loss = sum(means[name] * weight for name, (_, weight) in kinds.items() if weight is not None)
+    return {"loss": loss} | {name: means[name] for name, (_, weight) in kinds.items() if weight is None}
+
+
+def _over_ranks(run: Run, values: np.ndarray) -> list[float]:
+    over_stages = comm.sum_floats(values, run.mesh.pipe_group)
+    return comm.sum_floats(over_stages, run.mesh.data_group).tolist()
+
+
+def _label_scores(run: Run) -> dict[str, float]:
+    """Loss, perplexity and token accuracy."""
+    score = Score()
+    for taken in _groups(run):
+        stage = ScoreStage(run.model, run.chunks, taken)
+        _run(run, stage)
+        score += stage.score
+    sum_nll, num_tokens, num_correct = _over_ranks(run, np.array(score, np.float64))
     if not num_tokens:
         raise TrainError("eval_dataset_path: no token of the evaluation data carries loss")
-    metrics = Score(sum_nll, int(num_tokens), int(num_correct)).metrics()
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    return Score(sum_nll, int(num_tokens), int(num_correct)).metrics()

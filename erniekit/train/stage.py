@@ -45,12 +45,13 @@ def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], str]:
 
 @dataclass
 class StepSums:
-    """What this process's microbatches of one step add up to: the divisors (of all data ranks), each term's mean over
-    them, the loss, and what each router did.
+    """What this process's microbatches of one step add up to: the divisors (of all data ranks), the mean over them of
+    each term of the loss and of each metric, the loss, and what each router did.
     """
 
     counts: dict[str, float]
     terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     loss: float = 0.0
     routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
 
@@ -108,6 +109,9 @@ class TrainStage:
         shares = []
         for name, term in terms.items():
             mean = term.total / max(self.sums.counts[term.divisor], 1.0)
+            if term.weight is None:
+                self.sums.metrics[name] += mean.item()
+                continue
             shares.append(mean * term.weight)
             self.sums.terms[name] += mean.item()
         if not shares:

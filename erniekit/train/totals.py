@@ -8,6 +8,8 @@ from erniekit.train.flat import FlatBatch
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.stage import StepSums
 
+_TERM, _LOSS = "term ", "loss"  # names under which ranks exchange them
+
 
 def global_counts(recipe: Recipe, microbatches: list[FlatBatch], mesh: Mesh) -> dict[str, float]:
     """What each term of the loss is divided by: over every microbatch and every data rank, before any model runs.
@@ -23,13 +25,16 @@ def global_counts(recipe: Recipe, microbatches: list[FlatBatch], mesh: Mesh) -> 
 
 
 def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
-    """Terms and loss over all stages and data ranks; routers (those of this rank's own layers) over the data ranks."""
-    terms: dict[str, float] = {}
-    for stage_terms in comm.gather_objects(dict(sums.terms) | {"": sums.loss}, mesh.pipe_group):
-        for name, value in stage_terms.items():
-            terms[name] = terms.get(name, 0.0) + value
-    names = sorted(terms)
-    vectors = [np.array([terms[name] for name in names])]
+    """Terms, metrics and loss over all stages and data ranks; routers (those of this rank's own layers) over the data
+    ranks.
+    """
+    numbers: dict[str, float] = {}
+    own = {_TERM + name: value for name, value in sums.terms.items()} | dict(sums.metrics) | {_LOSS: sums.loss}
+    for stage_numbers in comm.gather_objects(own, mesh.pipe_group):
+        for name, value in stage_numbers.items():
+            numbers[name] = numbers.get(name, 0.0) + value
+    names = sorted(numbers)
+    vectors = [np.array([numbers[name] for name in names])]
     vectors += [stats.to_vector() for stats in sums.routers.values()]
     summed = comm.sum_floats(np.concatenate(vectors), mesh.data_group)
     values = dict(zip(names, summed[: len(names)].tolist(), strict=True))
@@ -38,5 +43,6 @@ def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
         router: stats.from_vector(summed[begin:end])
         for (router, stats), begin, end in zip(sums.routers.items(), ends[:-1], ends[1:], strict=True)
     }
-    loss = values.pop("")
-    return StepSums(sums.counts, values, loss, routers)
+    loss = values.pop(_LOSS)
+    terms = {name.removeprefix(_TERM): values.pop(name) for name in names if name.startswith(_TERM)}
+    return StepSums(sums.counts, terms, values, loss, routers)

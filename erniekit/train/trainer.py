@@ -110,7 +110,7 @@ class Trainer:
         step = self.state.step
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
-        microbatches = [flatten(batch, self.run.token_multiple) for batch in batches]
+        microbatches = self.run.recipe.prepare([flatten(batch, self.run.token_multiple) for batch in batches])
         sums = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
         norm = sync.global_norm()
@@ -133,6 +133,7 @@ class Trainer:
             step=self.state.step,
             loss=sums.loss,
             grad_norm=norm,
+        self.run.recipe.after_step(self.state.step)
             learning_rate=learning_rate,
             num_tokens=num_tokens,
             num_supervised=int(sums.counts["supervised"]),
@@ -273,9 +274,12 @@ class Trainer:
 
 
 def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The named means of the loss, and the load of the busiest expert over the mean, averaged over layers."""
+    """The named means of the loss, the recipe's metrics, and the load of the busiest expert over the mean, averaged
+    over layers.
+    """
     parts = {f"loss_{name}": value for name, value in sums.terms.items()} if len(sums.terms) > 1 else {}
     if routers:
         parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
         parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
     return parts
+    parts |= sums.metrics

@@ -13,11 +13,12 @@ from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention import Documents
 from erniekit.nn.segments import make_plan
 from erniekit.train.flat import FlatBatch
-from erniekit.train.recipes.base import Term
+from erniekit.train.recipes.base import PlainSteps, Term
+from erniekit.train.recipes.noise import neftune
 
 
 @dataclass(frozen=True)
-class CausalRecipe:
+class CausalRecipe(PlainSteps):
     """Cross-entropy of the next token, multi-token prediction.
 
     With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
@@ -104,11 +105,5 @@ class CausalRecipe:
         return terms
 
     def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
-        """NEFTune: uniform noise in [-1, 1] * alpha / sqrt(length * D) on each document's embeddings (Jain et al. 2023,
-        arXiv 2310.05914, algorithm 1)."""
-        if not self.cfg.neftune:
-            return None
-        size = model.config.hidden_size
-        scale = self.cfg.neftune_noise_alpha / np.sqrt(batch.document_lengths() * size)
-        noise = paddle.uniform([batch.size, size], min=-1.0, max=1.0)
-        return noise * paddle.to_tensor(scale.astype(np.float32)).unsqueeze(-1)
+        """See recipes.noise."""
+        return neftune(self.cfg, model, batch)

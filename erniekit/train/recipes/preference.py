@@ -1,0 +1,183 @@
+"""Preference optimisation: pairs of answers, a chosen and a rejected one (losses/preference.py)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.batch import IGNORE
+from erniekit.losses.preference import ALIASES, REFERENCE_FREE, log_ratios, preference_loss
+from erniekit.models.decoder import CausalLM
+from erniekit.nn.attention import Documents
+from erniekit.parallel import comm
+from erniekit.train.flat import FlatBatch
+from erniekit.train.recipes.base import Term
+from erniekit.train.recipes.noise import neftune
+from erniekit.train.reference import ForwardPass, Reference, SecondModel, pair_log_probs
+from erniekit.utils import log
+
+METRICS = (
+    "reward_chosen",
+    "reward_rejected",
+    "reward_margin",
+    "reward_accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "kl",
+)
+
+
+def wants_reference(cfg: Config) -> bool:
+    """Whether the loss that `cfg` asks for compares with a reference."""
+    return not cfg.reference_free and ALIASES.get(cfg.loss_type, cfg.loss_type) not in REFERENCE_FREE
+
+
+class PreferenceRecipe:
+    """pref_loss_ratio * mean over pairs of the preference loss + sft_loss_ratio * mean over the chosen answers' tokens
+    of -log p.
+
+    Beside them it reports, as means over pairs: the rewards beta * log(policy / reference) of both answers, their
+    difference (margin) and how often it is above 0 (accuracy), the policy's log-probabilities, and `kl`, the mean of
+    log(policy / reference) over the two answers: how far the policy has gone, measured on the data's answers.
+
+    kto_pair's loss contains means over the whole step; the policy is run once more, without gradients, to know them.
+    """
+
+    reports_terms = True  # an evaluation gives these terms, not loss, perplexity and accuracy of the labels
+
+    def __init__(self, cfg: Config, policy: CausalLM, forward: ForwardPass, reference: Reference | None) -> None:
+        self.cfg, self._policy, self._forward, self.reference = cfg, policy, forward, reference
+        self._kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
+        self._sft_ratio = cfg.sft_loss_ratio
+        if cfg.loss_type == "orpo" and not cfg.sft_loss_ratio:
+            self._sft_ratio = 1.0
+            log.info("loss_type: orpo: sft_loss_ratio is 1 (its paper's loss; loss_type: or is the odds ratio alone)")
+        if cfg.normalize_logps:
+            log.warning(
+                "normalize_logps: True: log-probabilities are scaled to the mean length of their pair, so this is not "
+                f"{cfg.loss_type} as published"
+            )
+
+    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+        """The step's microbatches with what the loss compares with; nothing here has gradients."""
+        prepared = list(microbatches)
+        if self.reference is not None:
+            found = self.reference.log_probs(prepared)
+            prepared = [
+                batch if batch.pairs is None else replace(batch, pairs=replace(batch.pairs, reference=log_probs))
+                for batch, log_probs in zip(prepared, found, strict=True)
+            ]
+        if self.cfg.loss_type == "kto_pair":
+            self._kl = self._measure_kl(prepared)
+        return prepared
+
+    def after_step(self, step: int) -> None:
+        """ref_model_update_steps: the reference follows the policy (TR-DPO's hard update, Gorbatovski et al. 2024,
+        arXiv 2404.09656).
+        """
+        every = self.cfg.ref_model_update_steps
+        if every > 0 and step % every == 0 and isinstance(self.reference, SecondModel):
+            self.reference.update(self._policy)
+
+    def counts(self, batch: FlatBatch) -> dict[str, float]:
+        """Pairs, the chosen answers' labels, all tokens."""
+        pairs = 0 if batch.pairs is None else len(batch.pairs.chosen)
+        chosen = 0 if batch.pairs is None else int(_lengths(batch)[:pairs].sum())
+        return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
+
+    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
+        """See recipes.noise."""
+        return neftune(self.cfg, model, batch)
+
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch
+    ) -> dict[str, Term]:
+        """Terms "pref" and, if asked for, "sft"; METRICS are only reported."""
+        normed_TD = model.model.norm(x_TD)
+        weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
+        if self._sft_ratio:
+            weights["sft"] = ("chosen_tokens", self._sft_ratio)
+        if batch.pairs is None:
+            # Nothing to learn here, but every rank's graph must reach every parameter.
+            sums = dict.fromkeys(weights, (normed_TD * 0.0).sum()) | dict.fromkeys(METRICS, paddle.zeros([]))
+        else:
+            sums = self._sums(pair_log_probs(model, model.enter_head(normed_TD), batch, self._forward.most), batch)
+        terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
+        return terms | {name: Term(sums[name], "pairs", None) for name in METRICS}
+
+    def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
+        """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
+        assert batch.pairs is not None
+        policy, reference, lengths = _halves(log_probs), _reference(batch), _halves(paddle.to_tensor(_lengths(batch)))
+        loss, chosen_reward, rejected_reward = preference_loss(
+            *policy,
+            *reference,
+            loss_type=self.cfg.loss_type,
+            beta=self.cfg.beta,
+            label_smoothing=self.cfg.label_smoothing,
+            offset_alpha=self.cfg.offset_alpha,
+            simpo_gamma=self.cfg.simpo_gamma,
+            dpop_lambda=self.cfg.dpop_lambda,
+            reference_free=self.cfg.reference_free,
+            normalize_logps=self.cfg.normalize_logps,
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
+            kl=self._kl,
+        )
+        margin = chosen_reward - rejected_reward
+        chosen, rejected = (side.detach().sum() for side in policy)
+        return {
+            "pref": loss.sum(),
+            "sft": -policy[0].sum(),
+            "reward_chosen": chosen_reward.sum(),
+            "reward_rejected": rejected_reward.sum(),
+            "reward_margin": margin.sum(),
+            "reward_accuracy": (margin > 0).astype("float32").sum(),
+            "logp_chosen": chosen,
+            "logp_rejected": rejected,
+            "kl": (chosen_reward + rejected_reward).sum() / (2 * self.cfg.beta),
+        }
+
+    def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
+        totals = np.zeros(3)
+        for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
+            if batch.pairs is None:
+                continue
+            lengths = _halves(paddle.to_tensor(_lengths(batch)))
+            ratios = log_ratios(
+                *map(paddle.to_tensor, found),
+                *_reference(batch),
+                loss_type=self.cfg.loss_type,
+                reference_free=self.cfg.reference_free,
+                normalize_logps=self.cfg.normalize_logps,
+                lengths=lengths,
+            )
+            totals += [ratios.c.sum().item(), ratios.r.sum().item(), found.shape[1]]
+        chosen, rejected, count = comm.sum_floats(totals, self._forward.mesh.data_group).tolist()
+        means = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
+        kl_chosen, kl_rejected = (paddle.to_tensor(mean, dtype="float32") for mean in means)
+        return kl_chosen, kl_rejected
+
+
+def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+    half = both.shape[0] // 2
+    return both[:half], both[half:]
+
+
+def _lengths(batch: FlatBatch) -> np.ndarray:
+    """Labels of each answer, chosen then rejected: fp32 [2N]."""
+    assert batch.pairs is not None
+    counts = np.bincount(batch.segment_ids[batch.labels != IGNORE], minlength=int(batch.segment_ids.max()) + 1)
+    return counts[batch.pairs.answers + 1].astype(np.float32)
+
+
+def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+    assert batch.pairs is not None
+    if batch.pairs.reference is None:
+        return None, None
+    chosen, rejected = batch.pairs.reference
+    return paddle.to_tensor(chosen), paddle.to_tensor(rejected)
