@@ -93,17 +93,18 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     mesh = build_mesh(Degrees.from_config(cfg, comm.world().size))
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
-    steps = []
+    steps, sent = [], []
     for _ in range(STEPS):
         metrics = trainer.train_step(run.loader.next_step())
         steps.append({"loss": metrics.loss, "norm": metrics.grad_norm} | metrics.parts)
+        sent.append(metrics.sent)
     run.close()
     cuts, part = named_cuts(run.model), run.model.part
     tensors = {}
     for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]:
         cut = cuts.get(name)
         tensors[name] = (tensor.numpy(), cut, *((0, 1) if cut is None else part.share(cut)))
-    return {"steps": steps, "tensors": tensors}
+    return {"steps": steps, "tensors": tensors, "sent": sent}
 
 
 def compare(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[float, float]:

@@ -78,8 +78,9 @@ def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placemen
             gradient=gradient,
             shard=shard,
             replica=replica,
-            partial=mesh.tensor_group if is_partial and degrees.tensor > 1 else alone,
+            partial=mesh.tensor_group if cut is None else alone,
             ends=mesh.ends_group if is_shared else alone,
             copies=gradient.size * (degrees.tensor if cut is None else 1) * (2 if is_shared else 1),
+            share=1.0 if is_partial or cut is not None else 1.0 / degrees.tensor,
         )
     return found

@@ -34,6 +34,10 @@ class ExpertRanks:
         """
         return comm.gather_rows_replicated(x_TD, self.tensor) if self.sequence else x_TD
 
+    def agree(self, experts_TK: paddle.Tensor) -> paddle.Tensor:
+        """The first tensor rank's choice of experts."""
+        return comm.broadcast_(experts_TK, 0, self.tensor)
+
     def copy(self, x: paddle.Tensor) -> paddle.Tensor:
         """What only this rank's experts use: the gradients of all tensor ranks add up."""
         return comm.copy_to(x, self.tensor)

@@ -127,7 +127,8 @@ class MoELayer(nn.Layer):
     def _routed(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[paddle.Tensor, Routed]:
         num_experts = self.sizes.num_experts
         bias = self.moe_statics.e_score_correction_bias[modality]
-        routing = route(self.gate(x_TD, modality), bias, self.options)
+        agree = None if self.ranks is None else self.ranks.agree
+        routing = route(self.gate(x_TD, modality), bias, self.options, agree)
         chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
         keep, dropped = None, 0

@@ -3,6 +3,7 @@
 Legend: T tokens, D model, E experts, K experts a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -49,8 +50,14 @@ def choose(scores_TE: paddle.Tensor, options: RouterOptions) -> paddle.Tensor:
         return best + paddle.arange(options.top_k) * size
 
 
-def route(logits_TE: paddle.Tensor, correction_bias_E: paddle.Tensor, options: RouterOptions) -> Routing:
-    """Choose on score + bias; weigh by the unbiased scores, renormalised by max(sum, norm_min).
+def route(
+    logits_TE: paddle.Tensor,
+    correction_bias_E: paddle.Tensor,
+    options: RouterOptions,
+    agree: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
+) -> Routing:
+    """Choose on score + bias; weigh by the unbiased scores, renormalised by max(sum, norm_min). Ranks that all route
+    the same tokens `agree` on the choice, which hangs on the last bit where two scores are close.
 
     The bias chooses and gets no gradient (Wang et al. 2024, arXiv 2408.15664, eq. 3); gradient reaches the router
     through the weights.
@@ -61,6 +68,7 @@ def route(logits_TE: paddle.Tensor, correction_bias_E: paddle.Tensor, options: R
         scores = nn.functional.sigmoid(logits_TE)
         probs = scores / paddle.clip(scores.sum(axis=-1, keepdim=True), min=options.norm_min)
     experts = choose(scores.detach() + correction_bias_E, options)
+    experts = experts if agree is None else agree(experts)
     chosen = paddle.take_along_axis(scores, experts, axis=-1)
     weights = chosen / paddle.clip(chosen.sum(axis=-1, keepdim=True), min=options.norm_min)
     return Routing(logits_TE, probs, experts, weights)

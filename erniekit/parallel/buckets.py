@@ -170,7 +170,7 @@ def step_traffic(
     all-reduce 2 (n - 1) / n of the tensor. Stage 2 reduce-scatters after every microbatch, the others once a step.
     `master_grad`: gradients of 16-bit parameters travel in fp32. The norm is one fp64 number from each of `num_ranks`.
     """
-    sent = {"reduce_scatter": 0, "all_reduce": 0, "all_gather": 8 * (num_ranks - 1)}
+    sent = {"reduce_scatter": 0, "all_reduce": 0, "all_gather": 0, "host": 8 * (num_ranks - 1)}
     for bucket in buckets:
         p, own = bucket.placement, _width(bucket.entries[0].dtype)
         gradient = _width(bucket.gradient_dtype(master_grad))

@@ -14,6 +14,8 @@ class Placement:
         shard: ranks over which its optimizer state is divided (one rank: not divided); a subgroup of `gradient`.
         replica: ranks that hold the same shard (gradient = shard x replica).
         partial: tensor ranks over which its gradient is still a partial sum (one rank: none).
+        share: what this rank's gradient counts for in that sum: 1 / size where each of these ranks has computed the
+            whole gradient; their last bits may differ, and their copies of the parameter must not.
         ends: first and last stage for a shared embedding, else one rank.
         copies: ranks in the world that hold these same values.
     """
@@ -24,6 +26,7 @@ class Placement:
     partial: Group
     ends: Group
     copies: int
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.gradient.size == self.shard.size * self.replica.size

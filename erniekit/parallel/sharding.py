@@ -323,6 +323,8 @@ def _rows(gradient: paddle.Tensor | None, entry: Entry, dtype: str) -> paddle.Te
     if gradient is None:
         return paddle.zeros([ranks, entry.chunk], dtype=dtype)
     flat = gradient.reshape([-1]).astype(dtype)
+    if entry.placement.share != 1.0:
+        flat = flat * entry.placement.share
     missing = ranks * entry.chunk - entry.size
     if missing:
         flat = paddle.concat([flat, paddle.zeros([missing], dtype=dtype)])

@@ -33,7 +33,7 @@ from erniekit.precision import policy
 from erniekit.train.adapt import attach_lora
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
-from erniekit.train.layout import chunk_of, cut_layers, plan_actions
+from erniekit.train.layout import chunk_of, cut_layers, layout_lines, plan_actions
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
@@ -96,6 +96,8 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     tokenizer = load_tokenizer(model_dir)
     model, chunks = build_model(cfg, model_dir, mesh)
+    for line in layout_lines(cfg, model.config, mesh.degrees):
+        log.info(line)
     check_fits(tokenizer, model.config.vocab_size, str(model_dir))
     mtp_depths = train_mtp(model, cfg)
     num_layers = model.config.num_hidden_layers
@@ -133,8 +135,6 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     )
 
 
-def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
-    """This process's part of the model with its weights, or at random where continue_training is false, in its
 def _recipe(
     cfg: Config,
     model: CausalLM,
@@ -162,6 +162,8 @@ def _recipe(
     return PreferenceRecipe(cfg, model, forward, reference)
 
 
+def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
+    """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
     stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)

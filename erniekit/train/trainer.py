@@ -16,6 +16,7 @@ from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.evaluation import evaluate
 from erniekit.train.flat import FlatBatch, flatten
+from erniekit.train.replicas import ReplicaCheck
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
@@ -32,6 +33,7 @@ class Trainer:
         self.cfg = run.cfg
         self.callbacks = callbacks
         self.saver = Saver(run)
+        self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self._saved_step: int | None = None
 
@@ -81,6 +83,9 @@ class Trainer:
         metrics = self.train_step(batches)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
+        every = self.cfg.check_replicas_steps
+        if every > 0 and self.state.step % every == 0:
+            self.check_replicas(self.state.step)
         for callback in self.callbacks:
             callback.on_step(metrics)
         is_best = (
@@ -128,18 +133,19 @@ class Trainer:
         routers = self._router_records(sums)
         num_tokens = int(sums.counts["tokens"])
         self.state.step += 1
+        self.run.recipe.after_step(self.state.step)
         self.state.num_tokens += num_tokens
         return StepMetrics(
             step=self.state.step,
             loss=sums.loss,
             grad_norm=norm,
-        self.run.recipe.after_step(self.state.step)
             learning_rate=learning_rate,
             num_tokens=num_tokens,
             num_supervised=int(sums.counts["supervised"]),
             seconds=time.perf_counter() - started,
             parts=_parts(sums, routers),
             routers=routers,
+            sent=comm.traffic.take(),
         )
 
     def _forward_backward(self, microbatches: list[FlatBatch]) -> StepSums:
@@ -278,8 +284,8 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
     over layers.
     """
     parts = {f"loss_{name}": value for name, value in sums.terms.items()} if len(sums.terms) > 1 else {}
+    parts |= sums.metrics
     if routers:
         parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
         parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
     return parts
-    parts |= sums.metrics

@@ -24,7 +24,8 @@ class StepMetrics:
     """One optimizer step, summed over its microbatches and all data ranks.
 
     `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time.
-    `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer.
+    `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer; `sent` the
+    bytes that this rank sent to others, by kind of operation.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepMetrics:
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,7 +58,7 @@ class StepMetrics:
         }
         clash = own.keys() & self.parts.keys()
         assert not clash, f"parts named as a step's own numbers: {clash}"
-        return own | self.parts
+        return own | self.parts | {f"bytes_sent_{kind}": count for kind, count in self.sent.items()}
 
 
 class Callback:

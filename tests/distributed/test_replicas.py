@@ -1,0 +1,55 @@
+"""A parameter that differs between ranks which should hold the same is found, and named."""
+
+import paddle
+import pytest
+from tiny_models import MOE
+from worlds import World
+
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.distribute import distribute, partition_of
+from erniekit.models.initial import draw
+from erniekit.parallel.mesh import Degrees, build_mesh
+from erniekit.train.replicas import ReplicaCheck
+from erniekit.utils.errors import TrainError
+
+
+def check(degrees: dict[str, int], broken: tuple[int, str] | None) -> str:
+    """What the check says on this rank after `broken` = (rank, parameter) lost a bit."""
+    mesh = build_mesh(Degrees(**degrees))
+    config = ModelConfig.from_dict(MOE | {"vocab_size": 64})
+    model = CausalLM(config, partition_of(mesh, [(0, 1)]))
+    draw(model, 1)
+    distribute(model, mesh, sequence_parallel=False)
+    if broken is not None and mesh.rank == broken[0]:
+        parameter = dict(model.named_parameters())[broken[1]]
+        with paddle.no_grad():
+            parameter.set_value(parameter * (1 + 1e-7))
+    try:
+        ReplicaCheck(model, mesh)(7)
+    except TrainError as error:
+        return str(error)
+    return ""
+
+
+NORM, EXPERTS = "model.norm.weight", "model.layers.1.mlp.experts.down_proj.weight"
+
+
+@pytest.mark.parametrize("degrees", [{"data": 4}, {"tensor": 2, "data": 2}, {"data": 4, "expert": 2}])
+def test_equal_copies_pass(world4: World, degrees: dict[str, int]):
+    assert world4.run(check, degrees=degrees, broken=None) == [""] * 4
+
+
+@pytest.mark.parametrize(
+    ("degrees", "broken", "told"),
+    [
+        ({"data": 4}, (2, NORM), [0, 1, 2, 3]),
+        ({"data": 4, "expert": 2}, (3, EXPERTS), [1, 3]),  # the ranks that hold the same experts
+        ({"tensor": 2, "data": 2}, (1, NORM), [0, 1, 3]),  # its data ranks and its tensor ranks
+    ],
+)
+def test_a_different_copy_is_named(world4: World, degrees: dict[str, int], broken: tuple[int, str], told: list[int]):
+    messages = world4.run(check, degrees=degrees, broken=broken)
+    assert [rank for rank, message in enumerate(messages) if message] == told
+    assert all(broken[1] in messages[rank] for rank in told)
+    assert len(told) < 4 or f"but on {broken[0]} it differs (1 parameters" in messages[0]
