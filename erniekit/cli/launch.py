@@ -69,8 +69,8 @@ def check(cfg: Config, command: str) -> None:
 
 
 def is_worker() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
-    return _count(os.environ, "PADDLE_TRAINERS_NUM") > 1
+    """Whether an agent, or Paddle's launcher, started this process as one of its ranks."""
+    return _AGENT in os.environ or _count(os.environ, "PADDLE_TRAINERS_NUM") > 1
 
 
 def job_of(cfg: Config, args: list[str]) -> Job | None:

@@ -16,5 +16,6 @@ def run(args: list[str]) -> int:
     stop.listen()
     from erniekit.train import run as training  # imports Paddle, which takes seconds
 
+    stop.listen()
     training.train(cfg)
     return 0

@@ -9,9 +9,11 @@ _asked = False
 
 def listen() -> None:
     """From now on SIGTERM is noted instead of ending the process. Does nothing where a signal cannot be caught (not the
-    main thread) or somebody else already catches it.
+    main thread) or where Python code of somebody else catches it. Importing Paddle puts a handler of its own in the
+    place of ours: call this again after it.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    ours = signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, _note)
+    if ours and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _note)
 
 
