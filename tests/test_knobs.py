@@ -18,7 +18,7 @@ from erniekit.utils.errors import ConfigError
 GOLDEN = Path(__file__).parent / "golden"
 
 # Keys that config itself acts on: it refuses what they ask for, or a check needs them.
-READ_BY_CONFIG = {"do_train", "fine_tuning", "dataset_type", "optim"}
+READ_BY_CONFIG = {"do_train", "fine_tuning", "rslora_plus", "dataset_type", "optim"}
 
 # Keys whose reader is not written yet. This set only shrinks.
 NOT_WIRED: set[str] = set()

@@ -44,7 +44,7 @@ def fingerprint(model_dir: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class AdapterEntry:
     """One tensor of the file: our parameter, its name and shape there."""
 
     param: str
@@ -84,7 +84,7 @@ def write_adapter(
     """Write an adapter for the model of `config`. `tensors`: fp32, whole, in the order of `adapter_parameters`, taken
     one at a time.
     """
-    entries = _entries(state, config)
+    entries = adapter_entries(state, config)
     metadata = {"format": "pt"} | ({"base_fingerprint": state.base_fingerprint} if state.base_fingerprint else {})
     plan = [(entry.name, "F32", entry.shape) for entry in entries]
     staging = directory / ".adapter"  # the writer knows one name of file
@@ -97,16 +97,17 @@ def write_adapter(
     staging.rmdir()
 
 
-def _entries(state: LoraState, config: ModelConfig) -> list[_Entry]:
+def adapter_entries(state: LoraState, config: ModelConfig) -> list[AdapterEntry]:
+    """The tensors of an adapter's file, in its order."""
     logicals = {logical.param: logical for logical in logical_tensors(config)}
     entries = []
     for param in adapter_parameters(state):
         if param in state.saved:
             logical = logicals[param]
             piece = logical.pt[0]
-            entries.append(_Entry(param, PREFIX + piece.name, piece.shape, logical))
+            entries.append(AdapterEntry(param, PREFIX + piece.name, piece.shape, logical))
             if _ties_head(param, config):  # PEFT looks for both names
-                entries.append(_Entry(param, PREFIX + "lm_head.weight", piece.shape, logical))
+                entries.append(AdapterEntry(param, PREFIX + "lm_head.weight", piece.shape, logical))
             continue
         module, _, own = param.partition(".adapter.")
         kind, _, part = own.partition("_")
@@ -114,7 +115,7 @@ def _entries(state: LoraState, config: ModelConfig) -> list[_Entry]:
         experts, num_in, num_out = part_sizes(config)[module, part]
         shape: Shape = {"A": (experts * rank, num_in), "B": (num_out, rank * experts), "magnitude": (num_out,)}[kind]
         name = "lora_magnitude_vector" if kind == "magnitude" else f"lora_{kind}.weight"
-        entries.append(_Entry(param, f"{PREFIX}{_peft_module(module, part, state)}.{name}", shape))
+        entries.append(AdapterEntry(param, f"{PREFIX}{_peft_module(module, part, state)}.{name}", shape))
     return entries
 
 
@@ -146,26 +147,9 @@ def part_sizes(config: ModelConfig) -> dict[tuple[str, str], tuple[int, int, int
 
 
 def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
-    options = state.options
-    targets = {(module, part): slot for module, slots in state.slots.items() for part, slot in slots.items()}
-    rank, alpha = Counter((slot.rank, _alpha(slot, options)) for slot in targets.values()).most_common(1)[0][0]
-    modules: list[str] = []
-    parameters: list[str] = []
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for key in part_sizes(config):
-        groups.setdefault(_short(_target(*key, config)), []).append(key)
-    for short, keys in groups.items():
-        present = [key for key in keys if key in targets]
-        same = len(present) == len(keys) and len({targets[key] for key in keys}) == 1
-        for name, key in [(short, keys[0])] if same else [(_target(*key, config), key) for key in present]:
-            (parameters if is_parameter(key[0], config) else modules).append(name)
-            slot = targets[key]
-            if slot.rank != rank:
-                ranks[name] = slot.rank
-            if _alpha(slot, options) != alpha:
-                alphas[name] = _alpha(slot, options)
+    options, named = state.options, _named_targets(state, config)
+    rank, alpha = Counter((slot.rank, _alpha(slot, options)) for slot, _ in named.values()).most_common(1)[0][0]
+    parameters = [name for name, (_, is_parameter) in named.items() if is_parameter]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -179,13 +163,32 @@ def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": modules,
+        "target_modules": [name for name, (_, is_parameter) in named.items() if not is_parameter],
         "target_parameters": parameters or None,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "rank_pattern": {name: slot.rank for name, (slot, _) in named.items() if slot.rank != rank},
+        "alpha_pattern": {
+            name: _alpha(slot, options) for name, (slot, _) in named.items() if _alpha(slot, options) != alpha
+        },
         "modules_to_save": sorted({name.rpartition(".")[0] for name in state.saved}) or None,
         "ensure_weight_tying": any(_ties_head(param, config) for param in state.saved),
     }
+
+
+def _named_targets(state: LoraState, config: ModelConfig) -> dict[str, tuple[Slot, bool]]:
+    """PEFT's name of each target -> (its slot, whether it is a parameter and not a module). A short name stands for all
+    layers where they are alike.
+    """
+    targets = {(module, part): slot for module, slots in state.slots.items() for part, slot in slots.items()}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in part_sizes(config):
+        groups.setdefault(re.sub(r"^model\.layers\.\d+\.", "", _target(*key, config)), []).append(key)
+    named = {}
+    for short, keys in groups.items():
+        present = [key for key in keys if key in targets]
+        alike = len(present) == len(keys) and len({targets[key] for key in keys}) == 1
+        for name, key in [(short, keys[0])] if alike else [(_target(*key, config), key) for key in present]:
+            named[name] = targets[key], is_parameter(key[0], config)
+    return named
 
 
 def _ties_head(param: str, config: ModelConfig) -> bool:
@@ -205,8 +208,3 @@ def _target(module: str, part: str, config: ModelConfig) -> str:
     """How PEFT's configuration names a part: a module, or a parameter."""
     name = hf_name(module, part)
     return f"{name}.weight" if is_parameter(module, config) and not is_stacked(module) else name
-
-
-def _short(target: str) -> str:
-    """Without the layer: enough where every layer has it."""
-    return re.sub(r"^model\.layers\.\d+\.", "", target)

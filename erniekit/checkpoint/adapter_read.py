@@ -207,33 +207,23 @@ class _Reading:
         """
         for prefix in dict.fromkeys(prefix for prefix, _ in experts):
             for leaf, halves in (("up_gate_proj", ("gate", "up")), ("down_proj", ("down",))):
-                key = (f"{prefix}.{leaf}", "")
-                found = [experts[prefix, half] for half in halves if (prefix, half) in experts]
-                if not found:
-                    continue
-                numbers = list(range(self.sizes.get(key, (0,))[0]))
-                if len(found) < len(halves) or any(sorted(one) != numbers for one in found) or not numbers:
-                    self.unexpected.append(
-                        f"{prefix}.*.{halves[0]}_proj: experts {sorted(found[0])[:3]}... (not all, or not both halves)"
-                    )
-                    continue
-                scales = [
-                    self._scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0])
-                    for half, one in zip(halves, found, strict=True)
-                ]
-                a = np.stack([np.concatenate([one[e]["A"] for one in found]) for e in numbers])
-                b = np.stack(
-                    [
-                        _block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in zip(found, scales, strict=True)])
-                        for e in numbers
-                    ]
-                )
-                self.scales[key] = scales[0]
-                rank = a.shape[1]
-                self.factors[key] = {
-                    "A": a.reshape(-1, a.shape[2]),
-                    "B": b.transpose(1, 2, 0).reshape(b.shape[1], rank * len(numbers)),
-                }
+                found = {half: experts[prefix, half] for half in halves if (prefix, half) in experts}
+                numbers = list(range(self.sizes.get((f"{prefix}.{leaf}", ""), (0,))[0]))
+                if found and len(found) == len(halves) and all(sorted(one) == numbers for one in found.values()):
+                    self._stack_one(prefix, leaf, found)
+                elif found:
+                    numbers = sorted(number for one in found.values() for number in one)
+                    self.unexpected.append(f"{prefix}: {'/'.join(found)}_proj of experts {numbers[0]}..{numbers[-1]}")
+
+    def _stack_one(self, prefix: str, leaf: str, found: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
+        numbers = range(len(next(iter(found.values()))))
+        scales = [self._scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in found.items()]
+        a = np.stack([np.concatenate([one[e]["A"] for one in found.values()]) for e in numbers])
+        parts = list(zip(found.values(), scales, strict=True))
+        b = np.stack([_block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in parts]) for e in numbers])
+        key = (f"{prefix}.{leaf}", "")
+        self.scales[key] = scales[0]
+        self.factors[key] = {"A": a.reshape(-1, a.shape[2]), "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}
 
     def _scaling(self, name: str, rank: int) -> float:
         alpha = self.content.get("lora_alpha", 8)

@@ -63,32 +63,36 @@ def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
     without up in routed experts.
     """
     modules = adaptable(names)
-    chosen: dict[str, dict[str, None]] = {}
-    halves: dict[str, set[str]] = {}
+    chosen: set[tuple[str, str]] = set()
+    halves: set[tuple[str, str]] = set()  # ("...experts.up_gate_proj", "gate")
     for target in targets:
-        hits = [(module, part) for module in modules for part in parts_of(module) if _means(target, module, part)]
-        half_hits = [
-            (module, half)
-            for module in modules
-            if is_stacked(module) and module.endswith("up_gate_proj")
-            for half in ("gate", "up")
-            if _matches(target, (f"{module.rpartition('.')[0]}.0.{half}_proj",))
-        ]
+        hits = {(module, part) for module in modules for part in parts_of(module) if _means(target, module, part)}
+        half_hits = _halves(target, modules)
         if not hits and not half_hits:
             raise ConfigError(_unknown(target, modules))
-        for module, part in hits:
-            chosen.setdefault(module, {})[part] = None
-        for module, half in half_hits:
-            halves.setdefault(module, set()).add(half)
-    for module, found in halves.items():
-        if len(found) == 2:
-            chosen.setdefault(module, {})[""] = None
-        elif module not in chosen:
+        chosen |= hits
+        halves |= half_hits
+    for module, half in sorted(halves):
+        if (module, {"gate": "up", "up": "gate"}[half]) in halves:
+            chosen.add((module, ""))
+        elif (module, "") not in chosen:
             raise ConfigError(
-                f"lora_target_modules: {found.pop()}_proj of the routed experts ({module}) without the other "
-                "half: they are one projection with one adapter. Name both gate_proj and up_proj, or leave experts out."
+                f"lora_target_modules: {half}_proj of the routed experts ({module}) without the other half: they are "
+                "one projection with one adapter. Name both gate_proj and up_proj, or leave experts out."
             )
-    return {module: tuple(p for p in parts_of(module) if p in chosen[module]) for module in modules if module in chosen}
+    found = {module: tuple(part for part in parts_of(module) if (module, part) in chosen) for module in modules}
+    return {module: parts for module, parts in found.items() if parts}
+
+
+def _halves(target: str, modules: Iterable[str]) -> set[tuple[str, str]]:
+    """Where older names, a module an expert, mean half of the experts' gate and up."""
+    stacks = [module for module in modules if is_stacked(module) and module.endswith(".up_gate_proj")]
+    return {
+        (module, half)
+        for module in stacks
+        for half in ("gate", "up")
+        if _matches(target, (f"{module.rpartition('.')[0]}.0.{half}_proj",))
+    }
 
 
 def _means(target: str, module: str, part: str) -> bool:

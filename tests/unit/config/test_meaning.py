@@ -150,8 +150,6 @@ def test_each_command_needs_only_its_own_keys():
     [
         ({"stage": "DPO"}, "stage: DPO (preference optimisation)"),
         ({"stage": "VL-SFT"}, "stage: VL-SFT (vision-language models)"),
-        ({"fine_tuning": "LoRA"}, "fine_tuning: LoRA"),
-        ({"lora": True}, "lora: True (LoRA)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree: 2 (tensor parallelism)"),
         ({"pipeline_parallel_degree": "4"}, "pipeline_parallel_degree: 4 (pipeline parallelism)"),
@@ -205,6 +203,35 @@ def test_a_log_directory_without_a_logger_is_said():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
+        ({"lora": True}, {"fine_tuning": "LoRA"}),
+        ({"lora": False}, {"fine_tuning": "Full"}),
+        ({"fine_tuning": "lora", "lora_target": ["q_proj", "v_proj"]}, {"lora_target_modules": "q_proj,v_proj"}),
+        ({"lora": 1, "rslora_plus": True}, {"rslora": True, "lora_plus_scale": 4.0, "lora_alpha": 4.0}),
+        ({"lora": 1, "rslora_plus": True, "lora_alpha": 9}, {"lora_plus_scale": 4.0, "lora_alpha": 9.0}),
+    ],
+)
+def test_ways_to_ask_for_adapters(given: dict, expected: dict):
+    asked = cfg(**given)
+    assert {name: vars(asked)[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"continue_training": False}, "continue_training: fine_tuning: LoRA adapts trained weights"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: 1: fine_tuning: LoRA does not train"),
+        ({"use_dora": True, "tensor_parallel_degree": 2}, "use_dora: not with tensor_parallel_degree: 2"),
+        ({"lora_rank": 0}, "lora_rank: must be at least 1"),
+        ({"fine_tuning": "Full", "lora_path": "adapter"}, "lora_path: adapter with fine_tuning: Full"),
+    ],
+)
+def test_what_adapters_cannot_do(given: dict, expected: str):
+    assert expected in message(**{"fine_tuning": "LoRA"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
         ({"compute_type": "nf4"}, "nf4"),
         ({"compute_type": "bf16", "weight_quantize_algo": "weight_only_mix"}, "wint4/8"),
         ({"weight_quantize_algo": "weight_only_int8", "quantization": "wint8"}, "wint8"),
@@ -223,10 +250,7 @@ def test_ways_to_ask_for_a_base_in_few_bits(given: dict, expected: str):
     [
         ({"compute_type": "wint8"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
         ({"quantization": "wint4"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
-        (
-            {"compute_type": "nf4", "fine_tuning": "LoRA", "continue_training": False},
-            "makes no sense of a random start",
-        ),
+        ({"compute_type": "nf4", "fine_tuning": "LoRA", "continue_training": False}, "adapts trained weights"),
         ({"weight_quantize_algo": "a8w8linear"}, "weight_quantize_algo: expected one of weight_only_int8"),
         ({"weight_quantize_algo": {"weight_only_int4": [".*"]}}, "weight_quantize_algo: expected one of"),
         ({"quantization": "wint8", "weight_quantize_algo": "nf4"}, "compute_type: given twice: "),
