@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import paddle
+
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
@@ -85,6 +87,8 @@ class Saver:
         load_trained(self.run.model, source)
         if self.run.average is not None:
             self.run.average.load(source)
+        for directory, tensors in self.run.recipe.extra_weights().items():
+            load_trained(self.run.model, source / directory, into=tensors)
         if not self.cfg.ignore_load_lr_and_optim:
             load_optimizer(source, self.run.optimizer, self.shares)
         if not self.cfg.ignore_data_skip:
@@ -126,8 +130,8 @@ class Saver:
         """
         portions: list[Portion] = []
         adds = []
-        for directory in self._weights():
-            more, add = self._prepare_save(directory, below=directory)
+        for directory, tensors in (self._weights() | self.run.recipe.extra_weights()).items():
+            more, add = self._prepare_save(tensors, below=directory)
             portions += more
             adds.append(add)
         if not self.cfg.ignore_save_lr_and_optim:
@@ -157,18 +161,19 @@ class Saver:
                     load_trained(self.run.model, best)
             else:
                 log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
-        for directory in self._weights():
-            portions, add = self._prepare_save(directory)
+        for directory, tensors in self._weights().items():
+            portions, add = self._prepare_save(tensors)
             self.manager.save_into(self.output_dir / directory, add, portions)
         return self.output_dir
 
-    def _weights(self) -> list[str]:
-        """Where weights are written: the model's, and their average in a directory of its own."""
-        return [""] if self.run.average is None else ["", EMA]
+    def _weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """What is written, by directory: the model's weights, and their average in a directory of its own."""
+        own = {"": trained_tensors(self.run.model)}
+        return own if self.run.average is None else own | {EMA: self.run.average.average}
 
-    def _prepare_save(self, weights: str, below: str = "") -> tuple[list[Portion], Callable[[Path], None]]:
-        average = self.run.average
-        tensors = average.average if average is not None and weights == EMA else trained_tensors(self.run.model)
+    def _prepare_save(
+        self, tensors: dict[str, paddle.Tensor], below: str = ""
+    ) -> tuple[list[Portion], Callable[[Path], None]]:
         return prepare_save(
             self.run.model, tensors, self.shares, self.cfg.save_format, self.run.model_dir, directory=below
         )

@@ -41,6 +41,12 @@ class Recipe(Protocol):
         """Optimizer step number `step` is done."""
         ...
 
+    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """Weights that a run needs to go on beside those it trains, under the model's names, by the directory of a
+        checkpoint that holds them.
+        """
+        ...
+
     def counts(self, batch: FlatBatch) -> dict[str, float]:
         """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
         ...
@@ -67,3 +73,7 @@ class PlainSteps:
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""
+
+    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """None."""
+        return {}

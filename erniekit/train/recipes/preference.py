@@ -12,6 +12,7 @@ from erniekit.losses.preference import ALIASES, REFERENCE_FREE, log_ratios, pref
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.attention import Documents
 from erniekit.parallel import comm
+from erniekit.train.adapt import trained_tensors
 from erniekit.train.flat import FlatBatch
 from erniekit.train.recipes.base import Term
 from erniekit.train.recipes.noise import neftune
@@ -80,6 +81,11 @@ class PreferenceRecipe:
         every = self.cfg.ref_model_update_steps
         if every > 0 and step % every == 0 and isinstance(self.reference, SecondModel):
             self.reference.update(self._policy)
+
+    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """A reference that moves; one that does not is loaded from model_name_or_path."""
+        moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
+        return {"reference": trained_tensors(self.reference.model)} if moves else {}
 
     def counts(self, batch: FlatBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""

@@ -1,0 +1,168 @@
+"""Preference optimisation as a user starts it: what it reports, that it learns, and that stopping changes nothing."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+import erniekit
+from erniekit.checkpoint.safetensors import Reader
+from erniekit.utils.errors import CheckpointError, ConfigError, DataError
+
+METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
+
+
+@pytest.fixture
+def pairs(workspace):
+    """Pairs whose chosen answer is a whole sentence; as the workspace's training and evaluation data."""
+    lines = [
+        {"src": [f"{a}加{b}等于几？"], "tgt": [], "response": [[f"{a + b}"], [f"答案是{a + b}。"]], "sort": [0, 2]}
+        for a in range(8)
+        for b in range(8)
+    ]
+    for name, part in (("train", lines), ("eval", lines[:8])):
+        (workspace / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in part))
+    return workspace
+
+
+def train(workspace, **keys):
+    defaults = {"stage": "DPO", "max_seq_len": 128, "learning_rate": 3e-3, "save_strategy": "no"}
+    return erniekit.train(str(workspace / "run.yaml"), **(defaults | keys))
+
+
+def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(pairs):
+    result = train(pairs, max_steps=20, do_eval=True, evaluation_strategy="steps", eval_steps=10)
+    history = result.history
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[0]["reward_margin"] == 0.0 and history[0]["kl"] == 0.0
+    assert history[-1]["loss"] < 0.3 and history[-1]["reward_accuracy"] == 1.0
+    assert history[-1].keys() >= set(METRICS)
+    assert history[-1]["reward_margin"] == pytest.approx(history[-1]["reward_chosen"] - history[-1]["reward_rejected"])
+    records = [json.loads(line) for line in (pairs / "out" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [record for record in records if "eval_loss" in record]
+    assert evaluated[-1]["eval_reward_accuracy"] == 1.0
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] < math.log(2)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_accumulated_and_packed_rows_give_one_step(pairs, model):
+    """The first steps of 8 rows as 8 x 1, 2 x 4 and 1 x 8: losses, rewards and norms to fp32 rounding."""
+    keys = {"model_name_or_path": str(pairs / model), "max_steps": 3, "packing": True, "max_seq_len": 64}
+    if model == "moe":
+        keys |= {"moe_aux_loss_lambda": 0.01, "moe_z_loss_lambda": 0.01}
+    runs = [
+        train(
+            pairs, output_dir=str(pairs / f"{size}"), batch_size=size, gradient_accumulation_steps=8 // size, **keys
+        ).history
+        for size in (8, 2, 1)
+    ]
+    for other in runs[1:]:
+        for ours, theirs in zip(runs[0], other, strict=True):
+            for name in (
+                "loss",
+                "grad_norm",
+                "reward_margin",
+                "logp_chosen",
+                "loss_pref" if model == "moe" else "loss",
+            ):
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"ref_model_update_steps": 3, "gradient_accumulation_steps": 2},
+        {"loss_type": "kto_pair", "sft_loss_ratio": 0.5, "neftune": True},
+        {"loss_type": "orpo", "num_train_epochs": 3},
+    ],
+    ids=["plain", "moving reference", "kto", "orpo"],
+)
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(pairs, keys):
+    keys = {"save_strategy": "steps", "save_steps": 4, "batch_size": 1, **keys}
+    whole = train(pairs, output_dir=str(pairs / "whole"), max_steps=8, **keys)
+    train(pairs, output_dir=str(pairs / "parts"), max_steps=8, **keys)
+    shutil.rmtree(pairs / "parts" / "checkpoint-8")  # as if the run had been killed after step 4
+    rest = train(pairs, output_dir=str(pairs / "parts"), max_steps=8, **keys)
+    assert len(rest.history) == 4
+    for ours, theirs in zip(whole.history[4:], rest.history, strict=True):
+        assert all(ours[name] == theirs[name] for name in ("step", "loss", "grad_norm", "reward_margin", "kl"))
+    one, other = Reader(pairs / "whole"), Reader(pairs / "parts")
+    for name in one.keys():  # noqa: SIM118 no mapping
+        assert one.read(name).tobytes() == other.read(name).tobytes(), name
+
+
+def test_log_probabilities_computed_once_change_nothing(pairs):
+    cache = pairs / "cache" / "ref.npz"
+    plain = train(pairs, output_dir=str(pairs / "plain"), max_steps=5, do_eval=True)
+    first = train(pairs, output_dir=str(pairs / "a"), max_steps=5, do_eval=True, ref_logps_cache=str(cache))
+    with np.load(cache) as archive:
+        assert archive["keys"].shape == (64, 16)  # the evaluation data is part of the training data
+    written = cache.read_bytes()
+    again = train(
+        pairs, output_dir=str(pairs / "b"), max_steps=5, ref_logps_cache=str(cache), packing=False, do_eval=True
+    )
+    assert cache.read_bytes() == written
+    for ours, theirs in zip(plain.history, first.history, strict=True):
+        for name in ("loss", "reward_margin"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5)
+    assert first.summary["eval_loss"] == pytest.approx(plain.summary["eval_loss"], rel=1e-4)
+    assert again.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    with pytest.raises(CheckpointError, match="another reference: weights was random start, seed 42"):
+        train(pairs, output_dir=str(pairs / "c"), max_steps=1, seed=7, ref_logps_cache=str(cache))
+    cache.write_bytes(written[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(pairs, output_dir=str(pairs / "d"), max_steps=1, ref_logps_cache=str(cache))
+
+
+def test_lora_trains_against_the_model_without_its_adapter(pairs):
+    base = {"model_name_or_path": str(pairs / "base"), "continue_training": True, "fine_tuning": "LoRA"}
+    train(pairs, output_dir=str(pairs / "base"), max_steps=1, learning_rate=0.0, reference_free=True)
+    keys = base | {"max_steps": 15, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 15}
+    result = train(pairs, **keys)
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.history[-1]["reward_accuracy"] == 1.0 and result.history[-1]["loss"] < 0.5
+    assert (pairs / "out" / "adapter_model.safetensors").is_file()
+    cached = train(pairs, output_dir=str(pairs / "cached"), ref_logps_cache=str(pairs / "ref.npz"), **keys)
+    for ours, theirs in zip(result.history, cached.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss_type",
+    "hinge ipo simpo or dpop sppo_hard nca_pair robust exo apo_zero apo_down".split(),
+)
+def test_every_loss_trains(pairs, loss_type):
+    smoothing = 0.01 if loss_type in ("robust", "exo") else 0.0
+    keys = {"loss_type": loss_type, "label_smoothing": smoothing, "max_steps": 6, "learning_rate": 1e-3}
+    history = train(pairs, **keys).history
+    assert all(math.isfinite(record["loss"]) for record in history)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_a_reference_free_run_has_none(pairs):
+    history = train(pairs, reference_free=True, max_steps=2).history
+    assert history[0]["reward_chosen"] == pytest.approx(0.1 * history[0]["logp_chosen"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"loss_type": "exo"}, ConfigError, "label_smoothing: loss_type exo needs one above 0"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "label_smoothing: loss_type hinge has none"),
+        ({"loss_type": "sigmod"}, ConfigError, "loss_type: expected one of sigmoid"),
+        ({"offset_alpha": 1.0, "loss_type": "ipo"}, ConfigError, "offset_alpha: only for loss_type sigmoid"),
+        (
+            {"ref_logps_cache": "x", "ref_model_update_steps": 1},
+            ConfigError,
+            "ref_logps_cache: a reference that changes",
+        ),
+        ({"pref_loss_ratio": 0}, ConfigError, "nothing is left to train on"),
+        ({"train_dataset_type": "text"}, DataError, "stage DPO reads pairs of answers"),
+    ],
+)
+def test_wrong_keys_are_refused_before_anything_starts(pairs, keys, error, message):
+    with pytest.raises(error, match=message):
+        train(pairs, max_steps=1, **keys)
