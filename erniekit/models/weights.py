@@ -6,6 +6,7 @@ itself as [out, in]; a -Paddle file has the fused [in, out] projection under the
 docs/weights.md shows the table.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -221,6 +222,12 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
         stacked = logical.index is not None
         shapes[logical.param] = (config.moe_num_experts, *logical.shape) if stacked else logical.shape
     return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Trainable numbers of the whole model, however it is divided; correction biases are state."""
+    shapes = our_shapes(config)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("e_score_correction_bias"))
 
 
 def is_mtp(name: str) -> bool:

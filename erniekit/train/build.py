@@ -33,7 +33,7 @@ from erniekit.precision import policy
 from erniekit.train.adapt import attach_lora
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
-from erniekit.train.layout import chunk_of, cut_layers, layout_lines, plan_actions
+from erniekit.train.layout import chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
@@ -122,7 +122,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         mesh=mesh,
         model=model,
         chunks=chunks,
-        actions=lambda num_microbatches: plan_actions(cfg, mesh, num_microbatches),
+        actions=partial(plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.pipe),
         tokenizer=tokenizer,
         recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,

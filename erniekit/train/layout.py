@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Degrees, Mesh, check_model
+from erniekit.parallel.mesh import Degrees, check_model
 from erniekit.parallel.schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.stages import cut, layer_costs
 
@@ -32,17 +33,18 @@ def check_layout(cfg: Config, degrees: Degrees, config: ModelConfig) -> None:
     cut_layers(cfg, config, degrees.pipeline)
 
 
-def plan_actions(cfg: Config, mesh: Mesh, num_microbatches: int) -> list[Action]:
-    """What this process's stage does in a step of so many microbatches."""
-    stages, chunks = mesh.degrees.pipeline, max(cfg.virtual_pp_degree, 1)
-    return plan(schedule_of(cfg), stages, num_microbatches, chunks)[mesh.pipe]
+@lru_cache(maxsize=8)
+def plan_actions(schedule: str, stages: int, chunks: int, stage: int, num_microbatches: int) -> list[Action]:
+    """What a stage does in a step of so many microbatches."""
+    return plan(schedule, stages, num_microbatches, chunks)[stage]
 
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:
     """What the log says about the ranks; nothing for one."""
     if degrees.world == 1:
         return []
-    experts = f", experts over {degrees.expert * degrees.tensor} ranks" if config.moe_num_experts else ""
+    shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
+    experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
     lines = [
         f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "

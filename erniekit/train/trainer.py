@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 
 from erniekit.data.batch import Batch
+from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_bias
 from erniekit.parallel import comm, pipeline
 from erniekit.train import stop
@@ -63,12 +64,11 @@ class Trainer:
         return summary
 
     def _info(self) -> RunInfo:
-        num_parameters = sum(int(np.prod(p.shape)) for p in self.run.model.parameters())
         return RunInfo(
             self.run.output_dir,
             self.run.max_steps,
             self.state.step,
-            num_parameters,
+            num_parameters(self.run.model.config),
             self.cfg,
             not self.cfg.disable_tqdm,
         )

@@ -102,10 +102,10 @@ def test_gradients_between_microbatches(stage, master_grad, expected):
 def test_traffic_of_a_step():
     """A row holds 3 elements and a flag. Sent over 4 ranks: 3 rows; gathered: 3 chunks; over 2 replicas 2 * 1/2 row."""
     buckets = plan_buckets([entry("a", 10, placement(shard=4, replica=2, copies=8))])
-    once = {"reduce_scatter": 3 * 4 * 4, "all_reduce": 4 * 4, "all_gather": 3 * 3 * 4 + 7 * 8}
+    once = {"reduce_scatter": 3 * 4 * 4, "all_reduce": 4 * 4, "all_gather": 3 * 3 * 4, "host": 7 * 8}
     assert step_traffic(buckets, 1, 5, True, num_ranks=8) == once
     assert step_traffic(buckets, 2, 5, True, num_ranks=8) == once | {"reduce_scatter": 5 * 3 * 4 * 4}
     whole = plan_buckets([entry("a", 10, placement(replica=4, copies=4), "bfloat16")])
     assert step_traffic(whole, 2, 5, False, num_ranks=4) == {
-        "reduce_scatter": 0, "all_reduce": 2 * 3 * 11 * 2 // 4, "all_gather": 3 * 8,
+        "reduce_scatter": 0, "all_reduce": 2 * 3 * 11 * 2 // 4, "all_gather": 0, "host": 3 * 8,
     }  # fmt: skip
