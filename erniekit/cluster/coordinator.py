@@ -21,6 +21,7 @@ Message = dict[str, Any]
 # A rank's death makes others fail at the same moment. Seconds to wait for the first one's report to come in, and how
 # many times that if all who reported blame a peer.
 GRACE, GRACE_FOR_PEERS = 1.0, 6.0
+JUDGE = 0.2  # seconds from one judgement to the next: hundreds of hosts report twice a second each
 GONE = 3.0  # seconds after which a broken connection counts as a lost host
 EXIT_USER_ERROR = 1  # as in erniekit.cli.main
 
@@ -93,6 +94,7 @@ class Coordinator:
         self._stopping = False
         self._config: dict[str, str] | None = None
         self._failures: list[Failure] = []
+        self._judged = -math.inf  # when last
         self._verdict: Message = {}  # of the last attempt that ended
         self._over = False
 
@@ -257,7 +259,8 @@ class Coordinator:
         for each in message["failures"]:
             if each["rank"] not in known:
                 self._failures.append(Failure(**{**each, "host": host, "at": now - each["at"]}))
-        self._judge(now)
+        if message["failures"] or message["done"] or now - self._judged >= JUDGE:
+            self._judge(now)
         return {"kind": "run"} if self._running else self._tell(host)
 
     def _leave(self, host: Host | None, why: str, now: float) -> Message:
@@ -273,6 +276,7 @@ class Coordinator:
 
     def _judge(self, now: float) -> None:
         """See whether the attempt goes on, has ended well, or has failed and by whom."""
+        self._judged = now
         hosts = list(self._hosts.values())
         failed = {failure.rank for failure in self._failures}
         for host in hosts:
@@ -305,15 +309,17 @@ class Coordinator:
         rank, why = found
         host = next(host for host in hosts if rank in host.ranks)
         step = next(sign.step for sign in signs if sign.rank == rank)
-        advice = f"If that was good work, raise distributed_timeout (now {self._limits.fault:g})."
         what = f"hangs: {why}"
+        advice = f"If that was good work, raise distributed_timeout (now {self._limits.fault:g})."
+        detail = f"error: rank {rank} {what}\n{advice}"
         # Far enough in the past that no grace is waited for: nobody fails because of it.
-        self._failures.append(Failure(rank, host, now - GRACE, what, step=step, detail=advice))
+        self._failures.append(Failure(rank, host, now - GRACE, what, step=step, detail=detail))
 
     def _lost(self, host: Host, why: str, at: float) -> Failure:
         step = max((sign.step for sign in host.signs), default=0)
         what = f"is lost with its host and ranks {host.ranks[0]} to {host.ranks[-1]}: {why}"
-        return Failure(host.ranks[0], host, at, what, step=step)
+        rank = host.ranks[0]
+        return Failure(rank, host, at, what, step=step, detail=f"error: rank {rank} on {host.shown} {what}")
 
     def _fail(self, first: Failure) -> None:
         headline = f"rank {first.rank} on {first.host.shown} {first.what}; last finished step: {first.step}"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from erniekit.cluster import net
 from erniekit.cluster.coordinator import Coordinator, Message
 from erniekit.cluster.job import Job, Limits, Master
+from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, TrainError
 
 _GREETING = b"erniekit rendezvous 1\n"
@@ -72,18 +73,23 @@ class Client:
     def __init__(self, master: Master, limits: Limits) -> None:
         self._master = master
         self._patience = limits.rendezvous
+        self._answer_time = min(10.0, limits.detect)
         self._socket: socket.socket | None = None
 
     def exchange(self, message: Message) -> Message:
         """Send, and wait for the answer. TrainError if the master cannot be reached for some time."""
-        deadline = time.monotonic() + (self._patience if message["kind"] == "hello" else _PATIENCE_WITH_MASTER)
+        gathering, said = message["kind"] == "hello", False
+        where = f"{self._master.address}:{self._master.port}"
+        deadline = time.monotonic() + (self._patience if gathering else _PATIENCE_WITH_MASTER)
         while True:
             try:
                 return self._once(message)
             except (OSError, EOFError) as error:
                 self.close()
+                if gathering and not said:
+                    log.info(f"waiting for the first host at MASTER_ADDR:MASTER_PORT = {where} ({error})")
+                    said = True
                 if time.monotonic() > deadline:
-                    where = f"{self._master.address}:{self._master.port}"
                     raise TrainError(
                         f"the first host cannot be reached at MASTER_ADDR:MASTER_PORT = {where}: {error}. "
                         "Does the command run there, can this host reach it, and has it ended?"
@@ -92,7 +98,8 @@ class Client:
 
     def _once(self, message: Message) -> Message:
         if self._socket is None:
-            self._socket = socket.create_connection((self._master.address, self._master.port), timeout=10)
+            address = self._master.address, self._master.port
+            self._socket = socket.create_connection(address, timeout=self._answer_time)
             self._lines = self._socket.makefile("rb")
             try:
                 greeting = self._lines.readline()
