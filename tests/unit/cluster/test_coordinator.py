@@ -169,7 +169,8 @@ def test_a_host_that_leaves_ends_the_job_at_once():
 
 def test_a_hanging_rank_is_found_across_hosts():
     a, b = job()
-    b.report(28.0)
+    a.report(15.0)
+    b.report(16.0)
     a.report(29.0, waiting="all_reduce", idle=25.0)
     reply = b.report(30.0, idle=26.0, at="x.py:1 in f")
     assert reply["kind"] == "stop" and "rank 2 on host1" in reply["headline"] and "x.py:1 in f" in reply["headline"]
