@@ -29,7 +29,20 @@ def describe(model: CausalLM) -> str:
     few = sum(weight.num_bytes() for weight in held)
     size = next(model.model.layers.children()).input_layernorm.weight.element_size()
     many = size * sum(prod(weight.shape) for weight in held)
-    return f"{len(held)} frozen weights in {' and '.join(names)}: {few / 1e6:.1f} MB instead of {many / 1e6:.1f} MB"
+    return f"{len(held)} frozen weights in {' and '.join(names)}: {_size(few)} instead of {_size(many)}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("kB", "MB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} GB"
+
+
+def num_held(model: CausalLM) -> int:
+    """Numbers in this process's parameters, in few bits or not."""
+    return sum(prod(each.shape) for each in (*model.parameters(), *low_bit_weights(model).values()))
 
 
 def low_bit_weights(model: CausalLM) -> dict[str, LowBitWeight]:

@@ -17,6 +17,7 @@ from erniekit.config.schema import Config
 from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
+from erniekit.models.low_bit import num_held
 from erniekit.models.weights import our_shapes
 from erniekit.utils import log
 
@@ -51,11 +52,11 @@ def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
         )
         start = "new"
     state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
-    sizes = [int(np.prod(p.shape)) for p in model.parameters()]
+    total = num_held(model)
     trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
     log.info(
-        f"LoRA ({start}): {lora.describe(state)}; {trained:,} of {sum(sizes):,} parameters are trained "
-        f"({trained / sum(sizes):.2%})"
+        f"LoRA ({start}): {lora.describe(state)}; {trained:,} of {total:,} parameters are trained "
+        f"({trained / total:.2%})"
     )
 
 

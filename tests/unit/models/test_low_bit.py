@@ -9,7 +9,7 @@ from erniekit import save_model
 from erniekit.checkpoint.model_io import load_model, load_weights
 from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
-from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights
+from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights, num_held
 from erniekit.models.partition import Partition
 from erniekit.nn.cut import take
 from erniekit.precision.weight_only import INT4, INT8, SCHEMES, dequantise, quantise
@@ -94,16 +94,19 @@ def test_the_gradient_reaches_what_lies_below(compute_type: str, tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_what_is_said():
-    """64 inputs: a byte, or half a byte and a 64th of 4, a weight; int8 has 4 bytes more an output channel."""
-    model = tiny_model("dense", hidden_size=64, head_dim=16, intermediate_size=128, num_hidden_layers=1)
+def test_what_is_said_and_counted():
+    """Half a byte and a 64th of 4 bytes a weight."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "num_hidden_layers": 1}
+    model = tiny_model("dense", **sizes)
     hold_in_low_bits(model, SCHEMES["wint4"])
     for weight in low_bit_weights(model).values():
         weight.fill(0, np.ones(weight.shape, np.float32))
     count = 64 * 128 + 64 * 64 + 64 * 256 + 128 * 64
-    assert describe(model) == (
-        f"4 frozen weights in int4: {count * 9 / 16 / 1e6:.1f} MB instead of {count * 4 / 1e6:.1f} MB"
+    assert (
+        describe(model)
+        == f"4 frozen weights in int4: {count * 9 / 16 / 1e3:.1f} kB instead of {count * 4 / 1e3:.1f} kB"
     )
+    assert num_held(model) == num_held(tiny_model("dense", **sizes))
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path):
