@@ -1,6 +1,7 @@
 """What a configuration asks for that this version cannot do, and what it says that does nothing here."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from erniekit.config.compat import DATA, RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
@@ -64,13 +65,18 @@ def notes(cfg: Config, command: str) -> list[str]:
     found += _one_process(cfg, command)
     found += _lora(cfg, command)
     found += _preference(cfg, command)
-    if cfg.logging_dir and cfg.report_to == "none" and command == "train":
-        found.append("logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir")
-    if not cfg.recompute and command == "train" and (cfg.no_recompute_layers or cfg.use_recompute_moe):
-        found.append("no_recompute_layers, use_recompute_moe: no effect: recompute is False")
-    if cfg.warmup_steps and cfg.warmup_ratio:
-        found.append(f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides")
+    found += _overruled(cfg, command)
     return found
+
+
+def _overruled(cfg: Config, command: str) -> Iterator[str]:
+    """Keys that another key makes pointless."""
+    if cfg.logging_dir and cfg.report_to == "none" and command == "train":
+        yield "logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir"
+    if not cfg.recompute and command == "train" and (cfg.no_recompute_layers or cfg.use_recompute_moe):
+        yield "no_recompute_layers, use_recompute_moe: no effect: recompute is False"
+    if cfg.warmup_steps and cfg.warmup_ratio:
+        yield f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides"
 
 
 def _one_process(cfg: Config, command: str) -> list[str]:
@@ -105,22 +111,27 @@ def _preference(cfg: Config, command: str) -> list[str]:
     """Keys of preference data and losses in other stages, and what those losses make pointless."""
     if command not in DATA:
         return []
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    if cfg.stage != "DPO":
-        given = [f.name for f in dataclasses.fields(PreferenceArgs) if vars(cfg)[f.name] != f.default]
-        return [f"{', '.join(given)}: no effect: read only with stage: DPO"] if given else []
-    found = [f"{n}: no effect: stage DPO: {why}" for n, why in _NOT_IN_DPO.items() if vars(cfg)[n] != defaults[n]]
-    free = cfg.reference_free or cfg.loss_type in ("simpo", "or", "orpo")
-    why = f"loss_type {cfg.loss_type} and reference_free: {cfg.reference_free} ask for no reference" if free else ""
-    if not why and cfg.fine_tuning == "LoRA":
+    if cfg.stage == "DPO":
+        defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+        found = [f"{n}: no effect: stage DPO: {why}" for n, why in _NOT_IN_DPO.items() if vars(cfg)[n] != defaults[n]]
+        return [*found, *_reference(cfg)]
+    given = [field.name for field in dataclasses.fields(PreferenceArgs) if vars(cfg)[field.name] != field.default]
+    return [f"{', '.join(given)}: no effect: read only with stage: DPO"] if given else []
+
+
+def _reference(cfg: Config) -> Iterator[str]:
+    """Keys about a reference that the loss does not have, or that cannot move, and about lengths."""
+    why = ""
+    if cfg.reference_free or cfg.loss_type in ("simpo", "or", "orpo"):
+        why = f"loss_type: {cfg.loss_type} with reference_free: {cfg.reference_free} has no reference"
+        if cfg.ref_logps_cache:
+            yield f"ref_logps_cache: no effect: {why}"
+    elif cfg.fine_tuning == "LoRA":
         why = "the reference is the model without its adapter"
     if why and cfg.ref_model_update_steps > 0:
-        found.append(f"ref_model_update_steps: no effect: {why}")
-    if free and cfg.ref_logps_cache:
-        found.append(f"ref_logps_cache: no effect: {why}")
+        yield f"ref_model_update_steps: no effect: {why}"
     if cfg.loss_type in ("simpo", "or", "orpo", "ipo") and cfg.normalize_logps:
-        found.append(f"normalize_logps: no effect: {cfg.loss_type} averages over tokens by itself")
-    return found
+        yield f"normalize_logps: no effect: loss_type: {cfg.loss_type} averages over tokens by itself"
 
 
 def _other_data(cfg: Config, command: str) -> list[str]:
