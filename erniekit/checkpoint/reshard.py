@@ -75,17 +75,18 @@ class Shares:
         return tuple(sizes)
 
     @paddle.no_grad()
-    def gather(self, name: str, tensor: paddle.Tensor) -> np.ndarray | None:
-        """A share as fp32 on the host -> what `writes` says: the whole tensor, or the rows of this rank's experts; None
+    def gather(self, name: str, share: paddle.Tensor | np.ndarray) -> np.ndarray | None:
+        """A share -> what `writes` says, fp32 on the host: the whole tensor, or the rows of this rank's experts; None
         where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same order.
         """
         cut = self.cut(name)
         if cut is None or cut.over == "experts":
-            return to_numpy(tensor) if self.writes(name) else None
+            return (share if isinstance(share, np.ndarray) else to_numpy(share)) if self.writes(name) else None
         if self.is_repeated(name) or self.mesh.data != 0:
             return None
         group = self.mesh.tensor_group
-        shares = to_numpy(comm.all_gather(tensor.detach(), group)).reshape([group.size, *tensor.shape])
+        tensor = paddle.to_tensor(share) if isinstance(share, np.ndarray) else share.detach()
+        shares = to_numpy(comm.all_gather(tensor, group)).reshape([group.size, *share.shape])
         return join(list(shares), cut) if self.writes(name) else None
 
     def take(self, name: str, whole: np.ndarray) -> np.ndarray:

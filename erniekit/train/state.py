@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
@@ -79,45 +78,37 @@ def optimizer_portion(optimizer: AdamW, shares: Shares) -> Portion:
     hold "parameter/key[begin:end]", the rows from begin to end.
     """
     plan: Plan = []
-    entries = []
-    for name, fields in optimizer.state.items():
-        local = tuple(optimizer.parameters[name].shape)
-        rows = shares.rows(name, local)
-        for key, tensor in fields.items():
-            entries.append((name, key, tensor))
-            if not shares.writes(name):
-                continue
-            if key not in POWERS:
-                shape = shares.whole_shape(name, local) if rows is None else local
-                plan.append((_name(name, key, rows), "F32", shape))
-            elif rows is None or rows[0] == 0:
-                plan.append((_name(name, key), "F32", (1,)))
-    mine = {stored for stored, _, _ in plan}
+    stored: dict[str, str] = {}  # our name -> that of what this rank holds, in files
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        rows = None if key in POWERS else shares.rows(name, local)
+        stored[entry] = entry + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+        if _writes(shares, entry, optimizer):
+            shape = local if rows or key in POWERS else shares.whole_shape(name, local)
+            plan.append((stored[entry], "F32", shape))
 
     def tensors() -> Iterator[tuple[str, np.ndarray | None]]:
-        for name, key, tensor in entries:
-            if key in POWERS:
-                stored = _name(name, key)
-                yield stored, tensor.numpy() if stored in mine else None
-            else:
-                rows = shares.rows(name, optimizer.parameters[name].shape)
-                yield _name(name, key, rows), _gathered(optimizer, shares, name, tensor)
+        for entry in stored:
+            yield stored[entry], _gathered(optimizer, shares, entry)
 
-    return Portion(OPTIMIZER_DIR, plan, tensors(), lambda stored, array: [(stored, array)], {"format": "pt"})
+    return Portion(OPTIMIZER_DIR, plan, tensors(), lambda name, array: [(name, array)], {"format": "pt"})
 
 
-def _name(parameter: str, key: str, rows: tuple[int, int] | None = None) -> str:
-    return f"{parameter}/{key}" + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
+    """Whether this rank writes an entry; the powers of the betas, equal for all rows of experts, go with the first."""
+    name, _, key = entry.rpartition("/")
+    rows = shares.rows(name, optimizer.parameters[name].shape)
+    return shares.writes(name) and (key not in POWERS or rows is None or rows[0] == 0)
 
 
-def _gathered(optimizer: AdamW, shares: Shares, name: str, tensor: paddle.Tensor) -> np.ndarray | None:
-    """What `shares.writes` says, from the chunks of the ranks that share the state; None where another writes it."""
-    placement = optimizer.sync.entries[name].placement
-    if shares.is_repeated(name) or placement.replica.index > 0:
+def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None:
+    """What this rank writes of an entry, from the chunks of the ranks that share it; None where another writes it."""
+    name, _, key = entry.rpartition("/")
+    if key in POWERS:
+        return optimizer.state_array(entry) if _writes(shares, entry, optimizer) else None
+    if shares.is_repeated(name) or optimizer.sync.entries[name].placement.replica.index > 0:
         return None
-    if placement.shard.size > 1:
-        tensor = paddle.to_tensor(optimizer.sync.gather(name, tensor))
-    return shares.gather(name, tensor)
+    return shares.gather(name, optimizer.state_array(entry))
 
 
 def read_state(directory: Path) -> TrainState:
@@ -156,9 +147,9 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     """
     stored = StoredState(directory / OPTIMIZER_DIR)
     wanted: dict[str, Shape] = {}
-    for name, fields in optimizer.state.items():
-        shape = shares.whole_shape(name, optimizer.parameters[name].shape)
-        wanted |= {_name(name, key): (1,) if key in POWERS else shape for key in fields}
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        wanted[entry] = local if key in POWERS else shares.whole_shape(name, local)
     # Of what this rank does not hold, other ranks judge.
     found = {name: stored.shape(name) for name in stored.keys() if name in wanted or shares.part == WHOLE}  # noqa: SIM118
     if wanted != found:
@@ -167,15 +158,12 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
             f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
             "on with the weights alone."
         )
-    for name, fields in optimizer.state.items():
-        rows = shares.rows(name, optimizer.parameters[name].shape)
-        for key in fields:
-            entry = _name(name, key)
-            if key in POWERS:
-                optimizer.load_state_array(entry, stored.read(entry))
-            else:
-                share = shares.take(name, stored.read(entry, rows))
-                optimizer.load_state_array(entry, optimizer.sync.scatter(name, share))
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        if key in POWERS:
+            optimizer.load_state_array(entry, stored.read(entry))
+        else:
+            optimizer.load_state_array(entry, shares.take(name, stored.read(entry, shares.rows(name, local))))
 
 
 class StoredState:

@@ -1,0 +1,92 @@
+"""The optimizer's state on disk: whole tensors, or rows of experts put together again."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny_models import tiny_model
+
+from erniekit.checkpoint.reshard import Shares
+from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.parallel.sharding import GradientSync
+from erniekit.train.optim import AdamW, ParamRule
+from erniekit.train.state import OPTIMIZER_DIR, StoredState, load_optimizer, optimizer_portion
+from erniekit.utils.errors import CheckpointError
+
+EXPERTS = "model.layers.1.mlp.experts.down_proj.weight/moment1"
+
+
+def optimizer_of(model, value=None):
+    rules = dict.fromkeys((name for name, _ in model.named_parameters()), ParamRule(1.0, 0.0))
+    optimizer = AdamW(GradientSync.single(model.named_parameters()), rules, 0.9, 0.95, 1e-8)
+    if value is not None:
+        rng = np.random.default_rng(value)
+        for key, array in optimizer.state_arrays().items():
+            optimizer.load_state_array(key, rng.random(array.shape, np.float32))
+    return optimizer
+
+
+def write(directory, tensors):
+    plan = [(name, "F32", array.shape) for name, array in tensors.items()]
+    with Writer(directory, plan) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+
+
+def test_one_process_writes_one_file_of_whole_tensors_and_reads_it_back(tmp_path):
+    model = tiny_model("moe")
+    optimizer = optimizer_of(model, 1)
+    optimizer_portion(optimizer, Shares.alone()).write(tmp_path)
+    expected = optimizer.state_arrays()
+    assert [path.name for path in (tmp_path / OPTIMIZER_DIR).iterdir()] == ["model.safetensors"]
+    assert Reader(tmp_path / OPTIMIZER_DIR).keys() == list(expected)
+    again = optimizer_of(model)
+    load_optimizer(tmp_path, again, Shares.alone())
+    for key, array in again.state_arrays().items():
+        np.testing.assert_array_equal(array, expected[key])
+
+
+def in_pieces(tensors, *bounds):
+    """`tensors` with EXPERTS cut at `bounds`."""
+    whole = tensors[EXPERTS]
+    pieces = {f"{EXPERTS}[{a}:{b}]": whole[a:b] for a, b in itertools.pairwise(bounds)}
+    return {name: array for name, array in tensors.items() if name != EXPERTS} | pieces
+
+
+@pytest.mark.parametrize("bounds", [(0, 2, 4), (0, 1, 2, 3, 4), (0, 3, 4)])
+def test_rows_that_several_ranks_wrote_are_put_together(tmp_path, bounds):
+    model = tiny_model("moe")
+    expected = optimizer_of(model, 1).state_arrays()
+    write(tmp_path / OPTIMIZER_DIR, in_pieces(expected, *bounds))
+    again = optimizer_of(model)
+    load_optimizer(tmp_path, again, Shares.alone())
+    for key, array in again.state_arrays().items():
+        np.testing.assert_array_equal(array, expected[key])
+    stored = StoredState(tmp_path / OPTIMIZER_DIR)
+    for begin in range(4):
+        for end in range(begin + 1, 5):
+            np.testing.assert_array_equal(stored.read(EXPERTS, (begin, end)), expected[EXPERTS][begin:end])
+
+
+def test_only_the_rows_that_are_wanted_are_read(tmp_path, monkeypatch):
+    expected = optimizer_of(tiny_model("moe"), 1).state_arrays()
+    write(tmp_path, in_pieces(expected, 0, 2, 4))
+    stored, read = StoredState(tmp_path), []
+    real = stored.reader.read
+    monkeypatch.setattr(stored.reader, "read", lambda name, rows: read.append((name, rows)) or real(name, rows=rows))
+    stored.read(EXPERTS, (3, 4))
+    assert read == [(f"{EXPERTS}[2:4]", (1, 2))]
+
+
+@pytest.mark.parametrize("bounds", [(1, 4), (0, 2, 3)])
+def test_missing_rows_are_an_error(tmp_path, bounds):
+    model = tiny_model("moe")
+    write(tmp_path / OPTIMIZER_DIR, in_pieces(optimizer_of(model, 1).state_arrays(), *bounds))
+    with pytest.raises(CheckpointError, match=r"leave gaps or overlap|does not fit this model"):
+        load_optimizer(tmp_path, optimizer_of(model), Shares.alone())
+
+
+def test_state_of_another_model_is_refused_by_name(tmp_path):
+    write(tmp_path / OPTIMIZER_DIR, optimizer_of(tiny_model("moe"), 1).state_arrays())
+    with pytest.raises(CheckpointError, match=r"does not fit this model.*mlp\.(experts|gate|up_gate).*ignore_load_lr"):
+        load_optimizer(tmp_path, optimizer_of(tiny_model("dense")), Shares.alone())
