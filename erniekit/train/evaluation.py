@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -18,6 +19,8 @@ from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.recipes.base import Recipe, Term
 from erniekit.train.stage import input_shape, run_chunk
 from erniekit.utils.errors import TrainError
+
+_COUNT = "count "  # before a divisor's name, among sums
 
 
 class ScoreStage:
@@ -52,19 +55,44 @@ class ScoreStage:
         """Nothing goes backward here."""
 
 
+@dataclass
+class TermSums:
+    """A recipe's terms summed over microbatches, by name, with the divisor and weight of each; and the divisors, under
+    names that begin with _COUNT.
+    """
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    kinds: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+
+    def add_terms(self, terms: dict[str, Term]) -> None:
+        """Add a microbatch's terms."""
+        for name, term in terms.items():
+            self.sums[name] += float(term.total)
+            self.kinds[name] = (term.divisor, term.weight)
+
+    def add_counts(self, counts: dict[str, float]) -> None:
+        """Add a microbatch's divisors."""
+        for name, count in counts.items():
+            self.sums[_COUNT + name] += count
+
+
 class TermStage(ScoreStage):
-    """The same, but the last stage notes the recipe's `terms` of each microbatch."""
+    """The same, but the last stage adds up the recipe's terms."""
 
     def __init__(
-        self, model: CausalLM, recipe: Recipe, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch]
+        self,
+        model: CausalLM,
+        recipe: Recipe,
+        chunks: Sequence[Sequence[int]],
+        microbatches: Sequence[FlatBatch],
+        found: TermSums,
     ) -> None:
         super().__init__(model, chunks, microbatches)
-        self.recipe = recipe
-        self.terms: list[dict[str, Term]] = []
+        self.recipe, self.found = recipe, found
 
     def score_hidden(self, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch) -> None:
-        """Note the microbatch's terms."""
-        self.terms.append(self.recipe.head_terms(self.model, x_TD, documents, batch))
+        """Add the microbatch's terms."""
+        self.found.add_terms(self.recipe.head_terms(self.model, x_TD, documents, batch))
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -95,27 +123,21 @@ def _run(run: Run, stage: ScoreStage) -> None:
 
 
 def _recipe_terms(run: Run) -> dict[str, float]:
-    """The recipe's terms and metrics, each over its own divisor, and "loss", their weighted sum."""
-    sums: dict[str, float] = defaultdict(float)
-    kinds: dict[str, tuple[str, float | None]] = {}
+    """The recipe's metrics, each over its own divisor, and "loss", the weighted sum of its terms."""
+    found = TermSums()
     for taken in _groups(run):
         prepared = run.recipe.prepare(taken)
-        for batch in prepared if run.mesh.pipe == 0 else ():  # every stage has the same batches
-            for name, count in run.recipe.counts(batch).items():
-                sums[f"count {name}"] += count
-        stage = TermStage(run.model, run.recipe, run.chunks, prepared)
-        _run(run, stage)
-        for terms in stage.terms:
-            for name, term in terms.items():
-                sums[name] += float(term.total)
-                kinds[name] = (term.divisor, term.weight)
-    kinds = {name: kind for part in comm.gather_objects(kinds, run.mesh.world_group) for name, kind in part.items()}
-    names = sorted({*kinds, *(f"count {divisor}" for divisor, _ in kinds.values())})
-    values = np.array([sums[name] for name in names])
-    total = dict(zip(names, _over_ranks(run, values), strict=True))
-    if not kinds or not total["count pairs"]:
+        if run.mesh.pipe == 0:  # every stage has the same batches
+            for batch in prepared:
+                found.add_counts(run.recipe.counts(batch))
+        _run(run, TermStage(run.model, run.recipe, run.chunks, prepared, found))
+    everywhere = comm.gather_objects(found.kinds, run.mesh.world_group)
+    kinds = {name: (_COUNT + divisor, weight) for part in everywhere for name, (divisor, weight) in part.items()}
+    names = sorted({*kinds, *(divisor for divisor, _ in kinds.values())})
+    total = dict(zip(names, _over_ranks(run, np.array([found.sums[name] for name in names])), strict=True))
+    if not any(total[divisor] for divisor, _ in kinds.values()):
         raise TrainError("eval_dataset_path: the evaluation data holds no pair of answers")
-    means = {name: total[name] / max(total[f"count {divisor}"], 1.0) for name, (divisor, _) in kinds.items()}
+    means = {name: total[name] / max(total[divisor], 1.0) for name, (divisor, _) in kinds.items()}
     loss = sum(means[name] * weight for name, (_, weight) in kinds.items() if weight is not None)
     return {"loss": loss} | {name: means[name] for name, (_, weight) in kinds.items() if weight is None}
 

@@ -148,7 +148,6 @@ def test_each_command_needs_only_its_own_keys():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"stage": "DPO"}, "stage: DPO (preference optimisation)"),
         ({"stage": "VL-SFT"}, "stage: VL-SFT (vision-language models)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree: 2 (tensor parallelism)"),
@@ -181,7 +180,7 @@ def test_values_that_ask_for_nothing_are_not_refused(given):
 
 
 def test_refusals_are_of_the_command():
-    given = {"tensor_parallel_degree": 8, "stage": "DPO", "hf_hub_id": "me/model"}
+    given = {"tensor_parallel_degree": 8, "stage": "VL-SFT", "hf_hub_id": "me/model"}
     asked = cfg("export", **given)
     assert [line.partition(":")[0] for line in unsupported(asked, "export")] == ["hf_hub_id"]
     assert any(note.startswith("tensor_parallel_degree: no effect: `export`") for note in asked.notes)
@@ -269,3 +268,27 @@ def test_values_that_ask_for_nothing():
     rule = Later("x", safe=(1, "o0"))
     assert not any(rule.asks(value) for value in (None, "", "none", 0, False, "False", "0.0", 1, "1", True, "O0", []))
     assert all(rule.asks(value) for value in (2, "2", 0.1, "stage2", [1]))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"beta": 0.2, "max_prompt_len": 9}, ["max_prompt_len, beta: no effect: read only with stage: DPO"]),
+        ({"stage": "DPO", "beta": 0.2}, []),
+        ({"stage": "DPO", "num_nextn_predict_layers": 1}, ["num_nextn_predict_layers: no effect: stage DPO: prefer"]),
+        (
+            {"stage": "DPO", "reference_free": True, "ref_logps_cache": "x"},
+            ["ref_logps_cache: no effect: loss_type: s"],
+        ),
+        ({"stage": "DPO", "loss_type": "simpo", "normalize_logps": True}, ["normalize_logps: no effect: loss_type: s"]),
+        (
+            {"stage": "DPO", "fine_tuning": "LoRA", "ref_model_update_steps": 5},
+            ["ref_model_update_steps: no effect: the reference is the model without its adapter"],
+        ),
+        ({"stage": "DPO", "num_comparisons": 6}, ["num_comparisons: no effect: a record of preference data has two"]),
+    ],
+)
+def test_preference_keys_that_do_nothing_are_said(given: dict, expected: list):
+    notes = cfg(**given).notes
+    assert len(notes) == len(expected)
+    assert all(note.startswith(text) for note, text in zip(notes, expected, strict=True)), notes
