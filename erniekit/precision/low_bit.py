@@ -1,7 +1,8 @@
 """Frozen weights in 8 or 4 bits under a projection: the products forward and backward, without a whole fp32 matrix.
 
-Codes and scales are buffers, so no gradient, optimizer state or checkpoint knows them. The gradient passes to the input
-alone; the backward pass dequantises again instead of keeping anything.
+Codes and scales are neither parameters nor buffers, so no optimizer, checkpoint or comparison of ranks knows them: they
+follow from the base's weights, and each rank quantises its own share. The gradient passes to the input alone; the
+backward pass dequantises again instead of keeping anything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,21 +20,21 @@ from erniekit.precision.weight_only import NF4, Scheme, dequantise, quantise
 _BLOCK = 1 << 21
 
 
-class Matrix(nn.Layer):
+class Matrix:
     """W [in, out] as codes and scales (see weight_only), dequantised by plain operations, some output channels at a
     time. Runs on any device.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
-        super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.codes: paddle.Tensor | None = None
+        self.scales: paddle.Tensor | None = None
 
     def fill(self, weight: np.ndarray) -> None:
         """Take the values of `weight` [in, out] fp32. Raises ValueError where one is not finite."""
         assert weight.shape == (self.in_features, self.out_features), (weight.shape, self.in_features)
         codes, scales = quantise(weight, self.scheme)
-        self.register_buffer("codes", paddle.to_tensor(codes), persistable=False)
-        self.register_buffer("scales", paddle.to_tensor(scales), persistable=False)
+        self.codes, self.scales = paddle.to_tensor(codes), paddle.to_tensor(scales)
 
     def times(self, x: paddle.Tensor) -> paddle.Tensor:
         """x W: [R, in] -> [R, out]."""
@@ -77,9 +78,7 @@ class KernelMatrix(Matrix):
         if not np.isfinite(weight).all():
             raise ValueError("a weight is not finite")
         whole = paddle.to_tensor(weight).astype("bfloat16")
-        codes, scales = weight_quantize(whole, algo=self._algorithm, group_size=self._group)
-        self.register_buffer("codes", codes, persistable=False)
-        self.register_buffer("scales", scales, persistable=False)
+        self.codes, self.scales = weight_quantize(whole, algo=self._algorithm, group_size=self._group)
 
     def times(self, x: paddle.Tensor) -> paddle.Tensor:
         """See Matrix."""
@@ -114,7 +113,7 @@ class LowBitWeight(nn.Layer):
         *stacked, num_in, num_out = shape
         self.shape, self.scheme = tuple(shape), scheme
         kind = KernelMatrix if KernelMatrix.fits(num_in, num_out, scheme) else Matrix
-        self.matrices = nn.LayerList([kind(num_in, num_out, scheme) for _ in range(stacked[0] if stacked else 1)])
+        self.matrices = [kind(num_in, num_out, scheme) for _ in range(stacked[0] if stacked else 1)]
 
     def fill(self, place: int, weight: np.ndarray) -> None:
         """Quantise the values of matrix `place` (0, or the number of a local expert): [in, out] fp32."""
@@ -136,7 +135,8 @@ class LowBitWeight(nn.Layer):
 
     def num_bytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(buffer.element_size() * buffer.size for buffer in self.buffers())
+        held = (tensor for matrix in self.matrices for tensor in (matrix.codes, matrix.scales))
+        return sum(tensor.element_size() * tensor.size for tensor in held)
 
 
 class _Product(PyLayer):

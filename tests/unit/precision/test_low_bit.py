@@ -37,6 +37,7 @@ def test_linear(scheme: Scheme, shape: tuple[int, int], block: int, monkeypatch:
     layer.low_bit = filled(weight, scheme)
     del layer.weight
     assert [name for name, _ in layer.named_parameters()] == ["bias"] and list(layer.state_dict()) == ["bias"]
+    assert not list(layer.named_buffers())
     x_t = paddle.to_tensor(x, stop_gradient=False)
     y = layer(x_t)
     (y * paddle.to_tensor(upstream)).sum().backward()
