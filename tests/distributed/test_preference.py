@@ -1,0 +1,62 @@
+"""Preference optimisation on N ranks does what it does on one: losses, rewards, norms and weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from equality import compare, keys_for, prepare, train_some
+from worlds import World
+
+TOLERANCE = 1e-5  # as in test_equality
+LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
+PIPE2, TENSOR2 = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
+MOVING = {"ref_model_update_steps": 2, "sft_loss_ratio": 0.3}
+KTO = {"loss_type": "kto_pair", "normalize_logps": True}
+
+TWO = {
+    "dense-dp2-moving": ("dense", {"data_parallel_degree": 2}, MOVING),
+    "dense-dp2-kto": ("dense", {"data_parallel_degree": 2}, KTO),
+    "moe-ep2": ("moe", {"expert_parallel_degree": 2}, {}),
+    "untied-tp2-sp": ("untied", TENSOR2 | {"sequence_parallel": True}, {}),
+    "moe-pp2-kto": ("moe", PIPE2, KTO),
+    "dense-pp2-cached": ("dense", PIPE2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
+    "moe-ep2-cached": ("moe", {"expert_parallel_degree": 2}, {"ref_logps_cache": "cache.npz"}),
+    "moe-lora-pp2": ("moe", PIPE2, LORA),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("preference")
+    prepare(path)
+    lines = [
+        {
+            "src": [f"{a}加{b}" + "等于？" * (1 + a * b % 3)],
+            "response": [[str(a + b)], [f"是{a + b}"]],
+            "sort": [a, a + 1],
+        }
+        for a in range(9)
+        for b in range(9)
+    ]
+    (path / "train.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    return path
+
+
+alone: dict[str, dict] = {}
+
+
+@pytest.mark.parametrize("layout", TWO)
+def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
+    model, degrees, method = TWO[layout]
+    keys = {"stage": "DPO"} | method
+    if "ref_logps_cache" in keys:
+        keys["ref_logps_cache"] = str(directory / layout / "cache.npz")
+    name = f"{model} {method}"
+    if name not in alone:
+        alone[name] = train_some(keys_for(str(directory), model, rows=2, **keys))
+    if "ref_logps_cache" in keys:
+        Path(keys["ref_logps_cache"]).unlink()  # so that the two ranks compute it themselves
+    data_ranks = 1 if degrees.keys() & {"pipeline_parallel_degree", "tensor_parallel_degree"} else 2
+    ranks = world2.run(train_some, keys=keys_for(str(directory), model, data_ranks, **keys, **degrees))
+    numbers, weights = compare(ranks, alone[name])
+    assert numbers < TOLERANCE and weights < TOLERANCE
