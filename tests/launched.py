@@ -12,12 +12,14 @@ from pathlib import Path
 VARIABLES = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
 
 
-def start(workspace: Path, *words: str, **environ: str) -> subprocess.Popen:
-    """The command in a process group of its own; two cores are shared, so each worker gets one thread."""
+def start(workspace: Path, *words: str, network: str = "", **environ: str) -> subprocess.Popen:
+    """The command in a process group of its own; two cores are shared, so each worker gets one thread. network: the
+    namespace to run it in.
+    """
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "erniekit", "train", str(workspace / "run.yaml"), *words]
     return subprocess.Popen(
-        command,
+        ["ip", "netns", "exec", network, *command] if network else command,
         stderr=subprocess.PIPE,
         text=True,
         env={**clean, "ERNIEKIT_NUM_THREADS": "1", **environ},

@@ -31,8 +31,8 @@ class Sign:
 
     def shown(self) -> str:
         """In a few words."""
-        doing = f"waits in {self.waiting}" if self.waiting else f"is at {self.at or 'an unknown place'}"
-        return f"rank {self.rank} {doing} since {self.idle:.0f} s"
+        doing = f"waits in {self.waiting}," if self.waiting else "is"
+        return f"rank {self.rank} {doing} at {self.at or 'an unknown place'} since {self.idle:.0f} s"
 
 
 def diagnose(signs: Iterable[Sign], limit: float) -> tuple[int, str] | None:

@@ -1,8 +1,11 @@
 """Ranks that die or hang, hosts that vanish, schedulers that want the machine back: while a model really trains."""
 
 import os
+import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import fake_job
 import launched
@@ -12,6 +15,7 @@ import pytest
 import erniekit
 from erniekit.checkpoint.safetensors import Reader
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 TWO = "data_parallel_degree=2"
 LONG = "max_steps=100000"
@@ -42,19 +46,34 @@ def test_a_killed_rank_ends_the_job(workspace, rank):
     print(f"killed rank {rank}: the job ended after {seconds:.1f} s")
 
 
-def test_a_stopped_rank_ends_the_job_within_the_default_limit(workspace):
-    process = launched.start(workspace, TWO, LONG)
+LOOPS_AT_SIGUSR1 = """
+import signal
+def endless(number, frame):
+    while True:
+        pass
+signal.signal(signal.SIGUSR1, endless)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(signal.SIGSTOP, "it is stopped (SIGSTOP"), (signal.SIGUSR1, "in endless since")],
+    ids=["stopped", "looping"],
+)
+def test_a_rank_that_hangs_ends_the_job_within_the_default_limit(workspace, number, why):
+    (workspace / "sitecustomize.py").write_text(LOOPS_AT_SIGUSR1)
+    process = launched.start(workspace, TWO, LONG, PYTHONPATH=f"{workspace}:{ROOT}")
     launched.wait_for(workspace / "out" / "checkpoint-2", process)
     pids = launched.workers(process)
     began = time.monotonic()
-    os.kill(pids[1], signal.SIGSTOP)
+    os.kill(pids[1], number)
     code, said = launched.finish(process)
     seconds = time.monotonic() - began
     assert code == 1
     assert seconds < 30
-    assert "rank 1 on " in said and "hangs: no sign of life" in said and "SIGSTOP" in said
+    assert "rank 1 on " in said and "hangs: " in said and why in said, said
     fake_job.assert_gone(pids.values())
-    print(f"stopped rank: the job ended after {seconds:.1f} s")
+    print(f"{number.name}: the job ended after {seconds:.1f} s")
 
 
 def test_a_killed_rank_and_a_restart_lose_nothing(workspace):
@@ -110,3 +129,57 @@ def test_an_elastic_job_goes_on_without_a_host(workspace):
     )
     losses = [record["loss"] for record in launched.steps_of(workspace / "out")]
     np.testing.assert_allclose(losses, [record["loss"] for record in whole.history], rtol=1e-5)
+
+
+def can_make_networks() -> bool:
+    """Network namespaces need root and iproute2."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"erniekit-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", name], check=False).returncode == 0
+
+
+@pytest.fixture
+def networks():
+    """Two network namespaces with a cable between them: 10.99.0.1 and 10.99.0.2."""
+    if not can_make_networks():
+        pytest.skip("network namespaces are not allowed here")
+    number = os.getpid()
+    names = [f"erniekit-{letter}-{number}" for letter in "ab"]
+    cables = [f"ek{letter}{number}" for letter in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for place, (name, cable) in enumerate(zip(names, cables), 1):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.99.0.{place}/24", "dev", cable)
+            for each in ("lo", cable):
+                ip("-n", name, "link", "set", each, "up")
+        yield names, lambda: ip("-n", names[1], "link", "set", cables[1], "down")
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_hosts_and_a_cut_cable(workspace, networks):
+    """Nothing tells a host that packets no longer arrive: both notice by themselves, and end."""
+    names, cut = networks
+    environ = {"NNODES": "2", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "8080"}
+    words = (TWO, LONG, "distributed_timeout=8")
+    hosts = [launched.start(workspace, *words, network=name, **environ) for name in names]
+    launched.wait_for(workspace / "out" / "checkpoint-2", hosts[0])
+    began = time.monotonic()
+    cut()
+    ends = [launched.finish(host) for host in hosts]
+    seconds = time.monotonic() - began
+    assert [code for code, _ in ends] == [1, 1]
+    assert "rank 1 on " in ends[0][1] and "(10.99.0.2) is lost with its host" in ends[0][1]
+    assert "the first host cannot be reached" in ends[1][1]
+    assert seconds < 20
+    print(f"cut cable, distributed_timeout 8: both hosts ended after {seconds:.1f} s")
