@@ -129,7 +129,12 @@ class CheckpointManager:
         self.wait()
         staging = Path(on_first(self.group, lambda: str(staging_of(target))))
         guard = functools.partial(disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.")
-        Save(target.name, staging, portions, add, lambda: move_staged(staging, target), self.group, guard).run()
+
+        def commit() -> None:
+            move_staged(staging, target)
+            shutil.rmtree(staging, ignore_errors=True)
+
+        Save(target.name, staging, portions, add, commit, self.group, guard).run()
 
     def wait(self) -> None:
         """Wait for a save in the background; raises what went wrong with it, on every rank. All ranks call it."""
