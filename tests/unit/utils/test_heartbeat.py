@@ -1,0 +1,84 @@
+"""The records of a worker, read as its agent reads them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import os, sys, threading, time
+from pathlib import Path
+from erniekit.utils import heartbeat
+path = Path(sys.argv[1])
+heartbeat.start(path, os.getppid())
+"""
+
+
+@pytest.fixture
+def beat(tmp_path: Path):
+    """Run lines in a process that beats; its last record, and its error if it left one."""
+
+    def run(code: str) -> tuple[dict, dict | None]:
+        path = tmp_path / "0-1"
+        done = subprocess.run(
+            [sys.executable, "-c", PREAMBLE + code, str(path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        error = path.with_suffix(".error")
+        return json.loads(path.read_text()), json.loads(error.read_text()) if error.exists() else None
+
+    return run
+
+
+WRITE = "heartbeat._worker.write()\n"
+
+
+def test_without_an_agent_nothing_happens():
+    code = "from erniekit.utils import heartbeat as h; h.step(1); h.waiting('x'); print(h.fail('text'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_it_beats_by_itself(beat):
+    first, _ = beat("")
+    later, _ = beat("time.sleep(1.5)\n")
+    assert first["phase"] == "start" and first["step"] == 0
+    assert later["time"] - later["since"] >= 1.0
+
+
+def test_a_step_is_on_record_at_once(beat):
+    record, _ = beat("heartbeat.step(3)\n")
+    assert (record["step"], record["phase"], record["waiting"]) == (3, "training", None)
+    assert record["at"].startswith("<string>:")
+
+
+def test_the_main_threads_waits_count_and_no_others(beat):
+    record, _ = beat(f"heartbeat.waiting('all_reduce')\n{WRITE}")
+    assert record["waiting"] == "all_reduce"
+    other = "t = threading.Thread(target=heartbeat.waiting, args=('a save',)); t.start(); t.join()\n"
+    record, _ = beat(f"heartbeat.step(1)\n{other}{WRITE}")
+    assert record["waiting"] is None
+
+
+def test_the_longest_silence_is_of_steps_and_not_of_saves(beat):
+    record, _ = beat(
+        "heartbeat.step(1); time.sleep(0.2); heartbeat.waiting('x'); heartbeat.waiting(None)\n"
+        "with heartbeat.phase('a save'):\n    heartbeat.waiting('y'); time.sleep(0.6); heartbeat.waiting(None)\n"
+        f"heartbeat.step(2)\n{WRITE}"
+    )
+    assert 0.2 <= record["longest"] < 0.6
+    assert record["phase"] == "training"
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_an_error_while_waiting_blames_a_peer(beat, waiting):
+    _, error = beat(f"heartbeat.step(2)\nheartbeat.waiting('recv' if {waiting} else None)\nheartbeat.fail('text')\n")
+    assert error is not None
+    assert (error["text"], error["by_peer"], error["step"]) == ("text", waiting, 2)
+
+
+def test_only_the_rank_that_streams_leaves_its_words_to_the_agent(beat):
+    beat("assert heartbeat.fail('text') is False\n")
+    beat("heartbeat._worker.streams = True\nassert heartbeat.fail('text') is True\n")
