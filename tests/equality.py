@@ -35,6 +35,11 @@ ROWS = 8  # of an optimizer step, over all data ranks
 
 def prepare(directory: Path) -> None:
     """Models `dense` and `moe` (tied) and `untied`, and questions of unequal length; some rows carry little loss."""
+    from erniekit.checkpoint.model_io import save_model
+    from erniekit.models.config import ModelConfig
+    from erniekit.models.decoder import CausalLM
+    from erniekit.models.initial import draw
+
     for name, source, changes in (
         ("dense", "tiny-dense", {}),
         ("untied", "tiny-dense", {"tie_word_embeddings": False, "use_bias": True}),
@@ -43,6 +48,9 @@ def prepare(directory: Path) -> None:
         shutil.copytree(ROOT / "examples" / "models" / source, directory / name)
         file = directory / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | SIZES | changes))
+        model = CausalLM(ModelConfig.from_dir(directory / name))
+        draw(model, 7)
+        save_model(model, directory / name)
     lines = [
         {"src": [f"{a}加{b}" + "等于几？" * (1 + a * b % 5)], "tgt": [str(a + b)]} for a in range(12) for b in range(9)
     ]

@@ -6,6 +6,7 @@ holds the expert. So a tensor rank's output is a partial sum. Legend: E experts,
 R rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,19 +51,26 @@ class ExpertRanks:
         """Which (token, expert) pairs this tensor rank takes [T, K]."""
         return experts_TK // num_local % self.tensor.size == self.tensor.index
 
-    def apply(self, experts: Experts, rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
-        """Rows sorted by expert [R, D] through the experts, wherever these are: [R, D] in the same order."""
+    def start(self, experts: Experts, rows: paddle.Tensor, assignment: Assignment) -> Callable[[], paddle.Tensor]:
+        """Send rows sorted by expert [R, D] to the experts, wherever these are; the function that is returned gives
+        what the experts made of them [R, D], in the same order. What is computed before it is called runs beside the
+        journey where the backend allows.
+        """
         num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
         by_share = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
         counts_NL = by_share[:, self.tensor.index]
         if self.expert.size == 1:
-            return experts(rows, counts_NL[0].tolist())
+            return lambda: experts(rows, counts_NL[0].tolist())
         incoming_NL = comm.exchange_counts(counts_NL, self.expert)
         sent, received = counts_NL.sum(axis=1).tolist(), incoming_NL.sum(axis=1).tolist()
-        order = expert_major(incoming_NL)
-        rows = comm.exchange_rows(rows, sent, received, self.expert)
-        rows = experts(permute(rows, order), incoming_NL.sum(axis=0).tolist())
-        return comm.exchange_rows(permute(rows, np.argsort(order)), received, sent, self.expert)
+        arrive = comm.start_exchange_rows(rows, sent, received, self.expert)
+
+        def finish() -> paddle.Tensor:
+            order = expert_major(incoming_NL)
+            done = experts(permute(arrive(), order), incoming_NL.sum(axis=0).tolist())
+            return comm.exchange_rows(permute(done, np.argsort(order)), received, sent, self.expert)
+
+        return finish
 
 
 def expert_major(counts_NL: np.ndarray) -> np.ndarray:

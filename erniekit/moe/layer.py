@@ -4,7 +4,9 @@ With two modalities (ERNIE 4.5 technical report, "modality-isolated routing") a 
 its group of experts; no token crosses. Shared experts serve both. Legend: T tokens, D model, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, rou
 from erniekit.nn.mlp import SwiGLU
 
 TEXT, VISION = 0, 1
+Finish = Callable[[], paddle.Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,38 +96,40 @@ class MoELayer(nn.Layer):
 
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
-        shared = None if self.shared_experts is None else self.shared_experts(x_TD)
-        if self.ranks is not None:
-            x_TD = self.ranks.enter(x_TD)
-        num_rows, num_tokens = x_TD.shape[0], sum(tokens.row_lengths)
-        x_TD = x_TD if num_rows == num_tokens else x_TD[:num_tokens]
+        all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
+        num_rows, num_tokens = all_TD.shape[0], sum(tokens.row_lengths)
+        all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
         if tokens.modality is None:
-            y, routed = self._routed(x_TD, TEXT, tokens.row_lengths)
+            finish, routed = self._start(all_TD, TEXT, tokens.row_lengths)
             decisions = {TEXT: routed}
         else:
-            y, decisions = self._by_modality(x_TD, tokens)
+            finish, decisions = self._by_modality(all_TD, tokens)
+        # Between start and finish: the shared experts work while tokens travel to the routed ones.
+        shared = None if self.shared_experts is None else self.shared_experts(x_TD)
+        y = finish()
         if num_rows != num_tokens:
             y = paddle.concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
         if self.ranks is not None:
             y = self.ranks.leave(y)
         return y if shared is None else y + shared, decisions
 
-    def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
+    def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
         """Each modality's tokens through its own router and experts. A modality without tokens does not run, unless
         other ranks may need its experts.
         """
-        outputs, places, decisions = [], [], {}
+        finishes, places, decisions = [], [], {}
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.part(modality)
             if len(where) or (self.ranks is not None and self.ranks.expert.size > 1):
                 part = paddle.gather(x_TD, paddle.to_tensor(where))
-                y, decisions[modality] = self._routed(part, modality, row_lengths)
-                outputs.append(y)
+                finish, decisions[modality] = self._start(part, modality, row_lengths)
+                finishes.append(finish)
                 places.append(where)
-        back = np.argsort(np.concatenate(places))
-        return paddle.gather(paddle.concat(outputs), paddle.to_tensor(back)), decisions
+        back = paddle.to_tensor(np.argsort(np.concatenate(places)))
+        return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
 
-    def _routed(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[paddle.Tensor, Routed]:
+    def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
+        """Route the tokens and send them off; the experts' weighted sum [T, D] comes when it is asked for."""
         num_experts = self.sizes.num_experts
         bias = self.moe_statics.e_score_correction_bias[modality]
         agree = None if self.ranks is None else self.ranks.agree
@@ -143,6 +148,7 @@ class MoELayer(nn.Layer):
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)
-        rows = experts(rows, assignment.counts) if self.ranks is None else self.ranks.apply(experts, rows, assignment)
-        y = combine(rows, weights, assignment)
-        return y, Routed(routing, usage, dropped, row_lengths)
+        apply = partial(experts, rows, assignment.counts)
+        if self.ranks is not None:
+            apply = self.ranks.start(experts, rows, assignment)
+        return lambda: combine(apply(), weights, assignment), Routed(routing, usage, dropped, row_lengths)

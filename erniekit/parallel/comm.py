@@ -364,6 +364,19 @@ def exchange_rows(
     return x if group.size == 1 else _ExchangeRows.apply(x, send_counts, recv_counts, group)
 
 
+def start_exchange_rows(
+    x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
+) -> Callable[[], paddle.Tensor]:
+    """`exchange_rows` whose rows travel, where the backend allows, beside what is computed until the function that it
+    returns is called for them. So do their gradients, from where they are asked back.
+    """
+    if group.size == 1:
+        return lambda: x
+    journey = _Journey((send_counts, recv_counts), group)
+    ticket = _Depart.apply(x, journey)
+    return lambda: _Arrive.apply(ticket, journey)
+
+
 class _CopyTo(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
@@ -431,3 +444,44 @@ class _ExchangeRows(PyLayer):
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
         sent, received = ctx.counts
         return all_to_all(dy, received, sent, ctx.group)
+
+
+@dataclass
+class _Journey:
+    """Rows under way, and later their gradients."""
+
+    counts: tuple[Sequence[int], Sequence[int]]
+    group: Group
+    work: Work | None = None
+
+    def wait(self) -> paddle.Tensor:
+        assert self.work is not None
+        work, self.work = self.work, None
+        return work.wait()
+
+
+class _Depart(PyLayer):
+    """Gives a ticket [1], whose only use is that the backward pass comes here after `_Arrive`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
+        ctx.journey = journey
+        journey.work = start_all_to_all(x, *journey.counts, journey.group)
+        return paddle.zeros([1], dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dticket: paddle.Tensor) -> paddle.Tensor:
+        return ctx.journey.wait()
+
+
+class _Arrive(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, ticket: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
+        ctx.journey = journey
+        return journey.wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
+        sent, received = ctx.journey.counts
+        ctx.journey.work = start_all_to_all(dy, received, sent, ctx.journey.group)
+        return paddle.zeros([1], dtype=dy.dtype)

@@ -16,6 +16,8 @@ EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 MTP = {"num_nextn_predict_layers": 1}
+MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
+LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 
 TWO = {
     "dense-dp2": ("dense", DATA2),
@@ -36,6 +38,13 @@ TWO = {
     "dense-pp2-memory": ("dense", PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
     "moe-pp2-recompute": ("moe", PIPE2 | {"recompute": True}),
     "moe-ep2-recompute": ("moe", EXPERT2 | {"recompute": True}),
+    "moe-lora-ep2-sharding": ("moe", EXPERT2 | SHARD2 | LORA),
+    "moe-lora-tp2-sp": ("moe", TENSOR2 | LORA | {"sequence_parallel": True}),
+    "untied-lora-tp2": ("untied", TENSOR2 | LORA),
+    "moe-lora-pp2": ("moe", PIPE2 | LORA),
+    # Whole matrices are quantised here. A tensor rank's share has scales of its own: nearly the same, but not equal.
+    "moe-lora-wint4/8-ep2-sharding": ("moe", EXPERT2 | SHARD2 | LORA | MIXED),
+    "moe-lora-nf4-pp2": ("moe", PIPE2 | LORA | NF4),
 }
 FOUR = {
     "moe-dp2-ep2": ("moe", EXPERT2 | {"data_parallel_degree": 4}),
@@ -67,7 +76,7 @@ alone: dict[str, dict] = {}
 
 
 def check(world: World, directory: Path, model: str, keys: dict[str, object]) -> tuple[float, float]:
-    kept = {name: value for name, value in keys.items() if name in MTP}
+    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED}
     name = f"{model} {kept}"
     if name not in alone:
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **kept))
