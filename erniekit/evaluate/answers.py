@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from erniekit.config import Config
 from erniekit.data.files import load_record
 from erniekit.data.formats import parse_record
+from erniekit.data.record import Sample
 from erniekit.data.sources import Dataset
 from erniekit.evaluate import text_metrics
 from erniekit.generation.decode import decode
@@ -64,6 +65,8 @@ def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Questi
     for number in range(count):
         type_name, raw, where = dataset.record(number)
         sample = parse_record(load_record(raw, where), type_name, where)
+        if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
+            sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
         if sample.kind != "chat":
             raise ConfigError(
                 "predict_with_generate: the evaluation data is pretraining text, which asks nothing. "

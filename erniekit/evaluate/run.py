@@ -14,6 +14,7 @@ from rich.table import Table
 from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
+from erniekit.evaluate.pairs import score_pairs
 from erniekit.generation.load import Opened, open_model
 from erniekit.models.scoring import LARGEST_EXPONENT, score_batches
 from erniekit.utils import log
@@ -26,6 +27,13 @@ _SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
     "token_accuracy": ("token accuracy", "{:.2%}"),
+    "reward_accuracy": ("reward accuracy", "{:.2%}"),
+    "reward_margin": ("reward margin", "{:.4f}"),
+    "reward_chosen": ("reward of the chosen", "{:.4f}"),
+    "reward_rejected": ("reward of the rejected", "{:.4f}"),
+    "logp_chosen": ("log-probability of the chosen", "{:.2f}"),
+    "logp_rejected": ("log-probability of the rejected", "{:.2f}"),
+    "kl": ("log(policy / reference)", "{:.4f}"),
     "exact_match": ("exact match", "{:.2%}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "macro_f1": ("macro F1", "{:.2%}"),
@@ -38,10 +46,11 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """Evaluate the model that `cfg` names (see generation.load.open_model) on eval_dataset_path, or, with dataset_type:
     pretrain and without it, on the second part of `split` of input_dir.
 
-    Always: `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential),
+    `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential),
     `token_accuracy` (share of supervised tokens that are the model's first choice). With predict_with_generate the
     model also answers the last question of each sample, choosing tokens as temperature, top_p and so on say, and the
-    metrics of evaluate.text_metrics are added.
+    metrics of evaluate.text_metrics are added. At stage DPO the first three are evaluate.pairs.score_pairs instead, and
+    an answer is held against the chosen one.
 
     Returns what it writes to `eval_output` or `output_dir`: eval_results.json, and with answers eval_predictions.jsonl,
     a line each. Prints a table. Raises UserError that names the key, file or line.
@@ -53,7 +62,8 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     opened = open_model(cfg, random_start=True)
     predictions: Sequence[Prediction] = ()
     with build_loader(cfg, opened.tokenizer, "eval", template=opened.template) as loader:
-        results = {"model": str(opened.path), **_loss(opened, loader, cfg.max_evaluate_steps)}
+        scores = score_pairs(cfg, opened, loader) if cfg.stage == "DPO" else _loss(opened, loader, cfg)
+        results = {"model": str(opened.path), **scores}
         if cfg.predict_with_generate:
             questions = read_questions(cfg, loader.dataset, opened)
             predictions = answer_questions(cfg, opened, questions)
@@ -77,9 +87,9 @@ def print_table(results: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _loss(opened: Opened, loader: Loader, max_batches: int) -> dict[str, Any]:
+def _loss(opened: Opened, loader: Loader, cfg: Config) -> dict[str, Any]:
     with closing(loader.batches()) as batches:
-        found, num_samples = score_batches(opened.model, batches, max_batches)
+        found, num_samples = score_batches(opened.model, batches, cfg.max_evaluate_steps)
     if not found.num_tokens:
         raise DataError(
             "eval_dataset_path: no token of the evaluation data carries loss. "

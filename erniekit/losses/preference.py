@@ -7,14 +7,18 @@ reference's; c = pi_c - ref_c, r = pi_r - ref_r; z = c - r; b = beta; s = label_
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import paddle
 from paddle.nn.functional import log_sigmoid, relu, sigmoid
+
+from erniekit.config.schema_preference import PreferenceArgs
 
 # Names that other toolkits use for the same loss.
 ALIASES = {"orpo": "or", "exo": "exo_pair", "apo": "apo_zero"}
 AVERAGED = ("ipo", "simpo", "or")  # defined on log-probabilities per token
 REFERENCE_FREE = ("simpo", "or")  # defined without a reference
+METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # that read label_smoothing
 _SMALLEST_SCORE = 1e-6
 
@@ -173,6 +177,30 @@ VARIANTS: dict[str, Callable[[Pairs, Options], paddle.Tensor]] = {
 }
 
 
+def options_of(cfg: PreferenceArgs) -> dict[str, Any]:
+    """The keyword arguments of preference_loss that a configuration gives, but for the two ratios."""
+    return {
+        "loss_type": cfg.loss_type,
+        "beta": cfg.beta,
+        "label_smoothing": cfg.label_smoothing,
+        "offset_alpha": cfg.offset_alpha,
+        "simpo_gamma": cfg.simpo_gamma,
+        "dpop_lambda": cfg.dpop_lambda,
+        "reference_free": not wants_reference(cfg),
+        "normalize_logps": cfg.normalize_logps,
+    }
+
+
+def wants_reference(cfg: PreferenceArgs) -> bool:
+    """Whether the loss that a configuration asks for compares with a reference."""
+    return not cfg.reference_free and ALIASES.get(cfg.loss_type, cfg.loss_type) not in REFERENCE_FREE
+
+
+def sft_ratio_of(cfg: PreferenceArgs) -> float:
+    """Weight of the chosen answers' next-token loss; orpo has it by its paper."""
+    return cfg.sft_loss_ratio or (1.0 if cfg.loss_type == "orpo" else 0.0)
+
+
 def preference_loss(
     policy_chosen: paddle.Tensor,
     policy_rejected: paddle.Tensor,
@@ -228,6 +256,25 @@ def preference_loss(
             raise ValueError("sft_loss_ratio needs chosen_lengths and rejected_lengths")
         loss = loss - sft_loss_ratio * policy_chosen.astype("float32") / lengths[0].mean()
     return loss, (beta * pairs.c).detach(), (beta * pairs.r).detach()
+
+
+def pair_metrics(
+    policy: tuple[paddle.Tensor, paddle.Tensor], rewards: tuple[paddle.Tensor, paddle.Tensor], beta: float
+) -> dict[str, paddle.Tensor]:
+    """What is reported of pairs, each fp32 [pairs], without gradient: the rewards, their difference (margin), whether
+    it is above 0 (accuracy), the policy's log-probabilities (chosen, rejected), and `kl`, the mean of log(policy /
+    reference) over the two answers: how far the policy has gone, measured on the data's answers.
+    """
+    margin = rewards[0] - rewards[1]
+    return {
+        "reward_chosen": rewards[0],
+        "reward_rejected": rewards[1],
+        "reward_margin": margin,
+        "reward_accuracy": (margin > 0).astype("float32"),
+        "logp_chosen": policy[0].detach(),
+        "logp_rejected": policy[1].detach(),
+        "kl": (rewards[0] + rewards[1]) / (2 * beta),
+    }
 
 
 def log_ratios(

@@ -19,6 +19,7 @@ from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
+from erniekit.losses.preference import wants_reference
 from erniekit.models import recompute
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -37,7 +38,7 @@ from erniekit.train.layout import chunk_of, cut_layers, layout_lines, plan_actio
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
-from erniekit.train.recipes.preference import PreferenceRecipe, wants_reference
+from erniekit.train.recipes.preference import PreferenceRecipe
 from erniekit.train.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.train.reference_cache import prepare_cache
 from erniekit.train.schedule import Schedule, build_schedule

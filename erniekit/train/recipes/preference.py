@@ -8,7 +8,7 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE
-from erniekit.losses.preference import ALIASES, REFERENCE_FREE, log_ratios, preference_loss
+from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.attention import Documents
 from erniekit.parallel import comm
@@ -19,29 +19,12 @@ from erniekit.train.recipes.noise import neftune
 from erniekit.train.reference import ForwardPass, Reference, SecondModel, pair_log_probs
 from erniekit.utils import log
 
-METRICS = (
-    "reward_chosen",
-    "reward_rejected",
-    "reward_margin",
-    "reward_accuracy",
-    "logp_chosen",
-    "logp_rejected",
-    "kl",
-)
-
-
-def wants_reference(cfg: Config) -> bool:
-    """Whether the loss that `cfg` asks for compares with a reference."""
-    return not cfg.reference_free and ALIASES.get(cfg.loss_type, cfg.loss_type) not in REFERENCE_FREE
-
 
 class PreferenceRecipe:
     """pref_loss_ratio * mean over pairs of the preference loss + sft_loss_ratio * mean over the chosen answers' tokens
     of -log p.
 
-    Beside them it reports, as means over pairs: the rewards beta * log(policy / reference) of both answers, their
-    difference (margin) and how often it is above 0 (accuracy), the policy's log-probabilities, and `kl`, the mean of
-    log(policy / reference) over the two answers: how far the policy has gone, measured on the data's answers.
+    Beside them it reports the means over pairs of losses.preference.pair_metrics.
 
     kto_pair's loss contains means over the whole step; the policy is run once more, without gradients, to know them.
     """
@@ -50,10 +33,10 @@ class PreferenceRecipe:
 
     def __init__(self, cfg: Config, policy: CausalLM, forward: ForwardPass, reference: Reference | None) -> None:
         self.cfg, self._policy, self._forward, self.reference = cfg, policy, forward, reference
+        self._metrics = [name for name in METRICS if reference is not None or name != "kl"]
         self._kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
-        self._sft_ratio = cfg.sft_loss_ratio
-        if cfg.loss_type == "orpo" and not cfg.sft_loss_ratio:
-            self._sft_ratio = 1.0
+        self._sft_ratio = sft_ratio_of(cfg)
+        if self._sft_ratio != cfg.sft_loss_ratio:
             log.info("loss_type: orpo: sft_loss_ratio is 1 (its paper's loss; loss_type: or is the odds ratio alone)")
         if cfg.normalize_logps:
             log.warning(
@@ -100,52 +83,34 @@ class PreferenceRecipe:
     def head_terms(
         self, model: CausalLM, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch
     ) -> dict[str, Term]:
-        """Terms "pref" and, if asked for, "sft"; METRICS are only reported."""
+        """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
         normed_TD = model.model.norm(x_TD)
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
         if batch.pairs is None:
             # Nothing to learn here, but every rank's graph must reach every parameter.
-            sums = dict.fromkeys(weights, (normed_TD * 0.0).sum()) | dict.fromkeys(METRICS, paddle.zeros([]))
+            sums = dict.fromkeys(weights, (normed_TD * 0.0).sum()) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
             sums = self._sums(pair_log_probs(model, model.enter_head(normed_TD), batch, self._forward.most), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
-        return terms | {name: Term(sums[name], "pairs", None) for name in METRICS}
+        return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
     def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
         assert batch.pairs is not None
         policy, reference, lengths = _halves(log_probs), _reference(batch), _halves(paddle.to_tensor(_lengths(batch)))
-        loss, chosen_reward, rejected_reward = preference_loss(
+        loss, *rewards = preference_loss(
             *policy,
             *reference,
-            loss_type=self.cfg.loss_type,
-            beta=self.cfg.beta,
-            label_smoothing=self.cfg.label_smoothing,
-            offset_alpha=self.cfg.offset_alpha,
-            simpo_gamma=self.cfg.simpo_gamma,
-            dpop_lambda=self.cfg.dpop_lambda,
-            reference_free=self.cfg.reference_free,
-            normalize_logps=self.cfg.normalize_logps,
+            **options_of(self.cfg),
             chosen_lengths=lengths[0],
             rejected_lengths=lengths[1],
             score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
             kl=self._kl,
         )
-        margin = chosen_reward - rejected_reward
-        chosen, rejected = (side.detach().sum() for side in policy)
-        return {
-            "pref": loss.sum(),
-            "sft": -policy[0].sum(),
-            "reward_chosen": chosen_reward.sum(),
-            "reward_rejected": rejected_reward.sum(),
-            "reward_margin": margin.sum(),
-            "reward_accuracy": (margin > 0).astype("float32").sum(),
-            "logp_chosen": chosen,
-            "logp_rejected": rejected,
-            "kl": (chosen_reward + rejected_reward).sum() / (2 * self.cfg.beta),
-        }
+        metrics = pair_metrics(policy, rewards, self.cfg.beta)
+        return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
 
     def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""

@@ -1,0 +1,119 @@
+"""Scores on pairs of answers: which one a model prefers, and by how much."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import paddle
+
+from erniekit import lora
+from erniekit.checkpoint.folder import has_weights
+from erniekit.checkpoint.model_io import load_model
+from erniekit.config import Config
+from erniekit.data.batch import IGNORE, Batch, flat_pairs
+from erniekit.data.loader import Loader
+from erniekit.generation.load import Opened
+from erniekit.hub import resolve_model
+from erniekit.losses.log_probs import answer_log_probs
+from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of, wants_reference
+from erniekit.models.decoder import CausalLM
+from erniekit.precision import policy
+from erniekit.utils import log
+from erniekit.utils.errors import DataError
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Of N pairs, chosen and rejected answer in rows: `log_probs` and `lengths` fp32 [2, N]; `score_deltas` [N]."""
+
+    log_probs: np.ndarray
+    lengths: np.ndarray
+    score_deltas: np.ndarray
+
+
+def score_pairs(cfg: Config, opened: Opened, loader: Loader) -> dict[str, Any]:
+    """The loss that `cfg` asks for and the means of losses.preference.pair_metrics over the evaluation data (at most
+    max_evaluate_steps batches).
+
+    The reference is the model without its adapter, or model_name_or_path where that is another model; otherwise there
+    is none, and a line says so.
+    """
+    most = cfg.loss_subbatch_seqlen
+    policy_scores = _score(opened.model, _batches(cfg, loader), most)
+    found = None
+    with _reference(cfg, opened) as reference:
+        if reference is not None:
+            found = _score(reference, _batches(cfg, loader), most).log_probs
+    own = [paddle.to_tensor(side) for side in policy_scores.log_probs]
+    other = [None, None] if found is None else [paddle.to_tensor(side) for side in found]
+    lengths = [paddle.to_tensor(side) for side in policy_scores.lengths]
+    loss, *rewards = preference_loss(
+        *own,
+        *other,
+        **(options_of(cfg) | {"reference_free": found is None}),
+        pref_loss_ratio=cfg.pref_loss_ratio,
+        sft_loss_ratio=sft_ratio_of(cfg),
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+        score_deltas=paddle.to_tensor(policy_scores.score_deltas),
+    )
+    metrics = {"loss": loss} | pair_metrics((own[0], own[1]), (rewards[0], rewards[1]), cfg.beta)
+    if found is None:
+        del metrics["kl"]  # from what?
+    counts = {"num_samples": len(policy_scores.score_deltas), "num_dropped": loader.report()["dropped"]}
+    return counts | {name: float(value.mean()) for name, value in metrics.items()}
+
+
+@contextmanager
+def _reference(cfg: Config, opened: Opened) -> Iterator[CausalLM | None]:
+    """The model to compare with; None where the loss wants none or there is none."""
+    base = resolve_model(cfg.model_name_or_path, cfg.download_hub) if cfg.model_name_or_path else None
+    if not wants_reference(cfg):
+        yield None
+    elif lora.state_of(opened.model) is not None:
+        log.info("reference: the model without its adapter")
+        with lora.disabled(opened.model):
+            yield opened.model
+    elif base is not None and base.resolve() != opened.path.resolve() and has_weights(base):
+        log.info(f"reference: {base}")
+        precision = policy.choose(cfg.compute_type, paddle.get_device())
+        yield load_model(base, precision.param_dtype, low_bit=precision.low_bit)
+    else:
+        log.warning(
+            "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
+            "log-probabilities alone"
+        )
+        yield None
+
+
+def _batches(cfg: Config, loader: Loader) -> Iterator[Batch]:
+    with closing(loader.batches()) as batches:
+        yield from islice(batches, cfg.max_evaluate_steps if cfg.max_evaluate_steps > 0 else None)
+
+
+@paddle.no_grad()
+def _score(model: CausalLM, batches: Iterable[Batch], most: int) -> PairScores:
+    parts = [_score_batch(model, batch, most) for batch in batches if batch.pairs is not None]
+    if not parts:
+        raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")
+    joined = (np.concatenate(values, axis=-1) for values in zip(*(vars(part).values() for part in parts), strict=True))
+    return PairScores(*joined)
+
+
+def _score_batch(model: CausalLM, batch: Batch, most: int) -> PairScores:
+    pairs = flat_pairs(batch)
+    assert pairs is not None
+    real = batch.segment_ids != 0
+    counts = batch.segment_ids.max(axis=1)
+    documents = (batch.segment_ids + (np.cumsum(counts) - counts)[:, None])[real].astype(np.int64) - 1
+    labels = batch.labels[real]
+    mixer = model.documents(documents[None] + 1, batch.position_ids[real][None], pairs.prefixes)
+    hidden = model.model(paddle.to_tensor(batch.input_ids[real]), mixer).normed
+    log_probs = answer_log_probs(hidden, model.output_head(), labels, documents, pairs.answers, most)
+    lengths = np.bincount(documents[labels != IGNORE], minlength=len(pairs.prefixes))[pairs.answers]
+    return PairScores(
+        log_probs.numpy().reshape([2, -1]), lengths.reshape([2, -1]).astype(np.float32), pairs.score_deltas
+    )
