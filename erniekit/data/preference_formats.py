@@ -17,6 +17,7 @@ from erniekit.data.record import (
     check_order,
     kind_of,
     list_of,
+    match_calls,
     system_messages,
     text_of,
     texts_of,
@@ -27,13 +28,16 @@ from erniekit.data.record import (
 Turns = list[dict[str, Any]]
 
 
-def _pair(prompt: Turns, chosen: Turns, rejected: Turns, tools: Any = None, score_delta: float = 1.0) -> Sample:
+def _pair(prompt: Turns, chosen: Turns, rejected: Turns, *, tools: Any = None, score_delta: float = 1.0) -> Sample:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + answer, f"prompt + {name}")
         if answer[0]["role"] != "assistant":
             raise BadRecord(f"the {name} answer begins with the role {answer[0]['role']!r}", "begin it with assistant")
     if chosen == rejected:
         raise BadRecord("both answers are the same", "a pair needs a better and a worse answer; remove the record")
+    first = match_calls(prompt + chosen, tools, "prompt + chosen")
+    second = match_calls(prompt + rejected, tools, "prompt + rejected")
+    prompt, chosen, rejected = first[: len(prompt)], first[len(prompt) :], second[len(prompt) :]
     return Sample(prompt, tools=tools, kind="pair", answers=(chosen, rejected), score_delta=score_delta)
 
 

@@ -30,7 +30,8 @@ class Sample:
 
     kind "chat": `messages` is a list of {"role": system|user|assistant|tool, "content": str} that begins with an
     optional system message, then a user, and ends with an assistant; an assistant message may carry "tool_calls"
-    [{"type": "function", "function": {"name", "arguments": dict}}]. `tools` are the function descriptions, `label` has
+    [{"type": "function", "function": {"name", "arguments": dict}}], with an "id" where the record has one, and the
+    messages "tool" that follow are their results in the same order. `tools` are the function descriptions, `label` has
     a 0 or 1 for each assistant message (None: all 1); 0 means no loss on it. kind "text": `text` is one pretraining
     document. kind "pair": `messages` end with a user (or a tool) and `answers` are what may follow, the chosen one
     first, each as messages that begin and end with an assistant; `score_delta` > 0 is how much better the chosen one is
@@ -131,24 +132,46 @@ def label_of(record: dict[str, Any], count: int) -> list[int] | None:
 
 
 def turn_of(turn: Any, name: str, role_key: str, content_key: str) -> dict[str, Any]:
-    """One message with its role by its usual name; a function-call turn becomes an assistant message with tool_calls.
-
-    `name` and `tool_call_id` of OpenAI's form are accepted and left out: ERNIE's templates show neither.
+    """One message with its role by its usual name; a function-call turn becomes an assistant message with tool_calls,
+    a tool result that is not text the JSON text of it. `name` and `tool_call_id` are kept for the templates that
+    show them (ERNIE's do not).
     """
     role = _role(turn, name, role_key, content_key)
     content, calls, thought = turn.get(content_key), turn.get("tool_calls"), turn.get("reasoning_content")
     if role == "function":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(_json(content, name), name)}
-    if role != "assistant" and (calls or thought):
+        if calls:
+            raise BadRecord(f"{name} gives calls as its content and as tool_calls", "keep one of them")
+        role, content, calls = "assistant", "", _json(content, name)
+    elif role != "assistant" and (calls or thought):
         raise BadRecord(f"{name} has what only an assistant has: tool_calls or reasoning_content", "check its role")
     text = "" if calls and content is None else content
+    if role == "tool" and content is not None and not isinstance(content, str):
+        text = _result_text(content)
     result: dict[str, Any] = {
         "role": role,
         "content": text_of(text, f"{name}.{content_key}", empty_ok=bool(calls) or role == "tool"),
     }
     if thought:
         result["reasoning_content"] = text_of(thought, f"{name}.reasoning_content")
+    result |= {key: text_of(turn[key], f"{name}.{key}") for key in ("name", "tool_call_id") if turn.get(key)}
     return result | ({"tool_calls": _tool_calls(calls, name)} if calls else {})
+
+
+def _result_text(content: Any) -> str:
+    """A tool result that is not a string: the text of its text parts (OpenAI's form), else its JSON."""
+    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        return "".join(text_of(part.get("text"), "a text part", empty_ok=True) for part in content)
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _check_fields(value: dict[str, Any], name: str, allowed: tuple[str, ...]) -> None:
+    unknown = next((key for key in value if key not in allowed), None)
+    if unknown is not None:
+        nearest = difflib.get_close_matches(str(unknown), allowed, n=1, cutoff=0.0)[0]
+        raise BadRecord(
+            f"{name} has the unknown field {unknown!r}; the nearest known one is {nearest!r}",
+            f"rename or remove it (known: {', '.join(allowed)})",
+        )
 
 
 def _role(turn: Any, name: str, role_key: str, content_key: str) -> str:
@@ -158,14 +181,7 @@ def _role(turn: Any, name: str, role_key: str, content_key: str) -> str:
             f"{name} must be an object, not {kind_of(turn)}", f'write {{"{role_key}": ..., "{content_key}": ...}}'
         )
     openai = ("tool_calls", "reasoning_content", "name", "tool_call_id") if role_key == "role" else ()
-    allowed = (role_key, content_key, *openai)
-    unknown = next((key for key in turn if key not in allowed), None)
-    if unknown is not None:
-        nearest = difflib.get_close_matches(str(unknown), allowed, n=1, cutoff=0.0)[0]
-        raise BadRecord(
-            f"{name} has the unknown field {unknown!r}; the nearest known one is {nearest!r}",
-            f"rename or remove it (known: {', '.join(allowed)})",
-        )
+    _check_fields(turn, name, (role_key, content_key, *openai))
     given = turn.get(role_key)
     if not isinstance(given, str) or given not in _ROLES:
         raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(_ROLES)}")
@@ -177,12 +193,28 @@ def _json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return json.loads(value, object_pairs_hook=_object, parse_constant=_no_constant)
+    except BadRecord as bad:
+        raise BadRecord(f"{name} {bad.reason}", bad.hint) from None
+    except (ValueError, RecursionError):
         raise BadRecord(f"{name} must hold JSON, but it cannot be read as JSON", "check quotes and brackets") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise BadRecord(f"has {twice!r} twice", "keep one of them")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise BadRecord(f"holds {text}, which JSON does not have", "write null, or a number")
+
+
 def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form, or as bare {"name", "arguments"}, with arguments as an object; none means {}."""
     result = []
     for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
         what = f"{name}.tool_calls[{i}]"
@@ -191,12 +223,21 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
             raise BadRecord(
                 f"{what} names no function", 'write {"type": "function", "function": {"name": ..., "arguments": {...}}}'
             )
+        around = ("id", "type", "index")
+        if function is call:
+            _check_fields(call, what, ("name", "arguments", *around))
+        else:
+            _check_fields(call, what, ("function", *around))
+            _check_fields(function, f"{what}.function", ("name", "arguments"))
+        if call.get("type", "function") != "function":
+            raise BadRecord(f"{what} has the type {call['type']!r}", "only calls of type function are known")
         arguments = _json(function.get("arguments", {}), f"{what}.arguments")
         if not isinstance(arguments, dict):
             raise BadRecord(
                 f"{what}.arguments must be an object, not {kind_of(arguments)}", "give the arguments by name"
             )
-        result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        whose = {"id": text_of(call["id"], f"{what}.id")} if call.get("id") else {}
+        result.append(whose | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not result:
         raise BadRecord(f"{name} is a function call without a call", "give at least one call")
     return result
@@ -213,7 +254,64 @@ def tools_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
             "'tools' must be a list of objects",
             'write [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
         )
+    for i, tool in enumerate(tools):
+        if not _tool_name(tool):
+            raise BadRecord(f"tools[{i}] has no name", 'write {"type": "function", "function": {"name": ...}}')
     return tools
+
+
+def _tool_name(tool: dict[str, Any]) -> str:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def match_calls(turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, name: str) -> list[dict[str, Any]]:
+    """The turns, their calls checked against `tools` and against their results. Results with ids are put into the order
+    of their calls, because a template that does not show ids tells them apart by nothing else.
+
+    Without `tools` any function may be called (its description may be in the system text). Of calls without ids the
+    results may be fewer, as some data sets give several in one message.
+    """
+    known = None if tools is None else [_tool_name(tool) for tool in tools]
+    matched: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        if turn["role"] == "tool":
+            continue  # taken together with the calls before it
+        matched.append(turn)
+        if "tool_calls" in turn:
+            end = next((k for k in range(i + 1, len(turns)) if turns[k]["role"] != "tool"), len(turns))
+            matched += _results(turn["tool_calls"], turns[i + 1 : end], known, f"{name}[{i}]")
+    return matched
+
+
+def _results(
+    calls: list[dict[str, Any]], results: list[dict[str, Any]], known: list[str] | None, name: str
+) -> list[dict[str, Any]]:
+    """The results of an assistant's calls in the order of the calls; `known` are the names of the tools."""
+    names = [call["function"]["name"] for call in calls]
+    for called in names:
+        if known is not None and called not in known:
+            nearest = difflib.get_close_matches(called, known, n=1, cutoff=0.0)[0]
+            raise BadRecord(
+                f"{name} calls {called!r}, which is not in 'tools'; the nearest there is {nearest!r}",
+                "describe it in 'tools', or mend the call",
+            )
+    if len(results) > len(calls):
+        raise BadRecord(f"{name} has {len(calls)} calls and {len(results)} results", "give one result for each call")
+    for result in results:
+        if result.get("name", names[0]) not in names:
+            raise BadRecord(
+                f"{name} calls {', '.join(names)} and gets a result of {result['name']!r}", "mend the result's name"
+            )
+    ids, given = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
+    if not any(ids) or not any(given):
+        return results
+    if sorted(map(str, ids)) != sorted(map(str, given)) or len(set(ids)) < len(ids):
+        raise BadRecord(
+            f"{name} has calls with the ids {ids} and results for {given}", "give each call its own id and one result"
+        )
+    return sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
 
 
 def check_order(turns: list[dict[str, Any]], name: str) -> None:
@@ -238,8 +336,9 @@ def check_order(turns: list[dict[str, Any]], name: str) -> None:
 def conversation(record: dict[str, Any], turns: list[dict[str, Any]], name: str) -> Sample:
     """A Sample of the turns, with the record's tools and label."""
     check_order(turns, name)
+    tools = tools_of(record)
     label = label_of(record, sum(turn["role"] == "assistant" for turn in turns))
-    return Sample(turns, tools=tools_of(record), label=label)
+    return Sample(match_calls(turns, tools, name), tools=tools, label=label)
 
 
 def alpaca_prompt(record: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def test_messages_with_tools_calls_label_and_thoughts():
     sample = parse_record(record, "chatml")
     assert [message["role"] for message in sample.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert sample.messages[2] == assistant("", tool_calls=[call(x=1)])
-    assert sample.messages[3] == {"role": "tool", "content": ""}
+    assert sample.messages[3] == {"role": "tool", "content": "", "tool_call_id": "7", "name": "f"}
     assert sample.messages[4]["reasoning_content"] == "hm"
     assert (sample.tools, sample.label) == (tools, [1, 0])
 
@@ -134,11 +134,11 @@ def test_function_turns_become_tool_calls_and_observations_tool_results(alias):
 def test_sharegpt_has_a_system_field_and_tools_as_json_text():
     record = {
         "system": "s",
-        "tools": "[{}]",
+        "tools": '[{"name": "f"}]',
         "conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": "a"}],
     }
     sample = parse_record(record, "sharegpt")
-    assert sample.messages == [system("s"), user("q"), assistant("a")] and sample.tools == [{}]
+    assert sample.messages == [system("s"), user("q"), assistant("a")] and sample.tools == [{"name": "f"}]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Function calls in records: what is read, what is put in order, and what is refused with its place."""
+
+import json
+
+import pytest
+
+from erniekit.data.formats import parse_record
+from erniekit.utils.errors import DataError
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},
+]
+Q = {"role": "user", "content": "q"}
+A = {"role": "assistant", "content": "a"}
+
+
+def call(name="add", arguments=None, **more):
+    return {"type": "function", "function": {"name": name, "arguments": arguments or {}}, **more}
+
+
+def calls(*each):
+    return {"role": "assistant", "content": None, "tool_calls": list(each)}
+
+
+def result(content="r", **more):
+    return {"role": "tool", "content": content, **more}
+
+
+def read(*messages, tools=TOOLS, **more):
+    return parse_record({"messages": list(messages), "tools": tools, **more}, "chatml", "calls.jsonl:7")
+
+
+def test_arguments_may_be_an_object_or_its_text():
+    arguments = {"城市": "北京", "days": [1, 2.5, None, True], "nested": {"b": 1, "a": "<tool_call>"}}
+    as_text = read(Q, calls(call("weather", json.dumps(arguments))))
+    as_object = read(Q, calls(call("weather", arguments)))
+    bare = read(Q, calls({"name": "weather", "arguments": arguments}))
+    assert as_text == as_object == bare
+    found = as_text.messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert found == arguments and list(found) == list(arguments), "the order of keys is what the model learns to write"
+
+
+def test_rounds_of_parallel_calls_in_several_turns():
+    turns = [
+        Q,
+        calls(call(), call("weather")),
+        result("1"),
+        result("2"),
+        calls(call()),
+        result("3"),
+        A,
+        Q,
+        calls(call()),
+    ]
+    sample = read(*turns, label=[0, 1, 1, 1])
+    assert [m["role"][0] for m in sample.messages] == list("uattatau") + ["a"]
+    assert [m["content"] for m in sample.messages if m["role"] == "tool"] == ["1", "2", "3"]
+    assert sample.label == [0, 1, 1, 1]
+
+
+def test_results_come_in_the_order_of_their_calls():
+    two = calls(call("add", id="x"), call("weather", id="y"))
+    mixed = read(Q, two, result("of y", tool_call_id="y"), result("of x", tool_call_id="x"), A)
+    ordered = read(Q, two, result("of x", tool_call_id="x"), result("of y", tool_call_id="y"), A)
+    assert mixed == ordered
+    assert [m["content"] for m in mixed.messages[2:4]] == ["of x", "of y"]
+    assert [c["id"] for c in mixed.messages[1]["tool_calls"]] == ["x", "y"], "a checkpoint's template may show ids"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"news": [{"title": "标题"}]}], '[{"news": [{"title": "标题"}]}]'),
+        ({"result": 4}, '{"result": 4}'),
+        (4.5, "4.5"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ("", ""),
+    ],
+)
+def test_a_result_may_be_any_json(content, text):
+    assert read(Q, calls(call()), result(content), A).messages[2]["content"] == text
+
+
+def test_thoughts_stand_beside_calls():
+    thinking = {**calls(call()), "reasoning_content": "needs a sum"}
+    assert read(Q, thinking).messages[1]["reasoning_content"] == "needs a sum"
+    inside = {**calls(call()), "content": "<think>needs a sum</think>"}
+    assert read(Q, inside).messages[1]["content"] == "<think>needs a sum</think>"
+
+
+def test_without_tools_any_function_may_be_called():
+    assert read(Q, calls(call("unheard_of")), tools=None).messages[1]["tool_calls"][0] == call("unheard_of")
+
+
+def test_sharegpt_calls_several_functions_in_one_turn():
+    turns = [("human", "q"), ("function_call", json.dumps([{"name": "add"}, {"name": "weather"}]))]
+    turns += [("observation", "1"), ("observation", "2"), ("gpt", "a")]
+    record = {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": json.dumps(TOOLS)}
+    sample = parse_record(record, "sharegpt")
+    assert sample.messages == read(Q, calls(call(), call("weather")), result("1"), result("2"), A).messages
+
+
+def test_pairs_are_checked_and_ordered_too():
+    two = calls(call("add", id="x"), call("weather", id="y"))
+    prompt = [Q, two, result("of y", tool_call_id="y"), result("of x", tool_call_id="x")]
+    record = {"messages": prompt, "chosen": [calls(call())], "rejected": "no", "tools": TOOLS}
+    sample = parse_record(record, "messages (DPO)")
+    assert [m["content"] for m in sample.messages[2:]] == ["of x", "of y"]
+    assert sample.answers[0][0]["tool_calls"] == [call()]
+    with pytest.raises(DataError, match="calls 'sum'"):
+        parse_record(record | {"rejected": [calls(call("sum"))]}, "messages (DPO)")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([Q, calls(call("ad"))], r"messages\[1\] calls 'ad', which is not in 'tools'; the nearest there is 'add'"),
+        ([Q, calls(call(arguments="{x: 1}"))], r"tool_calls\[0\].arguments must hold JSON"),
+        ([Q, calls(call(arguments="[1]"))], "arguments must be an object, not a list"),
+        ([Q, calls(call(arguments='{"x": 1, "x": 2}'))], "arguments has 'x' twice"),
+        ([Q, calls(call(arguments='{"x": NaN}'))], "arguments holds NaN"),
+        ([Q, calls({"name": "add", "parameters": {"a": 1}})], "unknown field 'parameters'"),
+        ([Q, calls({"function": {"name": "add", "argument": {}}})], "unknown field 'argument'; .* 'arguments'"),
+        ([Q, calls(call() | {"type": "custom"})], "has the type 'custom'"),
+        ([Q, {"role": "function", "content": "[]"}], "content is empty"),
+        ([Q, calls(call()) | {"role": "function", "content": "{}"}], "as its content and as tool_calls"),
+        ([Q, calls(call(id=3))], r"tool_calls\[0\].id must be a string"),
+        ([Q, result(), A], "role 'tool' of turn 1 follows user"),
+        ([Q, A, result(), A], "role 'tool' of turn 2 follows assistant"),
+        ([Q, calls(call()), result(), result(), A], r"messages\[1\] has 1 calls and 2 results"),
+        ([Q, calls(call()), result(name="weather"), A], "a result of 'weather'"),
+        ([Q, calls(call(id="x")), result(tool_call_id="y"), A], r"ids \['x'\] and results for \['y'\]"),
+        ([Q, calls(call(id="x"), call(id="y")), result(tool_call_id="x"), A], r"results for \['x'\]"),
+        ([Q, calls(call(id="x"), call(id="x")), *[result(tool_call_id="x")] * 2, A], "its own id"),
+        ([Q, calls(call()), A], "role 'assistant' of turn 2 follows a function call"),
+        ([Q, calls(call()), result()], "ends with the role 'tool'"),
+        ([Q, {"role": "tool_result", "content": "r"}, A], "the role 'tool_result'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(messages, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        read(*messages)
+    assert str(caught.value).startswith("calls.jsonl:7: ") and "Hint: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tools", [[{}], [{"type": "function", "function": {"description": "?"}}], ["add"], '{"name": 1}']
+)
+def test_tools_without_names_are_refused(tools):
+    with pytest.raises(DataError, match="tools"):
+        read(Q, A, tools=tools)
