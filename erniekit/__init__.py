@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from erniekit import train as _train_package
 from erniekit.utils import runtime
+from erniekit.utils.version import __version__
 
 if TYPE_CHECKING:
     from erniekit.api import load_model, save_model
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_model", "save_model", "train"]
 
 runtime.prepare()  # before anyone imports paddle: it reads these settings once

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from erniekit import __version__, config, hub
+from erniekit import config, hub
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
@@ -22,6 +22,7 @@ from erniekit.parallel.mesh import Degrees
 from erniekit.train.layout import check_layout
 from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import ConfigError
+from erniekit.utils.version import __version__
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
 # Where schedulers that start one process a host say which host this is.

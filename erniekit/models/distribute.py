@@ -7,7 +7,7 @@ from erniekit.models.local import named_cuts
 from erniekit.models.partition import Partition
 from erniekit.moe.exchange import ExpertRanks
 from erniekit.moe.layer import MoELayer
-from erniekit.nn.cut import Divisible
+from erniekit.nn.cut import Cut, Divisible
 from erniekit.nn.linear import Linear
 from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh
@@ -50,37 +50,42 @@ def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placemen
     """Where each parameter of this process's part has its copies, and whose gradients make up its own. `sharded`:
     optimizer state is divided over the ranks of the shard groups.
     """
-    degrees, alone = mesh.degrees, Group((mesh.rank,), 0)
-    cuts = named_cuts(model)
-    sequence = model.tensor is not None and model.tensor.sequence
-    partial = {
+    config, cuts = model.config, named_cuts(model)
+    shares_ends = mesh.degrees.pipeline > 1 and (config.tie_word_embeddings or config.num_nextn_predict_layers > 0)
+    partial = _partial_gradients(model)
+    return {
+        name: _placement(mesh, cuts.get(name), name in partial, shares_ends and name == EMBEDDING, sharded)
+        for name, _ in model.named_parameters()
+    }
+
+
+def _partial_gradients(model: CausalLM) -> set[str]:
+    """Parameters that are whole on every tensor rank while their gradients are partial sums. With sequence parallelism
+    a rank's own tokens give its part of all that is not divided, but for routers, which see all tokens.
+    """
+    names = {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in model.named_sublayers(include_self=True)
         if isinstance(layer, Divisible)
         for name in layer.partial_gradients()
     }
-    shares_ends = degrees.pipeline > 1 and (
-        model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0
+    if model.tensor is None or not model.tensor.sequence:
+        return names
+    return names | {name for name, _ in model.named_parameters() if ".gate." not in name}
+
+
+def _placement(mesh: Mesh, cut: Cut | None, is_partial: bool, is_shared: bool, sharded: bool) -> Placement:
+    alone, tensor_ranks = Group((mesh.rank,), 0), mesh.degrees.tensor
+    if cut is not None and cut.over == "experts":
+        gradient, shard, replica = mesh.expert_data_group, mesh.expert_shard_group, mesh.expert_shard_replica_group
+    else:
+        gradient, shard, replica = mesh.data_group, mesh.shard_group, mesh.shard_replica_group
+    return Placement(
+        gradient=gradient,
+        shard=shard if sharded else alone,
+        replica=replica if sharded else gradient,
+        partial=alone if cut is not None else mesh.tensor_group,
+        ends=mesh.ends_group if is_shared else alone,
+        copies=gradient.size * (tensor_ranks if cut is None else 1) * (2 if is_shared else 1),
+        share=1.0 if is_partial or cut is not None else 1.0 / tensor_ranks,
     )
-    found = {}
-    for name, _ in model.named_parameters():
-        cut = cuts.get(name)
-        is_expert = cut is not None and cut.over == "experts"
-        # With sequence parallelism a rank's own tokens give its part of what is not cut; routers see all tokens.
-        is_partial = name in partial or (sequence and cut is None and ".gate." not in name)
-        is_shared = shares_ends and name == EMBEDDING
-        gradient = mesh.expert_data_group if is_expert else mesh.data_group
-        shard, replica = alone, gradient
-        if sharded:
-            shard = mesh.expert_shard_group if is_expert else mesh.shard_group
-            replica = mesh.expert_shard_replica_group if is_expert else mesh.shard_replica_group
-        found[name] = Placement(
-            gradient=gradient,
-            shard=shard,
-            replica=replica,
-            partial=mesh.tensor_group if cut is None else alone,
-            ends=mesh.ends_group if is_shared else alone,
-            copies=gradient.size * (degrees.tensor if cut is None else 1) * (2 if is_shared else 1),
-            share=1.0 if is_partial or cut is not None else 1.0 / degrees.tensor,
-        )
-    return found

@@ -6,7 +6,6 @@ its group of experts; no token crosses. Shared experts serve both. Legend: T tok
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -148,7 +147,10 @@ class MoELayer(nn.Layer):
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)
-        apply = partial(experts, rows, assignment.counts)
-        if self.ranks is not None:
-            apply = self.ranks.start(experts, rows, assignment)
-        return lambda: combine(apply(), weights, assignment), Routed(routing, usage, dropped, row_lengths)
+        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment)
+
+        def finish() -> paddle.Tensor:
+            made = experts(rows, assignment.counts) if done is None else done()
+            return combine(made, weights, assignment)
+
+        return finish, Routed(routing, usage, dropped, row_lengths)

@@ -41,8 +41,11 @@ def plan_actions(schedule: str, stages: int, chunks: int, stage: int, num_microb
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:
     """What the log says about the ranks; nothing for one."""
+    inert = (
+        [f"sharding: {cfg.sharding}: no effect: there is one data rank"] if cfg.sharding and degrees.data == 1 else []
+    )
     if degrees.world == 1:
-        return []
+        return inert
     shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
@@ -54,7 +57,7 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str
     if degrees.pipeline > 1:
         stages = cut_layers(cfg, config, degrees.pipeline)
         lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
-    return lines
+    return lines + inert
 
 
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:

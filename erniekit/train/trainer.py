@@ -182,19 +182,10 @@ class Trainer:
             "sources": [source for batch in microbatches for source in batch.sources],
         }
         everywhere = comm.gather_objects(found, self.run.mesh.world_group)
-        weights, bad, sources = ([x for part in everywhere for x in part[key]] for key in found)
-        if weights:
-            where = f"the weight {weights[0]} is not finite"
-        elif bad:
-            where = f"the first bad gradient is that of {bad[0]}"
-        else:
-            where = "every gradient is finite, but their squares overflow"
-        sources = list(dict.fromkeys(sources))
-        shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
         newest = self.saver.manager.newest()
         kept = f"{newest} is unharmed" if newest else "no checkpoint had been saved yet"
         raise TrainError(
-            f"step {step}: loss {loss}, gradient norm {norm}: {where}. The batch: {shown or 'no named samples'}. "
+            f"step {step}: loss {loss}, gradient norm {norm}: {_what_is_not_finite(everywhere)}. "
             f"Nothing was updated; {kept}. "
             f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
         )
@@ -289,3 +280,17 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
         parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
         parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
     return parts
+
+
+def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
+    """What every rank found, in words: the first bad weight or gradient, and the samples of the batch."""
+    weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
+    if weights:
+        where = f"the weight {weights[0]} is not finite"
+    elif gradients:
+        where = f"the first bad gradient is that of {gradients[0]}"
+    else:
+        where = "every gradient is finite, but their squares overflow"
+    sources = list(dict.fromkeys(sources))
+    shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
+    return f"{where}. The batch: {shown or 'no named samples'}"

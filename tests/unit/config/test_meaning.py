@@ -150,8 +150,7 @@ def test_each_command_needs_only_its_own_keys():
     [
         ({"stage": "VL-SFT"}, "stage: VL-SFT (vision-language models)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
-        ({"tensor_parallel_degree": 2}, "tensor_parallel_degree: 2 (tensor parallelism)"),
-        ({"pipeline_parallel_degree": "4"}, "pipeline_parallel_degree: 4 (pipeline parallelism)"),
+        ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),
         ({"freeze_config": "freeze_vision"}, "freeze_config: freeze_vision (freezing parts of the model)"),
@@ -184,7 +183,7 @@ def test_refusals_are_of_the_command():
     asked = cfg("export", **given)
     assert [line.partition(":")[0] for line in unsupported(asked, "export")] == ["hf_hub_id"]
     assert any(note.startswith("tensor_parallel_degree: no effect: `export`") for note in asked.notes)
-    assert [line.partition(":")[0] for line in unsupported(asked, "train")] == ["stage", "tensor_parallel_degree"]
+    assert [line.partition(":")[0] for line in unsupported(asked, "train")] == ["stage"]
 
 
 def test_every_key_without_effect_is_named_once_with_a_reason():
