@@ -24,7 +24,7 @@ MISSING = (
 
 
 # Directories that `make demo-pretrain` leaves for the next file.
-MADE_BY_DEMOS = ("./demo_output/pretrain/text",)
+MADE_BY_DEMOS = ("./demo_output/pretrain/text", "./demo_output/dense")
 
 
 def command_of(name: str) -> str:
@@ -46,7 +46,7 @@ def test_the_text_models_have_erniekits_files():
         names = ["run_chat", "run_eval", "run_export", *(f"sft/run_sft_{length}" for length in ("8k", "32k", "128k"))]
         wanted |= {f"ERNIE-4.5-{model}/{name}.yaml" for name in names}
     wanted |= {f"ERNIE-4.5-{model}/pt/run_pt_8k.yaml" for model in ("0.3B", "21B-A3B", "300B-A47B")}
-    wanted |= {"ERNIE-4.5-0.3B/pt/run_pt_8k_offline_data.yaml"}
+    wanted |= {"ERNIE-4.5-0.3B/pt/run_pt_8k_offline_data.yaml", "tiny/dpo/run_dpo.yaml", "tiny/dpo/run_dpo_lora.yaml"}
     assert wanted <= set(FILES)
 
 

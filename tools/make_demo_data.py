@@ -179,6 +179,26 @@ def example_sft_lines(rng: random.Random, items: list[Item]) -> Iterator[dict[st
         yield line
 
 
+def whole_sentence(item: Item) -> str:
+    """The answer as preference data wants it: a sentence in the question's language."""
+    return f"The answer is {item.answer}." if item.question.isascii() else f"答案是{item.answer}。"
+
+
+def preference_lines(rng: random.Random, items: list[Item]) -> Iterator[dict[str, Any]]:
+    """`erniekit` DPO lines: a whole sentence is preferred to the bare answer; some have a system text, some an earlier
+    turn.
+    """
+    queue = list(items)
+    while queue:
+        item = queue.pop()
+        line: dict[str, Any] = {"system": rng.choice(SYSTEMS)} if rng.random() < SYSTEM_SHARE else {}
+        earlier = [queue.pop()] if queue and rng.random() < MULTI_TURN_SHARE else []
+        line |= {"src": [*(e.question for e in earlier), item.question], "tgt": [whole_sentence(e) for e in earlier]}
+        responses = [([whole_sentence(item)], 1), ([item.answer], 0)]
+        rng.shuffle(responses)
+        yield line | {"response": [text for text, _ in responses], "sort": [rank for _, rank in responses]}
+
+
 def pretraining_lines(rng: random.Random, items: list[Item], per_document: int = 8) -> Iterator[dict[str, Any]]:
     """Running text for pretraining; both spellings of a line, {"text": "..."} and {"tgt": ["..."]}."""
     for number, start in enumerate(range(0, len(items), per_document)):
@@ -224,6 +244,9 @@ def main() -> None:
         train_items, test_items = split(args.seed + 4, 1600, 400)
         write(out / "pt-train.jsonl", pretraining_lines(rng, train_items))
         write(out / "pt-eval.jsonl", pretraining_lines(rng, test_items))
+        train_items, test_items = split(args.seed + 5, 600, 100)
+        write(out / "dpo-train.jsonl", preference_lines(rng, train_items))
+        write(out / "dpo-eval.jsonl", preference_lines(rng, test_items))
 
 
 if __name__ == "__main__":

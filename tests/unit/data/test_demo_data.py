@@ -113,7 +113,8 @@ def test_files_are_what_the_tool_makes(tmp_path, monkeypatch, capsys):
         "sys.argv", ["", "--demo-dir", str(tmp_path / "data/demo"), "--examples-dir", str(tmp_path / "examples/data")]
     )
     tool.main()
-    for path in (*FILES, "examples/data/pt-train.jsonl", "examples/data/pt-eval.jsonl"):
+    made = [f"examples/data/{kind}-{split}.jsonl" for kind in ("pt", "dpo") for split in ("train", "eval")]
+    for path in (*FILES, *made):
         assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes()
 
 
@@ -126,6 +127,22 @@ def test_every_line_is_of_its_format():
         assert {key for line in lines for key in line} == {"text", "tgt"}
         for line in lines:
             assert parse_record(line, "text").text
+
+
+def test_preference_pairs_hold_one_right_answer_twice_and_share_no_fact():
+    facts = []
+    for path in ("examples/data/dpo-train.jsonl", "examples/data/dpo-eval.jsonl"):
+        facts.append(set())
+        for line in read(path):
+            sample = parse_record(line, "erniekit (DPO)")
+            chosen, rejected = (side[0]["content"] for side in sample.answers)
+            bare = chosen.removeprefix("答案是").removeprefix("The answer is ")[:-1]
+            assert bare == rejected
+            for question in line["src"]:
+                fact, expected = solve(question)
+                facts[-1].add(fact)
+            assert expected is None or expected == rejected
+    assert facts[0] and facts[1] and not facts[0] & facts[1]
 
 
 def test_examples_show_the_optional_fields():
