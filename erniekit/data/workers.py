@@ -78,7 +78,13 @@ class Worker:
 
     def __init__(self, spec: Job):
         code = f"import sys; sys.path[:] = {sys.path!r}; from erniekit.data.workers import serve; serve()"
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A scheduler's SIGTERM to all processes is for the trainer, which still needs its workers to end the step. The
+        # child keeps what is blocked when it is made, so there is no moment at which the signal could end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.send(spec)
 
     def send(self, message: Any) -> None:
@@ -118,9 +124,7 @@ def serve() -> None:
     """The life of a worker: read the job, then chunks of records; answer each with the results up to the first wrong
     record, and that one's error.
     """
-    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the trainer, which then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends its workers
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not get between the answers
     encoder: Callable[..., Any] | None = None
