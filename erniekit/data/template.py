@@ -34,6 +34,7 @@ ALIASES = {"ernie_nothink": "text", "ernie": "thinking", "ernie_thinking": "thin
 THOUGHT_TAGS, THOUGHT_KEYS = ("<think>", "</think>"), ("content", "reasoning_content")
 # token that may end a turn -> the variable by which a template may write it
 TURN_ENDS = {"<|end_of_sentence|>": "sep_token", "<|im_end|>": "<|im_end|>"}
+_PROBE = "zq7"  # looked for in a rendered conversation
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: never part of a text
 
 Messages = Sequence[dict[str, Any]]
@@ -66,6 +67,7 @@ class Template:
         self.name, self.source = name, source
         self._tokenizer = tokenizer
         self._said_one_mode = False
+        self._shows: dict[str, bool] = {}
         try:
             self._jinja = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -120,12 +122,14 @@ class Template:
         given in; a conversation then makes one sequence for each such answer. `label` has a 0 or 1 for each assistant
         message (default: all 1); at 0 the answer is shown but carries no loss, and a sequence without any loss is left
         out unless nothing would remain. The last answer of a sequence ends with eos where the template writes
-        <|end_of_sentence|>. Raises DataError for a conversation with an open turn or one that the template refuses.
+        <|end_of_sentence|>. Raises DataError for a conversation with an open turn, one that the template refuses, and
+        one of which it would leave something out (tools, their calls or results, thoughts).
         """
         messages = _plain(messages)
         if not messages or messages[-1]["role"] != "assistant":
             raise DataError("a training conversation must end with the assistant's answer: remove the open turn")
         answers = sum(message["role"] == "assistant" for message in messages)
+        self._check_shown(messages, tools)
         label = [1] * answers if label is None else label
         if len(label) != answers:
             raise DataError(f"label has {len(label)} entries for {answers} answers: give one 0 or 1 for each")
@@ -156,13 +160,15 @@ class Template:
     ) -> list[int]:
         """Ids for generation to continue: the conversation so far and the generation prompt, as training has them.
 
-        `enable_thinking` reaches the template; None leaves the choice to the template.
+        `enable_thinking` reaches the template; None leaves the choice to the template. Raises DataError as encode_all.
         """
         variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if variables and "enable_thinking" not in self.source and not self._said_one_mode:
             self._said_one_mode = True
             log.warning(f"enable_thinking has no effect: chat template {self.name} knows only one mode")
-        messages, tools, mark = self._guard(_plain(messages), tools)
+        messages = _plain(messages)
+        self._check_shown(messages, tools)
+        messages, tools, mark = self._guard(messages, tools)
         prompt = self._render(messages, tools, True, variables)
         ids: list[int] = []
         for turns in self._sequences(messages, tools, variables, strict=False)[-1:]:
@@ -185,6 +191,28 @@ class Template:
             )
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise DataError(f"chat template {self.name} refuses the conversation: {error}") from None
+
+    def _check_shown(self, messages: Messages, tools: Any) -> None:
+        """Raise DataError if the template leaves out something that this conversation has. Published templates that
+        know no tools do so without a word: a model would learn calls as empty answers.
+        """
+        present = {"tools": bool(tools)}
+        for message in messages:
+            for part in ("tool_calls", "reasoning_content"):
+                present[part] = present.get(part) or bool(message.get(part))
+            present["results of tools"] = present.get("results of tools") or message["role"] == "tool"
+        for part in (part for part, there in present.items() if there):
+            if part not in self._shows:
+                probe, probe_tools = _probe(part)
+                try:
+                    self._shows[part] = _PROBE in self._render(probe, probe_tools, False, {})
+                except DataError:  # what it refuses it does not leave out in silence
+                    self._shows[part] = True
+            if not self._shows[part]:
+                raise DataError(
+                    f"chat template {self.name} does not show {part}: they would be lost. Choose one that does "
+                    "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."
+                )
 
     def _sequences(self, messages: Messages, tools: Any, variables: dict[str, Any], strict: bool) -> list[list[_Turn]]:
         """The answers, grouped so that within a group each prompt continues what the answer before it ended with.
@@ -304,6 +332,25 @@ def _plain(messages: Messages) -> list[dict[str, Any]]:
             raise DataError(f"message {number + 1}: content must be text, not {type(content).__name__}")
         result.append({**message, "content": content})
     return result
+
+
+def _probe(part: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The shortest conversation, and its tools, that has `part`; only that part holds _PROBE."""
+
+    def text(of: str) -> str:
+        return _PROBE if of == part else "f"
+
+    function = {"name": text("tools"), "description": "f", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": text("tool_calls"), "arguments": {}}}
+    result = {"role": "tool", "tool_call_id": call["id"], "name": "f", "content": text("results of tools")}
+    question = {"role": "user", "content": "q"}
+    messages: dict[str, list[dict[str, Any]]] = {
+        "tools": [question],
+        "tool_calls": [question, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "results of tools": [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result],
+        "reasoning_content": [question, {"role": "assistant", "content": "a", "reasoning_content": _PROBE}],
+    }
+    return messages[part], [{"type": "function", "function": function}]
 
 
 def _strings(value: Any) -> list[str]:
