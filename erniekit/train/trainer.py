@@ -60,6 +60,7 @@ class Trainer:
         finally:
             for callback in self.callbacks:
                 callback.on_end(summary)
+            self.saver.manager.join()
             self.run.close()
         return summary
 
@@ -240,6 +241,7 @@ class Trainer:
         """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
         if self._saved_step != self.state.step:
             self._save()
+        self.saver.manager.wait()
         log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
         return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": "SIGTERM"}
 
