@@ -277,26 +277,34 @@ class Coordinator:
     def _judge(self, now: float) -> None:
         """See whether the attempt goes on, has ended well, or has failed and by whom."""
         self._judged = now
-        hosts = list(self._hosts.values())
-        failed = {failure.rank for failure in self._failures}
-        for host in hosts:
-            silent = now - host.seen
-            if host.ranks and not host.done and host.ranks[0] not in failed:
-                if host.gone is not None and now - host.gone > GONE:
-                    self._failures.append(self._lost(host, "the connection to its agent broke", host.gone))
-                elif silent > self._limits.detect:
-                    self._failures.append(self._lost(host, f"no word from its agent for {silent:.0f} s", host.seen))
-        if not self._failures and all(host.done for host in hosts):
+        self._find_lost(now)
+        if not self._failures and all(host.done for host in self._hosts.values()):
             self._end({"restart": False, "code": 0, "headline": "", "detail": ""})
         elif not self._failures:
             self._find_hanging(now)
         if self._failures:
-            first = min(self._failures, key=lambda failure: failure.place)
-            since = now - min(failure.at for failure in self._failures)
-            ended = sum(len(host.ranks) for host in hosts if host.done) + len({f.rank for f in self._failures})
-            grace = GRACE if ended < sum(len(host.ranks) for host in hosts) else 0.0
-            if since >= (GRACE_FOR_PEERS if first.place[0] else grace):
-                self._fail(first)
+            self._decide(now)
+
+    def _find_lost(self, now: float) -> None:
+        failed = {failure.rank for failure in self._failures}
+        for host in self._hosts.values():
+            if host.done or host.ranks[0] in failed:
+                continue
+            silent = now - host.seen
+            if host.gone is not None and now - host.gone > GONE:
+                self._failures.append(self._lost(host, "the connection to its agent broke", host.gone))
+            elif silent > self._limits.detect:
+                self._failures.append(self._lost(host, f"no word from its agent for {silent:.0f} s", host.seen))
+
+    def _decide(self, now: float) -> None:
+        """End the attempt, as soon as no earlier failure can be on its way here."""
+        first = min(self._failures, key=lambda failure: failure.place)
+        since = now - min(failure.at for failure in self._failures)
+        ranks = sum(len(host.ranks) for host in self._hosts.values())
+        done = sum(len(host.ranks) for host in self._hosts.values() if host.done)
+        grace = GRACE if done + len({failure.rank for failure in self._failures}) < ranks else 0.0
+        if since >= (GRACE_FOR_PEERS if first.place[0] else grace):
+            self._fail(first)
 
     def _find_hanging(self, now: float) -> None:
         hosts = [host for host in self._hosts.values() if not host.done]

@@ -49,13 +49,18 @@ def diagnose(signs: Iterable[Sign], limit: float) -> tuple[int, str] | None:
             why = "it is stopped (SIGSTOP, or a debugger)" if sign.stopped else f"it was at {sign.at}"
             return sign.rank, f"no sign of life for {sign.silent:.0f} s; {why}"
     late = [sign for sign in signs if sign.idle > _allowed(sign, limit)]
+    return _holding_up(late, nobody_moves=len(late) == len(signs)) if late else None
+
+
+def _holding_up(late: list[Sign], nobody_moves: bool) -> tuple[int, str] | None:
+    """Who of those that have not moved for too long is to blame."""
     busy = [sign for sign in late if not sign.waiting]
     waiting = [sign for sign in late if sign.waiting]
-    if busy and (waiting or len(late) == len(signs)):
+    if busy and (waiting or nobody_moves):
         first = max(busy, key=lambda sign: sign.idle)
         others = f", while {waiting[0].shown()}" if waiting else ", and no rank moves"
         return first.rank, f"it computes without end: {first.shown()}{others}"
-    if late and len(late) == len(signs):
+    if nobody_moves:
         first = max(late, key=lambda sign: (-sign.step, sign.idle))
         return first.rank, "all ranks wait for one another: " + ", ".join(sign.shown() for sign in late[:8])
     return None
