@@ -22,6 +22,7 @@ class ParallelArgs:
     pp_seg_method: str = key(
         "layer:DecoderLayer",
         "Where the layers are cut: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
+        many=True,
     )
     pipeline_schedule: str = key(
         "1f1b",

@@ -63,7 +63,7 @@ def cut(
 
     "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
     "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
-    "[0,29,57]" or a list         where each piece starts, and the end: in layers (the end is num_layers), or as
+    "[0,29,57]", "0,29,57", list  where each piece starts, and the end: in layers (the end is num_layers), or as
                                   ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
 
     Raises ConfigError for another method, for fewer layers than pieces, and for a list that does not fit.
@@ -75,8 +75,9 @@ def cut(
         )
     if not isinstance(method, str):
         return _by_list(num_layers, pieces, list(method))
-    if method.lstrip().startswith("["):
-        return _by_list(num_layers, pieces, _parse(method))
+    text = method.strip()
+    if text.startswith("[") or text[:1].isdigit():  # a YAML list comes here joined by commas
+        return _by_list(num_layers, pieces, _parse(text if text.startswith("[") else f"[{text}]"))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
         return _balanced(pieces, costs)

@@ -62,6 +62,7 @@ def test_a_list_counts_layers_or_as_erniekit_does_all_parts(method):
 
 def test_lists_of_published_configurations():
     assert lengths(cut(54, 2, "[0,29,57]")) == [28, 26]
+    assert cut(54, 2, "0,29,57") == cut(54, 2, [0, 29, 57])  # as the configuration keeps a list
     fourteen = "[0,7,10,14,18,22,26,30,34,38,42,46,50,53,57]"
     assert lengths(cut(54, 14, fourteen)) == [6, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 2]
 
