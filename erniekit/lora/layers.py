@@ -38,17 +38,18 @@ class _LowRank(PyLayer):
         ctx.spans, ctx.scalings = spans, scalings
         ctx.ranks = [factor.shape[1] for factor in factors[: len(spans)]]
         ctx.wanted = not x.stop_gradient, not y.stop_gradient
-        return paddle.addmm(y, u, b)
+        return paddle.matmul(u, b).add_(y)
 
     @staticmethod
     def backward(ctx, dy):
         x, a, b, u = ctx.saved_tensor()
         du = paddle.matmul(dy, b, transpose_y=True)
         dx = paddle.matmul(du, a, transpose_y=True) if ctx.wanted[0] else None
-        da, db = paddle.matmul(x, du, transpose_x=True), paddle.matmul(u, dy, transpose_x=True)
+        # Narrow products are several times faster with the narrow side first.
+        da, db = paddle.matmul(du, x, transpose_x=True).T, paddle.matmul(u, dy, transpose_x=True)
         if len(ctx.spans) == 1:
             (begin, end), scaling = ctx.spans[0], ctx.scalings[0]
-            return dx, dy if ctx.wanted[1] else None, da, (db[:, begin:end] * scaling)
+            return dx, dy if ctx.wanted[1] else None, da.contiguous(), db[:, begin:end] * scaling
         das, dbs, row = [], [], 0
         for (begin, end), scaling, rank in zip(ctx.spans, ctx.scalings, ctx.ranks, strict=True):
             das.append(da[:, row : row + rank].contiguous())
@@ -80,7 +81,7 @@ class _GroupedLowRank(PyLayer):
         narrow, parts = [], []
         for e, begin, end in _stretches(counts):
             narrow.append(paddle.matmul(rows[begin:end], a[e]).scale_(scaling))
-            parts.append(paddle.addmm(y[begin:end], narrow[-1], b[e]))
+            parts.append(paddle.matmul(narrow[-1], b[e]).add_(y[begin:end]))
         ctx.save_for_backward(rows, a, b)
         ctx.narrow = narrow
         return paddle.concat(parts) if parts else y.clone()
@@ -96,7 +97,7 @@ class _GroupedLowRank(PyLayer):
         for u, (e, begin, end) in zip(ctx.narrow, _stretches(ctx.counts), strict=True):
             part = dy[begin:end]
             du = paddle.matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
-            das[e] = paddle.matmul(rows[begin:end], du, transpose_x=True)
+            das[e] = paddle.matmul(du, rows[begin:end], transpose_x=True).T
             dbs[e] = paddle.matmul(u, part, transpose_x=True)
             if ctx.wanted[0]:
                 drows.append(paddle.matmul(du, a[e], transpose_y=True))
