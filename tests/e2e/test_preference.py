@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +48,23 @@ def test_a_run_begins_at_ln_2_and_learns_what_is_preferred(pairs):
     evaluated = [record for record in records if "eval_loss" in record]
     assert evaluated[-1]["eval_reward_accuracy"] == 1.0
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] < math.log(2)
+
+
+def test_from_the_command_line(pairs):
+    def erniekit(command, *overrides):
+        line = [sys.executable, "-m", "erniekit", command, str(pairs / "run.yaml"), "stage=DPO", "max_seq_len=128"]
+        done = subprocess.run([*line, *overrides], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    said = erniekit("train", "max_steps=4", "normalize_logps=true", "num_nextn_predict_layers=1").stderr
+    assert "not sigmoid as published" in said and "num_nextn_predict_layers: no effect: stage DPO" in said
+    assert "reference: a second copy of the model" in said
+    erniekit("eval", "predict_with_generate=true", "max_new_tokens=4")
+    results = json.loads((pairs / "out" / "eval_results.json").read_text())
+    assert results["num_samples"] == results["num_answers"] == 8 and results["reward_accuracy"] >= 0
+    answers = [json.loads(line) for line in (pairs / "out" / "eval_predictions.jsonl").read_text().splitlines()]
+    assert answers[0]["reference"] == "答案是0。"
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
