@@ -113,14 +113,20 @@ def _worker(spec: dict, words: list[str]) -> int:
         if step == at:
             _act(what.removeprefix("always "))
         if rank == 0:
-            (directory / "new").write_text(str(step))
-            (directory / "new").replace(saved)
+            _write(saved, step)
         heartbeat.step(step)
-        (directory / f"pid-{rank}").write_text(str(os.getpid()))
+        _write(directory / f"pid-{rank}", os.getpid())
         if stop.asked():
             (directory / f"stopped-{rank}").write_text(str(step))
             break
     return 0
+
+
+def _write(path: Path, number: int) -> None:
+    """Whole or not at all: others read it meanwhile."""
+    new = path.with_name(f"new-{path.name}")
+    new.write_text(str(number))
+    new.replace(path)
 
 
 def _act(what: str) -> None:

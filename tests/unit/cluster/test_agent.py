@@ -129,6 +129,7 @@ def test_a_fault_on_one_host_ends_both_and_is_told_on_both(tmp_path):
     assert_nobody_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lost_host_and_elastic(tmp_path):
     """The second agent is killed: its workers go with it, and the first host goes on alone."""
     port = free_port()
@@ -144,6 +145,7 @@ def test_a_lost_host_and_elastic(tmp_path):
     fake_job.assert_gone(workers.values())
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_back_is_taken_again(tmp_path):
     port = free_port()
     keys = {"hosts": 2, "port": port, "steps": 100, "max_restarts": 1}
@@ -158,6 +160,7 @@ def test_a_host_that_comes_back_is_taken_again(tmp_path):
         assert "2 of 2" in said
 
 
+@pytest.mark.slow
 def test_the_master_is_lost(tmp_path):
     port = free_port()
     jobs = [fake_job.start(tmp_path, hosts=2, port=port, node=n, steps=2000) for n in range(2)]
