@@ -16,6 +16,7 @@ PIPE2 = {"pipeline_parallel_degree": 2}
 # model, data ranks, keys
 TWO = {
     "dense-dp2": ("dense", 2, DATA2),
+    "dense-sharding2": ("dense", 2, {"sharding_parallel_degree": 2, "sharding": "stage1"}),
     "moe-sharding2-stage2": ("moe", 2, {"sharding_parallel_degree": 2, "sharding": "stage2"}),
     "dense-tp2": ("dense", 1, TENSOR2),
     "untied-tp2-sp": ("untied", 1, SEQUENCE2),
@@ -30,6 +31,8 @@ TWO = {
 FOUR = {
     "moe-tp2-sp-ep2": ("moe", 2, SEQUENCE2 | EXPERT2),
     "moe-pp2-ep2": ("moe", 2, PIPE2 | EXPERT2),
+    "moe-ep4": ("moe", 4, {"expert_parallel_degree": 4}),
+    "dense-pp4": ("dense", 1, {"pipeline_parallel_degree": 4}),
     "untied-pp2-tp2-sp": ("untied", 1, PIPE2 | SEQUENCE2),
 }
 
