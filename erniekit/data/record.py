@@ -145,7 +145,7 @@ def turn_of(turn: Any, name: str, role_key: str, content_key: str) -> dict[str, 
     elif role != "assistant" and (calls or thought):
         raise BadRecord(f"{name} has what only an assistant has: tool_calls or reasoning_content", "check its role")
     text = "" if calls and content is None else content
-    if role == "tool" and content is not None and not isinstance(content, str):
+    if role == "tool":
         text = _result_text(content)
     result: dict[str, Any] = {
         "role": role,
@@ -157,8 +157,10 @@ def turn_of(turn: Any, name: str, role_key: str, content_key: str) -> dict[str, 
     return result | ({"tool_calls": _tool_calls(calls, name)} if calls else {})
 
 
-def _result_text(content: Any) -> str:
-    """A tool result that is not a string: the text of its text parts (OpenAI's form), else its JSON."""
+def _result_text(content: Any) -> Any:
+    """A tool result as text: of text parts (OpenAI's form) their text, of what is no string its JSON. Null stays."""
+    if content is None or isinstance(content, str):
+        return content
     if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         return "".join(text_of(part.get("text"), "a text part", empty_ok=True) for part in content)
     return json.dumps(content, ensure_ascii=False)

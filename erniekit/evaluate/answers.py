@@ -1,7 +1,7 @@
 """The evaluation questions put to the model, and its answers scored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +13,11 @@ from erniekit.data.formats import parse_record
 from erniekit.data.record import Sample
 from erniekit.data.sources import Dataset
 from erniekit.evaluate import text_metrics
+from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.decode import decode
 from erniekit.generation.load import Opened, sampling_of
 from erniekit.generation.thinking import opens_thought, split_thought
+from erniekit.generation.tool_calls import read_calls
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
@@ -25,8 +27,9 @@ _SHOWN = 3  # questions too long for the model that are named; the others are on
 
 @dataclass(frozen=True)
 class Question:
-    """The last question of a sample. `prompt_ids` is what the model continues, `prompt` the same as text; `in_thought`
-    says that it ends inside a thought; `reference` is the sample's own answer, `where` its "file:line".
+    """A question of a sample. `prompt_ids` is what the model continues, `prompt` the same as text; `in_thought` says
+    that it ends inside a thought; `reference` is the sample's own answer, `where` its "file:line". `calls` are the
+    calls of that answer; None in a conversation without tools.
     """
 
     prompt_ids: list[int]
@@ -34,6 +37,7 @@ class Question:
     in_thought: bool
     reference: str
     where: str
+    calls: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,28 @@ class Prediction:
 
     def record(self) -> dict[str, Any]:
         """As a line of eval_predictions.jsonl."""
-        found = {"prompt": self.question.prompt, "reference": self.question.reference, "prediction": self.answer}
+        found: dict[str, Any] = {
+            "prompt": self.question.prompt,
+            "reference": self.question.reference,
+            "prediction": self.answer,
+        }
         if self.thought:
             found["thought"] = self.thought
+        if self.question.calls is not None:
+            calls = read_calls(self.answer).calls
+            found |= {"tool_calls": calls, "tool_call_match": same_calls(calls, self.question.calls)}
         correct = self.answer.strip() == self.question.reference.strip()
         return {**found, "exact_match": correct, "stop": self.stop, "source": self.question.where}
 
 
 def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Question]:
-    """The last question of each sample, in the order of the files; as many as max_evaluate_steps batches hold."""
+    """The last question of each sample, and before it, with what came before, every one whose answer calls tools. In
+    the order of the files; of as many samples as max_evaluate_steps batches hold.
+    """
     count = len(dataset)
     if cfg.max_evaluate_steps > 0 and cfg.max_evaluate_steps * cfg.batch_size < count:
         count = cfg.max_evaluate_steps * cfg.batch_size
         log.info(f"max_evaluate_steps: answering the first {count} of {len(dataset)} samples")
-    tokenizer, template = opened.tokenizer, opened.template
     questions = []
     for number in range(count):
         type_name, raw, where = dataset.record(number)
@@ -72,12 +84,32 @@ def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Questi
                 "predict_with_generate: the evaluation data is pretraining text, which asks nothing. "
                 "Set it to false, or evaluate on questions and answers."
             )
-        ids = template.prompt_ids(sample.messages[:-1], sample.tools, opened.enable_thinking)
+        questions += _questions(opened, sample, where)
+    unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]
+    if unread:
+        log.warning(
+            f"chat template {opened.template.name} writes calls otherwise than <tool_call>{{...}}</tool_call> "
+            f"({unread[0]}): they are compared as text only"
+        )
+        questions = [replace(question, calls=None) for question in questions]
+    return questions
+
+
+def _questions(opened: Opened, sample: Sample, where: str) -> list[Question]:
+    """A sample's questions: the last, and those whose answers call tools."""
+    tokenizer, template, messages = opened.tokenizer, opened.template, sample.messages
+    has_tools = bool(sample.tools) or any("tool_calls" in message for message in messages)
+    questions = []
+    for i, message in enumerate(messages):
+        if i < len(messages) - 1 and "tool_calls" not in message:
+            continue
+        ids = template.prompt_ids(messages[:i], sample.tools, opened.enable_thinking)
         prompt = tokenizer.decode(ids)
         in_thought = opens_thought(prompt)
-        target = template.encode_all(sample.messages, sample.tools)[-1][-1].ids[:-1]  # without its end token
+        target = template.encode_all(messages[: i + 1], sample.tools)[-1][-1].ids[:-1]  # without its end token
         _, reference = split_thought(tokenizer.decode(target), in_thought)
-        questions.append(Question(ids, prompt, in_thought, reference, where))
+        calls = [call["function"] for call in message.get("tool_calls", [])] if has_tools else None
+        questions.append(Question(ids, prompt, in_thought, reference, where, calls))
     return questions
 
 
@@ -120,11 +152,17 @@ def answer_questions(cfg: Config, opened: Opened, questions: Sequence[Question])
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The metrics of text_metrics over all predictions."""
+    """The metrics of text_metrics over all predictions, and those of tool_metrics over the ones that have tools."""
     found = [prediction.answer for prediction in predictions]
     expected = [prediction.question.reference for prediction in predictions]
     accuracy, macro_f1, num_labels = text_metrics.classification(found, expected)
     bleu, tokenization = text_metrics.bleu(found, expected)
+    with_tools = [prediction for prediction in predictions if prediction.question.calls is not None]
+    answers = [read_calls(prediction.answer) for prediction in with_tools]
+    calls: dict[str, Any] = {}
+    if with_tools:
+        calls = call_scores([a.calls for a in answers], [p.question.calls or [] for p in with_tools])
+        calls["num_unreadable_calls"] = sum(answer.unreadable for answer in answers)
     return {
         "num_answers": len(predictions),
         "exact_match": text_metrics.exact_match(found, expected),
@@ -134,7 +172,7 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "rouge_l": text_metrics.rouge_l(found, expected),
         "bleu": bleu,
         "bleu_tokenization": tokenization,
-    }
+    } | calls
 
 
 def _progress(cfg: Config) -> Progress:

@@ -35,6 +35,10 @@ _SHOWN = {
     "logp_rejected": ("log-probability of the rejected", "{:.2f}"),
     "kl": ("log(policy / reference)", "{:.4f}"),
     "exact_match": ("exact match", "{:.2%}"),
+    "tool_call_exact_match": ("calls: exact match", "{:.2%}"),
+    "tool_name_match": ("calls: right functions", "{:.2%}"),
+    "tool_call_decision": ("calls: made exactly if due", "{:.2%}"),
+    "num_unreadable_calls": ("calls: unreadable", "{:d}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "macro_f1": ("macro F1", "{:.2%}"),
     "rouge_l": ("ROUGE-L", "{:.2%}"),
@@ -48,8 +52,9 @@ def evaluate(cfg: Config) -> dict[str, Any]:
 
     `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential),
     `token_accuracy` (share of supervised tokens that are the model's first choice). With predict_with_generate the
-    model also answers the last question of each sample, choosing tokens as temperature, top_p and so on say, and the
-    metrics of evaluate.text_metrics are added. At stage DPO the first three are evaluate.pairs.score_pairs instead, and
+    model also answers the last question of each sample and those whose answers call tools, choosing tokens as
+    temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
+    those of tool_metrics too. At stage DPO the first three are evaluate.pairs.score_pairs instead, and
     an answer is held against the chosen one.
 
     Returns what it writes to `eval_output` or `output_dir`: eval_results.json, and with answers eval_predictions.jsonl,

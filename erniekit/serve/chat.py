@@ -15,6 +15,7 @@ from erniekit.data.tokenizer import StreamDecoder
 from erniekit.generation.load import Opened, open_model, sampling_of
 from erniekit.generation.session import Session
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
+from erniekit.generation.tool_calls import read_calls, shown
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 
@@ -57,6 +58,7 @@ def chat(cfg: Config) -> None:
 
 def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bool:
     """Print the answer to a question. True if Ctrl-C stopped it."""
+    before = conversation.messages
     try:
         with closing(conversation.ask(question)) as pieces:
             screen.show(pieces)
@@ -67,6 +69,10 @@ def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bo
         if not screen.interactive:
             raise
         screen.note(f"{error} ({CLEAR} begins anew)")
+        return False
+    calls = [] if conversation.messages is before else read_calls(conversation.messages[-1]["content"]).calls
+    if calls:
+        screen.note(f"the model calls {', '.join(map(shown, calls))}; tools are not run here")
     return False
 
 

@@ -171,6 +171,26 @@ class TestPipe:
         with pytest.raises(UserError, match="Unicode"):
             through_a_pipe(settings(model_dir), b"caf\xe9\n")
 
+    def test_calls_are_shown_readably_beside_the_answer(
+        self,
+        model_dir: Path,
+        through_a_pipe: Callable[[Config, bytes], None],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        said = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "二"}}\n</tool_call>\n'
+
+        def ask(talk: Conversation, question: str) -> Iterator[tuple[str, str]]:
+            yield "answer", said if question == "1+2?" else "none"
+            talk.messages = [*talk.messages, {"role": "assistant", "content": said if question == "1+2?" else "none"}]
+
+        monkeypatch.setattr(Conversation, "ask", ask)
+        through_a_pipe(settings(model_dir), b"1+2?\nhi\n")
+        captured = capsys.readouterr()
+        assert captured.out == f"{said}\nnone\n"
+        assert captured.err.count("the model calls") == 1
+        assert 'the model calls add(a=1, b="二"); tools are not run here' in captured.err
+
     def test_thoughts_are_not_on_standard_output(
         self,
         model_dir: Path,

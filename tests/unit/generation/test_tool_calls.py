@@ -1,0 +1,69 @@
+"""Calls read from what a model wrote."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erniekit.generation.tool_calls import read_calls, shown
+
+ADD, MAP = (
+    {"name": "add", "arguments": {"a": 1, "b": 2}},
+    {"name": "地图", "arguments": {"市": "北京", "at": [1.5, None]}},
+)
+
+
+def block(call):
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>\n"
+
+
+def test_calls_and_the_text_around_them():
+    assert read_calls("no call") == ("no call", [], 0)
+    assert read_calls(f"好\n{block(ADD)}{block(MAP)}") == ("好", [ADD, MAP], 0)
+    assert read_calls(f"<tool_call>{json.dumps(ADD)}</tool_call> and {block(ADD)}then") == ("and \nthen", [ADD, ADD], 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{",
+        "add(1, 2)",
+        '{"name": "add"}',
+        '{"name": "add", "arguments": [1]}',
+        '{"name": "add", "arguments": "{}"}',
+        '{"name": 1, "arguments": {}}',
+        '{"name": "add", "arguments": {}, "more": 1}',
+        '{"name": "add", "arguments": {"a": NaN}}',
+        '{"name": "add", "arguments": {}} {}',
+        "",
+    ],
+)
+def test_what_is_no_call_is_counted(body):
+    assert read_calls(f"<tool_call>\n{body}\n</tool_call>\n{block(ADD)}") == ("", [ADD], 1)
+    assert read_calls(f"<tool_call>{body}") == ("", [], 1)
+    assert read_calls(f"{block(ADD)}<tool_call>\n{body}") == ("", [ADD], 1), "cut before its end"
+
+
+def test_tags_inside_arguments_belong_to_them():
+    hostile = {"name": "write", "arguments": {"text": "<tool_call></tool_call> <tool_call> x </tool_call>"}}
+    assert read_calls(block(hostile) + block(ADD)) == ("", [hostile, ADD], 0)
+
+
+NAMES = st.text(min_size=1, max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+CALLS = st.lists(st.builds(dict, name=NAMES, arguments=st.dictionaries(NAMES, VALUES, max_size=3)), max_size=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(calls=CALLS)
+def test_what_the_templates_write_is_read_back(calls):
+    assert read_calls("text\n" + "".join(map(block, calls))) == ("text", calls, 0)
+
+
+def test_a_call_as_people_write_it():
+    assert shown(MAP) == '地图(市="北京", at=[1.5, null])'
