@@ -58,7 +58,7 @@ SIZES = {
     },
 }
 
-# ERNIEKit's files of LoRA, of a low-bit base and of DPO: model, name, lengths.
+# ERNIEKit's files of LoRA, of a low-bit base, of DPO and of function calls: model, name, lengths.
 ADAPTED_AND_PREFERRED = """
 0.3B sft/run_sft_lora 8k,32k,128k
 0.3B sft/run_sft_wint8mix_lora 8k,32k
@@ -69,6 +69,10 @@ ADAPTED_AND_PREFERRED = """
 21B-A3B dpo/run_dpo 8k,32k,128k
 21B-A3B dpo/run_dpo_lora 8k,32k,128k
 21B-A3B dpo/run_dpo_wint8mix_lora 8k,32k,128k
+21B-A3B fc/run_fc 8k
+21B-A3B fc/run_fc_lora 8k
+21B-A3B-Thinking fc/run_fc 8k
+21B-A3B-Thinking fc/run_fc_lora 8k
 21B-A3B-Thinking sft/run_sft_lora 8k,32k,128k
 21B-A3B-Thinking sft/run_sft_wint8mix_lora 8k,32k,128k
 300B-A47B sft/run_sft_lora 8k,32k
@@ -96,7 +100,7 @@ def header(name: str) -> str:
 
 
 def test_the_text_models_have_erniekits_files():
-    wanted = {"tiny/sft/run_sft_dense.yaml", "tiny/sft/run_sft_moe.yaml"}
+    wanted = {f"tiny/sft/run_sft_{name}.yaml" for name in ("dense", "moe", "fc")}
     for model in TEXT_MODELS:
         names = ["run_chat", "run_eval", "run_export", *(f"sft/run_sft_{length}" for length in ("8k", "32k", "128k"))]
         wanted |= {f"ERNIE-4.5-{model}/{name}.yaml" for name in names}

@@ -1,6 +1,7 @@
 """Train the small tokenizer of the tiny models: sentencepiece BPE with ERNIE 4.5's special tokens in their roles.
 
     python tools/train_tokenizer.py                       # examples/models/tiny-dense and tiny-moe, as committed
+    python tools/train_tokenizer.py --demo data/demo/tools-train.jsonl --out examples/models/tiny-tools
     python tools/train_tokenizer.py --vocab 1024 --out my_tokenizer --text my.txt
 
 Every text survives encoding: what has no piece of its own is spelled in UTF-8 bytes (256 byte pieces). Digits and
@@ -46,13 +47,28 @@ ALONE = re.compile("([零一二三四五六七八九十百千])")  # characters 
 
 
 def demo_texts(path: Path) -> Iterator[str]:
-    """The turns of an `erniekit` jsonl as the text template shows them, one line each."""
+    """The turns of an `erniekit` or `messages` jsonl as the text template shows them, one line each."""
     for line in path.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
+        if "messages" in sample:
+            yield from tool_texts(sample)
+            continue
         for question, answer in zip(sample["src"], sample["tgt"], strict=True):
             yield from (f"User: {question}", f"Assistant: {answer}", answer)
         if "system" in sample:
             yield sample["system"]
+
+
+def tool_texts(sample: dict[str, Any]) -> Iterator[str]:
+    """The lines of a conversation with tools."""
+    yield from ("<tool_list>", json.dumps(sample.get("tools", []), ensure_ascii=False), "</tool_list>")
+    for message in sample["messages"]:
+        if message["role"] == "tool":
+            yield from ("User: <tool_output>", message["content"], "</tool_output>")
+        elif message["content"]:
+            yield f"{message['role'].capitalize()}: {message['content']}"
+        for call in message.get("tool_calls", []):
+            yield from ("Assistant: <tool_call>", json.dumps(call["function"], ensure_ascii=False), "</tool_call>")
 
 
 def train(texts: list[str], vocab: int) -> bytes:
@@ -150,7 +166,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", default="data/demo/train.jsonl", help="an `erniekit` jsonl to learn the pieces from")
+    parser.add_argument(
+        "--demo", default="data/demo/train.jsonl", help="an `erniekit` or `messages` jsonl to learn the pieces from"
+    )
     parser.add_argument("--text", nargs="*", default=[], help="further plain text files")
     parser.add_argument("--vocab", type=int, default=576)
     parser.add_argument("--out", nargs="+", default=["examples/models/tiny-dense", "examples/models/tiny-moe"])
