@@ -169,6 +169,18 @@ def test_thinking_rounds_byte_for_byte(tokenizer):
     assert "两个城市" not in shown and "<tool_response>\n5\n" in shown and shown.count("<tool_call>") == 3
 
 
+def test_thoughts_before_calls_may_be_inside_the_content(tokenizer):
+    """As ERNIEKit's function-call files have them."""
+    template = load_template(tokenizer, "thinking")
+    messages, tools = sample()
+    inside = []
+    for message in messages:
+        thought = message.get("reasoning_content")
+        rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+        inside.append({**rest, "content": f"<think>{thought}\n</think>{rest['content']}"} if thought else rest)
+    assert template.encode_all(inside, tools) == template.encode_all(messages, tools)
+
+
 def test_the_checkpoints_own_template_wins(tmp_path):
     tokenizer = own(tmp_path, OWN)
     messages, tools = sample(thoughts=False)
