@@ -3,7 +3,7 @@
     python tools/make_peft_fixture.py
 
 Each directory holds `base` (a random model of a few kilobytes), `adapter` (random, saved by PEFT), and `logits.npz`:
-ids, logits of the base, logits with the adapter. The mixture of experts has adapters on the stacked experts, shared experts
+ids, logits of the base, logits with the adapter. The mixture of experts has adapters on stacked experts, shared experts
 and attention, as this package writes them. Needs the extra `parity`.
 """
 
