@@ -1,5 +1,6 @@
 # make demo      set up .venv and run the whole way on a CPU: train, evaluate, export, chat
 # make demo-pretrain   the same for pretraining: text, token files, two stages, a sample of its writing
+# make demo-align      SFT, then preference optimisation with LoRA, judged by what the model writes before and after
 # make test      set up .venv and run the test suite
 # make test-all  the slow tests as well
 # make lint      ruff and mypy
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do for p
 	"$$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$path" && exit; done; done)
 
-.PHONY: demo demo-pretrain test test-all lint clean
+.PHONY: demo demo-pretrain demo-align test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 demo-pretrain: $(VENV)/.installed
 	$(PY) tools/demo_pretrain.py
+
+demo-align: $(VENV)/.installed
+	$(PY) tools/demo_align.py
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q -m "not slow"

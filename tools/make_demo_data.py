@@ -25,6 +25,7 @@ MONTHS = "January February March April May June July August September October No
 MAX_NUMBER = 9999
 YEARS = (2000, 2029)
 SYSTEMS = ("只回答结果。", "Answer with the result only.")
+SENTENCES = 6000  # lines that answer in whole sentences
 SYSTEM_SHARE = 0.05  # of the lines
 MULTI_TURN_SHARE = 0.05  # of the training lines have two questions
 
@@ -184,6 +185,12 @@ def whole_sentence(item: Item) -> str:
     return f"The answer is {item.answer}." if item.question.isascii() else f"答案是{item.answer}。"
 
 
+def sentence_lines(items: list[Item]) -> Iterator[dict[str, Any]]:
+    """`erniekit` SFT lines that answer in whole sentences."""
+    for item in items:
+        yield {"src": [item.question], "tgt": [whole_sentence(item)]}
+
+
 def preference_lines(rng: random.Random, items: list[Item]) -> Iterator[dict[str, Any]]:
     """`erniekit` DPO lines: a whole sentence is preferred to the bare answer; some have a system text, some an earlier
     turn.
@@ -231,11 +238,12 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    demo_items, demo_tests = split(args.seed, args.train, args.test)
     if args.demo_dir:
-        train_items, test_items = split(args.seed, args.train, args.test)
         rng = random.Random(args.seed + 1)
-        write(Path(args.demo_dir) / "train.jsonl", sft_lines(rng, train_items, MULTI_TURN_SHARE))
-        write(Path(args.demo_dir) / "test.jsonl", sft_lines(rng, test_items, 0.0))
+        write(Path(args.demo_dir) / "train.jsonl", sft_lines(rng, demo_items, MULTI_TURN_SHARE))
+        write(Path(args.demo_dir) / "test.jsonl", sft_lines(rng, demo_tests, 0.0))
+        write(Path(args.demo_dir) / "sentences.jsonl", sentence_lines(demo_items[:SENTENCES]))
     if args.examples_dir:
         out, rng = Path(args.examples_dir), random.Random(args.seed + 2)
         train_items, test_items = split(args.seed + 3, 250, 60)
@@ -244,9 +252,9 @@ def main() -> None:
         train_items, test_items = split(args.seed + 4, 1600, 400)
         write(out / "pt-train.jsonl", pretraining_lines(rng, train_items))
         write(out / "pt-eval.jsonl", pretraining_lines(rng, test_items))
-        train_items, test_items = split(args.seed + 5, 600, 100)
-        write(out / "dpo-train.jsonl", preference_lines(rng, train_items))
-        write(out / "dpo-eval.jsonl", preference_lines(rng, test_items))
+        # Of the demo's own questions: what it holds out is held out here, too.
+        write(out / "dpo-train.jsonl", preference_lines(rng, demo_items[-600:]))
+        write(out / "dpo-eval.jsonl", preference_lines(rng, demo_tests[:100]))
 
 
 if __name__ == "__main__":
