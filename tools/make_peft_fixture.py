@@ -1,4 +1,4 @@
-"""Rebuild tests/parity/fixtures/peft_{dense,moe}: adapters that PEFT wrote, and the logits it computes with them.
+"""Rebuild tests/parity/peft/{dense,moe}: adapters that PEFT wrote, and the logits it computes with them.
 
     python tools/make_peft_fixture.py
 
@@ -16,7 +16,7 @@ import peft
 import torch
 import transformers
 
-FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "parity" / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "parity" / "peft"
 SHARED = {
     "vocab_size": 32,
     "hidden_size": 16,
@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def make(name: str) -> None:
     """Write one directory anew."""
     model_type, fields, options = CASES[name]
-    directory = FIXTURES / f"peft_{name}"
+    directory = FIXTURES / name
     shutil.rmtree(directory, ignore_errors=True)
     torch.manual_seed(11)
     config = transformers.AutoConfig.for_model(model_type, **fields)

@@ -50,6 +50,15 @@ def is_adapter(directory: str | Path) -> bool:
     return all((Path(directory) / name).is_file() for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE))
 
 
+def require_model(directory: Path) -> None:
+    """Raises CheckpointError where model_name_or_path is an adapter."""
+    if is_adapter(directory) and not has_weights(directory):
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter: set lora_path to it, and model_name_or_path to the model "
+            "it was trained on."
+        )
+
+
 def find_checkpoint(output_dir: str | Path) -> Path:
     """The model or the adapter of a run: the final one in `output_dir`, else the newest `checkpoint-N` that holds one.
 

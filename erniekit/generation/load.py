@@ -6,7 +6,14 @@ from pathlib import Path
 import paddle
 
 from erniekit.checkpoint.adapter_read import base_of
-from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, find_checkpoint, has_weights, is_adapter
+from erniekit.checkpoint.folder import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    find_checkpoint,
+    has_weights,
+    is_adapter,
+    require_model,
+)
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config
 from erniekit.data.template import Template, load_template
@@ -115,6 +122,7 @@ def _directory(cfg: Config) -> Path:
     if missing:
         log.info(f"output_dir: {cfg.output_dir} holds no model yet; using model_name_or_path")
     path = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    require_model(path)
     ModelConfig.from_dir(path)  # a directory of something else is named as such
     return path
 

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.folder import has_weights
+from erniekit.checkpoint.folder import has_weights, require_model
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
@@ -95,6 +95,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    require_model(model_dir)
     tokenizer = load_tokenizer(model_dir)
     model, chunks = build_model(cfg, model_dir, mesh)
     for line in layout_lines(cfg, model.config, mesh.degrees):

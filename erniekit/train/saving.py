@@ -7,10 +7,12 @@ from pathlib import Path
 
 import paddle
 
+from erniekit.checkpoint.folder import has_weights, is_adapter
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.together import all_or_none, on_first, require_shared
+from erniekit.lora import state_of
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
@@ -59,8 +61,19 @@ class Saver:
         source = self._source()
         if source is not None:
             check_identity(read_state(source), self.cfg, source)
+        self._refuse_other_kind()
         (self.output_dir / CONFIG_FILE).write_text(self.cfg.to_yaml(), encoding="utf-8")
         return None if source is None else str(source)
+
+    def _refuse_other_kind(self) -> None:
+        """A directory with both a model and an adapter would not say which is meant."""
+        trains_adapter = state_of(self.run.model) is not None
+        if has_weights(self.output_dir) if trains_adapter else is_adapter(self.output_dir):
+            there, here = ("a model", "an adapter") if trains_adapter else ("an adapter", "a model")
+            raise CheckpointError(
+                f"output_dir: {self.output_dir} holds {there}, and this run writes {here} (fine_tuning: "
+                f"{self.cfg.fine_tuning}). Choose another output_dir."
+            )
 
     def _layout(self) -> dict[str, int]:
         """How the run is divided, and the rows of a step; a run may go on under another layout."""

@@ -159,3 +159,9 @@ def test_what_cannot_be_is_refused(workspace: Path) -> None:
     erniekit.save_model(model, workspace / "dense2")
     with pytest.raises(CheckpointError, match="fingerprint"):
         evaluate(load(workspace, "eval", **keys | {"model_name_or_path": str(workspace / "dense2")}))
+    with pytest.raises(CheckpointError, match="set lora_path to it"):
+        evaluate(load(workspace, "eval", model_name_or_path=str(workspace / "out"), output_dir=str(workspace / "new")))
+    with pytest.raises(CheckpointError, match="set lora_path to it"):
+        train(workspace, **keys | {"model_name_or_path": str(workspace / "out"), "output_dir": str(workspace / "new")})
+    with pytest.raises(CheckpointError, match="holds a model, and this run writes an adapter"):
+        train(workspace, **keys | {"output_dir": str(workspace / "dense2")})

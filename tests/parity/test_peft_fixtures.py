@@ -9,11 +9,11 @@ import erniekit
 from erniekit import lora
 from erniekit.export.export import export_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "peft"
 TOLERANCE = 1e-5  # of the largest logit: both sides compute in fp32
 
 
-@pytest.mark.parametrize("name", ["peft_dense", "peft_moe"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_peft_adapters(name: str, tmp_path: Path) -> None:
     directory = FIXTURES / name
     arrays = np.load(directory / "logits.npz")
