@@ -34,7 +34,9 @@ ROWS = 8  # of an optimizer step, over all data ranks
 
 
 def prepare(directory: Path) -> None:
-    """Models `dense` and `moe` (tied) and `untied`, and questions of unequal length; some rows carry little loss."""
+    """Models `dense` and `moe` (tied), `untied`, and `lopsided`: sparse, and most experts get no token; questions of
+    unequal length.
+    """
     from erniekit.checkpoint.model_io import save_model
     from erniekit.models.config import ModelConfig
     from erniekit.models.decoder import CausalLM
@@ -44,12 +46,16 @@ def prepare(directory: Path) -> None:
         ("dense", "tiny-dense", {}),
         ("untied", "tiny-dense", {"tie_word_embeddings": False, "use_bias": True}),
         ("moe", "tiny-moe", SPARSE),
+        ("lopsided", "tiny-moe", SPARSE),
     ):
         shutil.copytree(ROOT / "examples" / "models" / source, directory / name)
         file = directory / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | SIZES | changes))
         model = CausalLM(ModelConfig.from_dir(directory / name))
         draw(model, 7)
+        for layer, buffer in model.named_buffers() if name == "lopsided" else ():
+            assert layer.endswith("e_score_correction_bias")
+            buffer[:, :3] = 10.0  # every token goes to two of the first three experts, the first rank's
         save_model(model, directory / name)
     lines = [
         {"src": [f"{a}加{b}" + "等于几？" * (1 + a * b % 5)], "tgt": [str(a + b)]} for a in range(12) for b in range(9)
@@ -60,7 +66,7 @@ def prepare(directory: Path) -> None:
 
 def keys_for(directory: str, model: str, data_ranks: int = 1, rows: int = 1, **keys: Any) -> dict[str, Any]:
     """Overrides of a run with ROWS rows a step, `rows` at a time on each of `data_ranks`."""
-    routers = ROUTERS if model == "moe" else {}
+    routers = ROUTERS if model in ("moe", "lopsided") else {}
     return (
         {
             "model_name_or_path": f"{directory}/{model}",
@@ -87,7 +93,7 @@ def keys_for(directory: str, model: str, data_ranks: int = 1, rows: int = 1, **k
 
 
 def train_some(keys: dict[str, Any]) -> dict[str, Any]:
-    """STEPS optimizer steps on this rank: losses, gradient norms and parts by step, and this rank's parameters and
+    """STEPS optimizer steps (fewer if the data ends) on this rank: losses, gradient norms and parts by step, and this rank's parameters and
     buffers as name -> (array, axis parts over of its cut or None, index, count).
     """
     from erniekit import config
@@ -103,7 +109,11 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(run, [])
     steps, sent = [], []
     for _ in range(STEPS):
-        metrics = trainer.train_step(run.loader.next_step())
+        try:
+            batches = run.loader.next_step()
+        except StopIteration:
+            break
+        metrics = trainer.train_step(batches)
         steps.append({"loss": metrics.loss, "norm": metrics.grad_norm} | metrics.parts)
         sent.append(metrics.sent)
     run.close()

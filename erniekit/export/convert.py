@@ -113,7 +113,8 @@ def rewrite(
                 writer.write(piece.name, stored)
                 if touched:
                     edited[piece.name] = digest(stored)
-            del array  # not held while the next one is read
+                del stored
+            del array  # neither is held while the next one is read
     config = dataclasses.replace(source.config, dtype=_config_dtype(source, dtype))
     write_configs(target_dir, config, format)
     _verify(source, target_dir, edited)

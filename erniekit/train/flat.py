@@ -57,16 +57,14 @@ class FlatBatch:
 
 
 def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:
-    """Drop padding and join the rows; fill up to a `multiple` of tokens. A batch of nothing but padding keeps one token
-    without loss, so that every rank runs the same graph.
+    """Drop padding and join the rows; fill up to a `multiple` of tokens. A batch of nothing but padding is filled, too,
+    so that every rank runs the same graph.
     """
     rows, columns = np.nonzero(batch.segment_ids != 0)
-    if len(rows) == 0:
-        rows, columns = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
     segments = batch.segment_ids[rows, columns]
     new_document = np.ones(len(rows), dtype=bool)
     new_document[1:] = (segments[1:] != segments[:-1]) | (rows[1:] != rows[:-1])
-    filling = -len(rows) % multiple
+    filling = -len(rows) % multiple if len(rows) else multiple
     documents = np.cumsum(new_document)
 
     def joined(values: np.ndarray, fill: int) -> np.ndarray:
@@ -76,7 +74,7 @@ def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:
         input_ids=joined(batch.input_ids[rows, columns], 0),
         labels=joined(batch.labels[rows, columns], IGNORE),
         position_ids=joined(batch.position_ids[rows, columns], 0),
-        segment_ids=joined(documents, int(documents[-1]) + 1),
+        segment_ids=joined(documents, int(new_document.sum()) + 1),
         row_lengths=[int(n) for n in np.bincount(rows) if n],
         sources=[source for row in batch.sources for source in row],
         pairs=flat_pairs(batch),

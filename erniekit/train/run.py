@@ -34,7 +34,7 @@ def join(cfg: Config) -> Mesh:
     """This process's place among those that a launcher started; alone without one."""
     comm.on_wait = heartbeat.waiting
     heartbeat.waiting("the gathering of all ranks")
-    world = comm.init()
+    world = comm.init(cfg.rendezvous_timeout)
     heartbeat.waiting(None)
     return build_mesh(Degrees.from_config(cfg, world.size))
 

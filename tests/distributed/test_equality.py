@@ -17,6 +17,9 @@ PIPE2 = {"pipeline_parallel_degree": 2}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 MTP = {"num_nextn_predict_layers": 1}
 MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
+WEIGHTS = {"continue_training": True}
+# The data end within a step: its last microbatch has a row for the first data rank only, and none for the other.
+SHORT = {"max_steps": -1, "num_train_epochs": 0.97}
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 
 TWO = {
@@ -38,6 +41,10 @@ TWO = {
     "dense-pp2-memory": ("dense", PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
     "moe-pp2-recompute": ("moe", PIPE2 | {"recompute": True}),
     "moe-ep2-recompute": ("moe", EXPERT2 | {"recompute": True}),
+    "lopsided-ep2": ("lopsided", EXPERT2 | WEIGHTS),
+    "lopsided-tp2": ("lopsided", TENSOR2 | WEIGHTS),
+    "moe-dp2-short": ("moe", DATA2 | SHORT),
+    "moe-ep2-short": ("moe", EXPERT2 | SHORT | MTP),
     "moe-lora-ep2-sharding": ("moe", EXPERT2 | SHARD2 | LORA),
     "moe-lora-tp2-sp": ("moe", TENSOR2 | LORA | {"sequence_parallel": True}),
     "untied-lora-tp2": ("untied", TENSOR2 | LORA),
@@ -53,6 +60,7 @@ FOUR = {
     "moe-pp2-tp2": ("moe", PIPE2 | TENSOR2 | MTP),
     "moe-tp2-ep2": ("moe", TENSOR2 | EXPERT2 | MTP),
     "moe-tp2-sp-ep2": ("moe", TENSOR2 | EXPERT2 | MTP | {"sequence_parallel": True}),
+    "moe-tp2-sp-ep2-short": ("moe", TENSOR2 | EXPERT2 | MTP | SHORT | {"sequence_parallel": True}),
     "dense-pp2-dp2-sharding": ("dense", PIPE2 | SHARD2),
     "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
 }
@@ -76,7 +84,7 @@ alone: dict[str, dict] = {}
 
 
 def check(world: World, directory: Path, model: str, keys: dict[str, object]) -> tuple[float, float]:
-    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED}
+    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED | SHORT}
     name = f"{model} {kept}"
     if name not in alone:
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **kept))

@@ -162,15 +162,27 @@ def test_infinite_loss_names_step_and_parameter(fail, workspace):
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("stage=DPO", "DPO"),
-        ("fine_tuning=LoRA", "LoRA"),
-        ("tensor_parallel_degree=2", "tensor_parallel_degree"),
+        ("stage=VL-SFT", "VL-SFT"),
+        ("context_parallel_degree=2", "context parallelism"),
         ("compute_type=fp8", "fp8"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_before_anything_starts(fail, workspace, override, word):
     assert word in fail(override)
     assert not (workspace / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("fine_tuning=LoRA", ["continue_training", "fine_tuning: Full"]),  # of a random start
+        ("stage=DPO", ["train.jsonl:1", "one less than src"]),  # questions are no pairs
+        ("tensor_parallel_degree=3", ["tensor_parallel_degree: 3", "2 attention heads"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fail, override, words):
+    message = fail(override)
+    assert all(word in message for word in words), message
 
 
 def test_evaluating_or_exporting_nothing(fail, workspace):
