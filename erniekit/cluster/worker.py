@@ -45,7 +45,6 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
     if job.devices:
         # What CUDA_VISIBLE_DEVICES shows is counted from 0 again.
         return environ | {"FLAGS_selected_gpus": str(local)}
-    environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     if not (environ.get("ERNIEKIT_NUM_THREADS") or environ.get("OMP_NUM_THREADS")):
         environ["ERNIEKIT_NUM_THREADS"] = str(max(1, cores // start["count"]))
     return environ
