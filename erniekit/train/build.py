@@ -34,7 +34,7 @@ from erniekit.precision import policy
 from erniekit.train.adapt import attach_lora
 from erniekit.train.batch_warmup import steps_for
 from erniekit.train.ema import WeightAverage
-from erniekit.train.layout import chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
+from erniekit.train.layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
 from erniekit.train.optim import AdamW, rule_for
 from erniekit.train.recipes.base import Recipe
 from erniekit.train.recipes.causal import CausalRecipe
@@ -175,6 +175,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
         )
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
+    check_layout(cfg, mesh.degrees, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     with paddle.LazyGuard():  # no memory and no random values before the weights arrive

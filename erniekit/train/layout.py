@@ -41,9 +41,14 @@ def plan_actions(schedule: str, stages: int, chunks: int, stage: int, num_microb
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:
     """What the log says about the ranks; nothing for one."""
-    inert = (
-        [f"sharding: {cfg.sharding}: no effect: there is one data rank"] if cfg.sharding and degrees.data == 1 else []
-    )
+    inert = []
+    if cfg.sharding and degrees.data == 1:
+        inert = [f"sharding: {cfg.sharding}: no effect: there is one data rank"]
+    elif cfg.sharding_parallel_degree > 1 and not cfg.sharding:
+        inert = [
+            f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
+            "without sharding: stage1 or stage2"
+        ]
     if degrees.world == 1:
         return inert
     shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
