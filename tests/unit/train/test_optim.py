@@ -121,3 +121,11 @@ def test_norms_and_biases_are_not_decayed_and_every_gate_has_its_own_rate():
     for layer in range(4):
         assert rule_for(f"model.layers.{layer}.mlp.gate.weight", cfg, 4).lr_ratio == 0.01
     assert rule_for("model.layers.0.mlp.up_gate_proj.weight", cfg, 4).lr_ratio == 1.0
+
+
+def test_an_adapters_factors_have_their_own_rates_and_its_magnitude_no_decay():
+    cfg = Config(weight_decay=0.1, lora_plus_scale=4.0)
+    prefix = "model.layers.0.self_attn.qkv_proj.adapter."
+    rules = {own: rule_for(prefix + own, cfg, 4) for own in ("A_q", "B_q", "magnitude_q")}
+    assert {own: rule.lr_ratio for own, rule in rules.items()} == {"A_q": 1.0, "B_q": 4.0, "magnitude_q": 1.0}
+    assert {own: rule.weight_decay for own, rule in rules.items()} == {"A_q": 0.1, "B_q": 0.1, "magnitude_q": 0.0}
