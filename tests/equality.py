@@ -93,8 +93,8 @@ def keys_for(directory: str, model: str, data_ranks: int = 1, rows: int = 1, **k
 
 
 def train_some(keys: dict[str, Any]) -> dict[str, Any]:
-    """STEPS optimizer steps (fewer if the data ends) on this rank: losses, gradient norms and parts by step, and this rank's parameters and
-    buffers as name -> (array, axis parts over of its cut or None, index, count).
+    """STEPS optimizer steps (fewer if the data ends) on this rank: losses, gradient norms and parts by step, and this
+    rank's parameters and buffers as name -> (array, axis parts over of its cut or None, index, count).
     """
     from erniekit import config
     from erniekit.models.local import named_cuts

@@ -36,8 +36,10 @@ def judge(name: str, model: list[str]) -> dict[str, str]:
 
 
 def rewards(model: list[str]) -> dict[str, str]:
-    """What `erniekit eval` says of the preference pairs held out."""
-    run("eval", DPO, f"eval_output={OUTPUT}/rewards", *model)
+    """What `erniekit eval` says of the preference pairs held out; without a reference, so that the model before
+    training can be judged, too: how often the chosen answer is the likelier one.
+    """
+    run("eval", DPO, "reference_free=true", f"eval_output={OUTPUT}/rewards", *model)
     found = json.loads((ROOT / OUTPUT / "rewards" / "eval_results.json").read_text())
     return {
         "reward accuracy": f"{100 * found['reward_accuracy']:.1f} %",
@@ -54,15 +56,17 @@ def main() -> None:
     started = time.monotonic()
     if not args.keep_sft:
         run("train", SFT, "overwrite_output_dir=true", "evaluation_strategy=no", "do_eval=false", "save_strategy=no")
-    before = {"model": "after SFT"} | judge("before", [])
+    full, lora = (
+        ["fine_tuning=Full", "output_dir=./demo_output/styles"],
+        ["fine_tuning=LoRA", "output_dir=./demo_output/dpo_lora"],
+    )
+    before = {"model": "after SFT"} | judge("before", []) | rewards(full)
     run("train", DPO, "overwrite_output_dir=true")
-    after = {"model": "after LoRA DPO"} | judge(
-        "after", ["fine_tuning=LoRA", "output_dir=./demo_output/dpo_lora", "model_name_or_path=./demo_output/styles"]
+    after = (
+        {"model": "after LoRA DPO"} | judge("after", [*lora, "model_name_or_path=./demo_output/styles"]) | rewards([])
     )
     run("export", DPO, "format=pt")
     run("chat", DPO, stdin=f"{QUESTION}\n")
-    after |= rewards([])
-    before |= {"reward accuracy": "-", "reward margin": "0"}
     print_table([before, after])
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s. Its output is in demo_output/.")
     if float(after["wanted style"].split()[0]) < args.require:
