@@ -75,9 +75,13 @@ class AdamW:
         self.sync, self.parameters = sync, sync.parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.state = {name: self._new_state(name) for name in self.parameters}
+        self.reset()
         if sync.world.size > 1:
             log.info(self.memory_line())
+
+    def reset(self) -> None:
+        """Begin anew with the parameters as they are now: their values go into the master copies."""
+        self.state = {name: self._new_state(name) for name in self.parameters}
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
         own = self.sync.own(name)

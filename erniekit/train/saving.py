@@ -102,7 +102,9 @@ class Saver:
             self.run.average.load(source)
         for directory, tensors in self.run.recipe.extra_weights().items():
             load_trained(self.run.model, source / directory, into=tensors)
-        if not self.cfg.ignore_load_lr_and_optim:
+        if self.cfg.ignore_load_lr_and_optim:
+            self.run.optimizer.reset()
+        else:
             load_optimizer(source, self.run.optimizer, self.shares)
         if not self.cfg.ignore_data_skip:
             self.run.loader.load_state_dict(state.data)

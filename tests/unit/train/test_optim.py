@@ -84,6 +84,14 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert p.numpy().tolist() == [1.0, 2.0]
 
 
+def test_master_copies_follow_weights_that_were_loaded_later():
+    p = paddle.create_parameter([2], "bfloat16")
+    optimizer = adamw(p, {"w": ParamRule(1.0, 0.0)})
+    p.set_value(paddle.to_tensor([1.0, -2.0]).astype("bfloat16"))
+    optimizer.reset()
+    assert optimizer.state["w"]["master"].numpy().tolist() == [1.0, -2.0]
+
+
 def test_frozen_parameters_have_no_state():
     p = parameter([1.0])
     p.stop_gradient = True
