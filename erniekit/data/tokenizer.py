@@ -89,9 +89,8 @@ class _SentencePiece:
             self._bytes.append(piece.replace(SPACE, " ").encode())
             if self._model.is_control(i) or self._model.is_unknown(i):
                 added.setdefault(i, Added(piece, i, special=True))
-            elif (
-                len(piece) > 1 and self._model.get_score(i) == 0.0
-            ):  # user-defined (or the very first merge, which comes first in any text anyway)
+            elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
+                # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
                 added.setdefault(i, Added(piece, i, special=bool(_MARKUP.fullmatch(piece))))
         self.added = sorted(added.values(), key=lambda item: item.id)
         self.size = max([count, *(item.id + 1 for item in self.added)])

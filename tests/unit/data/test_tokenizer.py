@@ -60,6 +60,11 @@ def test_any_unicode_survives_and_both_files_agree(by_json, by_model, text):
     assert all(0 <= i < by_json.vocab_size for i in ids)
 
 
+def test_the_first_merge_still_becomes_longer(by_json, by_model):
+    """Of this vocabulary it is "is", whose score is 0 as that of what a user defined."""
+    assert by_model.encode("ist") == by_json.encode("ist") == [by_json.token_id("ist")]
+
+
 def test_roles_are_those_of_ernie(by_json, by_model):
     for tokenizer in (by_json, by_model):
         assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 0, 1, 2)
