@@ -82,8 +82,8 @@ ADAPTED_AND_PREFERRED = """
 300B-A47B dpo/run_dpo_wint8mix_lora 8k,32k,128k
 """.strip().splitlines()
 
-# Directories that `make demo-pretrain` and `make demo-align` leave for the next file.
-MADE_BY_DEMOS = ("./demo_output/pretrain/text", "./demo_output/styles")
+# Directories that the demos leave for the next file.
+MADE_BY_DEMOS = ("./demo_output/pretrain/text", "./demo_output/dense", "./demo_output/styles")
 
 
 def command_of(name: str) -> str:
