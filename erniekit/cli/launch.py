@@ -46,7 +46,7 @@ def configure(args: list[str], command: str) -> Config:
         _begin_worker(os.environ)
     path, overrides = (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
     cfg = config.load(path, overrides, command, allow_extra=_is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")))
-    if _AGENT not in os.environ:  # else the agent has said it
+    if not is_supervised():  # else the agent has said it
         for note in cfg.notes:
             log.info(note)
     config.require_supported(cfg, command)
@@ -71,7 +71,12 @@ def check(cfg: Config, command: str) -> None:
 
 def is_worker() -> bool:
     """Whether an agent, or Paddle's launcher, started this process as one of its ranks."""
-    return _AGENT in os.environ or _count(os.environ, "PADDLE_TRAINERS_NUM") > 1
+    return is_supervised() or _count(os.environ, "PADDLE_TRAINERS_NUM") > 1
+
+
+def is_supervised() -> bool:
+    """Whether an agent of ours started this process and watches it."""
+    return _AGENT in os.environ
 
 
 def job_of(cfg: Config, args: list[str]) -> Job | None:

@@ -1,6 +1,7 @@
 """`erniekit train`: train the model that a YAML describes."""
 
 from erniekit.cli import launch
+from erniekit.utils import log
 
 
 def run(args: list[str]) -> int:
@@ -11,6 +12,10 @@ def run(args: list[str]) -> int:
         from erniekit.cluster import agent
 
         return agent.run(job)
+    if cfg.max_restarts and not launch.is_supervised():
+        log.info(
+            "max_restarts: no effect: no agent of ours watches this process; the same command goes on where it was"
+        )
     from erniekit.train import stop
 
     stop.listen()

@@ -1,7 +1,7 @@
 """What a configuration asks for that this version cannot do, and what it says that does nothing here."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from erniekit.config.compat import DATA, RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
@@ -73,10 +73,27 @@ def _overruled(cfg: Config, command: str) -> Iterator[str]:
     """Keys that another key makes pointless."""
     if cfg.logging_dir and cfg.report_to == "none" and command == "train":
         yield "logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir"
-    if not cfg.recompute and command == "train" and (cfg.no_recompute_layers or cfg.use_recompute_moe):
-        yield "no_recompute_layers, use_recompute_moe: no effect: recompute is False"
+    if command == "train":
+        yield from _recompute(cfg)
     if cfg.warmup_steps and cfg.warmup_ratio:
         yield f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides"
+
+
+def _recompute(cfg: Config) -> Iterator[str]:
+    names = ("recompute_granularity", "use_recompute_moe", "use_recompute_mtp", "no_recompute_layers")
+    given = _given(cfg, names)
+    if not cfg.recompute and given:
+        yield f"{', '.join(given)}: no effect: recompute is False"
+    elif cfg.recompute and cfg.use_recompute_moe and cfg.recompute_granularity in ("full", "moe"):
+        yield f"use_recompute_moe: no effect: recompute_granularity: {cfg.recompute_granularity} recomputes them anyway"
+    if cfg.recompute and cfg.use_recompute_mtp and not cfg.num_nextn_predict_layers:
+        yield "use_recompute_mtp: no effect: num_nextn_predict_layers is 0"
+
+
+def _given(cfg: Config, names: Iterable[str]) -> list[str]:
+    """Those of the keys that differ from their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [name for name in names if vars(cfg)[name] != defaults[name]]
 
 
 def _one_process(cfg: Config, command: str) -> list[str]:
@@ -84,9 +101,17 @@ def _one_process(cfg: Config, command: str) -> list[str]:
     degrees = [name for name in vars(cfg) if name.endswith(("_parallel_degree", "_pp_degree")) and vars(cfg)[name] > 1]
     if degrees and command != "train":
         return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process"]
-    if cfg.sequence_parallel and cfg.tensor_parallel_degree <= 1 and command == "train":
-        return ["sequence_parallel: no effect: tensor_parallel_degree is 1"]
-    return []
+    if command != "train":
+        return []
+    found = []
+    if cfg.sequence_parallel and cfg.tensor_parallel_degree <= 1:
+        found.append("sequence_parallel: no effect: tensor_parallel_degree is 1")
+    pipeline = _given(cfg, ("pp_seg_method", "pipeline_schedule")) if cfg.pipeline_parallel_degree <= 1 else []
+    if pipeline:
+        found.append(f"{', '.join(pipeline)}: no effect: pipeline_parallel_degree is 1")
+    if cfg.elastic and not cfg.max_restarts:
+        found.append("elastic: no effect: max_restarts is 0")
+    return found
 
 
 def _lora(cfg: Config, command: str) -> list[str]:
@@ -95,7 +120,7 @@ def _lora(cfg: Config, command: str) -> list[str]:
         return []
     if cfg.fine_tuning == "LoRA":
         return ["save_format: no effect: adapters are saved in PEFT's format"] if cfg.save_format != "pt" else []
-    given = [field.name for field in dataclasses.fields(LoraArgs) if vars(cfg)[field.name] != field.default]
+    given = _given(cfg, (field.name for field in dataclasses.fields(LoraArgs)))
     return [f"{', '.join(given)}: no effect: read only with fine_tuning: LoRA"] if given else []
 
 
@@ -112,10 +137,18 @@ def _preference(cfg: Config, command: str) -> list[str]:
     if command not in DATA:
         return []
     if cfg.stage == "DPO":
-        defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-        found = [f"{n}: no effect: stage DPO: {why}" for n, why in _NOT_IN_DPO.items() if vars(cfg)[n] != defaults[n]]
+        found = [f"{name}: no effect: stage DPO: {_NOT_IN_DPO[name]}" for name in _given(cfg, _NOT_IN_DPO)]
+        found += [
+            f"{name}: no effect: read only with loss_type: {loss}"
+            for name, loss in (("simpo_gamma", "simpo"), ("dpop_lambda", "dpop"))
+            if cfg.loss_type != loss and _given(cfg, [name])
+        ]
+        if cfg.loss_type in ("or", "orpo") and _given(cfg, ["beta"]):
+            found.append(
+                f"beta: no effect on the loss: loss_type: {cfg.loss_type} has none; only rewards are told in it"
+            )
         return [*found, *_reference(cfg)]
-    given = [field.name for field in dataclasses.fields(PreferenceArgs) if vars(cfg)[field.name] != field.default]
+    given = _given(cfg, (field.name for field in dataclasses.fields(PreferenceArgs)))
     return [f"{', '.join(given)}: no effect: read only with stage: DPO"] if given else []
 
 
@@ -144,6 +177,5 @@ def _other_data(cfg: Config, command: str) -> list[str]:
     if pretrain and cfg.eval_dataset_path:
         return []  # the evaluation's text reads them
     kind, names = ("pretrain", _ONLY_TEXT) if pretrain else (cfg.dataset_type, _ONLY_TOKEN_FILES)
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    given = [name for name in names if vars(cfg)[name] != defaults[name]]
+    given = _given(cfg, names)
     return [f"{', '.join(given)}: no effect: not read with dataset_type: {kind}"] if given else []

@@ -31,16 +31,19 @@ def run_chunk(
     if x_TD is None:
         x_TD = model.model.embed_tokens(batch.ids_tensor())
         if noise_TD is not None:
-            x_TD = x_TD + (noise_TD if model.tensor is None else model.tensor.own_tokens(noise_TD))
+            noise_TD = noise_TD if model.tensor is None else model.tensor.own_tokens(noise_TD)
+            x_TD = x_TD + noise_TD.astype(x_TD.dtype)
     x_TD, routings = model.model.run(x_TD, layers, documents, TokenInfo(batch.row_lengths))
     return x_TD, documents, routings
 
 
-def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], str]:
-    """Shape and dtype of what goes from one stage to the next."""
+def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
+    """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up, as of their norms.
+    """
     ranks = model.tensor
     rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
-    return [rows, model.config.hidden_size], paddle.get_default_dtype()
+    first = model.model.layers[model.model.layers.numbers[0]]
+    return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
 
 
 @dataclass
@@ -93,7 +96,7 @@ class TrainStage:
             return x_TD, self._share(terms)
         return None, self._share(self.recipe.head_terms(self.model, x_TD, documents, batch) | terms)
 
-    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what the stage before sends."""
         return input_shape(self.model, self.microbatches[microbatch])
 

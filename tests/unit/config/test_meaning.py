@@ -186,6 +186,30 @@ def test_refusals_are_of_the_command():
     assert [line.partition(":")[0] for line in unsupported(asked, "train")] == ["stage"]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"use_recompute_mtp": True}, "use_recompute_mtp: no effect: recompute is False"),
+        ({"recompute": True, "use_recompute_moe": True}, "use_recompute_moe: no effect: recompute_granularity: full"),
+        ({"recompute": True, "use_recompute_mtp": True}, "use_recompute_mtp: no effect: num_nextn_predict_layers"),
+        ({"pipeline_schedule": "memory_efficient"}, "pipeline_schedule: no effect: pipeline_parallel_degree is 1"),
+        ({"pp_seg_method": "balanced"}, "pp_seg_method: no effect: pipeline_parallel_degree is 1"),
+        ({"elastic": True}, "elastic: no effect: max_restarts is 0"),
+        ({"stage": "DPO", "simpo_gamma": 1.0}, "simpo_gamma: no effect: read only with loss_type: simpo"),
+        ({"stage": "DPO", "dpop_lambda": 5.0}, "dpop_lambda: no effect: read only with loss_type: dpop"),
+        ({"stage": "DPO", "loss_type": "orpo", "beta": 0.5}, "beta: no effect on the loss: loss_type: orpo"),
+    ],
+)
+def test_keys_that_others_make_pointless_are_named(given, named):
+    assert any(note.startswith(named) for note in cfg(**given).notes), cfg(**given).notes
+
+
+def test_keys_that_work_are_not_named():
+    given = {"recompute": True, "recompute_granularity": "core_attn", "use_recompute_moe": True, "max_restarts": 1}
+    pipeline = {"pipeline_parallel_degree": 2, "virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}
+    assert cfg(**given, **pipeline, elastic=True).notes == ()
+
+
 def test_every_key_without_effect_is_named_once_with_a_reason():
     given = {"fuse_rope": True, "lora_rank": 32, "unified_checkpoint": True, "port": 8188, "max_steps": 3}
     notes = cfg(**given).notes
