@@ -137,6 +137,13 @@ class Mesh:
     def is_last_stage(self) -> bool:
         return self.pipe == self.degrees.pipeline - 1
 
+    @property
+    def sends_wait(self) -> bool:
+        """Whether a pipeline's transfers need one order that all ranks keep: NCCL demands it of communicators used side
+        by side. Over TCP a send never waits.
+        """
+        return self.pipe_group.handle is not None
+
     @staticmethod
     def single() -> "Mesh":
         """One process alone, whatever the world it may be in."""

@@ -124,7 +124,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         mesh=mesh,
         model=model,
         chunks=chunks,
-        actions=partial(plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.pipe),
+        actions=partial(plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.sends_wait, mesh.pipe),
         tokenizer=tokenizer,
         recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,

@@ -1,7 +1,7 @@
 """Scores on the evaluation data while training, over every rank's share of model and data."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -9,50 +9,16 @@ from itertools import islice
 import numpy as np
 import paddle
 
-from erniekit.models.decoder import CausalLM
 from erniekit.models.scoring import Score, score_hidden
 from erniekit.nn.attention import Documents
-from erniekit.parallel import comm, pipeline
-from erniekit.parallel.schedule import forward_plan
+from erniekit.parallel import comm
 from erniekit.train.build import Run
 from erniekit.train.flat import FlatBatch, flatten
-from erniekit.train.recipes.base import Recipe, Term
-from erniekit.train.stage import input_shape, run_chunk
+from erniekit.train.recipes.base import Term
+from erniekit.train.stage import forward_pass
 from erniekit.utils.errors import TrainError
 
 _COUNT = "count "  # before a divisor's name, among sums
-
-
-class ScoreStage:
-    """Runs this process's chunks without gradients; the last stage adds up the `score`."""
-
-    def __init__(self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch]) -> None:
-        self.model, self.chunks, self.microbatches = model, chunks, microbatches
-        self.score = Score()
-
-    def forward(
-        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
-    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        """(output for the next stage, or None from the last; no loss)."""
-        batch = self.microbatches[microbatch]
-        x_TD, documents, _ = run_chunk(self.model, self.chunks[chunk], batch, x_TD)
-        if not (self.model.part.has_head and chunk == len(self.chunks) - 1):
-            return x_TD, None
-        self.score_hidden(x_TD, documents, batch)
-        return None, None
-
-    def score_hidden(self, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch) -> None:
-        """Add the scores of a microbatch, from the last layer's output."""
-        hidden = self.model.enter_head(self.model.model.norm(x_TD))
-        if len(batch.supervised):
-            self.score += score_hidden(self.model, hidden, batch.supervised, batch.labels)
-
-    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
-        """Shape and dtype of what the stage before sends."""
-        return input_shape(self.model, self.microbatches[microbatch])
-
-    def after_backward(self, chunk: int, microbatch: int) -> None:
-        """Nothing goes backward here."""
 
 
 @dataclass
@@ -76,32 +42,11 @@ class TermSums:
             self.sums[_COUNT + name] += count
 
 
-class TermStage(ScoreStage):
-    """The same, but the last stage adds up the recipe's terms."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        recipe: Recipe,
-        chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
-        found: TermSums,
-    ) -> None:
-        super().__init__(model, chunks, microbatches)
-        self.recipe, self.found = recipe, found
-
-    def score_hidden(self, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch) -> None:
-        """Add the microbatch's terms."""
-        self.found.add_terms(self.recipe.head_terms(self.model, x_TD, documents, batch))
-
-
 def evaluate(run: Run) -> dict[str, float]:
     """Scores over the evaluation data (at most max_evaluate_steps batches a rank): loss, perplexity and token accuracy,
     or what the recipe reports instead. The names begin with eval_.
     """
-    run.model.eval()
     metrics = _recipe_terms(run) if run.recipe.reports_terms else _label_scores(run)
-    run.model.train()
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
@@ -117,11 +62,6 @@ def _groups(run: Run) -> Iterator[list[FlatBatch]]:
             yield taken
 
 
-def _run(run: Run, stage: ScoreStage) -> None:
-    actions = forward_plan(run.mesh.degrees.pipeline, len(stage.microbatches), len(run.chunks))[run.mesh.pipe]
-    pipeline.run(actions, stage, run.mesh.pipe_group.ranks)
-
-
 def _recipe_terms(run: Run) -> dict[str, float]:
     """The recipe's metrics, each over its own divisor, and "loss", the weighted sum of its terms."""
     found = TermSums()
@@ -130,7 +70,11 @@ def _recipe_terms(run: Run) -> dict[str, float]:
         if run.mesh.pipe == 0:  # every stage has the same batches
             for batch in prepared:
                 found.add_counts(run.recipe.counts(batch))
-        _run(run, TermStage(run.model, run.recipe, run.chunks, prepared, found))
+
+        def add_terms(number: int, x_TD: paddle.Tensor, documents: Documents, batches=prepared) -> None:
+            found.add_terms(run.recipe.head_terms(run.model, x_TD, documents, batches[number]))
+
+        forward_pass(run.model, run.mesh, run.chunks, prepared, add_terms)
     everywhere = comm.gather_objects(found.kinds, run.mesh.world_group)
     kinds = {name: (_COUNT + divisor, weight) for part in everywhere for name, (divisor, weight) in part.items()}
     names = sorted({*kinds, *(divisor for divisor, _ in kinds.values())})
@@ -149,12 +93,16 @@ def _over_ranks(run: Run, values: np.ndarray) -> list[float]:
 
 def _label_scores(run: Run) -> dict[str, float]:
     """Loss, perplexity and token accuracy."""
-    score = Score()
+    scores = [Score()]
     for taken in _groups(run):
-        stage = ScoreStage(run.model, run.chunks, taken)
-        _run(run, stage)
-        score += stage.score
-    sum_nll, num_tokens, num_correct = _over_ranks(run, np.array(score, np.float64))
+
+        def score(number: int, x_TD: paddle.Tensor, documents: Documents, batches=taken) -> None:
+            batch, hidden = batches[number], run.model.enter_head(run.model.model.norm(x_TD))
+            if len(batch.supervised):
+                scores[0] += score_hidden(run.model, hidden, batch.supervised, batch.labels)
+
+        forward_pass(run.model, run.mesh, run.chunks, taken, score)
+    sum_nll, num_tokens, num_correct = _over_ranks(run, np.array(scores[0], np.float64))
     if not num_tokens:
         raise TrainError("eval_dataset_path: no token of the evaluation data carries loss")
     return Score(sum_nll, int(num_tokens), int(num_correct)).metrics()

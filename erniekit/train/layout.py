@@ -34,9 +34,11 @@ def check_layout(cfg: Config, degrees: Degrees, config: ModelConfig) -> None:
 
 
 @lru_cache(maxsize=8)
-def plan_actions(schedule: str, stages: int, chunks: int, stage: int, num_microbatches: int) -> list[Action]:
+def plan_actions(
+    schedule: str, stages: int, chunks: int, sends_wait: bool, stage: int, num_microbatches: int
+) -> list[Action]:
     """What a stage does in a step of so many microbatches."""
-    return plan(schedule, stages, num_microbatches, chunks)[stage]
+    return plan(schedule, stages, num_microbatches, chunks, sends_wait)[stage]
 
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:

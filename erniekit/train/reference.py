@@ -13,11 +13,10 @@ import paddle
 from erniekit import lora
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.parallel import pipeline
+from erniekit.nn.attention import Documents
 from erniekit.parallel.mesh import Mesh
-from erniekit.parallel.schedule import forward_plan
 from erniekit.train.flat import FlatBatch
-from erniekit.train.stage import input_shape, run_chunk
+from erniekit.train.stage import forward_pass
 
 
 class Reference(Protocol):
@@ -26,37 +25,6 @@ class Reference(Protocol):
     """
 
     def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]: ...
-
-
-class _LogProbStage:
-    """Runs a process's chunks without gradients; the last stage notes what the answers' log-probabilities are."""
-
-    def __init__(
-        self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch], most: int
-    ) -> None:
-        self.model, self.chunks, self.microbatches, self.most = model, chunks, microbatches, most
-        self.found = [
-            np.zeros((2, 0 if batch.pairs is None else len(batch.pairs.chosen)), np.float32) for batch in microbatches
-        ]
-
-    def forward(
-        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
-    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        batch = self.microbatches[microbatch]
-        x_TD, _, _ = run_chunk(self.model, self.chunks[chunk], batch, x_TD)
-        if not (self.model.part.has_head and chunk == len(self.chunks) - 1):
-            return x_TD, None
-        hidden = self.model.enter_head(self.model.model.norm(x_TD))
-        if batch.pairs is not None:
-            sums = pair_log_probs(self.model, hidden, batch, self.most)
-            self.found[microbatch] = sums.numpy().reshape([2, -1])
-        return None, None
-
-    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], str]:
-        return input_shape(self.model, self.microbatches[microbatch])
-
-    def after_backward(self, chunk: int, microbatch: int) -> None:
-        """Nothing goes backward here."""
 
 
 def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: FlatBatch, most: int) -> paddle.Tensor:
@@ -78,15 +46,18 @@ class ForwardPass:
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
-        stage = _LogProbStage(model, self.chunks, microbatches, self.most)
-        stages = self.mesh.degrees.pipeline
-        actions = forward_plan(stages, len(microbatches), len(self.chunks))[self.mesh.pipe]
-        was_training = model.training
-        model.eval()
-        pipeline.run(actions, stage, self.mesh.pipe_group.ranks)
-        if was_training:
-            model.train()
-        return stage.found
+        found = [
+            np.zeros((2, 0 if batch.pairs is None else len(batch.pairs.chosen)), np.float32) for batch in microbatches
+        ]
+
+        def note(number: int, x_TD: paddle.Tensor, documents: Documents) -> None:
+            hidden = model.enter_head(model.model.norm(x_TD))
+            if microbatches[number].pairs is not None:
+                sums = pair_log_probs(model, hidden, microbatches[number], self.most)
+                found[number] = sums.numpy().reshape([2, -1])
+
+        forward_pass(model, self.mesh, self.chunks, microbatches, note)
+        return found
 
 
 class SecondModel:

@@ -14,6 +14,9 @@ from erniekit.models.decoder import CausalLM, Routings
 from erniekit.moe.layer import TokenInfo
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.attention import Documents
+from erniekit.parallel import pipeline
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.schedule import forward_plan
 from erniekit.train.flat import FlatBatch
 from erniekit.train.recipes.base import Recipe, Term
 from erniekit.train.recipes.routers import router_terms
@@ -92,7 +95,7 @@ class TrainStage:
                 self.sums.routers[router].add(numbers)
             else:
                 self.sums.routers[router] = numbers
-        if not self._is_last(chunk):
+        if not _is_last(self.model, self.chunks, chunk):
             return x_TD, self._share(terms)
         return None, self._share(self.recipe.head_terms(self.model, x_TD, documents, batch) | terms)
 
@@ -103,9 +106,6 @@ class TrainStage:
     def after_backward(self, chunk: int, microbatch: int) -> None:
         """The gradients of a chunk's pass are complete."""
         self._after_backward(chunk)
-
-    def _is_last(self, chunk: int) -> bool:
-        return self.model.part.has_head and chunk == len(self.chunks) - 1
 
     def _share(self, terms: dict[str, Term]) -> paddle.Tensor | None:
         """The terms over the step's counts, weighted and added up."""
@@ -122,3 +122,51 @@ class TrainStage:
         loss = paddle.add_n(shares)
         self.sums.loss += loss.item()
         return loss
+
+
+# Takes a microbatch's number, the last layer's output [T, D], and what attention knows of the batch.
+AtHead = Callable[[int, paddle.Tensor, Documents], None]
+
+
+class _ForwardStage:
+    """Runs this process's chunks; the last stage hands what comes out to `at_head`."""
+
+    def __init__(
+        self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch], at_head: AtHead
+    ) -> None:
+        self.model, self.chunks, self.microbatches, self.at_head = model, chunks, microbatches, at_head
+
+    def forward(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        x_TD, documents, _ = run_chunk(self.model, self.chunks[chunk], self.microbatches[microbatch], x_TD)
+        if not _is_last(self.model, self.chunks, chunk):
+            return x_TD, None
+        self.at_head(microbatch, x_TD, documents)
+        return None, None
+
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
+        return input_shape(self.model, self.microbatches[microbatch])
+
+    def after_backward(self, chunk: int, microbatch: int) -> None:
+        """Nothing goes backward here."""
+
+
+def forward_pass(
+    model: CausalLM,
+    mesh: Mesh,
+    chunks: Sequence[Sequence[int]],
+    microbatches: Sequence[FlatBatch],
+    at_head: AtHead,
+) -> None:
+    """Run microbatches through all stages in eval mode, without gradients. Every rank asks at the same time."""
+    was_training = model.training
+    model.eval()
+    actions = forward_plan(mesh.degrees.pipeline, len(microbatches), len(chunks), mesh.sends_wait)[mesh.pipe]
+    pipeline.run(actions, _ForwardStage(model, chunks, microbatches, at_head), mesh.pipe_group.ranks)
+    if was_training:
+        model.train()
+
+
+def _is_last(model: CausalLM, chunks: Sequence[Sequence[int]], chunk: int) -> bool:
+    return model.part.has_head and chunk == len(chunks) - 1
