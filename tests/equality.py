@@ -125,6 +125,22 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps, "tensors": tensors, "sent": sent}
 
 
+def evaluate_some(keys: dict[str, Any]) -> dict[str, float]:
+    """The evaluation's metrics on this rank, before any training."""
+    from erniekit import config
+    from erniekit.parallel import comm
+    from erniekit.parallel.mesh import Degrees, build_mesh
+    from erniekit.train.build import build_run
+    from erniekit.train.evaluation import evaluate
+
+    cfg = config.load(None, keys | {"do_eval": True, "eval_dataset_path": keys["train_dataset_path"]}, "train")
+    run = build_run(cfg, build_mesh(Degrees.from_config(cfg, comm.world().size)))
+    try:
+        return evaluate(run)
+    finally:
+        run.close()
+
+
 def compare(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[float, float]:
     """Largest difference of any loss, norm or part, and of any parameter. Copies of a share must be equal bit for
     bit; together the ranks must hold every parameter.

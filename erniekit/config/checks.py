@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
+from erniekit.config.schema_preference import ALIASES, SMOOTHED
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
@@ -137,10 +138,10 @@ def _lora(cfg: Config) -> Iterator[str]:
 def _preference(cfg: Config) -> Iterator[str]:
     if cfg.stage != "DPO":
         return
-    smoothed = ("sigmoid", "simpo", "dpop", "robust", "exo", "exo_pair")
-    if cfg.label_smoothing and cfg.loss_type not in smoothed:
-        yield f"label_smoothing: loss_type {cfg.loss_type} has none; it is for {', '.join(smoothed)}"
-    if cfg.loss_type in ("exo", "exo_pair") and not cfg.label_smoothing:
+    loss = ALIASES.get(cfg.loss_type, cfg.loss_type)
+    if cfg.label_smoothing and loss not in SMOOTHED:
+        yield f"label_smoothing: loss_type {cfg.loss_type} has none; it is for {', '.join(SMOOTHED)}"
+    if loss == "exo_pair" and not cfg.label_smoothing:
         yield f"label_smoothing: loss_type {cfg.loss_type} needs one above 0; its paper takes 1e-3"
     if cfg.offset_alpha:
         if cfg.loss_type != "sigmoid":

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 from erniekit.config.fields import key
 
-# "or" is ORPO's odds-ratio term; orpo is that with ORPO's sft_loss_ratio of 1.
+# Names that other toolkits use for the same loss; orpo is ORPO's odds-ratio term with its sft_loss_ratio of 1.
+ALIASES = {"orpo": "or", "exo": "exo_pair", "apo": "apo_zero"}
+AVERAGED = ("ipo", "simpo", "or")  # defined on log-probabilities per token
+REFERENCE_FREE = ("simpo", "or")  # defined without a reference
+SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # that read label_smoothing
 LOSS_TYPES = (
     "sigmoid hinge ipo simpo or orpo dpop kto_pair sppo_hard nca_pair robust exo exo_pair apo apo_zero apo_down"
 ).split()

@@ -7,7 +7,7 @@ from erniekit.config.compat import DATA, RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.config.schema_lora import LoraArgs
-from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
 from erniekit.utils.errors import ConfigError
 
 _STAGES = {
@@ -154,8 +154,8 @@ def _preference(cfg: Config, command: str) -> list[str]:
 
 def _reference(cfg: Config) -> Iterator[str]:
     """Keys about a reference that the loss does not have, or that cannot move, and about lengths."""
-    why = ""
-    if cfg.reference_free or cfg.loss_type in ("simpo", "or", "orpo"):
+    why, loss = "", ALIASES.get(cfg.loss_type, cfg.loss_type)
+    if cfg.reference_free or loss in REFERENCE_FREE:
         why = f"loss_type: {cfg.loss_type} with reference_free: {cfg.reference_free} has no reference"
         if cfg.ref_logps_cache:
             yield f"ref_logps_cache: no effect: {why}"
@@ -163,7 +163,7 @@ def _reference(cfg: Config) -> Iterator[str]:
         why = "the reference is the model without its adapter"
     if why and cfg.ref_model_update_steps > 0:
         yield f"ref_model_update_steps: no effect: {why}"
-    if cfg.loss_type in ("simpo", "or", "orpo", "ipo") and cfg.normalize_logps:
+    if loss in AVERAGED and cfg.normalize_logps:
         yield f"normalize_logps: no effect: loss_type: {cfg.loss_type} averages over tokens by itself"
 
 

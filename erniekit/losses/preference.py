@@ -12,14 +12,9 @@ from typing import Any
 import paddle
 from paddle.nn.functional import log_sigmoid, relu, sigmoid
 
-from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, SMOOTHED, PreferenceArgs
 
-# Names that other toolkits use for the same loss.
-ALIASES = {"orpo": "or", "exo": "exo_pair", "apo": "apo_zero"}
-AVERAGED = ("ipo", "simpo", "or")  # defined on log-probabilities per token
-REFERENCE_FREE = ("simpo", "or")  # defined without a reference
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
-SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # that read label_smoothing
 _SMALLEST_SCORE = 1e-6
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from equality import compare, keys_for, prepare, train_some
+from equality import compare, evaluate_some, keys_for, prepare, train_some
 from worlds import World
 
 # Sums over ranks go in another order than over microbatches: a few ulps a step, which AdamW amplifies where a second
@@ -96,6 +96,17 @@ def check(world: World, directory: Path, model: str, keys: dict[str, object]) ->
 def test_two_ranks_train_as_one(world2: World, directory: Path, case: str):
     losses, parameters = check(world2, directory, *TWO[case])
     assert losses < TOLERANCE and parameters < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["moe-dp2", "untied-tp2-sp", "moe-ep2", "untied-pp2", "moe-pp2-interleaved"])
+def test_two_ranks_evaluate_as_one(world2: World, directory: Path, case: str):
+    """Every rank reports the loss of all the data. float32 logits, summed in float64: 1e-6."""
+    model, keys = TWO[case]
+    kept = {name: value for name, value in keys.items() if name in MTP}
+    alone = evaluate_some(keys_for(str(directory), model, rows=4, **kept))
+    for metrics in world2.run(evaluate_some, keys=keys_for(str(directory), model, data_ranks(keys), **keys)):
+        assert metrics == pytest.approx(alone, rel=1e-6)
+    assert alone["eval_loss"] > 1
 
 
 @pytest.mark.parametrize("case", FOUR)
