@@ -26,8 +26,8 @@ def partition_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> Partition:
         expert_rank=mesh.expert,
         expert_degree=degrees.expert,
         layers=tuple(layer for chunk in chunks for layer in chunk),
-        has_embedding=mesh.pipe == 0,
-        has_head=mesh.pipe == degrees.pipeline - 1,
+        has_embedding=mesh.is_first_stage,
+        has_head=mesh.is_last_stage,
     )
 
 

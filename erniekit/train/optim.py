@@ -160,10 +160,6 @@ class AdamW:
         tensor = self.state[name][field]
         return tensor.numpy() if field in POWERS else self.sync.gather(name, tensor)
 
-    def state_arrays(self) -> dict[str, np.ndarray]:
-        """The whole state as "parameter name/field" -> fp32 array, for a checkpoint."""
-        return {key: self.state_array(key) for key in self.state_shapes()}
-
     def load_state_array(self, key: str, array: np.ndarray) -> None:
         """Set one entry of the state from the whole array. KeyError if the optimizer has no such entry, ValueError if
         its shape differs.

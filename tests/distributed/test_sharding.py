@@ -5,6 +5,7 @@ import math
 import numpy as np
 import paddle
 import pytest
+from optimizer_state import state_arrays
 from worlds import World
 
 from erniekit.parallel import comm
@@ -110,7 +111,7 @@ def train(stage: int, shard: int, overlap: bool, state: dict[str, np.ndarray] | 
     return {
         "parameters": {name: p.numpy() for name, p in sync.parameters.items()},
         "norms": norms,
-        "state": optimizer.state_arrays(),
+        "state": state_arrays(optimizer),
         "state bytes": (optimizer.state_bytes(), state_bytes(entries)),
         "gradient bytes": (max(held), gradient_bytes(entries, stage, True)),
         "sent": (sent, [{kind: n for kind, n in formula.items() if n}] * len(sent)),
@@ -133,7 +134,7 @@ def train_alone(ranks: int, until: int = STEPS) -> tuple[dict[str, np.ndarray], 
                         total[key] = total.get(key, np.float64(0.0)) + part.astype(np.float64)
         backward(optimizer.sync.parameters, {name: sums.astype(np.float32) for name, sums in total.items()})
         norms.append(finish_step(optimizer))
-    return {name: p.numpy() for name, p in optimizer.sync.parameters.items()}, norms, optimizer.state_arrays()
+    return {name: p.numpy() for name, p in optimizer.sync.parameters.items()}, norms, state_arrays(optimizer)
 
 
 def check_equal(results: list[dict], ranks: int, norms_from: int = 0) -> None:
