@@ -18,14 +18,15 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def partition_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> Partition:
-    """The part of the model that this process holds, given the layers of its chunks."""
+    """The part of the model that this process holds, given the layers of its chunks; WHOLE where nothing is divided."""
     degrees = mesh.degrees
+    layers = tuple(layer for chunk in chunks for layer in chunk)
     return Partition(
         tensor_rank=mesh.tensor,
         tensor_degree=degrees.tensor,
         expert_rank=mesh.expert,
         expert_degree=degrees.expert,
-        layers=tuple(layer for chunk in chunks for layer in chunk),
+        layers=layers if degrees.pipeline > 1 else None,
         has_embedding=mesh.is_first_stage,
         has_head=mesh.is_last_stage,
     )

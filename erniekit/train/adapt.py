@@ -18,6 +18,7 @@ from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.low_bit import num_held
+from erniekit.models.partition import WHOLE
 from erniekit.models.weights import our_shapes
 from erniekit.utils import log
 
@@ -54,8 +55,9 @@ def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
     state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
     total = num_held(model)
     trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
+    here = "" if model.part == WHOLE else " on this rank"
     log.info(
-        f"LoRA ({start}): {lora.describe(state)}; {trained:,} of {total:,} parameters are trained "
+        f"LoRA ({start}): {lora.describe(state)}; {trained:,} of {total:,} parameters{here} are trained "
         f"({trained / total:.2%})"
     )
 
