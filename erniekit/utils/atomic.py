@@ -1,0 +1,91 @@
+"""Files and directories that are whole or not there: write beside, force to disk, rename.
+
+A process killed at any moment leaves the old content or the new one, plus at most a temporary name that
+`remove_leftovers` deletes at the next start.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Temporary names begin with a dot and end in .tmp, so that no reader of a directory takes them for content.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
+
+
+def sync_directory(directory: Path) -> None:
+    """Force a directory's entries to disk, so that a rename in it survives a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it is forced to disk and renamed to `path` on success, and removed
+    on an error. OSErrors are the caller's.
+    """
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file's content; readers see the old content or the new one."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content by `text` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file's content by readable JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory: rename it first, so that a kill halfway never leaves half of it under its name. A symbolic
+    link is unlinked; what it points to stays.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        return
+    doomed = directory.with_name(f".{directory.name}.removed-{os.getpid()}-{threading.get_ident()}.tmp")
+    os.rename(directory, doomed)
+    sync_directory(directory.parent)
+    shutil.rmtree(doomed)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What killed processes left in `directory`: half-written files and half-deleted directories."""
+    return sorted(path for path in directory.iterdir() if _TEMPORARY.match(path.name))
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Delete what killed processes left in `directory`; returns the names, for a log line. Only for the process that
+    owns the directory: another one may still be writing there.
+    """
+    removed = []
+    for path in leftovers(directory):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return removed

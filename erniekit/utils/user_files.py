@@ -1,0 +1,201 @@
+"""The one reader of small files that come from a user: regular files of bounded size, and JSON without surprises.
+
+Python's JSON parser keeps the last of two equal keys, takes NaN and Infinity, and raises five kinds of exception. Here
+each of these is one error of the caller's kind (a subclass of UserError) with file, place and cure.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from erniekit.utils.errors import UserError
+
+MAX_BYTES = 64 << 20  # of a configuration file; data files have a reader of their own
+MAX_DEPTH = 100  # of nested lists and objects
+
+T = TypeVar("T")
+
+
+def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes; a pipe, a device or a directory is refused unread.
+
+    FileNotFoundError is the caller's: only it knows what an absent file means.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path}: not a regular file. Replace it by one.")
+            if status.st_size > limit:
+                raise error(
+                    f"{path}: {status.st_size:,} bytes; such a file has at most {limit:,}. Is it the right file?"
+                )
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise error(f"{path}: a directory, not a file. Remove or rename it.") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}. Check the path and its permissions.") from None
+
+
+def decode(data: bytes, where: str, error: type[UserError]) -> str:
+    """UTF-8 text; a byte-order mark at the beginning is dropped."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = data[: problem.start].count(b"\n") + 1
+        raise error(f"{where}: not UTF-8 text (line {line}). Save the file as UTF-8.") from None
+
+
+def read_text(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> str:
+    """The text of a file in UTF-8."""
+    return decode(read_bytes(path, error, limit), str(path), error)
+
+
+def read_json(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> Any:
+    """The content of a JSON file."""
+    return parse_json(read_text(path, error, limit), str(path), error)
+
+
+def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> dict[str, Any]:
+    """The content of a JSON file that holds one object."""
+    content = read_json(path, error, limit)
+    if not isinstance(content, dict):
+        raise error(f"{path}: must hold one JSON object, found {kind(content)}.")
+    return content
+
+
+def parse_json(text: str, where: str, error: type[UserError]) -> Any:
+    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
+    Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as problem:
+        raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
+    except RecursionError:
+        raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
+    except ValueError as problem:  # of ours, or Python's limit on the digits of an integer
+        reason = str(problem) if isinstance(problem, _Refused) else "an integer with more than 4300 digits"
+        raise error(f"{where}: {reason}.") from None
+    _check_depth(content, text, where, error)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise error(f"{where}: a \\ud800-\\udfff escape that is half of a pair; no text can hold it.") from None
+    return content
+
+
+class _Refused(ValueError):
+    """Valid for Python's parser, refused here."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Refused(f"the key {twice!r} stands twice in one object; keep one of them")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise _Refused(f"{name} is not a JSON number")
+
+
+def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level, depth = [content], 0
+    while level:
+        if depth >= MAX_DEPTH:
+            raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.")
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list):
+                inner.extend(value)
+        level, depth = [value for value in inner if isinstance(value, (dict, list))], depth + 1
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, for a message: "a list", "null" ..."""
+    if value is None:
+        return "null"
+    names: Mapping[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+class JsonObject:
+    """Typed access to one object of a user's JSON file; every error names the file and the key.
+
+    `get_*` return `default` where the key is absent or null. `where` is the file, or "file: key" for an inner object.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, error: type[UserError]) -> None:
+        self.values, self.where, self.error = values, where, error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def get_text(self, key: str, default: T) -> str | T:
+        return self._get(key, default, "text", lambda value: isinstance(value, str))
+
+    def get_bool(self, key: str, default: T) -> bool | T:
+        return self._get(key, default, "true or false", lambda value: isinstance(value, bool))
+
+    def get_int(self, key: str, default: T, low: int | None = None, high: int | None = None) -> int | T:
+        def fits(value: Any) -> bool:
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            return is_integer and (low is None or value >= low) and (high is None or value <= high)
+
+        return self._get(key, default, "an integer" + _bounds(low, high), fits)
+
+    def get_number(self, key: str, default: T, low: float | None = None, high: float | None = None) -> float | T:
+        def fits(value: Any) -> bool:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            finite = is_number and abs(value) < 1e308  # 1e999 reads as infinity
+            return finite and (low is None or value >= low) and (high is None or value <= high)
+
+        return self._get(key, default, "a number" + _bounds(low, high), fits)
+
+    def get_object(self, key: str) -> "JsonObject":
+        """An inner object; an empty one where the key is absent or null."""
+        values = self._get(key, {}, "an object", lambda value: isinstance(value, dict))
+        return JsonObject(values, f"{self.where}: {key}", self.error)
+
+    def get_list(self, key: str, default: T) -> list[Any] | T:
+        return self._get(key, default, "a list", lambda value: isinstance(value, list))
+
+    def get_choice(self, key: str, default: T, choices: Sequence[str]) -> str | T:
+        return self._get(key, default, "one of " + ", ".join(choices), lambda value: value in choices)
+
+    def _get(self, key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not fits(value):
+            shown = repr(value) if len(repr(value)) <= 60 else kind(value)
+            raise self.error(f"{self.where}: {key}: must be {wanted}, found {shown}.")
+        return value
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f" from {low:g} to {high:g}"
+    return f" of at least {low:g}" if low is not None else f" of at most {high:g}" if high is not None else ""

@@ -1,0 +1,49 @@
+"""Files and directories are whole or not there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from erniekit.utils import atomic
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_beside_it(tmp_path):
+    target = tmp_path / "x.json"
+    atomic.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        atomic.write_json(target, {"a": object()})
+    with pytest.raises(RuntimeError), atomic.new_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_directory_is_renamed_before_it_is_emptied(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "weights").write_text("w")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.remove_tree(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-2").exists()
+    monkeypatch.undo()
+    assert len(atomic.remove_leftovers(tmp_path)) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    atomic.remove_tree(tmp_path / "link")
+    assert [p.name for p in tmp_path.iterdir()] == ["real"]
+
+
+def test_leftovers_are_only_our_own_temporary_names(tmp_path):
+    for name in (".x.json.new-1-2.tmp", ".checkpoint-2.removed-1-2.tmp", ".mine.tmp", "notes.new.tmp", ".hidden"):
+        (tmp_path / name).write_text("")
+    assert atomic.remove_leftovers(tmp_path) == [".checkpoint-2.removed-1-2.tmp", ".x.json.new-1-2.tmp"]
