@@ -14,14 +14,18 @@ from pathlib import Path
 
 from erniekit.cluster import agent
 from erniekit.cluster.job import Job, Layout, Limits, Master
-from erniekit.train import stop
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, stop
 from erniekit.utils.errors import UserError
 
 HERE = Path(__file__).resolve()
 
 
-def start(directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, **limits) -> subprocess.Popen:
+TOKEN = "a token of tests, long enough"
+
+
+def start(
+    directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, token=TOKEN, **limits
+) -> subprocess.Popen:
     """An agent with `world / hosts` workers; its own process, output captured."""
     spec = {
         "directory": str(directory),
@@ -31,6 +35,7 @@ def start(directory: Path, world=2, hosts=1, port=None, node=None, acts=None, st
         "node": node,
         "acts": acts or {},
         "steps": steps,
+        "token": token,
         "limits": {"fault": 4.0, "rendezvous": 20.0, **limits},
     }
     return subprocess.Popen(
@@ -84,6 +89,7 @@ def _agent(spec: dict) -> int:
         layouts=tuple(layouts),
         limits=Limits(**spec["limits"]),
         logs=directory / "logs",
+        token=spec["token"],
         master=Master("127.0.0.1", spec["port"], spec["node"]) if spec["port"] else None,
         config={"steps": str(spec["steps"])},
         again=lambda: ["again"],
@@ -99,8 +105,13 @@ def _agent(spec: dict) -> int:
 
 def _worker(spec: dict, words: list[str]) -> int:
     parent, _, beat = os.environ["ERNIEKIT_AGENT"].partition(":")
-    heartbeat.start(Path(beat), int(parent))
+    heartbeat.start(int(beat), int(parent))
     stop.listen()
+    with stop.deferred():
+        return _train(spec, words)
+
+
+def _train(spec: dict, words: list[str]) -> int:
     rank, directory = int(os.environ["PADDLE_TRAINER_ID"]), Path(spec["directory"])
     what, at = spec["acts"].get(str(rank), ("", -1))
     if "again" in words and not what.startswith("always "):

@@ -4,18 +4,21 @@ Only the standard library is imported here, and a sub-command's module only when
 `erniekit help` answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 70 a defect of erniekit itself; 130 interrupted; 141 nobody reads standard output any more.
+2 no such command; 70 a defect of erniekit itself; 130 interrupted (128 + the number of another signal);
+141 nobody reads standard output any more.
 """
 
+import contextlib
 import errno
-import os
+import select
+import signal
 import sys
 
 from erniekit.cli.commands import ALIASES, COMMANDS
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, stop, streams
 from erniekit.utils.errors import UserError
 
-EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
+EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 
 NEEDS_PADDLE = (
     "`erniekit {name}` needs PaddlePaddle, which is not installed in this Python environment.\n"
@@ -35,16 +38,33 @@ NOT_ALLOWED = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: `sys.argv` without the program's name) and return its exit code."""
+    streams.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
+    if argv is None and name in (
+        "eval",
+        "export",
+        "split",
+        "convert",
+    ):  # train listens itself, chat leaves it to Python
+        stop.listen(signals=(signal.SIGINT,))
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        if argv is None:  # the process ends: the next Ctrl-C ends it without a word
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return _interrupted(error)
     except Exception as error:
-        return _report(name, error)
+        # Native code makes other exceptions of what a signal raises in Python code that it calls.
+        return _interrupted(stop.raised()) if stop.raised() else _report(name, error)
+
+
+def _interrupted(error: BaseException | None) -> int:
+    """One line, whatever was under way."""
+    number = error.number if isinstance(error, stop.Stopped) else signal.SIGINT
+    return _fail(stop.interrupted(number), 128 + number)
 
 
 def _dispatch(name: str, args: list[str]) -> int:
@@ -108,21 +128,21 @@ def _fail(message: str, code: int) -> int:
 
 
 def _flush_stdout() -> None:
-    """Bring out what was printed before the error; a reader that went away must not hide the error."""
+    """Bring out what was printed before the error; a stream that takes no more must not hide the error, nor make
+    Python complain about it once more at exit.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _stdout_is_closed()
+    except OSError:
+        with contextlib.suppress(OSError):
+            streams.discard(sys.stdout.fileno())
 
 
 def _stdout_is_closed() -> bool:
     """True if nobody reads standard output (`erniekit help | head -1`); it is then pointed at nothing.
 
-    Otherwise Python would complain about the same pipe once more at exit. A broken pipe elsewhere (a data worker
-    that died) is not this case and must not be silent.
+    A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
     """
-    import select
-
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
@@ -130,5 +150,5 @@ def _stdout_is_closed() -> bool:
         return False
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    streams.discard(sys.stdout.fileno())
     return True

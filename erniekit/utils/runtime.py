@@ -13,7 +13,12 @@ Four defaults of a fresh process are slow on a CPU, and each has a one-line cure
 
 import ctypes
 import os
+import sys
+from collections.abc import Collection
 from functools import lru_cache
+from pathlib import Path
+
+from erniekit.utils import job_token
 
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
 # when it is unset.
@@ -66,6 +71,26 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("MKL_DOMAIN_NUM_THREADS", "MKL_DOMAIN_VML=1")
     os.environ.setdefault("GLOG_minloglevel", "2")
+
+
+def python_command(code: str, *args: str) -> tuple[str, ...]:
+    """A command that runs `code` (which may use sys) in a new interpreter, with this process's search path and this
+    very package. Python itself would put the working directory first, and a json.py there in the place of the library's.
+    """
+    package = Path(__file__).resolve().parents[1]
+    prepare_imports = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('erniekit', {str(package / '__init__.py')!r})\n"
+        "sys.modules['erniekit'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules['erniekit'])\n"
+    )
+    return (sys.executable, "-c", prepare_imports + code, *args)
+
+
+def job_token_of(addresses: Collection[str]) -> str:
+    """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
+    return job_token.find(os.environ, one_machine=len(set(addresses)) == 1)
 
 
 def num_cores() -> int:

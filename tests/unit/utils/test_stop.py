@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-SEND = "import os, signal; from erniekit.train import stop; "
+SEND = "import os, signal; from erniekit.utils import stop; "
 
 
 @pytest.mark.parametrize("paddle", ["", "import paddle; stop.listen(); "])
