@@ -4,6 +4,17 @@
 neither Paddle nor anything else heavy.
 """
 
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[1 + sys.orig_argv.index("-m") :][:1] == ["erniekit"]
+    and not (sys.version_info >= (3, 11) and sys.flags.safe_path)
+):
+    # `python -m erniekit` looks into the working directory first: last, so that a json.py there does not stand in for
+    # the library's. Here and not in __main__, which Python imports after this file.
+    sys.path.append(sys.path.pop(0))
+
 import types
 import warnings
 from typing import TYPE_CHECKING, Any

@@ -6,6 +6,7 @@ import erniekit  # noqa: F401  sets the CPU environment before any test imports 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["ERNIEKIT_JOB_TOKEN"] = "a token of tests, long enough"  # else one is kept in the user's cache directory
 for name in ("NNODES", "PADDLE_TRAINERS_NUM", "ALLOW_EXTRA_ARGS"):
     os.environ.pop(name, None)
 

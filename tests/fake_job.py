@@ -24,9 +24,12 @@ TOKEN = "a token of tests, long enough"
 
 
 def start(
-    directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, token=TOKEN, **limits
+    directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, token=TOKEN, starting=0.0, **limits
 ) -> subprocess.Popen:
-    """An agent with `world / hosts` workers; its own process, output captured."""
+    """An agent with `world / hosts` workers, which need `starting` seconds before they begin; its own process, output
+    captured.
+    """
+    directory.mkdir(exist_ok=True)
     spec = {
         "directory": str(directory),
         "world": world,
@@ -36,6 +39,7 @@ def start(
         "acts": acts or {},
         "steps": steps,
         "token": token,
+        "starting": starting,
         "limits": {"fault": 4.0, "rendezvous": 20.0, **limits},
     }
     return subprocess.Popen(
@@ -104,11 +108,15 @@ def _agent(spec: dict) -> int:
 
 
 def _worker(spec: dict, words: list[str]) -> int:
+    time.sleep(spec["starting"])
     parent, _, beat = os.environ["ERNIEKIT_AGENT"].partition(":")
     heartbeat.start(int(beat), int(parent))
-    stop.listen()
-    with stop.deferred():
-        return _train(spec, words)
+    try:
+        stop.listen()
+        with stop.deferred():
+            return _train(spec, words)
+    except stop.Stopped as error:
+        return 128 + error.number
 
 
 def _train(spec: dict, words: list[str]) -> int:

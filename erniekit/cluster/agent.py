@@ -188,7 +188,7 @@ class _Agent:
                 log.info("the job has ended well; this host had no ranks in it")
             return stop.EXIT_INTERRUPTED if signalled == signal.SIGINT else 0
         if signalled is not None and self._ended_untrained(verdict["code"]):
-            log.info(f"{stop.interrupted(signalled)} (before this run's training began)")
+            log.info(stop.interrupted(signalled))
             return 128 + signalled
         log.warning(f"the job has ended: {verdict['headline']}")
         self._show(verdict)

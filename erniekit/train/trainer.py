@@ -60,6 +60,10 @@ class Trainer:
                 callback.on_end(summary)
             self.saver.manager.join()
             self.run.close()
+        if self._stopped_by is not None:
+            by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
+            saved = stop.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
+            log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
 
     def _train_to_the_end(self) -> None:
@@ -249,9 +253,6 @@ class Trainer:
         if self._saved_step != self.state.step:
             self._save()
         self.saver.manager.wait()
-        by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
-        saved = stop.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
-        log.info(f"{by} after step {self.state.step}; {saved}")
         return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": self._stopped_by.name}
 
     def _save(self) -> None:

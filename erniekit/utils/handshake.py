@@ -2,8 +2,8 @@
 
 The side that listens sends a greeting and a random challenge; the caller answers with a challenge of its own and an
 HMAC of both; the listener answers with another HMAC. The token itself is never sent, and an answer is of no use to
-whoever records it. What follows is neither encrypted nor signed: the network between the hosts must not be open to strangers
-who can change what others send.
+whoever records it. What follows is neither encrypted nor signed: no stranger may be able to change what others send on
+the network between the hosts.
 
 A `Door` treats all connections that have proved nothing at once: none of them can hold up another one, each has a few
 seconds and 64 bytes, and a stranger gets nothing but the greeting.

@@ -75,7 +75,8 @@ def prepare() -> None:
 
 def python_command(code: str, *args: str) -> tuple[str, ...]:
     """A command that runs `code` (which may use sys) in a new interpreter, with this process's search path and this
-    very package. Python itself would put the working directory first, and a json.py there in the place of the library's.
+    very package. Python itself would put the working directory first, and a json.py there in the place of the
+    library's.
     """
     package = Path(__file__).resolve().parents[1]
     prepare_imports = (
