@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     streams.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
+    if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in (
         "eval",
         "export",

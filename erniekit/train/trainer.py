@@ -56,9 +56,10 @@ class Trainer:
             summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
             raise
         finally:
-            for callback in self.callbacks:
-                callback.on_end(summary)
-            self.saver.manager.join()
+            with heartbeat.phase("the end of the run"):  # a plot takes seconds
+                for callback in self.callbacks:
+                    callback.on_end(summary)
+                self.saver.manager.join()
             self.run.close()
         if self._stopped_by is not None:
             by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"

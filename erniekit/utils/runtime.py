@@ -18,8 +18,6 @@ from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
-from erniekit.utils import job_token
-
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
 # when it is unset.
 _ASKED_THREADS = os.environ.get("ERNIEKIT_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
@@ -91,6 +89,8 @@ def python_command(code: str, *args: str) -> tuple[str, ...]:
 
 def job_token_of(addresses: Collection[str]) -> str:
     """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
+    from erniekit.utils import job_token  # not for everybody who imports the package
+
     return job_token.find(os.environ, one_machine=len(set(addresses)) == 1)
 
 

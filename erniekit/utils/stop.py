@@ -1,7 +1,8 @@
 """Ctrl-C (SIGINT), SIGTERM (a scheduler wants the machine back) and SIGHUP (the terminal is gone) as wishes.
 
 While `deferred` lasts they are only noted: the trainer ends the step it is in, saves and stops. At other times
-`Stopped` is raised. A second Ctrl-C ends the process at once, wherever it is.
+`Stopped` is raised, or while modules are imported the process ends at once. A second Ctrl-C ends it at once, wherever
+it is.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+
+from erniekit.utils import heartbeat
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -104,7 +107,7 @@ def restore_terminal() -> None:
     the other.
     """
     if _is_terminal():
-        _say(_SHOW_CURSOR + "\n")
+        _say(_SHOW_CURSOR + "\r\n")
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -112,9 +115,11 @@ def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _asked is not None:
         if number == signal.SIGINT and now - _asked_at > TWICE:
-            _end_now()
+            _end_now(number)
         return
     _asked, _asked_at = signal.Signals(number), now
+    if _is_importing(frame):
+        _end_now(number)
     if not _deferring:
         _raised = Stopped(number)
         raise _raised
@@ -123,13 +128,21 @@ def _note(number: int, frame: FrameType | None) -> None:
         _say(f"{begin}[erniekit] Ctrl-C: this step is finished and saved first; Ctrl-C again ends at once\n")
 
 
-def _end_now() -> None:
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported. Packages, Paddle among them, print what they make of an exception there."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end_now(number: int) -> None:
     """Without unwinding: a KeyboardInterrupt does not always get through native code, and Python's end waits for
     threads. Files that were being written have temporary names; data workers end when their input does.
     """
     restore_terminal()
-    _say(f"{interrupted(signal.SIGINT)}\n")
-    os._exit(EXIT_INTERRUPTED)
+    if not heartbeat.fail(interrupted(number)):
+        _say(f"{interrupted(number)}\n")
+    os._exit(128 + number)
 
 
 def _is_terminal() -> bool:

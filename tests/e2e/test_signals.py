@@ -56,9 +56,26 @@ def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
         code, said = launched.finish(process)
         if (workspace / "out" / "metrics.jsonl").exists():  # it was quick: then it has saved
             assert "after step" in said
-        elif code != -number:  # Python itself was starting
+        elif code == -number:  # Python itself was starting
+            assert said == ""
+        else:
             assert_interrupted(code, said, 128 + number)
-            assert "no checkpoint has been saved" in said or "interrupted" in said
+            assert "interrupted" in said or "stopped by SIGTERM" in said
+
+
+@pytest.mark.parametrize("delay", [1.0, 2.0, 3.0, 4.0])
+def test_ctrl_c_ends_an_evaluation_in_one_line(workspace, delay):
+    words = ["stage=SFT", "eval_dataset_type=erniekit", f"eval_dataset_path={workspace}/train.jsonl"]
+    words += [f"model_name_or_path={workspace}/dense", "continue_training=false", f"output_dir={workspace}/scores"]
+    command = [str(Path(sys.executable).with_name("erniekit")), "eval", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode in (130, -signal.SIGINT):
+        own = [line for line in said.splitlines() if not line.startswith("[erniekit]")]
+        assert own == ["interrupted"] * (process.returncode == 130), said
+    assert "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("degree", [1, 2])
