@@ -57,6 +57,11 @@ def _keep_freed_memory() -> bool:
     )
 
 
+def environment_variable(name: str) -> str | None:
+    """The value of an environment variable that a configuration refers to as ${oc.env:NAME}."""
+    return os.environ.get(name)
+
+
 def prepare() -> None:
     """Set the process up. Call before paddle is imported; a value the user set is kept."""
     cpu_type = mkl_cpu_type(_cpuinfo())

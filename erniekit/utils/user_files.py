@@ -71,12 +71,16 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES)
     return content
 
 
-def parse_json(text: str, where: str, error: type[UserError]) -> Any:
+def parse_json(text: str, where: str, error: type[UserError], number: Callable[[str], Any] | None = None) -> Any:
     """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
     Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+
+    number: makes the values of numbers from their text; not given: Python's int and float.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=number, parse_float=number
+        )
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
     except RecursionError:
