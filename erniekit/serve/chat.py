@@ -5,7 +5,6 @@ In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is gener
 standard output gets the answers and nothing else.
 """
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,8 +29,6 @@ def chat(cfg: Config) -> None:
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is then refused as a question
     conversation = Conversation(cfg, open_model(cfg))
     screen = Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream)
     if screen.interactive:

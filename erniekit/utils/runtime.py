@@ -11,8 +11,10 @@ Four defaults of a fresh process are slow on a CPU, and each has a one-line cure
   faster). The process then holds its peak memory until it ends.
 """
 
+import codecs
 import ctypes
 import os
+import sys
 from functools import lru_cache
 
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
@@ -60,6 +62,19 @@ def _keep_freed_memory() -> bool:
 def environment_variable(name: str) -> str | None:
     """The value of an environment variable that a configuration refers to as ${oc.env:NAME}."""
     return os.environ.get(name)
+
+
+def require_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale can name ASCII files only (LC_ALL=C).
+
+    Text of YAML files and of the command line could otherwise not be opened as a path. What is printed keeps the
+    terminal's encoding.
+    """
+    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", "ascii:replace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny_directories import model_directory
 
+from erniekit.cli import streams
 from erniekit.config import Config, load
 from erniekit.data.tokenizer import StreamDecoder
 from erniekit.generation import decode
@@ -152,6 +153,7 @@ class TestPipe:
     def through_a_pipe(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, bytes], None]:
         def run(cfg: Config, text: bytes) -> None:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+            streams.prepare()  # as the command does
             chat(cfg)
 
         return run
