@@ -16,7 +16,8 @@ def prepare() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         _open_closed(number)
         if vars(sys)[name] is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 open till exit
+            setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

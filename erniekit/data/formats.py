@@ -78,7 +78,8 @@ def _check_fields(record: dict[str, Any], known: tuple[str, ...], type_name: str
         )
     nearest = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.6)
     raise BadRecord(
-        f"unknown field {unknown!r} for type {type_name}" + (f"; the nearest known one is {nearest[0]!r}" if nearest else ""),
+        f"unknown field {unknown!r} for type {type_name}"
+        + (f"; the nearest known one is {nearest[0]!r}" if nearest else ""),
         f"rename or remove it (known: {', '.join(known)}; ignored on purpose: {', '.join(METADATA)})",
     )
 

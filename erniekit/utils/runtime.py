@@ -14,6 +14,7 @@ Four defaults of a fresh process are slow on a CPU, and each has a one-line cure
 import codecs
 import ctypes
 import os
+import platform
 import sys
 from functools import lru_cache
 
@@ -103,7 +104,34 @@ def set_threads(num_threads: int | None = None) -> int:
     import paddle
 
     _keep_freed_memory()
-    asked = int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0
-    threads = num_threads or asked or num_cores()
+    threads = num_threads or _wanted_threads()
     paddle.base.core.set_num_threads(threads)
     return threads
+
+
+def _wanted_threads() -> int:
+    return (int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0) or num_cores()
+
+
+def device_name() -> str:
+    """The GPU that Paddle uses, or the processor with its threads, for people."""
+    import paddle
+
+    device = paddle.get_device()
+    if device.startswith("gpu"):
+        return f"{paddle.device.cuda.get_device_name()} ({device})"
+    lines = (line.partition(":") for line in _cpuinfo().splitlines())
+    model = next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
+    return f"{model or 'CPU'}, {_wanted_threads()} threads"
+
+
+# Variables with which other launchers say how many processes there are, and that nothing here reads.
+_OTHER_LAUNCHERS = (
+    "NPROC_PER_NODE GPUS_PER_NODE WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK FORCE_TORCHRUN "
+    "ACCELERATE_CONFIG_FILE ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP DEEPSPEED_CONFIG_FILE"
+).split()
+
+
+def ignored_variables() -> list[str]:
+    """NAME=value of the environment variables of other launchers that are set and do nothing here."""
+    return [f"{name}={os.environ[name]}" for name in _OTHER_LAUNCHERS if os.environ.get(name)]
