@@ -10,9 +10,8 @@ Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full
 import errno
 import sys
 
-from erniekit.cli import streams
 from erniekit.cli.commands import ALIASES, COMMANDS
-from erniekit.utils import heartbeat, runtime
+from erniekit.utils import heartbeat, runtime, streams
 from erniekit.utils.errors import UserError
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141

@@ -15,7 +15,7 @@ from erniekit.generation.load import Opened, open_model, sampling_of
 from erniekit.generation.session import Session
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
 from erniekit.generation.tool_calls import read_calls, shown
-from erniekit.utils import log
+from erniekit.utils import log, streams
 from erniekit.utils.errors import UserError
 
 CLEAR, EXIT = "clear", "exit"
@@ -136,7 +136,7 @@ class Screen:
         """The next question; None when there is none."""
         if self._typed_and_shown:
             try:
-                return input("User: ")
+                return streams.decode(input("User: "))
             except EOFError:
                 print()
                 return None
@@ -146,7 +146,7 @@ class Screen:
         if self.interactive:
             print("User: ", end="", file=self._labels, flush=True)
         line = sys.stdin.readline()
-        return line.removesuffix("\n") if line else None
+        return streams.decode(line.removesuffix("\n")) if line else None
 
     def note(self, text: str) -> None:
         """Say something that is not part of the conversation."""

@@ -122,7 +122,8 @@ def device_name() -> str:
         return f"{paddle.device.cuda.get_device_name()} ({device})"
     lines = (line.partition(":") for line in _cpuinfo().splitlines())
     model = next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
-    return f"{model or 'CPU'}, {_wanted_threads()} threads"
+    threads = _wanted_threads()
+    return f"{model or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 # Variables with which other launchers say how many processes there are, and that nothing here reads.

@@ -91,7 +91,7 @@ def parse_json(text: str, where: str, error: type[UserError], number: Callable[[
     _check_depth(content, text, where, error)
     if "\\ud" in text or "\\uD" in text:
         try:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
+            json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError:
             raise error(f"{where}: a \\ud800-\\udfff escape that is half of a pair; no text can hold it.") from None
     return content

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from tiny_directories import model_directory
 
-from erniekit.cli import streams
 from erniekit.config import Config, load
 from erniekit.data.tokenizer import StreamDecoder
 from erniekit.generation import decode
 from erniekit.generation.load import open_model
 from erniekit.serve.chat import Conversation, Screen, chat
+from erniekit.utils import streams
 from erniekit.utils.errors import UserError
 
 CLI = [sys.executable, "-m", "erniekit", "chat"]

@@ -1,6 +1,5 @@
 """Standard streams that take any text and may be closed."""
 
-import codecs
 import io
 import os
 import sys
@@ -10,8 +9,8 @@ def prepare() -> None:
     """Make standard output and error replace what their encoding does not have, and stand-ins of closed streams.
 
     A closed stream (`>&-`) is opened as /dev/null: the next file to be opened would otherwise get its number, and
-    whatever a library prints. Where the locale knows ASCII only, what is typed is read as UTF-8, which contains ASCII;
-    bytes that are no text become surrogates, which the reader can refuse.
+    whatever a library prints. Bytes of standard input that its encoding does not have become surrogates, for the reader
+    to make sense of (`decode`) or to refuse.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         _open_closed(number)
@@ -22,8 +21,19 @@ def prepare() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
-        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="surrogateescape")
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def decode(line: str) -> str:
+    """A line of standard input; one that its encoding could not read (Chinese where the locale knows ASCII) is UTF-8
+    if it can be.
+    """
+    if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
+        return line
+    try:
+        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return line
 
 
 def _open_closed(number: int) -> None:
