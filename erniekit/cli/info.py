@@ -28,7 +28,7 @@ erniekit {name} CONFIG.yaml [key=value ...]
 
 
 # Command -> the groups of keys that it reads, and single keys of other groups.
-_KEYS: dict[str, tuple[str, str]] = {
+KEYS: dict[str, tuple[str, str]] = {
     "train": ("data,model,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
     "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
     "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
@@ -57,14 +57,14 @@ def usage(name: str | None = None) -> str:
     command = COMMANDS[name]
     syntax = command.syntax or CONFIGURED.format(name=name)
     text = f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
-    return text + keys(name) if name in _KEYS else text
+    return text + keys(name) if name in KEYS else text
 
 
 def keys(command: str) -> str:
     """The keys that a command reads, by group, each with its default and its documentation."""
     from erniekit.config import schema  # PyYAML comes with it, which the general usage does without
 
-    groups, single = _KEYS[command]
+    groups, single = KEYS[command]
     lines = []
     for group in groups.split(","):
         lines += ["", f"{group}:", *(_key_lines(field) for field in dataclasses.fields(schema.GROUPS[group]))]
@@ -77,7 +77,7 @@ def keys(command: str) -> str:
 def _key_lines(field: "dataclasses.Field[Any]") -> str:
     default = "not given" if field.default is None else "''" if field.default == "" else field.default
     text = f"{field.name} ({default}): {field.metadata['doc']}"
-    return textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      ", break_long_words=False)
+    return textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def version(args: list[str]) -> int:

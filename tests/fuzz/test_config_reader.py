@@ -15,8 +15,8 @@ SEED = 20240601
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "examples" / "configs").rglob("*.yaml"))
 PIECES = (
-    *": - [ ] { } & * &a *a !!int !!python/object:x ! % @ ` ' # ? , > | ... --- ~ null .nan 1e999 0x1F 010 1:30".split(),
-    *r"1_000 ${ ${a} ${oc.env:HOME} ${seed} $${ } $HOME ~/x \ud800 \ 数据".split(),
+    *": - [ ] { } & * &a *a !!int !!python/object:x ! % @ ` ' # ? , > | ... --- ~ null .nan 1e999 0x1F 010".split(),
+    *r"1:30 1_000 ${ ${a} ${oc.env:HOME} ${seed} $${ } $HOME ~/x \ud800 \ 数据".split(),
     *(
         "<<: *a\n",
         '"',

@@ -273,3 +273,38 @@ def test_loading_needs_no_paddle_and_no_numpy(write):
     heavy = "print([name for name in ('paddle', 'numpy', 'omegaconf') if name in sys.modules])"
     words = [sys.executable, "-c", f"import sys, erniekit.config as c; c.load({path!r}); {heavy}"]
     assert subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--max_steps 5 seed=3", (5, 3, False)),
+        ("--max_steps 5 training_args.seed=3", (5, 3, False)),
+        ("--packing max_steps=5 --seed 3", (5, 3, True)),
+        ("max_steps=5 --packing seed=3", (5, 3, True)),
+    ],
+)
+def test_an_option_ends_where_another_key_begins(words, expected):
+    cfg = load(None, words.split(), "version")
+    assert (cfg.max_steps, cfg.seed, cfg.packing) == expected
+
+
+def test_an_option_may_have_a_value_with_an_equals_sign():
+    assert load(None, ["--output_dir", "a=b"], "version").output_dir == "a=b"
+    assert load(None, ["--train_dataset_path", "a=1.jsonl", "./b=2.jsonl"], "version").train_dataset_path == (
+        "a=1.jsonl,./b=2.jsonl"
+    )
+    assert "lr: unknown key" in message(None, ["--output_dir", "out", "lr=1"])
+
+
+@pytest.mark.parametrize("word", ["a #1", "a: b", "&x", "!!int 5", "- a", "'a", "{a", "|", "%x", "@x"])
+def test_a_value_on_the_command_line_is_text_unless_it_is_a_list_or_quoted(word):
+    assert load(None, [f"output_dir={word}"], "version").output_dir == word
+
+
+def test_another_name_on_the_command_line_that_replaces_a_key_of_the_file_is_named(write):
+    cfg = load(write(BASE + "compute_type: fp32\n"), ["bf16=true"])
+    assert cfg.compute_type == "bf16"
+    assert "compute_type: fp32 (x.yaml:4): no effect: bf16: True (command line) decides" in cfg.notes
+    assert not load(write(BASE + "compute_type: fp32\n"), ["compute_type=bf16"]).notes
+    assert not load(write(BASE + "compute_type: bf16\n"), ["bf16=true"]).notes
