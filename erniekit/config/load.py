@@ -8,7 +8,7 @@ from erniekit.config import checks, compat, peft_keys, read, references, schema,
 from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.schema import Config
-from erniekit.config.values import plain
+from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
 
 
@@ -40,6 +40,7 @@ def is_known(name: str) -> bool:
 
 
 _FIELDS = schema.fields()
+_MOST_PROBLEMS = 50  # that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _State:
 
     def _fixed(self, rule: "peft_keys.Fixed", entry: read.Entry) -> None:
         if rule.asks(entry.value):
-            self.problems.append(f"{entry.name}: {plain(entry.value)}: {rule.why} ({entry.place})")
+            self.problems.append(f"{entry.name}: {shortened(str(plain(entry.value)))}: {rule.why} ({entry.place})")
 
     def _alias(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> None:
         try:
@@ -139,20 +140,23 @@ class _State:
                 f"{entry.name}: no effect: an unknown key, let through as ALLOW_EXTRA_ARGS asks ({entry.place})"
             )
             return
-        hint = synonyms.hint(entry.name, [*_FIELDS, *RULES])
-        self.problems.append(f"{entry.name}: unknown key{hint and f'; {hint}'} ({entry.place})")
+        # To compare names takes a millisecond, and nobody reads the fiftieth hint.
+        hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MOST_PROBLEMS else ""
+        self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError with every problem found so far."""
         if len(self.problems) == 1:
             raise ConfigError(self.problems[0])
         if self.problems:
-            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            lines = "".join(f"\n  {problem}" for problem in self.problems[:_MOST_PROBLEMS])
+            if len(self.problems) > _MOST_PROBLEMS:
+                lines += f"\n  and {len(self.problems) - _MOST_PROBLEMS} more"
             raise ConfigError(f"{path or 'the command line'}: {len(self.problems)} problems:{lines}")
 
 
 def _said(entry: read.Entry) -> str:
-    return f"{entry.name}: {plain(entry.value)}"
+    return shortened(f"{entry.name}: {plain(entry.value)}")
 
 
 def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:

@@ -51,7 +51,11 @@ def plain(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value for a message: as Python writes it, or its beginning."""
-    text = repr(plain(value)) if not isinstance(value, Scalar) else value.text
+    return shortened(repr(plain(value)) if not isinstance(value, Scalar) else value.text)
+
+
+def shortened(text: str) -> str:
+    """A text of the user's for a message, which nobody wants a page of."""
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 

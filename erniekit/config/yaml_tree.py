@@ -15,7 +15,7 @@ from erniekit.config.values import Scalar
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import MAX_DEPTH
 
-MAX_VALUES = 100_000  # of one file, each use of an alias counted anew
+MAX_VALUES = 20_000  # of one file, each use of an alias counted anew
 _TAG = "tag:yaml.org,2002:"
 _TEXT = ("!", f"{_TAG}str")
 _PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))

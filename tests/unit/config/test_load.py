@@ -308,3 +308,10 @@ def test_another_name_on_the_command_line_that_replaces_a_key_of_the_file_is_nam
     assert "compute_type: fp32 (x.yaml:4): no effect: bf16: True (command line) decides" in cfg.notes
     assert not load(write(BASE + "compute_type: fp32\n"), ["compute_type=bf16"]).notes
     assert not load(write(BASE + "compute_type: bf16\n"), ["bf16=true"]).notes
+
+
+def test_a_message_stays_readable(write):
+    text = message(write("".join(f"unknown_{number}: 1\n" for number in range(3000))))
+    assert text.startswith("x.yaml: 3000 problems:") and text.endswith("\n  and 2950 more")
+    assert len(message(write(f"{'k' * 900}: 1\n"))) < 200
+    assert len(message(write(f"x_args: {{seed: 1}}\nseed: '{'0' * 5000}'\n"))) < 400
