@@ -47,22 +47,12 @@ def configure(args: list[str], command: str) -> Config:
     path, overrides = (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
     cfg = config.load(path, overrides, command, allow_extra=_is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")))
     if not is_supervised():  # else the agent has said it
-        for note in (*cfg.notes, *_notes(os.environ)):
+        for note in cfg.notes:
             log.info(note)
     config.require_supported(cfg, command)
     if command != "train":
         _require_one_process(os.environ, f"`erniekit {command}`")
     return cfg
-
-
-def _notes(environ: Mapping[str, str]) -> list[str]:
-    """Which variables of other launchers have no effect here."""
-    return [
-        f"{name}={environ[name]}: no effect: the degrees decide how many processes train, on GPUs also how many are "
-        "visible (data_parallel_degree adds processes, CUDA_VISIBLE_DEVICES hides GPUs)"
-        for name in ("NPROC_PER_NODE",)
-        if environ.get(name, "").strip()
-    ]
 
 
 def check(cfg: Config, command: str) -> None:
@@ -122,7 +112,7 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
         layouts=_layouts(cfg, degrees),
         limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
         token=_token(environ, master),
-        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs"),
+        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs").expanduser(),
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),

@@ -8,17 +8,17 @@ Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full
 141 nobody reads standard output any more.
 """
 
-import contextlib
 import errno
-import select
 import signal
 import sys
 
 from erniekit.cli.commands import ALIASES, COMMANDS
-from erniekit.utils import heartbeat, stop, streams
+from erniekit.utils import heartbeat, runtime, stop, streams
 from erniekit.utils.errors import UserError
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
+# Commands for which Ctrl-C is met by us: `train` begins to listen itself, `chat` leaves it to Python.
+_LISTENING = ("eval", "export", "split", "convert")
 
 NEEDS_PADDLE = (
     "`erniekit {name}` needs PaddlePaddle, which is not installed in this Python environment.\n"
@@ -38,17 +38,14 @@ NOT_ALLOWED = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: `sys.argv` without the program's name) and return its exit code."""
+    if argv is None:
+        runtime.require_utf8()
     streams.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if argv is None and name in (
-        "eval",
-        "export",
-        "split",
-        "convert",
-    ):  # train listens itself, chat leaves it to Python
+    if argv is None and name in _LISTENING:
         stop.listen(signals=(signal.SIGINT,))
     try:
         code = _dispatch(name, args[1:])
@@ -93,7 +90,7 @@ def _unknown(name: str) -> int:
 
 def _report(name: str, error: Exception) -> int:
     """Say what went wrong: one block for what the user can mend, a traceback for everything else."""
-    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
@@ -123,34 +120,20 @@ def _explain(name: str, error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    _flush_stdout()
+    streams.flush()
     if not heartbeat.fail(message):
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it; the exit code has to do
+            streams.silence(sys.stderr)
     return code
 
 
-def _flush_stdout() -> None:
-    """Bring out what was printed before the error; a stream that takes no more must not hide the error, nor make
-    Python complain about it once more at exit.
+def _nobody_reads() -> bool:
+    """Whether it is our own output that was closed; it is then pointed at nothing, or Python would complain about it
+    once more at exit. A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
     """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            streams.discard(sys.stdout.fileno())
-
-
-def _stdout_is_closed() -> bool:
-    """True if nobody reads standard output (`erniekit help | head -1`); it is then pointed at nothing.
-
-    A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
-    """
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except OSError:  # not a file: a notebook's, or a test's
-        return False
-    if not poll.poll(0):
-        return False
-    streams.discard(sys.stdout.fileno())
-    return True
+    gone = streams.is_gone(sys.stdout)
+    if gone:
+        streams.silence(sys.stdout)
+    return gone

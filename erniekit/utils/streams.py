@@ -1,56 +1,105 @@
-"""Standard streams that are closed at the start (`erniekit train >&-`) or later (`2>&1 | head`, a terminal that goes).
+"""Standard streams that take any text and may be closed, at the start (`>&-`) or later (`2>&1 | head`).
 
-Losing them must not end a run: nobody reads the words, but the checkpoints are wanted.
+Losing standard error must not end a run, whose terminal may have gone: nobody reads the words, the checkpoints are
+wanted. Standard output carries answers, and a failure to write them is an error.
 """
 
-import contextlib
 import io
 import os
 import sys
-from typing import TextIO, cast
+from typing import Any
+
+
+def prepare() -> None:
+    """Make standard output and error replace what their encoding does not have, and stand-ins of closed streams.
+
+    A closed stream (`>&-`) is opened as /dev/null: the next file to be opened would otherwise get its number, and
+    whatever a library prints. Bytes of standard input that its encoding does not have become surrogates, for the reader
+    to make sense of (`decode`) or to refuse.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        _open_closed(number)
+        if vars(sys)[name] is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 open till exit
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Forgiving(sys.stderr.fileno(), "w", closefd=False)),
+            encoding=sys.stderr.encoding,
+            errors="replace",
+            line_buffering=True,
+        )
 
 
 class _Forgiving(io.FileIO):
     """A file descriptor to which everything can be written, whether or not anybody gets it."""
 
-    def write(self, data: object) -> int:
+    def write(self, data: Any) -> int:
         """Drop what cannot be written."""
         try:
-            return super().write(data)  # type: ignore[arg-type]
+            return super().write(data)
         except OSError:
-            return len(cast(bytes, data))
+            return memoryview(data).nbytes
 
 
-def prepare() -> None:
-    """Open what is closed, so that no file of ours gets a standard stream's number and a stray message from native
-    code; and make messages to stderr get lost rather than fail.
+def decode(line: str) -> str:
+    """A line of standard input; one that its encoding could not read (Chinese where the locale knows ASCII) is UTF-8
+    if it can be.
     """
-    for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+    if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
+        return line
+    try:
+        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return line
+
+
+def _open_closed(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_WRONLY if number else os.O_RDONLY)
+        if opened == number:
+            os.set_inheritable(number, True)
+        else:
+            os.dup2(opened, number)
+            os.close(opened)
+
+
+def flush() -> None:
+    """Bring out what was printed. What cannot be written any more (nobody reads it, the disk is full) is dropped:
+    Python would complain about it once more at exit.
+    """
+    for stream in (sys.stdout, sys.stderr):
         try:
-            os.fstat(number)
+            stream.flush()
         except OSError:
-            discard(number, mode)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if vars(sys)[name] is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 it lives as long as the process
-    if sys.stderr is sys.__stderr__ and _number(sys.stderr) == 2:
-        sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(_Forgiving(2, "w", closefd=False)),
-            encoding=sys.stderr.encoding,
-            errors=sys.stderr.errors,
-            line_buffering=True,
-        )
+            silence(stream)
 
 
-def discard(number: int, mode: int = os.O_WRONLY) -> None:
-    """Point a standard stream at nothing."""
-    null = os.open(os.devnull, mode)
-    if null != number:
-        os.dup2(null, number)
-        os.close(null)
+def silence(stream: "io.TextIOBase") -> None:
+    """Point a stream at nothing."""
+    try:
+        number = stream.fileno()
+    except OSError:  # not a file: a notebook's, or a test's
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
 
 
-def _number(stream: TextIO) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return stream.fileno()
-    return None
+def is_gone(stream: "io.TextIOBase") -> bool:
+    """True if nobody reads a stream any more (`erniekit help | head -1`)."""
+    import select
+
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except OSError:
+        return False
+    return bool(poll.poll(0))
