@@ -28,8 +28,7 @@ def assert_interrupted(code: int, said: str, expected: int = 130) -> None:
     assert "Traceback" not in said and "bug in erniekit" not in said, said
 
 
-@pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize(("degree", "model"), [(1, "moe"), (2, "dense")])
 def test_ctrl_c_saves_and_the_same_command_goes_on(workspace, degree, model):
     words = ("save_steps=1000", f"data_parallel_degree={degree}", f"model_name_or_path={workspace}/{model}")
     process = start(workspace, "max_steps=100000", *words)
@@ -48,7 +47,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(workspace, degree, model):
 @pytest.mark.parametrize("degree", [1, 2])
 def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
     """At several moments of the start: reading the configuration, importing Paddle, building the model."""
-    for number, delay in ((signal.SIGINT, 0.5), (signal.SIGINT, 1.5), (signal.SIGINT, 2.5), (signal.SIGTERM, 2.0)):
+    for number, delay in ((signal.SIGINT, 1.0), (signal.SIGINT, 2.5), (signal.SIGTERM, 2.0)):
         shutil.rmtree(workspace / "out", ignore_errors=True)
         process = start(workspace, *LONG, f"data_parallel_degree={degree}", "max_seq_len=32")
         time.sleep(delay)
@@ -63,7 +62,7 @@ def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
             assert "interrupted" in said or "stopped by SIGTERM" in said
 
 
-@pytest.mark.parametrize("delay", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("delay", [1.0, 3.0])
 def test_ctrl_c_ends_an_evaluation_in_one_line(workspace, delay):
     words = ["stage=SFT", "eval_dataset_type=erniekit", f"eval_dataset_path={workspace}/train.jsonl"]
     words += [f"model_name_or_path={workspace}/dense", "continue_training=false", f"output_dir={workspace}/scores"]
@@ -143,8 +142,9 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -1"])
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize(
+    ("degree", "closed"), [(1, ">&- 2>/dev/full"), (2, "<&- >&- 2>&-"), (1, "2>&1 | head -1"), (2, "2>&1 | head -1")]
+)
 def test_closed_streams_end_no_run(workspace, closed, degree):
     command = f"{sys.executable} -m erniekit train {workspace}/run.yaml data_parallel_degree={degree} {closed}"
     done = subprocess.run(
