@@ -44,7 +44,8 @@ def run(tmp_path):
         (directory / name).chmod(stat.S_IRWXU)
 
     def start(*words, **environ) -> list[str]:
-        clean = {name: value for name, value in os.environ.items() if name not in (*SHOWN, "ERNIEKIT", "ERNIEKIT_JOB_TOKEN")}
+        unset = (*SHOWN, "ERNIEKIT", "ERNIEKIT_JOB_TOKEN")
+        clean = {name: value for name, value in os.environ.items() if name not in unset}
         environ = {**clean, "PATH": f"{directory}:{os.environ['PATH']}", **environ}
         done = subprocess.run(["bash", *words], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
