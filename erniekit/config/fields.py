@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ def key(
 
     choices: the words allowed (upper and lower case are the same). ge, gt, le, lt: bounds of a number.
     off: one number outside the bounds that is allowed all the same, because it switches the key off (ERNIEKit's -1).
-    many: a text key that also takes a list or a number, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2").
+    many: a text key that also takes a list or a number, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2") as
+    join_list does it.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -107,7 +109,7 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
         return "no"  # YAML 1.1 reads the bare word no as false
     if field.metadata["many"]:
         if isinstance(value, list | tuple):
-            return ",".join(_scalar(item) for item in value)
+            return join_list([_scalar(item) for item in value])
         value = _scalar(value)
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
@@ -120,6 +122,24 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
         if text.lower() == choice.lower():
             return str(choice)
     raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+
+
+def join_list(items: Sequence[str]) -> str:
+    """Texts joined by commas; one that holds a comma itself, or begins with a quote, stands in double quotes, inside
+    which quotes are doubled.
+    """
+
+    def quoted(item: str) -> str:
+        return '"' + item.replace('"', '""') + '"' if "," in item or item.lstrip().startswith('"') else item
+
+    return ",".join(map(quoted, items))
+
+
+def split_list(text: str | None) -> list[str]:
+    """The texts that join_list joined, or that a user separated by commas, without blank ones."""
+    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text or "")
+    items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
+    return [item.strip() for item in items if item.strip()]
 
 
 def _scalar(value: Any) -> str:

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from erniekit import hub
-from erniekit.data.files import DataFile, Raw, find_files, load_record, open_file
+from erniekit.config.fields import split_list
+from erniekit.data.data_file import DataFile, Raw
+from erniekit.data.fields import Notes
+from erniekit.data.files import load_record, open_file
+from erniekit.data.find import find_files
 from erniekit.data.formats import ALIASES, FORMATS, parse_record
 from erniekit.data.preference_formats import PREFERENCE_FORMATS
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
+_SHOWN_NOTES = 20  # of a file
 _SECONDS_BETWEEN_NOTES = 30.0
 _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 
@@ -61,8 +67,8 @@ def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT
 def _split(value: Any) -> list[str]:
     if value is None:
         return []
-    parts = value if isinstance(value, list | tuple) else str(value).split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
+    parts = value if isinstance(value, list | tuple) else split_list(str(value))
+    return [text for text in (str(part).strip() for part in parts) if text]
 
 
 def _share(text: str, key: str) -> float:
@@ -105,9 +111,11 @@ class Source:
         self._skip = on_bad_line == "skip"
         self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         self._checked = 0
-        self.files: list[DataFile] = [
-            open_file(path, self._check, self._on_bad) for path in self._find(split, download_hub)
-        ]
+        self._notes: Counter[str] = Counter()
+        self.files: list[DataFile] = []
+        for path in self._find(split, download_hub):
+            self.files.append(open_file(path, self._check, self._on_bad))
+            self._say_notes(path)
         self._ends = list(accumulate(len(file) for file in self.files))
         if self.bad_lines:
             log.warning(
@@ -136,7 +144,10 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        parse_record(load_record(raw, where), self.spec.type, where)
+        notes: Notes = set()
+        parse_record(load_record(raw, where), self.spec.type, where, notes)
+        if notes:
+            self._notes.update(notes)
 
     def _on_bad(self, error: DataError) -> None:
         if not self._skip:
@@ -144,6 +155,15 @@ class Source:
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             log.warning(f"skipped: {error}")
+
+    def _say_notes(self, path: Path) -> None:
+        """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
+        for note, count in self._notes.most_common(_SHOWN_NOTES):
+            log.info(f"{path}: {note} ({count} records)")
+        if len(self._notes) > _SHOWN_NOTES:
+            rest = len(self._notes) - _SHOWN_NOTES
+            log.info(f"{path}: {rest} more fields are not used")
+        self._notes.clear()
 
     def __len__(self) -> int:
         return self._ends[-1]
