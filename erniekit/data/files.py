@@ -47,7 +47,7 @@ def load_record(raw: Raw, where: str) -> Any:
         return parse_json(text, where, BadLine)
     except BadLine as error:
         if "not JSON" not in str(error):
-            raise
+            raise BadLine(f"{error} Hint: mend or remove this record.") from None
         raise BadLine(
             f"{str(error).removesuffix('.')} of a line that begins {text[:40].strip()!r}. "
             "Hint: one JSON object per line."

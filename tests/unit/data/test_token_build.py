@@ -250,7 +250,7 @@ def test_inputs_are_found_and_others_named(corpus, tmp_path, caplog):
     assert names == ["a.jsonl", "c.jsonl", "d.txt", "e.txt"] and "1 files there are not read (e.png)" in caplog.text
     with pytest.raises(DataError, match="no such file or directory"):
         find_inputs([str(tmp_path / "none")])
-    with pytest.raises(DataError, match=r"no .jsonl, .json, .txt file there"):
+    with pytest.raises(DataError, match=r"no data file in this directory"):
         find_inputs([str(tmp_path)])
 
 
