@@ -14,7 +14,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # a text for people, by its name: README.txt, LICENSE-2.0.txt, requirements.txt
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
-_LOOKED_AT = 65536  # bytes of a .txt file, to see whether a line of it begins as JSON does
+_LOOKED_AT = 65536  # bytes of a .txt file, to see whether its lines begin as JSON does
 # how a file begins that is compressed or in another form -> what it is, and what to do
 _OTHER_FORMS = {
     b"\x1f\x8b": ("compressed with gzip", "unpack it first (gunzip)"),
@@ -77,7 +77,7 @@ def is_for_people(path: Path) -> bool:
 
 
 def is_prose(path: Path) -> bool:
-    """Whether a .txt file holds no JSON: none of its first lines begins as an object or a list does."""
+    """Whether a .txt file is plain text: its first line does not begin as JSON does, nor do most of its lines."""
     if path.suffix.lower() != ".txt":
         return False
     try:
@@ -85,8 +85,9 @@ def is_prose(path: Path) -> bool:
             begin = file.read(_LOOKED_AT)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
-    lines = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in begin.split(b"\n")]
-    return any(lines) and not any(line.startswith((b"{", b"[")) for line in lines)
+    lines = [line.strip() for line in begin.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    is_json = [line.startswith((b"{", b"[")) for line in lines if line]
+    return bool(is_json) and not is_json[0] and sum(is_json) <= len(is_json) / 2
 
 
 def check_regular(path: Path) -> None:

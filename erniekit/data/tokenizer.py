@@ -21,7 +21,7 @@ import tokenizers
 
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
-from erniekit.utils.user_files import JsonObject, kind, read_bytes, read_json_object, read_text
+from erniekit.utils.user_files import JsonObject, read_bytes, read_json_object, read_text
 
 SPACE = "\u2581"  # sentencepiece's stand-in for a space
 REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
@@ -347,8 +347,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
-    settings = _read_json(directory / "special_tokens_map.json").values | config.values
-    _check_roles(directory, settings)
+    special = _read_json(directory / "special_tokens_map.json")
+    for file in (special, config):
+        _check_roles(file)
+    settings = {**special.values, **config.values}
     return Tokenizer(directory, engine, settings, _chat_template(directory, dict(config.values)))
 
 
@@ -387,7 +389,7 @@ def _declared(directory: Path, config: JsonObject) -> list[Added]:
         i = older.get_int(text, None, 0, MAX_IDS - 1)
         if i is None:
             raise CheckpointError(f"{older.where}: {text!r} has no id. {_COPY}")
-        if i not in known:
+        if i not in known or found[i].text != text:
             _declare(found, Added(text, i, bool(_MARKUP.fullmatch(text))), older.where)
     texts = [item.text for item in found.values()]
     if len(set(texts)) < len(texts):
@@ -400,24 +402,21 @@ def _declare(found: dict[int, Added], item: Added, where: str) -> None:
     """Add an added token to those found; CheckpointError if it cannot be one."""
     if item.id >= MAX_IDS:
         raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {_COPY}")
-    if not item.text:
-        raise CheckpointError(f"{where}: the token with id {item.id} is empty. {_COPY}")
+    if not 0 < len(item.text) <= _LONGEST:
+        length = f"has {len(item.text):,} characters; at most {_LONGEST}" if item.text else "is empty"
+        raise CheckpointError(f"{where}: the token with id {item.id} {length}. {_COPY}")
     if item.id in found:
         raise CheckpointError(f"{where}: {found[item.id].text!r} and {item.text!r} have the same id {item.id}. {_COPY}")
     found[item.id] = item
 
 
-def _check_roles(directory: Path, settings: dict[str, Any]) -> None:
+def _check_roles(file: JsonObject) -> None:
     """CheckpointError if a role's token is given as anything but text or an object with its content."""
     for role in ROLES:
-        named = settings.get(role)
-        if isinstance(named, dict):
-            named = named.get("content")
-        if named is not None and not isinstance(named, str):
-            raise CheckpointError(
-                f"{directory}: {role} in tokenizer_config.json or special_tokens_map.json must be a token's text, not "
-                f"{kind(named)}. {_COPY}"
-            )
+        if isinstance(file.values.get(role), dict):
+            file.get_object(role).get_text("content", None)
+        else:
+            file.get_text(role, None)
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erniekit.config import Config, load
+from erniekit.config.fields import join_list, split_list
 from erniekit.utils.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -40,6 +41,24 @@ def test_values_become_the_type_of_their_key(write):
     assert cfg.learning_rate == 1e-5 and isinstance(cfg.learning_rate, float)
     assert cfg.max_steps == 10 and cfg.max_estimate_samples == 100_000 and isinstance(cfg.max_estimate_samples, int)
     assert cfg.packing is True and cfg.logging_dir is None
+
+
+def test_a_path_of_a_list_may_hold_a_comma(write):
+    text = (
+        "model_name_or_path: m\noutput_dir: out\ntrain_dataset_type: [erniekit]\ntrain_dataset_path:\n  - a, b.jsonl\n"
+    )
+    cfg = load(write(text))
+    assert split_list(cfg.train_dataset_path) == ["a, b.jsonl"]
+    assert load(write(cfg.to_yaml(), "again.yaml")) == cfg
+    two = load(write(text + '  - "c.jsonl"\n'), ["train_dataset_type=erniekit,alpaca"])
+    assert split_list(two.train_dataset_path) == ["a, b.jsonl", "c.jsonl"]
+    assert split_list(load(write(BASE), ["train_dataset_path=[x,y]"]).train_dataset_path) == ["x", "y"]
+
+
+@given(st.lists(st.text(alphabet='a," \n')))
+def test_a_list_survives_being_joined(items):
+    wanted = [item.strip() for item in items if item.strip()]
+    assert split_list(join_list(wanted)) == wanted
 
 
 @pytest.mark.parametrize("value", ["True", "true", "1", "yes", "'on'", "'1'"])
