@@ -92,7 +92,9 @@ def match_calls(
     for i, turn in enumerate(turns):
         if turn["role"] == "tool":
             if not after_call:
-                notes.add("a tool result follows an answer that calls nothing; both are trained on as they stand")
+                notes.doubts.add(
+                    "a tool result follows an answer that calls nothing; both are trained on as they stand"
+                )
                 matched.append(turn)
             continue  # otherwise taken together with the calls before it
         matched.append(turn)

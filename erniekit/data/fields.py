@@ -9,12 +9,22 @@ mistake in it, or it is a field by which other formats and tools say what is lea
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from erniekit.data.faults import BadRecord
 
-Notes = set[str]  # what was passed over or taken with a doubt in a record, each once, for the file's report
+
+@dataclass
+class Notes:
+    """What the file's report says of records that were read: fields that were passed over ("'id'", "'timestamp' of a
+    message"), and what was taken with a doubt, as sentences.
+    """
+
+    unused: set[str] = field(default_factory=set)
+    doubts: set[str] = field(default_factory=set)
+
 
 _MEDIA = "this version trains text only: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
@@ -49,6 +59,9 @@ DECISIVE_IN_MESSAGES = {
 }
 
 
+MESSAGE = "a message"
+
+
 def has_content(value: Any) -> bool:
     """Whether a field says anything: null, "", [] and {} do not."""
     return not (value is None or value == "" or value == [] or value == {})
@@ -63,7 +76,7 @@ def check_fields(
     values: Mapping[str, Any], known: tuple[str, ...], what: str, decisive: Mapping[str, str], notes: Notes
 ) -> None:
     """Look at the fields of a record or a message that are not `known`; BadRecord for one that must not be passed over,
-    a note for each other. `what` opens the message and the note: "type alpaca", "messages[]".
+    a note for each other that says something. `what` has the fields: "type alpaca", "a message".
     """
     for name, value in values.items():
         if name in known:
@@ -76,7 +89,8 @@ def check_fields(
                 f"unknown field {name!r} of {what}; the nearest known one is {meant!r}",
                 f"rename or remove it (known: {', '.join(known)})",
             )
-        notes.add(f"field {name!r} of {what} is not used")
+        if has_content(value):
+            notes.unused.add(f"{name!r} of {MESSAGE}" if what == MESSAGE else repr(name))
 
 
 @lru_cache(maxsize=4096)

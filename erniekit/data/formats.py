@@ -54,7 +54,7 @@ def parse_record(record: Any, type_name: str, where: str = "record", notes: Note
     DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
     """
     format = _ALL[ALIASES.get(type_name, type_name)]
-    notes = set() if notes is None else notes
+    notes = Notes() if notes is None else notes
     with reading(where):
         if not isinstance(record, dict):
             raise BadRecord(

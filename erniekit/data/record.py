@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from erniekit.data.calls import match_calls, result_text, tool_calls_of, tools_of
 from erniekit.data.faults import BadRecord
-from erniekit.data.fields import DECISIVE_IN_MESSAGES, Notes, check_fields, has_content
+from erniekit.data.fields import DECISIVE_IN_MESSAGES, MESSAGE, Notes, check_fields, has_content
 from erniekit.data.values import content_of, json_of, kind_of, list_of, text_of
 
 _ROLES = {
@@ -86,7 +86,7 @@ def turns_of(record: dict[str, Any], name: str, keys: tuple[str, str], notes: No
     """The messages of a field that is a list of them; `keys` are the names of a message's role and content."""
     turns = [turn_of(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
     if turns[0]["role"] == "system" and not turns[0]["content"]:
-        notes.add("an empty system message is left out")
+        notes.doubts.add("an empty system message is left out")
         return turns[1:]
     return turns
 
@@ -130,14 +130,10 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
     given = turn.get(keys[0])
     role = _ROLES.get(given) if isinstance(given, str) else None
     # a weight that changes nothing: that of a message without loss, or the usual one
-    idle = {
-        key
-        for key in _WEIGHTS
-        if key in turn and (turn[key] in (1, None) or role not in (None, "assistant", "function"))
-    }
+    idle = [key for key in _WEIGHTS if key in turn and (turn[key] == 1 or role not in (None, "assistant", "function"))]
     fields = {key: value for key, value in turn.items() if key not in idle} if idle else turn
-    check_fields(fields, (*keys, *openai), "a message", DECISIVE_IN_MESSAGES, notes)
-    notes.update(f"field {key!r} of a message is not used" for key in idle)
+    check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
+    notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
         raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(_ROLES)}")
     return role

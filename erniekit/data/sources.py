@@ -23,7 +23,7 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
-_SHOWN_NOTES = 20  # of a file
+_SHOWN_FIELDS = 20  # of those of a file that are not used
 _SECONDS_BETWEEN_NOTES = 30.0
 _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 
@@ -111,11 +111,12 @@ class Source:
         self._skip = on_bad_line == "skip"
         self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         self._checked = 0
-        self._notes: Counter[str] = Counter()
+        self._unused: Counter[str] = Counter()
+        self._doubts: Counter[str] = Counter()
         self.files: list[DataFile] = []
         for path in self._find(split, download_hub):
             self.files.append(open_file(path, self._check, self._on_bad))
-            self._say_notes(path)
+            self._say_notes(self.files[-1])
         self._ends = list(accumulate(len(file) for file in self.files))
         if self.bad_lines:
             log.warning(
@@ -144,10 +145,12 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        notes: Notes = set()
+        notes = Notes()
         parse_record(load_record(raw, where), self.spec.type, where, notes)
-        if notes:
-            self._notes.update(notes)
+        if notes.unused:
+            self._unused.update(notes.unused)
+        if notes.doubts:
+            self._doubts.update(notes.doubts)
 
     def _on_bad(self, error: DataError) -> None:
         if not self._skip:
@@ -156,14 +159,17 @@ class Source:
         if self.bad_lines <= _SHOWN_BAD_LINES:
             log.warning(f"skipped: {error}")
 
-    def _say_notes(self, path: Path) -> None:
+    def _say_notes(self, file: DataFile) -> None:
         """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
-        for note, count in self._notes.most_common(_SHOWN_NOTES):
-            log.info(f"{path}: {note} ({count} records)")
-        if len(self._notes) > _SHOWN_NOTES:
-            rest = len(self._notes) - _SHOWN_NOTES
-            log.info(f"{path}: {rest} more fields are not used")
-        self._notes.clear()
+        if self._unused:
+            ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
+            more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
+            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {shown}{more}")
+        for doubt, count in sorted(self._doubts.items()):
+            log.warning(f"{file.path}: {count} of {len(file)} records: {doubt}")
+        self._unused.clear()
+        self._doubts.clear()
 
     def __len__(self) -> int:
         return self._ends[-1]

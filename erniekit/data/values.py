@@ -97,7 +97,7 @@ def json_of(value: Any, name: str, notes: Notes) -> Any:
     if not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", value):
         try:
             content = parse_json(value, name, DataError, strict=False)
-            notes.add("JSON text with raw line breaks or tabs in its strings is read as if they were escaped")
+            notes.doubts.add("JSON text with raw line breaks or tabs in its strings is read as if they were escaped")
             return content
         except DataError:
             pass

@@ -222,5 +222,5 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     """Touching the pages behind its end would end the process with a signal."""
     file = TokenFile(lay_out(tmp_path / "a", [list(range(9000))], code=4), 10_000)
     (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="a.bin: truncated: 0 of the 36000 bytes"):
+    with pytest.raises(DataError, match=r"a.bin: truncated: 0 of the 36000 bytes"):
         file.read(0, 0, 9000)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from erniekit.data.fields import Notes
 from erniekit.data.formats import parse_record
 from erniekit.utils.errors import DataError
 
@@ -182,21 +183,21 @@ def test_a_dump_of_openai_with_its_nulls_is_read():
 
 def test_a_result_after_an_answer_that_calls_nothing_stays_and_is_counted():
     """ERNIEKit's own function-call-eval.jsonl holds two such records."""
-    notes = set()
+    notes = Notes()
     record = {"messages": [Q, A, result("r"), A], "tools": TOOLS}
     sample = parse_record(record, "messages", notes=notes)
     assert sample.messages == [Q, A, result("r"), A]
-    assert notes == {"a tool result follows an answer that calls nothing; both are trained on as they stand"}
+    assert notes.doubts == {"a tool result follows an answer that calls nothing; both are trained on as they stand"}
     with pytest.raises(DataError, match="role 'tool' of turn 1 follows user"):
         read(Q, result(), A)
 
 
 def test_raw_line_breaks_in_json_text_are_read_and_counted():
     """One record of ERNIEKit's preference data for function calls holds such arguments."""
-    notes = set()
+    notes = Notes()
     record = {"messages": [Q, calls({"name": "add", "arguments": '{"x": "a\nb\tc"}'})]}
     (found,) = parse_record(record, "messages", notes=notes).messages[1]["tool_calls"]
-    assert found["function"]["arguments"] == {"x": "a\nb\tc"} and "raw line breaks" in notes.pop()
+    assert found["function"]["arguments"] == {"x": "a\nb\tc"} and "raw line breaks" in notes.doubts.pop()
     with pytest.raises(DataError, match="Invalid control character"):
         read(Q, calls({"name": "add", "arguments": '{"x": "a\x00b"}'}))
 
