@@ -37,11 +37,7 @@ def find_files(
     unless `with_prose`, .txt files of plain text.
     """
     if not path.is_dir():
-        check_regular(path)
-        if path.suffix.lower() not in extensions:
-            is_packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
-            hint = "unpack it first" if is_packed else "rename it after what it holds"
-            raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
+        _check_file(path, extensions)
         return [path], []
     everything = _walk(path)
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
@@ -55,6 +51,14 @@ def find_files(
         )
     chosen = set(data)
     return data, [p for p in everything if p not in chosen]
+
+
+def _check_file(path: Path, extensions: Sequence[str]) -> None:
+    check_regular(path)
+    if path.suffix.lower() not in extensions:
+        is_packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
+        hint = "unpack it first" if is_packed else "rename it after what it holds"
+        raise DataError(f"{path}: a data file ends in {', '.join(extensions)}. Hint: {hint}.")
 
 
 def _walk(path: Path) -> list[Path]:

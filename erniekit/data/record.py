@@ -107,17 +107,21 @@ def turn_of(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[s
     elif role != "assistant" and (has_content(calls) or has_content(thought)):
         raise BadRecord(f"{name} has what only an assistant has: tool_calls or reasoning_content", "check its role")
     is_call = has_content(calls)
-    text = result_text(content, place) if role == "tool" else content_of(content, place)
-    if text is None and (is_call or role == "system"):
-        text = ""
-    empty_ok = is_call or role == "tool" or (role == "system" and text == "")
-    result: dict[str, Any] = {"role": role, "content": text_of(text, place, empty_ok)}
+    result: dict[str, Any] = {"role": role, "content": _content(content, role, is_call, place)}
     if has_content(thought):
         result["reasoning_content"] = text_of(thought, f"{name}.reasoning_content")
     for key in ("name", "tool_call_id"):
         if has_content(turn.get(key)):
             result[key] = text_of(turn[key], f"{name}.{key}")
     return result | ({"tool_calls": tool_calls_of(calls, name, notes)} if is_call else {})
+
+
+def _content(content: Any, role: str, is_call: bool, place: str) -> str:
+    """The text of a message. It may be blank beside calls and in a result, and empty in a system message."""
+    text = result_text(content, place) if role == "tool" else content_of(content, place)
+    if text is None and (is_call or role == "system"):
+        text = ""
+    return text_of(text, place, empty_ok=is_call or role == "tool" or (role == "system" and text == ""))
 
 
 def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:

@@ -74,18 +74,8 @@ class _SentencePiece:
     """
 
     def __init__(self, path: Path, declared: list[Added]):
-        data = read_bytes(path, CheckpointError, MAX_FILE_BYTES)
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
-            count = self._model.get_piece_size()
-            pieces = [self._model.id_to_piece(i) for i in range(count)]
-            self._model.encode("a b")  # a model without its mandatory pieces fails only here
-        except (RuntimeError, ValueError, LookupError, TypeError) as error:  # UnicodeDecodeError is a ValueError
-            raise CheckpointError(
-                f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
-            ) from None
-        if count == 0:
-            raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+        self._model, pieces = _read_sentencepiece(path)
+        count = len(pieces)
         added = {item.id: item for item in declared}
         self._bytes: list[bytes] = []
         for i, piece in enumerate(pieces):
@@ -98,13 +88,7 @@ class _SentencePiece:
             elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
                 # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
                 added.setdefault(i, Added(piece, i, special=bool(_MARKUP.fullmatch(piece))))
-        for item in declared:
-            if item.id < count and pieces[item.id] != item.text:
-                raise CheckpointError(
-                    f"{path}: id {item.id} is {pieces[item.id]!r} here, but tokenizer_config.json or added_tokens.json "
-                    f"says {item.text!r}. "
-                    "The files belong to different tokenizers: copy all of them from one model."
-                )
+        _check_same(declared, pieces, path)
         self.added = sorted(added.values(), key=lambda item: item.id)
         self.size = max([count, *(item.id + 1 for item in self.added)])
         self._bytes += [REPLACEMENT.encode()] * (self.size - count)
@@ -189,6 +173,33 @@ class _Fast:
             text += self._model.decode(run, skip_special_tokens=skip) + REPLACEMENT
             run = []
         return text + self._model.decode(run, skip_special_tokens=skip)
+
+
+def _read_sentencepiece(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
+    """The model of a file, and its pieces."""
+    data = read_bytes(path, CheckpointError, MAX_FILE_BYTES)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        model.encode("a b")  # a model without its mandatory pieces fails only here
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(
+            f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
+        ) from None
+    if not pieces:
+        raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+    return model, pieces
+
+
+def _check_same(declared: list[Added], pieces: list[str], path: Path) -> None:
+    """CheckpointError if an added token has the id of another piece of the vocabulary."""
+    for item in declared:
+        if item.id < len(pieces) and pieces[item.id] != item.text:
+            raise CheckpointError(
+                f"{path}: id {item.id} is {pieces[item.id]!r} here, but tokenizer_config.json or added_tokens.json "
+                f"says {item.text!r}. "
+                "The files belong to different tokenizers: copy all of them from one model."
+            )
 
 
 def _byte_of(piece: str, path: Path) -> bytes:
