@@ -414,9 +414,9 @@ def fuzz_token_builds(rng, folder, count, tries):
 READERS = {
     fuzz_records: 1500,
     fuzz_parquet: 250,
-    fuzz_tokenizers: 900,
-    fuzz_token_files: 600,
-    fuzz_token_builds: 300,
+    fuzz_tokenizers: 500,
+    fuzz_token_files: 400,
+    fuzz_token_builds: 150,
 }
 
 
