@@ -88,6 +88,10 @@ class DataFile:
     def where(self, i: int) -> str:
         raise NotImplementedError
 
+    def record_bytes(self) -> np.ndarray:
+        """About how long each record is, int64 [N]."""
+        raise NotImplementedError
+
 
 class _TextFile(DataFile):
     """A file of which byte spans are records: starts int64 [N], sizes and lines uint32 [N]."""
@@ -143,6 +147,9 @@ class _TextFile(DataFile):
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
 
 
 class _JsonFile(_TextFile):
@@ -299,6 +306,9 @@ class _ParquetFile(DataFile):
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._rows[i] + 1}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.full(len(self), self._table.nbytes // max(self._table.num_rows, 1), np.int64)
 
 
 def _without_null(value: Any) -> Any:
