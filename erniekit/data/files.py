@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erniekit.data.data_file import DataFile, Raw
 from erniekit.data.faults import BadLine, reading
 from erniekit.data.find import check_form, check_regular
@@ -52,7 +54,6 @@ def load_record(raw: Raw, where: str) -> Any:
             f"{str(error).removesuffix('.')} of a line that begins {text[:40].strip()!r}. "
             "Hint: one JSON object per line."
         ) from None
-
 
 class _TextFile(DataFile):
     """A file of which byte spans are records: starts int64 [N], sizes and lines uint32 [N]."""
@@ -123,6 +124,9 @@ class _TextFile(DataFile):
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
 
 
 class _JsonFile(_TextFile):

@@ -10,15 +10,18 @@ back as one, is spelled in bytes where the vocabulary has byte pieces, so that e
 unchanged.
 """
 
+import hashlib
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 
+from erniekit.data.long_text import PIECE, encode_long
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import JsonObject, read_bytes, read_json_object, read_text
@@ -255,6 +258,14 @@ class Tokenizer:
             )
         return found
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its files: equal for tokenizers that give equal ids."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it become one id each. Nothing is added in front or behind."""
         return self.encode_parts([text])
@@ -278,17 +289,22 @@ class Tokenizer:
         try:
             for part in parts:
                 if self._space_bytes is None or SPACE not in part:
-                    ids += self._engine.encode(part)
+                    ids += self._encode(part)
                     continue
                 for number, stretch in enumerate(part.split(SPACE)):
                     ids += self._space_bytes if number else []
-                    ids += self._engine.encode(stretch)
+                    ids += self._encode(stretch)
         except (TypeError, RuntimeError, UnicodeEncodeError):
             raise DataError(
                 f"text that is not valid Unicode (half of a surrogate pair?) near {part[:40]!a}: "
                 "repair the file that it came from"
             ) from None
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= PIECE:
+            return self._engine.encode(text)
+        return [i for piece in encode_long(self._engine.encode, text) for i in piece]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`. Bytes that are not UTF-8 and ids outside the vocabulary become U+FFFD."""
