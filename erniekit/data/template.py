@@ -11,20 +11,12 @@ Tokenizer.encode_plain). The one exception is <think> and </think> inside an ass
 are given.
 """
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from typing import Any, NamedTuple
 
 from erniekit.data.batch import IGNORE
+from erniekit.data.jinja_sandbox import BoundedTemplate, TemplateFault
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError
@@ -69,10 +61,10 @@ class Template:
         self._said_one_mode = False
         self._shows: dict[str, bool] = {}
         try:
-            self._jinja = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._jinja = BoundedTemplate(source)
+        except TemplateFault as error:
             raise ConfigError(
-                f"chat template {name}: not valid jinja ({error}). Mend it, or choose another with `template: text`."
+                f"chat template {name}: not valid jinja: {error}. Mend it, or choose another: `chat_template: text`."
             ) from None
         written = [
             text
@@ -189,7 +181,7 @@ class Template:
                 **self._tokenizer.role_tokens,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except TemplateFault as error:
             raise DataError(f"chat template {self.name} refuses the conversation: {error}") from None
 
     def _check_shown(self, messages: Messages, tools: Any) -> None:
@@ -360,34 +352,3 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [text for pair in value.items() for item in pair for text in _strings(item)]
     return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, by which some templates mark answers: shown as if it were not there."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own convention)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates: sandboxed, block lines trimmed, JSON that keeps its
-    letters.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
