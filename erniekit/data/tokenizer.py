@@ -10,18 +10,18 @@ back as one, is spelled in bytes where the vocabulary has byte pieces, so that e
 unchanged.
 """
 
-import json
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
 
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
+from erniekit.utils.user_files import kind, read_json_object, read_text
 
 SPACE = "\u2581"  # sentencepiece's stand-in for a space
 REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
@@ -51,6 +51,13 @@ class Added:
     text: str
     id: int
     special: bool
+
+
+class ChatTemplate(NamedTuple):
+    """A model's own chat template: its jinja text, and the file (and key) that has it."""
+
+    source: str
+    file: str
 
 
 class _Engine(Protocol):
@@ -178,7 +185,7 @@ class Tokenizer:
     exist). Made by load_tokenizer.
     """
 
-    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: str | None):
+    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: ChatTemplate | None):
         self.directory = directory
         self.chat_template = chat_template
         self.files = [directory / name for name in FILES if (directory / name).is_file()]
@@ -298,13 +305,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a local model directory.
 
     Reads tokenizer.json, else tokenizer.model; the roles and added tokens of tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json; and the chat template of chat_template.jinja or
-    tokenizer_config.json. Raises CheckpointError for a missing, unreadable or contradictory file.
+    special_tokens_map.json and added_tokens.json; and the chat template (see read_chat_template). Raises
+    CheckpointError for a missing, unreadable or contradictory file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory to load a tokenizer from. Check model_name_or_path.")
-    config = _read_json(directory / "tokenizer_config.json")
+    config, older = (_read_json(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    _check_roles(directory / "tokenizer_config.json", config)
+    _check_roles(directory / "special_tokens_map.json", older)
     declared = _declared(directory, config)
     engine: _Engine
     if (directory / "tokenizer.json").is_file():
@@ -316,8 +325,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
-    settings = _read_json(directory / "special_tokens_map.json") | config
-    return Tokenizer(directory, engine, settings, _chat_template(directory, config))
+    return Tokenizer(directory, engine, older | config, read_chat_template(directory))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -347,8 +355,10 @@ def _declared(directory: Path, config: dict[str, Any]) -> list[Added]:
         ]
         newer = [
             Added(item["content"], int(i), bool(item.get("special", False)))
-            for i, item in config.get("added_tokens_decoder", {}).items()
+            for i, item in (config.get("added_tokens_decoder") or {}).items()
         ]
+        if not all(isinstance(item.text, str) for item in newer):
+            raise TypeError("a content that is not text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: the added tokens of tokenizer_config.json or added_tokens.json have an unknown form "
@@ -358,30 +368,68 @@ def _declared(directory: Path, config: dict[str, Any]) -> list[Added]:
     return sorted(newer + [item for item in older if item.id not in known], key=lambda item: item.id)
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """The chat template of a model or adapter directory: chat_template.jinja, else chat_template of
+    tokenizer_config.json, else that of chat_template.json (a processor's). CheckpointError for one that is not text.
+    """
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+    try:
+        return ChatTemplate(read_text(path, CheckpointError), str(path))
+    except FileNotFoundError:
+        pass
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = _read_json(directory / name).get("chat_template")
+        where = f"{directory / name}: chat_template"
+        if isinstance(template, list):
+            template = _default_template(template, where)
         if template is None:
-            log.warning(f"{directory}: none of the chat templates in tokenizer_config.json is called default; not used")
-    return template
+            continue
+        if not isinstance(template, str):
+            raise CheckpointError(
+                f"{where}: must be the text of a template, or a list of named ones, not {kind(template)}. "
+                "Copy the file again from the model's source, or put the template into chat_template.jinja."
+            )
+        return ChatTemplate(template, where)
+    return None
+
+
+def _default_template(templates: list[Any], where: str) -> str | None:
+    """Of several named templates the one that is called default."""
+    named = {}
+    for item in templates:
+        name, source = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise CheckpointError(
+                f'{where}: a list must have an object {{"name": ..., "template": ...}} for each template. '
+                "Copy the file again from the model's source, or put one template into chat_template.jinja."
+            )
+        named[name] = source
+    others = ", ".join(sorted(set(named) - {"default"}))
+    if "default" not in named:
+        log.warning(f"{where}: none of the templates ({others}) is called default; not used")
+    elif others:
+        log.info(f"{where}: the template called default is used for all conversations; not used: {others}")
+    return named.get("default")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is not there."""
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy it again from the model's source.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object. Copy it again from the model's source.")
-    return content
+        return read_json_object(path, CheckpointError)
+    except FileNotFoundError:
+        return {}
+
+
+def _check_roles(path: Path, settings: dict[str, Any]) -> None:
+    """Raise CheckpointError for a role that is not given as a token's text or as an object with its content."""
+    for role in ROLES:
+        named = settings.get(role)
+        text = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(text, str | None) or (isinstance(named, dict) and text is None):
+            raise CheckpointError(
+                f"{path}: {role}: must be a token's text, or an object with its content, found {kind(named)}. "
+                "Copy the file again from the model's source."
+            )
 
 
 def _alternatives(texts: Iterable[str], ahead: bool = False) -> re.Pattern[str]:
