@@ -199,18 +199,18 @@ def _size(value: Any, limit: int | None) -> int:
             total += STEP
             if kind is dict:
                 total += 16 * len(item)
-                inner += item
-                inner += item.values()
+                inner.extend(item)
+                inner.extend(item.values())
             elif kind is list or kind is tuple:
                 total += 8 * len(item)
-                inner += item
+                inner.extend(item)
             elif kind is int:
                 total += item.bit_length() >> 3
             elif isinstance(item, str | bytes | range):
                 total += STEP * len(item)
             elif isinstance(item, Sized) and isinstance(item, Iterable):  # dict.items() and the like
                 total += 8 * len(item)
-                inner += item
+                inner.extend(item)
             if limit is not None and total > limit:
                 return total
         if not inner:
