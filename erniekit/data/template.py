@@ -296,8 +296,16 @@ def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | 
         own = read_chat_template(beside) or own
     if name is None and own is not None:
         return Template(own.file, own.source, tokenizer)
+    template = _named_template(tokenizer, name or "text")
+    if name is not None and own is not None and own.source != template.source:
+        log.info(f"chat_template: {template.name} is used; the model's own, {own.file}, differs from it")
+    return template
+
+
+def _named_template(tokenizer: Tokenizer, name: str) -> Template:
+    """A built-in template, or that of a .jinja file."""
     built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
-    chosen = ALIASES.get(name or "text", name or "text")
+    chosen = ALIASES.get(name, name)
     path = built_in.get(chosen, Path(chosen).expanduser())
     if chosen not in built_in and (path.suffix != ".jinja" or not path.exists()):
         raise ConfigError(
@@ -312,8 +320,6 @@ def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | 
             f"chat_template: {chosen!r} ends its turns with {lacking[0]}, which the tokenizer in {tokenizer.directory} "
             "does not have. Choose a template made for this model."
         )
-    if name is not None and own is not None and own.source != source:
-        log.info(f"chat_template: {chosen} is used; the model's own, {own.file}, differs from it")
     return template
 
 

@@ -22,34 +22,48 @@ ALIKE = [
     "{% for m in messages if m.role != 'user' %}{{ m.content }}{% else %}none{% endfor %}",
     "{% for a, b in {'x': 1, 'y': 2}.items() %}{{ a }}{{ b }}{{ ',' if not loop.last }}{% endfor %}",
     "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
-    "{% for i in range(9) %}{% if i is odd %}{% continue %}{% endif %}{% if i > 6 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% for i in range(9) %}{% if i is odd %}{% continue %}{% endif %}{% if i > 6 %}{% break %}{% endif %}"
+    "{{ i }}{% endfor %}",
     "{% set ns = namespace(n=0, s='') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set ns.s = ns.s + m.role %}"
     "{% endfor %}{{ ns.n }}{{ ns.s }}",
     "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(1) }}{{ f(1, 3) }}",
     "{% macro f(a) %}<{{ caller(a) }}>{% endmacro %}{% call(x) f(3) %}{{ x * 2 }}{% endcall %}",
-    "{% set x %}a{{ 1 }}b{% endset %}{{ x|upper }}{% filter upper %}abc{% endfilter %}{% set y | trim %} z {% endset %}{{ y }}",
+    "{% set x %}a{{ 1 }}b{% endset %}{{ x|upper }}{% filter upper %}abc{% endfilter %}"
+    "{% set y | trim %} z {% endset %}{{ y }}",
     "{{ messages[1:]|length }}{{ messages[::-1][0].role }}{{ 'abcdef'[1:-1] }}{{ messages[0].content[:3] }}",
-    "{{ 1 + 2 }}{{ 'a' + 'b' }}{{ [1] + [2] }}{{ 'ab' * 3 }}{{ 3 * 'ab' }}{{ 2 ** 10 }}{{ 7 % 4 }}{{ '%s-%03d' % ('x', 5) }}",
+    "{{ 1 + 2 }}{{ 'a' + 'b' }}{{ [1] + [2] }}{{ 'ab' * 3 }}{{ 3 * 'ab' }}{{ 2 ** 10 }}{{ 7 % 4 }}"
+    "{{ '%s-%03d' % ('x', 5) }}",
     "{{ 7 / 2 }}{{ 7 // 2 }}{{ -3 }}{{ 1 ~ 2 ~ none ~ true ~ [1] }}{{ 2 ** -1 }}{{ 'a' * 0 }}",
-    "{{ 1 < 2 < 3 }}{{ 'a' in 'abc' }}{{ 'x' not in ['y'] }}{{ [1, 2] == [1, 2] }}{{ 'role' in messages[0] }}{{ 1 == 1.0 }}",
+    "{{ 1 < 2 < 3 }}{{ 'a' in 'abc' }}{{ 'x' not in ['y'] }}{{ [1, 2] == [1, 2] }}{{ 'role' in messages[0] }}"
+    "{{ 1 == 1.0 }}",
     "{{ 'a,b,c'.split(',')|join('+') }}{{ ' a '.strip() }}{{ 'a-b'.replace('-', '') }}{{ 'x'.join(['1', '2']) }}"
     "{{ '{} {a:>4}'.format(1, a=2) }}{{ 'abc'.startswith('ab') }}{{ 'a b'.split()[-1] }}{{ 'a'.center(5) }}|",
     "{{ {'a': 1}.get('a') }}{{ {'a': 1}.get('b', 3) }}{{ {'a': 1}['a'] }}{{ {('a', 1): 2}[('a', 1)] }}{{ dict(a=1) }}",
     "{{ messages|map(attribute='role')|join(', ') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}",
-    "{{ [3, 1, 2]|sort }}{{ ['b', 'a']|sort|first }}{{ [1, 1, 2]|unique|list }}{{ [1, 2]|sum }}{{ [1, 5]|max }}{{ [4, 2]|min }}",
+    "{{ [3, 1, 2]|sort }}{{ ['b', 'a']|sort|first }}{{ [1, 1, 2]|unique|list }}{{ [1, 2]|sum }}{{ [1, 5]|max }}"
+    "{{ [4, 2]|min }}",
     "{{ [[1], [2]]|sum(start=[]) }}{{ [{'a': 1}, {'a': 2}]|sum(attribute='a') }}{{ [1, 2, 3]|batch(2, 'x')|list }}",
     "{{ [1, 2, 3]|slice(2)|list }}{{ messages|groupby('role')|map('first')|list }}{{ {'b': 1, 'a': 2}|dictsort }}",
-    "{{ 'a\nb'|indent(2) }}{{ 'abc'|center(9) }}{{ '%s'|format(3) }}{{ 'aXa'|replace('X', 'y') }}{{ 'a b'|title }}{{ 2.567|round(1) }}",
-    "{{ nothing }}{{ nothing ~ 1 }}{{ [nothing] }}{{ 1 if nothing }}{{ 'x'|default('y') }}{{ nothing|default('y') }}{{ nothing is defined }}{{ none is none }}{{ 3 is divisibleby(3) }}",
-    "{{ messages is sequence }}{{ messages[0] is mapping }}{{ 'a' is string }}{{ 'a' is in(['a']) }}{{ 3 is gt(2) }}{{ 'A' is upper }}",
-    "{{ ['a', 'b']|map('upper')|list }}{{ [0, 1]|select|list }}{{ [0, 1]|reject('odd')|list }}{{ 'ab'|list }}{{ 'ab'|reverse }}",
-    "{{ '<a>'|e }}{{ '<a>'|safe }}{{ ('a'|safe) + '<' }}{{ 'a' | length }}{{ '5'|int + 1 }}{{ '1.5'|float }}{{ 'ab'|wordcount }}",
-    "{% with a = 1, b = 2 %}{{ a + b }}{% endwith %}{% if a %}x{% elif messages %}y{% else %}z{% endif %}{{ 'a' if 0 else 'b' }}",
+    "{{ 'a\nb'|indent(2) }}{{ 'abc'|center(9) }}{{ '%s'|format(3) }}{{ 'aXa'|replace('X', 'y') }}"
+    "{{ 'a b'|title }}{{ 2.567|round(1) }}",
+    "{{ nothing }}{{ nothing ~ 1 }}{{ [nothing] }}{{ 1 if nothing }}{{ 'x'|default('y') }}"
+    "{{ nothing|default('y') }}{{ nothing is defined }}{{ none is none }}{{ 3 is divisibleby(3) }}",
+    "{{ messages is sequence }}{{ messages[0] is mapping }}{{ 'a' is string }}{{ 'a' is in(['a']) }}"
+    "{{ 3 is gt(2) }}{{ 'A' is upper }}",
+    "{{ ['a', 'b']|map('upper')|list }}{{ [0, 1]|select|list }}{{ [0, 1]|reject('odd')|list }}{{ 'ab'|list }}"
+    "{{ 'ab'|reverse }}",
+    "{{ '<a>'|e }}{{ '<a>'|safe }}{{ ('a'|safe) + '<' }}{{ 'a' | length }}{{ '5'|int + 1 }}{{ '1.5'|float }}"
+    "{{ 'ab'|wordcount }}",
+    "{% with a = 1, b = 2 %}{{ a + b }}{% endwith %}{% if a %}x{% elif messages %}y{% else %}z{% endif %}"
+    "{{ 'a' if 0 else 'b' }}",
     "{% block a %}in{{ messages|length }}{% endblock %}{{ self.a() }}",
-    "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{% set j = joiner('-') %}{{ j() }}{{ j() }}",
+    "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{% set j = joiner('-') %}{{ j() }}"
+    "{{ j() }}",
     "{# comment #}\n  {% if true %}\n line\n  {% endif %}\n{%- if true -%} x {%- endif %} {% raw %}{{ x }}{% endraw %}",
-    "{% for m in messages %}{{ loop.previtem is defined }}{{ loop.nextitem is defined }}{{ loop.changed(m.role) }}{{ loop.cycle(1, 2) }}{% endfor %}",
-    "{{ 'a\\nb'.splitlines() }}{{ 'x=y'.partition('=') }}{{ 'abc'.rstrip('c') }}{{ 'a' < 'b' }}{{ not messages }}{{ '%(a)s' % {'a': 1} }}",
+    "{% for m in messages %}{{ loop.previtem is defined }}{{ loop.nextitem is defined }}"
+    "{{ loop.changed(m.role) }}{{ loop.cycle(1, 2) }}{% endfor %}",
+    "{{ 'a\\nb'.splitlines() }}{{ 'x=y'.partition('=') }}{{ 'abc'.rstrip('c') }}{{ 'a' < 'b' }}"
+    "{{ not messages }}{{ '%(a)s' % {'a': 1} }}",
 ]
 
 
