@@ -55,6 +55,7 @@ def load_record(raw: Raw, where: str) -> Any:
             "Hint: one JSON object per line."
         ) from None
 
+
 class _TextFile(DataFile):
     """A file of which byte spans are records: starts int64 [N], sizes and lines uint32 [N]."""
 

@@ -8,6 +8,8 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from erniekit.data import template as chat
+from erniekit.data import tokenizer as text_tokenizer
 from erniekit.data.batch import Row
 from erniekit.data.encode import Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
@@ -158,6 +160,20 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
     return TextFeed(dataset, stream, service, extent, _identity(cfg, specs, dataset, packer))
+
+
+def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+    """The chat template of a run: None where all its data is plain text and no template is named."""
+    specs: list[SourceSpec] = []
+    if cfg.dataset_type != "pretrain":
+        asked = _asked(cfg, "train")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "train", cfg.stage)
+    if cfg.eval_dataset_path:
+        asked = _asked(cfg, "eval")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "eval", cfg.stage)
+    if cfg.chat_template is None and all(spec.type == "text" for spec in specs):
+        return None
+    return chat.load_template(tokenizer, cfg.chat_template)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from erniekit.checkpoint.folder import (
 )
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config
-from erniekit.data.template import Template, load_template
+from erniekit.data.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.generation.decode import Limits
 from erniekit.generation.engine import end_ids
@@ -74,6 +74,9 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     found = path = _directory(cfg)
     if is_adapter(found):
         path = base_of(found, cfg.model_name_or_path, cfg.download_hub)
+    tokenizer = _tokenizer(cfg, path)  # before the weights, which may take minutes
+    template = load_template(tokenizer, cfg.chat_template, found)
+    say_if_trained_otherwise(found, template)
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     if has_weights(path):
         adapter = str(found) if found != path else None
@@ -87,9 +90,7 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     else:
         start = " (or set continue_training: false for a random start)" if random_start else ""
         raise CheckpointError(f"{path} holds a config.json but no weights: train first, or name another model{start}.")
-    tokenizer = _tokenizer(cfg, path)
     check_fits(tokenizer, model.config.vocab_size, str(path))
-    template = load_template(tokenizer, cfg.chat_template)
     thinking = cfg.enable_thinking
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
