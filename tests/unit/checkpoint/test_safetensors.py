@@ -200,13 +200,13 @@ def entry(start, stop, shape=(1,), dtype="F32"):
         (raw({}, length=10**12), ["too short"]),
         (raw(b"not json"), ["not JSON"]),
         (raw(b"\xff\xfe\xff"), ["not JSON"]),
-        (raw([1]), ["not a JSON object"]),
+        (raw([1]), ["not JSON"]),
         (raw({"x": entry(0, 4)}, b"123"), ["truncated"]),
         (raw({"x": entry(0, 4)}, b"12345"), ["longer"]),
         (raw({"x": entry(0, 4), "y": entry(2, 6)}, b"123456"), ["y", "overlaps"]),
         (raw({"x": entry(0, 4), "y": entry(6, 10)}, b"1234567890"), ["y", "gap"]),
         (raw({"x": entry(0, 8)}, b"12345678"), ["x", "8 bytes for F32"]),
-        (raw({"x": entry(0, 4, (-1,))}, b"1234"), ["x", "natural"]),
+        (raw({"x": entry(0, 4, (-1,))}, b"1234"), ["natural"]),
         (raw({"x": {"dtype": "F32"}}, b""), ["x", "lacks"]),
         (raw({"x": entry(0, 4, dtype="F4")}, b"1234"), ["x", "F4", "not supported"]),
         (raw(b'{"x": {"dtype": "F32"}, "x": {"dtype": "F32"}}'), ["twice"]),
@@ -257,9 +257,9 @@ def test_directories_that_are_not_one_model(tmp_path, caplog):
         Reader(tmp_path)
     (tmp_path / SINGLE_FILE).unlink()
     for content, words in [
-        ("{", "not an index"),
-        ('{"weight_map": {}}', "no tensor"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "not a file beside it"),
+        ("{", "not JSON"),
+        ('{"weight_map": {}}', "not an index .* without any"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "not a safetensors file beside it"),
         (good.replace('"a"', '"z"'), "z"),
         (good.replace("model-00001-of-00003", "model-00009-of-00003"), "not found"),
     ]:
