@@ -29,7 +29,7 @@ _MOE_FIELDS = (
 _RARE_ROUTING = {"moe_gate_act": "softmax", "moe_group_experts": False}
 _NEVER_WRITTEN = frozenset(("auto_map",))
 # Far above any model: more than this is a slip of the keyboard, and even a list of the tensors' names would not fit.
-_MAX_EXPERTS_IN_ALL = 1 << 17
+_MAX_EXPERTS_IN_ALL = 1 << 15
 _MAX_PARAMETERS = 10**14
 
 
