@@ -1,6 +1,6 @@
 """Every key of a config.json that this toolkit knows, by what its value does: see `check_keys`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from erniekit.utils.errors import CheckpointError
@@ -223,30 +223,30 @@ def check_keys(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
     """
     _refuse_quantised(config)
     is_dense = "moe_num_experts" not in fields
+    if is_dense and any(config.values.get(key) for key in ("moe_num_experts", "num_experts")):
+        raise CheckpointError(f"{config.where}: model_type: must be ernie4_5_moe for a model with experts.")
     lines = []
     for key, value in config.values.items():
-        if is_dense and key in ("moe_num_experts", "num_experts") and value not in (None, 0, []):
-            raise refusal(config, key, "a model of model_type ernie4_5 has no experts")
-        if value is None or key in fields or key in OWN_KEYS or (is_dense and key.startswith("moe_")):
-            continue
-        if key in _CHANGES_THE_MODEL:
-            if value not in _CHANGES_THE_MODEL[key]:
-                raise refusal(config, key, "ERNIE 4.5 models as transformers defines them do not have it")
-        elif key == "sliding_window":
-            if config.values.get("use_sliding_window") is not False:
-                raise refusal(config, key, "every token sees all tokens before it")
-        elif key in ("layer_types", "mlp_layer_types"):
-            _check_layer_types(config, key, fields)
-        elif key == "moe_use_aux_free":
-            config.get_bool(key, False)
-        elif key == "moe_capacity":
-            lines += _capacity(config, fields)
-        elif key in _NOT_USED:
-            if value not in _NOT_USED[key]:
-                lines.append(f"{key}: {_shown(value)} is not used: the keys of the run decide how it trains")
-        elif key not in _HARMLESS and not key.startswith(_HARMLESS_BEGINNINGS):
-            lines.append(f"{key}: {_shown(value)} is not known here and not used; it is kept in what is saved")
+        without_effect = value is None or (is_dense and key.startswith("moe_"))
+        if not without_effect and key not in fields and key not in OWN_KEYS:
+            lines += _check_key(config, key, value, fields)
     return lines
+
+
+def _check_key(config: JsonObject, key: str, value: Any, fields: Mapping[str, Any]) -> list[str]:
+    """See check_keys: of one key."""
+    if key in _WITH_OTHER_KEYS:
+        return _WITH_OTHER_KEYS[key](config, key, fields)
+    if key in _CHANGES_THE_MODEL:
+        if value not in _CHANGES_THE_MODEL[key]:
+            raise refusal(config, key, "ERNIE 4.5 models as transformers defines them do not have it")
+        return []
+    if key in _NOT_USED:
+        line = f"{key}: {_shown(value)} is not used: the keys of the run decide how it trains"
+        return [] if value in _NOT_USED[key] else [line]
+    if key in _HARMLESS or key.startswith(_HARMLESS_BEGINNINGS):
+        return []
+    return [f"{key}: {_shown(value)} is not known here and not used; it is kept in what is saved"]
 
 
 def refusal(config: JsonObject, key: str, reason: str) -> CheckpointError:
@@ -263,16 +263,28 @@ def _refuse_quantised(config: JsonObject) -> None:
             )
 
 
-def _check_layer_types(config: JsonObject, key: str, fields: Mapping[str, Any]) -> None:
+def _window(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:
+    if config.values.get("use_sliding_window") is not False:
+        raise refusal(config, key, "every token sees all tokens before it")
+    return []
+
+
+def _layer_types(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:
     """Both lists have one word a layer."""
     layers, types = fields["num_hidden_layers"], config.get_list(key, [])
     wanted = ["full_attention"] * layers
     if key == "mlp_layer_types":
-        first, last = fields.get("moe_layer_start_index", 0), fields.get("moe_layer_end_index", -1)
+        first, last = fields.get("moe_layer_start_index", layers), fields.get("moe_layer_end_index", layers)
         every = fields.get("moe_layer_interval", 1)
         wanted = ["sparse" if first <= i <= last and (i + 1) % every == 0 else "dense" for i in range(layers)]
     if types != wanted:
         raise refusal(config, key, f"this model has {_runs(wanted)}")
+    return []
+
+
+def _aux_free(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:
+    config.get_bool(key, False)  # train.build reads it
+    return []
 
 
 def _runs(types: list[str]) -> str:
@@ -280,8 +292,8 @@ def _runs(types: list[str]) -> str:
     return ", ".join(f"{types.count(name)} x {name}" for name in dict.fromkeys(types))
 
 
-def _capacity(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
-    factors = config.values["moe_capacity"]
+def _capacity(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:
+    factors = config.values[key]
     numbers = factors if isinstance(factors, list) else [factors]
     if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
         raise CheckpointError(f"{config.where}: moe_capacity: must be a list of numbers, found {_shown(factors)}.")
@@ -289,6 +301,15 @@ def _capacity(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
     if all(number >= fields.get("moe_num_experts", 0) for number in numbers):
         return []
     return [f"moe_capacity: {_shown(factors)} is not used: no token is dropped unless the run sets moe_capacity_factor"]
+
+
+_WITH_OTHER_KEYS: Mapping[str, Callable[[JsonObject, str, Mapping[str, Any]], list[str]]] = {
+    "sliding_window": _window,
+    "layer_types": _layer_types,
+    "mlp_layer_types": _layer_types,
+    "moe_use_aux_free": _aux_free,
+    "moe_capacity": _capacity,
+}
 
 
 def _shown(value: Any) -> str:
