@@ -77,7 +77,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} not found. Copy the model again: a weight file is missing.") from None
     header = _parse(content, bad)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad("__metadata__ in its header is not an object of strings")
     begin = 8 + length

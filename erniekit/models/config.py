@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from erniekit.models.config_keys import PADDLE_ONLY, PT_ONLY
-from erniekit.models.config_values import ARCHITECTURES, read_values
+from erniekit.models.config_values import ARCHITECTURES, read_values, token_ids
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object
+
+__all__ = ["ARCHITECTURES", "CONFIG_FILE", "FORMATS", "Format", "ModelConfig", "token_ids"]
 
 Format = Literal["pt", "paddle"]
 FORMATS: tuple[Format, ...] = ("pt", "paddle")
@@ -74,6 +76,12 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(
         default_factory=dict, hash=False
     )  # keys of config.json that are not fields, as read
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the file may list several, or none."""
+        several = self.extra.get("eos_token_id", [self.eos_token_id])
+        return tuple(token for token in several if token is not None and token >= 0)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) has experts."""
