@@ -49,7 +49,7 @@ class Opened:
         """When an answer ends: at the template's and the model's end tokens, within the configuration's bounds."""
         stops = {*self.template.stop_ids, *self.model.end_ids}
         if (line := not_used(self.generation, _settings_of(cfg))) is not None:
-            log.once(line)
+            log.info(line)
         return Limits(cfg.max_new_tokens, cfg.min_tokens, tuple(sorted(stops)))
 
 

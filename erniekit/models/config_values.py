@@ -65,7 +65,8 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     if model_type == "ernie4_5_moe":
         fields |= _moe_fields(config, fields["num_hidden_layers"])
     lines = check_keys(config, fields)
-    config.get_choice("hidden_act", "silu", ("silu",))
+    if config.values.get("hidden_act") not in (None, "silu"):
+        raise refusal(config, "hidden_act", "ERNIE 4.5 models use silu")
     fields["extra"] = {
         key: value
         for key, value in values.items()

@@ -73,8 +73,7 @@ def test_end_tokens_and_settings_of_generation_config(base: Path, tmp_path: Path
     (several / "generation_config.json").write_text(json.dumps(content))
     cfg = settings(model_name_or_path=several, temperature=0.5)
     opened = open_model(cfg)
-    for _ in range(2):
-        assert {2, 78, opened.tokenizer.token_id("<|end_of_sentence|>")} == set(opened.limits(cfg).stop_ids)
+    assert {2, 78, opened.tokenizer.token_id("<|end_of_sentence|>")} == set(opened.limits(cfg).stop_ids)
     line = f"{several}/generation_config.json: no_repeat_ngram_size 3, temperature 0.8: not used"
     assert heard.text.count(line) == 1
     greedy = settings(model_name_or_path=several, temperature=0)
