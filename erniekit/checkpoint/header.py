@@ -98,7 +98,7 @@ def _parse(content: bytes, bad: Callable[[str], CheckpointError]) -> dict[str, A
     if not content.startswith(b"{"):
         raise bad("its header is not JSON: an object begins with {")
     try:
-        return parse_json(content.decode("utf-8"), "its header", CheckpointError, natural=True)
+        return parse_json(content.decode("utf-8"), "its header", CheckpointError, number=_natural)
     except UnicodeDecodeError:
         raise bad("its header is not JSON: not UTF-8 text") from None
     except CheckpointError as error:
@@ -121,6 +121,11 @@ def _entry_of(path: Path, name: str, value: Any, base: int, bad: Callable[[str],
     if stop - start != math.prod(shape) * item:
         raise bad(f"{shown}: {stop - start} bytes for {dtype} of shape {shape}")
     return Entry(path, TensorInfo(dtype, tuple(shape)), base + start, stop - start)
+
+
+def _natural(text: str) -> int:
+    """A natural number; -1 for every other one (-0 too, which int() takes), as a header has no place for them."""
+    return int(text) if text.isdigit() else -1
 
 
 def _naturals(values: Any) -> bool:

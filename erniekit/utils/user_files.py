@@ -79,14 +79,16 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES)
     return content
 
 
-def parse_json(text: str, where: str, error: type[UserError], natural: bool = False) -> Any:
+def parse_json(text: str, where: str, error: type[UserError], number: Callable[[str], Any] | None = None) -> Any:
     """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
-    Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair; with `natural`,
-    also integers that begin with a minus sign (-0 would be read as 0).
+    Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+
+    number: makes the values of numbers from their text; not given: Python's int and float.
     """
-    integers = _natural if natural else None
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integers)
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=number, parse_float=number
+        )
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
     except RecursionError:
@@ -97,7 +99,7 @@ def parse_json(text: str, where: str, error: type[UserError], natural: bool = Fa
     _check_depth(content, text, where, error)
     if "\\ud" in text or "\\uD" in text:
         try:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
+            json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError:
             raise error(f"{where}: a \\ud800-\\udfff escape that is half of a pair; no text can hold it.") from None
     return content
@@ -118,12 +120,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise _Refused(f"{name} is not a JSON number")
-
-
-def _natural(digits: str) -> int:
-    if digits.startswith("-"):
-        raise _Refused(f"{digits[:20]} where only natural numbers may stand")
-    return int(digits)
 
 
 def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:
@@ -214,14 +210,10 @@ class JsonObject:
 def _bounds(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
         return f" from {_number(low)} to {_number(high)}"
-    return (
-        f" of at least {_number(low)}"
-        if low is not None
-        else f" of at most {_number(high)}"
-        if high is not None
-        else ""
-    )
+    if low is not None:
+        return f" of at least {_number(low)}"
+    return "" if high is None else f" of at most {_number(high)}"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -206,7 +206,7 @@ def entry(start, stop, shape=(1,), dtype="F32"):
         (raw({"x": entry(0, 4), "y": entry(2, 6)}, b"123456"), ["y", "overlaps"]),
         (raw({"x": entry(0, 4), "y": entry(6, 10)}, b"1234567890"), ["y", "gap"]),
         (raw({"x": entry(0, 8)}, b"12345678"), ["x", "8 bytes for F32"]),
-        (raw({"x": entry(0, 4, (-1,))}, b"1234"), ["natural"]),
+        (raw({"x": entry(0, 4, (-1,))}, b"1234"), ["x", "natural"]),
         (raw({"x": {"dtype": "F32"}}, b""), ["x", "lacks"]),
         (raw({"x": entry(0, 4, dtype="F4")}, b"1234"), ["x", "F4", "not supported"]),
         (raw(b'{"x": {"dtype": "F32"}, "x": {"dtype": "F32"}}'), ["twice"]),
