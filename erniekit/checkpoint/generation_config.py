@@ -82,13 +82,13 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What the model's files say about generating. `end_ids` end an answer, `pad_id` fills rows that ended. `settings`
+    """What the model's files say about generating. `end_ids` end an answer, `fill_id` fills rows that ended. `settings`
     are the other values of `file` that would change what is generated; they are not used.
     """
 
     file: Path
     end_ids: tuple[int, ...]
-    pad_id: int | None
+    fill_id: int
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -112,7 +112,7 @@ def read_generation_config(directory: str | Path, config: ModelConfig) -> Genera
     return GenerationConfig(
         file,
         config.end_ids if ends is None else ends,
-        config.pad_token_id if pad is None else next(iter(pad), None),
+        config.fill_id if pad is None else next(iter(pad), 0),
         settings,
     )
 

@@ -78,7 +78,7 @@ def load_model(
     if adapter is not None:
         attach_stored(model, adapter, path)
     generation = read_generation_config(path, model.config)
-    model.end_ids, model.pad_id = generation.end_ids, generation.pad_id
+    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
     model.eval()
     return model
 
@@ -221,7 +221,7 @@ def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format:
     config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
     write_configs(directory, config, format)
     if model.end_ids != config.end_ids:  # those of the generation_config.json that it was loaded with
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.pad_id}
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.fill_id}
         write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 

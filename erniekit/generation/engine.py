@@ -58,7 +58,7 @@ def generate(
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
     """
-    padding = max(model.pad_id or 0, 0) if pad_token_id is None else pad_token_id
+    padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)
     limits = Limits(max_new_tokens, min_new_tokens, model.end_ids if eos_token_id is None else _as_ids(eos_token_id))
     if do_sample is None:

@@ -152,7 +152,7 @@ def _random(cfg: Config, path: Path) -> CausalLM:
     paddle.seed(cfg.seed)
     model = CausalLM(ModelConfig.from_dir(path))
     generation = read_generation_config(path, model.config)
-    model.end_ids, model.pad_id = generation.end_ids, generation.pad_id
+    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
     model.eval()
     return model
 

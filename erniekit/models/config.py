@@ -83,6 +83,11 @@ class ModelConfig:
         several = self.extra.get("eos_token_id", [self.eos_token_id])
         return tuple(token for token in several if token is not None and token >= 0)
 
+    @property
+    def fill_id(self) -> int:
+        """What fills rows that have ended: the padding token, or 0 where the model has none."""
+        return max(self.pad_token_id or 0, 0)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) has experts."""
         in_range = self.moe_layer_start_index <= layer <= self.moe_layer_end_index

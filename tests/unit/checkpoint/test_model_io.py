@@ -275,7 +275,7 @@ def test_end_tokens_of_generation_config_are_loaded_and_saved(tmp_path):
     save_model(tiny_model("dense"), tmp_path / "a")
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [2, 9], "pad_token_id": 5}')
     model = load_model(tmp_path / "a")
-    assert (model.end_ids, model.pad_id) == ((2, 9), 5)
+    assert (model.end_ids, model.fill_id) == ((2, 9), 5)
     save_model(model, tmp_path / "b")
     assert load_model(tmp_path / "b").end_ids == (2, 9)
     for text, ends in [('{"top_p": 0.8}', (2,)), ('{"eos_token_id": null}', ()), ('{"eos_token_id": 7}', (7,))]:
