@@ -191,6 +191,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
+        if stored.dtype not in (None, "float32") and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is float32")
         if depths > stored.num_nextn_predict_layers:
             log.info(
                 f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
