@@ -188,7 +188,8 @@ def _token(environ: Mapping[str, str], master: Master | None) -> str:
     """The user's for several hosts; on one host the agent makes one, and its workers inherit it."""
     if master is None:
         return job_token.new()
-    return job_token.find(environ, one_machine=ipaddress.ip_address(master.address).is_loopback)
+    on_this_machine = ipaddress.ip_address(master.address).is_loopback
+    return job_token.find(environ, runtime.cache_directory() if on_this_machine else None)
 
 
 def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:

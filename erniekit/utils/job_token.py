@@ -20,13 +20,13 @@ def new() -> str:
     return secrets.token_hex(32)
 
 
-def find(environ: Mapping[str, str], one_machine: bool) -> str:
+def find(environ: Mapping[str, str], cache: Path | None) -> str:
     """The token that the environment gives to a job on several hosts.
 
     Args:
         environ: where ERNIEKIT_JOB_TOKEN or ERNIEKIT_JOB_TOKEN_FILE may be.
-        one_machine: all its processes run on this machine, as when two hosts are rehearsed on 127.0.0.1; without a
-            token in the environment they then share one that only this user can read.
+        cache: a directory of this user, if all processes run on this machine, as when two hosts are rehearsed on
+            127.0.0.1; without a token in the environment they share one that is kept there. Else None.
 
     Raises:
         ConfigError: there is none, or it is too short; the message holds the line that makes one.
@@ -37,8 +37,8 @@ def find(environ: Mapping[str, str], one_machine: bool) -> str:
     path = environ.get(FILE_VARIABLE, "").strip()
     if path:
         return _read(Path(path).expanduser())
-    if one_machine:
-        return _of_this_user()
+    if cache is not None:
+        return _of_this_user(cache / "job-token")
     raise ConfigError(
         f"{VARIABLE} is not set. A job on several hosts needs a token, the same on every host, so that strangers on "
         "the network cannot take part. Make one once, in a directory that all hosts share, and name it on every host:\n"
@@ -65,9 +65,8 @@ def _read(path: Path) -> str:
     return _checked(text, f"{FILE_VARIABLE}={path}")
 
 
-def _of_this_user() -> str:
-    """A token in the user's cache directory, made by whoever comes first."""
-    path = Path("~/.cache/erniekit/job-token").expanduser()
+def _of_this_user(path: Path) -> str:
+    """A token that only this user can read, made by whoever comes first."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,12 @@ def job_token_of(addresses: Collection[str]) -> str:
     """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
     from erniekit.utils import job_token  # not for everybody who imports the package
 
-    return job_token.find(os.environ, one_machine=len(set(addresses)) == 1)
+    return job_token.find(os.environ, cache_directory() if len(set(addresses)) == 1 else None)
+
+
+def cache_directory() -> Path:
+    """Where this user's programs keep what can be made again (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "erniekit"
 
 
 def num_cores() -> int:

@@ -190,9 +190,15 @@ def test_a_removed_output_dir_is_no_reason_for_a_traceback(workspace):
 
 def test_two_hosts_on_loopback_need_no_token_of_the_users(workspace):
     port = launched.free_port()
-    keys = {"HOME": str(workspace), "ERNIEKIT_JOB_TOKEN": ""}
+    keys = {"XDG_CACHE_HOME": str(workspace / "cache")}
     hosts = [start(workspace, TWO, **keys, **launched.two_hosts(port, node)) for node in range(2)]
     assert [launched.finish(host)[0] for host in hosts] == [0, 0]
+    assert (workspace / "cache" / "erniekit" / "job-token").exists()
+
+
+def test_several_hosts_need_a_token(workspace):
+    code, said = launched.finish(start(workspace, TWO, NNODES="2", MASTER_ADDR="192.0.2.1"))
+    assert code == 1 and said.startswith("error: ERNIEKIT_JOB_TOKEN is not set"), said
 
 
 def test_nproc_per_node_is_named(workspace):
