@@ -9,6 +9,7 @@ from erniekit.parallel import comm
 from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.trainer import Trainer
 from erniekit.utils import heartbeat
 
@@ -45,6 +46,6 @@ def train(cfg: Config) -> TrainResult:
     history = _History()
     # The numbers are the same on every rank; one of them reports.
     callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
-    trainer = Trainer(build_run(cfg, mesh), callbacks)
-    summary = trainer.fit()
-    return TrainResult(trainer.run.output_dir, history.steps, summary)
+    with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
+        summary = Trainer(build_run(cfg, mesh), callbacks, output).fit()
+    return TrainResult(output.path, history.steps, summary)

@@ -56,8 +56,8 @@ def test_an_error_changes_nothing(tmp_path, exists):
 
 
 def test_what_a_crash_left_is_removed(tmp_path):
-    (tmp_path / ".model.saving").mkdir()
-    (tmp_path / ".model.saving" / "model.safetensors").write_text("half")
+    (tmp_path / ".model.new.tmp").mkdir()
+    (tmp_path / ".model.new.tmp" / "model.safetensors").write_text("half")
     with staged(tmp_path / "model") as staging:
         (staging / "config.json").write_text("{}")
     assert contents(tmp_path / "model") == {"config.json": "{}"}

@@ -96,13 +96,13 @@ def test_kill_during_a_save_leaves_the_old_one_and_the_next_run_cleans_up(tmp_pa
     process = multiprocessing.get_context("fork").Process(target=_save_slowly, args=(tmp_path,))
     process.start()
     for _ in range(500):
-        if (tmp_path / ".checkpoint-2.tmp" / "weights").exists():
+        if (tmp_path / ".checkpoint-2.new.tmp" / "weights").exists():
             break
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert names(tmp_path) == ["checkpoint-1"]
-    assert (tmp_path / ".checkpoint-2.tmp").exists()
+    assert (tmp_path / ".checkpoint-2.new.tmp").exists()
     manager.remove_leftovers()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
 
