@@ -40,9 +40,11 @@ def disk_errors(what: str, where: Path, kept: str) -> Iterator[None]:
     """Turn an operating-system error while writing into one message that says what is still there."""
     try:
         yield
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         if not where.is_dir():
             raise removed(what, where) from error
+        if isinstance(error, CheckpointError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
         free = shutil.disk_usage(where).free

@@ -90,8 +90,9 @@ def export_checkpoint(
         assert adapter_dir is not None
         return Merge(read_adapter(adapter_dir, source.config, checkpoint_dir), source.config)
 
-    require_apart(checkpoint_dir, target_dir)
     sources = [checkpoint_dir] if adapter_dir is None else [checkpoint_dir, adapter_dir]
+    for source in sources:
+        require_apart(source, target_dir)
     with model_target(target_dir, "export", sources, overwrite, OVERWRITE) as staging:
         report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)

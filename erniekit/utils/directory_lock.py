@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,13 @@ _held: set[Path] = set()
 
 
 def make_directory(directory: Path, key: str) -> None:
-    """Make a directory for results unless it is there. ConfigError names the YAML key that gave it."""
+    """Make a directory for results unless it is there, and see that files can be made in it. ConfigError names the YAML
+    key that gave it.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise _unusable(directory, key, error) from None
     except ValueError:  # of Python's own: no system takes such a name
