@@ -180,7 +180,7 @@ def test_a_second_run_in_the_directory_is_refused_before_anything_changes(direct
     first = DirectoryLock(directory / "two")
     first.acquire()
     try:
-        with pytest.raises(ConfigError, match="output_dir: .* is in use by process"):
+        with pytest.raises(ConfigError, match=r"output_dir: .* is in use by process"):
             fit(directory, "two")
         assert [path.name for path in (directory / "two").iterdir()] == ["run.lock"]
     finally:
@@ -202,7 +202,7 @@ def test_an_output_directory_that_is_removed_ends_the_run(directory, beside):
 
 
 def test_no_directory_that_cannot_be_made_is_passed_over(directory, monkeypatch):
-    """A disk that is full at any one mkdir: an error of the user's, never a run that ends well without what it lacks."""
+    """A disk that is full at any one mkdir: an error, never a run that ends well without what it lacks."""
     real, number, failed = os.mkdir, 0, True
     while failed:
         made = 0
