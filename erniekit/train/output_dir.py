@@ -185,12 +185,15 @@ class OutputDir:
                 "longer needed, overwrite_output_dir: true removes it."
             )
         self._check_kind()
-        final = record.final_model if record is not None and has_final else None
-        if record is not None and final is not None and final.branch != record.branch:
-            final = None  # of a branch that the run has left
+        final = self._final_of(record) if has_final else None
         if final is not None:
             self._refuse_without_resuming("the final model of this run")
         return self._explicit() or newest, final
+
+    def _final_of(self, record: RunRecord | None) -> FinalModel | None:
+        """The end that the run's present branch has come to, if any."""
+        final = None if record is None else record.final_model
+        return final if record is not None and final is not None and final.branch == record.branch else None
 
     def _refuse_without_resuming(self, what: str) -> None:
         if self.cfg.resume_from_checkpoint == "none":
