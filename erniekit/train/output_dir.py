@@ -178,13 +178,13 @@ class OutputDir:
             check_identity(TrainState(identity=record.identity), self.cfg, self.path / RUN_FILE)
         if newest is not None and not self._goes_back_here():  # to go back before it, it need not be readable
             check_identity(read_state(newest), self.cfg, newest)
+        self._check_kind()
         if has_final and record is None and newest is None:
             raise CheckpointError(
                 f"output_dir: {self.path} holds a model, and nothing tells that this run wrote it: no {RUN_FILE} and no "
                 "checkpoint. Choose another output_dir, or move that model elsewhere; if a run wrote it that is no "
                 "longer needed, overwrite_output_dir: true removes it."
             )
-        self._check_kind()
         final = self._final_of(record) if has_final else None
         if final is not None:
             self._refuse_without_resuming("the final model of this run")
@@ -222,8 +222,7 @@ class OutputDir:
             there, here = ("a model", "an adapter") if trains_adapter else ("an adapter", "a model")
             raise CheckpointError(
                 f"output_dir: {self.path} holds {there}, and this run writes {here} (fine_tuning: "
-                f"{self.cfg.fine_tuning}). Choose another output_dir, or set overwrite_output_dir: true to remove the "
-                "run in this one."
+                f"{self.cfg.fine_tuning}). Choose another output_dir."
             )
 
     # Changes.
@@ -297,9 +296,7 @@ class OutputDir:
             else:
                 path.unlink(missing_ok=True)
         atomic.sync_directory(self.path)
-        log.info(
-            f"overwrite_output_dir: removed {', '.join(parts)}, metrics and reports of the run in {self.path}"
-        )
+        log.info(f"overwrite_output_dir: removed {', '.join(parts)}, metrics and reports of the run in {self.path}")
 
     def record_final(self, final: FinalModel) -> None:
         """The final model is whole."""
