@@ -3,6 +3,7 @@
 import sys
 
 from erniekit.cli.commands import COMMANDS
+from erniekit.config.paths import expand
 from erniekit.utils.errors import ConfigError
 
 FORMATS = ("pt", "paddle")
@@ -45,7 +46,11 @@ def parse(args: list[str]) -> tuple[str, str, str, float, bool]:
     if options["overwrite"].lower() not in ("true", "false"):
         raise ConfigError(f"overwrite={options['overwrite']}: expected true or false\n{USAGE}")
     overwrite = options["overwrite"].lower() == "true"
-    return places[0], places[1], options["format"], _gigabytes(options["max_shard_size"]), overwrite
+    try:
+        source, target = (expand(place) for place in places)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return source, target, options["format"], _gigabytes(options["max_shard_size"]), overwrite
 
 
 def _gigabytes(text: str) -> float:

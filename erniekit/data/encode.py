@@ -6,9 +6,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from erniekit.data.batch import IGNORE, Document
-from erniekit.data.files import Raw, load_record
+from erniekit.data.data_file import Raw
+from erniekit.data.faults import BadLine, reading
+from erniekit.data.files import load_record
 from erniekit.data.formats import parse_record
-from erniekit.data.preference import cut_document, join_pair, one_answer
+from erniekit.data.preference import answers_are_equal, cut_document, join_pair, one_answer
 from erniekit.data.record import Sample
 from erniekit.utils.errors import DataError, UserError
 
@@ -78,16 +80,21 @@ class Encoder:
         self._max_seq_len, self._truncation, self._skip_bad = max_seq_len, truncation, on_bad_line == "skip"
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
-        """Encode one record of a file; DataError "file:line: ..." if it is wrong."""
-        sample = parse_record(load_record(raw, where), type_name, where)
-        if sample.kind == "text":
-            return self._text(sample.text, where)
+        """Encode one record of a file; DataError "file:line: ..." if it is wrong, or a dropped record where such lines
+        are skipped.
+        """
         try:
-            return self._chat(sample, where)
+            with reading(where):
+                sample = parse_record(load_record(raw, where), type_name, where)
+                return self._text(sample.text, where) if sample.kind == "text" else self._chat(sample, where)
         except _Refused as error:
             if not self._skip_bad:
                 raise DataError(f"{where}: {error}") from error
             return Encoded(where, dropped=str(error))
+        except BadLine as error:
+            if not self._skip_bad:
+                raise
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
 
     def _text(self, text: str, where: str) -> Encoded:
         tokens = np.array([*self._tokenizer.encode_plain(text), self._tokenizer.eos_id], np.int32)
@@ -112,6 +119,8 @@ class Encoder:
             if self._truncation == "drop" or key == "max_prompt_len":
                 return Encoded(where, dropped=excess)
             documents = [cut_document(document, self._max_seq_len) for document in documents]
+            if any(answers_are_equal(document) for document in documents):
+                return Encoded(where, dropped=f"cut to {key} {self._max_seq_len}, both answers are the same")
         documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
             return Encoded(
