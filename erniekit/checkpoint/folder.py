@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -188,14 +188,16 @@ def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
         atomic.write_json(generation, ids)
 
 
-def copy_companions(source: str | Path, target: str | Path, with_tokenizer: bool = True) -> list[str]:
+def copy_companions(
+    source: str | Path, target: str | Path, with_tokenizer: bool = True, names: Sequence[str] = COMPANIONS
+) -> list[str]:
     """Copy a model directory's tokenizer, chat template, generation settings and notices; returns the names copied.
 
     A symbolic link is followed within the model's directory and within a cache of the Hub, which consists of links. One
     that leads elsewhere is left out, with a warning: nobody may plant a private file in what is passed on.
     """
     copied = []
-    for name in COMPANIONS:
+    for name in names:
         file = Path(source) / name
         if not os.path.lexists(file) or (name in TOKENIZER_FILES and not with_tokenizer):
             continue

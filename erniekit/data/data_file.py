@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erniekit.utils.errors import DataError
 
 Raw = bytes | dict[str, Any]  # a record as it is sent to whoever parses it: JSON text, or already an object
@@ -26,4 +28,8 @@ class DataFile:
         raise NotImplementedError
 
     def where(self, i: int) -> str:
+        raise NotImplementedError
+
+    def record_bytes(self) -> np.ndarray:
+        """About how long each record is, int64 [N]."""
         raise NotImplementedError

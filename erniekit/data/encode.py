@@ -16,19 +16,24 @@ from erniekit.utils.errors import DataError, UserError
 
 
 class Tokenizer(Protocol):
-    """What this layer asks of a tokenizer."""
+    """What this layer asks of a tokenizer. `fingerprint`: equal for tokenizers that give equal ids."""
 
     eos_id: int
     pad_id: int
     vocab_size: int
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_plain(self, text: str) -> list[int]: ...
 
 
 class Template(Protocol):
     """What this layer asks of a chat template (data.template.Template): the training sequences of a conversation as
-    segments, and a sequence's ids and shifted labels.
+    segments, and a sequence's ids and shifted labels. `source` is its text.
     """
+
+    source: str
 
     def encode_all(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, label: list[int] | None
@@ -76,7 +81,8 @@ class Encoder:
         on_bad_line: str = "error",
         max_prompt_len: int | None = None,
     ):
-        self._tokenizer, self._template, self._max_prompt_len = tokenizer, template, max_prompt_len
+        self.template = template
+        self._tokenizer, self._max_prompt_len = tokenizer, max_prompt_len
         self._max_seq_len, self._truncation, self._skip_bad = max_seq_len, truncation, on_bad_line == "skip"
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
@@ -177,10 +183,10 @@ class Encoder:
             raise _Refused(str(error)) from error
 
     def _render(self, sample: Sample) -> list[Document]:
-        assert self._template is not None, "EncoderSpec loads one where there are conversations"
+        assert self.template is not None, "EncoderSpec loads one where there are conversations"
         try:
-            sequences = self._template.encode_all(sample.messages, sample.tools, sample.label)
-            pairs = [self._template.labels(segments) for segments in sequences]
+            sequences = self.template.encode_all(sample.messages, sample.tools, sample.label)
+            pairs = [self.template.labels(segments) for segments in sequences]
         except UserError as error:
             raise _Refused(str(error)) from error
         # a template is a program of the checkpoint's author: whatever it raises concerns this sample

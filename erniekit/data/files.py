@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erniekit.data.data_file import DataFile, Raw
 from erniekit.data.faults import BadLine, reading
 from erniekit.data.find import check_form, check_regular
@@ -123,6 +125,9 @@ class _TextFile(DataFile):
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
 
 
 class _JsonFile(_TextFile):

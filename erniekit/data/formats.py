@@ -68,27 +68,32 @@ def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
             f"this looks like vision-language data (stage VL-SFT), not type {type_name}",
             "this version cannot train on it",
         )
-    like = next((what for field, what in _SIGNATURES.items() if field in record), "")
-    is_pair = any(field in record for field in _PAIR_FIELDS)
-    if type_name in PREFERENCE_FORMATS and not is_pair and like:
-        raise BadRecord(
-            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
-            "(fields response, or chosen and rejected)",
-            f"set stage: {'PT to train on plain text' if like == 'text' else 'SFT to train on single answers'}, "
-            "or give preference data",
-        )
-    if type_name not in PREFERENCE_FORMATS and is_pair:
-        raise BadRecord(
-            "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
-            "set stage: DPO" + (f" and the dataset type to {like}" if like not in ("", type_name) else ""),
-        )
+    likely = [what for name, what in _SIGNATURES.items() if name in record]
+    _check_stage(record, type_name, likely[0] if likely else "")
     for name, what in _SIGNATURES.items():
         if name in record and name not in format.fields:
             raise BadRecord(
                 f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {what}; set the dataset type to {what}"
-                + (" and stage: PT" if what == "text" else ""),
+                f"this looks like {what}; set the dataset type to {what}{' and stage: PT' if what == 'text' else ''}",
             )
+
+
+def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
+    """BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
+    is_pair = any(name in record for name in _PAIR_FIELDS)
+    wants_pair = type_name in PREFERENCE_FORMATS
+    if wants_pair and not is_pair and likely:
+        stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
+        raise BadRecord(
+            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
+            "(fields response, or chosen and rejected)",
+            f"set stage: {stage}, or give preference data",
+        )
+    if is_pair and not wants_pair:
+        raise BadRecord(
+            "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
+            "set stage: DPO" + (f" and the dataset type to {likely}" if likely not in ("", type_name) else ""),
+        )
 
 
 def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:

@@ -7,9 +7,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from erniekit import hub
 from erniekit.config.values import split_list
@@ -212,6 +215,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @cached_property
+    def record_bytes(self) -> np.ndarray:
+        """Bytes of each record in its file, int64 [N]; of parquet, which has no lines, the file's mean."""
+        return np.concatenate([file.record_bytes() for source in self.sources for file in source.files])
 
     @property
     def bad_lines(self) -> int:

@@ -6,7 +6,6 @@ the note goes on behind it. Documents are written in the order of the input what
 come out the same byte for byte.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -323,12 +322,9 @@ def _say_bad(reason: str, number: int) -> None:
 
 def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:
     """All that decides the output, by names for messages."""
-    digest = hashlib.sha256()
-    for path in tokenizer.files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     stats = [(path, path.stat()) for path in inputs]
     return {
         "input files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "tokenizer": digest.hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
         "end tokens": append_eos,
     }
