@@ -15,6 +15,7 @@ class FakeTokenizer:
     eos_id = EOS
     pad_id = PAD
     vocab_size = FIRST + 0x110000
+    fingerprint = "one token per character"
 
     def encode_plain(self, text: str) -> list[int]:
         return [FIRST + ord(char) for char in text]

@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     vocab_size: int
+    fingerprint: str
 
     def encode_plain(self, text: str) -> list[int]: ...
 

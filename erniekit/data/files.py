@@ -8,6 +8,7 @@ held in memory in Arrow's form.
 """
 
 import csv
+import hashlib
 import io
 import json
 import threading
@@ -27,6 +28,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # csv columns whose cells are JSON
 _JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system")
 _MAX_OPEN = 32
+_DIGEST_BYTES = 8
 _BOM = b"\xef\xbb\xbf"
 
 Raw = bytes | dict[str, Any]  # a record as it is sent to whoever parses it: JSON text, or already an object
@@ -74,7 +76,11 @@ def load_record(raw: Raw, where: str) -> Any:
 
 
 class DataFile:
-    """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row")."""
+    """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row").
+    `digest` is a hash of all of them in their order, whatever the file is called.
+    """
+
+    digest: str
 
     def __init__(self, path: Path):
         self.path = path
@@ -99,6 +105,7 @@ class _TextFile(DataFile):
 
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
         """Index the records that `check` lets pass; what it raises goes to `on_bad`."""
+        state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         for start, line, raw in self._spans():
             try:
                 check(self._decode(raw, line), f"{self.path}:{line}")
@@ -108,6 +115,13 @@ class _TextFile(DataFile):
             self._starts.append(start)
             self._sizes.append(len(raw))
             self._lines.append(line)
+            state.update(len(raw.rstrip()).to_bytes(8, "little") + raw.rstrip())
+        state.update(self._meaning())
+        self.digest = state.hexdigest()
+
+    def _meaning(self) -> bytes:
+        """What the records' bytes mean depends on this, too."""
+        return b""
 
     def _spans(self) -> Iterator[tuple[int, int, bytes]]:
         """(byte offset, line number, bytes) of each record."""
@@ -232,6 +246,9 @@ class _CsvFile(_TextFile):
                 start, line = start + len(raw), line + len(taken)
                 taken.clear()
 
+    def _meaning(self) -> bytes:
+        return json.dumps(self._header).encode()
+
     def _check_header(self, row: list[str]) -> list[str]:
         header = [name.strip().lstrip("\ufeff") for name in row]
         if not all(header) or len(set(header)) != len(header):
@@ -290,6 +307,10 @@ class _ParquetFile(DataFile):
             except DataError as error:
                 on_bad(error)
         self._rows = np.array(good, np.int64)
+        with open(self.path, "rb") as file:
+            state = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
+        state.update(self._rows.tobytes())
+        self.digest = state.hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,5 +1,6 @@
 """The data sets that a run reads: opened, checked line by line at the start, and numbered as one list of records."""
 
+import hashlib
 import math
 import re
 import time
@@ -144,6 +145,12 @@ class Source:
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             log.warning(f"skipped: {error}")
+
+    @property
+    def digest(self) -> str:
+        """A hash of all valid records in their order; the names of the files do not matter."""
+        digests = [file.digest for file in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]

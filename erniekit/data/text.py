@@ -3,12 +3,13 @@
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
 """
 
-import math
+import hashlib
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from erniekit.data import template as chat
 from erniekit.data.batch import Row
 from erniekit.data.encode import Template, Tokenizer
 from erniekit.data.order import Order
@@ -42,6 +43,7 @@ class TextFeed:
     ):
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
+        self._measured: tuple[float, dict[int, list[int]]] | None = None
         self.exact = len(dataset) <= extent.max_estimate_samples and extent.samples_per_epoch is None
 
     def begin(self) -> Position:
@@ -78,10 +80,27 @@ class TextFeed:
             return (position.counts.samples + position.counts.dropped) / self._extent.samples_per_epoch
         return self._stream.epochs(position)
 
-    def measure(self, rows_per_step: int) -> tuple[float, float]:
-        """Rows of an epoch and of the training. Encodes every sample once, or, beyond `max_estimate_samples`, that many
-        and extrapolates; `exact` says which, and so does a log line.
+    def epochs_done(self, position: Position) -> int:
+        """Epochs of which every row has been given."""
+        return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
+
+    def rows_left(self, position: Position) -> float:
+        """Rows from `position` to the end of num_train_epochs."""
+        epochs = self._extent.num_epochs
+        assert epochs is not None, "max_steps decides where this training ends"
+        if self._stream.is_at_end(position):
+            return 0.0
+        rows, lengths = self._measure()
+        if self.exact:
+            return float(self._stream.rows_left(position, lengths.__getitem__))
+        return max(0.0, rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted)
+
+    def _measure(self) -> tuple[float, dict[int, list[int]]]:
+        """Rows of the first epoch, and the lengths of each sample's documents. Encodes every sample once, or, beyond
+        `max_estimate_samples`, that many and extrapolates; `exact` says which, and so does a log line.
         """
+        if self._measured is not None:
+            return self._measured
         stream, extent, size = self._stream, self._extent, len(self.dataset)
         whole = size <= extent.max_estimate_samples
         ids = stream.ids(0) if whole else stream.ids(0)[: extent.max_estimate_samples]
@@ -102,13 +121,6 @@ class TextFeed:
                 "Hint: raise max_seq_len, or set truncation: cut."
             )
         rows = stream.count_rows(0, lengths.__getitem__, len(ids)) * epoch_samples / len(ids)
-        if extent.num_epochs is None:
-            total = rows
-        elif self.exact:
-            epochs = range(math.ceil(extent.num_epochs))
-            total = float(sum(stream.count_rows(number, lengths.__getitem__) for number in epochs))
-        else:
-            total = rows * extent.num_epochs
         tokens = sum(map(sum, lengths.values()))
         how = (
             "exact"
@@ -119,10 +131,10 @@ class TextFeed:
         )
         log.info(
             f"data: {len(numbers)} samples measured ({dropped} dropped, {cut} cut), {tokens} tokens; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows, "
-            f"{math.ceil(rows / rows_per_step)} steps ({how})"
+            f"{epoch_samples} samples in {round(rows)} rows ({how})"
         )
-        return rows, total
+        self._measured = rows, lengths
+        return self._measured
 
 
 def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None) -> TextFeed:
@@ -141,6 +153,8 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     needs_template = any(spec.type != "text" for spec in specs)
+    if template is None and needs_template:
+        template = chat.load_template(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
         tokenizer,
         cfg.max_seq_len,
@@ -157,7 +171,16 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     stream = RowStream(order, service, packer, window, cfg.max_seq_len, asked.num_epochs)
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
-    return TextFeed(dataset, stream, service, extent, _identity(cfg, specs, dataset, packer))
+    identity = _identity(cfg, specs, dataset, packer) | {
+        f"content of {split}_dataset_path": [source.digest for source in dataset.sources],
+        "tokenizer": tokenizer.fingerprint,
+        "chat template": _hash(template.source) if isinstance(template, chat.Template) else None,
+    }
+    return TextFeed(dataset, stream, service, extent, identity)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

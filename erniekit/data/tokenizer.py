@@ -10,6 +10,7 @@ back as one, is spelled in bytes where the vocabulary has byte pieces, so that e
 unchanged.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -200,6 +201,14 @@ class Tokenizer:
         }
         self._special_start = _alternatives(self.special_tokens, ahead=True)
         self._space_bytes = _space_bytes(engine)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text has: the vocabulary file, special tokens and roles."""
+        state = hashlib.blake2b(self.files[0].read_bytes(), digest_size=8)
+        ids = [self.eos_id, self.pad_id, self.unk_id, self.bos_id, self.vocab_size, sorted(self.special_tokens.items())]
+        state.update(json.dumps(ids).encode())
+        return state.hexdigest()
 
     def _role(self, role: str, settings: dict[str, Any]) -> int | None:
         named = settings.get(role)
