@@ -56,7 +56,7 @@ class TrainArgs:
         "auto",
         "auto: the newest whole checkpoint in output_dir, if any; none: never resume; or a checkpoint directory.",
     )
-    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: new optimizer state and schedule.")
+    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: the optimizer's state begins anew.")
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )

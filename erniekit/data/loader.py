@@ -58,8 +58,8 @@ class Place(Protocol):
 
 class Feed(Protocol):
     """What a Loader takes its rows from: one global stream of them, the same on every rank. Two threads may ask at a
-    time. `identity` is all that decides which rows it gives, by the names that a user knows; `exact`: rows_left() counts
-    instead of estimating.
+    time. `identity` is all that decides which rows it gives, by the names that a user knows; `exact`: rows_left()
+    counts instead of estimating.
     """
 
     identity: dict[str, Any]
@@ -156,25 +156,20 @@ class Loader:
         """The place after the last step that next_step() gave (not the last one prefetched), as plain JSON values."""
         return {"version": _VERSION, "position": self._position.to_dict(), "data": self._feed.identity}
 
-    def changes(self, state: dict[str, Any]) -> list[str]:
-        """What a saved place depends on and is no longer so: "key was ... and is now ...". What its version did not
-        note cannot be compared.
+    def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What a saved place depends on and is no longer so, by the names that a user knows: (then, now). What an
+        earlier version of this program did not note cannot be compared.
         """
-        if state.get("version") != _VERSION or not isinstance(state.get("data"), dict):
-            raise DataError(
-                f"the data position was saved in form {state.get('version')!r}, this version reads {_VERSION}. "
-                "Hint: set ignore_data_skip: true."
-            )
-        then, now = state["data"], self._feed.identity
-        return [
-            f"{key} was {then[key]!r} and is now {now.get(key)!r}" for key in then if then[key] != now.get(key)
-        ]
+        then, now = state.get("data"), self._feed.identity
+        if state.get("version") != _VERSION or not isinstance(then, dict):
+            return {"version of the data position": (state.get("version"), _VERSION)}
+        return {key: (then[key], now.get(key)) for key in then if then[key] != now.get(key)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved place. Ranks, batch size, accumulation and the number of epochs may have changed; the
         data and how it is ordered and packed may not (DataError says what did).
         """
-        changed = self.changes(state)
+        changed = [f"{key} was {then!r} and is now {now!r}" for key, (then, now) in self.changes(state).items()]
         if changed:
             raise DataError(
                 f"the data position was saved for other data: {'; '.join(changed)}. "
@@ -184,9 +179,7 @@ class Loader:
         try:
             position = self._feed.read_position(state["position"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"the data position cannot be read: {error!r}. Hint: set ignore_data_skip: true."
-            ) from None
+            raise DataError(f"the data position cannot be read: {error!r}. Hint: set ignore_data_skip: true.") from None
         if self._steps is not None:
             self._stop(self._steps)
             self._steps = None

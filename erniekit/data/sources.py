@@ -149,8 +149,8 @@ class Source:
     @property
     def digest(self) -> str:
         """A hash of all valid records in their order; the names of the files do not matter."""
-        digests = [file.digest for file in self.files]
-        return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+        digests = "".join(file.digest for file in self.files)
+        return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -189,6 +189,7 @@ class Dataset:
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
         self.sizes = [len(source) for source in self.sources]
+        self.digests = [source.digest for source in self.sources]
         self._ends = list(accumulate(self.sizes))
 
     def __len__(self) -> int:

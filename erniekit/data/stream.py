@@ -38,11 +38,11 @@ class Position:
     """A place between two rows.
 
     A window of the order begins in `round` at sample `start`, preceded by the `carried` documents (sample's index in
-    the round, document's index in the sample) of the window before; `emitted` of its rows have been given. `stop` is the
-    sample where the window ended, `last` whether the round ended with it, `closed` whether all its rows have been given:
-    a run that continues with more epochs reads this window as it was read, although its round may now be longer.
-    `window_counts` were the counts when the window began, `counts` are those of now. To go on from here only the window
-    is read again.
+    the round, document's index in the sample) of the window before; `emitted` of its rows have been given.
+    `window_counts` were the counts when the window began, `counts` are those of now. To continue from here only the
+    window is read again. `stop` is the sample where it ended, `last` whether the round ended with it, `closed` whether
+    all its rows have been given: with another num_train_epochs the round may have become longer or shorter, but this
+    window is read as it was.
     """
 
     round: int = 0

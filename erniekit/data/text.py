@@ -152,17 +152,13 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
-    needs_template = any(spec.type != "text" for spec in specs)
-    if template is None and needs_template:
-        template = chat.load_template(tokenizer, cfg.chat_template)
+    template = template or _load_template(cfg, tokenizer, specs)
     spec = EncoderSpec(
         tokenizer,
         cfg.max_seq_len,
         cfg.truncation,
         cfg.on_bad_line,
         cfg.max_prompt_len if cfg.stage == "DPO" else None,
-        needs_template,
-        cfg.chat_template,
         template,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
@@ -172,15 +168,25 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
     identity = _identity(cfg, specs, dataset, packer) | {
-        f"content of {split}_dataset_path": [source.digest for source in dataset.sources],
+        f"content of {split}_dataset_path": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
-        "chat template": _hash(template.source) if isinstance(template, chat.Template) else None,
+        "chat template": _hash(template),
     }
     return TextFeed(dataset, stream, service, extent, identity)
 
 
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def _load_template(cfg: Any, tokenizer: Tokenizer, specs: list[SourceSpec]) -> Template | None:
+    """The chat template that the records need; none for plain text."""
+    if all(spec.type == "text" for spec in specs):
+        return None
+    return chat.load_template(tokenizer, cfg.chat_template)
+
+
+def _hash(template: Template | None) -> str | None:
+    """Of the text of a jinja template; a caller's own object is not looked into."""
+    if not isinstance(template, chat.Template):
+        return None
+    return hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,24 @@ from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.together import all_or_none, on_first, require_shared
 from erniekit.lora import state_of
+from erniekit.train import resume
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
+from erniekit.train.ema import WeightAverage
+from erniekit.train.reporting.summary import FILE_NAME as SUMMARY_FILE
 from erniekit.train.state import (
     CONFIG_FILE,
+    OPTIMIZER_DIR,
     TrainState,
-    check_identity,
-    identity_of,
     load_optimizer,
     optimizer_portion,
     read_state,
     state_writer,
 )
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import read_json_object
 
 
 class Saver:
@@ -43,14 +46,41 @@ class Saver:
 
     def resume(self) -> TrainState:
         """Prepare the output directory and go on from the checkpoint that resume_from_checkpoint asks for, if any."""
+        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
+        self.present = resume.Present(self.cfg, base, self.run.loader)
         found = on_first(self.ranks, self._prepare)
         require_shared(self.output_dir, self.ranks)
         state = TrainState()
         if found is not None:
             with all_or_none(self.ranks):
                 state = self._load(Path(found))
-        state.identity, state.layout = identity_of(self.cfg), self._layout()
+        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
+        state.max_steps = self.run.max_steps
+        state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
         return state
+
+    def is_finished(self, state: TrainState) -> bool:
+        """Whether output_dir holds the final model and the summary of a run that ended after `state`."""
+
+        def look() -> bool:
+            path = self.output_dir / SUMMARY_FILE
+            if not (has_weights(self.output_dir) or is_adapter(self.output_dir)) or not path.is_file():
+                return False
+            summary = read_json_object(path, CheckpointError)
+            return summary.get("steps") == state.step and not {"error", "stopped"} & summary.keys()
+
+        return on_first(self.ranks, look)
+
+    def begin(self) -> None:
+        """Write the configuration of the run that begins, or continues; the summary of what was before holds no
+        longer.
+        """
+
+        def write() -> None:
+            atomic.write_text(self.output_dir / CONFIG_FILE, self.cfg.to_yaml())
+            (self.output_dir / SUMMARY_FILE).unlink(missing_ok=True)
+
+        on_first(self.ranks, write)
 
     def _prepare(self) -> str | None:
         """Make the output directory ready; the checkpoint to go on from."""
@@ -60,9 +90,8 @@ class Saver:
         self.manager.remove_leftovers()
         source = self._source()
         if source is not None:
-            check_identity(read_state(source), self.cfg, source)
+            resume.check(read_state(source), self.present, source)
         self._refuse_other_kind()
-        (self.output_dir / CONFIG_FILE).write_text(self.cfg.to_yaml(), encoding="utf-8")
         return None if source is None else str(source)
 
     def _refuse_other_kind(self) -> None:
@@ -95,26 +124,72 @@ class Saver:
         return Path(asked)
 
     def _load(self, source: Path) -> TrainState:
-        state = read_state(source)
+        state, run = read_state(source), self.run
         self._say_layout(state.layout, source)
-        load_trained(self.run.model, source)
-        if self.run.average is not None:
-            self.run.average.load(source)
-        for directory, tensors in self.run.recipe.extra_weights().items():
-            load_trained(self.run.model, source / directory, into=tensors)
-        if self.cfg.ignore_load_lr_and_optim:
-            self.run.optimizer.reset()
-        else:
-            load_optimizer(source, self.run.optimizer, self.shares)
-        if not self.cfg.ignore_data_skip:
-            self.run.loader.load_state_dict(state.data)
+        load_trained(run.model, source)
+        if run.average is not None:
+            self._load_average(run.average, state, source)
+        for directory, tensors in run.recipe.extra_weights().items():
+            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) > 0):
+                load_trained(run.model, source / directory, into=tensors)
+            else:
+                log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
+        self._load_optimizer(state, source)
+        self._set_position(state, source)
+        run.plan_steps(state.step)
+        complete = state.step >= run.max_steps
         log.info(f"resuming after step {state.step} from {source}")
-        if state.step >= self.run.max_steps:
+        for line in resume.changed_lines(state, self.present, source, complete):
+            log.info(line)
+        rate = resume.rate_line(state, self.cfg, run.max_steps)
+        if rate is not None:
+            log.info(rate)
+        if run.eval_loader is not None:
+            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+            if forgotten is not None:
+                log.warning(forgotten)
+        if complete:
+            key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
             log.info(
-                f"the run is complete: max_steps is {self.run.max_steps}. Raise it to train on, or set "
-                "overwrite_output_dir: true"
+                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it "
+                "to train more, or set overwrite_output_dir: true to begin anew"
             )
         return state
+
+    def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
+        if _holds(source, EMA, state.identity.get("ema_decay") is not None):
+            average.load(source)
+        else:
+            average.restart()
+            log.warning(f"ema_decay: {source.name} holds no average of its weights: it begins with those of this step")
+
+    def _load_optimizer(self, state: TrainState, source: Path) -> None:
+        if self.cfg.ignore_load_lr_and_optim:
+            self.run.optimizer.reset()
+            log.info("ignore_load_lr_and_optim: the optimizer's state begins anew")
+        elif _holds(source, OPTIMIZER_DIR, bool(state.has_optimizer)):
+            load_optimizer(source, self.run.optimizer, self.shares)
+        else:
+            self.run.optimizer.reset()
+            log.warning(
+                f"{source.name} was saved without the optimizer's state (ignore_save_lr_and_optim): its weights are "
+                "trained further with new state (moments of 0), so the next steps differ from an uninterrupted run's"
+            )
+
+    def _set_position(self, state: TrainState, source: Path) -> None:
+        """Put the loader behind the rows that were seen, or with ignore_data_skip before the first, unless the run is
+        complete: else each start of the same command would train the data once more.
+        """
+        if not self.cfg.ignore_data_skip:
+            self.run.loader.load_state_dict(state.data)
+            return
+        if state.data and not self.run.loader.changes(state.data) and self.cfg.max_steps <= 0:
+            begin = self.run.loader.state_dict()
+            self.run.loader.load_state_dict(state.data)
+            if not self.run.loader.rows_left():
+                return
+            self.run.loader.load_state_dict(begin)
+        log.info(f"ignore_data_skip: the data begin anew after step {state.step} of {source.name}")
 
     def _say_layout(self, before: dict[str, int], source: Path) -> None:
         now = self._layout()
@@ -192,3 +267,14 @@ class Saver:
         return prepare_save(
             self.run.model, tensors, self.shares, self.cfg.save_format, self.run.model_dir, directory=below
         )
+
+
+def _holds(checkpoint: Path, directory: str, was_saved: bool) -> bool:
+    """Whether a checkpoint has a directory that it need not have. CheckpointError if it was saved and is gone."""
+    there = (checkpoint / directory).is_dir()
+    if was_saved and not there:
+        cure = " or set ignore_load_lr_and_optim: true" if directory == OPTIMIZER_DIR else ""
+        raise CheckpointError(
+            f"{checkpoint}: {directory}/ was saved with it and is gone. Resume from another checkpoint{cure}."
+        )
+    return there

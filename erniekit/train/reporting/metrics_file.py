@@ -46,6 +46,7 @@ class MetricsFile(Callback):
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._path = Path()
+        self._kept_evaluations: list[dict[str, Any]] = []  # of the step that the run resumes after
 
     def on_start(self, run: RunInfo) -> None:
         """Open the file, cut back to `run.start_step`. Raises TrainError if it cannot be written."""
@@ -75,6 +76,8 @@ class MetricsFile(Callback):
                 elif record["step"] > last_step:
                     later += 1
                 else:
+                    if record["step"] == last_step and "loss" not in record:
+                        self._kept_evaluations.append(record)
                     new.write(line if line.endswith("\n") else line + "\n")
         os.replace(temporary, self._path)
         if later:
@@ -87,8 +90,10 @@ class MetricsFile(Callback):
         self._write(metrics.record())
 
     def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the evaluation."""
-        self._write({"step": step} | metrics)
+        """Append the evaluation, unless a process that was killed afterwards has written the same."""
+        record = {"step": step} | metrics
+        if record not in self._kept_evaluations:
+            self._write(record)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Close the file."""
