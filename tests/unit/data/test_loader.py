@@ -191,6 +191,58 @@ def test_resume_encodes_only_the_current_window(tmp_path, monkeypatch):
     assert len(encoded) < 60
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@settings(max_examples=12)
+@given(
+    epochs=st.tuples(st.sampled_from([0.3, 1, 1.5, 1.9]), st.sampled_from([2, 2.5])),
+    stop=st.integers(1, 60),
+    batch=st.integers(1, 5),
+)
+def test_with_more_epochs_and_another_batch_every_sample_comes_as_often_as_it_should(
+    data, packing, epochs, stop, batch
+):
+    keys = {"gradient_accumulation_steps": 1, **packing}
+    with build(data, num_train_epochs=epochs[0], batch_size=1, **keys) as first:
+        taken = steps(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+    with build(data, num_train_epochs=epochs[1], batch_size=batch, **keys) as second:
+        second.load_state_dict(state)
+        left = second.rows_left()
+        rest = steps(second)
+    assert sum(len(rows_of(step)) for step in rest) == left
+    seen = Counter(lines_of(taken + rest))
+    assert Counter(seen.values()) == ({2: 60} if epochs[1] == 2 else {2: 30, 3: 30})
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("stop", [3, 8, 14, 1000])
+def test_with_fewer_epochs_nothing_is_left_behind_their_end(data, packing, stop):
+    keys = {"gradient_accumulation_steps": 1, "batch_size": 1, **packing}
+    with build(data, num_train_epochs=1, **keys) as first:
+        taken = steps(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+    with build(data, num_train_epochs=0.5, **keys) as second:
+        second.load_state_dict(state)
+        left, rest = second.rows_left(), steps(second)
+    assert len(rest) == left
+    assert max(Counter(lines_of(taken + rest)).values()) == 1
+
+
+def test_a_file_is_known_by_its_records_and_not_by_its_name(data, tmp_path):
+    def content(path, text):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        with build(path) as loader:
+            return loader.identity["content of train_dataset_path"]
+
+    text = data.read_text()
+    same = content(tmp_path / "b.jsonl", text)
+    assert content(tmp_path / "other" / "c.jsonl", text.replace("\n", "\n\n").rstrip("\n")) == same
+    assert content(tmp_path / "b.jsonl", text.replace('"src": "17"', '"src": "71"')) != same
+    lines = text.splitlines(keepends=True)
+    assert content(tmp_path / "b.jsonl", "".join([*lines[1:], lines[0]])) != same
+
+
 # --- how many steps
 
 

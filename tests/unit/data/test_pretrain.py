@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
@@ -217,6 +218,41 @@ def test_a_resumed_loader_goes_on_exactly(files, stop, epochs, mixed, isolate):
         second.load_state_dict(state)
         for step, report in whole[stop:]:
             assert same([second.next_step()], [step]) and second.report() == report
+
+
+@pytest.mark.parametrize("epochs", [(1, 2), (0.4, 2), (1.3, 2.2), (2, 1)])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_with_more_epochs_no_token_is_left_out_or_comes_twice(one, epochs, isolate):
+    prefix, _ = one
+    keys = {"batch_size": 1, "gradient_accumulation_steps": 1, "isolate_documents": isolate}
+    with loader(prefix, num_train_epochs=epochs[0], **keys) as opened:
+        taken = steps(opened)
+        state = json.loads(json.dumps(opened.state_dict()))
+    with loader(prefix, num_train_epochs=epochs[1], **(keys | {"batch_size": 3})) as opened:
+        opened.load_state_dict(state)
+        left, rest = opened.rows_left(), steps(opened)
+        assert sum(len(rows_of(step)) for step in rest) == left
+        tokens = opened.report()["tokens"]
+    with loader(prefix, num_train_epochs=max(epochs), **keys) as opened:
+        whole = steps(opened)
+    assert sorted(tokens_of(flat(taken + rest))) == sorted(tokens_of(flat(whole)))
+    assert tokens == len(tokens_of(flat(whole)))
+
+
+def test_edited_token_files_are_noticed(one, tmp_path):
+    prefix, _ = one
+    with loader(prefix) as opened:
+        before = opened.identity
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"b{suffix}")
+    with loader(str(tmp_path / "b")) as opened:
+        assert opened.identity == before
+    file = tmp_path / "b.bin"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    with loader(str(tmp_path / "b")) as opened:
+        assert {key for key in before if before[key] != opened.identity[key]} == {"content of each file"}
 
 
 def test_resuming_reads_nothing_again(one, monkeypatch):
