@@ -77,8 +77,19 @@ class Run:
 
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
-        self.max_steps = last_step(self.cfg, self.loader, self.mesh, done)
-        self.schedule = build_schedule(self.cfg, self.max_steps)
+        cfg = self.cfg
+        self.max_steps = last_step(cfg, self.loader, self.mesh, done)
+        self.schedule = build_schedule(cfg, self.max_steps)
+        if cfg.max_steps > 0:
+            return
+        rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
+        after = f" after step {done}" if done else ""
+        each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.data
+        fewer = " (fewer during batch_size_warmup_steps)" if done < cfg.batch_size_warmup_steps else ""
+        log.info(
+            f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
+            f"{self.max_steps - done} steps"
+        )
 
     def close(self) -> None:
         """Stop the data workers."""
@@ -234,14 +245,8 @@ def last_step(cfg: Config, loader: Loader, mesh: Mesh, done: int) -> int:
     """
     if cfg.max_steps > 0:
         return cfg.max_steps
-    rows, together = loader.rows_left(), cfg.batch_size * mesh.degrees.data
-    full, warmup = cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps
-    steps = steps_for(math.ceil(rows / together), full, warmup, done)
-    per_step = f"{together * full} rows a step" + (", fewer during batch_size_warmup_steps" if warmup else "")
-    about = "" if loader.exact else "about "
-    after = f" after step {done}" if done else ""
-    log.info(f"num_train_epochs: {cfg.num_train_epochs:g}: {about}{rows:.0f} rows{after}, {per_step}: {steps} steps")
-    return done + steps
+    together = math.ceil(loader.rows_left() / (cfg.batch_size * mesh.degrees.data))
+    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)
 
 
 def _recompute_options(cfg: Config, config: ModelConfig) -> recompute.RecomputeOptions:

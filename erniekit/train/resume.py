@@ -119,6 +119,9 @@ def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
     return {"weights": weights, "config": config}
 
 
+_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of what is known by a hash
+
+
 @dataclass(frozen=True)
 class Present:
     """What the run has now."""
@@ -139,6 +142,11 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.then} -> {self.now}"
+
+    def refusal(self) -> str:
+        """The line of an error."""
+        there, here = (f"hash {v}" if self.name.startswith(_HASHED) else repr(v) for v in (self.then, self.now))
+        return f"  {self.name}: {there} there, {here} here"
 
 
 def differences(state: TrainState, now: Present) -> list[Difference]:
@@ -195,7 +203,7 @@ def check(state: TrainState, now: Present, where: Path) -> None:
     refused = [d for d in differences(state, now) if d.decision in (Decision.REFUSE, Decision.DATA)]
     if not refused:
         return
-    lines = "\n".join(f"  {d.name}: {d.then!r} there, {d.now!r} here" for d in refused)
+    lines = "\n".join(d.refusal() for d in refused)
     only_data = all(d.decision is Decision.DATA for d in refused)
     anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * only_data
     if now.cfg.resume_from_checkpoint not in ("auto", "none"):

@@ -54,6 +54,8 @@ class Saver:
         if found is not None:
             with all_or_none(self.ranks):
                 state = self._load(Path(found))
+        else:
+            self.run.plan_steps(0)
         state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
         state.max_steps = self.run.max_steps
         state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
@@ -134,11 +136,18 @@ class Saver:
                 load_trained(run.model, source / directory, into=tensors)
             else:
                 log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
-        self._load_optimizer(state, source)
+        log.info(f"resuming after step {state.step} from {source}")
         self._set_position(state, source)
         run.plan_steps(state.step)
         complete = state.step >= run.max_steps
-        log.info(f"resuming after step {state.step} from {source}")
+        if complete:
+            key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
+            log.info(
+                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it to "
+                "train more, or set overwrite_output_dir: true to begin anew"
+            )
+        else:
+            self._load_optimizer(state, source)
         for line in resume.changed_lines(state, self.present, source, complete):
             log.info(line)
         rate = resume.rate_line(state, self.cfg, run.max_steps)
@@ -148,12 +157,6 @@ class Saver:
             forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
             if forgotten is not None:
                 log.warning(forgotten)
-        if complete:
-            key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
-            log.info(
-                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it "
-                "to train more, or set overwrite_output_dir: true to begin anew"
-            )
         return state
 
     def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
