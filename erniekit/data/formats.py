@@ -30,17 +30,15 @@ from erniekit.utils.errors import DataError
 METADATA = ("id", "source", "category", "lang", "metadata")
 ALIASES = {"chatml": "messages"}
 
-_SIGNATURES = {  # field -> what a record that has it probably is
+_SIGNATURES = {  # field -> the type that a record with it probably is of
     "messages": "messages",
     "conversations": "sharegpt",
     "instruction": "alpaca",
     "src": "erniekit",
     "text": "text",
-    "response": "preference data (stage DPO)",
-    "chosen": "preference data (stage DPO)",
-    "chosen_response": "preference data (stage DPO)",
-    "text_info": "vision-language data (stage VL-SFT)",
+    "prompt": "messages",
 }
+_PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_response")
 
 
 def parse_record(record: Any, type_name: str, where: str = "record") -> Sample:
@@ -63,19 +61,45 @@ def parse_record(record: Any, type_name: str, where: str = "record") -> Sample:
 
 
 def _check_fields(record: dict[str, Any], known: tuple[str, ...], type_name: str) -> None:
-    for name in record:
-        if name in known or name in METADATA:
-            continue
-        like = next((what for key, what in _SIGNATURES.items() if key in record and key not in known), None)
-        if like:
-            raise BadRecord(
-                f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {like}; set the dataset type (or the stage) to match",
-            )
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    unknown = next((name for name in record if name not in known and name not in METADATA), None)
+    _check_stage(record, type_name, unknown)
+    if unknown is None:
+        return
+    if "text_info" in record or "image_info" in record:
         raise BadRecord(
-            f"unknown field {name!r} for type {type_name}; the nearest known one is {nearest!r}",
-            f"rename or remove it (known: {', '.join(known)}; ignored on purpose: {', '.join(METADATA)})",
+            f"field {unknown!r} does not belong to type {type_name}",
+            "this looks like vision-language data (stage VL-SFT), which this version cannot train on",
+        )
+    like = next((what for field, what in _SIGNATURES.items() if field in record and field not in known), None)
+    if like:
+        raise BadRecord(
+            f"field {unknown!r} does not belong to type {type_name}",
+            f"this looks like {like}; set the dataset type to {like}" + (" and stage: PT" if like == "text" else ""),
+        )
+    nearest = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.6)
+    raise BadRecord(
+        f"unknown field {unknown!r} for type {type_name}"
+        + (f"; the nearest known one is {nearest[0]!r}" if nearest else ""),
+        f"rename or remove it (known: {', '.join(known)}; ignored on purpose: {', '.join(METADATA)})",
+    )
+
+
+def _check_stage(record: dict[str, Any], type_name: str, unknown: str | None) -> None:
+    """Single answers at stage DPO, and pairs of answers at another stage."""
+    like = next((what for field, what in _SIGNATURES.items() if field in record), "")
+    is_pair = any(field in record for field in _PAIR_FIELDS)
+    if type_name in PREFERENCE_FORMATS and not is_pair and like:
+        raise BadRecord(
+            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
+            "(fields response, or chosen and rejected)",
+            "set stage: SFT to train on single answers, or give preference data"
+            if like != "text"
+            else "set stage: PT to train on plain text, or give preference data",
+        )
+    if type_name not in PREFERENCE_FORMATS and is_pair and unknown is not None:
+        raise BadRecord(
+            "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
+            "set stage: DPO" + (f" and the dataset type to {like}" if like not in ("", type_name) else ""),
         )
 
 

@@ -71,12 +71,16 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES)
     return content
 
 
-def parse_json(text: str, where: str, error: type[UserError]) -> Any:
+def parse_json(text: str, where: str, error: type[UserError], number: Callable[[str], Any] | None = None) -> Any:
     """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
     Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+
+    number: makes the values of numbers from their text; not given: Python's int and float.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=number, parse_float=number
+        )
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
     except RecursionError:
@@ -87,7 +91,7 @@ def parse_json(text: str, where: str, error: type[UserError]) -> Any:
     _check_depth(content, text, where, error)
     if "\\ud" in text or "\\uD" in text:
         try:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
+            json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError:
             raise error(f"{where}: a \\ud800-\\udfff escape that is half of a pair; no text can hold it.") from None
     return content

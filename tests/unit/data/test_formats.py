@@ -208,3 +208,26 @@ def test_metadata_fields_are_allowed_everywhere_and_change_nothing():
     assert set(records) == set(FORMATS)
     for name, record in records.items():
         assert parse_record(record | dict.fromkeys(METADATA, 1), name) == parse_record(record, name)
+
+
+SINGLE_ANSWERS = {
+    "erniekit (DPO)": {"src": ["q"], "tgt": ["a"]},
+    "alpaca (DPO)": {"instruction": "q", "output": "a"},
+    "messages (DPO)": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "sharegpt (DPO)": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+}
+
+
+@pytest.mark.parametrize("type_name", SINGLE_ANSWERS)
+@pytest.mark.parametrize("record", SINGLE_ANSWERS.values(), ids=list(SINGLE_ANSWERS))
+def test_single_answers_at_stage_dpo_are_sent_to_stage_sft(type_name: str, record: dict[str, object]):
+    with pytest.raises(DataError, match=r"stage: DPO trains on pairs.*Hint: set stage: SFT"):
+        parse_record(record, type_name)
+
+
+@pytest.mark.parametrize("type_name", ["erniekit", "alpaca", "messages", "sharegpt"])
+def test_pairs_at_another_stage_are_sent_to_stage_dpo(type_name: str):
+    with pytest.raises(DataError, match=r"preference data.*Hint: set stage: DPO"):
+        parse_record({"instruction": "q", "chosen": "a", "rejected": "b"}, type_name)
+    with pytest.raises(DataError, match=r"Hint: set stage: DPO"):
+        parse_record({"src": ["q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0]}, type_name)
