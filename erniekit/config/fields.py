@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from erniekit.config.paths import PathKind, expand
-from erniekit.config.values import Scalar, shown, to_bool, to_float, to_int
+from erniekit.config.values import Scalar, join_list, shown, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
 
@@ -30,7 +30,8 @@ def key(
 
     choices: the words allowed (upper and lower case are the same). ge, gt, le, lt: bounds of a number.
     off: one number outside the bounds that is allowed all the same, because it switches the key off (ERNIEKit's -1).
-    many: a text key that also takes a list, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2").
+    many: a text key that also takes a list, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2") as join_list
+    does it.
     path: the key is a path, or paths (see config.paths). words: other words for a value ({"true": "auto"}), in small
     letters.
     """
@@ -79,7 +80,7 @@ def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
     words, path = field.metadata["words"], field.metadata["path"]
     if isinstance(value, bool) and str(value).lower() in words:  # from JSON or Python
         value = str(value)
-    text = _joined(value, bool(path)) if field.metadata["many"] else _scalar(_only(value), "text")
+    text = _joined(value) if field.metadata["many"] else _scalar(_only(value), "text")
     text = words.get(text.lower(), text)
     return _chosen(field.metadata["choices"], expand(text, path) if path else text)
 
@@ -99,14 +100,10 @@ def _only(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
-def _joined(value: Any, are_paths: bool) -> str:
+def _joined(value: Any) -> str:
     if not isinstance(value, list | tuple):
         return _scalar(value, "text or a flat list")
-    items = [_scalar(item, "text or a flat list") for item in value]
-    divided = next((item for item in items if are_paths and "," in item), None)
-    if divided is not None:
-        raise ValueError(f"{divided!r}: a comma separates paths. Give each path as an item of its own, or rename it")
-    return ",".join(items)
+    return join_list([_scalar(item, "text or a flat list") for item in value])
 
 
 def _scalar(value: Any, wanted: str) -> str:

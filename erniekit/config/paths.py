@@ -4,6 +4,8 @@ import os
 import re
 from typing import Literal
 
+from erniekit.config.values import join_list, split_list
+
 # What a path key holds: nothing of the kind, one path, paths with commas between them, or words of which some are paths
 # ("0.3 ~/a 0.7 ~/b").
 PathKind = Literal["", "one", "commas", "words"]
@@ -19,7 +21,7 @@ def expand(text: str, kind: PathKind = "one") -> str:
     line break.
     """
     if kind == "commas":
-        return ",".join(_expand(part.strip()) for part in text.split(","))
+        return join_list([_expand(part) for part in split_list(text)])
     if kind == "words":
         # Commas and white space both separate, and stay as they were.
         return "".join(part if part.isspace() or part == "," else _expand(part) for part in _words(text))

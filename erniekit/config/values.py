@@ -7,6 +7,7 @@ command line: decimal digits, which underscores may group (1_000), no leading ze
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,21 @@ def _number(value: Any, wanted: str) -> int | float:
     except OverflowError:  # an integer that no float holds
         pass
     raise ValueError(f"expected {wanted}{hint}, got {shown(value)}")
+
+
+def join_list(items: Sequence[str]) -> str:
+    """Texts joined by commas; one that holds a comma itself, or begins with a quote, stands in double quotes, inside
+    which quotes are doubled.
+    """
+
+    def quoted(item: str) -> str:
+        return '"' + item.replace('"', '""') + '"' if "," in item or item.lstrip().startswith('"') else item
+
+    return ",".join(map(quoted, items))
+
+
+def split_list(text: str | None) -> list[str]:
+    """The texts that join_list joined, or that a user separated by commas, without blank ones."""
+    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text or "")
+    items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
+    return [item.strip() for item in items if item.strip()]

@@ -63,7 +63,11 @@ class Feed(Protocol):
     """
 
     identity: dict[str, Any]
-    exact: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether measure() counts instead of estimating."""
+        ...
 
     def begin(self) -> Any:
         """The Place before the first row."""
@@ -110,7 +114,6 @@ class Loader:
         self._reported: Place = self._position  # behind the last step or batch given
         self._running: list[Prefetcher[tuple[list[Batch], Place]]] = []
         self._steps: Prefetcher[tuple[list[Batch], Place]] | None = None
-        self.exact = feed.exact
         # runs when the loader is collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
@@ -197,6 +200,11 @@ class Loader:
     def epochs_done(self) -> int:
         """Epochs of which every row has been given by next_step()."""
         return self._feed.epochs_done(self._position)
+
+    @property
+    def exact(self) -> bool:
+        """Whether rows_left counts rows; otherwise it estimates them."""
+        return self._feed.exact
 
     def report(self) -> dict[str, Any]:
         """Counts up to the last step given, over all ranks and since the start of training (a resumed run goes on

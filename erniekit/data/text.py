@@ -4,14 +4,15 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 """
 
 import hashlib
+import math
 from collections.abc import Generator
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from erniekit.data import template as chat
 from erniekit.data.batch import Row
 from erniekit.data.encode import Template, Tokenizer
+from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.order import Order
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
 from erniekit.data.sources import Dataset, Source, SourceSpec, read_specs
@@ -20,7 +21,7 @@ from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError
 
-_MANY = 5000  # samples whose measuring takes long enough to be announced
+_COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
 _WINDOW = 64  # samples read at a time where the packer does not care
 
 
@@ -43,8 +44,13 @@ class TextFeed:
     ):
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
-        self._measured: tuple[float, dict[int, list[int]]] | None = None
-        self.exact = len(dataset) <= extent.max_estimate_samples and extent.samples_per_epoch is None
+        self._measured: tuple[float, Lengths] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether `rows_left` counts; otherwise it estimates."""
+        measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
+        return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
     def begin(self) -> Position:
         """The place before the first row."""
@@ -85,56 +91,48 @@ class TextFeed:
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
 
     def rows_left(self, position: Position) -> float:
-        """Rows from `position` to the end of num_train_epochs."""
+        """Rows from `position` to the end of num_train_epochs. Where the lengths are estimated it is a little more than
+        the estimate, so that the training ends with the data and reads all of it.
+        """
         epochs = self._extent.num_epochs
         assert epochs is not None, "max_steps decides where this training ends"
         if self._stream.is_at_end(position):
             return 0.0
         rows, lengths = self._measure()
-        if self.exact:
-            return float(self._stream.rows_left(position, lengths.__getitem__))
-        return max(0.0, rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted)
+        if lengths.exact:
+            return float(self._stream.rows_left(position, lengths.of))
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the error to be expected of so many samples
+        left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
+        return max(0.0, left) + rows * epochs * margin
 
-    def _measure(self) -> tuple[float, dict[int, list[int]]]:
-        """Rows of the first epoch, and the lengths of each sample's documents. Encodes every sample once, or, beyond
-        `max_estimate_samples`, that many and extrapolates; `exact` says which, and so does a log line.
-        """
+    def _measure(self) -> tuple[float, Lengths]:
+        """Rows of the first epoch, and the lengths of all samples (see data.lengths); says what was found."""
         if self._measured is not None:
             return self._measured
-        stream, extent, size = self._stream, self._extent, len(self.dataset)
-        whole = size <= extent.max_estimate_samples
-        ids = stream.ids(0) if whole else stream.ids(0)[: extent.max_estimate_samples]
-        numbers = list(range(size)) if whole else list(dict.fromkeys(ids.tolist()))
-        if len(numbers) > _MANY:
-            log.info(f"data: measuring {len(numbers)} samples to know the number of steps (max_estimate_samples)")
-        lengths: dict[int, list[int]] = {}
-        cut = dropped = 0
-        with closing(self._service.stream(numbers)) as encoded:
-            for number, record in zip(numbers, encoded, strict=True):
-                lengths[number] = [len(document.ids) for document in record.documents]
-                cut += record.cut
-                dropped += bool(record.dropped)
-        epoch_samples = extent.samples_per_epoch or stream.round_length(0)
-        if len(ids) == 0 or dropped == len(numbers):
+        stream, extent = self._stream, self._extent
+        lengths = measure_lengths(self.dataset, self._service, extent.max_estimate_samples)
+        if lengths.num_dropped == lengths.num_measured:
             raise DataError(
-                f"none of {len(numbers)} samples can be used ({dropped} dropped). "
+                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
                 "Hint: raise max_seq_len, or set truncation: cut."
             )
-        rows = stream.count_rows(0, lengths.__getitem__, len(ids)) * epoch_samples / len(ids)
-        tokens = sum(map(sum, lengths.values()))
-        how = (
-            "exact"
-            if self.exact
-            else f"estimated from {len(numbers)} samples"
-            if not whole
-            else "estimated from all samples"
-        )
+        ids = len(stream.ids(0))
+        limit = ids if lengths.exact else min(ids, _COUNTED)
+        epoch_samples = extent.samples_per_epoch or stream.round_length(0)
+        rows = stream.count_rows(0, lengths.of, limit) * epoch_samples / limit
         log.info(
-            f"data: {len(numbers)} samples measured ({dropped} dropped, {cut} cut), {tokens} tokens; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows ({how})"
+            f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
+            f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
+            f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
         )
         self._measured = rows, lengths
         return self._measured
+
+
+def _how(lengths: Lengths, exact: bool) -> str:
+    if lengths.exact:
+        return "exact" if exact else "estimated from all samples"
+    return f"estimated from {lengths.num_measured} samples"
 
 
 def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None) -> TextFeed:
@@ -183,10 +181,8 @@ def _load_template(cfg: Any, tokenizer: Tokenizer, specs: list[SourceSpec]) -> T
 
 
 def _hash(template: Template | None) -> str | None:
-    """Of the text of a jinja template; a caller's own object is not looked into."""
-    if not isinstance(template, chat.Template):
-        return None
-    return hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
+    """Of a template's text."""
+    return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

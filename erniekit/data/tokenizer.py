@@ -11,18 +11,20 @@ unchanged.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 
+from erniekit.data.long_text import PIECE, encode_long
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
+from erniekit.utils.user_files import JsonObject, read_bytes, read_json_object, read_text
 
 SPACE = "\u2581"  # sentencepiece's stand-in for a space
 REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
@@ -40,6 +42,10 @@ ROLES = {
 # protobuf merges concatenated messages, so these bytes behind a sentencepiece model set
 # normalizer_spec.add_dummy_prefix and .remove_extra_whitespaces to false
 _KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
+MAX_FILE_BYTES = 512 << 20  # of tokenizer.json and tokenizer.model
+MAX_IDS = 2**24  # of a vocabulary; the largest ones published have some hundred thousand
+_LONGEST = 128  # characters of a special token
+_COPY = "Copy the tokenizer's files again, all from one model."
 _MARKUP = re.compile(r"<[^<>\s]+>")
 
 
@@ -71,21 +77,13 @@ class _SentencePiece:
     """
 
     def __init__(self, path: Path, declared: list[Added]):
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + _KEEP_SPACES)
-            count = self._model.get_piece_size()
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
-            ) from None
-        if count == 0:
-            raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+        self._model, pieces = _read_sentencepiece(path)
+        count = len(pieces)
         added = {item.id: item for item in declared}
         self._bytes: list[bytes] = []
-        for i in range(count):
-            piece = self._model.id_to_piece(i)
+        for i, piece in enumerate(pieces):
             if self._model.is_byte(i):
-                self._bytes.append(bytes([int(piece[1:-1], 16)]))
+                self._bytes.append(_byte_of(piece, path))
                 continue
             self._bytes.append(piece.replace(SPACE, " ").encode())
             if self._model.is_control(i) or self._model.is_unknown(i):
@@ -93,6 +91,7 @@ class _SentencePiece:
             elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
                 # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
                 added.setdefault(i, Added(piece, i, special=bool(_MARKUP.fullmatch(piece))))
+        _check_same(declared, pieces, path)
         self.added = sorted(added.values(), key=lambda item: item.id)
         self.size = max([count, *(item.id + 1 for item in self.added)])
         self._bytes += [REPLACEMENT.encode()] * (self.size - count)
@@ -100,7 +99,7 @@ class _SentencePiece:
             self._bytes[item.id] = item.text.encode()
         self._by_text = {item.text: item.id for item in self.added}
         self._special = {item.id for item in self.added if item.special}
-        self._cut = _alternatives(self._by_text)
+        self._cut = _alternatives(self._by_text, path)
 
     def find(self, piece: str) -> int | None:
         if piece in self._by_text:
@@ -127,9 +126,13 @@ class _Fast:
     """tokenizer.json, by the `tokenizers` package."""
 
     def __init__(self, path: Path, declared: list[Added]):
+        text = read_text(path, CheckpointError, MAX_FILE_BYTES)
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
+            self._model = tokenizers.Tokenizer.from_str(text)
+            self._model.encode("a b")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare Exception, and its panics are not even that
             raise CheckpointError(
                 f"{path}: not a readable tokenizer.json ({error}). Copy it again from the model's source."
             ) from None
@@ -148,7 +151,14 @@ class _Fast:
             Added(token.content, i, token.special)
             for i, token in sorted(self._model.get_added_tokens_decoder().items())
         ]
-        self.size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        ids = list(self._model.get_vocab(with_added_tokens=True).values())
+        if not ids:
+            raise CheckpointError(f"{path}: the vocabulary is empty. Copy it again from the model's source.")
+        if len(set(ids)) < len(ids):
+            raise CheckpointError(f"{path}: two tokens have the same id. Copy it again from the model's source.")
+        self.size = max(ids) + 1
+        if self.size > MAX_IDS:
+            raise CheckpointError(f"{path}: it has the id {self.size - 1}; ids are below {MAX_IDS}. Is the file whole?")
 
     def find(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
@@ -166,6 +176,40 @@ class _Fast:
             text += self._model.decode(run, skip_special_tokens=skip) + REPLACEMENT
             run = []
         return text + self._model.decode(run, skip_special_tokens=skip)
+
+
+def _read_sentencepiece(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
+    """The model of a file, and its pieces."""
+    data = read_bytes(path, CheckpointError, MAX_FILE_BYTES)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        model.encode("a b")  # a model without its mandatory pieces fails only here
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(
+            f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
+        ) from None
+    if not pieces:
+        raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+    return model, pieces
+
+
+def _check_same(declared: list[Added], pieces: list[str], path: Path) -> None:
+    """CheckpointError if an added token has the id of another piece of the vocabulary."""
+    for item in declared:
+        if item.id < len(pieces) and pieces[item.id] != item.text:
+            raise CheckpointError(
+                f"{path}: id {item.id} is {pieces[item.id]!r} here, but tokenizer_config.json or added_tokens.json "
+                f"says {item.text!r}. "
+                "The files belong to different tokenizers: copy all of them from one model."
+            )
+
+
+def _byte_of(piece: str, path: Path) -> bytes:
+    """The byte that a piece such as <0x0A> spells."""
+    if not re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        raise CheckpointError(f"{path}: the byte piece {piece!r} names no byte. Copy it again from the model's source.")
+    return bytes([int(piece[1:-1], 16)])
 
 
 def _space_bytes(engine: _Engine) -> list[int] | None:
@@ -199,16 +243,8 @@ class Tokenizer:
         self.special_tokens = {
             item.text: item.id for item in engine.added if item.special or _MARKUP.fullmatch(item.text)
         }
-        self._special_start = _alternatives(self.special_tokens, ahead=True)
+        self._special_start = _alternatives(self.special_tokens, directory, ahead=True)
         self._space_bytes = _space_bytes(engine)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides which ids a text has: the vocabulary file, special tokens and roles."""
-        state = hashlib.blake2b(self.files[0].read_bytes(), digest_size=8)
-        ids = [self.eos_id, self.pad_id, self.unk_id, self.bos_id, self.vocab_size, sorted(self.special_tokens.items())]
-        state.update(json.dumps(ids).encode())
-        return state.hexdigest()
 
     def _role(self, role: str, settings: dict[str, Any]) -> int | None:
         named = settings.get(role)
@@ -221,6 +257,14 @@ class Tokenizer:
                 "Copy all tokenizer files from one model."
             )
         return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its files: equal for tokenizers that give equal ids."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it become one id each. Nothing is added in front or behind."""
@@ -245,17 +289,22 @@ class Tokenizer:
         try:
             for part in parts:
                 if self._space_bytes is None or SPACE not in part:
-                    ids += self._engine.encode(part)
+                    ids += self._encode(part)
                     continue
                 for number, stretch in enumerate(part.split(SPACE)):
                     ids += self._space_bytes if number else []
-                    ids += self._engine.encode(stretch)
+                    ids += self._encode(stretch)
         except (TypeError, RuntimeError, UnicodeEncodeError):
             raise DataError(
                 f"text that is not valid Unicode (half of a surrogate pair?) near {part[:40]!a}: "
                 "repair the file that it came from"
             ) from None
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= PIECE:
+            return self._engine.encode(text)
+        return [i for piece in encode_long(self._engine.encode, text) for i in piece]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`. Bytes that are not UTF-8 and ids outside the vocabulary become U+FFFD."""
@@ -316,17 +365,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     declared = _declared(directory, config)
     engine: _Engine
-    if (directory / "tokenizer.json").is_file():
+    if (directory / "tokenizer.json").exists():
         engine = _Fast(directory / "tokenizer.json", declared)
-    elif (directory / "tokenizer.model").is_file():
+    elif (directory / "tokenizer.model").exists():
         engine = _SentencePiece(directory / "tokenizer.model", declared)
     else:
         raise CheckpointError(
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
-    settings = _read_json(directory / "special_tokens_map.json") | config
-    return Tokenizer(directory, engine, settings, _chat_template(directory, config))
+    special = _read_json(directory / "special_tokens_map.json")
+    for file in (special, config):
+        _check_roles(file)
+    settings = {**special.values, **config.values}
+    return Tokenizer(directory, engine, settings, _chat_template(directory, dict(config.values)))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -345,26 +397,53 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
         )
 
 
-def _declared(directory: Path, config: dict[str, Any]) -> list[Added]:
+def _declared(directory: Path, config: JsonObject) -> list[Added]:
     """Added tokens that the JSON files name: {id: {content, special}} of tokenizer_config.json, {content: id} of the
     older added_tokens.json.
     """
-    try:
-        older = [
-            Added(text, int(i), bool(_MARKUP.fullmatch(text)))
-            for text, i in _read_json(directory / "added_tokens.json").items()
-        ]
-        newer = [
-            Added(item["content"], int(i), bool(item.get("special", False)))
-            for i, item in config.get("added_tokens_decoder", {}).items()
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory}: the added tokens of tokenizer_config.json or added_tokens.json have an unknown form "
-            f"({error!r}). Copy both from the model's source."
-        ) from None
-    known = {item.id for item in newer}
-    return sorted(newer + [item for item in older if item.id not in known], key=lambda item: item.id)
+    older, newer = _read_json(directory / "added_tokens.json"), config.get_object("added_tokens_decoder")
+    found: dict[int, Added] = {}
+    for name in newer.values:
+        if not re.fullmatch("[0-9]{1,9}", name):
+            raise CheckpointError(f"{newer.where}: {name[:40]!r} is no id. {_COPY}")
+        item = newer.get_object(name)
+        text = item.get_text("content", None)
+        if text is None:
+            raise CheckpointError(f"{item.where}: it names no content. {_COPY}")
+        _declare(found, Added(text, int(name), item.get_bool("special", False)), newer.where)
+    known = set(found)
+    for text in older.values:
+        i = older.get_int(text, None, 0, MAX_IDS - 1)
+        if i is None:
+            raise CheckpointError(f"{older.where}: {text!r} has no id. {_COPY}")
+        if i not in known or found[i].text != text:
+            _declare(found, Added(text, i, bool(_MARKUP.fullmatch(text))), older.where)
+    texts = [item.text for item in found.values()]
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise CheckpointError(f"{directory}: the added token {twice!r} has two ids. {_COPY}")
+    return sorted(found.values(), key=lambda item: item.id)
+
+
+def _declare(found: dict[int, Added], item: Added, where: str) -> None:
+    """Add an added token to those found; CheckpointError if it cannot be one."""
+    if item.id >= MAX_IDS:
+        raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {_COPY}")
+    if not 0 < len(item.text) <= _LONGEST:
+        length = f"has {len(item.text):,} characters; at most {_LONGEST}" if item.text else "is empty"
+        raise CheckpointError(f"{where}: the token with id {item.id} {length}. {_COPY}")
+    if item.id in found:
+        raise CheckpointError(f"{where}: {found[item.id].text!r} and {item.text!r} have the same id {item.id}. {_COPY}")
+    found[item.id] = item
+
+
+def _check_roles(file: JsonObject) -> None:
+    """CheckpointError if a role's token is given as anything but text or an object with its content."""
+    for role in ROLES:
+        if isinstance(file.values.get(role), dict):
+            file.get_object(role).get_text("content", None)
+        else:
+            file.get_text(role, None)
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
@@ -380,25 +459,22 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     """The object in a JSON file; empty if the file is not there."""
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy it again from the model's source.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object. Copy it again from the model's source.")
-    return content
+        return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
+    except FileNotFoundError:
+        return JsonObject({}, str(path), CheckpointError)
 
 
-def _alternatives(texts: Iterable[str], ahead: bool = False) -> re.Pattern[str]:
+def _alternatives(texts: Iterable[str], where: Path, ahead: bool = False) -> re.Pattern[str]:
     """A pattern that finds any of `texts`, the longest possible, as group 1; with `ahead` it only looks, so that finds
     may overlap. The alternatives share their beginnings (a trie), for ERNIE has over a thousand of them.
     """
     root: dict[str, Any] = {}
     for text in filter(None, texts):
+        if len(text) > _LONGEST:
+            raise CheckpointError(f"{where}: a token of {len(text):,} characters; at most {_LONGEST}. {_COPY}")
         node = root
         for character in text:
             node = node.setdefault(character, {})

@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
 # when it is unset.
@@ -87,6 +88,11 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("MKL_DOMAIN_NUM_THREADS", "MKL_DOMAIN_VML=1")
     os.environ.setdefault("GLOG_minloglevel", "2")
+
+
+def cache_directory() -> Path:
+    """Where this user's programs keep what can be made again (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "erniekit"
 
 
 def num_cores() -> int:

@@ -5,6 +5,7 @@ each of these is one error of the caller's kind (a subclass of UserError) with f
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -71,18 +72,33 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES)
     return content
 
 
-def parse_json(text: str, where: str, error: type[UserError], number: Callable[[str], Any] | None = None) -> Any:
-    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
-    Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+def parse_json(
+    text: str,
+    where: str,
+    error: type[UserError],
+    *,
+    number: Callable[[str], Any] | None = None,
+    strict: bool = True,
+) -> Any:
+    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN,
+    Infinity and numbers as large, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate
+    pair.
 
-    number: makes the values of numbers from their text; not given: Python's int and float.
+    number: makes the values of numbers from their text; not given: Python's int and float. Not `strict`: strings may
+    hold raw control characters.
     """
     try:
         content = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=number, parse_float=number
+            text,
+            strict=strict,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=number,
+            parse_float=number or _finite,
         )
     except json.JSONDecodeError as problem:
-        raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
+        line = f"line {problem.lineno}, " if "\n" in text.strip() else ""
+        raise error(f"{where}: not JSON: {problem.msg} at {line}column {problem.colno}.") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
     except ValueError as problem:  # of ours, or Python's limit on the digits of an integer
@@ -112,6 +128,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise _Refused(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _Refused(f"the number {text[:40]} is too large to be held")
+    return number
 
 
 def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erniekit.config import Config, load
+from erniekit.config.values import join_list, split_list
 from erniekit.utils.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -40,6 +41,24 @@ def test_values_become_the_type_of_their_key(write):
     assert cfg.learning_rate == 1e-5 and isinstance(cfg.learning_rate, float)
     assert cfg.max_steps == 10 and cfg.max_estimate_samples == 100_000 and isinstance(cfg.max_estimate_samples, int)
     assert cfg.packing is True and cfg.logging_dir is None
+
+
+def test_a_path_of_a_list_may_hold_a_comma(write):
+    text = (
+        "model_name_or_path: m\noutput_dir: out\ntrain_dataset_type: [erniekit]\ntrain_dataset_path:\n  - a, b.jsonl\n"
+    )
+    cfg = load(write(text))
+    assert split_list(cfg.train_dataset_path) == ["a, b.jsonl"]
+    assert load(write(cfg.to_yaml(), "again.yaml")) == cfg
+    two = load(write(text + '  - "c.jsonl"\n'), ["train_dataset_type=erniekit,alpaca"])
+    assert split_list(two.train_dataset_path) == ["a, b.jsonl", "c.jsonl"]
+    assert split_list(load(write(BASE), ["train_dataset_path=[x,y]"]).train_dataset_path) == ["x", "y"]
+
+
+@given(st.lists(st.text(alphabet='a," \n')))
+def test_a_list_survives_being_joined(items):
+    wanted = [item.strip() for item in items if item.strip()]
+    assert split_list(join_list(wanted)) == wanted
 
 
 @pytest.mark.parametrize("value", ["True", "true", "1", "yes", "'on'", "'1'"])
@@ -197,7 +216,7 @@ def test_a_word_that_is_no_override(write):
         ("x.yaml", "seed: 1\n\tpacking: True\n", "x.yaml:2: not valid YAML"),
         ("x.yaml", "env: &a {b: *a}\n", "x.yaml:1: an alias (*a) stands inside what it names"),
         ("x.yaml", "seed: \x01\n", "x.yaml:1: not valid YAML: the character #x0001"),
-        ("x.json", "{'seed': 1}", "x.json: not JSON: Expecting property name enclosed in double quotes at line 1"),
+        ("x.json", "{'seed': 1}", "x.json: not JSON: Expecting property name enclosed in double quotes at column 2"),
         ("x.json", "[1]", "expected keys and values at the top, got a list"),
         ("x.json", "", "x.json: the file is empty."),
     ],

@@ -291,3 +291,68 @@ def test_pieces_that_are_not_there(by_json, by_model):
         assert tokenizer.find_id("<|nope|>") is None
         with pytest.raises(CheckpointError, match="nope"):
             tokenizer.token_id("<|nope|>")
+
+
+def tokenizer_with(tmp_path, main="tokenizer.model", **files):
+    """Loads a copy of a tokenizer, some of whose JSON files are given as text or as values."""
+    shutil.copy(TINY / main, tmp_path)
+    shutil.copy(TINY / "tokenizer_config.json", tmp_path)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / f"{name}.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("main", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"added_tokens": {"<x>": -1}}, "added_tokens.json: <x>: must be an integer from 0"),
+        ({"added_tokens": {"<x>": 10**12}}, "added_tokens.json: <x>: must be an integer from 0"),
+        ({"added_tokens": {"<x>": "576"}}, "added_tokens.json: <x>: must be an integer"),
+        ({"added_tokens": {"<x>": True}}, "added_tokens.json: <x>: must be an integer"),
+        ({"added_tokens": {"<x>": 576, "<y>": 576}}, "'<x>' and '<y>' have the same id 576"),
+        ({"added_tokens": '{"<x>": 576, "<x>": 577}'}, "'<x>' stands twice"),
+        ({"added_tokens": ["<x>"]}, "must hold one JSON object, found a list"),
+        ({"added_tokens": {"x" * 200: 576}}, "has 200 characters; at most 128"),
+        ({"added_tokens": {"<x>": 10}}, "have the same id 10"),
+        ({"tokenizer_config": '{"eos_token": "\udcff"}'}, "tokenizer_config.json: not UTF-8 text"),
+        ({"tokenizer_config": {"eos_token": 2}}, "tokenizer_config.json: eos_token: must be text, found 2"),
+        (
+            {"special_tokens_map": {"pad_token": {"content": 3}}},
+            "special_tokens_map.json: pad_token: content: must be text, found 3",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder: must be an object, found"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"576": {"content": 1}}}}, "576: content: must be text"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"576": {}}}}, "576: it names no content"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9": {"content": ""}}}}, "the token with id 9 is empty"),
+    ],
+)
+def test_wrong_json_beside_a_tokenizer_is_named_with_file_and_key(tmp_path, main, files, says):
+    with pytest.raises(CheckpointError, match=says):
+        tokenizer_with(tmp_path, main, **files)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    config = (TINY / "tokenizer_config.json").read_text("utf-8")
+    assert tokenizer_with(tmp_path, tokenizer_config="\ufeff" + config).vocab_size == 576
+
+
+def test_a_vocabulary_with_one_id_twice_or_without_end_is_refused(tmp_path):
+    content = json.loads((TINY / "tokenizer.json").read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    some = [name for name in vocabulary if vocabulary[name] in (300, 301)]
+    for i, says in (
+        (vocabulary[some[1]], "same id|not a readable"),
+        (2**30, "has the id 1073741823|has the id 1073741824"),
+    ):
+        content["model"]["vocab"] = vocabulary | {some[0]: i}
+        with pytest.raises(CheckpointError, match=says):
+            tokenizer_with(tmp_path, "tokenizer.json", tokenizer=content)
+
+
+def test_many_nested_special_tokens_are_found(tmp_path):
+    tokens = {"<" * n: 575 + n for n in range(1, 129)}
+    tokenizer = tokenizer_with(tmp_path, added_tokens=tokens)
+    assert tokenizer.encode("<" * 130) == [703, 577]
