@@ -75,6 +75,6 @@ class DataArgs:
     prefetch_factor: int = key(2, "Steps of batches prepared ahead of the trainer.", ge=1)
     chat_template: str | None = key(
         None,
-        "Name of a built-in template; not given: the model's own chat_template.jinja, else by the model's kind.",
+        "A built-in template's name or a .jinja file; not given: the model's own, else text; saved with the weights.",
         path="one",
     )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from erniekit.data import template as chat
+from erniekit.data import tokenizer as text_tokenizer
 from erniekit.data.batch import Row
 from erniekit.data.encode import Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
@@ -150,7 +151,8 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
-    template = template or _load_template(cfg, tokenizer, specs)
+    if template is None and not _is_plain(specs):
+        template = chat.load_template(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
         tokenizer,
         cfg.max_seq_len,
@@ -168,21 +170,33 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     identity = _identity(cfg, specs, dataset, packer) | {
         f"content of {split}_dataset_path": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
-        "chat template": _hash(template),
+        "chat template": None if _is_plain(specs) else _hash(template),
     }
     return TextFeed(dataset, stream, service, extent, identity)
 
 
-def _load_template(cfg: Any, tokenizer: Tokenizer, specs: list[SourceSpec]) -> Template | None:
-    """The chat template that the records need; none for plain text."""
-    if all(spec.type == "text" for spec in specs):
-        return None
-    return chat.load_template(tokenizer, cfg.chat_template)
+def _is_plain(specs: list[SourceSpec]) -> bool:
+    """Whether no record needs a chat template."""
+    return all(spec.type == "text" for spec in specs)
 
 
 def _hash(template: Template | None) -> str | None:
     """Of a template's text."""
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
+
+
+def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+    """The chat template of a run: None where all its data is plain text and no template is named."""
+    specs: list[SourceSpec] = []
+    if cfg.dataset_type != "pretrain":
+        asked = _asked(cfg, "train")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "train", cfg.stage)
+    if cfg.eval_dataset_path:
+        asked = _asked(cfg, "eval")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "eval", cfg.stage)
+    if cfg.chat_template is None and _is_plain(specs):
+        return None
+    return chat.load_template(tokenizer, cfg.chat_template)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ unchanged.
 import hashlib
 import re
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,42 +21,30 @@ import sentencepiece
 import tokenizers
 
 from erniekit.data.long_text import PIECE, encode_long
+from erniekit.data.tokenizer_files import (
+    COPY,
+    LONGEST,
+    MARKUP,
+    MAX_IDS,
+    ROLES,
+    Added,
+    ChatTemplate,
+    check_roles,
+    declared_tokens,
+    read_chat_template,
+    read_optional,
+)
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
-from erniekit.utils.user_files import JsonObject, read_bytes, read_json_object, read_text
+from erniekit.utils.user_files import read_bytes, read_text
 
 SPACE = "\u2581"  # sentencepiece's stand-in for a space
 REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# role -> the token that has it in ERNIE 4.5, for directories that do not say
-ROLES = {
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<unk>",
-    "cls_token": "<|begin_of_sentence|>",
-    "sep_token": "<|end_of_sentence|>",
-    "mask_token": "<mask:1>",
-}
 # protobuf merges concatenated messages, so these bytes behind a sentencepiece model set
 # normalizer_spec.add_dummy_prefix and .remove_extra_whitespaces to false
 _KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 MAX_FILE_BYTES = 512 << 20  # of tokenizer.json and tokenizer.model
-MAX_IDS = 2**24  # of a vocabulary; the largest ones published have some hundred thousand
-_LONGEST = 128  # characters of a special token
-_COPY = "Copy the tokenizer's files again, all from one model."
-_MARKUP = re.compile(r"<[^<>\s]+>")
-
-
-@dataclass(frozen=True)
-class Added:
-    """A token that is recognised as a whole, outside the rules that split other text. `special`: decoding may skip
-    it.
-    """
-
-    text: str
-    id: int
-    special: bool
 
 
 class _Engine(Protocol):
@@ -90,7 +77,7 @@ class _SentencePiece:
                 added.setdefault(i, Added(piece, i, special=True))
             elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
                 # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
-                added.setdefault(i, Added(piece, i, special=bool(_MARKUP.fullmatch(piece))))
+                added.setdefault(i, Added(piece, i, special=bool(MARKUP.fullmatch(piece))))
         _check_same(declared, pieces, path)
         self.added = sorted(added.values(), key=lambda item: item.id)
         self.size = max([count, *(item.id + 1 for item in self.added)])
@@ -223,7 +210,7 @@ class Tokenizer:
     exist). Made by load_tokenizer.
     """
 
-    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: str | None):
+    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: ChatTemplate | None):
         self.directory = directory
         self.chat_template = chat_template
         self.files = [directory / name for name in FILES if (directory / name).is_file()]
@@ -241,7 +228,7 @@ class Tokenizer:
         self.cls_id, self.sep_id = roles["cls_token"], roles["sep_token"]
         self.pad_id: int = next(i for i in (roles["pad_token"], self.unk_id, eos) if i is not None)
         self.special_tokens = {
-            item.text: item.id for item in engine.added if item.special or _MARKUP.fullmatch(item.text)
+            item.text: item.id for item in engine.added if item.special or MARKUP.fullmatch(item.text)
         }
         self._special_start = _alternatives(self.special_tokens, directory, ahead=True)
         self._space_bytes = _space_bytes(engine)
@@ -356,14 +343,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a local model directory.
 
     Reads tokenizer.json, else tokenizer.model; the roles and added tokens of tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json; and the chat template of chat_template.jinja or
-    tokenizer_config.json. Raises CheckpointError for a missing, unreadable or contradictory file.
+    special_tokens_map.json and added_tokens.json; and the chat template (see read_chat_template). Raises
+    CheckpointError for a missing, unreadable or contradictory file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory to load a tokenizer from. Check model_name_or_path.")
-    config = _read_json(directory / "tokenizer_config.json")
-    declared = _declared(directory, config)
+    config, older = (read_optional(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    for file in (older, config):
+        check_roles(file)
+    declared = declared_tokens(directory, config)
     engine: _Engine
     if (directory / "tokenizer.json").exists():
         engine = _Fast(directory / "tokenizer.json", declared)
@@ -374,11 +363,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
-    special = _read_json(directory / "special_tokens_map.json")
-    for file in (special, config):
-        _check_roles(file)
-    settings = {**special.values, **config.values}
-    return Tokenizer(directory, engine, settings, _chat_template(directory, dict(config.values)))
+    settings = {**older.values, **config.values}
+    return Tokenizer(directory, engine, settings, read_chat_template(directory))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -397,84 +383,14 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
         )
 
 
-def _declared(directory: Path, config: JsonObject) -> list[Added]:
-    """Added tokens that the JSON files name: {id: {content, special}} of tokenizer_config.json, {content: id} of the
-    older added_tokens.json.
-    """
-    older, newer = _read_json(directory / "added_tokens.json"), config.get_object("added_tokens_decoder")
-    found: dict[int, Added] = {}
-    for name in newer.values:
-        if not re.fullmatch("[0-9]{1,9}", name):
-            raise CheckpointError(f"{newer.where}: {name[:40]!r} is no id. {_COPY}")
-        item = newer.get_object(name)
-        text = item.get_text("content", None)
-        if text is None:
-            raise CheckpointError(f"{item.where}: it names no content. {_COPY}")
-        _declare(found, Added(text, int(name), item.get_bool("special", False)), newer.where)
-    known = set(found)
-    for text in older.values:
-        i = older.get_int(text, None, 0, MAX_IDS - 1)
-        if i is None:
-            raise CheckpointError(f"{older.where}: {text!r} has no id. {_COPY}")
-        if i not in known or found[i].text != text:
-            _declare(found, Added(text, i, bool(_MARKUP.fullmatch(text))), older.where)
-    texts = [item.text for item in found.values()]
-    if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise CheckpointError(f"{directory}: the added token {twice!r} has two ids. {_COPY}")
-    return sorted(found.values(), key=lambda item: item.id)
-
-
-def _declare(found: dict[int, Added], item: Added, where: str) -> None:
-    """Add an added token to those found; CheckpointError if it cannot be one."""
-    if item.id >= MAX_IDS:
-        raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {_COPY}")
-    if not 0 < len(item.text) <= _LONGEST:
-        length = f"has {len(item.text):,} characters; at most {_LONGEST}" if item.text else "is empty"
-        raise CheckpointError(f"{where}: the token with id {item.id} {length}. {_COPY}")
-    if item.id in found:
-        raise CheckpointError(f"{where}: {found[item.id].text!r} and {item.text!r} have the same id {item.id}. {_COPY}")
-    found[item.id] = item
-
-
-def _check_roles(file: JsonObject) -> None:
-    """CheckpointError if a role's token is given as anything but text or an object with its content."""
-    for role in ROLES:
-        if isinstance(file.values.get(role), dict):
-            file.get_object(role).get_text("content", None)
-        else:
-            file.get_text(role, None)
-
-
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-        if template is None:
-            log.warning(f"{directory}: none of the chat templates in tokenizer_config.json is called default; not used")
-    return template
-
-
-def _read_json(path: Path) -> JsonObject:
-    """The object in a JSON file; empty if the file is not there."""
-    try:
-        return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
-    except FileNotFoundError:
-        return JsonObject({}, str(path), CheckpointError)
-
-
 def _alternatives(texts: Iterable[str], where: Path, ahead: bool = False) -> re.Pattern[str]:
     """A pattern that finds any of `texts`, the longest possible, as group 1; with `ahead` it only looks, so that finds
     may overlap. The alternatives share their beginnings (a trie), for ERNIE has over a thousand of them.
     """
     root: dict[str, Any] = {}
     for text in filter(None, texts):
-        if len(text) > _LONGEST:
-            raise CheckpointError(f"{where}: a token of {len(text):,} characters; at most {_LONGEST}. {_COPY}")
+        if len(text) > LONGEST:
+            raise CheckpointError(f"{where}: a token of {len(text):,} characters; at most {LONGEST}. {COPY}")
         node = root
         for character in text:
             node = node.setdefault(character, {})

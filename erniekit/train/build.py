@@ -19,6 +19,8 @@ from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.checkpoint.together import all_or_none
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
+from erniekit.data.template import Template
+from erniekit.data.text import training_template
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
@@ -61,6 +63,7 @@ class Run:
     chunks: list[tuple[int, ...]]
     actions: Callable[[int], list[Action]]
     tokenizer: Tokenizer
+    template: Template | None
     recipe: Recipe
     optimizer: AdamW
     schedule: Schedule
@@ -116,7 +119,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     require_model(model_dir)
     tokenizer = load_tokenizer(model_dir)
-    loader, eval_loader = _loaders(cfg, model_dir, tokenizer, mesh)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh, 0)
     schedule = build_schedule(cfg, max_steps)
     model, chunks = build_model(cfg, model_dir, mesh)
@@ -144,6 +147,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         chunks=chunks,
         actions=partial(plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.sends_wait, mesh.pipe),
         tokenizer=tokenizer,
+        template=template,
         recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,
         schedule=schedule,
@@ -204,6 +208,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
+        if stored.dtype not in (None, "float32") and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is float32")
         if depths > stored.num_nextn_predict_layers:
             log.info(
                 f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
@@ -223,20 +229,24 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     return model, chunks
 
 
-def _loaders(cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Loader, Loader | None]:
-    """The training data, and those of evaluations if there are any; the same on every rank. While the batch still
-    grows, the training data come one microbatch at a time.
+def _open_data(
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Template | None, Loader, Loader | None]:
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank. While
+    the batch still grows, the training data come one microbatch at a time.
     """
     growing = dataclasses.replace(cfg, gradient_accumulation_steps=1) if cfg.batch_size_warmup_steps else cfg
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
-        loader = build_loader(growing, tokenizer, "train", mesh.data, mesh.degrees.data)
-        eval_loader = build_loader(cfg, tokenizer, "eval", mesh.data, mesh.degrees.data) if wants_eval else None
+        template = training_template(cfg, tokenizer)
+        build = partial(build_loader, tokenizer=tokenizer, rank=mesh.data, world=mesh.degrees.data, template=template)
+        loader = build(growing, split="train")
+        eval_loader = build(cfg, split="eval") if wants_eval else None
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
     require_same_files(model_dir, data, mesh.world_group)
-    return loader, eval_loader
+    return template, loader, eval_loader
 
 
 def last_step(cfg: Config, loader: Loader, mesh: Mesh, done: int) -> int:

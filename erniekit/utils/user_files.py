@@ -4,13 +4,14 @@ Python's JSON parser keeps the last of two equal keys, takes NaN and Infinity, a
 each of these is one error of the caller's kind (a subclass of UserError) with file, place and cure.
 """
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from erniekit.utils.errors import UserError
 
@@ -25,18 +26,25 @@ def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> by
 
     FileNotFoundError is the caller's: only it knows what an absent file means.
     """
+    with open_regular(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path}: {size:,} bytes; such a file has at most {limit:,}. Is it the right file?")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
+    """A regular file, opened for reading; a pipe, a device or a directory is refused unread. OSErrors of opening and of
+    reading are `error`, but for FileNotFoundError, which is the caller's.
+    """
     try:
         # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{path}: not a regular file. Replace it by one.")
-            if status.st_size > limit:
-                raise error(
-                    f"{path}: {status.st_size:,} bytes; such a file has at most {limit:,}. Is it the right file?"
-                )
-            return file.read()
+            yield file
     except FileNotFoundError:
         raise
     except IsADirectoryError:
@@ -224,5 +232,11 @@ class JsonObject:
 
 def _bounds(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    return f" of at least {low:g}" if low is not None else f" of at most {high:g}" if high is not None else ""
+        return f" from {_number(low)} to {_number(high)}"
+    if low is not None:
+        return f" of at least {_number(low)}"
+    return "" if high is None else f" of at most {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
