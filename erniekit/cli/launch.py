@@ -6,9 +6,9 @@ that PADDLE_TRAINERS_NUM counts and PADDLE_TRAINER_ID names is a worker: of such
 `python -m paddle.distributed.launch`.
 """
 
+import ipaddress
 import math
 import os
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,14 +20,14 @@ from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Degrees
 from erniekit.train.layout import check_layout
-from erniekit.utils import heartbeat, log
+from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
 # Where schedulers that start one process a host say which host this is.
 _NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
-_AGENT = "ERNIEKIT_AGENT"  # "process id:where to beat", from an agent to its workers
+_AGENT = "ERNIEKIT_AGENT"  # "process id:file descriptor of the heartbeat's memory", from an agent to its workers
 
 
 def configure(args: list[str], command: str) -> Config:
@@ -105,12 +105,13 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
     master = _master(environ, hosts)
     assert cfg.output_dir, "config.load requires it to train"
     return Job(
-        command=(sys.executable, "-m", "erniekit", "train", *args),
+        command=runtime.python_command("from erniekit.cli.main import main; sys.exit(main())", "train", *args),
         environ=dict(environ),
         hosts=hosts,
         slots=slots,
         layouts=_layouts(cfg, degrees),
         limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
+        token=_token(environ, master),
         logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs").expanduser(),
         devices=devices,
         master=master,
@@ -183,6 +184,14 @@ def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
     return Master(net.resolve(name), int(text), _node_rank(environ, hosts))
 
 
+def _token(environ: Mapping[str, str], master: Master | None) -> str:
+    """The user's for several hosts; on one host the agent makes one, and its workers inherit it."""
+    if master is None:
+        return job_token.new()
+    on_this_machine = ipaddress.ip_address(master.address).is_loopback
+    return job_token.find(environ, runtime.cache_directory() if on_this_machine else None)
+
+
 def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
     name = next((name for name in _NODE_RANKS if environ.get(name, "").strip()), None)
     if name is None:
@@ -220,7 +229,7 @@ def _begin_worker(environ: Mapping[str, str]) -> None:
     log.set_rank(int(rank))
     agent, _, beat = environ.get(_AGENT, "").partition(":")
     if beat:
-        heartbeat.start(Path(beat), int(agent), streams=rank == "0")
+        heartbeat.start(int(beat), int(agent), streams=rank == "0")
 
 
 def _require_one_process(environ: Mapping[str, str], what: str) -> None:

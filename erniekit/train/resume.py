@@ -18,7 +18,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.train.evaluation import metric_of
 from erniekit.train.schedule import build_schedule
 from erniekit.train.state import TrainState
-from erniekit.utils.errors import CheckpointError, ConfigError
+from erniekit.utils.errors import CheckpointError
 
 
 class Decision(Enum):
@@ -184,10 +184,12 @@ def differences(state: TrainState, now: Present) -> list[Difference]:
 def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     if not then:
         return []
-    pairs = [("weights of model_name_or_path", then["weights"], now["weights"])]
+    pairs = [("weights of model_name_or_path", then.get("weights"), now["weights"])]
+    before = then.get("config")
+    config: dict[str, Any] = before if isinstance(before, dict) else {}
     pairs += [
-        (f"model_name_or_path: config.json: {key}", then["config"].get(key), now["config"].get(key))
-        for key in {**then["config"], **now["config"]}
+        (f"model_name_or_path: config.json: {key}", config.get(key), now["config"].get(key))
+        for key in {**config, **now["config"]}
     ]
     return [Difference(*pair, Decision.REFUSE) for pair in pairs if pair[1] != pair[2]]
 
@@ -243,7 +245,7 @@ def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
     before, after = state.max_steps, build_schedule(cfg, max_steps)(state.step)
     try:
         planned = build_schedule(replace(cfg, **known), before)(state.step)
-    except (ConfigError, TypeError):
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an odd value in trainer_state.json
         return None
     if planned == after:
         return None

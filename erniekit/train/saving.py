@@ -132,7 +132,7 @@ class Saver:
         if run.average is not None:
             self._load_average(run.average, state, source)
         for directory, tensors in run.recipe.extra_weights().items():
-            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) > 0):
+            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
                 load_trained(run.model, source / directory, into=tensors)
             else:
                 log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")

@@ -1,6 +1,7 @@
 """The one trainer: a loop, and a step that reads top to bottom."""
 
 import math
+import signal
 import time
 from typing import Any
 
@@ -11,7 +12,6 @@ from erniekit.data.batch import Batch
 from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_bias
 from erniekit.parallel import comm, pipeline
-from erniekit.train import stop
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
@@ -24,7 +24,7 @@ from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
-from erniekit.utils import heartbeat, log
+from erniekit.utils import heartbeat, log, stop
 from erniekit.utils.errors import TrainError
 from erniekit.utils.user_files import read_json_object
 
@@ -40,6 +40,7 @@ class Trainer:
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self._saved_step: int | None = None
+        self._stopped_by: signal.Signals | None = None
 
     def fit(self) -> dict[str, Any]:
         """Resume if there is something to resume, train to the last step, save. Returns the summary."""
@@ -51,23 +52,25 @@ class Trainer:
         info = self._info()
         summary: dict[str, Any] = {"steps": self.state.step}
         try:
-            for callback in self.callbacks:
-                callback.on_start(info)
-            told = False
-            while self.state.step < self.run.max_steps and not told and not self._stopped_early():
-                if not self._advance():
-                    break
-                told = self.state.step < self.run.max_steps and self._told_to_stop()
-            with heartbeat.phase("the end of the run"):
-                summary = self._pause() if told else self._finish()
+            with stop.deferred():
+                for callback in self.callbacks:
+                    callback.on_start(info)
+                self._train_to_the_end()
+                with heartbeat.phase("the end of the run"):
+                    summary = self._pause() if self._stopped_by else self._finish()
         except BaseException as error:
             summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
             raise
         finally:
-            for callback in self.callbacks:
-                callback.on_end(summary)
-            self.saver.manager.join()
+            with heartbeat.phase("the end of the run"):  # a plot takes seconds
+                for callback in self.callbacks:
+                    callback.on_end(summary)
+                self.saver.manager.join()
             self.run.close()
+        if self._stopped_by is not None:
+            by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
+            saved = stop.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
+            log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
 
     def _nothing_left(self) -> bool:
@@ -83,6 +86,12 @@ class Trainer:
         out = self.run.output_dir
         log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
         return read_json_object(out / SUMMARY_FILE, TrainError)
+
+    def _train_to_the_end(self) -> None:
+        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        while self.state.step < self.run.max_steps and not self._stopped_early():
+            if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
+                return
 
     def _info(self) -> RunInfo:
         return RunInfo(
@@ -247,18 +256,20 @@ class Trainer:
             )
         return stop
 
-    def _told_to_stop(self) -> bool:
-        """Whether SIGTERM has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop.asked()], np.float64)
-        return bool(comm.sum_floats(asked, self.run.mesh.world_group)[0])
+    def _must_stop(self) -> bool:
+        """Whether a signal has reached any rank: all of them then stop after the same step."""
+        asked = np.array([stop.asked() == number for number in stop.SIGNALS], np.float64)
+        counts = comm.sum_floats(asked, self.run.mesh.world_group)
+        self._stopped_by = next((number for number, count in zip(stop.SIGNALS, counts, strict=True) if count), None)
+        return self._stopped_by is not None
 
     def _pause(self) -> dict[str, Any]:
         """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
+        assert self._stopped_by is not None
         if self._saved_step != self.state.step:
             self._save()
         self.saver.manager.wait()
-        log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
-        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": "SIGTERM"}
+        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": self._stopped_by.name}
 
     def _save(self) -> None:
         with heartbeat.phase("a save"):
@@ -286,6 +297,8 @@ class Trainer:
             metrics = evaluate(self.run)
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
+            if self._must_stop():
+                return self._pause()
             summary |= metrics
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()

@@ -16,6 +16,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,6 +89,29 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("MKL_DOMAIN_NUM_THREADS", "MKL_DOMAIN_VML=1")
     os.environ.setdefault("GLOG_minloglevel", "2")
+
+
+def python_command(code: str, *args: str) -> tuple[str, ...]:
+    """A command that runs `code` (which may use sys) in a new interpreter, with this process's search path and this
+    very package. Python itself would put the working directory first, and a json.py there in the place of the
+    library's.
+    """
+    package = Path(__file__).resolve().parents[1]
+    prepare_imports = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('erniekit', {str(package / '__init__.py')!r})\n"
+        "sys.modules['erniekit'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules['erniekit'])\n"
+    )
+    return (sys.executable, "-c", prepare_imports + code, *args)
+
+
+def job_token_of(addresses: Collection[str]) -> str:
+    """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
+    from erniekit.utils import job_token  # not for everybody who imports the package
+
+    return job_token.find(os.environ, cache_directory() if len(set(addresses)) == 1 else None)
 
 
 def cache_directory() -> Path:

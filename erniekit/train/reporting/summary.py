@@ -71,8 +71,9 @@ class Summary(Callback):
             log.warning(f"{path}: cannot be written ({error.strerror})")
             return
         if "error" not in summary and numbers["final_loss"] is not None:
+            end = "stopped" if "stopped" in summary else "done"
             log.info(
-                f"done: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
+                f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, peak memory {numbers['peak_memory_mb']:.0f} MB; "
                 f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
             )

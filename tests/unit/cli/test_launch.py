@@ -119,7 +119,7 @@ def test_the_degrees_decide_the_processes(job, tmp_path: Path):
     made = job(pipeline_parallel_degree=2, tensor_parallel_degree=2, expert_parallel_degree=2, max_restarts=3)
     assert (made.hosts, made.slots, made.master, made.devices) == (1, 8, None, ())
     assert [layout.world for layout in made.layouts] == [8]
-    assert made.command[1:] == ("-m", "erniekit", "train", "x.yaml", "seed=1")
+    assert made.command[-3:] == ("train", "x.yaml", "seed=1")
     assert made.logs == tmp_path / "out" / "logs"
     assert (made.limits.fault, made.limits.max_restarts) == (30.0, 3)
     assert job(environ={"ERNIEKIT_DIST_LOG": "elsewhere"}, data_parallel_degree=2).logs == Path("elsewhere")
