@@ -63,7 +63,7 @@ class TrainArgs:
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
-    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: new optimizer state and schedule.")
+    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: the optimizer's state begins anew.")
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )

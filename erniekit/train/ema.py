@@ -16,7 +16,7 @@ class WeightAverage:
 
     def __init__(self, model: CausalLM, decay: float) -> None:
         self.model, self.decay = model, decay
-        self.average = {name: tensor.astype("float32").clone() for name, tensor in trained_tensors(model).items()}
+        self.average = _copies(model)
 
     @paddle.no_grad()
     def update(self) -> None:
@@ -24,6 +24,16 @@ class WeightAverage:
         for name, tensor in trained_tensors(self.model).items():
             self.average[name].scale_(self.decay).add_(tensor.astype("float32") * (1.0 - self.decay))
 
+    @paddle.no_grad()
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for name, tensor in _copies(self.model).items():
+            self.average[name].set_value(tensor)
+
     def load(self, checkpoint: Path) -> None:
         """Continue from the average that a checkpoint holds."""
         load_trained(self.model, checkpoint / DIRECTORY, into=self.average)
+
+
+def _copies(model: CausalLM) -> dict[str, paddle.Tensor]:
+    return {name: tensor.astype("float32").clone() for name, tensor in trained_tensors(model).items()}

@@ -12,6 +12,7 @@ from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.train.output_dir import OutputDir
+from erniekit.train.same_run import require_same_configuration
 from erniekit.train.trainer import Trainer
 from erniekit.utils import heartbeat, log, runtime
 
@@ -39,6 +40,7 @@ def join(cfg: Config) -> Mesh:
     heartbeat.waiting("the gathering of all ranks")
     world = comm.init(cfg.rendezvous_timeout)
     heartbeat.waiting(None)
+    require_same_configuration(cfg, comm.world_group())
     return build_mesh(Degrees.from_config(cfg, world.size))
 
 
