@@ -113,6 +113,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
     )
     optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    log.info(policy.describe(model, optimizer.has_masters))
     loader, num_steps = _train_loader(cfg, tokenizer, mesh)
     max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
@@ -133,7 +134,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         loader=loader,
         eval_loader=eval_loader,
         update_router_bias=_wants_bias_update(cfg, model.config),
-        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay),
+        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
     )
 
 
@@ -178,7 +179,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     check_layout(cfg, mesh.degrees, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
-    with paddle.LazyGuard():  # no memory and no random values before the weights arrive
+    # No memory and no random values before the weights arrive, and then no wider ones than are kept.
+    with policy.default_dtype(precision), paddle.LazyGuard():
         model = CausalLM(config, partition_of(mesh, chunks))
     if precision.low_bit is not None:
         hold_in_low_bits(model, precision.low_bit)

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.models import scoring
+from erniekit.losses import lm
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.scoring import Score, batch_nll
@@ -69,7 +69,7 @@ def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):
 
 def test_chunks_change_nothing(model: CausalLM, monkeypatch: pytest.MonkeyPatch):
     whole = batch_nll(model, **packed())
-    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 2 * V)
+    monkeypatch.setattr(lm, "_CHUNK_ELEMENTS", 2 * V)
     assert batch_nll(model, **packed()) == pytest.approx(whole, rel=1e-6)
 
 
