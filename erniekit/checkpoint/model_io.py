@@ -209,9 +209,9 @@ def model_portion(
     return Portion(directory, plan_for(written, format, header), whole, encode, METADATA[format])
 
 
-def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format) -> None:
-    """config.json and generation_config.json beside the float32 weights of `model`."""
-    write_configs(directory, _config_of(model, "F32"), format)
+def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:
+    """config.json and generation_config.json beside the weights of `model`; `header`: the dtype of their files."""
+    write_configs(directory, _config_of(model, header), format)
 
 
 def held_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
