@@ -216,5 +216,3 @@ def head_gradient(chunks: int) -> float:
 def test_the_heads_gradient_is_rounded_once(gpu: World, chunks: int):
     (error,) = gpu.run(head_gradient, chunks=chunks)
     assert error < 0.0035  # summed and scaled in 16 bits it is 0.008 with 64 chunks
-
-
