@@ -1,4 +1,4 @@
-"""Every script in tools/ runs at its smallest size, so that none rots; those that take long are left to `make test-all`.
+"""Every script in tools/ runs at its smallest size, so that none rots; `make test-all` also runs those that take long.
 
 Scripts that compare with torch, transformers, PEFT or TRL are skipped where those are absent.
 """
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = "examples/models/tiny-dense"
+MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
 
 # Name of a case: the script and its arguments; {tmp} is a directory of the test with the file text.jsonl in it.
 FAST = {
@@ -28,7 +29,7 @@ SLOW = {
     "bench_lora": "bench_lora.py --batch 1 --seq 16 --rounds 1 --sides lora",
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
-    "compare_balancing": "compare_balancing.py examples/configs/tiny/sft/run_sft_moe.yaml --steps 2 --out {tmp}/balancing",
+    "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
     "compare_layouts": "compare_layouts.py dense-dp2",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",
