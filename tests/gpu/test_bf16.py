@@ -1,4 +1,4 @@
-"""`compute_type: bf16` on a GPU, as far as a CPU shows it (tests/gpu_stand_in.py): types, branches, losses, resuming."""
+"""`compute_type: bf16` on a GPU, as far as a CPU shows it (tests/gpu_stand_in.py): dtypes, losses, resuming."""
 
 import json
 from pathlib import Path
