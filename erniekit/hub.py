@@ -25,12 +25,21 @@ def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str
     return _resolve(name_or_path, download_hub, key, "dataset", _DATA_FILES, DataError)
 
 
+def local_path(name: str) -> Path | None:
+    """The file or directory that a text names (~ is the home directory), or None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+        return None
+
+
 def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str], error_type: type[UserError]) -> Path:
-    path = Path(name).expanduser()
-    if path.exists():
+    path = local_path(name)
+    if path is not None:
         return path
     if not _NAME.fullmatch(name) or (
-        kind == "dataset" and path.suffix.lower() in {pattern[1:] for pattern in patterns}
+        kind == "dataset" and Path(name).suffix.lower() in {pattern[1:] for pattern in patterns}
     ):
         raise error_type(
             f"{key}: there is no file or directory {name!r} (looked in {Path.cwd()}). "

@@ -15,6 +15,7 @@ class FakeTokenizer:
     eos_id = EOS
     pad_id = PAD
     vocab_size = FIRST + 0x110000
+    fingerprint = "fake"
 
     def encode_plain(self, text: str) -> list[int]:
         return [FIRST + ord(char) for char in text]
@@ -25,6 +26,8 @@ class FakeTokenizer:
 
 class FakeTemplate:
     """A message is its role's token and its characters; an answer ends with eos and is a target unless labelled 0."""
+
+    source = "fake"
 
     def encode_all(self, messages: list[dict[str, Any]], tools: Any, label: list[int] | None) -> list[Any]:
         roles = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL}

@@ -77,6 +77,7 @@ def main() -> None:
     print_table(rows)
     seconds = time.monotonic() - started
     print(f"\nThe whole demo took {seconds:.0f} s. Its output is in demo_output/: loss.png, metrics.jsonl, the models.")
+    print("The command that did this is .venv/bin/erniekit: try `.venv/bin/erniekit help`.")
     missed = [row["model"] for row in rows if float(row["exact match after"].split()[0]) < args.require]
     if missed:
         sys.exit(f"demo: {', '.join(missed)} stayed below {args.require:.0f} % exact match")

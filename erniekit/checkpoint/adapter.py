@@ -34,7 +34,7 @@ def fingerprint(model_dir: str | Path) -> str:
     -Paddle) and copies in fp32 or bf16 have the same.
     """
     reader = Reader(model_dir, u16_is_bf16=True)
-    pattern = re.compile(r"(model|ernie)\.layers\.(\d+)\.self_attn\.o_proj\.weight")
+    pattern = re.compile(r"(model|ernie)\.layers\.([0-9]{1,6})\.self_attn\.o_proj\.weight")
     found = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
     state = hashlib.blake2b(digest_size=8)
     for _, name in found[:1] + found[-1:]:

@@ -2,19 +2,18 @@
 does not fit the model is refused with the difference.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from erniekit.checkpoint.adapter import PREFIX, fingerprint, is_parameter, part_sizes
-from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
+from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter_config
+from erniekit.checkpoint.folder import ADAPTER_FILE
 from erniekit.checkpoint.safetensors import Reader
-from erniekit.hub import resolve_model
+from erniekit.hub import local_path, resolve_model
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import own_name
 from erniekit.lora.targets import SAVEABLE, hf_name, is_stacked
@@ -23,23 +22,8 @@ from erniekit.models.weights import logical_tensors
 from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
-_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<half>gate|up|down)_proj")
+_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
 _SHOWN = 6
-# PEFT's options that change what the factors mean, with the values under which they mean what they do here.
-_ONLY = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-}
-_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also change the base's weights
 
 
 @dataclass
@@ -62,100 +46,89 @@ def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Pa
     with what differs.
     """
     path = Path(directory)
-    content = read_config(path)
+    content = read_adapter_config(path)
     reader = Reader(path / ADAPTER_FILE)
     made_for = reader.metadata.get("base_fingerprint")
-    base = content.get("base_model_name_or_path")
     if made_for and model_dir is not None and made_for != fingerprint(model_dir):
         raise CheckpointError(
-            f"{path} is an adapter for another base: it was trained on {base} (fingerprint {made_for}), {model_dir} "
-            f"has other weights (fingerprint {fingerprint(model_dir)}). Set model_name_or_path to the model it was "
-            "trained on."
+            f"{path} is an adapter for another base: it was trained on {content.base} (fingerprint {made_for}), "
+            f"{model_dir} has other weights (fingerprint {fingerprint(model_dir)}). Set model_name_or_path to the "
+            "model it was trained on."
         )
     return _Reading(path, content, reader, config).result()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, refused where it says what is not known here."""
-    if not is_adapter(path):
-        raise CheckpointError(f"{path} holds no adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE} are needed.")
-    try:
-        content = json.loads((path / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-        assert isinstance(content, dict)
-    except (OSError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} cannot be read: {error}") from None
-    if content.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {content.get('peft_type')!r}: only LORA adapters can be applied.")
-    for name, allowed in _ONLY.items():
-        if name in content and content[name] not in allowed:
-            raise CheckpointError(f"{path}: {name}: {content[name]!r}: this kind of adapter is not known here.")
-    start = str(content.get("init_lora_weights"))
-    if start.lower().startswith(_BASE_CHANGED):
-        raise CheckpointError(
-            f"{path}: init_lora_weights: {start}: such adapters belong to a base with changed weights. Convert it to a "
-            "plain one with PEFT first (path_initial_model_for_weight_conversion)."
-        )
-    return content
-
-
 def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
-    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or what the adapter itself
-    says. Raises CheckpointError if neither is there.
+    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or the local directory that
+    the adapter itself names. Raises CheckpointError if neither is there: a file does not decide what is asked of a Hub.
     """
-    base = named or read_config(Path(directory)).get("base_model_name_or_path")
+    if named:
+        return resolve_model(named, hub)
+    base = read_adapter_config(Path(directory)).base
     if not base:
         raise CheckpointError(
             f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
         )
-    return resolve_model(base, hub)
+    path = local_path(base)
+    if path is None:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is no directory here. Set "
+            "model_name_or_path to a copy of that model, or to its name on a Hub to have it downloaded."
+        )
+    return path
 
 
 class _Reading:
     """Reads one adapter: finds each tensor's place, then checks that all are there and fit."""
 
-    def __init__(self, path: Path, content: dict[str, Any], reader: Reader, config: ModelConfig) -> None:
+    def __init__(self, path: Path, content: AdapterConfig, reader: Reader, config: ModelConfig) -> None:
         self.path, self.content, self.reader, self.config = path, content, reader, config
         self.sizes = part_sizes(config)
         self.by_hf = {hf_name(*key): key for key in self.sizes}
+        self.logicals = {logical.pt[0].name: logical for logical in logical_tensors(config)}
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         self.factors: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         self.stacked: dict[str, dict[str, np.ndarray]] = {}  # by PEFT's module name
+        self.experts: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}  # by prefix and half, then number
         self.scales: dict[tuple[str, str], float] = {}
         self.tensors: dict[str, np.ndarray] = {}
         self.saved: list[str] = []
 
     def result(self) -> StoredAdapter:
-        experts: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
         for name in self.reader.keys():  # noqa: SIM118 - a Reader is not iterable
             bare = name.removeprefix(PREFIX)
             match = _TENSOR.fullmatch(bare)
             if match is None:
                 self._take_saved(name, bare)
-                continue
-            kind = "magnitude" if match["kind"] == "magnitude_vector" else match["kind"]
-            array = self.reader.read(name, as_fp32=True)
-            expert = _EXPERT.fullmatch(match["module"])
-            if expert:
-                of_half = experts.setdefault((expert["prefix"], expert["half"]), {})
-                of_half.setdefault(int(expert["expert"]), {})[kind] = array
             else:
-                self._take(name, match["module"], kind, array)
+                self._read_factor(name, match["module"], match["kind"].removesuffix("_vector"))
         self._take_stacked()
-        self._stack(experts)
+        self._stack()
         slots: dict[str, dict[str, Slot]] = {}
         for key in [key for key in self.sizes if key in self.factors]:
             self._place(key, slots)
-        self._complain([hf_name(*key) for key in self._targeted() if key not in self.factors])
+        self._complain([*(hf_name(*key) for key in self._targeted() if key not in self.factors), *self._not_saved()])
         return StoredAdapter(self.path, self._options(), slots, tuple(self.saved), self.tensors)
 
-    def _take(self, name: str, module: str, kind: str, array: np.ndarray) -> None:
-        if module.removesuffix(".base_layer").endswith(".mlp.experts"):
-            self.stacked.setdefault(module, {})[kind] = array
-        elif module in self.by_hf:
-            self.factors.setdefault(self.by_hf[module], {})[kind] = array
-        else:
+    def _read_factor(self, name: str, module: str, kind: str) -> None:
+        shape, found = self.reader.info(name).shape, self._factors_of(module)
+        if found is None or kind in found:  # not in this model, or there twice under two spellings
             self.unexpected.append(name)
+        elif not all(shape) or len(shape) > 2 or (kind != "magnitude" and len(shape) != 2):
+            self.misshapen.append(f"{name} {list(shape)}")
+        else:
+            found[kind] = self.reader.read(name, as_fp32=True)
+
+    def _factors_of(self, module: str) -> dict[str, np.ndarray] | None:
+        """What was found so far of one adapter, by PEFT's name of its module; None for a module that is not here."""
+        expert = _EXPERT.fullmatch(module)
+        if expert:
+            of_half = self.experts.setdefault((expert["prefix"], expert["half"]), {})
+            return of_half.setdefault(int(expert["expert"]), {})
+        if module.removesuffix(".base_layer").endswith(".mlp.experts"):
+            return self.stacked.setdefault(module, {})
+        return self.factors.setdefault(self.by_hf[module], {}) if module in self.by_hf else None
 
     def _take_stacked(self) -> None:
         """PEFT's names do not say which of the two stacked parameters an adapter belongs to: its sizes do."""
@@ -176,7 +149,7 @@ class _Reading:
 
     def _take_saved(self, name: str, bare: str) -> None:
         bare = bare.replace(".modules_to_save.default", "")
-        logical = next((one for one in logical_tensors(self.config) if one.pt[0].name == bare), None)
+        logical = self.logicals.get(bare)
         if bare == "lm_head.weight" and self.config.tie_word_embeddings:
             self._check_tied_head(name)
         elif logical is None or bare.split(".")[-2] not in SAVEABLE:
@@ -189,27 +162,35 @@ class _Reading:
             if logical.param == "model.embed_tokens.weight" and self.config.tie_word_embeddings:
                 self._require_tied()
 
+    def _not_saved(self) -> Iterator[str]:
+        """Modules that should be in the file as a whole (modules_to_save) and are not."""
+        inside = [name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in self.reader.keys()]  # noqa: SIM118
+        for name in self.content.saved:
+            wanted = [piece.rpartition(".")[0] for piece in self.logicals if ends(piece.rpartition(".")[0], (name,))]
+            if wanted and not any(f"{module}.weight" in inside for module in wanted):
+                yield f"{name} (modules_to_save)"
+
     def _check_tied_head(self, name: str) -> None:
         embeddings = name.replace("lm_head", "model.embed_tokens")
         if embeddings not in self.reader or not np.array_equal(self.reader.read(name), self.reader.read(embeddings)):
             raise CheckpointError(f"{self.path} has a head of its own, but this model's head is its embeddings.")
 
     def _require_tied(self) -> None:
-        if not self.content.get("ensure_weight_tying"):
+        if not self.content.ties_weights:
             raise CheckpointError(
                 f"{self.path} trained the embeddings (modules_to_save) apart from the head, which in this model is the "
                 "same matrix. PEFT keeps them together with ensure_weight_tying: true."
             )
 
-    def _stack(self, experts: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]]) -> None:
+    def _stack(self) -> None:
         """Older files have a module an expert: gate and up side by side become one adapter of the stacked projection,
         on a block diagonal.
         """
-        for prefix in dict.fromkeys(prefix for prefix, _ in experts):
+        for prefix in dict.fromkeys(prefix for prefix, _ in self.experts):
             for leaf, halves in (("up_gate_proj", ("gate", "up")), ("down_proj", ("down",))):
-                found = {half: experts[prefix, half] for half in halves if (prefix, half) in experts}
-                numbers = list(range(self.sizes.get((f"{prefix}.{leaf}", ""), (0,))[0]))
-                if found and len(found) == len(halves) and all(sorted(one) == numbers for one in found.values()):
+                found = {half: self.experts[prefix, half] for half in halves if (prefix, half) in self.experts}
+                num_experts = self.sizes.get((f"{prefix}.{leaf}", ""), (0,))[0]
+                if len(found) == len(halves) and _fit_together(list(found.values()), num_experts):
                     self._stack_one(prefix, leaf, found)
                 elif found:
                     numbers = sorted(number for one in found.values() for number in one)
@@ -217,7 +198,7 @@ class _Reading:
 
     def _stack_one(self, prefix: str, leaf: str, found: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
         numbers = range(len(next(iter(found.values()))))
-        scales = [self._scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in found.items()]
+        scales = [self.content.scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in found.items()]
         a = np.stack([np.concatenate([one[e]["A"] for one in found.values()]) for e in numbers])
         parts = list(zip(found.values(), scales, strict=True))
         b = np.stack([_block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in parts]) for e in numbers])
@@ -225,31 +206,24 @@ class _Reading:
         self.scales[key] = scales[0]
         self.factors[key] = {"A": a.reshape(-1, a.shape[2]), "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}
 
-    def _scaling(self, name: str, rank: int) -> float:
-        alpha = self.content.get("lora_alpha", 8)
-        for pattern, value in (self.content.get("alpha_pattern") or {}).items():
-            if any(re.match(rf"(.*\.)?({pattern})$", form) for form in (name, f"{name}.weight")):
-                alpha = value
-                break
-        return float(alpha) / (rank**0.5 if self.content.get("use_rslora") else rank)
-
     def _place(self, key: tuple[str, str], slots: dict[str, dict[str, Slot]]) -> None:
         """Check one adapter's shapes and bring it into our layout."""
         module, part = key
         experts, num_in, num_out = self.sizes[key]
         factors = self.factors[key]
         a, b, magnitude = factors.get("A"), factors.get("B"), factors.get("magnitude")
-        if a is None or b is None or (magnitude is None) == bool(self.content.get("use_dora")):
+        if a is None or b is None or (magnitude is None) == self.content.dora:
             self.misshapen.append(f"{hf_name(*key)}: has only {', '.join(sorted(factors))}")
             return
         rank = a.shape[0] // experts
-        if a.shape != (rank * experts, num_in) or b.shape != (num_out, rank * experts):
+        width = num_out if magnitude is None else magnitude.size
+        if not rank or a.shape != (rank * experts, num_in) or b.shape != (width, rank * experts) or width != num_out:
             self.misshapen.append(
                 f"{hf_name(*key)}: A {list(a.shape)}, B {list(b.shape)}; here {num_in} in, {num_out} out"
                 + (f", {experts} experts" if experts > 1 else "")
             )
             return
-        scaling = self.scales.get(key) or self._scaling(hf_name(*key), rank)
+        scaling = self.scales.get(key) or self.content.scaling(hf_name(*key), rank)
         slots.setdefault(module, {})[part] = Slot(rank, scaling)
         name = f"{module}.adapter."
         if is_stacked(module):
@@ -267,29 +241,22 @@ class _Reading:
 
     def _targeted(self) -> Iterator[tuple[str, str]]:
         """What PEFT would adapt in this model, as far as the configuration says it plainly."""
-        content = self.content
-        if content.get("layers_to_transform") is not None or content.get("exclude_modules"):
+        modules, parameters = self.content.targets, self.content.target_parameters
+        if modules is None and not parameters:
             return
-        modules, parameters = content.get("target_modules") or [], content.get("target_parameters") or []
         for key, (experts, *_) in self.sizes.items():
             name = hf_name(*key)
-            if isinstance(modules, str):
-                hit = modules != "all-linear" and re.fullmatch(modules, name) is not None
+            if isinstance(modules, re.Pattern):
+                hit = modules.fullmatch(name) is not None
             else:
                 # In a mixture of experts PEFT may mean the stacked experts alone by a feed-forward name.
-                hit = not is_parameter(key[0], self.config) and _ends(name, modules)
-            if hit or _ends(name if experts > 1 else f"{name}.weight", parameters):
+                hit = not is_parameter(key[0], self.config) and ends(name, modules or ())
+            if hit or ends(name if experts > 1 else f"{name}.weight", parameters):
                 yield key
 
     def _options(self) -> LoraOptions:
         content = self.content
-        return LoraOptions(
-            rank=int(content.get("r", 8)),
-            alpha=float(content.get("lora_alpha", 8)),
-            dropout=float(content.get("lora_dropout") or 0.0),
-            rslora=bool(content.get("use_rslora")),
-            dora=bool(content.get("use_dora")),
-        )
+        return LoraOptions(content.rank, content.alpha, content.dropout, content.rslora, content.dora)
 
     def _complain(self, missing: list[str]) -> None:
         lines = []
@@ -302,7 +269,7 @@ class _Reading:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 lines.append(f"  {len(names)} {what}: {'; '.join(names[:_SHOWN])}{more}")
         if lines or not self.factors:
-            base = self.content.get("base_model_name_or_path")
+            base = self.content.base
             lines = lines or ["  it has no factors at all"]
             raise CheckpointError(
                 "\n".join(
@@ -315,8 +282,17 @@ class _Reading:
             )
 
 
-def _ends(name: str, targets: Iterable[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _fit_together(halves: list[dict[int, dict[str, np.ndarray]]], num_experts: int) -> bool:
+    """Whether every half has all experts, with factors A and B of one rank and of the same shapes."""
+    inputs = set()
+    for experts in halves:
+        shapes = {tuple((kind, found[kind].shape) for kind in sorted(found)) for found in experts.values()}
+        if sorted(experts) != list(range(num_experts)) or len(shapes) != 1 or set(experts[0]) != {"A", "B"}:
+            return False
+        inputs.add(experts[0]["A"].shape[1])
+        if experts[0]["A"].shape[0] != experts[0]["B"].shape[1]:
+            return False
+    return len(inputs) == 1
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,12 @@ def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
         write_json(generation, ids)
 
 
-def copy_companions(source: str | Path, target: str | Path, with_tokenizer: bool = True) -> list[str]:
+def copy_companions(
+    source: str | Path, target: str | Path, with_tokenizer: bool = True, names: Sequence[str] = COMPANIONS
+) -> list[str]:
     """Copy a model directory's tokenizer, chat template, generation settings and notices; returns the names copied."""
     copied = []
-    for name in COMPANIONS:
+    for name in names:
         file = Path(source) / name
         if file.is_file() and (with_tokenizer or name not in TOKENIZER_FILES):
             shutil.copyfile(file, Path(target) / name)

@@ -10,7 +10,8 @@ import paddle
 
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.adapter_io import attach_stored
-from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs
+from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs, write_json
+from erniekit.checkpoint.generation_config import read_generation_config
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
@@ -76,6 +77,8 @@ def load_model(
         log.info(f"{path}: {describe(model)}")
     if adapter is not None:
         attach_stored(model, adapter, path)
+    generation = read_generation_config(path, model.config)
+    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
     model.eval()
     return model
 
@@ -169,7 +172,7 @@ def save_model(
     portion.max_shard_size = max_shard_size
     with staged(path) as staging:
         portion.write(staging)
-        write_configs(staging, _config_of(model, header), format)
+        _write_configs(model, staging, header, format)
         if (Path(path) / GENERATION_CONFIG_FILE).exists():
             (staging / GENERATION_CONFIG_FILE).unlink()
 
@@ -211,13 +214,17 @@ def model_portion(
 
 def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:
     """config.json and generation_config.json beside the weights of `model`; `header`: the dtype of their files."""
-    write_configs(directory, _config_of(model, header), format)
+    _write_configs(model, directory, header, format)
+
+
+def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format: Format) -> None:
+    config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
+    write_configs(directory, config, format)
+    if model.end_ids != config.end_ids:  # those of the generation_config.json that it was loaded with
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.fill_id}
+        write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 
 def held_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
     """Parameters and persistent buffers by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _config_of(model: paddle.nn.Layer, header: str) -> ModelConfig:
-    return dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])

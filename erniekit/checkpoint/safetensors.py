@@ -1,8 +1,7 @@
 """Streaming reader and writer of safetensors files: one tensor at a time, by seek and read, never a whole shard.
 
-The format (huggingface/safetensors, "Format"): 8 bytes little-endian length of the header, the header as JSON
-`{name: {dtype, shape, data_offsets}}` with an optional `__metadata__` of strings, then the tensors, without gaps.
-A model that needs more than one file has `model.safetensors.index.json` with `{"weight_map": {name: file}}`.
+The format: see checkpoint.header. A model that needs more than one file has `model.safetensors.index.json` with
+`{"weight_map": {name: file}}`.
 """
 
 import errno
@@ -10,42 +9,26 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from erniekit.checkpoint.dtypes import STORAGE, num_bytes, to_fp32
+from erniekit.checkpoint.header import Entry, TensorInfo, read_header, read_index
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-_MAX_HEADER = 100_000_000  # the limit of the format's own library
 _HEADER_ALIGNMENT = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
 Plan = list[tuple[str, str, tuple[int, ...]]]
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of a tensor; `dtype` is the header's name (F32, BF16, ...)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    info: TensorInfo
-    start: int  # of the tensor's bytes in the file
-    size: int
 
 
 class Reader:
@@ -58,7 +41,7 @@ class Reader:
 
     def __init__(self, path: str | Path, u16_is_bf16: bool = False) -> None:
         self.path = Path(path)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._alias = {"U16": "BF16"} if u16_is_bf16 else {}
         self.metadata: dict[str, str] = {}  # the header's; of several files, the first one's
         if self.path.is_dir():
@@ -66,13 +49,13 @@ class Reader:
         elif not self.path.exists():
             raise CheckpointError(f"{self.path} does not exist. Check the path of the model.")
         else:
-            self._entries, self.metadata = _read_header(self.path)
+            self._entries, self.metadata = read_header(self.path)
 
     def _open_directory(self) -> None:
         index, single = self.path / INDEX_FILE, self.path / SINGLE_FILE
         if not index.is_file():
             if single.is_file():
-                self._entries, self.metadata = _read_header(single)
+                self._entries, self.metadata = read_header(single)
                 return
             shards = sorted(file.name for file in self.path.glob("model-*-of-*.safetensors"))
             if shards:
@@ -87,7 +70,7 @@ class Reader:
             raise CheckpointError(
                 f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}.{found} Check the path."
             )
-        weight_map = _read_index(index)
+        weight_map = read_index(index)
         if single.is_file() and set(weight_map.values()) != {SINGLE_FILE}:
             raise CheckpointError(
                 f"{self.path} holds both {SINGLE_FILE} and {INDEX_FILE} of other files; one of them is stale. "
@@ -96,7 +79,7 @@ class Reader:
         self._open_shards(index, weight_map)
 
     def _open_shards(self, index: Path, weight_map: Mapping[str, str]) -> None:
-        read = {name: _read_header(self.path / name) for name in sorted(set(weight_map.values()))}
+        read = {name: read_header(self.path / name) for name in sorted(set(weight_map.values()))}
         headers = {name: entries for name, (entries, _) in read.items()}
         self.metadata = next(metadata for _, metadata in read.values())
         absent = [f"{name} (in {file})" for name, file in weight_map.items() if name not in headers[file]]
@@ -148,7 +131,7 @@ class Reader:
         except CheckpointError as error:
             raise CheckpointError(f"{entry.file}: {name}: {error}") from None
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} holds no tensor {name}.")
         return self._entries[name]
@@ -171,79 +154,6 @@ def _read_exactly(file: Any, target: memoryview, path: Path) -> None:
         if not count:
             raise CheckpointError(f"{path} ended while it was read; it was changed or truncated. Copy the file again.")
         done += count
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        names = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not an index of weight shards ({error}). Copy the file again.") from error
-    for name, shard in names:
-        if not isinstance(shard, str) or os.sep in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: {name} is said to be in {shard!r}, which is not a file beside it.")
-    if not names:
-        raise CheckpointError(f"{file} lists no tensor. Copy the file again.")
-    return weight_map
-
-
-def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Entries and metadata of one file, or CheckpointError with the file, what is wrong, and what to do."""
-
-    def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {what}. The file is damaged or not a safetensors file: copy it again.")
-
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
-                raise bad(f"{size} bytes, too short for the header that it announces")
-            text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} not found. Copy the model again: a weight file is missing.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise bad(f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {name: _entry_of(path, name, value, 8 + length, bad) for name, value in header.items()}
-    end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
-        if entry.start != end:
-            raise bad(f"tensor {name} {'overlaps another' if entry.start < end else 'leaves a gap before it'}")
-        end += entry.size
-    if end != size:
-        state = "truncated" if end > size else "longer than its header says"
-        raise bad(f"{size} bytes where its header asks for {end}: {state}")
-    return entries, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return out
-
-
-def _entry_of(path: Path, name: str, value: Any, base: int, bad: Any) -> _Entry:
-    try:
-        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, start, stop)
-    except (TypeError, KeyError, ValueError):
-        raise bad(f"tensor {name}: its entry lacks dtype, shape or data_offsets") from None
-    if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in numbers):
-        raise bad(f"tensor {name}: shape {shape} and offsets {start}, {stop} are not natural numbers")
-    if dtype not in STORAGE:
-        raise CheckpointError(f"{path}: tensor {name} has type {dtype!r}, which is not supported.")
-    if stop - start != num_bytes(dtype, shape):
-        raise bad(f"tensor {name}: {stop - start} bytes for {dtype} of shape {list(shape)}")
-    return _Entry(path, TensorInfo(dtype, shape), base + start, stop - start)
 
 
 def parse_size(size: int | str) -> int:

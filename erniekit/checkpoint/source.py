@@ -89,7 +89,7 @@ class Source:
         stored = [name for name in self.reader.keys() if is_mtp(name)]  # noqa: SIM118 - a Reader is not iterable
         if stored and not asked:
             if keep:
-                return 1 + max(int(part) for name in stored for part in name.split(".") if part.isdecimal())
+                return 1 + max(_depth(name) for name in stored)
             count = len(stored)
             log.info(f"{self.path}: {count} multi-token-prediction tensors left out (num_nextn_predict_layers is 0)")
             self.left_out.update(stored)
@@ -126,6 +126,12 @@ class Source:
         elif unexpected == [HEAD]:
             advice = "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
+
+
+def _depth(name: str) -> int:
+    """The number in the name of a multi-token-prediction tensor; 0 where it has none that can be one."""
+    numbers = [part for part in name.split(".") if part.isascii() and part.isdigit() and len(part) <= 2]
+    return int(numbers[0]) if numbers else 0
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -3,6 +3,7 @@
 import sys
 
 from erniekit.cli.commands import COMMANDS
+from erniekit.config.paths import expand
 from erniekit.utils.errors import ConfigError
 
 FORMATS = ("pt", "paddle")
@@ -42,7 +43,11 @@ def parse(args: list[str]) -> tuple[str, str, str, float]:
         raise ConfigError(f"expected a source and a target directory, got {len(places)}\n{USAGE}")
     if options["format"] not in FORMATS:
         raise ConfigError(f"format={options['format']}: expected one of {', '.join(FORMATS)}\n{USAGE}")
-    return places[0], places[1], options["format"], _gigabytes(options["max_shard_size"])
+    try:
+        source, target = (expand(place) for place in places)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return source, target, options["format"], _gigabytes(options["max_shard_size"])
 
 
 def _gigabytes(text: str) -> float:

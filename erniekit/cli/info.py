@@ -1,18 +1,23 @@
-"""`erniekit help` and `erniekit version`: standard library only, to answer at once and where nothing else works."""
+"""`erniekit help` and `erniekit version`: without Paddle, to answer at once and where nothing else works."""
 
+import dataclasses
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import erniekit
 from erniekit.cli.commands import COMMANDS
 from erniekit.utils.errors import ConfigError
 
 USAGE = """\
-erniekit trains ERNIE 4.5 models on PaddlePaddle.
+erniekit trains ERNIE 4.5 models on PaddlePaddle. It is an independent project, not Baidu's official ERNIEKit.
+Nothing here has run on a GPU yet: its tests run on CPUs.
 
 usage: erniekit COMMAND CONFIG.yaml [key=value ...]
        erniekit COMMAND --key value [--key value ...]
 
 CONFIG is a YAML or JSON file with flat keys; key=value replaces one of them for this run.
+`erniekit help train` lists the keys. In a checkout, after `make demo`, the command is .venv/bin/erniekit.
 
 commands:
 {commands}"""
@@ -20,6 +25,16 @@ commands:
 CONFIGURED = """\
 erniekit {name} CONFIG.yaml [key=value ...]
        erniekit {name} --key value [--key value ...]"""
+
+
+# Command -> the groups of keys that it reads, and single keys of other groups.
+KEYS: dict[str, tuple[str, str]] = {
+    "train": ("data,model,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
+    "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
+    "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
+    "export": ("export", "model_name_or_path download_hub checkpoint output_dir lora_path compute_type"),
+    "split": ("export", "model_name_or_path download_hub checkpoint output_dir"),
+}
 
 
 def help(args: list[str]) -> int:
@@ -41,7 +56,28 @@ def usage(name: str | None = None) -> str:
         raise ConfigError(f"there is no command named {name!r}; `erniekit help` lists them")
     command = COMMANDS[name]
     syntax = command.syntax or CONFIGURED.format(name=name)
-    return f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
+    text = f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
+    return text + keys(name) if name in KEYS else text
+
+
+def keys(command: str) -> str:
+    """The keys that a command reads, by group, each with its default and its documentation."""
+    from erniekit.config import schema  # PyYAML comes with it, which the general usage does without
+
+    groups, single = KEYS[command]
+    lines = []
+    for group in groups.split(","):
+        lines += ["", f"{group}:", *(_key_lines(field) for field in dataclasses.fields(schema.GROUPS[group]))]
+    if single:
+        fields = schema.fields()
+        lines += ["", "others:", *(_key_lines(fields[name]) for name in single.split())]
+    return "\n".join(["", "", "keys, with their defaults:", *lines])
+
+
+def _key_lines(field: "dataclasses.Field[Any]") -> str:
+    default = "not given" if field.default is None else "''" if field.default == "" else field.default
+    text = f"{field.name} ({default}): {field.metadata['doc']}"
+    return textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def version(args: list[str]) -> int:

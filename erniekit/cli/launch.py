@@ -111,7 +111,7 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
         slots=slots,
         layouts=_layouts(cfg, degrees),
         limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
-        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs"),
+        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs").expanduser(),
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),

@@ -4,15 +4,14 @@ Only the standard library is imported here, and a sub-command's module only when
 `erniekit help` answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 70 a defect of erniekit itself; 130 interrupted; 141 nobody reads standard output any more.
+2 no such command; 70 a defect of erniekit itself; 130 interrupted; 141 nobody reads standard output or error any more.
 """
 
 import errno
-import os
 import sys
 
 from erniekit.cli.commands import ALIASES, COMMANDS
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, runtime, streams
 from erniekit.utils.errors import UserError
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
@@ -35,6 +34,9 @@ NOT_ALLOWED = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: `sys.argv` without the program's name) and return its exit code."""
+    if argv is None:
+        runtime.require_utf8()
+    streams.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
     try:
@@ -71,7 +73,7 @@ def _unknown(name: str) -> int:
 
 def _report(name: str, error: Exception) -> int:
     """Say what went wrong: one block for what the user can mend, a traceback for everything else."""
-    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
@@ -101,34 +103,20 @@ def _explain(name: str, error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    _flush_stdout()
+    streams.flush()
     if not heartbeat.fail(message):
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it; the exit code has to do
+            streams.silence(sys.stderr)
     return code
 
 
-def _flush_stdout() -> None:
-    """Bring out what was printed before the error; a reader that went away must not hide the error."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _stdout_is_closed()
-
-
-def _stdout_is_closed() -> bool:
-    """True if nobody reads standard output (`erniekit help | head -1`); it is then pointed at nothing.
-
-    Otherwise Python would complain about the same pipe once more at exit. A broken pipe elsewhere (a data worker
-    that died) is not this case and must not be silent.
+def _nobody_reads() -> bool:
+    """Whether it is our own output that was closed; it is then pointed at nothing, or Python would complain about it
+    once more at exit. A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
     """
-    import select
-
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except OSError:  # not a file: a notebook's, or a test's
-        return False
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    gone = [stream for stream in (sys.stdout, sys.stderr) if streams.is_gone(stream)]
+    for stream in gone:
+        streams.silence(stream)
+    return bool(gone)

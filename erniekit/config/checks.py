@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, SMOOTHED
+from erniekit.config.values import split_list
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
@@ -38,7 +39,7 @@ def _schedule(cfg: Config) -> Iterator[str]:
 
 def _datasets(cfg: Config) -> Iterator[str]:
     for split in ("train", "eval"):
-        paths, types, probs = (_parts(vars(cfg)[f"{split}_dataset_{part}"]) for part in ("path", "type", "prob"))
+        paths, types, probs = (split_list(vars(cfg)[f"{split}_dataset_{part}"]) for part in ("path", "type", "prob"))
         if paths and any(given and len(given) != len(paths) for given in (types, probs)):
             counts = f"{len(paths)} paths, {len(probs)} probs, {len(types)} types"
             yield f"{split}_dataset_path: The len of dataset path, prob, type are inconsistent: {counts}"
@@ -53,10 +54,6 @@ def _datasets(cfg: Config) -> Iterator[str]:
         elif shares and split == "train" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
             yield f"train_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
-
-
-def _parts(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _numbers(cfg: Config) -> Iterator[str]:
@@ -149,7 +146,7 @@ def _preference(cfg: Config) -> Iterator[str]:
     if cfg.offset_alpha:
         if cfg.loss_type != "sigmoid":
             yield f"offset_alpha: only for loss_type sigmoid, not {cfg.loss_type}"
-        types = {*_parts(cfg.train_dataset_type), *_parts(cfg.eval_dataset_type if cfg.do_eval else None)}
+        types = {*split_list(cfg.train_dataset_type), *split_list(cfg.eval_dataset_type if cfg.do_eval else None)}
         if types - {"erniekit"}:
             yield "offset_alpha: needs the scores (`sort`) that only data of type erniekit has"
     if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from erniekit.config.fields import to_bool, to_float
+from erniekit.config.values import Scalar, plain, to_bool, to_float
 
 RUN = ("train", "eval", "chat")
 EVERY = ("train", "eval", "chat", "export", "split")
@@ -105,16 +105,14 @@ _QUANTISATIONS = {
 
 def quantisation(value: Any) -> tuple[Any, int] | None:
     """How a base is quantised says more than the bf16 of its products: it decides over the key itself."""
-    if _plain(value) is None:
-        return None
     if not isinstance(value, str) or value not in _QUANTISATIONS:
-        raise ValueError(f"expected one of {', '.join(_QUANTISATIONS)}, got {value!r}")
+        raise ValueError(f"expected one of {', '.join(_QUANTISATIONS)}, got {plain(value)!r}")
     return _QUANTISATIONS[value], -1
 
 
 def unless_zero(value: Any) -> tuple[Any, int] | None:
-    """A coefficient whose 0 or null means off."""
-    return None if to_float(value or 0.0) == 0.0 else (value, 0)
+    """A coefficient whose 0 means off."""
+    return None if to_float(value) == 0.0 else (value, 0)
 
 
 def async_save(value: Any) -> tuple[Any, int] | None:
@@ -134,6 +132,11 @@ def _words(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else str(value or "").replace(",", " ").split()
 
 
+def every_module(value: Any) -> tuple[Any, int] | None:
+    """PEFT's all-linear and LLaMA-Factory's all are what is adapted when no names are given."""
+    return None if str(value).strip().lower() in ("all", "all-linear") else (value, 0)
+
+
 def truncation(value: Any) -> tuple[Any, int]:
     """PaddleFormers' truncation_strategy: delete is our drop."""
     return ("drop" if str(value).lower() == "delete" else value), 0
@@ -141,8 +144,8 @@ def truncation(value: Any) -> tuple[Any, int]:
 
 def _plain(value: Any) -> Any:
     """Text that stands for nothing, a switch or a number, as that; all else as it is."""
-    if isinstance(value, str):
-        text = value.strip().lower()
+    if isinstance(value, str | Scalar):
+        text = str(value).strip().lower()
         if text in ("", "none", "null"):
             return None
         try:

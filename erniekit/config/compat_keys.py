@@ -13,7 +13,7 @@ _ALIASES: dict[str, Alias] = {
     "lora": Alias("fine_tuning", compat.lora_flag),
     "use_lora": Alias("fine_tuning", compat.lora_flag),
     "lora_r": Alias("lora_rank"),
-    "lora_target": Alias("lora_target_modules"),
+    "lora_target": Alias("lora_target_modules", compat.every_module),
     "use_rslora": Alias("rslora"),
     "multi_token_pred_depth": Alias("num_nextn_predict_layers"),
     "per_device_train_batch_size": Alias("batch_size", compat.weak),

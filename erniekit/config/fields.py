@@ -1,15 +1,15 @@
 """How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
 
 import dataclasses
-import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_TRUE = {"true", "yes", "on", "y", "1"}
-_FALSE = {"false", "no", "off", "n", "0"}
-_NULL = {"none", "null", "~", ""}
+from erniekit.config.paths import PathKind, expand
+from erniekit.config.values import Scalar, join_list, shown, to_bool, to_float, to_int
+
+_NULL = {"none", "null", ""}
 
 
 def key(
@@ -23,12 +23,17 @@ def key(
     lt: float | None = None,
     off: float | None = None,
     many: bool = False,
+    path: PathKind = "",
+    words: Mapping[str, str] | None = None,
 ) -> Any:
     """One key of the configuration: its default, its one-line documentation and the values it takes.
 
     choices: the words allowed (upper and lower case are the same). ge, gt, le, lt: bounds of a number.
     off: one number outside the bounds that is allowed all the same, because it switches the key off (ERNIEKit's -1).
-    many: a text key that also takes a list or a number, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2").
+    many: a text key that also takes a list, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2") as join_list
+    does it.
+    path: the key is a path, or paths (see config.paths). words: other words for a value ({"true": "auto"}), in small
+    letters.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -37,20 +42,31 @@ def key(
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "off": off,
         "many": many,
+        "path": path,
+        "words": dict(words or {}),
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """`value` as the field's type.
-
-    Raises ValueError whose text goes on after "key: " ("expected an integer, got 'abc'").
+def is_null(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Whether a value says that the key is not given: null, nothing, or the word None or null where that word is not a
+    value of the key itself.
     """
-    kind, optional = _kind(field.type)
-    if optional and (value is None or (isinstance(value, str) and value.strip().lower() in _NULL)):
-        return None
     if value is None:
-        raise ValueError(f"expected {_NAMES[kind]}, got nothing (null)")
+        return True
+    if not isinstance(value, str) or value.strip().lower() not in _NULL:
+        return False
+    kind, optional = _kind(field.type)
+    own = (*field.metadata["choices"], *field.metadata["words"])
+    return optional or kind is not str or not (own and value.strip().lower() in own)
+
+
+def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """`value`, which is not null, as the field's type.
+
+    Raises ValueError whose text follows "key: " ("expected an integer, got 'abc'").
+    """
+    kind, _ = _kind(field.type)
     if kind is bool:
         return to_bool(value)
     if kind is int:
@@ -60,72 +76,43 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     return _text(field, value)
 
 
-def to_bool(value: Any) -> bool:
-    """True, 1, "True", "yes", "on" and their opposites; anything else raises ValueError."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
-        return value.strip().lower() in _TRUE
-    raise ValueError(f"expected True or False, got {value!r}")
-
-
-def to_int(value: Any) -> int:
-    """An integer, also from "10" and from a float without fraction (1e5); anything else raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    try:
-        number = to_float(value)
-    except ValueError:
-        number = math.nan
-    if number != number or number != int(number):
-        raise ValueError(f"expected an integer, got {value!r}")
-    return int(number)
-
-
-def to_float(value: Any) -> float:
-    """A finite number, also from "1e-5" (which YAML 1.1 reads as text); anything else raises ValueError."""
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    raise ValueError(f"expected a number, got {value!r}")
-
-
 def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
-    choices = field.metadata["choices"]
-    if isinstance(value, bool) and "no" in choices and not value:
-        return "no"  # YAML 1.1 reads the bare word no as false
-    if field.metadata["many"]:
-        if isinstance(value, list | tuple):
-            return ",".join(_scalar(item) for item in value)
-        value = _scalar(value)
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"expected text, got {value!r}")
-    text = str(value)
-    if not choices:
-        return text
+    words, path = field.metadata["words"], field.metadata["path"]
+    if isinstance(value, bool) and str(value).lower() in words:  # from JSON or Python
+        value = str(value)
+    text = _joined(value) if field.metadata["many"] else _scalar(_only(value), "text")
+    text = words.get(text.lower(), text)
+    return _chosen(field.metadata["choices"], expand(text, path) if path else text)
+
+
+def _chosen(choices: Sequence[str], text: str) -> str:
     for choice in choices:
         if text.lower() == choice.lower():
-            return str(choice)
-    raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+            return choice
+    if not choices:
+        return text
+    named = ", ".join(choice or "'' (nothing)" for choice in choices)
+    raise ValueError(f"expected one of {named}, got {shown(text)}")
 
 
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"expected text or a flat list, got {value!r}")
-    return str(value)
+def _only(value: Any) -> Any:
+    """The item of a list of one (ERNIEKit's report_to is a list)."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def _joined(value: Any) -> str:
+    if not isinstance(value, list | tuple):
+        return _scalar(value, "text or a flat list")
+    return join_list([_scalar(item, "text or a flat list") for item in value])
+
+
+def _scalar(value: Any, wanted: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Scalar):
+        raise ValueError(f"expected {wanted}, got {shown(value)}")
+    text = str(value)
+    if "\0" in text:
+        raise ValueError("expected text without NUL characters")
+    return text
 
 
 def _within(field: "dataclasses.Field[Any]", number: Any) -> Any:
@@ -143,9 +130,6 @@ def _within(field: "dataclasses.Field[Any]", number: Any) -> Any:
     wanted = " and ".join(f"{tests[name][1]} {bound:g}" for name, bound in bounds.items())
     also = f" (or {off:g})" if off is not None else ""
     raise ValueError(f"must be {wanted}{also}, got {number!r}")
-
-
-_NAMES: dict[type, str] = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:

@@ -1,14 +1,14 @@
 """From a file and overrides to one checked, frozen Config."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from erniekit.config import checks, compat, read, schema, support
+from erniekit.config import checks, compat, peft_keys, read, references, schema, support, synonyms
 from erniekit.config.compat_keys import RULES
-from erniekit.config.fields import coerce
+from erniekit.config.fields import coerce, is_null
 from erniekit.config.schema import Config
+from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def load(
         raise ConfigError("Missing configuration files. Give a YAML or JSON file, or --key value.")
     layers = [read.read_file(path, is_known) if path is not None else [], read.read_overrides(overrides, is_known)]
     state = _State(allow_extra=allow_extra)
-    for entries in layers:
+    for entries in references.resolve(layers):
         state.add_layer(entries)
     state.raise_problems(path)
     return _finish(state, path, command)
@@ -40,6 +40,7 @@ def is_known(name: str) -> bool:
 
 
 _FIELDS = schema.fields()
+_MOST_PROBLEMS = 50  # that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +64,42 @@ class _State:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
-        """Add the entries of one file or one command line; within it a key may not contradict itself."""
+        """Add the entries of one file or one command line; within it a key may not contradict itself. A key that is
+        null here is as if no layer before had given it.
+        """
         given: dict[str, _Given] = {}
         extras: dict[str, _Given] = {}
+        nulls: set[str] = set()
         for entry in entries:
-            rule = RULES.get(entry.name)
+            rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
+            name = rule.to if isinstance(rule, compat.Alias) else entry.name
             if entry.name not in _FIELDS and rule is None:
                 self._unknown(entry)
-            elif entry.name in _FIELDS:
+            elif name in _FIELDS and is_null(_FIELDS[name], entry.value):
+                nulls.add(name)
+            elif entry.name in _FIELDS and rule is None:
                 self._put(given, entry.name, entry, entry.value, 0)
             elif isinstance(rule, compat.Alias):
                 self._alias(given, rule, entry)
+            elif isinstance(rule, peft_keys.Fixed):
+                self._fixed(rule, entry)
             else:
-                self._keep(extras, entry.name, _Given(entry.value, _said(entry), entry.place))
+                self._keep(extras, entry.name, _Given(plain(entry.value), _said(entry), entry.place))
+        for name in nulls - given.keys():
+            self.given.pop(name, None)
+        for name in given.keys() & self.given.keys():
+            self._note_overruled(self.given[name], given[name])
         self.given |= given
         self.extras |= extras
+
+    def _note_overruled(self, old: _Given, new: _Given) -> None:
+        """Overrides replace a file's values without a word, unless the key has another name there."""
+        if old.value != new.value and old.said.partition(":")[0] != new.said.partition(":")[0]:
+            self.notes.append(f"{old.said} ({old.place}): no effect: {new.said} ({new.place}) decides")
+
+    def _fixed(self, rule: "peft_keys.Fixed", entry: read.Entry) -> None:
+        if rule.asks(entry.value):
+            self.problems.append(f"{entry.name}: {shortened(str(plain(entry.value)))}: {rule.why} ({entry.place})")
 
     def _alias(self, given: dict[str, _Given], rule: compat.Alias, entry: read.Entry) -> None:
         try:
@@ -118,21 +140,23 @@ class _State:
                 f"{entry.name}: no effect: an unknown key, let through as ALLOW_EXTRA_ARGS asks ({entry.place})"
             )
             return
-        near = difflib.get_close_matches(entry.name, [*_FIELDS, *RULES], n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        self.problems.append(f"{entry.name}: unknown key{hint} ({entry.place})")
+        # To compare names takes a millisecond, and nobody reads the fiftieth hint.
+        hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MOST_PROBLEMS else ""
+        self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError with every problem found so far."""
         if len(self.problems) == 1:
             raise ConfigError(self.problems[0])
         if self.problems:
-            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            lines = "".join(f"\n  {problem}" for problem in self.problems[:_MOST_PROBLEMS])
+            if len(self.problems) > _MOST_PROBLEMS:
+                lines += f"\n  and {len(self.problems) - _MOST_PROBLEMS} more"
             raise ConfigError(f"{path or 'the command line'}: {len(self.problems)} problems:{lines}")
 
 
 def _said(entry: read.Entry) -> str:
-    return f"{entry.name}: {entry.value}"
+    return shortened(f"{entry.name}: {plain(entry.value)}")
 
 
 def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:

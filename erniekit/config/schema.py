@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from erniekit.config import references
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
@@ -76,4 +77,15 @@ def fields() -> dict[str, "dataclasses.Field[Any]"]:
 
 
 def _yaml_line(name: str, value: Any) -> str:
-    return yaml.safe_dump({name: value}, allow_unicode=True, sort_keys=False, width=10**6).rstrip("\n")
+    written = {name: _escaped(value)}
+    # PyYAML does not escape these three line breaks by itself, and reads them back as a space.
+    readable = not any(character in str(value) for character in "\x85\u2028\u2029")
+    return yaml.safe_dump(written, allow_unicode=readable, sort_keys=False, width=10**6).rstrip("\n")
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return references.escape(value)
+    if isinstance(value, dict):
+        return {name: _escaped(inner) for name, inner in value.items()}
+    return [_escaped(inner) for inner in value] if isinstance(value, list) else value

@@ -12,12 +12,16 @@ class DataArgs:
     train_dataset_type: str | None = key(
         None, "Format of each training source, comma-separated: erniekit (when not given), messages...", many=True
     )
-    train_dataset_path: str | None = key(None, "Training sources, comma-separated: files or directories.", many=True)
+    train_dataset_path: str | None = key(
+        None, "Training sources, comma-separated: files or directories.", many=True, path="commas"
+    )
     train_dataset_prob: str | None = key(
         None, "Share of each training source, comma-separated, summing to 1; not given: equal shares.", many=True
     )
     eval_dataset_type: str | None = key(None, "Format of each evaluation source, as train_dataset_type.", many=True)
-    eval_dataset_path: str | None = key(None, "Evaluation sources, comma-separated: files or directories.", many=True)
+    eval_dataset_path: str | None = key(
+        None, "Evaluation sources, comma-separated: files or directories.", many=True, path="commas"
+    )
     eval_dataset_prob: str | None = key(None, "Taken, but unused: evaluation reads every source once.", many=True)
     dataset_type: str = key(
         "iterable",
@@ -27,6 +31,7 @@ class DataArgs:
     input_dir: str | None = key(
         None,
         'Token files (.bin and .idx) of dataset_type: pretrain: "weight prefix weight prefix ...", or prefixes alone.',
+        path="words",
     )
     split: str = key(
         "998,1,1",
@@ -69,5 +74,7 @@ class DataArgs:
     )
     prefetch_factor: int = key(2, "Steps of batches prepared ahead of the trainer.", ge=1)
     chat_template: str | None = key(
-        None, "Name of a built-in template; not given: the model's own chat_template.jinja, else by the model's kind."
+        None,
+        "A built-in template's name or a .jinja file; not given: the model's own, else text; saved with the weights.",
+        path="one",
     )

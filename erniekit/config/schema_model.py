@@ -9,7 +9,9 @@ from erniekit.config.fields import key
 class ModelArgs:
     """Which model, what is done with it, and in which precision."""
 
-    model_name_or_path: str | None = key(None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.")
+    model_name_or_path: str | None = key(
+        None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path="one"
+    )
     download_hub: str | None = key(
         None,
         "Where a Hub name is downloaded from: huggingface (also when not given), modelscope or aistudio.",

@@ -48,4 +48,5 @@ class PreferenceArgs:
         None,
         "stage DPO: a file for the reference's log-probabilities: computed once, before training, and read by later "
         "runs on the same model and data; the reference then needs no memory.",
+        path="one",
     )

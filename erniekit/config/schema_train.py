@@ -20,6 +20,7 @@ class TrainArgs:
         "no",
         "Evaluate while training: no, every eval_steps (steps), or after each epoch (epoch).",
         choices=("no", "steps", "epoch"),
+        words={"false": "no"},
     )
     eval_steps: int | None = key(None, "Steps from one evaluation to the next; not given: logging_steps.", ge=1)
     max_evaluate_steps: int = key(-1, "Batches an evaluation takes at most; -1: all.", ge=1, off=-1)
@@ -27,6 +28,7 @@ class TrainArgs:
         "steps",
         "Write checkpoints: no, every save_steps (steps), or after each epoch (epoch).",
         choices=("no", "steps", "epoch"),
+        words={"false": "no"},
     )
     save_steps: int = key(500, "Steps from one checkpoint to the next.", ge=1)
     save_total_limit: int | None = key(None, "Checkpoints kept: the newest, and the best one; null: all.", ge=1)
@@ -41,13 +43,13 @@ class TrainArgs:
         None, "Stop after so many evaluations without a new best; null: never.", ge=1
     )
     logging_steps: int = key(1, "Steps from one log line to the next (ERNIEKit: 500, silent in short runs).", ge=1)
-    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.")
+    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path="one")
     report_to: str = key(
         "none",
         "Also log to visualdl or tensorboard; metrics.jsonl and loss.png are always written.",
         choices=("none", "visualdl", "tensorboard"),
     )
-    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.")
+    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path="one")
     overwrite_output_dir: bool = key(
         False, "Start anew although output_dir holds a run: its checkpoints and metrics are removed."
     )
@@ -55,6 +57,9 @@ class TrainArgs:
     resume_from_checkpoint: str = key(
         "auto",
         "auto: the newest whole checkpoint in output_dir, if any; none: never resume; or a checkpoint directory.",
+        path="one",
+        words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
+        | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
     ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: new optimizer state and schedule.")
     ignore_save_lr_and_optim: bool = key(

@@ -32,9 +32,11 @@ class EvalArgs:
     predict_with_generate: bool = key(
         False, "`eval` also answers the last question of each sample and scores the answers."
     )
-    eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.")
+    eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path="one")
     checkpoint: str | None = key(
-        None, "The model directory that eval, export, split and chat take; not given: the newest in output_dir."
+        None,
+        "The model directory that eval, export, split and chat take; not given: the newest in output_dir.",
+        path="one",
     )
 
 

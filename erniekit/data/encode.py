@@ -6,27 +6,34 @@ from typing import Any, Protocol
 import numpy as np
 
 from erniekit.data.batch import IGNORE, Document
-from erniekit.data.files import Raw, load_record
+from erniekit.data.data_file import Raw
+from erniekit.data.faults import BadLine, reading
+from erniekit.data.files import load_record
 from erniekit.data.formats import parse_record
-from erniekit.data.preference import cut_document, join_pair, one_answer
+from erniekit.data.preference import answers_are_equal, cut_document, join_pair, one_answer
 from erniekit.data.record import Sample
 from erniekit.utils.errors import DataError, UserError
 
 
 class Tokenizer(Protocol):
-    """What this layer asks of a tokenizer."""
+    """What this layer asks of a tokenizer. `fingerprint`: equal for tokenizers that give equal ids."""
 
     eos_id: int
     pad_id: int
     vocab_size: int
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_plain(self, text: str) -> list[int]: ...
 
 
 class Template(Protocol):
     """What this layer asks of a chat template (data.template.Template): the training sequences of a conversation as
-    segments, and a sequence's ids and shifted labels.
+    segments, and a sequence's ids and shifted labels. `source` is its text.
     """
+
+    source: str
 
     def encode_all(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, label: list[int] | None
@@ -74,20 +81,26 @@ class Encoder:
         on_bad_line: str = "error",
         max_prompt_len: int | None = None,
     ):
-        self._tokenizer, self._template, self._max_prompt_len = tokenizer, template, max_prompt_len
+        self.template = template
+        self._tokenizer, self._max_prompt_len = tokenizer, max_prompt_len
         self._max_seq_len, self._truncation, self._skip_bad = max_seq_len, truncation, on_bad_line == "skip"
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
-        """Encode one record of a file; DataError "file:line: ..." if it is wrong."""
-        sample = parse_record(load_record(raw, where), type_name, where)
-        if sample.kind == "text":
-            return self._text(sample.text, where)
+        """Encode one record of a file; DataError "file:line: ..." if it is wrong, or a dropped record where such lines
+        are skipped.
+        """
         try:
-            return self._chat(sample, where)
+            with reading(where):
+                sample = parse_record(load_record(raw, where), type_name, where)
+                return self._text(sample.text, where) if sample.kind == "text" else self._chat(sample, where)
         except _Refused as error:
             if not self._skip_bad:
                 raise DataError(f"{where}: {error}") from error
             return Encoded(where, dropped=str(error))
+        except BadLine as error:
+            if not self._skip_bad:
+                raise
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
 
     def _text(self, text: str, where: str) -> Encoded:
         tokens = np.array([*self._tokenizer.encode_plain(text), self._tokenizer.eos_id], np.int32)
@@ -112,6 +125,8 @@ class Encoder:
             if self._truncation == "drop" or key == "max_prompt_len":
                 return Encoded(where, dropped=excess)
             documents = [cut_document(document, self._max_seq_len) for document in documents]
+            if any(answers_are_equal(document) for document in documents):
+                return Encoded(where, dropped=f"cut to {key} {self._max_seq_len}, both answers are the same")
         documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
             return Encoded(
@@ -168,10 +183,10 @@ class Encoder:
             raise _Refused(str(error)) from error
 
     def _render(self, sample: Sample) -> list[Document]:
-        assert self._template is not None, "EncoderSpec loads one where there are conversations"
+        assert self.template is not None, "EncoderSpec loads one where there are conversations"
         try:
-            sequences = self._template.encode_all(sample.messages, sample.tools, sample.label)
-            pairs = [self._template.labels(segments) for segments in sequences]
+            sequences = self.template.encode_all(sample.messages, sample.tools, sample.label)
+            pairs = [self.template.labels(segments) for segments in sequences]
         except UserError as error:
             raise _Refused(str(error)) from error
         # a template is a program of the checkpoint's author: whatever it raises concerns this sample

@@ -10,6 +10,7 @@ held in memory in Arrow's form.
 import csv
 import io
 import json
+import os
 import threading
 from array import array
 from collections import OrderedDict
@@ -19,74 +20,40 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.data.data_file import DataFile, Raw
+from erniekit.data.faults import BadLine, reading
+from erniekit.data.find import check_form, check_regular
+from erniekit.data.parquet import ParquetFile
 from erniekit.utils.errors import DataError
+from erniekit.utils.user_files import parse_json
 
-EXTENSIONS = (".json", ".jsonl", ".txt", ".csv", ".parquet")
-# what Hub data sets keep beside their data
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # csv columns whose cells are JSON
-_JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system")
+_JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort")
 _MAX_OPEN = 32
 _BOM = b"\xef\xbb\xbf"
 
-Raw = bytes | dict[str, Any]  # a record as it is sent to whoever parses it: JSON text, or already an object
-
-
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The data files at `path`, itself a file or a directory searched to its depth in sorted order, and the files there
-    that are not data.
-    """
-    if path.is_file():
-        if path.suffix.lower() not in EXTENSIONS:
-            raise DataError(
-                f"{path}: a data file ends in {', '.join(EXTENSIONS)}. Hint: rename it after what it holds."
-            )
-        return [path], []
-    everything = [
-        p
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    ]
-    data = [p for p in everything if p.suffix.lower() in EXTENSIONS and p.name not in _DESCRIPTIONS]
-    if not data:
-        raise DataError(f"{path}: no data file in this directory. Hint: a data file ends in {', '.join(EXTENSIONS)}.")
-    return data, [p for p in everything if p not in data]
-
 
 def load_record(raw: Raw, where: str) -> Any:
-    """The object that a raw record holds; DataError "file:line: ..." if it is not JSON."""
+    """The object that a raw record holds; DataError "file:line: ..." if it is not JSON, or JSON that Python would
+    settle in silence (see user_files.parse_json).
+    """
     if not isinstance(raw, bytes):
         return raw
     try:
-        return json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise BadLine(
             f"{where}: not UTF-8 text (byte {error.start} of the line). Hint: save the file as UTF-8."
         ) from None
-    except json.JSONDecodeError as error:
-        start = raw[:40].decode("utf-8", "replace").strip()
-        raise DataError(
-            f"{where}: not JSON: {error.msg} at column {error.colno} of a line that begins {start!r}. "
+    try:
+        return parse_json(text, where, BadLine)
+    except BadLine as error:
+        if "not JSON" not in str(error):
+            raise BadLine(f"{error} Hint: mend or remove this record.") from None
+        raise BadLine(
+            f"{str(error).removesuffix('.')} of a line that begins {text[:40].strip()!r}. "
             "Hint: one JSON object per line."
         ) from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply. Hint: flatten the record.") from None
-
-
-class DataFile:
-    """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row")."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def raw(self, i: int) -> Raw:
-        raise NotImplementedError
-
-    def where(self, i: int) -> str:
-        raise NotImplementedError
 
 
 class _TextFile(DataFile):
@@ -98,16 +65,29 @@ class _TextFile(DataFile):
         self._bytes = path.stat().st_size
 
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
-        """Index the records that `check` lets pass; what it raises goes to `on_bad`."""
+        """Index the records that `check` lets pass; the BadLine of another goes to `on_bad`."""
+        self._check_form()
         for start, line, raw in self._spans():
+            where = f"{self.path}:{line}"
             try:
-                check(self._decode(raw, line), f"{self.path}:{line}")
-            except DataError as error:
+                with reading(where):
+                    check(self._decode(raw, line), where)
+            except BadLine as error:
                 on_bad(error)
                 continue
             self._starts.append(start)
             self._sizes.append(len(raw))
             self._lines.append(line)
+        if self.path.stat().st_size != self._bytes:
+            raise self._changed()
+
+    def _check_form(self) -> None:
+        check_regular(self.path)
+        with open(self.path, "rb") as file:
+            check_form(self.path, file.read(8))
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.path}: changed since the run began. Hint: do not change data files during a run.")
 
     def _spans(self) -> Iterator[tuple[int, int, bytes]]:
         """(byte offset, line number, bytes) of each record."""
@@ -129,20 +109,25 @@ class _TextFile(DataFile):
         return self._decode(_handles.read(self, self._starts[i], self._sizes[i]), self._lines[i])
 
     def open(self) -> io.BufferedReader:
-        """Open the file for reading its records; DataError if it is not what was scanned."""
+        """Open the file for reading its records."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - _Handles keeps it open across calls
         except OSError as error:
             raise DataError(
                 f"{self.path}: cannot be read any more: {error.strerror}. Hint: do not move data files during a run."
             ) from None
-        if self.path.stat().st_size != self._bytes:
-            file.close()
-            raise DataError(f"{self.path}: changed since the run began. Hint: do not change data files during a run.")
         return file
+
+    def check_size(self, file: io.BufferedReader) -> None:
+        """DataError if the file has become shorter or longer since it was scanned."""
+        if os.fstat(file.fileno()).st_size != self._bytes:
+            raise self._changed()
 
     def where(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
 
 
 class _JsonFile(_TextFile):
@@ -156,7 +141,8 @@ class _JsonFile(_TextFile):
         if data[at:].lstrip()[:1] != b"[":
             yield from super()._spans()
             return
-        text, decoder = data.decode("latin-1"), json.JSONDecoder()
+        # numbers are not looked at here: one that is too long is a fault of its record, not of the list
+        text, decoder = data.decode("latin-1"), json.JSONDecoder(parse_int=float, parse_float=float)
         line, counted = 1, 0
         at = _skip_space(text, text.index("[") + 1)
         closed = text[at : at + 1] == "]"
@@ -166,11 +152,8 @@ class _JsonFile(_TextFile):
             try:
                 _, end = decoder.raw_decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
-                place, why = (
-                    (error.lineno, error.msg)
-                    if isinstance(error, json.JSONDecodeError)
-                    else (line, "nested too deeply")
-                )
+                is_syntax = isinstance(error, json.JSONDecodeError)
+                place, why = (error.lineno, error.msg) if is_syntax else (line, "nested too deeply")
                 raise DataError(
                     f"{self.path}:{place}: the list cannot be read as JSON: {why}. "
                     "Hint: mend it, or write one object per line (.jsonl)."
@@ -244,79 +227,37 @@ class _CsvFile(_TextFile):
     def _decode(self, raw: bytes, line: int) -> Raw:
         where = f"{self.path}:{line}"
         try:
-            row = next(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), strict=True))
+            row = next(csv.reader(io.StringIO(raw.decode("utf-8"), newline="\n"), strict=True))
         except UnicodeDecodeError:
-            raise DataError(f"{where}: not UTF-8 text. Hint: save the file as UTF-8.") from None
+            raise BadLine(f"{where}: not UTF-8 text. Hint: save the file as UTF-8.") from None
+        except (csv.Error, StopIteration) as error:
+            raise BadLine(f"{where}: not CSV: {error}. Hint: check the quotes of this record.") from None
         if len(row) != len(self._header):
-            raise DataError(
+            raise BadLine(
                 f"{where}: {len(row)} cells for {len(self._header)} columns. "
                 "Hint: quote cells that hold commas or line breaks."
             )
         record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}
         for name in _JSON_CELLS:
             if name in record:
+                what = f"{where}: the cell of column {name!r} must hold JSON"
                 try:
-                    record[name] = json.loads(record[name])
-                except ValueError:
-                    raise DataError(
-                        f"{where}: the cell of column {name!r} must hold JSON. Hint: write the list as JSON text."
-                    ) from None
+                    record[name] = parse_json(record[name], what, BadLine)
+                except BadLine as error:
+                    raise BadLine(f"{error} Hint: write the list as JSON text.") from None
         return record
-
-
-class _ParquetFile(DataFile):
-    def __init__(self, path: Path):
-        super().__init__(path)
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise DataError(
-                f"{path}: reading parquet needs pyarrow. "
-                "Hint: pip install 'erniekit[parquet]', or convert the file to .jsonl."
-            ) from None
-        try:
-            self._table = pyarrow.parquet.ParquetFile(path).read()
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: cannot be read as parquet: {error}. Hint: is the file complete?") from None
-        self._rows = np.arange(self._table.num_rows)
-
-    def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
-        good = []
-        for i in range(len(self._rows)):
-            try:
-                check(self.raw(i), self.where(i))
-                good.append(i)
-            except DataError as error:
-                on_bad(error)
-        self._rows = np.array(good, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def raw(self, i: int) -> Raw:
-        return _without_null(self._table.slice(int(self._rows[i]), 1).to_pylist()[0])
-
-    def where(self, i: int) -> str:
-        return f"{self.path}:{self._rows[i] + 1}"
-
-
-def _without_null(value: Any) -> Any:
-    """Drop the nulls with which Arrow fills the fields that only other records have."""
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> DataFile:
     """Open a file by its extension and pass every record through `check`; the DataError of a bad one goes to `on_bad`,
     which may raise it.
     """
-    kinds: dict[str, type[_TextFile] | type[_ParquetFile]] = {
+    kinds: dict[str, type[_TextFile] | type[ParquetFile]] = {
         ".json": _JsonFile,
         ".csv": _CsvFile,
-        ".parquet": _ParquetFile,
+        ".parquet": ParquetFile,
     }
+    check_regular(path)
     try:
         file = kinds.get(path.suffix.lower(), _TextFile)(path)
         file.scan(check, on_bad)
@@ -338,14 +279,13 @@ class _Handles:
         with self._lock:
             file = self._open.pop(source, None) or source.open()
             self._open[source] = file
+            source.check_size(file)
             if len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
             file.seek(start)
             data = file.read(size)
         if len(data) != size:
-            raise DataError(
-                f"{source.path}: became shorter while it was being read. Hint: do not change data files during a run."
-            )
+            source.check_size(file)
         return data
 
 

@@ -1,85 +1,102 @@
-"""One record of a data file -> one Sample. Pure functions; every field is checked, none is ignored.
+"""One record of a data file -> one Sample. Pure functions; every field is checked.
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
 ...} or {"tgt": [...]}; at stage PT the type `erniekit` means this one). At stage DPO the first four mean pairs of
-answers, see preference_formats. Whatever the type, a record may also carry the fields of METADATA, which are for its
-owner and never reach the model; any other field that the type does not know is an error, because a mistyped field name
-is how training data gets lost.
+answers, see preference_formats. What happens to fields that a type does not know is said in `fields`.
 """
 
-import difflib
-from collections.abc import Callable
 from typing import Any
 
+from erniekit.data.faults import BadRecord, reading
+from erniekit.data.fields import DECISIVE, Notes, check_fields
 from erniekit.data.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.record import (
-    BadRecord,
+    Format,
     Sample,
     alpaca_prompt,
     conversation,
-    kind_of,
     label_of,
-    list_of,
     system_messages,
-    text_of,
-    texts_of,
-    turn_of,
+    turns_of,
 )
-from erniekit.utils.errors import DataError
+from erniekit.data.values import kind_of, text_of, texts_of
 
-METADATA = ("id", "source", "category", "lang", "metadata")
 ALIASES = {"chatml": "messages"}
 
-_SIGNATURES = {  # field -> what a record that has it probably is
+_SIGNATURES = {  # field -> the type that a record with it probably is
     "messages": "messages",
     "conversations": "sharegpt",
     "instruction": "alpaca",
     "src": "erniekit",
     "text": "text",
-    "response": "preference data (stage DPO)",
-    "chosen": "preference data (stage DPO)",
-    "chosen_response": "preference data (stage DPO)",
-    "text_info": "vision-language data (stage VL-SFT)",
+    "prompt": "messages",
 }
+_PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_response")
 
 
-def parse_record(record: Any, type_name: str, where: str = "record") -> Sample:
+def parse_record(record: Any, type_name: str, where: str = "record", notes: Notes | None = None) -> Sample:
     """Check a record and turn it into a Sample.
 
     `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias; `where` ("file:line") opens the message of the
-    DataError that a wrong record raises.
+    DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
     """
-    parse, known = (FORMATS | PREFERENCE_FORMATS)[ALIASES.get(type_name, type_name)]
-    try:
+    format = _ALL[ALIASES.get(type_name, type_name)]
+    notes = Notes() if notes is None else notes
+    with reading(where):
         if not isinstance(record, dict):
             raise BadRecord(
                 f"a record must be an object with named fields, not {kind_of(record)}",
                 "write one JSON object per record",
             )
-        _check_fields(record, known, type_name)
-        return parse(record)
-    except BadRecord as bad:
-        raise DataError(f"{where}: {bad.reason}. Hint: {bad.hint}.") from None
+        _check_type(record, format, type_name)
+        check_fields(record, format.fields, f"type {type_name}", DECISIVE, notes)
+        try:
+            return format.read(record, notes)
+        except BadRecord as bad:
+            unused = [name for name in record if name not in format.fields]
+            if not unused or "missing" not in bad.reason:
+                raise
+            raise BadRecord(f"{bad.reason} (it has {', '.join(map(repr, unused[:5]))})", bad.hint) from None
 
 
-def _check_fields(record: dict[str, Any], known: tuple[str, ...], type_name: str) -> None:
-    for name in record:
-        if name in known or name in METADATA:
-            continue
-        like = next((what for key, what in _SIGNATURES.items() if key in record and key not in known), None)
-        if like:
+def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
+    """BadRecord if the record shows by its fields that it is of another type, or for another stage."""
+    if any(name in record for name in format.marks):
+        return
+    if "text_info" in record or "image_info" in record:
+        raise BadRecord(
+            f"this looks like vision-language data (stage VL-SFT), not type {type_name}",
+            "this version cannot train on it",
+        )
+    likely = [what for name, what in _SIGNATURES.items() if name in record]
+    _check_stage(record, type_name, likely[0] if likely else "")
+    for name, what in _SIGNATURES.items():
+        if name in record and name not in format.fields:
             raise BadRecord(
                 f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {like}; set the dataset type (or the stage) to match",
+                f"this looks like {what}; set the dataset type to {what}{' and stage: PT' if what == 'text' else ''}",
             )
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+
+
+def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
+    """BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
+    is_pair = any(name in record for name in _PAIR_FIELDS)
+    wants_pair = type_name in PREFERENCE_FORMATS
+    if wants_pair and not is_pair and likely:
+        stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
         raise BadRecord(
-            f"unknown field {name!r} for type {type_name}; the nearest known one is {nearest!r}",
-            f"rename or remove it (known: {', '.join(known)}; ignored on purpose: {', '.join(METADATA)})",
+            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
+            "(fields response, or chosen and rejected)",
+            f"set stage: {stage}, or give preference data",
+        )
+    if is_pair and not wants_pair:
+        raise BadRecord(
+            "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
+            "set stage: DPO" + (f" and the dataset type to {likely}" if likely not in ("", type_name) else ""),
         )
 
 
-def _erniekit(record: dict[str, Any]) -> Sample:
+def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
     src, tgt = texts_of(record, "src"), texts_of(record, "tgt")
     if len(src) != len(tgt):
         raise BadRecord(f"'src' has {len(src)} turns and 'tgt' has {len(tgt)}", "each user turn needs its answer")
@@ -104,7 +121,7 @@ def _erniekit(record: dict[str, Any]) -> Sample:
     return Sample(messages, label=label)
 
 
-def _alpaca(record: dict[str, Any]) -> Sample:
+def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
     for name in ("instruction", "output"):
         if name not in record:
             raise BadRecord(f"field {name!r} is missing", "every alpaca record needs 'instruction' and 'output'")
@@ -112,19 +129,17 @@ def _alpaca(record: dict[str, Any]) -> Sample:
     return Sample([*alpaca_prompt(record, "instruction"), answer])
 
 
-def _messages(record: dict[str, Any]) -> Sample:
-    turns = [turn_of(turn, f"messages[{i}]", "role", "content") for i, turn in enumerate(list_of(record, "messages"))]
-    return conversation(record, turns, "messages")
+def _messages(record: dict[str, Any], notes: Notes) -> Sample:
+    turns = turns_of(record, "messages", ("role", "content"), notes)
+    return conversation(record, turns, "messages", notes)
 
 
-def _sharegpt(record: dict[str, Any]) -> Sample:
-    turns = [
-        turn_of(turn, f"conversations[{i}]", "from", "value") for i, turn in enumerate(list_of(record, "conversations"))
-    ]
-    return conversation(record, system_messages(record) + turns, "conversations")
+def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
+    turns = turns_of(record, "conversations", ("from", "value"), notes)
+    return conversation(record, system_messages(record) + turns, "conversations", notes)
 
 
-def _pretraining(record: dict[str, Any]) -> Sample:
+def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
     """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
     if ("text" in record) == ("tgt" in record):
         raise BadRecord("exactly one of 'text' and 'tgt' must be there", 'write {"text": "the document"}')
@@ -134,10 +149,11 @@ def _pretraining(record: dict[str, Any]) -> Sample:
     )
 
 
-FORMATS: dict[str, tuple[Callable[[dict[str, Any]], Sample], tuple[str, ...]]] = {
-    "erniekit": (_erniekit, ("src", "tgt", "system", "label", "is_system")),
-    "alpaca": (_alpaca, ("instruction", "input", "output", "history", "system")),
-    "messages": (_messages, ("messages", "tools", "label")),
-    "sharegpt": (_sharegpt, ("conversations", "system", "tools", "label")),
-    "text": (_pretraining, ("text", "tgt")),
+FORMATS = {
+    "erniekit": Format(_erniekit, ("src", "tgt", "system", "label", "is_system"), ("src",)),
+    "alpaca": Format(_alpaca, ("instruction", "input", "output", "history", "system"), ("instruction",)),
+    "messages": Format(_messages, ("messages", "tools", "label"), ("messages",)),
+    "sharegpt": Format(_sharegpt, ("conversations", "system", "tools", "label"), ("conversations",)),
+    "text": Format(_pretraining, ("text", "tgt"), ("text",)),
 }
+_ALL = FORMATS | PREFERENCE_FORMATS

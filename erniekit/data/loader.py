@@ -59,12 +59,15 @@ class Place(Protocol):
 
 class Feed(Protocol):
     """What a Loader takes its rows from: one global stream of them, the same on every rank. Two threads may ask at a
-    time. `identity` is all that decides which rows it gives, by the names that a user knows; `exact`: measure() counts
-    instead of estimating.
+    time. `identity` is all that decides which rows it gives, by the names that a user knows.
     """
 
     identity: dict[str, Any]
-    exact: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether measure() counts instead of estimating."""
+        ...
 
     def begin(self) -> Any:
         """The Place before the first row."""
@@ -106,7 +109,6 @@ class Loader:
         self._running: list[Prefetcher[tuple[list[Batch], Place]]] = []
         self._steps: Prefetcher[tuple[list[Batch], Place]] | None = None
         self._rows_measured: tuple[float, float] | None = None  # of an epoch, of the whole training
-        self.exact = feed.exact
         # runs when the loader is collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
@@ -172,6 +174,11 @@ class Loader:
             self._stop(self._steps)
             self._steps = None
         self._position = self._reported = self._feed.read_position(state["position"])
+
+    @property
+    def exact(self) -> bool:
+        """Whether num_steps counts rows; otherwise it estimates them."""
+        return self._feed.exact
 
     @property
     def num_steps_per_epoch(self) -> int:

@@ -19,7 +19,7 @@ def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
 
 def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Document:
     """Two sequences that begin with the same prompt as one document; their first label is that of the prompt's last
-    token. Raises DataError if the prompts differ or an answer has no label.
+    token. Raises DataError if the prompts differ, an answer has no label, or the answers are the same.
     """
     ends = [np.flatnonzero(side.labels != IGNORE)[:1].tolist() for side in (chosen, rejected)]
     if not all(ends):
@@ -29,7 +29,21 @@ def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Docum
         raise DataError("the chat template shows the two answers behind different prompts, so they cannot be compared")
     layout = PairLayout(prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt, score_delta)
     ids, labels = (np.concatenate([part[0], part[1][prompt:]]) for part in zip(chosen[:2], rejected[:2], strict=True))
-    return Document(ids, labels, layout)
+    document = Document(ids, labels, layout)
+    if answers_are_equal(document):
+        raise DataError(
+            "the chat template shows both answers alike, as it leaves out or strips what they differ in. "
+            "Hint: remove the record, or choose another template"
+        )
+    return document
+
+
+def answers_are_equal(document: Document) -> bool:
+    """Whether a document is a pair whose answers have the same tokens, so that there is nothing to prefer."""
+    if document.pair is None:
+        return False
+    prompt, chosen, rejected, _ = document.pair
+    return np.array_equal(document.ids[prompt : prompt + chosen], document.ids[prompt + chosen :][:rejected])
 
 
 def cut_document(document: Document, most: int) -> Document:

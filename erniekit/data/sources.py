@@ -4,20 +4,29 @@ import math
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erniekit import hub
-from erniekit.data.files import DataFile, Raw, find_files, load_record, open_file
+from erniekit.config.values import split_list
+from erniekit.data.data_file import DataFile, Raw
+from erniekit.data.fields import Notes
+from erniekit.data.files import load_record, open_file
+from erniekit.data.find import find_files
 from erniekit.data.formats import ALIASES, FORMATS, parse_record
 from erniekit.data.preference_formats import PREFERENCE_FORMATS
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
+_SHOWN_FIELDS = 20  # of those of a file that are not used
 _SECONDS_BETWEEN_NOTES = 30.0
 _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 
@@ -61,8 +70,8 @@ def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT
 def _split(value: Any) -> list[str]:
     if value is None:
         return []
-    parts = value if isinstance(value, list | tuple) else str(value).split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
+    parts = value if isinstance(value, list | tuple) else split_list(str(value))
+    return [text for text in (str(part).strip() for part in parts) if text]
 
 
 def _share(text: str, key: str) -> float:
@@ -105,9 +114,12 @@ class Source:
         self._skip = on_bad_line == "skip"
         self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         self._checked = 0
-        self.files: list[DataFile] = [
-            open_file(path, self._check, self._on_bad) for path in self._find(split, download_hub)
-        ]
+        self._unused: Counter[str] = Counter()
+        self._doubts: Counter[str] = Counter()
+        self.files: list[DataFile] = []
+        for path in self._find(split, download_hub):
+            self.files.append(open_file(path, self._check, self._on_bad))
+            self._say_notes(self.files[-1])
         self._ends = list(accumulate(len(file) for file in self.files))
         if self.bad_lines:
             log.warning(
@@ -136,7 +148,12 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        parse_record(load_record(raw, where), self.spec.type, where)
+        notes = Notes()
+        parse_record(load_record(raw, where), self.spec.type, where, notes)
+        if notes.unused:
+            self._unused.update(notes.unused)
+        if notes.doubts:
+            self._doubts.update(notes.doubts)
 
     def _on_bad(self, error: DataError) -> None:
         if not self._skip:
@@ -144,6 +161,18 @@ class Source:
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             log.warning(f"skipped: {error}")
+
+    def _say_notes(self, file: DataFile) -> None:
+        """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
+        if self._unused:
+            ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
+            more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
+            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {shown}{more}")
+        for doubt, count in sorted(self._doubts.items()):
+            log.warning(f"{file.path}: {count} of {len(file)} records: {doubt}")
+        self._unused.clear()
+        self._doubts.clear()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -186,6 +215,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @cached_property
+    def record_bytes(self) -> np.ndarray:
+        """Bytes of each record in its file, int64 [N]; of parquet, which has no lines, the file's mean."""
+        return np.concatenate([file.record_bytes() for source in self.sources for file in source.files])
 
     @property
     def bad_lines(self) -> int:

@@ -11,23 +11,19 @@ Tokenizer.encode_plain). The one exception is <think> and </think> inside an ass
 are given.
 """
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+import yaml
 
 from erniekit.data.batch import IGNORE
+from erniekit.data.jinja_sandbox import BoundedTemplate, TemplateFault
 from erniekit.data.tokenizer import Tokenizer
+from erniekit.data.tokenizer_files import read_chat_template
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.errors import ConfigError, DataError, UserError
+from erniekit.utils.user_files import read_text
 
 BUILT_IN = Path(__file__).parent / "templates"
 ALIASES = {"ernie_nothink": "text", "ernie": "thinking", "ernie_thinking": "thinking"}  # names used by other toolkits
@@ -59,20 +55,20 @@ class _Turn(NamedTuple):
 class Template:
     """A chat template together with its tokenizer. Made by load_template.
 
-    `name` says which it is, `source` is its jinja text (an export writes it as chat_template.jinja), `stop_ids` are the
-    ids at which generation ends.
+    `name` says which it is, `source` is its jinja text (written beside the weights as chat_template.jinja), `stop_ids`
+    are the ids at which generation ends, `trained_end_ids` those with which a trained answer ends.
     """
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer):
         self.name, self.source = name, source
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._said_one_mode = False
         self._shows: dict[str, bool] = {}
         try:
-            self._jinja = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._jinja = BoundedTemplate(source)
+        except TemplateFault as error:
             raise ConfigError(
-                f"chat template {name}: not valid jinja ({error}). Mend it, or choose another with `template: text`."
+                f"chat template {name}: not valid jinja: {error}. Mend it, or choose another: `chat_template: text`."
             ) from None
         written = [
             text
@@ -81,9 +77,11 @@ class Template:
         ]
         self._ends = [*written, tokenizer.role_tokens["eos_token"]]
         self.stop_ids = sorted({tokenizer.token_id(text) for text in self._ends})
+        # `labels` has eos in the place of <|end_of_sentence|>
+        self.trained_end_ids = [i for i in self.stop_ids if i != tokenizer.sep_id]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Template, (self.name, self.source, self._tokenizer)  # compiled jinja cannot be sent to a worker
+        return Template, (self.name, self.source, self.tokenizer)  # compiled jinja cannot be sent to a worker
 
     def render(
         self,
@@ -146,7 +144,7 @@ class Template:
         """
         ids: list[int] = []
         targets: list[int] = []
-        sep, eos = self._tokenizer.sep_id, self._tokenizer.eos_id
+        sep, eos = self.tokenizer.sep_id, self.tokenizer.eos_id
         for segment in segments:
             ids += segment.ids
             if segment.is_target:
@@ -186,10 +184,10 @@ class Template:
                 messages=messages,
                 tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.role_tokens,
+                **self.tokenizer.role_tokens,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except TemplateFault as error:
             raise DataError(f"chat template {self.name} refuses the conversation: {error}") from None
 
     def _check_shown(self, messages: Messages, tools: Any) -> None:
@@ -250,20 +248,20 @@ class Template:
         for turn in turns:
             segments.append(Segment(self._ids(turn.prompt, mark), False))
             ids = self._ids(turn.answer, mark)
-            end = self._tokenizer.token_id(turn.end)
-            if turn is turns[-1] and end == self._tokenizer.sep_id:
-                end = self._tokenizer.eos_id
+            end = self.tokenizer.token_id(turn.end)
+            if turn is turns[-1] and end == self.tokenizer.sep_id:
+                end = self.tokenizer.eos_id
             segments.append(Segment([*ids, end], bool(label[turn.number])))
         return segments
 
     def _ids(self, text: str, mark: str) -> list[int]:
         """Ids of rendered text, whose special tokens are the template's own except where `mark` cuts one apart."""
-        return self._tokenizer.encode_parts(text.split(mark) if mark else [text])
+        return self.tokenizer.encode_parts(text.split(mark) if mark else [text])
 
     def _guard(self, messages: Messages, tools: Any) -> tuple[Messages, Any, str]:
         """Put a mark inside each special token that the contents hold; returns the mark, "" if there is none to put."""
         texts = [*_strings(messages), *_strings(tools)]
-        if len(self._tokenizer.cut_special("\n".join(texts))) == 1:
+        if len(self.tokenizer.cut_special("\n".join(texts))) == 1:
             return messages, tools, ""
         mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
@@ -271,7 +269,7 @@ class Template:
 
         def cut(value: Any, keep: Sequence[str] = ()) -> Any:
             if isinstance(value, str):
-                return mark.join(self._tokenizer.cut_special(value, keep))
+                return mark.join(self.tokenizer.cut_special(value, keep))
             if isinstance(value, dict):
                 return {cut(key): cut(item, keep) for key, item in value.items()}
             return [cut(item, keep) for item in value] if isinstance(value, list | tuple) else value
@@ -285,32 +283,67 @@ class Template:
         return marked, cut(tools), mark
 
 
-def load_template(tokenizer: Tokenizer, name: str | None = None) -> Template:
+def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | None = None) -> Template:
     """The chat template to use with a tokenizer.
 
     `name` is a built-in one (a file of erniekit/data/templates, or an alias) or the path of a .jinja file. Without it
-    the checkpoint's own template is used, and where there is none the built-in `text`. Raises ConfigError for an
-    unknown name and for a built-in template whose special tokens the tokenizer lacks.
+    the model's own template is used: that of the directory `beside` (an adapter's), or else that of the tokenizer's
+    directory; and where there is none the built-in `text`. Where the named one differs from the model's own a log line
+    says so. Raises ConfigError for an unknown name and for a built-in template whose special tokens the tokenizer
+    lacks.
     """
-    if name is None and tokenizer.chat_template is not None:
-        return Template(f"of {tokenizer.directory}", tokenizer.chat_template, tokenizer)
+    own = tokenizer.chat_template
+    if beside is not None:
+        own = read_chat_template(beside) or own
+    if name is None and own is not None:
+        return Template(own.file, own.source, tokenizer)
+    template = _named_template(tokenizer, name or "text")
+    if name is not None and own is not None and own.source != template.source:
+        log.info(f"chat_template: {template.name} is used; the model's own, {own.file}, differs from it")
+    return template
+
+
+def _named_template(tokenizer: Tokenizer, name: str) -> Template:
+    """A built-in template, or that of a .jinja file."""
     built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
-    chosen = ALIASES.get(name or "text", name or "text")
-    path = built_in.get(chosen, Path(chosen))
-    if chosen not in built_in and (path.suffix != ".jinja" or not path.is_file()):
+    chosen = ALIASES.get(name, name)
+    path = built_in.get(chosen, Path(chosen).expanduser())
+    if chosen not in built_in and (path.suffix != ".jinja" or not path.exists()):
         raise ConfigError(
-            f"template: {name!r} is neither a built-in template ({', '.join([*built_in, *ALIASES])}) nor a "
+            f"chat_template: {name!r} is neither a built-in template ({', '.join([*built_in, *ALIASES])}) nor a "
             ".jinja file. Leave the key out to use the checkpoint's own template, or `text` where it has none."
         )
-    source = path.read_text(encoding="utf-8")
+    source = read_text(path, ConfigError)
     template = Template(chosen, source, tokenizer)
     lacking = [text for text in TURN_ENDS if text in source and text not in tokenizer.special_tokens]
     if lacking:
         raise ConfigError(
-            f"template: {chosen!r} ends its turns with {lacking[0]}, which the tokenizer in {tokenizer.directory} does "
-            "not have. Choose a template made for this model."
+            f"chat_template: {chosen!r} ends its turns with {lacking[0]}, which the tokenizer in {tokenizer.directory} "
+            "does not have. Choose a template made for this model."
         )
     return template
+
+
+def say_if_trained_otherwise(model_dir: Path, template: Template) -> None:
+    """A log line where config.yaml beside a model's weights names another template than `template`, and no file says
+    which it was: checkpoints had none before templates were written beside the weights.
+    """
+    try:
+        settings = yaml.safe_load(read_text(model_dir / "config.yaml", ConfigError))
+    except (OSError, UserError, yaml.YAMLError):
+        return  # the file is a hint, no more
+    name = settings.get("chat_template") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or read_chat_template(model_dir) is not None:
+        return
+    try:
+        if load_template(template.tokenizer, name).source == template.source:
+            return
+    except ConfigError:
+        pass  # its file is gone, which does not make the difference smaller
+    log.warning(
+        f"{model_dir / 'config.yaml'}: trained with chat_template: {name}; now it is asked with {template.name}. "
+        f"Set chat_template: {name} to ask as in training"
+    )
 
 
 def _plain(messages: Messages) -> list[dict[str, Any]]:
@@ -360,34 +393,3 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [text for pair in value.items() for item in pair for text in _strings(item)]
     return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, by which some templates mark answers: shown as if it were not there."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own convention)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates: sandboxed, block lines trimmed, JSON that keeps its
-    letters.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

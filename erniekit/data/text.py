@@ -5,12 +5,14 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 
 import math
 from collections.abc import Generator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from erniekit.data import template as chat
+from erniekit.data import tokenizer as text_tokenizer
 from erniekit.data.batch import Row
 from erniekit.data.encode import Template, Tokenizer
+from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.order import Order
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
 from erniekit.data.sources import Dataset, Source, SourceSpec, read_specs
@@ -19,7 +21,7 @@ from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError
 
-_MANY = 5000  # samples whose measuring takes long enough to be announced
+_COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
 _WINDOW = 64  # samples read at a time where the packer does not care
 
 
@@ -42,7 +44,12 @@ class TextFeed:
     ):
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
-        self.exact = len(dataset) <= extent.max_estimate_samples and extent.samples_per_epoch is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether `measure` counts; otherwise it estimates."""
+        measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
+        return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
     def begin(self) -> Position:
         """The place before the first row."""
@@ -79,50 +86,45 @@ class TextFeed:
         return self._stream.epochs(position)
 
     def measure(self, rows_per_step: int) -> tuple[float, float]:
-        """Rows of an epoch and of the training. Encodes every sample once, or, beyond `max_estimate_samples`, that many
-        and extrapolates; `exact` says which, and so does a log line.
+        """Rows of an epoch and of the training, from the lengths of all samples (see data.lengths). Where these are
+        estimated the training gets a little more than the estimate, so that it ends with the data and reads all of it.
         """
-        stream, extent, size = self._stream, self._extent, len(self.dataset)
-        whole = size <= extent.max_estimate_samples
-        ids = stream.ids(0) if whole else stream.ids(0)[: extent.max_estimate_samples]
-        numbers = list(range(size)) if whole else list(dict.fromkeys(ids.tolist()))
-        if len(numbers) > _MANY:
-            log.info(f"data: measuring {len(numbers)} samples to know the number of steps (max_estimate_samples)")
-        lengths: dict[int, list[int]] = {}
-        cut = dropped = 0
-        with closing(self._service.stream(numbers)) as encoded:
-            for number, record in zip(numbers, encoded, strict=True):
-                lengths[number] = [len(document.ids) for document in record.documents]
-                cut += record.cut
-                dropped += bool(record.dropped)
-        epoch_samples = extent.samples_per_epoch or stream.round_length(0)
-        if len(ids) == 0 or dropped == len(numbers):
+        stream, extent = self._stream, self._extent
+        lengths = measure_lengths(self.dataset, self._service, extent.max_estimate_samples)
+        if lengths.num_dropped == lengths.num_measured:
             raise DataError(
-                f"none of {len(numbers)} samples can be used ({dropped} dropped). "
+                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
                 "Hint: raise max_seq_len, or set truncation: cut."
             )
-        rows = stream.count_rows(0, lengths.__getitem__, len(ids)) * epoch_samples / len(ids)
+        epoch_samples = extent.samples_per_epoch or stream.round_length(0)
+
+        def count(number: int) -> float:
+            ids = len(stream.ids(number))
+            limit = ids if lengths.exact else min(ids, _COUNTED)
+            return stream.count_rows(number, lengths.of, limit) * ids / limit if ids else 0.0
+
+        rows = count(0) * epoch_samples / len(stream.ids(0))
         if extent.num_epochs is None:
             total = rows
-        elif self.exact:
-            epochs = range(math.ceil(extent.num_epochs))
-            total = float(sum(stream.count_rows(number, lengths.__getitem__) for number in epochs))
+        elif lengths.exact and self.exact:
+            total = sum(count(number) for number in range(math.ceil(extent.num_epochs)))
         else:
-            total = rows * extent.num_epochs
-        tokens = sum(map(sum, lengths.values()))
-        how = (
-            "exact"
-            if self.exact
-            else f"estimated from {len(numbers)} samples"
-            if not whole
-            else "estimated from all samples"
-        )
+            # Above the error to be expected of so many samples, so that the data ends before the steps do.
+            margin = 0.0 if lengths.exact else 0.005 + 0.25 / math.sqrt(lengths.num_measured)
+            total = rows * extent.num_epochs * (1 + margin)
         log.info(
-            f"data: {len(numbers)} samples measured ({dropped} dropped, {cut} cut), {tokens} tokens; an epoch is "
+            f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
+            f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
             f"{epoch_samples} samples in {round(rows)} rows, "
-            f"{math.ceil(rows / rows_per_step)} steps ({how})"
+            f"{math.ceil(rows / rows_per_step)} steps ({_how(lengths, self.exact)})"
         )
         return rows, total
+
+
+def _how(lengths: Lengths, exact: bool) -> str:
+    if lengths.exact:
+        return "exact" if exact else "estimated from all samples"
+    return f"estimated from {lengths.num_measured} samples"
 
 
 def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None) -> TextFeed:
@@ -158,6 +160,20 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
     return TextFeed(dataset, stream, service, extent, _identity(cfg, specs, dataset, packer))
+
+
+def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+    """The chat template of a run: None where all its data is plain text and no template is named."""
+    specs: list[SourceSpec] = []
+    if cfg.dataset_type != "pretrain":
+        asked = _asked(cfg, "train")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "train", cfg.stage)
+    if cfg.eval_dataset_path:
+        asked = _asked(cfg, "eval")
+        specs += read_specs(asked.paths, asked.types, asked.probs, "eval", cfg.stage)
+    if cfg.chat_template is None and all(spec.type == "text" for spec in specs):
+        return None
+    return chat.load_template(tokenizer, cfg.chat_template)
 
 
 @dataclass(frozen=True)

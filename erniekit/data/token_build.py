@@ -6,26 +6,29 @@ the note goes on behind it. Documents are written in the order of the input what
 come out the same byte for byte.
 """
 
-import hashlib
 import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from erniekit.data.files import Raw, load_record
+from erniekit.data.data_file import Raw
+from erniekit.data.faults import BadLine, reading
+from erniekit.data.files import load_record
+from erniekit.data.find import check_form, find_files
 from erniekit.data.formats import parse_record
 from erniekit.data.token_files import TokenWriter, dtype_for
 from erniekit.data.tokenizer import Tokenizer
 from erniekit.data.workers import Worker
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.user_files import JsonObject, read_json_object
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 _CHUNK_BYTES, _CHUNK_RECORDS = 2**18, 2000
@@ -43,9 +46,10 @@ class DocumentEncoder:
 
     def __call__(self, raw: Raw, where: str) -> np.ndarray | str:
         try:
-            text = parse_record(load_record(raw, where), "text", where).text
-            return np.array(self._tokenizer.encode_plain(text) + self._end, self._dtype)
-        except DataError as error:
+            with reading(where):
+                text = parse_record(load_record(raw, where), "text", where).text
+                return np.array(self._tokenizer.encode_plain(text) + self._end, self._dtype)
+        except BadLine as error:
             if not self._skip_bad:
                 raise
             return str(error)
@@ -80,23 +84,18 @@ class Progress:
 
 
 def find_inputs(paths: Sequence[str]) -> list[Path]:
-    """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted."""
+    """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted. In a directory a text
+    for people (README.txt) is left out.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            chosen = [file for file in inside if file.suffix.lower() in SUFFIXES]
-            if len(chosen) < len(inside):
-                log.info(f"{path}: {len(inside) - len(chosen)} files there are not {', '.join(SUFFIXES)}: not read")
-            found += chosen
-        elif not path.is_file():
+        if not path.exists():
             raise DataError(f"{path}: no such file or directory. Hint: check the path.")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: an input ends in {', '.join(SUFFIXES)}. Hint: rename it after what it holds.")
-        else:
-            found.append(path)
-    if not found:
-        raise DataError(f"{', '.join(paths)}: no {', '.join(SUFFIXES)} file there. Hint: check the path.")
+        chosen, others = find_files(path, SUFFIXES, with_prose=True)
+        if others:
+            names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
+            log.info(f"{path}: {len(others)} files there are not read ({names})")
+        found += chosen
     return found
 
 
@@ -113,6 +112,7 @@ def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
         start, line = (begin.offset, begin.line) if number == begin.file else (0, 0)
         path = files[number]
         try:
+            size = path.stat().st_size
             if path.suffix.lower() == ".txt":
                 if start == 0:
                     data = path.read_bytes()
@@ -120,9 +120,11 @@ def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
                     yield _Chunk([(_whole(path, data), str(path))], Progress(number, len(data), 1, read))
                 continue
             yield from _line_chunks(path, number, start, line, read)
+            if path.stat().st_size != size:
+                raise DataError(f"{path}: changed while it was read. Hint: begin anew when it is whole (--overwrite).")
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
-        read += path.stat().st_size - start
+        read += size - start
 
 
 def _line_chunks(path: Path, number: int, start: int, line: int, read: int) -> Iterator[_Chunk]:
@@ -147,15 +149,18 @@ def _line_chunks(path: Path, number: int, start: int, line: int, read: int) -> I
 
 
 def _check_lines(path: Path, first: bytes) -> None:
+    check_form(path, first)
     if first.removeprefix(_BOM).lstrip().startswith(b"["):
         raise DataError(f"{path}: a JSON list. Hint: write one object per line (.jsonl).")
 
 
 def _whole(path: Path, data: bytes) -> dict[str, Any]:
+    """A whole file as a record; what is no text stays bytes, which a record cannot hold, and so is a bad one."""
+    check_form(path, data)
     try:
         return {"text": data.removeprefix(_BOM).decode("utf-8")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Hint: save the file as UTF-8.") from None
+    except UnicodeDecodeError:
+        return {"text": data[:100]}
 
 
 def _encoded(
@@ -205,12 +210,16 @@ class _Note:
     def read(self) -> Progress | None:
         """The noted progress; None if there is none. DataError if it is another build's."""
         try:
-            noted = json.loads(self.path.read_text(encoding="utf-8"))
-            then, progress = noted["job"], Progress(**noted["progress"])
+            noted = JsonObject(read_json_object(self.path, DataError), str(self.path), DataError)
+            counts = noted.get_object("progress")
+            progress = Progress(**{field.name: counts.get_int(field.name, 0, 0, 2**62) for field in fields(Progress)})
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise DataError(f"{self.path}: cannot be read: {error}. Hint: begin anew (--overwrite).") from None
+        except DataError as error:
+            raise DataError(f"{error} Hint: begin anew (--overwrite).") from None
+        if not counts.values:
+            raise DataError(f"{self.path}: says nothing of a build. Hint: begin anew (--overwrite).")
+        then = noted.get_object("job").values
         changed = [name for name in {**then, **self._job} if then.get(name) != self._job.get(name)]
         if changed:
             raise DataError(
@@ -313,12 +322,9 @@ def _say_bad(reason: str, number: int) -> None:
 
 def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:
     """All that decides the output, by names for messages."""
-    digest = hashlib.sha256()
-    for path in tokenizer.files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     stats = [(path, path.stat()) for path in inputs]
     return {
         "input files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "tokenizer": digest.hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
         "end tokens": append_eos,
     }

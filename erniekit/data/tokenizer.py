@@ -10,47 +10,41 @@ back as one, is spelled in bytes where the vocabulary has byte pieces, so that e
 unchanged.
 """
 
-import json
+import hashlib
 import re
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 
+from erniekit.data.long_text import PIECE, encode_long
+from erniekit.data.tokenizer_files import (
+    COPY,
+    LONGEST,
+    MARKUP,
+    MAX_IDS,
+    ROLES,
+    Added,
+    ChatTemplate,
+    check_roles,
+    declared_tokens,
+    read_chat_template,
+    read_optional,
+)
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
+from erniekit.utils.user_files import read_bytes, read_text
 
 SPACE = "\u2581"  # sentencepiece's stand-in for a space
 REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# role -> the token that has it in ERNIE 4.5, for directories that do not say
-ROLES = {
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "<unk>",
-    "cls_token": "<|begin_of_sentence|>",
-    "sep_token": "<|end_of_sentence|>",
-    "mask_token": "<mask:1>",
-}
 # protobuf merges concatenated messages, so these bytes behind a sentencepiece model set
 # normalizer_spec.add_dummy_prefix and .remove_extra_whitespaces to false
 _KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
-_MARKUP = re.compile(r"<[^<>\s]+>")
-
-
-@dataclass(frozen=True)
-class Added:
-    """A token that is recognised as a whole, outside the rules that split other text. `special`: decoding may skip
-    it.
-    """
-
-    text: str
-    id: int
-    special: bool
+MAX_FILE_BYTES = 512 << 20  # of tokenizer.json and tokenizer.model
 
 
 class _Engine(Protocol):
@@ -70,28 +64,21 @@ class _SentencePiece:
     """
 
     def __init__(self, path: Path, declared: list[Added]):
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + _KEEP_SPACES)
-            count = self._model.get_piece_size()
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
-            ) from None
-        if count == 0:
-            raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+        self._model, pieces = _read_sentencepiece(path)
+        count = len(pieces)
         added = {item.id: item for item in declared}
         self._bytes: list[bytes] = []
-        for i in range(count):
-            piece = self._model.id_to_piece(i)
+        for i, piece in enumerate(pieces):
             if self._model.is_byte(i):
-                self._bytes.append(bytes([int(piece[1:-1], 16)]))
+                self._bytes.append(_byte_of(piece, path))
                 continue
             self._bytes.append(piece.replace(SPACE, " ").encode())
             if self._model.is_control(i) or self._model.is_unknown(i):
                 added.setdefault(i, Added(piece, i, special=True))
             elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
                 # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
-                added.setdefault(i, Added(piece, i, special=bool(_MARKUP.fullmatch(piece))))
+                added.setdefault(i, Added(piece, i, special=bool(MARKUP.fullmatch(piece))))
+        _check_same(declared, pieces, path)
         self.added = sorted(added.values(), key=lambda item: item.id)
         self.size = max([count, *(item.id + 1 for item in self.added)])
         self._bytes += [REPLACEMENT.encode()] * (self.size - count)
@@ -99,7 +86,7 @@ class _SentencePiece:
             self._bytes[item.id] = item.text.encode()
         self._by_text = {item.text: item.id for item in self.added}
         self._special = {item.id for item in self.added if item.special}
-        self._cut = _alternatives(self._by_text)
+        self._cut = _alternatives(self._by_text, path)
 
     def find(self, piece: str) -> int | None:
         if piece in self._by_text:
@@ -126,9 +113,13 @@ class _Fast:
     """tokenizer.json, by the `tokenizers` package."""
 
     def __init__(self, path: Path, declared: list[Added]):
+        text = read_text(path, CheckpointError, MAX_FILE_BYTES)
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
+            self._model = tokenizers.Tokenizer.from_str(text)
+            self._model.encode("a b")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare Exception, and its panics are not even that
             raise CheckpointError(
                 f"{path}: not a readable tokenizer.json ({error}). Copy it again from the model's source."
             ) from None
@@ -147,7 +138,14 @@ class _Fast:
             Added(token.content, i, token.special)
             for i, token in sorted(self._model.get_added_tokens_decoder().items())
         ]
-        self.size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        ids = list(self._model.get_vocab(with_added_tokens=True).values())
+        if not ids:
+            raise CheckpointError(f"{path}: the vocabulary is empty. Copy it again from the model's source.")
+        if len(set(ids)) < len(ids):
+            raise CheckpointError(f"{path}: two tokens have the same id. Copy it again from the model's source.")
+        self.size = max(ids) + 1
+        if self.size > MAX_IDS:
+            raise CheckpointError(f"{path}: it has the id {self.size - 1}; ids are below {MAX_IDS}. Is the file whole?")
 
     def find(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
@@ -167,6 +165,40 @@ class _Fast:
         return text + self._model.decode(run, skip_special_tokens=skip)
 
 
+def _read_sentencepiece(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
+    """The model of a file, and its pieces."""
+    data = read_bytes(path, CheckpointError, MAX_FILE_BYTES)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        model.encode("a b")  # a model without its mandatory pieces fails only here
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(
+            f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
+        ) from None
+    if not pieces:
+        raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
+    return model, pieces
+
+
+def _check_same(declared: list[Added], pieces: list[str], path: Path) -> None:
+    """CheckpointError if an added token has the id of another piece of the vocabulary."""
+    for item in declared:
+        if item.id < len(pieces) and pieces[item.id] != item.text:
+            raise CheckpointError(
+                f"{path}: id {item.id} is {pieces[item.id]!r} here, but tokenizer_config.json or added_tokens.json "
+                f"says {item.text!r}. "
+                "The files belong to different tokenizers: copy all of them from one model."
+            )
+
+
+def _byte_of(piece: str, path: Path) -> bytes:
+    """The byte that a piece such as <0x0A> spells."""
+    if not re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        raise CheckpointError(f"{path}: the byte piece {piece!r} names no byte. Copy it again from the model's source.")
+    return bytes([int(piece[1:-1], 16)])
+
+
 def _space_bytes(engine: _Engine) -> list[int] | None:
     """The byte pieces that spell the visible space; None if the vocabulary has no byte pieces."""
     found = [engine.find(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -178,7 +210,7 @@ class Tokenizer:
     exist). Made by load_tokenizer.
     """
 
-    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: str | None):
+    def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: ChatTemplate | None):
         self.directory = directory
         self.chat_template = chat_template
         self.files = [directory / name for name in FILES if (directory / name).is_file()]
@@ -196,9 +228,9 @@ class Tokenizer:
         self.cls_id, self.sep_id = roles["cls_token"], roles["sep_token"]
         self.pad_id: int = next(i for i in (roles["pad_token"], self.unk_id, eos) if i is not None)
         self.special_tokens = {
-            item.text: item.id for item in engine.added if item.special or _MARKUP.fullmatch(item.text)
+            item.text: item.id for item in engine.added if item.special or MARKUP.fullmatch(item.text)
         }
-        self._special_start = _alternatives(self.special_tokens, ahead=True)
+        self._special_start = _alternatives(self.special_tokens, directory, ahead=True)
         self._space_bytes = _space_bytes(engine)
 
     def _role(self, role: str, settings: dict[str, Any]) -> int | None:
@@ -212,6 +244,14 @@ class Tokenizer:
                 "Copy all tokenizer files from one model."
             )
         return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its files: equal for tokenizers that give equal ids."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it become one id each. Nothing is added in front or behind."""
@@ -236,17 +276,22 @@ class Tokenizer:
         try:
             for part in parts:
                 if self._space_bytes is None or SPACE not in part:
-                    ids += self._engine.encode(part)
+                    ids += self._encode(part)
                     continue
                 for number, stretch in enumerate(part.split(SPACE)):
                     ids += self._space_bytes if number else []
-                    ids += self._engine.encode(stretch)
+                    ids += self._encode(stretch)
         except (TypeError, RuntimeError, UnicodeEncodeError):
             raise DataError(
                 f"text that is not valid Unicode (half of a surrogate pair?) near {part[:40]!a}: "
                 "repair the file that it came from"
             ) from None
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= PIECE:
+            return self._engine.encode(text)
+        return [i for piece in encode_long(self._engine.encode, text) for i in piece]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`. Bytes that are not UTF-8 and ids outside the vocabulary become U+FFFD."""
@@ -298,26 +343,28 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a local model directory.
 
     Reads tokenizer.json, else tokenizer.model; the roles and added tokens of tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json; and the chat template of chat_template.jinja or
-    tokenizer_config.json. Raises CheckpointError for a missing, unreadable or contradictory file.
+    special_tokens_map.json and added_tokens.json; and the chat template (see read_chat_template). Raises
+    CheckpointError for a missing, unreadable or contradictory file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory to load a tokenizer from. Check model_name_or_path.")
-    config = _read_json(directory / "tokenizer_config.json")
-    declared = _declared(directory, config)
+    config, older = (read_optional(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    for file in (older, config):
+        check_roles(file)
+    declared = declared_tokens(directory, config)
     engine: _Engine
-    if (directory / "tokenizer.json").is_file():
+    if (directory / "tokenizer.json").exists():
         engine = _Fast(directory / "tokenizer.json", declared)
-    elif (directory / "tokenizer.model").is_file():
+    elif (directory / "tokenizer.model").exists():
         engine = _SentencePiece(directory / "tokenizer.model", declared)
     else:
         raise CheckpointError(
             f"{directory}: neither tokenizer.json nor tokenizer.model is here. "
             "Copy the tokenizer files from the model's source."
         )
-    settings = _read_json(directory / "special_tokens_map.json") | config
-    return Tokenizer(directory, engine, settings, _chat_template(directory, config))
+    settings = {**older.values, **config.values}
+    return Tokenizer(directory, engine, settings, read_chat_template(directory))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -336,60 +383,14 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
         )
 
 
-def _declared(directory: Path, config: dict[str, Any]) -> list[Added]:
-    """Added tokens that the JSON files name: {id: {content, special}} of tokenizer_config.json, {content: id} of the
-    older added_tokens.json.
-    """
-    try:
-        older = [
-            Added(text, int(i), bool(_MARKUP.fullmatch(text)))
-            for text, i in _read_json(directory / "added_tokens.json").items()
-        ]
-        newer = [
-            Added(item["content"], int(i), bool(item.get("special", False)))
-            for i, item in config.get("added_tokens_decoder", {}).items()
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory}: the added tokens of tokenizer_config.json or added_tokens.json have an unknown form "
-            f"({error!r}). Copy both from the model's source."
-        ) from None
-    known = {item.id for item in newer}
-    return sorted(newer + [item for item in older if item.id not in known], key=lambda item: item.id)
-
-
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-        if template is None:
-            log.warning(f"{directory}: none of the chat templates in tokenizer_config.json is called default; not used")
-    return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy it again from the model's source.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object. Copy it again from the model's source.")
-    return content
-
-
-def _alternatives(texts: Iterable[str], ahead: bool = False) -> re.Pattern[str]:
+def _alternatives(texts: Iterable[str], where: Path, ahead: bool = False) -> re.Pattern[str]:
     """A pattern that finds any of `texts`, the longest possible, as group 1; with `ahead` it only looks, so that finds
     may overlap. The alternatives share their beginnings (a trie), for ERNIE has over a thousand of them.
     """
     root: dict[str, Any] = {}
     for text in filter(None, texts):
+        if len(text) > LONGEST:
+            raise CheckpointError(f"{where}: a token of {len(text):,} characters; at most {LONGEST}. {COPY}")
         node = root
         for character in text:
             node = node.setdefault(character, {})

@@ -180,12 +180,13 @@ class EncodingService:
         self._workers: set[Worker] = set()
         self._drops = 0
 
-    def stream(self, numbers: Iterable[int]) -> Generator[Encoded, None, None]:
+    def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """The encoded records in the order of `numbers`, which may be endless: it is read only a little ahead. Close
-        the generator to end its workers.
+        the generator to end its workers. `num_workers`: at least so many for this stream.
         """
-        if self._num_workers:
-            yield from self._stream_from_workers(iter(numbers))
+        workers = max(self._num_workers, num_workers or 0)
+        if workers:
+            yield from self._stream_from_workers(iter(numbers), workers)
             return
         for number in numbers:
             encoded = self._cache.get(number)
@@ -193,12 +194,24 @@ class EncodingService:
                 encoded = self._keep(number, self._encoder(*self._dataset.record(number)))
             yield encoded
 
+    def lengths_depend_on(self) -> dict[str, Any]:
+        """What decides, beside a record itself, how many tokens it has; plain JSON."""
+        spec, template = self._spec, self._encoder.template
+        return {
+            "tokenizer": spec.tokenizer.fingerprint,
+            "template": None if template is None else template.source,
+            "max_seq_len": spec.max_seq_len,
+            "truncation": spec.truncation,
+            "on_bad_line": spec.on_bad_line,
+            "max_prompt_len": spec.max_prompt_len,
+        }
+
     def stop(self) -> None:
         """End the workers of every stream, also while another thread waits for them."""
         for worker in list(self._workers):
             worker.stop()
 
-    def _stream_from_workers(self, numbers: Iterator[int]) -> Generator[Encoded, None, None]:
+    def _stream_from_workers(self, numbers: Iterator[int], num_workers: int) -> Generator[Encoded, None, None]:
         """Chunks go to the workers in turn; answers are taken in the order of the chunks, so the stream is the same for
         any number of workers.
         """
@@ -209,7 +222,7 @@ class EncodingService:
             while chunk := self._next_chunk(numbers):
                 waiting.append(chunk)
                 if chunk.missing:
-                    if not free and len(mine) < self._num_workers:
+                    if not free and len(mine) < num_workers:
                         mine.append(Worker(self._spec))
                         self._workers.add(mine[-1])
                         free.append(mine[-1])
@@ -217,7 +230,7 @@ class EncodingService:
                         free.append(self._collect(waiting[0]))
                     chunk.worker = free.pop()
                     chunk.worker.send([self._dataset.record(number) for number in chunk.missing])
-                if len(waiting) > 2 * self._num_workers and waiting[0].worker is not None:
+                if len(waiting) > 2 * num_workers and waiting[0].worker is not None:
                     free.append(self._collect(waiting[0]))  # do not run ahead through chunks that need no worker
                 while waiting and waiting[0].worker is None:
                     yield from waiting.popleft().hand_on()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from erniekit.config import Config
+from erniekit.data.faults import reading
 from erniekit.data.files import load_record
 from erniekit.data.formats import parse_record
 from erniekit.data.record import Sample
@@ -76,7 +77,8 @@ def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Questi
     questions = []
     for number in range(count):
         type_name, raw, where = dataset.record(number)
-        sample = parse_record(load_record(raw, where), type_name, where)
+        with reading(where):
+            sample = parse_record(load_record(raw, where), type_name, where)
         if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
             sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
         if sample.kind != "chat":
@@ -84,7 +86,8 @@ def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Questi
                 "predict_with_generate: the evaluation data is pretraining text, which asks nothing. "
                 "Set it to false, or evaluate on questions and answers."
             )
-        questions += _questions(opened, sample, where)
+        with reading(where):
+            questions += _questions(opened, sample, where)
     unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]
     if unread:
         log.warning(

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from erniekit.checkpoint.adapter_read import base_of, read_adapter
+from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.folder import (
-    CHAT_TEMPLATE_FILE,
     TOKENIZER_FILES,
     copy_companions,
     find_checkpoint,
@@ -13,7 +13,7 @@ from erniekit.checkpoint.folder import (
 )
 from erniekit.checkpoint.source import Source
 from erniekit.config import Config
-from erniekit.data.template import load_template
+from erniekit.data.template import load_template, say_if_trained_otherwise
 from erniekit.data.tokenizer import load_tokenizer
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
@@ -77,8 +77,8 @@ def export_checkpoint(
     """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and compare.
 
     `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype` of the weights: None keeps the
-    checkpoint's. `chat_template`: a built-in one's name; None takes the checkpoint's own, else `text`. Raises
-    CheckpointError for a checkpoint that is not whole or a full disk.
+    checkpoint's. `chat_template`: a built-in one's name, or a .jinja file; None takes that of the adapter or the
+    checkpoint, else `text`. Raises CheckpointError for a checkpoint that is not whole or a full disk.
     """
 
     def merge(source: Source) -> Merge:
@@ -90,8 +90,10 @@ def export_checkpoint(
         report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
-            template = load_template(load_tokenizer(checkpoint_dir), chat_template)
-            (staging / CHAT_TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
+            trained = Path(adapter_dir or checkpoint_dir)
+            template = load_template(load_tokenizer(checkpoint_dir), chat_template, trained)
+            say_if_trained_otherwise(trained, template)
+            write_chat_template(staging, template.source, template.trained_end_ids)
         elif copy_tokenizer:
             log.warning(f"{checkpoint_dir} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): none is exported")
     compared = f"read again and equal to {checkpoint_dir}"

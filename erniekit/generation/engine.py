@@ -8,7 +8,6 @@ import paddle
 
 from erniekit.generation.decode import Limits, decode
 from erniekit.generation.sampling import Sampling
-from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.utils.errors import UserError
 
@@ -45,7 +44,8 @@ def generate(
         temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty: see sampling.Sampling;
             temperature is 1 when drawing without it.
         seed: equal seeds give equal tokens, whatever else is in the batch.
-        eos_token_id: token or tokens that end a row (default: the model's, from its config.json).
+        eos_token_id: token or tokens that end a row (default: the model's, from its generation_config.json or, if that
+            does not say, its config.json).
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
@@ -58,10 +58,9 @@ def generate(
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
     """
-    config = model.config
-    padding = config.pad_token_id if pad_token_id is None else pad_token_id
+    padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)
-    limits = Limits(max_new_tokens, min_new_tokens, end_ids(config) if eos_token_id is None else _as_ids(eos_token_id))
+    limits = Limits(max_new_tokens, min_new_tokens, model.end_ids if eos_token_id is None else _as_ids(eos_token_id))
     if do_sample is None:
         do_sample = temperature != 0 and any(value is not None for value in (temperature, top_p, top_k))
     if not do_sample:
@@ -88,12 +87,6 @@ def generate(
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
     return paddle.to_tensor(np.concatenate([ids, new], axis=1))
-
-
-def end_ids(config: ModelConfig) -> tuple[int, ...]:
-    """The model's end tokens: config.json may list several."""
-    several = config.extra.get("eos_token_id")
-    return tuple(several) if isinstance(several, list) else (config.eos_token_id,)
 
 
 def _as_ids(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import paddle
 
@@ -14,12 +15,12 @@ from erniekit.checkpoint.folder import (
     is_adapter,
     require_model,
 )
+from erniekit.checkpoint.generation_config import GenerationConfig, not_used, read_generation_config
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config
-from erniekit.data.template import Template, load_template
+from erniekit.data.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.generation.decode import Limits
-from erniekit.generation.engine import end_ids
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model
 from erniekit.models.config import ModelConfig
@@ -42,10 +43,13 @@ class Opened:
     template: Template
     path: Path
     enable_thinking: bool | None
+    generation: GenerationConfig
 
     def limits(self, cfg: Config) -> Limits:
         """When an answer ends: at the template's and the model's end tokens, within the configuration's bounds."""
-        stops = {*self.template.stop_ids, *end_ids(self.model.config)}
+        stops = {*self.template.stop_ids, *self.model.end_ids}
+        if (line := not_used(self.generation, _settings_of(cfg))) is not None:
+            log.info(line)
         return Limits(cfg.max_new_tokens, cfg.min_tokens, tuple(sorted(stops)))
 
 
@@ -62,10 +66,25 @@ def sampling_of(cfg: Config) -> Sampling:
     )
 
 
+def _settings_of(cfg: Config) -> dict[str, Any]:
+    """What decides how tokens are chosen, by transformers' names."""
+    return {
+        "do_sample": cfg.temperature > 0,
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "top_k": cfg.top_k,
+        "repetition_penalty": cfg.repetition_penalty,
+        "frequency_penalty": cfg.frequency_penalty,
+        "presence_penalty": cfg.presence_penalty,
+        "max_new_tokens": cfg.max_new_tokens,
+        "min_new_tokens": cfg.min_tokens,
+    }
+
+
 def open_model(cfg: Config, random_start: bool = False) -> Opened:
     """Load the model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
     `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is hung on its
-    base: `model_name_or_path`, else the model that it names itself.
+    base: `model_name_or_path`, else the local directory that it names itself.
 
     With `random_start`, a model_name_or_path without weights and with continue_training: false gives the random start
     that training would have. A checkpoint without tokenizer files takes those of model_name_or_path. Raises
@@ -74,6 +93,9 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     found = path = _directory(cfg)
     if is_adapter(found):
         path = base_of(found, cfg.model_name_or_path, cfg.download_hub)
+    tokenizer = _tokenizer(cfg, path)  # before the weights, which may take minutes
+    template = load_template(tokenizer, cfg.chat_template, found)
+    say_if_trained_otherwise(found, template)
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     if has_weights(path):
         adapter = str(found) if found != path else None
@@ -87,14 +109,13 @@ def open_model(cfg: Config, random_start: bool = False) -> Opened:
     else:
         start = " (or set continue_training: false for a random start)" if random_start else ""
         raise CheckpointError(f"{path} holds a config.json but no weights: train first, or name another model{start}.")
-    tokenizer = _tokenizer(cfg, path)
     check_fits(tokenizer, model.config.vocab_size, str(path))
-    template = load_template(tokenizer, cfg.chat_template)
     thinking = cfg.enable_thinking
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
         thinking = None
-    return Opened(model, tokenizer, template, found, thinking)
+    generation = read_generation_config(path, model.config)
+    return Opened(model, tokenizer, template, found, thinking, generation)
 
 
 def _directory(cfg: Config) -> Path:
@@ -131,6 +152,8 @@ def _random(cfg: Config, path: Path) -> CausalLM:
     log.warning(f"{path} holds no weights: the model starts at random (continue_training: false, seed {cfg.seed})")
     paddle.seed(cfg.seed)
     model = CausalLM(ModelConfig.from_dir(path))
+    generation = read_generation_config(path, model.config)
+    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
     model.eval()
     return model
 

@@ -200,6 +200,7 @@ class CausalLM(nn.Layer):
     def __init__(self, config: ModelConfig, part: Partition = WHOLE) -> None:
         super().__init__()
         self.config, self.part = config, part
+        self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.

@@ -5,7 +5,6 @@ In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is gener
 standard output gets the answers and nothing else.
 """
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +15,7 @@ from erniekit.generation.load import Opened, open_model, sampling_of
 from erniekit.generation.session import Session
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
 from erniekit.generation.tool_calls import read_calls, shown
-from erniekit.utils import log
+from erniekit.utils import log, streams
 from erniekit.utils.errors import UserError
 
 CLEAR, EXIT = "clear", "exit"
@@ -30,8 +29,6 @@ def chat(cfg: Config) -> None:
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is then refused as a question
     conversation = Conversation(cfg, open_model(cfg))
     screen = Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream)
     if screen.interactive:
@@ -139,7 +136,7 @@ class Screen:
         """The next question; None when there is none."""
         if self._typed_and_shown:
             try:
-                return input("User: ")
+                return streams.decode(input("User: "))
             except EOFError:
                 print()
                 return None
@@ -149,7 +146,7 @@ class Screen:
         if self.interactive:
             print("User: ", end="", file=self._labels, flush=True)
         line = sys.stdin.readline()
-        return line.removesuffix("\n") if line else None
+        return streams.decode(line.removesuffix("\n")) if line else None
 
     def note(self, text: str) -> None:
         """Say something that is not part of the conversation."""

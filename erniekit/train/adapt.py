@@ -9,11 +9,13 @@ import paddle
 from erniekit import lora
 from erniekit.checkpoint.adapter import adapter_parameters, fingerprint, write_adapter
 from erniekit.checkpoint.adapter_io import attach_stored, load_adapter
-from erniekit.checkpoint.folder import copy_companions
+from erniekit.checkpoint.chat_template import write_chat_template
+from erniekit.checkpoint.folder import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import held_tensors, load_weights, model_portion, write_model_configs
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
+from erniekit.data.template import Template
 from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
@@ -85,12 +87,19 @@ def prepare_save(
     shares: Shares,
     format: Format,
     model_dir: Path,
+    template: Template | None,
     directory: str = "",
 ) -> tuple[list[Portion], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now. All ranks call it.
+    PEFT's format, which is put together now, and the tokenizer files. The chat template is `template`, if conversations
+    are trained, or else the base model's. All ranks call it.
     """
+
+    def add_template(checkpoint: Path) -> None:
+        if template is not None:
+            write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
+
     state = lora.state_of(model)
     if state is None:
         header = _header_of(tensors)
@@ -99,6 +108,7 @@ def prepare_save(
         def add_files(checkpoint: Path) -> None:
             write_model_configs(model, checkpoint / directory, format, header)
             copy_companions(model_dir, checkpoint / directory)
+            add_template(checkpoint)
 
         return [portion], add_files
     is_first = shares.mesh.world_group.index == 0
@@ -107,6 +117,8 @@ def prepare_save(
     def add_adapter(checkpoint: Path) -> None:
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
+        copy_companions(model_dir, checkpoint / directory, names=TOKENIZER_FILES)
+        add_template(checkpoint)
 
     return [], add_adapter
 

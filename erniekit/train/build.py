@@ -17,6 +17,8 @@ from erniekit.checkpoint.folder import has_weights, require_model
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
+from erniekit.data.template import Template
+from erniekit.data.text import training_template
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
@@ -58,6 +60,7 @@ class Run:
     chunks: list[tuple[int, ...]]
     actions: Callable[[int], list[Action]]
     tokenizer: Tokenizer
+    template: Template | None
     recipe: Recipe
     optimizer: AdamW
     schedule: Schedule
@@ -97,6 +100,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     require_model(model_dir)
     tokenizer = load_tokenizer(model_dir)
+    template = training_template(cfg, tokenizer)
     model, chunks = build_model(cfg, model_dir, mesh)
     for line in layout_lines(cfg, model.config, mesh.degrees):
         log.info(line)
@@ -113,11 +117,10 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
     )
     optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
-    log.info(policy.describe(model, optimizer.has_masters))
-    loader, num_steps = _train_loader(cfg, tokenizer, mesh)
+    loader, num_steps = _train_loader(cfg, tokenizer, mesh, template)
     max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
-    eval_loader = build_loader(cfg, tokenizer, "eval", mesh.data, mesh.degrees.data) if wants_eval else None
+    eval_loader = build_loader(cfg, tokenizer, "eval", mesh.data, mesh.degrees.data, template) if wants_eval else None
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
@@ -127,6 +130,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         chunks=chunks,
         actions=partial(plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.sends_wait, mesh.pipe),
         tokenizer=tokenizer,
+        template=template,
         recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,
         schedule=build_schedule(cfg, max_steps),
@@ -188,6 +192,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
+        if stored.dtype not in (None, precision.param_dtype) and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is {precision.param_dtype}")
         if depths > stored.num_nextn_predict_layers:
             log.info(
                 f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
@@ -207,14 +213,16 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     return model, chunks
 
 
-def _train_loader(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Loader, Callable[[], int]]:
+def _train_loader(
+    cfg: Config, tokenizer: Tokenizer, mesh: Mesh, template: Template | None
+) -> tuple[Loader, Callable[[], int]]:
     """The training data, and how many steps they make (measured when called)."""
     warmup, full = cfg.batch_size_warmup_steps, cfg.gradient_accumulation_steps
     if not warmup:
-        loader = build_loader(cfg, tokenizer, "train", mesh.data, mesh.degrees.data)
+        loader = build_loader(cfg, tokenizer, "train", mesh.data, mesh.degrees.data, template)
         return loader, lambda: loader.num_steps
     one_by_one = dataclasses.replace(cfg, gradient_accumulation_steps=1)
-    single = build_loader(one_by_one, tokenizer, "train", mesh.data, mesh.degrees.data)
+    single = build_loader(one_by_one, tokenizer, "train", mesh.data, mesh.degrees.data, template)
     return single, lambda: steps_for(single.num_steps, full, warmup)
 
 

@@ -6,14 +6,15 @@ matter, and data that changed brings only its new pairs. The file says which mod
 
 import hashlib
 import json
+import math
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.utils import log
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.user_files import open_regular, parse_json
 
 _VERSION = 1
 _KEY_BYTES = 16
@@ -153,10 +155,19 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            then: dict[str, Any] = json.loads(str(archive["model"]))
-            keys, log_probs = archive["keys"], archive["log_probs"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with open_regular(path, CheckpointError) as file, zipfile.ZipFile(file) as archive:
+            model, keys, log_probs = (_read_array(archive, f"{name}.npy") for name in ("model", "keys", "log_probs"))
+        then = parse_json(str(model), f"{path}: model", CheckpointError)
+        if not isinstance(then, dict):
+            raise ValueError("it does not say of which model it is")
+        if keys.dtype != np.uint8 or keys.shape != (len(log_probs), _KEY_BYTES):
+            raise ValueError(f"keys of shape {keys.shape}")
+        if log_probs.dtype != np.float32 or log_probs.shape != (len(keys), 2) or not np.isfinite(log_probs).all():
+            raise ValueError("log-probabilities that are no pairs of numbers")
+    except UserError as error:
+        raise CheckpointError(f"ref_logps_cache: {error} Remove it to compute it anew.") from None
+    # All that zipfile and numpy raise for an archive that is damaged.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
         raise CheckpointError(
             f"ref_logps_cache: {path} cannot be read: {error}. Remove it to compute it anew."
         ) from None
@@ -168,6 +179,21 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
             "Name another file, or remove this one to compute it anew."
         )
     return {bytes(key).hex(): (float(c), float(r)) for key, (c, r) in zip(keys, log_probs, strict=True)}
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array as `np.savez` writes it. `np.load` would make room for whatever its header claims."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is of another version")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if fortran_order or dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{name}: {len(content)} bytes for {dtype} of shape {shape}")
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 def write_cache(path: Path, now: dict[str, str], table: Table) -> None:

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paddle import nn
+
 from erniekit.config.schema import Config
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
+from erniekit.precision import policy
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.train.trainer import Trainer
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, log, runtime
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,21 @@ def join(cfg: Config) -> Mesh:
     return build_mesh(Degrees.from_config(cfg, world.size))
 
 
+def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
+    """What trains: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
+    ranks = "1 process" if mesh.degrees.world == 1 else f"{mesh.degrees.world} processes"
+    return f"device: {runtime.device_name()}; {policy.describe(model, has_masters)}; {ranks}"
+
+
 def train(cfg: Config) -> TrainResult:
     """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.
     callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
-    trainer = Trainer(build_run(cfg, mesh), callbacks)
+    run = build_run(cfg, mesh)
+    if mesh.rank == 0:
+        log.info(_device_line(run.model, run.optimizer.has_masters, mesh))
+    trainer = Trainer(run, callbacks)
     summary = trainer.fit()
     return TrainResult(trainer.run.output_dir, history.steps, summary)

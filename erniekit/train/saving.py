@@ -190,5 +190,11 @@ class Saver:
         self, tensors: dict[str, paddle.Tensor], below: str = ""
     ) -> tuple[list[Portion], Callable[[Path], None]]:
         return prepare_save(
-            self.run.model, tensors, self.shares, self.cfg.save_format, self.run.model_dir, directory=below
+            self.run.model,
+            tensors,
+            self.shares,
+            self.cfg.save_format,
+            self.run.model_dir,
+            self.run.template,
+            directory=below,
         )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -19,11 +19,12 @@ from erniekit.models.partition import WHOLE
 from erniekit.models.weights import Shape
 from erniekit.train.optim import POWERS, AdamW
 from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import JsonObject, read_json_object
 
 STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "config.yaml"
 OPTIMIZER_DIR = "optimizer"
-_ROWS = re.compile(r"(.+)\[(\d+):(\d+)\]")
+_ROWS = re.compile(r"(.+)\[([0-9]{1,18}):([0-9]{1,18})\]")
 
 # Keys that make a run this run: with another value, its checkpoints belong to something else.
 IDENTITY = (
@@ -112,17 +113,66 @@ def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None
 
 
 def read_state(directory: Path) -> TrainState:
-    """Read trainer_state.json. CheckpointError if the directory is not a training checkpoint."""
+    """Read trainer_state.json. CheckpointError if the directory is not a training checkpoint, or names the key whose
+    value cannot be one.
+    """
     file = directory / STATE_FILE
     try:
-        return TrainState(**json.loads(file.read_text(encoding="utf-8")))
+        content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
             "model_name_or_path to it."
         ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Resume from an older checkpoint.") from error
+    hints = get_type_hints(TrainState)
+    unknown = sorted(content.values.keys() - hints.keys())
+    if unknown or "step" not in content:
+        problem = f"{unknown[0]!r:.60}: not a key of this version" if unknown else "step: missing"
+        raise CheckpointError(f"{file}: {problem}. Resume from an older checkpoint.")
+    values = {name: _typed(content, name, hint) for name, hint in hints.items() if name in content}
+    _check_position(content.get_object("data"), content.get_object("data").values.get("position"))
+    if not all(type(value) is int for value in content.get_object("layout").values.values()):
+        raise CheckpointError(f"{file}: layout: must hold integers. Resume from an older checkpoint.")
+    return TrainState(**values)
+
+
+_BIG = 1 << 62  # counts fit in 64 bits
+
+
+def _typed(content: JsonObject, name: str, hint: Any) -> Any:
+    """The value of one field of TrainState, checked by the field's type; null is for those that may be None."""
+    is_object, value = get_origin(hint) is dict, content.values[name]
+    kinds = (hint,) if is_object else get_args(hint) or (hint,)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise CheckpointError(f"{content.where}: {name}: must not be null. Resume from an older checkpoint.")
+    if bool in kinds:
+        return content.get_bool(name, None)
+    if float in kinds:
+        return content.get_number(name, None)
+    if int in kinds:
+        return content.get_int(name, None, 0, _BIG)
+    if str in kinds:
+        return content.get_text(name, None)
+    assert is_object, f"no reader for {name}: {hint}"
+    return dict(content.get_object(name).values)
+
+
+def _check_position(data: JsonObject, value: Any) -> None:
+    """The place in the data: natural numbers, true and false, in lists and objects."""
+    level = [value]
+    while level:
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, (list, dict)):
+                inner += part.values() if isinstance(part, dict) else part
+            elif part is not None and not (isinstance(part, int) and 0 <= part <= _BIG):
+                raise CheckpointError(
+                    f"{data.where}: position: must hold natural numbers, found {part!r:.60}. Resume from an older "
+                    "checkpoint, or set ignore_data_skip: true."
+                )
+        level = inner
 
 
 def check_identity(state: TrainState, cfg: Config, where: Path) -> None:
@@ -175,12 +225,16 @@ class StoredState:
         self._pieces: dict[str, list[tuple[int, int, str]]] = {}
         for stored in self.reader.keys():  # noqa: SIM118 no mapping
             match = _ROWS.fullmatch(stored)
+            if self.reader.info(stored).dtype != "F32":
+                raise CheckpointError(f"{directory}: {stored} is not float32. Resume from an older checkpoint.")
             if match:
                 self._pieces.setdefault(match[1], []).append((int(match[2]), int(match[3]), stored))
         for name, pieces in self._pieces.items():
             pieces.sort()
             ends = [0, *(end for _, end, _ in pieces)]
-            if [begin for begin, _, _ in pieces] != ends[:-1]:
+            shapes = [self.reader.info(stored).shape for _, _, stored in pieces]
+            rows = [(end - begin, *shapes[0][1:]) for begin, end, _ in pieces]
+            if [begin for begin, _, _ in pieces] != ends[:-1] or shapes != rows or name in self.reader:
                 raise CheckpointError(
                     f"{directory}: the pieces of {name} leave gaps or overlap: {', '.join(p[2] for p in pieces)}. "
                     "Resume from an older checkpoint."

@@ -1,5 +1,6 @@
 """Plain log lines on stderr, so that stdout stays free for answers and tables."""
 
+import functools
 import logging
 import sys
 
@@ -33,3 +34,9 @@ def info(message: str) -> None:
 def warning(message: str) -> None:
     """Say something the user should act on."""
     _logger.warning("warning: %s", message)
+
+
+@functools.cache
+def once(message: str) -> None:
+    """A warning about a file, which one process may read several times."""
+    warning(message)

@@ -11,9 +11,13 @@ Four defaults of a fresh process are slow on a CPU, and each has a one-line cure
   faster). The process then holds its peak memory until it ends.
 """
 
+import codecs
 import ctypes
 import os
+import platform
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
 # when it is unset.
@@ -57,6 +61,24 @@ def _keep_freed_memory() -> bool:
     )
 
 
+def environment_variable(name: str) -> str | None:
+    """The value of an environment variable that a configuration refers to as ${oc.env:NAME}."""
+    return os.environ.get(name)
+
+
+def require_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale can name ASCII files only (LC_ALL=C).
+
+    Text of YAML files and of the command line could otherwise not be opened as a path. What is printed keeps the
+    terminal's encoding.
+    """
+    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", "ascii:replace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def prepare() -> None:
     """Set the process up. Call before paddle is imported; a value the user set is kept."""
     cpu_type = mkl_cpu_type(_cpuinfo())
@@ -70,6 +92,11 @@ def prepare() -> None:
     # order each time and, for the embedding, in 16 bits.
     os.environ.setdefault("FLAGS_embedding_deterministic", "1")
     os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
+
+
+def cache_directory() -> Path:
+    """Where this user's programs keep what can be made again (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "erniekit"
 
 
 def num_cores() -> int:
@@ -87,7 +114,35 @@ def set_threads(num_threads: int | None = None) -> int:
     import paddle
 
     _keep_freed_memory()
-    asked = int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0
-    threads = num_threads or asked or num_cores()
+    threads = num_threads or _wanted_threads()
     paddle.base.core.set_num_threads(threads)
     return threads
+
+
+def _wanted_threads() -> int:
+    return (int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0) or num_cores()
+
+
+def device_name() -> str:
+    """The GPU that Paddle uses, or the processor with its threads, for people."""
+    import paddle
+
+    device = paddle.get_device()
+    if device.startswith("gpu"):
+        return f"{paddle.device.cuda.get_device_name()} ({device})"
+    lines = (line.partition(":") for line in _cpuinfo().splitlines())
+    model = next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
+    threads = _wanted_threads()
+    return f"{model or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+# Variables with which other launchers say how many processes there are, and that nothing here reads.
+_OTHER_LAUNCHERS = (
+    "NPROC_PER_NODE GPUS_PER_NODE WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK FORCE_TORCHRUN "
+    "ACCELERATE_CONFIG_FILE ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP DEEPSPEED_CONFIG_FILE"
+).split()
+
+
+def ignored_variables() -> list[str]:
+    """NAME=value of the environment variables of other launchers that are set and do nothing here."""
+    return [f"{name}={os.environ[name]}" for name in _OTHER_LAUNCHERS if os.environ.get(name)]

@@ -4,12 +4,14 @@ Python's JSON parser keeps the last of two equal keys, takes NaN and Infinity, a
 each of these is one error of the caller's kind (a subclass of UserError) with file, place and cure.
 """
 
+import contextlib
 import json
+import math
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from erniekit.utils.errors import UserError
 
@@ -24,18 +26,25 @@ def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> by
 
     FileNotFoundError is the caller's: only it knows what an absent file means.
     """
+    with open_regular(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path}: {size:,} bytes; such a file has at most {limit:,}. Is it the right file?")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
+    """A regular file, opened for reading; a pipe, a device or a directory is refused unread. OSErrors of opening and of
+    reading are `error`, but for FileNotFoundError, which is the caller's.
+    """
     try:
         # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{path}: not a regular file. Replace it by one.")
-            if status.st_size > limit:
-                raise error(
-                    f"{path}: {status.st_size:,} bytes; such a file has at most {limit:,}. Is it the right file?"
-                )
-            return file.read()
+            yield file
     except FileNotFoundError:
         raise
     except IsADirectoryError:
@@ -71,14 +80,33 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_BYTES)
     return content
 
 
-def parse_json(text: str, where: str, error: type[UserError]) -> Any:
-    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN and
-    Infinity, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate pair.
+def parse_json(
+    text: str,
+    where: str,
+    error: type[UserError],
+    *,
+    number: Callable[[str], Any] | None = None,
+    strict: bool = True,
+) -> Any:
+    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN,
+    Infinity and numbers as large, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate
+    pair.
+
+    number: makes the values of numbers from their text; not given: Python's int and float. Not `strict`: strings may
+    hold raw control characters.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(
+            text,
+            strict=strict,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=number,
+            parse_float=number or _finite,
+        )
     except json.JSONDecodeError as problem:
-        raise error(f"{where}: not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}.") from None
+        line = f"line {problem.lineno}, " if "\n" in text.strip() else ""
+        raise error(f"{where}: not JSON: {problem.msg} at {line}column {problem.colno}.") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
     except ValueError as problem:  # of ours, or Python's limit on the digits of an integer
@@ -87,7 +115,7 @@ def parse_json(text: str, where: str, error: type[UserError]) -> Any:
     _check_depth(content, text, where, error)
     if "\\ud" in text or "\\uD" in text:
         try:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
+            json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError:
             raise error(f"{where}: a \\ud800-\\udfff escape that is half of a pair; no text can hold it.") from None
     return content
@@ -108,6 +136,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise _Refused(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _Refused(f"the number {text[:40]} is too large to be held")
+    return number
 
 
 def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:
@@ -197,5 +232,11 @@ class JsonObject:
 
 def _bounds(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    return f" of at least {low:g}" if low is not None else f" of at most {high:g}" if high is not None else ""
+        return f" from {_number(low)} to {_number(high)}"
+    if low is not None:
+        return f" of at least {_number(low)}"
+    return "" if high is None else f" of at most {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

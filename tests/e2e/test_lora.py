@@ -157,6 +157,7 @@ def test_what_cannot_be_is_refused(workspace: Path) -> None:
     model = CausalLM(other)
     draw(model, 6)
     erniekit.save_model(model, workspace / "dense2")
+    shutil.copy(workspace / "dense" / "tokenizer.json", workspace / "dense2")
     with pytest.raises(CheckpointError, match="fingerprint"):
         evaluate(load(workspace, "eval", **keys | {"model_name_or_path": str(workspace / "dense2")}))
     with pytest.raises(CheckpointError, match="set lora_path to it"):

@@ -1,4 +1,4 @@
-"""loss.png: training loss, evaluation loss and learning rate over the steps, drawn from metrics.jsonl."""
+"""loss.png: training loss, evaluation loss, rewards and learning rate over the steps, drawn from metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -29,47 +29,64 @@ def _column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
 
 
 def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the records of a metrics file into a PNG."""
+    """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
     # Not at the top: matplotlib takes half a second to import. No pyplot: a figure of our own needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps, loss = _column(records, "loss")
-    eval_steps, eval_loss = _column(records, "eval_loss")
-    rate_steps, rate = _column(records, "learning_rate")
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    steps, rewards = _column(records, "reward_margin")
+    has_rewards = len(steps) > 0
+    figure = Figure(figsize=(9, 8 if has_rewards else 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    few = "o" if len(steps) == 1 else None
-    upper.plot(
-        steps,
-        loss,
-        color=_TRAIN,
-        alpha=0.3 if len(steps) >= 60 else 1,
-        linewidth=1,
-        marker=few,
-        label="train, each step",
-    )
-    if len(steps) >= 60:
-        upper.plot(steps, smooth(loss), color=_TRAIN, linewidth=2, label="train, smoothed")
-    if len(eval_steps):
-        upper.plot(eval_steps, eval_loss, color=_EVAL, linewidth=1.2, marker="o", markersize=5, label="evaluation")
-    upper.set_ylabel("loss (nats per token)")
+    heights = [3, 2, 1] if has_rewards else [3, 1]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    upper, lower = panels[0], panels[-1]
+    _draw_train(upper, *_column(records, "loss"), _TRAIN, "train")
+    _draw_eval(upper, *_column(records, "eval_loss"))
+    upper.set_ylabel("preference loss (mean over pairs)" if has_rewards else "loss (nats per token)")
     upper.set_title(title, loc="left", fontsize=11)
     upper.legend(frameon=False)
-    lower.plot(rate_steps, rate, color=_RATE, linewidth=1.5, marker=few)
+    if has_rewards:
+        _draw_train(panels[1], steps, rewards, _TRAIN, "margin, train")
+        _draw_eval(panels[1], *_column(records, "eval_reward_margin"))
+        panels[1].set_ylabel("reward margin")
+        accuracy = panels[1].twinx()
+        _draw_train(accuracy, *_column(records, "reward_accuracy"), _RATE, "accuracy, train")
+        accuracy.set_ylabel("reward accuracy", color=_RATE)
+        accuracy.set_ylim(-0.03, 1.03)
+        accuracy.spines["top"].set_visible(False)
+        lines = [*panels[1].get_lines(), *accuracy.get_lines()]
+        shown = [line for line in lines if not line.get_label().startswith("_")]
+        panels[1].legend(shown, [line.get_label() for line in shown], frameon=False)
+    rate_steps, rate = _column(records, "learning_rate")
+    lower.plot(rate_steps, rate, color=_RATE, linewidth=1.5, marker="o" if len(rate) == 1 else None)
     lower.set_ylabel("learning rate")
     lower.set_xlabel("optimizer step")
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     lower.set_ylim(bottom=0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    for axes in (upper, lower):
+    for axes in panels:
         axes.grid(True, color=_QUIET, alpha=0.25, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
     figure.align_ylabels()
     figure.savefig(path, format="png")
+
+
+def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """Every step; a long run's faintly, under their moving average."""
+    is_long = len(steps) >= 60
+    marker = "o" if len(steps) == 1 else None
+    name = f"{label}, each step"
+    axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1, marker=marker, label=name)
+    if is_long:
+        axes.plot(steps, smooth(values), color=color, linewidth=2, label=f"{label}, smoothed")
+
+
+def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
+    if len(steps):
+        axes.plot(steps, values, color=_EVAL, linewidth=1.2, marker="o", markersize=5, label="evaluation")
 
 
 class LossPlot(Callback):

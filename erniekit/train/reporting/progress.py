@@ -28,6 +28,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
+def _rewards(parts: dict[str, float]) -> str:
+    """The two numbers that show whether preference training works: pairs in the right order, and by how much."""
+    if "reward_margin" not in parts:
+        return ""
+    return f"  reward margin {parts['reward_margin']:.3f}  accuracy {parts['reward_accuracy']:.0%}"
+
+
 def _metrics(values: dict[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
 
@@ -72,7 +79,8 @@ class ProgressReport(Callback):
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the bar, or write a line if it is time for one."""
         self._recent.append((metrics.num_tokens, metrics.seconds))
-        numbers = f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
+        rewards = _rewards(metrics.parts)
+        numbers = f"loss {metrics.loss:.4f}{rewards}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, numbers=numbers)
             return

@@ -1,6 +1,7 @@
 """Adapter files: what is written is what is read, for the model they belong to and for no other."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,57 @@ def edit(path: Path, **changes: Any) -> None:
         ({"bias": "all"}, "bias: 'all'"),
         ({"init_lora_weights": "pissa_niter_16"}, "changed weights"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias: True"),
+        ({"monteclora_config": {"a": 1}}, "monteclora_config"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"use_newest_lora": True}, "use_newest_lora: True: an option that is not known here"),
+        ({"r": "8"}, r"adapter_config\.json: r: must be an integer"),
+        ({"lora_alpha": "16"}, "lora_alpha: must be a number"),
+        ({"use_dora": "no"}, "use_dora: must be true or false"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: must be an object"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '\\(' is not a regular expression"),
+        ({"target_modules": "(a+)+$"}, "target_modules: .*too complicated a pattern"),
+        ({"target_modules": ".*a.*b.*c.*d"}, "target_modules: .*too complicated a pattern"),
+        ({"target_modules": [1]}, "target_modules: must be a list of names"),
+        ({"modules_to_save": ["embed_tokens"]}, r"1 missing: embed_tokens \(modules_to_save\)"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path: must be text"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     model = adapted("dense")
     save_adapter(model, tmp_path)
     edit(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path, model.config)
+
+
+def test_options_that_change_nothing_here(tmp_path: Path) -> None:
+    model = adapted("dense")
+    save_adapter(model, tmp_path)
+    expected = read_adapter(tmp_path, model.config).tensors
+    later = {"use_newer_lora": False, "newer_config": None, "loftq_config": {}, "revision": "main", "eva_config": None}
+    edit(tmp_path, init_lora_weights="gaussian", qalora_group_size=16, megatron_core="megatron.core", **later)
+    edit(tmp_path, target_modules=r".*\.layers\.\d+\.self_attn\.(q|k|v|o)_proj", inference_mode=False)
+    assert read_adapter(tmp_path, model.config).tensors.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, name: tensors.update({name: tensors[name][0]}), r"of another size: .*lora_A"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:0]}), r"of another size: .*lora_A"),
+        (
+            lambda tensors, name: tensors.update({name.replace("A.weight", "A.default.weight"): tensors[name]}),
+            "not in this model: .*lora_A",
+        ),
+    ],
+)
+def test_factors_that_are_none(tmp_path: Path, change: Callable[..., None], message: str) -> None:
+    model = adapted("dense")
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors, next(name for name in tensors if name.endswith("q_proj.lora_A.weight")))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         read_adapter(tmp_path, model.config)
 

@@ -9,6 +9,7 @@ import paddle
 import pytest
 from parity.support import CASES, paddle_file_tensors, read_fixture
 from safetensors.numpy import load_file, save_file
+from tiny_models import tiny_model
 
 from erniekit.checkpoint import model_io, safetensors, source
 from erniekit.checkpoint.dtypes import bf16_to_fp32, fp32_to_bf16
@@ -243,3 +244,44 @@ def test_float16_overflow_names_the_tensor(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*float16"):
         save_model(model, tmp_path / "m", dtype="float16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"rope_theta": 100.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 100.0}},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 100},
+        {"rope_scaling": {"rope_theta": 100.0}, "rope_theta": 500000.0, "rope_parameters": {"rope_theta": 7.0}},
+    ],
+)
+def test_the_rotary_base_counts_wherever_config_json_has_it(tmp_path, place):
+    """The places and their order are those of transformers 5."""
+    model = tiny_model("dense", rope_theta=100.0)
+    save_model(model, tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    bare = {key: value for key, value in content.items() if not key.startswith("rope_")}
+    file.write_text(json.dumps(bare | place))
+    ids = np.arange(40).reshape(1, 40) % 61
+    logits = load_model(tmp_path)(ids).numpy()
+    np.testing.assert_array_equal(logits, model(ids).numpy())
+    file.write_text(json.dumps(bare))
+    assert np.abs(load_model(tmp_path)(ids).numpy() - logits).max() > 0.1  # the default base is another model
+
+
+def test_end_tokens_of_generation_config_are_loaded_and_saved(tmp_path):
+    save_model(tiny_model("dense"), tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [2, 9], "pad_token_id": 5}')
+    model = load_model(tmp_path / "a")
+    assert (model.end_ids, model.fill_id) == ((2, 9), 5)
+    save_model(model, tmp_path / "b")
+    assert load_model(tmp_path / "b").end_ids == (2, 9)
+    for text, ends in [('{"top_p": 0.8}', (2,)), ('{"eos_token_id": null}', ()), ('{"eos_token_id": 7}', (7,))]:
+        (tmp_path / "a" / "generation_config.json").write_text(text)
+        assert load_model(tmp_path / "a").end_ids == ends
+    for text, words in [('{"eos_token_id": [61]}', "eos_token_id: 61 is not a token"), ("[2]", "one JSON object")]:
+        (tmp_path / "a" / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json: .*{words}"):
+            load_model(tmp_path / "a")

@@ -200,7 +200,7 @@ def entry(start, stop, shape=(1,), dtype="F32"):
         (raw({}, length=10**12), ["too short"]),
         (raw(b"not json"), ["not JSON"]),
         (raw(b"\xff\xfe\xff"), ["not JSON"]),
-        (raw([1]), ["not a JSON object"]),
+        (raw([1]), ["not JSON"]),
         (raw({"x": entry(0, 4)}, b"123"), ["truncated"]),
         (raw({"x": entry(0, 4)}, b"12345"), ["longer"]),
         (raw({"x": entry(0, 4), "y": entry(2, 6)}, b"123456"), ["y", "overlaps"]),
@@ -210,6 +210,18 @@ def entry(start, stop, shape=(1,), dtype="F32"):
         (raw({"x": {"dtype": "F32"}}, b""), ["x", "lacks"]),
         (raw({"x": entry(0, 4, dtype="F4")}, b"1234"), ["x", "F4", "not supported"]),
         (raw(b'{"x": {"dtype": "F32"}, "x": {"dtype": "F32"}}'), ["twice"]),
+        (raw(b"[" * 5000), ["not JSON"]),
+        (raw(b'{"x": ' + b"[" * 5000), ["levels"]),
+        (raw({"x": entry(0, 4, dtype=["F32"])}, b"1234"), ["x", "type"]),
+        (raw({"x": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}, b"1234"), ["x", "natural"]),
+        (raw({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]}}, b"1234"), ["x", "natural"]),
+        (raw({"x": entry(0, 0, (2**62, 2**62, 0))}), ["x", "no tensor can have the shape"]),
+        (raw({"x": entry(0, 0, (0,) * 40)}), ["x", "no tensor can have the shape"]),
+        (raw(b'{"x": {"dtype": "F32", "shape": [-0], "data_offsets": [0, 0]}}'), ["natural"]),
+        (raw({"\ud800": entry(0, 4)}, b"1234"), ["half of a pair"]),
+        (raw({"__metadata__": {"format": 1}}), ["__metadata__", "strings"]),
+        (raw({"__metadata__": []}), ["__metadata__", "strings"]),
+        (raw(b"\xef\xbb\xbf{}"), ["not JSON"]),
     ],
 )
 def test_damaged_and_foreign_files_are_named(tmp_path, content, words):
@@ -257,10 +269,15 @@ def test_directories_that_are_not_one_model(tmp_path, caplog):
         Reader(tmp_path)
     (tmp_path / SINGLE_FILE).unlink()
     for content, words in [
-        ("{", "not an index"),
-        ('{"weight_map": {}}', "no tensor"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "not a file beside it"),
+        ("{", "not JSON"),
+        ('{"weight_map": {}}', "not an index .* without any"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "not a safetensors file beside it"),
         (good.replace('"a"', '"z"'), "z"),
+        ('{"weight_map": {"a": "a\\u0000b.safetensors"}}', "not a safetensors file beside it"),
+        ('{"weight_map": {"a": "..\\\\b.safetensors"}}', "not a safetensors file beside it"),
+        ('{"weight_map": {"a": "' + "x" * 300 + '.safetensors"}}', "not a safetensors file beside it"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "stands twice"),
+        ('{"weight_map": ["a"]}', "not an index .* a list"),
         (good.replace("model-00001-of-00003", "model-00009-of-00003"), "not found"),
     ]:
         index.write_text(content)

@@ -1,12 +1,16 @@
 """`erniekit version`."""
 
+import dataclasses
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from source_tree import REPOSITORY
 
 import erniekit
 from erniekit.cli import info
+from erniekit.config import schema
 from erniekit.utils.errors import ConfigError
 
 
@@ -44,3 +48,22 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
     assert info.commit() == sha
     (tmp_path / "a.txt").write_text("other")
     assert info.commit() == f"{sha}.dirty"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "chat", "export", "split"])
+def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
+    text = " ".join(info.usage(command).split())
+    groups, single = info.KEYS[command]
+    names = [field.name for group in groups.split(",") for field in dataclasses.fields(schema.GROUPS[group])]
+    for name in [*names, *single.split()]:
+        assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
+    assert len(names + single.split()) == len({*names, *single.split()})
+
+
+def test_help_needs_no_paddle():
+    code = "import sys; from erniekit.cli.main import main; main(['help', 'train']); assert 'paddle' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def test_the_first_screen_says_what_this_is_not():
+    assert "not Baidu's official ERNIEKit" in info.usage() and "Nothing here has run on a GPU" in info.usage()

@@ -2,7 +2,10 @@ import json
 
 import pytest
 
-from erniekit.data.formats import FORMATS, METADATA, parse_record
+from erniekit.data import formats
+from erniekit.data.fields import Notes
+from erniekit.data.formats import FORMATS, parse_record
+from erniekit.data.preference_formats import PREFERENCE_FORMATS
 from erniekit.utils.errors import DataError
 
 
@@ -60,7 +63,7 @@ def test_erniekit_is_system_takes_the_first_pair_away_with_its_label():
         ({"src": ["a"], "tgt": ["\ud83d"]}, r"tgt\[0\] holds half of a surrogate pair"),
         (
             {"src": ["a"], "tgt": ["x"], "scr": 1},
-            "unknown field 'scr' for type erniekit; the nearest known one is 'src'",
+            "unknown field 'scr' of type erniekit; the nearest known one is 'src'",
         ),
         (["a"], "a record must be an object with named fields, not a list"),
     ],
@@ -151,12 +154,15 @@ def test_sharegpt_has_a_system_field_and_tools_as_json_text():
         ([user("q"), {"role": "tool", "content": "r"}, assistant("a")], "role 'tool' of turn 1 follows user"),
         ([user("q"), assistant("", tool_calls=[call()]), user("q"), assistant("a")], "turn 2 follows a function call"),
         ([{"role": "owner", "content": "q"}], "the role 'owner'"),
-        ([{"role": "user", "contents": "q"}], "unknown field 'contents'; the nearest known one is 'content'"),
+        (
+            [{"role": "user", "contents": "q"}],
+            "unknown field 'contents' of a message; the nearest known one is 'content'",
+        ),
         ([user("q"), assistant("")], r"messages\[1\].content is empty"),
-        ([user(["q"]), assistant("a")], r"messages\[0\].content must be a string, not a list"),
+        ([user(["q"]), assistant("a")], r"messages\[0\].content\[0\] is no text part but a string"),
         ([user("q"), assistant("", tool_calls=[{"name": 1}])], "names no function"),
-        ([user("q"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])], "arguments must hold JSON"),
-        ([user("q"), {"role": "function", "content": "f()"}], "must hold JSON"),
+        ([user("q"), assistant("", tool_calls=[{"name": "f", "arguments": "{"}])], "arguments: not JSON"),
+        ([user("q"), {"role": "function", "content": "f()"}], r"messages\[1\].content: not JSON"),
         ([user("q") | {"tool_calls": [call()]}, assistant("a")], "what only an assistant has"),
         ([], "at least one entry"),
     ],
@@ -197,14 +203,133 @@ def test_a_record_of_another_type_is_recognised(record, type_name, meant):
         parse_record(record, type_name)
 
 
-def test_metadata_fields_are_allowed_everywhere_and_change_nothing():
-    records = {
-        "erniekit": {"src": "a", "tgt": "b"},
-        "alpaca": {"instruction": "a", "output": "b"},
-        "messages": {"messages": [user("a"), assistant("b")]},
-        "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        "text": {"text": "a"},
-    }
-    assert set(records) == set(FORMATS)
-    for name, record in records.items():
-        assert parse_record(record | dict.fromkeys(METADATA, 1), name) == parse_record(record, name)
+SINGLE_ANSWERS = {
+    "erniekit (DPO)": {"src": ["q"], "tgt": ["a"]},
+    "alpaca (DPO)": {"instruction": "q", "output": "a"},
+    "messages (DPO)": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "sharegpt (DPO)": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+}
+
+
+@pytest.mark.parametrize("type_name", SINGLE_ANSWERS)
+@pytest.mark.parametrize("record", SINGLE_ANSWERS.values(), ids=list(SINGLE_ANSWERS))
+def test_single_answers_at_stage_dpo_are_sent_to_stage_sft(type_name: str, record: dict[str, object]):
+    with pytest.raises(DataError, match=r"stage: DPO trains on pairs.*Hint: set stage: SFT"):
+        parse_record(record, type_name)
+
+
+@pytest.mark.parametrize("type_name", ["erniekit", "alpaca", "messages", "sharegpt"])
+def test_pairs_at_another_stage_are_sent_to_stage_dpo(type_name: str):
+    with pytest.raises(DataError, match=r"preference data.*set stage: DPO"):
+        parse_record({"instruction": "q", "chosen": "a", "rejected": "b"}, type_name)
+    with pytest.raises(DataError, match=r"set stage: DPO"):
+        parse_record({"src": ["q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0]}, type_name)
+
+
+RECORDS = {
+    "erniekit": {"src": "a", "tgt": "b"},
+    "alpaca": {"instruction": "a", "output": "b"},
+    "messages": {"messages": [user("a"), assistant("b")]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "text": {"text": "a"},
+    "erniekit (DPO)": {"src": ["q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0]},
+    "alpaca (DPO)": {"question": "q", "chosen": "a", "rejected": "b"},
+    "messages (DPO)": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "sharegpt (DPO)": {"conversations": [{"from": "human", "value": "a"}], "chosen": "a", "rejected": "b"},
+}
+EXTRA = {
+    "id": 7,
+    "source": "web",
+    "metadata": {"score": 0.5},
+    "conversation_id": "x",
+    "prompt_id": "y",
+    "topic": "sums",
+    "images": [],
+    "weight": None,
+    "text_length": 3,
+}
+
+
+def test_fields_that_change_nothing_are_passed_over_and_named():
+    assert set(RECORDS) == set(FORMATS) | set(PREFERENCE_FORMATS)
+    for name, record in RECORDS.items():
+        notes = Notes()
+        assert parse_record(record | EXTRA, name, notes=notes) == parse_record(record, name)
+        assert notes.unused == {repr(field) for field in EXTRA if field not in ("images", "weight")}
+
+
+@pytest.mark.parametrize(
+    ("name", "misspelt", "meant"),
+    [
+        ("erniekit", "tgts", "tgt"),
+        ("erniekit", "scr", "src"),
+        ("erniekit", "SRC", "src"),
+        ("erniekit", "reponse", "response"),
+        ("erniekit", "is_sytem", "is_system"),
+        ("erniekit", "lable", "label"),
+        ("alpaca", "out_put", "output"),
+        ("alpaca", "inputs", "input"),
+        ("messages", "message", "messages"),
+        ("messages", "tool", "tools"),
+        ("sharegpt", "sytem", "system"),
+        ("text", "texts", "text"),
+        ("erniekit (DPO)", "responses", "response"),
+        ("messages (DPO)", "choosen", "chosen"),
+    ],
+)
+def test_a_misspelt_field_is_refused_also_when_it_is_empty(name, misspelt, meant):
+    for value in ("x", None):
+        with pytest.raises(DataError, match=f"unknown field {misspelt!r} of type .*nearest known one is {meant!r}"):
+            parse_record(RECORDS[name] | {misspelt: value}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("alpaca", "label", True),
+        ("alpaca", "tools", [{"name": "f"}]),
+        ("messages", "system", "be brief"),
+        ("messages", "images", ["a.png"]),
+        ("messages", "chosen", "x"),
+        ("erniekit", "loss_weight", 0.5),
+        ("sharegpt", "history", [["a", "b"]]),
+    ],
+)
+def test_a_field_that_decides_what_is_learnt_is_refused_with_a_type_that_does_not_know_it(name, field, value):
+    with pytest.raises(DataError, match=f"field {field!r} does not belong to type {name}"):
+        parse_record(RECORDS[name] | {field: value}, name)
+
+
+def test_fields_of_messages_are_passed_over_or_refused_by_the_same_rule():
+    dump = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "timestamp": 3, "weight": 1}
+    notes = Notes()
+    record = {"messages": [user("q") | {"weight": 0}, assistant("a") | dump]}
+    assert parse_record(record, "messages", notes=notes).messages == [user("q"), assistant("a")]
+    assert notes.unused == {"'timestamp' of a message", "'weight' of a message"}
+    for field, value in (("refusal", "no"), ("weight", 0), ("function_call", {"name": "f"}), ("reasoning", "hm")):
+        with pytest.raises(DataError, match=f"field {field!r} does not belong to a message"):
+            parse_record({"messages": [user("q"), assistant("a") | {field: value}]}, "messages")
+
+
+def test_a_missing_field_is_named_with_what_stands_there_instead():
+    with pytest.raises(DataError, match=r"'tgt' is missing \(it has 'target'\)"):
+        parse_record({"src": ["a"], "target": ["b"]}, "erniekit")
+
+
+def test_text_parts_and_empty_system_messages_are_read():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for empty in ("", None):
+        record = {"messages": [system(empty), user(parts), assistant(parts)]}
+        assert parse_record(record, "messages").messages == [user("ab"), assistant("ab")]
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(DataError, match=r"messages\[0\].content\[0\] is no text part but 'image_url'"):
+        parse_record({"messages": [user(image), assistant("a")]}, "messages")
+
+
+def test_what_no_check_foresaw_is_still_an_error_with_its_place(monkeypatch):
+    def broken(record, notes):
+        return record["src"][7]
+
+    monkeypatch.setitem(formats._ALL, "erniekit", FORMATS["erniekit"]._replace(read=broken))
+    with pytest.raises(DataError, match=r"^a.jsonl:3: this record cannot be read \(IndexError: .*test_formats.py:\d+"):
+        parse_record({"src": [], "tgt": []}, "erniekit", "a.jsonl:3")

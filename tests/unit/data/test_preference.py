@@ -82,6 +82,10 @@ def test_whole_conversations_are_split_where_their_answers_differ():
         (erniekit(sort=[1, 1]), "neither response is better"),
         (erniekit(sort=[1]), "two numbers"),
         (erniekit(sort=[True, False]), "two numbers"),
+        (erniekit(sort=[float("nan"), 1]), "NaN is not a JSON number"),
+        (erniekit(sort=[10**400, 1]), "two numbers"),
+        (erniekit(sort=[1e300, 1]), "two numbers"),
+        (erniekit(sort=[1e-40, 0]), "neither response is better"),
         (erniekit(response=[["good"]]), "'response' has 1 entries"),
         (erniekit(response=[["a"], ["b"], ["c"]]), "'response' has 3 entries"),
         (erniekit(response=[["good"], []]), "response\\[1\\] has 0 turns"),
@@ -257,6 +261,39 @@ def test_what_does_not_fit_is_dropped_cut_or_refused():
         )
     with pytest.raises(DataError, match="raise max_prompt_len"):
         encode(LONG, truncation="error", **short)
+
+
+def test_answers_that_the_cut_makes_equal_are_dropped_and_counted(tmp_path):
+    record = erniekit(response=[["same good"], ["same bad"]])
+    cut = encode(record, max_seq_len=12, max_prompt_len=64, truncation="cut")
+    assert not cut.documents and cut.dropped == "cut to max_seq_len 12, both answers are the same"
+    assert encode(record, max_seq_len=64, truncation="cut").documents
+    path = write(tmp_path / "a.jsonl", [record, erniekit()])
+    with build(path, **(DPO | {"max_seq_len": 12, "truncation": "cut"})) as loader:
+        assert len(steps(loader)) == 1 and loader.report()["dropped"] == 1
+
+
+class Stripping(FakeTemplate):
+    """Shows the answers without the blanks around them, as some published templates do."""
+
+    def encode_all(self, messages, tools, label):
+        return super().encode_all([m | {"content": m["content"].strip()} for m in messages], tools, label)
+
+
+def test_answers_that_the_template_makes_equal_are_a_bad_record():
+    record = json.dumps(erniekit(response=[["good"], ["good\n"]])).encode()
+    with pytest.raises(DataError, match="a:1: the chat template shows both answers alike"):
+        Encoder(FakeTokenizer(), Stripping(), 64)("erniekit (DPO)", record, "a:1")
+    encoded = Encoder(FakeTokenizer(), Stripping(), 64, on_bad_line="skip")("erniekit (DPO)", record, "a:1")
+    assert not encoded.documents and "both answers alike" in encoded.dropped
+
+
+def test_results_in_another_order_make_no_pair():
+    two = {"role": "assistant", "content": "", "tool_calls": [{"id": i, "name": "f"} for i in "xy"]}
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in "xy"]
+    sides = {"chosen": [two, *results, *GOOD], "rejected": [two, *results[::-1], *GOOD]}
+    with pytest.raises(DataError, match="both answers are the same"):
+        parse_record({"prompt": "q", **sides}, "messages (DPO)")
 
 
 @pytest.mark.parametrize("sizes", [(3, 10, 2), (3, 2, 10), (3, 7, 7), (0, 4, 5)])

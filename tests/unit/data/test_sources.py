@@ -1,12 +1,15 @@
 import csv
+import gzip
 import json
+import os
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from erniekit.data.files import load_record
+from erniekit.data.files import load_record, open_file
 from erniekit.data.order import Order, permutation
 from erniekit.data.sources import Dataset, Source, SourceSpec, read_specs
 from erniekit.utils.errors import DataError
@@ -144,7 +147,14 @@ def test_a_directory_without_data_and_a_file_of_another_kind(tmp_path):
 BAD_LINES = [
     '{"src": "a"',
     '{"src": "a"}',
-    '{"src": "a", "tgt": "b", "x": 1}',
+    '{"src": "a", "tgt": "b", "tgts": 1}',
+    '{"src": ["a"], "tgt": ["b"], "tgt": ["c"]}',
+    '{"src": ["a"], "tgt": ["b"], "metadata": {"n": 1, "n": 2}}',
+    '{"src": ["a"], "tgt": ["b"], "metadata": {"n": ' + "7" * 5000 + "}}",
+    '{"src": ["a"], "tgt": ["b"], "metadata": {"n": [NaN]}}',
+    '{"src": ["a"], "tgt": ["b"], "metadata": {"n": -1e999}}',
+    '{"src": ["a"], "tgt": ["b"], "metadata": ' + "[" * 10000 + "]" * 10000 + "}",
+    '{"src": ["a"], "tgt": ["\\ud83d"]}',
     '["a"]',
     '{"src": "\udcff", "tgt": "b"}',
 ]
@@ -162,12 +172,13 @@ def test_a_bad_line_stops_with_file_line_reason_and_hint(tmp_path, bad):
 def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path):
     path = tmp_path / "a.jsonl"
     good = [json.dumps(record) for record in RECORDS]
-    mixed = [line for pair in zip(good, BAD_LINES + ["1", "2"], strict=True) for line in pair]
+    bad = [*BAD_LINES, "1", "2"]
+    mixed = [line for pair in zip_longest(good, bad) for line in pair if line is not None]
     path.write_bytes("\n".join(mixed).encode("utf-8", "surrogateescape"))
     source = open_source(path, on_bad_line="skip")
-    assert (len(source), source.bad_lines) == (7, 7)
+    assert (len(source), source.bad_lines) == (7, len(bad))
     assert contents(source) == RECORDS and lines(source) == ["1", "3", "5", "7", "9", "11", "13"]
-    assert Dataset([source, source]).bad_lines == 14
+    assert Dataset([source, source]).bad_lines == 2 * len(bad)
 
 
 def test_a_file_that_is_missing_or_changes_under_the_run(tmp_path):
@@ -177,6 +188,122 @@ def test_a_file_that_is_missing_or_changes_under_the_run(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", RECORDS + RECORDS)
     with pytest.raises(DataError, match="changed since the run began"):
         source.record(0)
+
+
+def test_a_file_that_is_cut_while_it_is_open(tmp_path):
+    """Its handle is kept open, so only a look at its size tells."""
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    source = open_source(path)
+    source.record(0)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"a.jsonl: changed since the run began"):
+        source.record(1)
+
+
+def test_a_file_that_grows_while_it_is_scanned(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+
+    def check(raw, where):
+        if where.endswith(":3"):
+            with open(path, "a") as file:
+                file.write(json.dumps(RECORDS[0]))
+
+    with pytest.raises(DataError, match=r"a.jsonl: changed since the run began"):
+        open_file(path, check, lambda error: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", gzip.compress(b'{"src": "a", "tgt": "b"}'), "compressed with gzip"),
+        ("a.json", b"PK\x03\x04...", "a zip archive"),
+        ("a.csv", "src,tgt\na,b".encode("utf-16"), "UTF-16 text"),
+        ("a.txt", b"PAR1....", "a parquet file. whatever its name says. Hint: name it .parquet"),
+        ("a.jsonl.gz", gzip.compress(b""), "a data file ends in .*Hint: unpack it first"),
+        ("a.jsonl", b"\x00" * 100, "a.jsonl:1: not JSON"),
+        ("a.jsonl", '{"src": "问", "tgt": "b"}'.encode("gbk"), "a.jsonl:1: not UTF-8 text"),
+        ("a.jsonl", b"", "no record to read"),
+    ],
+)
+def test_files_of_another_form_are_told_by_their_content(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        open_source(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl: not a regular file"):
+        open_source(tmp_path / "a.jsonl")
+
+
+def test_a_record_of_a_json_list_with_a_number_too_long_is_skipped_alone(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"src": "a", "tgt": "b"},\n {"src": "a", "tgt": "b", "id": ' + "7" * 5000 + '},\n{"src": 1}]')
+    with pytest.raises(DataError, match=r"a.json:2: an integer with more than 4300 digits"):
+        open_source(path)
+    source = open_source(path, on_bad_line="skip")
+    assert (len(source), source.bad_lines) == (1, 2)
+
+
+def test_json_cells_of_csv_are_read_as_strictly_as_records(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('src,tgt,label\na,b,"[1, {""a"": 1, ""a"": 2}]"\nc,d,[1]\n')
+    with pytest.raises(DataError, match=r"a.csv:2: the cell of column 'label' .*'a' stands twice"):
+        open_source(path)
+    assert len(open_source(path, on_bad_line="skip")) == 1
+
+
+def test_parquet_columns_of_other_types_matter_only_where_they_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "src": pyarrow.array(["a", "b"]),
+        "tgt": pyarrow.array(["x", "y"]),
+        "created": pyarrow.array([10**14, None], pyarrow.timestamp("s")),  # a year that Python does not have
+        "tags": pyarrow.array([[("k", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+        "digest": pyarrow.array([b"\xff", b""]),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert len(open_source(tmp_path / "a.parquet")) == 2
+    columns["tgt"] = pyarrow.array([b"x", b"\xff"])
+    parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet:1: 'tgt' must be .* not bytes"):
+        open_source(tmp_path / "b.parquet")
+    twice = pyarrow.table([columns["src"], columns["src"]], names=["src", "src"])
+    parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c.parquet: two columns are called 'src'"):
+        open_source(tmp_path / "c.parquet")
+
+
+def test_what_lies_beside_the_data_is_passed_over_and_named(tmp_path, caplog):
+    (tmp_path / "sub").mkdir()
+    write_jsonl(tmp_path / "data.txt", RECORDS[:2])
+    for name in ("README.txt", "LICENSE-2.0.txt", "notes.txt", "requirements.txt"):
+        (tmp_path / "sub" / name).write_text("This is about the data.\n\n{not} JSON\n")
+    (tmp_path / "sub" / "readme.TXT").write_text(json.dumps(RECORDS[0]))
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with caplog.at_level("INFO", logger="erniekit"):
+        assert len(open_source(tmp_path)) == 2
+    (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert "7 files there are not data" in line and "gone.jsonl, pipe.jsonl, LICENSE-2.0.txt" in line
+    with pytest.raises(DataError, match=r"README.txt:1: not JSON"):
+        open_source(tmp_path / "sub" / "README.txt")
+    with pytest.raises(DataError, match=r"no data file in this directory.*make_token_files"):
+        open_source(tmp_path / "sub")
+
+
+def test_fields_that_are_not_used_are_named_and_counted_once_a_file(tmp_path, caplog):
+    for name, count in (("a.jsonl", 3), ("b.jsonl", 2)):
+        write_jsonl(tmp_path / name, [record | {"id": 1} for record in RECORDS[:count]] + [RECORDS[0] | {"url": "u"}])
+    with caplog.at_level("INFO", logger="erniekit"):
+        assert len(open_source(tmp_path)) == 7
+    assert [record.getMessage().rsplit("/", 1)[1] for record in caplog.records] == [
+        "a.jsonl: fields that are not used, and in how many of 4 records: 'id' (3), 'url' (1)",
+        "b.jsonl: fields that are not used, and in how many of 3 records: 'id' (2), 'url' (1)",
+    ]
 
 
 def test_dataset_numbers_the_records_of_its_sources_through(tmp_path):
@@ -196,6 +323,8 @@ def test_read_specs():
         SourceSpec("a", "erniekit", 0.5),
         SourceSpec("b", "erniekit", 0.5),
     ]
+    quoted = read_specs('"dir, a/x.jsonl",b.jsonl', "erniekit,alpaca", None, "train")
+    assert [spec.path for spec in quoted] == ["dir, a/x.jsonl", "b.jsonl"]
     assert read_specs("a", "erniekit", "1.0", "train", "PT") == [SourceSpec("a", "text", 1.0)]
 
 

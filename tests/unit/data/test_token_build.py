@@ -207,7 +207,7 @@ def test_a_note_that_is_no_note_and_lost_parts_say_so(corpus, tokenizer, tmp_pat
     with pytest.raises(DataError, match=r"x.bin.part: 0 bytes, but \d+ had been written.*--overwrite"):
         build(corpus[0], tmp_path / "x", tokenizer)
     (tmp_path / "x.progress.json").write_text("{}")
-    with pytest.raises(DataError, match=r"x.progress.json: cannot be read"):
+    with pytest.raises(DataError, match=r"x.progress.json: says nothing of a build"):
         build(corpus[0], tmp_path / "x", tokenizer)
 
 
@@ -234,9 +234,9 @@ def test_a_bad_line_stops_with_its_place_or_is_counted(tokenizer, tmp_path, work
     ("name", "data", "expected"),
     [
         ("a.json", b'[{"text": "x"}]', "a.json: a JSON list. Hint: write one object per line"),
-        ("a.txt", b"\xff\xfe", "a.txt: not UTF-8 text"),
+        ("a.txt", b"\xff\xfe", "a.txt: UTF-16 text"),
         ("a.jsonl", b"\n\n", "no document in 1 files"),
-        ("a.csv", b"text\nx", "a.csv: an input ends in .jsonl"),
+        ("a.csv", b"text\nx", "a.csv: a data file ends in .jsonl"),
     ],
 )
 def test_what_is_no_input_is_refused(tokenizer, tmp_path, name, data, expected):
@@ -247,10 +247,10 @@ def test_what_is_no_input_is_refused(tokenizer, tmp_path, name, data, expected):
 
 def test_inputs_are_found_and_others_named(corpus, tmp_path, caplog):
     names = [path.name for path in find_inputs([str(corpus[0])])]
-    assert names == ["a.jsonl", "c.jsonl", "d.txt", "e.txt"] and "1 files there are not .jsonl" in caplog.text
+    assert names == ["a.jsonl", "c.jsonl", "d.txt", "e.txt"] and "1 files there are not read (e.png)" in caplog.text
     with pytest.raises(DataError, match="no such file or directory"):
         find_inputs([str(tmp_path / "none")])
-    with pytest.raises(DataError, match=r"no .jsonl, .json, .txt file there"):
+    with pytest.raises(DataError, match=r"no data file in this directory"):
         find_inputs([str(tmp_path)])
 
 

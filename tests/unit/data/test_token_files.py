@@ -216,3 +216,11 @@ def test_a_build_of_which_less_is_left_than_was_noted_is_refused(tmp_path):
     TokenWriter(tmp_path / "a", "<i4").close()
     with pytest.raises(DataError, match=r"a.bin.part: 0 bytes, but 40 had been written"):
         TokenWriter(tmp_path / "a", "<i4", documents=2, tokens=10)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    """Touching the pages behind its end would end the process with a signal."""
+    file = TokenFile(lay_out(tmp_path / "a", [list(range(9000))], code=4), 10_000)
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a.bin: truncated: 0 of the 36000 bytes"):
+        file.read(0, 0, 9000)

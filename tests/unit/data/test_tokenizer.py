@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -220,9 +221,73 @@ def test_files_and_chat_template(tmp_path, by_json):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"chat_template": [{"name": "default", "template": "from config"}]}'
     )
-    assert load_tokenizer(tmp_path).chat_template == "from config"
+    assert load_tokenizer(tmp_path).chat_template.source == "from config"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "from processor"}')
+    assert load_tokenizer(tmp_path).chat_template.source == "from config"
     (tmp_path / "chat_template.jinja").write_text("from file")
-    assert load_tokenizer(tmp_path).chat_template == "from file"
+    assert load_tokenizer(tmp_path).chat_template.source == "from file"
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert load_tokenizer(tmp_path).chat_template == ("from processor", f"{tmp_path}/chat_template.json: chat_template")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"chat_template": {"default": "x"}}, "chat_template: must be the text.*not an object"),
+        ({"chat_template": 5}, "chat_template: must be the text.*not a number"),
+        ({"chat_template": True}, "chat_template: must be the text.*not true or false"),
+        ({"chat_template": [1]}, "chat_template: a list must have"),
+        ({"chat_template": [{"name": "default", "template": 3}]}, "chat_template: a list must have"),
+        ({"chat_template": [{"name": ["default"], "template": "x"}]}, "chat_template: a list must have"),
+        ({"eos_token": 2}, "eos_token: must be a token's text.*found a number"),
+        ({"bos_token": ["<s>"]}, "bos_token: must be a token's text.*found a list"),
+        ({"sep_token": {"content": 3}}, "sep_token: must be a token's text"),
+        ({"sep_token": {"text": "x"}}, "sep_token: must be a token's text"),
+        ({"added_tokens_decoder": {"900": {"content": 5}}}, "added_tokens_decoder: 900: content: must be text"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder: must be an object"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path, content, reason):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load_tokenizer(tmp_path)
+    assert "tokenizer_config.json" in str(caught.value)
+
+
+def test_a_role_in_the_older_file_is_named_with_it(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": 2}')
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: eos_token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", ["gbk", "directory", "pipe"])
+def test_a_chat_template_that_is_no_utf8_file_is_named(tmp_path, make):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    if make == "gbk":
+        path.write_bytes("{# 模板 #}".encode("gbk"))
+    elif make == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: (not UTF-8|a directory|not a regular file)"):
+        load_tokenizer(tmp_path)
+
+
+def test_templates_that_are_not_used_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("erniekit.utils.log.info", said.append)
+    monkeypatch.setattr("erniekit.utils.log.warning", said.append)
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(tmp_path).chat_template.source == "a" and "tool_use" in said[-1]
+    config.write_text(json.dumps({"chat_template": named[1:]}))
+    assert load_tokenizer(tmp_path).chat_template is None and "called default" in said[-1]
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
@@ -291,3 +356,68 @@ def test_pieces_that_are_not_there(by_json, by_model):
         assert tokenizer.find_id("<|nope|>") is None
         with pytest.raises(CheckpointError, match="nope"):
             tokenizer.token_id("<|nope|>")
+
+
+def tokenizer_with(tmp_path, main="tokenizer.model", **files):
+    """Loads a copy of a tokenizer, some of whose JSON files are given as text or as values."""
+    shutil.copy(TINY / main, tmp_path)
+    shutil.copy(TINY / "tokenizer_config.json", tmp_path)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / f"{name}.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("main", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"added_tokens": {"<x>": -1}}, "added_tokens.json: <x>: must be an integer from 0"),
+        ({"added_tokens": {"<x>": 10**12}}, "added_tokens.json: <x>: must be an integer from 0"),
+        ({"added_tokens": {"<x>": "576"}}, "added_tokens.json: <x>: must be an integer"),
+        ({"added_tokens": {"<x>": True}}, "added_tokens.json: <x>: must be an integer"),
+        ({"added_tokens": {"<x>": 576, "<y>": 576}}, "'<x>' and '<y>' have the same id 576"),
+        ({"added_tokens": '{"<x>": 576, "<x>": 577}'}, "'<x>' stands twice"),
+        ({"added_tokens": ["<x>"]}, "must hold one JSON object, found a list"),
+        ({"added_tokens": {"x" * 200: 576}}, "has 200 characters; at most 128"),
+        ({"added_tokens": {"<x>": 10}}, "have the same id 10"),
+        ({"tokenizer_config": '{"eos_token": "\udcff"}'}, "tokenizer_config.json: not UTF-8 text"),
+        ({"tokenizer_config": {"eos_token": 2}}, "tokenizer_config.json: eos_token: must be a token's text"),
+        (
+            {"special_tokens_map": {"pad_token": {"content": 3}}},
+            "special_tokens_map.json: pad_token: must be a token's text",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder: must be an object, found"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"576": {"content": 1}}}}, "576: content: must be text"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"576": {}}}}, "576: it names no content"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9": {"content": ""}}}}, "the token with id 9 is empty"),
+    ],
+)
+def test_wrong_json_beside_a_tokenizer_is_named_with_file_and_key(tmp_path, main, files, says):
+    with pytest.raises(CheckpointError, match=says):
+        tokenizer_with(tmp_path, main, **files)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    config = (TINY / "tokenizer_config.json").read_text("utf-8")
+    assert tokenizer_with(tmp_path, tokenizer_config="\ufeff" + config).vocab_size == 576
+
+
+def test_a_vocabulary_with_one_id_twice_or_without_end_is_refused(tmp_path):
+    content = json.loads((TINY / "tokenizer.json").read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    some = [name for name in vocabulary if vocabulary[name] in (300, 301)]
+    for i, says in (
+        (vocabulary[some[1]], "same id|not a readable"),
+        (2**30, "has the id 1073741823|has the id 1073741824"),
+    ):
+        content["model"]["vocab"] = vocabulary | {some[0]: i}
+        with pytest.raises(CheckpointError, match=says):
+            tokenizer_with(tmp_path, "tokenizer.json", tokenizer=content)
+
+
+def test_many_nested_special_tokens_are_found(tmp_path):
+    tokens = {"<" * n: 575 + n for n in range(1, 129)}
+    tokenizer = tokenizer_with(tmp_path, added_tokens=tokens)
+    assert tokenizer.encode("<" * 130) == [703, 577]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from erniekit.data.fields import Notes
 from erniekit.data.formats import parse_record
 from erniekit.utils.errors import DataError
 
@@ -116,10 +117,10 @@ def test_pairs_are_checked_and_ordered_too():
     ("messages", "reason"),
     [
         ([Q, calls(call("ad"))], r"messages\[1\] calls 'ad', which is not in 'tools'; the nearest there is 'add'"),
-        ([Q, calls(call(arguments="{x: 1}"))], r"tool_calls\[0\].arguments must hold JSON"),
+        ([Q, calls(call(arguments="{x: 1}"))], r"tool_calls\[0\].arguments: not JSON"),
         ([Q, calls(call(arguments="[1]"))], "arguments must be an object, not a list"),
-        ([Q, calls(call(arguments='{"x": 1, "x": 2}'))], "arguments has 'x' twice"),
-        ([Q, calls(call(arguments='{"x": NaN}'))], "arguments holds NaN"),
+        ([Q, calls(call(arguments='{"x": 1, "x": 2}'))], "arguments: the key 'x' stands twice"),
+        ([Q, calls(call(arguments='{"x": NaN}'))], "arguments: NaN is not a JSON number"),
         ([Q, calls({"name": "add", "parameters": {"a": 1}})], "unknown field 'parameters'"),
         ([Q, calls({"function": {"name": "add", "argument": {}}})], "unknown field 'argument'; .* 'arguments'"),
         ([Q, calls(call() | {"type": "custom"})], "has the type 'custom'"),
@@ -127,7 +128,6 @@ def test_pairs_are_checked_and_ordered_too():
         ([Q, calls(call()) | {"role": "function", "content": "{}"}], "as its content and as tool_calls"),
         ([Q, calls(call(id=3))], r"tool_calls\[0\].id must be a string"),
         ([Q, result(), A], "role 'tool' of turn 1 follows user"),
-        ([Q, A, result(), A], "role 'tool' of turn 2 follows assistant"),
         ([Q, calls(call()), result(), result(), A], r"messages\[1\] has 1 calls and 2 results"),
         ([Q, calls(call()), result(name="weather"), A], "a result of 'weather'"),
         ([Q, calls(call(id="x")), result(tool_call_id="y"), A], r"ids \['x'\] and results for \['y'\]"),
@@ -142,6 +142,69 @@ def test_what_is_wrong_is_named_with_its_place(messages, reason):
     with pytest.raises(DataError, match=reason) as caught:
         read(*messages)
     assert str(caught.value).startswith("calls.jsonl:7: ") and "Hint: " in str(caught.value)
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("nothing", [ABSENT, None, "", " ", "null", "[]", [], "{}", {}])
+def test_no_tools_and_no_arguments_are_the_same_in_every_form(nothing):
+    """Also where a call follows: of nothing the nearest name cannot be told."""
+    record = {"messages": [Q, calls({"name": "add"}), result(), A]}
+    plain = parse_record(record, "messages")
+    assert plain.tools is None
+    if nothing is not ABSENT:
+        assert parse_record(record | {"tools": nothing}, "messages") == plain
+    if nothing not in ("[]", []):
+        function = {"name": "add"} | ({} if nothing is ABSENT else {"arguments": nothing})
+        assert read(Q, calls({"function": function}), result(), A, tools=None) == plain
+
+
+@pytest.mark.parametrize("nothing", [None, "", "null", "[]", [], {}])
+def test_no_calls_are_the_same_in_every_form(nothing):
+    assert read(Q, A | {"tool_calls": nothing, "function_call": None}) == read(Q, A)
+    with pytest.raises(DataError, match="content must be a string, not null"):
+        read(Q, {"role": "assistant", "content": None, "tool_calls": nothing})
+
+
+def test_calls_and_tools_as_json_text_are_what_they_are_as_json():
+    turns = [Q, calls(call(arguments={"x": 1}), call("weather")), result(), result(), A]
+    as_text = [turns[0], turns[1] | {"tool_calls": json.dumps(turns[1]["tool_calls"])}, *turns[2:]]
+    assert read(*as_text, tools=json.dumps(TOOLS)) == read(*turns)
+
+
+def test_a_dump_of_openai_with_its_nulls_is_read():
+    extra = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "name": None}
+    called = {"id": "x", "type": "function", "index": 0, "function": {"name": "add", "arguments": "{}"}}
+    turns = [Q, {"role": "assistant", "content": None, "tool_calls": [called]} | extra]
+    turns += [result(tool_call_id="x"), {"role": "assistant", "content": "a", "tool_calls": None} | extra]
+    assert read(*turns) == read(Q, calls(call(id="x")), result(tool_call_id="x"), A)
+
+
+def test_a_result_after_an_answer_that_calls_nothing_stays_and_is_counted():
+    """ERNIEKit's own function-call-eval.jsonl holds two such records."""
+    notes = Notes()
+    record = {"messages": [Q, A, result("r"), A], "tools": TOOLS}
+    sample = parse_record(record, "messages", notes=notes)
+    assert sample.messages == [Q, A, result("r"), A]
+    assert notes.doubts == {"a tool result follows an answer that calls nothing; both are trained on as they stand"}
+    with pytest.raises(DataError, match="role 'tool' of turn 1 follows user"):
+        read(Q, result(), A)
+
+
+def test_raw_line_breaks_in_json_text_are_read_and_counted():
+    """One record of ERNIEKit's preference data for function calls holds such arguments."""
+    notes = Notes()
+    record = {"messages": [Q, calls({"name": "add", "arguments": '{"x": "a\nb\tc"}'})]}
+    (found,) = parse_record(record, "messages", notes=notes).messages[1]["tool_calls"]
+    assert found["function"]["arguments"] == {"x": "a\nb\tc"} and "raw line breaks" in notes.doubts.pop()
+    with pytest.raises(DataError, match="Invalid control character"):
+        read(Q, calls({"name": "add", "arguments": '{"x": "a\x00b"}'}))
+
+
+def test_ids_that_only_look_alike_are_no_match():
+    with pytest.raises(DataError, match="its own id"):
+        read(Q, calls(call(id="None"), call(id="x")), result(), result(tool_call_id="x"), A)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """Which model a command takes: checkpoint, else what output_dir holds, else model_name_or_path."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny_directories import DEMO_MODEL, model_directory
 
+from erniekit.checkpoint.adapter_io import save_adapter
+from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config, load
+from erniekit.generation.engine import generate
 from erniekit.generation.load import open_model
+from erniekit.lora import LoraOptions, attach, state_of
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 
@@ -59,6 +65,42 @@ def test_answers_end_at_the_ends_of_template_and_model(tmp_path: Path):
     limits = opened.limits(cfg)
     assert {2, 77, opened.tokenizer.token_id("<|end_of_sentence|>")} == set(limits.stop_ids)
     assert (limits.max_new_tokens, limits.min_new_tokens) == (9, 3)
+
+
+def test_end_tokens_and_settings_of_generation_config(base: Path, tmp_path: Path, heard: pytest.LogCaptureFixture):
+    several = Path(shutil.copytree(base, tmp_path / "several"))
+    content = {"eos_token_id": [2, 78], "temperature": 0.8, "top_p": 0.7, "no_repeat_ngram_size": 3, "do_sample": True}
+    (several / "generation_config.json").write_text(json.dumps(content))
+    cfg = settings(model_name_or_path=several, temperature=0.5)
+    opened = open_model(cfg)
+    assert {2, 78, opened.tokenizer.token_id("<|end_of_sentence|>")} == set(opened.limits(cfg).stop_ids)
+    line = f"{several}/generation_config.json: no_repeat_ngram_size 3, temperature 0.8: not used"
+    assert heard.text.count(line) == 1
+    greedy = settings(model_name_or_path=several, temperature=0)
+    opened.limits(greedy)
+    assert "generation_config.json: do_sample True, no_repeat_ngram_size 3: not used" in heard.text
+
+
+def test_an_answer_stops_at_a_second_end_token(base: Path, tmp_path: Path):
+    several = Path(shutil.copytree(base, tmp_path / "several"))
+    prompt = [[5, 6, 7]]
+    whole = generate(load_model(base), prompt, max_new_tokens=8).numpy()[0, 3:].tolist()
+    assert len(whole) == 8
+    (several / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, whole[2]]}))
+    stopped = generate(load_model(several), prompt, max_new_tokens=8).numpy()[0, 3:].tolist()
+    assert stopped == whole[: whole.index(whole[2]) + 1]
+
+
+def test_an_adapter_does_not_decide_what_is_asked_of_a_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
+    model = load_model(base)
+    attach(model, LoraOptions(rank=2))
+    state_of(model).base = "stranger/model"
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"model_name_or_path: .*'stranger/model', which is no directory here"):
+        open_model(settings(checkpoint=tmp_path / "adapter"))
+    opened = open_model(settings(checkpoint=tmp_path / "adapter", model_name_or_path=base))
+    assert opened.path == tmp_path / "adapter"
 
 
 def test_thinking_that_the_template_does_not_know_is_said_once(base: Path, heard: pytest.LogCaptureFixture):

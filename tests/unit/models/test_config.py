@@ -69,6 +69,12 @@ def test_null_kv_heads_means_as_many_as_heads():
         ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, 9.0),
         ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}, "rope_scaling": None}, 7.0),
         ({"rope_parameters": None}, 500000.0),
+        # transformers 5: rope_scaling is the older name of rope_parameters and comes first.
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 9.0}}, 9.0),
+        ({"rope_scaling": {"type": "default", "rope_theta": 9}, "rope_theta": 7.0}, 9.0),
+        ({"rope_scaling": {"rope_theta": 9.0}, "rope_parameters": {"rope_theta": 8.0}}, 9.0),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 8.0}, "rope_theta": 7.0}, 7.0),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 8.0}}, 8.0),
     ],
 )
 def test_both_spellings_of_theta(rope, theta):
@@ -170,6 +176,27 @@ def test_written_config_reads_back_equal(source, format):
         ({"head_dim": 7}, ["head_dim"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
+        ({"rms_norm_eps": 1e999}, ["rms_norm_eps", "inf"]),
+        ({"rope_theta": "10000"}, ["rope_theta", "number"]),
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, ["rope_scaling", "factor 8.0"]),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": [1]}}, ["rope_scaling: rope_theta"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, ["rope_parameters", "full_attention"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"sliding_window": 4096}, ["sliding_window"]),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, ["layer_types", "4 x full_attention"]),
+        ({"use_qk_norm": True}, ["use_qk_norm"]),
+        ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping"]),
+        ({"remove_tail_layer": 2}, ["remove_tail_layer"]),
+        ({"num_experts": 8}, ["model_type", "ernie4_5_moe"]),
+        ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn"]),
+        ({"vocab_size": 10**12}, ["vocab_size", "1000000000000"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers"]),
+        ({"hidden_size": 10**7, "intermediate_size": 10**7, "num_hidden_layers": 4000}, ["hidden_size", "parameters"]),
+        ({"eos_token_id": 512}, ["eos_token_id", "512", "vocabulary"]),
+        ({"eos_token_id": [2, -7]}, ["eos_token_id", "-7"]),
+        ({"pad_token_id": True}, ["pad_token_id"]),
+        ({"architectures": "Ernie"}, ["architectures", "a list"]),
     ],
 )
 def test_bad_values_name_the_file_and_the_key(change, words):
@@ -177,6 +204,66 @@ def test_bad_values_name_the_file_and_the_key(change, words):
         ModelConfig.from_dict({**DENSE, **change}, source="/some/config.json")
     for word in ["/some/config.json", *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"moe_gate": "hash"}, "moe_gate"),
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
+        ({"mlp_layer_types": ["sparse"] * 4}, "1 x dense, 3 x sparse"),
+        ({"moe_use_aux_free": "yes"}, "moe_use_aux_free: must be true or false"),
+        ({"moe_capacity": ["64"]}, "moe_capacity: must be a list of numbers"),
+        ({"num_experts_per_tok": 1}, "moe_k 2 and num_experts_per_tok 1"),
+        ({"moe_layer_start_index": 4}, "leave no layer of 4 with experts"),
+        ({"moe_num_experts": 60000, "num_hidden_layers": 50}, "too many"),
+    ],
+)
+def test_settings_of_experts_that_would_make_another_model(change, words):
+    with pytest.raises(CheckpointError, match=words):
+        ModelConfig.from_dict({**MOE, **change})
+
+
+def test_transformers_other_names_of_two_sizes():
+    config = ModelConfig.from_dict(
+        {**without(MOE, "moe_num_experts", "moe_k"), "num_experts": 8, "num_experts_per_tok": 2}
+    )
+    assert (config.moe_num_experts, config.moe_k) == (8, 2)
+    assert "num_experts" not in config.to_dict()
+
+
+def test_what_is_not_used_is_named_and_what_does_nothing_is_not(capfd):
+    named = {"hidden_dropout_prob": 0.1, "rope_thetta": 7.0, "moe_capacity": [2, 2], "output_router_logits": True}
+    quiet = {
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "transformers_version": "5.23.0",
+        "moe_use_aux_free": True,
+        "moe_capacity": [64, 64, 64],
+        "rope_scaling": None,
+        "quantization_config": None,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * 4,
+        "fuse_rope": True,
+        "id2label": {"0": "x"},
+    }
+    ModelConfig.from_dict({**MOE, **quiet}, source="quiet/config.json")
+    assert capfd.readouterr().err == ""
+    for _ in range(2):
+        ModelConfig.from_dict({**MOE, **named}, source="named/config.json")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(named)  # each once
+    for key in named:
+        assert any(f"named/config.json: {key}: " in line and "not used" in line for line in lines)
+
+
+def test_token_ids_may_be_none():
+    config = ModelConfig.from_dict({**DENSE, "eos_token_id": None, "pad_token_id": -1, "bos_token_id": None})
+    assert (config.end_ids, config.pad_token_id, config.bos_token_id) == ((), -1, None)
+    assert config.to_dict()["eos_token_id"] is None
+    assert ModelConfig.from_dict({**DENSE, "eos_token_id": [2, 5]}).end_ids == (2, 5)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_key_value_heads", "moe_k", "moe_num_experts"])
@@ -196,9 +283,9 @@ def test_from_dir(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json not found"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON: .* line 1"):
         ModelConfig.from_dir(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(without(DENSE, "model_type")))
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(without(DENSE, "model_type")))
     assert ModelConfig.from_dir(str(tmp_path)).model_type == "ernie4_5"
 
 

@@ -21,6 +21,7 @@ from erniekit.data.tokenizer import StreamDecoder
 from erniekit.generation import decode
 from erniekit.generation.load import open_model
 from erniekit.serve.chat import Conversation, Screen, chat
+from erniekit.utils import streams
 from erniekit.utils.errors import UserError
 
 CLI = [sys.executable, "-m", "erniekit", "chat"]
@@ -148,10 +149,29 @@ class TestPipe:
         assert done.stdout.decode() == f"{first}\n{second}\n{first}\n"
         assert b"User" not in done.stderr
 
+    @pytest.mark.parametrize(
+        "variables",
+        [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}],
+        ids=["locale", "streams"],
+    )
+    def test_chinese_in_an_ascii_terminal(self, model_dir: Path, variables: dict[str, str]):
+        answer = say(conversation(model_dir), "1加1等于几？")
+        done = subprocess.run(
+            words(model_dir),
+            input="1加1等于几？\n".encode(),
+            capture_output=True,
+            check=False,
+            timeout=PATIENCE,
+            env={**os.environ, **variables},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == answer.encode("ascii", "replace") + b"\n"
+
     @pytest.fixture
     def through_a_pipe(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, bytes], None]:
         def run(cfg: Config, text: bytes) -> None:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+            streams.prepare()  # as the command does
             chat(cfg)
 
         return run

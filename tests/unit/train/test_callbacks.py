@@ -348,3 +348,33 @@ def test_the_metrics_file_comes_before_those_who_read_it():
 def test_reading_leaves_out_what_is_no_record(tmp_path: Path):
     (tmp_path / "m").write_text('{"step": 1}\n\n[1]\n{"loss": 2}\n{"step": 2\n')
     assert list(read_metrics(tmp_path / "m")) == [{"step": 1}]
+
+
+REWARDS = {"reward_margin": 0.25, "reward_accuracy": 0.75, "reward_chosen": 0.1, "reward_rejected": -0.15}
+
+
+def test_rewards_of_preference_training_are_shown(tmp_path: Path, messages: list[str]):
+    report = ProgressReport(1, disable_bar=True)
+    report.on_start(run_info(tmp_path))
+    report.on_step(step_metrics(1, parts=REWARDS))
+    report.on_step(step_metrics(2))
+    assert "loss 5.0000  reward margin 0.250  accuracy 75%  lr" in messages[1]
+    assert "reward" not in messages[2]
+
+
+@pytest.mark.parametrize("has_rewards", [True, False])
+def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_rewards: bool):
+    from matplotlib.figure import Figure
+
+    labels: list[str] = []
+
+    def look(figure: Figure, path: Path, **options: Any) -> None:
+        labels.extend(axes.get_ylabel() for axes in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    records = [{"step": step, "loss": 1.0, "learning_rate": 0.1} | (REWARDS if has_rewards else {}) for step in (1, 2)]
+    plot.draw([*records, {"step": 2, "eval_loss": 0.5, "eval_reward_margin": 0.2}], tmp_path / "x.png", "run")
+    if has_rewards:
+        assert labels == ["preference loss (mean over pairs)", "reward margin", "learning rate", "reward accuracy"]
+    else:
+        assert labels == ["loss (nats per token)", "learning rate"]

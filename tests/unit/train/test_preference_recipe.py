@@ -193,6 +193,11 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     assert read_cache(path, {"weights": "x"}) == table and [p.name for p in path.parent.iterdir()] == ["ref.npz"]
     with pytest.raises(CheckpointError, match="another reference: weights was x, is y"):
         read_cache(path, {"weights": "y"})
+    for arrays in ({"keys": np.zeros((2, 16), np.uint8)}, {"log_probs": np.full((2, 2), np.nan, np.float32)}, {}):
+        content = {"model": np.array('{"weights": "x"}'), "keys": np.zeros((1, 16), np.uint8)} | arrays
+        np.savez(path, **content)
+        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it anew"):
+            read_cache(path, {"weights": "x"})
     reference = CachedReference(table, path)
     (found,) = reference.log_probs([batch_of([2], [0])])
     assert found.tolist() == [[-3.0, 0.0], [-2.25, -2.25]]

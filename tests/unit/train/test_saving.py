@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from erniekit import config
+from erniekit.checkpoint.folder import copy_companions
 from erniekit.checkpoint.manager import list_checkpoints
+from erniekit.checkpoint.model_io import load_model, save_model
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.parallel.mesh import Mesh
-from erniekit.train import saving
+from erniekit.train import build, saving
 from erniekit.train.build import build_run
 from erniekit.train.trainer import Trainer
 from erniekit.utils.errors import CheckpointError
@@ -48,6 +50,16 @@ def test_another_number_of_rows_a_step_is_said(directory, monkeypatch):
     assert lines == []
     fit(directory, "rows", gradient_accumulation_steps=3)
     assert len(lines) == 1 and "a step now takes 3 rows" in lines[0] and "before 8" in lines[0]
+
+
+def test_a_16_bit_base_that_is_saved_as_float32_is_said(directory, tmp_path, monkeypatch):
+    save_model(load_model(directory / "dense"), tmp_path / "half", dtype="float16")
+    copy_companions(directory / "dense", tmp_path / "half")
+    lines = []
+    monkeypatch.setattr(build.log, "info", lines.append)
+    out = fit(directory, "half", max_steps=1, model_name_or_path=str(tmp_path / "half"), continue_training=True)
+    assert f"{tmp_path / 'half'} holds float16; what this run saves is float32" in lines
+    assert Reader(out).info("model.norm.weight").dtype == "F32"
 
 
 def test_saving_beside_the_training_changes_no_bit(directory):

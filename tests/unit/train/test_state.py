@@ -1,6 +1,7 @@
 """The optimizer's state on disk: whole tensors, or rows of experts put together again."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.parallel.sharding import GradientSync
 from erniekit.train.optim import AdamW, ParamRule
-from erniekit.train.state import OPTIMIZER_DIR, StoredState, load_optimizer, optimizer_portion
+from erniekit.train.state import OPTIMIZER_DIR, StoredState, load_optimizer, optimizer_portion, read_state
 from erniekit.utils.errors import CheckpointError
 
 EXPERTS = "model.layers.1.mlp.experts.down_proj.weight/moment1"
@@ -91,3 +92,40 @@ def test_state_of_another_model_is_refused_by_name(tmp_path):
     write(tmp_path / OPTIMIZER_DIR, state_arrays(optimizer_of(tiny_model("moe"), 1)))
     with pytest.raises(CheckpointError, match=r"does not fit this model.*mlp\.(experts|gate|up_gate).*ignore_load_lr"):
         load_optimizer(tmp_path, optimizer_of(tiny_model("dense")), Shares.alone())
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 4), ()])
+def test_pieces_are_as_large_as_their_names_say(tmp_path, shape):
+    write(tmp_path, {"w[0:2]": np.zeros((2, 3), np.float32), "w[2:4]": np.zeros(shape, np.float32)})
+    with pytest.raises(CheckpointError, match="the pieces of w leave gaps or overlap"):
+        StoredState(tmp_path)
+
+
+STATE = {"step": 4, "num_tokens": 10, "data": {"version": 1, "position": {"row": 3}}, "layout": {"data": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "4"}, "step: must be an integer"),
+        ({"step": -1}, "step: must be an integer"),
+        ({"step": True}, "step: must be an integer"),
+        ({"step": None}, "step: must not be null"),
+        ({"best_metric": "low"}, "best_metric: must be a number"),
+        ({"data": []}, "data: must be an object"),
+        ({"data": {"position": {"row": -3}}}, "data: position: must hold natural numbers, found -3"),
+        ({"data": {"position": {"row": "3"}}}, "data: position: must hold natural numbers"),
+        ({"layout": {"data": "1"}}, "layout: must hold integers"),
+        ({"stepp": 1}, "'stepp': not a key of this version"),
+    ],
+)
+def test_a_damaged_trainer_state_is_named_by_key(tmp_path, change, message):
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps(STATE))
+    assert read_state(tmp_path).step == 4 and read_state(tmp_path).best_metric is None
+    file.write_text(json.dumps(STATE | change))
+    with pytest.raises(CheckpointError, match=rf"trainer_state\.json: {message}"):
+        read_state(tmp_path)
+    file.write_text(json.dumps({key: value for key, value in STATE.items() if key != "step"}))
+    with pytest.raises(CheckpointError, match="step: missing"):
+        read_state(tmp_path)

@@ -1,11 +1,13 @@
 """The CPU path that MKL is told to take."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from erniekit.utils import runtime
 from erniekit.utils.runtime import mkl_cpu_type
 
 ZEN2 = "flags\t\t: fpu sse4_2 fma avx2"
@@ -43,3 +45,15 @@ def test_gradients_on_a_gpu_are_summed_in_one_order_unless_the_user_says_otherwi
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | given
         )
         assert done.stdout.strip() == expected
+
+
+def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch):
+    for name in ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    before = runtime.ignored_variables()
+    monkeypatch.setenv("NPROC_PER_NODE", "8")
+    assert runtime.ignored_variables() == ["NPROC_PER_NODE=8", *before]
+
+
+def test_the_device_has_a_name():
+    assert re.fullmatch(r".+, \d+ threads?|.+ \(gpu:\d+\)", runtime.device_name())

@@ -23,7 +23,7 @@ from erniekit.utils.user_files import JsonObject, parse_json, read_json, read_js
         ("[" * 100_000, "100 levels"),
         ('"\\ud800"', "half of a pair"),
         ('{"\\uD800": 1}', "half of a pair"),
-        ("{'a': 1}", "line 1, column 2"),
+        ("{'a': 1}", "quotes at column 2"),
         ("", "not JSON"),
     ],
 )

@@ -1,0 +1,200 @@
+"""adapter_config.json of PEFT: every option is honoured, known to be harmless here, or refused by name."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
+from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import JsonObject, kind, read_json_object
+
+_OFF: tuple[Any, ...] = (False, {}, [])
+# PEFT's options that change what the factors mean, with the values (beside null) under which they mean what they do
+# here.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "lora_bias": _OFF,
+    "fan_in_fan_out": _OFF,
+    "layer_replication": _OFF,
+    "trainable_token_indices": _OFF,
+    "use_qalora": _OFF,
+    "use_bdlora": _OFF,
+    "alora_invocation_tokens": _OFF,
+    "arrow_config": _OFF,
+    "velora_config": _OFF,
+    "kasa_config": _OFF,
+    "monteclora_config": _OFF,
+    "megatron_config": _OFF,
+}
+_HONOURED = frozenset(
+    (
+        "peft_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "ensure_weight_tying",
+        "init_lora_weights",
+    )
+)
+# Notes, and how factors began that have been trained since.
+_HARMLESS = frozenset(
+    (
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+)
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")  # starts that also change the base's weights
+_MAX_RANK = 1 << 16
+_MAX_PATTERN = 1000  # characters of one regular expression
+_MAX_REPEATS = 3  # of its unbounded repetitions
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter_config.json says. `alphas` holds PEFT's patterns with the alpha of each. `targets`, a pattern or
+    names of modules, is None where the file does not say plainly what is adapted.
+    """
+
+    base: str | None
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    dora: bool
+    ties_weights: bool
+    alphas: tuple[tuple[re.Pattern[str], float], ...]
+    targets: re.Pattern[str] | tuple[str, ...] | None
+    target_parameters: tuple[str, ...]
+    saved: tuple[str, ...]
+
+    def scaling(self, name: str, rank: int) -> float:
+        """s of W + s A B for a projection by PEFT's name."""
+        forms = (name, f"{name}.weight")
+        found = (alpha for pattern, alpha in self.alphas if any(pattern.match(form) for form in forms))
+        return next(found, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """adapter_config.json in the directory `path`. CheckpointError names the file and the option."""
+    if not is_adapter(path):
+        raise CheckpointError(f"{path} holds no adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE} are needed.")
+    file = path / ADAPTER_CONFIG_FILE
+    content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
+    _check_options(content)
+    alphas = content.get_object("alpha_pattern")
+    ranks = content.get_object("rank_pattern")  # the shapes of the factors say the ranks
+    for name in ranks.values:
+        ranks.get_int(name, None, 1, _MAX_RANK)
+    return AdapterConfig(
+        base=content.get_text("base_model_name_or_path", None),
+        rank=content.get_int("r", 8, 1, _MAX_RANK),
+        alpha=_alpha(content, "lora_alpha", 8.0),
+        dropout=float(content.get_number("lora_dropout", 0.0, 0, 0.999)),
+        rslora=content.get_bool("use_rslora", False),
+        dora=content.get_bool("use_dora", False),
+        ties_weights=content.get_bool("ensure_weight_tying", False),
+        alphas=tuple(
+            (_pattern(name, f"{file}: alpha_pattern", ending=True), _alpha(alphas, name, 8.0)) for name in alphas.values
+        ),
+        targets=_targets(content),
+        target_parameters=() if _is_limited(content) else _names(content, "target_parameters"),
+        saved=_names(content, "modules_to_save"),
+    )
+
+
+def _check_options(content: JsonObject) -> None:
+    peft_type = content.get_text("peft_type", None)
+    if peft_type != "LORA":
+        raise CheckpointError(f"{content.where}: peft_type {peft_type!r:.60}: only LORA adapters can be applied.")
+    for name, value in content.values.items():
+        if value is None or name in _HONOURED or name in _HARMLESS:
+            continue
+        if name in _ONLY and value not in _ONLY[name]:
+            raise CheckpointError(
+                f"{content.where}: {name}: {value!r:.60}: this kind of adapter is not known here. Merge it into its "
+                "base with PEFT, and use the result as a model."
+            )
+        if name not in _ONLY and value not in _OFF:
+            raise CheckpointError(
+                f"{content.where}: {name}: {value!r:.60}: an option that is not known here, so it is not clear what "
+                "the adapter computes. Remove it from the file if it makes no difference, or merge the adapter into "
+                "its base with PEFT."
+            )
+    start = str(content.values.get("init_lora_weights"))
+    if start.lower().startswith(_BASE_CHANGED):
+        raise CheckpointError(
+            f"{content.where}: init_lora_weights: {start:.60}: such adapters belong to a base with changed weights. "
+            "Convert it to a plain one with PEFT first (path_initial_model_for_weight_conversion)."
+        )
+
+
+def _alpha(content: JsonObject, name: str, default: float) -> float:
+    return float(content.get_number(name, default, 1e-6, 1e6))
+
+
+def _names(content: JsonObject, key: str) -> tuple[str, ...]:
+    names = content.get_list(key, [])
+    if not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(f"{content.where}: {key}: must be a list of names.")
+    return tuple(names)
+
+
+def _is_limited(content: JsonObject) -> bool:
+    """Whether other options take away some of what the targets name."""
+    return content.values.get("layers_to_transform") is not None or bool(content.values.get("exclude_modules"))
+
+
+def _targets(content: JsonObject) -> re.Pattern[str] | tuple[str, ...] | None:
+    value = content.values.get("target_modules")
+    if value is None or value == "all-linear" or _is_limited(content):
+        return None
+    if isinstance(value, str):
+        return _pattern(value, f"{content.where}: target_modules")
+    if not isinstance(value, list):
+        raise CheckpointError(f"{content.where}: target_modules: must be text or a list of names, found {kind(value)}.")
+    return _names(content, "target_modules")
+
+
+def _pattern(text: str, where: str, ending: bool = False) -> re.Pattern[str]:
+    """A regular expression from a file of unknown origin; with `ending`, for the end of a name, as PEFT's patterns are
+    meant. Matching has no time limit, so what could take for ever is refused: repeated groups, and many repetitions.
+    """
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", text)  # without escapes and classes of characters
+    repeats = len(re.findall(r"[*+{]", plain))
+    if len(text) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
+        raise CheckpointError(
+            f"{where}: {text!r:.60}: too complicated a pattern (at most {_MAX_REPEATS} of * and +, none of them behind "
+            "a bracket). List the names instead."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({text})$" if ending else text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {text!r:.60} is not a regular expression: {error}.") from None
+
+
+def ends(name: str, targets: Iterable[str]) -> bool:
+    """Whether PEFT takes `name` for one of the short names `targets`."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)

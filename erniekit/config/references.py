@@ -1,0 +1,138 @@
+"""${...} in values, as OmegaConf's users write it.
+
+`${oc.env:NAME}` and `${env:NAME}` are the environment variable NAME, `${oc.env:NAME,text}` is `text` where it is not
+set, `${key}` is the value of another key that is given, else the environment variable of that name. `$${` is a literal
+`${`.
+Anything else is refused with key and place: no directory is called ${NAME} by intention.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from erniekit.config.read import Entry
+from erniekit.config.values import Scalar
+from erniekit.utils import runtime
+from erniekit.utils.errors import ConfigError
+
+_LONGEST = 100_000  # characters of a resolved value: keys that repeat one another grow exponentially
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_RESOLVER = re.compile(r"(?P<resolver>[A-Za-z_][\w.]*):(?P<rest>.*)", re.ASCII | re.DOTALL)
+_LITERAL = "For a literal ${ write $${"
+
+
+def escape(text: str) -> str:
+    """The text as a YAML of ours has to hold it."""
+    return text.replace("${", "$${")
+
+
+def resolve(layers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+    """The entries with every ${...} replaced. A later layer's value of a key is the one that ${key} means."""
+    given: dict[str, Entry] = {entry.name: entry for entries in layers for entry in entries}
+    resolver = _Resolver(given)
+    return [[replace(entry, value=resolver.value(entry)) for entry in entries] for entries in layers]
+
+
+class _Resolver:
+    """Replaces the references of one configuration."""
+
+    def __init__(self, given: Mapping[str, Entry]):
+        self._given = given
+        self._done: dict[str, Any] = {}
+        self._open: list[str] = []  # keys on the way to the one being resolved
+        self._entry = Entry("", None, "")  # whose value is being resolved, for messages
+
+    def value(self, entry: Entry) -> Any:
+        """The entry's value without references."""
+        outer, self._entry = self._entry, entry
+        self._open.append(entry.name)
+        try:
+            return self._tree(entry.value)
+        finally:
+            self._open.pop()
+            self._entry = outer
+
+    def _tree(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._text(value) if "${" in value else value
+        if isinstance(value, list | tuple):
+            return [self._tree(inner) for inner in value]
+        return {name: self._tree(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+
+    def _text(self, text: str) -> Any:
+        """The text with its references replaced; the other key's own value where the text is nothing but ${key}."""
+        pieces: list[Any] = []
+        position = 0
+        while (start := text.find("${", position)) >= 0:
+            if start > position and text[start - 1] == "$":
+                pieces += [text[position : start - 1], "${"]
+                position = start + 2
+                continue
+            if start > position and text[start - 1] == "\\":
+                self._refuse(text, f"a backslash does not escape it here. {_LITERAL}")
+            end = self._closing(text, start)
+            value = self._reference(text[start : end + 1], text[start + 2 : end])
+            if start == 0 and end == len(text) - 1:
+                return value
+            if not isinstance(value, str | int | float | Scalar) or isinstance(value, bool):
+                self._refuse(text[start : end + 1], "its value is no text that could stand inside another text")
+            pieces += [text[position:start], str(value)]
+            position = end + 1
+        whole = "".join([*pieces, text[position:]])
+        if len(whole) > _LONGEST:
+            self._refuse(text[:60], f"more than {_LONGEST:,} characters once it is replaced")
+        return whole
+
+    def _closing(self, text: str, start: int) -> int:
+        depth, position = 0, start
+        while position < len(text):
+            if text.startswith("${", position):
+                depth, position = depth + 1, position + 2
+                continue
+            if text[position] == "}":
+                depth -= 1
+                if depth == 0:
+                    return position
+            position += 1
+        self._refuse(text, f"the closing }} is missing. {_LITERAL}")
+
+    def _reference(self, whole: str, inner: str) -> Any:
+        """What one ${...} stands for."""
+        if len(self._open) > 50 or inner.count("${") > 50:
+            self._refuse(whole[:60], "more than 50 references inside one another")
+        if "${" in inner:
+            inner = str(self._text(inner))
+        found = _RESOLVER.fullmatch(inner.strip())
+        if found:
+            if found["resolver"] not in ("oc.env", "env"):
+                self._refuse(whole, f"unknown resolver {found['resolver']}: only oc.env is known. {_LITERAL}")
+            name, comma, default = found["rest"].partition(",")
+            return self._variable(whole, name.strip(), default.strip() if comma else None)
+        name = inner.strip().rpartition(".")[2]  # a key is the same inside and outside its block
+        if not _NAME.fullmatch(name):
+            self._refuse(whole, f"neither a key nor ${{oc.env:NAME}}. {_LITERAL}")
+        if name not in self._given:
+            return self._variable(whole, name, None)
+        if name in self._open:
+            self._refuse(whole, f"it refers to itself ({' -> '.join([*self._open, name])})")
+        if name not in self._done:
+            self._done[name] = self.value(self._given[name])
+        return self._done[name]
+
+    def _variable(self, whole: str, name: str, default: str | None) -> str:
+        if not _NAME.fullmatch(name):
+            self._refuse(whole, f"{name!r} is no name of an environment variable. {_LITERAL}")
+        value = runtime.environment_variable(name)
+        if value is None:
+            value = default
+        if value is None:
+            self._refuse(
+                whole,
+                f"no key that is given and no environment variable is called {name}. Set it, or write "
+                f"${{oc.env:{name},VALUE}} for a value without it. {_LITERAL}",
+            )
+        return value
+
+    def _refuse(self, whole: str, why: str) -> NoReturn:
+        raise ConfigError(f"{self._entry.name}: {whole}: {why} ({self._entry.place}).")

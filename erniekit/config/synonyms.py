@@ -1,0 +1,160 @@
+"""Names that LLaMA-Factory, TRL, transformers, PEFT, ms-swift, Megatron-LM and PaddleFormers use for what has another
+name here, or no key at all. They are not accepted, for a name should mean one thing; an unknown key is answered with
+them.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+_CLOSE = 0.82  # difflib's ratio from which a name is a typo of another; pref_beta and rope_theta have 0.63
+
+# Our key -> the other names for it, which take the same values.
+_SAME: dict[str, str] = {
+    "model_name_or_path": "model model_name model_path base_model base_model_name_or_path pretrained_model",
+    "train_dataset_path": "dataset datasets dataset_path train_dataset train_data train_file train_path data_path data",
+    "train_dataset_type": "dataset_format data_format formatting",
+    "train_dataset_prob": "interleave_probs dataset_prob dataset_probs",
+    "eval_dataset_path": "eval_dataset val_dataset eval_data eval_file val_file validation_file valid_data",
+    "max_seq_len": "cutoff_len max_length max_len seq_length seq_len sequence_len model_max_length max_source_length",
+    "max_prompt_len": "max_prompt_length",
+    "max_new_tokens": "max_tokens max_completion_length max_target_length max_gen_len",
+    "dataloader_num_workers": "num_workers preprocessing_num_workers dataset_num_proc num_proc",
+    "random_shuffle": "shuffle data_shuffle shuffle_dataset train_dataloader_shuffle",
+    "packing": "neat_packing sample_packing zero_padding",
+    "chat_template": "prompt_template conversation_template template_type",
+    "continue_training": "load_weights",
+    "recompute": "gradient_checkpointing activation_checkpointing use_gradient_checkpointing",
+    "rope_theta": "rope_base rotary_base",
+    "lora_rank": "r rank lora_dim lora_config_r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "lora_drop",
+    "lora_target_modules": "target_modules lora_modules lora_target_module",
+    "modules_to_save": "additional_target trainable_modules",
+    "lora_plus_scale": "loraplus_lr_ratio lora_plus_lr_ratio",
+    "lora_path": "adapter_name_or_path adapter adapters lora_name_or_path peft_path",
+    "beta": "pref_beta dpo_beta",
+    "loss_type": "pref_loss dpo_loss rpo_loss",
+    "sft_loss_ratio": "pref_ftx rpo_alpha sft_weight",
+    "label_smoothing": "dpo_label_smoothing",
+    "dpop_lambda": "dpop_alpha",
+    "ref_model_update_steps": "ref_model_sync_steps",
+    "batch_size": "train_batch_size micro_batch_size micro_train_batch_size mbs eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps accumulation_steps "
+    "accumulate_grad_batches",
+    "num_train_epochs": "epochs epoch num_epochs max_epochs n_epochs train_epochs",
+    "max_steps": "train_iters total_steps num_steps num_train_steps max_train_steps train_steps max_iters",
+    "evaluation_strategy": "do_eval_strategy eval_mode",
+    "eval_steps": "eval_interval eval_freq eval_every",
+    "save_steps": "save_interval save_freq save_every checkpoint_interval",
+    "logging_steps": "log_steps log_interval logging_interval log_every",
+    "save_total_limit": "max_checkpoints keep_checkpoint_max",
+    "early_stopping_patience": "early_stopping early_stopping_steps patience",
+    "output_dir": "output out_dir save_dir save_path output_path checkpoint_dir export_dir save",
+    "logging_dir": "log_dir tensorboard_dir",
+    "resume_from_checkpoint": "resume resume_from load_checkpoint resume_checkpoint",
+    "ignore_load_lr_and_optim": "resume_only_model no_load_optim",
+    "ignore_save_lr_and_optim": "save_only_model no_save_optim",
+    "seed": "random_seed data_seed",
+    "optim": "optimizer optimizer_type optim_type",
+    "learning_rate": "lr max_lr base_lr peak_lr",
+    "min_lr": "min_learning_rate",
+    "lr_scheduler_type": "scheduler lr_schedule lr_decay_style scheduler_type",
+    "warmup_steps": "num_warmup_steps lr_warmup_steps lr_warmup_iters",
+    "warmup_ratio": "warmup_fraction lr_warmup_fraction warmup_proportion",
+    "weight_decay": "wd",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "adam_eps epsilon",
+    "max_grad_norm": "clip_grad gradient_clipping grad_clip gradient_clip_val max_norm",
+    "neftune_noise_alpha": "neftune_alpha",
+    "tensor_parallel_degree": "tp tp_size tensor_parallel_size tensor_model_parallel_size",
+    "pipeline_parallel_degree": "pp pp_size pipeline_parallel_size pipeline_model_parallel_size",
+    "expert_parallel_degree": "ep ep_size expert_parallel_size expert_model_parallel_size",
+    "data_parallel_degree": "dp dp_size data_parallel_size",
+    "virtual_pp_degree": "virtual_pipeline_model_parallel_size",
+    "distributed_timeout": "ddp_timeout",
+    "download_hub": "hub model_hub use_hub",
+    "max_shard_size": "export_size shard_size",
+    "predict_with_generate": "generation_eval",
+    "moe_aux_loss_lambda": "moe_aux_loss_coeff aux_loss_coef",
+    "moe_z_loss_lambda": "moe_z_loss_coeff",
+}
+
+# Other names for something that is asked for in another way here, or not at all -> what to do.
+_OTHERWISE: dict[str, str] = {
+    "deepspeed fsdp zero_stage sharding_stage zero_optimization use_distributed_optimizer": (
+        "sharding: stage1 or stage2 divides optimizer state and gradients over ranks"
+    ),
+    "finetuning_type finetune_type train_type tuner_type sft_type training_type peft_type": (
+        "fine_tuning takes Full or LoRA"
+    ),
+    "use_peft": "fine_tuning: LoRA asks for adapters",
+    "val_size split_dataset_ratio validation_split test_size eval_ratio": (
+        "nothing is split off the training data; put the evaluation data into a file of its own: eval_dataset_path"
+    ),
+    "dataset_dir": "train_dataset_path takes whole paths",
+    "quantization_bit load_in_8bit load_in_4bit bits qlora quant_bits quant_method quantization_method": (
+        "compute_type: wint8, wint4 or nf4 holds the base in few bits, with fine_tuning: LoRA"
+    ),
+    "torch_dtype dtype precision mixed_precision tf32 pure_bf16": "compute_type takes bf16 or fp32",
+    "flash_attn use_flash_attn attn_impl attention_backend": (
+        "remove it: attention kernels are chosen by what the device has"
+    ),
+    "enable_liger_kernel use_unsloth use_liger_kernel": "remove it: fused kernels are used where the device has them",
+    "disable_gradient_checkpointing": "recompute: False is the default",
+    "plot_loss": "remove it: loss.png is always drawn",
+    "overwrite_cache use_cache": "remove it: there is no cache of encoded data",
+    "streaming": "remove it: data is always read as it is needed",
+    "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
+    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT or DPO",
+    "ref_model ref_model_name_or_path reference_model": (
+        "the reference is the model as it was before training, or with LoRA the model without its adapter"
+    ),
+    "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",
+    "do_sample": "temperature: 0 always takes the likeliest token",
+    "num_beams": "there is no beam search; temperature: 0 always takes the likeliest token",
+    "system default_system system_prompt": "give each record its system text",
+    "train_on_prompt mask_history mask_prompt train_on_inputs assistant_only_loss completion_only_loss": (
+        "answers alone are trained; a record's `label` leaves out some of them"
+    ),
+    "label_smoothing_factor": "smoothing of the next-token loss is not built; label_smoothing is for stage: DPO",
+    "push_to_hub hub_model_id": "uploading is not built; upload output_dir with the Hub's own tool",
+    "wandb use_wandb swanlab use_swanlab": "report_to takes visualdl or tensorboard",
+    "nproc_per_node num_processes n_gpu gpus devices": (
+        "the number of processes is the product of the parallel degrees"
+    ),
+    "group_by_length length_column_name": "packing: True leaves no padding",
+    "save_safetensors": "remove it: weights are always saved as safetensors",
+    "include_tokens_per_second include_num_input_tokens_seen": "remove it: metrics.jsonl always has both",
+    "trust_remote_code": "remove it: no code of a model is run",
+    "adam_betas betas": "adam_beta1 and adam_beta2",
+    "rope_scaling": "it comes from the model's config.json; rope_theta alone can be set",
+}
+
+_TABLE = {name: f"did you mean {key}?" for key, names in _SAME.items() for name in names.split()} | {
+    name: what for names, what in _OTHERWISE.items() for name in names.split()
+}
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to say about an unknown key: our name for it, a known name that it is a typo of, or nothing."""
+    name = name.strip().lower().replace("-", "_")
+    candidates = list(known)
+    if name in candidates:
+        return f"did you mean {name}?"
+    if name in _TABLE:
+        return _TABLE[name]
+    near = difflib.get_close_matches(name, [*candidates, *_TABLE], n=1, cutoff=_CLOSE)
+    if not near:
+        return ""
+    return _TABLE.get(near[0], f"did you mean {near[0]}?")
+
+
+def table() -> dict[str, str]:
+    """Every name here, and what is said about it."""
+    return dict(_TABLE)
+
+
+def same() -> dict[str, str]:
+    """The names that only differ: theirs -> ours."""
+    return {name: key for key, names in _SAME.items() for name in names.split()}

@@ -1,0 +1,135 @@
+"""Values as the user wrote them, and what a number or a switch is.
+
+YAML 1.1 reads 2024_06_01 as 20240601, 010 as 8, 1:30 as 90 and 0x10 as 16. Here a value without quotes keeps its text:
+keys that are text take it as it stands, keys that are numbers read it by one rule, the same in YAML, in JSON and on the
+command line: decimal digits, which underscores may group (1_000), no leading zero, an optional fraction and exponent.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_TRUE = {"true", "yes", "on", "y", "1"}
+_FALSE = {"false", "no", "off", "n", "0"}
+_NUMBER = re.compile(r"[-+]?(?P<whole>\d+(_\d+)*)?(?P<fraction>\.(\d+(_\d+)*)?)?(?P<exponent>[eE][-+]?\d+)?", re.ASCII)
+_OTHER_NOTATION = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[bB][01_]+|0[oO]?[0-9_]+|\d[\d_]*(:[0-5]?\d)+)", re.ASCII)
+_MAX_DIGITS = 400  # no number of a configuration is longer; Python refuses integers of more than 4300 digits
+_LARGEST_INT = 2**63 - 1  # what NumPy and Paddle hold
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number, True or False without quotes: the text as written, for keys that are text."""
+
+    text: str
+
+    @property
+    def value(self) -> Any:
+        """The number, the truth value, or, where this is neither by the rule above, the text."""
+        word = self.text.lower()
+        if word in _TRUE | _FALSE and not word.isdigit():
+            return word in _TRUE
+        try:
+            number = parse_number(self.text)
+        except ValueError:
+            return self.text
+        return self.text if isinstance(number, float) and not math.isfinite(number) else number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plain(value: Any) -> Any:
+    """The value without the texts of its scalars, as keys take it that have no type here."""
+    if isinstance(value, Scalar):
+        return value.value
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as Python writes it, or its beginning."""
+    return shortened(repr(plain(value)) if not isinstance(value, Scalar) else value.text)
+
+
+def shortened(text: str) -> str:
+    """A text of the user's for a message, which nobody wants a page of."""
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def parse_number(text: str) -> int | float:
+    """The decimal number that `text` is. ValueError says what else it looks like."""
+    text = text.strip()
+    found = _NUMBER.fullmatch(text)
+    whole, fraction = (found["whole"] or "", found["fraction"] or "") if found else ("", "")
+    if found is None or not (whole or len(fraction) > 1) or len(text) > _MAX_DIGITS:
+        other = " in decimal digits (2, not 0b10 or 0:02)" if _OTHER_NOTATION.fullmatch(text) else ""
+        raise ValueError(other)
+    if len(whole) > 1 and whole[0] == "0":
+        raise ValueError(" without a leading 0, which means octal to some readers of YAML and decimal to others")
+    return float(text) if fraction or found["exponent"] else int(text)
+
+
+def to_bool(value: Any) -> bool:
+    """True, 1, "True", "yes", "on" and their opposites; anything else raises ValueError."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str | Scalar) and str(value).strip().lower() in _TRUE | _FALSE:
+        return str(value).strip().lower() in _TRUE
+    raise ValueError(f"expected True or False, got {shown(value)}")
+
+
+def to_int(value: Any) -> int:
+    """An integer, also from "10" and from a number without fraction (1e5); anything else raises ValueError."""
+    number = _number(value, "an integer")
+    if isinstance(number, float) and number != math.floor(number):
+        raise ValueError(f"expected an integer, got {shown(value)}")
+    if abs(number) > _LARGEST_INT:
+        raise ValueError(f"expected an integer of at most {_LARGEST_INT}, got {shown(value)}")
+    return int(number)
+
+
+def to_float(value: Any) -> float:
+    """A finite number, also from "1e-5" (which YAML 1.1 reads as text); anything else raises ValueError."""
+    return float(_number(value, "a number"))
+
+
+def _number(value: Any, wanted: str) -> int | float:
+    hint = ""
+    number: int | float = math.nan
+    if isinstance(value, str | Scalar):
+        try:
+            number = parse_number(str(value))
+        except ValueError as error:
+            hint = str(error)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = value
+    try:
+        if math.isfinite(number):
+            return number
+    except OverflowError:  # an integer that no float holds
+        pass
+    raise ValueError(f"expected {wanted}{hint}, got {shown(value)}")
+
+
+def join_list(items: Sequence[str]) -> str:
+    """Texts joined by commas; one that holds a comma itself, or begins with a quote, stands in double quotes, inside
+    which quotes are doubled.
+    """
+
+    def quoted(item: str) -> str:
+        return '"' + item.replace('"', '""') + '"' if "," in item or item.lstrip().startswith('"') else item
+
+    return ",".join(map(quoted, items))
+
+
+def split_list(text: str | None) -> list[str]:
+    """The texts that join_list joined, or that a user separated by commas, without blank ones."""
+    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text or "")
+    items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
+    return [item.strip() for item in items if item.strip()]

@@ -1,0 +1,230 @@
+"""YAML read into keys that know their line and scalars that keep their text, within limits.
+
+PyYAML's parser is read event by event, which needs neither recursion nor its constructors: no tag can make an object,
+and depth, aliases and the number of values are bounded here. (Nested aliases of a few hundred bytes stand for more
+values than any memory holds.)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import yaml
+
+from erniekit.config.values import Scalar
+from erniekit.utils.errors import ConfigError
+from erniekit.utils.user_files import MAX_DEPTH
+
+MAX_VALUES = 20_000  # of one file, each use of an alias counted anew
+_TAG = "tag:yaml.org,2002:"
+_TEXT = ("!", f"{_TAG}str")
+_PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: `output_dir: 2025-11-21` is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the class above declares it)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_RESOLVER = _Loader("")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A mapping whose keys know their place: (key, value, place). A mapping as value is a Pairs too."""
+
+    items: list[tuple[str, Any, str]]
+
+
+def read_mapping(text: str, path: str) -> Pairs:
+    """The keys and values of a YAML file. Raises ConfigError with path and line."""
+    reader = _Reader(text, path)
+    tree = reader.document()
+    if not isinstance(tree, Pairs):
+        what = "a list" if isinstance(tree, list) else "plain text"
+        raise ConfigError(f"{path}: expected `key: value` lines, got {what}.")
+    return tree
+
+
+def read_value(text: str) -> Any:
+    """The value of `key=TEXT`: a number, True or null; a 'quoted' text; a [list] or {mapping}; else the text itself."""
+    text = text.strip()
+    if text[:1] in ("'", '"', "[", "{"):
+        try:
+            return _Reader(text, "command line").document()
+        except ConfigError:
+            return text
+    tag = _resolved(text)
+    return None if tag == f"{_TAG}null" else Scalar(text) if tag in _PLAIN else text
+
+
+def _resolved(text: str) -> str:
+    """The tag that YAML 1.1 gives a scalar without quotes."""
+    return str(_RESOLVER.resolve(yaml.ScalarNode, text, (True, False)))
+
+
+class _Reader:
+    """Reads one document."""
+
+    def __init__(self, text: str, path: str):
+        self._path = path
+        self._text = text
+        # Value, number of values and levels of each &name; None while it is being read.
+        self._anchors: dict[str, tuple[Any, int, int] | None] = {}
+        self._count = self._deepest = 0
+        self._line = 0
+        try:
+            self._loader = _Loader(text)
+        except yaml.reader.ReaderError as error:
+            self._refuse_character(error)
+
+    def document(self) -> Any:
+        """The only document of the text."""
+        self._next()  # the beginning of the stream
+        event = self._next()
+        if isinstance(event, yaml.StreamEndEvent):
+            raise ConfigError(f"{self._path}: the file is empty.")
+        event = self._next()
+        if isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0]:
+            raise ConfigError(f"{self._path}: the file is empty.")
+        tree = self._value(event, 0)
+        self._next()  # the end of the document
+        if not isinstance(self._next(), yaml.StreamEndEvent):
+            self._refuse("a second document begins. Keep one in a file")
+        return tree
+
+    def _next(self) -> Any:
+        try:
+            event = self._loader.get_event()
+        except yaml.reader.ReaderError as error:
+            self._refuse_character(error)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self._refuse(f"not valid YAML: {error.problem or error.context}", mark.line if mark else None)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: \U00110000, or a version of 5000 digits
+            self._refuse(f"not valid YAML: {str(error).splitlines()[0]}", self._loader.get_mark().line)
+        self._line = event.start_mark.line
+        return event
+
+    def _refuse(self, what: str, line: int | None = None) -> NoReturn:
+        number = (self._line if line is None else line) + 1
+        raise ConfigError(f"{self._path}:{number}: {what}.") from None
+
+    def _refuse_character(self, error: "yaml.reader.ReaderError") -> NoReturn:
+        line = self._text[: error.position].count("\n")
+        self._refuse(f"not valid YAML: the character #x{ord(self._text[error.position]):04x} is not allowed", line)
+
+    def _value(self, event: Any, depth: int) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            return self._alias(event.anchor, depth)
+        before, deepest, self._deepest = self._count, self._deepest, depth
+        self._grow(1, depth)
+        if event.anchor:
+            self._anchors[event.anchor] = None
+        value: Any
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            self._check_tag(event, "seq")
+            value = [self._value(inner, depth + 1) for inner in self._until(yaml.SequenceEndEvent)]
+        else:
+            self._check_tag(event, "map")
+            value = self._mapping(depth)
+        if event.anchor:
+            self._anchors[event.anchor] = (value, self._count - before, self._deepest - depth)
+        self._deepest = max(deepest, self._deepest)
+        return value
+
+    def _until(self, end: type) -> Iterator[Any]:
+        event = self._next()
+        while not isinstance(event, end):
+            yield event
+            event = self._next()
+
+    def _grow(self, count: int, depth: int) -> None:
+        self._count += count
+        self._deepest = max(self._deepest, depth)
+        if depth >= MAX_DEPTH:
+            self._refuse(f"nested more than {MAX_DEPTH} levels deep")
+        if self._count > MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES:,} values, each use of an alias counted anew")
+
+    def _alias(self, name: str | None, depth: int) -> Any:
+        if name is None or name not in self._anchors:
+            self._refuse(f"*{name} names nothing: there is no &{name} above it")
+        anchored = self._anchors[name]
+        if anchored is None:
+            self._refuse(f"an alias (*{name}) stands inside what it names")
+        value, size, levels = anchored
+        self._grow(size, depth + levels)
+        return value
+
+    def _check_tag(self, event: Any, expected: str) -> None:
+        if event.tag not in (None, "!", _TAG + expected):
+            self._refuse(f"the tag {_short(event.tag)} is not taken here. Write the plain value")
+
+    def _scalar(self, event: Any) -> Any:
+        text: str = event.value
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self._refuse("half of a surrogate pair (\\ud800 to \\udfff), which no text can hold")
+        tag = event.tag
+        if tag is None or (tag == "!" and event.implicit[0]):
+            tag = _resolved(text) if event.implicit[0] else _TEXT[0]
+        if tag in _TEXT or tag in (f"{_TAG}merge", f"{_TAG}value"):  # << and = as values are text
+            return text
+        if tag == f"{_TAG}null":
+            return None
+        if tag in _PLAIN:
+            return Scalar(text)
+        return self._refuse(f"the tag {_short(tag)} is not taken here. Write the plain value")
+
+    def _mapping(self, depth: int) -> Pairs:
+        own: dict[str, tuple[str, Any, str]] = {}
+        lines: dict[str | None, int] = {}
+        merged: list[Pairs] = []
+        for event in self._until(yaml.MappingEndEvent):
+            line = self._line + 1
+            name = self._key(event)
+            shown = "<<" if name is None else name
+            if name in lines:
+                where = f"lines {lines[name]} and {line} of {self._path}"
+                raise ConfigError(f"{shown}: given twice ({where}). Keep one of them.")
+            lines[name] = line
+            value = self._value(self._next(), depth + 1)
+            if name is None:
+                merged = self._to_merge(value, line)
+            else:
+                own[name] = (name, value, f"{self._path}:{line}")
+        if not merged:
+            return Pairs(list(own.values()))
+        items: dict[str, tuple[str, Any, str]] = {}
+        for pairs in reversed(merged):  # the first of several wins
+            items |= {item[0]: item for item in pairs.items}
+        return Pairs(list((items | own).values()))
+
+    def _key(self, event: Any) -> str | None:
+        """A key's text as written; None for the merge key."""
+        if isinstance(event, yaml.AliasEvent):
+            value = self._alias(event.anchor, 0)
+            if isinstance(value, str | Scalar):
+                return str(value)
+        elif isinstance(event, yaml.ScalarEvent):
+            value = self._value(event, 0)
+            is_merge = event.tag is None and event.implicit[0] and event.value == "<<"
+            return None if is_merge else str(event.value)
+        return self._refuse("a key must be a word, not a list or a mapping. Write `key: value`")
+
+    def _to_merge(self, value: Any, line: int) -> list[Pairs]:
+        several = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, Pairs) for item in several):
+            self._refuse("<<: takes a mapping, or a list of mappings (<<: *name)", line - 1)
+        return several
+
+
+def _short(tag: str) -> str:
+    tag = tag.replace(_TAG, "!!")
+    return tag if len(tag) <= 60 else f"{tag[:60]}..."

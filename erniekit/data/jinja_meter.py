@@ -1,0 +1,239 @@
+"""How much work and memory one rendering of a chat template may take, and what each operation takes of it.
+
+A template is a program by whoever published the model. One operation of Python's that is written in C (a string
+multiplied, a format width, two lists compared) cannot be interrupted, so its cost is estimated and taken from an
+allowance before it begins. A unit is about a byte of memory or a nanosecond of work, whichever the operation takes
+more of.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+ALLOWANCE = 1 << 26  # units that every rendering has: half a million short steps, or 64 million characters
+PER_INPUT = 1 << 8  # further units for each unit of a conversation that needs more
+MAX_SECONDS = 60.0  # of one rendering, on however slow a machine
+MAX_DEPTH = 200  # of nested lists and objects
+MAX_BITS = 1 << 15  # of an integer
+STEP = 64  # units of a call, a pass through a loop, or one element of a list
+
+# Methods of text whose result is at most as long as the text and the arguments together.
+_LINEAR_METHODS = frozenset(
+    "lower upper title capitalize casefold swapcase startswith endswith find index count partition removeprefix "
+    "removesuffix isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
+    "isupper".split()
+)
+_LOOKUPS = frozenset(("get", "items", "keys", "values"))
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # at which str.splitlines divides
+_WIDTHS = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")  # of "%10.2f" and "%(name)10.2f"
+_SPECIFICATION = re.compile(r":([^{}]*)([{}])")  # of "{name:>10}"
+_MAX_FORMAT = 10_000  # characters of a text with places for values
+
+
+class LimitExceeded(Exception):
+    """The template wanted more than it may have; the text says what."""
+
+
+class Meter:
+    """The allowance of one rendering. `conversation` is measured only if the first allowance is used up."""
+
+    def __init__(self, conversation: Any) -> None:
+        self._left = ALLOWANCE
+        self._check_below = ALLOWANCE - (1 << 20)
+        self._conversation = conversation
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def spend(self, units: int) -> None:
+        """Take `units` from the allowance. Raises LimitExceeded where it has not so many."""
+        self._left -= units
+        if self._left < self._check_below:
+            self._check()
+
+    def _check(self) -> None:
+        if self._left < 0:
+            self._extend()
+        if self._left < 0:
+            raise LimitExceeded("it takes too many steps or writes too much text for one conversation")
+        if time.monotonic() > self._deadline:
+            raise LimitExceeded(f"it is not done after {MAX_SECONDS:g} seconds")
+        self._check_below = max(0, self._left - (1 << 20))
+
+    def _extend(self) -> None:
+        """Add, once, what the conversation allows."""
+        if self._conversation is not None:
+            self._left += PER_INPUT * _size(self._conversation, None)
+            self._conversation = None
+
+    def size(self, value: Any) -> int:
+        """What a walk through `value` takes: a list that stands in it twice counts twice, as it does where two lists
+        are compared or one is written as text. Raises LimitExceeded where that is more than the allowance.
+        """
+        kind = type(value)
+        if kind is str:
+            return len(value)
+        if kind is int or kind is bool or value is None:
+            return STEP
+        size = _size(value, self._left)
+        if size > self._left:
+            self._extend()
+            size = _size(value, self._left)
+        return size
+
+    def spend_walk(self, *values: Any) -> None:
+        """Take what a walk through the values costs."""
+        for value in values:
+            self.spend(self.size(value))
+
+    def spend_method(self, owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take what a method of a text, a list, an object or a number costs."""
+        if isinstance(owner, dict) and name in _LOOKUPS:
+            self.spend_walk(STEP, *args)
+        elif not isinstance(owner, str):
+            if name in ("index", "count"):
+                self.spend_walk(owner, *args)
+            else:
+                self.spend_growth(owner, args, kwargs)
+        elif name in _LINEAR_METHODS:
+            self.spend(STEP + len(owner))
+            self.spend_walk(*args)
+        elif name in ("split", "rsplit", "splitlines"):
+            self.spend_growth(owner, args[:1], {})
+            self.spend(STEP * _count_pieces(owner, name, args, kwargs))
+        elif name == "join" and args:
+            self.spend_join(owner, args[0])
+        elif name == "replace":
+            self.spend_replace(owner, args, kwargs)
+        elif name in ("format", "format_map"):
+            self._spend_braces(owner, args, kwargs)
+        else:
+            self.spend_growth(owner, args, kwargs)
+
+    def spend_growth(self, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any], factor: int = 1) -> None:
+        """Take what an operation costs whose result may be as long as `value`, once for each character or unit of its
+        arguments: text.center(100), list * 3.
+        """
+        times = 1
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, float):
+                times += int(min(abs(argument), 1e12)) if argument == argument else 0
+            else:
+                times += abs(argument) if isinstance(argument, int) else self.size(argument)
+        self.spend(STEP + self.size(value) * times * factor)
+
+    def spend_join(self, separator: str, items: Any) -> None:
+        """Take what joining costs. `items` is no iterator: it must still be there afterwards."""
+        count = len(items) if isinstance(items, Sized) else 0
+        each = STEP if isinstance(items, str) else 0  # its characters become a list
+        self.spend(STEP + (self.size(separator) + each) * count)
+        self.spend_walk(items)
+
+    def spend_replace(self, text: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take what text.replace(old, new, count) costs."""
+        if kwargs or len(args) < 2 or not all(isinstance(value, str) for value in (text, *args[:2])):
+            self.spend_growth(text, args, kwargs)
+            return
+        old, new = args[:2]
+        self.spend(STEP + 2 * len(text))
+        found = text.count(old)
+        if len(args) > 2 and isinstance(args[2], int) and args[2] >= 0:
+            found = min(found, args[2])
+        self.spend(found * max(0, len(new) - len(old)))
+
+    def spend_percent(self, text: str, values: Any) -> None:
+        """Take what text % values costs."""
+        _check_format(text)
+        widths = [width for match in _WIDTHS.finditer(text) for width in match.groups() if width]
+        if "*" in widths:
+            raise LimitExceeded("a width of * in a format is not supported: write the number")
+        self.spend(len(text) + _total(widths) + text.count("%") * self.size(values))
+
+    def _spend_braces(self, text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        _check_format(text)
+        widths: list[str] = []
+        for match in _SPECIFICATION.finditer(text):
+            if match.group(2) == "{":
+                raise LimitExceeded("a format inside a format, {:{}}, is not supported: write the number")
+            widths += re.findall(r"\d+", match.group(1))
+        self.spend(STEP + len(text) + _total(widths) + text.count("{") * self.size([*args, *kwargs.values()]))
+
+    def result(self, value: Any) -> Any:
+        """Take what keeping a new value costs; an iterator costs a step for each item that is drawn from it."""
+        kind = type(value)
+        if kind is str:
+            self.spend(len(value))
+        elif kind is int:
+            check_integer(value.bit_length())
+        elif isinstance(value, Iterator):
+            return self.draw(value)
+        elif isinstance(value, str):
+            self.spend(len(value))
+        elif isinstance(value, Sized):
+            self.spend(STEP * len(value))
+        return value
+
+    def draw(self, items: Iterator[Any], each: int = STEP) -> Iterator[Any]:
+        """The items; each takes `each` units before it is drawn."""
+        self.spend(each)
+        for item in items:
+            yield item
+            self.spend(each)
+
+
+def check_integer(bits: int) -> None:
+    """Raise LimitExceeded for an integer of more bits than may be."""
+    if bits > MAX_BITS:
+        raise LimitExceeded(f"an integer of more than {MAX_BITS:,} bits")
+
+
+def _size(value: Any, limit: int | None) -> int:
+    """See Meter.size; the walk ends where `limit` is passed."""
+    total, level = 0, [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                total += len(item)
+                continue
+            total += STEP
+            if kind is dict:
+                total += 16 * len(item)
+                inner.extend(item)
+                inner.extend(item.values())
+            elif kind is list or kind is tuple:
+                total += 8 * len(item)
+                inner.extend(item)
+            elif kind is int:
+                total += item.bit_length() >> 3
+            elif isinstance(item, str | bytes | range):
+                total += STEP * len(item)
+            elif isinstance(item, Sized) and isinstance(item, Iterable):  # dict.items() and the like
+                total += 8 * len(item)
+                inner.extend(item)
+            if limit is not None and total > limit:
+                return total
+        if not inner:
+            return total
+        level = inner
+    raise LimitExceeded(f"lists or objects nested more than {MAX_DEPTH} levels deep")
+
+
+def _count_pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """At most so many pieces does text.split(...) make."""
+    if name == "splitlines":
+        return 1 + sum(text.count(end) for end in _LINE_ENDS)
+    separator = args[0] if args else kwargs.get("sep")
+    most = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
+    pieces = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
+    return min(pieces, most + 1) if isinstance(most, int) and most >= 0 else pieces
+
+
+def _check_format(text: str) -> None:
+    if len(text) > _MAX_FORMAT:
+        raise LimitExceeded(f"a format of more than {_MAX_FORMAT:,} characters")
+
+
+def _total(widths: list[str]) -> int:
+    """The sum of the numbers; one that is too long to read is too large."""
+    return sum(int(width) if len(width) < 12 else 10**12 for width in widths)

@@ -1,0 +1,147 @@
+"""The JSON files beside a tokenizer: added tokens, the tokens of roles, and the chat template."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from erniekit.utils import log
+from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import JsonObject, kind, read_json_object, read_text
+
+# role -> the token that has it in ERNIE 4.5, for directories that do not say
+ROLES = {
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<unk>",
+    "cls_token": "<|begin_of_sentence|>",
+    "sep_token": "<|end_of_sentence|>",
+    "mask_token": "<mask:1>",
+}
+MAX_IDS = 2**24  # of a vocabulary; the largest ones published have some hundred thousand
+LONGEST = 128  # characters of a special token
+COPY = "Copy the tokenizer's files again, all from one model."
+MARKUP = re.compile(r"<[^<>\s]+>")
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token that is recognised as a whole, outside the rules that split other text. `special`: decoding may skip
+    it.
+    """
+
+    text: str
+    id: int
+    special: bool
+
+
+class ChatTemplate(NamedTuple):
+    """A model's own chat template: its jinja text, and the file (and key) that has it."""
+
+    source: str
+    file: str
+
+
+def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
+    """Added tokens that the JSON files name: {id: {content, special}} of tokenizer_config.json, {content: id} of the
+    older added_tokens.json.
+    """
+    older, newer = read_optional(directory / "added_tokens.json"), config.get_object("added_tokens_decoder")
+    found: dict[int, Added] = {}
+    for name in newer.values:
+        if not re.fullmatch("[0-9]{1,9}", name):
+            raise CheckpointError(f"{newer.where}: {name[:40]!r} is no id. {COPY}")
+        item = newer.get_object(name)
+        text = item.get_text("content", None)
+        if text is None:
+            raise CheckpointError(f"{item.where}: it names no content. {COPY}")
+        _declare(found, Added(text, int(name), item.get_bool("special", False)), newer.where)
+    known = set(found)
+    for text in older.values:
+        i = older.get_int(text, None, 0, MAX_IDS - 1)
+        if i is None:
+            raise CheckpointError(f"{older.where}: {text!r} has no id. {COPY}")
+        if i not in known or found[i].text != text:
+            _declare(found, Added(text, i, bool(MARKUP.fullmatch(text))), older.where)
+    texts = [item.text for item in found.values()]
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise CheckpointError(f"{directory}: the added token {twice!r} has two ids. {COPY}")
+    return sorted(found.values(), key=lambda item: item.id)
+
+
+def _declare(found: dict[int, Added], item: Added, where: str) -> None:
+    """Add an added token to those found; CheckpointError if it cannot be one."""
+    if item.id >= MAX_IDS:
+        raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {COPY}")
+    if not 0 < len(item.text) <= LONGEST:
+        length = f"has {len(item.text):,} characters; at most {LONGEST}" if item.text else "is empty"
+        raise CheckpointError(f"{where}: the token with id {item.id} {length}. {COPY}")
+    if item.id in found:
+        raise CheckpointError(f"{where}: {found[item.id].text!r} and {item.text!r} have the same id {item.id}. {COPY}")
+    found[item.id] = item
+
+
+def check_roles(file: JsonObject) -> None:
+    """CheckpointError for a role that is not given as a token's text or as an object with its content."""
+    for role in ROLES:
+        named = file.values.get(role)
+        text = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(text, str | None) or (isinstance(named, dict) and text is None):
+            raise CheckpointError(
+                f"{file.where}: {role}: must be a token's text, or an object with its content, found {kind(named)}. "
+                f"{COPY}"
+            )
+
+
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """The chat template of a model or adapter directory: chat_template.jinja, else chat_template of
+    tokenizer_config.json, else that of chat_template.json (a processor's). CheckpointError for one that is not text.
+    """
+    path = directory / "chat_template.jinja"
+    try:
+        return ChatTemplate(read_text(path, CheckpointError), str(path))
+    except FileNotFoundError:
+        pass
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = read_optional(directory / name).values.get("chat_template")
+        where = f"{directory / name}: chat_template"
+        if isinstance(template, list):
+            template = _default_template(template, where)
+        if template is None:
+            continue
+        if not isinstance(template, str):
+            raise CheckpointError(
+                f"{where}: must be the text of a template, or a list of named ones, not {kind(template)}. "
+                "Copy the file again from the model's source, or put the template into chat_template.jinja."
+            )
+        return ChatTemplate(template, where)
+    return None
+
+
+def _default_template(templates: list[Any], where: str) -> str | None:
+    """Of several named templates the one that is called default."""
+    named = {}
+    for item in templates:
+        name, source = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise CheckpointError(
+                f'{where}: a list must have an object {{"name": ..., "template": ...}} for each template. '
+                "Copy the file again from the model's source, or put one template into chat_template.jinja."
+            )
+        named[name] = source
+    others = ", ".join(sorted(set(named) - {"default"}))
+    if "default" not in named:
+        log.warning(f"{where}: none of the templates ({others}) is called default; not used")
+    elif others:
+        log.info(f"{where}: the template called default is used for all conversations; not used: {others}")
+    return named.get("default")
+
+
+def read_optional(path: Path) -> JsonObject:
+    """The object in a JSON file; empty if the file is not there."""
+    try:
+        return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
+    except FileNotFoundError:
+        return JsonObject({}, str(path), CheckpointError)

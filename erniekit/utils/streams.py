@@ -1,0 +1,82 @@
+"""Standard streams that take any text and may be closed."""
+
+import io
+import os
+import sys
+
+
+def prepare() -> None:
+    """Make standard output and error replace what their encoding does not have, and stand-ins of closed streams.
+
+    A closed stream (`>&-`) is opened as /dev/null: the next file to be opened would otherwise get its number, and
+    whatever a library prints. Bytes of standard input that its encoding does not have become surrogates, for the reader
+    to make sense of (`decode`) or to refuse.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        _open_closed(number)
+        if vars(sys)[name] is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 open till exit
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def decode(line: str) -> str:
+    """A line of standard input; one that its encoding could not read (Chinese where the locale knows ASCII) is UTF-8
+    if it can be.
+    """
+    if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
+        return line
+    try:
+        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return line
+
+
+def _open_closed(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_WRONLY if number else os.O_RDONLY)
+        if opened == number:
+            os.set_inheritable(number, True)
+        else:
+            os.dup2(opened, number)
+            os.close(opened)
+
+
+def flush() -> None:
+    """Bring out what was printed. What cannot be written any more (nobody reads it, the disk is full) is dropped:
+    Python would complain about it once more at exit.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            silence(stream)
+
+
+def silence(stream: "io.TextIOBase") -> None:
+    """Point a stream at nothing."""
+    try:
+        number = stream.fileno()
+    except OSError:  # not a file: a notebook's, or a test's
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
+def is_gone(stream: "io.TextIOBase") -> bool:
+    """True if nobody reads a stream any more (`erniekit help | head -1`)."""
+    import select
+
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except OSError:
+        return False
+    return bool(poll.poll(0))

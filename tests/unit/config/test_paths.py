@@ -1,0 +1,92 @@
+"""Every key that is a path is made one in one place."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from erniekit.config import load, schema
+from erniekit.config.compat import Alias
+from erniekit.config.compat_keys import RULES
+from erniekit.config.paths import expand
+from erniekit.utils.errors import ConfigError
+
+PATHS = {name: field.metadata["path"] for name, field in schema.fields().items() if field.metadata["path"]}
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+
+
+def message(name: str, value: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {name: value}, "version")
+    return str(caught.value)
+
+
+def test_every_key_that_is_named_like_a_path_is_one():
+    for name, field in schema.fields().items():
+        if field.type is not bool and re.search(r"(_path|_dir|_file|_cache|_output)$|checkpoint$|_or_path$", name):
+            assert name in PATHS, name
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_home_directory_is_known_to_every_path(name: str, tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"{name}: ~/a b/c\n")
+    assert vars(load(str(path), None, "version"))[name] == "/h/a b/c"
+    assert vars(load(None, [f"{name}=~/x"], "version"))[name] == "/h/x"
+    assert vars(load(None, {name: "~"}, "version"))[name] == "/h"
+    assert vars(load(None, {name: "./~/x"}, "version"))[name] == "./~/x"
+    user = os.path.expanduser("~root")
+    assert vars(load(None, {name: "~root/x"}, "version"))[name] == f"{user}/x"
+
+
+def test_another_name_of_a_path_is_a_path():
+    for name, rule in RULES.items():
+        if isinstance(rule, Alias) and rule.to in PATHS:
+            assert vars(load(None, {name: "~/x"}, "version"))[rule.to] == "/h/x"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in PATHS.items() if kind == "commas"])
+def test_every_path_of_several(name: str):
+    assert vars(load(None, {name: "~/a, b ,~/c"}, "version"))[name] == "/h/a,b,/h/c"
+    assert vars(load(None, {name: ["~/a", "b", "~/c d"]}, "version"))[name] == "/h/a,b,/h/c d"
+    assert vars(load(None, {name: ["~/a,b", "c"]}, "version"))[name] == '"/h/a,b",c'  # a comma inside one path
+
+
+def test_paths_among_weights():
+    assert load(None, {"input_dir": "0.3 ~/a  0.7 ~/b"}, "version").input_dir == "0.3 /h/a  0.7 /h/b"
+    assert load(None, {"input_dir": "~/a,~/b"}, "version").input_dir == "/h/a,/h/b"
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("~nobody-of-that-name/x", "there is no home directory for ~nobody-of-that-name"),
+        ("$HOME/x", "Write ${HOME} for the environment variable HOME"),
+        ("x/$RUN_1", "Write ${RUN_1}"),
+        ("s3://bucket/x", "is a URL"),
+        ("a\0b", "NUL"),
+        ("\x1b", "control characters"),
+    ],
+)
+def test_what_cannot_be_meant_as_a_path_is_refused(name: str, value: str, expected: str):
+    assert message(name, value).startswith(f"{name}: ") and expected in message(name, value)
+
+
+def test_a_line_break_in_a_path_is_refused():
+    assert "control characters" in message("output_dir", "a\n")
+
+
+def test_a_dollar_that_names_nothing_stays():
+    assert expand("a$1/b$") == "a$1/b$"
+
+
+def test_the_configuration_file_itself_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("seed: 5\n")
+    assert load("~/x.yaml", None, "version").seed == 5

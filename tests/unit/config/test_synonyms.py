@@ -1,0 +1,52 @@
+"""An unknown key is answered with our name for it, or with nothing, but never with an unrelated key."""
+
+import pytest
+
+from erniekit.config import load, schema, synonyms
+from erniekit.config.compat_keys import RULES
+from erniekit.utils.errors import ConfigError
+
+KNOWN = [*schema.fields(), *RULES]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pref_beta", "did you mean beta?"),
+        ("deepspeed", "sharding: stage1 or stage2"),
+        ("lr", "did you mean learning_rate?"),
+        ("val_size", "eval_dataset_path"),
+        ("dataset", "did you mean train_dataset_path?"),
+        ("cutoff_len", "did you mean max_seq_len?"),
+        ("finetuning_type", "fine_tuning takes Full or LoRA"),
+        ("flash_attn", "remove it"),
+        ("gradient_checkpointing", "did you mean recompute?"),
+        ("num_epochs", "did you mean num_train_epochs?"),
+        ("resume", "did you mean resume_from_checkpoint?"),
+        ("adapter_name_or_path", "did you mean lora_path?"),
+        ("quantization_bit", "compute_type: wint8"),
+        ("lerning_rate", "did you mean learning_rate?"),
+        ("learning-rate", "did you mean learning_rate?"),
+        ("Max_Steps", "did you mean max_steps?"),
+        ("cutof_len", "did you mean max_seq_len?"),
+    ],
+)
+def test_hints(name: str, expected: str):
+    with pytest.raises(ConfigError, match="unknown key; ") as caught:
+        load(None, {name: 1}, "version")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vision_tower", "my_own_key", "kto_chosen_weight", "galore_rank", "x", "badam_mode"])
+def test_no_hint_is_better_than_a_wrong_one(name: str):
+    assert synonyms.hint(name, KNOWN) == ""
+
+
+def test_the_table_names_only_keys_that_are_there_and_no_key_is_in_it():
+    assert set(synonyms.same().values()) <= set(schema.fields())
+    assert not synonyms.table().keys() & set(KNOWN)
+
+
+@pytest.mark.parametrize("name", sorted(synonyms.same()))
+def test_what_a_hint_says_is_taken(name: str):
+    assert synonyms.same()[name] in synonyms.hint(name, KNOWN)

@@ -1,0 +1,116 @@
+"""How many tokens each record has: measured by workers, estimated beyond a number of bytes, kept for the next start."""
+
+import random
+
+import numpy as np
+import pytest
+from data_runs import build, steps, write
+
+from erniekit.data import lengths
+from erniekit.data.encode import Encoder
+from erniekit.utils import runtime
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "cache_directory", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "lengths"
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Places of the records that were encoded in this process."""
+    places = []
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *record: places.append(record[2]) or original(self, *record))
+    return places
+
+
+def records(count, longest, seed=1):
+    rng = random.Random(seed)
+    return [{"src": "q", "tgt": "a" * rng.randint(1, longest)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_a_large_set_is_estimated_by_bytes_and_still_read_to_its_end(tmp_path, monkeypatch, packing, epochs):
+    """Records of two kinds in two halves: a sample of the beginning alone would be far off."""
+    data = write(tmp_path / "a.jsonl", records(1500, 8) + records(1500, 60))
+    monkeypatch.setattr(lengths, "MEASURED_BYTES", 40_000)
+    keys = {"batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": epochs, "packing": packing}
+    with build(data, **keys) as loader:
+        assert not loader.exact
+        planned, given = loader.num_steps, len(steps(loader))
+        assert given <= planned <= 1.03 * given  # the run ends with the data, not before
+        assert loader.report()["epoch"] == epochs
+
+
+def test_records_that_are_dropped_or_split_are_estimated_with_the_rest(tmp_path, monkeypatch):
+    data = write(tmp_path / "a.jsonl", [{"text": "z" * (1 + i * 7 % 200)} for i in range(2000)])
+    monkeypatch.setattr(lengths, "MEASURED_BYTES", 60_000)
+    with build(data, stage="PT", max_seq_len=24, batch_size=1, packing=False) as loader:
+        planned, given = loader.num_steps, len(steps(loader))
+    assert given <= planned <= 1.03 * given
+
+
+def test_workers_measure_what_takes_long_and_the_counts_are_the_same(tmp_path, monkeypatch, encoded):
+    data = write(tmp_path / "a.jsonl", records(300, 40))
+    with build(data) as loader:
+        alone = loader.num_steps
+    assert len(encoded) == 300
+    encoded.clear()
+    monkeypatch.setattr(lengths, "_FEW_BYTES", 0)
+    monkeypatch.setattr(lengths, "num_cores", lambda: 2)
+    with build(data) as loader:
+        assert loader.num_steps == alone
+    assert not encoded  # not in this process
+
+
+def test_lengths_are_kept_until_file_tokenizer_or_a_length_changes(tmp_path, monkeypatch, encoded, cache, caplog):
+    data = write(tmp_path / "a.jsonl", records(100, 40))
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+
+    def measure(**keys):
+        encoded.clear()
+        with build(data, **keys) as loader:
+            return loader.num_steps, len(encoded)
+
+    first = measure()
+    assert first[1] == 100
+    assert measure() == (first[0], 0) and "measured earlier" in caplog.text
+    assert measure(max_seq_len=25)[1] == 100
+    write(tmp_path / "a.jsonl", records(100, 40, seed=2))
+    assert measure()[1] == 100
+    for file in cache.iterdir():
+        file.write_bytes(b"broken")
+    assert measure()[1] == 100 and "cannot be read" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path, monkeypatch, caplog):
+    data = write(tmp_path / "a.jsonl", records(10, 40))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+    monkeypatch.setattr(lengths, "cache_directory", lambda: tmp_path / "file")
+    with build(data) as loader:
+        assert loader.num_steps
+    assert "cannot be kept" in caplog.text
+
+
+def test_few_files_are_kept(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+    monkeypatch.setattr(lengths, "_KEPT_FILES", 2)
+    for seed in range(4):
+        with build(write(tmp_path / f"{seed}.jsonl", records(5, 10, seed))) as loader:
+            assert loader.num_steps
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_directory() == tmp_path / "erniekit"
+
+
+def test_the_nearest_record_in_size_stands_for_another_and_equal_ones_take_turns():
+    known, wanted = np.array([30, 10, 10, 20]), np.array([10, 10, 10, 14, 16, 99, 1])
+    assert lengths._nearest(known, wanted).tolist()[:3] == [1, 2, 1]
+    assert known[lengths._nearest(known, wanted)].tolist() == [10, 10, 10, 10, 20, 30, 10]
