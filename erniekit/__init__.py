@@ -4,6 +4,21 @@
 neither Paddle nor anything else heavy.
 """
 
+# ruff: noqa: E402  what the command needs comes before other modules are looked for
+import sys
+
+_as_module = sys.argv[:1] == ["-m"] and ("-m", "erniekit") in zip(sys.orig_argv, sys.orig_argv[1:])
+if _as_module and not (sys.version_info >= (3, 11) and sys.flags.safe_path):
+    # `python -m erniekit` looks into the working directory first: last, so that a json.py there does not stand in for
+    # the library's. Here and not in __main__, which Python imports after this file.
+    sys.path.append(sys.path.pop(0))
+
+import signal
+
+_as_command = _as_module or "".join(sys.argv[:1]).endswith("/erniekit")
+if _as_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command listens, Ctrl-C ends it without a traceback
+
 import types
 import warnings
 from typing import TYPE_CHECKING, Any

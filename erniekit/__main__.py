@@ -1,8 +1,10 @@
-"""`python -m erniekit` is the `erniekit` command."""
+"""`python -m erniekit`, or this file as a script of Paddle's launcher, is the `erniekit` command."""
 
 import sys
 
-from erniekit.cli.main import main
-
 if __name__ == "__main__":
+    if not __package__ and not (sys.version_info >= (3, 11) and sys.flags.safe_path):
+        del sys.path[0]  # this directory: its modules are no top-level ones
+    from erniekit.cli.main import main
+
     sys.exit(main())

@@ -14,15 +14,22 @@ from pathlib import Path
 
 from erniekit.cluster import agent
 from erniekit.cluster.job import Job, Layout, Limits, Master
-from erniekit.train import stop
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, stop
 from erniekit.utils.errors import UserError
 
 HERE = Path(__file__).resolve()
 
 
-def start(directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, **limits) -> subprocess.Popen:
-    """An agent with `world / hosts` workers; its own process, output captured."""
+TOKEN = "a token of tests, long enough"
+
+
+def start(
+    directory: Path, world=2, hosts=1, port=None, node=None, acts=None, steps=40, token=TOKEN, starting=0.0, **limits
+) -> subprocess.Popen:
+    """An agent with `world / hosts` workers, which need `starting` seconds before they begin; its own process, output
+    captured.
+    """
+    directory.mkdir(exist_ok=True)
     spec = {
         "directory": str(directory),
         "world": world,
@@ -31,6 +38,8 @@ def start(directory: Path, world=2, hosts=1, port=None, node=None, acts=None, st
         "node": node,
         "acts": acts or {},
         "steps": steps,
+        "token": token,
+        "starting": starting,
         "limits": {"fault": 4.0, "rendezvous": 20.0, **limits},
     }
     return subprocess.Popen(
@@ -84,6 +93,7 @@ def _agent(spec: dict) -> int:
         layouts=tuple(layouts),
         limits=Limits(**spec["limits"]),
         logs=directory / "logs",
+        token=spec["token"],
         master=Master("127.0.0.1", spec["port"], spec["node"]) if spec["port"] else None,
         config={"steps": str(spec["steps"])},
         again=lambda: ["again"],
@@ -98,9 +108,18 @@ def _agent(spec: dict) -> int:
 
 
 def _worker(spec: dict, words: list[str]) -> int:
+    time.sleep(spec["starting"])
     parent, _, beat = os.environ["ERNIEKIT_AGENT"].partition(":")
-    heartbeat.start(Path(beat), int(parent))
-    stop.listen()
+    heartbeat.start(int(beat), int(parent))
+    try:
+        stop.listen()
+        with stop.deferred():
+            return _train(spec, words)
+    except stop.Stopped as error:
+        return 128 + error.number
+
+
+def _train(spec: dict, words: list[str]) -> int:
     rank, directory = int(os.environ["PADDLE_TRAINER_ID"]), Path(spec["directory"])
     what, at = spec["acts"].get(str(rank), ("", -1))
     if "again" in words and not what.startswith("always "):

@@ -6,28 +6,32 @@ that PADDLE_TRAINERS_NUM counts and PADDLE_TRAINER_ID names is a worker: of such
 `python -m paddle.distributed.launch`.
 """
 
+import ipaddress
 import math
 import os
-import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from erniekit import config, hub
+from erniekit.checkpoint.folder import list_checkpoints
+from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Degrees
 from erniekit.train.layout import check_layout
-from erniekit.utils import heartbeat, log
+from erniekit.utils import heartbeat, job_token, log, runtime
+from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
 # Where schedulers that start one process a host say which host this is.
 _NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
-_AGENT = "ERNIEKIT_AGENT"  # "process id:where to beat", from an agent to its workers
+_AGENT = "ERNIEKIT_AGENT"  # "process id:file descriptor of the heartbeat's memory", from an agent to its workers
 
 
 def configure(args: list[str], command: str) -> Config:
@@ -105,18 +109,26 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
     master = _master(environ, hosts)
     assert cfg.output_dir, "config.load requires it to train"
     return Job(
-        command=(sys.executable, "-m", "erniekit", "train", *args),
+        command=runtime.python_command("from erniekit.cli.main import main; sys.exit(main())", "train", *args),
         environ=dict(environ),
         hosts=hosts,
         slots=slots,
         layouts=_layouts(cfg, degrees),
         limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
+        token=_token(environ, master),
         logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs").expanduser(),
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),
-        again=lambda: _go_on(Path(cfg.output_dir or "")),
+        again=partial(_go_on, Path(cfg.output_dir), start_id(Path(cfg.output_dir))),
     )
+
+
+def require_free(cfg: Config) -> None:
+    """ConfigError if output_dir cannot be made, or a job runs in it, whose logs those of new workers would replace."""
+    assert cfg.output_dir, "config.load requires it to train"
+    make_directory(Path(cfg.output_dir), "output_dir")
+    DirectoryLock(Path(cfg.output_dir)).require_free()
 
 
 def _check_model(cfg: Config, degrees: Degrees) -> None:
@@ -161,10 +173,15 @@ def _comparable(cfg: Config, slots: int) -> dict[str, str]:
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 
-def _go_on(output_dir: Path) -> list[str]:
-    """What a restarted worker is told on top: keep what was saved, and resume from it whatever it began with."""
+def _go_on(output_dir: Path, start: str | None) -> list[str]:
+    """What a restarted worker is told on top. Once a process has begun to train (run.json tells of another start than
+    `start`, that of a run before): keep what was saved, and resume from it. Until then nothing: what the
+    configuration asks of output_dir has not been done.
+    """
+    if start_id(output_dir) == start:
+        return []
     words = ["--overwrite_output_dir=false"]
-    return [*words, "--resume_from_checkpoint=auto"] if any(output_dir.glob("checkpoint-*")) else words
+    return [*words, "--resume_from_checkpoint=auto"] if list_checkpoints(output_dir) else words
 
 
 def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
@@ -181,6 +198,14 @@ def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise ConfigError(f"MASTER_PORT={text}: not a port. Give a whole number from 1024 to 65535.")
     return Master(net.resolve(name), int(text), _node_rank(environ, hosts))
+
+
+def _token(environ: Mapping[str, str], master: Master | None) -> str:
+    """The user's for several hosts; on one host the agent makes one, and its workers inherit it."""
+    if master is None:
+        return job_token.new()
+    on_this_machine = ipaddress.ip_address(master.address).is_loopback
+    return job_token.find(environ, runtime.cache_directory() if on_this_machine else None)
 
 
 def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
@@ -220,7 +245,7 @@ def _begin_worker(environ: Mapping[str, str]) -> None:
     log.set_rank(int(rank))
     agent, _, beat = environ.get(_AGENT, "").partition(":")
     if beat:
-        heartbeat.start(Path(beat), int(agent), streams=rank == "0")
+        heartbeat.start(int(beat), int(agent), streams=rank == "0")
 
 
 def _require_one_process(environ: Mapping[str, str], what: str) -> None:

@@ -4,17 +4,21 @@ Only the standard library is imported here, and a sub-command's module only when
 `erniekit help` answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 70 a defect of erniekit itself; 130 interrupted; 141 nobody reads standard output or error any more.
+2 no such command; 70 a defect of erniekit itself; 130 interrupted (128 + the number of another signal);
+141 nobody reads standard output any more.
 """
 
 import errno
+import signal
 import sys
 
 from erniekit.cli.commands import ALIASES, COMMANDS
-from erniekit.utils import heartbeat, runtime, streams
+from erniekit.utils import heartbeat, runtime, stop, streams
 from erniekit.utils.errors import UserError
 
-EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
+EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
+# Commands for which Ctrl-C is met by us: `train` begins to listen itself, `chat` leaves it to Python.
+_LISTENING = ("eval", "export", "split", "convert")
 
 NEEDS_PADDLE = (
     "`erniekit {name}` needs PaddlePaddle, which is not installed in this Python environment.\n"
@@ -39,14 +43,27 @@ def main(argv: list[str] | None = None) -> int:
     streams.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
+    if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if argv is None and name in _LISTENING:
+        stop.listen(signals=(signal.SIGINT,))
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        if argv is None:  # the process ends: the next Ctrl-C ends it without a word
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return _interrupted(error)
     except Exception as error:
-        return _report(name, error)
+        # Native code makes other exceptions of what a signal raises in Python code that it calls.
+        return _interrupted(stop.raised()) if stop.raised() else _report(name, error)
+
+
+def _interrupted(error: BaseException | None) -> int:
+    """One line, whatever was under way."""
+    number = error.number if isinstance(error, stop.Stopped) else signal.SIGINT
+    return _fail(stop.interrupted(number), 128 + number)
 
 
 def _dispatch(name: str, args: list[str]) -> int:
@@ -116,7 +133,7 @@ def _nobody_reads() -> bool:
     """Whether it is our own output that was closed; it is then pointed at nothing, or Python would complain about it
     once more at exit. A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
     """
-    gone = [stream for stream in (sys.stdout, sys.stderr) if streams.is_gone(stream)]
-    for stream in gone:
-        streams.silence(stream)
-    return bool(gone)
+    gone = streams.is_gone(sys.stdout)
+    if gone:
+        streams.silence(sys.stdout)
+    return gone

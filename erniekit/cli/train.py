@@ -1,12 +1,16 @@
 """`erniekit train`: train the model that a YAML describes."""
 
+import signal
+from pathlib import Path
+
 from erniekit.cli import launch
-from erniekit.utils import log, runtime
+from erniekit.utils import log, runtime, stop
 
 
 def run(args: list[str]) -> int:
     """Train, in this process or in those that the configuration asks for, and return the exit code."""
     cfg = launch.configure(args, "train")
+    stop.listen(lambda: stop.what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
     ignored = [] if launch.is_worker() else runtime.ignored_variables()
     if ignored:
         log.info(
@@ -17,16 +21,17 @@ def run(args: list[str]) -> int:
     if job is not None:
         from erniekit.cluster import agent
 
+        if job.master is None:  # a spare host may come while the job runs
+            launch.require_free(cfg)
         return agent.run(job)
     if cfg.max_restarts and not launch.is_supervised():
         log.info(
             "max_restarts: no effect: no agent of ours watches this process; the same command goes on where it was"
         )
-    from erniekit.train import stop
-
-    stop.listen()
     from erniekit.train import run as training  # imports Paddle, which takes seconds
 
     stop.listen()
-    training.train(cfg)
-    return 0
+    result = training.train(cfg)
+    # Ranks end well, their agent knows of the Ctrl-C itself.
+    interrupted = result.summary.get("stopped") == signal.SIGINT.name and not launch.is_supervised()
+    return stop.EXIT_INTERRUPTED if interrupted else 0

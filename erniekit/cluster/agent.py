@@ -5,9 +5,7 @@ It never imports Paddle, so it takes next to no memory and cannot hang in what i
 
 import signal
 import sys
-import tempfile
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,45 +14,53 @@ from erniekit.cluster.coordinator import Message
 from erniekit.cluster.job import Job
 from erniekit.cluster.rendezvous import Exchange
 from erniekit.cluster.worker import Worker
-from erniekit.utils import log, runtime
+from erniekit.utils import log, runtime, stop
 from erniekit.utils.errors import ConfigError, TrainError
 
 _POLL = 0.1  # seconds from one look at the workers to the next
 _REPORT = 0.5  # seconds from one report to the next, when nothing has happened
 _SAY_WAITING = 30.0  # seconds from one line about missing hosts to the next, when nothing has changed
-EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def run(job: Job) -> int:
-    """Run this host's part of the job. Returns the exit code: 0 also after a SIGTERM that let the workers save.
+    """Run this host's part of the job. Returns the exit code: 0 also after a SIGTERM that let the workers save, 130
+    after a Ctrl-C.
 
     Raises:
         ConfigError: the hosts do not fit together, or cannot meet.
         TrainError: the master is lost.
+        KeyboardInterrupt: the second Ctrl-C.
     """
-    with rendezvous.connect(job) as (exchange, about), tempfile.TemporaryDirectory(prefix="erniekit-") as beats:
-        agent = _Agent(job, exchange, about, Path(beats))
-        before = signal.signal(signal.SIGTERM, agent.on_sigterm)
+    with rendezvous.connect(job) as (exchange, about):
+        agent = _Agent(job, exchange, about)
+        before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup
+                signal.signal(number, agent.on_signal)
         try:
             return agent.run()
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            agent.kill()
             agent.leave("interrupted by Ctrl-C")
             raise
         finally:
             agent.kill()
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Agent:
-    def __init__(self, job: Job, exchange: Exchange, about: Message, beats: Path) -> None:
+    def __init__(self, job: Job, exchange: Exchange, about: Message) -> None:
         self._job = job
         self._exchange = exchange
         self._about = about
-        self._beats = beats
         self._workers: list[Worker] = []
         self._failures: dict[int, dict[str, Any]] = {}
         self._failed_at: dict[int, float] = {}
-        self._stopping = False
+        self._stopped_by: signal.Signals | None = None
+        self._stopped_at = 0.0
+        self._is_spare = False
 
     def run(self) -> int:
         """Attempt after attempt, until one ends well or is the last."""
@@ -74,11 +80,16 @@ class _Agent:
             )
             self._show(reply)
 
-    def on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Hand the scheduler's wish on; the workers agree on a step, save and end."""
-        self._stopping = True
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Hand the wish on; the workers agree on a step, save and end. A second Ctrl-C ends the job at once."""
+        now = time.monotonic()
+        if self._stopped_by is not None:
+            if number == signal.SIGINT and now - self._stopped_at > stop.TWICE:
+                raise KeyboardInterrupt
+            return
+        self._stopped_by, self._stopped_at = signal.Signals(number), now
         for worker in self._workers:
-            worker.terminate()
+            worker.send_signal(number)
 
     def leave(self, why: str) -> None:
         """Tell the other hosts that this one goes."""
@@ -91,6 +102,8 @@ class _Agent:
         """No process of ours outlives this."""
         for worker in self._workers:
             worker.kill()
+        if any(worker.rank == 0 and worker.process.returncode < 0 for worker in self._workers):
+            stop.restore_terminal()  # its progress bar could not
         self._workers = []
 
     def _join(self) -> Message:
@@ -103,10 +116,9 @@ class _Agent:
                 raise ConfigError(reply["why"])
             if reply["kind"] != "wait":
                 return reply
-            if self._stopping:
-                self.leave("stopped by SIGTERM")
-                headline = "stopped by SIGTERM before training began"
-                return {"restart": False, "code": EXIT_TERMINATED, "headline": headline, "detail": "", "kind": "stop"}
+            if self._stopped_by is not None:
+                self.leave(f"stopped by {self._stopped_by.name}")
+                return {"restart": False, "code": 128 + self._stopped_by, "headline": "", "detail": "", "kind": "stop"}
             now = time.monotonic()
             if reply["why"] != said or now - said_at > _SAY_WAITING:
                 log.info(f"waiting: {reply['why']}")
@@ -123,9 +135,11 @@ class _Agent:
             log.warning(start["note"])
         cores = runtime.num_cores()
         for local in range(count):
-            self._workers.append(Worker(self._job, start, local, cores, self._beats))
-        if self._stopping:  # the signal came while they started
-            self.on_sigterm(signal.SIGTERM, None)
+            self._workers.append(Worker(self._job, start, local, cores))
+        if self._stopped_by is not None:  # the signal came while they started
+            for worker in self._workers:
+                worker.send_signal(self._stopped_by)
+        self._is_spare = not count
 
     def _watch(self, attempt: int) -> Message:
         """Look after the workers until the coordinator says stop."""
@@ -161,23 +175,31 @@ class _Agent:
             "kind": "report",
             "id": self._about["id"],
             "attempt": attempt,
-            "stopping": self._stopping,
+            "stopping": self._stopped_by is not None,
             "signs": [worker.sign() for worker in self._workers if worker.process.returncode is None],
             "failures": [failure | {"at": now - self._failed_at[rank]} for rank, failure in self._failures.items()],
             "done": all(code == 0 for code in codes),
         }
 
-    def _end(self, stop: Message) -> int:
-        if stop["code"] == 0:
-            return 0
-        log.warning(f"the job has ended: {stop['headline']}")
-        if any(failure["code"] == -signal.SIGTERM for failure in self._failures.values()):
-            log.info("SIGTERM came before the workers could meet it: nothing was trained, nothing saved")
-            return EXIT_TERMINATED
-        self._show(stop)
-        return int(stop["code"])
+    def _end(self, verdict: Message) -> int:
+        signalled = self._stopped_by
+        if verdict["code"] == 0:
+            if self._is_spare:
+                log.info("the job has ended well; this host had no ranks in it")
+            return stop.EXIT_INTERRUPTED if signalled == signal.SIGINT else 0
+        if signalled is not None and self._ended_untrained(verdict["code"]):
+            log.info(stop.interrupted(signalled))
+            return 128 + signalled
+        log.warning(f"the job has ended: {verdict['headline']}")
+        self._show(verdict)
+        return int(verdict["code"])
 
-    def _show(self, stop: Message) -> None:
+    def _ended_untrained(self, code: int) -> bool:
+        """Whether the signal came before the workers could meet it by saving."""
+        codes = {failure["code"] for failure in self._failures.values()} | {code}
+        return any(128 + number in codes for number in stop.SIGNALS)
+
+    def _show(self, verdict: Message) -> None:
         """The first failing rank's own words: on its host, and where rank 0 streams."""
-        if stop["detail"] and (self._about["master"] or stop.get("host") == self._about["id"]):
-            print(stop["detail"], file=sys.stderr, flush=True)
+        if verdict["detail"] and (self._about["master"] or verdict.get("host") == self._about["id"]):
+            print(verdict["detail"], file=sys.stderr, flush=True)

@@ -89,6 +89,7 @@ class Coordinator:
         self._attempt = 1
         self._began: float | None = None  # since when the hosts gather
         self._orders: dict[str, int] = {}
+        self._spares: dict[str, float] = {}  # hosts that wait outside the running attempt, and when they last spoke
         self._hosts: dict[str, Host] = {}  # gathered, or of the running attempt
         self._running = False
         self._stopping = False
@@ -113,6 +114,7 @@ class Coordinator:
     def disconnect(self, host_id: str, now: float) -> None:
         """The connection of that host broke; it may come back."""
         with self._lock:
+            self._spares.pop(host_id, None)
             if host_id in self._hosts:
                 self._hosts[host_id].gone = now
 
@@ -120,31 +122,57 @@ class Coordinator:
     def all_told(self) -> bool:
         """Whether every host knows that the job is over."""
         with self._lock:
-            return self._over and all(host.told or host.gone is not None for host in self._hosts.values())
+            hosts = self._hosts.values()
+            return self._over and not self._spares and all(host.told or host.gone is not None for host in hosts)
 
     # ---- gathering
 
     def _hello(self, message: Message, now: float) -> Message:
-        if self._running or self._over:
-            return self._answer(message)
-        problem = self._mismatch(message)
+        host = self._hosts.get(message["id"])
+        if host is not None and self._running:
+            return host.reply
+        if host is not None and self._over:
+            return self._tell(host)
+        problem = self._other_configuration(message)
+        if not problem and not self._running and not self._over:
+            problem = self._no_place(message)
         if problem:
             return {"kind": "refused", "why": problem}
+        if self._running or self._over:
+            return self._answer_spare(message["id"], now)
         if self._began is None:
             self._began = now
-        if message["id"] not in self._hosts:
+        if host is None:
             self._hosts[message["id"]] = self._new_host(message, now)
+            self._spares.pop(message["id"], None)
         self._gather(now)
-        return self._answer(message)
+        return self._answer(message["id"])
 
-    def _answer(self, hello: Message) -> Message:
-        host = self._hosts.get(hello["id"])
+    def _answer(self, host_id: str) -> Message:
+        """To a host that is among those that gather."""
+        host = self._hosts.get(host_id)
         if self._over:
             return self._tell(host)
-        if not self._running:
-            return {"kind": "wait", "why": self._who_is_here()}
-        if host is not None:
+        if self._running and host is not None:
             return host.reply
+        return {"kind": "wait", "why": self._who_is_here()}
+
+    def _answer_spare(self, host_id: str, now: float) -> Message:
+        """To a host that came when the job was running or over. It may be one that was lost and has been started again:
+        that one is kept waiting, so that its scheduler does not count failures.
+        """
+        if self._over:
+            self._spares.pop(host_id, None)
+            headline = "it ended before this host had a place in it; nothing was trained here"
+            return {"kind": "stop", "restart": False, "code": EXIT_USER_ERROR, "headline": headline, "detail": ""}
+        if self._attempt > self._limits.max_restarts and len(self._hosts) == self._wanted:
+            hosts = ", ".join(host.shown for host in self._hosts.values())
+            return {
+                "kind": "refused",
+                "why": f"the job runs already, on {hosts}, and max_restarts leaves no restart at which this host could "
+                "join it. If this is another job, give it another MASTER_PORT.",
+            }
+        self._spares[host_id] = now
         return {"kind": "wait", "why": "the job runs without this host, which can join it at its next restart"}
 
     def _new_host(self, message: Message, now: float) -> Host:
@@ -162,8 +190,8 @@ class Coordinator:
             now,
         )
 
-    def _mismatch(self, message: Message) -> str:
-        """Why this host cannot be part of the job; empty if it can."""
+    def _other_configuration(self, message: Message) -> str:
+        """How this host's configuration differs from the job's; empty if it does not."""
         if self._config is None:
             self._config = message["config"]
         theirs, ours = message["config"], self._config
@@ -172,8 +200,12 @@ class Coordinator:
             shown = [f"\n  {key}: {theirs.get(key, '-')} here, {ours.get(key, '-')} there" for key in different[:8]]
             return (
                 f"{message['name']} has another configuration than the host that came first:{''.join(shown)}\n"
-                "Start every host alike."
+                "Start every host alike; if these are two jobs, give each its own MASTER_PORT."
             )
+        return ""
+
+    def _no_place(self, message: Message) -> str:
+        """Why the job that gathers has no place for this host; empty if it has one."""
         others = [host for host in self._hosts.values() if host.id != message["id"]]
         for host in others:
             if message["node"] is not None and host.node == message["node"]:
@@ -191,6 +223,7 @@ class Coordinator:
         for host in list(self._hosts.values()):
             if now - host.seen > self._limits.detect or (host.gone is not None and now - host.gone > GONE):
                 del self._hosts[host.id]
+        self._forget_silent_spares(now)
         waited = now - self._began
         if len(self._hosts) == self._wanted:
             self._start(self._layouts[0])
@@ -208,6 +241,9 @@ class Coordinator:
                 f"between? rendezvous_timeout (now {self._limits.rendezvous:g}) is how long the hosts wait."
             )
             self._give_up(f"{self._who_is_here()} after {self._limits.rendezvous:g} s. {hint}")
+
+    def _forget_silent_spares(self, now: float) -> None:
+        self._spares = {host: seen for host, seen in self._spares.items() if now - seen <= self._limits.detect}
 
     def _who_is_here(self) -> str:
         hosts = sorted(self._hosts.values(), key=lambda host: host.order)
@@ -252,7 +288,8 @@ class Coordinator:
         self._stopping = self._stopping or message["stopping"]
         if not self._running or message["attempt"] != self._attempt:
             return self._tell(host)
-        assert host is not None, "a host reports an attempt that it is not in"
+        if host is None:
+            return {"kind": "stop", "restart": False, "code": 1, "headline": "this host is not in it", "detail": ""}
         host.signs = [Sign(**sign) for sign in message["signs"]]
         host.done = message["done"]
         known = {failure.rank for failure in self._failures}
@@ -277,6 +314,7 @@ class Coordinator:
     def _judge(self, now: float) -> None:
         """See whether the attempt goes on, has ended well, or has failed and by whom."""
         self._judged = now
+        self._forget_silent_spares(now)
         self._find_lost(now)
         if not self._failures and all(host.done for host in self._hosts.values()):
             self._end({"restart": False, "code": 0, "headline": "", "detail": ""})

@@ -53,6 +53,7 @@ class Job:
     environ: the environment that workers inherit.
     slots: worker processes a host. devices: the GPUs for them, one each; empty on a CPU.
     layouts: from the whole job to the smallest one that an elastic job may shrink to.
+    token: what the job's processes know and strangers do not.
     config: what must be equal on all hosts.
     again: the words that a restarted worker gets, so that it goes on from the last checkpoint.
     """
@@ -64,6 +65,7 @@ class Job:
     layouts: tuple[Layout, ...]
     limits: Limits
     logs: Path
+    token: str
     devices: tuple[str, ...] = ()
     master: Master | None = None
     config: Mapping[str, str] | None = None

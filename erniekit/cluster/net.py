@@ -34,3 +34,14 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def call(address: tuple[str, int], timeout: float) -> socket.socket:
+    """Connect. While nobody listens at a port of this host, the system may pick that very port for the caller, which
+    then is connected to itself: that counts as nobody.
+    """
+    sock = socket.create_connection(address, timeout=timeout)
+    if sock.getsockname() == sock.getpeername():
+        sock.close()
+        raise ConnectionRefusedError("nobody listens there yet")
+    return sock

@@ -1,64 +1,45 @@
 """The agents of several hosts talk to the coordinator over TCP: a line of JSON there, a line back.
 
-The master is node 0, or without node ranks whoever owns MASTER_ADDR and is first to bind MASTER_PORT on it. Like NCCL's
-own bootstrap this trusts the network: whoever reaches the port can take part.
+The master is node 0, or without node ranks whoever owns MASTER_ADDR and is first to bind MASTER_PORT on it. Nothing is
+read from a connection that has not proved that it knows the job's token (erniekit.utils.handshake).
 """
 
 import contextlib
 import json
 import os
 import socket
-import socketserver
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import IO
 
 from erniekit.cluster import net
 from erniekit.cluster.coordinator import Coordinator, Message
 from erniekit.cluster.job import Job, Limits, Master
-from erniekit.utils import log
+from erniekit.utils import handshake, job_token, log
 from erniekit.utils.errors import ConfigError, TrainError
 
-_GREETING = b"erniekit rendezvous 1\n"
+_PURPOSE = "rendezvous"
+_LINE_BYTES = 16 << 20  # a message has a few kilobytes, the list of all ranks' addresses a few hundred
 _RETRY = 0.2  # seconds
 _PATIENCE_WITH_MASTER = 5.0  # seconds a running job does without its master
 _LINGER = 5.0  # seconds in which the other hosts may hear that the job is over
+_PATIENCE_WITH_NODE_0 = 15.0  # seconds after which another node that owns MASTER_ADDR becomes the master
 
 Exchange = Callable[[Message], Message]
 
 
-class _Handler(socketserver.StreamRequestHandler):
-    """One agent's connection."""
+class Server:
+    """The master's side: a thread that lets agents in, and one for each agent."""
 
-    server: "Server"
-
-    def handle(self) -> None:
-        """Answer line by line until the agent hangs up."""
-        self.wfile.write(_GREETING)
-        agent = ""
-        try:
-            for line in self.rfile:
-                message = json.loads(line)
-                agent = message["id"]
-                reply = self.server.coordinator.handle(message, time.monotonic())
-                self.wfile.write(json.dumps(reply).encode() + b"\n")
-        except (OSError, ValueError, KeyError):
-            pass  # not one of ours, or it died: its silence is judged
-        self.server.coordinator.disconnect(agent, time.monotonic())
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """The master's ear."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 4096
-
-    def __init__(self, address: tuple[str, int], coordinator: Coordinator) -> None:
-        super().__init__(address, _Handler)
+    def __init__(self, address: tuple[str, int], coordinator: Coordinator, token: str) -> None:
         self.coordinator = coordinator
-        threading.Thread(target=self.serve_forever, args=(0.2,), daemon=True, name="rendezvous").start()
+        self._listener = socket.create_server(address, backlog=4096)
+        self._door = handshake.Door(self._listener, token, _PURPOSE)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._admit, daemon=True, name="rendezvous")
+        self._thread.start()
 
     def linger(self) -> None:
         """Wait until every host knows how the job ended."""
@@ -66,12 +47,47 @@ class Server(socketserver.ThreadingTCPServer):
         while not self.coordinator.all_told and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closing.set()
+        self._thread.join()
+        self._door.close()
+        self._listener.close()
+
+    def _admit(self) -> None:
+        while not self._closing.is_set():
+            sock = self._door.admit(0.2)
+            if sock is not None:
+                threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
+
+    def _converse(self, sock: socket.socket) -> None:
+        """Answer one agent line by line until it hangs up."""
+        agent = ""
+        with sock, sock.makefile("rb") as lines:
+            try:
+                while line := _read_line(lines):
+                    message = json.loads(line)
+                    agent = message["id"]
+                    reply = self.coordinator.handle(message, time.monotonic())
+                    sock.sendall(json.dumps(reply).encode() + b"\n")
+            except (OSError, EOFError, ValueError, KeyError, TypeError):
+                pass  # it died, or is of another version: its silence is judged
+        self.coordinator.disconnect(agent, time.monotonic())
+
+
+def _read_line(lines: IO[bytes]) -> bytes:
+    line = lines.readline(_LINE_BYTES)
+    if line and not line.endswith(b"\n"):
+        raise EOFError("a message was cut short, or is too long")
+    return line
+
 
 class Client:
     """An agent's connection to the master, made anew when it breaks."""
 
-    def __init__(self, master: Master, limits: Limits) -> None:
+    def __init__(self, master: Master, limits: Limits, token: str) -> None:
         self._master = master
+        self._token = token
         self._patience = limits.rendezvous
         self._answer_time = min(10.0, limits.detect)
         self._socket: socket.socket | None = None
@@ -98,32 +114,34 @@ class Client:
 
     def _once(self, message: Message) -> Message:
         if self._socket is None:
-            address = self._master.address, self._master.port
-            self._socket = socket.create_connection(address, timeout=self._answer_time)
-            self._lines = self._socket.makefile("rb")
-            try:
-                greeting = self._lines.readline()
-            except TimeoutError:
-                greeting = b"nothing"
-            if greeting != _GREETING:
-                self._refuse(greeting)
+            self._connect()
+        assert self._socket is not None
         if "address" in message:
             message = {**message, "address": self._socket.getsockname()[0]}
         self._socket.sendall(json.dumps(message).encode() + b"\n")
-        line = self._lines.readline()
+        line = _read_line(self._lines)
         if not line:
             raise EOFError("it hung up")
         reply: Message = json.loads(line)
         return reply
 
-    def _refuse(self, greeting: bytes) -> None:
-        where = f"{self._master.address}:{self._master.port}"
-        if not greeting:
-            raise EOFError("it hung up")
-        raise ConfigError(
-            f"MASTER_PORT: what listens at {where} is no erniekit job (it says {greeting[:60]!r}). "
-            "Choose a free port, the same on every host."
-        )
+    def _connect(self) -> None:
+        address = self._master.address, self._master.port
+        sock = net.call(address, self._answer_time)
+        where = f"{address[0]}:{address[1]}"
+        try:
+            handshake.prove(sock, self._token, _PURPOSE)
+        except handshake.NotOurs as other:
+            raise ConfigError(
+                f"MASTER_PORT: what listens at {where} is no erniekit job (it says {other.said or 'nothing'!r}). "
+                "Choose a free port, the same on every host."
+            ) from None
+        except handshake.WrongToken:
+            raise ConfigError(
+                f"{job_token.VARIABLE}: the job at MASTER_ADDR:MASTER_PORT = {where} has another token than this host. "
+                "Give all hosts of a job the same one, and two jobs with one first host two MASTER_PORTs."
+            ) from None
+        self._socket, self._lines = sock, sock.makefile("rb")
 
     def close(self) -> None:
         """Hang up."""
@@ -151,8 +169,8 @@ def connect(job: Job) -> Iterator[tuple[Exchange, Message]]:
     if job.master is None:
         yield lambda message: coordinator.handle(message, time.monotonic()), about
         return
-    server = _serve(job.master, coordinator)
-    client = Client(job.master, job.limits)
+    server = _serve(job.master, coordinator, job.token)
+    client = Client(job.master, job.limits, job.token)
     try:
         yield client.exchange, about | {"node": job.master.node, "master": server is not None}
         if server is not None:
@@ -160,24 +178,47 @@ def connect(job: Job) -> Iterator[tuple[Exchange, Message]]:
     finally:
         client.close()
         if server is not None:
-            server.shutdown()
-            server.server_close()
+            server.close()
 
 
-def _serve(master: Master, coordinator: Coordinator) -> Server | None:
+def _serve(master: Master, coordinator: Coordinator, token: str) -> Server | None:
     """The server if this host is to be the master; None if another is."""
-    if master.node not in (None, 0):
-        return None
     address = master.address
-    if not net.is_local(address):
+    local = net.is_local(address)
+    if master.node not in (None, 0) and not (local and _nobody_listens(master)):
+        return None
+    if not local:
         if master.node != 0:
             return None
         address = ""  # behind a translated address: whatever comes in at that port
     try:
-        return Server((address, master.port), coordinator)
+        return Server((address, master.port), coordinator, token)
     except PermissionError:
         raise ConfigError(
             f"MASTER_PORT={master.port}: only root may listen there. Choose one from 1024 to 65535."
         ) from None
     except OSError:
         return None  # another agent of this host was first, or a stranger: its greeting tells
+
+
+def _nobody_listens(master: Master) -> bool:
+    """Whether node 0 does not come, although this host owns MASTER_ADDR: node numbers are wrong, or in another order.
+    This host then becomes the master, so that the hosts meet and learn who has which number.
+    """
+    deadline, said = time.monotonic() + _PATIENCE_WITH_NODE_0, False
+    while time.monotonic() < deadline:
+        try:
+            net.call((master.address, master.port), 1.0).close()
+            return False
+        except TimeoutError:
+            return False
+        except OSError:
+            if not said:
+                log.info(
+                    f"waiting for node 0 at MASTER_ADDR:MASTER_PORT = {master.address}:{master.port}; this is node "
+                    f"{master.node}"
+                )
+                said = True
+            time.sleep(_RETRY)
+    log.warning(f"node 0 has not come to MASTER_ADDR, which belongs to this host: node {master.node} takes its place")
+    return True

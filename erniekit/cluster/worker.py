@@ -1,6 +1,6 @@
 """One worker process as its agent sees it: how it is started, what it shows, how it ended."""
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from typing import Any
 from erniekit.cluster.coordinator import Message
 from erniekit.cluster.job import Job
 from erniekit.cluster.watch import Sign
-from erniekit.utils import heartbeat
+from erniekit.utils import heartbeat, job_token, stop
 
 _TAIL_LINES, _TAIL_BYTES = 15, 8192
 _SIGNAL_HINTS = {
@@ -38,7 +38,7 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
         "PADDLE_LOCAL_SIZE": str(start["count"]),
         "PADDLE_NNODES": str(start["hosts"]),
     }
-    environ = {**job.environ, **variables}
+    environ = {**job.environ, **variables, job_token.VARIABLE: job.token}
     # Paddle would take them for the address of its own store, which has a port of its own.
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         environ.pop(name, None)
@@ -53,13 +53,13 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
 class Worker:
     """A process of its own session, so that Ctrl-C reaches the agent alone and the agent reaches all its children."""
 
-    def __init__(self, job: Job, start: Message, local: int, cores: int, beats: Path) -> None:
+    def __init__(self, job: Job, start: Message, local: int, cores: int) -> None:
         self.rank: int = start["first"] + local
-        self.beat = beats / f"{self.rank}-{start['attempt']}"
+        self._memory = heartbeat.new_memory()
         self._path = _log_path(job.logs, self.rank, start["attempt"])
         self.log = None if self.rank == 0 else self._path
         words = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
-        environ = environment(job, start, local, cores) | {"ERNIEKIT_AGENT": f"{os.getpid()}:{self.beat}"}
+        environ = environment(job, start, local, cores) | {"ERNIEKIT_AGENT": f"{os.getpid()}:{self._memory}"}
         if self.log is None:
             self._start(words, environ, None)
         else:
@@ -72,9 +72,20 @@ class Worker:
         self._last: dict[str, Any] = {}
 
     def _start(self, words: list[str], environ: dict[str, str], output: Any) -> None:
-        self.process = subprocess.Popen(
-            words, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+        # The child keeps what is blocked when it is made: a signal waits until the child can meet it (stop.listen).
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+        try:
+            self.process = subprocess.Popen(
+                words,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[self._memory],
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def poll(self) -> int | None:
         """Its exit code, as subprocess gives it; None while it runs."""
@@ -86,7 +97,7 @@ class Worker:
     def sign(self) -> dict[str, Any]:
         """Its last record as a Sign's fields."""
         now = time.monotonic()
-        self._last = _read(self.beat) or self._last
+        self._last = heartbeat.last_record(self._memory) or self._last
         last = self._last
         if not last:  # Python itself is starting
             silent = now - self.began
@@ -115,7 +126,7 @@ class Worker:
 
     def failure(self, code: int) -> dict[str, Any]:
         """A Failure's fields for a process that ended with `code`; `at` is in seconds before now."""
-        said = _read(heartbeat.error_file(self.beat)) or {}
+        said = heartbeat.last_error(self._memory) or {}
         step = said.get("step", self.sign()["step"])
         where = f"; its log: {self.log}" if self.log else ""
         if code < 0:
@@ -127,8 +138,9 @@ class Worker:
         detail = said.get("text") or f"{self._tail()}error: rank {self.rank} {what}"
         by_peer = said.get("by_peer", False)
         if self.log is None and by_peer:  # not for the terminal, which shows the first error alone
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(detail + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # the job ends anyway, and says why
+                self._path.parent.mkdir(exist_ok=True)
+                self._path.write_text(detail + "\n", encoding="utf-8")
         return {
             "rank": self.rank,
             "at": at,
@@ -143,15 +155,18 @@ class Worker:
         """The last lines of its log."""
         if self.log is None:
             return ""
-        with open(self.log, "rb") as file:
-            file.seek(max(self.log.stat().st_size - _TAIL_BYTES, 0))
-            lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(max(self.log.stat().st_size - _TAIL_BYTES, 0))
+                lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        except OSError:  # somebody has removed the directory
+            return ""
         return "".join(f"{line}\n" for line in lines)
 
-    def terminate(self) -> None:
+    def send_signal(self, number: int) -> None:
         """Ask it to stop after its step. Not its children: it still needs them."""
         if self.process.returncode is None:
-            self.process.terminate()
+            self.process.send_signal(number)
 
     def kill(self) -> None:
         """End it and all that it started, now."""
@@ -160,6 +175,7 @@ class Worker:
         except (ProcessLookupError, PermissionError):  # none is left; macOS says the latter of zombies
             pass
         self.process.wait()
+        os.close(self._memory)
 
 
 def _log_path(logs: Path, rank: int, attempt: int) -> Path:
@@ -173,11 +189,3 @@ def _signal_name(code: int) -> str:
     except ValueError:
         return f"signal {-code}"
     return number.name + _SIGNAL_HINTS.get(number, "")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record

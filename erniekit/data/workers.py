@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from erniekit.data import template as chat
 from erniekit.data.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.sources import Dataset
-from erniekit.utils import log
+from erniekit.utils import log, runtime
 from erniekit.utils.errors import DataError, UserError
 
 CACHE_BYTES = 256 * 2**20
@@ -77,12 +77,12 @@ class Worker:
     """
 
     def __init__(self, spec: Job):
-        code = f"import sys; sys.path[:] = {sys.path!r}; from erniekit.data.workers import serve; serve()"
+        command = runtime.python_command("from erniekit.data.workers import serve; serve()")
         # A scheduler's SIGTERM to all processes is for the trainer, which still needs its workers to end the step. The
         # child keeps what is blocked when it is made, so there is no moment at which the signal could end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.send(spec)

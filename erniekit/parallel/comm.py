@@ -25,6 +25,7 @@ from paddle.autograd import PyLayer
 from erniekit.parallel import links, tcp
 from erniekit.parallel.links import Links
 from erniekit.parallel.ranks import Group, Ranks, World
+from erniekit.utils import runtime
 
 
 @dataclass
@@ -77,17 +78,19 @@ def init(timeout_seconds: float = 600) -> World:
 
     Raises:
         TrainError: ranks did not come in time (the message names them), or a port is taken.
+        ConfigError: several hosts have no job token.
     """
     global _world, _links
     env = dist.ParallelEnv()
     if env.world_size < 2 or _world.size > 1:
         return _world
     world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
+    token = runtime.job_token_of([endpoint.rpartition(":")[0] for endpoint in world.endpoints])
     if paddle.get_device().startswith("gpu"):
-        links.roll_call(world, timeout_seconds)
+        links.roll_call(world, token, timeout_seconds)
         dist.init_parallel_env()
     else:
-        _links = links.connect(world, timeout_seconds)
+        _links = links.connect(world, token, timeout_seconds)
         atexit.register(_links.close)
     _world = world
     return _world

@@ -12,6 +12,7 @@ every order of sends and receives in which each message is received somewhere co
 """
 
 import ctypes
+import errno
 import hashlib
 import queue
 import resource
@@ -20,17 +21,19 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 
 from erniekit.parallel.ranks import World
+from erniekit.utils import job_token
 from erniekit.utils.errors import TrainError
+from erniekit.utils.handshake import PROOF_SECONDS, Door, NotOurs, WrongToken, prove
 
 _HELLO = struct.Struct("<8s16sI")  # magic, digest of the job's addresses, rank
 _MAGIC = b"ernlink1"
 _HEADER = struct.Struct("<BQ")  # kind of operation, bytes that follow
 _LENGTH = struct.Struct("<I")
 _RETRY_SECONDS = 0.05
-_HELLO_SECONDS = 5  # for one who knocks to say who it is
+_PURPOSE = "rank"
 _OTHER_FILES = 512  # open files that are no connections to ranks
 _ALL_HERE_SECONDS = 60  # to connect the rest, once all ranks have called rank 0
 
@@ -156,19 +159,19 @@ class _Peer:
         self._sock.close()
 
 
-def connect(world: World, timeout_seconds: float) -> Links:
+def connect(world: World, token: str, timeout_seconds: float) -> Links:
     """Connect every rank with every other. All ranks call it; it returns when all are there.
 
     Raises:
-        TrainError: an address is taken, or ranks did not come in time; the message names them.
+        TrainError: an address is taken, ranks did not come in time, or have another token; the message names them.
     """
-    with _listen(world) as listener:
-        sockets = _roll_call(world, listener, timeout_seconds)
+    with _listen(world) as listener, closing(Door(listener, token, _PURPOSE)) as door:
+        sockets = _roll_call(world, token, door, timeout_seconds)
         deadline = time.monotonic() + _ALL_HERE_SECONDS
         for rank in range(1, world.rank):
-            sockets[rank] = _call(world, rank, deadline)
+            sockets[rank] = _call(world, token, rank, deadline)
         while len(sockets) < world.size - 1:
-            sock, rank = _answer(world, listener, deadline)
+            sock, rank = _answer(world, door, deadline)
             if sock is None:
                 absent = [r for r in range(world.size) if r != world.rank and r not in sockets]
                 raise _missing(world, absent, _ALL_HERE_SECONDS)
@@ -176,25 +179,28 @@ def connect(world: World, timeout_seconds: float) -> Links:
     return Links(world, {rank: _Peer(sock, world.name(rank)) for rank, sock in sorted(sockets.items())})
 
 
-def roll_call(world: World, timeout_seconds: float) -> None:
+def roll_call(world: World, token: str, timeout_seconds: float) -> None:
     """Wait until every rank has called rank 0, for backends that make their own connections afterwards.
 
     Raises:
-        TrainError: ranks did not come in time; the message names them.
+        TrainError: ranks did not come in time, or have another token; the message names them.
     """
-    with _listen(world) if world.rank == 0 else nullcontext() as listener:
-        sockets = _roll_call(world, listener, timeout_seconds)
+    with ExitStack() as stack:
+        door = None
+        if world.rank == 0:
+            door = stack.enter_context(closing(Door(stack.enter_context(_listen(world)), token, _PURPOSE)))
+        sockets = _roll_call(world, token, door, timeout_seconds)
     for sock in sockets.values():
         sock.close()
 
 
-def _roll_call(world: World, listener: socket.socket | None, timeout_seconds: float) -> dict[int, socket.socket]:
+def _roll_call(world: World, token: str, door: Door | None, timeout_seconds: float) -> dict[int, socket.socket]:
     """Rank 0 hears every rank and tells all of them who is missing, so that each ends with the same message."""
     deadline = time.monotonic() + timeout_seconds
     sockets: dict[int, socket.socket] = {}
-    if listener is not None and world.rank == 0:
+    if door is not None and world.rank == 0:
         while len(sockets) < world.size - 1:
-            sock, rank = _answer(world, listener, deadline)
+            sock, rank = _answer(world, door, deadline)
             if sock is None:
                 break
             sockets[rank] = sock
@@ -204,7 +210,7 @@ def _roll_call(world: World, listener: socket.socket | None, timeout_seconds: fl
             with suppress(OSError):  # a rank that has died meanwhile is found when it is needed
                 sock.sendall(_LENGTH.pack(len(message)) + message)
     else:
-        sock = _call(world, 0, deadline)
+        sock = _call(world, token, 0, deadline)
         # Rank 0 may have started later than this rank; its limit decides.
         sock.settimeout(timeout_seconds + _ALL_HERE_SECONDS)
         try:
@@ -227,7 +233,7 @@ def _missing(world: World, absent: list[int], waited: float) -> TrainError:
 
 
 def _digest(world: World) -> bytes:
-    """Tells a rank of this job from a stranger who knocks at a port of ours."""
+    """Tells a rank of this job from one of another job of the same token that still calls an old address."""
     return hashlib.sha256(",".join(world.endpoints).encode()).digest()[:16]
 
 
@@ -237,12 +243,19 @@ def _split(endpoint: str) -> tuple[str, int]:
 
 
 def _listen(world: World) -> socket.socket:
-    port = _split(world.endpoints[world.rank])[1]
+    host, port = _split(world.endpoints[world.rank])
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit < world.size + _OTHER_FILES <= most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    backlog = max(128, world.size)
     try:
-        return socket.create_server(("", port), backlog=max(128, world.size))
+        try:
+            return socket.create_server((host, port), backlog=backlog)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # The others reach this rank under an address that is not this host's own, but translated to it.
+            return socket.create_server(("", port), backlog=backlog)
     except OSError as error:
         raise TrainError(
             f"{world.name(world.rank)} cannot listen on port {port}: {error.strerror}. Another process uses it; start "
@@ -250,33 +263,43 @@ def _listen(world: World) -> socket.socket:
         ) from error
 
 
-def _call(world: World, rank: int, deadline: float) -> socket.socket:
+def _call(world: World, token: str, rank: int, deadline: float) -> socket.socket:
     """Connect to a rank, which may not listen yet, and say who calls."""
-    host, port = _split(world.endpoints[rank])
+    address = _split(world.endpoints[rank])
     reason = "no answer"
     started = time.monotonic()
     while (left := deadline - time.monotonic()) > 0:
+        sock = None
         try:
-            sock = socket.create_connection((host, port), timeout=left)
+            sock = socket.create_connection(address, timeout=left)
+            if sock.getsockname() == sock.getpeername():  # nobody listens, and the system chose that port for us
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+            sock.settimeout(min(left, PROOF_SECONDS))
+            prove(sock, token, _PURPOSE)
+            sock.settimeout(left)
             sock.sendall(_HELLO.pack(_MAGIC, _digest(world), world.rank))
             return sock
-        except OSError as error:
-            reason = error.strerror or str(error)
-            time.sleep(_RETRY_SECONDS)
+        except WrongToken:
+            raise TrainError(
+                f"{world.name(rank)} has another token than this rank. Give all of them the same {job_token.VARIABLE}."
+            ) from None
+        except (OSError, EOFError, NotOurs) as error:
+            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        if sock is not None:
+            sock.close()
+        time.sleep(_RETRY_SECONDS)
     missing = _missing(world, [rank], time.monotonic() - started)
     raise TrainError(f"{missing} (The last attempt: {reason}.)")
 
 
-def _answer(world: World, listener: socket.socket, deadline: float) -> tuple[socket.socket | None, int]:
-    """Accept the next rank of this job; (None, -1) when time is up."""
+def _answer(world: World, door: Door, deadline: float) -> tuple[socket.socket | None, int]:
+    """The next rank of this job; (None, -1) when time is up."""
     while (left := deadline - time.monotonic()) > 0:
-        listener.settimeout(left)
+        sock = door.admit(left)
+        if sock is None:
+            break
         try:
-            sock, _ = listener.accept()
-        except OSError:
-            continue
-        try:
-            sock.settimeout(min(left, _HELLO_SECONDS))
+            sock.settimeout(min(left, PROOF_SECONDS))
             magic, digest, rank = _HELLO.unpack(_receive_exactly(sock, _HELLO.size))
         except OSError:
             sock.close()

@@ -1,6 +1,7 @@
 """The one trainer: a loop, and a step that reads top to bottom."""
 
 import math
+import signal
 import time
 from typing import Any
 
@@ -11,58 +12,81 @@ from erniekit.data.batch import Batch
 from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_bias
 from erniekit.parallel import comm, pipeline
-from erniekit.train import stop
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.evaluation import evaluate
 from erniekit.train.flat import FlatBatch, flatten
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.replicas import ReplicaCheck
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
-from erniekit.utils import heartbeat, log
+from erniekit.utils import heartbeat, log, stop
 from erniekit.utils.errors import TrainError
 
 
 class Trainer:
     """Runs a Run. `fit` is the loop; `train_step` is one optimizer step."""
 
-    def __init__(self, run: Run, callbacks: list[Callback]) -> None:
+    def __init__(self, run: Run, callbacks: list[Callback], output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
         self.run = run
         self.cfg = run.cfg
         self.callbacks = callbacks
-        self.saver = Saver(run)
+        self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self._saved_step: int | None = None
+        self._stopped_by: signal.Signals | None = None
+        self._data_ended = False
 
     def fit(self) -> dict[str, Any]:
-        """Resume if there is something to resume, train to the last step, save. Returns the summary."""
-        self.state = self.saver.resume()
-        self._saved_step = self.state.step if self.state.step else None
+        """Resume if there is something to resume, train to the last step, save. Returns the summary.
+
+        A run that has ended is left as it is, to the last byte.
+        """
+        with self.saver.output:
+            self.state = self.saver.resume()
+            self._saved_step = self.state.step if self.state.step else None
+            if self.saver.has_ended(self.state, self._stopped_early()):
+                self.run.close()
+                log.info(f"{self.run.output_dir}: the run has ended and its final model is there: nothing is changed")
+                return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
+            self.saver.output.begin(self.state.step, trains=self.state.step < self.run.max_steps)
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         info = self._info()
         summary: dict[str, Any] = {"steps": self.state.step}
         try:
-            for callback in self.callbacks:
-                callback.on_start(info)
-            told = False
-            while self.state.step < self.run.max_steps and not told and not self._stopped_early():
-                if not self._advance():
-                    break
-                told = self.state.step < self.run.max_steps and self._told_to_stop()
-            with heartbeat.phase("the end of the run"):
-                summary = self._pause() if told else self._finish()
+            with stop.deferred():
+                for callback in self.callbacks:
+                    callback.on_start(info)
+                self._train_to_the_end()
+                with heartbeat.phase("the end of the run"):
+                    summary = self._pause() if self._stopped_by else self._finish()
         except BaseException as error:
             summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
             raise
         finally:
-            for callback in self.callbacks:
-                callback.on_end(summary)
-            self.saver.manager.join()
+            with heartbeat.phase("the end of the run"):  # a plot takes seconds
+                for callback in self.callbacks:
+                    callback.on_end(summary)
+                self.saver.manager.join()
             self.run.close()
+        if self._stopped_by is not None:
+            by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
+            saved = stop.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
+            log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
+
+    def _train_to_the_end(self) -> None:
+        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        while self.state.step < self.run.max_steps and not self._stopped_early():
+            if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
+                return
 
     def _info(self) -> RunInfo:
         return RunInfo(
@@ -80,6 +104,7 @@ class Trainer:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
+            self._data_ended = True
             return False
         metrics = self.train_step(batches)
         heartbeat.step(self.state.step)
@@ -232,18 +257,20 @@ class Trainer:
             )
         return stop
 
-    def _told_to_stop(self) -> bool:
-        """Whether SIGTERM has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop.asked()], np.float64)
-        return bool(comm.sum_floats(asked, self.run.mesh.world_group)[0])
+    def _must_stop(self) -> bool:
+        """Whether a signal has reached any rank: all of them then stop after the same step."""
+        asked = np.array([stop.asked() == number for number in stop.SIGNALS], np.float64)
+        counts = comm.sum_floats(asked, self.run.mesh.world_group)
+        self._stopped_by = next((number for number, count in zip(stop.SIGNALS, counts, strict=True) if count), None)
+        return self._stopped_by is not None
 
     def _pause(self) -> dict[str, Any]:
         """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
+        assert self._stopped_by is not None
         if self._saved_step != self.state.step:
             self._save()
         self.saver.manager.wait()
-        log.info(f"stopped by SIGTERM after step {self.state.step}; the same command goes on from there")
-        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": "SIGTERM"}
+        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": self._stopped_by.name}
 
     def _save(self) -> None:
         with heartbeat.phase("a save"):
@@ -260,10 +287,12 @@ class Trainer:
             metrics = evaluate(self.run)
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
+            if self._must_stop():
+                return self._pause()
             summary |= metrics
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()
-        path = self.saver.save_final(self.state)
+        path = self.saver.save_final(self.state, self._data_ended)
         for callback in self.callbacks:
             callback.on_save(done, path)
         if self.state.best_step is not None:

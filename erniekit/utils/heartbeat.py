@@ -1,6 +1,7 @@
 """A worker's signs of life for the agent that started it.
 
-A thread writes one small record a second: the last finished step, what the process does or waits for, and the line it
+A thread writes one small record a second into memory that it shares with the agent (no file system is needed, and
+nothing stays behind): the last finished step, what the process does or waits for, and the line it
 is at. A record that no longer comes is a stopped process; one that comes and does not change is a hanging one
 (`erniekit.cluster.watch` tells which). A process that no agent started calls the same functions, and nothing happens.
 """
@@ -10,23 +11,29 @@ import ctypes
 import json
 import os
 import signal
+import struct
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 START, TRAINING = "start", "training"
 INTERVAL = 1.0  # seconds from one record to the next
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_HEADER = struct.Struct("<II")  # length and checksum of the JSON text that follows
+_ERROR_AT = 1 << 16  # where the error's record begins; the other one begins at 0
 
 
 class _Worker:
     """What the main thread does, told by itself; the beating thread only reads."""
 
-    def __init__(self, path: Path, streams: bool) -> None:
-        self.path, self.streams = path, streams
+    def __init__(self, memory: int, streams: bool) -> None:
+        self.memory, self.streams = memory, streams
         self.main = threading.get_ident()
         self.step = 0
         self.phase = START
@@ -53,8 +60,8 @@ class _Worker:
             "longest": self.longest,
             "at": self._place(),
         }
-        with self._lock, contextlib.suppress(FileNotFoundError):  # no directory: the agent has cleared up, it ends
-            _write(self.path, json.dumps(fields))
+        with self._lock:
+            _write(self.memory, fields, 0)
 
     def _place(self) -> str:
         """The line that the main thread is at."""
@@ -70,14 +77,22 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def start(path: Path, parent: int, streams: bool = False) -> None:
-    """Beat into the file `path` from now on, and die when the process `parent`, the agent, does.
+def new_memory() -> int:
+    """The file descriptor of memory that an agent and one worker share. It has no name: it goes with the processes."""
+    if sys.platform == "linux":
+        return os.memfd_create("erniekit-heartbeat")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def start(memory: int, parent: int, streams: bool = False) -> None:
+    """Beat into `memory` (a file descriptor) from now on, and die when the process `parent`, the agent, does.
 
     streams: what this process prints goes to the user's terminal. To be called by the main thread, once.
     """
     global _worker
     _die_with(parent)
-    _worker = _Worker(path, streams)
+    _worker = _Worker(memory, streams)
     _worker.write()
     threading.Thread(target=_beat, args=(_worker, parent), daemon=True, name="heartbeat").start()
 
@@ -118,20 +133,36 @@ def fail(text: str) -> bool:
     if _worker is None:
         return False
     record = {"time": time.monotonic(), "text": text, "by_peer": _worker.waiting is not None, "step": _worker.step}
-    _write(error_file(_worker.path), json.dumps(record))
+    _write(_worker.memory, record, _ERROR_AT)
     return _worker.streams
 
 
-def error_file(path: Path) -> Path:
-    """Where `fail` writes for the worker that beats into `path`."""
-    return path.with_suffix(".error")
+def last_record(memory: int) -> dict[str, Any] | None:
+    """What a worker wrote last; None before its first record, or while it is being written."""
+    return _read(os.pread(memory, _ERROR_AT, 0))
 
 
-def _write(path: Path, text: str) -> None:
-    """A reader sees the old record or the new one, never half of one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def last_error(memory: int) -> dict[str, Any] | None:
+    """What the worker gave to `fail`, if it did."""
+    size = os.fstat(memory).st_size
+    return _read(os.pread(memory, size - _ERROR_AT, _ERROR_AT)) if size > _ERROR_AT else None
+
+
+def _write(memory: int, fields: dict[str, Any], at: int) -> None:
+    text = json.dumps(fields).encode()
+    os.pwrite(memory, _HEADER.pack(len(text), zlib.crc32(text)) + text, at)
+
+
+def _read(data: bytes) -> dict[str, Any] | None:
+    """The record that `data` begins with, if it is whole: the writer may be in the middle of it."""
+    if len(data) < _HEADER.size:
+        return None
+    length, checksum = _HEADER.unpack_from(data)
+    text = data[_HEADER.size : _HEADER.size + length]
+    if len(text) < length or not length or zlib.crc32(text) != checksum:
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
 
 
 def _beat(worker: _Worker, parent: int) -> None:

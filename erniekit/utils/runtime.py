@@ -16,6 +16,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -92,6 +93,29 @@ def prepare() -> None:
     # order each time and, for the embedding, in 16 bits.
     os.environ.setdefault("FLAGS_embedding_deterministic", "1")
     os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
+
+
+def python_command(code: str, *args: str) -> tuple[str, ...]:
+    """A command that runs `code` (which may use sys) in a new interpreter, with this process's search path and this
+    very package. Python itself would put the working directory first, and a json.py there in the place of the
+    library's.
+    """
+    package = Path(__file__).resolve().parents[1]
+    prepare_imports = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('erniekit', {str(package / '__init__.py')!r})\n"
+        "sys.modules['erniekit'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules['erniekit'])\n"
+    )
+    return (sys.executable, "-c", prepare_imports + code, *args)
+
+
+def job_token_of(addresses: Collection[str]) -> str:
+    """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
+    from erniekit.utils import job_token  # not for everybody who imports the package
+
+    return job_token.find(os.environ, cache_directory() if len(set(addresses)) == 1 else None)
 
 
 def cache_directory() -> Path:

@@ -1,8 +1,13 @@
-"""Standard streams that take any text and may be closed."""
+"""Standard streams that take any text and may be closed, at the start (`>&-`) or later (`2>&1 | head`).
+
+Losing standard error must not end a run, whose terminal may have gone: nobody reads the words, the checkpoints are
+wanted. Standard output carries answers, and a failure to write them is an error.
+"""
 
 import io
 import os
 import sys
+from typing import Any
 
 
 def prepare() -> None:
@@ -22,6 +27,24 @@ def prepare() -> None:
             stream.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Forgiving(sys.stderr.fileno(), "w", closefd=False)),
+            encoding=sys.stderr.encoding,
+            errors="replace",
+            line_buffering=True,
+        )
+
+
+class _Forgiving(io.FileIO):
+    """A file descriptor to which everything can be written, whether or not anybody gets it."""
+
+    def write(self, data: Any) -> int:
+        """Drop what cannot be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def decode(line: str) -> str:

@@ -13,7 +13,10 @@ set -euo pipefail
 hostfile=${1:?a file with a host a line}
 shift
 mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile")
+# What strangers do not know; mpirun hands it on by name, so that no command line shows it.
+ERNIEKIT_JOB_TOKEN=$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n')
+export ERNIEKIT_JOB_TOKEN
 # OMPI_COMM_WORLD_RANK, which mpirun sets, tells each host its place.
 exec mpirun -np "${#hosts[@]}" --hostfile "$hostfile" --map-by ppr:1:node --bind-to none \
-  -x PATH -x "NNODES=${#hosts[@]}" -x "MASTER_ADDR=${hosts[0]}" -x "MASTER_PORT=${MASTER_PORT:-8080}" \
+  -x PATH -x ERNIEKIT_JOB_TOKEN -x "NNODES=${#hosts[@]}" -x "MASTER_ADDR=${hosts[0]}" -x "MASTER_PORT=${MASTER_PORT:-8080}" \
   "${ERNIEKIT:-erniekit}" train "$@"

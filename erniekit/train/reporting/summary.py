@@ -11,7 +11,7 @@ from typing import Any
 
 from erniekit.train.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.train.reporting.metrics_file import FILE_NAME, read_metrics
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 
 
 def peak_memory_mb() -> float:
@@ -59,17 +59,14 @@ class Summary(Callback):
         path = self._run.output_dir / "summary.json"
         try:
             numbers = self._numbers(self._run) | {name: _plain(value) for name, value in summary.items()}
-            temporary = path.with_name("summary.json.tmp")
-            temporary.write_text(
-                json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8"
-            )
-            temporary.replace(path)
+            atomic.write_text(path, json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n")
         except OSError as error:  # the run's own result, or its own error, must not be lost over this
             log.warning(f"{path}: cannot be written ({error.strerror})")
             return
         if "error" not in summary and numbers["final_loss"] is not None:
+            end = "stopped" if "stopped" in summary else "done"
             log.info(
-                f"done: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
+                f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, peak memory {numbers['peak_memory_mb']:.0f} MB; "
                 f"see loss.png, {FILE_NAME} and summary.json in {self._run.output_dir}"
             )

@@ -1,11 +1,14 @@
 """Faults of real processes that only pretend to train: who is named, what is printed last, and that nobody is left."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import time
 
 import fake_job
+import launched
 import pytest
 
 
@@ -94,15 +97,65 @@ def test_sigterm_lets_the_workers_end_their_step(tmp_path):
     assert (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_agent(tmp_path, number):
-    process = fake_job.start(tmp_path, world=3, steps=2000, acts={"1": ["loop", 5], "2": ["wait", 5]})
-    workers = fake_job.pids(tmp_path, 3)
-    os.kill(process.pid, number)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_other_signals_end_a_step_too(tmp_path, number):
+    process = fake_job.start(tmp_path, steps=2000)
+    workers = fake_job.pids(tmp_path, 2)
+    process.send_signal(number)
     code, said = fake_job.finish(process)
-    assert code == (130 if number == signal.SIGINT else -number)
-    assert "Traceback" not in said
+    assert code == (130 if number == signal.SIGINT else 0), said
+    assert (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists()
     fake_job.assert_gone(workers.values())
+
+
+def test_a_signal_before_training(tmp_path):
+    """The workers have not begun to listen; it waits for them."""
+    process = fake_job.start(tmp_path, steps=2000, starting=1.0)
+    while "ranks 0 to 1" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    code, said = fake_job.finish(process)
+    assert code == 143 and "stopped by SIGTERM" in said and "Traceback" not in said, said
+    assert not list(tmp_path.glob("pid-*"))
+
+
+def hanging(directory, world=3):
+    """A job whose ranks 1 and 2 are stuck in their fifth step."""
+    process = fake_job.start(directory, world=world, steps=2000, acts={"1": ["loop", 5], "2": ["wait", 5]}, fault=60.0)
+    workers = fake_job.pids(directory, world)
+    while int((directory / "saved").read_text()) < 8:
+        time.sleep(0.02)
+    return process, workers
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    process, workers = hanging(tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, said = fake_job.finish(process, timeout=10)
+    assert code == 130 and "Traceback" not in said
+    fake_job.assert_gone(workers.values())
+
+
+def test_no_worker_outlives_its_agent(tmp_path):
+    process, workers = hanging(tmp_path)
+    process.kill()
+    assert fake_job.finish(process)[0] == -signal.SIGKILL
+    fake_job.assert_gone(workers.values())
+
+
+def test_a_worker_that_still_starts_dies_with_its_agent(tmp_path):
+    process = fake_job.start(tmp_path, steps=2000, starting=1.0)
+    while "ranks 0 to 1" not in process.stderr.readline():
+        pass
+    time.sleep(0.2)
+    workers = list(launched.workers(process).values())
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    fake_job.assert_gone(workers)
 
 
 # ---- two "hosts" on the loopback interface
@@ -207,3 +260,81 @@ def test_a_stranger_at_the_port(tmp_path):
         code, said = fake_job.finish(job)
     assert code == 1
     assert "MASTER_PORT" in said and "no erniekit job" in said and "SSH" in said
+
+
+def test_strangers_at_the_rendezvous(tmp_path):
+    """Junk, silence and a report in the right words: nothing is said to them, nobody waits, one line counts them."""
+    port = free_port()
+    first = fake_job.start(tmp_path, hosts=2, port=port, steps=30, max_restarts=1)
+    silent = [knock(port) for _ in range(6)]
+    stop = {"kind": "report", "id": "x", "attempt": 1, "stopping": True, "signs": [], "failures": [], "done": True}
+    for junk in (b"GET / HTTP/1.0\r\n\r\n", json.dumps(stop).encode() + b"\n", os.urandom(3000)):
+        with knock(port) as stranger, contextlib.suppress(ConnectionResetError):
+            stranger.sendall(junk)
+            stranger.shutdown(socket.SHUT_WR)
+            said = b"".join(iter(lambda: stranger.recv(4096), b""))
+            assert said.startswith(b"erniekit 2 rendezvous") and len(said) <= 96 and b"steps" not in said
+    began = time.monotonic()
+    second = fake_job.start(tmp_path, hosts=2, port=port, steps=30, max_restarts=1)
+    ends = [fake_job.finish(job) for job in (first, second)]
+    assert time.monotonic() - began < 15
+    for each in silent:
+        each.close()
+    assert [code for code, _ in ends] == [0, 0], ends
+    lines = [line for line in ends[0][1].splitlines() if "refused" in line]
+    assert len(lines) == 1 and "that did not know this job's token" in lines[0]
+    assert "Traceback" not in ends[0][1] + ends[1][1]
+
+
+def knock(port):
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_host_with_another_token_is_refused(tmp_path):
+    port = free_port()
+    first = fake_job.start(tmp_path, hosts=2, port=port, node=0, rendezvous=3.0)
+    knock(port).close()
+    code, said = fake_job.finish(fake_job.start(tmp_path, hosts=2, port=port, node=1, token="another, long enough"))
+    assert code == 1 and "ERNIEKIT_JOB_TOKEN" in said and "another token" in said
+    assert fake_job.finish(first)[0] == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_jobs_with_one_port(tmp_path, same):
+    """The second one trains nothing, and says so: also if it is the same job, started twice."""
+    port = free_port()
+    first = [fake_job.start(tmp_path / "a", hosts=2, port=port, node=n, steps=60) for n in range(2)]
+    fake_job.pids(tmp_path / "a", 2)
+    steps = 60 if same else 61
+    second = [fake_job.start(tmp_path / "b", hosts=2, port=port, node=n, steps=steps) for n in range(2)]
+    for code, said in [fake_job.finish(job) for job in second]:
+        assert code == 1
+        assert "MASTER_PORT" in said and ("runs already" if same else "another configuration") in said
+    assert [fake_job.finish(job)[0] for job in first] == [0, 0]
+
+
+def test_a_spare_host_is_told_that_the_job_has_ended(tmp_path):
+    port = free_port()
+    keys = {"hosts": 2, "port": port, "steps": 60, "max_restarts": 1}
+    jobs = [fake_job.start(tmp_path, **keys) for _ in range(2)]
+    fake_job.pids(tmp_path, 2)
+    code, said = fake_job.finish(fake_job.start(tmp_path, **keys), timeout=30)
+    assert code == 1
+    assert "can join it at its next restart" in said and "nothing was trained here" in said
+    assert [fake_job.finish(job)[0] for job in jobs] == [0, 0]
+
+
+@pytest.mark.slow
+def test_one_node_number_twice(tmp_path):
+    """Nobody is node 0; whoever owns MASTER_ADDR takes its place, so that the two meet."""
+    port = free_port()
+    jobs = [fake_job.start(tmp_path, hosts=2, port=port, node=1, rendezvous=5.0) for _ in range(2)]
+    ends = [fake_job.finish(job) for job in jobs]
+    assert [code for code, _ in ends] == [1, 1]
+    assert sum("both are node 1" in said and "PADDLE_NODE_RANK" in said for _, said in ends) == 1

@@ -175,3 +175,50 @@ def test_a_hanging_rank_is_found_across_hosts():
     reply = b.report(30.0, idle=26.0, at="x.py:1 in f")
     assert reply["kind"] == "stop" and "rank 2 on host1" in reply["headline"] and "x.py:1 in f" in reply["headline"]
     assert "raise distributed_timeout (now 30)" in reply["detail"]
+
+
+def test_a_late_host_is_refused_when_the_job_can_have_no_place_for_it():
+    a, _ = job()
+    late = Host(a.coordinator, 2)
+    reply = late.hello(10.0)
+    assert reply["kind"] == "refused" and "runs already, on host0 (10.0.0.0), host1" in reply["why"]
+    assert "MASTER_PORT" in reply["why"]
+
+
+def test_a_host_of_another_job_is_refused_at_any_time():
+    a, b = job(Limits(30.0, 600.0, max_restarts=1))
+    assert "steps: 7 here, - there" in Host(a.coordinator, 2).hello(10.0, config={"steps": "7"})["why"]
+    for host in (a, b):
+        host.report(11.0, done=True)
+    assert Host(a.coordinator, 3).hello(12.0, config={"steps": "7"})["kind"] == "refused"
+
+
+def test_a_spare_is_waited_for_and_told_that_nothing_was_trained_on_it():
+    a, b = job(Limits(30.0, 600.0, max_restarts=1))
+    spare = Host(a.coordinator, 2)
+    assert spare.hello(10.0)["kind"] == "wait"
+    for host in (a, b, a):
+        host.report(11.0, done=True)
+    assert not a.coordinator.all_told
+    reply = spare.hello(11.5)
+    assert (reply["kind"], reply["restart"], reply["code"]) == ("stop", False, 1)
+    assert "nothing was trained here" in reply["headline"]
+    assert a.coordinator.all_told
+
+
+def test_a_spare_that_has_gone_is_not_waited_for():
+    a, b = job(Limits(30.0, 600.0, max_restarts=1))
+    spare = Host(a.coordinator, 2)
+    spare.hello(10.0)
+    a.coordinator.disconnect(spare.id, 10.5)
+    for host in (a, b, a):
+        host.report(11.0, done=True)
+    assert a.coordinator.all_told
+
+
+def test_a_report_of_a_host_that_is_not_in_the_attempt():
+    a, _ = job()
+    stranger = Host(a.coordinator, 2)
+    stranger.start = a.start
+    assert stranger.report(10.0)["kind"] == "stop"
+    assert a.report(10.1)["kind"] == "run"

@@ -2,9 +2,10 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from worlds import free_ports
@@ -14,15 +15,19 @@ from erniekit.parallel.links import Links, connect, roll_call
 from erniekit.parallel.ranks import World
 from erniekit.utils.errors import TrainError
 
+TOKEN = "a token of tests, long enough"
+
 
 def _endpoints(size: int) -> tuple[str, ...]:
     return tuple(f"127.0.0.1:{port}" for port in free_ports(size))
 
 
-def _everywhere(endpoints: tuple[str, ...], ranks: list[int], work: Callable, timeout: float) -> list:
-    """work(World, timeout) on the given ranks of a world; results or exceptions, in their order."""
+def _everywhere(
+    endpoints: tuple[str, ...], ranks: list[int], work: Callable, timeout: float, token: str = TOKEN
+) -> list:
+    """work(World, token, timeout) on the given ranks of a world; results or exceptions, in their order."""
     with ThreadPoolExecutor(len(ranks)) as pool:
-        calls = [pool.submit(work, World(rank, len(endpoints), endpoints), timeout) for rank in ranks]
+        calls = [pool.submit(work, World(rank, len(endpoints), endpoints), token, timeout) for rank in ranks]
         return [call.exception() or call.result() for call in calls]
 
 
@@ -91,29 +96,60 @@ def test_a_taken_port_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(TrainError, match=rf"cannot listen on port {port}: Address already in use"):
-            connect(World(0, 2, (f"127.0.0.1:{port}", "127.0.0.1:1")), 1)
+            connect(World(0, 2, (f"127.0.0.1:{port}", "127.0.0.1:1")), TOKEN, 1)
 
 
-def test_a_stranger_at_the_door_is_turned_away():
-    endpoints = _endpoints(2)
+@contextmanager
+def _rank_0_waits(endpoints: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Rank 0 of two listens at the address that is yielded; when the block has ended rank 1 comes, and they meet."""
     host, port = endpoints[0].split(":")
-    results: list = []
-    meeting = threading.Thread(target=lambda: results.extend(_everywhere(endpoints, [0], connect, 20)))
-    meeting.start()
-    while True:  # until rank 0 listens
-        try:
-            stranger = socket.create_connection((host, int(port)))
-            break
-        except ConnectionRefusedError:
-            continue
-    stranger.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n")  # as long as a rank's first words
-    assert stranger.recv(1) == b""
-    stranger.close()
-    results += _everywhere(endpoints, [1], connect, 20)
-    meeting.join()
-    assert all(isinstance(links, Links) for links in results)
-    for links in results:
-        links.close()
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(_everywhere, endpoints, [0], connect, 20)
+        while not _listens(host, int(port)):
+            time.sleep(0.01)
+        yield host, int(port)
+        for links in (*_everywhere(endpoints, [1], connect, 20), *meeting.result()):
+            assert isinstance(links, Links), links
+            links.close()
+
+
+def _listens(host: str, port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection((host, port)):
+        return True
+    return False
+
+
+def test_strangers_learn_nothing_and_delay_nobody(capfd: pytest.CaptureFixture[str]):
+    """Junk is refused and counted in one line; the silent are passed by."""
+    began = time.monotonic()
+    with ExitStack() as stack, _rank_0_waits(_endpoints(2)) as address:
+        for _ in range(8):  # silent until the end
+            stack.enter_context(socket.create_connection(address))
+        for junk in (b"GET / HTTP/1.1\r\nHost: here\r\n".ljust(64), b"\0" * 5000, b"short"):
+            with socket.create_connection(address) as stranger:
+                stranger.sendall(junk)
+                stranger.shutdown(socket.SHUT_WR)
+                said = b""
+                with suppress(ConnectionResetError):
+                    while piece := stranger.recv(4096):
+                        said += piece
+                assert said.startswith(b"erniekit 2 rank") and len(said) <= 96
+    assert time.monotonic() - began < 4
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "refused 3 connections" in said, said
+
+
+def test_a_rank_with_another_token_is_refused():
+    endpoints = _endpoints(2)
+    with _rank_0_waits(endpoints):
+        (error,) = _everywhere(endpoints, [1], connect, 20, token="another token, also long")
+        assert isinstance(error, TrainError) and "has another token than this rank" in str(error)
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone():
+    endpoints = _endpoints(2)
+    with _rank_0_waits(endpoints) as (_, port), pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
 def test_a_peer_that_has_ended_is_named():

@@ -1,33 +1,33 @@
 """The records of a worker, read as its agent reads them."""
 
-import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from erniekit.utils import heartbeat
+
 PREAMBLE = """
 import os, sys, threading, time
-from pathlib import Path
 from erniekit.utils import heartbeat
-path = Path(sys.argv[1])
-heartbeat.start(path, os.getppid())
+heartbeat.start(int(sys.argv[1]), os.getppid())
 """
 
 
 @pytest.fixture
-def beat(tmp_path: Path):
+def beat():
     """Run lines in a process that beats; its last record, and its error if it left one."""
 
     def run(code: str) -> tuple[dict, dict | None]:
-        path = tmp_path / "0-1"
-        done = subprocess.run(
-            [sys.executable, "-c", PREAMBLE + code, str(path)], capture_output=True, text=True, check=False
-        )
+        memory = heartbeat.new_memory()
+        command = [sys.executable, "-c", PREAMBLE + code, str(memory)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[memory])
         assert done.returncode == 0, done.stderr
-        error = path.with_suffix(".error")
-        return json.loads(path.read_text()), json.loads(error.read_text()) if error.exists() else None
+        record, error = heartbeat.last_record(memory), heartbeat.last_error(memory)
+        os.close(memory)
+        assert record is not None
+        return record, error
 
     return run
 
