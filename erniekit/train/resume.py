@@ -105,8 +105,8 @@ def is_read(key: str, cfg: Config) -> bool:
     return all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
 
 
-def noted(cfg: Config) -> dict[str, Any]:
-    """The values that a checkpoint keeps to be compared."""
+def identity_of(cfg: Config) -> dict[str, Any]:
+    """The values that a checkpoint, and a run's record, keep to be compared."""
     values = asdict(cfg)
     kept = {key: values[key] for key in fields() if DECISIONS[key] is not Decision.IGNORE}
     return kept | {"dataset_type": "pretrain" if cfg.dataset_type == "pretrain" else "iterable"}  # map is the same
@@ -124,9 +124,8 @@ _HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of
 
 @dataclass(frozen=True)
 class Present:
-    """What the run has now."""
+    """What the run has now behind the names in its configuration."""
 
-    cfg: Config
     base: dict[str, Any]
     loader: Loader
 
@@ -149,35 +148,40 @@ class Difference:
         return f"  {self.name}: {there} there, {here} here"
 
 
-def differences(state: TrainState, now: Present) -> list[Difference]:
-    """All that differs between the run that saved `state` and this one, each with what it means here."""
-    data = now.loader.changes(state.data) if state.data else {}
-    known = state.data.get("data", {})
-    same_content = {
+def differences(state: TrainState, cfg: Config, present: Present | None) -> list[Difference]:
+    """All that differs between the run that saved `state` and this one, each with what it means here. Without `present`
+    (nothing has been opened yet) only keys are compared.
+    """
+    found = _of_keys(state, cfg)
+    if present is not None:
+        named = {d.name for d in found if DECISIONS[d.name] is not Decision.CONTENT}
+        data = present.loader.changes(state.data) if state.data else {}
+        found += _of_base(state.base, present.base)
+        found += [Difference(key, *values, Decision.DATA) for key, values in data.items() if key not in named]
+    if cfg.ignore_data_skip:
+        found = [replace(d, decision=Decision.SAY) if d.decision is Decision.DATA else d for d in found]
+    return found
+
+
+def _of_keys(state: TrainState, cfg: Config) -> list[Difference]:
+    known = state.data.get("data")
+    contents = known if isinstance(known, dict) else {}
+    knows_content = {
         "model_name_or_path": bool(state.base),
-        "train_dataset_path": "content of train_dataset_path" in known,
-        "input_dir": "content of each file" in known,
-        "chat_template": "chat template" in known,
+        "train_dataset_path": "content of train_dataset_path" in contents,
+        "input_dir": "content of each file" in contents,
+        "chat_template": "chat template" in contents,
     }
     found = []
-    for key, value in noted(now.cfg).items():
+    for key, value in identity_of(cfg).items():
         then = state.identity.get(key, value)
-        if then == value or not is_read(key, now.cfg):
+        if then == value or not is_read(key, cfg):
             continue
         decision = DECISIONS[key]
         if decision is Decision.CONTENT:
             unknown = Decision.REFUSE if key == "model_name_or_path" else Decision.DATA
-            decision = Decision.SAY if same_content[key] else unknown
+            decision = Decision.SAY if knows_content[key] else unknown
         found.append(Difference(key, then, value, decision))
-    found += _of_base(state.base, now.base)
-    named = {difference.name for difference in found}
-    found += [
-        Difference(key, *values, Decision.DATA)
-        for key, values in data.items()
-        if key not in named or DECISIONS[key] is Decision.CONTENT
-    ]
-    if now.cfg.ignore_data_skip:
-        found = [replace(d, decision=Decision.SAY) if d.decision is Decision.DATA else d for d in found]
     return found
 
 
@@ -194,21 +198,22 @@ def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
     return [Difference(*pair, Decision.REFUSE) for pair in pairs if pair[1] != pair[2]]
 
 
-def check(state: TrainState, now: Present, where: Path) -> None:
-    """Refuse to continue from a checkpoint of another run, or at a position that means nothing here, naming what
-    differs. Nothing is changed.
+def check(state: TrainState, cfg: Config, where: Path, present: Present | None = None) -> None:
+    """Refuse to continue from a checkpoint (or a run's record) of another run, or at a position that means nothing
+    here, naming what differs. Nothing is changed.
     """
-    if not state.data and not now.cfg.ignore_data_skip:
+    if present is not None and not state.data and not cfg.ignore_data_skip:
         raise CheckpointError(
             f"{where} does not say how far in the data it is. Set ignore_data_skip: true to begin the data anew."
         )
-    refused = [d for d in differences(state, now) if d.decision in (Decision.REFUSE, Decision.DATA)]
+    refused = [d for d in differences(state, cfg, present) if d.decision in (Decision.REFUSE, Decision.DATA)]
     if not refused:
         return
     lines = "\n".join(d.refusal() for d in refused)
     only_data = all(d.decision is Decision.DATA for d in refused)
     anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * only_data
-    if now.cfg.resume_from_checkpoint not in ("auto", "none"):
+    asked = cfg.resume_from_checkpoint
+    if asked not in ("auto", "none") and Path(asked).expanduser().resolve() == where.resolve():
         raise CheckpointError(
             f"resume_from_checkpoint: {where} is of another run:\n{lines}\n"
             f"Set these as they were{anew}. To start a new run from its weights, set model_name_or_path to it."
@@ -219,15 +224,17 @@ def check(state: TrainState, now: Present, where: Path) -> None:
     )
 
 
-def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
+def changed_lines(
+    state: TrainState, cfg: Config, where: Path, complete: bool, present: Present | None = None
+) -> list[str]:
     """What is to be said of the differences that are no reason to refuse."""
-    said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
-    unknown = [key for key in noted(now.cfg) if key not in state.identity]
+    said = [str(d) for d in differences(state, cfg, present) if d.decision is Decision.SAY]
+    unknown = [key for key in identity_of(cfg) if key not in state.identity]
     lines = []
     if said:
         effect = "without effect, since no step is left to train" if complete else f"changed since {where.name}"
         lines.append(f"{effect}: {'; '.join(said)}")
-    if unknown or not state.base:
+    if unknown:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
             "what of it has changed since cannot be said"

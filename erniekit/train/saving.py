@@ -1,26 +1,32 @@
 """Where a run begins and what it leaves behind: resuming, checkpoints, the final model."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import paddle
 
-from erniekit.checkpoint.folder import has_weights, is_adapter
-from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
+from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.together import all_or_none, on_first, require_shared
-from erniekit.lora import state_of
-from erniekit.train import resume
+from erniekit.checkpoint.run_record import FinalModel, read_record
+from erniekit.checkpoint.together import all_or_none, on_first
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
 from erniekit.train.ema import WeightAverage
-from erniekit.train.reporting.summary import FILE_NAME as SUMMARY_FILE
+from erniekit.train.output_dir import OutputDir
+from erniekit.train.resume import (
+    Present,
+    base_of,
+    best_basis,
+    changed_lines,
+    check,
+    forget_best,
+    identity_of,
+    rate_line,
+)
 from erniekit.train.state import (
-    CONFIG_FILE,
     OPTIMIZER_DIR,
     TrainState,
     load_optimizer,
@@ -28,16 +34,17 @@ from erniekit.train.state import (
     read_state,
     state_writer,
 )
-from erniekit.utils import atomic, log
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
-from erniekit.utils.user_files import read_json_object
 
 
 class Saver:
     """Checkpoints of one run. All ranks call its methods."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
         self.run = run
+        self.output = output or OutputDir(run.cfg, run.mesh.world_group)
         self.cfg = run.cfg
         self.output_dir = run.output_dir
         self.ranks = run.mesh.world_group
@@ -45,88 +52,57 @@ class Saver:
         self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
 
     def resume(self) -> TrainState:
-        """Prepare the output directory and go on from the checkpoint that resume_from_checkpoint asks for, if any."""
-        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
-        self.present = resume.Present(self.cfg, base, self.run.loader)
-        found = on_first(self.ranks, self._prepare)
-        require_shared(self.output_dir, self.ranks)
+        """Claim the output directory, and load the checkpoint that resume_from_checkpoint asks for, if any. What is in
+        the directory stays as it is: `begin` changes it.
+        """
+        claim = self.output.claim()
+        base = on_first(self.ranks, lambda: base_of(self.cfg, self.run.model_dir))
+        present = Present(base, self.run.loader)
         state = TrainState()
-        if found is not None:
+        if claim.source is not None:
             with all_or_none(self.ranks):
-                state = self._load(Path(found))
+                state = self._load(claim.source, present)
+        elif claim.final is not None:
+            state = self._after_final(claim.final)
         else:
             self.run.plan_steps(0)
-        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
+        state.identity, state.base, state.layout = identity_of(self.cfg), base, self._layout()
         state.max_steps = self.run.max_steps
         state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
         return state
 
-    def is_finished(self, state: TrainState) -> bool:
-        """Whether output_dir holds the final model and the summary of a run that ended after `state`."""
-
-        def look() -> bool:
-            path = self.output_dir / SUMMARY_FILE
-            if not (has_weights(self.output_dir) or is_adapter(self.output_dir)) or not path.is_file():
-                return False
-            summary = read_json_object(path, CheckpointError)
-            return summary.get("steps") == state.step and not {"error", "stopped"} & summary.keys()
-
-        return on_first(self.ranks, look)
-
-    def begin(self) -> None:
-        """Write the configuration of the run that begins, or continues; the summary of what was before holds no
-        longer.
-        """
-
-        def write() -> None:
-            atomic.write_text(self.output_dir / CONFIG_FILE, self.cfg.to_yaml())
-            (self.output_dir / SUMMARY_FILE).unlink(missing_ok=True)
-
-        on_first(self.ranks, write)
-
-    def _prepare(self) -> str | None:
-        """Make the output directory ready; the checkpoint to go on from."""
-        if self.cfg.overwrite_output_dir:
-            self._remove_old_run()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.manager.remove_leftovers()
-        source = self._source()
-        if source is not None:
-            resume.check(read_state(source), self.present, source)
-        self._refuse_other_kind()
-        return None if source is None else str(source)
-
-    def _refuse_other_kind(self) -> None:
-        """A directory with both a model and an adapter would not say which is meant."""
-        trains_adapter = state_of(self.run.model) is not None
-        if has_weights(self.output_dir) if trains_adapter else is_adapter(self.output_dir):
-            there, here = ("a model", "an adapter") if trains_adapter else ("an adapter", "a model")
+    def _after_final(self, final: FinalModel) -> TrainState:
+        """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
-                f"output_dir: {self.output_dir} holds {there}, and this run writes {here} (fine_tuning: "
-                f"{self.cfg.fine_tuning}). Choose another output_dir."
+                f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
+                f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
+                "or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
+        state = TrainState(step=final.step)
+        record = read_record(self.output_dir)
+        if record is not None:
+            state.identity = record.identity
+            for line in changed_lines(state, self.cfg, self.output_dir, complete=True):
+                log.info(line)
+        return state
+
+    def has_ended(self, state: TrainState, stopped_early: bool) -> bool:
+        """Whether the run that `state` belongs to has nothing left to do: no step, and its final model is there."""
+        final = self.output.claim().final
+        if final is None or final.step != state.step:
+            return False
+        data_ended = final.data_ended and final.max_steps == self.run.max_steps
+        return state.step >= self.run.max_steps or stopped_early or data_ended
 
     def _layout(self) -> dict[str, int]:
         """How the run is divided, and the rows of a step; a run may go on under another layout."""
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
 
-    def _source(self) -> Path | None:
-        asked = self.cfg.resume_from_checkpoint
-        if asked == "auto":
-            return self.manager.newest()
-        if asked == "none":
-            if list_checkpoints(self.output_dir):
-                raise CheckpointError(
-                    f"output_dir: {self.output_dir} holds checkpoints, but resume_from_checkpoint is none. Set "
-                    "overwrite_output_dir: true to remove "
-                    "them, or choose another output_dir."
-                )
-            return None
-        return Path(asked)
-
-    def _load(self, source: Path) -> TrainState:
+    def _load(self, source: Path, present: Present) -> TrainState:
         state, run = read_state(source), self.run
+        check(state, self.cfg, source, present)
         self._say_layout(state.layout, source)
         load_trained(run.model, source)
         if run.average is not None:
@@ -148,13 +124,13 @@ class Saver:
             )
         else:
             self._load_optimizer(state, source)
-        for line in resume.changed_lines(state, self.present, source, complete):
+        for line in changed_lines(state, self.cfg, source, complete, present):
             log.info(line)
-        rate = resume.rate_line(state, self.cfg, run.max_steps)
+        rate = rate_line(state, self.cfg, run.max_steps)
         if rate is not None:
             log.info(rate)
         if run.eval_loader is not None:
-            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+            forgotten = forget_best(state, best_basis(self.cfg, run.eval_loader.identity))
             if forgotten is not None:
                 log.warning(forgotten)
         return state
@@ -205,18 +181,6 @@ class Saver:
                 f"before {before['rows_per_step']}. Change gradient_accumulation_steps to go on as before"
             )
 
-    def _remove_old_run(self) -> None:
-        """overwrite_output_dir: remove checkpoints and metrics of the run that was there, and say so."""
-        old = list_checkpoints(self.output_dir)
-        for path in old:
-            shutil.rmtree(path)
-        metrics = self.output_dir / "metrics.jsonl"
-        if old or metrics.exists():
-            log.info(
-                f"overwrite_output_dir: removed {len(old)} checkpoints and the metrics of the run in {self.output_dir}"
-            )
-        metrics.unlink(missing_ok=True)
-
     def save(self, state: TrainState) -> Path:
         """Write checkpoint-N (whole or not at all), then remove the oldest beyond save_total_limit. With
         use_async_save it is only copied when this returns; what goes wrong later is raised by the next save.
@@ -238,7 +202,7 @@ class Saver:
         best = None if state.best_step is None else self.output_dir / f"checkpoint-{state.best_step}"
         return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
 
-    def save_final(self, state: TrainState) -> Path:
+    def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with
         load_best_model_at_end.
         """
@@ -257,6 +221,7 @@ class Saver:
         for directory, tensors in self._weights().items():
             portions, add = self._prepare_save(tensors)
             self.manager.save_into(self.output_dir / directory, add, portions)
+        self.output.record_final(FinalModel(state.step, 1, self.run.max_steps, data_ended))
         return self.output_dir
 
     def _weights(self) -> dict[str, dict[str, paddle.Tensor]]:

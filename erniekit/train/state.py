@@ -32,7 +32,7 @@ class TrainState:
     """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
 
     `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
-    (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
+    (resume.identity_of), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
     whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
     """
 
@@ -107,8 +107,6 @@ def read_state(directory: Path) -> TrainState:
     try:
         content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     except FileNotFoundError:
-        if not directory.exists():
-            raise CheckpointError(f"resume_from_checkpoint: {directory} does not exist. Check the path.") from None
         raise CheckpointError(
             f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
             "model_name_or_path to it."

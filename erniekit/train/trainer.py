@@ -17,8 +17,8 @@ from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.evaluation import evaluate, metric_of
 from erniekit.train.flat import FlatBatch, flatten
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.replicas import ReplicaCheck
-from erniekit.train.reporting.summary import FILE_NAME as SUMMARY_FILE
 from erniekit.train.resume import best_basis
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
@@ -26,29 +26,39 @@ from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
 from erniekit.utils import heartbeat, log, stop
 from erniekit.utils.errors import TrainError
-from erniekit.utils.user_files import read_json_object
 
 
 class Trainer:
     """Runs a Run. `fit` is the loop; `train_step` is one optimizer step."""
 
-    def __init__(self, run: Run, callbacks: list[Callback]) -> None:
+    def __init__(self, run: Run, callbacks: list[Callback], output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
         self.run = run
         self.cfg = run.cfg
         self.callbacks = callbacks
-        self.saver = Saver(run)
+        self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
+        self._data_ended = False
 
     def fit(self) -> dict[str, Any]:
-        """Resume if there is something to resume, train to the last step, save. Returns the summary."""
-        self.state = self.saver.resume()
-        self._saved_step = self.state.step if self.state.step else None
-        if self._nothing_left():
-            return self._leave_as_it_is()
-        self.saver.begin()
+        """Resume if there is something to resume, train to the last step, save. Returns the summary.
+
+        A run that has ended is left as it is, to the last byte.
+        """
+        with self.saver.output:
+            self.state = self.saver.resume()
+            self._saved_step = self.state.step if self.state.step else None
+            if self.saver.has_ended(self.state, self._stopped_early()):
+                self.run.close()
+                log.info(f"{self.run.output_dir}: the run has ended and its final model is there: nothing is changed")
+                return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
+            self.saver.output.begin(self.state.step, trains=self.state.step < self.run.max_steps)
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         info = self._info()
         summary: dict[str, Any] = {"steps": self.state.step}
         try:
@@ -73,20 +83,6 @@ class Trainer:
             log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
 
-    def _nothing_left(self) -> bool:
-        """Whether an earlier process has trained the last step and written all that belongs to the end of the run."""
-        if self.state.step == 0:
-            return False
-        ended = self.state.step >= self.run.max_steps or self._stopped_early()
-        return ended and self.saver.is_finished(self.state)
-
-    def _leave_as_it_is(self) -> dict[str, Any]:
-        """End without a change to what the finished run wrote; its summary is this one's."""
-        self.run.close()
-        out = self.run.output_dir
-        log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
-        return read_json_object(out / SUMMARY_FILE, TrainError)
-
     def _train_to_the_end(self) -> None:
         """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
@@ -110,6 +106,7 @@ class Trainer:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
+            self._data_ended = True
             return False
         metrics = self.train_step(batches)
         heartbeat.step(self.state.step)
@@ -302,7 +299,7 @@ class Trainer:
             summary |= metrics
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()
-        path = self.saver.save_final(self.state)
+        path = self.saver.save_final(self.state, self._data_ended)
         for callback in self.callbacks:
             callback.on_save(done, path)
         if self.state.best_step is not None:
