@@ -155,7 +155,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         loader=loader,
         eval_loader=eval_loader,
         update_router_bias=_wants_bias_update(cfg, model.config),
-        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay),
+        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
     )
 
 
@@ -200,7 +200,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     check_layout(cfg, mesh.degrees, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
-    with paddle.LazyGuard():  # no memory and no random values before the weights arrive
+    # No memory and no random values before the weights arrive, and then no wider ones than are kept.
+    with policy.default_dtype(precision), paddle.LazyGuard():
         model = CausalLM(config, partition_of(mesh, chunks))
     if precision.low_bit is not None:
         hold_in_low_bits(model, precision.low_bit)
@@ -208,8 +209,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
-        if stored.dtype not in (None, "float32") and cfg.fine_tuning != "LoRA":
-            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is float32")
+        if stored.dtype not in (None, precision.param_dtype) and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is {precision.param_dtype}")
         if depths > stored.num_nextn_predict_layers:
             log.info(
                 f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "

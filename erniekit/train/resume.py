@@ -105,8 +105,8 @@ def is_read(key: str, cfg: Config) -> bool:
     return all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
 
 
-def identity_of(cfg: Config) -> dict[str, Any]:
-    """The values that a checkpoint, and a run's record, keep to be compared."""
+def noted(cfg: Config) -> dict[str, Any]:
+    """The values that a checkpoint keeps to be compared."""
     values = asdict(cfg)
     kept = {key: values[key] for key in fields() if DECISIONS[key] is not Decision.IGNORE}
     return kept | {"dataset_type": "pretrain" if cfg.dataset_type == "pretrain" else "iterable"}  # map is the same
@@ -124,8 +124,9 @@ _HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of
 
 @dataclass(frozen=True)
 class Present:
-    """What the run has now behind the names in its configuration."""
+    """What the run has now."""
 
+    cfg: Config
     base: dict[str, Any]
     loader: Loader
 
@@ -148,39 +149,41 @@ class Difference:
         return f"  {self.name}: {there} there, {here} here"
 
 
-def differences(state: TrainState, cfg: Config, present: Present | None) -> list[Difference]:
-    """All that differs between the run that saved `state` and this one, each with what it means here. Without `present`
-    (nothing has been opened yet) only keys are compared.
-    """
-    found = _of_keys(state, cfg)
-    if present is not None:
-        named = {d.name for d in found if DECISIONS[d.name] is not Decision.CONTENT}
-        data = present.loader.changes(state.data) if state.data else {}
-        found += _of_base(state.base, present.base)
-        found += [Difference(key, *values, Decision.DATA) for key, values in data.items() if key not in named]
-    if cfg.ignore_data_skip:
+def differences(state: TrainState, now: Present) -> list[Difference]:
+    """All that differs between the run that saved `state` and this one, each with what it means here."""
+    data = now.loader.changes(state.data) if state.data else {}
+    data_then = state.data.get("data")
+    known = data_then if isinstance(data_then, dict) else {}
+    same_content = {
+        "model_name_or_path": bool(state.base),
+        "train_dataset_path": "content of train_dataset_path" in known,
+        "input_dir": "content of each file" in known,
+        "chat_template": "chat template" in known,
+    }
+    found = _of_keys(state.identity, now.cfg, same_content)
+    found += _of_base(state.base, now.base)
+    named = {difference.name for difference in found}
+    found += [
+        Difference(key, *values, Decision.DATA)
+        for key, values in data.items()
+        if key not in named or DECISIONS[key] is Decision.CONTENT
+    ]
+    if now.cfg.ignore_data_skip:
         found = [replace(d, decision=Decision.SAY) if d.decision is Decision.DATA else d for d in found]
     return found
 
 
-def _of_keys(state: TrainState, cfg: Config) -> list[Difference]:
-    known = state.data.get("data")
-    contents = known if isinstance(known, dict) else {}
-    knows_content = {
-        "model_name_or_path": bool(state.base),
-        "train_dataset_path": "content of train_dataset_path" in contents,
-        "input_dir": "content of each file" in contents,
-        "chat_template": "chat template" in contents,
-    }
+def _of_keys(identity: Mapping[str, Any], cfg: Config, same_content: Mapping[str, bool]) -> list[Difference]:
+    """`same_content`: of the keys that name something, whether it is compared by its content elsewhere."""
     found = []
-    for key, value in identity_of(cfg).items():
-        then = state.identity.get(key, value)
+    for key, value in noted(cfg).items():
+        then = identity.get(key, value)
         if then == value or not is_read(key, cfg):
             continue
         decision = DECISIONS[key]
         if decision is Decision.CONTENT:
             unknown = Decision.REFUSE if key == "model_name_or_path" else Decision.DATA
-            decision = Decision.SAY if knows_content[key] else unknown
+            decision = Decision.SAY if same_content[key] else unknown
         found.append(Difference(key, then, value, decision))
     return found
 
@@ -198,15 +201,28 @@ def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
     return [Difference(*pair, Decision.REFUSE) for pair in pairs if pair[1] != pair[2]]
 
 
-def check(state: TrainState, cfg: Config, where: Path, present: Present | None = None) -> None:
-    """Refuse to continue from a checkpoint (or a run's record) of another run, or at a position that means nothing
-    here, naming what differs. Nothing is changed.
+def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
+    """`check` as far as the configuration alone can tell, before data and model are opened."""
+    named = {key: True for key, decision in DECISIONS.items() if decision is Decision.CONTENT}
+    found = _of_keys(identity, cfg, named)
+    if cfg.ignore_data_skip:
+        found = [difference for difference in found if difference.decision is not Decision.DATA]
+    _refuse(found, cfg, where)
+
+
+def check(state: TrainState, now: Present, where: Path) -> None:
+    """Refuse to continue from a checkpoint of another run, or at a position that means nothing here, naming what
+    differs. Nothing is changed.
     """
-    if present is not None and not state.data and not cfg.ignore_data_skip:
+    if not state.data and not now.cfg.ignore_data_skip:
         raise CheckpointError(
             f"{where} does not say how far in the data it is. Set ignore_data_skip: true to begin the data anew."
         )
-    refused = [d for d in differences(state, cfg, present) if d.decision in (Decision.REFUSE, Decision.DATA)]
+    _refuse(differences(state, now), now.cfg, where)
+
+
+def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
+    refused = [d for d in found if d.decision in (Decision.REFUSE, Decision.DATA)]
     if not refused:
         return
     lines = "\n".join(d.refusal() for d in refused)
@@ -224,17 +240,15 @@ def check(state: TrainState, cfg: Config, where: Path, present: Present | None =
     )
 
 
-def changed_lines(
-    state: TrainState, cfg: Config, where: Path, complete: bool, present: Present | None = None
-) -> list[str]:
+def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
     """What is to be said of the differences that are no reason to refuse."""
-    said = [str(d) for d in differences(state, cfg, present) if d.decision is Decision.SAY]
-    unknown = [key for key in identity_of(cfg) if key not in state.identity]
+    said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
+    unknown = [key for key in noted(now.cfg) if key not in state.identity]
     lines = []
     if said:
         effect = "without effect, since no step is left to train" if complete else f"changed since {where.name}"
         lines.append(f"{effect}: {'; '.join(said)}")
-    if unknown:
+    if unknown or not state.base:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
             "what of it has changed since cannot be said"

@@ -9,23 +9,14 @@ import paddle
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.run_record import FinalModel, read_record
+from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
 from erniekit.checkpoint.together import all_or_none, on_first
+from erniekit.train import resume
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
 from erniekit.train.ema import WeightAverage
 from erniekit.train.output_dir import OutputDir
-from erniekit.train.resume import (
-    Present,
-    base_of,
-    best_basis,
-    changed_lines,
-    check,
-    forget_best,
-    identity_of,
-    rate_line,
-)
 from erniekit.train.state import (
     OPTIMIZER_DIR,
     TrainState,
@@ -56,36 +47,40 @@ class Saver:
         the directory stays as it is: `begin` changes it.
         """
         claim = self.output.claim()
-        base = on_first(self.ranks, lambda: base_of(self.cfg, self.run.model_dir))
-        present = Present(base, self.run.loader)
+        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
+        self.present = resume.Present(self.cfg, base, self.run.loader)
         state = TrainState()
         if claim.source is not None:
             with all_or_none(self.ranks):
-                state = self._load(claim.source, present)
-        elif claim.final is not None:
-            state = self._after_final(claim.final)
+                state = self._load(claim.source)
         else:
             self.run.plan_steps(0)
-        state.identity, state.base, state.layout = identity_of(self.cfg), base, self._layout()
+            if claim.final is not None:
+                state = self._after_final(claim.final, claim.record)
+        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
         state.max_steps = self.run.max_steps
         state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
         return state
 
-    def _after_final(self, final: FinalModel) -> TrainState:
+    def begin(self, state: TrainState) -> None:
+        """Make the output directory that of a run which continues after `state`."""
+        record = RunRecord(state.identity, state.base, self.run.loader.state_dict())
+        self.output.begin(record, state.step, trains=state.step < self.run.max_steps)
+
+    def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
         """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        if record is not None and record.data:
+            then = TrainState(identity=record.identity, base=record.base, data=record.data)
+            resume.check(then, self.present, self.output_dir / RUN_FILE)
+            for line in resume.changed_lines(then, self.present, self.output_dir / RUN_FILE, complete=True):
+                log.info(line)
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
                 f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
                 "or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
-        state = TrainState(step=final.step)
-        record = read_record(self.output_dir)
-        if record is not None:
-            state.identity = record.identity
-            for line in changed_lines(state, self.cfg, self.output_dir, complete=True):
-                log.info(line)
-        return state
+        return TrainState(step=final.step)
 
     def has_ended(self, state: TrainState, stopped_early: bool) -> bool:
         """Whether the run that `state` belongs to has nothing left to do: no step, and its final model is there."""
@@ -100,9 +95,9 @@ class Saver:
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
 
-    def _load(self, source: Path, present: Present) -> TrainState:
+    def _load(self, source: Path) -> TrainState:
         state, run = read_state(source), self.run
-        check(state, self.cfg, source, present)
+        resume.check(state, self.present, source)
         self._say_layout(state.layout, source)
         load_trained(run.model, source)
         if run.average is not None:
@@ -124,13 +119,13 @@ class Saver:
             )
         else:
             self._load_optimizer(state, source)
-        for line in changed_lines(state, self.cfg, source, complete, present):
+        for line in resume.changed_lines(state, self.present, source, complete):
             log.info(line)
-        rate = rate_line(state, self.cfg, run.max_steps)
+        rate = resume.rate_line(state, self.cfg, run.max_steps)
         if rate is not None:
             log.info(rate)
         if run.eval_loader is not None:
-            forgotten = forget_best(state, best_basis(self.cfg, run.eval_loader.identity))
+            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
             if forgotten is not None:
                 log.warning(forgotten)
         return state

@@ -19,6 +19,7 @@ from erniekit.train.evaluation import evaluate, metric_of
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.output_dir import OutputDir
 from erniekit.train.replicas import ReplicaCheck
+from erniekit.train.reporting.summary import FILE_NAME as SUMMARY_FILE
 from erniekit.train.resume import best_basis
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
@@ -26,6 +27,7 @@ from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
 from erniekit.utils import heartbeat, log, stop
 from erniekit.utils.errors import TrainError
+from erniekit.utils.user_files import read_json_object
 
 
 class Trainer:
@@ -52,10 +54,8 @@ class Trainer:
             self.state = self.saver.resume()
             self._saved_step = self.state.step if self.state.step else None
             if self.saver.has_ended(self.state, self._stopped_early()):
-                self.run.close()
-                log.info(f"{self.run.output_dir}: the run has ended and its final model is there: nothing is changed")
-                return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
-            self.saver.output.begin(self.state.step, trains=self.state.step < self.run.max_steps)
+                return self._leave_as_it_is()
+            self.saver.begin(self.state)
             return self._fit()
 
     def _fit(self) -> dict[str, Any]:
@@ -82,6 +82,16 @@ class Trainer:
             saved = stop.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
             log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
+
+    def _leave_as_it_is(self) -> dict[str, Any]:
+        """End without a change to what the finished run wrote; its summary is this one's."""
+        self.run.close()
+        out = self.run.output_dir
+        log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
+        try:
+            return read_json_object(out / SUMMARY_FILE, TrainError)
+        except FileNotFoundError:
+            return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
 
     def _train_to_the_end(self) -> None:
         """Step after step, until all are done, the data has ended, or somebody wants it to stop."""

@@ -185,7 +185,7 @@ def test_what_makes_the_checkpoint_anothers_is_refused_by_key(fit):
     }
     fit(max_steps=1)
     before = {path: path.read_bytes() for path in fit.out.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"holds another run \(checkpoint-1\):\n") as refusal:
+    with pytest.raises(CheckpointError, match=r"holds another run \(run.json\):\n") as refusal:
         fit(max_steps=2, **keys)
     assert [key for key in keys if f"  {key}: " not in str(refusal.value)] == ["fine_tuning"]
     with pytest.raises(CheckpointError, match="fine_tuning: 'Full' there, 'LoRA' here"):
@@ -320,6 +320,13 @@ def test_a_finished_run_stays_as_it_is(fit, directory, said):
     line = next(line for line in said if line.startswith("without effect, since no step is left to train: "))
     assert "learning_rate: 0.001 -> 0.5; weight_decay: 0.0 -> 0.1" in line
     assert not any("training continues" in line or "training begins" in line for line in said)
+
+
+def test_what_has_no_effect_is_said_of_a_run_that_saved_only_its_final_model(fit, said):
+    fit(max_steps=2, save_strategy="no")
+    before = contents(fit.out)
+    assert fit(max_steps=2, save_strategy="no", learning_rate=0.5) == [] and contents(fit.out) == before
+    assert any("without effect, since no step is left to train: learning_rate: 0.001 -> 0.5" in line for line in said)
 
 
 def test_what_a_killed_process_did_not_finish_is_finished_once(fit, directory):
