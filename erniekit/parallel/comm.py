@@ -11,10 +11,9 @@ other ranks, send B. That is what ring and pairwise algorithms send, the least p
 import atexit
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,23 +24,8 @@ from paddle.autograd import PyLayer
 from erniekit.parallel import tcp_collectives, tcp_transport
 from erniekit.parallel.process_group import Group, Ranks, World
 from erniekit.parallel.tcp_transport import Links
+from erniekit.parallel.traffic import Traffic
 from erniekit.utils import runtime
-
-
-@dataclass
-class Traffic:
-    """Bytes this rank sent, by kind of operation."""
-
-    sent: Counter[str] = field(default_factory=Counter)
-
-    def add(self, kind: str, num_bytes: float) -> None:
-        self.sent[kind] += int(num_bytes)
-
-    def take(self) -> dict[str, int]:
-        """What was counted since the last call; counting starts at 0 again."""
-        taken = dict(self.sent)
-        self.sent.clear()
-        return taken
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What ranks send in a step is what the formulas of tests/support/traffic.py say, byte for byte; so are memory and waiting."""
+"""Bytes, memory and waiting of a step equal the formulas of tests/support/traffic.py, byte for byte."""
 
 from pathlib import Path
 

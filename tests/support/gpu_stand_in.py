@@ -2,7 +2,8 @@
 
 `start()` gives Paddle the bfloat16 kernels that its CPU wheel lacks (gpu_stand_in.cc, compiled once), makes tensors
 look like a GPU's to the modules that choose by place, and replaces the two GPU kernels that have no CPU counterpart,
-with the checks of types that those make. It cannot be undone: tests run it in a process of its own (tests/support/worlds.py).
+with the checks of types that those make. It cannot be undone: tests run it in a process of its own
+(tests/support/worlds.py).
 
 What this shows: the types of weights, gradients, masters and files, which branches run, and that losses stay near
 those in fp32. It does not show speed, a GPU's rounding inside a product, or anything of NCCL.

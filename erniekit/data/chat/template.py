@@ -286,8 +286,8 @@ class Template:
 def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | None = None) -> Template:
     """The chat template to use with a tokenizer.
 
-    `name` is a built-in one (a file of erniekit/data/chat/templates, or an alias) or the path of a .jinja file. Without it
-    the model's own template is used: that of the directory `beside` (an adapter's), or else that of the tokenizer's
+    `name` is a built-in one (a file of erniekit/data/chat/templates, or an alias) or the path of a .jinja file. Without
+    it the model's own template is used: that of the directory `beside` (an adapter's), or else that of the tokenizer's
     directory; and where there is none the built-in `text`. Where the named one differs from the model's own a log line
     says so. Raises ConfigError for an unknown name and for a built-in template whose special tokens the tokenizer
     lacks.

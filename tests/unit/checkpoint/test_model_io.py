@@ -11,7 +11,7 @@ from parity.support import CASES, paddle_file_tensors, read_fixture
 from safetensors.numpy import load_file, save_file
 from support.tiny_models import tiny_model
 
-from erniekit.checkpoint import model_io, safetensors
+from erniekit.checkpoint import model_io, model_reader, safetensors
 from erniekit.checkpoint.dtypes import bf16_to_fp32, fp32_to_bf16
 from erniekit.checkpoint.model_io import load_model, load_weights, read_config, save_model
 from erniekit.checkpoint.safetensors import Reader, Writer

@@ -8,7 +8,7 @@ from erniekit.nn.shard import ShardSpec, shard, unshard
 WHOLE = np.arange(6 * 24).reshape(6, 24)
 
 
-@pytest.mark.parametrize("cut", [ShardSpec(0), ShardSpec(1), ShardSpec(1, (12, 6, 6)), ShardSpec(1, (2, 1, 1))])
+@pytest.mark.parametrize("spec", [ShardSpec(0), ShardSpec(1), ShardSpec(1, (12, 6, 6)), ShardSpec(1, (2, 1, 1))])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_join_undoes_take(spec: ShardSpec, count: int):
     shares = [shard(WHOLE, spec, index, count) for index in range(count)]
