@@ -125,7 +125,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("sends_wait", [False, True], ids=["sent at once", "in one order"])
+@pytest.mark.parametrize("blocking_sends", [False, True], ids=["sent at once", "in one order"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("schedule", "chunks", "microbatches"), CASES)
 def test_stages_equal_one_process(

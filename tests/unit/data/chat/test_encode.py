@@ -149,7 +149,7 @@ def test_nothing_left_is_an_error_and_not_an_endless_search(tmp_path):
 
 # --- with the real tokenizer and template
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

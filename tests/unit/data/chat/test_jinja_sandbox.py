@@ -10,7 +10,7 @@ import pytest
 from erniekit.data.chat.jinja_meter import ALLOWANCE
 from erniekit.data.chat.jinja_sandbox import BoundedTemplate, TemplateFault
 
-REAL = Path(__file__).parents[4] / "shared/data/ernie45"
+REAL = Path(__file__).parents[5] / "shared/data/ernie45"
 MESSAGES = [
     {"role": "user", "content": "a <b> 你\n"},
     {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": {"x": [1, 2.5, None, True]}}]},

@@ -328,7 +328,7 @@ def test_a_template_that_shows_the_answers_behind_different_prompts_is_refused()
 @pytest.mark.parametrize("name", ["text", "thinking"])
 def test_each_side_is_what_fine_tuning_on_that_answer_would_see(name):
     """With the real tokenizer and templates: prompt + answer, token for token and label for label."""
-    directory = Path(__file__).resolve().parents[3] / "examples" / "models" / "tiny-dense"
+    directory = Path(__file__).resolve().parents[4] / "examples" / "models" / "tiny-dense"
     tokenizer = load_tokenizer(directory)
     encoder = Encoder(tokenizer, load_template(tokenizer, name), 512)
     thought = "<think>想</think>" if name == "thinking" else ""

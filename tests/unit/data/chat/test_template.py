@@ -13,7 +13,7 @@ from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.utils.errors import ConfigError, DataError
 
-TINY = Path(__file__).parents[3] / "examples/models/tiny-dense"
+TINY = Path(__file__).parents[4] / "examples/models/tiny-dense"
 SYSTEM = {"role": "system", "content": "只回答结果。"}
 Q1, A1 = {"role": "user", "content": "三千写成数字"}, {"role": "assistant", "content": "3000"}
 Q2, A2 = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from erniekit.data.chat.tokenizer import StreamDecoder, check_fits, load_tokenizer
 from erniekit.utils.errors import CheckpointError, DataError, UserError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TINY = ROOT / "examples/models/tiny-dense"
 SAMPLES = [
     "User: 三千零二十一写成数字\nAssistant: ",

@@ -21,7 +21,7 @@ from erniekit.data.tokens.build import build_token_files, find_inputs
 from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import DataError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TOOL = ROOT / "tools" / "make_token_files.py"
 TOKENIZER = ROOT / "examples" / "models" / "tiny-moe"
 SPEC = importlib.util.spec_from_file_location("make_token_files", TOOL)
