@@ -50,13 +50,18 @@ def configure(args: list[str], command: str) -> Config:
         _begin_worker(os.environ)
     path, overrides = (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
     cfg = config.load(path, overrides, command, allow_extra=_is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")))
-    if not is_supervised():  # else the agent has said it
-        for note in cfg.notes:
-            log.info(note)
+    log_notes(cfg)
     config.require_supported(cfg, command)
     if command != "train":
         _require_one_process(os.environ, f"`erniekit {command}`")
     return cfg
+
+
+def log_notes(cfg: Config) -> None:
+    """Log once a run which keys of the configuration have no effect, and why."""
+    if not is_supervised():  # else the agent has logged it
+        for note in cfg.notes:
+            log.info(note)
 
 
 def check(cfg: Config, command: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.config import Config, load
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
