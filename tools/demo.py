@@ -34,9 +34,9 @@ def demonstrate(name: str, extra: list[str]) -> dict[str, str]:
     print(f"\n===== {name} =====", flush=True)
     before_dir, after_dir = output / "eval_before", output / "eval_after"
     # An earlier demo's model in output_dir would be evaluated instead of the one that training starts from.
-    nothing = f"output_dir={(output / 'nothing').relative_to(ROOT)}"
+    untrained = f"output_dir={(output / 'no_model_yet').relative_to(ROOT)}"
     before = f"eval_output={before_dir.relative_to(ROOT)}"
-    run("eval", config, "predict_with_generate=true", before, *extra, nothing)
+    run("eval", config, "predict_with_generate=true", before, *extra, untrained)
     started = time.monotonic()
     run("train", config, "overwrite_output_dir=true", *extra)
     seconds = time.monotonic() - started

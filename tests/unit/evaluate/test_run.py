@@ -162,7 +162,7 @@ def test_a_question_too_long_for_the_model_counts_as_wrong(
 ):
     small = model_directory(tmp_path / "small", max_position_embeddings=40)
     records = [{"src": ["long " * 60], "tgt": ["a"]}, {"src": ["short"], "tgt": ["a"]}]
-    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True))
+    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True, max_seq_len=40))
     assert results["num_answers"] == 2
     assert "1 of 2 questions fill the model's context of 40 tokens" in heard.text
     assert read(tmp_path / "output" / "eval_predictions.jsonl")[0]["stop"] == "prompt too long"
