@@ -14,6 +14,7 @@ _STAGES = {
     "VL-SFT": "vision-language models",
     "OCR-VL-SFT": "vision-language models",
     "VL-DPO": "vision-language models",
+    "VL-PT": "vision-language models",
 }
 _COMPUTE = {
     "fp16": "fp16 training with loss scaling",
@@ -61,6 +62,8 @@ def notes(cfg: Config, command: str) -> list[str]:
             found.append(f"{name}: no effect: read only with {rule.of}, which this version does not have")
         elif isinstance(rule, Later) and rule.asks(value) and command not in rule.commands:
             found.append(f"{name}: no effect: `{command}` does not need it")
+        elif isinstance(rule, Later) and rule.otherwise and not rule.asks(value):
+            found.append(f"{name}: no effect: {rule.otherwise}")
     found += _other_data(cfg, command)
     found += _one_process(cfg, command)
     found += _lora(cfg, command)
@@ -75,6 +78,8 @@ def _overruled(cfg: Config, command: str) -> Iterator[str]:
         yield "logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir"
     if command == "train":
         yield from _recompute(cfg)
+    if cfg.dropout_warmup_steps and not cfg.attention_probs_dropout_prob and command == "train":
+        yield "dropout_warmup_steps: no effect: attention_probs_dropout_prob is 0"
     if cfg.warmup_steps and cfg.warmup_ratio:
         yield f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides"
 
@@ -100,7 +105,7 @@ def _one_process(cfg: Config, command: str) -> list[str]:
     """Degrees above 1 for a command that runs in one process, and what only several tensor ranks do."""
     degrees = [name for name in vars(cfg) if name.endswith(("_parallel_degree", "_pp_degree")) and vars(cfg)[name] > 1]
     if degrees and command != "train":
-        return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process"]
+        return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process, and one device holds the model"]
     if command != "train":
         return []
     found = []
