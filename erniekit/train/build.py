@@ -235,8 +235,9 @@ def _recompute_options(cfg: Config, config: ModelConfig) -> recompute.RecomputeO
         raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
     if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
         raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
     return recompute.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise
     )
 
 

@@ -18,6 +18,7 @@ from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.evaluation import evaluate
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.output_dir import OutputDir
+from erniekit.train.recipes.noise import attention_dropout
 from erniekit.train.replicas import ReplicaCheck
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
@@ -179,7 +180,10 @@ class Trainer:
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
         sync = run.optimizer.sync
-        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward)
+        dropout = attention_dropout(self.cfg, self.state.step)
+        stage = TrainStage(
+            self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward, dropout
+        )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         sync.finish()
