@@ -13,7 +13,7 @@ from erniekit.config.schema import Config
 
 # Keys of ERNIEKit's files that neither Hugging Face's tools nor LLaMA-Factory have.
 MARKS = (
-    "unified_checkpoint unified_checkpoint_config disable_ckpt_quant fp16_opt_level amp_custom_white_list "
+    "unified_checkpoint disable_ckpt_quant fp16_opt_level amp_custom_white_list "
     "amp_custom_black_list fuse_rope fuse_linear fuse_rms_norm fuse_swiglu use_sparse_head_and_loss_fn "
     "use_fused_head_and_loss_fn use_attn_mask_start_row_indices recompute_use_reentrant release_grads offload_optim "
     "tensorwise_offload_optimizer pipeline_parallel_config tensor_parallel_config sharding_parallel_config moe_group "
