@@ -19,7 +19,8 @@ class ModelArgs:
     )
     download_hub: str | None = key(
         None,
-        "Where a Hub name is downloaded from: huggingface (also when not given), modelscope or aistudio.",
+        "Where a name is downloaded from: huggingface (also when not given), or with the extra `hubs` modelscope or "
+        "aistudio.",
         choices=("huggingface", "modelscope", "aistudio"),
     )
     continue_training: bool = key(True, "Start from the model's weights; False: a random start from its config.json.")

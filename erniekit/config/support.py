@@ -8,6 +8,7 @@ from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
 from erniekit.utils.errors import ConfigError
 
 _STAGES = {
@@ -66,6 +67,7 @@ def notes(cfg: Config, command: str) -> list[str]:
             found.append(f"{name}: no effect: {rule.otherwise}")
     found += _other_data(cfg, command)
     found += _one_process(cfg, command)
+    found += _shape(cfg, command)
     found += _lora(cfg, command)
     found += _preference(cfg, command)
     found += _overruled(cfg, command)
@@ -127,6 +129,12 @@ def _lora(cfg: Config, command: str) -> list[str]:
         return ["save_format: no effect: adapters are saved in PEFT's format"] if cfg.save_format != "pt" else []
     given = _given(cfg, (field.name for field in dataclasses.fields(LoraArgs)))
     return [f"{', '.join(given)}: no effect: read only with fine_tuning: LoRA"] if given else []
+
+
+def _shape(cfg: Config, command: str) -> list[str]:
+    """The model's shape where a model is used, which has one."""
+    given = _given(cfg, (field.name for field in dataclasses.fields(ShapeArgs))) if command != "train" else []
+    return [f"{', '.join(given)}: no effect: `{command}` reads the model's config.json"] if given else []
 
 
 # What a stage: DPO run does not do, and why.

@@ -72,8 +72,8 @@ class LayerMasks:
     buckets: list[tuple[np.ndarray, np.ndarray]]
 
     def block(self, bucket: int, start: int, stop: int) -> paddle.Tensor:
-        """0 for a weight that is dropped, 1 / (1 - rate) for one that is kept: fp32 [N, G, (stop - start) * r, F + stop],
-        for the query positions [start, stop) of a bucket. Rows run position by position, r heads each.
+        """What the weights at the query positions [start, stop) of a bucket are multiplied with: 0, or 1 / (1 - rate)
+        for those that are kept. fp32 [N, G, (stop - start) * r, F + stop]; rows run position by position, r heads each.
         """
         queries, keys = self.buckets[bucket]
         num_documents, num_heads, length = queries.shape

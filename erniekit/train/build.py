@@ -15,14 +15,13 @@ import paddle
 
 from erniekit import lora
 from erniekit.checkpoint.folder import has_weights, require_model
-from erniekit.checkpoint.model_io import load_weights, read_config
+from erniekit.checkpoint.model_io import load_weights
 from erniekit.checkpoint.together import all_or_none
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.template import Template
 from erniekit.data.text import training_template
 from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
 from erniekit.models import recompute
 from erniekit.models.config import ModelConfig
@@ -47,6 +46,7 @@ from erniekit.train.reference import AdapterOff, ForwardPass, Reference, SecondM
 from erniekit.train.reference_cache import prepare_cache
 from erniekit.train.same_run import require_same_files
 from erniekit.train.schedule import Schedule, build_schedule
+from erniekit.train.shape import directories, model_config
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
 
@@ -58,6 +58,7 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
     chunks: list[tuple[int, ...]]
@@ -112,13 +113,14 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
     what the user can mend.
     """
-    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    assert cfg.output_dir, "config.load requires it to train"
     if cfg.stage == "DPO":
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
-    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
-    tokenizer = load_tokenizer(model_dir)
+    model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
+    tokenizer = load_tokenizer(tokenizer_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh, 0)
     schedule = build_schedule(cfg, max_steps)
@@ -142,6 +144,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
         chunks=chunks,
@@ -190,7 +193,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
-    stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
+    stored = model_config(cfg, model_dir)
     if cfg.continue_training and not has_weights(model_dir):
         raise ConfigError(
             f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
@@ -217,7 +220,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
                 "others start at random"
             )
     else:
-        log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
+        what = model_dir if cfg.model_name_or_path else "the model of this configuration"
+        log.info(f"continue_training: false: {what} starts at random (seed {cfg.seed})")
     policy.apply(model, precision)
     if precision.low_bit is not None:
         log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
