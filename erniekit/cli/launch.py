@@ -208,7 +208,8 @@ def _token(environ: Mapping[str, str], master: Master | None) -> str:
 
 
 def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
-    name = next((name for name in _NODE_RANKS if environ.get(name, "").strip()), None)
+    names = (*_NODE_RANKS, "RANK") if runtime.rank_numbers_hosts(environ) else _NODE_RANKS
+    name = next((name for name in names if environ.get(name, "").strip()), None)
     if name is None:
         return None
     text = environ[name].strip()

@@ -15,7 +15,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.checkpoint.folder import has_weights, require_model
-from erniekit.checkpoint.model_io import load_weights
+from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.checkpoint.together import all_or_none
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
@@ -193,7 +193,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
-    stored = model_config(cfg, model_dir)
+    stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
     if cfg.continue_training and not has_weights(model_dir):
         raise ConfigError(
             f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."

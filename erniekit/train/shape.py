@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from erniekit.checkpoint.model_io import read_config
 from erniekit.config.schema import Config
 from erniekit.config.schema_shape import NEEDED_OF_EXPERTS
 from erniekit.data.tokenizer import load_tokenizer
@@ -54,19 +53,18 @@ def given_shape(cfg: Config) -> dict[str, Any]:
 
 
 def model_config(cfg: Config, directory: Path) -> ModelConfig:
-    """The model's configuration, before anything is built. `directory`: the model's, or the tokenizer's where there is
-    no model.
+    """The model's configuration, before anything is built or a weight is looked at. `directory`: the model's, or the
+    tokenizer's where there is no model.
 
     ConfigError names the keys of a shape that is not whole, contradicts itself, or is not that of the weights.
     """
     given = given_shape(cfg)
     if not cfg.model_name_or_path:
         return _from_yaml(cfg, given, directory)
+    stored = ModelConfig.from_dir(directory)
     if cfg.continue_training:
-        stored = read_config(directory)
         _require_same(given, stored, directory)
         return stored
-    stored = ModelConfig.from_dir(directory)
     return _changed(stored, given, directory) if given else stored
 
 

@@ -106,6 +106,6 @@ def test_a_failed_download_names_the_hub_that_was_asked(other_hubs, monkeypatch)
 
     sys.modules["aistudio_sdk.snapshot_download"].snapshot_download = refused
     with pytest.raises(
-        CheckpointError, match=r"could not be downloaded from AI Studio .ValueError: no such repository"
+        CheckpointError, match=r"not be downloaded from AI Studio .ValueError: no such repository"
     ):
         resolve_model("owner/name", "aistudio")
