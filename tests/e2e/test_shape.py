@@ -9,7 +9,7 @@ import pytest
 import erniekit
 from erniekit.config import load
 from erniekit.generation.load import open_model
-from erniekit.train import shape
+from erniekit.training import shape
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 SHAPE = {

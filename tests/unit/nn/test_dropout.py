@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient
+from support.numeric import numeric_gradient
 
 from erniekit.nn import attention
-from erniekit.nn.attention import Documents, HeadLayout
+from erniekit.nn.attention import HeadLayout, PackedAttention
+from erniekit.nn.attention_plan import make_plan
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
-from erniekit.nn.rope import rotation_table
-from erniekit.nn.segments import make_plan
+from erniekit.nn.rotary import rotation_table
 
 HEADS = HeadLayout(4, 2, 4)
 LAYERS, LAYER, RATE = 4, 3, 0.4
@@ -25,7 +25,7 @@ def mixer(
     prefixes: np.ndarray | None = None,
     heads: HeadLayout = HEADS,
     first_head: int = 0,
-) -> Documents:
+) -> PackedAttention:
     plan = make_plan(segments[None], prefixes)
     table = rotation_table(
         plan.position_in_document, heads.dim, 1e4, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
@@ -33,7 +33,7 @@ def mixer(
     dropout = None
     if step is not None:
         dropout = AttentionDropout(step, LAYERS, number_documents(tokens, plan, prefixes), first_head)
-    return Documents(plan, table, heads, dropout)
+    return PackedAttention(plan, table, heads, dropout)
 
 
 def segments_of(*lengths: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def draw(seed: int, tokens: int, heads: HeadLayout = HEADS) -> tuple[np.ndarray,
     return rng.integers(0, 1000, tokens), rng.normal(size=(tokens, heads.total * heads.dim)).astype(np.float32)
 
 
-def run(documents: Documents, qkv: np.ndarray, layer: int = LAYER) -> tuple[np.ndarray, np.ndarray]:
+def run(documents: PackedAttention, qkv: np.ndarray, layer: int = LAYER) -> tuple[np.ndarray, np.ndarray]:
     """The context, and the gradient of its sum weighted by cos(0), cos(1), ..."""
     x = paddle.to_tensor(qkv, stop_gradient=False)
     y = documents.attend(x, layer)
@@ -74,7 +74,9 @@ def kept(number: int, head: int, query: int, key: int, step: DropoutStep) -> boo
     return (x ^ (x >> 16)) >= round(step.rate * LAYER / LAYERS * 2**32)
 
 
-def dense(documents: Documents, prefixes: np.ndarray | None, step: DropoutStep) -> Callable[[np.ndarray], np.ndarray]:
+def dense(
+    documents: PackedAttention, prefixes: np.ndarray | None, step: DropoutStep
+) -> Callable[[np.ndarray], np.ndarray]:
     """qkv [T, (H+2G)*d] -> context [T, H*d] in float64, with the masks of the formula, one query and head at a time."""
     plan, table = documents.plan, documents.table.numpy().astype(np.complex128)
     places: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # query, head, the tokens that it sees, their mask
