@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.config import Config, load, require_supported, unsupported
+from erniekit.config import Config, load, require_supported, schema, unsupported
+from erniekit.config.compat import Alias, Fixed, Later
+from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
 TEXT = """
@@ -359,7 +361,8 @@ def test_features_that_are_not_there_are_refused(read, line, feature):
 
 
 # Every key of PaddleFormers 1.2.0's argument classes, and of its ERNIE files.
-KEYS = (Path(__file__).resolve().parents[2] / "golden" / "paddleformers_keys.txt").read_text(encoding="utf-8").split()
+ROOT = Path(__file__).resolve().parents[3]
+KEYS = (ROOT / "tests" / "golden" / "paddleformers_keys.txt").read_text(encoding="utf-8").split()
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -369,3 +372,18 @@ def test_every_key_of_paddleformers_is_known(name):
         load(None, {name: "1"}, "version")
     except ConfigError as error:
         assert "unknown key" not in str(error)
+
+
+def test_the_page_counts_the_keys_of_both():
+    """docs/configuration.md: honoured, noted, refused unless the value asks for nothing, one value alone."""
+    columns = []
+    for dialect in ("erniekit", "paddleformers"):
+        names = (ROOT / "tests" / "golden" / f"{dialect}_keys.txt").read_text(encoding="utf-8").split()
+        honoured = sum(name in schema.fields() or isinstance(RULES[name], Alias) for name in names)
+        later = sum(isinstance(RULES.get(name), Later) for name in names)
+        fixed = sum(isinstance(RULES.get(name), Fixed) for name in names)
+        columns.append([len(names), honoured, len(names) - honoured - later - fixed, later, fixed])
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert "| ERNIEKit: {} keys | PaddleFormers: {} keys |".format(*(column[0] for column in columns)) in page
+    for row in range(1, 5):
+        assert f"| {columns[0][row]} | {columns[1][row]} |\n" in page
