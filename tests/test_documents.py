@@ -64,7 +64,11 @@ def test_defaults_in_the_migration_pages_are_ours(document: str):
 
 def anchors(text: str) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    titles = [re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", line.lstrip("#")) for _, line in prose(text) if line.startswith("#")]
+    titles = [
+        re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", line.lstrip("#"))
+        for _, line in prose(text)
+        if line.startswith("#")
+    ]
     return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
 
 
@@ -82,14 +86,10 @@ def test_links_lead_somewhere(document: str):
 
 
 def commands(document: str) -> list[list[str]]:
-    """Every `erniekit COMMAND FILE ...` in a code block, as words, without what a reader has to fill in."""
-    found = []
-    for language, text in blocks(read(document)):
-        for line in ([] if language.strip() else text.splitlines()):
-            words = shlex.split(line, comments=True)
-            if "erniekit" in words:
-                found.append(words[words.index("erniekit") + 1 :])
-    return [words for words in found if words and words[0].islower()]
+    """Every `erniekit COMMAND ...` in a code block without a language, as words."""
+    texts = [text for language, text in blocks(read(document)) if not language.strip()]
+    lines = re.findall(r"^(?:[A-Z_]+=\S+ )*(?:\S+/)?erniekit ([a-z]+ .*)$", "\n".join(texts), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -97,7 +97,7 @@ def test_commands_are_commands_and_their_files_load(document: str, tmp_path: Pat
     for command, *words in commands(document):
         assert command in COMMANDS, command
         files = [word for word in words if word.endswith(".yaml") and "=" not in word]
-        overrides = [word for word in words if re.fullmatch(r"\w+=\S+", word) and "|" not in word]
+        overrides = [word for word in words if re.fullmatch(r"\w+=[^|\s]+", word) and word != "key=value"]
         if command not in ("train", "eval", "chat", "export", "split") or not files:
             continue
         path = REPOSITORY / files[0]

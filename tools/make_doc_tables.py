@@ -147,7 +147,9 @@ def needs(text: str) -> str:
 
 def precision(compute_type: str) -> str:
     """The base's precision, as people call it."""
-    return {"wint4/8": "experts in 4 bits, the rest in 8", "bf16": "bf16", "fp32": "fp32"}.get(compute_type, compute_type)
+    return {"wint4/8": "experts in 4 bits, the rest in 8", "bf16": "bf16", "fp32": "fp32"}.get(
+        compute_type, compute_type
+    )
 
 
 def example_files() -> str:
@@ -162,7 +164,9 @@ def example_files() -> str:
             link = f"[{name}](configs/{model}/{name})"
             method = f"{cfg.stage}, {cfg.fine_tuning}" if command == "train" else ""
             length = f"{cfg.max_seq_len:,}" if command in ("train", "eval") else ""
-            rows.append((link, f"`{command}`", method, precision(cfg.compute_type), length, needs(path.read_text("utf-8"))))
+            rows.append(
+                (link, f"`{command}`", method, precision(cfg.compute_type), length, needs(path.read_text("utf-8")))
+            )
         parts.append(f"## {model}\n\n" + table(("file", "command", "method", "precision", "row length", "needs"), rows))
     return "\n\n".join(parts)
 

@@ -53,7 +53,9 @@ def wrap(text: str) -> str:
 
     for line in text.splitlines():
         mark = line.strip()
-        verbatim = not mark or mark.startswith(("#", "|", "<", "```", "![")) or (not paragraph and line.startswith("    "))
+        verbatim = (
+            not mark or mark.startswith(("#", "|", "<", "```", "![")) or (not paragraph and line.startswith("    "))
+        )
         if until or verbatim:
             finish()
             result.append(line)
