@@ -1,7 +1,6 @@
-"""ERNIE 4.5's own tokenizer and chat template, where their files are available: ids, round trips, and templates byte for
-byte.
+"""ERNIE 4.5's own tokenizer and chat template: ids, round trips, and templates byte for byte.
 
-The files are looked for in `shared/data/ernie45` beside the repository; they are too large to keep in it.
+The files are looked for in `shared/data/ernie45` beside the repository, since they are too large to keep in it.
 """
 
 import json
