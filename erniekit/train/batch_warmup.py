@@ -10,10 +10,10 @@ def microbatches_at(step: int, full: int, warmup_steps: int) -> int:
     return max(1, -(-full * (step + 1) // (warmup_steps + 1)))
 
 
-def steps_for(num_microbatches: int, full: int, warmup_steps: int) -> int:
-    """Optimizer steps that use up `num_microbatches`; the last may be short."""
-    step = used = 0
+def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0) -> int:
+    """Optimizer steps that use up `num_microbatches` after `done` steps; the last may be short."""
+    step, used = done, 0
     while used < num_microbatches and step < warmup_steps:
         used += microbatches_at(step, full, warmup_steps)
         step += 1
-    return step + -(-max(num_microbatches - used, 0) // full)
+    return step - done + -(-max(num_microbatches - used, 0) // full)
