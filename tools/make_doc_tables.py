@@ -25,8 +25,8 @@ COMMANDS = {"run_chat": "chat", "run_eval": "eval", "run_export": "export"}  # a
 CONVERSIONS: dict[Callable[..., object], str] = {
     compat.negated: "`True` becomes `False`, `False` becomes `True`",
     compat.lora_flag: "`True` means `LoRA`; `False` says nothing",
-    compat.weak: "gives way to `batch_size`",
-    compat.weaker: "gives way to `batch_size` and `per_device_train_batch_size`",
+    compat.weak: "gives way to the key itself",
+    compat.weaker: "gives way to the key itself and to its other names",
     compat.bf16_flag: "`True` means `bf16`; `False` means `fp32` where nothing else gives a precision",
     compat.fp16_flag: "`True` means `fp16`, which is not there yet; `False` says nothing",
     compat.quantisation: "`weight_only_int8`: `wint8`; `weight_only_int4`: `wint4`; `weight_only_mix`: `wint4/8`; "
@@ -88,8 +88,18 @@ def not_there_yet(names: list[str]) -> str:
     pairs = [(name, rule.feature) for name in names if isinstance(rule := RULES.get(name), Later)]
     refused = [(feature, code(group), "refused, unless it is off") for feature, group in grouped(pairs)]
     pairs = [(name, rule.of) for name in names if isinstance(rule := RULES.get(name), Detail)]
+    fixed = [(name, why) for name in names for why in one_value(name)]
+    refused += [(why, code(group), "accepted with one value only") for why, group in grouped(fixed)]
     ignored = [(f"only read with {of}", code(group), "accepted, with a note") for of, group in grouped(pairs)]
     return table(("what it belongs to", "keys", "what happens"), refused + ignored)
+
+
+def one_value(name: str) -> list[str]:
+    """The reason why a key has only one value here, or nothing where it has more."""
+    match RULES.get(name):
+        case object(only=_, why=why):
+            return [why]
+    return []
 
 
 def renamed(names: list[str]) -> str:
@@ -123,6 +133,8 @@ def every_name(names: list[str]) -> str:
                 pairs.append((name, f"refused, unless it is off: {feature}"))
             case Detail(of=of):
                 pairs.append((name, f"only read with {of}"))
+            case object(only=_, why=why):
+                pairs.append((name, f"one value only: {why}"))
             case _ if name in schema.fields():
                 pairs.append((name, "the same key"))
             case _ if name in synonyms.table():
@@ -130,6 +142,11 @@ def every_name(names: list[str]) -> str:
             case _:
                 pairs.append((name, "unknown"))
     return table(("theirs", "here"), [(code(group), text) for text, group in grouped(pairs)])
+
+
+def only_in_paddleformers() -> list[str]:
+    """PaddleFormers' keys that ERNIEKit does not have."""
+    return [name for name in key_names("paddleformers") if name not in key_names("erniekit")]
 
 
 def needs(text: str) -> str:
@@ -189,7 +206,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "without effect": lambda: without_effect(key_names("erniekit")),
         "not there yet": lambda: not_there_yet(key_names("erniekit")),
     },
-    "docs/from-paddleformers.md": {"keys": lambda: every_name(key_names("paddleformers"))},
+    "docs/from-paddleformers.md": {"keys": lambda: every_name(only_in_paddleformers())},
     "docs/from-llama-factory.md": {
         "same": lambda: code(same(key_names("llama_factory"))) + ".",
         "accepted": lambda: accepted(key_names("llama_factory")),
