@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.cli.commands import COMMANDS
 from erniekit.config import load, schema
@@ -83,6 +83,15 @@ def test_links_lead_somewhere(document: str):
         assert there.exists(), target
         if anchor:
             assert anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != CHANGES])
+def test_modules_that_are_named_exist(document: str):
+    """`nn/linear.py`, `erniekit/nn/linear.py: Linear`, `tests/unit/nn/test_mlp.py`; not files of other projects."""
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)[:`]", read(document)):
+        first = name.split("/")[0]
+        root = REPOSITORY if first in ("erniekit", "tests", "tools") else REPOSITORY / "erniekit"
+        assert (root / name).is_file() or not (root / first).is_dir() or name == "data/indexed_dataset.py", name
 
 
 def commands(document: str) -> list[list[str]]:

@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY, Module, read_package
+from support.source_tree import REPOSITORY, Module, read_package
 
 PAGE = REPOSITORY / "docs" / "glossary.md"
 

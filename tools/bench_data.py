@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from erniekit.config import Config, load
-from erniekit.data.encode import Encoder
+from erniekit.data.chat.encode import Encoder
+from erniekit.data.chat.template import Template, load_template
+from erniekit.data.chat.tokenizer import Tokenizer, load_tokenizer
 from erniekit.data.loader import build_loader
-from erniekit.data.template import Template, load_template
-from erniekit.data.tokenizer import Tokenizer, load_tokenizer
 
 RECORDS = 2000  # that are encoded alone
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from erniekit.data import token_build
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.tokens import build
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 
@@ -50,7 +50,7 @@ class Display:
         self._bar = Progress(*columns, transient=True)
         self._task = self._bar.add_task("", total=None, rate="")
         self._started = self._said = time.monotonic()
-        self._first: token_build.Progress | None = None
+        self._first: build.Progress | None = None
 
     def __enter__(self) -> "Display":
         if self._bar.console.is_terminal:
@@ -60,7 +60,7 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def show(self, done: token_build.Progress, total: int) -> None:
+    def show(self, done: build.Progress, total: int) -> None:
         now = time.monotonic()
         self._first = self._first or done
         rate = f"{(done.tokens - self._first.tokens) / max(now - self._started, 1e-3) / 1e6:.2f} M tokens/s"
@@ -79,8 +79,8 @@ def main() -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer)
         with Display() as display:
-            done = token_build.build_token_files(
-                token_build.find_inputs(args.inputs),
+            done = build.build_token_files(
+                build.find_inputs(args.inputs),
                 Path(args.output).expanduser(),
                 tokenizer,
                 num_workers=args.workers,
