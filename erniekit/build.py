@@ -171,9 +171,8 @@ def _recompute_options(cfg: Config) -> RecomputeOptions:
         kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
     except ValueError:
         raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
-    return RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
-    )
+    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
+    return RecomputeOptions(cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import paddle
 from erniekit import lora
 from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.model_dir import has_weights
+from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Batch, flat_pairs
 from erniekit.data.loader import Loader
@@ -80,7 +81,8 @@ def find_reference(cfg: Config, model: FoundModel) -> PreparedModel | None:
     random_start = not cfg.continue_training
     if not random_start and not has_weights(base):
         return None
-    return prepare_model(base, inference_options(cfg, random_start=random_start))
+    shape = model_config(cfg, base) if random_start else None
+    return prepare_model(base, inference_options(cfg, random_start=random_start), shape)
 
 
 @contextmanager

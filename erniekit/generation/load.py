@@ -14,13 +14,14 @@ from erniekit.checkpoint.model_dir import (
     is_adapter,
     require_model,
 )
+from erniekit.checkpoint.model_shape import directories, given_shape, model_config
 from erniekit.checkpoint.peft_read import base_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
-from erniekit.hub import resolve_model
+from erniekit.hub import resolve_model, resolve_tokenizer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.utils import log
@@ -31,8 +32,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is what the
-    template is told (None: nothing).
+    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is
+    passed to the template (None: it is not).
     """
 
     model: CausalLM
@@ -108,8 +109,9 @@ def find_model(cfg: Config) -> FoundModel:
     `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is attached to
     its base: `model_name_or_path`, else the local directory that it names itself.
 
-    model_name_or_path with continue_training: false is the random start that training has. A checkpoint without
-    tokenizer files takes those of model_name_or_path. Everything is checked, no weight is read. Raises CheckpointError
+    With continue_training: false, model_name_or_path, or the shape that the YAML gives, is the random start that
+    training has. The tokenizer is that of `tokenizer_name_or_path`, else the checkpoint's, else that of
+    model_name_or_path. Everything is checked, no weight is read. Raises CheckpointError
     or ConfigError that names the key.
     """
     path, is_start = _directory(cfg)
@@ -121,7 +123,8 @@ def find_model(cfg: Config) -> FoundModel:
     if not random_start and not has_weights(base):
         start = " (or set continue_training: false for a random start)" if is_start else ""
         raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
-    prepared = prepare_model(base, inference_options(cfg, None if base == path else path, random_start))
+    shape = model_config(cfg, base) if random_start else None
+    prepared = prepare_model(base, inference_options(cfg, None if base == path else path, random_start), shape)
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
     thinking = cfg.enable_thinking
     if thinking is not None and "enable_thinking" not in template.source:
@@ -151,6 +154,8 @@ def _directory(cfg: Config) -> tuple[Path, bool]:
                 f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
             )
         return Path(cfg.lora_path), False
+    if cfg.model_name_or_path is None and given_shape(cfg) and cfg.tokenizer_name_or_path is not None:
+        return directories(cfg)[0], True
     if cfg.model_name_or_path is None:
         raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
     if missing:
@@ -162,6 +167,8 @@ def _directory(cfg: Config) -> tuple[Path, bool]:
 
 
 def _tokenizer(cfg: Config, path: Path) -> Tokenizer:
+    if cfg.tokenizer_name_or_path is not None:
+        return load_tokenizer(resolve_tokenizer(cfg.tokenizer_name_or_path, cfg.download_hub))
     if any((path / name).is_file() for name in _TOKENIZERS) or cfg.model_name_or_path is None:
         return load_tokenizer(path)
     source = resolve_model(cfg.model_name_or_path, cfg.download_hub)

@@ -16,12 +16,12 @@ import paddle
 from erniekit import lora
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import has_weights, require_model
+from erniekit.checkpoint.model_shape import directories, model_config
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -53,6 +53,7 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
     chunks: list[tuple[int, ...]]
@@ -107,14 +108,14 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
     what the user can mend.
     """
-    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    assert cfg.output_dir, "config.load requires it to train"
     if cfg.stage == "DPO":
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
-    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
     prepared = prepare(cfg, model_dir, mesh)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh, 0)
@@ -144,6 +145,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
         chunks=chunks,
@@ -193,11 +195,12 @@ def _recipe(
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
     """The model of a run, checked but not built. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
+        shape = model_config(cfg, model_dir)
         if cfg.continue_training and not has_weights(model_dir):
             raise ConfigError(
                 f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
             )
-        prepared = prepare_model(model_dir, training_options(cfg))
+        prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
 
