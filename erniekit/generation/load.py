@@ -141,12 +141,13 @@ def _directory(cfg: Config) -> tuple[Path, bool]:
             raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
         return find_checkpoint(path), False
     missing = ""
+    shaped = not (cfg.model_name_or_path or cfg.continue_training) and bool(given_shape(cfg))
     if cfg.output_dir is not None:
         try:
             return find_checkpoint(cfg.output_dir), False
         except CheckpointError as error:
             missing = str(error)
-            if cfg.model_name_or_path is None and cfg.lora_path is None:
+            if cfg.model_name_or_path is None and cfg.lora_path is None and not shaped:
                 raise
     if cfg.lora_path is not None:
         if not is_adapter(cfg.lora_path):
@@ -154,7 +155,7 @@ def _directory(cfg: Config) -> tuple[Path, bool]:
                 f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
             )
         return Path(cfg.lora_path), False
-    if cfg.model_name_or_path is None and given_shape(cfg) and cfg.tokenizer_name_or_path is not None:
+    if shaped:
         return directories(cfg)[0], True
     if cfg.model_name_or_path is None:
         raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
