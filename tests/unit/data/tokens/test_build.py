@@ -87,7 +87,7 @@ def test_without_end_tokens(corpus, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("workers", "chunk"), [(0, 1), (1, 100), (3, 500), (2, 10**6)])
 def test_workers_and_chunks_do_not_change_the_files(corpus, tokenizer, whole, tmp_path, monkeypatch, workers, chunk):
-    monkeypatch.setattr(build, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(token_build, "_CHUNK_BYTES", chunk)
     assert build(corpus[0], tmp_path / "x", tokenizer, num_workers=workers) == whole[0]
     assert contents(tmp_path / "x") == contents(whole[1])
 

@@ -449,7 +449,7 @@ def test_an_id_of_another_vocabulary_stops_the_run_with_its_place(tmp_path, monk
     ids = np.full(3_000_000, 20)
     ids[150_001] = 60_000
     write_token_files(tmp_path / "x", [ids], "<u2")
-    monkeypatch.setattr("fake_text.FakeTokenizer.vocab_size", 60_000)
+    monkeypatch.setattr("support.fake_text.FakeTokenizer.vocab_size", 60_000)
     expected = pytest.raises(DataError, match=r"x.bin: document 0, token 150001: id 60000 is not in the tokenizer's")
     with loader(str(tmp_path / "x"), max_seq_len=50_000, batch_size=1) as opened, expected:
         steps(opened)
