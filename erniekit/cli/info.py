@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import erniekit
-from erniekit.cli.commands import COMMANDS
+from erniekit.cli.commands import COMMANDS, NOT_HERE
 from erniekit.utils.errors import ConfigError
 
 USAGE = """\
@@ -52,6 +52,8 @@ def usage(name: str | None = None) -> str:
     if name is None:
         rows = (f"  {key:<9}{command.summary}\n{'':<11}{command.example}" for key, command in COMMANDS.items())
         return USAGE.format(commands="\n".join(rows))
+    if name in NOT_HERE:
+        return NOT_HERE[name]
     if name not in COMMANDS:
         raise ConfigError(f"there is no command named {name!r}; `erniekit help` lists them")
     command = COMMANDS[name]
