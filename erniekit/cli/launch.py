@@ -158,7 +158,7 @@ def _layouts(cfg: Config, degrees: Degrees) -> tuple[Layout, ...]:
 
 def _comparable(cfg: Config, slots: int) -> dict[str, str]:
     """What has to be the same on every host."""
-    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("notes", "source")}
+    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("given", "notes", "source")}
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 

@@ -136,8 +136,6 @@ def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | N
             "mix_strategy: random draws samples without end and needs max_steps. "
             "Hint: set max_steps, or mix_strategy: concat to read everything once."
         )
-    if asked.strategy == "concat" and len({spec.prob for spec in specs}) > 1:
-        log.info(f"{split}_dataset_prob has no effect: {asked.why_concat} reads every data set once")
     dataset = Dataset([Source(spec, split, cfg.on_bad_line, cfg.download_hub) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
@@ -184,7 +182,6 @@ class _Asked:
     types: Any
     probs: Any
     strategy: str
-    why_concat: str
     shuffle: bool
     num_epochs: float | None
 
@@ -193,9 +190,9 @@ def _asked(cfg: Any, split: str) -> _Asked:
     if split == "train":
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
-        return _Asked(paths, types, probs, cfg.mix_strategy, "mix_strategy: concat", cfg.random_shuffle, num_epochs)
+        return _Asked(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
     paths, types, probs = cfg.eval_dataset_path, cfg.eval_dataset_type, cfg.eval_dataset_prob
-    return _Asked(paths, types, probs, "concat", "evaluation", False, 1.0)
+    return _Asked(paths, types, probs, "concat", False, 1.0)
 
 
 def _packer(cfg: Any) -> tuple[Packer, int]:

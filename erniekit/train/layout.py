@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from erniekit.config import pointless
+from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Degrees, check_model
@@ -42,17 +44,15 @@ def plan_actions(
 
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str]:
-    """What the log says about the ranks; nothing for one."""
-    inert = []
-    if cfg.sharding and degrees.data == 1:
-        inert = [f"sharding: {cfg.sharding}: no effect: there is one data rank"]
-    elif cfg.sharding_parallel_degree > 1 and not cfg.sharding:
-        inert = [
+    """What the log says about the ranks, and about keys that do nothing with this model on these ranks."""
+    notes = pointless.notes(cfg, "train", facts_of(config, degrees))
+    if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
+        notes.append(
             f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
             "without sharding: stage1 or stage2"
-        ]
+        )
     if degrees.world == 1:
-        return inert
+        return notes
     shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
@@ -64,7 +64,13 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: Degrees) -> list[str
     if degrees.pipeline > 1:
         stages = cut_layers(cfg, config, degrees.pipeline)
         lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
-    return lines + inert
+    return lines + notes
+
+
+def facts_of(config: ModelConfig, degrees: Degrees) -> Facts:
+    """What the model and the job say about which keys do something."""
+    aux_free = bool(config.extra.get("moe_use_aux_free", False))
+    return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
 
 
 def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
