@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, write_json
+from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from erniekit.checkpoint.safetensors import SINGLE_FILE, Reader, Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
 from erniekit.lora.layers import own_name
 from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
+from erniekit.utils import atomic
 
 PREFIX = "base_model.model."
 
@@ -92,7 +93,7 @@ def write_adapter(
         for (_, group), array in zip(groupby(entries, key=lambda entry: entry.param), tensors, strict=True):
             for entry in group:
                 writer.write(entry.name, entry.to_file(array))
-    write_json(directory / ADAPTER_CONFIG_FILE, _config_json(state, config))
+    atomic.write_json(directory / ADAPTER_CONFIG_FILE, _config_json(state, config))
     (staging / SINGLE_FILE).replace(directory / ADAPTER_FILE)
     staging.rmdir()
 

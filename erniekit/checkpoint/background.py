@@ -6,6 +6,7 @@ what it wrote, and the first rank waits for all of them. A rank that dies leaves
 was there before stays the newest checkpoint.
 """
 
+import errno
 import json
 import shutil
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from erniekit.checkpoint.portion import Portion, number, write_indexes
 from erniekit.checkpoint.together import agree, on_first
 from erniekit.parallel.comm import Group
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
 MARKER_SECONDS = 1800.0  # the others' time to write, once the first rank has written its own part
@@ -90,7 +91,7 @@ class Save:
         def make() -> None:
             with self.guard():
                 shutil.rmtree(self.temporary, ignore_errors=True)
-                self.temporary.mkdir(parents=True)
+                self.temporary.mkdir()  # without parents: an output directory that was removed is an error
 
         on_first(self.group, make)
         number(self.portions, self.group)
@@ -128,10 +129,7 @@ class Save:
             raise
 
     def _tell(self, content: dict[str, Any]) -> None:
-        marker = _marker(self.temporary, self.group.index)
-        ready = marker.with_suffix(".tmp")
-        ready.write_text(json.dumps(content), encoding="utf-8")
-        ready.rename(marker)
+        atomic.write_json(_marker(self.temporary, self.group.index), content)
 
     def _tell_failure(self, error: Exception) -> None:
         try:
@@ -154,6 +152,8 @@ class Save:
                     written[index] = content["written"]
                     marker.unlink()
                     waiting.discard(index)
+            if waiting and not self.temporary.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "removed while it was being written", str(self.temporary))
             if waiting and time.monotonic() > deadline:
                 missing = ", ".join(str(self.group.ranks[index]) for index in sorted(waiting))
                 raise CheckpointError(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.folder import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE, write_json
+from erniekit.checkpoint.folder import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE
+from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object
 
@@ -23,7 +24,7 @@ def write_chat_template(directory: Path, source: str, end_ids: Sequence[int]) ->
     if tokenizer.is_file():
         settings = read_json_object(tokenizer, CheckpointError)
         if settings.pop("chat_template", None) is not None:
-            write_json(tokenizer, settings)
+            atomic.write_json(tokenizer, settings)
     generation = directory / GENERATION_CONFIG_FILE
     if generation.is_file():
         settings = read_json_object(generation, CheckpointError)
@@ -31,4 +32,4 @@ def write_chat_template(directory: Path, source: str, end_ids: Sequence[int]) ->
         ids = known if isinstance(known, list) else [] if known is None else [known]
         lacking = [i for i in end_ids if i not in ids]
         if ids and lacking:
-            write_json(generation, settings | {"eos_token_id": [*ids, *lacking]})
+            atomic.write_json(generation, settings | {"eos_token_id": [*ids, *lacking]})

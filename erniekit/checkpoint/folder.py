@@ -1,24 +1,23 @@
 """Model directories as a whole: complete or not there, found again, and the files beside the weights."""
 
-import json
+import functools
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from erniekit.checkpoint.run_record import read_record
 from erniekit.checkpoint.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
     WEIGHT_FILE,
     replace_weights,
-    sync_directory,
     write_error,
 )
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -37,6 +36,35 @@ TOKENIZER_FILES = (
 )
 COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, "preprocessor_config.json", "LICENSE", "README.md")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """N of .../checkpoint-N, None for another name."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Those that the run has set aside lie deeper and are not among them."""
+    if not output_dir.is_dir():
+        return []
+    found = [(checkpoint_step(p), p) for p in output_dir.iterdir() if p.is_dir()]
+    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def holds_model(directory: Path) -> bool:
+    """Whether a directory holds a complete model or adapter."""
+    return has_weights(directory) or is_adapter(directory)
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files of the model or adapter in a directory, whole or not. The first ones make it one: without them it is no
+    model any more. Notices (LICENSE, README.md) are not among them: they may be the user's.
+    """
+    first = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
+    others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
+    weights = sorted(entry.name for entry in directory.iterdir() if WEIGHT_FILE.fullmatch(entry.name))
+    return [path for name in (*first, *weights, *others) if os.path.lexists(path := directory / name)]
 
 
 def has_weights(directory: Path) -> bool:
@@ -60,7 +88,8 @@ def require_model(directory: Path) -> None:
 
 
 def find_checkpoint(output_dir: str | Path) -> Path:
-    """The model or the adapter of a run: the final one in `output_dir`, else the newest `checkpoint-N` that holds one.
+    """The model or the adapter of a run: the newest `checkpoint-N` of a run under way, the final one in `output_dir` of
+    a finished run; a log line where both are there and the checkpoint is meant.
 
     Raises CheckpointError where there is neither.
     """
@@ -69,20 +98,39 @@ def find_checkpoint(output_dir: str | Path) -> Path:
         raise CheckpointError(
             f"{root} holds both a model and an adapter, so it is not clear which is meant: move one of them elsewhere."
         )
-    if has_weights(root) or is_adapter(root):
-        return root
-    numbered = []
-    if root.is_dir():
-        found = ((_CHECKPOINT.fullmatch(entry.name), entry) for entry in root.iterdir())
-        numbered = sorted(((int(match.group(1)), entry) for match, entry in found if match), reverse=True)
-    for _, directory in numbered:
-        if has_weights(directory) or is_adapter(directory):
-            return directory
+    newest = None
+    for directory in reversed(list_checkpoints(root)):
+        if holds_model(directory):
+            newest = directory
+            break
         log.warning(f"{directory} holds no complete weights; looking for an earlier checkpoint")
+    if holds_model(root):
+        reason = None if newest is None else _newer_than_final(root, newest)
+        if newest is None or reason is None:
+            return root
+        log.info(f"{newest.name} of {root} is meant, not the final model beside it: {reason}")
+    if newest is not None:
+        return newest
     raise CheckpointError(
         f"No valid checkpoint found in: {root}. Expected {SINGLE_FILE} or {INDEX_FILE} with {CONFIG_FILE}, or an "
         f"adapter ({ADAPTER_FILE}), there or in a checkpoint-N below it; train first, or check output_dir."
     )
+
+
+def _newer_than_final(root: Path, newest: Path) -> str | None:
+    """Why a checkpoint stands for the run although there is a final model; None where the final model does."""
+    record = read_record(root)
+    step = checkpoint_step(newest)
+    if record is None or step is None:  # another tool's directory: it says nothing of its order
+        return None
+    final = record.final_model
+    if final is None:
+        return "the run is not finished, and did not write that model"
+    if final.branch != record.branch:
+        return "the run went back to an earlier checkpoint since it wrote that model, and is not finished"
+    if final.step < step:
+        return f"that model is of step {final.step}, and the run has gone on since"
+    return None
 
 
 @contextmanager
@@ -109,19 +157,20 @@ def staged(directory: str | Path) -> Iterator[Path]:
 
 def staging_of(target: Path) -> Path:
     """The temporary directory of `target`, on the same file system."""
-    return target / ".saving" if target.is_dir() else target.parent / f".{target.name}.saving"
+    return atomic.shared_temporary(target / "model" if target.is_dir() else target)
 
 
 def move_staged(staging: Path, target: Path) -> None:
     """Move what was written into the temporary directory `staging` to `target`, as `staged` says."""
-    if not target.exists():
+    if not os.path.lexists(target):
         os.rename(staging, target)
-        sync_directory(target.parent)
+        atomic.sync_directory(target.parent)
         return
     files = {file.name: file for file in sorted(staging.iterdir())}
     weights = {name: file for name, file in files.items() if WEIGHT_FILE.fullmatch(name)}
-    if weights:
-        (target / INDEX_FILE).unlink(missing_ok=True)  # from here to the end the directory is not a sharded model
+    if weights:  # from here to the end the directory is no model: never one's weights with another's configuration
+        for name in (INDEX_FILE, SINGLE_FILE):
+            (target / name).unlink(missing_ok=True)
     for name, file in files.items():
         if name not in weights:
             os.replace(file, target / name)
@@ -129,36 +178,67 @@ def move_staged(staging: Path, target: Path) -> None:
         replace_weights(target, weights)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable JSON, on disk when this returns."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
     """config.json in `format`, and generation_config.json where there is none yet."""
-    write_json(directory / CONFIG_FILE, config.to_dict(format))
+    atomic.write_json(directory / CONFIG_FILE, config.to_dict(format))
     generation = directory / GENERATION_CONFIG_FILE
     if not generation.exists():
         end = config.extra.get("eos_token_id", config.eos_token_id)
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": end, "pad_token_id": config.pad_token_id}
-        write_json(generation, ids)
+        atomic.write_json(generation, ids)
 
 
 def copy_companions(
     source: str | Path, target: str | Path, with_tokenizer: bool = True, names: Sequence[str] = COMPANIONS
 ) -> list[str]:
-    """Copy a model directory's tokenizer, chat template, generation settings and notices; returns the names copied."""
+    """Copy a model directory's tokenizer, chat template, generation settings and notices; returns the names copied.
+
+    A symbolic link is followed within the model's directory and within a cache of the Hub, which consists of links. One
+    that leads elsewhere is left out, with a warning: nobody may plant a private file in what is passed on.
+    """
     copied = []
     for name in names:
         file = Path(source) / name
-        if file.is_file() and (with_tokenizer or name not in TOKENIZER_FILES):
+        if not os.path.lexists(file) or (name in TOKENIZER_FILES and not with_tokenizer):
+            continue
+        reason = _why_not_copied(file)
+        if reason is None:
             shutil.copyfile(file, Path(target) / name)
             copied.append(name)
+        else:
+            _warn_once(f"{file}: not copied: {reason}. Put a copy of the file there if it belongs to the model")
     return copied
+
+
+def _why_not_copied(file: Path) -> str | None:
+    """None for a regular file of the model, also through a link."""
+    if not file.is_file():
+        return "a link to nothing" if file.is_symlink() and not file.exists() else "not a regular file"
+    if leads_outside(file):
+        return f"a link to {file.resolve()}, outside the model's directory"
+    return None
+
+
+def leads_outside(file: Path) -> bool:
+    """Whether a file of a model directory is a link to a file that belongs neither to the directory nor to the Hub's
+    cache of the same repository (snapshots/REVISION/file -> ../../blobs/HASH).
+    """
+    directory, real = file.parent.resolve(), file.resolve()
+    root = directory.parent.parent if directory.parent.name == "snapshots" else directory
+    return not real.is_relative_to(root)
+
+
+def say_links(source: str | Path) -> None:
+    """A log line for each weight or configuration file that is read through a link to elsewhere."""
+    for file in sorted(Path(source).iterdir()):
+        if (WEIGHT_FILE.fullmatch(file.name) or file.name == CONFIG_FILE) and leads_outside(file):
+            log.info(f"{file} is a link to {file.resolve()}, outside the model's directory; it is read from there")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """For what every save of a run would say again."""
+    log.warning(message)
 
 
 def not_copied(source: str | Path) -> list[str]:

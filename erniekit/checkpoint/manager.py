@@ -9,35 +9,19 @@ import contextlib
 import errno
 import functools
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from erniekit.checkpoint.background import Save
-from erniekit.checkpoint.folder import move_staged, staging_of
+from erniekit.checkpoint.folder import list_checkpoints, move_staged, staging_of
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.together import on_first
 from erniekit.parallel.comm import Group
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
-_NAME = re.compile(r"checkpoint-(\d+)$")
-_TEMPORARY = re.compile(r"\.checkpoint-\d+(\.old)?\.tmp$")
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """N of .../checkpoint-N, None for another name."""
-    match = _NAME.match(path.name)
-    return int(match.group(1)) if match else None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(checkpoint_step(p), p) for p in output_dir.iterdir() if p.is_dir()]
-    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+ABANDONED = "abandoned-"  # directories of checkpoints that a run set aside when it went back before them
 
 
 def sync_tree(directory: Path) -> None:
@@ -56,15 +40,27 @@ def disk_errors(what: str, where: Path, kept: str) -> Iterator[None]:
     """Turn an operating-system error while writing into one message that says what is still there."""
     try:
         yield
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        if not where.is_dir():
+            raise removed(what, where) from error
+        if isinstance(error, CheckpointError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
-        free = shutil.disk_usage(where).free if where.is_dir() else 0
+        free = shutil.disk_usage(where).free
         hint = f"Free some space ({free / 1e9:.1f} GB are left)" if full else "Mend that"
         raise CheckpointError(
             f"{what} could not be written to {where}: {reason}. {kept} {hint} and run the same command again: it "
             "goes on from the newest checkpoint."
         ) from error
+
+
+def removed(what: str, output_dir: Path) -> CheckpointError:
+    """For a run whose output directory is no longer there."""
+    return CheckpointError(
+        f"output_dir: {output_dir} was removed or renamed while the run was going on: {what} cannot be written "
+        "there. Put the directory back and run the same command again."
+    )
 
 
 class CheckpointManager:
@@ -77,11 +73,29 @@ class CheckpointManager:
         self._running: Save | None = None
 
     def remove_leftovers(self) -> None:
-        """Delete temporary directories that a killed run left behind."""
-        for path in self.output_dir.iterdir():
-            if path.is_dir() and _TEMPORARY.match(path.name):
-                log.info(f"removing {path.name}: a save that did not finish")
-                shutil.rmtree(path)
+        """Delete what a killed run left half written or half deleted."""
+        for name in atomic.remove_leftovers(self.output_dir):
+            log.info(f"{self.output_dir}: removed {name}, which a killed process left behind")
+
+    def new_aside(self) -> Path:
+        """A new directory for what the run sets aside."""
+        numbers = [path.name.removeprefix(ABANDONED) for path in self.output_dir.glob(f"{ABANDONED}*")]
+        aside = self.output_dir / f"{ABANDONED}{1 + max((int(n) for n in numbers if n.isdigit()), default=0)}"
+        aside.mkdir()
+        return aside
+
+    def set_aside(self, checkpoints: Sequence[Path], aside: Path) -> None:
+        """Move checkpoints, newest first, into a directory below the output directory, where they are still whole but
+        no longer count: neither as the newest, nor for save_total_limit.
+        """
+        for path in reversed(checkpoints):
+            if path.is_symlink():  # a relative link would lead elsewhere from there
+                (aside / path.name).symlink_to(path.resolve(), target_is_directory=True)
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
+        atomic.sync_directory(aside)
+        atomic.sync_directory(self.output_dir)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -104,13 +118,13 @@ class CheckpointManager:
         """
         self.wait()
         target = self.output_dir / f"checkpoint-{step}"
-        temporary = self.output_dir / f".checkpoint-{step}.tmp"
+        temporary = atomic.shared_temporary(target)
         newest = self.newest()
         kept = f"{newest.name} is unharmed." if newest else "There is no earlier checkpoint."
 
         def commit() -> None:
             sync_tree(temporary)
-            _replace(temporary, target)
+            atomic.replace_tree(temporary, target)
             self.prune(keep)
 
         guard = functools.partial(disk_errors, target.name, self.output_dir, kept)
@@ -131,6 +145,8 @@ class CheckpointManager:
         guard = functools.partial(disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.")
 
         def commit() -> None:
+            if not self.output_dir.is_dir():  # the model alone, without the run, would appear in its place
+                raise removed("the final model", self.output_dir)
             move_staged(staging, target)
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -154,25 +170,4 @@ class CheckpointManager:
         found = list_checkpoints(self.output_dir)
         spare = [path for path in found[:-1] if path != keep]
         for path in spare[: max(0, len(found) - self.limit)]:
-            # Renamed first, so that a kill halfway leaves no torn checkpoint under its name.
-            doomed = path.with_name(f".{path.name}.tmp")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Rename over an existing checkpoint of the same step, which a directory rename cannot do in one go."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            atomic.remove_tree(path)

@@ -10,7 +10,7 @@ import paddle
 
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.adapter_io import attach_stored
-from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs, write_json
+from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs
 from erniekit.checkpoint.generation_config import read_generation_config
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
@@ -25,7 +25,7 @@ from erniekit.models.weights import Logical, logical_tensors
 from erniekit.nn.cut import Cut, take
 from erniekit.precision.low_bit import LowBitWeight
 from erniekit.precision.weight_only import Schemes
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
 __all__ = ["load_model", "load_weights", "model_portion", "read_config", "save_model"]
@@ -222,7 +222,7 @@ def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format:
     write_configs(directory, config, format)
     if model.end_ids != config.end_ids:  # those of the generation_config.json that it was loaded with
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.fill_id}
-        write_json(directory / GENERATION_CONFIG_FILE, ids)
+        atomic.write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 
 def held_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:

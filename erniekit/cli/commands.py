@@ -41,7 +41,7 @@ COMMANDS = {
         "erniekit.cli.convert:run",
         "change weights between the -PT and -Paddle layouts",
         "erniekit convert ./in ./out format=pt",
-        "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5]",
+        "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
     ),
     "chat": Command(
         "erniekit.serve.chat:chat",

@@ -10,10 +10,13 @@ import ipaddress
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from erniekit import config, hub
+from erniekit.checkpoint.folder import list_checkpoints
+from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
@@ -21,6 +24,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Degrees
 from erniekit.train.layout import check_layout
 from erniekit.utils import heartbeat, job_token, log, runtime
+from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
@@ -116,8 +120,15 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),
-        again=lambda: _go_on(Path(cfg.output_dir or "")),
+        again=partial(_go_on, Path(cfg.output_dir), start_id(Path(cfg.output_dir))),
     )
+
+
+def require_free(cfg: Config) -> None:
+    """ConfigError if output_dir cannot be made, or a job runs in it, whose logs those of new workers would replace."""
+    assert cfg.output_dir, "config.load requires it to train"
+    make_directory(Path(cfg.output_dir), "output_dir")
+    DirectoryLock(Path(cfg.output_dir)).require_free()
 
 
 def _check_model(cfg: Config, degrees: Degrees) -> None:
@@ -162,10 +173,15 @@ def _comparable(cfg: Config, slots: int) -> dict[str, str]:
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 
-def _go_on(output_dir: Path) -> list[str]:
-    """What a restarted worker is told on top: keep what was saved, and resume from it whatever it began with."""
+def _go_on(output_dir: Path, start: str | None) -> list[str]:
+    """What a restarted worker is told on top. Once a process has begun to train (run.json tells of another start than
+    `start`, that of a run before): keep what was saved, and resume from it. Until then nothing: what the
+    configuration asks of output_dir has not been done.
+    """
+    if start_id(output_dir) == start:
+        return []
     words = ["--overwrite_output_dir=false"]
-    return [*words, "--resume_from_checkpoint=auto"] if any(output_dir.glob("checkpoint-*")) else words
+    return [*words, "--resume_from_checkpoint=auto"] if list_checkpoints(output_dir) else words
 
 
 def _master(environ: Mapping[str, str], hosts: int) -> Master | None:

@@ -21,6 +21,8 @@ def run(args: list[str]) -> int:
     if job is not None:
         from erniekit.cluster import agent
 
+        if job.master is None:  # a spare host may come while the job runs
+            launch.require_free(cfg)
         return agent.run(job)
     if cfg.max_restarts and not launch.is_supervised():
         log.info(

@@ -51,7 +51,9 @@ class TrainArgs:
     )
     output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path="one")
     overwrite_output_dir: bool = key(
-        False, "Start anew although output_dir holds a run: its checkpoints and metrics are removed."
+        False,
+        "Start anew although output_dir holds a run: its checkpoints, metrics and final model are removed. For export "
+        "and split: replace another model in the directory that they write.",
     )
     disable_tqdm: bool = key(False, "No progress bar: plain log lines.")
     resume_from_checkpoint: str = key(

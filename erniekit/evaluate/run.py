@@ -17,8 +17,10 @@ from erniekit.evaluate.answers import Prediction, answer_questions, read_questio
 from erniekit.evaluate.pairs import score_pairs
 from erniekit.generation.load import Opened, open_model
 from erniekit.models.scoring import LARGEST_EXPONENT, score_batches
-from erniekit.utils import log
+from erniekit.utils import atomic, log
+from erniekit.utils.directory_lock import make_directory
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from erniekit.utils.user_files import read_json_object
 
 RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
 
@@ -121,27 +123,36 @@ def _target(cfg: Config) -> Path:
     directory = cfg.eval_output or cfg.output_dir
     if directory is None:
         raise ConfigError("eval_output: say where the results go: give eval_output or output_dir")
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        key = "eval_output" if cfg.eval_output else "output_dir"
-        raise ConfigError(f"{key}: {directory} cannot be made: {error.strerror}") from None
-    return Path(directory)
+    target, key = Path(directory), "eval_output" if cfg.eval_output else "output_dir"
+    make_directory(target, key)
+    for name in (RESULTS_FILE, PREDICTIONS_FILE):
+        if (target / name).is_dir():
+            raise ConfigError(f"{key}: {target / name} is a directory. Remove or rename it, or choose another {key}.")
+    return target
 
 
 def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction] | None) -> None:
+    """Write the files, each whole or as it was; predictions first: results stand for a finished evaluation."""
+    _say_replaced(target / RESULTS_FILE, results["model"])
     files = {RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"}
     if predictions is not None:
         lines = (json.dumps(prediction.record(), ensure_ascii=False) for prediction in predictions)
-        files[PREDICTIONS_FILE] = "\n".join(lines) + "\n"
+        files = {PREDICTIONS_FILE: "\n".join(lines) + "\n"} | files
     for name, text in files.items():
-        new = target / f".{name}.new"
         try:
-            new.write_text(text, encoding="utf-8")
-            new.replace(target / name)  # an earlier result stays whole until this one is
+            atomic.write_text(target / name, text)
         except OSError as error:
-            new.unlink(missing_ok=True)
             raise UserError(
                 f"{target / name}: cannot be written: {error.strerror}. Free space, or set eval_output."
             ) from None
     log.info(f"results: {', '.join(str(target / name) for name in files)}")
+
+
+def _say_replaced(file: Path, model: str) -> None:
+    """Say so where the results of another model are replaced."""
+    try:
+        before = read_json_object(file, UserError).get("model")
+    except (FileNotFoundError, UserError):
+        return
+    if before != model:
+        log.info(f"{file}: replaces the results of {before}; eval_output keeps them apart")

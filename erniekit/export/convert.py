@@ -14,9 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.folder import copy_companions, not_copied, staged, write_configs
+from erniekit.checkpoint.folder import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.safetensors import Plan, Writer
 from erniekit.checkpoint.source import METADATA, Source
+from erniekit.export.target import model_target
 from erniekit.models.config import FORMATS, Format
 from erniekit.models.weights import Logical
 from erniekit.utils import log
@@ -41,15 +42,17 @@ def convert(
     format: Format,
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Write the model of `source_dir` (its layout is recognised by its names) to `target_dir` in `format`.
 
     `dtype` of the target (router and correction bias become float32); None keeps every tensor's own.
     Multi-token-prediction tensors, tokenizer and chat template come along; files that do not are named in a log line.
-    Raises CheckpointError: unknown, missing or misshapen tensors (all listed), a full disk, a damaged file.
+    Another model in `target_dir` is replaced only with `overwrite`. Raises CheckpointError: unknown, missing or
+    misshapen tensors (all listed), a full disk, a damaged file.
     """
     require_apart(source_dir, target_dir)
-    with staged(target_dir) as staging:
+    with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)
     tell_not_copied(source_dir)

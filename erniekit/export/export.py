@@ -9,7 +9,6 @@ from erniekit.checkpoint.folder import (
     copy_companions,
     find_checkpoint,
     is_adapter,
-    staged,
 )
 from erniekit.checkpoint.source import Source
 from erniekit.config import Config
@@ -17,9 +16,12 @@ from erniekit.data.template import load_template, say_if_trained_otherwise
 from erniekit.data.tokenizer import load_tokenizer
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
+from erniekit.export.target import model_target
 from erniekit.models.config import Format
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
+
+OVERWRITE = "overwrite_output_dir: true"
 
 
 def export(cfg: Config) -> Report:
@@ -33,6 +35,7 @@ def export(cfg: Config) -> Report:
         chat_template=cfg.chat_template,
         copy_tokenizer=cfg.copy_tokenizer,
         adapter_dir=adapter,
+        overwrite=cfg.overwrite_output_dir,
     )
 
 
@@ -73,20 +76,24 @@ def export_checkpoint(
     chat_template: str | None = None,
     copy_tokenizer: bool = True,
     adapter_dir: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and compare.
 
     `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype` of the weights: None keeps the
     checkpoint's. `chat_template`: a built-in one's name, or a .jinja file; None takes that of the adapter or the
-    checkpoint, else `text`. Raises CheckpointError for a checkpoint that is not whole or a full disk.
+    checkpoint, else `text`. Another model in `target_dir` is replaced only with `overwrite`. Raises CheckpointError for
+    a checkpoint that is not whole or a full disk.
     """
 
     def merge(source: Source) -> Merge:
         assert adapter_dir is not None
         return Merge(read_adapter(adapter_dir, source.config, checkpoint_dir), source.config)
 
-    require_apart(checkpoint_dir, target_dir)
-    with staged(target_dir) as staging:
+    sources = [checkpoint_dir] if adapter_dir is None else [checkpoint_dir, adapter_dir]
+    for source in sources:
+        require_apart(source, target_dir)
+    with model_target(target_dir, "export", sources, overwrite, OVERWRITE) as staging:
         report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:

@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
-from erniekit.checkpoint.folder import copy_companions, is_adapter, staged
+from erniekit.checkpoint.folder import copy_companions, is_adapter
 from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.config import Config
 from erniekit.export.convert import Report, digest, require_apart, tell_not_copied
-from erniekit.export.export import checkpoint_of, output_of
+from erniekit.export.export import OVERWRITE, checkpoint_of, output_of
+from erniekit.export.target import model_target
 from erniekit.models.config import CONFIG_FILE
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -16,13 +17,20 @@ from erniekit.utils.errors import CheckpointError
 def split(cfg: Config) -> Report:
     """Write the checkpoint that `cfg` names to `output_dir`/split_export, in files of at most `max_shard_size` GB."""
     target = output_of(cfg) / "split_export"
-    return split_checkpoint(checkpoint_of(cfg), target, f"{cfg.max_shard_size:g}GB", cfg.copy_tokenizer)
+    return split_checkpoint(
+        checkpoint_of(cfg), target, f"{cfg.max_shard_size:g}GB", cfg.copy_tokenizer, cfg.overwrite_output_dir
+    )
 
 
 def split_checkpoint(
-    source_dir: str | Path, target_dir: str | Path, max_shard_size: int | str = "5GB", copy_tokenizer: bool = True
+    source_dir: str | Path,
+    target_dir: str | Path,
+    max_shard_size: int | str = "5GB",
+    copy_tokenizer: bool = True,
+    overwrite: bool = False,
 ) -> Report:
-    """Copy every tensor of `source_dir` as it is, one at a time, and compare what was written.
+    """Copy every tensor of `source_dir` as it is, one at a time, and compare what was written. Another model in
+    `target_dir` is replaced only with `overwrite`.
 
     Raises CheckpointError: a damaged source, a full disk.
     """
@@ -32,7 +40,7 @@ def split_checkpoint(
         raise CheckpointError(f"{source_dir} is an adapter: `erniekit export` merges it, and writes shards as well.")
     reader = Reader(source_dir)
     plan = [(name, *reader.info(name)) for name in reader.keys()]  # noqa: SIM118 - a Reader is not iterable
-    with staged(target_dir) as staging:
+    with model_target(target_dir, "split", [source_dir], overwrite, OVERWRITE) as staging:
         with Writer(staging, plan, max_shard_size, reader.metadata) as writer:
             for name, _, _ in plan:
                 writer.write(name, reader.read(name))

@@ -7,7 +7,6 @@ matter, and data that changed brings only its new pairs. The file says which mod
 import hashlib
 import json
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
 from erniekit.train.flat import FlatBatch, flatten
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import open_regular, parse_json
 
@@ -199,17 +198,12 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def write_cache(path: Path, now: dict[str, str], table: Table) -> None:
     """Write the file, whole or not at all."""
     keys = np.array([list(bytes.fromhex(key)) for key in table], np.uint8)
-    temporary = path.with_name(f".{path.name}.new")
+    model = json.dumps(now | {"version": str(_VERSION)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            model = json.dumps(now | {"version": str(_VERSION)})
+        with atomic.new_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, model=np.array(model), keys=keys, log_probs=np.array(list(table.values()), np.float32))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"ref_logps_cache: {path} cannot be written: {error.strerror}. Name another file."
         ) from None

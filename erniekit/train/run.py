@@ -11,6 +11,7 @@ from erniekit.parallel import comm
 from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.trainer import Trainer
 from erniekit.utils import heartbeat, log, runtime
 
@@ -54,9 +55,9 @@ def train(cfg: Config) -> TrainResult:
     history = _History()
     # The numbers are the same on every rank; one of them reports.
     callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
-    run = build_run(cfg, mesh)
-    if mesh.rank == 0:
-        log.info(_device_line(run.model, mesh))
-    trainer = Trainer(run, callbacks)
-    summary = trainer.fit()
-    return TrainResult(trainer.run.output_dir, history.steps, summary)
+    with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
+        run = build_run(cfg, mesh)
+        if mesh.rank == 0:
+            log.info(_device_line(run.model, mesh))
+        summary = Trainer(run, callbacks, output).fit()
+    return TrainResult(output.path, history.steps, summary)

@@ -1,25 +1,22 @@
 """Where a run begins and what it leaves behind: resuming, checkpoints, the final model."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import paddle
 
-from erniekit.checkpoint.folder import has_weights, is_adapter
-from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
+from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.together import all_or_none, on_first, require_shared
-from erniekit.lora import state_of
+from erniekit.checkpoint.run_record import FinalModel
+from erniekit.checkpoint.together import all_or_none, on_first
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.state import (
-    CONFIG_FILE,
     TrainState,
-    check_identity,
     identity_of,
     load_optimizer,
     optimizer_portion,
@@ -33,8 +30,10 @@ from erniekit.utils.errors import CheckpointError
 class Saver:
     """Checkpoints of one run. All ranks call its methods."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
         self.run = run
+        self.output = output or OutputDir(run.cfg, run.mesh.world_group)
         self.cfg = run.cfg
         self.output_dir = run.output_dir
         self.ranks = run.mesh.world_group
@@ -42,57 +41,41 @@ class Saver:
         self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
 
     def resume(self) -> TrainState:
-        """Prepare the output directory and go on from the checkpoint that resume_from_checkpoint asks for, if any."""
-        found = on_first(self.ranks, self._prepare)
-        require_shared(self.output_dir, self.ranks)
+        """Claim the output directory, and load the checkpoint that resume_from_checkpoint asks for, if any. What is in
+        the directory stays as it is: `begin` changes it.
+        """
+        claim = self.output.claim()
         state = TrainState()
-        if found is not None:
+        if claim.source is not None:
             with all_or_none(self.ranks):
-                state = self._load(Path(found))
+                state = self._load(claim.source)
+        elif claim.final is not None:
+            state = self._after_final(claim.final)
         state.identity, state.layout = identity_of(self.cfg), self._layout()
         return state
 
-    def _prepare(self) -> str | None:
-        """Make the output directory ready; the checkpoint to go on from."""
-        if self.cfg.overwrite_output_dir:
-            self._remove_old_run()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.manager.remove_leftovers()
-        source = self._source()
-        if source is not None:
-            check_identity(read_state(source), self.cfg, source)
-        self._refuse_other_kind()
-        (self.output_dir / CONFIG_FILE).write_text(self.cfg.to_yaml(), encoding="utf-8")
-        return None if source is None else str(source)
-
-    def _refuse_other_kind(self) -> None:
-        """A directory with both a model and an adapter would not say which is meant."""
-        trains_adapter = state_of(self.run.model) is not None
-        if has_weights(self.output_dir) if trains_adapter else is_adapter(self.output_dir):
-            there, here = ("a model", "an adapter") if trains_adapter else ("an adapter", "a model")
+    def _after_final(self, final: FinalModel) -> TrainState:
+        """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
-                f"output_dir: {self.output_dir} holds {there}, and this run writes {here} (fine_tuning: "
-                f"{self.cfg.fine_tuning}). Choose another output_dir."
+                f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
+                f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
+                "or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
+        return TrainState(step=final.step)
+
+    def has_ended(self, state: TrainState, stopped_early: bool) -> bool:
+        """Whether the run that `state` belongs to has nothing left to do: no step, and its final model is there."""
+        final = self.output.claim().final
+        if final is None or final.step != state.step:
+            return False
+        data_ended = final.data_ended and final.max_steps == self.run.max_steps
+        return state.step >= self.run.max_steps or stopped_early or data_ended
 
     def _layout(self) -> dict[str, int]:
         """How the run is divided, and the rows of a step; a run may go on under another layout."""
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
-
-    def _source(self) -> Path | None:
-        asked = self.cfg.resume_from_checkpoint
-        if asked == "auto":
-            return self.manager.newest()
-        if asked == "none":
-            if list_checkpoints(self.output_dir):
-                raise CheckpointError(
-                    f"output_dir: {self.output_dir} holds checkpoints, but resume_from_checkpoint is none. Set "
-                    "overwrite_output_dir: true to remove "
-                    "them, or choose another output_dir."
-                )
-            return None
-        return Path(asked)
 
     def _load(self, source: Path) -> TrainState:
         state = read_state(source)
@@ -127,18 +110,6 @@ class Saver:
                 f"before {before['rows_per_step']}. Change gradient_accumulation_steps to go on as before"
             )
 
-    def _remove_old_run(self) -> None:
-        """overwrite_output_dir: remove checkpoints and metrics of the run that was there, and say so."""
-        old = list_checkpoints(self.output_dir)
-        for path in old:
-            shutil.rmtree(path)
-        metrics = self.output_dir / "metrics.jsonl"
-        if old or metrics.exists():
-            log.info(
-                f"overwrite_output_dir: removed {len(old)} checkpoints and the metrics of the run in {self.output_dir}"
-            )
-        metrics.unlink(missing_ok=True)
-
     def save(self, state: TrainState) -> Path:
         """Write checkpoint-N (whole or not at all), then remove the oldest beyond save_total_limit. With
         use_async_save it is only copied when this returns; what goes wrong later is raised by the next save.
@@ -160,7 +131,7 @@ class Saver:
         best = None if state.best_step is None else self.output_dir / f"checkpoint-{state.best_step}"
         return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
 
-    def save_final(self, state: TrainState) -> Path:
+    def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with
         load_best_model_at_end.
         """
@@ -179,6 +150,7 @@ class Saver:
         for directory, tensors in self._weights().items():
             portions, add = self._prepare_save(tensors)
             self.manager.save_into(self.output_dir / directory, add, portions)
+        self.output.record_final(FinalModel(state.step, 1, self.run.max_steps, data_ended))
         return self.output_dir
 
     def _weights(self) -> dict[str, dict[str, paddle.Tensor]]:

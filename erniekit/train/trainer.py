@@ -17,6 +17,7 @@ from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.train.evaluation import evaluate
 from erniekit.train.flat import FlatBatch, flatten
+from erniekit.train.output_dir import OutputDir
 from erniekit.train.replicas import ReplicaCheck
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
@@ -29,20 +30,34 @@ from erniekit.utils.errors import TrainError
 class Trainer:
     """Runs a Run. `fit` is the loop; `train_step` is one optimizer step."""
 
-    def __init__(self, run: Run, callbacks: list[Callback]) -> None:
+    def __init__(self, run: Run, callbacks: list[Callback], output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
         self.run = run
         self.cfg = run.cfg
         self.callbacks = callbacks
-        self.saver = Saver(run)
+        self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
+        self._data_ended = False
 
     def fit(self) -> dict[str, Any]:
-        """Resume if there is something to resume, train to the last step, save. Returns the summary."""
-        self.state = self.saver.resume()
-        self._saved_step = self.state.step if self.state.step else None
+        """Resume if there is something to resume, train to the last step, save. Returns the summary.
+
+        A run that has ended is left as it is, to the last byte.
+        """
+        with self.saver.output:
+            self.state = self.saver.resume()
+            self._saved_step = self.state.step if self.state.step else None
+            if self.saver.has_ended(self.state, self._stopped_early()):
+                self.run.close()
+                log.info(f"{self.run.output_dir}: the run has ended and its final model is there: nothing is changed")
+                return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
+            self.saver.output.begin(self.state.step, trains=self.state.step < self.run.max_steps)
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         info = self._info()
         summary: dict[str, Any] = {"steps": self.state.step}
         try:
@@ -89,6 +104,7 @@ class Trainer:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
+            self._data_ended = True
             return False
         metrics = self.train_step(batches)
         heartbeat.step(self.state.step)
@@ -276,7 +292,7 @@ class Trainer:
             summary |= metrics
         if self.cfg.save_strategy != "no" and self._saved_step != done:
             self._save()
-        path = self.saver.save_final(self.state)
+        path = self.saver.save_final(self.state, self._data_ended)
         for callback in self.callbacks:
             callback.on_save(done, path)
         if self.state.best_step is not None:

@@ -59,17 +59,45 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def shared_temporary(path: Path) -> Path:
+    """The temporary name of `path` that all processes that write it together agree on. They need a lock, or an owner,
+    against others.
+    """
+    return path.with_name(f".{path.name}.new.tmp")
+
+
+def replace_tree(temporary: Path, target: Path) -> None:
+    """Give a complete directory its name. One that has the name already is renamed first and deleted last: a rename
+    cannot replace a directory that is not empty.
+    """
+    doomed = _doomed(target) if os.path.lexists(target) else None
+    if doomed is not None:
+        os.rename(target, doomed)
+    os.rename(temporary, target)
+    sync_directory(target.parent)
+    if doomed is not None:
+        _delete(doomed)
+
+
 def remove_tree(directory: Path) -> None:
     """Delete a directory: rename it first, so that a kill halfway never leaves half of it under its name. A symbolic
     link is unlinked; what it points to stays.
     """
-    if directory.is_symlink():
-        directory.unlink()
-        return
-    doomed = directory.with_name(f".{directory.name}.removed-{os.getpid()}-{threading.get_ident()}.tmp")
+    doomed = _doomed(directory)
     os.rename(directory, doomed)
     sync_directory(directory.parent)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.removed-{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def leftovers(directory: Path) -> list[Path]:
@@ -83,9 +111,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     """
     removed = []
     for path in leftovers(directory):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
         removed.append(path.name)
     return removed

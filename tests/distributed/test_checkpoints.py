@@ -179,7 +179,7 @@ def die_while_saving(keys):
     real = Portion.write
 
     def write(self, root):
-        if comm.world().rank == 1 and root.name == f".checkpoint-{STEPS}.tmp":
+        if comm.world().rank == 1 and root.name == f".checkpoint-{STEPS}.new.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, root)
 
@@ -196,7 +196,8 @@ def test_a_rank_killed_while_saving_leaves_the_last_whole_checkpoint(beside, alo
             die_while_saving, keys=keys_of(directory, f"killed-{beside}", LAYOUTS_2["ep2"], 2, use_async_save=beside)
         )
     out = directory / f"killed-{beside}"
-    assert {path.name for path in out.iterdir() if path.is_dir()} == {f"checkpoint-{SAVED}", f".checkpoint-{STEPS}.tmp"}
+    left = {f"checkpoint-{SAVED}", f".checkpoint-{STEPS}.new.tmp"}
+    assert {path.name for path in out.iterdir() if path.is_dir()} == left
     assert_same_steps(fit(keys_of(directory, out.name, {})), steps[SAVED:])
     assert {path.name for path in out.iterdir() if path.is_dir()} == {
         f"checkpoint-{SAVED}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from erniekit.train.reporting.base import Callback, RunInfo, StepMetrics
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 from erniekit.utils.errors import TrainError
 
 FILE_NAME = "metrics.jsonl"
@@ -31,6 +31,17 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
+def copy_later_lines(path: Path, last_step: int, target: Path) -> None:
+    """Keep what a metrics file says of steps after `last_step` in a file of its own; no file if it says nothing."""
+    if not path.is_file():
+        return
+    lines = [
+        json.dumps(record, ensure_ascii=False) + "\n" for record in read_metrics(path) if record["step"] > last_step
+    ]
+    if lines:
+        atomic.write_text(target, "".join(lines))
+
+
 def _number(value: float) -> float | None:
     """JSON has no NaN and no infinity: they become null."""
     return value if math.isfinite(value) else None
@@ -39,35 +50,33 @@ def _number(value: float) -> float | None:
 class MetricsFile(Callback):
     """Writes output_dir/metrics.jsonl: steps as {"step", "loss", ...}, evaluations as {"step", "eval_loss", ...}.
 
-    A run that resumes after step s first drops what an earlier process wrote about later steps: no step is there twice.
-    Each line is handed to the system at once, so a killed process loses none of its finished steps.
+    A run that resumes after step s first drops what an earlier process wrote about later steps, and does not repeat an
+    evaluation after step s: no step is there twice. Each line is handed to the system at once, so a killed process
+    loses none of its finished steps.
     """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._path = Path()
+        self._evaluated_step: int | None = None  # the step resumed after, where its evaluation is there already
 
     def on_start(self, run: RunInfo) -> None:
-        """Open the file, cut back to `run.start_step`. Raises TrainError if it cannot be written."""
+        """Open the file, shortened to `run.start_step`. Raises TrainError if it cannot be written."""
         self._path = run.output_dir / FILE_NAME
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             if run.start_step and self._path.exists():
-                self._cut_back(run.start_step)
+                self._drop_later(run.start_step)
             elif run.start_step:
                 log.info(f"{self._path} is not there: the record begins after step {run.start_step}")
             self._file = open(self._path, "a" if run.start_step else "w", encoding="utf-8")  # noqa: SIM115 open for the run
         except OSError as error:
             raise self._failure(error) from error
 
-    def _cut_back(self, last_step: int) -> None:
-        """Keep the lines up to `last_step`; say what was dropped."""
-        later = broken = 0
-        temporary = self._path.with_name(FILE_NAME + ".tmp")
-        with (
-            open(self._path, encoding="utf-8", errors="replace") as old,
-            open(temporary, "w", encoding="utf-8") as new,
-        ):
+    def _drop_later(self, last_step: int) -> None:
+        """Keep the lines up to `last_step`; say what was dropped. A file with nothing to drop is not touched."""
+        kept, later, broken = [], 0, 0
+        with open(self._path, encoding="utf-8", errors="replace") as old:
             for line in old:
                 record = _parse(line)
                 if record is None:
@@ -75,8 +84,11 @@ class MetricsFile(Callback):
                 elif record["step"] > last_step:
                     later += 1
                 else:
-                    new.write(line if line.endswith("\n") else line + "\n")
-        os.replace(temporary, self._path)
+                    kept.append(line if line.endswith("\n") else line + "\n")
+                    if record["step"] == last_step and "loss" not in record:
+                        self._evaluated_step = last_step
+        if later or broken or (kept and not line.endswith("\n")):
+            atomic.write_text(self._path, "".join(kept))
         if later:
             log.info(f"{self._path}: dropped {later} lines on steps after {last_step}, which run again")
         if broken:
@@ -88,7 +100,8 @@ class MetricsFile(Callback):
 
     def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
         """Append the evaluation."""
-        self._write({"step": step} | metrics)
+        if step != self._evaluated_step:
+            self._write({"step": step} | metrics)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Close the file."""
@@ -100,10 +113,29 @@ class MetricsFile(Callback):
         assert self._file is not None, "on_start comes first"
         line = json.dumps({name: _number(value) for name, value in record.items()}, ensure_ascii=False)
         try:
+            self._reopen_if_lost(self._file)
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             raise self._failure(error) from error
+
+    def _reopen_if_lost(self, file: TextIO) -> None:
+        """A file that was deleted still takes lines, and nobody ever sees them."""
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                return
+        except FileNotFoundError:
+            pass
+        if not self._path.parent.is_dir():
+            raise TrainError(
+                f"output_dir: {self._path.parent} was removed or renamed while the run was going on, so nothing can be "
+                "saved. Put it back and run the same command again: it goes on from the newest checkpoint there."
+            )
+        log.warning(
+            f"{self._path} was removed or replaced while the run was going on; the record goes on in a new file"
+        )
+        file.close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
 
     def _failure(self, error: OSError) -> TrainError:
         return TrainError(

@@ -7,7 +7,7 @@ import numpy as np
 
 from erniekit.train.reporting.base import Callback, RunInfo
 from erniekit.train.reporting.metrics_file import FILE_NAME, read_metrics
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
 
@@ -115,8 +115,7 @@ class LossPlot(Callback):
             records = list(read_metrics(self._directory / FILE_NAME))
             if not any(record.get("loss") is not None for record in records):
                 return
-            temporary = path.with_name("loss.png.tmp")
-            draw(records, temporary, self._directory.name)
-            temporary.replace(path)
+            with atomic.new_file(path) as temporary:
+                draw(records, temporary, self._directory.name)
         except Exception as error:  # whatever a drawing library may raise: no plot is worth a run
             log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from erniekit.train.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.train.reporting.metrics_file import read_metrics
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 
 FILE_NAME = "routers.jsonl"
 _SHOWN_STEPS = 50  # the picture's loads are means over so many last steps
@@ -34,11 +34,10 @@ class RouterLog(Callback):
         if not metrics.routers:
             return
         if self._file is None:
-            earlier = list(read_metrics(self._path)) if self._start_step and self._path.exists() else []
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 open for the run
-            for record in earlier:
-                if record["step"] <= self._start_step:
-                    self._write(record)
+            earlier = read_metrics(self._path) if self._start_step and self._path.exists() else ()
+            kept = [json.dumps(record) + "\n" for record in earlier if record["step"] <= self._start_step]
+            atomic.write_text(self._path, "".join(kept))
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
         self._write({"step": metrics.step, "layers": metrics.routers})
 
     def on_save(self, step: int, path: Path) -> None:
@@ -61,7 +60,8 @@ class RouterLog(Callback):
         if self._file is None:
             return
         try:
-            draw(list(read_metrics(self._path)), self._path.with_name("expert_load.png"))
+            with atomic.new_file(self._path.with_name("expert_load.png")) as temporary:
+                draw(list(read_metrics(self._path)), temporary)
         except Exception as error:  # a picture must not cost the run
             log.warning(f"expert_load.png could not be drawn: {error}")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from erniekit.train.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.train.reporting.metrics_file import FILE_NAME, read_metrics
-from erniekit.utils import log
+from erniekit.utils import atomic, log
 
 
 def peak_memory_mb() -> float:
@@ -59,11 +59,7 @@ class Summary(Callback):
         path = self._run.output_dir / "summary.json"
         try:
             numbers = self._numbers(self._run) | {name: _plain(value) for name, value in summary.items()}
-            temporary = path.with_name("summary.json.tmp")
-            temporary.write_text(
-                json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8"
-            )
-            temporary.replace(path)
+            atomic.write_text(path, json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n")
         except OSError as error:  # the run's own result, or its own error, must not be lost over this
             log.warning(f"{path}: cannot be written ({error.strerror})")
             return

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from erniekit.checkpoint import folder
-from erniekit.checkpoint.folder import copy_companions, find_checkpoint, has_weights, not_copied, staged
+from erniekit.checkpoint.folder import copy_companions, find_checkpoint, has_weights, not_copied, say_links, staged
+from erniekit.checkpoint.run_record import FinalModel, RunRecord
 from erniekit.utils.errors import CheckpointError
 
 
@@ -56,8 +57,8 @@ def test_an_error_changes_nothing(tmp_path, exists):
 
 
 def test_what_a_crash_left_is_removed(tmp_path):
-    (tmp_path / ".model.saving").mkdir()
-    (tmp_path / ".model.saving" / "model.safetensors").write_text("half")
+    (tmp_path / ".model.new.tmp").mkdir()
+    (tmp_path / ".model.new.tmp" / "model.safetensors").write_text("half")
     with staged(tmp_path / "model") as staging:
         (staging / "config.json").write_text("{}")
     assert contents(tmp_path / "model") == {"config.json": "{}"}
@@ -116,3 +117,87 @@ def test_companions(tmp_path):
     assert copy_companions(source, target) == ["tokenizer.json", "chat_template.jinja"]
     assert contents(target) == {"tokenizer.json": "tokenizer.json", "chat_template.jinja": "chat_template.jinja"}
     assert not_copied(source) == ["modeling_ernie4_5.py"]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    folder._warn_once.cache_clear()
+    for kind in ("info", "warning"):
+        monkeypatch.setattr(folder.log, kind, lines.append)
+    return lines
+
+
+def test_a_link_out_of_the_model_is_not_copied_and_named(tmp_path, said):
+    (tmp_path / "private").write_text("a key")
+    source, target = make_model(tmp_path / "model"), tmp_path / "target"
+    target.mkdir()
+    (source / "tokenizer.json").write_text("t")
+    (source / "tokenizer_config.json").symlink_to("tokenizer.json")
+    (source / "LICENSE").symlink_to("../private")
+    (source / "README.md").symlink_to("nothing")
+    os.mkfifo(source / "generation_config.json")
+    for _ in range(2):  # as each save of a run does
+        assert copy_companions(source, target) == ["tokenizer.json", "tokenizer_config.json"]
+    assert contents(target) == {"tokenizer.json": "t", "tokenizer_config.json": "t"}
+    assert not any(path.is_symlink() for path in target.iterdir())
+    assert len(said) == 3
+    assert f"LICENSE: not copied: a link to {tmp_path}/private, outside" in " ".join(said)
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path, said):
+    repository, target = tmp_path / "models--owner--name", tmp_path / "target"
+    (repository / "blobs").mkdir(parents=True)
+    target.mkdir()
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "private").write_text("a key")
+    for name in ("LICENSE", "tokenizer.json", "model.safetensors"):
+        (repository / "blobs" / name[::-1]).write_text(name)
+        (snapshot / name).symlink_to(f"../../blobs/{name[::-1]}")
+    (snapshot / "README.md").symlink_to("../../../private")
+    (tmp_path / "short").symlink_to(snapshot)
+    for place in (snapshot, tmp_path / "short"):
+        assert sorted(copy_companions(place, target)) == ["LICENSE", "tokenizer.json"]
+    say_links(snapshot)
+    assert [line for line in said if "README.md" not in line] == []
+
+
+def test_weights_that_are_read_from_elsewhere_are_named(tmp_path, said):
+    source = make_model(tmp_path / "model")
+    (source / "model.safetensors").rename(tmp_path / "far")
+    (source / "model.safetensors").symlink_to(tmp_path / "far")
+    say_links(source)
+    assert len(said) == 1 and f"is a link to {tmp_path}/far" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("final", "branch", "meant"),
+    [
+        (FinalModel(9, 1, 9, False), 1, ""),
+        (FinalModel(4, 1, 4, False), 1, "checkpoint-9"),
+        (FinalModel(20, 1, 20, False), 2, "checkpoint-9"),
+        (None, 1, "checkpoint-9"),
+    ],
+    ids=["finished", "made longer", "gone back", "not of this run"],
+)
+def test_which_model_a_run_means(tmp_path, said, final, branch, meant):
+    make_model(tmp_path)
+    make_model(tmp_path / "checkpoint-9")
+    make_model(tmp_path / "abandoned-1" / "checkpoint-20")
+    RunRecord({}, branch=branch, final_model=final).write(tmp_path)
+    assert find_checkpoint(tmp_path) == tmp_path / meant
+    assert len(said) == bool(meant)
+    assert not meant or ("checkpoint-9" in said[0] and "not the final model" in said[0])
+
+
+def test_replacing_a_single_file_never_pairs_old_weights_with_a_new_configuration(tmp_path, monkeypatch):
+    target = make_model(tmp_path / "model")
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), staged(target) as staging:
+        make_model(staging)
+    assert not has_weights(target)

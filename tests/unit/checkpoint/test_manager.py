@@ -96,13 +96,13 @@ def test_kill_during_a_save_leaves_the_old_one_and_the_next_run_cleans_up(tmp_pa
     process = multiprocessing.get_context("fork").Process(target=_save_slowly, args=(tmp_path,))
     process.start()
     for _ in range(500):
-        if (tmp_path / ".checkpoint-2.tmp" / "weights").exists():
+        if (tmp_path / ".checkpoint-2.new.tmp" / "weights").exists():
             break
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert names(tmp_path) == ["checkpoint-1"]
-    assert (tmp_path / ".checkpoint-2.tmp").exists()
+    assert (tmp_path / ".checkpoint-2.new.tmp").exists()
     manager.remove_leftovers()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
 
@@ -115,3 +115,34 @@ def test_other_files_in_the_directory_are_not_touched(tmp_path):
     manager.remove_leftovers()
     manager.save(5, writer("x"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.tmp", "checkpoint-5", "checkpoint-x", "notes.txt"]
+
+
+def test_what_is_set_aside_no_longer_counts(tmp_path):
+    manager = CheckpointManager(tmp_path, 1)
+    for step in (2, 6):
+        manager.save(step, writer(str(step)))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "checkpoint-8").symlink_to("far")
+    aside = manager.new_aside()
+    manager.set_aside(list_checkpoints(tmp_path), aside)
+    assert manager.newest() is None
+    manager.save(3, writer("3"))
+    manager.save(5, writer("5"))
+    assert names(tmp_path) == ["checkpoint-5"] and names(aside) == ["checkpoint-6", "checkpoint-8"]
+    assert (aside / "checkpoint-8").resolve() == tmp_path / "far"
+    assert manager.new_aside().name == "abandoned-2"
+
+
+def test_the_limit_removes_a_linked_checkpoint_but_not_what_it_leads_to(tmp_path):
+    manager = CheckpointManager(tmp_path, 1)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to("far")
+    manager.save(2, writer("x"))
+    assert names(tmp_path) == ["checkpoint-2"] and (tmp_path / "far").is_dir()
+
+
+def test_a_directory_that_is_gone_is_not_made_again(tmp_path):
+    manager = CheckpointManager(tmp_path / "out", None)
+    with pytest.raises(CheckpointError, match="was removed or renamed"):
+        manager.save(2, writer("x"))
+    assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,9 @@ from erniekit.utils.errors import ConfigError
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["a", "b", "format=pt"], ("a", "b", "pt", 5.0)),
-        (["--format", "paddle", "a", "--max_shard_size=0.5", "b"], ("a", "b", "paddle", 0.5)),
+        (["a", "b", "format=pt"], ("a", "b", "pt", 5.0, False)),
+        (["--format", "paddle", "a", "--max_shard_size=0.5", "b"], ("a", "b", "paddle", 0.5, False)),
+        (["a", "b", "format=pt", "overwrite=true"], ("a", "b", "pt", 5.0, True)),
     ],
 )
 def test_arguments(args: list[str], expected: tuple[str, str, str, float]):
@@ -24,8 +25,9 @@ def test_arguments(args: list[str], expected: tuple[str, str, str, float]):
         (["a", "format=pt"], "expected a source and a target directory, got 1"),
         (["a", "b"], "format=: expected one of pt, paddle"),
         (["a", "b", "format=gguf"], "format=gguf: expected one of pt, paddle"),
-        (["a", "b", "fromat=pt"], "fromat=pt: `erniekit convert` knows format and max_shard_size"),
+        (["a", "b", "fromat=pt"], "fromat=pt: `erniekit convert` knows format, max_shard_size and overwrite"),
         (["a", "b", "--format"], "--format: `erniekit convert` knows"),
+        (["a", "b", "format=pt", "overwrite=yes"], "overwrite=yes: expected true or false"),
         (["a", "b", "format=pt", "max_shard_size=-1"], "max_shard_size=-1: expected a number of GB"),
         (["a", "b", "format=pt", "max_shard_size=big"], "max_shard_size=big: expected a number of GB"),
         (["a", "b", "format=pt", "max_shard_size=inf"], "max_shard_size=inf: expected a number of GB"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from erniekit import config
+from erniekit.checkpoint.run_record import RunRecord
 from erniekit.cli import launch
 from erniekit.cluster.job import Master
 from erniekit.utils.errors import ConfigError
@@ -178,8 +179,16 @@ def test_an_elastic_job_that_shards(job):
 
 def test_a_restart_keeps_what_was_saved(job, tmp_path: Path):
     again = job(data_parallel_degree=2, overwrite_output_dir=True, resume_from_checkpoint="none").again
+    out = tmp_path / "out"
+    out.mkdir()
+    assert again() == [], "nothing has begun: what was asked for has still to be done"
+    record = RunRecord({})
+    record.begin(0)
+    record.write(out)
     assert again() == ["--overwrite_output_dir=false"]
-    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (out / "abandoned-1" / "checkpoint-4").mkdir(parents=True)
+    assert again() == ["--overwrite_output_dir=false"]
+    (out / "checkpoint-2").mkdir()
     assert again() == ["--overwrite_output_dir=false", "--resume_from_checkpoint=auto"]
 
 

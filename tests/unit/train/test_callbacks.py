@@ -14,7 +14,7 @@ from rich.console import Console
 
 from erniekit.config.schema import Config
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
-from erniekit.train.reporting import boards, plot
+from erniekit.train.reporting import boards, metrics_file, plot
 from erniekit.train.reporting.boards import Board
 from erniekit.train.reporting.metrics_file import MetricsFile, read_metrics
 from erniekit.train.reporting.plot import LossPlot, smooth
@@ -348,6 +348,33 @@ def test_the_metrics_file_comes_before_those_who_read_it():
 def test_reading_leaves_out_what_is_no_record(tmp_path: Path):
     (tmp_path / "m").write_text('{"step": 1}\n\n[1]\n{"loss": 2}\n{"step": 2\n')
     assert list(read_metrics(tmp_path / "m")) == [{"step": 1}]
+
+
+def test_a_metrics_file_that_is_removed_is_begun_again_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(metrics_file.log, "warning", said.append)
+    file = MetricsFile()
+    file.on_start(run_info(tmp_path))
+    file.on_evaluate(1, {"eval_loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    file.on_evaluate(2, {"eval_loss": 2.0})
+    file.on_end({})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2]
+    assert len(said) == 1 and "removed or replaced" in said[0]
+
+
+def test_a_kill_while_later_steps_are_dropped_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 7)))
+    before = path.read_bytes()
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsFile().on_start(run_info(tmp_path, start_step=2))
+    assert path.read_bytes() == before
 
 
 REWARDS = {"reward_margin": 0.25, "reward_accuracy": 0.75, "reward_chosen": 0.1, "reward_rejected": -0.15}

@@ -47,3 +47,14 @@ def test_leftovers_are_only_our_own_temporary_names(tmp_path):
     for name in (".x.json.new-1-2.tmp", ".checkpoint-2.removed-1-2.tmp", ".mine.tmp", "notes.new.tmp", ".hidden"):
         (tmp_path / name).write_text("")
     assert atomic.remove_leftovers(tmp_path) == [".checkpoint-2.removed-1-2.tmp", ".x.json.new-1-2.tmp"]
+
+
+def test_a_directory_takes_the_place_of_another_or_of_a_link_to_nothing(tmp_path):
+    for number in range(2):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "file").write_text(str(number))
+        atomic.replace_tree(tmp_path / "new", tmp_path / "target")
+    os.symlink(tmp_path / "nothing", tmp_path / "link")
+    atomic.replace_tree(tmp_path / "target", tmp_path / "link")
+    assert (tmp_path / "link" / "file").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]

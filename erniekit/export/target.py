@@ -1,0 +1,87 @@
+"""The directory that a command writes a model to: a new one, or one that holds what it wrote there before."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from erniekit.checkpoint.folder import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    GENERATION_CONFIG_FILE,
+    TOKENIZER_FILES,
+    checkpoint_step,
+    list_checkpoints,
+    model_files,
+    say_links,
+    staged,
+)
+from erniekit.checkpoint.run_record import RUN_FILE
+from erniekit.utils import atomic, log
+from erniekit.utils.directory_lock import make_directory
+from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.user_files import read_json_object
+
+SOURCE_FILE = ".erniekit_source.json"
+
+
+@contextmanager
+def model_target(
+    target_dir: str | Path, command: str, sources: Sequence[str | Path], overwrite: bool, cure: str
+) -> Iterator[Path]:
+    """A temporary directory whose files move to `target_dir` on success (see checkpoint.folder.staged).
+
+    A model that is there is replaced only if `command` wrote it from the same `sources`, directories of models or of
+    runs, or with `overwrite`. Otherwise CheckpointError, before anything is read; `cure` says how to ask for it.
+    """
+    target = Path(target_dir)
+    mark = _mark(command, sources)
+    replaced = _is_replaced(target, mark, overwrite, sources[0], cure)
+    make_directory(target.parent, "the target")
+    for source in sources:
+        say_links(source)
+    with staged(target) as staging:
+        yield staging
+        atomic.write_json(staging / SOURCE_FILE, mark)
+        written = {file.name for file in staging.iterdir()}
+    if replaced:  # what belonged to the other model would be taken for a part of this one
+        for name in (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
+            if name not in written:
+                (target / name).unlink(missing_ok=True)
+
+
+def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: str | Path, cure: str) -> bool:
+    """Whether another model is in the target and may be replaced."""
+    if not target.is_dir():
+        return False
+    if (target / RUN_FILE).exists() or list_checkpoints(target):
+        raise CheckpointError(
+            f"{target} is the output_dir of a run: its own final model belongs there. Choose another directory."
+        )
+    if not model_files(target) or _read_mark(target) == mark:
+        return False
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} holds another model than what was written from {source}. Choose another directory, remove that "
+            f"model, or set {cure} to replace it."
+        )
+    log.info(f"{cure}: replaces the model in {target}")
+    return True
+
+
+def _mark(command: str, sources: Sequence[str | Path]) -> dict[str, str]:
+    """Which command wrote a directory, from what: a hash, since directories of models are passed on to others. All
+    checkpoints of a run are one source.
+    """
+    roots = []
+    for source in sources:
+        path = Path(source).resolve()
+        roots.append(str(path.parent if checkpoint_step(path) is not None else path))
+    return {"command": command, "source": hashlib.sha256("\n".join(roots).encode()).hexdigest()}
+
+
+def _read_mark(target: Path) -> dict[str, object] | None:
+    try:
+        return read_json_object(target / SOURCE_FILE, UserError)
+    except (FileNotFoundError, UserError):
+        return None

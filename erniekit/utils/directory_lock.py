@@ -1,0 +1,184 @@
+"""One process at a time may write a directory: an operating-system lock on a file in it.
+
+The lock ends with the process that took it, however that ends, so nothing has to be cleared up after a kill. It is a
+POSIX record lock: children that a process forks (data workers) do not inherit it, and it works between hosts on NFS.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
+
+LOCK_FILE = "run.lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_WAIT_SECONDS = 2.0  # a killed process may need a moment to give back its memory, and with it the lock
+_PROBE_SECONDS = 0.1
+
+# Record locks do not exclude one another within a process, and closing any descriptor of the file drops them.
+_held: set[Path] = set()
+
+
+def make_directory(directory: Path, key: str) -> None:
+    """Make a directory for results unless it is there, and see that files can be made in it. ConfigError names the YAML
+    key that gave it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise _unusable(directory, key, error) from None
+    except ValueError:  # of Python's own: no system takes such a name
+        raise ConfigError(f"{key}: {str(directory)!r} holds a NUL character. Choose another name.") from None
+
+
+def _unusable(directory: Path, key: str, error: OSError) -> ConfigError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "Free some space, or choose a directory on another disk."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        cure = "Change its permissions, or choose another directory."
+    else:
+        cure = "Choose a directory that exists or can be made."
+    name = str(directory) if len(str(directory)) <= 200 else f"{str(directory)[:80]}..."
+    reason = error.strerror
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = "a link to nothing" if directory.is_symlink() else "it, or a part of its path, is not a directory"
+    return ConfigError(f"{key}: {name} cannot be used: {reason}. {cure}")
+
+
+class DirectoryLock:
+    """The lock of `directory`; `key` is the YAML key that gave it, for messages."""
+
+    def __init__(self, directory: Path, key: str = "output_dir") -> None:
+        self.directory, self.key = directory, key
+        self.path = directory / LOCK_FILE
+        self._descriptor: int | None = None
+        self._name: Path | None = None
+
+    def acquire(self, wait: float = _WAIT_SECONDS) -> None:
+        """Make the directory if need be and lock it. ConfigError if another process has it (with its host and process
+        id), or if nothing can be written there.
+        """
+        make_directory(self.directory, self.key)
+        name = self.path.resolve()
+        if name in _held:
+            raise self._in_use({"pid": os.getpid(), "host": socket.gethostname()})
+        deadline = time.monotonic() + wait
+        while self._descriptor is None:
+            descriptor = self._open()
+            try:
+                holder = self._try_lock(descriptor)
+                if holder is None and self._is_current(descriptor):
+                    self._descriptor, self._name = descriptor, name
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
+            if holder is not None:
+                if time.monotonic() > deadline:
+                    raise self._in_use(holder)
+                time.sleep(_PROBE_SECONDS)
+        _held.add(name)
+        self._sign()
+
+    def release(self) -> None:
+        """Give the lock back and remove its file. Does nothing where it is not held."""
+        if self._descriptor is None:
+            return
+        assert self._name is not None
+        try:
+            if self._is_current(self._descriptor):
+                self.path.unlink(missing_ok=True)
+        except OSError as error:  # the directory is not writable any more: the lock still ends here
+            log.warning(f"{self.path}: cannot be removed ({error.strerror})")
+        os.close(self._descriptor)
+        _held.discard(self._name)
+        self._descriptor = self._name = None
+
+    def require_free(self) -> None:
+        """ConfigError if another process holds the lock; takes and makes nothing. For a process that never locks."""
+        if not self.path.is_file():
+            return
+        descriptor = self._open()
+        try:
+            holder = self._try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+        if holder is not None:
+            raise self._in_use(holder)
+
+    def _open(self) -> int:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(self.path, flags, 0o644)
+        except OSError as error:
+            if self.path.is_symlink() or self.path.is_dir():
+                raise self._strange() from None
+            raise _unusable(self.directory, self.key, error) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise self._strange()
+        return descriptor
+
+    def _try_lock(self, descriptor: int) -> dict[str, Any] | None:
+        """None if the lock is ours now, else what its holder wrote of itself."""
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                log.warning(
+                    f"{self.key}: the file system of {self.directory} has no locks ({error.strerror}): a second job "
+                    "in this directory would not be noticed"
+                )
+                return None
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise _unusable(self.directory, self.key, error) from None
+            return _holder(descriptor)
+        return None
+
+    def _is_current(self, descriptor: int) -> bool:
+        """Whether the open file is still the one under the lock's name: its last holder may have removed it."""
+        try:
+            named = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(descriptor), named)
+
+    def _sign(self) -> None:
+        """Write into the file who holds it."""
+        assert self._descriptor is not None
+        fields = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, (json.dumps(fields) + "\n").encode(), 0)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self.release()
+            raise _unusable(self.directory, self.key, error) from None
+
+    def _in_use(self, holder: dict[str, Any]) -> ConfigError:
+        known = {"pid": "unknown", "host": "an unknown host"} | holder
+        since = f", since {known['since']}" if "since" in known else ""
+        return ConfigError(
+            f"{self.key}: {self.directory} is in use by process {known['pid']} on {known['host']}{since}. Wait until "
+            f"that job has ended, or choose another {self.key}. (If that host is gone for good, delete {self.path}.)"
+        )
+
+    def _strange(self) -> ConfigError:
+        return ConfigError(f"{self.key}: {self.path} is not a regular file. Remove it, or choose another {self.key}.")
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):  # it has not yet signed
+        return {}
+    return content if isinstance(content, dict) else {}

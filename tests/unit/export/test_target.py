@@ -1,0 +1,76 @@
+"""Which directories export, split and convert write to."""
+
+import pytest
+
+from erniekit.checkpoint.run_record import RunRecord
+from erniekit.export import target as module
+from erniekit.export.target import SOURCE_FILE, model_target
+from erniekit.utils.errors import CheckpointError, UserError
+
+
+def make(directory, content="w"):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_text(content)
+    return directory
+
+
+def write(target, *sources, command="export", overwrite=False, content="new"):
+    with model_target(target, command, sources, overwrite, "overwrite=true") as staging:
+        make(staging, content)
+
+
+def test_the_same_source_again(tmp_path):
+    for source in (tmp_path / "out", tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-8"):
+        write(tmp_path / "target", make(source), content=source.name)
+        assert (tmp_path / "target" / "model.safetensors").read_text() == source.name
+    assert str(tmp_path) not in (tmp_path / "target" / SOURCE_FILE).read_text(), "it goes to others"
+
+
+@pytest.mark.parametrize("command", ["export", "convert"])
+def test_another_model_is_replaced_only_if_asked(tmp_path, command, monkeypatch):
+    said = []
+    monkeypatch.setattr(module.log, "info", said.append)
+    first, second, target = make(tmp_path / "a"), make(tmp_path / "b"), tmp_path / "target"
+    write(target, first, content="first")
+    (target / "tokenizer.json").write_text("of the first")
+    (target / "notes.txt").write_text("mine")
+    changes = [(first, second)] if command == "export" else [(first,)]  # an adapter more, another command
+    for sources in ((second,), *changes):
+        with pytest.raises(CheckpointError, match=r"target holds another model .* overwrite=true"):
+            write(target, *sources, command=command if sources != (second,) else "export")
+    assert (target / "model.safetensors").read_text() == "first" and said == []
+    write(target, second, overwrite=True, content="second")
+    assert (target / "model.safetensors").read_text() == "second"
+    assert not (target / "tokenizer.json").exists() and (target / "notes.txt").read_text() == "mine"
+    assert len(said) == 1 and "replaces the model" in said[0]
+
+
+def test_a_model_that_nobody_marked(tmp_path):
+    with pytest.raises(CheckpointError, match="another model"):
+        write(make(tmp_path / "downloaded"), make(tmp_path / "a"))
+
+
+def test_a_directory_with_other_files_takes_a_model(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "notes.txt").write_text("mine")
+    write(tmp_path / "target", make(tmp_path / "a"))
+    assert (tmp_path / "target" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_directory_of_a_run(tmp_path, overwrite):
+    make(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "begun").mkdir()
+    RunRecord({}).write(tmp_path / "begun")
+    for run in ("run", "begun"):
+        with pytest.raises(CheckpointError, match="output_dir of a run"):
+            write(tmp_path / run, make(tmp_path / "a"), overwrite=overwrite)
+
+
+def test_a_target_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file"):
+            write(target, make(tmp_path / "a"))
+    assert (tmp_path / "file").read_text() == "x"
