@@ -19,6 +19,12 @@ COMMANDS = {
         "train the model that a YAML describes",
         "erniekit train sft.yaml learning_rate=1e-4",
     ),
+    "check": Command(
+        "erniekit.cli.check:run",
+        "say what is wrong with a YAML and its data, without training",
+        "erniekit check sft.yaml max_seq_len=8192",
+        "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]",
+    ),
     "eval": Command(
         "erniekit.evaluate.run:evaluate",
         "measure a model on an evaluation set",

@@ -5,13 +5,14 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 
 import math
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from erniekit.data import template as chat
 from erniekit.data import tokenizer as text_tokenizer
 from erniekit.data.batch import Row
-from erniekit.data.encode import Template, Tokenizer
+from erniekit.data.encode import Encoded, Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.order import Order
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
@@ -36,6 +37,19 @@ class Extent:
     samples_per_epoch: int | None
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """How records are looked at when their files are opened: each `every`-th of them. With `gather_faults` bad lines
+    are gathered (Source.faults), whatever on_bad_line says.
+    """
+
+    every: int = 1
+    gather_faults: bool = False
+
+
+EVERY_RECORD = Inspection()
+
+
 class TextFeed:
     """The rows of text records, for a Loader (see loader.Feed)."""
 
@@ -44,6 +58,7 @@ class TextFeed:
     ):
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
+        self._lengths: Lengths | None = None
 
     @property
     def exact(self) -> bool:
@@ -85,12 +100,23 @@ class TextFeed:
             return (position.counts.samples + position.counts.dropped) / self._extent.samples_per_epoch
         return self._stream.epochs(position)
 
+    def lengths(self) -> Lengths:
+        """The tokens of all samples, measured when asked for the first time (see data.lengths)."""
+        if self._lengths is None:
+            self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
+        return self._lengths
+
+    def encode(self, number: int) -> Encoded:
+        """The documents that record `number` becomes."""
+        with closing(self._service.stream([number])) as encoded:
+            return next(encoded)
+
     def measure(self, rows_per_step: int) -> tuple[float, float]:
         """Rows of an epoch and of the training, from the lengths of all samples (see data.lengths). Where these are
         estimated the training gets a little more than the estimate, so that it ends with the data and reads all of it.
         """
         stream, extent = self._stream, self._extent
-        lengths = measure_lengths(self.dataset, self._service, extent.max_estimate_samples)
+        lengths = self.lengths()
         if lengths.num_dropped == lengths.num_measured:
             raise DataError(
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
@@ -127,16 +153,24 @@ def _how(lengths: Lengths, exact: bool) -> str:
     return f"estimated from {lengths.num_measured} samples"
 
 
-def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None) -> TextFeed:
-    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
+    """The text data sets that a configuration names for `split` ("train" or "eval")."""
     asked = _asked(cfg, split)
-    specs = read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+
+
+def open_text(
+    cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
+) -> TextFeed:
+    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+    asked, specs = _asked(cfg, split), specs_of(cfg, split)
     if asked.strategy == "random" and cfg.max_steps <= 0:
         raise ConfigError(
             "mix_strategy: random draws samples without end and needs max_steps. "
             "Hint: set max_steps, or mix_strategy: concat to read everything once."
         )
-    dataset = Dataset([Source(spec, split, cfg.on_bad_line, cfg.download_hub) for spec in specs])
+    on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
+    dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
@@ -164,11 +198,9 @@ def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Tem
     """The chat template of a run: None where all its data is plain text and no template is named."""
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
-        asked = _asked(cfg, "train")
-        specs += read_specs(asked.paths, asked.types, asked.probs, "train", cfg.stage)
+        specs += specs_of(cfg, "train")
     if cfg.eval_dataset_path:
-        asked = _asked(cfg, "eval")
-        specs += read_specs(asked.paths, asked.types, asked.probs, "eval", cfg.stage)
+        specs += specs_of(cfg, "eval")
     if cfg.chat_template is None and all(spec.type == "text" for spec in specs):
         return None
     return chat.load_template(tokenizer, cfg.chat_template)

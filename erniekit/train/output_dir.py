@@ -76,21 +76,30 @@ class OutputDir:
             self._claim = Claim(source, None if final is None else FinalModel(**final))
         return self._claim
 
+    def look(self) -> Claim:
+        """What `claim` would return or raise, in one process: without the lock, and nothing is made."""
+        self._check_keys()
+        self.lock.require_free()
+        return self._look()
+
     def _claim_first(self) -> dict[str, object]:
         self._check_keys()
         self.lock.acquire()
         try:
-            self._check_names()
-            record = read_record(self.path)
-            if self.cfg.overwrite_output_dir:
-                self._check_removal()
-                source, final = self._explicit(), None
-            else:
-                source, final = self._check_content(record)
+            claim = self._look()
         except BaseException:
             self.lock.release()
             raise
+        source, final = claim.source, claim.final
         return {"source": None if source is None else str(source), "final": None if final is None else asdict(final)}
+
+    def _look(self) -> Claim:
+        self._check_names()
+        record = read_record(self.path)
+        if self.cfg.overwrite_output_dir:
+            self._check_removal()
+            return Claim(self._explicit(), None)
+        return Claim(*self._check_content(record))
 
     # Checks that need no look into the directory, so that it is not even made where they refuse.
 

@@ -1,0 +1,128 @@
+"""The model's files, the tokenizer, the chat template, and how the ranks divide the model."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from erniekit import hub
+from erniekit.checkpoint.folder import has_weights, require_model
+from erniekit.checkpoint.source import read_config
+from erniekit.cli import launch
+from erniekit.cli.check.report import Report, Section
+from erniekit.config import Config
+from erniekit.data.template import Template
+from erniekit.data.text import training_template
+from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import num_parameters
+from erniekit.parallel.mesh import Degrees
+from erniekit.train.layout import check_layout, layout_lines
+
+
+@dataclass
+class ModelFacts:
+    """What later checks need; None for what could not be read."""
+
+    config: ModelConfig | None = None
+    tokenizer: Tokenizer | None = None
+    template: Template | None = None
+    degrees: Degrees | None = None
+
+
+def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
+    """Add the sections `model`, `layout` and `tokenizer and template`."""
+    facts = ModelFacts()
+    section = report.section("model")
+    directory = _directory(section, cfg, command)
+    if directory is not None:
+        with section.collecting():
+            facts.config = _model_config(section, cfg, directory)
+    if command == "train":
+        _layout(report.section("layout"), cfg, facts)
+    if directory is not None and command in ("train", "eval", "chat"):
+        _tokenizer(report.section("tokenizer and template"), cfg, directory, command, facts)
+    return facts
+
+
+def _directory(section: Section, cfg: Config, command: str) -> Path | None:
+    """The model's directory on this machine; nothing is downloaded."""
+    named = cfg.model_name_or_path
+    if command != "train":
+        named = cfg.checkpoint or named or cfg.output_dir
+    assert named, "config.load requires a model for every command that is checked"
+    path: Path | None = None
+    with section.collecting():
+        path = hub.find_model(named)
+        if path is None:
+            section.add(
+                "note",
+                f"{named} is no local path: the command downloads it. The model, how ranks divide it, its tokenizer "
+                "and lengths of the data are checked once it is on this machine",
+            )
+    return path
+
+
+def _model_config(section: Section, cfg: Config, directory: Path) -> ModelConfig:
+    require_model(directory)
+    wants_weights = cfg.continue_training
+    if wants_weights and not has_weights(directory):
+        section.add(
+            "error",
+            f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start.",
+        )
+    stored = ModelConfig.from_dir(directory)
+    if wants_weights and has_weights(directory):
+        stored = read_config(directory)  # opens the files and compares every name and shape
+    experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
+    start = "its weights" if wants_weights else f"a random start (seed {cfg.seed})"
+    section.add(
+        "ok",
+        f"{directory}: {stored.model_type}, {num_parameters(stored):,} parameters, {stored.num_hidden_layers} layers"
+        f"{experts}; training starts from {start}",
+    )
+    if cfg.max_seq_len > stored.max_position_embeddings:
+        section.add(
+            "warning",
+            f"max_seq_len: {cfg.max_seq_len} is more than the model's max_position_embeddings "
+            f"{stored.max_position_embeddings}; the model has not seen such positions",
+        )
+    depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
+    return replace(stored, num_nextn_predict_layers=depths)
+
+
+def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
+    with section.collecting():
+        facts.degrees = launch.degrees_of(cfg)
+        if facts.config is None:
+            section.add("ok", f"{facts.degrees.world} processes; whether they divide the model is not known")
+            return
+        check_layout(cfg, facts.degrees, facts.config)
+        if facts.degrees.world == 1:
+            rows = cfg.batch_size * cfg.gradient_accumulation_steps
+            section.add(
+                "ok",
+                f"one process; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} microbatches = "
+                f"{rows} rows",
+            )
+        for line in layout_lines(cfg, facts.config, facts.degrees):
+            section.add("note" if "no effect" in line else "ok", line)
+
+
+def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:
+    with section.collecting():
+        tokenizer = facts.tokenizer = load_tokenizer(directory)
+        files = ", ".join(file.name for file in tokenizer.files)
+        section.add("ok", f"{files}: {tokenizer.vocab_size} tokens, end token {_named(tokenizer, tokenizer.eos_id)}")
+        if facts.config is not None:
+            check_fits(tokenizer, facts.config.vocab_size, str(directory))
+        if command == "chat":
+            return
+        template = facts.template = training_template(cfg, tokenizer)
+        if template is None:
+            section.add("ok", "no chat template: the data is plain text")
+            return
+        ends = ", ".join(_named(tokenizer, i) for i in template.trained_end_ids)
+        section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
+
+
+def _named(tokenizer: Tokenizer, number: int) -> str:
+    return f"{tokenizer.decode([number])!r} ({number})"
