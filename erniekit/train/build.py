@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.folder import has_weights, require_model
+from erniekit.checkpoint.folder import require_model, require_weights
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
@@ -174,10 +174,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     precision, recomputing if asked; and the layers of each of its chunks.
     """
     stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
-    if cfg.continue_training and not has_weights(model_dir):
-        raise ConfigError(
-            f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
-        )
+    if cfg.continue_training:
+        require_weights(model_dir)
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
     check_layout(cfg, mesh.degrees, config)

@@ -181,14 +181,14 @@ def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
         for digest, where in _digests(dataset):
             if digest in places:
                 count += 1
-                first = first or f"{where} is {places[digest]}"
+                first = first or f"{where} repeats {places[digest]}"
             else:
                 places[digest] = where
         seen[split] = places
         looked = min(len(dataset), COMPARED_RECORDS)
         part = "" if looked == len(dataset) else f" (the first {looked} of {len(dataset)} were compared)"
         if count:
-            section.add("warning", f"{split} data: {count} records repeat an earlier one: {first}{part}")
+            section.add("warning", f"{split} data: {count} of the records repeat an earlier one: {first}{part}")
         else:
             section.add("ok", f"{split} data: no record repeats another{part}")
     if len(seen) == 2:
@@ -197,7 +197,7 @@ def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
             where = next((seen["eval"][digest], seen["train"][digest]) for digest in seen["eval"] if digest in both)
             section.add(
                 "warning",
-                f"{len(both)} of the evaluation's records are also trained on: {where[0]} is {where[1]}",
+                f"{len(both)} of the evaluation's records are also trained on: {where[0]} repeats {where[1]}",
             )
         else:
             section.add("ok", "no record of the evaluation is trained on")

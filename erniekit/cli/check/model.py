@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erniekit import hub
-from erniekit.checkpoint.folder import has_weights, require_model
+from erniekit.checkpoint.folder import (
+    find_checkpoint,
+    has_weights,
+    holds_model,
+    list_checkpoints,
+    require_model,
+    require_weights,
+)
 from erniekit.checkpoint.source import read_config
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section
@@ -35,7 +42,7 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
     directory = _directory(section, cfg, command)
     if directory is not None:
         with section.collecting():
-            facts.config = _model_config(section, cfg, directory)
+            facts.config = _model_config(section, cfg, directory, command)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     if directory is not None and command in ("train", "eval", "chat"):
@@ -45,45 +52,51 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
 
 def _directory(section: Section, cfg: Config, command: str) -> Path | None:
     """The model's directory on this machine; nothing is downloaded."""
-    named = cfg.model_name_or_path
-    if command != "train":
-        named = cfg.checkpoint or named or cfg.output_dir
-    assert named, "config.load requires a model for every command that is checked"
-    path: Path | None = None
+    found = None
     with section.collecting():
-        path = hub.find_model(named)
-        if path is None:
-            section.add(
-                "note",
-                f"{named} is no local path: the command downloads it. The model, how ranks divide it, its tokenizer "
-                "and lengths of the data are checked once it is on this machine",
-            )
-    return path
+        found = _trained(cfg) if command != "train" else None
+        if found is None and cfg.model_name_or_path is not None:
+            found = hub.find_model(cfg.model_name_or_path)
+            if found is None:
+                section.add(
+                    "note",
+                    f"{cfg.model_name_or_path} is no local path: the command downloads it. The model, how ranks divide "
+                    "it, its tokenizer and the lengths of the data are checked once it is on this machine",
+                )
+    return found
 
 
-def _model_config(section: Section, cfg: Config, directory: Path) -> ModelConfig:
+def _trained(cfg: Config) -> Path | None:
+    """The model that `checkpoint` names, or that a run has left in output_dir; of an adapter, nothing."""
+    path: Path | None = None
+    if cfg.checkpoint:
+        path = find_checkpoint(Path(cfg.checkpoint))
+    elif cfg.output_dir and (list_checkpoints(Path(cfg.output_dir)) or holds_model(Path(cfg.output_dir))):
+        path = find_checkpoint(cfg.output_dir)
+    return path if path is not None and has_weights(path) else None
+
+
+def _model_config(section: Section, cfg: Config, directory: Path, command: str) -> ModelConfig:
     require_model(directory)
-    wants_weights = cfg.continue_training
-    if wants_weights and not has_weights(directory):
-        section.add(
-            "error",
-            f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start.",
-        )
+    wants_weights = command != "train" or cfg.continue_training
     stored = ModelConfig.from_dir(directory)
+    if command == "train" and cfg.continue_training:
+        with section.collecting():
+            require_weights(directory)
     if wants_weights and has_weights(directory):
         stored = read_config(directory)  # opens the files and compares every name and shape
     experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
-    start = "its weights" if wants_weights else f"a random start (seed {cfg.seed})"
+    start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
         "ok",
         f"{directory}: {stored.model_type}, {num_parameters(stored):,} parameters, {stored.num_hidden_layers} layers"
-        f"{experts}; training starts from {start}",
+        f"{experts}{start}",
     )
     if cfg.max_seq_len > stored.max_position_embeddings:
         section.add(
             "warning",
             f"max_seq_len: {cfg.max_seq_len} is more than the model's max_position_embeddings "
-            f"{stored.max_position_embeddings}; the model has not seen such positions",
+            f"{stored.max_position_embeddings}: it has not seen such positions",
         )
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     return replace(stored, num_nextn_predict_layers=depths)
@@ -93,7 +106,7 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
     with section.collecting():
         facts.degrees = launch.degrees_of(cfg)
         if facts.config is None:
-            section.add("ok", f"{facts.degrees.world} processes; whether they divide the model is not known")
+            section.add("ok", f"{_processes(facts.degrees)}; whether they divide the model is not known")
             return
         check_layout(cfg, facts.degrees, facts.config)
         if facts.degrees.world == 1:
@@ -105,6 +118,10 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             )
         for line in layout_lines(cfg, facts.config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
+
+
+def _processes(degrees: Degrees) -> str:
+    return "one process" if degrees.world == 1 else f"{degrees.world} processes"
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:

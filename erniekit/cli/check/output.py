@@ -67,9 +67,9 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
     free = shutil.disk_usage(existing).free
     needed = final + (0 if kept is None else kept * one)
     at_most = "at most " if cfg.fine_tuning == "LoRA" else ""
-    count = "as many checkpoints as the run writes" if kept is None else f"{kept} checkpoints at a time"
+    count = "every checkpoint is kept, each" if kept is None else f"{kept} checkpoints at a time, each"
     line = (
-        f"disk: {count} of {at_most}{_size(one)} and a final model of {at_most}{_size(final)}: {_size(needed)}"
+        f"disk: {count} of {at_most}{_size(one)}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
         f"{' and more' if kept is None else ''}; {_size(free)} are free at {existing}"
     )
     first = final + (one if kept != 0 else 0)

@@ -42,7 +42,8 @@ def failing(error: BaseException):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_help_lists_is_there(name: str):
     module_name, _, function_name = COMMANDS[name].target.partition(":")
-    path = REPOSITORY.joinpath(*module_name.split(".")).with_suffix(".py")
+    path = REPOSITORY.joinpath(*module_name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
