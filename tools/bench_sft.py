@@ -68,6 +68,7 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
     """erniekit's trainer."""
     sys.path.insert(0, str(ROOT))
     from erniekit import config
+    from erniekit.parallel.mesh import Mesh
     from erniekit.train.build import build_run
     from erniekit.train.callbacks import Callback, StepMetrics
     from erniekit.train.trainer import Trainer
@@ -92,7 +93,7 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
         },
         command="train",
     )
-    run = build_run(cfg)
+    run = build_run(cfg, Mesh.single())
     parameters = sum(int(np.prod(p.shape)) for p in run.model.parameters())
     gate = Gate(commands, answer, {"parameters": parameters, "threads": runtime.set_threads()})
 
@@ -206,22 +207,22 @@ def report(job: dict[str, Any], workers: list[Worker], turns: dict[str, list[dic
             f"{supervised / seconds:13.0f}{tokens / steps:10.0f}{1 - tokens / cells:9.0%}"
             f"{1e3 * seconds / steps:9.1f}{worker.peak_mb:9.0f}"
         )
-    for side in SIDES[1:]:
+    for side in list(turns)[1:]:
         ratios = [mine / other for mine, other in zip(speeds["ours"], speeds[side], strict=True)]
         result["ratios"][side] = statistics.median(ratios)
         print(f"ours / {side}: {result['ratios'][side]:.2f} (rounds {min(ratios):.2f}-{max(ratios):.2f})", flush=True)
     return result | {"peak_mb": {worker.side: worker.peak_mb for worker in workers}}
 
 
-def bench(job: dict[str, Any], rounds: int) -> dict[str, Any]:
+def bench(job: dict[str, Any], against: list[str], rounds: int) -> dict[str, Any]:
     """Take turns at one batch size."""
     workers: list[Worker] = []
-    for side in SIDES:
+    for side in ("ours", *against):
         workers.append(Worker(__file__, side, job))
         job = job | {"threads": workers[0].about["threads"]}  # torch gets as many as erniekit took
     # Turns of about a second and a half.
     steps = {w.side: max(3, min(300, round(1.5 / (w.ask(5)["seconds"] / 5)))) for w in workers}
-    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    turns: dict[str, list[dict[str, Any]]] = {worker.side: [] for worker in workers}
     for number in range(rounds):
         for worker in workers if number % 2 == 0 else reversed(workers):
             time.sleep(PAUSE)
@@ -242,6 +243,9 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[8, 64], help="samples of a TRL batch; 8 is its default"
     )
+    parser.add_argument(
+        "--against", nargs="*", choices=SIDES[1:], default=SIDES[1:], help="the sides beside ours; none: ours alone"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
@@ -260,7 +264,7 @@ def main() -> None:
         results = []
         for batch in args.batches:
             rows = max(1, round(batch * mean / args.max_seq_len))
-            results.append(bench(job | {"batch": batch, "rows": rows}, args.rounds))
+            results.append(bench(job | {"batch": batch, "rows": rows}, args.against, args.rounds))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

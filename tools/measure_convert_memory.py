@@ -46,7 +46,7 @@ def synthetic_config(megabytes: int) -> ModelConfig:
         moe_k=6,
         moe_intermediate_size=256,
         moe_layer_start_index=1,
-        moe_layer_end_index=10**6,
+        moe_layer_end_index=4096,
         num_nextn_predict_layers=1,
         dtype="bfloat16",
     )

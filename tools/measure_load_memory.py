@@ -52,7 +52,7 @@ MODELS = {
         moe_intermediate_size=512,
         moe_num_shared_experts=1,
         moe_layer_start_index=1,
-        moe_layer_end_index=10**6,
+        moe_layer_end_index=4096,
         **SHARED,
     ),
 }

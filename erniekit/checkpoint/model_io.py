@@ -212,9 +212,9 @@ def model_portion(
     return Portion(directory, plan_for(written, format, header), whole, encode, METADATA[format])
 
 
-def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format) -> None:
-    """config.json and generation_config.json beside the float32 weights of `model`."""
-    _write_configs(model, directory, "F32", format)
+def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:
+    """config.json and generation_config.json beside the weights of `model`; `header`: the dtype of their files."""
+    _write_configs(model, directory, header, format)
 
 
 def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format: Format) -> None:

@@ -29,12 +29,15 @@ class FinalModel:
 
 @dataclass
 class RunRecord:
-    """A run: its id, when it began, the values that identify it, its branch and its last start.
+    """A run: its id, when it began, what identifies it (its configuration, base model and data, as a checkpoint's
+    TrainState has them), its branch and its last start.
 
     A branch begins where a run goes back to an older checkpoint; the later checkpoints belong to the branch before.
     """
 
     identity: dict[str, Any]
+    base: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     created: str = field(default_factory=lambda: time.strftime("%F %T"))
     branch: int = 1
@@ -63,6 +66,8 @@ def read_record(output_dir: Path) -> RunRecord | None:
     final = fields.get_object("final_model")
     return RunRecord(
         identity=dict(fields.get_object("identity").values),
+        base=dict(fields.get_object("base").values),
+        data=dict(fields.get_object("data").values),
         id=fields.get_text("id", ""),
         created=fields.get_text("created", ""),
         branch=fields.get_int("branch", 1),

@@ -28,8 +28,11 @@ def _schedule(cfg: Config) -> Iterator[str]:
     name, colon, steps = cfg.lr_scheduler_type.partition(":")
     if name not in SCHEDULES or (colon and name != "wsd"):
         yield f"lr_scheduler_type: expected one of {', '.join(SCHEDULES)} (wsd:N), got {cfg.lr_scheduler_type!r}"
-    elif name == "wsd" and not (steps.isdigit() and int(steps) > 0):
-        yield f"lr_scheduler_type: wsd needs its number of steady steps, as in wsd:1000, got {cfg.lr_scheduler_type!r}"
+    elif colon and not (steps.isascii() and steps.isdigit()):
+        yield (
+            "lr_scheduler_type: wsd takes the step up to which the rate is steady, as in wsd:1000, got "
+            f"{cfg.lr_scheduler_type!r}"
+        )
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
 

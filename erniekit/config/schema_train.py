@@ -63,7 +63,7 @@ class TrainArgs:
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
-    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: new optimizer state and schedule.")
+    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: the optimizer's state begins anew.")
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )
@@ -84,7 +84,7 @@ class OptimArgs:
     lr_scheduler_type: str = key(
         "linear",
         "Learning rate over time: linear, cosine, polynomial, constant, constant_with_warmup, or wsd:N "
-        "(warm-up, N steady steps, decay).",
+        "(warm-up, steady up to step N, decay; wsd alone: N is 0.9 of all steps).",
     )
     decay_function: str = key("half_life", "How wsd decays.", choices=("half_life", "1-sqrt"))
     decay_steps: int | None = key(None, "Step at which the schedule has ended; not given: the last step.", ge=1)

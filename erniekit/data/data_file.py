@@ -9,10 +9,15 @@ import numpy as np
 from erniekit.utils.errors import DataError
 
 Raw = bytes | dict[str, Any]  # a record as it is sent to whoever parses it: JSON text, or already an object
+DIGEST_BYTES = 8
 
 
 class DataFile:
-    """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row")."""
+    """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row").
+    `digest` is a hash of all of them in their order, whatever the file is called; scan() sets it.
+    """
+
+    digest: str
 
     def __init__(self, path: Path):
         self.path = path

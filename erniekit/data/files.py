@@ -8,6 +8,7 @@ held in memory in Arrow's form.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.data_file import DataFile, Raw
+from erniekit.data.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.faults import BadLine, reading
 from erniekit.data.find import check_form, check_regular
 from erniekit.data.parquet import ParquetFile
@@ -67,6 +68,7 @@ class _TextFile(DataFile):
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
         """Index the records that `check` lets pass; the BadLine of another goes to `on_bad`."""
         self._check_form()
+        state = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for start, line, raw in self._spans():
             where = f"{self.path}:{line}"
             try:
@@ -78,8 +80,15 @@ class _TextFile(DataFile):
             self._starts.append(start)
             self._sizes.append(len(raw))
             self._lines.append(line)
+            state.update(len(raw.rstrip()).to_bytes(8, "little") + raw.rstrip())
         if self.path.stat().st_size != self._bytes:
             raise self._changed()
+        state.update(self._meaning())
+        self.digest = state.hexdigest()
+
+    def _meaning(self) -> bytes:
+        """What the records' bytes mean depends on this, too."""
+        return b""
 
     def _check_form(self) -> None:
         check_regular(self.path)
@@ -214,6 +223,9 @@ class _CsvFile(_TextFile):
                     yield start, line, raw
                 start, line = start + len(raw), line + len(taken)
                 taken.clear()
+
+    def _meaning(self) -> bytes:
+        return json.dumps(self._header).encode()
 
     def _check_header(self, row: list[str]) -> list[str]:
         header = [name.strip().lstrip("\ufeff") for name in row]

@@ -33,7 +33,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """How the stream is shared out. `max_steps` None: the stream's end is the end of training."""
+    """How the stream is shared out."""
 
     batch_size: int
     accumulation: int
@@ -41,11 +41,10 @@ class Plan:
     world: int
     pad_id: int
     prefetch: int
-    max_steps: int | None
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step over all ranks."""
+        """Rows that next_step() takes over all ranks."""
         return self.batch_size * self.accumulation * self.world
 
 
@@ -59,7 +58,8 @@ class Place(Protocol):
 
 class Feed(Protocol):
     """What a Loader takes its rows from: one global stream of them, the same on every rank. Two threads may ask at a
-    time. `identity` is all that decides which rows it gives, by the names that a user knows.
+    time. `identity` is all that decides which rows it gives, by the names that a user knows; `exact`: rows_left()
+    counts instead of estimating.
     """
 
     identity: dict[str, Any]
@@ -81,8 +81,14 @@ class Feed(Protocol):
         """The rows after a Place, each with the Place behind it."""
         ...
 
-    def measure(self, rows_per_step: int) -> tuple[float, float]:
-        """Rows of the first epoch and of the whole training; says what it found."""
+    def rows_left(self, position: Any) -> float:
+        """Rows from a Place to the end of num_train_epochs; may have to measure the data first, and then says what it
+        found.
+        """
+        ...
+
+    def epochs_done(self, position: Any) -> int:
+        """Epochs of which every row lies before a Place."""
         ...
 
     def report(self, position: Any) -> dict[str, Any]:
@@ -108,7 +114,6 @@ class Loader:
         self._reported: Place = self._position  # behind the last step or batch given
         self._running: list[Prefetcher[tuple[list[Batch], Place]]] = []
         self._steps: Prefetcher[tuple[list[Batch], Place]] | None = None
-        self._rows_measured: tuple[float, float] | None = None  # of an epoch, of the whole training
         # runs when the loader is collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
@@ -150,59 +155,61 @@ class Loader:
             )
         return self._feed.dataset
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides which rows come in which order, by the names that a user knows: of JSON's types."""
+        return self._feed.identity
+
     def state_dict(self) -> dict[str, Any]:
         """The place after the last step that next_step() gave (not the last one prefetched), as plain JSON values."""
         return {"version": _VERSION, "position": self._position.to_dict(), "data": self._feed.identity}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place. Ranks, batch size and accumulation may have changed; the data and how it is ordered
-        and packed may not (DataError says what did).
+    def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What a saved place depends on and is no longer so, by the names that a user knows: (then, now). What an
+        earlier version of this program did not note cannot be compared.
         """
-        if state.get("version") != _VERSION:
-            raise DataError(
-                f"the data position was saved in form {state.get('version')!r}, this version reads {_VERSION}. "
-                "Hint: set ignore_data_skip: true."
-            )
-        then, now = state["data"], self._feed.identity
-        changed = [
-            f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
-            for key in {**then, **now}
-            if then.get(key) != now.get(key)
-        ]
+        then, now = state.get("data"), self._feed.identity
+        if state.get("version") != _VERSION or not isinstance(then, dict):
+            return {"version of the data position": (state.get("version"), _VERSION)}
+        return {key: (then[key], now.get(key)) for key in then if then[key] != now.get(key)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved place. Ranks, batch size, accumulation and the number of epochs may have changed; the
+        data and how it is ordered and packed may not (DataError says what did).
+        """
+        changed = [f"{key} was {then!r} and is now {now!r}" for key, (then, now) in self.changes(state).items()]
         if changed:
             raise DataError(
                 f"the data position was saved for other data: {'; '.join(changed)}. "
                 "Hint: restore these to go on where the run stopped, or set ignore_data_skip: true to begin the data "
                 "anew."
             )
+        try:
+            position = self._feed.read_position(state["position"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"the data position cannot be read: {error!r}. Hint: set ignore_data_skip: true.") from None
         if self._steps is not None:
             self._stop(self._steps)
             self._steps = None
-        self._position = self._reported = self._feed.read_position(state["position"])
+        self._position = self._reported = position
+
+    def rows_left(self) -> float:
+        """Rows, over all ranks, from the place of state_dict() to the end of num_train_epochs.
+
+        The first call may encode samples to measure them: all, or, beyond `max_estimate_samples`, that many, and
+        extrapolates; `exact` says which, and so does a log line. Token files need no measuring.
+        """
+        return self._feed.rows_left(self._position)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of which every row has been given by next_step()."""
+        return self._feed.epochs_done(self._position)
 
     @property
     def exact(self) -> bool:
-        """Whether num_steps counts rows; otherwise it estimates them."""
+        """Whether rows_left counts rows; otherwise it estimates them."""
         return self._feed.exact
-
-    @property
-    def num_steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch, at least 1.
-
-        Asked for the first time, it may encode samples to measure them: all, or, beyond `max_estimate_samples`, that
-        many, and extrapolates; `exact` says which, and so does a log line. With packing and shuffling the epochs may
-        differ by a row or two; this is the first one's. Token files need no measuring.
-        """
-        return max(1, math.ceil(self._rows()[0] / self._plan.rows_per_step))
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole training: max_steps if that is set, otherwise all rows of all epochs, measured
-        or extrapolated as num_steps_per_epoch is.
-        """
-        if self._plan.max_steps is not None:
-            return self._plan.max_steps
-        return max(1, math.ceil(self._rows()[1] / self._plan.rows_per_step))
 
     def report(self) -> dict[str, Any]:
         """Counts up to the last step given, over all ranks and since the start of training (a resumed run goes on
@@ -233,11 +240,6 @@ class Loader:
         if steps in self._running:
             self._running.remove(steps)
         steps.stop()
-
-    def _rows(self) -> tuple[float, float]:
-        if self._rows_measured is None:
-            self._rows_measured = self._feed.measure(self._plan.rows_per_step)
-        return self._rows_measured
 
 
 def _stop_all(running: list[Prefetcher[Any]]) -> None:
@@ -290,6 +292,5 @@ def build_loader(
         world=world,
         pad_id=tokenizer.pad_id,
         prefetch=cfg.prefetch_factor,
-        max_steps=cfg.max_steps if training and cfg.max_steps > 0 else None,
     )
     return Loader(feed, plan)

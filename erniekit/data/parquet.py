@@ -1,12 +1,13 @@
 """Parquet files (extra `parquet`), held in memory in Arrow's form."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from erniekit.data.data_file import DataFile, Raw
+from erniekit.data.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.faults import BadLine, reading
 from erniekit.utils.errors import DataError
 
@@ -48,6 +49,10 @@ class ParquetFile(DataFile):
             except BadLine as error:
                 on_bad(error)
         self._rows = np.array(good, np.int64)
+        with open(self.path, "rb") as file:
+            state = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+        state.update(self._rows.tobytes())
+        self.digest = state.hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)

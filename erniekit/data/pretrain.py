@@ -126,10 +126,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class RowNumber:
-    """A place between two rows: `row` have been given. The counts only count."""
+    """A place between two rows: those before `row` have been given, and the first `into` tokens of `row` itself where
+    the training ended within it: with more epochs it is longer. The counts only count.
+    """
 
     row: int = 0
     counts: Counts = Counts()
+    into: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -204,6 +207,7 @@ class TokenFeed:
         self._sources, self._schedule, self._length = list(sources), schedule, length
         self._isolate, self._long_tokens = isolate, long_tokens
         self._epoch_tokens = sum(source.epoch_tokens for source in sources)
+        self._said = False
 
     def begin(self) -> RowNumber:
         """The place before the first row."""
@@ -211,17 +215,20 @@ class TokenFeed:
 
     def read_position(self, state: dict[str, Any]) -> RowNumber:
         """A place from what its to_dict() gave."""
-        return RowNumber(state["row"], Counts(**state["counts"]))
+        return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
 
     def rows(self, position: RowNumber) -> Generator[tuple[Row, RowNumber], None, None]:
         """The rows after `position`, each with the place behind it. Nothing before them is read."""
         walks = [source.walk() for source in self._sources]
-        number, counts = position.row, position.counts
+        number, counts, into = position.row, position.counts, position.into
         while self._schedule.num_rows is None or number < self._schedule.num_rows:
             source, start, count = self._schedule.place(number)
-            row, pieces = walks[source].row(start, count, self._isolate)
-            number, counts = number + 1, self._count(counts, row, pieces, self._sources[source])
-            yield row, RowNumber(number, counts)
+            if into < count:
+                row, pieces = walks[source].row(start + into, count - into, self._isolate)
+                counts = self._count(counts, row, pieces, self._sources[source])
+                whole = count == self._length
+                yield row, RowNumber(number + whole, counts, 0 if whole else count)
+            number, into = number + 1, 0
 
     def _count(self, counts: Counts, row: Row, pieces: list[Piece], source: Source) -> Counts:
         begun = [piece.document for piece in pieces if piece.start == 0]
@@ -237,15 +244,22 @@ class TokenFeed:
             counts.supervised_tokens + int(np.count_nonzero(row.labels != IGNORE)),
         )
 
-    def measure(self, rows_per_step: int) -> tuple[float, float]:
-        """Rows of an epoch and of the training, from the lengths alone."""
-        rows = self._schedule.num_rows
+    def rows_left(self, position: RowNumber) -> float:
+        """Rows from `position` to the end of num_train_epochs, from the lengths alone."""
+        end = self._schedule.num_rows
+        assert end is not None, "max_steps decides where this training ends"
         epoch = math.ceil((self._epoch_tokens - 1) / self._length)
-        log.info(
-            f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}, "
-            f"{math.ceil(epoch / rows_per_step)} steps (exact)"
-        )
-        return float(epoch), float(epoch if rows is None else rows)
+        if not self._said:
+            log.info(f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}")
+            self._said = True
+        if position.row >= end:
+            return 0.0
+        _, _, count = self._schedule.place(position.row)
+        return float(end - position.row - (position.into >= count))
+
+    def epochs_done(self, position: RowNumber) -> int:
+        """Epochs of which every label has been given: the first token of all is none."""
+        return (position.counts.tokens + 1) // self._epoch_tokens
 
     def report(self, position: RowNumber) -> dict[str, Any]:
         """samples (documents begun), rows, tokens, supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch;
@@ -257,7 +271,7 @@ class TokenFeed:
         if self._long_tokens is None:
             del known["long_documents"]
         if len(self._sources) > 1:
-            rows = self._schedule.rows_of_sources(position.row)
+            rows = self._schedule.rows_of_sources(position.row + (position.into > 0))
             names = [str(source.file.prefix) for source in self._sources]
             known["rows_by_source"] = dict.fromkeys(names, 0)
             for name, number in zip(names, rows, strict=True):
@@ -294,6 +308,8 @@ def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
         "random_shuffle": cfg.random_shuffle,
         "documents of each file": [source.file.num_documents for source in sources],
         "tokens of each file": [source.file.num_tokens for source in sources],
+        "content of each file": [source.file.digest() for source in sources],
+        "tokenizer": tokenizer.fingerprint,
         "weights of input_dir": weights,
         "split": cfg.split,
         "max_seq_len": cfg.max_seq_len,

@@ -1,5 +1,6 @@
 """The data sets that a run reads: opened, checked line by line at the start, and numbered as one list of records."""
 
+import hashlib
 import math
 import re
 import time
@@ -180,6 +181,12 @@ class Source:
             if self._on_bad_line == "skip":
                 log.warning(f"skipped: {error}")
 
+    @property
+    def digest(self) -> str:
+        """A hash of all valid records in their order; the names of the files do not matter."""
+        digests = "".join(file.digest for file in self.files)
+        return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+
     def _say_notes(self, file: DataFile) -> None:
         """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
         if self._unused:
@@ -229,6 +236,7 @@ class Dataset:
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
         self.sizes = [len(source) for source in self.sources]
+        self.digests = [source.digest for source in self.sources]
         self._ends = list(accumulate(self.sizes))
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ any row.
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,10 @@ class Position:
 
     A window of the order begins in `round` at sample `start`, preceded by the `carried` documents (sample's index in
     the round, document's index in the sample) of the window before; `emitted` of its rows have been given.
-    `window_counts` were the counts when the window began, `counts` are those of now. To go on from here only the window
-    is read again.
+    `window_counts` were the counts when the window began, `counts` are those of now. To continue from here only the
+    window is read again. `stop` is the sample where it ended, `last` whether the round ended with it, `closed` whether
+    all its rows have been given: with another num_train_epochs the round may have become longer or shorter, but this
+    window is read as it was.
     """
 
     round: int = 0
@@ -49,6 +51,14 @@ class Position:
     emitted: int = 0
     window_counts: Counts = Counts()
     counts: Counts = Counts()
+    stop: int = 0
+    last: bool = False
+    closed: bool = False
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of which every row has been given."""
+        return self.round + (self.closed and self.last)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -62,6 +72,9 @@ class Position:
             state["start"],
             tuple((int(i), int(j)) for i, j in state["carried"]),
             state["emitted"],
+            stop=state.get("stop", 0),  # positions of earlier versions have none
+            last=state.get("last", False),
+            closed=state.get("closed", False),
             **counts,
         )
 
@@ -120,46 +133,68 @@ class RowStream:
     def _more(self, number: int) -> bool:
         return self._num_rounds is None or number < math.ceil(self._num_rounds)
 
+    def _is_beyond(self, position: Position) -> bool:
+        """Whether the training ends before `position`, which a run with more epochs has reached."""
+        return not self._more(position.round) or len(self.ids(position.round)) < max(position.start, position.stop)
+
     def epochs(self, position: Position) -> float:
         """How many rounds have been read at `position`, the current window counted as a whole."""
         if not self._more(position.round):
             return float(position.round)
         length = len(self.ids(position.round))
-        read = min(position.start + (self._window if position.emitted else 0), length)
-        return position.round + read / self.round_length(position.round)
+        end = position.stop or position.start + self._window if position.emitted else position.start
+        return position.round + min(end, length) / self.round_length(position.round)
+
+    def is_at_end(self, position: Position) -> bool:
+        """Whether no row comes after `position`, as far as that is known without reading."""
+        if self._num_rounds is None or self._is_beyond(position):
+            return self._num_rounds is not None
+        whole = position.closed and position.stop == len(self.ids(position.round))
+        return whole and not self._more(position.round + 1)
 
     def rows(self, position: Position) -> Generator[tuple[Row, Position], None, None]:
         """The rows after `position`, each with the position behind it. Close the generator to end the workers that it
         may have started.
         """
+        if self._is_beyond(position):
+            return
         encoded = self._service.stream(self._numbers(position))
         try:
             number, start, emitted, counts = position.round, position.start, position.emitted, position.window_counts
             pending = self._take_carried(encoded, position.carried)
             while self._more(number):
                 length = len(self.ids(number))
-                if length == 0:
+                stop, last = self._window_end(start, length, position if emitted else None)
+                if start == stop and not pending:
                     return
-                stop = min(start + self._window, length)
-                began = Position(number, start, tuple(placed.key for placed in pending), 0, counts, counts)
+                began = Position(number, start, tuple(placed.key for placed in pending), 0, counts, counts, stop, last)
                 counts, new = self._take(encoded, start, stop, counts)
                 documents = pending + new
                 groups, carried = self._packer(
-                    [len(placed.document.ids) for placed in documents], self._max_seq_len, stop == length
+                    [len(placed.document.ids) for placed in documents], self._max_seq_len, last
                 )
                 for done, group in enumerate(groups, 1):
                     row = make_row([documents[i].document for i in group], [documents[i].where for i in group])
                     counts = _count_row(counts, row)
                     if done > emitted:
-                        yield row, Position(began.round, began.start, began.carried, done, began.counts, counts)
+                        yield row, replace(began, emitted=done, counts=counts, closed=done == len(groups))
                 emitted = 0
                 pending = [documents[i] for i in carried]
                 start = stop
-                if stop == length:
+                if stop == length and not pending:
                     self._check_not_empty(counts)
                     number, start = number + 1, 0
         finally:
             encoded.close()
+
+    def _window_end(self, start: int, length: int, resumed: Position | None) -> tuple[int, bool]:
+        """The sample where a window that begins at `start` ends, and whether its round of `length` samples ends there;
+        for the window that `resumed` lies in, as they were.
+        """
+        if resumed is not None and resumed.stop:
+            return resumed.stop, resumed.last
+        stop = min(start + self._window, length)
+        return stop, stop == length
 
     def _numbers(self, position: Position) -> Iterator[int]:
         """The record numbers to encode from `position` on: those of the carried documents, then the order."""
@@ -219,6 +254,26 @@ class RowStream:
             groups, carried = self._packer(lengths, self._max_seq_len, stop == len(ids))
             rows += len(groups)
             pending = [lengths[i] for i in carried]
+        return rows
+
+    def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
+        """The number of rows after `position` to the end of a training that has one, as count_rows()."""
+        number, start, emitted, rows = position.round, position.start, position.emitted, 0
+        if self._is_beyond(position):
+            return 0
+        ids = self.ids(number)
+        pending = [lengths_of(int(ids[i]))[j] for i, j in position.carried]
+        while self._more(number):
+            ids = self.ids(number)
+            stop, last = self._window_end(start, len(ids), position if emitted else None)
+            if start == stop and not pending:
+                break
+            lengths = pending + [length for n in ids[start:stop].tolist() for length in lengths_of(n)]
+            groups, carried = self._packer(lengths, self._max_seq_len, last)
+            rows += len(groups) - emitted
+            emitted, start, pending = 0, stop, [lengths[i] for i in carried]
+            if stop == len(ids) and not pending:
+                number, start = number + 1, 0
         return rows
 
 

@@ -3,10 +3,11 @@
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
 """
 
+import hashlib
 import math
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from erniekit.data import template as chat
@@ -59,10 +60,11 @@ class TextFeed:
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
         self._lengths: Lengths | None = None
+        self._measured: tuple[float, Lengths] | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether `measure` counts; otherwise it estimates."""
+        """Whether `rows_left` counts; otherwise it estimates."""
         measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
         return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
@@ -111,10 +113,29 @@ class TextFeed:
         with closing(self._service.stream([number])) as encoded:
             return next(encoded)
 
-    def measure(self, rows_per_step: int) -> tuple[float, float]:
-        """Rows of an epoch and of the training, from the lengths of all samples (see data.lengths). Where these are
-        estimated the training gets a little more than the estimate, so that it ends with the data and reads all of it.
+    def epochs_done(self, position: Position) -> int:
+        """Epochs of which every row has been given."""
+        return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
+
+    def rows_left(self, position: Position) -> float:
+        """Rows from `position` to the end of num_train_epochs. Where the lengths are estimated it is a little more than
+        the estimate, so that the training ends with the data and reads all of it.
         """
+        epochs = self._extent.num_epochs
+        assert epochs is not None, "max_steps decides where this training ends"
+        if self._stream.is_at_end(position):
+            return 0.0
+        rows, lengths = self._measure()
+        if lengths.exact:
+            return float(self._stream.rows_left(position, lengths.of))
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the error to be expected of so many samples
+        left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
+        return max(0.0, left) + rows * epochs * margin
+
+    def _measure(self) -> tuple[float, Lengths]:
+        """Rows of the first epoch, and the lengths of all samples (see data.lengths); says what was found."""
+        if self._measured is not None:
+            return self._measured
         stream, extent = self._stream, self._extent
         lengths = self.lengths()
         if lengths.num_dropped == lengths.num_measured:
@@ -122,29 +143,17 @@ class TextFeed:
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
                 "Hint: raise max_seq_len, or set truncation: cut."
             )
+        ids = len(stream.ids(0))
+        limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
-
-        def count(number: int) -> float:
-            ids = len(stream.ids(number))
-            limit = ids if lengths.exact else min(ids, _COUNTED)
-            return stream.count_rows(number, lengths.of, limit) * ids / limit if ids else 0.0
-
-        rows = count(0) * epoch_samples / len(stream.ids(0))
-        if extent.num_epochs is None:
-            total = rows
-        elif lengths.exact and self.exact:
-            total = sum(count(number) for number in range(math.ceil(extent.num_epochs)))
-        else:
-            # Above the error to be expected of so many samples, so that the data ends before the steps do.
-            margin = 0.0 if lengths.exact else 0.005 + 0.25 / math.sqrt(lengths.num_measured)
-            total = rows * extent.num_epochs * (1 + margin)
+        rows = stream.count_rows(0, lengths.of, limit) * epoch_samples / limit
         log.info(
             f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
             f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows, "
-            f"{math.ceil(rows / rows_per_step)} steps ({_how(lengths, self.exact)})"
+            f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
         )
-        return rows, total
+        self._measured = rows, lengths
+        return self._measured
 
 
 def _how(lengths: Lengths, exact: bool) -> str:
@@ -174,15 +183,14 @@ def open_text(
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
-    needs_template = any(spec.type != "text" for spec in specs)
+    if template is None and not _is_plain(specs):
+        template = chat.load_template(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
         tokenizer,
         cfg.max_seq_len,
         cfg.truncation,
         cfg.on_bad_line,
         cfg.max_prompt_len if cfg.stage == "DPO" else None,
-        needs_template,
-        cfg.chat_template,
         template,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
@@ -191,7 +199,22 @@ def open_text(
     stream = RowStream(order, service, packer, window, cfg.max_seq_len, asked.num_epochs)
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
-    return TextFeed(dataset, stream, service, extent, _identity(cfg, specs, dataset, packer))
+    identity = _identity(cfg, specs, dataset, packer) | {
+        f"content of {split}_dataset_path": dataset.digests,
+        "tokenizer": tokenizer.fingerprint,
+        "chat template": None if _is_plain(specs) else _hash(template),
+    }
+    return TextFeed(dataset, stream, service, extent, identity)
+
+
+def _is_plain(specs: list[SourceSpec]) -> bool:
+    """Whether no record needs a chat template."""
+    return all(spec.type == "text" for spec in specs)
+
+
+def _hash(template: Template | None) -> str | None:
+    """Of a template's text."""
+    return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
@@ -201,7 +224,7 @@ def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Tem
         specs += specs_of(cfg, "train")
     if cfg.eval_dataset_path:
         specs += specs_of(cfg, "eval")
-    if cfg.chat_template is None and all(spec.type == "text" for spec in specs):
+    if cfg.chat_template is None and _is_plain(specs):
         return None
     return chat.load_template(tokenizer, cfg.chat_template)
 

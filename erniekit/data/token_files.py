@@ -18,6 +18,7 @@ their concatenation. Every writer known puts the sequences one after another wit
 lets a truncated or exchanged file be told from its sizes.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -69,8 +70,7 @@ class TokenFile:
             self._ids = np.memmap(self.bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
         except OSError as error:
             raise DataError(f"{prefix}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
-        windows = np.unique(np.linspace(0, max(0, self.num_tokens - _WINDOW), _WINDOWS).astype(np.int64))
-        for window in windows.tolist():
+        for window in self._windows():
             self._check_ids(window, self._ids[window : window + _WINDOW])
 
     @property
@@ -93,6 +93,18 @@ class TokenFile:
     def where(self, document: int) -> str:
         """A document's place, for messages."""
         return f"{self.prefix}:document {document}"
+
+    def digest(self) -> str:
+        """A hash of the lengths of all documents and of the ids in windows spread over the file: reading all of it
+        would take as long as the training's first epoch does.
+        """
+        state = hashlib.blake2b(np.ascontiguousarray(self.starts, "<i8").data, digest_size=8)
+        for window in self._windows():
+            state.update(np.ascontiguousarray(self._ids[window : window + _WINDOW], "<i8").data)
+        return state.hexdigest()
+
+    def _windows(self) -> list[int]:
+        return np.unique(np.linspace(0, max(0, self.num_tokens - _WINDOW), _WINDOWS).astype(np.int64)).tolist()
 
     def without_end(self, eos_id: int, look_at: int) -> tuple[int, int]:
         """Of at most `look_at` documents spread over the file: how many do not end with `eos_id`, and how many were

@@ -30,17 +30,13 @@ _SHOWN_DROPS = 3  # the others are only counted
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an Encoder is made of, in a form that can be sent to a worker. Without a `template`, the one called
-    `template_name` is loaded if `needs_template`.
-    """
+    """What an Encoder is made of, in a form that can be sent to a worker. Plain text needs no `template`."""
 
     tokenizer: Tokenizer
     max_seq_len: int
     truncation: str = "drop"
     on_bad_line: str = "error"
     max_prompt_len: int | None = None
-    needs_template: bool = True
-    template_name: str | None = None
     template: Template | None = None
     template_text: tuple[str, str] | None = None
 
@@ -52,12 +48,10 @@ class EncoderSpec:
         return state
 
     def make(self) -> Encoder:
-        """An Encoder; ConfigError or CheckpointError if the chat template cannot be loaded."""
+        """An Encoder."""
         template = self.template
         if self.template_text is not None:
             template = chat.Template(*self.template_text, self.tokenizer)
-        elif template is None and self.needs_template:
-            template = chat.load_template(self.tokenizer, self.template_name)
         return Encoder(
             self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
         )
@@ -173,7 +167,6 @@ class EncodingService:
 
     def __init__(self, dataset: Dataset, spec: EncoderSpec, num_workers: int = 0, remember: bool = False):
         self._dataset, self._spec, self._num_workers = dataset, spec, num_workers
-        # here also when workers do the work, so that a template that cannot be loaded is an error at the start
         self._encoder = spec.make()
         self._cache: dict[int, Encoded] = {}
         self._room = CACHE_BYTES if remember else 0

@@ -165,7 +165,8 @@ class LinearAdapter(Adapter):
             self._add("A", part, [linear.in_features, slot.rank], dtype)
             self._add("B", part, [slot.rank, width], dtype)
             if dora:
-                self._add("magnitude", part, [width], dtype)
+                # A length that is off by one rounding to 16 bits would change the model before it is trained.
+                self._add("magnitude", part, [width], paddle.float32)
         self._squares: paddle.Tensor | None = None
         if dora:
             self.reset_magnitude()
@@ -208,13 +209,13 @@ class LinearAdapter(Adapter):
             *(b for _, b in factors),
         )
         if self.dora:
-            adapted = adapted * self._gain(y.shape[-1])
+            adapted = (adapted.astype("float32") * self._gain(y.shape[-1])).astype(y.dtype)
             if base is not y:
                 adapted = adapted + (y - base)
         return adapted if len(shape) == 2 else adapted.reshape(shape)
 
     def _gain(self, width: int) -> paddle.Tensor:
-        """[out]: trained length over the present one; 1 in columns without an adapter."""
+        """[out] fp32: trained length over the present one; 1 in columns without an adapter."""
         norms = self.column_norms()
         pieces, begin = [], 0
         for part, (start, end) in self.spans.items():
@@ -228,12 +229,15 @@ class LinearAdapter(Adapter):
 
     @paddle.no_grad()
     def column_norms(self) -> dict[str, paddle.Tensor]:
-        """|W + s A B| of each column, by part, without forming the sum: |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b."""
+        """|W + s A B| of each column, by part, in fp32, without forming the sum:
+        |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b.
+        """
         assert self._squares is not None
         norms = {}
         for part, (begin, end) in self.spans.items():
-            (a, b), s = self.factors(part), self.slots[part].scaling
-            a_w = self._linear[0].product(a.T)[:, begin:end]
+            factors, s = self.factors(part), self.slots[part].scaling
+            a_w = self._linear[0].product(factors[0].T)[:, begin:end].astype("float32")
+            a, b = (factor.astype("float32") for factor in factors)
             squares = self._squares[begin:end] + (
                 b * (2 * s * a_w + s * s * paddle.matmul(paddle.matmul(a.T, a), b))
             ).sum(0)
@@ -244,11 +248,10 @@ class LinearAdapter(Adapter):
     def reset_magnitude(self) -> None:
         """m = |W|: what it is before training. The weight must be in place."""
         linear, total = self._linear[0], None
+        dtype = self.factors(next(iter(self.slots)))[0].dtype
         for begin in range(0, linear.in_features, _ROWS):
-            rows = paddle.eye(linear.in_features, dtype=self.factors(next(iter(self.slots)))[0].dtype)[
-                begin : begin + _ROWS
-            ]
-            squares = linear.product(rows).square().sum(0)
+            rows = paddle.eye(linear.in_features, dtype="float32")[begin : begin + _ROWS].astype(dtype)
+            squares = linear.product(rows).astype("float32").square().sum(0)
             total = squares if total is None else total + squares
         assert total is not None
         self._squares = total

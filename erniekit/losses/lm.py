@@ -10,7 +10,8 @@ from paddle.autograd import PyLayer
 from erniekit.parallel import comm
 from erniekit.parallel.comm import Group
 
-_CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
+_CHUNK_ELEMENTS = 1 << 24  # logits alive at once on a CPU: 64 MB in fp32
+_GPU_CHUNK_ELEMENTS = 1 << 28  # on a GPU, where few rows would be slow: 1 GB in fp32
 _KERNEL_RANGE = 60.0  # losses (nats) up to which Paddle's CPU kernel is exact
 
 
@@ -43,22 +44,32 @@ class Head:
         return paddle.concat(shares, axis=-1)
 
 
-def chunks_of(num_tokens: int, vocab_size: int, most: int) -> list[slice]:
-    """Stretches of tokens whose logits may exist at a time."""
-    size = max(1, min(num_tokens, most, _CHUNK_ELEMENTS // vocab_size))
+def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, most: int) -> list[slice]:
+    """Stretches of tokens whose logits may exist at a time: at most `most` tokens, and what the device has room for."""
+    elements = _CHUNK_ELEMENTS if hidden_TD.place.is_cpu_place() else _GPU_CHUNK_ELEMENTS
+    num_tokens = hidden_TD.shape[0]
+    size = max(1, min(num_tokens, most, elements // vocab_size))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def _softmax_nll(logits_TV: paddle.Tensor, labels_T1: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
     """softmax [T, V] and -log softmax at the label [T, 1] in one pass: the kernel behind paddle's cross_entropy, which
     keeps the softmax to itself. On a CPU it takes no logit for more than 64 below the largest; such losses are computed
-    again.
+    again. A GPU's kernel has no such limit, and asking would stop the host.
     """
     p, nll = paddle._C_ops.cross_entropy_with_softmax(logits_TV, labels_T1, False, True, True, -100, -1)
-    if bool((nll > _KERNEL_RANGE).any()):
+    if logits_TV.place.is_cpu_place() and bool((nll > _KERNEL_RANGE).any()):
         at_label = paddle.take_along_axis(logits_TV, labels_T1, axis=1)
         nll = paddle.logsumexp(logits_TV, axis=-1, keepdim=True) - at_label
     return p, nll
+
+
+def label_nll(logits_TV: paddle.Tensor, labels_T: paddle.Tensor) -> paddle.Tensor:
+    """-log softmax(logits_t)[label_t] of each token [T], fp32, however large: what training minimises, for whoever only
+    measures it. logits [T, V] of the whole vocabulary, fp32; every label a real one. No gradient.
+    """
+    with paddle.no_grad():
+        return _softmax_nll(logits_TV, labels_T.unsqueeze(-1))[1].squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ def softmax_at(head: Head, hidden_TD: paddle.Tensor, labels_T1: paddle.Tensor, w
 
 
 class HeadGradients:
-    """Gradients of hidden states and head, collected chunk by chunk."""
+    """Gradients of hidden states and head, collected chunk by chunk in fp32 and rounded once, at the end."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -108,8 +119,8 @@ class HeadGradients:
         self._bias: paddle.Tensor | None = None
 
     def add(self, x_TD: paddle.Tensor, dlogits_TV: paddle.Tensor, scale_T1: paddle.Tensor) -> None:
-        """A chunk whose logits have the gradient dlogits * scale. The scale, fp32, goes to the narrow [T, D] side of
-        both products.
+        """A chunk whose logits have the gradient dlogits * scale, both fp32. The scale goes to the narrow [T, D] side
+        of both products.
         """
         weight, bias, by_vocab = self.head.weight, self.head.bias, self.head.by_vocab
         p = dlogits_TV.astype(x_TD.dtype)
@@ -117,16 +128,23 @@ class HeadGradients:
         if not weight.stop_gradient:
             scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
             first, second = (p, scaled) if by_vocab else (scaled, p)
-            part = paddle.matmul(first, second, transpose_x=True)
+            part = paddle.matmul(first, second, transpose_x=True).astype("float32")
             self._weight = part if self._weight is None else self._weight.add_(part)
         if bias is not None and not bias.stop_gradient:
-            part = paddle.matmul(scale_T1.astype(p.dtype), p, transpose_x=True).squeeze(0)
+            part = paddle.matmul(scale_T1, dlogits_TV, transpose_x=True).squeeze(0)
             self._bias = part if self._bias is None else self._bias + part
 
-    def result(self, hidden_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        """Of hidden, weight and, if there is one, bias; None where it is frozen."""
-        dhidden = None if hidden_TD.stop_gradient else paddle.concat(self._hidden).astype(hidden_TD.dtype)
-        grads = (dhidden, self._weight, self._bias)
+    def result(self, hidden_TD: paddle.Tensor, scale: paddle.Tensor | None = None) -> tuple[paddle.Tensor | None, ...]:
+        """Of hidden, weight and, if there is one, bias, each times `scale` (fp32; None: 1) in the dtype of what it
+        belongs to; None where that is frozen.
+        """
+        wide = (None if hidden_TD.stop_gradient else paddle.concat(self._hidden), self._weight, self._bias)
+        owners = (hidden_TD, self.head.weight, self.head.bias)
+        self._hidden, self._weight, self._bias = [], None, None
+        grads = tuple(
+            None if grad is None else (grad if scale is None else grad.multiply_(scale)).astype(owner.dtype)
+            for grad, owner in zip(wide, owners, strict=True)
+        )
         return grads if self.head.bias is not None else grads[:2]
 
 
@@ -139,7 +157,7 @@ class _LinearCrossEntropy(PyLayer):
     def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, group, most, z_weight):
         head = Head(weight, by_vocab, bias, group)
         nll_parts, z_parts, gradients = [], [], HeadGradients(head)
-        for rows in chunks_of(hidden_TD.shape[0], head.vocab_size, most):
+        for rows in chunks_of(hidden_TD, head.vocab_size, most):
             x, scale = hidden_TD[rows], token_weights_T[rows].unsqueeze(-1)
             softmax = softmax_at(head, x, labels_T[rows].unsqueeze(-1), bool(z_weight))
             nll_parts.append(softmax.nll.squeeze(-1))
@@ -152,15 +170,17 @@ class _LinearCrossEntropy(PyLayer):
                 minus, scale = minus / factor, scale * factor
             gradients.add(x, softmax.minus_label(minus), scale)
         nll_T = paddle.concat(nll_parts)
-        ctx.grads = gradients.result(hidden_TD)
+        ctx.gradients, ctx.hidden = gradients, hidden_TD
         z_T = paddle.concat(z_parts) if z_parts else paddle.zeros_like(nll_T)
         ctx.mark_non_differentiable(nll_T, z_T)
         return ((nll_T + z_weight * z_T) * token_weights_T).sum(), nll_T, z_T
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        grads, ctx.grads = ctx.grads, None
-        return tuple(None if g is None else g.multiply_(dloss.astype(g.dtype)) for g in grads)
+        # The loss is divided by a count afterwards: rounded to 16 bits, that factor alone would be off by up to 0.4 %.
+        grads = ctx.gradients.result(ctx.hidden, dloss.astype("float32"))
+        ctx.gradients = ctx.hidden = None
+        return grads
 
 
 def linear_cross_entropy(

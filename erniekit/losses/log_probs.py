@@ -18,7 +18,7 @@ class _TokenLogProbs(PyLayer):
         ctx.head, ctx.hidden, ctx.labels, ctx.most = head, hidden_TD, labels_T, most
         parts = [
             softmax_at(head, hidden_TD[rows], labels_T[rows].unsqueeze(-1), False).nll.squeeze(-1)
-            for rows in chunks_of(hidden_TD.shape[0], head.vocab_size, most)
+            for rows in chunks_of(hidden_TD, head.vocab_size, most)
         ]
         return -paddle.concat(parts)
 
@@ -26,7 +26,7 @@ class _TokenLogProbs(PyLayer):
     @paddle.no_grad()
     def backward(ctx, dlog_p_T):
         gradients = HeadGradients(ctx.head)
-        for rows in chunks_of(ctx.hidden.shape[0], ctx.head.vocab_size, ctx.most):
+        for rows in chunks_of(ctx.hidden, ctx.head.vocab_size, ctx.most):
             x = ctx.hidden[rows]
             softmax = softmax_at(ctx.head, x, ctx.labels[rows].unsqueeze(-1), False)
             # d log p / d logits = onehot(label) - p

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
+import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.local import named_cuts
@@ -15,7 +16,8 @@ from erniekit.nn.cut import take
 
 def draw(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Set the parameters that this process holds and whose names are `wanted`: matrices normal with the configuration's
-    initializer_range, norms 1, biases 0. Experts are drawn one by one, so that a process draws only its own.
+    initializer_range, norms 1, biases 0. Experts are drawn one by one, so that a process draws only its own. Values are
+    drawn in fp32 and rounded to the parameter's dtype, one parameter at a time.
     """
     cuts, shapes = named_cuts(model), our_shapes(model.config)
     std = model.config.initializer_range
@@ -32,7 +34,9 @@ def draw(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lambda name
         else:
             value = normal(seed, name, shape, std)
             value = value if cut is None else take(value, cut, *model.part.share(cut))
-        parameter.set_value(value.astype(np.float32, copy=False))
+        value = value.astype(np.float32, copy=False)
+        wide = parameter.dtype == paddle.float32
+        parameter.set_value(value if wide else paddle.to_tensor(value).astype(parameter.dtype))
 
 
 def normal(seed: int, name: str, shape: Shape, std: float) -> np.ndarray:

@@ -7,13 +7,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import paddle
-from paddle import nn
 
+from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.models.decoder import CausalLM
 
 IGNORE = -100  # a label with no loss
 LARGEST_EXPONENT = 700.0
-_CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
 
 
 class Score(NamedTuple):
@@ -93,13 +92,12 @@ def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, 
     """Score the token numbers `places`, which have labels, from the hidden states of all tokens behind the final norm
     [T, D].
     """
-    size = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
     score = Score()
-    for start in range(0, len(places), size):
-        rows = places[start : start + size]
+    for chunk in chunks_of(hidden_TD, model.config.vocab_size, len(places)):
+        rows = places[chunk]
         targets = paddle.to_tensor(labels_T[rows].astype(np.int64))
         logits = model.head(paddle.gather(hidden_TD, paddle.to_tensor(rows))).astype("float32")
-        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+        nll = label_nll(logits, targets)
         # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 they are NaN.
         nll += logits.sum(axis=-1) * 0
         correct = int((logits.argmax(axis=-1) == targets).sum())

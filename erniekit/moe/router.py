@@ -50,6 +50,16 @@ def choose(scores_TE: paddle.Tensor, options: RouterOptions) -> paddle.Tensor:
         return best + paddle.arange(options.top_k) * size
 
 
+def _softmax(logits_TE: paddle.Tensor) -> paddle.Tensor:
+    """Probabilities. Paddle's CPU kernel takes no logit for more than 64 below the largest: experts beyond that would
+    be equal, and the choice among them wrong.
+    """
+    if not logits_TE.place.is_cpu_place():
+        return nn.functional.softmax(logits_TE, axis=-1)
+    powers = paddle.exp(logits_TE - logits_TE.detach().max(axis=-1, keepdim=True))
+    return powers / powers.sum(axis=-1, keepdim=True)
+
+
 def route(
     logits_TE: paddle.Tensor,
     correction_bias_E: paddle.Tensor,
@@ -63,7 +73,7 @@ def route(
     through the weights.
     """
     if options.act == "softmax":
-        scores = probs = nn.functional.softmax(logits_TE, axis=-1)
+        scores = probs = _softmax(logits_TE)
     else:
         scores = nn.functional.sigmoid(logits_TE)
         probs = scores / paddle.clip(scores.sum(axis=-1, keepdim=True), min=options.norm_min)

@@ -6,6 +6,17 @@ import numpy as np
 import paddle
 
 
+def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """theta^(-2j/head_dim) for j = 0, 1, ...: fp32 [head_dim/2], rounded as transformers and Paddle round it: the
+    exponent, the power and its reciprocal are fp32 each. Published models were trained with these numbers; the last
+    bit of a frequency moves an angle by 0.005 at position 100,000.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # numpy's own fp32 power is off by a bit now and then, and differs between processors.
+    powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / powers
+
+
 def rotation_table(
     positions_T: np.ndarray, head_dim: int, theta: float, num_rotated: int, num_plain: int
 ) -> paddle.Tensor:
@@ -14,9 +25,7 @@ def rotation_table(
     The `num_plain` last heads (the values in a fused q|k|v) get angle 0. Thus one complex product rotates a whole fused
     projection: no strided slice, no concatenation.
     """
-    inverse_frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    # fp32 frequencies and fp32 angles are what the published models were trained with; keep their rounding.
-    angles = positions_T.astype(np.float32)[:, None] * inverse_frequency.astype(np.float32)[None, :]
+    angles = positions_T.astype(np.float32)[:, None] * inverse_frequencies(head_dim, theta)[None, :]
     table = np.ones((len(positions_T), num_rotated + num_plain, head_dim // 2), dtype=np.complex64)
     table[:, :num_rotated] = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)[:, None, :]
     return paddle.to_tensor(table)

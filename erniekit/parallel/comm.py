@@ -65,7 +65,7 @@ on_wait: Callable[[str | None], None] | None = None
 
 _world = World(0, 1, ("localhost:0",))
 _links: Links | None = None
-_groups: dict[Ranks, Group] = {}
+_groups: dict[tuple[str, Ranks], Group] = {}
 _channels: dict[tuple[int, int], Any] = {}  # NCCL only: (from, to) -> group
 
 
@@ -101,15 +101,18 @@ def world() -> World:
     return _world
 
 
-def groups(rank_lists: Sequence[Ranks]) -> dict[Ranks, Group]:
+def groups(rank_lists: Sequence[Ranks], role: str = "") -> dict[Ranks, Group]:
     """Create the groups that do not exist yet; returns those that this rank is in. All ranks call it with the same
     lists in the same order (NCCL needs that).
+
+    Groups of the same ranks but another `role` have communicators of their own over NCCL: what one of them carries
+    neither waits for the other nor needs to be started in an order with it.
     """
     for ranks in rank_lists:
-        if ranks not in _groups:
+        if (role, ranks) not in _groups:
             handle = dist.new_group(list(ranks)) if _links is None and len(ranks) > 1 else None
-            _groups[ranks] = Group(ranks, ranks.index(_world.rank) if _world.rank in ranks else -1, handle)
-    return {ranks: _groups[ranks] for ranks in rank_lists if _world.rank in ranks}
+            _groups[role, ranks] = Group(ranks, ranks.index(_world.rank) if _world.rank in ranks else -1, handle)
+    return {ranks: _groups[role, ranks] for ranks in rank_lists if _world.rank in ranks}
 
 
 def world_group() -> Group:
@@ -136,6 +139,12 @@ def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
     on_wait(f"{kind} of {_num_bytes(x)} bytes with ranks {', '.join(map(str, ranks))}")
     yield
     on_wait(None)
+
+
+def _on_host(x: paddle.Tensor, group: Group) -> np.ndarray:
+    """The values of a communication's result. Over NCCL it is here, not at its start, that the host waits."""
+    with _waiting("host values", x, group.ranks):
+        return x.numpy()
 
 
 def _num_bytes(x: paddle.Tensor) -> int:
@@ -298,7 +307,7 @@ def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
     """Sum of float64 arrays of one shape over the group, in the group's order: the same bits on every rank."""
     if group.size == 1:
         return values
-    rows = _gather(paddle.to_tensor(values.astype(np.float64)).reshape([1, -1]), group, "host").numpy()
+    rows = _on_host(_gather(paddle.to_tensor(values.astype(np.float64)).reshape([1, -1]), group, "host"), group)
     total = rows[0].copy()
     for row in rows[1:]:
         total += row
@@ -310,7 +319,8 @@ def exchange_counts(counts: np.ndarray, group: Group) -> np.ndarray:
     if group.size == 1:
         return counts
     ones = [1] * group.size
-    return _start_exchange(paddle.to_tensor(counts.astype(np.int64)), ones, ones, group, "host").wait().numpy()
+    work = _start_exchange(paddle.to_tensor(counts.astype(np.int64)), ones, ones, group, "host")
+    return _on_host(work.wait(), group)
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
@@ -318,10 +328,10 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     if group.size == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-    lengths = _gather(paddle.to_tensor(np.array([len(data)])), group, "host").numpy()
+    lengths = _on_host(_gather(paddle.to_tensor(np.array([len(data)])), group, "host"), group)
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(data)] = data
-    rows = _gather(paddle.to_tensor(padded).reshape([1, -1]), group, "host").numpy()
+    rows = _on_host(_gather(paddle.to_tensor(padded).reshape([1, -1]), group, "host"), group)
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 

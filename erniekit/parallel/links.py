@@ -132,8 +132,9 @@ class _Peer:
         self._read(memoryview(self._header))
         number, num_bytes = _HEADER.unpack(self._header)
         if number != KINDS.index(kind) or num_bytes != len(into):
+            sent = KINDS[number] if number < len(KINDS) else f"an unknown kind ({number})"
             raise TrainError(
-                f"{self._name} sends {num_bytes} bytes of {KINDS[number]}, this rank expects {len(into)} bytes of "
+                f"{self._name} sends {num_bytes} bytes of {sent}, this rank expects {len(into)} bytes of "
                 f"{kind}: the ranks do not run the same step. Start all with the same configuration and code."
             )
         self._read(into)

@@ -222,9 +222,16 @@ def build_mesh(degrees: Degrees) -> Mesh:
             f"The degrees need {degrees.pipeline} (pipeline) * {degrees.data} (data) * {degrees.tensor} (tensor) = "
             f"{degrees.world} processes, but {world.size} were started."
         )
-    lists = [ranks for rank in range(degrees.world) for ranks in rank_lists(degrees, rank).values()]
     comm.channels(list(dict.fromkeys(pipe_pairs(degrees))))
-    groups = comm.groups(list(dict.fromkeys(lists)))
-    mine = {name: groups[ranks] for name, ranks in rank_lists(degrees, world.rank).items()}
+    mine = rank_lists(degrees, world.rank)
+    # Tokens travel to experts within a pass, gradients whenever they are complete: never on one communicator, even
+    # where the ranks are the same.
+    roles = {name: "experts" if name == "expert_group" else "" for name in mine}
+    lists: dict[str, dict[Ranks, None]] = {role: {} for role in sorted(set(roles.values()))}
+    for rank in range(degrees.world):
+        for name, ranks in rank_lists(degrees, rank).items():
+            lists[roles[name]][ranks] = None
+    groups = {role: comm.groups(list(every), role) for role, every in lists.items()}
     pipe, data, tensor = coordinates(degrees, world.rank)
-    return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **mine)
+    own = {name: groups[roles[name]][ranks] for name, ranks in mine.items()}
+    return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **own)

@@ -296,6 +296,14 @@ class GradientSync:
             for entry, rows in zip(bucket.entries, paddle.split(matrix, bucket.sections[:-1], axis=1), strict=True):
                 paddle.assign(_whole(rows, entry.shape), self.parameters[entry.name])
 
+    @paddle.no_grad()
+    def whole(self, name: str, chunk: paddle.Tensor) -> paddle.Tensor:
+        """As `gather`, on the device."""
+        entry = self.entries[name]
+        if entry.placement.shard.size == 1:
+            return chunk
+        return _whole(comm.all_gather(chunk, entry.placement.shard), entry.shape)
+
     def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
         """A tensor of a parameter's shape from the chunks [c] that the ranks hold: every rank of its shard group has to
         call this. Where nothing is divided, `chunk` as it is.

@@ -1,5 +1,7 @@
 """Which dtype parameters and products have, and what is said where a device cannot do what was asked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import paddle
@@ -31,12 +33,49 @@ def choose(compute_type: str, device: str) -> Policy:
     return Policy(asked, low_bit)
 
 
+@contextmanager
+def default_dtype(policy: Policy) -> Iterator[None]:
+    """Layers that are built inside have their weights in the policy's dtype from the start: no fp32 copy of a model
+    ever exists. Layers that name a dtype of their own (routers) keep it.
+    """
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(policy.param_dtype)
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(before)
+
+
+def stays_fp32(name: str) -> bool:
+    """Whether a tensor of a model is fp32 in every model: the routers' gates and their correction biases."""
+    return ".mlp.gate." in name or name.endswith("e_score_correction_bias")
+
+
+@paddle.no_grad()
 def apply(model: nn.Layer, policy: Policy) -> None:
-    """Cast the weights, but for those that stay fp32 in every model: routers' gates and correction biases."""
-    if policy.param_dtype == "float32":
-        return
+    """Make sure that every weight has the policy's dtype, and routers fp32. Weights that were built in another dtype
+    are cast where they are; those that were built under `default_dtype` cost nothing.
+    """
+    wanted = {"float32": paddle.float32, "bfloat16": paddle.bfloat16}[policy.param_dtype]
     for name, parameter in model.named_parameters():
-        if not name.endswith(".mlp.gate.weight"):
-            parameter._to(dtype=policy.param_dtype)
-    statics = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    assert all(buffer.dtype == paddle.float32 for buffer in statics)
+        if not stays_fp32(name) and parameter.dtype != wanted:
+            cast = parameter.astype(wanted)
+            # Layer.to does the same; Tensor._to returns a copy and leaves the parameter as it was.
+            parameter.value().get_tensor()._share_data_with(cast.value().get_tensor())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.dtype == (paddle.float32 if stays_fp32(name) else wanted), f"{name} is {tensor.dtype}"
+
+
+def describe(model: nn.Layer, has_masters: bool) -> str:
+    """The dtypes that a training run really has, for the log."""
+    parameters = list(model.named_parameters())
+    weights = sorted({_name(tensor) for name, tensor in parameters if not stays_fp32(name)})
+    routers = sorted({_name(tensor) for name, tensor in parameters if stays_fp32(name)})
+    said = f"weights {' and '.join(weights)}"
+    if routers and routers != weights:
+        said += f", routers {' and '.join(routers)}"
+    return said + (", masters float32" if has_masters else "")
+
+
+def _name(tensor: paddle.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("paddle.")

@@ -22,6 +22,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.low_bit import num_held
 from erniekit.models.partition import WHOLE
 from erniekit.models.weights import our_shapes
+from erniekit.precision.policy import stays_fp32
 from erniekit.utils import log
 
 
@@ -101,10 +102,11 @@ def prepare_save(
 
     state = lora.state_of(model)
     if state is None:
-        portion = model_portion(model, shares, format, tensors, directory)
+        header = _header_of(tensors)
+        portion = model_portion(model, shares, format, tensors, directory, header)
 
         def add_files(checkpoint: Path) -> None:
-            write_model_configs(model, checkpoint / directory, format)
+            write_model_configs(model, checkpoint / directory, format, header)
             copy_companions(model_dir, checkpoint / directory)
             add_template(checkpoint)
 
@@ -119,3 +121,9 @@ def prepare_save(
         add_template(checkpoint)
 
     return [], add_adapter
+
+
+def _header_of(tensors: Mapping[str, paddle.Tensor]) -> str:
+    """The dtype of weight files that lose nothing: that of the weights, whose fp32 masters go with the optimizer."""
+    kept = {tensor.dtype for name, tensor in tensors.items() if not stays_fp32(name)}
+    return "BF16" if kept == {paddle.bfloat16} else "F32"

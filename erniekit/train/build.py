@@ -15,6 +15,7 @@ import paddle
 from erniekit import lora
 from erniekit.checkpoint.folder import require_model, require_weights
 from erniekit.checkpoint.model_io import load_weights, read_config
+from erniekit.checkpoint.together import all_or_none
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.template import Template
@@ -34,7 +35,7 @@ from erniekit.parallel.schedule import Action
 from erniekit.parallel.sharding import GradientSync
 from erniekit.precision import policy
 from erniekit.train.adapt import attach_lora
-from erniekit.train.batch_warmup import steps_for
+from erniekit.train.batch_warmup import last_step
 from erniekit.train.ema import WeightAverage
 from erniekit.train.layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
 from erniekit.train.optim import AdamW, rule_for
@@ -43,6 +44,7 @@ from erniekit.train.recipes.causal import CausalRecipe
 from erniekit.train.recipes.preference import PreferenceRecipe
 from erniekit.train.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.train.reference_cache import prepare_cache
+from erniekit.train.same_run import require_same_files
 from erniekit.train.schedule import Schedule, build_schedule
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
@@ -75,6 +77,22 @@ class Run:
         """What a microbatch's number of tokens must divide by."""
         return self.model.token_multiple
 
+    def plan_steps(self, done: int) -> None:
+        """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
+        cfg = self.cfg
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
+        self.schedule = build_schedule(cfg, self.max_steps)
+        if cfg.max_steps > 0:
+            return
+        rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
+        after = f" after step {done}" if done else ""
+        each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.data
+        fewer = " (fewer during batch_size_warmup_steps)" if done < cfg.batch_size_warmup_steps else ""
+        log.info(
+            f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
+            f"{self.max_steps - done} steps"
+        )
+
     def close(self) -> None:
         """Stop the data workers."""
         self.loader.close()
@@ -100,7 +118,9 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     require_model(model_dir)
     tokenizer = load_tokenizer(model_dir)
-    template = training_template(cfg, tokenizer)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
+    max_steps = last_step(cfg, loader, mesh.degrees.data)
+    schedule = build_schedule(cfg, max_steps)
     model, chunks = build_model(cfg, model_dir, mesh)
     for line in layout_lines(cfg, model.config, mesh.degrees):
         log.info(line)
@@ -117,10 +137,6 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
     )
     optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
-    loader, num_steps = _train_loader(cfg, tokenizer, mesh, template)
-    max_steps = cfg.max_steps if cfg.max_steps > 0 else num_steps()
-    wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
-    eval_loader = build_loader(cfg, tokenizer, "eval", mesh.data, mesh.degrees.data, template) if wants_eval else None
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
@@ -133,12 +149,12 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         template=template,
         recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
         optimizer=optimizer,
-        schedule=build_schedule(cfg, max_steps),
+        schedule=schedule,
         max_steps=max_steps,
         loader=loader,
         eval_loader=eval_loader,
         update_router_bias=_wants_bias_update(cfg, model.config),
-        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay),
+        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
     )
 
 
@@ -181,7 +197,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     check_layout(cfg, mesh.degrees, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
-    with paddle.LazyGuard():  # no memory and no random values before the weights arrive
+    # No memory and no random values before the weights arrive, and then no wider ones than are kept.
+    with policy.default_dtype(precision), paddle.LazyGuard():
         model = CausalLM(config, partition_of(mesh, chunks))
     if precision.low_bit is not None:
         hold_in_low_bits(model, precision.low_bit)
@@ -189,8 +206,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     draw(model, cfg.seed, lambda name: name not in known)
     if cfg.continue_training:
         load_weights(model, model_dir, stored)
-        if stored.dtype not in (None, "float32") and cfg.fine_tuning != "LoRA":
-            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is float32")
+        if stored.dtype not in (None, precision.param_dtype) and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is {precision.param_dtype}")
         if depths > stored.num_nextn_predict_layers:
             log.info(
                 f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
@@ -210,17 +227,24 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     return model, chunks
 
 
-def _train_loader(
-    cfg: Config, tokenizer: Tokenizer, mesh: Mesh, template: Template | None
-) -> tuple[Loader, Callable[[], int]]:
-    """The training data, and how many steps they make (measured when called)."""
-    warmup, full = cfg.batch_size_warmup_steps, cfg.gradient_accumulation_steps
-    if not warmup:
-        loader = build_loader(cfg, tokenizer, "train", mesh.data, mesh.degrees.data, template)
-        return loader, lambda: loader.num_steps
-    one_by_one = dataclasses.replace(cfg, gradient_accumulation_steps=1)
-    single = build_loader(one_by_one, tokenizer, "train", mesh.data, mesh.degrees.data, template)
-    return single, lambda: steps_for(single.num_steps, full, warmup)
+def _open_data(
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Template | None, Loader, Loader | None]:
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank. While
+    the batch still grows, the training data come one microbatch at a time.
+    """
+    growing = dataclasses.replace(cfg, gradient_accumulation_steps=1) if cfg.batch_size_warmup_steps else cfg
+    wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
+    with all_or_none(mesh.world_group):
+        template = training_template(cfg, tokenizer)
+        build = partial(build_loader, tokenizer=tokenizer, rank=mesh.data, world=mesh.degrees.data, template=template)
+        loader = build(growing, split="train")
+        eval_loader = build(cfg, split="eval") if wants_eval else None
+    data = {f"training data: {name}": value for name, value in loader.identity.items()}
+    if eval_loader is not None:
+        data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
+    require_same_files(model_dir, data, mesh.world_group)
+    return template, loader, eval_loader
 
 
 def _recompute_options(cfg: Config, config: ModelConfig) -> recompute.RecomputeOptions:

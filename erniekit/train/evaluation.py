@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 import paddle
 
+from erniekit.config.schema import Config
 from erniekit.models.scoring import Score, score_hidden
 from erniekit.nn.attention import Documents
 from erniekit.parallel import comm
@@ -40,6 +41,13 @@ class TermSums:
         """Add a microbatch's divisors."""
         for name, count in counts.items():
             self.sums[_COUNT + name] += count
+
+
+def metric_of(cfg: Config) -> tuple[str, bool]:
+    """The metric that ranks evaluations, as evaluate() names it, and whether more of it is better."""
+    name = "eval_" + (cfg.metric_for_best_model or "loss").removeprefix("eval_")
+    greater = cfg.greater_is_better
+    return name, not name.endswith(("loss", "perplexity")) if greater is None else greater
 
 
 def evaluate(run: Run) -> dict[str, float]:

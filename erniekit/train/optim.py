@@ -95,6 +95,19 @@ class AdamW:
             state["master"] = own.astype("float32")
         return state
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether any parameter has a master copy."""
+        return any("master" in fields for fields in self.state.values())
+
+    @paddle.no_grad()
+    def master(self, name: str) -> paddle.Tensor | None:
+        """A parameter's whole master copy, fp32; None where the parameter is its own. Where the state is divided, all
+        ranks of the parameter's shard group have to call this together.
+        """
+        chunk = self.state.get(name, {}).get("master")
+        return None if chunk is None else self.sync.whole(name, chunk)
+
     def state_bytes(self) -> int:
         """Bytes of the state on this rank, counted over its tensors; the formula is parallel.buckets.state_bytes."""
         return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
@@ -120,7 +133,8 @@ class AdamW:
             updated[name] = parameter
             paddle._C_ops.adamw_(
                 parameter,
-                gradient.astype(parameter.dtype),
+                # With a master copy the kernel takes a wide gradient as it is; rounding it would undo its fp32 sum.
+                gradient if "master" in state else gradient.astype(parameter.dtype),
                 paddle.to_tensor([learning_rate * rule.lr_ratio], dtype="float32"),
                 state["moment1"],
                 state["moment2"],

@@ -25,7 +25,8 @@ from erniekit.parallel.comm import Group
 from erniekit.train.ema import DIRECTORY as EMA
 from erniekit.train.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.train.reporting.metrics_file import copy_later_lines
-from erniekit.train.state import CONFIG_FILE, STATE_FILE, TrainState, check_identity, identity_of, read_state
+from erniekit.train.resume import check_keys, noted
+from erniekit.train.state import CONFIG_FILE, STATE_FILE, read_state
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -36,10 +37,13 @@ _REPORTS = ("summary.json", "loss.png", "routers.jsonl", "expert_load.png", METR
 
 @dataclass(frozen=True)
 class Claim:
-    """What a claimed directory offers: the checkpoint to go on from, and how the final model there came about."""
+    """What a claimed directory offers: the checkpoint to resume from, how the final model there came about, and the
+    record of the run.
+    """
 
     source: Path | None
     final: FinalModel | None
+    record: RunRecord | None
 
 
 class OutputDir:
@@ -71,9 +75,13 @@ class OutputDir:
         if self._claim is None:
             found = on_first(self.group, self._claim_first)
             require_shared(self.path, self.group)
-            final = found["final"]
+            final, record = found["final"], found["record"]
             source = None if found["source"] is None else Path(found["source"])
-            self._claim = Claim(source, None if final is None else FinalModel(**final))
+            self._claim = Claim(
+                source,
+                None if final is None else FinalModel(**final),
+                None if record is None else RunRecord(**record),
+            )
         return self._claim
 
     def look(self) -> Claim:
@@ -90,16 +98,21 @@ class OutputDir:
         except BaseException:
             self.lock.release()
             raise
-        source, final = claim.source, claim.final
-        return {"source": None if source is None else str(source), "final": None if final is None else asdict(final)}
+        source, final, record = claim.source, claim.final, claim.record
+        return {
+            "source": None if source is None else str(source),
+            "final": None if final is None else asdict(final),
+            "record": None if record is None else asdict(record) | {"final_model": None},
+        }
 
     def _look(self) -> Claim:
         self._check_names()
         record = read_record(self.path)
         if self.cfg.overwrite_output_dir:
             self._check_removal()
-            return Claim(self._explicit(), None)
-        return Claim(*self._check_content(record))
+            return Claim(self._explicit(), None, record)
+        source, final = self._check_content(record)
+        return Claim(source, final, record)
 
     # Checks that need no look into the directory, so that it is not even made where they refuse.
 
@@ -142,7 +155,7 @@ class OutputDir:
                 f"resume_from_checkpoint: {source} is no checkpoint but holds some: {', '.join(p.name for p in below)}."
                 " Name one of them."
             )
-        check_identity(read_state(source), self.cfg, source)
+        check_keys(read_state(source).identity, self.cfg, source)
 
     # Checks of what is there, under the lock.
 
@@ -184,9 +197,9 @@ class OutputDir:
             self._refuse_without_resuming("checkpoints")
         newest = self._newest_whole(checkpoints)
         if record is not None and (checkpoints or has_final):
-            check_identity(TrainState(identity=record.identity), self.cfg, self.path / RUN_FILE)
+            check_keys(record.identity, self.cfg, self.path / RUN_FILE)
         if newest is not None and not self._goes_back_here():  # to go back before it, it need not be readable
-            check_identity(read_state(newest), self.cfg, newest)
+            check_keys(read_state(newest).identity, self.cfg, newest)
         self._check_kind()
         if has_final and record is None and newest is None:
             raise CheckpointError(
@@ -236,22 +249,23 @@ class OutputDir:
 
     # Changes.
 
-    def begin(self, step: int, trains: bool) -> None:
-        """Make the directory that of a run which goes on after `step`; config.yaml is written if steps follow."""
-        on_first(self.group, lambda: self._begin(step, trains))
+    def begin(self, present: RunRecord, step: int, trains: bool) -> None:
+        """Make the directory that of a run which continues after `step`; `present` says what identifies it now.
+        config.yaml is written if steps follow.
+        """
+        on_first(self.group, lambda: self._begin(present, step, trains))
 
-    def _begin(self, step: int, trains: bool) -> None:
+    def _begin(self, present: RunRecord, step: int, trains: bool) -> None:
         manager = CheckpointManager(self.path, None)
         manager.remove_leftovers()
         for sign in self.path.glob(".shared-*"):  # see require_shared
             sign.unlink(missing_ok=True)
-        identity = identity_of(self.cfg)
         if self.cfg.overwrite_output_dir:
             self._remove_old_run()
-            record = RunRecord(identity)
+            record = present
         else:
-            record = read_record(self.path) or RunRecord(identity)
-            record.identity = identity
+            record = read_record(self.path) or present
+            record.identity, record.base, record.data = present.identity, present.base, present.data
             self._set_later_aside(manager, record, step)
         record.begin(step)
         record.write(self.path)
@@ -312,7 +326,7 @@ class OutputDir:
         on_first(self.group, lambda: self._record_final(final))
 
     def _record_final(self, final: FinalModel) -> None:
-        record = read_record(self.path) or RunRecord(identity_of(self.cfg))
+        record = read_record(self.path) or RunRecord(noted(self.cfg))
         final.branch = record.branch
         record.final_model = final
         record.write(self.path)

@@ -9,9 +9,11 @@ from paddle import nn
 from erniekit.config.schema import Config
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Degrees, Mesh, build_mesh
+from erniekit.precision import policy
 from erniekit.train.build import build_run
 from erniekit.train.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.train.output_dir import OutputDir
+from erniekit.train.same_run import require_same_configuration
 from erniekit.train.trainer import Trainer
 from erniekit.utils import heartbeat, log, runtime
 
@@ -39,14 +41,14 @@ def join(cfg: Config) -> Mesh:
     heartbeat.waiting("the gathering of all ranks")
     world = comm.init(cfg.rendezvous_timeout)
     heartbeat.waiting(None)
+    require_same_configuration(cfg, comm.world_group())
     return build_mesh(Degrees.from_config(cfg, world.size))
 
 
-def _device_line(model: nn.Layer, mesh: Mesh) -> str:
-    """What trains: "device: AMD EPYC 9454, 2 threads; weights in float32; 1 process"."""
-    dtypes = sorted({str(parameter.dtype).removeprefix("paddle.") for parameter in model.parameters()})
+def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
+    """What trains: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
     ranks = "1 process" if mesh.degrees.world == 1 else f"{mesh.degrees.world} processes"
-    return f"device: {runtime.device_name()}; weights in {' and '.join(dtypes)}; {ranks}"
+    return f"device: {runtime.device_name()}; {policy.describe(model, has_masters)}; {ranks}"
 
 
 def train(cfg: Config) -> TrainResult:
@@ -58,6 +60,6 @@ def train(cfg: Config) -> TrainResult:
     with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:
-            log.info(_device_line(run.model, mesh))
+            log.info(_device_line(run.model, run.optimizer.has_masters, mesh))
         summary = Trainer(run, callbacks, output).fit()
     return TrainResult(output.path, history.steps, summary)

@@ -9,15 +9,17 @@ import paddle
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.portion import Portion
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.run_record import FinalModel
+from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
 from erniekit.checkpoint.together import all_or_none, on_first
+from erniekit.train import resume
 from erniekit.train.adapt import load_trained, prepare_save, trained_tensors
 from erniekit.train.build import Run
 from erniekit.train.ema import DIRECTORY as EMA
+from erniekit.train.ema import WeightAverage
 from erniekit.train.output_dir import OutputDir
 from erniekit.train.state import (
+    OPTIMIZER_DIR,
     TrainState,
-    identity_of,
     load_optimizer,
     optimizer_portion,
     read_state,
@@ -45,17 +47,31 @@ class Saver:
         the directory stays as it is: `begin` changes it.
         """
         claim = self.output.claim()
+        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
+        self.present = resume.Present(self.cfg, base, self.run.loader)
         state = TrainState()
         if claim.source is not None:
             with all_or_none(self.ranks):
                 state = self._load(claim.source)
-        elif claim.final is not None:
-            state = self._after_final(claim.final)
-        state.identity, state.layout = identity_of(self.cfg), self._layout()
+        else:
+            self.run.plan_steps(0)
+            if claim.final is not None:
+                state = self._after_final(claim.final, claim.record)
+        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
+        state.max_steps = self.run.max_steps
+        state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
         return state
 
-    def _after_final(self, final: FinalModel) -> TrainState:
+    def begin(self, state: TrainState) -> None:
+        """Make the output directory that of a run which continues after `state`."""
+        record = RunRecord(state.identity, state.base, self.run.loader.state_dict())
+        self.output.begin(record, state.step, trains=state.step < self.run.max_steps)
+
+    def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
         """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        if record is not None and record.data:
+            then = TrainState(identity=record.identity, base=record.base, data=record.data)
+            resume.check(then, self.present, self.output_dir / RUN_FILE)
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
@@ -78,26 +94,74 @@ class Saver:
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
 
     def _load(self, source: Path) -> TrainState:
-        state = read_state(source)
+        state, run = read_state(source), self.run
+        resume.check(state, self.present, source)
         self._say_layout(state.layout, source)
-        load_trained(self.run.model, source)
-        if self.run.average is not None:
-            self.run.average.load(source)
-        for directory, tensors in self.run.recipe.extra_weights().items():
-            load_trained(self.run.model, source / directory, into=tensors)
+        load_trained(run.model, source)
+        if run.average is not None:
+            self._load_average(run.average, state, source)
+        for directory, tensors in run.recipe.extra_weights().items():
+            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
+                load_trained(run.model, source / directory, into=tensors)
+            else:
+                log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
+        log.info(f"resuming after step {state.step} from {source}")
+        self._set_position(state, source)
+        run.plan_steps(state.step)
+        complete = state.step >= run.max_steps
+        if complete:
+            key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
+            log.info(
+                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it to "
+                "train more, or set overwrite_output_dir: true to begin anew"
+            )
+        else:
+            self._load_optimizer(state, source)
+        for line in resume.changed_lines(state, self.present, source, complete):
+            log.info(line)
+        rate = resume.rate_line(state, self.cfg, run.max_steps)
+        if rate is not None:
+            log.info(rate)
+        if run.eval_loader is not None:
+            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+            if forgotten is not None:
+                log.warning(forgotten)
+        return state
+
+    def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
+        if _holds(source, EMA, state.identity.get("ema_decay") is not None):
+            average.load(source)
+        else:
+            average.restart()
+            log.warning(f"ema_decay: {source.name} holds no average of its weights: it begins with those of this step")
+
+    def _load_optimizer(self, state: TrainState, source: Path) -> None:
         if self.cfg.ignore_load_lr_and_optim:
             self.run.optimizer.reset()
-        else:
+            log.info("ignore_load_lr_and_optim: the optimizer's state begins anew")
+        elif _holds(source, OPTIMIZER_DIR, bool(state.has_optimizer)):
             load_optimizer(source, self.run.optimizer, self.shares)
+        else:
+            self.run.optimizer.reset()
+            log.warning(
+                f"{source.name} was saved without the optimizer's state (ignore_save_lr_and_optim): its weights are "
+                "trained further with new state (moments of 0), so the next steps differ from an uninterrupted run's"
+            )
+
+    def _set_position(self, state: TrainState, source: Path) -> None:
+        """Put the loader behind the rows that were seen, or with ignore_data_skip before the first, unless the run is
+        complete: else each start of the same command would train the data once more.
+        """
         if not self.cfg.ignore_data_skip:
             self.run.loader.load_state_dict(state.data)
-        log.info(f"resuming after step {state.step} from {source}")
-        if state.step >= self.run.max_steps:
-            log.info(
-                f"the run is complete: max_steps is {self.run.max_steps}. Raise it to train on, or set "
-                "overwrite_output_dir: true"
-            )
-        return state
+            return
+        if state.data and not self.run.loader.changes(state.data) and self.cfg.max_steps <= 0:
+            begin = self.run.loader.state_dict()
+            self.run.loader.load_state_dict(state.data)
+            if not self.run.loader.rows_left():
+                return
+            self.run.loader.load_state_dict(begin)
+        log.info(f"ignore_data_skip: the data begin anew after step {state.step} of {source.name}")
 
     def _say_layout(self, before: dict[str, int], source: Path) -> None:
         now = self._layout()
@@ -170,3 +234,14 @@ class Saver:
             self.run.template,
             directory=below,
         )
+
+
+def _holds(checkpoint: Path, directory: str, was_saved: bool) -> bool:
+    """Whether a checkpoint has a directory that it need not have. CheckpointError if it was saved and is gone."""
+    there = (checkpoint / directory).is_dir()
+    if was_saved and not there:
+        cure = " or set ignore_load_lr_and_optim: true" if directory == OPTIMIZER_DIR else ""
+        raise CheckpointError(
+            f"{checkpoint}: {directory}/ was saved with it and is gone. Resume from another checkpoint{cure}."
+        )
+    return there

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from erniekit.config.schema import Config
-from erniekit.utils.errors import ConfigError
+from erniekit.utils import log
 
 Schedule = Callable[[int], float]
 
@@ -35,16 +35,20 @@ _SHAPES: dict[str, Callable[[Config, float], float]] = {
     "constant_with_warmup": _constant,
 }
 
-_HALF_LIVES = 10  # half-lives that a `half_life` decay goes through: down to a thousandth of the peak, or min_lr
+_STEADY_SHARE = 0.9  # of all steps, up to which `wsd` without a number holds the peak
+_HALF_LIFE_END = 0.05  # where the exponential of a `half_life` decay is cut off and shifted to the lowest rate
 
 
 def _wsd(cfg: Config, progress: float) -> float:
-    """The decay stretch of warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395); `1-sqrt` as in Haegele et al.
-    2024 (arXiv 2405.18392, eq. 2).
+    """The decay of warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395) under ERNIEKit's names for its shapes:
+    `half_life`, an exponential from 1 to 0.05 that is stretched to end at 0; `1-sqrt` as in Haegele et al. 2024 (arXiv
+    2405.18392, eq. 2).
     """
     if cfg.decay_function == "1-sqrt":
-        return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1.0 - math.sqrt(progress))
-    return max(cfg.min_lr, cfg.learning_rate * 0.5 ** (_HALF_LIVES * progress))
+        share = 1.0 - math.sqrt(progress)
+    else:
+        share = (_HALF_LIFE_END**progress - _HALF_LIFE_END) / (1.0 - _HALF_LIFE_END)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * share
 
 
 def warmup_steps(cfg: Config, max_steps: int) -> int:
@@ -56,30 +60,27 @@ def build_schedule(cfg: Config, max_steps: int) -> Schedule:
     """lr(step) for step = 0, 1, ... (the rate that the step numbered step + 1 uses).
 
     Warm-up is linear from 0 (not reached: the first step has learning_rate / warm-up); then the shape of
-    lr_scheduler_type runs until `decay_steps` (default: max_steps) and stays at its end. `wsd:N` stays at the peak for
-    N steps after the warm-up. ConfigError if the steps do not fit.
+    lr_scheduler_type runs until `decay_steps` (default: max_steps) and stays at its end. `wsd:N` stays at the peak
+    before step N, warm-up included, and decays from there; N may be as large as the run. A run that ends within its
+    warm-up is warned about.
     """
     warmup = warmup_steps(cfg, max_steps)
     end = cfg.decay_steps or max_steps
     name, _, steady = cfg.lr_scheduler_type.partition(":")
-    start = warmup
     shape = _SHAPES.get(name, _wsd)
+    start: float = warmup
     if name == "wsd":
-        start = warmup + int(steady)
-        if start > end:
-            raise ConfigError(
-                f"lr_scheduler_type: {cfg.lr_scheduler_type} holds the peak until step {start} (warm-up {warmup} + "
-                f"{steady}), but the schedule ends at step {end}. "
-                f"Take fewer steady steps, or more max_steps."
-            )
-    if name not in ("constant",) and warmup > end:
-        raise ConfigError(
-            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}. Take fewer, or more "
-            "max_steps."
+        start = int(steady) if steady else _STEADY_SHARE * end
+    if name == "constant":
+        warmup = 0
+    if warmup > end:
+        log.warning(
+            f"warmup_steps: {warmup} steps of warm-up, but the schedule ends at step {end}: the learning rate does not "
+            f"reach {cfg.learning_rate:g}"
         )
 
     def rate(step: int) -> float:
-        if name != "constant" and step < warmup:
+        if step < warmup:
             return cfg.learning_rate * (step + 1) / warmup
         if step < start:
             return cfg.learning_rate

@@ -41,8 +41,7 @@ def run_chunk(
 
 
 def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
-    """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up, as of their norms.
-    """
+    """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up."""
     ranks = model.tensor
     rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
     first = model.model.layers[model.model.layers.numbers[0]]

@@ -26,26 +26,15 @@ CONFIG_FILE = "config.yaml"
 OPTIMIZER_DIR = "optimizer"
 _ROWS = re.compile(r"(.+)\[([0-9]{1,18}):([0-9]{1,18})\]")
 
-# Keys that make a run this run: with another value, its checkpoints belong to something else.
-IDENTITY = (
-    "model_name_or_path",
-    "continue_training",
-    "stage",
-    "fine_tuning",
-    "train_dataset_path",
-    "train_dataset_type",
-    "train_dataset_prob",
-    "mix_strategy",
-    "random_shuffle",
-    "max_seq_len",
-    "packing",
-    "seed",
-)
-
 
 @dataclass
 class TrainState:
-    """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step)."""
+    """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
+
+    `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
+    (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
+    whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
+    """
 
     step: int = 0
     num_tokens: int = 0
@@ -53,14 +42,12 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    best_of: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
-
-
-def identity_of(cfg: Config) -> dict[str, Any]:
-    """The values that tell this run from another."""
-    values = asdict(cfg)
-    return {key: values[key] for key in IDENTITY}
+    max_steps: int | None = None
+    has_optimizer: bool | None = None
 
 
 def state_writer(cfg: Config, state: TrainState) -> Callable[[Path], None]:
@@ -120,6 +107,8 @@ def read_state(directory: Path) -> TrainState:
     try:
         content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     except FileNotFoundError:
+        if not directory.exists():
+            raise CheckpointError(f"resume_from_checkpoint: {directory} does not exist. Check the path.") from None
         raise CheckpointError(
             f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
             "model_name_or_path to it."
@@ -173,22 +162,6 @@ def _check_position(data: JsonObject, value: Any) -> None:
                     "checkpoint, or set ignore_data_skip: true."
                 )
         level = inner
-
-
-def check_identity(state: TrainState, cfg: Config, where: Path) -> None:
-    """Refuse to go on with a checkpoint of another run, naming the keys that differ."""
-    now = identity_of(cfg)
-    differing = [
-        f"  {key}: {state.identity[key]!r} there, {now[key]!r} here"
-        for key in now
-        if state.identity.get(key, now[key]) != now[key]
-    ]
-    if differing:
-        lines = "\n".join(differing)
-        raise CheckpointError(
-            f"output_dir: {where.parent} holds another run ({where.name}):\n{lines}\n"
-            "Give this run another output_dir, or set overwrite_output_dir: true to remove that run."
-        )
 
 
 def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:

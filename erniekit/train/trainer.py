@@ -15,16 +15,19 @@ from erniekit.parallel import comm, pipeline
 from erniekit.train.batch_warmup import microbatches_at
 from erniekit.train.build import Run
 from erniekit.train.callbacks import Callback, RunInfo, StepMetrics
-from erniekit.train.evaluation import evaluate
+from erniekit.train.evaluation import evaluate, metric_of
 from erniekit.train.flat import FlatBatch, flatten
 from erniekit.train.output_dir import OutputDir
 from erniekit.train.replicas import ReplicaCheck
+from erniekit.train.reporting.summary import FILE_NAME as SUMMARY_FILE
+from erniekit.train.resume import best_basis
 from erniekit.train.saving import Saver
 from erniekit.train.stage import StepSums, TrainStage
 from erniekit.train.state import TrainState
 from erniekit.train.totals import global_counts, global_sums
 from erniekit.utils import heartbeat, log, stop
 from erniekit.utils.errors import TrainError
+from erniekit.utils.user_files import read_json_object
 
 
 class Trainer:
@@ -51,10 +54,8 @@ class Trainer:
             self.state = self.saver.resume()
             self._saved_step = self.state.step if self.state.step else None
             if self.saver.has_ended(self.state, self._stopped_early()):
-                self.run.close()
-                log.info(f"{self.run.output_dir}: the run has ended and its final model is there: nothing is changed")
-                return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
-            self.saver.output.begin(self.state.step, trains=self.state.step < self.run.max_steps)
+                return self._leave_as_it_is()
+            self.saver.begin(self.state)
             return self._fit()
 
     def _fit(self) -> dict[str, Any]:
@@ -82,6 +83,16 @@ class Trainer:
             log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
 
+    def _leave_as_it_is(self) -> dict[str, Any]:
+        """End without a change to what the finished run wrote; its summary is this one's."""
+        self.run.close()
+        out = self.run.output_dir
+        log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
+        try:
+            return read_json_object(out / SUMMARY_FILE, TrainError)
+        except FileNotFoundError:
+            return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
+
     def _train_to_the_end(self) -> None:
         """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
@@ -100,6 +111,7 @@ class Trainer:
 
     def _advance(self) -> bool:
         """One step with all that hangs on it. False when the data has ended."""
+        epochs = self.run.loader.epochs_done
         try:
             batches = self._next_batches()
         except StopIteration:
@@ -114,11 +126,12 @@ class Trainer:
             self.check_replicas(self.state.step)
         for callback in self.callbacks:
             callback.on_step(metrics)
+        epoch_ended = self.run.loader.epochs_done > epochs
         is_best = (
-            self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps)
+            self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
             and self._evaluate()
         )
-        if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps):
+        if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps, epoch_ended):
             self._save()
         return True
 
@@ -216,14 +229,10 @@ class Trainer:
             f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
         )
 
-    def _is_due(self, strategy: str, every: int) -> bool:
-        step = self.state.step
+    def _is_due(self, strategy: str, every: int, epoch_ended: bool) -> bool:
         if strategy == "steps":
-            return step % every == 0
-        if strategy == "epoch":
-            per_epoch = max(self.run.loader.num_steps_per_epoch, 1)
-            return step % per_epoch == 0 or step == self.run.max_steps
-        return False
+            return self.state.step % every == 0
+        return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
     def _evaluate(self) -> bool:
         """Score the evaluation data. True if this is the best so far by metric_for_best_model."""
@@ -231,19 +240,16 @@ class Trainer:
             metrics = evaluate(self.run)
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
-        name = "eval_" + (self.cfg.metric_for_best_model or "loss").removeprefix("eval_")
+        name, greater = metric_of(self.cfg)
         if name not in metrics:
             known = ", ".join(sorted(metrics))
             raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {name}")
         value, best = metrics[name], self.state.best_metric
-        greater = (
-            not name.endswith(("loss", "perplexity"))
-            if self.cfg.greater_is_better is None
-            else self.cfg.greater_is_better
-        )
         better = best is None or (value > best if greater else value < best)
         if better:
             self.state.best_metric, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
+            assert self.run.eval_loader is not None
+            self.state.best_of = best_basis(self.cfg, self.run.eval_loader.identity)
         else:
             self.state.evaluations_since_best += 1
         return better and self.cfg.save_strategy != "no"
@@ -279,9 +285,20 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_save(self.state.step, path)
 
+    def _say_unseen(self) -> None:
+        """The number of steps may have been estimated: then some rows may be left."""
+        epoch, wanted = self.run.loader.report()["epoch"], self.cfg.num_train_epochs
+        estimated = self.cfg.max_steps <= 0 and not self.run.loader.exact
+        if estimated and epoch < wanted and self.state.step >= self.run.max_steps:
+            log.warning(
+                f"the number of steps was estimated (max_estimate_samples): the training ends after {epoch:.3g} of "
+                f"{wanted:g} epochs"
+            )
+
     def _finish(self) -> dict[str, Any]:
         """Last evaluation, last checkpoint, final model."""
         done = self.state.step
+        self._say_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
             metrics = evaluate(self.run)

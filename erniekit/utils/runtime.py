@@ -89,6 +89,10 @@ def prepare() -> None:
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("MKL_DOMAIN_NUM_THREADS", "MKL_DOMAIN_VML=1")
     os.environ.setdefault("GLOG_minloglevel", "2")
+    # GPUs only: the gradients of the embedding and of attention are otherwise summed by atomic additions, in another
+    # order each time and, for the embedding, in 16 bits.
+    os.environ.setdefault("FLAGS_embedding_deterministic", "1")
+    os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
 
 
 def python_command(code: str, *args: str) -> tuple[str, ...]:

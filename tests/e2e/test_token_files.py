@@ -72,10 +72,11 @@ def test_the_number_of_steps_follows_from_the_files(workspace, run_yaml):
     summary = erniekit.train(str(run_yaml), max_steps=-1, num_train_epochs=0.25, batch_size=8).summary
     assert summary["steps"] == -(-summary["data"]["rows"] // 8) and 0.24 < summary["data"]["epoch"] <= 0.25
     state = json.loads((workspace / "out" / f"checkpoint-{summary['steps']}" / "trainer_state.json").read_text())
-    assert state["data"]["position"]["row"] == summary["data"]["rows"]
+    position = state["data"]["position"]
+    assert position["row"] + (position["into"] > 0) == summary["data"]["rows"]
 
 
 def test_other_files_at_a_resume_are_refused(run_yaml, workspace):
     erniekit.train(str(run_yaml), max_steps=13)
-    with pytest.raises(ValueError, match=r"data position was saved for other data: .*weights of input_dir was"):
+    with pytest.raises(ValueError, match=r"another run (?s:.)*weights of input_dir: "):
         erniekit.train(str(run_yaml), input_dir=f"{workspace}/pt-train")

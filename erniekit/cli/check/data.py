@@ -22,12 +22,14 @@ from erniekit.data.loader import Loader, build_loader
 from erniekit.data.sources import Dataset, Source, SourceSpec
 from erniekit.data.text import Inspection, TextFeed, specs_of
 from erniekit.data.tokenizer import Tokenizer
+from erniekit.train.batch_warmup import last_step
 from erniekit.utils.errors import UserError
 
 # Budgets that let a check end in seconds; what goes beyond them is sampled, and the report says so.
 CHECKED_BYTES = 128 << 20  # records are parsed and validated at some 20 MB a second
 MEASURED_SAMPLES = 5_000  # tokenised for their lengths
 COMPARED_RECORDS = 200_000  # of each split, for duplicates
+_MANY_EPOCHS = 50
 _SHOWN_CHARACTERS = 600  # of each stretch of the example
 
 
@@ -60,7 +62,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
                     _faults(section, cfg, feed.dataset)
                     _lengths(section, feed.lengths(), cfg)
                 if split == "train":
-                    _steps(section, cfg, loader, steps)
+                    _steps(section, cfg, loader, ranks, steps)
         if split in opened and not report.count("error"):
             _example(report, feed, facts.tokenizer, split)
     _duplicates(report, opened)
@@ -104,7 +106,7 @@ def _inspection(specs: list[SourceSpec], split: str) -> Inspection:
 def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
     """The training's own loader, which measures a sample at most; lines that cannot be used are passed over."""
     assert facts.tokenizer is not None
-    once = replace(cfg, max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
+    once = replace(_counted(cfg), max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
     if not _reads_text(cfg, split):
         return build_loader(once, facts.tokenizer, split, 0, ranks)
     inspection = _inspection(specs_of(cfg, split), split)
@@ -159,14 +161,28 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
         section.add("warning", f"{share:.0%} of the samples are dropped: raise max_seq_len, or set truncation: cut")
 
 
-def _steps(section: Section, cfg: Config, loader: Loader, steps: Steps) -> None:
-    steps.per_epoch = loader.num_steps_per_epoch
-    steps.total = loader.num_steps
+def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps: Steps) -> None:
+    """The training's steps, and how often it reads the data. Data that is drawn at random has no epoch to count."""
+    if cfg.mix_strategy == "random" and _reads_text(cfg, "train"):
+        section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
+        return
+    counted = last_step(_counted(cfg), loader, data_ranks)
+    if cfg.max_steps > 0:
+        steps.per_epoch, steps.total = counted, cfg.max_steps
+    else:
+        steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
     about = "" if loader.exact else "about "
-    epochs = steps.total / steps.per_epoch
+    epochs = steps.total / max(steps.per_epoch, 1)
     section.add("ok", f"training: {about}{steps.total} steps, {about}{epochs:.3g} epochs of {steps.per_epoch} steps")
-    if epochs > 50:
+    if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
+
+
+def _counted(cfg: Config) -> Config:
+    """The training whose steps are counted: one epoch, where max_steps decides how long the real one is."""
+    if cfg.max_steps <= 0 or (cfg.mix_strategy == "random" and _reads_text(cfg, "train")):
+        return cfg
+    return replace(cfg, max_steps=-1, num_train_epochs=1.0)
 
 
 def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:

@@ -79,13 +79,14 @@ class CausalRecipe(PlainSteps):
         """Weighted sums over the token numbers `places` of -log p + z_weight * z^2, and of z^2; the head runs there
         only.
         """
-        if len(places) == 0:
-            # Nothing to learn here, but every rank's graph must reach every parameter.
-            nothing = (normed_TD * 0.0).sum()
-            return nothing, nothing
         weights = np.ones(len(places), dtype=np.float32)
         if self.cfg.token_balance_loss:
             weights /= batch.document_lengths()[places]
+        if len(places) == 0:
+            # Nothing to learn here. The head still runs, on one token that weighs nothing: ranks whose graphs differ
+            # would complete their gradients, and so start their collectives, in different orders.
+            places, weights = np.zeros(1, np.int64), np.zeros(1, np.float32)
+            labels_T = np.zeros_like(labels_T)
         normed_TD = model.enter_head(normed_TD)
         rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
         labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)

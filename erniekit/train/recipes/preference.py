@@ -8,6 +8,7 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE
+from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.attention import Documents
@@ -84,15 +85,14 @@ class PreferenceRecipe:
         self, model: CausalLM, x_TD: paddle.Tensor, documents: Documents, batch: FlatBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
-        normed_TD = model.model.norm(x_TD)
+        normed_TD = model.enter_head(model.model.norm(x_TD))
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
         if batch.pairs is None:
-            # Nothing to learn here, but every rank's graph must reach every parameter.
-            sums = dict.fromkeys(weights, (normed_TD * 0.0).sum()) | dict.fromkeys(self._metrics, paddle.zeros([]))
+            sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
-            sums = self._sums(pair_log_probs(model, model.enter_head(normed_TD), batch, self._forward.most), batch)
+            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._forward.most), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
         return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
@@ -132,6 +132,14 @@ class PreferenceRecipe:
         means = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
         kl_chosen, kl_rejected = (paddle.to_tensor(mean, dtype="float32") for mean in means)
         return kl_chosen, kl_rejected
+
+
+def _nothing(model: CausalLM, normed_TD: paddle.Tensor) -> paddle.Tensor:
+    """0, through the head. A rank without pairs runs the same graph as the others, so that it completes its gradients,
+    and starts its collectives, in the same order.
+    """
+    label = paddle.zeros([1], dtype="int64")
+    return token_log_probs(normed_TD[:1], model.output_head(), label, 1).sum() * 0.0
 
 
 def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:

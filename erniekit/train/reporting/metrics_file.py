@@ -58,7 +58,7 @@ class MetricsFile(Callback):
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._path = Path()
-        self._evaluated_step: int | None = None  # the step resumed after, where its evaluation is there already
+        self._kept_evaluations: list[dict[str, Any]] = []  # of the step that the run resumes after
 
     def on_start(self, run: RunInfo) -> None:
         """Open the file, shortened to `run.start_step`. Raises TrainError if it cannot be written."""
@@ -86,7 +86,7 @@ class MetricsFile(Callback):
                 else:
                     kept.append(line if line.endswith("\n") else line + "\n")
                     if record["step"] == last_step and "loss" not in record:
-                        self._evaluated_step = last_step
+                        self._kept_evaluations.append(record)
         if later or broken or (kept and not line.endswith("\n")):
             atomic.write_text(self._path, "".join(kept))
         if later:
@@ -99,9 +99,10 @@ class MetricsFile(Callback):
         self._write(metrics.record())
 
     def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the evaluation."""
-        if step != self._evaluated_step:
-            self._write({"step": step} | metrics)
+        """Append the evaluation, unless a process that was killed afterwards has written the same."""
+        record = {"step": step} | metrics
+        if record not in self._kept_evaluations:
+            self._write(record)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Close the file."""

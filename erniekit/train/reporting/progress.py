@@ -56,10 +56,10 @@ class ProgressReport(Callback):
         self._run = run
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._begin = time.monotonic()
-        what = f"goes on after step {run.start_step}" if run.start_step else "begins"
-        log.info(
-            f"training {what}: {run.max_steps} steps, {_count(run.num_parameters)} parameters, into {run.output_dir}"
-        )
+        what = f"training continues after step {run.start_step}" if run.start_step else "training begins"
+        if run.start_step >= run.max_steps:
+            what = f"no step is left after step {run.start_step}; what belongs to the end of the run is written"
+        log.info(f"{what}: {run.max_steps} steps, {_count(run.num_parameters)} parameters, into {run.output_dir}")
         console = self._console or Console(stderr=True)
         if run.show_progress and not self._disable_bar and console.is_terminal:
             self._bar = Progress(

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.train.reporting.base import Callback, RunInfo, StepMetrics
-from erniekit.train.reporting.metrics_file import FILE_NAME, read_metrics
+from erniekit.train.reporting.metrics_file import FILE_NAME as METRICS_FILE
+from erniekit.train.reporting.metrics_file import read_metrics
 from erniekit.utils import atomic, log
+
+FILE_NAME = "summary.json"
 
 
 def peak_memory_mb() -> float:
@@ -56,7 +59,7 @@ class Summary(Callback):
         """Write the file: these numbers, and whatever the trainer's own summary says."""
         if self._run is None:  # the run ended before it began
             return
-        path = self._run.output_dir / "summary.json"
+        path = self._run.output_dir / FILE_NAME
         try:
             numbers = self._numbers(self._run) | {name: _plain(value) for name, value in summary.items()}
             atomic.write_text(path, json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n")
@@ -68,11 +71,11 @@ class Summary(Callback):
             log.info(
                 f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, peak memory {numbers['peak_memory_mb']:.0f} MB; "
-                f"see loss.png, {FILE_NAME} and summary.json in {self._run.output_dir}"
+                f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
             )
 
     def _numbers(self, run: RunInfo) -> dict[str, Any]:
-        records = _records(run.output_dir / FILE_NAME)
+        records = _records(run.output_dir / METRICS_FILE)
         steps = [record for record in records if "loss" in record]
         scores = [(record["eval_loss"], record["step"]) for record in records if record.get("eval_loss") is not None]
         best_loss, best_step = min(scores, default=(None, None))

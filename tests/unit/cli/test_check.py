@@ -181,7 +181,9 @@ def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
     usage = type("Usage", (), {"free": 15_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     args = given(save_steps=2, save_total_limit=3)
-    assert "4 checkpoints at a time, each of 10.3 MB, and a final model of 3.45 MB: 44.8 MB" in findings(args, "warning")
+    assert "4 checkpoints at a time, each of 10.3 MB, and a final model of 3.45 MB: 44.8 MB" in findings(
+        args, "warning"
+    )
     usage.free = 5_000_000
     assert "disk: " in findings(args, "error")
     assert "0 checkpoints at a time" in findings(given(save_strategy="no"), "ok")

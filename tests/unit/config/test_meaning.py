@@ -63,8 +63,9 @@ def test_evaluation_follows_from_its_strategy():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"lr_scheduler_type": "wsd"}, "lr_scheduler_type: wsd needs its number of steady steps"),
-        ({"lr_scheduler_type": "wsd:0"}, "lr_scheduler_type: wsd needs its number of steady steps"),
+        ({"lr_scheduler_type": "wsd:"}, "lr_scheduler_type: wsd takes the step up to which the rate is steady"),
+        ({"lr_scheduler_type": "wsd:-1"}, "lr_scheduler_type: wsd takes the step up to which the rate is steady"),
+        ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of"),
         ({"lr_scheduler_type": "cosine:5"}, "lr_scheduler_type: expected one of linear, cosine"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler_type: expected one of"),
         ({"min_lr": 0.1}, "min_lr: 0.1 is more than learning_rate: 5e-05"),

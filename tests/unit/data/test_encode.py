@@ -144,7 +144,7 @@ def test_nothing_left_is_an_error_and_not_an_endless_search(tmp_path):
         build(path, max_seq_len=16) as loader,
         pytest.raises(DataError, match=r"none of 3 samples can be used \(3 dropped\)"),
     ):
-        _ = loader.num_steps
+        loader.rows_left()
 
 
 # --- with the real tokenizer and template

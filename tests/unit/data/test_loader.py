@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_each_epoch_gives_every_sample_once_and_steps_span_epochs(data, packing):
     with build(data, num_train_epochs=3, **packing) as loader:
-        taken, planned = steps(loader), loader.num_steps
+        planned, taken = math.ceil(loader.rows_left() / 4), steps(loader)
         report = loader.report()
     lines = lines_of(taken)
     for epoch in range(3):
@@ -52,7 +52,6 @@ def test_a_fraction_of_an_epoch(data):
 
 def test_max_steps_goes_on_over_epochs(data):
     with build(data, max_steps=100, num_train_epochs=1, packing=False) as loader:
-        assert loader.num_steps == 100 and loader.num_steps_per_epoch == 15
         assert len(steps(loader, 40)) == 40
         assert loader.report()["epoch"] > 2
 
@@ -192,6 +191,58 @@ def test_resume_encodes_only_the_current_window(tmp_path, monkeypatch):
     assert len(encoded) < 60
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@settings(max_examples=12)
+@given(
+    epochs=st.tuples(st.sampled_from([0.3, 1, 1.5, 1.9]), st.sampled_from([2, 2.5])),
+    stop=st.integers(1, 60),
+    batch=st.integers(1, 5),
+)
+def test_with_more_epochs_and_another_batch_every_sample_comes_as_often_as_it_should(
+    data, packing, epochs, stop, batch
+):
+    keys = {"gradient_accumulation_steps": 1, **packing}
+    with build(data, num_train_epochs=epochs[0], batch_size=1, **keys) as first:
+        taken = steps(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+    with build(data, num_train_epochs=epochs[1], batch_size=batch, **keys) as second:
+        second.load_state_dict(state)
+        left = second.rows_left()
+        rest = steps(second)
+    assert sum(len(rows_of(step)) for step in rest) == left
+    seen = Counter(lines_of(taken + rest))
+    assert Counter(seen.values()) == ({2: 60} if epochs[1] == 2 else {2: 30, 3: 30})
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("stop", [3, 8, 14, 1000])
+def test_with_fewer_epochs_nothing_is_left_behind_their_end(data, packing, stop):
+    keys = {"gradient_accumulation_steps": 1, "batch_size": 1, **packing}
+    with build(data, num_train_epochs=1, **keys) as first:
+        taken = steps(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+    with build(data, num_train_epochs=0.5, **keys) as second:
+        second.load_state_dict(state)
+        left, rest = second.rows_left(), steps(second)
+    assert len(rest) == left
+    assert max(Counter(lines_of(taken + rest)).values()) == 1
+
+
+def test_a_file_is_known_by_its_records_and_not_by_its_name(data, tmp_path):
+    def content(path, text):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        with build(path) as loader:
+            return loader.identity["content of train_dataset_path"]
+
+    text = data.read_text()
+    same = content(tmp_path / "b.jsonl", text)
+    assert content(tmp_path / "other" / "c.jsonl", text.replace("\n", "\n\n").rstrip("\n")) == same
+    assert content(tmp_path / "b.jsonl", text.replace('"src": "17"', '"src": "71"')) != same
+    lines = text.splitlines(keepends=True)
+    assert content(tmp_path / "b.jsonl", "".join([*lines[1:], lines[0]])) != same
+
+
 # --- how many steps
 
 
@@ -208,9 +259,12 @@ def test_measured_steps_are_exact(data, tmp_path, packing, more):
         path, more = f"{data},{other}", {**more, "train_dataset_type": "erniekit,erniekit"}
     with build(path, num_train_epochs=3, batch_size=1, **packing, **more) as loader:
         assert loader.exact
-        planned, of_an_epoch = loader.num_steps, loader.num_steps_per_epoch
-        assert len(steps(loader)) == planned
-    assert len(run(path, num_train_epochs=1, batch_size=1, **packing, **more)) == of_an_epoch
+        planned = loader.rows_left()
+        taken = []
+        while len(rows := [row for step in taken for row in rows_of(step)]) < planned:
+            assert loader.rows_left() == planned - len(rows)
+            taken += steps(loader, 1)
+        assert loader.rows_left() == 0 and loader.epochs_done == 3 and steps(loader) == []
 
 
 def test_measuring_encodes_every_sample_only_once(data, monkeypatch):
@@ -220,7 +274,7 @@ def test_measuring_encodes_every_sample_only_once(data, monkeypatch):
         Encoder, "__call__", lambda self, *record: encoded.update([record[2]]) or original(self, *record)
     )
     with build(data, num_train_epochs=3) as loader:
-        assert loader.num_steps
+        assert loader.rows_left()
         steps(loader)
     assert len(encoded) == 60 and set(encoded.values()) == {1}
 
@@ -230,7 +284,7 @@ def test_a_large_set_is_estimated_and_says_so(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": "a" * rng.randint(1, 40)} for _ in range(2000)])
     with build(path, max_estimate_samples=300, batch_size=1, gradient_accumulation_steps=1) as loader:
         assert not loader.exact
-        estimate = loader.num_steps_per_epoch
+        estimate = loader.rows_left()
         assert "(estimated from 300 samples)" in caplog.text
         assert abs(len(steps(loader)) / estimate - 1) < 0.15
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
@@ -206,7 +207,7 @@ def test_a_resumed_loader_goes_on_exactly(files, stop, epochs, mixed, isolate):
     keys = {"input_dir": f"3 {a} 1 {b}" if mixed else a, "isolate_documents": isolate, "num_train_epochs": epochs}
     keys |= {"long_document_min_tokens": 20, "long_document_weight": 2, "batch_size": 1}
     with loader(**keys) as opened:
-        whole = [(opened.next_step(), opened.report()) for _ in range(opened.num_steps)]
+        whole = [(opened.next_step(), opened.report()) for _ in range(math.ceil(opened.rows_left() / 2))]
         assert steps(opened) == []
     stop = min(stop, len(whole) - 1)
     with loader(**keys) as first:
@@ -219,11 +220,46 @@ def test_a_resumed_loader_goes_on_exactly(files, stop, epochs, mixed, isolate):
             assert same([second.next_step()], [step]) and second.report() == report
 
 
+@pytest.mark.parametrize("epochs", [(1, 2), (0.4, 2), (1.3, 2.2), (2, 1)])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_with_more_epochs_no_token_is_left_out_or_comes_twice(one, epochs, isolate):
+    prefix, _ = one
+    keys = {"batch_size": 1, "gradient_accumulation_steps": 1, "isolate_documents": isolate}
+    with loader(prefix, num_train_epochs=epochs[0], **keys) as opened:
+        taken = steps(opened)
+        state = json.loads(json.dumps(opened.state_dict()))
+    with loader(prefix, num_train_epochs=epochs[1], **(keys | {"batch_size": 3})) as opened:
+        opened.load_state_dict(state)
+        left, rest = opened.rows_left(), steps(opened)
+        assert sum(len(rows_of(step)) for step in rest) == left
+        tokens = opened.report()["tokens"]
+    with loader(prefix, num_train_epochs=max(epochs), **keys) as opened:
+        whole = steps(opened)
+    assert sorted(tokens_of(flat(taken + rest))) == sorted(tokens_of(flat(whole)))
+    assert tokens == len(tokens_of(flat(whole)))
+
+
+def test_edited_token_files_are_noticed(one, tmp_path):
+    prefix, _ = one
+    with loader(prefix) as opened:
+        before = opened.identity
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"b{suffix}")
+    with loader(str(tmp_path / "b")) as opened:
+        assert opened.identity == before
+    file = tmp_path / "b.bin"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    with loader(str(tmp_path / "b")) as opened:
+        assert {key for key in before if before[key] != opened.identity[key]} == {"content of each file"}
+
+
 def test_resuming_reads_nothing_again(one, monkeypatch):
     prefix, _ = one
     keys = {"num_train_epochs": 50, "batch_size": 1, "gradient_accumulation_steps": 1, "prefetch_factor": 1}
     with loader(prefix, **keys) as opened:
-        total = opened.num_steps
+        total = int(opened.rows_left())
     read = Counter()
     original = TokenFile.read
     monkeypatch.setattr(
@@ -262,20 +298,20 @@ def test_the_number_of_steps_is_known_from_the_lengths(files, epochs, caplog):
     a, b = files
     total = sum(len(document) for documents in files.values() for document in documents)
     with loader(f"1 {a} 1 {b}", num_train_epochs=epochs, batch_size=1, gradient_accumulation_steps=1) as opened:
-        taken, planned, of_an_epoch = steps(opened), opened.num_steps, opened.num_steps_per_epoch
-        assert opened.exact and len(taken) == planned and of_an_epoch == math.ceil((total - 1) / 16)
+        planned, taken = opened.rows_left(), steps(opened)
+        assert opened.exact and len(taken) == planned and opened.rows_left() == 0
+        assert opened.epochs_done == int(epochs)
         report = opened.report()
     wanted = max(2, round(epochs * total)) - 1
     assert report["tokens"] == wanted == len(tokens_of(flat(taken)))
     assert report["rows"] == planned == sum(report["rows_by_source"].values())
-    assert f"an epoch is {total} tokens in {of_an_epoch} rows of 16" in caplog.text
+    assert f"an epoch is {total} tokens in {math.ceil((total - 1) / 16)} rows of 16" in caplog.text
     assert abs(report["epoch"] - wanted / total) < 1e-4 and report["cut"] == report["dropped"] == 0
 
 
 def test_max_steps_goes_on_over_epochs(one):
     prefix, _ = one
     with loader(prefix, max_steps=60) as opened:
-        assert opened.num_steps == 60
         rows = flat(steps(opened, 60))
         assert opened.report()["epoch"] > 2
     assert len(rows) == 240 and all(len(row[0]) == 16 for row in rows)

@@ -1,13 +1,16 @@
 """Scores equal the plain formula on the full logits, whatever the padding and packing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
 
-from erniekit.models import scoring
+from erniekit.losses import lm
+from erniekit.losses.log_probs import token_log_probs
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.scoring import Score, batch_nll
+from erniekit.models.scoring import Score, batch_nll, score_hidden
 
 V = 61
 VALUES = {
@@ -69,7 +72,7 @@ def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):
 
 def test_chunks_change_nothing(model: CausalLM, monkeypatch: pytest.MonkeyPatch):
     whole = batch_nll(model, **packed())
-    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 2 * V)
+    monkeypatch.setattr(lm, "_CHUNK_ELEMENTS", 2 * V)
     assert batch_nll(model, **packed()) == pytest.approx(whole, rel=1e-6)
 
 
@@ -97,3 +100,22 @@ def test_logits_that_are_not_finite_are_not_hidden(value: float):
     weight = broken.model.norm.weight
     weight.set_value(np.full(weight.shape, value, dtype=np.float32))
     assert np.isnan(batch_nll(broken, **packed()).sum_nll)
+
+
+def test_a_loss_beyond_64_nats_is_the_same_in_training_and_evaluation():
+    """Paddle's CPU kernel takes no logit for more than 64 below the largest."""
+    random = np.random.default_rng(0)
+    hidden, weight = random.normal(size=(9, 8)).astype(np.float32), 40 * random.normal(size=(8, V)).astype(np.float32)
+    labels = random.integers(0, V, 9)
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64)
+    highest = logits.max(axis=-1)
+    nll = np.log(np.exp(logits - highest[:, None]).sum(axis=-1)) + highest - logits[np.arange(9), labels]
+    assert (nll > 64).sum() >= 3 and (nll < 64).any()
+    head = lm.Head(paddle.to_tensor(weight), by_vocab=False)
+    trained, *_ = lm.linear_cross_entropy(paddle.to_tensor(hidden), head, paddle.to_tensor(labels), paddle.ones([9]))
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=V), head=head.logits)
+    scored = score_hidden(model, paddle.to_tensor(hidden), np.arange(9), labels)
+    preferred = token_log_probs(paddle.to_tensor(hidden), head, paddle.to_tensor(labels), 100)
+    assert trained.item() == pytest.approx(nll.sum(), rel=1e-5)
+    assert scored.sum_nll == pytest.approx(nll.sum(), rel=1e-5)
+    np.testing.assert_allclose(-preferred.numpy(), nll, rtol=1e-5)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 from worlds import free_ports
 
+from erniekit.parallel import links as links_module
 from erniekit.parallel.links import Links, connect, roll_call
 from erniekit.parallel.ranks import World
 from erniekit.utils.errors import TrainError
@@ -165,4 +166,15 @@ def test_ranks_that_do_different_things_are_told():
     with _linked(2) as (a, b):
         a.post(1, "all_reduce", _shown(b"1234"))
         with pytest.raises(TrainError, match="sends 4 bytes of all_reduce, this rank expects 8 bytes of send"):
+            b.receive(0, "send", _shown(bytes(8)))
+
+
+def test_a_kind_that_nobody_knows_is_told_too(monkeypatch: pytest.MonkeyPatch):
+    with _linked(2) as (a, b):
+        monkeypatch.setattr(links_module, "KINDS", (*links_module.KINDS, "news"))
+        a.post(1, "news", _shown(b"1234"))
+        monkeypatch.undo()
+        with pytest.raises(
+            TrainError, match=r"sends 4 bytes of an unknown kind \(7\), this rank expects 8 bytes of send"
+        ):
             b.receive(0, "send", _shown(bytes(8)))

@@ -254,7 +254,7 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_speed_and_no_lines(tmp_path: P
     run = run_info(tmp_path, start_step=2, show_progress=True)
     play([ProgressReport(1, disable_bar=False, console=console)], run, range(3, 11))
     assert "10/10" in screen.getvalue() and "loss 0.5000  lr 1.00e-03  200 tokens/s" in screen.getvalue()
-    assert messages == ["training goes on after step 2: 10 steps, 1.23M parameters, into " + str(tmp_path)]
+    assert messages == ["training continues after step 2: 10 steps, 1.23M parameters, into " + str(tmp_path)]
     play([ProgressReport(1, disable_bar=True, console=console)], run, range(3, 11))
     assert len(messages) == 2 + 8
 

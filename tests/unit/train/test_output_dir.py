@@ -13,7 +13,8 @@ from erniekit.checkpoint.run_record import FinalModel, RunRecord, read_record
 from erniekit.parallel.comm import Group
 from erniekit.train import output_dir as module
 from erniekit.train.output_dir import OutputDir
-from erniekit.train.state import TrainState, identity_of, state_writer
+from erniekit.train.resume import noted
+from erniekit.train.state import TrainState, state_writer
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 
 
@@ -44,7 +45,7 @@ def start(cfg, step: int = 0) -> None:
     """What a run does before its first step."""
     with output(cfg) as place:
         place.claim()
-        place.begin(step, trains=True)
+        place.begin(RunRecord(noted(place.cfg)), step, trains=True)
 
 
 def put_model(directory: Path, content: str = "w") -> None:
@@ -56,7 +57,7 @@ def put_model(directory: Path, content: str = "w") -> None:
 def put_checkpoint(cfg, step: int, out: Path | None = None) -> Path:
     directory = (out or Path(cfg.output_dir)) / f"checkpoint-{step}"
     put_model(directory, f"step {step}")
-    state_writer(cfg, TrainState(step=step, identity=identity_of(cfg)))(directory)
+    state_writer(cfg, TrainState(step=step, identity=noted(cfg)))(directory)
     return directory
 
 
@@ -204,7 +205,7 @@ def test_a_run_without_a_record_is_known_by_its_checkpoints(cfg_of):
     (out / "run.json").unlink()
     assert "another run" in refused(cfg_of(seed=7))
     start(cfg_of(), 6)
-    assert read_record(out).identity == json.loads(json.dumps(identity_of(cfg_of())))
+    assert read_record(out).identity == json.loads(json.dumps(noted(cfg_of())))
 
 
 def test_a_damaged_newest_checkpoint_does_not_bar_the_way_back(cfg_of):
@@ -225,7 +226,7 @@ def test_config_yaml_is_of_a_run_that_trains(cfg_of):
     out = put_run(cfg_of())
     before = (out / "config.yaml").read_text()
     with output(cfg_of(learning_rate=0.5)) as place:
-        place.begin(6, trains=False)
+        place.begin(RunRecord(noted(place.cfg)), 6, trains=False)
     assert (out / "config.yaml").read_text() == before
 
 
@@ -339,7 +340,7 @@ def killed_everywhere(tmp_path: Path, cfg, step: int, check) -> int:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, number)
             try:
-                place.begin(step, trains=True)
+                place.begin(RunRecord(noted(place.cfg)), step, trains=True)
                 done = True
             except Killed:
                 done = False
@@ -401,7 +402,7 @@ def test_a_restart_before_the_run_has_begun_still_goes_back(cfg_of):
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, 2)  # the branch is noted, the checkpoints are not yet set aside
         with pytest.raises(Killed):
-            place.begin(2, trains=True)
+            place.begin(RunRecord(noted(place.cfg)), 2, trains=True)
     place.lock.release()
     assert start_id(out) == before
     start(cfg, 2)

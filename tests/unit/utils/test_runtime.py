@@ -37,6 +37,16 @@ def test_a_value_that_the_user_set_stays():
     assert done.stdout.strip() == "4"
 
 
+def test_gradients_on_a_gpu_are_summed_in_one_order_unless_the_user_says_otherwise():
+    code = "import os, erniekit; print(*(os.environ[f'FLAGS_{n}_deterministic'] for n in ('embedding', 'cudnn')))"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FLAGS_")}
+    for given, expected in (({}, "1 1"), ({"FLAGS_cudnn_deterministic": "0"}, "1 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | given
+        )
+        assert done.stdout.strip() == expected
+
+
 def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch):
     for name in ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

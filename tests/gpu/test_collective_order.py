@@ -1,0 +1,103 @@
+"""Every rank starts its collectives in one order, also where buckets of gradients are sent during the backward pass (as
+over NCCL) and a rank's microbatch has nothing to learn. Over TCP a difference is an error at once; over NCCL it would
+be a hang, or gradients made of tokens.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from equality import keys_for, prepare
+from worlds import World
+
+from erniekit.parallel import comm, mesh
+from erniekit.parallel.ranks import World as Ranks
+
+STAGES = ("stage1", "stage2")
+METHODS: dict[str, dict[str, Any]] = {
+    "SFT": {},
+    "SFT with MTP": {"num_nextn_predict_layers": 1},
+    "DPO": {"stage": "DPO", "reference_free": True},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven samples or pairs: of four rows a step, one in the second step is empty."""
+    path = tmp_path_factory.mktemp("order")
+    prepare(path)
+    config = path / "moe" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    samples = [{"src": [f"{a}加1等于几？"], "tgt": [str(a + 1)]} for a in range(7)]
+    pairs = [{"src": [f"{a}加1等于几？"], "response": [[str(a + 1)], ["不知道"]], "sort": [1, 0]} for a in range(7)]
+    for name, lines in (("train", samples), ("pairs", pairs)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (path / f"{name}.jsonl").write_text(text)
+    return path
+
+
+def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
+    """The kinds of this rank's collectives over an epoch with small buckets that are sent early, one after another; and
+    how many of its microbatches had nothing to learn.
+    """
+    import equality
+
+    from erniekit.parallel import sharding
+    from erniekit.train.stage import TrainStage
+
+    heard: list[str] = []
+    empty: Counter[str] = Counter()
+    init, forward = sharding.GradientSync.__init__, TrainStage.forward
+
+    def overlapping(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **(kwargs | {"overlap": True, "limit": 3000}))
+
+    def watched(self: Any, chunk: int, microbatch: int, x: Any) -> Any:
+        empty["empty"] += not len(self.microbatches[microbatch].supervised)
+        return forward(self, chunk, microbatch, x)
+
+    sharding.GradientSync.__init__, TrainStage.forward = overlapping, watched  # type: ignore[method-assign]
+    comm.on_wait = lambda what: heard.append(what.split(" of ")[0]) if what else None
+    try:
+        equality.train_some(keys)
+    finally:
+        sharding.GradientSync.__init__, TrainStage.forward = init, forward  # type: ignore[method-assign]
+        comm.on_wait = None
+    return heard, empty["empty"]
+
+
+@pytest.mark.parametrize("sharding", STAGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_with_nothing_to_learn_keeps_the_order(ranks: World, directory: Path, method: str, sharding: str):
+    more = dict(METHODS[method])
+    if method == "DPO":
+        more["train_dataset_path"] = str(directory / "pairs.jsonl")
+    degrees = {"expert_parallel_degree": 2, "sharding_parallel_degree": 2, "sharding": sharding}
+    length = {"max_steps": -1, "num_train_epochs": 1, "packing": False, "random_shuffle": False}
+    keys = keys_for(str(directory), "moe", 2, **degrees, **length, **more) | {"gradient_accumulation_steps": 2}
+    (first, without), (second, with_empty) = ranks.run(collectives, keys=keys)
+    assert without + with_empty > 0, "every rank had something to learn: this tests nothing"
+    assert first == second
+    assert {"all_to_all", "reduce_scatter"} <= set(first)
+
+
+def test_experts_have_a_communicator_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """Where all groups are of the same ranks, tokens and gradients still travel apart."""
+    created: list[list[int]] = []
+
+    def new_group(members: list[int]) -> object:
+        created.append(members)
+        return SimpleNamespace(number=len(created))
+
+    monkeypatch.setattr(comm, "_world", Ranks(0, 8, tuple(f"h:{i}" for i in range(8))))
+    monkeypatch.setattr(comm, "_links", None)
+    monkeypatch.setattr(comm, "_groups", {})
+    monkeypatch.setattr(comm.dist, "new_group", new_group)
+    built = mesh.build_mesh(mesh.Degrees(data=8, expert=8, sharding=8))
+    assert built.expert_group.ranks == built.shard_group.ranks == tuple(range(8))
+    assert built.expert_group.handle is not built.shard_group.handle
+    assert built.shard_group.handle is built.data_group.handle is built.world_group.handle
+    assert created == [list(range(8))] * 2

@@ -1,0 +1,89 @@
+"""Every script in tools/ runs at its smallest size, so that none rots; `make test-all` also runs those that take long.
+
+Scripts that compare with torch, transformers, PEFT or TRL are skipped where those are absent.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = "examples/models/tiny-dense"
+MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
+
+# Name of a case: the script and its arguments; {tmp} is a directory of the test with the file text.jsonl in it.
+FAST = {
+    "bench_sft, ours alone": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against",
+    "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
+    "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
+    "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
+    "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
+    "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
+    "make_token_files": f"make_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --output {{tmp}}/tokens",
+    "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",
+}
+SLOW = {
+    "bench_lora": "bench_lora.py --batch 1 --seq 16 --rounds 1 --sides lora",
+    "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
+    "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
+    "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
+    "compare_layouts": "compare_layouts.py dense-dp2",
+    "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
+    "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",
+    "measure_load_memory": "measure_load_memory.py --model dense --directory {tmp}",
+    "start_ranks": "start_ranks.py --starts 1 --ranks 2",
+    "train_tokenizer": "train_tokenizer.py --out {tmp}/tokenizer",
+}
+# Needs these modules.
+FOREIGN = {
+    "bench_step": ("bench_step.py tiny --rounds 1 --warmup 1 --batch 1 --seq 16", ("torch", "transformers")),
+    "bench_sft": ("bench_sft.py --num-samples 60 --batches 4 --rounds 1", ("torch", "transformers", "trl")),
+    "make_parity_fixtures": ("make_parity_fixtures.py --out {tmp} dense_tied", ("torch", "transformers")),
+    "make_peft_fixture": ("make_peft_fixture.py --help", ("torch", "transformers", "peft")),
+    "make_preference_fixture": ("make_preference_fixture.py --help", ("torch", "trl")),
+    "make_rotary_fixture": ("make_rotary_fixture.py --out {tmp}/rotary.npz", ("torch", "transformers")),
+}
+# Run by hand: they replace what an earlier demo left. The commands they are made of are those of tests/e2e.
+BY_HAND = {"demo.py", "demo_align.py", "demo_pretrain.py"}
+# No scripts.
+HELPERS = {"bench_worker.py"}
+
+
+def run(arguments: str, directory: Path) -> None:
+    (directory / "text.jsonl").write_text('{"text": "print(1 + 1)"}\n' * 20, encoding="utf-8")
+    script, *words = [word.format(tmp=directory) for word in arguments.split()]
+    done = subprocess.run(
+        [sys.executable, f"tools/{script}", *words], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, f"{script}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_scripts_run(case: str, tmp_path: Path):
+    run(FAST[case], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_scripts_that_take_longer_run(case: str, tmp_path: Path):
+    run(SLOW[case], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize("case", FOREIGN)
+def test_scripts_that_compare_with_others_run(case: str, tmp_path: Path):
+    arguments, modules = FOREIGN[case]
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    run(arguments, tmp_path)
+
+
+def test_no_script_is_left_out():
+    commands = [*FAST.values(), *SLOW.values(), *(arguments for arguments, _ in FOREIGN.values())]
+    known = {command.split()[0] for command in commands} | BY_HAND | HELPERS
+    assert {path.name for path in (ROOT / "tools").glob("*.py")} == known

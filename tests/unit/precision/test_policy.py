@@ -1,0 +1,66 @@
+"""Which dtype weights get, wherever they come from."""
+
+import paddle
+import pytest
+from tiny_models import tiny_model
+
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.initial import draw
+from erniekit.precision import policy
+from erniekit.precision.policy import Policy
+
+
+def dtypes(model: CausalLM) -> tuple[set, set]:
+    """Of routers, and of all else."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    routers = {t.dtype for name, t in tensors if ".gate." in name or name.endswith("correction_bias")}
+    others = {t.dtype for name, t in tensors if not (".gate." in name or name.endswith("correction_bias"))}
+    return routers, others
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "device", "expected"),
+    [("bf16", "gpu:0", "bfloat16"), ("bf16", "cpu", "float32"), ("fp32", "gpu:0", "float32")],
+)
+def test_the_device_decides_with_the_compute_type(compute_type: str, device: str, expected: str):
+    assert policy.choose(compute_type, device).param_dtype == expected
+
+
+def test_a_model_that_exists_is_cast_where_it_is():
+    model = tiny_model("moe")
+    before = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    policy.apply(model, Policy("bfloat16"))
+    assert dtypes(model) == ({paddle.float32}, {paddle.bfloat16})
+    for name, parameter in model.named_parameters():
+        expected = paddle.to_tensor(before[name]).astype(parameter.dtype)
+        assert parameter.numpy().tobytes() == expected.numpy().tobytes()
+        assert not parameter.stop_gradient
+    assert policy.describe(model, has_masters=True) == "weights bfloat16, routers float32, masters float32"
+
+
+def test_a_model_is_built_and_drawn_in_the_policys_dtype():
+    config = tiny_model("moe").config
+    with policy.default_dtype(Policy("bfloat16")), paddle.LazyGuard():
+        model = CausalLM(ModelConfig.from_dict(config.to_dict()))
+    draw(model, 3)
+    assert dtypes(model) == ({paddle.float32}, {paddle.bfloat16})
+    policy.apply(model, Policy("bfloat16"))  # has nothing to do
+    assert paddle.get_default_dtype() == "float32"
+    wide = tiny_model("moe")
+    draw(wide, 3)
+    name = "model.layers.0.mlp.down_proj.weight"
+    rounded = dict(wide.named_parameters())[name].astype("bfloat16").numpy()
+    assert dict(model.named_parameters())[name].numpy().tobytes() == rounded.tobytes()
+
+
+def test_the_default_dtype_comes_back_after_an_error():
+    with pytest.raises(KeyError), policy.default_dtype(Policy("bfloat16")):
+        raise KeyError
+    assert paddle.get_default_dtype() == "float32"
+
+
+def test_fp32_says_so():
+    model = tiny_model("dense")
+    policy.apply(model, Policy("float32"))
+    assert policy.describe(model, has_masters=False) == "weights float32"
