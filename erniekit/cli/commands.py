@@ -49,6 +49,13 @@ COMMANDS = {
         "erniekit convert ./in ./out format=pt",
         "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
     ),
+    "tokenize": Command(
+        "erniekit.cli.tokenize:run",
+        "turn text into token files for pretraining",
+        "erniekit tokenize corpus/*.jsonl tokenizer=./model output=./tokens/part0",
+        "erniekit tokenize TEXT... tokenizer=MODEL output=PREFIX [workers=1] [append_eos=true]\n"
+        "       [on_bad_line=error|skip] [overwrite=false] [note_every=5]",
+    ),
     "chat": Command(
         "erniekit.serve.chat:chat",
         "talk to a model in the terminal",

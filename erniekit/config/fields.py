@@ -1,9 +1,10 @@
 """How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
 
 import dataclasses
+import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from erniekit.config.paths import PathKind, expand
@@ -119,17 +120,32 @@ def _within(field: "dataclasses.Field[Any]", number: Any) -> Any:
     bounds, off = field.metadata["bounds"], field.metadata["off"]
     if off is not None and number == off:
         return number
-    tests = {
-        "ge": (lambda x, bound: x >= bound, "at least"),
-        "gt": (lambda x, bound: x > bound, "more than"),
-        "le": (lambda x, bound: x <= bound, "at most"),
-        "lt": (lambda x, bound: x < bound, "less than"),
-    }
-    if all(tests[name][0](number, bound) for name, bound in bounds.items()):
+    if all(_BOUNDS[name][0](number, bound) for name, bound in bounds.items()):
         return number
-    wanted = " and ".join(f"{tests[name][1]} {bound:g}" for name, bound in bounds.items())
-    also = f" (or {off:g})" if off is not None else ""
-    raise ValueError(f"must be {wanted}{also}, got {number!r}")
+    raise ValueError(f"must be {limits(field)}, got {number!r}")
+
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+
+
+def limits(field: "dataclasses.Field[Any]") -> str:
+    """The values that a number may have, in words ("at least 1 (or -1)"); empty where any will do."""
+    off = field.metadata["off"]
+    wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
+    return wanted + (f" (or {off:g})" if wanted and off is not None else "")
+
+
+def type_name(field: "dataclasses.Field[Any]") -> str:
+    """What a key takes, in a word or two."""
+    kind, _ = _kind(field.type)
+    if kind is str:
+        return "path" if field.metadata["path"] == "one" else "list" if field.metadata["many"] else "text"
+    return {bool: "switch", int: "whole number", float: "number"}[kind]
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:

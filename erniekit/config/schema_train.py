@@ -22,7 +22,9 @@ class TrainArgs:
         choices=("no", "steps", "epoch"),
         words={"false": "no"},
     )
-    eval_steps: int | None = key(None, "Steps from one evaluation to the next; not given: logging_steps.", ge=1)
+    eval_steps: int | None = key(
+        None, "Steps from one evaluation to the next; not given: logging_steps if that is given, else 500.", ge=1
+    )
     max_evaluate_steps: int = key(-1, "Batches an evaluation takes at most; -1: all.", ge=1, off=-1)
     save_strategy: str = key(
         "steps",

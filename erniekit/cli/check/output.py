@@ -55,28 +55,32 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
 
 
 def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps) -> None:
-    trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
-    weights = trained * WEIGHT_BYTES
-    state = 0 if cfg.ignore_save_lr_and_optim else trained * MOMENT_BYTES
-    if state and cfg.compute_type != "fp32" and launch.has_gpus():
-        state += trained * MASTER_BYTES
-    average = weights if cfg.ema_decay is not None else 0
-    one, final = weights + state + average, weights + average
+    checkpoint, final = _sizes(cfg, model)
     kept = _kept(cfg, steps)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    needed = final + (0 if kept is None else kept * one)
+    needed = final + (0 if kept is None else kept * checkpoint)
     at_most = "at most " if cfg.fine_tuning == "LoRA" else ""
     count = "every checkpoint is kept, each" if kept is None else f"{kept} checkpoints at a time, each"
     line = (
-        f"disk: {count} of {at_most}{_size(one)}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
+        f"disk: {count} of {at_most}{_size(checkpoint)}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
         f"{' and more' if kept is None else ''}; {_size(free)} are free at {existing}"
     )
-    first = final + (one if kept != 0 else 0)
+    least = final + (0 if kept == 0 else checkpoint)
     if needed > free:
-        section.add("error" if first > free else "warning", f"{line}. Set save_total_limit, or another output_dir.")
+        section.add("error" if least > free else "warning", f"{line}. Set save_total_limit, or another output_dir.")
     else:
         section.add("ok", line)
+
+
+def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the final model; of adapters, the most that they can be."""
+    trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
+    weights = trained * WEIGHT_BYTES * (1 if cfg.ema_decay is None else 2)
+    state = trained * MOMENT_BYTES
+    if cfg.compute_type != "fp32" and launch.has_gpus():
+        state += trained * MASTER_BYTES
+    return weights + (0 if cfg.ignore_save_lr_and_optim else state), weights
 
 
 def _kept(cfg: Config, steps: Steps) -> int | None:
