@@ -265,7 +265,8 @@ class OutputDir:
             record = present
         else:
             record = read_record(self.path) or present
-            record.identity, record.base, record.data = present.identity, present.base, present.data
+            if trains:
+                record.identity, record.base, record.data = present.identity, present.base, present.data
             self._set_later_aside(manager, record, step)
         record.begin(step)
         record.write(self.path)

@@ -152,7 +152,8 @@ class Difference:
 def differences(state: TrainState, now: Present) -> list[Difference]:
     """All that differs between the run that saved `state` and this one, each with what it means here."""
     data = now.loader.changes(state.data) if state.data else {}
-    known = state.data.get("data", {})
+    data_then = state.data.get("data")
+    known = data_then if isinstance(data_then, dict) else {}
     same_content = {
         "model_name_or_path": bool(state.base),
         "train_dataset_path": "content of train_dataset_path" in known,
@@ -227,7 +228,8 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
     lines = "\n".join(d.refusal() for d in refused)
     only_data = all(d.decision is Decision.DATA for d in refused)
     anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * only_data
-    if cfg.resume_from_checkpoint not in ("auto", "none"):
+    asked = cfg.resume_from_checkpoint
+    if asked not in ("auto", "none") and Path(asked).expanduser().resolve() == where.resolve():
         raise CheckpointError(
             f"resume_from_checkpoint: {where} is of another run:\n{lines}\n"
             f"Set these as they were{anew}. To start a new run from its weights, set model_name_or_path to it."

@@ -72,6 +72,8 @@ class Saver:
         if record is not None and record.data:
             then = TrainState(identity=record.identity, base=record.base, data=record.data)
             resume.check(then, self.present, self.output_dir / RUN_FILE)
+            for line in resume.changed_lines(then, self.present, self.output_dir / RUN_FILE, complete=True):
+                log.info(line)
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "

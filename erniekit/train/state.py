@@ -107,8 +107,6 @@ def read_state(directory: Path) -> TrainState:
     try:
         content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     except FileNotFoundError:
-        if not directory.exists():
-            raise CheckpointError(f"resume_from_checkpoint: {directory} does not exist. Check the path.") from None
         raise CheckpointError(
             f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
             "model_name_or_path to it."

@@ -322,6 +322,13 @@ def test_a_finished_run_stays_as_it_is(fit, directory, said):
     assert not any("training continues" in line or "training begins" in line for line in said)
 
 
+def test_what_has_no_effect_is_said_of_a_run_that_saved_only_its_final_model(fit, said):
+    fit(max_steps=2, save_strategy="no")
+    before = contents(fit.out)
+    assert fit(max_steps=2, save_strategy="no", learning_rate=0.5) == [] and contents(fit.out) == before
+    assert any("without effect, since no step is left to train: learning_rate: 0.001 -> 0.5" in line for line in said)
+
+
 def test_what_a_killed_process_did_not_finish_is_finished_once(fit, directory):
     """Killed after the last checkpoint and the last evaluation, before the final model."""
     keys = {"do_eval": True, "eval_dataset_path": f"{directory}/train.jsonl", "eval_dataset_type": "erniekit"}
