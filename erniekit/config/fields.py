@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from erniekit.config.paths import PathKind, expand
-from erniekit.config.values import Scalar, join_list, shown, to_bool, to_float, to_int
+from erniekit.config.values import Scalar, join_list, shown, split_list, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
 
@@ -68,6 +68,8 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     Raises ValueError whose text follows "key: " ("expected an integer, got 'abc'").
     """
     kind, _ = _kind(field.type)
+    if kind is tuple:
+        return tuple(_within(field, to_int(item)) for item in _items(value))
     if kind is bool:
         return to_bool(value)
     if kind is int:
@@ -75,6 +77,14 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if kind is float:
         return _within(field, to_float(value))
     return _text(field, value)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The items of a list, or of its text: "0,1,2" or "[0, 1, 2]"."""
+    if isinstance(value, list | tuple):
+        return value
+    text = _scalar(value, "a flat list").strip()
+    return split_list(text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text)
 
 
 def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
@@ -145,11 +155,16 @@ def type_name(field: "dataclasses.Field[Any]") -> str:
     kind, _ = _kind(field.type)
     if kind is str:
         return "path" if field.metadata["path"] == "one" else "list" if field.metadata["many"] else "text"
-    return {bool: "switch", int: "whole number", float: "number"}[kind]
+    return {bool: "switch", int: "whole number", float: "number", tuple: "list of whole numbers"}[kind]
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True)."""
+    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True). A list of whole
+    numbers, `tuple[int, ...]`, is a tuple.
+    """
+    if typing.get_origin(annotation) is tuple:
+        assert typing.get_args(annotation) == (int, ...), annotation
+        return tuple, False
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
         assert len(kinds) == 1, annotation

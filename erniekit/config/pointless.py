@@ -75,7 +75,7 @@ def _found(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
 def asks(cfg: Config, name: str) -> bool:
     """Whether the user gave a key, and a value that asks for something."""
     field, value = _FIELDS[name], vars(cfg)[name]
-    is_off = value in (None, False, "", 0, field.metadata["off"]) or (name in _DEGREES.split() and value == 1)
+    is_off = value in (None, False, "", (), 0, field.metadata["off"]) or (name in _DEGREES.split() and value == 1)
     return name in cfg.given and not (is_off and value == field.default)
 
 

@@ -30,7 +30,7 @@ class KeyEntry:
 def entry(field: "dataclasses.Field[Any]") -> KeyEntry:
     """The words about one key."""
     choices = ", ".join(choice or "nothing" for choice in field.metadata["choices"])
-    default = "not given" if field.default is None else "empty" if field.default == "" else f"{field.default}"
+    default = "not given" if field.default is None else "empty" if field.default in ("", ()) else f"{field.default}"
     return KeyEntry(field.name, type_name(field), default, choices or limits(field), field.metadata["doc"])
 
 

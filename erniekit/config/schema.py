@@ -90,4 +90,4 @@ def _escaped(value: Any) -> Any:
         return references.escape(value)
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
-    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
+    return [_escaped(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -46,8 +46,8 @@ class ModelArgs:
     )
     use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
-    no_recompute_layers: str = key(
-        "", "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", many=True
+    no_recompute_layers: tuple[int, ...] = key(
+        (), "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
     )
     loss_subbatch_seqlen: int = key(32768, "At most so many tokens' logits exist at a time in head and loss.", ge=1)
     rope_theta: float | None = key(

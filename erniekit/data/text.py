@@ -21,7 +21,7 @@ from erniekit.data.sources import Dataset, Source, SourceSpec, read_specs
 from erniekit.data.stream import Position, RowStream
 from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.errors import DataError
 
 _COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
 _WINDOW = 64  # samples read at a time where the packer does not care
@@ -173,11 +173,6 @@ def open_text(
 ) -> TextFeed:
     """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
     asked, specs = _asked(cfg, split), specs_of(cfg, split)
-    if asked.strategy == "random" and cfg.max_steps <= 0:
-        raise ConfigError(
-            "mix_strategy: random draws samples without end and needs max_steps. "
-            "Hint: set max_steps, or mix_strategy: concat to read everything once."
-        )
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))

@@ -34,7 +34,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.schedule import Action
 from erniekit.parallel.sharding import GradientSync
 from erniekit.precision import policy
-from erniekit.train.adapt import attach_lora
+from erniekit.train.adapt import attach_lora, check_lora
 from erniekit.train.batch_warmup import last_step
 from erniekit.train.ema import WeightAverage
 from erniekit.train.layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
@@ -47,7 +47,6 @@ from erniekit.train.reference_cache import prepare_cache
 from erniekit.train.same_run import require_same_files
 from erniekit.train.schedule import Schedule, build_schedule
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -195,6 +194,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
     check_layout(cfg, mesh.degrees, config)
+    check_lora(cfg, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     # No memory and no random values before the weights arrive, and then no wider ones than are kept.
@@ -222,7 +222,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     if cfg.fine_tuning == "LoRA":
         attach_lora(model, cfg, model_dir)
     if cfg.recompute:
-        recompute.apply(model.model, _recompute_options(cfg, config))
+        recompute.apply(model.model, _recompute_options(cfg))
     model.train()
     return model, chunks
 
@@ -247,18 +247,13 @@ def _open_data(
     return template, loader, eval_loader
 
 
-def _recompute_options(cfg: Config, config: ModelConfig) -> recompute.RecomputeOptions:
-    try:
-        kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
-    except ValueError:
-        raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
-    strange = sorted(number for number in kept if not 0 <= number < config.num_hidden_layers)
-    if strange:
-        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
-    if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
-        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+def _recompute_options(cfg: Config) -> recompute.RecomputeOptions:
     return recompute.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        cfg.lora_dropout > 0.0,
     )
 
 

@@ -11,6 +11,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Degrees, check_model
 from erniekit.parallel.schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.stages import cut, layer_costs
+from erniekit.utils.errors import ConfigError
 
 
 def schedule_of(cfg: Config) -> str:
@@ -27,12 +28,21 @@ def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple
 
 
 def check_layout(cfg: Config, degrees: Degrees, config: ModelConfig) -> None:
-    """Refuse what does not divide, from the model's config.json alone: before any process starts. ConfigError with the
-    arithmetic.
+    """Refuse what does not divide, and what the model does not have, from the model's config.json alone: before any
+    process starts. ConfigError with the arithmetic.
     """
+    _check_recompute(cfg, config)
     check_model(degrees, config)
     check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
     cut_layers(cfg, config, degrees.pipeline)
+
+
+def _check_recompute(cfg: Config, config: ModelConfig) -> None:
+    strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= config.num_hidden_layers)
+    if strange:
+        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
+    if cfg.recompute and cfg.recompute_granularity == "moe" and not config.moe_num_experts:
+        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
 
 
 @lru_cache(maxsize=8)

@@ -109,6 +109,8 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             section.add("ok", f"{_processes(facts.degrees)}; whether they divide the model is not known")
             return
         check_layout(cfg, facts.degrees, facts.config)
+        if cfg.lora_target_modules or cfg.modules_to_save:
+            _adapters(section, cfg, facts.config)
         if facts.degrees.world == 1:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps
             section.add(
@@ -118,6 +120,18 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             )
         for line in layout_lines(cfg, facts.config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
+
+
+def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
+    """Whether the model has what is to be adapted."""
+    try:  # imports Paddle, which takes seconds
+        from erniekit.train.adapt import check_lora
+    except ModuleNotFoundError as error:
+        if error.name != "paddle":
+            raise
+        section.add("note", "lora_target_modules: not compared with the model: PaddlePaddle is not installed here")
+        return
+    check_lora(cfg, config)
 
 
 def _processes(degrees: Degrees) -> str:
