@@ -4,8 +4,8 @@ Only the standard library is imported here, and a sub-command's module only when
 `erniekit help` answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 70 a defect of erniekit itself; 130 interrupted (128 + the number of another signal);
-141 nobody reads standard output any more.
+2 no such command; 3 `check` with strict=true found warnings and no error; 70 a defect of erniekit itself;
+130 interrupted (128 + the number of another signal); 141 nobody reads standard output any more.
 """
 
 import errno

@@ -26,9 +26,9 @@ from erniekit.train.batch_warmup import last_step
 from erniekit.utils.errors import UserError
 
 # Budgets that let a check end in seconds; what goes beyond them is sampled, and the report says so.
-CHECKED_BYTES = 128 << 20  # records are parsed and validated at some 20 MB a second
+CHECKED_BYTES = 64 << 20  # records are parsed and validated at some 20 MB a second
 MEASURED_SAMPLES = 5_000  # tokenised for their lengths
-COMPARED_RECORDS = 200_000  # of each split, for duplicates
+COMPARED_RECORDS = 100_000  # of each split, for duplicates
 _MANY_EPOCHS = 50
 _SHOWN_CHARACTERS = 600  # of each stretch of the example
 
@@ -173,7 +173,8 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
     about = "" if loader.exact else "about "
     epochs = steps.total / max(steps.per_epoch, 1)
-    section.add("ok", f"training: {about}{steps.total} steps, {about}{epochs:.3g} epochs of {steps.per_epoch} steps")
+    total = f"{'' if cfg.max_steps > 0 else about}{steps.total} steps"
+    section.add("ok", f"training: {total}, {about}{epochs:.3g} epochs of {steps.per_epoch} steps")
     if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
 
@@ -240,7 +241,7 @@ def _example(report: Report, feed: TextFeed, tokenizer: Tokenizer, split: str) -
         for document in encoded.documents[:1]:
             for is_trained, text in _stretches(document, tokenizer):
                 shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-                section.add("ok", f"{'trained  ' if is_trained else 'not      '}{shown!r}")
+                section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
 
 
 def _stretches(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:

@@ -66,7 +66,7 @@ def test_a_run_that_is_fine(given, capsys, tmp_path):
 
 def test_the_example_shows_what_is_trained(given):
     ok = findings(given(), "ok")
-    assert "not      '<|begin_of_sentence|>User: q 0\\nAssistant: '\ntrained  'a 0</s>'" in ok
+    assert "not trained: '<|begin_of_sentence|>User: q 0\\nAssistant: '\ntrained:     'a 0</s>'" in ok
 
 
 def test_it_needs_no_paddle_where_output_dir_is_new(given):
