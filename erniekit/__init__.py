@@ -19,16 +19,14 @@ _as_command = _as_module or "".join(sys.argv[:1]).endswith("/erniekit")
 if _as_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command listens, Ctrl-C ends it without a traceback
 
-import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from erniekit import train as _train_package
 from erniekit.utils import runtime
 from erniekit.utils.version import __version__
 
 if TYPE_CHECKING:
-    from erniekit.api import load_model, save_model
+    from erniekit.api import load_model, save_model, train
 
 __all__ = ["__version__", "load_model", "save_model", "train"]
 
@@ -37,21 +35,8 @@ runtime.prepare()  # before anyone imports paddle: it reads these settings once
 warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
 
 
-class _CallablePackage(types.ModuleType):
-    """`erniekit.train` is a package, and by its public name also a function: whichever is imported first, both work."""
-
-    def __call__(self, yaml_path: str, **overrides: Any) -> Any:
-        """See `erniekit.api.train`."""
-        from erniekit import api
-
-        return api.train(yaml_path, **overrides)
-
-
-_train_package.__class__ = _CallablePackage
-
-
 def __getattr__(name: str) -> Any:
-    if name in ("load_model", "save_model"):
+    if name in ("load_model", "save_model", "train"):
         from erniekit import api
 
         return vars(api)[name]

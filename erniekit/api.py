@@ -44,7 +44,7 @@ def train(yaml_path: str, **overrides: Any) -> Any:
         overrides: configuration keys that replace those of the file.
 
     Returns:
-        The result of the run, with the history of its metrics (see erniekit/train/run.py).
+        The result of the run, with the history of its metrics (see erniekit/training/run.py).
 
     Raises:
         ConfigError: a key is unknown, has the wrong type, or asks for what this version cannot do.
@@ -52,6 +52,6 @@ def train(yaml_path: str, **overrides: Any) -> Any:
     """
     cfg = config.load(yaml_path, overrides, command="train")
     launch.check(cfg, "train")
-    from erniekit.train import run  # a model is loaded and saved without the trainer
+    from erniekit.training import run  # a model is loaded and saved without the trainer
 
     return run.train(cfg)

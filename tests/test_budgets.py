@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from source_tree import (
+from support.source_tree import (
     REPOSITORY,
     Module,
     aliases,

@@ -7,8 +7,8 @@ import pytest
 
 from erniekit.config import Config, load, unsupported
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Degrees
-from erniekit.train.layout import check_layout
+from erniekit.models.pipeline_layout import check_layout
+from erniekit.parallel.mesh import ParallelDims
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -135,18 +135,18 @@ def test_its_degrees_divide_the_published_model_over_the_gpus_that_it_names(name
     assert "nothing here has run on a GPU" in " ".join(text.replace("#", " ").split())
     assert ("NNODES" in text) == (int(gpus.group(1)) > 8)
     cfg = read(name)
-    degrees = Degrees.from_config(cfg, int(gpus.group(1)))
+    degrees = ParallelDims.from_config(cfg, int(gpus.group(1)))
     check_layout(cfg, degrees, ModelConfig.from_dict(SIZES[name.split("/")[0].removeprefix("ERNIE-4.5-")]))
 
 
 def test_the_published_layouts_of_pretraining():
     cases = {
-        "300B-A47B/pretrain/pretrain_96_gpus": (96, Degrees(pipeline=12, data=8, expert=8, sharding=8)),
-        "300B-A47B/pretrain/pretrain_2016_gpus": (2016, Degrees(pipeline=12, data=168, expert=8, sharding=168)),
-        "21B-A3B/pretrain/pretrain_8_gpus": (8, Degrees(data=8, expert=8, sharding=8)),
+        "300B-A47B/pretrain/pretrain_96_gpus": (96, ParallelDims(pipeline=12, data=8, expert=8, sharding=8)),
+        "300B-A47B/pretrain/pretrain_2016_gpus": (2016, ParallelDims(pipeline=12, data=168, expert=8, sharding=168)),
+        "21B-A3B/pretrain/pretrain_8_gpus": (8, ParallelDims(data=8, expert=8, sharding=8)),
     }
     for name, (gpus, degrees) in cases.items():
-        assert Degrees.from_config(read(f"ERNIE-4.5-{name}.yaml"), gpus) == degrees
+        assert ParallelDims.from_config(read(f"ERNIE-4.5-{name}.yaml"), gpus) == degrees
 
 
 @pytest.mark.parametrize("name", FILES)

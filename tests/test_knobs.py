@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY, read_package
+from support.source_tree import REPOSITORY, read_package
 
 from erniekit.config import load, schema
 from erniekit.config.compat import Alias, Detail, Later, NoEffect, Rule

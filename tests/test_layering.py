@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY, Import, Module, imports, read_package
+from support.source_tree import REPOSITORY, Import, Module, imports, read_package
 
 # From the bottom up; the root module (erniekit/__init__, api, __main__) is above all of them.
 LAYERS = (
@@ -16,7 +16,7 @@ LAYERS = (
     ("moe", "losses"),
     ("models", "data"),
     ("checkpoint",),
-    ("train",),
+    ("training",),
     ("generation", "export", "evaluate"),
     ("serve", "cli"),
 )
@@ -25,9 +25,9 @@ ROOT = ("", "api", "__main__")
 SIDEWAYS = {("config", "utils"), ("evaluate", "generation"), ("cli", "serve")}
 # The chain allows these, a design decision forbids them.
 FORBIDDEN = {
-    ("generation", "train"): "inference does not need the trainer",
-    ("export", "train"): "exporting does not need the trainer",
-    ("evaluate", "train"): "evaluation does not need the trainer",
+    ("generation", "training"): "inference does not need the trainer",
+    ("export", "training"): "exporting does not need the trainer",
+    ("evaluate", "training"): "evaluation does not need the trainer",
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",
 }
@@ -130,17 +130,17 @@ def test_the_architecture_page_shows_these_layers():
 @pytest.mark.parametrize(
     ("file", "source", "expected"),
     [
-        ("nn/rope.py", "from erniekit.models import config", "nn may import only what lies below it"),
-        ("nn/rope.py", "def f():\n    import erniekit.models.config", "nn may import only what lies below it"),
-        ("nn/rope.py", "import erniekit", "the root package lies above everything"),
+        ("nn/rotary.py", "from erniekit.models import config", "nn may import only what lies below it"),
+        ("nn/rotary.py", "def f():\n    import erniekit.models.config", "nn may import only what lies below it"),
+        ("nn/rotary.py", "import erniekit", "the root package lies above everything"),
         ("moe/router.py", "from erniekit.losses import lm", "moe may import only what lies below it"),
-        ("generation/engine.py", "from erniekit import train", "inference does not need the trainer"),
+        ("generation/engine.py", "from erniekit import training", "inference does not need the trainer"),
         ("data/loader.py", "from erniekit.parallel import mesh", "ranks come into data as numbers"),
-        ("models/decoder.py", "from ..train import run", "models may import only what lies below it"),
+        ("models/decoder.py", "from ..training import run", "models may import only what lies below it"),
         ("plugins/x.py", "x = 1", "'plugins' is in no layer"),
         ("data/loader.py", "def f():\n    import paddle", "data never imports paddle"),
         ("config/__init__.py", "from erniekit.utils import heavy", "erniekit.config imports paddle"),
-        ("cli/main.py", "from erniekit.nn.rope import rotate", "erniekit.cli.main imports paddle"),
+        ("cli/main.py", "from erniekit.nn.rotary import rotate", "erniekit.cli.main imports paddle"),
     ],
 )
 def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected: str):
@@ -148,10 +148,10 @@ def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected:
         "utils/heavy.py": "import paddle.nn.functional as F",
         "models/config.py": "",
         "losses/lm.py": "",
-        "train/__init__.py": "",
-        "train/run.py": "",
+        "training/__init__.py": "",
+        "training/run.py": "",
         "nn/__init__.py": "import paddle",
-        "nn/rope.py": "from erniekit.utils import heavy",
+        "nn/rotary.py": "from erniekit.utils import heavy",
         file: source,
     }
     for name, text in files.items():
@@ -168,8 +168,8 @@ def test_a_sound_package_passes(tmp_path: Path):
         "utils/log.py": "import logging",
         "utils/runtime.py": "def threads():\n    import paddle",
         "config/load.py": "from erniekit.utils import log",
-        "nn/rope.py": "import paddle\nfrom erniekit.utils import log",
-        "generation/engine.py": "from erniekit.nn import rope",
+        "nn/rotary.py": "import paddle\nfrom erniekit.utils import log",
+        "generation/engine.py": "from erniekit.nn import rotary",
         "evaluate.py": "from erniekit.generation import engine",
         "__init__.py": "from erniekit.utils import runtime\ndef f():\n    from erniekit import evaluate",
     }

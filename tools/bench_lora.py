@@ -32,10 +32,10 @@ def make_base(directory: str, config: dict[str, Any]) -> None:
     import erniekit
     from erniekit.models.config import ModelConfig
     from erniekit.models.decoder import CausalLM
-    from erniekit.models.initial import draw
+    from erniekit.models.init import init_weights
 
     model = CausalLM(ModelConfig.from_dict(config))
-    draw(model, 0)
+    init_weights(model, 0)
     erniekit.save_model(model, directory, dtype="bfloat16")
 
 
@@ -50,9 +50,9 @@ class Step:
         from erniekit.config.schema import Config
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.weights import our_shapes
-        from erniekit.parallel.sharding import GradientSync
+        from erniekit.parallel.grad_sync import GradientSync
         from erniekit.precision.weight_only import SCHEMES
-        from erniekit.train.optim import AdamW, rule_for
+        from erniekit.training.adamw import AdamW, rule_for
 
         self.paddle, self.loss_of = paddle, linear_cross_entropy
         adapted, _, compute_type = side.partition(" ")
@@ -80,8 +80,8 @@ class Step:
     def checkpoint_bytes(self) -> int:
         """Weights or adapter as saved, and the optimizer's state."""
         from erniekit import lora
-        from erniekit.checkpoint.adapter_io import save_adapter
         from erniekit.checkpoint.model_io import save_model
+        from erniekit.checkpoint.peft_attach import save_adapter
 
         with tempfile.TemporaryDirectory() as directory:
             (save_model if lora.state_of(self.model) is None else save_adapter)(self.model, directory)

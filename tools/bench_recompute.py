@@ -55,17 +55,17 @@ class Bench:
 
         from erniekit.models.config import ModelConfig
         from erniekit.models.decoder import CausalLM
-        from erniekit.models.initial import draw
+        from erniekit.models.init import init_weights
 
         self.paddle = paddle
         self.model = CausalLM(ModelConfig.from_dict(CONFIG))
-        draw(self.model, 0)
+        init_weights(self.model, 0)
         self.model.train()
         self.ids, self.labels = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, batch, seq))
 
     def choose(self, kind: str) -> None:
         """Recompute as `kind` says; what was wrapped before is the class's own again."""
-        from erniekit.models import recompute
+        from erniekit.models import activation_checkpoint
 
         for layer in self.model.sublayers():
             for name in ("forward", "core"):
@@ -73,7 +73,7 @@ class Bench:
         chosen = KINDS[kind]
         if chosen is not None:
             granularity, sparse = chosen
-            recompute.apply(self.model.model, recompute.RecomputeOptions(granularity, sparse))
+            activation_checkpoint.apply(self.model.model, activation_checkpoint.RecomputeOptions(granularity, sparse))
 
     def run(self) -> tuple[float, int, float]:
         """Seconds, most bytes held beyond those before, loss. The gradients are left in the parameters."""

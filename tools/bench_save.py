@@ -22,13 +22,13 @@ import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 
 from erniekit.checkpoint.manager import CheckpointManager  # noqa: E402
-from erniekit.checkpoint.model_io import model_portion  # noqa: E402
+from erniekit.checkpoint.model_io import model_rank_files  # noqa: E402
 from erniekit.checkpoint.reshard import Shares  # noqa: E402
 from erniekit.models.config import ModelConfig  # noqa: E402
 from erniekit.models.decoder import CausalLM  # noqa: E402
-from erniekit.parallel.sharding import GradientSync  # noqa: E402
-from erniekit.train.optim import AdamW, ParamRule  # noqa: E402
-from erniekit.train.state import optimizer_portion  # noqa: E402
+from erniekit.parallel.grad_sync import GradientSync  # noqa: E402
+from erniekit.training.adamw import AdamW, ParamRule  # noqa: E402
+from erniekit.training.state import optimizer_rank_files  # noqa: E402
 
 CONFIG = {
     "model_type": "ernie4_5",
@@ -66,7 +66,7 @@ def main() -> None:
             optimizer.step(1e-6)
             optimizer.clear_grad()
             began = time.perf_counter()
-            portions = [model_portion(model, Shares.alone(), "pt"), optimizer_portion(optimizer, Shares.alone())]
+            portions = [model_rank_files(model, Shares.alone(), "pt"), optimizer_rank_files(optimizer, Shares.alone())]
             path = manager.save(step, lambda _: None, portions, background=background)
             blocked = time.perf_counter() - began
             manager.wait()

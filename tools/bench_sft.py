@@ -69,9 +69,9 @@ def run_ours(job: dict[str, Any], commands: Iterator[Any], answer: Callable[[dic
     sys.path.insert(0, str(ROOT))
     from erniekit import config
     from erniekit.parallel.mesh import Mesh
-    from erniekit.train.build import build_run
-    from erniekit.train.callbacks import Callback, StepMetrics
-    from erniekit.train.trainer import Trainer
+    from erniekit.training.build import build_run
+    from erniekit.training.callbacks import Callback, StepMetrics
+    from erniekit.training.trainer import Trainer
     from erniekit.utils import runtime
 
     cfg = config.load(
@@ -169,9 +169,9 @@ def serve_side(side: str) -> None:
 def tokenise(samples: Path, model: Path, max_seq_len: int) -> dict[str, list[list[int]]]:
     """`input_ids` and `labels` (not shifted, as TRL takes them) of every sample, through erniekit's own template."""
     sys.path.insert(0, str(ROOT))
-    from erniekit.data.encode import Encoder
-    from erniekit.data.template import load_template
-    from erniekit.data.tokenizer import load_tokenizer
+    from erniekit.data.chat.encode import Encoder
+    from erniekit.data.chat.template import load_template
+    from erniekit.data.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     encode = Encoder(tokenizer, load_template(tokenizer), max_seq_len)

@@ -91,8 +91,8 @@ class _Ours:
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.config import ModelConfig
         from erniekit.models.decoder import CausalLM
-        from erniekit.parallel.sharding import GradientSync
-        from erniekit.train.optim import AdamW, rule_for
+        from erniekit.parallel.grad_sync import GradientSync
+        from erniekit.training.adamw import AdamW, rule_for
 
         self.threads = runtime.set_threads(job["threads"])
         paddle.seed(0)

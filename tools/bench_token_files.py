@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from erniekit.data import token_build
-from erniekit.data.files import load_record
-from erniekit.data.formats import parse_record
-from erniekit.data.tokenizer import Tokenizer, load_tokenizer
+from erniekit.data.chat.tokenizer import Tokenizer, load_tokenizer
+from erniekit.data.records.formats import parse_record
+from erniekit.data.records.readers import load_record
+from erniekit.data.tokens import build
 
 
 def read_texts(inputs: list[Path]) -> list[str]:
@@ -41,7 +41,7 @@ def alone(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 def with_command(tokenizer: Tokenizer, inputs: list[Path], workers: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        token_build.build_token_files(inputs, Path(directory) / "out", tokenizer, workers)
+        build.build_token_files(inputs, Path(directory) / "out", tokenizer, workers)
 
 
 def main() -> None:

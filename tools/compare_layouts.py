@@ -6,8 +6,9 @@
     python tools/compare_layouts.py --cost moe-ep2 dense-dp2
 
 The cases are those of tests/distributed/test_equality.py and test_traffic.py: tiny models, five optimizer steps for
-equality, one for cost. Bytes are what a rank sends in a step by kind, the formulas those of tests/traffic.py; "host" is
-what ranks tell one another in numbers and has none. The bubble is counted by simulating the schedule at equal costs of
+equality, one for cost. Bytes are what a rank sends in a step by kind, the formulas those of tests/support/traffic.py;
+"host" is what ranks tell one another in numbers and has none. The bubble is counted by simulating the schedule at
+equal costs of
 forward and backward.
 """
 
@@ -28,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(TESTS), str(TESTS / "distributed"), str(TESTS / "
 def compare(chosen: list[str]) -> Iterator[str]:
     """The table of equality."""
     import test_equality as cases
-    from worlds import World
+    from support.worlds import World
 
     yield "| case | ranks | largest difference of a loss | largest difference of a parameter |"
     yield "|---|---|---|---|"
@@ -45,9 +46,9 @@ def compare(chosen: list[str]) -> Iterator[str]:
 def cost(chosen: list[str]) -> Iterator[str]:
     """The tables of bytes, memory and waiting."""
     import test_traffic as cases
-    from equality import keys_for
-    from traffic import measure
-    from worlds import World
+    from support.equality import keys_for
+    from support.traffic import measure
+    from support.worlds import World
 
     sent = ["| case | ranks | bytes that rank 0 sends | all ranks against the formula |", "|---|---|---|---|"]
     state = ["| case | rank | optimizer state | by formula | undivided |", "|---|---|---|---|---|"]
@@ -82,7 +83,7 @@ def _sent_row(name: str, ranks: list[dict[str, Any]]) -> str:
 def _pipeline_rows(name: str, ranks: list[dict[str, Any]]) -> Iterator[str]:
     from test_schedule import buffered_time
 
-    from erniekit.parallel.schedule import bubble_fraction, plan
+    from erniekit.parallel.pipeline_schedule import bubble_fraction, plan
 
     seen = set()
     for result in ranks:
@@ -104,7 +105,7 @@ def _among(chosen: list[str], table: dict[str, Any]) -> list[str]:
 @contextmanager
 def _directory() -> Iterator[Path]:
     """A temporary directory with the tests' models and data."""
-    from equality import prepare
+    from support.equality import prepare
 
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))

@@ -101,7 +101,7 @@ def main() -> None:
         run("-m", "erniekit", "train", f"{CONFIGS}/stage1_{stage}.yaml", "overwrite_output_dir=true")
 
     import erniekit
-    from erniekit.data.tokenizer import load_tokenizer
+    from erniekit.data.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ROOT / TOKENIZER)
     directories = {"short context": "text", "short, averaged": "text/ema", "long context": "long"}
@@ -109,9 +109,7 @@ def main() -> None:
     report(held_out_rows(tokenizer, 16), models)
     write(models["long context"], tokenizer)
     seconds = time.monotonic() - started
-    print(
-    print(f"\nThe whole demo took {seconds:.0f} s. {OUT} holds loss.png and expert_load.png of each stage.")
-    )
+    print(print(f"\nThe whole demo took {seconds:.0f} s. {OUT} holds loss.png and expert_load.png of each stage."))
 
 
 if __name__ == "__main__":

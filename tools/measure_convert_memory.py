@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.dtypes import num_bytes
-from erniekit.checkpoint.folder import write_configs
+from erniekit.checkpoint.model_dir import write_configs
 from erniekit.checkpoint.safetensors import Plan, Reader, Writer
 from erniekit.export.convert import convert
 from erniekit.models.config import ModelConfig

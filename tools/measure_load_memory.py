@@ -21,7 +21,7 @@ from measure_convert_memory import MB, make_checkpoint, peak
 
 from erniekit.checkpoint.model_io import load_model
 from erniekit.models.config import ModelConfig
-from erniekit.models.low_bit import low_bit_weights
+from erniekit.models.quantize import quantized_weights
 from erniekit.models.weights import logical_tensors
 from erniekit.precision.weight_only import SCHEMES
 
@@ -64,7 +64,7 @@ def run_one(directory: Path, compute_type: str) -> None:
     model = load_model(directory, low_bit=SCHEMES.get(compute_type))
     seconds, added = time.perf_counter() - start, peak() - before
     held = sum(parameter.element_size() * parameter.size for parameter in model.parameters())
-    held += sum(weight.num_bytes() for weight in low_bit_weights(model).values())
+    held += sum(weight.num_bytes() for weight in quantized_weights(model).values())
     print(f"{held / MB:.0f} {added:.0f} {seconds:.1f}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erniekit.checkpoint.folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
+from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.folder import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE
+from erniekit.checkpoint.model_dir import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object

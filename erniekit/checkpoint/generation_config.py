@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE
+from erniekit.checkpoint.model_dir import GENERATION_CONFIG_FILE
 from erniekit.models.config import ModelConfig, token_ids
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object

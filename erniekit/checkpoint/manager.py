@@ -13,10 +13,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.background import Save
-from erniekit.checkpoint.folder import list_checkpoints, move_staged, staging_of
-from erniekit.checkpoint.portion import Portion
-from erniekit.checkpoint.together import on_first
+from erniekit.checkpoint.model_dir import list_checkpoints, move_staged, staging_of
+from erniekit.checkpoint.rank_files import RankFiles
+from erniekit.checkpoint.save_job import Save
+from erniekit.parallel.agree import on_first
 from erniekit.parallel.comm import Group
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
@@ -106,7 +106,7 @@ class CheckpointManager:
         self,
         step: int,
         add: Callable[[Path], None],
-        portions: Sequence[Portion] = (),
+        portions: Sequence[RankFiles] = (),
         keep: Path | None = None,
         background: bool = False,
     ) -> Path:
@@ -136,7 +136,7 @@ class CheckpointManager:
             save.run()
         return target
 
-    def save_into(self, target: Path, add: Callable[[Path], None], portions: Sequence[Portion]) -> None:
+    def save_into(self, target: Path, add: Callable[[Path], None], portions: Sequence[RankFiles]) -> None:
         """Write into a directory that may hold other files, as `save` does: its files are replaced one by one once all
         are on disk.
         """

@@ -9,26 +9,24 @@ import numpy as np
 import paddle
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.adapter_io import attach_stored
-from erniekit.checkpoint.folder import GENERATION_CONFIG_FILE, staged, write_configs
 from erniekit.checkpoint.generation_config import read_generation_config
-from erniekit.checkpoint.portion import Portion
+from erniekit.checkpoint.model_dir import GENERATION_CONFIG_FILE, staged, write_configs
+from erniekit.checkpoint.model_reader import METADATA, ModelReader, plan_for, read_config
+from erniekit.checkpoint.peft_attach import attach_stored
+from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.source import METADATA, Source, plan_for, read_config
 from erniekit.lora import state_of
 from erniekit.models.config import FORMATS, Format, ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.local import named_cuts
-from erniekit.models.low_bit import describe, hold_in_low_bits, low_bit_weights
-from erniekit.models.partition import WHOLE
+from erniekit.models.quantize import describe, quantize_weights, quantized_weights
 from erniekit.models.weights import Logical, logical_tensors
-from erniekit.nn.cut import Cut, take
-from erniekit.precision.low_bit import LowBitWeight
+from erniekit.nn.shard import WHOLE, ShardSpec, named_shard_specs, shard
+from erniekit.precision.quantized_weight import QuantizedWeight
 from erniekit.precision.weight_only import Schemes
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
-__all__ = ["load_model", "load_weights", "model_portion", "read_config", "save_model"]
+__all__ = ["load_model", "load_weights", "model_rank_files", "read_config", "save_model"]
 
 
 def load_weights(
@@ -44,7 +42,7 @@ def load_weights(
     that are filled instead of the model's, under its names (an average).
     Raises CheckpointError with every missing, unexpected and misshapen tensor.
     """
-    _fill(model, Source(path, stored or model.config), through=None, into=into)
+    _fill(model, ModelReader(path, stored or model.config), through=None, into=into)
 
 
 def load_model(
@@ -56,10 +54,10 @@ def load_model(
     where Paddle cannot multiply the short types, the weights are rounded through them and held in float32.
     `low_bit`: how the projections of the layers are held instead, frozen (see precision.weight_only.SCHEMES).
     `adapter`: a directory with an adapter in PEFT's format, hung on the model.
-    Raises CheckpointError (see `Source`, `read_adapter`).
+    Raises CheckpointError (see `ModelReader`, `read_adapter`).
     """
     target = dtypes.header_name(dtype)
-    source = Source(path)
+    source = ModelReader(path)
     on_cpu = paddle.get_device() == "cpu"
     if target != "F32" and on_cpu:
         log.info(f"{dtype} on CPU: the weights are rounded to it and computed with in float32")
@@ -71,7 +69,7 @@ def load_model(
     finally:
         paddle.set_default_dtype(default)
     if low_bit is not None:
-        hold_in_low_bits(model, low_bit)
+        quantize_weights(model, low_bit)
     _fill(model, source, through=target if on_cpu else None)
     if low_bit is not None:
         log.info(f"{path}: {describe(model)}")
@@ -84,22 +82,22 @@ def load_model(
 
 
 def _fill(
-    model: paddle.nn.Layer, source: Source, through: str | None, into: Mapping[str, paddle.Tensor] | None = None
+    model: paddle.nn.Layer, source: ModelReader, through: str | None, into: Mapping[str, paddle.Tensor] | None = None
 ) -> None:
     """Set every parameter and persistent buffer, rounding through the header dtype `through` if given. A model that is
     one part of several takes its share of each.
     """
-    tensors = held_tensors(model) | low_bit_weights(model) if into is None else into
-    cuts, part = named_cuts(model), model.part
+    tensors = held_tensors(model) | quantized_weights(model) if into is None else into
+    shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
         if tensor is None:
             assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
             continue
-        cut = cuts.get(param)
+        spec = shard_specs.get(param)
         units = list(logicals)
-        pieces = _read(source, units, cut, (0, 1) if cut is None else part.share(cut), through)
-        if isinstance(tensor, LowBitWeight):
+        pieces = _read(source, units, spec, (0, 1) if spec is None else part.share(spec), through)
+        if isinstance(tensor, QuantizedWeight):
             _quantise(tensor, pieces, param)
             continue
         array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
@@ -107,7 +105,7 @@ def _fill(
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _quantise(weight: LowBitWeight, pieces: Iterator[np.ndarray], param: str) -> None:
+def _quantise(weight: QuantizedWeight, pieces: Iterator[np.ndarray], param: str) -> None:
     for place, piece in enumerate(pieces):
         try:
             weight.fill(place, piece)
@@ -123,7 +121,7 @@ def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray
 
 
 def _read(
-    source: Source, logicals: list[Logical], cut: Cut | None, share: tuple[int, int], through: str | None
+    source: ModelReader, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
 ) -> Iterator[np.ndarray]:
     """A share (index, count) of one parameter as float32, whole, or expert by expert: only those wanted are read."""
 
@@ -135,7 +133,9 @@ def _read(
 
     index, count = share
     if logicals[0].index is None:
-        yield whole(logicals[0]) if cut is None else np.ascontiguousarray(take(whole(logicals[0]), cut, index, count))
+        yield (
+            whole(logicals[0]) if spec is None else np.ascontiguousarray(shard(whole(logicals[0]), spec, index, count))
+        )
         return
     held = len(logicals) // count
     for logical in logicals[index * held : (index + 1) * held]:
@@ -155,7 +155,7 @@ def save_model(
     and correction bias are always float32. The directory is complete or as it was before; a full disk is a
     CheckpointError. One parameter is copied at a time.
     """
-    if low_bit_weights(model):
+    if quantized_weights(model):
         raise CheckpointError(
             "this model holds its weights in few bits, from which no file is made: save its adapter, and merge it into "
             "the weights that the model was loaded from."
@@ -163,12 +163,12 @@ def save_model(
     if state_of(model) is not None:
         raise CheckpointError(
             "this model has an adapter, which files of weights cannot hold: make it part of the weights first "
-            "(erniekit.lora.merge), or save the adapter (erniekit.checkpoint.adapter_io.save_adapter)."
+            "(erniekit.lora.merge), or save the adapter (erniekit.checkpoint.peft_attach.save_adapter)."
         )
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     header = dtypes.header_name(dtype or "float32")
-    portion = model_portion(model, Shares.alone(), format, header=header)
+    portion = model_rank_files(model, Shares.alone(), format, header=header)
     portion.max_shard_size = max_shard_size
     with staged(path) as staging:
         portion.write(staging)
@@ -177,14 +177,14 @@ def save_model(
             (staging / GENERATION_CONFIG_FILE).unlink()
 
 
-def model_portion(
+def model_rank_files(
     model: paddle.nn.Layer,
     shares: Shares,
     format: Format,
     tensors: Mapping[str, paddle.Tensor] | None = None,
     directory: str = "",
     header: str = "F32",
-) -> Portion:
+) -> RankFiles:
     """This rank's share of a model's weight files, in `directory` below a checkpoint. `tensors` stand in for the
     parameters and buffers of `model` (an average). `header`: dtype of the files, as in `save_model`.
     """
@@ -195,7 +195,7 @@ def model_portion(
             rows = shares.rows(param, values[param].shape)
             units[param] = list(logicals)[slice(*rows) if rows else slice(None)]
         else:
-            assert shares.part != WHOLE, f"the model has no {param}, which its configuration asks for"
+            assert shares.shard != WHOLE, f"the model has no {param}, which its configuration asks for"
 
     def encode(param: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         for place, logical in enumerate(units[param]):
@@ -209,7 +209,7 @@ def model_portion(
 
     written = [logical for param in units if shares.writes(param) for logical in units[param]]
     whole = ((param, shares.gather(param, values[param])) for param in units)
-    return Portion(directory, plan_for(written, format, header), whole, encode, METADATA[format])
+    return RankFiles(directory, plan_for(written, format, header), whole, encode, METADATA[format])
 
 
 def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:

@@ -10,10 +10,8 @@ import numpy as np
 import paddle
 
 from erniekit.models.decoder import CausalLM
-from erniekit.models.local import named_cuts
-from erniekit.models.partition import WHOLE, Partition
 from erniekit.models.weights import Shape, to_numpy
-from erniekit.nn.cut import Cut, join, take
+from erniekit.nn.shard import WHOLE, RankShard, ShardSpec, named_shard_specs, shard, unshard
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
 
@@ -24,35 +22,35 @@ _EMBEDDING = "model.embed_tokens."
 class Shares:
     """The tensors that a process holds among those of all."""
 
-    def __init__(self, mesh: Mesh, part: Partition, cuts: Mapping[str, Cut]) -> None:
-        """`cuts`: of the parameters that can be divided, by name."""
-        self.mesh, self.part, self.cuts = mesh, part, cuts
+    def __init__(self, mesh: Mesh, part: RankShard, shard_specs: Mapping[str, ShardSpec]) -> None:
+        """`shard_specs`: of the parameters that can be divided, by name."""
+        self.mesh, self.shard, self.shard_specs = mesh, part, shard_specs
 
     @classmethod
     def of(cls, model: CausalLM, mesh: Mesh) -> "Shares":
         """Those of `model`, this process's part."""
-        return cls(mesh, model.part, named_cuts(model))
+        return cls(mesh, model.shard, named_shard_specs(model))
 
     @classmethod
     def alone(cls) -> "Shares":
         """One process that holds everything."""
         return cls(Mesh.single(), WHOLE, {})
 
-    def cut(self, name: str) -> Cut | None:
+    def spec(self, name: str) -> ShardSpec | None:
         """How a tensor is divided; None if every rank of its stage holds all of it."""
-        cut = self.cuts.get(name)
-        return None if cut is None or self.part.share(cut)[1] == 1 else cut
+        spec = self.shard_specs.get(name)
+        return None if spec is None or self.shard.share(spec)[1] == 1 else spec
 
     def is_repeated(self, name: str) -> bool:
         """Whether an earlier stage holds the tensor, too, and writes it."""
-        return name.startswith(_EMBEDDING) and not self.part.has_embedding
+        return name.startswith(_EMBEDDING) and not self.shard.has_embedding
 
     def writes(self, name: str) -> bool:
         """Whether this rank writes the tensor; of divided experts, its own rows."""
-        cut, mesh = self.cut(name), self.mesh
+        spec, mesh = self.spec(name), self.mesh
         if self.is_repeated(name):
             return False
-        if cut is not None and cut.over == "experts":
+        if spec is not None and spec.over == "experts":
             return mesh.data < mesh.degrees.expert
         return mesh.data == 0 and mesh.tensor == 0
 
@@ -60,18 +58,18 @@ class Shares:
         """[begin, end) of the experts that this rank holds of a stack, whose share has `shape`; None if it is not
         divided by experts.
         """
-        cut = self.cut(name)
-        if cut is None or cut.over != "experts":
+        spec = self.spec(name)
+        if spec is None or spec.over != "experts":
             return None
-        assert cut.axis == 0, (name, cut)
-        held, (index, _) = next(iter(shape)), self.part.share(cut)
+        assert spec.axis == 0, (name, spec)
+        held, (index, _) = next(iter(shape)), self.shard.share(spec)
         return index * held, (index + 1) * held
 
     def whole_shape(self, name: str, shape: Iterable[int]) -> Shape:
         """Of the tensor whose share here has `shape`."""
-        sizes, cut = list(shape), self.cut(name)
-        if cut is not None:
-            sizes[cut.axis] *= self.part.share(cut)[1]
+        sizes, spec = list(shape), self.spec(name)
+        if spec is not None:
+            sizes[spec.axis] *= self.shard.share(spec)[1]
         return tuple(sizes)
 
     @paddle.no_grad()
@@ -79,22 +77,22 @@ class Shares:
         """A share -> what `writes` says, fp32 on the host: the whole tensor, or the rows of this rank's experts; None
         where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same order.
         """
-        cut = self.cut(name)
-        if cut is None or cut.over == "experts":
+        spec = self.spec(name)
+        if spec is None or spec.over == "experts":
             return (share if isinstance(share, np.ndarray) else to_numpy(share)) if self.writes(name) else None
         if self.is_repeated(name) or self.mesh.data != 0:
             return None
         group = self.mesh.tensor_group
         tensor = paddle.to_tensor(share) if isinstance(share, np.ndarray) else share.detach()
         shares = to_numpy(comm.all_gather(tensor, group)).reshape([group.size, *share.shape])
-        return join(list(shares), cut) if self.writes(name) else None
+        return unshard(list(shares), spec) if self.writes(name) else None
 
-    def take(self, name: str, whole: np.ndarray) -> np.ndarray:
+    def shard_of(self, name: str, whole: np.ndarray) -> np.ndarray:
         """This rank's share of a whole tensor; of stacked experts, `whole` is already its rows."""
-        cut = self.cut(name)
-        if cut is None or cut.over == "experts":
+        spec = self.spec(name)
+        if spec is None or spec.over == "experts":
             return whole
-        return np.ascontiguousarray(take(whole, cut, *self.part.share(cut)))
+        return np.ascontiguousarray(shard(whole, spec, *self.shard.share(spec)))
 
     @paddle.no_grad()
     def collect(self, tensors: Mapping[str, paddle.Tensor], names: Iterable[str]) -> Iterator[np.ndarray]:

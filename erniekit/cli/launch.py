@@ -15,14 +15,14 @@ from importlib import metadata
 from pathlib import Path
 
 from erniekit import config, hub
-from erniekit.checkpoint.folder import list_checkpoints
+from erniekit.checkpoint.model_dir import list_checkpoints
 from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.mesh import Degrees
-from erniekit.train.layout import check_layout
+from erniekit.models.pipeline_layout import check_layout
+from erniekit.parallel.mesh import ParallelDims
 from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
@@ -83,14 +83,14 @@ def is_supervised() -> bool:
     return _AGENT in os.environ
 
 
-def degrees_of(cfg: Config) -> Degrees:
+def degrees_of(cfg: Config) -> ParallelDims:
     """The degrees of the whole job, on the GPUs of all hosts if there are any.
 
     Raises:
         ConfigError: they do not multiply to the number of processes, or one does not divide the data ranks.
     """
     devices = _devices(os.environ)
-    return Degrees.from_config(cfg, _count(os.environ, "NNODES") * len(devices) if devices else None)
+    return ParallelDims.from_config(cfg, _count(os.environ, "NNODES") * len(devices) if devices else None)
 
 
 def has_gpus() -> bool:
@@ -156,14 +156,14 @@ def require_free(cfg: Config) -> None:
     DirectoryLock(Path(cfg.output_dir)).require_free()
 
 
-def _check_model(cfg: Config, degrees: Degrees) -> None:
+def _check_model(cfg: Config, degrees: ParallelDims) -> None:
     """Download the model once for all workers of this host, and see whether it can be divided."""
     assert cfg.model_name_or_path, "config.load requires it to train"
     directory = hub.resolve_model(cfg.model_name_or_path, cfg.download_hub)
     check_layout(cfg, degrees, ModelConfig.from_dir(directory))
 
 
-def _layouts(cfg: Config, degrees: Degrees) -> tuple[Layout, ...]:
+def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
     """The whole job, and the smaller ones that an elastic job may become, which see the same batches: as many rows a
     step, over fewer data ranks in more accumulation steps.
     """

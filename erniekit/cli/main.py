@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE, Command
-from erniekit.utils import heartbeat, runtime, stop, streams
+from erniekit.utils import heartbeat, runtime, stop_signals, streams
 from erniekit.utils.errors import UserError
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in _LISTENING:
-        stop.listen(signals=(signal.SIGINT,))
+        stop_signals.listen(signals=(signal.SIGINT,))
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
@@ -59,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         return _interrupted(error)
     except Exception as error:
         # Native code makes other exceptions of what a signal raises in Python code that it calls.
-        return _interrupted(stop.raised()) if stop.raised() else _report(name, error)
+        return _interrupted(stop_signals.raised()) if stop_signals.raised() else _report(name, error)
 
 
 def _interrupted(error: BaseException | None) -> int:
     """One line, whatever was under way."""
-    number = error.number if isinstance(error, stop.Stopped) else signal.SIGINT
-    return _fail(stop.interrupted(number), 128 + number)
+    number = error.number if isinstance(error, stop_signals.Stopped) else signal.SIGINT
+    return _fail(stop_signals.interrupted(number), 128 + number)
 
 
 def _dispatch(name: str, args: list[str]) -> int:

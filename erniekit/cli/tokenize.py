@@ -14,8 +14,8 @@ from erniekit import hub
 from erniekit.cli.commands import COMMANDS
 from erniekit.config.paths import expand
 from erniekit.config.values import to_bool, to_float, to_int
-from erniekit.data import token_build
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.tokens import build
 from erniekit.utils.errors import ConfigError
 
 USAGE = f"usage: {COMMANDS['tokenize'].syntax}"
@@ -25,10 +25,10 @@ def run(args: list[str]) -> int:
     """Make the token files of one command line, or finish those that were interrupted, and return the exit code."""
     inputs, options = parse(args)
     started = time.monotonic()
-    files = token_build.find_inputs(inputs)
+    files = build.find_inputs(inputs)
     tokenizer = load_tokenizer(hub.resolve_model(options.pop("tokenizer"), key="tokenizer"))
     prefix = Path(options.pop("output"))
-    done = token_build.build_token_files(files, prefix, tokenizer, **options)
+    done = build.build_token_files(files, prefix, tokenizer, **options)
     skipped = f", {done.skipped} bad records skipped" if done.skipped else ""
     print(
         f"{prefix}.bin and .idx: {done.documents} documents, {done.tokens} tokens{skipped}, from "
@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
 
 
 def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The input paths, and the options under the names of token_build.build_token_files, with tokenizer and output.
+    """The input paths, and the options under the names of build.build_token_files, with tokenizer and output.
 
     Raises:
         ConfigError: something is missing, unknown, or of the wrong type.

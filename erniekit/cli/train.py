@@ -4,13 +4,13 @@ import signal
 from pathlib import Path
 
 from erniekit.cli import launch
-from erniekit.utils import log, runtime, stop
+from erniekit.utils import log, runtime, stop_signals
 
 
 def run(args: list[str]) -> int:
     """Train, in this process or in those that the configuration asks for, and return the exit code."""
     cfg = launch.configure(args, "train")
-    stop.listen(lambda: stop.what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
+    stop_signals.listen(lambda: stop_signals.what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
     ignored = [] if launch.is_worker() else runtime.ignored_variables()
     if ignored:
         log.info(
@@ -28,10 +28,10 @@ def run(args: list[str]) -> int:
         log.info(
             "max_restarts: no effect: no agent of ours watches this process; the same command goes on where it was"
         )
-    from erniekit.train import run as training  # imports Paddle, which takes seconds
+    from erniekit.training import run as training  # imports Paddle, which takes seconds
 
-    stop.listen()
+    stop_signals.listen()
     result = training.train(cfg)
     # Ranks end well, their agent knows of the Ctrl-C itself.
     interrupted = result.summary.get("stopped") == signal.SIGINT.name and not launch.is_supervised()
-    return stop.EXIT_INTERRUPTED if interrupted else 0
+    return stop_signals.EXIT_INTERRUPTED if interrupted else 0

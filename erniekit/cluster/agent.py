@@ -14,7 +14,7 @@ from erniekit.cluster.coordinator import Message
 from erniekit.cluster.job import Job
 from erniekit.cluster.rendezvous import Exchange
 from erniekit.cluster.worker import Worker
-from erniekit.utils import log, runtime, stop
+from erniekit.utils import log, runtime, stop_signals
 from erniekit.utils.errors import ConfigError, TrainError
 
 _POLL = 0.1  # seconds from one look at the workers to the next
@@ -33,7 +33,7 @@ def run(job: Job) -> int:
     """
     with rendezvous.connect(job) as (exchange, about):
         agent = _Agent(job, exchange, about)
-        before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+        before = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # nohup
                 signal.signal(number, agent.on_signal)
@@ -84,7 +84,7 @@ class _Agent:
         """Hand the wish on; the workers agree on a step, save and end. A second Ctrl-C ends the job at once."""
         now = time.monotonic()
         if self._stopped_by is not None:
-            if number == signal.SIGINT and now - self._stopped_at > stop.TWICE:
+            if number == signal.SIGINT and now - self._stopped_at > stop_signals.TWICE:
                 raise KeyboardInterrupt
             return
         self._stopped_by, self._stopped_at = signal.Signals(number), now
@@ -103,7 +103,7 @@ class _Agent:
         for worker in self._workers:
             worker.kill()
         if any(worker.rank == 0 and worker.process.returncode < 0 for worker in self._workers):
-            stop.restore_terminal()  # its progress bar could not
+            stop_signals.restore_terminal()  # its progress bar could not
         self._workers = []
 
     def _join(self) -> Message:
@@ -186,9 +186,9 @@ class _Agent:
         if verdict["code"] == 0:
             if self._is_spare:
                 log.info("the job has ended well; this host had no ranks in it")
-            return stop.EXIT_INTERRUPTED if signalled == signal.SIGINT else 0
+            return stop_signals.EXIT_INTERRUPTED if signalled == signal.SIGINT else 0
         if signalled is not None and self._ended_untrained(verdict["code"]):
-            log.info(stop.interrupted(signalled))
+            log.info(stop_signals.interrupted(signalled))
             return 128 + signalled
         log.warning(f"the job has ended: {verdict['headline']}")
         self._show(verdict)
@@ -197,7 +197,7 @@ class _Agent:
     def _ended_untrained(self, code: int) -> bool:
         """Whether the signal came before the workers could meet it by saving."""
         codes = {failure["code"] for failure in self._failures.values()} | {code}
-        return any(128 + number in codes for number in stop.SIGNALS)
+        return any(128 + number in codes for number in stop_signals.SIGNALS)
 
     def _show(self, verdict: Message) -> None:
         """The first failing rank's own words: on its host, and where rank 0 streams."""

@@ -12,7 +12,7 @@ from typing import Any
 from erniekit.cluster.coordinator import Message
 from erniekit.cluster.job import Job
 from erniekit.cluster.watch import Sign
-from erniekit.utils import heartbeat, job_token, stop
+from erniekit.utils import heartbeat, job_token, stop_signals
 
 _TAIL_LINES, _TAIL_BYTES = 15, 8192
 _SIGNAL_HINTS = {
@@ -72,8 +72,8 @@ class Worker:
         self._last: dict[str, Any] = {}
 
     def _start(self, words: list[str], environ: dict[str, str], output: Any) -> None:
-        # The child keeps what is blocked when it is made: a signal waits until the child can meet it (stop.listen).
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+        # The child keeps what is blocked when it is made: a signal waits until stop_signals.listen in the child.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)
         try:
             self.process = subprocess.Popen(
                 words,

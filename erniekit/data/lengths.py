@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.order import random_bits
-from erniekit.data.sources import Dataset
+from erniekit.data.records.dataset import Dataset
+from erniekit.data.sampler import random_bits
 from erniekit.data.workers import EncodingService
 from erniekit.utils import atomic, log
 from erniekit.utils.progress import track

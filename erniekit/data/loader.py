@@ -20,12 +20,12 @@ from itertools import islice
 from typing import Any, Protocol
 
 from erniekit.data.batch import Batch, Row
+from erniekit.data.chat.encode import Template, Tokenizer
 from erniekit.data.collate import collate
-from erniekit.data.encode import Template, Tokenizer
 from erniekit.data.prefetch import Prefetcher
-from erniekit.data.pretrain import TokenFeed, open_token_files
-from erniekit.data.sources import Dataset
-from erniekit.data.text import EVERY_RECORD, Inspection, TextFeed, open_text
+from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
+from erniekit.data.records.dataset import Dataset
+from erniekit.data.tokens.feed import TokenFeed, open_token_files
 from erniekit.utils.errors import ConfigError, DataError
 
 _VERSION = 1
@@ -148,7 +148,7 @@ class Loader:
     @property
     def dataset(self) -> Dataset:
         """The records that are read, in the order of the files. ConfigError where there are none: token files."""
-        if not isinstance(self._feed, TextFeed):
+        if not isinstance(self._feed, RecordFeed):
             raise ConfigError(
                 "predict_with_generate: token files hold text without questions. "
                 "Set it to false, or give eval_dataset_path."
@@ -280,7 +280,7 @@ def build_loader(
     cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
-    feed: TextFeed | TokenFeed
+    feed: RecordFeed | TokenFeed
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:

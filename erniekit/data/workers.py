@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-from erniekit.data import template as chat
-from erniekit.data.encode import Encoded, Encoder, Template, Tokenizer
-from erniekit.data.sources import Dataset
+from erniekit.data.chat import template as chat
+from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
+from erniekit.data.records.dataset import Dataset
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import DataError, UserError
 

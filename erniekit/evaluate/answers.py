@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from erniekit.config import Config
-from erniekit.data.faults import reading
-from erniekit.data.files import load_record
-from erniekit.data.formats import parse_record
-from erniekit.data.record import Sample
-from erniekit.data.sources import Dataset
+from erniekit.data.records.dataset import Dataset
+from erniekit.data.records.errors import reading
+from erniekit.data.records.formats import parse_record
+from erniekit.data.records.readers import load_record
+from erniekit.data.records.sample import Sample
 from erniekit.evaluate import text_metrics
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.decode import decode

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.folder import has_weights
+from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Batch, flat_pairs

@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.folder import copy_companions, not_copied, write_configs
+from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
+from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.safetensors import Plan, Writer
-from erniekit.checkpoint.source import METADATA, Source
 from erniekit.export.target import model_target
 from erniekit.models.config import FORMATS, Format
 from erniekit.models.weights import Logical
@@ -91,14 +91,14 @@ def rewrite(
     format: Format,
     max_shard_size: int | str,
     dtype: str | None,
-    edit: Callable[[Source], Edit] | None = None,
+    edit: Callable[[ModelReader], Edit] | None = None,
 ) -> Report:
     """Weights, config.json and, where there is none, generation_config.json; then compare (see `convert`). `edit`: what
     changes on the way, for an opened source.
     """
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
-    source = Source(source_dir, keep_mtp=True)
+    source = ModelReader(source_dir, keep_mtp=True)
     editor = None if edit is None else edit(source)
     edited: dict[str, bytes] = {}
     wanted = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}
@@ -124,20 +124,20 @@ def rewrite(
     return Report(len(plan), writer.num_bytes, len(writer.files))
 
 
-def _target_dtype(source: Source, logical: Logical, dtype: str | None) -> str:
+def _target_dtype(source: ModelReader, logical: Logical, dtype: str | None) -> str:
     if dtype is None:
         return source.dtype_of(logical)
     return "F32" if logical.keep_fp32 else dtypes.header_name(dtype)
 
 
-def _config_dtype(source: Source, dtype: str | None) -> str | None:
+def _config_dtype(source: ModelReader, dtype: str | None) -> str | None:
     """What config.json says: the dtype asked for, or the source's, or else that of its first tensor, the embeddings."""
     if dtype is not None:
         return dtypes.LONG_NAMES[dtypes.header_name(dtype)]
     return source.config.dtype or dtypes.LONG_NAMES.get(source.dtype_of(source.logicals[0]))
 
 
-def _read_as(source: Source, logical: Logical, dtype: str, editor: Edit | None) -> np.ndarray:
+def _read_as(source: ModelReader, logical: Logical, dtype: str, editor: Edit | None) -> np.ndarray:
     try:
         if editor is not None:
             changed = editor.apply(logical, source.read(logical, as_fp32=True))
@@ -147,13 +147,13 @@ def _read_as(source: Source, logical: Logical, dtype: str, editor: Edit | None) 
         raise CheckpointError(f"{source.path}: {logical.param}: {error}") from error
 
 
-def _verify(source: Source, target_dir: Path, edited: Mapping[str, bytes]) -> None:
+def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, bytes]) -> None:
     """Read every tensor of the target, bring it back to the source's layout, and compare it with the source, bitwise;
     or with what was written, where it was edited (digests by name in the target).
 
     Digests stand for the two sides, so that they need not be in memory together.
     """
-    target = Source(target_dir, keep_mtp=True)
+    target = ModelReader(target_dir, keep_mtp=True)
     assert len(target.logicals) == len(source.logicals)
     for logical in source.logicals:
         ours = target.read(logical)
@@ -171,7 +171,7 @@ def _verify(source: Source, target_dir: Path, edited: Mapping[str, bytes]) -> No
         del ours
 
 
-def _misread(name: str, source: Source, target_dir: Path) -> CheckpointError:
+def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointError:
     return CheckpointError(
         f"{name} read again from {target_dir} differs from {source.path}: the disk or the memory of this machine is at "
         "fault, or the source changed meanwhile. Nothing was kept; try again."

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from erniekit.checkpoint.adapter_read import base_of, read_adapter
 from erniekit.checkpoint.chat_template import write_chat_template
-from erniekit.checkpoint.folder import (
+from erniekit.checkpoint.model_dir import (
     TOKENIZER_FILES,
     copy_companions,
     find_checkpoint,
     is_adapter,
 )
-from erniekit.checkpoint.source import Source
+from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.peft_read import base_of, read_adapter
 from erniekit.config import Config
-from erniekit.data.template import load_template, say_if_trained_otherwise
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.template import load_template, say_if_trained_otherwise
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
 from erniekit.export.target import model_target
@@ -86,7 +86,7 @@ def export_checkpoint(
     a checkpoint that is not whole or a full disk.
     """
 
-    def merge(source: Source) -> Merge:
+    def merge(source: ModelReader) -> Merge:
         assert adapter_dir is not None
         return Merge(read_adapter(adapter_dir, source.config, checkpoint_dir), source.config)
 

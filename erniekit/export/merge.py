@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from erniekit.checkpoint.adapter import part_sizes
-from erniekit.checkpoint.adapter_read import StoredAdapter
+from erniekit.checkpoint.peft_read import StoredAdapter
+from erniekit.checkpoint.peft_write import part_sizes
 from erniekit.lora.layers import own_name
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical

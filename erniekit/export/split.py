@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from erniekit.checkpoint.folder import copy_companions, is_adapter
+from erniekit.checkpoint.model_dir import copy_companions, is_adapter
 from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.config import Config
 from erniekit.export.convert import Report, digest, require_apart, tell_not_copied

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from erniekit.checkpoint.folder import (
+from erniekit.checkpoint.model_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     GENERATION_CONFIG_FILE,

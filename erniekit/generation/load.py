@@ -6,8 +6,8 @@ from typing import Any
 
 import paddle
 
-from erniekit.checkpoint.adapter_read import base_of
-from erniekit.checkpoint.folder import (
+from erniekit.checkpoint.generation_config import GenerationConfig, not_used, read_generation_config
+from erniekit.checkpoint.model_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     find_checkpoint,
@@ -15,11 +15,11 @@ from erniekit.checkpoint.folder import (
     is_adapter,
     require_model,
 )
-from erniekit.checkpoint.generation_config import GenerationConfig, not_used, read_generation_config
 from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.peft_read import base_of
 from erniekit.config import Config
-from erniekit.data.template import Template, load_template, say_if_trained_otherwise
-from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
+from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model

@@ -1,7 +1,7 @@
 """LoRA: small trained factors beside frozen weights, attached to a model from outside.
 
 `attach(model, options)` hangs adapters on the projections and freezes the rest; `disabled(model)` is the base model for
-a while; `merge(model)` makes the adapters part of the weights. Files: erniekit/checkpoint/adapter.py.
+a while; `merge(model)` makes the adapters part of the weights. Files: erniekit/checkpoint/peft_write.py.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from paddle import nn
 
 from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, own_name, refuse_low_bit
 from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
-from erniekit.nn.cut import Cut, take
 from erniekit.nn.linear import Linear, Projection
+from erniekit.nn.shard import ShardSpec, shard
 from erniekit.utils.errors import ConfigError
 
 __all__ = [
@@ -70,7 +70,7 @@ class LoraState:
 
 
 _STATE = "lora_state"  # a plain attribute of the model
-_Share = Callable[[Cut], tuple[int, int]]
+_Share = Callable[[ShardSpec], tuple[int, int]]
 
 
 def state_of(model: nn.Layer) -> LoraState | None:
@@ -83,7 +83,7 @@ def attach(
     options: LoraOptions,
     names: Iterable[str] | None = None,
     tied: bool = False,
-    share: _Share = lambda cut: (0, 1),
+    share: _Share = lambda spec: (0, 1),
 ) -> LoraState:
     """Hang new adapters on the projections that `options` name; only they and modules_to_save are trained from here
     on.
@@ -163,17 +163,17 @@ def adapters(model: nn.Layer) -> Iterator[tuple[str, Projection, Adapter]]:
 def _draw(model: nn.Layer, seed: int, share: _Share) -> None:
     """The start of every A (He et al. 2015 with a = sqrt(5): bound 1 / sqrt(in))."""
     for name, _, adapter in adapters(model):
-        cuts = adapter.cuts()
+        shard_specs = adapter.shard_specs()
         for part in adapter.slots:
             a, own = adapter.factors(part)[0], own_name("A", part)
-            full, cut = f"{name}.adapter.{own}", cuts.get(own)
-            index, count = (0, 1) if cut is None else share(cut)
+            full, spec = f"{name}.adapter.{own}", shard_specs.get(own)
+            index, count = (0, 1) if spec is None else share(spec)
             if len(a.shape) == 3:
                 first = index * a.shape[0]
                 value = np.stack([_uniform(seed, f"{full}.{first + e}", a.shape[1:]) for e in range(a.shape[0])])
             else:
                 whole = _uniform(seed, full, [a.shape[0] * count, a.shape[1]])
-                value = whole if cut is None else take(whole, cut, index, count)
+                value = whole if spec is None else shard(whole, spec, index, count)
             a.set_value(paddle.to_tensor(value).astype(a.dtype))
 
 

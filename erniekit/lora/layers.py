@@ -12,8 +12,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn.cut import Cut, Divisible
 from erniekit.nn.linear import Linear, Projection
+from erniekit.nn.shard import Shardable, ShardSpec
 from erniekit.utils.errors import UserError
 
 _ROWS = 1024  # rows of a weight looked at together
@@ -118,7 +118,7 @@ def _stretches(counts: Sequence[int]) -> list[tuple[int, int, int]]:
     return stretches
 
 
-class Adapter(Divisible):
+class Adapter(Shardable):
     """What every adapter has: `slots` by part, a switch, and dropout on its input while training."""
 
     def __init__(self, slots: dict[str, Slot], dropout: float) -> None:
@@ -171,14 +171,14 @@ class LinearAdapter(Adapter):
         if dora:
             self.reset_magnitude()
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """As the projection's weight: B by outputs, or A by inputs."""
         if self.split == "row":
-            return {own_name("A", part): Cut(0) for part in self.slots}
+            return {own_name("A", part): ShardSpec(0) for part in self.slots}
         if self.split is None:
             return {}
-        cuts = {own_name("B", part): Cut(1) for part in self.slots}
-        return cuts | ({own_name("magnitude", part): Cut(0) for part in self.slots} if self.dora else {})
+        shard_specs = {own_name("B", part): ShardSpec(1) for part in self.slots}
+        return shard_specs | ({own_name("magnitude", part): ShardSpec(0) for part in self.slots} if self.dora else {})
 
     def partial_gradients(self) -> tuple[str, ...]:
         """The factor that is whole: each rank sees only its outputs' (column) or its inputs' (row) share."""
@@ -282,9 +282,9 @@ class StackedAdapter(Adapter):
         self._add("A", "", [stacked.num_experts, stacked.in_features, slot.rank], dtype)
         self._add("B", "", [stacked.num_experts, slot.rank, stacked.out_features], dtype)
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """Whole experts are divided."""
-        return {"A": Cut(0, over="experts"), "B": Cut(0, over="experts")}
+        return {"A": ShardSpec(0, over="experts"), "B": ShardSpec(0, over="experts")}
 
     def forward(self, rows: paddle.Tensor, counts: list[int], y: paddle.Tensor) -> paddle.Tensor:
         """rows [R, in] sorted by expert, products [R, out] -> adapted products [R, out]."""

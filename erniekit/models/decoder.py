@@ -13,17 +13,16 @@ from paddle import nn
 
 from erniekit.losses.lm import Head
 from erniekit.models.config import ModelConfig
-from erniekit.models.partition import WHOLE, Partition
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
-from erniekit.nn.attention import Documents, HeadLayout, Mixer, SelfAttention
-from erniekit.nn.cut import Cut, Divisible
+from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention, SelfAttention
+from erniekit.nn.attention_plan import make_plan
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
-from erniekit.nn.rope import rotation_table
-from erniekit.nn.segments import make_plan
+from erniekit.nn.rotary import rotation_table
+from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
@@ -45,7 +44,7 @@ class Hidden:
     routings: Routings = field(default_factory=dict)
 
 
-def head_layout(config: ModelConfig, part: Partition = WHOLE) -> HeadLayout:
+def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
     """Attention heads of this configuration that `part` holds."""
     degree = part.tensor_degree
     return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
@@ -61,7 +60,7 @@ def router_options(config: ModelConfig) -> RouterOptions:
 class DecoderLayer(nn.Layer):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, sparse: bool, part: Partition = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, sparse: bool, part: RankShard = WHOLE) -> None:
         super().__init__()
         std, degree = config.initializer_range, part.tensor_degree
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,7 +86,7 @@ class DecoderLayer(nn.Layer):
             self.mlp = SwiGLU(config.hidden_size, width, bias=config.use_bias, init_std=std)
 
     def forward(
-        self, x_TD: paddle.Tensor, mixer: Mixer, tokens: TokenInfo, layer: int
+        self, x_TD: paddle.Tensor, mixer: AttentionContext, tokens: TokenInfo, layer: int
     ) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what the routers decided by modality; empty for a dense layer)."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), mixer, layer)
@@ -119,7 +118,7 @@ class Decoder(nn.Layer):
     of them that this process holds.
     """
 
-    def __init__(self, config: ModelConfig, part: Partition = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
         super().__init__()
         self.config = config
         size, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
@@ -138,7 +137,7 @@ class Decoder(nn.Layer):
         self.mtp_block = nn.LayerList([DecoderLayer(config, False, part) for _ in depths])
 
     def run(
-        self, x_TD: paddle.Tensor, numbers: Sequence[int], mixer: Mixer, tokens: TokenInfo
+        self, x_TD: paddle.Tensor, numbers: Sequence[int], mixer: AttentionContext, tokens: TokenInfo
     ) -> tuple[paddle.Tensor, Routings]:
         """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
         routings = {}
@@ -147,7 +146,7 @@ class Decoder(nn.Layer):
             routings |= {(number, modality): routed for modality, routed in decisions.items()}
         return x_TD, routings
 
-    def forward(self, input_ids_T: paddle.Tensor, mixer: Mixer, tokens: TokenInfo | None = None) -> Hidden:
+    def forward(self, input_ids_T: paddle.Tensor, mixer: AttentionContext, tokens: TokenInfo | None = None) -> Hidden:
         """Token ids [T] -> Hidden, through a whole model. `tokens` (default: one row of text) says what sparse layers
         count over.
         """
@@ -156,7 +155,7 @@ class Decoder(nn.Layer):
         return Hidden(x_TD, self.norm(x_TD), routings)
 
 
-class Embedding(Divisible):
+class Embedding(Shardable):
     """Token embedding [V, D]; V are the rows that this process holds.
 
     `lookup(ids, weight)`, set from outside, replaces the plain one where the rows are divided.
@@ -169,25 +168,25 @@ class Embedding(Divisible):
         )
         self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """See Divisible."""
-        return {"weight": Cut(0)}
+        return {"weight": ShardSpec(0)}
 
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """[...] int64 -> [..., D]."""
         return self.lookup(ids, self.weight)
 
 
-class HeadBias(Divisible):
+class HeadBias(Shardable):
     """The bias [V] of a head whose matrix is the embedding."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.bias = self.create_parameter([vocab_size], is_bias=True)
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """See Divisible."""
-        return {"bias": Cut(0)}
+        return {"bias": ShardSpec(0)}
 
 
 class CausalLM(nn.Layer):
@@ -197,9 +196,9 @@ class CausalLM(nn.Layer):
     processes exchange is attached from outside (parallel/apply.py).
     """
 
-    def __init__(self, config: ModelConfig, part: Partition = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
         super().__init__()
-        self.config, self.part = config, part
+        self.config, self.shard = config, part
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
@@ -219,17 +218,17 @@ class CausalLM(nn.Layer):
         segment_ids_BS: np.ndarray,
         position_ids_BS: np.ndarray | None = None,
         prefixes: np.ndarray | None = None,
-    ) -> Documents:
+    ) -> PackedAttention:
         """The mixer of a batch: segment ids [B, S] and prefixes as in nn.segments.make_plan, positions [B, S] or None
         (each document starts at 0, or where its prefix ends).
         """
         plan = make_plan(segment_ids_BS, prefixes)
         positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
-        heads = head_layout(self.config, self.part)
+        heads = head_layout(self.config, self.shard)
         table = rotation_table(
             positions, heads.dim, self.config.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
         )
-        return Documents(plan, table, heads)
+        return PackedAttention(plan, table, heads)
 
     @property
     def token_multiple(self) -> int:

@@ -13,7 +13,7 @@ import paddle
 
 from erniekit.models.decoder import Decoder, Hidden
 from erniekit.moe.layer import TokenInfo
-from erniekit.nn.attention import Documents
+from erniekit.nn.attention import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Depth:
     valid: np.ndarray
 
 
-def predict_ahead(decoder: Decoder, hidden: Hidden, input_ids_T: paddle.Tensor, documents: Documents) -> list[Depth]:
+def predict_ahead(
+    decoder: Decoder, hidden: Hidden, input_ids_T: paddle.Tensor, documents: PackedAttention
+) -> list[Depth]:
     """Run every depth. A position whose token t + 1 + d lies in another document, or nowhere, is not valid and stands
     after all valid ones of its document, so causal attention keeps it from them.
 

@@ -6,9 +6,9 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn.cut import Cut
 from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
+from erniekit.nn.shard import ShardSpec
 
 
 class _GroupedMatmul(PyLayer):
@@ -74,9 +74,9 @@ class StackedLinear(Projection):
         self.adapter = None
         self.low_bit = None
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """Whole experts are divided."""
-        return {"weight": Cut(0, over="experts")}
+        return {"weight": ShardSpec(0, over="experts")}
 
     def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Each row times its expert's matrix: [R, in] -> [R, out]."""

@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.dispatch import assign, combine, dispatch
-from erniekit.moe.exchange import ExpertRanks
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU

@@ -14,12 +14,12 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.attention_plan import AttentionPlan
 from erniekit.nn.linear import Linear
-from erniekit.nn.rope import rotate
-from erniekit.nn.segments import AttentionPlan
+from erniekit.nn.rotary import rotate
 
 
-class Mixer(Protocol):
+class AttentionContext(Protocol):
     """Who sees whom: packed documents (Documents) or a growing conversation (kv_cache.KVCache)."""
 
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
@@ -29,7 +29,7 @@ class Mixer(Protocol):
 
 # Added to the score of a key that a query may not see: larger than any score, and finite, so that a row in which all is
 # hidden stays finite too. The CPU's softmax gives it a weight of e^-64, which leaves nothing in fp32.
-HIDDEN = -1e30
+MASK_VALUE = -1e30
 _BLOCK = 256  # query positions per block: causal skipping saves nearly half of a long document's products
 _KEEP_WEIGHTS = (
     1024  # longest document whose softmax weights wait for the backward pass; longer ones compute them again
@@ -118,7 +118,7 @@ def _rows_of(plan: AttentionPlan, heads: HeadLayout) -> _Rows:
         hidden = None
         if not bucket.prefix_real.all():
             visible = np.concatenate([bucket.prefix_real, bucket.real | True], axis=1)
-            hidden = paddle.to_tensor(np.where(visible, 0.0, HIDDEN).astype(np.float32)[:, None, None])
+            hidden = paddle.to_tensor(np.where(visible, 0.0, MASK_VALUE).astype(np.float32)[:, None, None])
         sizes = (*bucket.tokens.shape, bucket.prefix.shape[1])
         buckets.append(_BucketRows(*sizes, paddle.to_tensor(fetch), paddle.to_tensor(query), keep, hidden))
     shared = _shared_places(again, merge_grad, num_rows)
@@ -157,7 +157,7 @@ def _causal_mask(start: int, stop: int, repeat: int) -> paddle.Tensor:
     position, `repeat` heads each.
     """
     visible = np.arange(stop) <= np.arange(start, stop)[:, None]
-    return paddle.to_tensor(np.where(visible, 0.0, HIDDEN).astype(np.float32).repeat(repeat, axis=0))
+    return paddle.to_tensor(np.where(visible, 0.0, MASK_VALUE).astype(np.float32).repeat(repeat, axis=0))
 
 
 def _probabilities(
@@ -302,7 +302,7 @@ def _flash_attention(qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPl
 
 
 @dataclass(frozen=True)
-class Documents:
+class PackedAttention:
     """Attention of a training or evaluation batch: every token sees the earlier tokens of its own document, and those
     of the prefix that its document branches from.
     """
@@ -338,10 +338,10 @@ class SelfAttention(nn.Layer):
         )
         self.o_proj = Linear(heads.num_heads * heads.dim, hidden_size, bias=bias, split="row", init_std=init_std)
 
-    def forward(self, x_TD: paddle.Tensor, mixer: Mixer, layer: int) -> paddle.Tensor:
+    def forward(self, x_TD: paddle.Tensor, mixer: AttentionContext, layer: int) -> paddle.Tensor:
         """[T, D] -> [T, D]."""
         return self.o_proj(self.core(self.qkv_proj(x_TD), mixer, layer))
 
-    def core(self, qkv: paddle.Tensor, mixer: Mixer, layer: int) -> paddle.Tensor:
+    def core(self, qkv: paddle.Tensor, mixer: AttentionContext, layer: int) -> paddle.Tensor:
         """What lies between the projections: [T, (H+2G)*d] -> [T, H*d]."""
         return mixer.attend(qkv, layer)

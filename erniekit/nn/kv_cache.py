@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.nn.attention import HIDDEN, HeadLayout
-from erniekit.nn.rope import rotate, rotation_table
+from erniekit.nn.attention import MASK_VALUE, HeadLayout
+from erniekit.nn.rotary import rotate, rotation_table
 
 _QUERY_BLOCK = 256  # query positions whose scores are alive at once
 
@@ -108,7 +108,7 @@ class KVCache:
         if seen == stop_key:
             return _Block(start, stop, seen, stop_key, None)
         visible = np.arange(seen, stop_key) <= (lengths[:, None] + np.arange(start, stop))[:, :, None]
-        mask = np.where(visible, np.float32(0), np.float32(HIDDEN)).repeat(self.heads.repeat, axis=1)
+        mask = np.where(visible, np.float32(0), np.float32(MASK_VALUE)).repeat(self.heads.repeat, axis=1)
         return _Block(start, stop, seen, stop_key, paddle.to_tensor(mask[:, None]))
 
     def _attend_block(

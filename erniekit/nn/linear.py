@@ -6,12 +6,12 @@ from typing import Literal
 import paddle
 from paddle import nn
 
-from erniekit.nn.cut import Cut, Divisible
+from erniekit.nn.shard import Shardable, ShardSpec
 
 Split = Literal["column", "row"]
 
 
-class Projection(Divisible):
+class Projection(Shardable):
     """A weight that an adapter can hang on. `in_features` and `out_features` are those of this process; `adapter`, None
     on a plain model, is a layer that takes the input and the product and gives the adapted product. `low_bit`, None on
     a plain model, is a layer that holds the weight in few bits and multiplies by it; there is no `weight` then.
@@ -59,12 +59,12 @@ class Linear(Projection):
         self.adapter = None
         self.low_bit = None
 
-    def cuts(self) -> dict[str, Cut]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
         widths = tuple(self.parts.values())
         if self.split == "column":
-            return {"weight": Cut(1, widths), "bias": Cut(0, widths)}
-        return {"weight": Cut(0)} if self.split == "row" else {}
+            return {"weight": ShardSpec(1, widths), "bias": ShardSpec(0, widths)}
+        return {"weight": ShardSpec(0)} if self.split == "row" else {}
 
     def product(self, x: paddle.Tensor) -> paddle.Tensor:
         """x W: [..., in_features] -> [..., out_features]."""

@@ -11,10 +11,9 @@ other ranks, send B. That is what ring and pairwise algorithms send, the least p
 import atexit
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,26 +21,11 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
-from erniekit.parallel import links, tcp
-from erniekit.parallel.links import Links
-from erniekit.parallel.ranks import Group, Ranks, World
+from erniekit.parallel import tcp_collectives, tcp_transport
+from erniekit.parallel.process_group import Group, Ranks, World
+from erniekit.parallel.tcp_transport import Links
+from erniekit.parallel.traffic import Traffic
 from erniekit.utils import runtime
-
-
-@dataclass
-class Traffic:
-    """Bytes this rank sent, by kind of operation."""
-
-    sent: Counter[str] = field(default_factory=Counter)
-
-    def add(self, kind: str, num_bytes: float) -> None:
-        self.sent[kind] += int(num_bytes)
-
-    def take(self) -> dict[str, int]:
-        """What was counted since the last call; counting starts at 0 again."""
-        taken = dict(self.sent)
-        self.sent.clear()
-        return taken
 
 
 @dataclass
@@ -87,10 +71,10 @@ def init(timeout_seconds: float = 600) -> World:
     world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
     token = runtime.job_token_of([endpoint.rpartition(":")[0] for endpoint in world.endpoints])
     if paddle.get_device().startswith("gpu"):
-        links.roll_call(world, token, timeout_seconds)
+        tcp_transport.roll_call(world, token, timeout_seconds)
         dist.init_parallel_env()
     else:
-        _links = links.connect(world, token, timeout_seconds)
+        _links = tcp_transport.connect(world, token, timeout_seconds)
         atexit.register(_links.close)
     _world = world
     return _world
@@ -155,7 +139,7 @@ def _bytes(x: paddle.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     assert x.is_contiguous()
     size = _num_bytes(x)
-    return links.view(x.data_ptr(), size, x) if size else memoryview(bytearray())
+    return tcp_transport.view(x.data_ptr(), size, x) if size else memoryview(bytearray())
 
 
 def _dtype(x: paddle.Tensor) -> str:
@@ -187,7 +171,7 @@ def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
         if group.handle is not None:
             kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
             return Work(x, dist.all_reduce(x, kind, group=group.handle, sync_op=False))
-        tcp.all_reduce(_tcp(), group, _bytes(x), _dtype(x), op)
+        tcp_collectives.all_reduce(_tcp(), group, _bytes(x), _dtype(x), op)
         return Work(x)
 
 
@@ -204,7 +188,7 @@ def _gather(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
         if group.handle is not None:
             dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
         else:
-            tcp.gather(_tcp(), kind, group, _bytes(x), _bytes(out))
+            tcp_collectives.gather(_tcp(), kind, group, _bytes(x), _bytes(out))
         return out
 
 
@@ -225,7 +209,7 @@ def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
         if group.handle is not None:
             task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
             return Work(out, task, x)
-        tcp.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
+        tcp_collectives.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
         return Work(out)
 
 
@@ -255,9 +239,12 @@ def _start_exchange(
             sizes = {"in_split_sizes": sent, "out_split_sizes": received}
             task = dist.alltoall_single(out_tensor=out, in_tensor=x, **sizes, group=group.handle, sync_op=False)
             return Work(out, task, x)
-        outgoing, incoming = tcp.cut(_bytes(x), sent, row_bytes), tcp.cut(_bytes(out), received, row_bytes)
+        outgoing, incoming = (
+            tcp_collectives.cut(_bytes(x), sent, row_bytes),
+            tcp_collectives.cut(_bytes(out), received, row_bytes),
+        )
         incoming[group.index][:] = outgoing[group.index]
-        tcp.exchange(_tcp(), kind, group, outgoing, incoming)
+        tcp_collectives.exchange(_tcp(), kind, group, outgoing, incoming)
         return Work(out)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from erniekit.parallel.ranks import ALONE, Group, Ranks
+from erniekit.parallel.process_group import ALONE, Group, Ranks
 from erniekit.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """Sizes of the axes. `data` counts all data ranks: those that shard, and those that share experts, are among them.
 
     Raises:
@@ -41,7 +41,7 @@ class Degrees:
         return self.pipeline * self.data * self.tensor
 
     @classmethod
-    def from_config(cls, cfg: Any, world: int | None = None) -> "Degrees":
+    def from_config(cls, cfg: Any, world: int | None = None) -> "ParallelDims":
         """Degrees that a configuration asks for; 1 and -1 mean "not asked".
 
         Args:
@@ -69,7 +69,7 @@ class Degrees:
         return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
 
 
-def check_model(degrees: Degrees, config: Any) -> None:
+def check_model(degrees: ParallelDims, config: Any) -> None:
     """Refuse degrees that do not divide a model.
 
     Args:
@@ -106,7 +106,7 @@ def check_model(degrees: Degrees, config: Any) -> None:
 class Mesh:
     """This process among all: coordinates and groups. `expert` is its place in its expert group."""
 
-    degrees: Degrees
+    degrees: ParallelDims
     rank: int
     pipe: int
     data: int
@@ -138,7 +138,7 @@ class Mesh:
         return self.pipe == self.degrees.pipeline - 1
 
     @property
-    def sends_wait(self) -> bool:
+    def blocking_sends(self) -> bool:
         """Whether a pipeline's transfers need one order that all ranks keep: NCCL demands it of communicators used side
         by side. Over TCP a send never waits.
         """
@@ -147,10 +147,10 @@ class Mesh:
     @staticmethod
     def single() -> "Mesh":
         """One process alone, whatever the world it may be in."""
-        return Mesh(Degrees(), 0, 0, 0, 0, 0, *[ALONE] * len(group_names()))
+        return Mesh(ParallelDims(), 0, 0, 0, 0, 0, *[ALONE] * len(group_names()))
 
 
-def coordinates(degrees: Degrees, rank: int) -> tuple[int, int, int]:
+def coordinates(degrees: ParallelDims, rank: int) -> tuple[int, int, int]:
     """(pipe, data, tensor) of a rank."""
     rest, tensor = divmod(rank, degrees.tensor)
     pipe, data = divmod(rest, degrees.data)
@@ -162,7 +162,7 @@ def group_names() -> tuple[str, ...]:
     return tuple(name for name in Mesh.__dataclass_fields__ if name.endswith("_group"))
 
 
-def rank_lists(degrees: Degrees, rank: int) -> dict[str, Ranks]:
+def rank_lists(degrees: ParallelDims, rank: int) -> dict[str, Ranks]:
     """The ranks of each group that `rank` is in, by the group's name."""
     pipe, data, tensor = coordinates(degrees, rank)
     num_data, num_expert = degrees.data, degrees.expert
@@ -198,7 +198,7 @@ def _block(ranks: range, place: int, length: int) -> range:
     return ranks[start : start + length]
 
 
-def pipe_pairs(degrees: Degrees) -> Iterator[tuple[int, int]]:
+def pipe_pairs(degrees: ParallelDims) -> Iterator[tuple[int, int]]:
     """(from, to) of every pair of neighbours along a pipeline, both directions, the ends being neighbours too."""
     for rank in range(degrees.world):
         stages = rank_lists(degrees, rank)["pipe_group"]
@@ -208,7 +208,7 @@ def pipe_pairs(degrees: Degrees) -> Iterator[tuple[int, int]]:
                 yield rank, stages[(place + step) % degrees.pipeline]
 
 
-def build_mesh(degrees: Degrees) -> Mesh:
+def build_mesh(degrees: ParallelDims) -> Mesh:
     """Create the groups. All ranks call it, after `comm.init()`, with the same degrees.
 
     Raises:

@@ -1,5 +1,5 @@
-"""Runs one stage's list of actions (parallel/schedule.py): the forward and backward passes of its chunks, and what it
-exchanges with other stages. A process that holds the whole model is a single stage, which exchanges nothing.
+"""Runs one stage's list of actions (parallel/pipeline_schedule.py): the forward and backward passes of its chunks, and
+the transfers to and from other stages. A process that holds the whole model is a single stage without transfers.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import paddle
 
 from erniekit.parallel import comm
-from erniekit.parallel.schedule import Action, Backward, Forward, Recv, Send
+from erniekit.parallel.pipeline_schedule import Action, Backward, Forward, Recv, Send
 
 Place = tuple[int, int]  # chunk, microbatch
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from erniekit.config import Config
-from erniekit.data.tokenizer import StreamDecoder
+from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation.load import Opened, open_model, sampling_of
 from erniekit.generation.session import Session
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought

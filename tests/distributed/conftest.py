@@ -1,9 +1,9 @@
-"""Worlds of ranks, one of each size a session; tests/worlds.py says how to use them."""
+"""Worlds of ranks, one of each size a session; tests/support/worlds.py says how to use them."""
 
 from collections.abc import Iterator
 
 import pytest
-from worlds import World
+from support.worlds import World
 
 
 def _world(size: int) -> Iterator[World]:

@@ -3,12 +3,12 @@
 import os
 import signal
 
-import equality
 import numpy as np
 import pytest
-from worlds import RankError, World
+from support import equality
+from support.worlds import RankError, World
 
-from erniekit.checkpoint.folder import ADAPTER_FILE
+from erniekit.checkpoint.model_dir import ADAPTER_FILE
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.utils.errors import CheckpointError
 
@@ -37,10 +37,10 @@ LAYOUTS_4 = {
 def fit(keys):
     """A run from its start or a checkpoint to its end: (step, loss, norm) of each step."""
     from erniekit import config
-    from erniekit.train.build import build_run
-    from erniekit.train.callbacks import Callback
-    from erniekit.train.run import join
-    from erniekit.train.trainer import Trainer
+    from erniekit.training.build import build_run
+    from erniekit.training.callbacks import Callback
+    from erniekit.training.run import join
+    from erniekit.training.trainer import Trainer
 
     steps = []
 
@@ -62,7 +62,7 @@ def keys_of(directory, out, layout, ranks=1, **keys):
 
 def tensors_of(directory):
     """Every tensor below a checkpoint; pieces of the optimizer's state joined."""
-    from erniekit.train.state import StoredState
+    from erniekit.training.state import StoredState
 
     found = {}
     for name in ("", "ema", "optimizer"):
@@ -143,23 +143,23 @@ def fail_beside(keys):
     """As `fit`, with a second rank whose disk is full: what each rank says."""
     import errno
 
-    from erniekit.checkpoint.portion import Portion
+    from erniekit.checkpoint.rank_files import RankFiles
     from erniekit.parallel import comm
 
-    real = Portion.write
+    real = RankFiles.write
 
     def write(self, root):
         if comm.world().rank == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, root)
 
-    Portion.write = write
+    RankFiles.write = write
     try:
         fit(keys)
     except CheckpointError as error:
         return str(error)
     finally:
-        Portion.write = real
+        RankFiles.write = real
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -173,17 +173,17 @@ def test_a_rank_that_cannot_write_fails_all_with_the_same_words(beside, world2, 
 
 def die_while_saving(keys):
     """As `fit`, with a second rank that is killed when it writes its part of the last checkpoint."""
-    from erniekit.checkpoint.portion import Portion
+    from erniekit.checkpoint.rank_files import RankFiles
     from erniekit.parallel import comm
 
-    real = Portion.write
+    real = RankFiles.write
 
     def write(self, root):
         if comm.world().rank == 1 and root.name == f".checkpoint-{STEPS}.new.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, root)
 
-    Portion.write = write
+    RankFiles.write = write
     fit(keys)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 import pytest
-from worlds import World
+from support.worlds import World
 
 from erniekit.parallel import comm
 from erniekit.parallel.comm import Group
-from erniekit.parallel.mesh import Degrees, build_mesh
-from erniekit.parallel.tcp import WHOLE_BYTES
+from erniekit.parallel.mesh import ParallelDims, build_mesh
+from erniekit.parallel.tcp_collectives import WHOLE_BYTES
 
 DTYPES = ["float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"]
 SUMMED = [dtype for dtype in DTYPES if dtype != "bool"]
@@ -230,15 +230,17 @@ def test_host_values(world: World):
 
 
 def two_meshes() -> dict[str, list[float]]:
-    first = build_mesh(Degrees(pipeline=2, tensor=2))
-    second = build_mesh(Degrees(data=4, expert=2, sharding=2))
+    first = build_mesh(ParallelDims(pipeline=2, tensor=2))
+    second = build_mesh(ParallelDims(data=4, expert=2, sharding=2))
     sums = {}
     for _ in range(3):
         for mesh, name in product_of_groups(first, second):
             group = getattr(mesh, name)
             x = paddle.to_tensor([float(mesh.rank)])
             sums[f"{mesh.degrees.pipeline} {name}"] = comm.all_reduce_(x, group).tolist() + list(group.ranks)
-    assert first.tensor_group is build_mesh(Degrees(data=2, tensor=2)).tensor_group  # one group for one list of ranks
+    assert (
+        first.tensor_group is build_mesh(ParallelDims(data=2, tensor=2)).tensor_group
+    )  # one group for one list of ranks
     return sums
 
 

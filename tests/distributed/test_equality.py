@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from equality import compare, evaluate_some, keys_for, prepare, train_some
-from worlds import World
+from support.equality import compare, evaluate_some, keys_for, prepare, train_some
+from support.worlds import World
 
 # Sums over ranks go in another order than over microbatches: a few ulps a step, which AdamW amplifies where a second
 # moment is tiny.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from worlds import World
+from support.worlds import World
 
 from erniekit.parallel import comm
 from erniekit.parallel.pipeline import run
-from erniekit.parallel.schedule import Action, forward_plan, peak_live, plan
-from erniekit.parallel.stages import cut
+from erniekit.parallel.pipeline_schedule import Action, forward_plan, peak_live, plan
+from erniekit.parallel.pipeline_split import cut
 
 NUM_LAYERS, WIDTH = 9, 6
 FROZEN_INPUT = tuple(range(5))  # layers: the first stages have nothing to train, whichever way the model is cut
@@ -125,12 +125,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("sends_wait", [False, True], ids=["sent at once", "in one order"])
+@pytest.mark.parametrize("blocking_sends", [False, True], ids=["sent at once", "in one order"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("schedule", "chunks", "microbatches"), CASES)
-def test_stages_equal_one_process(request, size: int, schedule: str, chunks: int, microbatches: int, sends_wait: bool):
+def test_stages_equal_one_process(
+    request, size: int, schedule: str, chunks: int, microbatches: int, blocking_sends: bool
+):
     world: World = request.getfixturevalue(f"world{size}")
-    lists = plan(schedule, size, microbatches, chunks, sends_wait)
+    lists = plan(schedule, size, microbatches, chunks, blocking_sends)
     results = world.run(on_a_rank, lists=lists, chunks=chunks)
     compare(results, microbatches)
     for stage, result in enumerate(results):

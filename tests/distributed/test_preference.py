@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from equality import compare, keys_for, prepare, train_some
-from worlds import World
+from support.equality import compare, keys_for, prepare, train_some
+from support.worlds import World
 
 TOLERANCE = 1e-5  # as in test_equality
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}

@@ -2,25 +2,25 @@
 
 import paddle
 import pytest
-from tiny_models import MOE
-from worlds import World
+from support.tiny_models import MOE
+from support.worlds import World
 
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.distribute import distribute, partition_of
-from erniekit.models.initial import draw
-from erniekit.parallel.mesh import Degrees, build_mesh
-from erniekit.train.replicas import ReplicaCheck
+from erniekit.models.init import init_weights
+from erniekit.models.parallelize import parallelize, rank_shard_of
+from erniekit.parallel.mesh import ParallelDims, build_mesh
+from erniekit.training.replica_check import ReplicaCheck
 from erniekit.utils.errors import TrainError
 
 
 def check(degrees: dict[str, int], broken: tuple[int, str] | None) -> str:
     """What the check says on this rank after `broken` = (rank, parameter) lost a bit."""
-    mesh = build_mesh(Degrees(**degrees))
+    mesh = build_mesh(ParallelDims(**degrees))
     config = ModelConfig.from_dict(MOE | {"vocab_size": 64})
-    model = CausalLM(config, partition_of(mesh, [(0, 1)]))
-    draw(model, 1)
-    distribute(model, mesh, sequence_parallel=False)
+    model = CausalLM(config, rank_shard_of(mesh, [(0, 1)]))
+    init_weights(model, 1)
+    parallelize(model, mesh, sequence_parallel=False)
     if broken is not None and mesh.rank == broken[0]:
         parameter = dict(model.named_parameters())[broken[1]]
         with paddle.no_grad():

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import equality
 import pytest
-from worlds import World
+from support import equality
+from support.worlds import World
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def start(keys, other):
     """A run as far as its first step, on the second rank with `other` keys; what it ended with."""
     from erniekit import config
     from erniekit.parallel import comm
-    from erniekit.train import build
-    from erniekit.train.run import join
+    from erniekit.training import build
+    from erniekit.training.run import join
     from erniekit.utils.errors import UserError
 
     cfg = config.load(None, keys | (other if comm.world().rank else {}), "train")
@@ -74,7 +74,7 @@ def test_what_hosts_may_have_for_themselves_is_no_difference(world2: World, dire
 
 def test_every_key_but_those_of_one_host_is_compared():
     from erniekit.config.schema import fields
-    from erniekit.train.same_run import PER_HOST
+    from erniekit.training.same_run import PER_HOST
 
     assert set(fields()) >= PER_HOST
     training = {"learning_rate", "seed", "max_steps", "num_train_epochs", "beta", "lora_rank", "moe_aux_loss_lambda"}

@@ -5,15 +5,15 @@ import math
 import numpy as np
 import paddle
 import pytest
-from optimizer_state import state_arrays
-from worlds import World
+from support.optimizer_state import state_arrays
+from support.worlds import World
 
 from erniekit.parallel import comm
 from erniekit.parallel.buckets import gradient_bytes, state_bytes, step_traffic
 from erniekit.parallel.comm import Group
+from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.placement import Placement
-from erniekit.parallel.sharding import GradientSync
-from erniekit.train.optim import AdamW, ParamRule
+from erniekit.training.adamw import AdamW, ParamRule
 
 # Numbers of size 1, five steps; a rank adds gradients in another order than one process.
 ATOL = 1e-6

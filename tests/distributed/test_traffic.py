@@ -1,11 +1,11 @@
-"""What ranks send in a step is what the formulas of tests/traffic.py say, byte for byte; so are memory and waiting."""
+"""Bytes, memory and waiting of a step equal the formulas of tests/support/traffic.py, byte for byte."""
 
 from pathlib import Path
 
 import pytest
-from equality import keys_for, prepare
-from traffic import measure
-from worlds import World
+from support.equality import keys_for, prepare
+from support.traffic import measure
+from support.worlds import World
 
 DATA2 = {"data_parallel_degree": 2}
 TENSOR2 = {"tensor_parallel_degree": 2}

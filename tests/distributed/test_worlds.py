@@ -5,7 +5,7 @@ import time
 import numpy as np
 import paddle
 import pytest
-from worlds import RankError, World
+from support.worlds import RankError, World
 
 from erniekit.parallel import comm
 

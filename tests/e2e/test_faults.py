@@ -7,10 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import fake_job
-import launched
 import numpy as np
 import pytest
+from support import fake_job, launched
 
 import erniekit
 from erniekit.checkpoint.safetensors import Reader

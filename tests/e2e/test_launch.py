@@ -2,9 +2,9 @@
 
 import time
 
-import launched
 import numpy as np
 import pytest
+from support import launched
 
 import erniekit
 

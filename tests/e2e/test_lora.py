@@ -10,13 +10,13 @@ import pytest
 
 import erniekit
 from erniekit import config
-from erniekit.checkpoint.folder import is_adapter
+from erniekit.checkpoint.model_dir import is_adapter
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.evaluate.run import evaluate
 from erniekit.export.export import export
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.initial import draw
+from erniekit.models.init import init_weights
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 IDS = np.arange(1, 25).reshape(2, 12)
@@ -32,7 +32,7 @@ def lora_keys(workspace: Path, kind: str, **more: Any) -> dict[str, Any]:
     directory = workspace / kind
     if not (directory / "model.safetensors").exists():
         model = CausalLM(ModelConfig.from_dir(directory))
-        draw(model, 5)
+        init_weights(model, 5)
         erniekit.save_model(model, directory)
     return {
         "model_name_or_path": str(directory),
@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused(workspace: Path) -> None:
         evaluate(load(workspace, "eval", **lora_keys(workspace, "moe")))
     other = ModelConfig.from_dir(workspace / "dense")
     model = CausalLM(other)
-    draw(model, 6)
+    init_weights(model, 6)
     erniekit.save_model(model, workspace / "dense2")
     shutil.copy(workspace / "dense" / "tokenizer.json", workspace / "dense2")
     with pytest.raises(CheckpointError, match="fingerprint"):

@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 
-import launched
 import pytest
+from support import launched
 
 pytestmark = pytest.mark.slow
 

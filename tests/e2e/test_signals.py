@@ -10,9 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import fake_job
-import launched
 import pytest
+from support import fake_job, launched
 
 pytestmark = pytest.mark.slow
 TWO = "data_parallel_degree=2"

@@ -8,15 +8,15 @@ import pytest
 
 import erniekit
 from erniekit import config
-from erniekit.data.template import load_template
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.export.convert import convert
 from erniekit.export.export import export
 from erniekit.export.split import split
 from erniekit.generation.load import open_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.initial import draw
+from erniekit.models.init import init_weights
 
 OWN = (
     "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}"
@@ -31,7 +31,7 @@ def own(workspace: Path) -> Path:
     path = workspace / "own.jinja"
     path.write_text(OWN)
     base = CausalLM(ModelConfig.from_dir(workspace / "dense"))
-    draw(base, 5)
+    init_weights(base, 5)
     erniekit.save_model(base, workspace / "dense")
     settings = workspace / "dense" / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "of the base"}))

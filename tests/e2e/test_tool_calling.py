@@ -35,5 +35,5 @@ def test_train_eval_export_and_chat(tmp_path):
     assert any("<tool_output>" in line["prompt"] for line in lines) and all("<tool_list>" in x["prompt"] for x in lines)
     erniekit("export", where, "format=pt")
     exported = (tmp_path / "export" / "chat_template.jinja").read_text("utf-8")
-    assert exported == (ROOT / "erniekit/data/templates/text.jinja").read_text("utf-8")
+    assert exported == (ROOT / "erniekit/data/chat/templates/text.jinja").read_text("utf-8")
     assert erniekit("chat", where, "max_new_tokens=4", stdin="你好\n").stdout

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erniekit.data.encode import Encoder
-from erniekit.data.preference_formats import PREFERENCE_FORMATS
-from erniekit.data.sources import Source, SourceSpec
-from erniekit.data.template import load_template
-from erniekit.data.token_build import build_token_files
-from erniekit.data.token_files import TokenFile, write_token_files
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.encode import Encoder
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.records.dataset import Source, SourceSpec
+from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.tokens.build import build_token_files
+from erniekit.data.tokens.files import TokenFile, write_token_files
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 

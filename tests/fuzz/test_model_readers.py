@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import mutated_bytes, mutated_json
-from tiny_models import tiny_model
+from support.mutations import mutated_bytes, mutated_json
+from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
-from erniekit.checkpoint.adapter_io import save_adapter
-from erniekit.checkpoint.adapter_read import base_of, read_adapter
 from erniekit.checkpoint.generation_config import not_used, read_generation_config
+from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.peft_attach import save_adapter
+from erniekit.checkpoint.peft_read import base_of, read_adapter
 from erniekit.checkpoint.safetensors import Reader, Writer
-from erniekit.checkpoint.source import Source
 from erniekit.models.config import ModelConfig
-from erniekit.train.reference_cache import read_cache, write_cache
-from erniekit.train.state import StoredState, TrainState, read_state
+from erniekit.training.reference_cache import read_cache, write_cache
+from erniekit.training.state import StoredState, TrainState, read_state
 from erniekit.utils.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "1500"))
@@ -150,7 +150,7 @@ def test_config_json(model: Callable[[str], Path], kind: str) -> None:
     accepted = fuzz(file, lambda rng: mutated_json(content, rng), lambda: ModelConfig.from_dir(file.parent))
     for data in accepted[:: max(1, len(accepted) // 20)]:  # what is accepted is a model, or the weights say it is not
         file.write_bytes(data)
-        outcome(lambda: Source(file.parent))
+        outcome(lambda: ModelReader(file.parent))
         config = ModelConfig.from_dir(file.parent)
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))).rope_theta == config.rope_theta
 
@@ -170,7 +170,7 @@ def test_safetensors_header(model: Callable[[str], Path]) -> None:
 
 def test_model_weights(model: Callable[[str], Path]) -> None:
     file = model("dense") / "model.safetensors"
-    fuzz(file, header_damage(file), lambda: Source(file.parent))
+    fuzz(file, header_damage(file), lambda: ModelReader(file.parent))
 
 
 def test_index(model: Callable[[str], Path]) -> None:

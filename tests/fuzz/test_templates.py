@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.data.jinja_sandbox import BoundedTemplate, TemplateFault
+from erniekit.data.chat.jinja_sandbox import BoundedTemplate, TemplateFault
 
-BUILT_IN = Path(__file__).parents[2] / "erniekit/data/templates"
+BUILT_IN = Path(__file__).parents[2] / "erniekit/data/chat/templates"
 COUNT = 3000
 MEMORY = 1 << 30
 MESSAGES = [
@@ -147,7 +147,7 @@ HOSTILE = {
 }
 CHILD = f"""
 import json, resource, sys, time
-from erniekit.data.jinja_sandbox import BoundedTemplate, TemplateFault
+from erniekit.data.chat.jinja_sandbox import BoundedTemplate, TemplateFault
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
 resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 for name, source in json.load(sys.stdin).items():

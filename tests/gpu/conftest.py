@@ -1,10 +1,10 @@
-"""A process for jobs that take the GPU path (tests/gpu_stand_in.py), and two plain ranks."""
+"""A process for jobs that take the GPU path (tests/support/gpu_stand_in.py), and two plain ranks."""
 
 from collections.abc import Iterator
 
-import gpu_stand_in
 import pytest
-from worlds import World
+from support import gpu_stand_in
+from support.worlds import World
 
 
 def _world(size: int) -> Iterator[World]:

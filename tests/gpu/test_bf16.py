@@ -1,12 +1,12 @@
-"""`compute_type: bf16` on a GPU, as far as a CPU shows it (tests/gpu_stand_in.py): dtypes, losses, resuming."""
+"""`compute_type: bf16` on a GPU, as far as a CPU shows it (tests/support/gpu_stand_in.py): dtypes, losses, resuming."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from equality import keys_for, prepare
-from worlds import World
+from support.equality import keys_for, prepare
+from support.worlds import World
 
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,10 +38,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(keys: dict[str, Any]) -> dict[str, Any]:
     """Five steps on the GPU path: losses, dtypes of everything, the replaced kernels' calls."""
-    import equality
-    import gpu_stand_in
+    from support import equality, gpu_stand_in
 
-    from erniekit.train import build
+    from erniekit.training import build
 
     gpu_stand_in.start()
     gpu_stand_in.calls.clear()
@@ -107,13 +106,13 @@ def test_so_it_is_with_every_method(gpu: World, directory: Path, case: str):
 
 def run_to_the_end(keys: dict[str, Any]) -> dict[str, Any]:
     """Train by the trainer's own loop; the bits of weights, optimizer state and average at the end."""
-    import gpu_stand_in
+    from support import gpu_stand_in
 
     gpu_stand_in.start()
     from erniekit import config
     from erniekit.parallel.mesh import Mesh
-    from erniekit.train.build import build_run
-    from erniekit.train.trainer import Trainer
+    from erniekit.training.build import build_run
+    from erniekit.training.trainer import Trainer
 
     run = build_run(config.load(None, keys, "train"), Mesh.single())
     Trainer(run, []).fit()
@@ -148,16 +147,16 @@ def header_dtypes(file: Path) -> dict[str, str]:
 
 def average_of_small_steps() -> tuple[float, float]:
     """The average of a weight that moves by less than a step of bfloat16, and its master copy's true average."""
-    import gpu_stand_in
+    from support import gpu_stand_in
 
     gpu_stand_in.start()
     import paddle
-    from tiny_models import tiny_model
+    from support.tiny_models import tiny_model
 
-    from erniekit.parallel.sharding import GradientSync
+    from erniekit.parallel.grad_sync import GradientSync
     from erniekit.precision import policy
-    from erniekit.train.ema import WeightAverage
-    from erniekit.train.optim import AdamW, ParamRule
+    from erniekit.training.adamw import AdamW, ParamRule
+    from erniekit.training.ema import WeightAverage
 
     model = tiny_model("dense")
     policy.apply(model, policy.Policy("bfloat16"))
@@ -185,7 +184,7 @@ def test_the_average_follows_the_masters(gpu: World):
 
 def head_gradient(chunks: int) -> float:
     """Relative error of the head's gradient in bf16, summed over chunks, with a loss divided by 6151."""
-    import gpu_stand_in
+    from support import gpu_stand_in
 
     gpu_stand_in.start()
     import numpy as np

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from equality import keys_for, prepare
-from worlds import World
+from support.equality import keys_for, prepare
+from support.worlds import World
 
 from erniekit.parallel import comm, mesh
-from erniekit.parallel.ranks import World as Ranks
+from erniekit.parallel.process_group import World as Ranks
 
 STAGES = ("stage1", "stage2")
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,14 +43,14 @@ def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
     """The kinds of this rank's collectives over an epoch with small buckets that are sent early, one after another; and
     how many of its microbatches had nothing to learn.
     """
-    import equality
+    from support import equality
 
-    from erniekit.parallel import sharding
-    from erniekit.train.stage import TrainStage
+    from erniekit.parallel import grad_sync
+    from erniekit.training.forward_backward import TrainStage
 
     heard: list[str] = []
     empty: Counter[str] = Counter()
-    init, forward = sharding.GradientSync.__init__, TrainStage.forward
+    init, forward = grad_sync.GradientSync.__init__, TrainStage.forward
 
     def overlapping(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **(kwargs | {"overlap": True, "limit": 3000}))
@@ -59,12 +59,12 @@ def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
         empty["empty"] += not len(self.microbatches[microbatch].supervised)
         return forward(self, chunk, microbatch, x)
 
-    sharding.GradientSync.__init__, TrainStage.forward = overlapping, watched  # type: ignore[method-assign]
+    grad_sync.GradientSync.__init__, TrainStage.forward = overlapping, watched  # type: ignore[method-assign]
     comm.on_wait = lambda what: heard.append(what.split(" of ")[0]) if what else None
     try:
         equality.train_some(keys)
     finally:
-        sharding.GradientSync.__init__, TrainStage.forward = init, forward  # type: ignore[method-assign]
+        grad_sync.GradientSync.__init__, TrainStage.forward = init, forward  # type: ignore[method-assign]
         comm.on_wait = None
     return heard, empty["empty"]
 
@@ -96,7 +96,7 @@ def test_experts_have_a_communicator_of_their_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(comm, "_links", None)
     monkeypatch.setattr(comm, "_groups", {})
     monkeypatch.setattr(comm.dist, "new_group", new_group)
-    built = mesh.build_mesh(mesh.Degrees(data=8, expert=8, sharding=8))
+    built = mesh.build_mesh(mesh.ParallelDims(data=8, expert=8, sharding=8))
     assert built.expert_group.ranks == built.shard_group.ranks == tuple(range(8))
     assert built.expert_group.handle is not built.shard_group.handle
     assert built.shard_group.handle is built.data_group.handle is built.world_group.handle

@@ -2,13 +2,13 @@
 
 import numpy as np
 import paddle
-from whole_model import all_terms
+from support.whole_model import all_terms
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE, Batch
 from erniekit.models.decoder import CausalLM
-from erniekit.train.flat import flatten
-from erniekit.train.recipes.causal import CausalRecipe
+from erniekit.training.flat import flatten
+from erniekit.training.recipes.causal import CausalRecipe
 
 Item = dict[str, np.ndarray]
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
-from erniekit.checkpoint.adapter import adapter_entries
-from erniekit.checkpoint.adapter_io import attach_stored, save_adapter
+from erniekit.checkpoint.peft_attach import attach_stored, save_adapter
+from erniekit.checkpoint.peft_write import adapter_entries
 from erniekit.models.decoder import CausalLM
 
 torch = pytest.importorskip("torch")

@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from erniekit.checkpoint.model_io import load_model
-from erniekit.nn.rope import inverse_frequencies, rotation_table
+from erniekit.nn.rotary import inverse_frequencies, rotation_table
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 ROTARY = np.load(FIXTURES / "rotary.npz")

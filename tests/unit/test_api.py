@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 import erniekit
 from erniekit.utils.errors import ConfigError
@@ -25,10 +25,10 @@ def test_train_is_a_function_and_a_package_in_any_order(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "erniekit.api", api)
     monkeypatch.setattr(erniekit, "api", api, raising=False)
     erniekit.train("x.yaml", max_steps=3)
-    schedule = importlib.import_module("erniekit.train.schedule")
+    schedule = importlib.import_module("erniekit.training.lr_scheduler")
     erniekit.train("y.yaml")
     assert calls == [("x.yaml", {"max_steps": 3}), ("y.yaml", {})]
-    assert erniekit.train.schedule is schedule
+    assert erniekit.training.lr_scheduler is schedule
 
 
 def test_train_refuses_what_the_command_line_refuses(tmp_path):

@@ -15,14 +15,14 @@ from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document
-from erniekit.data.files import load_record
-from erniekit.data.find import find_files
+from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Loader, build_loader
-from erniekit.data.sources import Dataset, Source, SourceSpec
-from erniekit.data.text import Inspection, TextFeed, specs_of
-from erniekit.data.tokenizer import Tokenizer
-from erniekit.train.batch_warmup import last_step
+from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec
+from erniekit.data.records.find_files import find_files
+from erniekit.data.records.readers import load_record
+from erniekit.training.batch_warmup import last_step
 from erniekit.utils.errors import UserError
 
 # Budgets that let a check end in seconds; what goes beyond them is sampled, and the report says so.
@@ -57,7 +57,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
             loader = _open(cfg, split, facts, ranks)
             with closing(loader):
                 feed = loader.feed
-                if isinstance(feed, TextFeed):
+                if isinstance(feed, RecordFeed):
                     opened[split] = feed.dataset
                     _faults(section, cfg, feed.dataset)
                     _lengths(section, feed.lengths(), cfg)
@@ -231,7 +231,7 @@ def _digests(dataset: Dataset) -> Iterator[tuple[bytes, str]]:
         yield hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest(), where
 
 
-def _example(report: Report, feed: TextFeed, tokenizer: Tokenizer, split: str) -> None:
+def _example(report: Report, feed: RecordFeed, tokenizer: Tokenizer, split: str) -> None:
     """The first record as the model gets it."""
     section = report.section(f"the first {split} record as the model gets it")
     with section.collecting():

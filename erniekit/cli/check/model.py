@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erniekit import hub
-from erniekit.checkpoint.folder import (
+from erniekit.checkpoint.model_dir import (
     find_checkpoint,
     has_weights,
     holds_model,
@@ -12,17 +12,17 @@ from erniekit.checkpoint.folder import (
     require_model,
     require_weights,
 )
-from erniekit.checkpoint.source import read_config
+from erniekit.checkpoint.model_reader import read_config
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
-from erniekit.data.template import Template
-from erniekit.data.text import training_template
-from erniekit.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.chat.template import Template
+from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.record_feed import training_template
 from erniekit.models.config import ModelConfig
+from erniekit.models.pipeline_layout import check_layout, layout_lines
 from erniekit.models.weights import num_parameters
-from erniekit.parallel.mesh import Degrees
-from erniekit.train.layout import check_layout, layout_lines
+from erniekit.parallel.mesh import ParallelDims
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ModelFacts:
     config: ModelConfig | None = None
     tokenizer: Tokenizer | None = None
     template: Template | None = None
-    degrees: Degrees | None = None
+    degrees: ParallelDims | None = None
 
 
 def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
@@ -125,7 +125,7 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
 def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
     """Whether the model has what is to be adapted."""
     try:  # imports Paddle, which takes seconds
-        from erniekit.train.adapt import check_lora
+        from erniekit.training.trainable import check_lora
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise
@@ -134,7 +134,7 @@ def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
     check_lora(cfg, config)
 
 
-def _processes(degrees: Degrees) -> str:
+def _processes(degrees: ParallelDims) -> str:
     return "one process" if degrees.world == 1 else f"{degrees.world} processes"
 
 

@@ -36,8 +36,8 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
         return
     with section.collecting():
         try:  # imports Paddle, which takes seconds
-            from erniekit.parallel.ranks import ALONE
-            from erniekit.train.output_dir import OutputDir
+            from erniekit.parallel.process_group import ALONE
+            from erniekit.training.output_dir import OutputDir
         except ModuleNotFoundError as error:
             if error.name != "paddle":
                 raise

@@ -9,9 +9,9 @@ import paddle
 import pytest
 from parity.support import CASES, paddle_file_tensors, read_fixture
 from safetensors.numpy import load_file, save_file
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
-from erniekit.checkpoint import model_io, safetensors, source
+from erniekit.checkpoint import model_io, model_reader, safetensors
 from erniekit.checkpoint.dtypes import bf16_to_fp32, fp32_to_bf16
 from erniekit.checkpoint.model_io import load_model, load_weights, read_config, save_model
 from erniekit.checkpoint.safetensors import Reader, Writer
@@ -41,7 +41,7 @@ def parameters(model):
 
 def said(monkeypatch):
     lines = []
-    for module in (source, model_io):
+    for module in (model_reader, model_io):
         monkeypatch.setattr(module.log, "info", lines.append)
         monkeypatch.setattr(module.log, "warning", lines.append)
     return lines

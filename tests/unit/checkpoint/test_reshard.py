@@ -4,19 +4,19 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
-from tiny_models import DENSE, MOE
+from support.tiny_models import DENSE, MOE
 
-from erniekit.checkpoint.model_io import held_tensors, model_portion
+from erniekit.checkpoint.model_io import held_tensors, model_rank_files
+from erniekit.checkpoint.model_reader import plan_for
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.source import plan_for
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.distribute import partition_of
+from erniekit.models.parallelize import rank_shard_of
 from erniekit.models.weights import logical_tensors, our_shapes
 from erniekit.parallel.comm import Group
-from erniekit.parallel.mesh import Degrees, Mesh, coordinates, rank_lists
-from erniekit.parallel.stages import cut
-from erniekit.train.state import optimizer_portion
+from erniekit.parallel.mesh import Mesh, ParallelDims, coordinates, rank_lists
+from erniekit.parallel.pipeline_split import cut
+from erniekit.training.state import optimizer_rank_files
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -34,7 +34,7 @@ def part_of(config, degrees, rank):
     mesh = mesh_of(degrees, rank)
     stages = cut(config.num_hidden_layers, degrees.pipeline, "layer:DecoderLayer", [])
     with paddle.LazyGuard():
-        model = CausalLM(config, partition_of(mesh, [stages[mesh.pipe]]))
+        model = CausalLM(config, rank_shard_of(mesh, [stages[mesh.pipe]]))
     return model, Shares.of(model, mesh)
 
 
@@ -53,7 +53,7 @@ def layouts(draw):
         "vocab_size": 62,
     }
     config = ModelConfig.from_dict((MOE if sparse else DENSE) | changes)
-    return config, Degrees(pipeline, data, tensor, expert if sparse else 1, sharding)
+    return config, ParallelDims(pipeline, data, tensor, expert if sparse else 1, sharding)
 
 
 @settings(max_examples=25)
@@ -63,7 +63,7 @@ def test_each_tensor_of_the_model_is_written_by_one_rank(layout, format):
     written = []
     for rank in range(degrees.world):
         model, shares = part_of(config, degrees, rank)
-        written += model_portion(model, shares, format).plan
+        written += model_rank_files(model, shares, format).plan
     assert sorted(written) == sorted(plan_for(logical_tensors(config), format, "F32"))
 
 
@@ -78,7 +78,7 @@ def test_each_row_of_the_optimizers_state_is_written_by_one_rank(layout):
         shapes = {f"{name}/moment1": tuple(p.shape) for name, p in parameters.items()}
         shapes |= {f"{name}/beta1_pow": (1,) for name in parameters}
         optimizer = SimpleNamespace(state_shapes=lambda shapes=shapes: shapes, parameters=parameters)
-        plans += optimizer_portion(optimizer, shares).plan
+        plans += optimizer_rank_files(optimizer, shares).plan
     names = [name for name, _, _ in plans]
     assert len(set(names)) == len(names)
     rows = {}
@@ -98,12 +98,12 @@ def test_each_row_of_the_optimizers_state_is_written_by_one_rank(layout):
 
 
 def test_the_writers_of_experts_share_the_work():
-    degrees = Degrees(pipeline=1, data=4, tensor=1, expert=2)
+    degrees = ParallelDims(pipeline=1, data=4, tensor=1, expert=2)
     config = ModelConfig.from_dict(MOE)
     count = []
     for rank in range(4):
         model, shares = part_of(config, degrees, rank)
-        count.append(sum(".experts." in name for name, _, _ in model_portion(model, shares, "pt").plan))
+        count.append(sum(".experts." in name for name, _, _ in model_rank_files(model, shares, "pt").plan))
     assert count == [6, 6, 0, 0]  # 4 experts of three matrices, on two ranks; the other two repeat them
 
 

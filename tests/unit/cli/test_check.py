@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.cli import check
 from erniekit.cli.check import data as check_data

@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.cli import main as cli
 from erniekit.cli.commands import COMMANDS

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from erniekit.config import load
-from erniekit.parallel.mesh import Degrees
+from erniekit.parallel.mesh import ParallelDims
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples" / "multi-node"
@@ -93,7 +93,7 @@ def test_kubernetes_asks_for_as_many_gpus_as_the_yaml_needs(name):
     assert environ.get("NNODES", str(pods)) == str(pods)
     file = next(word for word in container["command"][-1].split() if word.endswith(".yaml"))
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
-    assert Degrees.from_config(load(str(ROOT / file), None, "train"), pods * gpus).world == pods * gpus == 96
+    assert ParallelDims.from_config(load(str(ROOT / file), None, "train"), pods * gpus).world == pods * gpus == 96
 
 
 @pytest.mark.parametrize(
@@ -106,5 +106,5 @@ def test_kubernetes_asks_for_as_many_gpus_as_the_yaml_needs(name):
 )
 def test_the_published_layouts_fill_hosts_of_8(file, hosts):
     cfg = load(str(ROOT / "examples" / "configs" / file), None, "train")
-    assert Degrees.from_config(cfg, hosts * 8).world == hosts * 8
-    assert Degrees.from_config(cfg, None).world == hosts * 8
+    assert ParallelDims.from_config(cfg, hosts * 8).world == hosts * 8
+    assert ParallelDims.from_config(cfg, None).world == hosts * 8

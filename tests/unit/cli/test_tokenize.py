@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.cli import tokenize
 from erniekit.cli.main import EXIT_USER_ERROR, main
-from erniekit.data.token_files import TokenFile
+from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import ConfigError
 
 TOKENIZER = f"tokenizer={REPOSITORY}/examples/models/tiny-moe"

@@ -7,9 +7,8 @@ import signal
 import socket
 import time
 
-import fake_job
-import launched
 import pytest
+from support import fake_job, launched
 
 
 def free_port() -> int:

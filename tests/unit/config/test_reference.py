@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.config import reference, schema
 from erniekit.config.compat_keys import RULES

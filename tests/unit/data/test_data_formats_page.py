@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.data.files import load_record
-from erniekit.data.formats import FORMATS, parse_record
-from erniekit.data.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.formats import FORMATS, parse_record
+from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.readers import load_record
 from erniekit.utils.errors import DataError
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "data-formats.md").read_text("utf-8")

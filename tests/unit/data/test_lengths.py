@@ -5,10 +5,10 @@ import random
 
 import numpy as np
 import pytest
-from data_runs import build, steps, write
+from support.data_runs import build, steps, write
 
 from erniekit.data import lengths
-from erniekit.data.encode import Encoder
+from erniekit.data.chat.encode import Encoder
 from erniekit.utils import runtime
 
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from data_runs import PACKINGS, build, lines_of, rows_of, run, same, steps, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.data_runs import PACKINGS, build, lines_of, rows_of, run, same, steps, write
 
 from erniekit.data.batch import IGNORE
-from erniekit.data.encode import Encoder
+from erniekit.data.chat.encode import Encoder
 from erniekit.utils.errors import DataError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.data.formats import parse_record
+from erniekit.data.records.formats import parse_record
 
 ROOT = Path(__file__).parents[3]
 SPEC = importlib.util.spec_from_file_location("make_pretrain_corpus", ROOT / "tools/make_pretrain_corpus.py")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.data.encode import Encoder
-from erniekit.data.formats import parse_record
-from erniekit.data.template import load_template
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.encode import Encoder
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.records.formats import parse_record
 from erniekit.utils.errors import DataError
 
 TINY = Path(__file__).parents[3] / "examples/models/tiny-dense"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from erniekit.data.fields import Notes
-from erniekit.data.formats import parse_record
+from erniekit.data.records.fields import Notes
+from erniekit.data.records.formats import parse_record
 from erniekit.utils.errors import DataError
 
 TOOLS = [

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from data_runs import build, config, run, same, steps, write
-from fake_text import FakeTemplate, FakeTokenizer
+from support.data_runs import build, config, run, same, steps, write
+from support.fake_text import FakeTemplate, FakeTokenizer
 
 from erniekit.data.loader import build_loader
 from erniekit.utils.errors import DataError
@@ -142,11 +142,11 @@ SCRIPT = """
 import sys
 sys.path[:] = {path!r}
 from types import SimpleNamespace
-from data_runs import PACKINGS, build, config, lines_of, rows_of, run, same, steps, write
-from fake_text import FakeTemplate, FakeTokenizer
+from support.data_runs import PACKINGS, build, config, lines_of, rows_of, run, same, steps, write
+from support.fake_text import FakeTemplate, FakeTokenizer
 from erniekit.data.loader import build_loader
-from erniekit.data.template import load_template
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
 loader = build_loader(SimpleNamespace(**{keys!r}), FakeTokenizer(), template=FakeTemplate())
 for _ in range(3):
     loader.next_step()

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_directories import model_directory, write_lines
+from support.tiny_directories import model_directory, write_lines
 
 from erniekit.checkpoint.model_io import load_model
 from erniekit.config import Config, load
-from erniekit.data.template import load_template
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.template import load_template
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import evaluate
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
 

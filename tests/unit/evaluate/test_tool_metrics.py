@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny_directories import model_directory, write_lines
+from support.tiny_directories import model_directory, write_lines
 
 from erniekit.config import load
-from erniekit.data.tokenizer import load_tokenizer
+from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import answers, evaluate
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.decode import Answer

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.adapter_io import save_adapter
+from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.export.export import export_checkpoint
 from erniekit.export.split import split_checkpoint

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import paddle
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit.generation import decode as decoding
 from erniekit.generation.decode import Limits, decode

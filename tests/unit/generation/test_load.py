@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_directories import DEMO_MODEL, model_directory
+from support.tiny_directories import DEMO_MODEL, model_directory
 
-from erniekit.checkpoint.adapter_io import save_adapter
 from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
 from erniekit.generation.engine import generate
 from erniekit.generation.load import open_model

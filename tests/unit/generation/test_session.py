@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit.generation.decode import Limits, decode
 from erniekit.generation.sampling import Sampling

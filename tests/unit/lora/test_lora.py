@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import paddle
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit import lora
 from erniekit.lora.layers import LinearAdapter, Slot

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient
+from support.numeric import numeric_gradient
 
 from erniekit.losses import lm
 from erniekit.losses.lm import Head, linear_cross_entropy

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient
+from support.numeric import numeric_gradient
 
 from erniekit.losses.lm import Head, linear_cross_entropy
 from erniekit.losses.log_probs import answer_log_probs, token_log_probs

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient
+from support.numeric import numeric_gradient
 
 from erniekit.losses import preference_loss
 from erniekit.losses.preference import ALIASES, VARIANTS

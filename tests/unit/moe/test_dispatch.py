@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient
+from support.numeric import numeric_gradient
 
 from erniekit.moe.dispatch import assign, combine, dispatch
 

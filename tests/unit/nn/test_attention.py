@@ -3,12 +3,12 @@
 import numpy as np
 import paddle
 import pytest
-from numeric import numeric_gradient, numeric_slope
+from support.numeric import numeric_gradient, numeric_slope
 
 from erniekit.nn import attention
-from erniekit.nn.attention import Documents, HeadLayout, SelfAttention
-from erniekit.nn.rope import rotation_table
-from erniekit.nn.segments import make_plan
+from erniekit.nn.attention import HeadLayout, PackedAttention, SelfAttention
+from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.rotary import rotation_table
 
 THETA = 10000.0
 GQA, MHA, MQA = HeadLayout(4, 2, 4), HeadLayout(3, 3, 4), HeadLayout(6, 1, 8)
@@ -32,11 +32,11 @@ def dense(qkv: np.ndarray, segments: np.ndarray, positions: np.ndarray, heads: H
     return out.reshape(tokens, h * d)
 
 
-def documents(segments: np.ndarray, positions: np.ndarray, heads: HeadLayout) -> Documents:
+def documents(segments: np.ndarray, positions: np.ndarray, heads: HeadLayout) -> PackedAttention:
     table = rotation_table(
         positions.reshape(-1), heads.dim, THETA, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
     )
-    return Documents(make_plan(segments), table, heads)
+    return PackedAttention(make_plan(segments), table, heads)
 
 
 def restarting(segments: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit.models.decoder import CausalLM
 from erniekit.nn import kv_cache

@@ -3,12 +3,12 @@
 import numpy as np
 import paddle
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit.nn import attention
-from erniekit.nn.attention import Documents, HeadLayout, last_rows
-from erniekit.nn.rope import rotation_table
-from erniekit.nn.segments import AttentionPlan, make_plan
+from erniekit.nn.attention import HeadLayout, PackedAttention, last_rows
+from erniekit.nn.attention_plan import AttentionPlan, make_plan
+from erniekit.nn.rotary import rotation_table
 
 HEADS = HeadLayout(4, 2, 4)
 # Each: (prefix, [branches]); a prefix without branches is a plain document.
@@ -55,7 +55,7 @@ def written_out(families: list[Family]) -> tuple[list[np.ndarray], list[int]]:
 def attend(qkv: np.ndarray, plan: AttentionPlan, upstream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = paddle.to_tensor(qkv.astype(np.float32), stop_gradient=False)
     table = rotation_table(plan.position_in_document, 4, 10000.0, 6, 2)
-    y = Documents(plan, table, HEADS).attend(x, 0)
+    y = PackedAttention(plan, table, HEADS).attend(x, 0)
     (y * paddle.to_tensor(upstream.astype(np.float32))).sum().backward()
     return y.numpy(), x.grad.numpy()
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from erniekit.parallel.mesh import Degrees, Mesh, check_model, coordinates, pipe_pairs, rank_lists
+from erniekit.parallel.mesh import Mesh, ParallelDims, check_model, coordinates, pipe_pairs, rank_lists
 from erniekit.utils.errors import ConfigError
 
 NOT_ASKED = -1
 DEGREES = [
-    Degrees(pipeline, data, tensor, expert, sharding)
+    ParallelDims(pipeline, data, tensor, expert, sharding)
     for pipeline, data, tensor in product((1, 2, 3), (1, 2, 4, 12), (1, 2))
     for expert, sharding in product((1, 2, 3, 4), (1, 2, 4, 6, 12))
     if data % expert == 0 and data % sharding == 0
@@ -30,21 +30,21 @@ def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT
 @pytest.mark.parametrize(
     ("config", "world", "expected"),
     [
-        (_config(), None, Degrees()),
-        (_config(pipeline=2, tensor=2), None, Degrees(pipeline=2, tensor=2)),
-        (_config(data=2, sharding=2), None, Degrees(data=4, sharding=2)),
-        (_config(data=2), None, Degrees(data=2, sharding=2)),  # optimizer state, if divided, over all data ranks
-        (_config(data=2, sharding=1), None, Degrees(data=2)),
-        (_config(expert=4), None, Degrees(data=4, expert=4, sharding=4)),
-        (_config(expert=2, data=4), None, Degrees(data=4, expert=2, sharding=4)),
-        (_config(), 8, Degrees(data=8, sharding=8)),
-        (_config(pipeline=2, sharding=2), 8, Degrees(pipeline=2, data=4, sharding=2)),
-        (_config(pipeline=2, tensor=2, data=2), 8, Degrees(2, 2, 2, sharding=2)),
-        (_config(expert=2, tensor=2), 8, Degrees(tensor=2, data=4, expert=2, sharding=4)),
+        (_config(), None, ParallelDims()),
+        (_config(pipeline=2, tensor=2), None, ParallelDims(pipeline=2, tensor=2)),
+        (_config(data=2, sharding=2), None, ParallelDims(data=4, sharding=2)),
+        (_config(data=2), None, ParallelDims(data=2, sharding=2)),  # optimizer state, if divided, over all data ranks
+        (_config(data=2, sharding=1), None, ParallelDims(data=2)),
+        (_config(expert=4), None, ParallelDims(data=4, expert=4, sharding=4)),
+        (_config(expert=2, data=4), None, ParallelDims(data=4, expert=2, sharding=4)),
+        (_config(), 8, ParallelDims(data=8, sharding=8)),
+        (_config(pipeline=2, sharding=2), 8, ParallelDims(pipeline=2, data=4, sharding=2)),
+        (_config(pipeline=2, tensor=2, data=2), 8, ParallelDims(2, 2, 2, sharding=2)),
+        (_config(expert=2, tensor=2), 8, ParallelDims(tensor=2, data=4, expert=2, sharding=4)),
     ],
 )
-def test_degrees_of_a_configuration(config: SimpleNamespace, world: int | None, expected: Degrees):
-    degrees = Degrees.from_config(config, world)
+def test_degrees_of_a_configuration(config: SimpleNamespace, world: int | None, expected: ParallelDims):
+    degrees = ParallelDims.from_config(config, world)
     assert degrees == expected
     assert world in (None, degrees.world)
 
@@ -65,7 +65,7 @@ def test_degrees_of_a_configuration(config: SimpleNamespace, world: int | None, 
 )
 def test_degrees_that_cannot_be_are_refused_with_the_arithmetic(config, world, message):
     with pytest.raises(ConfigError, match=message):
-        Degrees.from_config(config, world)
+        ParallelDims.from_config(config, world)
 
 
 MODEL = SimpleNamespace(
@@ -83,28 +83,32 @@ MODEL = SimpleNamespace(
 @pytest.mark.parametrize(
     ("degrees", "changes", "message"),
     [
-        (Degrees(tensor=3), {"num_attention_heads": 6}, r"3 does not divide the model's 2 key-value heads \(2 / 3"),
-        (Degrees(tensor=3), {}, "does not divide the model's 8 attention heads .*Possible: 1, 2, 4, 8"),
-        (Degrees(tensor=2), {"vocab_size": 97}, "does not divide the model's 97 entries of the vocabulary"),
-        (Degrees(tensor=2), {"intermediate_size": 49}, "49 features of intermediate_size"),
-        (Degrees(tensor=2), {"moe_intermediate_size": 5, "moe_num_shared_experts": 1}, "5 features of the shared"),
-        (Degrees(data=3, expert=3), {}, "expert_parallel_degree .* 3 does not divide the model's 8 experts"),
-        (Degrees(data=8, expert=8, tensor=2), {}, "16 does not divide the model's 8 experts"),
-        (Degrees(data=2, expert=2), {"moe_num_experts": 0}, "the model has no experts"),
-        (Degrees(pipeline=8), {}, "8 stages need a layer each, but the model has 4"),
+        (
+            ParallelDims(tensor=3),
+            {"num_attention_heads": 6},
+            r"3 does not divide the model's 2 key-value heads \(2 / 3",
+        ),
+        (ParallelDims(tensor=3), {}, "does not divide the model's 8 attention heads .*Possible: 1, 2, 4, 8"),
+        (ParallelDims(tensor=2), {"vocab_size": 97}, "does not divide the model's 97 entries of the vocabulary"),
+        (ParallelDims(tensor=2), {"intermediate_size": 49}, "49 features of intermediate_size"),
+        (ParallelDims(tensor=2), {"moe_intermediate_size": 5, "moe_num_shared_experts": 1}, "5 features of the shared"),
+        (ParallelDims(data=3, expert=3), {}, "expert_parallel_degree .* 3 does not divide the model's 8 experts"),
+        (ParallelDims(data=8, expert=8, tensor=2), {}, "16 does not divide the model's 8 experts"),
+        (ParallelDims(data=2, expert=2), {"moe_num_experts": 0}, "the model has no experts"),
+        (ParallelDims(pipeline=8), {}, "8 stages need a layer each, but the model has 4"),
     ],
 )
-def test_models_that_do_not_divide_are_refused(degrees: Degrees, changes: dict[str, int], message: str):
+def test_models_that_do_not_divide_are_refused(degrees: ParallelDims, changes: dict[str, int], message: str):
     with pytest.raises(ConfigError, match=message):
         check_model(degrees, SimpleNamespace(**{**vars(MODEL), **changes}))
 
 
 def test_a_model_that_divides_passes():
-    check_model(Degrees(pipeline=4, data=4, tensor=2, expert=4), MODEL)
+    check_model(ParallelDims(pipeline=4, data=4, tensor=2, expert=4), MODEL)
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
-def test_groups_cut_the_world_as_their_names_say(degrees: Degrees):
+def test_groups_cut_the_world_as_their_names_say(degrees: ParallelDims):
     of_rank = [rank_lists(degrees, rank) for rank in range(degrees.world)]
     places = [coordinates(degrees, rank) for rank in range(degrees.world)]
     assert places == sorted(places) and len(set(places)) == degrees.world  # rank = (p * D + d) * T + t
@@ -139,9 +143,9 @@ def test_groups_cut_the_world_as_their_names_say(degrees: Degrees):
 
 
 def test_neighbours_along_a_pipeline_talk_in_both_directions():
-    assert list(pipe_pairs(Degrees(data=2))) == []
-    assert set(pipe_pairs(Degrees(pipeline=2, tensor=2))) == {(0, 2), (2, 0), (1, 3), (3, 1)}
-    assert set(pipe_pairs(Degrees(pipeline=3))) == {(0, 1), (1, 0), (1, 2), (2, 1), (2, 0), (0, 2)}
+    assert list(pipe_pairs(ParallelDims(data=2))) == []
+    assert set(pipe_pairs(ParallelDims(pipeline=2, tensor=2))) == {(0, 2), (2, 0), (1, 3), (3, 1)}
+    assert set(pipe_pairs(ParallelDims(pipeline=3))) == {(0, 1), (1, 0), (1, 2), (2, 1), (2, 0), (0, 2)}
 
 
 def test_a_process_alone_is_a_mesh():

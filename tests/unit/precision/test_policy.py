@@ -2,11 +2,11 @@
 
 import paddle
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.initial import draw
+from erniekit.models.init import init_weights
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
 
@@ -43,12 +43,12 @@ def test_a_model_is_built_and_drawn_in_the_policys_dtype():
     config = tiny_model("moe").config
     with policy.default_dtype(Policy("bfloat16")), paddle.LazyGuard():
         model = CausalLM(ModelConfig.from_dict(config.to_dict()))
-    draw(model, 3)
+    init_weights(model, 3)
     assert dtypes(model) == ({paddle.float32}, {paddle.bfloat16})
     policy.apply(model, Policy("bfloat16"))  # has nothing to do
     assert paddle.get_default_dtype() == "float32"
     wide = tiny_model("moe")
-    draw(wide, 3)
+    init_weights(wide, 3)
     name = "model.layers.0.mlp.down_proj.weight"
     rounded = dict(wide.named_parameters())[name].astype("bfloat16").numpy()
     assert dict(model.named_parameters())[name].numpy().tobytes() == rounded.tobytes()

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_directories import model_directory
+from support.tiny_directories import model_directory
 
 from erniekit.config import Config, load
-from erniekit.data.tokenizer import StreamDecoder
+from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation import decode
 from erniekit.generation.load import open_model
 from erniekit.serve.chat import Conversation, Screen, chat

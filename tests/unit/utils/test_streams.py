@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_tree import REPOSITORY
+from support.source_tree import REPOSITORY
 
 from erniekit.utils import streams
 

@@ -1,0 +1,79 @@
+"""Adapters of a model in memory, from and to directories."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from erniekit.checkpoint.model_dir import staged
+from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
+from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
+from erniekit.lora import LoraState, attach_slots, describe, state_of
+from erniekit.models.decoder import CausalLM
+from erniekit.models.weights import to_numpy
+from erniekit.nn.shard import named_shard_specs, shard
+from erniekit.utils.errors import CheckpointError
+
+
+def attach_stored(
+    model: CausalLM, directory: str | Path, model_dir: str | Path | None = None, dropout: float | None = None
+) -> LoraState:
+    """Hang the adapter in `directory` on `model`, a plain one with its weights (those of `model_dir`, if given). Only
+    the adapter is trained from here on, with `dropout`, or the adapter's own. Raises CheckpointError (see
+    `read_adapter`).
+    """
+    stored = read_adapter(directory, model.config, model_dir)
+    options = stored.options if dropout is None else dataclasses.replace(stored.options, dropout=dropout)
+    state = attach_slots(model, options, stored.slots, stored.saved)
+    fill(model, stored)
+    return state
+
+
+def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set the adapter that `model` has, or tensors `into` under its names (an average), to the one in `directory`,
+    which must adapt the same projections with the same ranks and scalings. CheckpointError with what differs.
+    """
+    state = state_of(model)
+    assert state is not None, "the model has no adapter"
+    stored = read_adapter(directory, model.config)
+    theirs = LoraState(stored.options, stored.slots, stored.saved)
+    if _essence(theirs) != _essence(state):
+        raise CheckpointError(
+            f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(theirs)}\n  Asked "
+            f"for: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
+        )
+    fill(model, stored, into)
+
+
+def _essence(state: LoraState) -> object:
+    """What must be equal for one adapter's tensors to be another's. Scalings went through a file as alpha."""
+    slots = {(m, p): (s.rank, round(s.scaling, 5)) for m, parts in state.slots.items() for p, s in parts.items()}
+    return slots, set(state.saved), state.options.dora
+
+
+def fill(model: CausalLM, stored: StoredAdapter, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set the parameters of `model` (or `into`) that an adapter holds; a part of a model takes its share."""
+    parameters, shard_specs = dict(model.named_parameters()) if into is None else into, named_shard_specs(model)
+    for name, array in stored.tensors.items():
+        if name in parameters:
+            spec = shard_specs.get(name)
+            share = array if spec is None else np.ascontiguousarray(shard(array, spec, *model.shard.share(spec)))
+            parameters[name].set_value(paddle.to_tensor(share).astype(parameters[name].dtype))
+
+
+def save_adapter(model: CausalLM, directory: str | Path) -> None:
+    """Write the adapter of a whole model to `directory` in PEFT's format (see `write_adapter`): complete, or as it was
+    before.
+    """
+    state = state_of(model)
+    assert state is not None, "the model has no adapter"
+    parameters = dict(model.named_parameters())
+
+    def arrays() -> Iterator[np.ndarray]:
+        for name in adapter_parameters(state):
+            yield to_numpy(parameters[name])
+
+    with staged(directory) as staging:
+        write_adapter(staging, state, model.config, arrays())

@@ -1,0 +1,304 @@
+"""Reads adapters in PEFT's format: those of adapter.py, PEFT's own, and the older form with a module an expert. What
+does not fit the model is refused with the difference.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter_config
+from erniekit.checkpoint.model_dir import ADAPTER_FILE
+from erniekit.checkpoint.peft_write import PREFIX, fingerprint, is_parameter, part_sizes
+from erniekit.checkpoint.safetensors import Reader
+from erniekit.hub import local_path, resolve_model
+from erniekit.lora import LoraOptions, Slot
+from erniekit.lora.layers import own_name
+from erniekit.lora.targets import SAVEABLE, hf_name, is_stacked
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import logical_tensors
+from erniekit.utils.errors import CheckpointError
+
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
+_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
+_SHOWN = 6
+
+
+@dataclass
+class StoredAdapter:
+    """An adapter read from a directory and found to fit a model. `tensors`: our parameter name -> fp32 array, of the
+    adapters and of the parameters saved whole.
+    """
+
+    path: Path
+    options: LoraOptions
+    slots: dict[str, dict[str, Slot]]
+    saved: tuple[str, ...]
+    tensors: dict[str, np.ndarray] = field(repr=False)
+
+
+def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Path | None = None) -> StoredAdapter:
+    """The adapter in `directory`, for the model of `config`; with `model_dir`, also checked against its weights.
+
+    Raises CheckpointError: not an adapter, an option of PEFT that is not known here, or an adapter for another base,
+    with what differs.
+    """
+    path = Path(directory)
+    content = read_adapter_config(path)
+    reader = Reader(path / ADAPTER_FILE)
+    made_for = reader.metadata.get("base_fingerprint")
+    if made_for and model_dir is not None and made_for != fingerprint(model_dir):
+        raise CheckpointError(
+            f"{path} is an adapter for another base: it was trained on {content.base} (fingerprint {made_for}), "
+            f"{model_dir} has other weights (fingerprint {fingerprint(model_dir)}). Set model_name_or_path to the "
+            "model it was trained on."
+        )
+    return _Reading(path, content, reader, config).result()
+
+
+def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
+    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or the local directory that
+    the adapter itself names. Raises CheckpointError if neither is there: a file does not decide what is asked of a Hub.
+    """
+    if named:
+        return resolve_model(named, hub)
+    base = read_adapter_config(Path(directory)).base
+    if not base:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
+        )
+    path = local_path(base)
+    if path is None:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is no directory here. Set "
+            "model_name_or_path to a copy of that model, or to its name on a Hub to have it downloaded."
+        )
+    return path
+
+
+class _Reading:
+    """Reads one adapter: finds each tensor's place, then checks that all are there and fit."""
+
+    def __init__(self, path: Path, content: AdapterConfig, reader: Reader, config: ModelConfig) -> None:
+        self.path, self.content, self.reader, self.config = path, content, reader, config
+        self.sizes = part_sizes(config)
+        self.by_hf = {hf_name(*key): key for key in self.sizes}
+        self.logicals = {logical.pt[0].name: logical for logical in logical_tensors(config)}
+        self.unexpected: list[str] = []
+        self.misshapen: list[str] = []
+        self.factors: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        self.stacked: dict[str, dict[str, np.ndarray]] = {}  # by PEFT's module name
+        self.experts: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}  # by prefix and half, then number
+        self.scales: dict[tuple[str, str], float] = {}
+        self.tensors: dict[str, np.ndarray] = {}
+        self.saved: list[str] = []
+
+    def result(self) -> StoredAdapter:
+        for name in self.reader.keys():  # noqa: SIM118 - a Reader is not iterable
+            bare = name.removeprefix(PREFIX)
+            match = _TENSOR.fullmatch(bare)
+            if match is None:
+                self._take_saved(name, bare)
+            else:
+                self._read_factor(name, match["module"], match["kind"].removesuffix("_vector"))
+        self._take_stacked()
+        self._stack()
+        slots: dict[str, dict[str, Slot]] = {}
+        for key in [key for key in self.sizes if key in self.factors]:
+            self._place(key, slots)
+        self._complain([*(hf_name(*key) for key in self._targeted() if key not in self.factors), *self._not_saved()])
+        return StoredAdapter(self.path, self._options(), slots, tuple(self.saved), self.tensors)
+
+    def _read_factor(self, name: str, module: str, kind: str) -> None:
+        shape, found = self.reader.info(name).shape, self._factors_of(module)
+        if found is None or kind in found:  # not in this model, or there twice under two spellings
+            self.unexpected.append(name)
+        elif not all(shape) or len(shape) > 2 or (kind != "magnitude" and len(shape) != 2):
+            self.misshapen.append(f"{name} {list(shape)}")
+        else:
+            found[kind] = self.reader.read(name, as_fp32=True)
+
+    def _factors_of(self, module: str) -> dict[str, np.ndarray] | None:
+        """What was found so far of one adapter, by PEFT's name of its module; None for a module that is not here."""
+        expert = _EXPERT.fullmatch(module)
+        if expert:
+            of_half = self.experts.setdefault((expert["prefix"], expert["half"]), {})
+            return of_half.setdefault(int(expert["expert"]), {})
+        if module.removesuffix(".base_layer").endswith(".mlp.experts"):
+            return self.stacked.setdefault(module, {})
+        return self.factors.setdefault(self.by_hf[module], {}) if module in self.by_hf else None
+
+    def _take_stacked(self) -> None:
+        """PEFT's names do not say which of the two stacked parameters an adapter belongs to: its sizes do."""
+        for module, found in self.stacked.items():
+            prefix = module.removesuffix(".base_layer")
+            keys = [(f"{prefix}.{leaf}", "") for leaf in ("up_gate_proj", "down_proj")]
+            fitting = [key for key in keys if key in self.sizes and self._fits(key, found)]
+            if keys[0] not in self.sizes:
+                self.unexpected.append(module)
+            else:
+                nested = f"{prefix}.base_layer" in self.stacked
+                inner = module.endswith(".base_layer") or not nested
+                self.factors[fitting[0] if fitting else keys[0 if inner else 1]] = found
+
+    def _fits(self, key: tuple[str, str], found: dict[str, np.ndarray]) -> bool:
+        _, num_in, num_out = self.sizes[key]
+        return set(found) == {"A", "B"} and found["A"].shape[1] == num_in and found["B"].shape[0] == num_out
+
+    def _take_saved(self, name: str, bare: str) -> None:
+        bare = bare.replace(".modules_to_save.default", "")
+        logical = self.logicals.get(bare)
+        if bare == "lm_head.weight" and self.config.tie_word_embeddings:
+            self._check_tied_head(name)
+        elif logical is None or bare.split(".")[-2] not in SAVEABLE:
+            self.unexpected.append(name)
+        elif self.reader.info(name).shape != logical.pt[0].shape:
+            self.misshapen.append(f"{bare} {list(self.reader.info(name).shape)}, here {list(logical.pt[0].shape)}")
+        else:
+            self.saved.append(logical.param)
+            self.tensors[logical.param] = logical.from_file([self.reader.read(name, as_fp32=True)], "pt")
+            if logical.param == "model.embed_tokens.weight" and self.config.tie_word_embeddings:
+                self._require_tied()
+
+    def _not_saved(self) -> Iterator[str]:
+        """Modules that should be in the file as a whole (modules_to_save) and are not."""
+        inside = [name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in self.reader.keys()]  # noqa: SIM118
+        for name in self.content.saved:
+            wanted = [piece.rpartition(".")[0] for piece in self.logicals if ends(piece.rpartition(".")[0], (name,))]
+            if wanted and not any(f"{module}.weight" in inside for module in wanted):
+                yield f"{name} (modules_to_save)"
+
+    def _check_tied_head(self, name: str) -> None:
+        embeddings = name.replace("lm_head", "model.embed_tokens")
+        if embeddings not in self.reader or not np.array_equal(self.reader.read(name), self.reader.read(embeddings)):
+            raise CheckpointError(f"{self.path} has a head of its own, but this model's head is its embeddings.")
+
+    def _require_tied(self) -> None:
+        if not self.content.ties_weights:
+            raise CheckpointError(
+                f"{self.path} trained the embeddings (modules_to_save) apart from the head, which in this model is the "
+                "same matrix. PEFT keeps them together with ensure_weight_tying: true."
+            )
+
+    def _stack(self) -> None:
+        """Older files have a module an expert: gate and up side by side become one adapter of the stacked projection,
+        on a block diagonal.
+        """
+        for prefix in dict.fromkeys(prefix for prefix, _ in self.experts):
+            for leaf, halves in (("up_gate_proj", ("gate", "up")), ("down_proj", ("down",))):
+                found = {half: self.experts[prefix, half] for half in halves if (prefix, half) in self.experts}
+                num_experts = self.sizes.get((f"{prefix}.{leaf}", ""), (0,))[0]
+                if len(found) == len(halves) and _fit_together(list(found.values()), num_experts):
+                    self._stack_one(prefix, leaf, found)
+                elif found:
+                    numbers = sorted(number for one in found.values() for number in one)
+                    self.unexpected.append(f"{prefix}: {'/'.join(found)}_proj of experts {numbers[0]}..{numbers[-1]}")
+
+    def _stack_one(self, prefix: str, leaf: str, found: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
+        numbers = range(len(next(iter(found.values()))))
+        scales = [self.content.scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in found.items()]
+        a = np.stack([np.concatenate([one[e]["A"] for one in found.values()]) for e in numbers])
+        parts = list(zip(found.values(), scales, strict=True))
+        b = np.stack([_block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in parts]) for e in numbers])
+        key = (f"{prefix}.{leaf}", "")
+        self.scales[key] = scales[0]
+        self.factors[key] = {"A": a.reshape(-1, a.shape[2]), "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}
+
+    def _place(self, key: tuple[str, str], slots: dict[str, dict[str, Slot]]) -> None:
+        """Check one adapter's shapes and bring it into our layout."""
+        module, part = key
+        experts, num_in, num_out = self.sizes[key]
+        factors = self.factors[key]
+        a, b, magnitude = factors.get("A"), factors.get("B"), factors.get("magnitude")
+        if a is None or b is None or (magnitude is None) == self.content.dora:
+            self.misshapen.append(f"{hf_name(*key)}: has only {', '.join(sorted(factors))}")
+            return
+        rank = a.shape[0] // experts
+        width = num_out if magnitude is None else magnitude.size
+        if not rank or a.shape != (rank * experts, num_in) or b.shape != (width, rank * experts) or width != num_out:
+            self.misshapen.append(
+                f"{hf_name(*key)}: A {list(a.shape)}, B {list(b.shape)}; here {num_in} in, {num_out} out"
+                + (f", {experts} experts" if experts > 1 else "")
+            )
+            return
+        scaling = self.scales.get(key) or self.content.scaling(hf_name(*key), rank)
+        slots.setdefault(module, {})[part] = Slot(rank, scaling)
+        name = f"{module}.adapter."
+        if is_stacked(module):
+            ours = (
+                a.reshape(experts, rank, num_in).transpose(0, 2, 1),
+                b.reshape(num_out, rank, experts).transpose(2, 1, 0),
+            )
+        else:
+            ours = a.T, b.T
+        self.tensors[name + own_name("A", part)], self.tensors[name + own_name("B", part)] = map(
+            np.ascontiguousarray, ours
+        )
+        if magnitude is not None:
+            self.tensors[name + own_name("magnitude", part)] = magnitude.reshape(-1)
+
+    def _targeted(self) -> Iterator[tuple[str, str]]:
+        """What PEFT would adapt in this model, as far as the configuration says it plainly."""
+        modules, parameters = self.content.targets, self.content.target_parameters
+        if modules is None and not parameters:
+            return
+        for key, (experts, *_) in self.sizes.items():
+            name = hf_name(*key)
+            if isinstance(modules, re.Pattern):
+                hit = modules.fullmatch(name) is not None
+            else:
+                # In a mixture of experts PEFT may mean the stacked experts alone by a feed-forward name.
+                hit = not is_parameter(key[0], self.config) and ends(name, modules or ())
+            if hit or ends(name if experts > 1 else f"{name}.weight", parameters):
+                yield key
+
+    def _options(self) -> LoraOptions:
+        content = self.content
+        return LoraOptions(content.rank, content.alpha, content.dropout, content.rslora, content.dora)
+
+    def _complain(self, missing: list[str]) -> None:
+        lines = []
+        for what, names in (
+            ("missing", missing),
+            ("not in this model", self.unexpected),
+            ("of another size", self.misshapen),
+        ):
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                lines.append(f"  {len(names)} {what}: {'; '.join(names[:_SHOWN])}{more}")
+        if lines or not self.factors:
+            base = self.content.base
+            lines = lines or ["  it has no factors at all"]
+            raise CheckpointError(
+                "\n".join(
+                    [
+                        f"{self.path}: the adapter does not fit this model.",
+                        *lines,
+                        f"It was trained on {base}: set model_name_or_path to that model.",
+                    ]
+                )
+            )
+
+
+def _fit_together(halves: list[dict[int, dict[str, np.ndarray]]], num_experts: int) -> bool:
+    """Whether every half has all experts, with factors A and B of one rank and of the same shapes."""
+    inputs = set()
+    for experts in halves:
+        shapes = {tuple((kind, found[kind].shape) for kind in sorted(found)) for found in experts.values()}
+        if sorted(experts) != list(range(num_experts)) or len(shapes) != 1 or set(experts[0]) != {"A", "B"}:
+            return False
+        inputs.add(experts[0]["A"].shape[1])
+        if experts[0]["A"].shape[0] != experts[0]["B"].shape[1]:
+            return False
+    return len(inputs) == 1
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    out = np.zeros((sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)), np.float32)
+    row = column = 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out

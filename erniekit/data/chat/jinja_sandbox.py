@@ -1,0 +1,439 @@
+"""Jinja for chat templates: set up as transformers sets it up, and bounded in steps, memory and time.
+
+A template is rewritten before it is compiled: each pass through a loop and each call of a macro takes from the
+rendering's allowance (data.jinja_meter), and so does every operation whose cost depends on the size of its operands:
+output, `~`, comparisons, slices, and keys that are computed. Filters, tests, operators and calls have hooks of jinja's
+own. What a template writes is the same as without all this.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sized
+from datetime import datetime
+from functools import lru_cache
+from types import BuiltinMethodType
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes as nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+import jinja2.utils
+import jinja2.visitor
+
+from erniekit.data.chat.jinja_meter import STEP, LimitExceeded, Meter, check_integer
+
+MAX_SOURCE = 1 << 16  # characters of a template
+_MAX_REASON = 300  # characters of an error's text that are shown
+_NODE = 8  # units of an expression inside a loop
+
+# Filters that take as long however large their value is.
+_CONSTANT_FILTERS = frozenset("attr count d default first items last length random".split())
+# Filters that hand on the items of their value one by one.
+_ITEM_FILTERS = frozenset("map reject rejectattr select selectattr".split())
+# Filters whose result is about as long as their value and arguments together at most.
+_LINEAR_FILTERS = frozenset(
+    "abs capitalize e escape filesizeformat float forceescape int list lower reverse safe string truncate upper".split()
+)
+# Filters that make a list; of a text it has its characters.
+_ELEMENT_FILTERS = frozenset("batch groupby list max min slice sort unique".split())
+# Filters written in Python that look at every character.
+_SLOW_FILTERS = frozenset("title urlencode wordcount wordwrap xmlattr".split())
+_SLOW = 32
+_INDENTED = 16  # times what a JSON text without line breaks costs
+# Filters for web pages and debugging that may take the square of their value's length, or more.
+_LEFT_OUT = ("pprint", "striptags", "urlize")
+# Tests that take as long however large their value is.
+_CONSTANT_TESTS = frozenset(
+    "boolean callable defined escaped false float integer iterable mapping none number sameas sequence string true "
+    "undefined".split()
+)
+_NUMBER_TESTS = frozenset(("divisibleby", "even", "odd"))
+
+
+class TemplateFault(Exception):
+    """What is wrong with a template, or with what it was given: `reason`, and the line of the template if known."""
+
+    def __init__(self, reason: str, line: int | None) -> None:
+        super().__init__(reason if line is None else f"line {line}: {reason}")
+
+
+class BoundedTemplate:
+    """A compiled chat template. Raises TemplateFault for one that is not valid, and for whatever goes wrong while it is
+    rendered: it is its author's program.
+    """
+
+    def __init__(self, source: str) -> None:
+        if len(source) > MAX_SOURCE:
+            raise TemplateFault(f"{len(source):,} characters; a template has at most {MAX_SOURCE:,}", None)
+        environment = _environment()
+        try:
+            tree = _Rewriter().visit(environment.parse(source))
+            tree.set_environment(environment)
+            code = environment.compile(tree)
+            self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateFault(error.message or "not valid", error.lineno) from None
+        except SyntaxError as error:  # of the Python code that jinja makes: its lines are not the template's
+            raise TemplateFault(error.msg, None) from None
+        except (RecursionError, MemoryError):  # MemoryError: of Python's parser, which has a small stack
+            raise TemplateFault("nested too deeply", None) from None
+        except Exception as error:
+            raise TemplateFault(_text(error), None) from None
+
+    def render(self, **variables: Any) -> str:
+        """The text that the template makes of `variables`, of which `messages` and `tools` are the conversation."""
+        context = self._template.new_context(variables)
+        assert isinstance(context, _Context)
+        context.meter = Meter((variables.get("messages"), variables.get("tools")))
+        try:
+            return "".join(self._template.root_render_func(context))
+        except Exception as error:
+            raise TemplateFault(_text(error), self._line(error)) from None
+
+    def _line(self, error: Exception) -> int | None:
+        """The line of the template at which `error` was raised."""
+        line, place = None, error.__traceback__
+        while place is not None:
+            if place.tb_frame.f_globals.get("__jinja_template__") is self._template:
+                line = self._template.get_corresponding_lineno(place.tb_lineno)
+            place = place.tb_next
+        return line
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it calls itself, or is nested, too deeply"
+    if isinstance(error, MemoryError):
+        return "the memory is used up"
+    text = str(error)
+    if not isinstance(error, jinja2.TemplateError | LimitExceeded):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + " ..."
+
+
+class _Context(jinja2.runtime.Context):
+    """The variables of one rendering, with its allowance."""
+
+    meter: Meter
+
+    def derived(self, locals: dict[str, Any] | None = None) -> "_Context":
+        context = super().derived(locals)
+        assert isinstance(context, _Context)
+        context.meter = self.meter
+        return context
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    context_class = _Context
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The operators whose result may be larger than what they are given."""
+        meter, kind = context.meter, type(left)
+        if operator == "+":
+            if kind is str and type(right) is str:
+                meter.spend(len(left) + len(right))
+                return left + right
+            return meter.result(left + right)
+        if operator == "%":
+            if isinstance(left, str):
+                meter.spend_percent(left, right)
+            return left % right
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length()
+            check_integer(bits + right.bit_length() if operator == "*" else bits * max(0, right))
+        elif operator == "*":
+            if isinstance(left, int):
+                meter.spend_growth(right, (left,), {})
+            else:
+                meter.spend_growth(left, (right,), {})
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A function or method that the template calls."""
+        meter = context.meter
+        # text.format arrives inside a function of jinja's, which keeps it as __wrapped__
+        method = getattr(function, "__wrapped__", function)
+        if type(method) is BuiltinMethodType:
+            args = tuple(list(meter.draw(value)) if isinstance(value, Iterator) else value for value in args)
+            meter.spend_method(method.__self__, method.__name__, args, kwargs)
+        elif isinstance(function, jinja2.runtime.Macro):
+            meter.spend(STEP * (4 + len(args) + len(kwargs)))
+        else:
+            meter.spend(4 * STEP)
+            meter.spend_walk(*args, *kwargs.values())
+        return meter.result(super().call(context, function, *args, **kwargs))
+
+
+class _Rewriter(jinja2.visitor.NodeTransformer):
+    """Put what takes from the allowance into a template's syntax tree. The names of the filters that do it begin with a
+    space, so that none is hidden by them.
+    """
+
+    def __init__(self) -> None:
+        self._units = 0  # of the nodes seen so far
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self._units += _NODE
+        if isinstance(node, nodes.TemplateData):
+            self._units += len(node.data)
+        elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+            self._units += len(node.value)
+        elif isinstance(node, nodes.List | nodes.Dict | nodes.Tuple):
+            self._units += STEP
+        return super().visit(node, *args, **kwargs)
+
+    def _visit_repeated(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
+        """A statement whose body may run more than once: each time takes what its nodes take."""
+        before = self._units
+        self.generic_visit(node)
+        units = nodes.Const(STEP + self._units - before, lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(_filtered(units, " step"), lineno=node.lineno))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(_filtered(units, " step"), node.test, lineno=node.lineno)
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _visit_repeated
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> NoReturn:
+        raise jinja2.TemplateSyntaxError("{% autoescape %} is for web pages, not for chat templates", node.lineno)
+
+    def _refuse(self, node: nodes.Node) -> NoReturn:
+        raise jinja2.TemplateSyntaxError("a chat template is one file: it can take nothing from another", node.lineno)
+
+    visit_Extends = visit_Include = visit_Import = visit_FromImport = _refuse
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [
+            item if isinstance(item, nodes.Const | nodes.TemplateData) else _filtered(item, " walked")
+            for item in node.nodes
+        ]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), " joined")
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        sides = [node.expr, *(operand.expr for operand in node.ops)]
+        if len(sides) == 2 and node.ops[0].op not in ("in", "notin") and any(map(_is_constant, sides)):
+            return node  # the comparison with a constant looks at no more than the constant
+        if not _is_constant(node.expr):
+            node.expr = _filtered(node.expr, " walked")
+        for operand in node.ops:
+            if not _is_constant(operand.expr):
+                found = operand.op in ("in", "notin") and _is_constant(node.expr)
+                operand.expr = _filtered(operand.expr, " scanned" if found else " walked")
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _filtered(node.node, " scanned")
+        elif not _is_constant(node.arg):
+            node.arg = _filtered(node.arg, " walked")
+        return node
+
+    def _visit_arguments(self, node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
+        """Of f(*items), all items are put into a tuple before the call is known to anyone."""
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = _filtered(node.dyn_args, " spread")
+        return node
+
+    visit_Call = visit_Filter = visit_Test = _visit_arguments
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        if not _is_constant(node.key):
+            node.key = _filtered(node.key, " walked")
+        return node
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    """A constant of the template's, or a list of such."""
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return all(isinstance(item, nodes.Const) for item in node.items)
+    return isinstance(node, nodes.Const)
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+@jinja2.pass_context
+def _step(context: Any, units: int) -> bool:
+    context.meter.spend(units)
+    return True
+
+
+@jinja2.pass_context
+def _walked(context: Any, value: Any) -> Any:
+    """`value`, which is about to be written or compared as a whole."""
+    context.meter.spend(len(value) if type(value) is str else context.meter.size(value))
+    return value
+
+
+@jinja2.pass_context
+def _scanned(context: Any, value: Any) -> Any:
+    """`value`, of which a part is about to be copied, or in which something short is looked for."""
+    if isinstance(value, str):
+        context.meter.spend(len(value))
+    elif isinstance(value, list | tuple):
+        context.meter.spend(STEP * len(value))
+    return value
+
+
+@jinja2.pass_context
+def _spread(context: Any, values: Any) -> Any:
+    """`values`, each item of which is about to become an argument."""
+    context.meter.spend(STEP * len(values) if isinstance(values, Sized) else STEP)
+    return values
+
+
+@jinja2.pass_context
+def _joined(context: Any, values: tuple[Any, ...]) -> str:
+    """The operator `~`."""
+    context.meter.spend(2 * context.meter.size(values))
+    return "".join(map(str, values))
+
+
+@jinja2.pass_context
+def _summed(context: Any, values: Any, attribute: Any = None, start: Any = 0) -> Any:
+    """The filter `sum`, one addition after another, so that each may take from the allowance."""
+    environment = context.environment
+    if attribute is not None:
+        values = environment.call_filter("map", values, kwargs={"attribute": attribute}, context=context)
+    for value in context.meter.draw(iter(values)):
+        start = environment.call_binop(context, "+", start, value)
+    return start
+
+
+def _spend_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take what a filter costs."""
+    if isinstance(value, str) and name in _ELEMENT_FILTERS:
+        meter.spend(STEP * len(value))
+    if name in _LINEAR_FILTERS:
+        meter.spend_walk(value, *args, *kwargs.values())
+    elif name == "join" and "attribute" not in kwargs and len(args) < 2:
+        meter.spend_join(args[0] if args else kwargs.get("d", ""), value)
+    elif name == "replace":
+        meter.spend_replace(value, args, kwargs)
+    elif name == "format":
+        meter.spend_walk(value)
+        meter.spend_percent(str(value), (*args, *kwargs.values()))
+    elif name == "tojson":
+        indented = kwargs.get("indent") is not None or len(args) > 1
+        meter.spend_growth(value, args, kwargs, _INDENTED if indented else 1)
+    else:
+        meter.spend_growth(value, args, kwargs, _SLOW if name in _SLOW_FILTERS else 1)
+
+
+def _bounded_filter(name: str) -> Callable[..., Any]:
+    """The filter of that name, which takes from the allowance what it costs."""
+
+    @jinja2.pass_context
+    def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = context.meter
+        if name in _ITEM_FILTERS:
+            each = STEP + sum(map(meter.size, (*args, *kwargs.values())))
+            return meter.draw(_plain().call_filter(name, value, args, kwargs, context), each)
+        if isinstance(value, Iterator):
+            value = list(meter.draw(value))
+        _spend_filter(meter, name, value, args, kwargs)
+        return meter.result(_plain().call_filter(name, value, args, kwargs, context))
+
+    return bounded
+
+
+def _bounded_test(name: str) -> Callable[..., Any]:
+    """The test of that name, which takes from the allowance what it costs."""
+
+    @jinja2.pass_context
+    def bounded(context: Any, value: Any, *args: Any) -> Any:
+        if name in _NUMBER_TESTS and isinstance(value, str):
+            raise TypeError(f"{name} is a test for numbers")
+        context.meter.spend_walk(value, *args)
+        return _plain().call_test(name, value, args, context=context)
+
+    return bounded
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, by which some templates mark answers: shown as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja's own convention)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """What {% set space.name = ... %} writes to. Printed it is its name: it may hold itself."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > _MAX_REASON:
+        raise LimitExceeded(f"a date format of more than {_MAX_REASON} characters")
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON that keeps its letters, with the arguments that transformers gives this filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=1)
+def _plain() -> jinja2.Environment:
+    """The filters and tests as they are, for those that take from the allowance to call."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Environment:
+    """Jinja as transformers sets it up for chat templates: sandboxed, block lines trimmed, JSON that keeps its
+    letters.
+    """
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    for name in set(_plain().filters) - _CONSTANT_FILTERS:
+        environment.filters[name] = _bounded_filter(name)
+    for name in set(_plain().tests) - _CONSTANT_TESTS:
+        environment.tests[name] = _bounded_test(name)
+    for name in _LEFT_OUT:
+        del environment.filters[name]
+    del environment.globals["lipsum"]  # as long as one likes, and at random
+    own: dict[str, Any] = {
+        "sum": _summed,
+        " step": _step,
+        " walked": _walked,
+        " scanned": _scanned,
+        " spread": _spread,
+        " joined": _joined,
+    }
+    environment.filters.update(own)
+    environment.globals["namespace"] = _Namespace
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment

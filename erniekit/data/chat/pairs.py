@@ -1,0 +1,65 @@
+"""A pair of answers as one document: the prompt once, then both answers (batch.PairLayout)."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.batch import IGNORE, Document, PairLayout
+from erniekit.data.records.sample import Sample
+from erniekit.utils.errors import DataError
+
+
+def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
+    """The conversation that goes on with one answer of a pair; its prompt carries no loss."""
+    counts = [sum(message["role"] == "assistant" for message in part) for part in (sample.messages, answer)]
+    label = [0] * counts[0] + [1] * counts[1]
+    return replace(sample, kind="chat", messages=sample.messages + answer, label=label, answers=None)
+
+
+def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Document:
+    """Two sequences that begin with the same prompt as one document; their first label is that of the prompt's last
+    token. Raises DataError if the prompts differ, an answer has no label, or the answers are the same.
+    """
+    ends = [np.flatnonzero(side.labels != IGNORE)[:1].tolist() for side in (chosen, rejected)]
+    if not all(ends):
+        raise DataError("an answer of the pair has nothing to learn: it is empty in this chat template")
+    prompt = ends[0][0]
+    if ends[0] != ends[1] or not np.array_equal(chosen.ids[: prompt + 1], rejected.ids[: prompt + 1]):
+        raise DataError("the chat template shows the two answers behind different prompts, so they cannot be compared")
+    layout = PairLayout(prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt, score_delta)
+    ids, labels = (np.concatenate([part[0], part[1][prompt:]]) for part in zip(chosen[:2], rejected[:2], strict=True))
+    document = Document(ids, labels, layout)
+    if answers_are_equal(document):
+        raise DataError(
+            "the chat template shows both answers alike, as it leaves out or strips what they differ in. "
+            "Hint: remove the record, or choose another template"
+        )
+    return document
+
+
+def answers_are_equal(document: Document) -> bool:
+    """Whether a document is a pair whose answers have the same tokens, so that there is nothing to prefer."""
+    if document.pair is None:
+        return False
+    prompt, chosen, rejected, _ = document.pair
+    return np.array_equal(document.ids[prompt : prompt + chosen], document.ids[prompt + chosen :][:rejected])
+
+
+def cut_document(document: Document, most: int) -> Document:
+    """At most `most` tokens: a document loses its end; of a pair the longer answer is shortened first. A pair whose
+    prompt leaves no room comes back without labels.
+    """
+    if document.pair is None:
+        return Document(document.ids[:most], document.labels[:most])
+    prompt, chosen, rejected, score_delta = document.pair
+    room = most - prompt
+    if room < 2:
+        return Document(document.ids, np.full_like(document.labels, IGNORE))
+    shorter = min(chosen, rejected, room // 2)
+    longer = min(max(chosen, rejected), room - shorter)
+    kept = (longer, shorter) if chosen >= rejected else (shorter, longer)
+    ids, labels = (
+        np.concatenate([array[: prompt + kept[0]], array[prompt + chosen :][: kept[1]]]) for array in document[:2]
+    )
+    return Document(ids, labels, PairLayout(prompt, *kept, score_delta))

@@ -1,0 +1,282 @@
+"""The one global stream of rows: the same whatever the number of ranks, workers or microbatches, and able to begin at
+any row.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.batch import IGNORE, Document, Row
+from erniekit.data.chat.encode import Encoded
+from erniekit.data.collate import make_row
+from erniekit.data.packing import Packer
+from erniekit.data.sampler import Sampler
+from erniekit.data.workers import EncodingService
+from erniekit.utils.errors import DataError
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the stream has given so far. `samples` are the records used (so `cut` is a part of them), `dropped` those
+    of which nothing was left; these three are counted when the packer's window takes them, a little before their rows
+    come. `rows`, `tokens` and `supervised_tokens` (those with a label) count the rows given.
+    """
+
+    samples: int = 0
+    cut: int = 0
+    dropped: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two rows.
+
+    A window of the order begins in `round` at sample `start`, preceded by the `carried` documents (sample's index in
+    the round, document's index in the sample) of the window before; `emitted` of its rows have been given.
+    `window_counts` were the counts when the window began, `counts` are those of now. To continue from here only the
+    window is read again. `stop` is the sample where it ended, `last` whether the round ended with it, `closed` whether
+    all its rows have been given: with another num_train_epochs the round may have become longer or shorter, but this
+    window is read as it was.
+    """
+
+    round: int = 0
+    start: int = 0
+    carried: tuple[tuple[int, int], ...] = ()
+    emitted: int = 0
+    window_counts: Counts = Counts()
+    counts: Counts = Counts()
+    stop: int = 0
+    last: bool = False
+    closed: bool = False
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of which every row has been given."""
+        return self.round + (self.closed and self.last)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "carried": [list(key) for key in self.carried]}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "Position":
+        counts = {name: Counts(**state[name]) for name in ("window_counts", "counts")}
+        return cls(
+            state["round"],
+            state["start"],
+            tuple((int(i), int(j)) for i, j in state["carried"]),
+            state["emitted"],
+            stop=state.get("stop", 0),  # positions of earlier versions have none
+            last=state.get("last", False),
+            closed=state.get("closed", False),
+            **counts,
+        )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A document, its key in a round (see Position), and its record's "file:line"."""
+
+    key: tuple[int, int]
+    where: str
+    document: Document
+
+
+class PackedStream:
+    """Rows of packed documents from the records that `order` names, encoded by `service`.
+
+    `num_rounds` None: without end. A fraction ends within a round: 1.5 rounds are one round and the first half of the
+    next. At the end of a round the packer's open rows are given out, so that an epoch's samples are in the epoch's
+    rows.
+    """
+
+    def __init__(
+        self,
+        order: Sampler,
+        service: EncodingService,
+        packer: Packer,
+        window: int,
+        max_seq_len: int,
+        num_rounds: float | None,
+    ):
+        self._order, self._service, self._packer = order, service, packer
+        self._window, self._max_seq_len, self._num_rounds = window, max_seq_len, num_rounds
+        self._recent: dict[int, np.ndarray] = {}
+        self._lengths: dict[int, int] = {}  # of whole rounds
+
+    def ids(self, number: int) -> np.ndarray:
+        """The record numbers of a round, int64 [N]; fewer in a round that is only used in part, none after the last."""
+        if number not in self._recent:
+            # Two are kept: the encoding service reads ahead into the next round. `pop` and not `del`: another thread
+            # may do the same.
+            for old in sorted(self._recent)[:-1]:
+                self._recent.pop(old, None)
+            ids = self._order.round(number)
+            self._lengths[number] = len(ids)
+            if self._num_rounds is not None:
+                ids = ids[: max(0, round(len(ids) * min(1.0, self._num_rounds - number)))]
+            self._recent[number] = ids
+            return ids
+        return self._recent[number]
+
+    def round_length(self, number: int) -> int:
+        """Samples in a whole round, also where num_rounds ends within it."""
+        self.ids(number)
+        return self._lengths[number]
+
+    def _more(self, number: int) -> bool:
+        return self._num_rounds is None or number < math.ceil(self._num_rounds)
+
+    def _is_beyond(self, position: Position) -> bool:
+        """Whether the training ends before `position`, which a run with more epochs has reached."""
+        return not self._more(position.round) or len(self.ids(position.round)) < max(position.start, position.stop)
+
+    def epochs(self, position: Position) -> float:
+        """How many rounds have been read at `position`, the current window counted as a whole."""
+        if not self._more(position.round):
+            return float(position.round)
+        length = len(self.ids(position.round))
+        end = position.stop or position.start + self._window if position.emitted else position.start
+        return position.round + min(end, length) / self.round_length(position.round)
+
+    def is_at_end(self, position: Position) -> bool:
+        """Whether no row comes after `position`, as far as that is known without reading."""
+        if self._num_rounds is None or self._is_beyond(position):
+            return self._num_rounds is not None
+        whole = position.closed and position.stop == len(self.ids(position.round))
+        return whole and not self._more(position.round + 1)
+
+    def rows(self, position: Position) -> Generator[tuple[Row, Position], None, None]:
+        """The rows after `position`, each with the position behind it. Close the generator to end the workers that it
+        may have started.
+        """
+        if self._is_beyond(position):
+            return
+        encoded = self._service.stream(self._numbers(position))
+        try:
+            number, start, emitted, counts = position.round, position.start, position.emitted, position.window_counts
+            pending = self._take_carried(encoded, position.carried)
+            while self._more(number):
+                length = len(self.ids(number))
+                stop, last = self._window_end(start, length, position if emitted else None)
+                if start == stop and not pending:
+                    return
+                began = Position(number, start, tuple(placed.key for placed in pending), 0, counts, counts, stop, last)
+                counts, new = self._take(encoded, start, stop, counts)
+                documents = pending + new
+                groups, carried = self._packer(
+                    [len(placed.document.ids) for placed in documents], self._max_seq_len, last
+                )
+                for done, group in enumerate(groups, 1):
+                    row = make_row([documents[i].document for i in group], [documents[i].where for i in group])
+                    counts = _count_row(counts, row)
+                    if done > emitted:
+                        yield row, replace(began, emitted=done, counts=counts, closed=done == len(groups))
+                emitted = 0
+                pending = [documents[i] for i in carried]
+                start = stop
+                if stop == length and not pending:
+                    self._check_not_empty(counts)
+                    number, start = number + 1, 0
+        finally:
+            encoded.close()
+
+    def _window_end(self, start: int, length: int, resumed: Position | None) -> tuple[int, bool]:
+        """The sample where a window that begins at `start` ends, and whether its round of `length` samples ends there;
+        for the window that `resumed` lies in, as they were.
+        """
+        if resumed is not None and resumed.stop:
+            return resumed.stop, resumed.last
+        stop = min(start + self._window, length)
+        return stop, stop == length
+
+    def _numbers(self, position: Position) -> Iterator[int]:
+        """The record numbers to encode from `position` on: those of the carried documents, then the order."""
+        ids = self.ids(position.round) if self._more(position.round) else np.empty(0, np.int64)
+        for index in dict.fromkeys(index for index, _ in position.carried):
+            yield int(ids[index])
+        number, start = position.round, position.start
+        while self._more(number):
+            ids = self.ids(number)
+            for index in range(start, len(ids)):
+                yield int(ids[index])
+            number, start = number + 1, 0
+
+    @staticmethod
+    def _take_carried(encoded: Iterator[Encoded], carried: Sequence[tuple[int, int]]) -> list[_Placed]:
+        records = {index: next(encoded) for index in dict.fromkeys(index for index, _ in carried)}
+        return [_Placed((i, j), records[i].where, records[i].documents[j]) for i, j in carried]
+
+    @staticmethod
+    def _take(encoded: Iterator[Encoded], start: int, stop: int, counts: Counts) -> tuple[Counts, list[_Placed]]:
+        """The documents of the next samples of the order, and the counts with these samples."""
+        documents: list[_Placed] = []
+        samples = cut = dropped = 0
+        for index in range(start, stop):
+            record = next(encoded)
+            samples += not record.dropped
+            dropped += bool(record.dropped)
+            cut += record.cut
+            documents += [_Placed((index, j), record.where, document) for j, document in enumerate(record.documents)]
+        now = Counts(
+            counts.samples + samples,
+            counts.cut + cut,
+            counts.dropped + dropped,
+            counts.rows,
+            counts.tokens,
+            counts.supervised_tokens,
+        )
+        return now, documents
+
+    @staticmethod
+    def _check_not_empty(counts: Counts) -> None:
+        if counts.rows == 0:
+            raise DataError(
+                f"all {counts.dropped} samples were dropped, nothing is left to read. "
+                "Hint: raise max_seq_len, or set truncation: cut; the lines above give the reasons."
+            )
+
+    def count_rows(self, number: int, lengths_of: Callable[[int], Sequence[int]], limit: int | None = None) -> int:
+        """The number of rows of a round (of its first `limit` samples), from the lengths of each record's documents:
+        what rows() gives, without reading anything.
+        """
+        ids = self.ids(number)[:limit]
+        rows, pending = 0, list[int]()
+        for start in range(0, len(ids), self._window):
+            stop = min(start + self._window, len(ids))
+            lengths = pending + [length for n in ids[start:stop].tolist() for length in lengths_of(n)]
+            groups, carried = self._packer(lengths, self._max_seq_len, stop == len(ids))
+            rows += len(groups)
+            pending = [lengths[i] for i in carried]
+        return rows
+
+    def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
+        """The number of rows after `position` to the end of a training that has one, as count_rows()."""
+        number, start, emitted, rows = position.round, position.start, position.emitted, 0
+        if self._is_beyond(position):
+            return 0
+        ids = self.ids(number)
+        pending = [lengths_of(int(ids[i]))[j] for i, j in position.carried]
+        while self._more(number):
+            ids = self.ids(number)
+            stop, last = self._window_end(start, len(ids), position if emitted else None)
+            if start == stop and not pending:
+                break
+            lengths = pending + [length for n in ids[start:stop].tolist() for length in lengths_of(n)]
+            groups, carried = self._packer(lengths, self._max_seq_len, last)
+            rows += len(groups) - emitted
+            emitted, start, pending = 0, stop, [lengths[i] for i in carried]
+            if stop == len(ids) and not pending:
+                number, start = number + 1, 0
+        return rows
+
+
+def _count_row(counts: Counts, row: Row) -> Counts:
+    supervised = counts.supervised_tokens + int(np.count_nonzero(row.labels != IGNORE))
+    return Counts(counts.samples, counts.cut, counts.dropped, counts.rows + 1, counts.tokens + len(row), supervised)

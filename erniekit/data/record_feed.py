@@ -1,0 +1,269 @@
+"""Rows made of text records: conversations and pretraining text, tokenised while training.
+
+files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
+"""
+
+import hashlib
+import math
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from erniekit.data.batch import Row
+from erniekit.data.chat import template as chat
+from erniekit.data.chat import tokenizer as text_tokenizer
+from erniekit.data.chat.encode import Encoded, Template, Tokenizer
+from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
+from erniekit.data.packed_stream import PackedStream, Position
+from erniekit.data.packing import Packer, greedy, no_packing, sequential
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
+from erniekit.data.sampler import Sampler
+from erniekit.data.workers import EncoderSpec, EncodingService
+from erniekit.utils import log
+from erniekit.utils.errors import DataError
+
+_COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
+_WINDOW = 64  # samples read at a time where the packer does not care
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long the stream is. `num_epochs` None: max_steps decides, the stream has no end."""
+
+    max_seq_len: int
+    max_estimate_samples: int
+    num_epochs: float | None
+    # of the strategy `random`, whose epochs are a matter of definition; None: an epoch is a round of the order
+    samples_per_epoch: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """How records are looked at when their files are opened: each `every`-th of them. With `gather_faults` bad lines
+    are gathered (Source.faults), whatever on_bad_line says.
+    """
+
+    every: int = 1
+    gather_faults: bool = False
+
+
+EVERY_RECORD = Inspection()
+
+
+class RecordFeed:
+    """The rows of text records, for a Loader (see loader.Feed)."""
+
+    def __init__(
+        self, dataset: Dataset, stream: PackedStream, service: EncodingService, extent: Extent, identity: dict[str, Any]
+    ):
+        self.dataset, self.identity = dataset, identity
+        self._stream, self._service, self._extent = stream, service, extent
+        self._lengths: Lengths | None = None
+        self._measured: tuple[float, Lengths] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether `rows_left` counts; otherwise it estimates."""
+        measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
+        return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
+
+    def begin(self) -> Position:
+        """The place before the first row."""
+        return Position()
+
+    def read_position(self, state: dict[str, Any]) -> Position:
+        """A place from what its to_dict() gave."""
+        return Position.from_dict(state)
+
+    def rows(self, position: Position) -> Generator[tuple[Row, Position], None, None]:
+        """The rows after `position`, each with the place behind it."""
+        return self._stream.rows(position)
+
+    def interrupt(self) -> None:
+        """End the workers of every stream, also while another thread waits for them."""
+        self._service.stop()
+
+    def report(self, position: Position) -> dict[str, Any]:
+        """samples (used), cut, dropped, bad_lines (skipped when the files were checked), rows, tokens,
+        supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch.
+        """
+        counts = position.counts
+        fill_rate = counts.tokens / (counts.rows * self._extent.max_seq_len) if counts.rows else 0.0
+        return {
+            **asdict(counts),
+            "bad_lines": self.dataset.bad_lines,
+            "fill_rate": round(fill_rate, 4),
+            "epoch": round(self._epoch(position), 4),
+        }
+
+    def _epoch(self, position: Position) -> float:
+        if self._extent.samples_per_epoch is not None:
+            return (position.counts.samples + position.counts.dropped) / self._extent.samples_per_epoch
+        return self._stream.epochs(position)
+
+    def lengths(self) -> Lengths:
+        """The tokens of all samples, measured when asked for the first time (see data.lengths)."""
+        if self._lengths is None:
+            self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
+        return self._lengths
+
+    def encode(self, number: int) -> Encoded:
+        """The documents that record `number` becomes."""
+        with closing(self._service.stream([number])) as encoded:
+            return next(encoded)
+
+    def epochs_done(self, position: Position) -> int:
+        """Epochs of which every row has been given."""
+        return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
+
+    def rows_left(self, position: Position) -> float:
+        """Rows from `position` to the end of num_train_epochs. Where the lengths are estimated it is a little more than
+        the estimate, so that the training ends with the data and reads all of it.
+        """
+        epochs = self._extent.num_epochs
+        assert epochs is not None, "max_steps decides where this training ends"
+        if self._stream.is_at_end(position):
+            return 0.0
+        rows, lengths = self._measure()
+        if lengths.exact:
+            return float(self._stream.rows_left(position, lengths.of))
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the error to be expected of so many samples
+        left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
+        return max(0.0, left) + rows * epochs * margin
+
+    def _measure(self) -> tuple[float, Lengths]:
+        """Rows of the first epoch, and the lengths of all samples (see data.lengths); says what was found."""
+        if self._measured is not None:
+            return self._measured
+        stream, extent = self._stream, self._extent
+        lengths = self.lengths()
+        if lengths.num_dropped == lengths.num_measured:
+            raise DataError(
+                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
+                "Hint: raise max_seq_len, or set truncation: cut."
+            )
+        ids = len(stream.ids(0))
+        limit = ids if lengths.exact else min(ids, _COUNTED)
+        epoch_samples = extent.samples_per_epoch or stream.round_length(0)
+        rows = stream.count_rows(0, lengths.of, limit) * epoch_samples / limit
+        log.info(
+            f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
+            f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
+            f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
+        )
+        self._measured = rows, lengths
+        return self._measured
+
+
+def _how(lengths: Lengths, exact: bool) -> str:
+    if lengths.exact:
+        return "exact" if exact else "estimated from all samples"
+    return f"estimated from {lengths.num_measured} samples"
+
+
+def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
+    """The text data sets that a configuration names for `split` ("train" or "eval")."""
+    asked = _asked(cfg, split)
+    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+
+
+def open_text(
+    cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
+) -> RecordFeed:
+    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+    asked, specs = _asked(cfg, split), specs_of(cfg, split)
+    on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
+    dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
+    sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
+    log.info(f"{split} data: {len(dataset)} samples from {sizes}")
+    packer, window = _packer(cfg)
+    if template is None and not _is_plain(specs):
+        template = chat.load_template(tokenizer, cfg.chat_template)
+    spec = EncoderSpec(
+        tokenizer,
+        cfg.max_seq_len,
+        cfg.truncation,
+        cfg.on_bad_line,
+        cfg.max_prompt_len if cfg.stage == "DPO" else None,
+        template,
+    )
+    remember = len(dataset) <= cfg.max_estimate_samples
+    service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
+    order = Sampler(dataset.sizes, [spec.prob for spec in specs], asked.strategy, cfg.seed, asked.shuffle)
+    stream = PackedStream(order, service, packer, window, cfg.max_seq_len, asked.num_epochs)
+    samples = cfg.num_samples_each_epoch if order.endless else None
+    extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
+    identity = _identity(cfg, specs, dataset, packer) | {
+        f"content of {split}_dataset_path": dataset.digests,
+        "tokenizer": tokenizer.fingerprint,
+        "chat template": None if _is_plain(specs) else _hash(template),
+    }
+    return RecordFeed(dataset, stream, service, extent, identity)
+
+
+def _is_plain(specs: list[SourceSpec]) -> bool:
+    """Whether no record needs a chat template."""
+    return all(spec.type == "text" for spec in specs)
+
+
+def _hash(template: Template | None) -> str | None:
+    """Of a template's text."""
+    return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
+
+
+def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+    """The chat template of a run: None where all its data is plain text and no template is named."""
+    specs: list[SourceSpec] = []
+    if cfg.dataset_type != "pretrain":
+        specs += specs_of(cfg, "train")
+    if cfg.eval_dataset_path:
+        specs += specs_of(cfg, "eval")
+    if cfg.chat_template is None and _is_plain(specs):
+        return None
+    return chat.load_template(tokenizer, cfg.chat_template)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the configuration asks for a split."""
+
+    paths: Any
+    types: Any
+    probs: Any
+    strategy: str
+    shuffle: bool
+    num_epochs: float | None
+
+
+def _asked(cfg: Any, split: str) -> _Asked:
+    if split == "train":
+        paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
+        num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
+        return _Asked(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
+    paths, types, probs = cfg.eval_dataset_path, cfg.eval_dataset_type, cfg.eval_dataset_prob
+    return _Asked(paths, types, probs, "concat", False, 1.0)
+
+
+def _packer(cfg: Any) -> tuple[Packer, int]:
+    """The packing that the configuration asks for, and how many samples it is given at a time."""
+    if not cfg.packing:
+        return no_packing, _WINDOW
+    return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)
+
+
+def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
+    """All that decides which rows the stream gives, by the names that a user knows."""
+    identity = {
+        "seed": cfg.seed,
+        "random_shuffle": cfg.random_shuffle,
+        "mix_strategy": cfg.mix_strategy,
+        "train_dataset_type": [spec.type for spec in specs],
+        "train_dataset_prob": [spec.prob for spec in specs],
+        "number of samples": dataset.sizes,
+        "max_seq_len": cfg.max_seq_len,
+        "truncation": cfg.truncation,
+        "packing": packer.__name__,
+        "buffer_size": cfg.buffer_size if packer is greedy else None,
+    }
+    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.stage == "DPO" else {})

@@ -1,0 +1,260 @@
+"""The data sets that a run reads: opened, checked line by line at the start, and numbered as one list of records."""
+
+import hashlib
+import math
+import re
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit import hub
+from erniekit.config.values import split_list
+from erniekit.data.records.data_file import DataFile, Raw
+from erniekit.data.records.fields import Notes
+from erniekit.data.records.find_files import find_files
+from erniekit.data.records.formats import ALIASES, FORMATS, parse_record
+from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.readers import load_record, open_file
+from erniekit.utils import log
+from erniekit.utils.errors import DataError
+
+_SHOWN_BAD_LINES = 5  # the others are only counted
+_SHOWN_FIELDS = 20  # of those of a file that are not used
+_SECONDS_BETWEEN_NOTES = 30.0
+_SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One entry of train_dataset_path: where it is, its records' type (a key of FORMATS or PREFERENCE_FORMATS), its
+    share.
+    """
+
+    path: str
+    type: str
+    prob: float
+
+
+def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT") -> list[SourceSpec]:
+    """Read the comma-separated (or already split) values of {split}_dataset_path/type/prob.
+
+    No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
+    preference_formats. No share means equal shares; shares are
+    divided by their sum.
+    """
+    path_list, type_list, prob_list = (_split(value) for value in (paths, types, probs))
+    key = f"{split}_dataset"
+    if not path_list:
+        raise DataError(f"{key}_path is not set. Hint: give the data file, a directory of data files, or a Hub name.")
+    type_list = type_list or ["erniekit"] * len(path_list)
+    prob_list = prob_list or [str(1 / len(path_list))] * len(path_list)
+    if not len(path_list) == len(type_list) == len(prob_list):
+        raise DataError(
+            f"{key}_path has {len(path_list)} entries, {key}_type {len(type_list)} and {key}_prob {len(prob_list)}. "
+            "Hint: give one of each for every data set."
+        )
+    shares = [_share(text, key) for text in prob_list]
+    return [
+        SourceSpec(path, _type(name, key, stage), share / sum(shares))
+        for path, name, share in zip(path_list, type_list, shares, strict=True)
+    ]
+
+
+def _split(value: Any) -> list[str]:
+    if value is None:
+        return []
+    parts = value if isinstance(value, list | tuple) else split_list(str(value))
+    return [text for text in (str(part).strip() for part in parts) if text]
+
+
+def _share(text: str, key: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise DataError(
+            f"{key}_prob: {text!r} is not a positive number. Hint: to leave a data set out, remove it from the lists."
+        )
+    return share
+
+
+def _type(name: str, key: str, stage: str) -> str:
+    name = ALIASES.get(name, name)
+    if name not in FORMATS:
+        raise DataError(f"{key}_type: unknown type {name!r}. Hint: the types are {', '.join([*FORMATS, *ALIASES])}.")
+    if stage == "DPO":
+        if f"{name} (DPO)" not in PREFERENCE_FORMATS:
+            raise DataError(
+                f"{key}_type: stage DPO reads pairs of answers, not {name}. Hint: use type erniekit or messages."
+            )
+        return f"{name} (DPO)"
+    if stage != "PT":
+        return name
+    if name not in ("erniekit", "text"):
+        raise DataError(
+            f'{key}_type: stage PT reads pretraining text ({{"text": ...}}), not {name}. '
+            "Hint: use type erniekit, or stage SFT."
+        )
+    return "text"
+
+
+class Source:
+    """The valid records of one data set. `bad_lines` counts those that were skipped, `faults` are the first of them.
+
+    on_bad_line: error, skip, or gather: as skip, but without a log line. With check_every = n only each n-th record is
+    looked at; the others are taken to be valid.
+    """
+
+    def __init__(
+        self,
+        spec: SourceSpec,
+        split: str,
+        on_bad_line: str = "error",
+        download_hub: str | None = None,
+        check_every: int = 1,
+    ):
+        self.spec, self.bad_lines = spec, 0
+        self.faults: list[str] = []
+        self.check_every = check_every
+        self._on_bad_line = on_bad_line
+        self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
+        self._checked = 0
+        self._unused: Counter[str] = Counter()
+        self._doubts: Counter[str] = Counter()
+        self.files: list[DataFile] = []
+        for path in self._find(split, download_hub):
+            self.files.append(open_file(path, self._check, self._on_bad))
+            self._say_notes(self.files[-1])
+        self._ends = list(accumulate(len(file) for file in self.files))
+        if self.bad_lines and on_bad_line == "skip":
+            log.warning(
+                f"{spec.path}: {self.bad_lines} bad lines were skipped (on_bad_line: skip), {len(self)} records are "
+                "left"
+            )
+        if not len(self):
+            raise DataError(
+                f"{spec.path}: no record to read ({self.bad_lines} bad lines were skipped). "
+                f"Hint: is this the right file, and of type {spec.type}?"
+                + (f"\n  the first bad line: {self.faults[0]}" if self.faults else "")
+            )
+
+    def _find(self, split: str, download_hub: str | None) -> list[Path]:
+        path = hub.resolve_dataset(self.spec.path, download_hub, f"{split}_dataset_path")
+        data, others = find_files(path)
+        if others:
+            shown = ", ".join(other.name for other in others[:3]) + (", ..." if len(others) > 3 else "")
+            log.info(f"{self.spec.path}: {len(others)} files there are not data and are not read ({shown})")
+        if path != Path(self.spec.path).expanduser():
+            data = _of_split(data, path, split)
+            log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
+        return data
+
+    def _check(self, raw: Raw, where: str) -> None:
+        self._checked += 1
+        if self._checked % self.check_every:
+            return
+        if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
+            log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
+            self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
+        notes = Notes()
+        parse_record(load_record(raw, where), self.spec.type, where, notes)
+        if notes.unused:
+            self._unused.update(notes.unused)
+        if notes.doubts:
+            self._doubts.update(notes.doubts)
+
+    def _on_bad(self, error: DataError) -> None:
+        if self._on_bad_line == "error":
+            raise DataError(f"{error} (on_bad_line: skip passes over such lines)")
+        self.bad_lines += 1
+        if self.bad_lines <= _SHOWN_BAD_LINES:
+            self.faults.append(str(error))
+            if self._on_bad_line == "skip":
+                log.warning(f"skipped: {error}")
+
+    @property
+    def digest(self) -> str:
+        """A hash of all valid records in their order; the names of the files do not matter."""
+        digests = "".join(file.digest for file in self.files)
+        return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+
+    def _say_notes(self, file: DataFile) -> None:
+        """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
+        if self._unused:
+            ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
+            more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
+            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {shown}{more}")
+        for doubt, count in sorted(self._doubts.items()):
+            log.warning(f"{file.path}: {count} of {len(file)} records: {doubt}")
+        self._unused.clear()
+        self._doubts.clear()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def record(self, i: int) -> tuple[Raw, str]:
+        """Record i as it is in its file, and its "file:line"."""
+        which = bisect_right(self._ends, i)
+        local = i - (self._ends[which - 1] if which else 0)
+        return self.files[which].raw(local), self.files[which].where(local)
+
+
+def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
+    """Of a Hub data set, which often holds all its splits in one place, the files that name `split` in their path; all
+    files if none names any split.
+    """
+
+    def words(path: Path) -> set[str]:
+        return set(re.split(r"[^a-z]+", str(path.relative_to(root)).lower()))
+
+    chosen = [file for file in files if words(file) & set(_SPLIT_WORDS[split])]
+    if chosen:
+        return chosen
+    every = {word for group in _SPLIT_WORDS.values() for word in group}
+    rest = [file for file in files if not words(file) & every]
+    if not rest:
+        raise DataError(
+            f"{root}: no file there is for {split}: {', '.join(file.name for file in files)}. "
+            "Hint: give the path of the file itself."
+        )
+    return rest
+
+
+class Dataset:
+    """All sources of a split; their records are numbered through, source after source."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = list(sources)
+        self.sizes = [len(source) for source in self.sources]
+        self.digests = [source.digest for source in self.sources]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @cached_property
+    def record_bytes(self) -> np.ndarray:
+        """Bytes of each record in its file, int64 [N]; of parquet, which has no lines, the file's mean."""
+        return np.concatenate([file.record_bytes() for source in self.sources for file in source.files])
+
+    @property
+    def bad_lines(self) -> int:
+        """Lines skipped when the files were checked."""
+        return sum(source.bad_lines for source in self.sources)
+
+    def record(self, number: int) -> tuple[str, Raw, str]:
+        """(type, record, "file:line") of record `number`."""
+        which = bisect_right(self._ends, number)
+        source = self.sources[which]
+        raw, where = source.record(number - (self._ends[which - 1] if which else 0))
+        return source.spec.type, raw, where

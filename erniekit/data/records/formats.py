@@ -1,0 +1,159 @@
+"""One record of a data file -> one Sample. Pure functions; every field is checked.
+
+Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
+...} or {"tgt": [...]}; at stage PT the type `erniekit` means this one). At stage DPO the first four mean pairs of
+answers, see preference_formats. What happens to fields that a type does not know is said in `fields`.
+"""
+
+from typing import Any
+
+from erniekit.data.records.errors import BadRecord, reading
+from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.sample import (
+    Format,
+    Sample,
+    alpaca_prompt,
+    conversation,
+    label_of,
+    system_messages,
+    turns_of,
+)
+from erniekit.data.records.values import kind_of, text_of, texts_of
+
+ALIASES = {"chatml": "messages"}
+
+_SIGNATURES = {  # field -> the type that a record with it probably is
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "src": "erniekit",
+    "text": "text",
+    "prompt": "messages",
+}
+_PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_response")
+
+
+def parse_record(record: Any, type_name: str, where: str = "record", notes: Notes | None = None) -> Sample:
+    """Check a record and turn it into a Sample.
+
+    `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias; `where` ("file:line") opens the message of the
+    DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
+    """
+    format = _ALL[ALIASES.get(type_name, type_name)]
+    notes = Notes() if notes is None else notes
+    with reading(where):
+        if not isinstance(record, dict):
+            raise BadRecord(
+                f"a record must be an object with named fields, not {kind_of(record)}",
+                "write one JSON object per record",
+            )
+        _check_type(record, format, type_name)
+        check_fields(record, format.fields, f"type {type_name}", DECISIVE, notes)
+        try:
+            return format.read(record, notes)
+        except BadRecord as bad:
+            unused = [name for name in record if name not in format.fields]
+            if not unused or "missing" not in bad.reason:
+                raise
+            raise BadRecord(f"{bad.reason} (it has {', '.join(map(repr, unused[:5]))})", bad.hint) from None
+
+
+def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
+    """BadRecord if the record shows by its fields that it is of another type, or for another stage."""
+    if any(name in record for name in format.marks):
+        return
+    if "text_info" in record or "image_info" in record:
+        raise BadRecord(
+            f"this looks like vision-language data (stage VL-SFT), not type {type_name}",
+            "this version cannot train on it",
+        )
+    likely = [what for name, what in _SIGNATURES.items() if name in record]
+    _check_stage(record, type_name, likely[0] if likely else "")
+    for name, what in _SIGNATURES.items():
+        if name in record and name not in format.fields:
+            raise BadRecord(
+                f"field {name!r} does not belong to type {type_name}",
+                f"this looks like {what}; set the dataset type to {what}{' and stage: PT' if what == 'text' else ''}",
+            )
+
+
+def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
+    """BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
+    is_pair = any(name in record for name in _PAIR_FIELDS)
+    wants_pair = type_name in PREFERENCE_FORMATS
+    if wants_pair and not is_pair and likely:
+        stage = "PT to train on plain text" if likely == "text" else "SFT to train on single answers"
+        raise BadRecord(
+            "one answer, but stage: DPO trains on pairs of answers, a chosen and a rejected one "
+            "(fields response, or chosen and rejected)",
+            f"set stage: {stage}, or give preference data",
+        )
+    if is_pair and not wants_pair:
+        raise BadRecord(
+            "two answers, a chosen and a rejected one: this looks like preference data (stage DPO)",
+            "set stage: DPO" + (f" and the dataset type to {likely}" if likely not in ("", type_name) else ""),
+        )
+
+
+def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
+    src, tgt = texts_of(record, "src"), texts_of(record, "tgt")
+    if len(src) != len(tgt):
+        raise BadRecord(f"'src' has {len(src)} turns and 'tgt' has {len(tgt)}", "each user turn needs its answer")
+    label = label_of(record, len(tgt))
+    messages = system_messages(record)
+    is_system = record.get("is_system")
+    if is_system not in (None, 0, 1):
+        raise BadRecord("'is_system' must be 0 or 1", "1 means that src[0] is the system text")
+    if is_system:
+        if messages:
+            raise BadRecord("both 'system' and 'is_system' give a system text", "keep one of them")
+        if len(src) < 2:
+            raise BadRecord(
+                "'is_system' is 1 but there is no turn after the system text", "add the turns, or set it to 0"
+            )
+        messages = [{"role": "system", "content": text_of(src[0], "src[0]")}]
+        src, tgt, label = src[1:], tgt[1:], label and label[1:]
+    first = 1 if is_system else 0
+    for i, (question, answer) in enumerate(zip(src, tgt, strict=True), first):
+        messages.append({"role": "user", "content": text_of(question, f"src[{i}]")})
+        messages.append({"role": "assistant", "content": text_of(answer, f"tgt[{i}]")})
+    return Sample(messages, label=label)
+
+
+def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
+    for name in ("instruction", "output"):
+        if name not in record:
+            raise BadRecord(f"field {name!r} is missing", "every alpaca record needs 'instruction' and 'output'")
+    answer = {"role": "assistant", "content": text_of(record["output"], "'output'")}
+    return Sample([*alpaca_prompt(record, "instruction"), answer])
+
+
+def _messages(record: dict[str, Any], notes: Notes) -> Sample:
+    turns = turns_of(record, "messages", ("role", "content"), notes)
+    return conversation(record, turns, "messages", notes)
+
+
+def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
+    turns = turns_of(record, "conversations", ("from", "value"), notes)
+    return conversation(record, system_messages(record) + turns, "conversations", notes)
+
+
+def _pretraining(record: dict[str, Any], notes: Notes) -> Sample:
+    """`text` or `tgt` is one document; several strings are its paragraphs and are joined by a newline."""
+    if ("text" in record) == ("tgt" in record):
+        raise BadRecord("exactly one of 'text' and 'tgt' must be there", 'write {"text": "the document"}')
+    name = "text" if "text" in record else "tgt"
+    return Sample(
+        kind="text", text="\n".join(text_of(part, f"{name}[{i}]") for i, part in enumerate(texts_of(record, name)))
+    )
+
+
+FORMATS = {
+    "erniekit": Format(_erniekit, ("src", "tgt", "system", "label", "is_system"), ("src",)),
+    "alpaca": Format(_alpaca, ("instruction", "input", "output", "history", "system"), ("instruction",)),
+    "messages": Format(_messages, ("messages", "tools", "label"), ("messages",)),
+    "sharegpt": Format(_sharegpt, ("conversations", "system", "tools", "label"), ("conversations",)),
+    "text": Format(_pretraining, ("text", "tgt"), ("text",)),
+}
+_ALL = FORMATS | PREFERENCE_FORMATS

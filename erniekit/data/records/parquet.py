@@ -1,0 +1,110 @@
+"""Parquet files (extra `parquet`), held in memory in Arrow's form."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
+from erniekit.data.records.errors import BadLine, reading
+from erniekit.utils.errors import DataError
+
+
+class ParquetFile(DataFile):
+    """The rows of a file as objects. Nulls are absent fields; a map is an object. Values that JSON does not have
+    (dates, bytes, decimals) are left as they are, for whoever needs the field to refuse.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise DataError(
+                f"{path}: reading parquet needs pyarrow. "
+                "Hint: pip install 'erniekit[parquet]', or convert the file to .jsonl."
+            ) from None
+        try:
+            self._table = pyarrow.parquet.ParquetFile(path).read()
+        except Exception as error:  # a damaged file makes the library raise anything
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise DataError(f"{path}: cannot be read as parquet: {reason}. Hint: is the file complete?") from None
+        names = self._table.column_names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}: two columns are called {twice!r}. Hint: remove or rename one of them.")
+        self._rows = np.arange(self._table.num_rows)
+
+    def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
+        """See DataFile.scan."""
+        good = []
+        for i in range(len(self._rows)):
+            where = self.where(i)
+            try:
+                with reading(where):
+                    check(self.raw(i), where)
+                good.append(i)
+            except BadLine as error:
+                on_bad(error)
+        self._rows = np.array(good, np.int64)
+        with open(self.path, "rb") as file:
+            state = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+        state.update(self._rows.tobytes())
+        self.digest = state.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def raw(self, i: int) -> Raw:
+        """Row i as an object."""
+        row = int(self._rows[i])
+        record = {}
+        for name, column in zip(self._table.column_names, self._table.columns, strict=True):
+            try:
+                value = _as_json(column[row].as_py(), column.type)
+            except Exception as error:  # as above
+                value = UnreadableValue(error)
+            if value is not None:
+                record[name] = value
+        return record
+
+    def where(self, i: int) -> str:
+        """ "file:row", counted from 1."""
+        return f"{self.path}:{self._rows[i] + 1}"
+
+    def record_bytes(self) -> np.ndarray:
+        """The file's mean for every row: Arrow keeps columns, not rows."""
+        return np.full(len(self), self._table.nbytes // max(self._table.num_rows, 1), np.int64)
+
+
+class UnreadableValue:
+    """Stands for a value that Arrow cannot give as a Python object: text that is not UTF-8, a date out of range. Fields
+    that nobody reads may hold one.
+    """
+
+    def __init__(self, error: Exception):
+        self.reason = str(error)[:100]
+
+    def __repr__(self) -> str:
+        return f"a value that cannot be read ({self.reason})"
+
+
+def _as_json(value: Any, kind: Any) -> Any:
+    """A value without the nulls with which Arrow fills the fields that only other records have, and with maps as
+    objects; `kind` is its Arrow type.
+    """
+    import pyarrow
+
+    if isinstance(value, dict):
+        inner = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return {key: _as_json(item, inner[key]) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        if pyarrow.types.is_map(kind):
+            found = {str(key): _as_json(item, kind.item_type) for key, item in value if item is not None}
+            if len({str(key) for key, _ in value}) < len(value):
+                raise ValueError("a map has a key twice")
+            return found
+        return [_as_json(item, kind.value_type) for item in value]
+    return value

@@ -1,0 +1,152 @@
+"""Records of preference data -> Sample of kind "pair": a conversation so far, a chosen and a rejected answer.
+
+erniekit: {"src": [...], "tgt": [...], "response": [[...], [...]], "sort": [1, 0]}: n user turns, the n - 1 answers
+before the last, two responses, each a string or a list that alternates assistant, user, ..., assistant; the higher
+`sort` is chosen. messages and sharegpt: the conversation so far in the type's usual field (or `prompt`) and two
+answers, each a message, a list of them, or its text; without the conversation, `chosen` and `rejected` are whole
+conversations that begin alike. alpaca: `question` or `instruction` (with input and history), `chosen`, `rejected`.
+"""
+
+from typing import Any
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import Notes, has_content
+from erniekit.data.records.sample import Format, Sample, alpaca_prompt, check_order, system_messages, turn_of, turns_of
+from erniekit.data.records.tool_calls import match_calls, tools_of
+from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
+
+Turns = list[dict[str, Any]]
+_SAME = ("both answers are the same", "a pair needs a better and a worse answer; remove the record")
+_LARGEST = 1e30  # of a score; the difference is held in float32
+
+
+def _pair(
+    prompt: Turns, chosen: Turns, rejected: Turns, notes: Notes, tools: Any = None, score_delta: float = 1.0
+) -> Sample:
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        check_order(prompt + answer, f"prompt + {name}")
+        if answer[0]["role"] != "assistant":
+            raise BadRecord(f"the {name} answer begins with the role {answer[0]['role']!r}", "begin it with assistant")
+    first = match_calls(prompt + chosen, tools, "prompt + chosen", notes)
+    second = match_calls(prompt + rejected, tools, "prompt + rejected", notes)
+    prompt, chosen, rejected = first[: len(prompt)], first[len(prompt) :], second[len(prompt) :]
+    if chosen == rejected:  # what differs in the record may not differ any more, such as the order of results
+        raise BadRecord(*_SAME)
+    return Sample(prompt, tools=tools, kind="pair", answers=(chosen, rejected), score_delta=score_delta)
+
+
+def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
+    questions = texts_of(record, "src")
+    earlier = texts_of(record, "tgt") if record.get("tgt") else []
+    if len(earlier) != len(questions) - 1:
+        raise BadRecord(
+            f"'src' has {len(questions)} turns and 'tgt' has {len(earlier)}",
+            "tgt holds the earlier answers, one less than src; the last question's two answers are the response",
+        )
+    prompt = system_messages(record)
+    for i, question in enumerate(questions):
+        prompt.append({"role": "user", "content": text_of(question, f"src[{i}]")})
+        if i < len(earlier):
+            prompt.append({"role": "assistant", "content": text_of(earlier[i], f"tgt[{i}]")})
+    responses, sort = list_of(record, "response"), list_of(record, "sort")
+    if len(responses) != 2:
+        raise BadRecord(f"'response' has {len(responses)} entries", "give exactly two, a better and a worse one")
+    if len(sort) != 2 or any(type(x) not in (int, float) or not abs(x) < _LARGEST for x in sort):
+        shown = str(sort) if len(str(sort)) <= 60 else "two others"
+        raise BadRecord(f"'sort' must be two numbers, not {shown}", "give one for each response; the higher is chosen")
+    if abs(sort[0] - sort[1]) < 1 / _LARGEST:
+        raise BadRecord(f"'sort' is {sort!r}: neither response is better", "give different numbers, or remove it")
+    turns = [_alternating(response, f"response[{i}]") for i, response in enumerate(responses)]
+    best = 0 if sort[0] > sort[1] else 1
+    return _pair(prompt, turns[best], turns[1 - best], notes, score_delta=float(abs(sort[0] - sort[1])))
+
+
+def _alternating(response: Any, name: str) -> Turns:
+    texts = response if isinstance(response, list) else [response]
+    if len(texts) % 2 == 0:
+        raise BadRecord(
+            f"{name} has {len(texts)} turns", "assistant, user, ..., assistant: an odd number, beginning and ending so"
+        )
+    roles = ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text_of(text, f"{name}[{i}]")} for i, text in enumerate(texts)]
+
+
+def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
+    name = "question" if "question" in record else "instruction"
+    if name not in record:
+        raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
+    if "question" in record and "instruction" in record:
+        raise BadRecord("both 'question' and 'instruction' are given", "keep one of them")
+    answers = [_answer(record, side, ("role", "content"), notes) for side in ("chosen", "rejected")]
+    return _pair(alpaca_prompt(record, name), *answers, notes)
+
+
+def _messages(record: dict[str, Any], notes: Notes) -> Sample:
+    return _conversations(record, ("messages", "prompt"), [], ("role", "content"), notes)
+
+
+def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
+    return _conversations(record, ("conversations", "prompt"), system_messages(record), ("from", "value"), notes)
+
+
+def _conversations(
+    record: dict[str, Any], names: tuple[str, str], system: Turns, keys: tuple[str, str], notes: Notes
+) -> Sample:
+    sides = []
+    for side in ("chosen", "rejected"):
+        given = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
+        if len(given) > 1:
+            raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
+        sides.append(_answer(record, given[0] if given else side, keys, notes))
+    given = [name for name in names if has_content(record.get(name))]
+    if len(given) > 1:
+        raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
+    tools = tools_of(record, notes)
+    if not given:
+        return _pair(*_common_beginning(system, *sides), notes, tools)
+    prompt = record[given[0]]
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": text_of(prompt, repr(given[0]))}]
+    else:
+        turns = turns_of(record, given[0], keys, notes)
+    return _pair(system + turns, *sides, notes, tools)
+
+
+def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> Turns:
+    """An answer as messages, from a text, a message or a list of messages."""
+    value = record.get(name)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": text_of(value, repr(name))}]
+    if isinstance(value, dict):
+        return [turn_of(value, name, keys, notes)]
+    if value is not None and not isinstance(value, list):
+        raise BadRecord(f"{name!r} must be text or a list of messages, not {kind_of(value)}", "write the answer there")
+    return turns_of(record, name, keys, notes)
+
+
+def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
+    """Two whole conversations as what they share, up to the last question or tool result, and what follows."""
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if same == len(chosen) == len(rejected):
+        raise BadRecord(*_SAME)
+    while same and chosen[same - 1]["role"] not in ("user", "tool"):
+        same -= 1
+    if not same or same in (len(chosen), len(rejected)):
+        raise BadRecord(
+            "'chosen' and 'rejected' do not share a question", "begin both with the same turns, or give 'prompt'"
+        )
+    return system + chosen[:same], chosen[same:], rejected[same:]
+
+
+_SIDES = ("chosen", "rejected", "chosen_response", "rejected_response")
+# "(DPO)" tells these types from those of single answers: see sources.read_specs.
+PREFERENCE_FORMATS = {
+    "erniekit (DPO)": Format(_erniekit, ("src", "tgt", "response", "sort", "system"), ("response",)),
+    "alpaca (DPO)": Format(
+        _alpaca, ("question", "instruction", "input", "history", "system", "chosen", "rejected"), ("chosen",)
+    ),
+    "messages (DPO)": Format(_messages, ("messages", "prompt", "tools", *_SIDES), _SIDES),
+    "sharegpt (DPO)": Format(_sharegpt, ("conversations", "prompt", "system", "tools", *_SIDES), _SIDES),
+}

@@ -1,0 +1,304 @@
+"""Data files opened as numbered records that are read when they are asked for.
+
+.jsonl and .txt hold one JSON object a line (blank lines are passed over), .json a list of objects (or, if it does not
+begin with "[", the same as .jsonl), .csv a header line and one record a row. Of these only the place of each record is
+kept in memory, 16 bytes a record. A .json list or .csv file that breaks off within its own syntax is always an error,
+since what follows cannot be told apart; a single wrong record is the caller's to judge. .parquet (extra `parquet`) is
+held in memory in Arrow's form.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
+from erniekit.data.records.errors import BadLine, reading
+from erniekit.data.records.find_files import check_form, check_regular
+from erniekit.data.records.parquet import ParquetFile
+from erniekit.utils.errors import DataError
+from erniekit.utils.user_files import parse_json
+
+# csv columns whose cells are JSON
+_JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort")
+_MAX_OPEN = 32
+_BOM = b"\xef\xbb\xbf"
+
+
+def load_record(raw: Raw, where: str) -> Any:
+    """The object that a raw record holds; DataError "file:line: ..." if it is not JSON, or JSON that Python would
+    settle in silence (see user_files.parse_json).
+    """
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine(
+            f"{where}: not UTF-8 text (byte {error.start} of the line). Hint: save the file as UTF-8."
+        ) from None
+    try:
+        return parse_json(text, where, BadLine)
+    except BadLine as error:
+        if "not JSON" not in str(error):
+            raise BadLine(f"{error} Hint: mend or remove this record.") from None
+        raise BadLine(
+            f"{str(error).removesuffix('.')} of a line that begins {text[:40].strip()!r}. "
+            "Hint: one JSON object per line."
+        ) from None
+
+
+class _TextFile(DataFile):
+    """A file of which byte spans are records: starts int64 [N], sizes and lines uint32 [N]."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._starts, self._sizes, self._lines = array("q"), array("I"), array("I")
+        self._bytes = path.stat().st_size
+
+    def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
+        """Index the records that `check` lets pass; the BadLine of another goes to `on_bad`."""
+        self._check_form()
+        state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for start, line, raw in self._spans():
+            where = f"{self.path}:{line}"
+            try:
+                with reading(where):
+                    check(self._decode(raw, line), where)
+            except BadLine as error:
+                on_bad(error)
+                continue
+            self._starts.append(start)
+            self._sizes.append(len(raw))
+            self._lines.append(line)
+            state.update(len(raw.rstrip()).to_bytes(8, "little") + raw.rstrip())
+        if self.path.stat().st_size != self._bytes:
+            raise self._changed()
+        state.update(self._meaning())
+        self.digest = state.hexdigest()
+
+    def _meaning(self) -> bytes:
+        """What the records' bytes mean depends on this, too."""
+        return b""
+
+    def _check_form(self) -> None:
+        check_regular(self.path)
+        with open(self.path, "rb") as file:
+            check_form(self.path, file.read(8))
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.path}: changed since the run began. Hint: do not change data files during a run.")
+
+    def _spans(self) -> Iterator[tuple[int, int, bytes]]:
+        """(byte offset, line number, bytes) of each record."""
+        with open(self.path, "rb") as file:
+            start = 0
+            for number, line in enumerate(file, 1):
+                skip = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+                if line[skip:].strip():
+                    yield start + skip, number, line[skip:]
+                start += len(line)
+
+    def _decode(self, raw: bytes, line: int) -> Raw:
+        return raw
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def raw(self, i: int) -> Raw:
+        return self._decode(_handles.read(self, self._starts[i], self._sizes[i]), self._lines[i])
+
+    def open(self) -> io.BufferedReader:
+        """Open the file for reading its records."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - _Handles keeps it open across calls
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read any more: {error.strerror}. Hint: do not move data files during a run."
+            ) from None
+        return file
+
+    def check_size(self, file: io.BufferedReader) -> None:
+        """DataError if the file has become shorter or longer since it was scanned."""
+        if os.fstat(file.fileno()).st_size != self._bytes:
+            raise self._changed()
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{self._lines[i]}"
+
+    def record_bytes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
+
+
+class _JsonFile(_TextFile):
+    """A list of objects. Latin-1 maps bytes to characters one to one, so that the places the JSON parser reports are
+    byte offsets.
+    """
+
+    def _spans(self) -> Iterator[tuple[int, int, bytes]]:
+        data = self.path.read_bytes()
+        at = len(_BOM) if data.startswith(_BOM) else 0
+        if data[at:].lstrip()[:1] != b"[":
+            yield from super()._spans()
+            return
+        # numbers are not looked at here: one that is too long is a fault of its record, not of the list
+        text, decoder = data.decode("latin-1"), json.JSONDecoder(parse_int=float, parse_float=float)
+        line, counted = 1, 0
+        at = _skip_space(text, text.index("[") + 1)
+        closed = text[at : at + 1] == "]"
+        at += closed  # an empty list ends right there
+        while not closed:
+            line, counted = line + text.count("\n", counted, at), at
+            try:
+                _, end = decoder.raw_decode(text, at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                is_syntax = isinstance(error, json.JSONDecodeError)
+                place, why = (error.lineno, error.msg) if is_syntax else (line, "nested too deeply")
+                raise DataError(
+                    f"{self.path}:{place}: the list cannot be read as JSON: {why}. "
+                    "Hint: mend it, or write one object per line (.jsonl)."
+                ) from None
+            yield at, line, data[at:end]
+            at = _skip_space(text, end)
+            mark = text[at : at + 1]
+            if mark not in (",", "]"):
+                where = f"{self.path}:{1 + text.count(chr(10), 0, at)}"
+                raise DataError(
+                    f"{where}: expected ',' or ']' after a record, found {mark or 'the end of the file'!r}. "
+                    "Hint: is the file complete?"
+                )
+            closed = mark == "]"
+            at = _skip_space(text, at + 1)
+        if text[at:].strip():
+            raise DataError(f"{self.path}: text after the end of the JSON list. Hint: one list per file.")
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+class _CsvFile(_TextFile):
+    """A header row, then records that may span lines inside quotes. An empty cell is an absent field; the columns of
+    _JSON_CELLS hold JSON.
+    """
+
+    _header: list[str]
+
+    def _spans(self) -> Iterator[tuple[int, int, bytes]]:
+        csv.field_size_limit(2**31 - 1)
+        with open(self.path, "rb") as file:
+            taken: list[bytes] = []
+
+            def lines() -> Iterator[str]:
+                for line in file:
+                    taken.append(line)
+                    yield line.decode("utf-8", "surrogateescape")
+
+            reader, start, line = csv.reader(lines(), strict=True), 0, 1
+            self._header = []
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    raise DataError(
+                        f"{self.path}:{line}: not CSV: {error}. Hint: check the quotes of this record."
+                    ) from None
+                raw = b"".join(taken)
+                if not self._header:
+                    self._header = self._check_header(row)
+                elif row:
+                    yield start, line, raw
+                start, line = start + len(raw), line + len(taken)
+                taken.clear()
+
+    def _meaning(self) -> bytes:
+        return json.dumps(self._header).encode()
+
+    def _check_header(self, row: list[str]) -> list[str]:
+        header = [name.strip().lstrip("\ufeff") for name in row]
+        if not all(header) or len(set(header)) != len(header):
+            raise DataError(
+                f"{self.path}:1: the header has an empty or repeated column name: {header}. "
+                "Hint: the first row names the fields."
+            )
+        return header
+
+    def _decode(self, raw: bytes, line: int) -> Raw:
+        where = f"{self.path}:{line}"
+        try:
+            row = next(csv.reader(io.StringIO(raw.decode("utf-8"), newline="\n"), strict=True))
+        except UnicodeDecodeError:
+            raise BadLine(f"{where}: not UTF-8 text. Hint: save the file as UTF-8.") from None
+        except (csv.Error, StopIteration) as error:
+            raise BadLine(f"{where}: not CSV: {error}. Hint: check the quotes of this record.") from None
+        if len(row) != len(self._header):
+            raise BadLine(
+                f"{where}: {len(row)} cells for {len(self._header)} columns. "
+                "Hint: quote cells that hold commas or line breaks."
+            )
+        record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}
+        for name in _JSON_CELLS:
+            if name in record:
+                what = f"{where}: the cell of column {name!r} must hold JSON"
+                try:
+                    record[name] = parse_json(record[name], what, BadLine)
+                except BadLine as error:
+                    raise BadLine(f"{error} Hint: write the list as JSON text.") from None
+        return record
+
+
+def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> DataFile:
+    """Open a file by its extension and pass every record through `check`; the DataError of a bad one goes to `on_bad`,
+    which may raise it.
+    """
+    kinds: dict[str, type[_TextFile] | type[ParquetFile]] = {
+        ".json": _JsonFile,
+        ".csv": _CsvFile,
+        ".parquet": ParquetFile,
+    }
+    check_regular(path)
+    try:
+        file = kinds.get(path.suffix.lower(), _TextFile)(path)
+        file.scan(check, on_bad)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}. Hint: check the path and its permissions."
+        ) from None
+    return file
+
+
+class _Handles:
+    """The most recently read files, kept open and shared by all threads."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[_TextFile, io.BufferedReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, source: _TextFile, start: int, size: int) -> bytes:
+        with self._lock:
+            file = self._open.pop(source, None) or source.open()
+            self._open[source] = file
+            source.check_size(file)
+            if len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+            file.seek(start)
+            data = file.read(size)
+        if len(data) != size:
+            source.check_size(file)
+        return data
+
+
+_handles = _Handles()

@@ -1,0 +1,190 @@
+"""Reading one record of a data file: what all formats share. Every check raises BadRecord, which parse_record (formats)
+turns into a DataError with the record's place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import DECISIVE_IN_MESSAGES, MESSAGE, Notes, check_fields, has_content
+from erniekit.data.records.tool_calls import match_calls, result_text, tool_calls_of, tools_of
+from erniekit.data.records.values import content_of, json_of, kind_of, list_of, text_of
+
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "tool_response", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("function", "function_call", "function_calls", "tool_call", "tool_calls"), "function"),
+}
+_WEIGHTS = ("weight", "loss", "loss_weight", "train")
+_FOLLOWS = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "calls": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample.
+
+    kind "chat": `messages` is a list of {"role": system|user|assistant|tool, "content": str} that begins with an
+    optional system message, then a user, and ends with an assistant; an assistant message may carry "tool_calls"
+    [{"type": "function", "function": {"name", "arguments": dict}}], with an "id" where the record has one, and the
+    messages "tool" that follow are their results in the same order. `tools` are the function descriptions, `label` has
+    a 0 or 1 for each assistant message (None: all 1); 0 means no loss on it. kind "text": `text` is one pretraining
+    document. kind "pair": `messages` end with a user (or a tool) and `answers` are what may follow, the chosen one
+    first, each as messages that begin and end with an assistant; `score_delta` > 0 is how much better the chosen one is
+    (1 where the data do not say).
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    label: list[int] | None = None
+    kind: str = "chat"
+    text: str = ""
+    answers: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None
+    score_delta: float = 1.0
+
+
+class Format(NamedTuple):
+    """How records of one type are read: the reader, the fields it knows, and those of which one marks a record as of
+    this type.
+    """
+
+    read: Callable[[dict[str, Any], Notes], Sample]
+    fields: tuple[str, ...]
+    marks: tuple[str, ...]
+
+
+def system_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The optional system field as messages; absent, null and "" all mean that there is none."""
+    value = record.get("system")
+    if value is None or value == "":
+        return []
+    return [{"role": "system", "content": text_of(value, "'system'")}]
+
+
+def label_of(record: dict[str, Any], count: int) -> list[int] | None:
+    """The optional field label: a 0 or 1 for each of `count` answers."""
+    label = record.get("label")
+    if label is None:
+        return None
+    if not isinstance(label, list) or any(type(x) not in (int, bool) or x not in (0, 1) for x in label):
+        raise BadRecord("'label' must be a list of 0 and 1", "1 = learn this answer, 0 = leave it out of the loss")
+    if len(label) != count:
+        raise BadRecord(f"'label' has {len(label)} entries for {count} answers", "give one 0 or 1 for each answer")
+    return [int(x) for x in label]
+
+
+def turns_of(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> list[dict[str, Any]]:
+    """The messages of a field that is a list of them; `keys` are the names of a message's role and content."""
+    turns = [turn_of(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
+    if turns[0]["role"] == "system" and not turns[0]["content"]:
+        notes.doubts.add("an empty system message is left out")
+        return turns[1:]
+    return turns
+
+
+def turn_of(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[str, Any]:
+    """One message with its role by its usual name; a function-call turn becomes an assistant message with tool_calls,
+    a tool result that is not text the JSON text of it. `name` and `tool_call_id` are kept for the templates that
+    show them (ERNIE's do not).
+    """
+    role = _role(turn, name, keys, notes)
+    place = f"{name}.{keys[1]}"
+    content, thought = turn.get(keys[1]), turn.get("reasoning_content")
+    calls = json_of(turn.get("tool_calls"), f"{name}.tool_calls", notes)
+    if role == "function":
+        if has_content(calls):
+            raise BadRecord(f"{name} gives calls as its content and as tool_calls", "keep one of them")
+        role, content, calls = "assistant", "", json_of(content, place, notes)
+    elif role != "assistant" and (has_content(calls) or has_content(thought)):
+        raise BadRecord(f"{name} has what only an assistant has: tool_calls or reasoning_content", "check its role")
+    is_call = has_content(calls)
+    result: dict[str, Any] = {"role": role, "content": _content(content, role, is_call, place)}
+    if has_content(thought):
+        result["reasoning_content"] = text_of(thought, f"{name}.reasoning_content")
+    for key in ("name", "tool_call_id"):
+        if has_content(turn.get(key)):
+            result[key] = text_of(turn[key], f"{name}.{key}")
+    return result | ({"tool_calls": tool_calls_of(calls, name, notes)} if is_call else {})
+
+
+def _content(content: Any, role: str, is_call: bool, place: str) -> str:
+    """The text of a message. It may be blank beside calls and in a result, and empty in a system message."""
+    text = result_text(content, place) if role == "tool" else content_of(content, place)
+    if text is None and (is_call or role == "system"):
+        text = ""
+    return text_of(text, place, empty_ok=is_call or role == "tool" or (role == "system" and text == ""))
+
+
+def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
+    """A turn's role by its usual name, after a look at which fields the turn has."""
+    if not isinstance(turn, dict):
+        raise BadRecord(
+            f"{name} must be an object, not {kind_of(turn)}", f'write {{"{keys[0]}": ..., "{keys[1]}": ...}}'
+        )
+    openai = ("tool_calls", "reasoning_content", "name", "tool_call_id") if keys[0] == "role" else ()
+    given = turn.get(keys[0])
+    role = _ROLES.get(given) if isinstance(given, str) else None
+    # a weight that changes nothing: that of a message without loss, or the usual one
+    idle = [key for key in _WEIGHTS if key in turn and (turn[key] == 1 or role not in (None, "assistant", "function"))]
+    fields = {key: value for key, value in turn.items() if key not in idle} if idle else turn
+    check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
+    notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
+    if role is None:
+        raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(_ROLES)}")
+    return role
+
+
+def check_order(turns: list[dict[str, Any]], name: str) -> None:
+    """The order of roles: [system] user (assistant [tool ... assistant]) user ... assistant."""
+    before = "start"
+    for i, turn in enumerate(turns):
+        role = turn["role"]
+        if role not in _FOLLOWS[before]:
+            place = (
+                "comes first" if before == "start" else "follows " + {"calls": "a function call"}.get(before, before)
+            )
+            expected = "user" if before == "assistant" else " or ".join(_FOLLOWS[before])
+            raise BadRecord(f"in {name!r} the role {role!r} of turn {i} {place}", f"expected {expected} there")
+        before = "calls" if "tool_calls" in turn else role
+    if before not in ("assistant", "calls"):
+        raise BadRecord(
+            f"{name!r} ends with the role {before!r}", "a sample ends with the assistant's answer; remove the open turn"
+        )
+
+
+def conversation(record: dict[str, Any], turns: list[dict[str, Any]], name: str, notes: Notes) -> Sample:
+    """A Sample of the turns, with the record's tools and label."""
+    check_order(turns, name)
+    tools = tools_of(record, notes)
+    label = label_of(record, sum(turn["role"] == "assistant" for turn in turns))
+    return Sample(match_calls(turns, tools, name, notes), tools=tools, label=label)
+
+
+def alpaca_prompt(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """system, history, and the last user turn: the field `name`, then a newline and `input` where there is one."""
+    messages = system_messages(record)
+    history = record.get("history")
+    if has_content(history) and not isinstance(history, list):
+        raise BadRecord(
+            f"'history' must be a list of [question, answer], not {kind_of(history)}", "remove it if there is none"
+        )
+    for i, pair in enumerate(history or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRecord(f"history[{i}] must be a pair [question, answer]", "each earlier question needs its answer")
+        messages.append({"role": "user", "content": text_of(pair[0], f"history[{i}][0]")})
+        messages.append({"role": "assistant", "content": text_of(pair[1], f"history[{i}][1]")})
+    question = text_of(record[name], f"'{name}'")
+    extra = record.get("input")
+    if extra is not None and text_of(extra, "'input'", empty_ok=True).strip():
+        question += "\n" + extra
+    messages.append({"role": "user", "content": question})
+    return messages

@@ -1,0 +1,333 @@
+"""From text to token files: tokenised by several processes, written in the order of the text, resumable.
+
+Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}, as for stage PT) and each whole .txt file is a document.
+What has been written is noted beside the output (prefix.progress.json) after it has reached the disk; a run that finds
+the note goes on behind it. Documents are written in the order of the input whatever the number of workers, so the files
+come out the same byte for byte.
+"""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.records.data_file import Raw
+from erniekit.data.records.errors import BadLine, reading
+from erniekit.data.records.find_files import check_form, find_files
+from erniekit.data.records.formats import parse_record
+from erniekit.data.records.readers import load_record
+from erniekit.data.tokens.files import TokenWriter, dtype_for
+from erniekit.data.workers import Worker
+from erniekit.utils import log
+from erniekit.utils.errors import DataError
+from erniekit.utils.progress import track
+from erniekit.utils.user_files import JsonObject, read_json_object
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+_CHUNK_BYTES, _CHUNK_RECORDS = 2**18, 2000
+_MB = 10**6
+_SHOWN_BAD = 5  # the others are only counted
+_BOM = b"\xef\xbb\xbf"
+
+
+class DocumentEncoder:
+    """A document's ids, ended by the end token if `append_eos`; or, with `skip_bad`, why it has none."""
+
+    def __init__(self, tokenizer: Tokenizer, append_eos: bool, skip_bad: bool):
+        self._tokenizer, self._skip_bad = tokenizer, skip_bad
+        self._end = [tokenizer.eos_id] if append_eos else []
+        self._dtype = dtype_for(tokenizer.vocab_size)
+
+    def __call__(self, raw: Raw, where: str) -> np.ndarray | str:
+        try:
+            with reading(where):
+                text = parse_record(load_record(raw, where), "text", where).text
+                return np.array(self._tokenizer.encode_plain(text) + self._end, self._dtype)
+        except BadLine as error:
+            if not self._skip_bad:
+                raise
+            return str(error)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """A DocumentEncoder in a form that can be sent to a worker."""
+
+    tokenizer: Tokenizer
+    append_eos: bool
+    skip_bad: bool
+
+    def make(self) -> DocumentEncoder:
+        """The encoder."""
+        return DocumentEncoder(self.tokenizer, self.append_eos, self.skip_bad)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build has come: `offset` bytes (and `line` lines) of the input's `file`-th file are read and all that
+    came of them is written. `read` bytes of all input are done. `skipped` bad records are not in the output.
+    """
+
+    file: int = 0
+    offset: int = 0
+    line: int = 0
+    read: int = 0
+    documents: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+def find_inputs(paths: Sequence[str]) -> list[Path]:
+    """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted. In a directory a text
+    for people (README.txt) is left out.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or directory. Hint: check the path.")
+        chosen, others = find_files(path, SUFFIXES, with_prose=True)
+        if others:
+            names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
+            log.info(f"{path}: {len(others)} files there are not read ({names})")
+        found += chosen
+    return found
+
+
+@dataclass
+class _Chunk:
+    records: list[tuple[Raw, str]]
+    behind: Progress  # the place in the input; its counts are not filled in
+
+
+def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
+    """The input from `begin` on, in pieces of some hundred kilobytes."""
+    read = begin.read
+    for number in range(begin.file, len(files)):
+        start, line = (begin.offset, begin.line) if number == begin.file else (0, 0)
+        path = files[number]
+        try:
+            size = path.stat().st_size
+            if path.suffix.lower() == ".txt":
+                if start == 0:
+                    data = path.read_bytes()
+                    read += len(data)
+                    yield _Chunk([(_whole(path, data), str(path))], Progress(number, len(data), 1, read))
+                continue
+            yield from _line_chunks(path, number, start, line, read)
+            if path.stat().st_size != size:
+                raise DataError(
+                    f"{path}: changed while it was read. Hint: begin anew when it is whole (overwrite=true)."
+                )
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
+        read += size - start
+
+
+def _line_chunks(path: Path, number: int, start: int, line: int, read: int) -> Iterator[_Chunk]:
+    records: list[tuple[Raw, str]] = []
+    size = done = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for raw in file:
+            if line == 0:
+                _check_lines(path, raw)
+            at_start, line = line == 0, line + 1
+            done += len(raw)
+            size += len(raw)
+            text = raw.removeprefix(_BOM) if at_start else raw
+            if text.strip():
+                records.append((text, f"{path}:{line}"))
+            if size >= _CHUNK_BYTES or len(records) >= _CHUNK_RECORDS:
+                yield _Chunk(records, Progress(number, start + done, line, read + done))
+                records, size = [], 0
+    if size:
+        yield _Chunk(records, Progress(number, start + done, line, read + done))
+
+
+def _check_lines(path: Path, first: bytes) -> None:
+    check_form(path, first)
+    if first.removeprefix(_BOM).lstrip().startswith(b"["):
+        raise DataError(f"{path}: a JSON list. Hint: write one object per line (.jsonl).")
+
+
+def _whole(path: Path, data: bytes) -> dict[str, Any]:
+    """A whole file as a record; what is no text stays bytes, which a record cannot hold, and so is a bad one."""
+    check_form(path, data)
+    try:
+        return {"text": data.removeprefix(_BOM).decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"text": data[:100]}
+
+
+def _encoded(
+    chunks: Iterator[_Chunk], job: EncodeJob, num_workers: int
+) -> Generator[tuple[Progress, list[np.ndarray | str]], None, None]:
+    """Each chunk's end and results, in order. While the main process writes and reads, every worker has a chunk."""
+    if num_workers == 0:
+        encoder = job.make()
+        for chunk in chunks:
+            yield chunk.behind, [encoder(*record) for record in chunk.records]
+        return
+    workers = [Worker(job) for _ in range(num_workers)]
+    waiting: deque[tuple[_Chunk, Worker]] = deque()
+    free = list(workers)
+    try:
+        for chunk in chunks:
+            answer = None
+            if not free:
+                answer = _receive(*waiting.popleft(), free)
+            worker = free.pop()
+            worker.send(chunk.records)
+            waiting.append((chunk, worker))
+            if answer is not None:
+                yield answer
+        while waiting:
+            yield _receive(*waiting.popleft(), free)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _receive(chunk: _Chunk, worker: Worker, free: list[Worker]) -> tuple[Progress, list[np.ndarray | str]]:
+    done, error = worker.receive()
+    if error is not None:
+        raise error
+    free.append(worker)
+    return chunk.behind, done
+
+
+class _Note:
+    """The file in which a build notes how far it has come, and what it is made of."""
+
+    def __init__(self, prefix: Path, job: dict[str, Any]):
+        self.path = prefix.with_name(prefix.name + ".progress.json")
+        self._job = job
+
+    def read(self) -> Progress | None:
+        """The noted progress; None if there is none. DataError if it is another build's."""
+        try:
+            noted = JsonObject(read_json_object(self.path, DataError), str(self.path), DataError)
+            counts = noted.get_object("progress")
+            progress = Progress(**{field.name: counts.get_int(field.name, 0, 0, 2**62) for field in fields(Progress)})
+        except FileNotFoundError:
+            return None
+        except DataError as error:
+            raise DataError(f"{error} Hint: begin anew (overwrite=true).") from None
+        if not counts.values:
+            raise DataError(f"{self.path}: says nothing of a build. Hint: begin anew (overwrite=true).")
+        then = noted.get_object("job").values
+        changed = [name for name in {**then, **self._job} if then.get(name) != self._job.get(name)]
+        if changed:
+            raise DataError(
+                f"{self.path}: an unfinished build of something else: different {', '.join(changed)}. "
+                "Hint: repeat its command to finish it, or begin anew (overwrite=true)."
+            )
+        return progress
+
+    def write(self, progress: Progress) -> None:
+        """Note `progress`, whole or not at all."""
+        new = self.path.with_name(self.path.name + ".new")
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump({"job": self._job, "progress": asdict(progress)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.path)
+
+
+def build_token_files(
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    num_workers: int = 1,
+    append_eos: bool = True,
+    on_bad_line: str = "error",
+    overwrite: bool = False,
+    note_every: float = 5.0,
+) -> Progress:
+    """Write the documents of `inputs` as prefix.bin and prefix.idx, or go on with a build that was broken off.
+
+    num_workers: processes that tokenise; 0: this one. on_bad_line: "error" stops at a record that is not pretraining
+    text, with its file and line; "skip" passes over it and counts it. overwrite: replace what is there. note_every:
+    seconds from one note of the progress to the next. Returns the final counts. Raises DataError.
+    """
+    sizes = [path.stat().st_size for path in inputs]
+    note = _Note(prefix, _identity(inputs, tokenizer, append_eos))
+    begin = _begin(prefix, note, overwrite)
+    if begin is None:
+        progress = note.read()
+        note.path.unlink()
+        assert progress is not None
+        return progress
+    if begin.read:
+        log.info(f"{prefix}: going on behind {begin.documents} documents ({begin.read / 1e6:.1f} MB of text)")
+    writer = TokenWriter(prefix, dtype_for(tokenizer.vocab_size), begin.documents, begin.tokens)
+    job = EncodeJob(tokenizer, append_eos, on_bad_line == "skip")
+    skipped, done, noted_at = begin.skipped, begin, time.monotonic()
+    try:
+        with closing(_encoded(_chunks(inputs, begin), job, num_workers)) as encoded:
+            megabytes = sum(sizes) // _MB
+            shown = track(encoded, megabytes, "tokenising, in MB of text", lambda item: item[0].read // _MB)
+            for behind, results in shown:
+                for ids in results:
+                    if isinstance(ids, str):
+                        skipped += 1
+                        _say_bad(ids, skipped)
+                    else:
+                        writer.add(ids)
+                counts = {"documents": writer.documents, "tokens": writer.tokens, "skipped": skipped}
+                done = Progress(behind.file, behind.offset, behind.line, behind.read, **counts)
+                if time.monotonic() - noted_at >= note_every:
+                    writer.sync()
+                    note.write(done)
+                    noted_at = time.monotonic()
+        if writer.documents == 0:
+            raise DataError(f"no document in {len(inputs)} files ({skipped} bad records). Hint: is this the text?")
+        writer.sync()
+        note.write(done)
+        writer.finish()
+    except OSError as error:
+        raise DataError(
+            f"{prefix}: cannot be written: {error.strerror}. Hint: make room; the same command then goes on."
+        ) from None
+    finally:
+        writer.close()
+    note.path.unlink()
+    return done
+
+
+def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
+    """Where to begin; None: everything is written, only the note is left to be removed."""
+    final = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
+    if overwrite:
+        for path in [note.path, *TokenWriter.leftovers(prefix), *final]:
+            path.unlink(missing_ok=True)
+    noted = note.read()
+    if noted is not None:
+        return None if all(path.exists() for path in final) and not TokenWriter.leftovers(prefix) else noted
+    for path in final:
+        if path.exists():
+            raise DataError(f"{path}: already there. Hint: choose another prefix, or replace it (overwrite=true).")
+    return Progress()
+
+
+def _say_bad(reason: str, number: int) -> None:
+    if number <= _SHOWN_BAD:
+        log.warning(f"skipped: {reason}" + (" (further ones are only counted)" if number == _SHOWN_BAD else ""))
+
+
+def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:
+    """All that decides the output, by names for messages."""
+    stats = [(path, path.stat()) for path in inputs]
+    return {
+        "input files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "tokenizer": tokenizer.fingerprint,
+        "end tokens": append_eos,
+    }

@@ -1,0 +1,382 @@
+"""Rows cut from token files (`dataset_type: pretrain`).
+
+**A source** is one entry of input_dir, and of it the documents of the split. An epoch of a source is all these
+documents in a random order (in the file's order with random_shuffle: false; long documents may come several times, see
+below), one after another: a run of T tokens. Epoch follows epoch, so a source is one endless run of tokens, cut into
+rows of max_seq_len tokens: a row that ends within a document is continued by another row; nothing is padded, cut off or
+read twice. The rows that begin in an epoch come in a random order too (not with random_shuffle: false), so that a batch
+is not made of one long document; only the last of them, which leads into the next epoch, keeps its place.
+
+**Mixing.** Rows come in blocks of 65,536. Of each block a source gives 65,536 * weight rows (largest remainders, at
+least one), in an order drawn anew for each block. So weights hold to 1/65,536 in every block, and which row of which
+source is row n follows from n alone: a position is a number.
+
+**Ends.** An epoch of the training is as many tokens as all sources hold in one epoch. Without max_steps the training is
+num_train_epochs of them, M tokens, in ceil((M - 1) / max_seq_len) rows, of which only the last may be shorter: token M
+is the last label. Evaluation reads each source of the split once in the file's order, with a last row of its own.
+
+**Labels** are the next token of the source. With isolate_documents every document (or piece of one) is a segment of its
+own whose positions begin at 0, and the last token of a document has no label, since what follows it is chance. Without
+it, as in Megatron-LM, a row is one segment and every token has a label.
+
+**Long documents.** A document of at least long_document_min_tokens tokens comes long_document_weight times in every
+epoch, at places of their own.
+
+Every order is drawn with SplitMix64 from (seed, ...), as in data/sampler.py.
+"""
+
+import math
+import shlex
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from erniekit.data.batch import IGNORE, Row
+from erniekit.data.chat.encode import Tokenizer
+from erniekit.data.tokens.files import TokenFile, strip_suffix
+from erniekit.data.tokens.rows import Mix, Piece, RowOrder, Source
+from erniekit.utils import log
+from erniekit.utils.errors import ConfigError, DataError
+
+_LOOK_AT = 1000  # documents whose last token is looked at
+_SPLITS = ("train", "eval", "test")
+
+
+class Weighted(NamedTuple):
+    """One entry of input_dir; no weight: in proportion to its tokens."""
+
+    prefix: Path
+    weight: float | None
+
+
+def read_input_dir(text: str | None) -> list[Weighted]:
+    """`"w1 prefix1 w2 prefix2"`, or prefixes alone; a prefix with a space stands in quotes. ConfigError if it is
+    neither.
+    """
+    try:
+        parts = shlex.split(text or "")
+    except ValueError as error:
+        raise ConfigError(f"input_dir: {error}: {text!r}. Hint: close the quotes.") from None
+    if not parts:
+        raise ConfigError('input_dir: needed with dataset_type: pretrain. Hint: "0.4 data/a 0.6 data/b", or a prefix.')
+    if any(part.endswith("::CPT") for part in parts):
+        raise ConfigError(
+            "input_dir: ::CPT marks data for self_constraint_cpt, which this version does not have. Hint: remove it."
+        )
+    if all(_number(part) is None for part in parts):
+        return [Weighted(strip_suffix(part), None) for part in parts]
+    entries = [_weighted(*pair) for pair in zip(parts[0::2], parts[1::2], strict=False)]
+    if len(parts) % 2:
+        raise ConfigError(
+            f'input_dir: expected "weight prefix weight prefix ...", or prefixes only, got {text!r}. '
+            "Hint: a weight before every prefix."
+        )
+    return entries
+
+
+def _weighted(weight: str, prefix: str) -> Weighted:
+    number = _number(weight)
+    if number is None or not 0 < number < math.inf:
+        raise ConfigError(
+            f"input_dir: the weight of {prefix} must be a number more than 0, got {weight!r}. "
+            "Hint: a weight before every prefix, or before none; to leave a file out, remove it."
+        )
+    return Weighted(strip_suffix(prefix), number)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def split_documents(text: str, count: int) -> dict[str, tuple[int, int]]:
+    """`"998,1,1"` -> the documents [first, last) of train, eval and test, one stretch of the file after another.
+    Missing numbers are 0. Each stretch has its rounded share of the documents, and what that makes too many or too few
+    in all is taken from, or given to, the first: as in ERNIE's and the older Megatron-LM's data sets.
+    """
+    shares = [_number(part.strip()) for part in text.replace("/", ",").split(",")]
+    if not 1 <= len(shares) <= len(_SPLITS) or any(share is None or not 0 <= share < math.inf for share in shares):
+        raise ConfigError(f'split: expected shares for train, eval and test as in "998,1,1", got {text!r}')
+    numbers = [share or 0.0 for share in shares]
+    if not sum(numbers):
+        raise ConfigError(f"split: all shares are 0: {text!r}")
+    numbers += [0.0] * (len(_SPLITS) - len(numbers))
+    ends = np.cumsum([round(count * number / sum(numbers)) for number in numbers])
+    ends = np.maximum(0, ends - (ends[-1] - count)).tolist()
+    return dict(zip(_SPLITS, zip([0, *ends], ends, strict=False), strict=True))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the stream has given so far. `samples` are the documents begun, `long_documents` those of them that have
+    long_document_min_tokens tokens or more.
+    """
+
+    samples: int = 0
+    long_documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RowNumber:
+    """A place between two rows: those before `row` have been given, and the first `into` tokens of `row` itself where
+    the training ended within it: with more epochs it is longer. The counts only count.
+    """
+
+    row: int = 0
+    counts: Counts = Counts()
+    into: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+class Schedule(Protocol):
+    """Where each row lies. `num_rows` None: without end."""
+
+    num_rows: int | None
+
+    def place(self, n: int) -> tuple[int, int, int]:
+        """(source, its first token, tokens) of row n."""
+        ...
+
+    def rows_of_sources(self, n: int) -> list[int]:
+        """How many of the rows 0..n-1 come from each source."""
+        ...
+
+
+class Mixed(Schedule):
+    """Training: sources mixed by weight. `num_tokens` None: without end."""
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], seed: int, length: int, num_tokens: int | None
+    ):
+        self._length, self._num_tokens = length, num_tokens
+        self._mix, self._orders = Mix(weights, seed), [RowOrder(source, length) for source in sources]
+        self.num_rows = None if num_tokens is None else math.ceil((num_tokens - 1) / length)
+
+    def place(self, n: int) -> tuple[int, int, int]:
+        source, row = self._mix.place(n)
+        left = self._length if self._num_tokens is None else self._num_tokens - 1 - n * self._length
+        return source, self._orders[source].start(row), min(self._length, left)
+
+    def rows_of_sources(self, n: int) -> list[int]:
+        return self._mix.before(n)
+
+
+class InTurn(Schedule):
+    """Evaluation: every source once, one after another."""
+
+    def __init__(self, sizes: Sequence[int], length: int):
+        self._sizes, self._length = list(sizes), length
+        self._ends = np.cumsum([math.ceil((size - 1) / length) for size in sizes]).tolist()
+        self.num_rows: int | None = self._ends[-1]
+
+    def place(self, n: int) -> tuple[int, int, int]:
+        source = int(np.searchsorted(self._ends, n, side="right"))
+        start = (n - (self._ends[source - 1] if source else 0)) * self._length
+        return source, start, min(self._length, self._sizes[source] - 1 - start)
+
+    def rows_of_sources(self, n: int) -> list[int]:
+        return np.diff(np.minimum([0, *self._ends], n)).tolist()
+
+
+class TokenFeed:
+    """The rows of token files, for a Loader (see loader.Feed)."""
+
+    exact = True
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        schedule: Schedule,
+        length: int,
+        isolate: bool,
+        long_tokens: int | None,
+        identity: dict[str, Any],
+    ):
+        self.identity = identity
+        self._sources, self._schedule, self._length = list(sources), schedule, length
+        self._isolate, self._long_tokens = isolate, long_tokens
+        self._epoch_tokens = sum(source.epoch_tokens for source in sources)
+        self._said = False
+
+    def begin(self) -> RowNumber:
+        """The place before the first row."""
+        return RowNumber()
+
+    def read_position(self, state: dict[str, Any]) -> RowNumber:
+        """A place from what its to_dict() gave."""
+        return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
+
+    def rows(self, position: RowNumber) -> Generator[tuple[Row, RowNumber], None, None]:
+        """The rows after `position`, each with the place behind it. Nothing before them is read."""
+        walks = [source.walk() for source in self._sources]
+        number, counts, into = position.row, position.counts, position.into
+        while self._schedule.num_rows is None or number < self._schedule.num_rows:
+            source, start, count = self._schedule.place(number)
+            if into < count:
+                row, pieces = walks[source].row(start + into, count - into, self._isolate)
+                counts = self._count(counts, row, pieces, self._sources[source])
+                whole = count == self._length
+                yield row, RowNumber(number + whole, counts, 0 if whole else count)
+            number, into = number + 1, 0
+
+    def _count(self, counts: Counts, row: Row, pieces: list[Piece], source: Source) -> Counts:
+        begun = [piece.document for piece in pieces if piece.start == 0]
+        starts = source.file.starts
+        long = 0
+        if self._long_tokens is not None:
+            long = sum(int(starts[document + 1] - starts[document]) >= self._long_tokens for document in begun)
+        return Counts(
+            counts.samples + len(begun),
+            counts.long_documents + long,
+            counts.rows + 1,
+            counts.tokens + len(row),
+            counts.supervised_tokens + int(np.count_nonzero(row.labels != IGNORE)),
+        )
+
+    def rows_left(self, position: RowNumber) -> float:
+        """Rows from `position` to the end of num_train_epochs, from the lengths alone."""
+        end = self._schedule.num_rows
+        assert end is not None, "max_steps decides where this training ends"
+        epoch = math.ceil((self._epoch_tokens - 1) / self._length)
+        if not self._said:
+            log.info(f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}")
+            self._said = True
+        if position.row >= end:
+            return 0.0
+        _, _, count = self._schedule.place(position.row)
+        return float(end - position.row - (position.into >= count))
+
+    def epochs_done(self, position: RowNumber) -> int:
+        """Epochs of which every label has been given: the first token of all is none."""
+        return (position.counts.tokens + 1) // self._epoch_tokens
+
+    def report(self, position: RowNumber) -> dict[str, Any]:
+        """samples (documents begun), rows, tokens, supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch;
+        cut, dropped and bad_lines are 0, since nothing is; with several sources the rows of each, and with
+        long_document_min_tokens the long documents among the samples.
+        """
+        counts = position.counts
+        known: dict[str, Any] = asdict(counts)
+        if self._long_tokens is None:
+            del known["long_documents"]
+        if len(self._sources) > 1:
+            rows = self._schedule.rows_of_sources(position.row + (position.into > 0))
+            names = [str(source.file.prefix) for source in self._sources]
+            known["rows_by_source"] = dict.fromkeys(names, 0)
+            for name, number in zip(names, rows, strict=True):
+                known["rows_by_source"][name] += number
+        fill_rate = counts.tokens / (counts.rows * self._length) if counts.rows else 0.0
+        return {
+            **known,
+            "cut": 0,
+            "dropped": 0,
+            "bad_lines": 0,
+            "fill_rate": round(fill_rate, 4),
+            "epoch": round(counts.tokens / self._epoch_tokens, 4),
+        }
+
+    def interrupt(self) -> None:
+        """Nothing here waits."""
+
+
+def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
+    """Open and check the files of cfg.input_dir for `split` ("train" or "eval"); see loader.build_loader."""
+    entries = read_input_dir(cfg.input_dir)
+    if split == "train":
+        sources = _open_sources(cfg, tokenizer, split, entries)
+        schedule, weights = _training_schedule(cfg, entries, sources)
+        long_tokens = cfg.long_document_min_tokens
+        for file in {source.file.prefix: source.file for source in sources}.values():
+            _look_at_ends(file, tokenizer.eos_id)
+    else:
+        sources = _open_sources(cfg, tokenizer, split, list({entry.prefix: entry for entry in entries}.values()))
+        schedule, weights = InTurn([source.epoch_tokens for source in sources], cfg.max_seq_len), []
+        long_tokens = None
+    identity = {
+        "seed": cfg.seed,
+        "random_shuffle": cfg.random_shuffle,
+        "documents of each file": [source.file.num_documents for source in sources],
+        "tokens of each file": [source.file.num_tokens for source in sources],
+        "content of each file": [source.file.digest() for source in sources],
+        "tokenizer": tokenizer.fingerprint,
+        "weights of input_dir": weights,
+        "split": cfg.split,
+        "max_seq_len": cfg.max_seq_len,
+        "isolate_documents": cfg.isolate_documents,
+        "long_document_min_tokens": cfg.long_document_min_tokens,
+        "long_document_weight": cfg.long_document_weight,
+    }
+    return TokenFeed(sources, schedule, cfg.max_seq_len, cfg.isolate_documents, long_tokens, identity)
+
+
+def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
+    """The sources of `entries`; a file that is named twice is opened once. DataError if there is nothing to read."""
+    files = {entry.prefix: TokenFile(entry.prefix, tokenizer.vocab_size) for entry in entries}
+    sources = [_source(cfg, files[entry.prefix], number, split) for number, entry in enumerate(entries)]
+    largest = max(source.epoch_tokens for source in sources)
+    for source in sources:
+        if source.epoch_tokens < 2 and (split == "train" or largest < 2):
+            raise DataError(
+                f"{source.file.prefix}: split: {cfg.split} leaves no text for {split} of its "
+                f"{source.file.num_documents} documents. "
+                "Hint: give it a larger share, or use a file with more documents."
+            )
+    return sources
+
+
+def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
+    """The schedule, and the weights that sum to 1."""
+    tokens = [source.epoch_tokens for source in sources]
+    given = [float(entry.weight or size) for entry, size in zip(entries, tokens, strict=True)]
+    weights = [weight / sum(given) for weight in given]
+    end = None if cfg.max_steps > 0 else max(2, round(cfg.num_train_epochs * sum(tokens)))
+    return Mixed(sources, weights, cfg.seed, cfg.max_seq_len, end), weights
+
+
+def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
+    """Entry `number` of input_dir: its documents of `split`; those for training shuffled and repeated as cfg says."""
+    first, last = split_documents(cfg.split, file.num_documents)[split]
+    key, repeats, more = None, None, ""
+    if split == "train":
+        key = (cfg.seed, number) if cfg.random_shuffle else None
+        repeats = _repeats(cfg, file, first, last)
+        more = f", {int(repeats.sum()) - (last - first)} repeats of long ones included" if repeats is not None else ""
+    source = Source(file, first, last, key, repeats)
+    empty = f", {source.empty} of them empty and passed over" if source.empty else ""
+    log.info(
+        f"{split} data: {file.prefix}: {source.num_documents} of its {file.num_documents} documents{empty}; "
+        f"{source.epoch_tokens} tokens{more}"
+    )
+    return source
+
+
+def _repeats(cfg: Any, file: TokenFile, first: int, last: int) -> np.ndarray | None:
+    """How often each document comes in an epoch, int64 [n]; None: once."""
+    if cfg.long_document_min_tokens is None:
+        return None
+    long = np.diff(file.starts[first : last + 1]) >= cfg.long_document_min_tokens
+    log.info(
+        f"{file.prefix}: {int(long.sum())} of {last - first} documents have {cfg.long_document_min_tokens} tokens or "
+        f"more; each comes {cfg.long_document_weight} times in an epoch (long_document_weight)"
+    )
+    return np.where(long, cfg.long_document_weight, 1) if cfg.long_document_weight > 1 else None
+
+
+def _look_at_ends(file: TokenFile, eos_id: int) -> None:
+    without, looked_at = file.without_end(eos_id, _LOOK_AT)
+    if without:
+        log.warning(
+            f"{file.prefix}: {without} of {looked_at} documents looked at do not end with the end token (id {eos_id}): "
+            "the model does not learn from them to end a text"
+        )

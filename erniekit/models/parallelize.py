@@ -1,0 +1,90 @@
+"""Attach to a model what its processes exchange. The model itself is written for one device (models/decoder.py)."""
+
+from collections.abc import Sequence
+
+from erniekit.models.decoder import CausalLM
+from erniekit.moe.all_to_all import ExpertRanks
+from erniekit.moe.layer import MoELayer
+from erniekit.nn.linear import Linear
+from erniekit.nn.shard import RankShard, Shardable, ShardSpec, named_shard_specs
+from erniekit.parallel.comm import Group
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.placement import Placement
+from erniekit.parallel.tensor import TensorRanks
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def rank_shard_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> RankShard:
+    """The part of the model that this process holds, given the layers of its chunks; WHOLE where nothing is divided."""
+    degrees = mesh.degrees
+    layers = tuple(layer for chunk in chunks for layer in chunk)
+    return RankShard(
+        tensor_rank=mesh.tensor,
+        tensor_degree=degrees.tensor,
+        expert_rank=mesh.expert,
+        expert_degree=degrees.expert,
+        layers=layers if degrees.pipeline > 1 else None,
+        has_embedding=mesh.is_first_stage,
+        has_head=mesh.is_last_stage,
+    )
+
+
+def parallelize(model: CausalLM, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Attach communication to projections, embedding, head and sparse layers."""
+    degrees = mesh.degrees
+    sequence = sequence_parallel and degrees.tensor > 1
+    ranks = TensorRanks(mesh.tensor_group, sequence) if degrees.tensor > 1 else None
+    for layer in model.sublayers():
+        if isinstance(layer, MoELayer) and degrees.tensor * degrees.expert > 1:
+            layer.ranks = ExpertRanks(mesh.tensor_group, mesh.expert_group, sequence)
+        elif isinstance(layer, Linear) and layer is not model.lm_head and ranks is not None:
+            ranks.attach(layer)
+    model.tensor = ranks
+    if ranks is not None and model.model.embed_tokens is not None:
+        model.model.embed_tokens.lookup = ranks.lookup
+
+
+def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placement]:
+    """Where each parameter of this process's part has its copies, and whose gradients make up its own. `sharded`:
+    optimizer state is divided over the ranks of the shard groups.
+    """
+    config, shard_specs = model.config, named_shard_specs(model)
+    shares_ends = mesh.degrees.pipeline > 1 and (config.tie_word_embeddings or config.num_nextn_predict_layers > 0)
+    partial = _partial_gradients(model)
+    return {
+        name: _placement(mesh, shard_specs.get(name), name in partial, shares_ends and name == EMBEDDING, sharded)
+        for name, _ in model.named_parameters()
+    }
+
+
+def _partial_gradients(model: CausalLM) -> set[str]:
+    """Parameters that are whole on every tensor rank while their gradients are partial sums. With sequence parallelism
+    a rank's own tokens give its part of all that is not divided, but for routers, which see all tokens.
+    """
+    names = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in model.named_sublayers(include_self=True)
+        if isinstance(layer, Shardable)
+        for name in layer.partial_gradients()
+    }
+    if model.tensor is None or not model.tensor.sequence:
+        return names
+    return names | {name for name, _ in model.named_parameters() if ".gate." not in name}
+
+
+def _placement(mesh: Mesh, spec: ShardSpec | None, is_partial: bool, is_shared: bool, sharded: bool) -> Placement:
+    alone, tensor_ranks = Group((mesh.rank,), 0), mesh.degrees.tensor
+    if spec is not None and spec.over == "experts":
+        gradient, shard, replica = mesh.expert_data_group, mesh.expert_shard_group, mesh.expert_shard_replica_group
+    else:
+        gradient, shard, replica = mesh.data_group, mesh.shard_group, mesh.shard_replica_group
+    return Placement(
+        gradient=gradient,
+        shard=shard if sharded else alone,
+        replica=replica if sharded else gradient,
+        partial=alone if spec is not None else mesh.tensor_group,
+        ends=mesh.ends_group if is_shared else alone,
+        copies=gradient.size * (tensor_ranks if spec is None else 1) * (2 if is_shared else 1),
+        share=1.0 if is_partial or spec is not None else 1.0 / tensor_ranks,
+    )

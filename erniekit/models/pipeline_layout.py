@@ -1,0 +1,94 @@
+"""Where the layers of a run lie, and in which order a stage works on them."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from erniekit.config import pointless
+from erniekit.config.pointless import Facts
+from erniekit.config.schema import Config
+from erniekit.models.config import ModelConfig
+from erniekit.parallel.mesh import ParallelDims, check_model
+from erniekit.parallel.pipeline_schedule import Action, check_schedule, describe, plan
+from erniekit.parallel.pipeline_split import cut, layer_costs
+from erniekit.utils.errors import ConfigError
+
+
+def schedule_of(cfg: Config) -> str:
+    """The name of the pipeline's schedule; several chunks a stage are interleaved."""
+    return "interleaved" if cfg.virtual_pp_degree > 1 and cfg.pipeline_schedule == "1f1b" else cfg.pipeline_schedule
+
+
+def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
+    """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
+    chunks = max(cfg.virtual_pp_degree, 1)
+    costs = layer_costs(config, cfg.max_seq_len // 2)
+    pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
+    return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
+
+
+def check_layout(cfg: Config, degrees: ParallelDims, config: ModelConfig) -> None:
+    """Refuse what does not divide, and what the model does not have, from the model's config.json alone: before any
+    process starts. ConfigError with the arithmetic.
+    """
+    _check_recompute(cfg, config)
+    check_model(degrees, config)
+    check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
+    cut_layers(cfg, config, degrees.pipeline)
+
+
+def _check_recompute(cfg: Config, config: ModelConfig) -> None:
+    strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= config.num_hidden_layers)
+    if strange:
+        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
+    if cfg.recompute and cfg.recompute_granularity == "moe" and not config.moe_num_experts:
+        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+
+
+@lru_cache(maxsize=8)
+def plan_actions(
+    schedule: str, stages: int, chunks: int, blocking_sends: bool, stage: int, num_microbatches: int
+) -> list[Action]:
+    """What a stage does in a step of so many microbatches."""
+    return plan(schedule, stages, num_microbatches, chunks, blocking_sends)[stage]
+
+
+def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> list[str]:
+    """What the log says about the ranks, and about keys that do nothing with this model on these ranks."""
+    notes = pointless.notes(cfg, "train", facts_of(config, degrees))
+    if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
+        notes.append(
+            f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
+            "without sharding: stage1 or stage2"
+        )
+    if degrees.world == 1:
+        return notes
+    shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
+    experts = f", experts over {shares} of them" if shares > 1 else ""
+    tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
+    lines = [
+        f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "
+        f"tensor ranks{tokens}{experts}; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} "
+        f"microbatches x {degrees.data} = {cfg.batch_size * cfg.gradient_accumulation_steps * degrees.data} rows"
+    ]
+    if degrees.pipeline > 1:
+        stages = cut_layers(cfg, config, degrees.pipeline)
+        lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
+    return lines + notes
+
+
+def facts_of(config: ModelConfig, degrees: ParallelDims) -> Facts:
+    """What the model and the job say about which keys do something."""
+    aux_free = bool(config.extra.get("moe_use_aux_free", False))
+    return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
+
+
+def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
+    """The chunk of this process's stage that a parameter is reached by: its layer's, or the last for what stands behind
+    the layers. The embedding belongs to the first chunk where tokens are looked up, to the last where the head shares
+    it.
+    """
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if match:
+        return next(number for number, layers in enumerate(chunks) if int(match.group(1)) in layers)
+    return 0 if name.startswith("model.embed_tokens") and 0 in chunks[0] else len(chunks) - 1

@@ -1,0 +1,277 @@
+"""Pipeline schedules as plain lists of actions, one list for each stage. Nothing here computes or communicates.
+
+Legend: p stages, v chunks on each stage, m microbatches. The model is cut into p*v pieces; piece c*p + s is chunk c of
+stage s. Three schedules, all with as little idle time as their pieces allow:
+
+* `1f1b` (Narayanan et al. 2021, arXiv 2104.04473, section 2.2): v = 1.
+* `interleaved` (the same, section 2.2.2): v > 1, a bubble v times smaller for v times the transfers.
+* `memory_efficient`: interleaved with a shorter warm-up: one microbatch more than the next stage instead of two, as in
+  1F1B. The bubble stays, p - 1 - s chunks fewer are kept on stage s (see `peak_live`). The price is slack: a transfer
+  has no spare forward pass to hide behind, so `interleaved` is the faster one where transfers are slow.
+
+Microbatches of interleaved schedules go in groups: chunk 0 for the whole group, then chunk 1, ... A group needs at
+least p microbatches to keep every stage busy, so m are divided into m // p groups whose sizes differ by at most one; m
+need not be a multiple of p. Fewer than p make one group.
+
+Transfers stand in the lists in one of two ways. Where a send does not wait (`comm.send`), it stands right behind the
+computation, so that it travels while the stage computes on; a receive stands where its tensor is needed. Messages from
+one stage to another are received in the order sent. Where a send waits for its receiver, that could deadlock; then
+(`blocking_sends`) all actions of all stages stand in one total order, in which a transfer is one element, and each
+stage's list is its part of that order. The first element not yet executed always has all it needs: nothing can
+deadlock.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from erniekit.utils.errors import ConfigError
+
+SCHEDULES = ("1f1b", "interleaved", "memory_efficient")
+Payload = Literal["activation", "gradient"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Run chunk `chunk` of this stage on microbatch `microbatch`."""
+
+    chunk: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass of the same."""
+
+    chunk: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Give stage `peer` what this stage's `chunk` made: its output ("activation") or its input's gradient."""
+
+    what: Payload
+    chunk: int
+    microbatch: int
+    peer: int
+
+
+@dataclass(frozen=True)
+class Recv:
+    """Take from stage `peer` what this stage's `chunk` needs: its input ("activation") or its output's gradient."""
+
+    what: Payload
+    chunk: int
+    microbatch: int
+    peer: int
+
+
+Compute = Forward | Backward
+Action = Forward | Backward | Send | Recv
+
+
+def plan(
+    schedule: str, stages: int, microbatches: int, chunks: int = 1, blocking_sends: bool = False
+) -> list[list[Action]]:
+    """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers.
+
+    Raises ConfigError as `check_schedule` does.
+    """
+    check_schedule(schedule, stages, chunks)
+    orders = [_compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)]
+    return _in_one_order(orders) if blocking_sends else _sent_at_once(orders)
+
+
+def forward_plan(stages: int, microbatches: int, chunks: int = 1, blocking_sends: bool = False) -> list[list[Action]]:
+    """Each stage's actions where nothing is trained: evaluation, a reference model."""
+    forwards: list[Compute] = [Forward(c, i) for c, i in _in_groups(stages, microbatches, chunks)]
+    return _in_one_order([forwards] * stages) if blocking_sends else _sent_at_once([forwards] * stages)
+
+
+def check_schedule(schedule: str, stages: int, chunks: int) -> None:
+    """Raise ConfigError where a schedule does not exist for these numbers."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"pipeline schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if chunks > 1 and stages == 1:
+        raise ConfigError(
+            f"virtual_pp_degree {chunks} with pipeline_parallel_degree 1: one stage has nothing to interleave. "
+            "Set virtual_pp_degree: 1, or more stages"
+        )
+    if chunks > 1 and schedule == "1f1b":
+        raise ConfigError(
+            f"virtual_pp_degree {chunks}: the 1f1b schedule has one chunk a stage. "
+            "Set virtual_pp_degree: 1, or choose interleaved or memory_efficient"
+        )
+    if chunks == 1 and stages > 1 and schedule != "1f1b":
+        raise ConfigError(
+            f"the {schedule} schedule needs at least 2 chunks a stage. Set virtual_pp_degree: 2, or choose 1f1b"
+        )
+
+
+def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:
+    """The part of a step that a stage stands idle, transfers taken as free and all pieces as equally long.
+
+    Every schedule here takes max(v m + p - 1, v p + m - 1) times the time of one piece's forward and backward, whatever
+    the ratio of the two, and v m of them are work. So for m >= p the bubble is (p - 1) / (v m + p - 1). Where sends
+    wait for their receivers that holds if a backward pass is as long as a forward pass, and is a lower bound otherwise.
+    """
+    work = chunks * microbatches
+    return 1 - work / max(work + stages - 1, chunks * stages + microbatches - 1)
+
+
+def peak_live(schedule: str, stage: int, stages: int, microbatches: int, chunks: int = 1) -> int:
+    """The most chunk inputs whose activations a stage keeps at one time; each is 1 / v of the stage's layers.
+
+    With groups of at most g microbatches, g = ceil(m / max(m // p, 1)) (that is p where p divides m):
+    1f1b min(p - s, m); memory_efficient min(p - s + (v - 1) g, v m); interleaved min(2 (p - s) - 1 + (v - 1) g, v m).
+    """
+    return min(_warm_up(schedule, stage, stages, microbatches, chunks) + 1, chunks * microbatches)
+
+
+def describe(schedule: str, microbatches: int, layers: Sequence[Sequence[Sequence[int]]]) -> str:
+    """One line for the log. `layers[s][c]`: the layer numbers of chunk c of stage s."""
+    stages, chunks = len(layers), len(layers[0])
+    bubble = bubble_fraction(stages, microbatches, chunks)
+    peaks = [peak_live(schedule, s, stages, microbatches, chunks) for s in range(stages)]
+    shown = " | ".join("+".join(_layer_range(piece) for piece in pieces) for pieces in layers)
+    return (
+        f"pipeline: {schedule}, {stages} stages x {chunks} chunks, {microbatches} microbatches, bubble {bubble:.1%}, "
+        f"chunk activations kept at most {', '.join(map(str, peaks))}; layers {shown}"
+    )
+
+
+def _layer_range(piece: Sequence[int]) -> str:
+    return str(piece[0]) if len(piece) == 1 else f"{piece[0]}-{piece[-1]}"
+
+
+def _group_sizes(stages: int, microbatches: int) -> list[int]:
+    """Sizes that differ by at most one, larger ones first: a later, larger group would find too short a warm-up."""
+    count = max(microbatches // stages, 1)
+    return [microbatches // count + (i < microbatches % count) for i in range(count)]
+
+
+def _in_groups(stages: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:
+    """(chunk, microbatch) in the order of the forward passes, the same on every stage."""
+    order, start = [], 0
+    for size in _group_sizes(stages, microbatches):
+        order += [(chunk, i) for chunk in range(chunks) for i in range(start, start + size)]
+        start += size
+    return order
+
+
+def _warm_up(schedule: str, stage: int, stages: int, microbatches: int, chunks: int) -> int:
+    """Forward passes of a stage before it alternates forward and backward."""
+    ahead_of_next = 2 if schedule == "interleaved" else 1
+    largest_group = _group_sizes(stages, microbatches)[0]
+    return ahead_of_next * (stages - 1 - stage) + (chunks - 1) * largest_group
+
+
+def _compute_order(schedule: str, stage: int, stages: int, microbatches: int, chunks: int) -> list[Compute]:
+    order = _in_groups(stages, microbatches, chunks)
+    forwards: list[Compute] = [Forward(c, i) for c, i in order]
+    backwards: list[Compute] = [Backward(chunks - 1 - c, i) for c, i in order]
+    warm_up = min(_warm_up(schedule, stage, stages, microbatches, chunks), len(order))
+    steady = [action for pair in zip(forwards[warm_up:], backwards) for action in pair]
+    return [*forwards[:warm_up], *steady, *backwards[len(order) - warm_up :]]
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """What one stage's action makes and the same action on the next piece, on another stage, needs."""
+
+    source: int
+    made_by: Compute
+    target: int
+    used_by: Compute
+
+    @property
+    def what(self) -> Payload:
+        return "activation" if isinstance(self.made_by, Forward) else "gradient"
+
+    @property
+    def send(self) -> Send:
+        return Send(self.what, self.made_by.chunk, self.made_by.microbatch, self.target)
+
+    @property
+    def recv(self) -> Recv:
+        return Recv(self.what, self.used_by.chunk, self.used_by.microbatch, self.source)
+
+
+def _transfers(orders: list[list[Compute]]) -> list[_Transfer]:
+    """All of a step, those of one source in the order in which they are made."""
+    stages = len(orders)
+    num_pieces = stages * (1 + max(action.chunk for action in orders[0]))
+    found = []
+    for stage, order in enumerate(orders):
+        for action in order:
+            piece = action.chunk * stages + stage + (1 if isinstance(action, Forward) else -1)
+            if 0 <= piece < num_pieces:
+                used_by = type(action)(piece // stages, action.microbatch)
+                found.append(_Transfer(stage, action, piece % stages, used_by))
+    return found
+
+
+def _sent_at_once(orders: list[list[Compute]]) -> list[list[Action]]:
+    """Each send right behind its computation; each receive as late as its use and the order of sending allow."""
+    transfers = _transfers(orders)
+    sends = {(t.source, t.made_by): t.send for t in transfers}
+    needs = {(t.target, t.used_by): t.recv for t in transfers}
+    inbox: dict[tuple[int, int], deque[Recv]] = {(t.source, t.target): deque() for t in transfers}
+    for transfer in transfers:
+        inbox[transfer.source, transfer.target].append(transfer.recv)
+    lists: list[list[Action]] = []
+    for stage, order in enumerate(orders):
+        actions: list[Action] = []
+        arrived: set[Recv] = set()
+        for action in order:
+            need = needs.get((stage, action))
+            while need is not None and need not in arrived:
+                first = inbox[need.peer, stage].popleft()
+                arrived.add(first)
+                actions.append(first)
+            actions.append(action)
+            if (stage, action) in sends:
+                actions.append(sends[stage, action])
+        lists.append(actions)
+    return lists
+
+
+def _in_one_order(orders: list[list[Compute]]) -> list[list[Action]]:
+    """Each stage's part of one total order: by time, and a transfer stands at the time when its receiver needs it."""
+    transfers, stages = _transfers(orders), len(orders)
+    start = _unit_clock(orders, transfers)
+    events: list[tuple[tuple[int, ...], list[tuple[int, Action]]]] = []
+    for (stage, action), time in start.items():
+        events.append(((time, 1, 0, stage), [(stage, action)]))
+    for number, transfer in enumerate(transfers):
+        source, target = transfer.source, transfer.target
+        # At one time, links 0-1, 2-3, ... come before 1-2, 3-4, ...: no chain of stages waits for one another.
+        link = min(source, target) if abs(source - target) == 1 else stages - 1
+        key = (start[target, transfer.used_by], 0, link % 2, number)
+        events.append((key, [(source, transfer.send), (target, transfer.recv)]))
+    lists: list[list[Action]] = [[] for _ in orders]
+    for _, actions in sorted(events, key=lambda event: event[0]):
+        for stage, part in actions:
+            lists[stage].append(part)
+    return lists
+
+
+def _unit_clock(orders: list[list[Compute]], transfers: list[_Transfer]) -> dict[tuple[int, Compute], int]:
+    """When each stage starts each of its actions, if each takes one unit of time and transfers none."""
+    producers = {(t.target, t.used_by): (t.source, t.made_by) for t in transfers}
+    start: dict[tuple[int, Compute], int] = {}
+    todo = [deque(order) for order in orders]
+    free = [0] * len(orders)
+    moved = True
+    while moved:
+        moved = False
+        for stage, order in enumerate(todo):
+            while order and ((producer := producers.get((stage, order[0]))) is None or producer in start):
+                action, moved = order.popleft(), True
+                time = max(free[stage], start[producer] + 1 if producer else 0)
+                start[stage, action] = time
+                free[stage] = time + 1
+    assert not any(todo), "a stage waits for something that is never computed"
+    return start

@@ -1,0 +1,189 @@
+"""AdamW with its state in plain sight."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.parallel.buckets import gradient_bytes, state_bytes
+from erniekit.parallel.grad_sync import GradientSync
+from erniekit.utils import log
+
+# Fields of the state that are one number a parameter.
+POWERS = ("beta1_pow", "beta2_pow")
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """How one parameter is updated: its share of the learning rate and its decoupled weight decay."""
+
+    lr_ratio: float
+    weight_decay: float
+
+
+def layer_depth(name: str, num_layers: int) -> int:
+    """Depth of a parameter for layer-wise learning rates: embedding 0, layer i at i + 1, final norm and MTP n + 1, head
+    n + 2.
+    """
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if match:
+        return int(match.group(1)) + 1
+    if name.startswith("model.embed_tokens"):
+        return 0
+    return num_layers + (2 if name.startswith("lm_head") else 1)
+
+
+def rule_for(name: str, cfg: Config, num_layers: int) -> ParamRule:
+    """Norms, biases and DoRA's magnitudes are not decayed. With layerwise_lr_decay_bound b < 1 the rate is
+    b + (1 - b) * depth / (n + 2); the router's gate has moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou
+    et al. 2024, arXiv 2402.12354).
+    """
+    bound = cfg.layerwise_lr_decay_bound
+    ratio = bound + (1.0 - bound) * layer_depth(name, num_layers) / (num_layers + 2)
+    if cfg.moe_gate_lr_ratio is not None and name.endswith(".mlp.gate.weight"):
+        ratio *= cfg.moe_gate_lr_ratio
+    if ".adapter.B" in name:
+        ratio *= cfg.lora_plus_scale
+    decayed = not name.endswith("bias") and "norm" not in name and ".adapter.magnitude" not in name
+    return ParamRule(ratio, cfg.weight_decay if decayed else 0.0)
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), one fused kernel a
+    parameter.
+
+    State is fp32: the two moments, the powers of the betas, and, for 16-bit parameters, a master copy. `state` maps
+    parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the names of
+    `model.named_parameters()`. Where `sync` divides a parameter's state over ranks, moments and master copy are this
+    rank's chunk [c], flat (parallel/buckets.py).
+
+    Args:
+        sync: the parameters and their gradients.
+        rules: of each parameter.
+    """
+
+    def __init__(
+        self,
+        sync: GradientSync,
+        rules: dict[str, ParamRule],
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+    ) -> None:
+        self.sync, self.parameters = sync, sync.parameters
+        self.rules = rules
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self.reset()
+        if sync.world.size > 1:
+            log.info(self.memory_line())
+
+    def reset(self) -> None:
+        """Begin anew with the parameters as they are now: their values go into the master copies."""
+        self.state = {name: self._new_state(name) for name in self.parameters}
+
+    def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
+        own = self.sync.own(name)
+        state = {
+            "moment1": paddle.zeros(own.shape, dtype="float32"),
+            "moment2": paddle.zeros(own.shape, dtype="float32"),
+            "beta1_pow": paddle.full([1], self.beta1, dtype="float32"),
+            "beta2_pow": paddle.full([1], self.beta2, dtype="float32"),
+        }
+        if own.dtype != paddle.float32:
+            state["master"] = own.astype("float32")
+        return state
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether any parameter has a master copy."""
+        return any("master" in fields for fields in self.state.values())
+
+    @paddle.no_grad()
+    def master(self, name: str) -> paddle.Tensor | None:
+        """A parameter's whole master copy, fp32; None where the parameter is its own. Where the state is divided, all
+        ranks of the parameter's shard group have to call this together.
+        """
+        chunk = self.state.get(name, {}).get("master")
+        return None if chunk is None else self.sync.whole(name, chunk)
+
+    def state_bytes(self) -> int:
+        """Bytes of the state on this rank, counted over its tensors; the formula is parallel.buckets.state_bytes."""
+        return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
+
+    def memory_line(self) -> str:
+        """What the optimizer holds on this rank, beside what it would hold undivided."""
+        sync, entries = self.sync, self.sync.entries.values()
+        undivided = state_bytes(entries, divided=False)
+        gradients = gradient_bytes(entries, sync.stage, sync.master_grad)
+        return (
+            f"optimizer state: {_mib(self.state_bytes())} on this rank, {_mib(undivided)} if it were not divided; "
+            f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.stage})"
+        )
+
+    @paddle.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Update every parameter that has a gradient. A parameter without one on any rank (an expert no token reached
+        has a zero gradient, not none) is left alone.
+        """
+        updated = {}
+        for name, gradient in self.sync.gradients().items():
+            parameter, rule, state = self.sync.own(name), self.rules[name], self.state[name]
+            updated[name] = parameter
+            paddle._C_ops.adamw_(
+                parameter,
+                # With a master copy the kernel takes a wide gradient as it is; rounding it would undo its fp32 sum.
+                gradient if "master" in state else gradient.astype(parameter.dtype),
+                paddle.to_tensor([learning_rate * rule.lr_ratio], dtype="float32"),
+                state["moment1"],
+                state["moment2"],
+                None,  # moment2_max: AMSGrad is off
+                state["beta1_pow"],
+                state["beta2_pow"],
+                state.get("master"),
+                None,  # found_inf: a non-finite gradient stops the run before it comes here
+                self.beta1,
+                self.beta2,
+                self.epsilon,
+                1.0,
+                rule.weight_decay,
+                rule.weight_decay > 0.0,
+                False,  # lazy_mode
+                1000,  # min_row_size_to_use_multithread
+                "master" in state,
+                False,  # use_global_beta_pow
+                False,  # amsgrad
+            )
+        self.sync.publish(updated)
+
+    def clear_grad(self) -> None:
+        """Forget the gradients and free their memory."""
+        self.sync.clear()
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""
+        return {f"{name}/{field}": self._shape(name, field) for name, fields in self.state.items() for field in fields}
+
+    def _shape(self, name: str, field: str) -> tuple[int, ...]:
+        return (1,) if field in POWERS else self.sync.entries[name].shape
+
+    def state_array(self, key: str) -> np.ndarray:
+        """One entry of the state, whole, fp32. All ranks of the parameter's shard group have to call it together."""
+        name, field = key.rsplit("/", 1)
+        tensor = self.state[name][field]
+        return tensor.numpy() if field in POWERS else self.sync.gather(name, tensor)
+
+    def load_state_array(self, key: str, array: np.ndarray) -> None:
+        """Set one entry of the state from the whole array. KeyError if the optimizer has no such entry, ValueError if
+        its shape differs.
+        """
+        name, field = key.rsplit("/", 1)
+        tensor, shape = self.state[name][field], self._shape(name, field)
+        if array.shape != shape:
+            raise ValueError(f"{key}: shape {array.shape}, not {shape}")
+        tensor.set_value(array if field in POWERS else self.sync.scatter(name, array))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,298 @@
+"""From a configuration to everything a run needs, in one order: model, precision, recomputation, weights, optimizer,
+data.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from erniekit import lora
+from erniekit.checkpoint.model_dir import require_model, require_weights
+from erniekit.checkpoint.model_io import load_weights, read_config
+from erniekit.config.schema import Config
+from erniekit.data.chat.template import Template
+from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.loader import Loader, build_loader
+from erniekit.data.record_feed import training_template
+from erniekit.hub import resolve_model
+from erniekit.losses.preference import wants_reference
+from erniekit.models import activation_checkpoint
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
+from erniekit.models.parallelize import parallelize, placements, rank_shard_of
+from erniekit.models.pipeline_layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
+from erniekit.models.quantize import describe, quantize_weights
+from erniekit.models.weights import our_shapes
+from erniekit.parallel.agree import all_or_none
+from erniekit.parallel.grad_sync import GradientSync
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.pipeline_schedule import Action
+from erniekit.precision import policy
+from erniekit.training.adamw import AdamW, rule_for
+from erniekit.training.batch_warmup import last_step
+from erniekit.training.ema import WeightAverage
+from erniekit.training.lr_scheduler import Schedule, build_schedule
+from erniekit.training.recipes.base import Recipe
+from erniekit.training.recipes.causal import CausalRecipe
+from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
+from erniekit.training.reference_cache import prepare_cache
+from erniekit.training.same_run import require_same_files
+from erniekit.training.trainable import attach_lora, check_lora
+from erniekit.utils import log
+
+
+@dataclass
+class Run:
+    """A run ready to start."""
+
+    cfg: Config
+    output_dir: Path
+    model_dir: Path
+    mesh: Mesh
+    model: CausalLM
+    chunks: list[tuple[int, ...]]
+    actions: Callable[[int], list[Action]]
+    tokenizer: Tokenizer
+    template: Template | None
+    recipe: Recipe
+    optimizer: AdamW
+    schedule: Schedule
+    max_steps: int
+    loader: Loader
+    eval_loader: Loader | None
+    update_router_bias: bool
+    average: WeightAverage | None
+
+    @property
+    def token_multiple(self) -> int:
+        """What a microbatch's number of tokens must divide by."""
+        return self.model.token_multiple
+
+    def plan_steps(self, done: int) -> None:
+        """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
+        cfg = self.cfg
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
+        self.schedule = build_schedule(cfg, self.max_steps)
+        if cfg.max_steps > 0:
+            return
+        rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
+        after = f" after step {done}" if done else ""
+        each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.data
+        fewer = " (fewer during batch_size_warmup_steps)" if done < cfg.batch_size_warmup_steps else ""
+        log.info(
+            f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
+            f"{self.max_steps - done} steps"
+        )
+
+    def close(self) -> None:
+        """Stop the data workers."""
+        self.loader.close()
+        if self.eval_loader is not None:
+            self.eval_loader.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and Paddle."""
+    random.seed(seed)
+    np.random.seed(seed)
+    paddle.seed(seed)
+
+
+def build_run(cfg: Config, mesh: Mesh) -> Run:
+    """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
+    what the user can mend.
+    """
+    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    if cfg.stage == "DPO":
+        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
+    seed_everything(cfg.seed)
+    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    require_model(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
+    max_steps = last_step(cfg, loader, mesh.degrees.data)
+    schedule = build_schedule(cfg, max_steps)
+    model, chunks = build_model(cfg, model_dir, mesh)
+    for line in layout_lines(cfg, model.config, mesh.degrees):
+        log.info(line)
+    check_fits(tokenizer, model.config.vocab_size, str(model_dir))
+    mtp_depths = train_mtp(model, cfg)
+    num_layers = model.config.num_hidden_layers
+    rules = {name: rule_for(name, cfg, num_layers) for name, _ in model.named_parameters()}
+    sync = GradientSync(
+        model.named_parameters(),
+        placements(model, mesh, bool(cfg.sharding)),
+        mesh.world_group,
+        stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
+        master_grad=cfg.amp_master_grad,
+        parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
+    )
+    optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    return Run(
+        cfg=cfg,
+        output_dir=Path(cfg.output_dir),
+        model_dir=model_dir,
+        mesh=mesh,
+        model=model,
+        chunks=chunks,
+        actions=partial(
+            plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.blocking_sends, mesh.pipe
+        ),
+        tokenizer=tokenizer,
+        template=template,
+        recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
+        optimizer=optimizer,
+        schedule=schedule,
+        max_steps=max_steps,
+        loader=loader,
+        eval_loader=eval_loader,
+        update_router_bias=_wants_bias_update(cfg, model.config),
+        average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
+    )
+
+
+def _recipe(
+    cfg: Config,
+    model: CausalLM,
+    chunks: list[tuple[int, ...]],
+    mesh: Mesh,
+    model_dir: Path,
+    tokenizer: Tokenizer,
+    mtp_depths: int,
+) -> Recipe:
+    """The method that `stage` names. `model` has its first weights: it is still its own reference."""
+    if cfg.stage != "DPO":
+        return CausalRecipe(cfg, mtp_depths)
+    forward = ForwardPass(mesh, chunks, cfg.loss_subbatch_seqlen)
+    adapted = lora.state_of(model) is not None
+    reference: Reference | None = None
+    if wants_reference(cfg) and cfg.ref_logps_cache:
+        log_probs = AdapterOff(model, forward).log_probs if adapted else partial(forward.log_probs, model)
+        reference = prepare_cache(cfg, model_dir, model, mesh, tokenizer, log_probs)
+    elif wants_reference(cfg) and adapted:
+        reference = AdapterOff(model, forward)
+        log.info("reference: the model without its adapter")
+    elif wants_reference(cfg):
+        reference = SecondModel(build_model(cfg, model_dir, mesh)[0], forward)
+        log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
+    return PreferenceRecipe(cfg, model, forward, reference)
+
+
+def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
+    """This process's part of the model with its weights, or at random where continue_training is false, in its
+    precision, recomputing if asked; and the layers of each of its chunks.
+    """
+    stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
+    if cfg.continue_training:
+        require_weights(model_dir)
+    depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
+    config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
+    check_layout(cfg, mesh.degrees, config)
+    check_lora(cfg, config)
+    chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
+    precision = policy.choose(cfg.compute_type, paddle.get_device())
+    # No memory and no random values before the weights arrive, and then no wider ones than are kept.
+    with policy.default_dtype(precision), paddle.LazyGuard():
+        model = CausalLM(config, rank_shard_of(mesh, chunks))
+    if precision.low_bit is not None:
+        quantize_weights(model, precision.low_bit)
+    known = set(our_shapes(stored)) if cfg.continue_training else set()
+    init_weights(model, cfg.seed, lambda name: name not in known)
+    if cfg.continue_training:
+        load_weights(model, model_dir, stored)
+        if stored.dtype not in (None, precision.param_dtype) and cfg.fine_tuning != "LoRA":
+            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is {precision.param_dtype}")
+        if depths > stored.num_nextn_predict_layers:
+            log.info(
+                f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
+                "others start at random"
+            )
+    else:
+        log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
+    policy.apply(model, precision)
+    if precision.low_bit is not None:
+        log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
+    parallelize(model, mesh, cfg.sequence_parallel)
+    if cfg.fine_tuning == "LoRA":
+        attach_lora(model, cfg, model_dir)
+    if cfg.recompute:
+        activation_checkpoint.apply(model.model, _recompute_options(cfg))
+    model.train()
+    return model, chunks
+
+
+def _open_data(
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Template | None, Loader, Loader | None]:
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank. While
+    the batch still grows, the training data come one microbatch at a time.
+    """
+    growing = dataclasses.replace(cfg, gradient_accumulation_steps=1) if cfg.batch_size_warmup_steps else cfg
+    wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
+    with all_or_none(mesh.world_group):
+        template = training_template(cfg, tokenizer)
+        build = partial(build_loader, tokenizer=tokenizer, rank=mesh.data, world=mesh.degrees.data, template=template)
+        loader = build(growing, split="train")
+        eval_loader = build(cfg, split="eval") if wants_eval else None
+    data = {f"training data: {name}": value for name, value in loader.identity.items()}
+    if eval_loader is not None:
+        data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
+    require_same_files(model_dir, data, mesh.world_group)
+    return template, loader, eval_loader
+
+
+def _recompute_options(cfg: Config) -> activation_checkpoint.RecomputeOptions:
+    return activation_checkpoint.RecomputeOptions(
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        cfg.lora_dropout > 0.0,
+    )
+
+
+def _as_asked(config: ModelConfig, cfg: Config) -> ModelConfig:
+    """What the YAML asks of the model beyond its config.json: rotary base, context length, routing."""
+    if cfg.rope_theta is not None and cfg.rope_theta != config.rope_theta:
+        log.info(f"rope_theta: {config.rope_theta:g} in the model's config.json, {cfg.rope_theta:g} from here on")
+        config = dataclasses.replace(config, rope_theta=cfg.rope_theta)
+    if cfg.max_seq_len > config.max_position_embeddings:
+        log.info(f"max_position_embeddings: {config.max_position_embeddings} before, {cfg.max_seq_len} from here on")
+        config = dataclasses.replace(config, max_position_embeddings=cfg.max_seq_len)
+    if not config.moe_num_experts:
+        return config
+    grouped = cfg.moe_group_experts or config.moe_group_experts
+    if grouped and not config.moe_group_experts:
+        log.warning("moe_group_experts: other tools know only plain top-k; this model has to be used with erniekit")
+    return dataclasses.replace(config, moe_group_experts=grouped, moe_capacity_factor=cfg.moe_capacity_factor)
+
+
+def train_mtp(model: CausalLM, cfg: Config) -> int:
+    """Depths of multi-token prediction that are trained. Blocks the model has beyond that are kept as they are,
+    frozen.
+    """
+    kept = model.config.num_nextn_predict_layers - cfg.num_nextn_predict_layers
+    if kept > 0:
+        log.info(
+            f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: {kept} of the model's multi-token-prediction "
+            "blocks are kept, not trained"
+        )
+        for name, parameter in model.named_parameters():
+            match = name.split(".")
+            if match[1].startswith("mtp_") and int(match[2]) >= cfg.num_nextn_predict_layers:
+                parameter.stop_gradient = True
+    return cfg.num_nextn_predict_layers
+
+
+def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:
+    """moe_use_aux_free, or what the model's config.json says where the key is not set."""
+    asked = bool(config.extra.get("moe_use_aux_free", False)) if cfg.moe_use_aux_free is None else cfg.moe_use_aux_free
+    return asked and config.moe_num_experts > 0

@@ -1,0 +1,25 @@
+"""The callbacks of a run. What each writes is in erniekit/training/reporting/."""
+
+from erniekit.config.schema import Config
+from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.metrics_file import MetricsFile
+from erniekit.training.reporting.plot import LossPlot
+from erniekit.training.reporting.progress import ProgressReport
+from erniekit.training.reporting.routers import RouterLog
+from erniekit.training.reporting.summary import Summary
+from erniekit.training.reporting.trackers import Board
+
+__all__ = ["Callback", "RunInfo", "StepMetrics", "build_callbacks"]
+
+
+def build_callbacks(cfg: Config) -> list[Callback]:
+    """The callbacks that `cfg` asks for, in the order in which they are to be called.
+
+    The bar goes first, so that it is gone before the others have their last word; the metrics file goes before the plot
+    and the summary, which read it.
+    Raises ConfigError if report_to needs a package that is not installed.
+    """
+    callbacks: list[Callback] = [ProgressReport(cfg.logging_steps, cfg.disable_tqdm), MetricsFile()]
+    if cfg.report_to != "none":
+        callbacks.append(Board(cfg))
+    return [*callbacks, RouterLog(), LossPlot(), Summary()]

@@ -1,0 +1,44 @@
+"""An exponential moving average of the weights, kept beside training (Polyak & Juditsky 1992; Izmailov et al. 2018)."""
+
+from pathlib import Path
+
+import paddle
+
+from erniekit.models.decoder import CausalLM
+from erniekit.training.adamw import AdamW
+from erniekit.training.trainable import load_trained, trained_tensors
+
+DIRECTORY = "ema"
+
+
+class WeightAverage:
+    """average = decay * average + (1 - decay) * weight after each step, in fp32, over all that a checkpoint holds:
+    parameters and router biases, or an adapter. The weight of a 16-bit parameter is its master copy: the parameter
+    itself is rounded, and moves less often than it is trained.
+    """
+
+    def __init__(self, model: CausalLM, decay: float, optimizer: AdamW | None = None) -> None:
+        self.model, self.decay, self._optimizer = model, decay, optimizer
+        self.average = _copies(model)
+
+    @paddle.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimizer step. Where masters are divided over ranks, all ranks call it."""
+        for name, tensor in trained_tensors(self.model).items():
+            master = None if self._optimizer is None else self._optimizer.master(name)
+            weight = tensor.astype("float32") if master is None else master
+            self.average[name].scale_(self.decay).add_(weight * (1.0 - self.decay))
+
+    @paddle.no_grad()
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for name, tensor in _copies(self.model).items():
+            self.average[name].set_value(tensor)
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from the average that a checkpoint holds."""
+        load_trained(self.model, checkpoint / DIRECTORY, into=self.average)
+
+
+def _copies(model: CausalLM) -> dict[str, paddle.Tensor]:
+    return {name: tensor.astype("float32").clone() for name, tensor in trained_tensors(model).items()}

@@ -1,0 +1,171 @@
+"""What a process does with one step's microbatches: its own layers, and the losses that arise there.
+
+The pipeline's executor (parallel/pipeline.py) decides when; one process alone is a pipeline of one stage.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.models.decoder import CausalLM, Routings
+from erniekit.moe.layer import TokenInfo
+from erniekit.moe.stats import RouterStats
+from erniekit.nn.attention import PackedAttention
+from erniekit.parallel import pipeline
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.pipeline_schedule import forward_plan
+from erniekit.training.flat import FlatBatch
+from erniekit.training.recipes.base import Recipe, Term
+from erniekit.training.recipes.routers import router_terms
+
+
+def run_chunk(
+    model: CausalLM,
+    layers: Sequence[int],
+    batch: FlatBatch,
+    x_TD: paddle.Tensor | None,
+    noise_TD: paddle.Tensor | None = None,
+) -> tuple[paddle.Tensor, PackedAttention, Routings]:
+    """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it)."""
+    documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
+    if x_TD is None:
+        x_TD = model.model.embed_tokens(batch.ids_tensor())
+        if noise_TD is not None:
+            noise_TD = noise_TD if model.tensor is None else model.tensor.own_tokens(noise_TD)
+            x_TD = x_TD + noise_TD.astype(x_TD.dtype)
+    x_TD, routings = model.model.run(x_TD, layers, documents, TokenInfo(batch.row_lengths))
+    return x_TD, documents, routings
+
+
+def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
+    """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up."""
+    ranks = model.tensor
+    rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
+    first = model.model.layers[model.model.layers.numbers[0]]
+    return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
+
+
+@dataclass
+class StepSums:
+    """What this process's microbatches of one step add up to: the divisors (of all data ranks), the mean over them of
+    each term of the loss and of each metric, the loss, and what each router did.
+    """
+
+    counts: dict[str, float]
+    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    loss: float = 0.0
+    routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
+
+
+class TrainStage:
+    """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
+    interleaved). `sums` are complete when every microbatch has been forward.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: CausalLM,
+        recipe: Recipe,
+        chunks: Sequence[Sequence[int]],
+        microbatches: Sequence[FlatBatch],
+        counts: dict[str, float],
+        after_backward: Callable[[int], None],
+    ) -> None:
+        self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
+        self.microbatches = microbatches
+        self.sums = StepSums(counts)
+        self._after_backward = after_backward
+
+    def forward(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
+        batch = self.microbatches[microbatch]
+        noise = self.recipe.noise(self.model, batch) if x_TD is None else None
+        x_TD, documents, routings = run_chunk(self.model, self.chunks[chunk], batch, x_TD, noise)
+        terms, stats = router_terms(self.cfg, self.model, routings)
+        for router, numbers in stats.items():
+            if router in self.sums.routers:
+                self.sums.routers[router].add(numbers)
+            else:
+                self.sums.routers[router] = numbers
+        if not _is_last(self.model, self.chunks, chunk):
+            return x_TD, self._share(terms)
+        return None, self._share(self.recipe.head_terms(self.model, x_TD, documents, batch) | terms)
+
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
+        """Shape and dtype of what the stage before sends."""
+        return input_shape(self.model, self.microbatches[microbatch])
+
+    def after_backward(self, chunk: int, microbatch: int) -> None:
+        """The gradients of a chunk's pass are complete."""
+        self._after_backward(chunk)
+
+    def _share(self, terms: dict[str, Term]) -> paddle.Tensor | None:
+        """The terms over the step's counts, weighted and added up."""
+        shares = []
+        for name, term in terms.items():
+            mean = term.total / max(self.sums.counts[term.divisor], 1.0)
+            if term.weight is None:
+                self.sums.metrics[name] += mean.item()
+                continue
+            shares.append(mean * term.weight)
+            self.sums.terms[name] += mean.item()
+        if not shares:
+            return None
+        loss = paddle.add_n(shares)
+        self.sums.loss += loss.item()
+        return loss
+
+
+# Takes a microbatch's number, the last layer's output [T, D], and what attention knows of the batch.
+AtHead = Callable[[int, paddle.Tensor, PackedAttention], None]
+
+
+class _ForwardStage:
+    """Runs this process's chunks; the last stage hands what comes out to `at_head`."""
+
+    def __init__(
+        self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch], at_head: AtHead
+    ) -> None:
+        self.model, self.chunks, self.microbatches, self.at_head = model, chunks, microbatches, at_head
+
+    def forward(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        x_TD, documents, _ = run_chunk(self.model, self.chunks[chunk], self.microbatches[microbatch], x_TD)
+        if not _is_last(self.model, self.chunks, chunk):
+            return x_TD, None
+        self.at_head(microbatch, x_TD, documents)
+        return None, None
+
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
+        return input_shape(self.model, self.microbatches[microbatch])
+
+    def after_backward(self, chunk: int, microbatch: int) -> None:
+        """Nothing goes backward here."""
+
+
+def forward_pass(
+    model: CausalLM,
+    mesh: Mesh,
+    chunks: Sequence[Sequence[int]],
+    microbatches: Sequence[FlatBatch],
+    at_head: AtHead,
+) -> None:
+    """Run microbatches through all stages in eval mode, without gradients. Every rank asks at the same time."""
+    was_training = model.training
+    model.eval()
+    actions = forward_plan(mesh.degrees.pipeline, len(microbatches), len(chunks), mesh.blocking_sends)[mesh.pipe]
+    pipeline.run(actions, _ForwardStage(model, chunks, microbatches, at_head), mesh.pipe_group.ranks)
+    if was_training:
+        model.train()
+
+
+def _is_last(model: CausalLM, chunks: Sequence[Sequence[int]], chunk: int) -> bool:
+    return model.shard.has_head and chunk == len(chunks) - 1

@@ -1,0 +1,112 @@
+"""Next-token training: supervised fine-tuning and pretraining differ in their data, not here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.batch import IGNORE
+from erniekit.losses.lm import linear_cross_entropy
+from erniekit.models.decoder import CausalLM, Hidden
+from erniekit.models.mtp import predict_ahead
+from erniekit.nn.attention import PackedAttention
+from erniekit.nn.attention_plan import make_plan
+from erniekit.training.flat import FlatBatch
+from erniekit.training.recipes.base import PlainSteps, Term
+from erniekit.training.recipes.noise import neftune
+
+
+@dataclass(frozen=True)
+class CausalRecipe(PlainSteps):
+    """Cross-entropy of the next token, multi-token prediction.
+
+    With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
+    (1/N) sum_i sum_t nll_it / length_i, so that samples with little supervised text do not dominate (ERNIE 4.5
+    technical report, "multimodal token-balanced loss"). Otherwise every supervised token weighs the same.
+    """
+
+    cfg: Config
+    mtp_depths: int
+
+    def counts(self, batch: FlatBatch) -> dict[str, float]:
+        """Supervised tokens (or samples that have some), all tokens, and the labels that each MTP depth predicts."""
+        supervised = batch.supervised
+        if self.cfg.token_balance_loss:
+            lm = float(len(np.unique(batch.segment_ids[supervised])))
+        else:
+            lm = float(len(supervised))
+        counts = {"lm": lm, "tokens": float(batch.num_tokens)}
+        if self.mtp_depths:
+            plan = make_plan(batch.segment_ids[None])
+            for depth in range(self.mtp_depths):
+                target, valid = plan.next_token(1 + depth)
+                counts[f"mtp_{depth}"] = float((valid & (batch.labels[target] != IGNORE)).sum())
+        return counts
+
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, documents: PackedAttention, batch: FlatBatch
+    ) -> dict[str, Term]:
+        """Terms "lm", and if asked for "head_z" and "mtp_d"."""
+        hidden = Hidden(x_TD, model.model.norm(x_TD))
+        terms = self._lm_terms(model, hidden.normed, batch)
+        return terms | self._mtp_terms(model, hidden, documents, batch) if self.mtp_depths else terms
+
+    def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: FlatBatch) -> dict[str, Term]:
+        """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
+        carries its value alone.
+        """
+        total, z_sum = self._cross_entropy(
+            model, normed_TD, batch, batch.supervised, batch.labels, self.cfg.z_loss_lambda
+        )
+        if not self.cfg.z_loss_lambda:
+            return {"lm": Term(total, "lm")}
+        value = z_sum.detach()
+        return {
+            "lm": Term(total - self.cfg.z_loss_lambda * value, "lm"),
+            "head_z": Term(value, "lm", self.cfg.z_loss_lambda),
+        }
+
+    def _cross_entropy(
+        self,
+        model: CausalLM,
+        normed_TD: paddle.Tensor,
+        batch: FlatBatch,
+        places: np.ndarray,
+        labels_T: np.ndarray,
+        z_weight: float = 0.0,
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Weighted sums over the token numbers `places` of -log p + z_weight * z^2, and of z^2; the head runs there
+        only.
+        """
+        weights = np.ones(len(places), dtype=np.float32)
+        if self.cfg.token_balance_loss:
+            weights /= batch.document_lengths()[places]
+        if len(places) == 0:
+            # Nothing to learn here. The head still runs, on one token that weighs nothing: ranks whose graphs differ
+            # would complete their gradients, and so start their collectives, in different orders.
+            places, weights = np.zeros(1, np.int64), np.zeros(1, np.float32)
+            labels_T = np.zeros_like(labels_T)
+        normed_TD = model.enter_head(normed_TD)
+        rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
+        labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
+        loss, _, z_squared_T = linear_cross_entropy(
+            rows, model.output_head(), labels, weights_T, self.cfg.loss_subbatch_seqlen, z_weight
+        )
+        return loss, (z_squared_T * weights_T).sum()
+
+    def _mtp_terms(
+        self, model: CausalLM, hidden: Hidden, documents: PackedAttention, batch: FlatBatch
+    ) -> dict[str, Term]:
+        terms = {}
+        for number, depth in enumerate(predict_ahead(model.model, hidden, batch.ids_tensor(), documents)):
+            labels = np.where(depth.valid, batch.labels[depth.target], IGNORE)
+            places = np.flatnonzero(labels != IGNORE)
+            total, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
+            weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
+            terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
+        return terms
+
+    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
+        """See recipes.noise."""
+        return neftune(self.cfg, model, batch)

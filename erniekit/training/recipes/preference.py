@@ -1,0 +1,162 @@
+"""Preference optimisation: pairs of answers, a chosen and a rejected one (losses/preference.py)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.batch import IGNORE
+from erniekit.losses.log_probs import token_log_probs
+from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
+from erniekit.models.decoder import CausalLM
+from erniekit.nn.attention import PackedAttention
+from erniekit.parallel import comm
+from erniekit.training.flat import FlatBatch
+from erniekit.training.recipes.base import Term
+from erniekit.training.recipes.noise import neftune
+from erniekit.training.reference import ForwardPass, Reference, SecondModel, pair_log_probs
+from erniekit.training.trainable import trained_tensors
+from erniekit.utils import log
+
+
+class PreferenceRecipe:
+    """pref_loss_ratio * mean over pairs of the preference loss + sft_loss_ratio * mean over the chosen answers' tokens
+    of -log p.
+
+    Beside them it reports the means over pairs of losses.preference.pair_metrics.
+
+    kto_pair's loss contains means over the whole step; the policy is run once more, without gradients, to know them.
+    """
+
+    reports_terms = True  # an evaluation gives these terms, not loss, perplexity and accuracy of the labels
+
+    def __init__(self, cfg: Config, policy: CausalLM, forward: ForwardPass, reference: Reference | None) -> None:
+        self.cfg, self._policy, self._forward, self.reference = cfg, policy, forward, reference
+        self._metrics = [name for name in METRICS if reference is not None or name != "kl"]
+        self._kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
+        self._sft_ratio = sft_ratio_of(cfg)
+        if self._sft_ratio != cfg.sft_loss_ratio:
+            log.info("loss_type: orpo: sft_loss_ratio is 1 (its paper's loss; loss_type: or is the odds ratio alone)")
+        if cfg.normalize_logps:
+            log.warning(
+                "normalize_logps: True: log-probabilities are scaled to the mean length of their pair, so this is not "
+                f"{cfg.loss_type} as published"
+            )
+
+    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+        """The step's microbatches with what the loss compares with; nothing here has gradients."""
+        prepared = list(microbatches)
+        if self.reference is not None:
+            found = self.reference.log_probs(prepared)
+            prepared = [
+                batch if batch.pairs is None else replace(batch, pairs=replace(batch.pairs, reference=log_probs))
+                for batch, log_probs in zip(prepared, found, strict=True)
+            ]
+        if self.cfg.loss_type == "kto_pair":
+            self._kl = self._measure_kl(prepared)
+        return prepared
+
+    def after_step(self, step: int) -> None:
+        """ref_model_update_steps: the reference follows the policy (TR-DPO's hard update, Gorbatovski et al. 2024,
+        arXiv 2404.09656).
+        """
+        every = self.cfg.ref_model_update_steps
+        if every > 0 and step % every == 0 and isinstance(self.reference, SecondModel):
+            self.reference.update(self._policy)
+
+    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """A reference that moves; one that does not is loaded from model_name_or_path."""
+        moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
+        return {"reference": trained_tensors(self.reference.model)} if moves else {}
+
+    def counts(self, batch: FlatBatch) -> dict[str, float]:
+        """Pairs, the chosen answers' labels, all tokens."""
+        pairs = 0 if batch.pairs is None else len(batch.pairs.chosen)
+        chosen = 0 if batch.pairs is None else int(_lengths(batch)[:pairs].sum())
+        return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
+
+    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
+        """See recipes.noise."""
+        return neftune(self.cfg, model, batch)
+
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, documents: PackedAttention, batch: FlatBatch
+    ) -> dict[str, Term]:
+        """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
+        normed_TD = model.enter_head(model.model.norm(x_TD))
+        weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
+        if self._sft_ratio:
+            weights["sft"] = ("chosen_tokens", self._sft_ratio)
+        if batch.pairs is None:
+            sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
+        else:
+            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._forward.most), batch)
+        terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
+        return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
+
+    def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
+        """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
+        assert batch.pairs is not None
+        policy, reference, lengths = _halves(log_probs), _reference(batch), _halves(paddle.to_tensor(_lengths(batch)))
+        loss, *rewards = preference_loss(
+            *policy,
+            *reference,
+            **options_of(self.cfg),
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
+            kl=self._kl,
+        )
+        metrics = pair_metrics(policy, rewards, self.cfg.beta)
+        return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
+
+    def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
+        totals = np.zeros(3)
+        for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
+            if batch.pairs is None:
+                continue
+            lengths = _halves(paddle.to_tensor(_lengths(batch)))
+            ratios = log_ratios(
+                *map(paddle.to_tensor, found),
+                *_reference(batch),
+                loss_type=self.cfg.loss_type,
+                reference_free=self.cfg.reference_free,
+                normalize_logps=self.cfg.normalize_logps,
+                lengths=lengths,
+            )
+            totals += [ratios.c.sum().item(), ratios.r.sum().item(), found.shape[1]]
+        chosen, rejected, count = comm.sum_floats(totals, self._forward.mesh.data_group).tolist()
+        means = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
+        kl_chosen, kl_rejected = (paddle.to_tensor(mean, dtype="float32") for mean in means)
+        return kl_chosen, kl_rejected
+
+
+def _nothing(model: CausalLM, normed_TD: paddle.Tensor) -> paddle.Tensor:
+    """0, through the head. A rank without pairs runs the same graph as the others, so that it completes its gradients,
+    and starts its collectives, in the same order.
+    """
+    label = paddle.zeros([1], dtype="int64")
+    return token_log_probs(normed_TD[:1], model.output_head(), label, 1).sum() * 0.0
+
+
+def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+    half = both.shape[0] // 2
+    return both[:half], both[half:]
+
+
+def _lengths(batch: FlatBatch) -> np.ndarray:
+    """Labels of each answer, chosen then rejected: fp32 [2N]."""
+    assert batch.pairs is not None
+    counts = np.bincount(batch.segment_ids[batch.labels != IGNORE], minlength=int(batch.segment_ids.max()) + 1)
+    return counts[batch.pairs.answers + 1].astype(np.float32)
+
+
+def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+    assert batch.pairs is not None
+    if batch.pairs.reference is None:
+        return None, None
+    chosen, rejected = batch.pairs.reference
+    return paddle.to_tensor(chosen), paddle.to_tensor(rejected)

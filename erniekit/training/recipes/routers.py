@@ -1,0 +1,47 @@
+"""Router losses and statistics of the sparse layers that a stage ran."""
+
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.models.decoder import CausalLM, Routings
+from erniekit.moe.layer import Routed
+from erniekit.moe.losses import load_balance_loss, router_orthogonal_loss, router_z_loss
+from erniekit.moe.router import RouterOptions
+from erniekit.moe.stats import RouterStats, measure
+from erniekit.training.recipes.base import Term
+
+
+def router_terms(
+    cfg: Config, model: CausalLM, routings: Routings
+) -> tuple[dict[str, Term], dict[tuple[int, int], RouterStats]]:
+    """Terms "router_balance", "router_z", "router_orthogonal": sums over routers of the losses whose coefficient is not
+    0; and each router's own numbers. A frozen router has no loss.
+    """
+    totals: dict[str, list[paddle.Tensor]] = {}
+    stats = {}
+    for (layer, modality), routed in routings.items():
+        mlp = model.model.layers[layer].mlp
+        gate = mlp.gate.matrix(modality)
+        losses = {} if gate.stop_gradient else _losses(cfg, routed, gate, mlp.options)
+        for name, loss in losses.items():
+            totals.setdefault(name, []).append(loss)
+        stats[layer, modality] = measure(routed, losses)
+    weights = {
+        "router_balance": cfg.moe_aux_loss_lambda,
+        "router_z": cfg.moe_z_loss_lambda,
+        "router_orthogonal": cfg.moe_orthogonal_loss_lambda,
+    }
+    return {name: Term(paddle.add_n(parts), "tokens", weights[name]) for name, parts in totals.items()}, stats
+
+
+def _losses(cfg: Config, routed: Routed, gate: paddle.Tensor, options: RouterOptions) -> dict[str, paddle.Tensor]:
+    losses = {}
+    num_tokens = routed.routing.probs.shape[0]
+    if cfg.moe_aux_loss_lambda:
+        losses["router_balance"] = load_balance_loss(routed.routing.probs, options, routed.row_lengths)
+    if cfg.moe_z_loss_lambda:
+        losses["router_z"] = router_z_loss(routed.routing.logits)
+    if cfg.moe_orthogonal_loss_lambda:
+        groups = options.top_k if options.grouped else 1
+        losses["router_orthogonal"] = router_orthogonal_loss(gate, groups) * num_tokens
+    return losses

@@ -1,0 +1,92 @@
+"""The reference of preference optimisation: what the answers' log-probabilities were before training.
+
+It is a second model, or the trained one without its adapter, or numbers computed once (reference_cache.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import paddle
+
+from erniekit import lora
+from erniekit.losses.log_probs import answer_log_probs
+from erniekit.models.decoder import CausalLM
+from erniekit.nn.attention import PackedAttention
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.flat import FlatBatch
+from erniekit.training.forward_backward import forward_pass
+
+
+class Reference(Protocol):
+    """Gives the log-probabilities [2, N] fp32 (chosen, rejected) of each microbatch's N pairs; on stages without the
+    head, zeros. Every rank asks at the same time.
+    """
+
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]: ...
+
+
+def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: FlatBatch, most: int) -> paddle.Tensor:
+    """Log-probabilities of the chosen answers, then of the rejected ones [2N], from the hidden states of all tokens as
+    the head takes them; at most `most` tokens' logits exist at a time.
+    """
+    assert batch.pairs is not None
+    head, documents = model.output_head(), batch.segment_ids - 1
+    return answer_log_probs(hidden_TD, head, batch.labels, documents, batch.pairs.answers, most)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """How this run's models are run: their chunks on this process, and how many tokens' logits may exist at a time."""
+
+    mesh: Mesh
+    chunks: Sequence[Sequence[int]]
+    most: int
+
+    def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+        """As Reference.log_probs, of `model` as it is, in eval mode."""
+        found = [
+            np.zeros((2, 0 if batch.pairs is None else len(batch.pairs.chosen)), np.float32) for batch in microbatches
+        ]
+
+        def note(number: int, x_TD: paddle.Tensor, documents: PackedAttention) -> None:
+            hidden = model.enter_head(model.model.norm(x_TD))
+            if microbatches[number].pairs is not None:
+                sums = pair_log_probs(model, hidden, microbatches[number], self.most)
+                found[number] = sums.numpy().reshape([2, -1])
+
+        forward_pass(model, self.mesh, self.chunks, microbatches, note)
+        return found
+
+
+class SecondModel:
+    """A frozen model of its own, which may follow the policy from time to time (`update`)."""
+
+    def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
+        self.model, self._forward = model, forward
+        for parameter in model.parameters():
+            parameter.stop_gradient = True
+
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+        """See Reference."""
+        return self._forward.log_probs(self.model, microbatches)
+
+    @paddle.no_grad()
+    def update(self, policy: CausalLM) -> None:
+        """Become the policy as it is now."""
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
+            own[name].set_value(tensor)
+
+
+class AdapterOff:
+    """The trained model without its adapter."""
+
+    def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
+        self._model, self._forward = model, forward
+
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+        """See Reference."""
+        with lora.disabled(self._model):
+            return self._forward.log_probs(self._model, microbatches)

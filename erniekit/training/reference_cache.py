@@ -1,0 +1,209 @@
+"""Reference log-probabilities computed once and kept in a file (`ref_logps_cache`).
+
+Each pair is found by a hash of its tokens and labels, so order, packing, mixing and the layout of the run do not
+matter, and data that changed brings only its new pairs. The file says which model the numbers are of.
+"""
+
+import hashlib
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.config.schema import Config
+from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.loader import build_loader
+from erniekit.models.config import CONFIG_FILE, ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.parallel import comm
+from erniekit.parallel.agree import on_first
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.flat import FlatBatch, flatten
+from erniekit.utils import atomic, log
+from erniekit.utils.errors import CheckpointError, UserError
+from erniekit.utils.user_files import open_regular, parse_json
+
+_VERSION = 1
+_KEY_BYTES = 16
+_READ = 1 << 24  # bytes of a weight file hashed at a time
+Table = dict[str, tuple[float, float]]  # a pair's hash -> log-probabilities of chosen and rejected
+LogProbs = Callable[[Sequence[FlatBatch]], list[np.ndarray]]  # see reference.Reference
+
+
+class CachedReference:
+    """A reference whose log-probabilities are all known."""
+
+    def __init__(self, table: Table, path: Path) -> None:
+        self._table, self._path = table, path
+
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+        """See reference.Reference. Raises CheckpointError for a pair that the file does not know."""
+        return [self._of(batch) for batch in microbatches]
+
+    def _of(self, batch: FlatBatch) -> np.ndarray:
+        keys = pair_keys(batch)
+        unknown = [i for i, key in enumerate(keys) if key not in self._table]
+        if unknown:
+            where = batch.sources[unknown[0]] if unknown[0] < len(batch.sources) else "a pair"
+            raise CheckpointError(
+                f"ref_logps_cache: {self._path} knows nothing of {where}: the data changed while the run went on. "
+                "Start the run again: it goes on from the newest checkpoint and computes what is missing."
+            )
+        return np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T
+
+
+def pair_keys(batch: FlatBatch) -> list[str]:
+    """A hash of each pair: tokens and labels of its prompt, chosen and rejected answer."""
+    pairs = batch.pairs
+    if pairs is None:
+        return []
+    content = np.stack([batch.input_ids, batch.labels], axis=1)
+    bounds = np.searchsorted(batch.segment_ids, np.arange(1, int(batch.segment_ids.max()) + 2))
+    keys = []
+    for chosen, rejected in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
+        state = hashlib.blake2b(digest_size=_KEY_BYTES)
+        for document in (int(pairs.prefixes[chosen]), chosen, rejected):
+            part = content[bounds[document] : bounds[document + 1]] if document >= 0 else content[:0]
+            state.update(len(part).to_bytes(8, "little") + np.ascontiguousarray(part).tobytes())
+        keys.append(state.hexdigest())
+    return keys
+
+
+def fingerprint(cfg: Config, model_dir: Path, config: ModelConfig) -> dict[str, str]:
+    """What the numbers are of: the reference's weights and config.json, or its random start, and how it computes."""
+    names = sorted(file.name for file in model_dir.iterdir() if WEIGHT_FILE.fullmatch(file.name))
+    weights = f"random start, seed {cfg.seed}"
+    if cfg.continue_training:
+        weights = _hash_files([model_dir / name for name in names if not name.endswith(".json")])
+    return {
+        "weights": weights,
+        CONFIG_FILE: _hash_files([model_dir / CONFIG_FILE]),
+        "rope_theta": f"{config.rope_theta:g}",
+        "compute_type": cfg.compute_type,
+    }
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    state = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_READ):
+                state.update(block)
+    return state.hexdigest()[:32]
+
+
+def prepare_cache(
+    cfg: Config, model_dir: Path, model: CausalLM, mesh: Mesh, tokenizer: Tokenizer, log_probs: LogProbs
+) -> CachedReference:
+    """Read the file of `ref_logps_cache`, compute with `log_probs` what it lacks of the training and evaluation data,
+    and write it. Raises CheckpointError if the file is of another model or cannot be read or written.
+    """
+    assert cfg.ref_logps_cache is not None
+    path, multiple = Path(cfg.ref_logps_cache), model.token_multiple
+    now = on_first(mesh.world_group, lambda: fingerprint(cfg, model_dir, model.config))
+    table = on_first(mesh.world_group, lambda: read_cache(path, now))
+    known = len(table)
+    for microbatches in _all_pairs(cfg, tokenizer, mesh, multiple):
+        missing = sum(key not in table for batch in microbatches for key in pair_keys(batch))
+        if comm.sum_floats(np.array([float(missing)]), mesh.world_group).item():
+            _compute(microbatches, log_probs, mesh, table)
+    if len(table) > known:
+        on_first(mesh.world_group, lambda: write_cache(path, now, table))
+    log.info(f"ref_logps_cache: {path}: {known} pairs were known, {len(table) - known} computed")
+    return CachedReference(table, path)
+
+
+def _compute(microbatches: list[FlatBatch], log_probs: LogProbs, mesh: Mesh, table: Table) -> None:
+    """Add the pairs of these microbatches, of every data rank, to each rank's table."""
+    own: Table = {}
+    found = log_probs(microbatches)
+    if mesh.pipe == mesh.degrees.pipeline - 1 and mesh.tensor == 0:
+        for batch, numbers in zip(microbatches, found, strict=True):
+            for key, chosen, rejected in zip(pair_keys(batch), *numbers.tolist(), strict=True):
+                own[key] = (chosen, rejected)
+    for part in comm.gather_objects(own, mesh.world_group):
+        table.update({key: (chosen, rejected) for key, (chosen, rejected) in part.items()})
+
+
+def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh, multiple: int) -> Iterator[list[FlatBatch]]:
+    """Every record of the training data once, then of the evaluation data: this data rank's share, a few microbatches
+    at a time, the same number on every rank.
+    """
+    once = replace(cfg, max_steps=-1, num_train_epochs=1.0, mix_strategy="concat", random_shuffle=False)
+    once = replace(once, train_dataset_prob=None)
+    stages = mesh.degrees.pipeline
+    for split in ("train", "eval"):
+        if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):
+            continue
+        loader = build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data)
+        with loader, closing(loader.batches()) as batches:
+            while taken := [flatten(b, multiple) for b in islice(batches, 4 * stages if stages > 1 else 1)]:
+                yield taken
+
+
+def read_cache(path: Path, now: dict[str, str]) -> Table:
+    """The file's numbers; none if there is no file. CheckpointError if it is of another model or damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path, CheckpointError) as file, zipfile.ZipFile(file) as archive:
+            model, keys, log_probs = (_read_array(archive, f"{name}.npy") for name in ("model", "keys", "log_probs"))
+        then = parse_json(str(model), f"{path}: model", CheckpointError)
+        if not isinstance(then, dict):
+            raise ValueError("it does not say of which model it is")
+        if keys.dtype != np.uint8 or keys.shape != (len(log_probs), _KEY_BYTES):
+            raise ValueError(f"keys of shape {keys.shape}")
+        if log_probs.dtype != np.float32 or log_probs.shape != (len(keys), 2) or not np.isfinite(log_probs).all():
+            raise ValueError("log-probabilities that are no pairs of numbers")
+    except UserError as error:
+        raise CheckpointError(f"ref_logps_cache: {error} Remove it to compute it anew.") from None
+    # All that zipfile and numpy raise for an archive that is damaged.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
+        raise CheckpointError(
+            f"ref_logps_cache: {path} cannot be read: {error}. Remove it to compute it anew."
+        ) from None
+    wanted = now | {"version": str(_VERSION)}
+    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in wanted.items() if then.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"ref_logps_cache: {path} holds the log-probabilities of another reference: {'; '.join(changed)}. "
+            "Name another file, or remove this one to compute it anew."
+        )
+    return {bytes(key).hex(): (float(c), float(r)) for key, (c, r) in zip(keys, log_probs, strict=True)}
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array as `np.savez` writes it. `np.load` would make room for whatever its header claims."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is of another version")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if fortran_order or dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{name}: {len(content)} bytes for {dtype} of shape {shape}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def write_cache(path: Path, now: dict[str, str], table: Table) -> None:
+    """Write the file, whole or not at all."""
+    keys = np.array([list(bytes.fromhex(key)) for key in table], np.uint8)
+    model = json.dumps(now | {"version": str(_VERSION)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.new_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, model=np.array(model), keys=keys, log_probs=np.array(list(table.values()), np.float32))
+    except OSError as error:
+        raise CheckpointError(
+            f"ref_logps_cache: {path} cannot be written: {error.strerror}. Name another file."
+        ) from None

@@ -1,0 +1,145 @@
+"""metrics.jsonl: an object a step. It is the record that the plot and the summary are made from."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.utils import atomic, log
+from erniekit.utils.errors import TrainError
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics file in order, without lines that are not whole (the run was killed as it wrote)."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is not None:
+                yield record
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def copy_later_lines(path: Path, last_step: int, target: Path) -> None:
+    """Keep what a metrics file says of steps after `last_step` in a file of its own; no file if it says nothing."""
+    if not path.is_file():
+        return
+    lines = [
+        json.dumps(record, ensure_ascii=False) + "\n" for record in read_metrics(path) if record["step"] > last_step
+    ]
+    if lines:
+        atomic.write_text(target, "".join(lines))
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: they become null."""
+    return value if math.isfinite(value) else None
+
+
+class MetricsFile(Callback):
+    """Writes output_dir/metrics.jsonl: steps as {"step", "loss", ...}, evaluations as {"step", "eval_loss", ...}.
+
+    A run that resumes after step s first drops what an earlier process wrote about later steps, and does not repeat an
+    evaluation after step s: no step is there twice. Each line is handed to the system at once, so a killed process
+    loses none of its finished steps.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._path = Path()
+        self._kept_evaluations: list[dict[str, Any]] = []  # of the step that the run resumes after
+
+    def on_start(self, run: RunInfo) -> None:
+        """Open the file, shortened to `run.start_step`. Raises TrainError if it cannot be written."""
+        self._path = run.output_dir / FILE_NAME
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            if run.start_step and self._path.exists():
+                self._drop_later(run.start_step)
+            elif run.start_step:
+                log.info(f"{self._path} is not there: the record begins after step {run.start_step}")
+            self._file = open(self._path, "a" if run.start_step else "w", encoding="utf-8")  # noqa: SIM115 open for the run
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _drop_later(self, last_step: int) -> None:
+        """Keep the lines up to `last_step`; say what was dropped. A file with nothing to drop is not touched."""
+        kept, later, broken = [], 0, 0
+        with open(self._path, encoding="utf-8", errors="replace") as old:
+            for line in old:
+                record = _parse(line)
+                if record is None:
+                    broken += 1
+                elif record["step"] > last_step:
+                    later += 1
+                else:
+                    kept.append(line if line.endswith("\n") else line + "\n")
+                    if record["step"] == last_step and "loss" not in record:
+                        self._kept_evaluations.append(record)
+        if later or broken or (kept and not line.endswith("\n")):
+            atomic.write_text(self._path, "".join(kept))
+        if later:
+            log.info(f"{self._path}: dropped {later} lines on steps after {last_step}, which run again")
+        if broken:
+            log.info(f"{self._path}: dropped {broken} incomplete line{'s' * (broken > 1)}")
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Append the step."""
+        self._write(metrics.record())
+
+    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+        """Append the evaluation, unless a process that was killed afterwards has written the same."""
+        record = {"step": step} | metrics
+        if record not in self._kept_evaluations:
+            self._write(record)
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: dict[str, float]) -> None:
+        assert self._file is not None, "on_start comes first"
+        line = json.dumps({name: _number(value) for name, value in record.items()}, ensure_ascii=False)
+        try:
+            self._reopen_if_lost(self._file)
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _reopen_if_lost(self, file: TextIO) -> None:
+        """A file that was deleted still takes lines, and nobody ever sees them."""
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                return
+        except FileNotFoundError:
+            pass
+        if not self._path.parent.is_dir():
+            raise TrainError(
+                f"output_dir: {self._path.parent} was removed or renamed while the run was going on, so nothing can be "
+                "saved. Put it back and run the same command again: it goes on from the newest checkpoint there."
+            )
+        log.warning(
+            f"{self._path} was removed or replaced while the run was going on; the record goes on in a new file"
+        )
+        file.close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
+
+    def _failure(self, error: OSError) -> TrainError:
+        return TrainError(
+            f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run the "
+            "same command again: it goes on from the newest checkpoint."
+        )

@@ -1,0 +1,121 @@
+"""loss.png: training loss, evaluation loss, rewards and learning rate over the steps, drawn from metrics.jsonl."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.training.reporting.base import Callback, RunInfo
+from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
+from erniekit.utils import atomic, log
+
+_TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a thirtieth of the run (1-D, same length); windows end where the run does."""
+    half = len(values) // 60
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    steps = np.arange(len(values))
+    first, last = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the records that have a number under `name`."""
+    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    array = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
+    # Not at the top: matplotlib takes half a second to import. No pyplot: a figure of our own needs no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps, rewards = _column(records, "reward_margin")
+    has_rewards = len(steps) > 0
+    figure = Figure(figsize=(9, 8 if has_rewards else 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    heights = [3, 2, 1] if has_rewards else [3, 1]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    upper, lower = panels[0], panels[-1]
+    _draw_train(upper, *_column(records, "loss"), _TRAIN, "train")
+    _draw_eval(upper, *_column(records, "eval_loss"))
+    upper.set_ylabel("preference loss (mean over pairs)" if has_rewards else "loss (nats per token)")
+    upper.set_title(title, loc="left", fontsize=11)
+    upper.legend(frameon=False)
+    if has_rewards:
+        _draw_train(panels[1], steps, rewards, _TRAIN, "margin, train")
+        _draw_eval(panels[1], *_column(records, "eval_reward_margin"))
+        panels[1].set_ylabel("reward margin")
+        accuracy = panels[1].twinx()
+        _draw_train(accuracy, *_column(records, "reward_accuracy"), _RATE, "accuracy, train")
+        accuracy.set_ylabel("reward accuracy", color=_RATE)
+        accuracy.set_ylim(-0.03, 1.03)
+        accuracy.spines["top"].set_visible(False)
+        lines = [*panels[1].get_lines(), *accuracy.get_lines()]
+        shown = [line for line in lines if not line.get_label().startswith("_")]
+        panels[1].legend(shown, [line.get_label() for line in shown], frameon=False)
+    rate_steps, rate = _column(records, "learning_rate")
+    lower.plot(rate_steps, rate, color=_RATE, linewidth=1.5, marker="o" if len(rate) == 1 else None)
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("optimizer step")
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    lower.set_ylim(bottom=0)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    for axes in panels:
+        axes.grid(True, color=_QUIET, alpha=0.25, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    figure.align_ylabels()
+    figure.savefig(path, format="png")
+
+
+def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """Every step; a long run's faintly, under their moving average."""
+    is_long = len(steps) >= 60
+    marker = "o" if len(steps) == 1 else None
+    name = f"{label}, each step"
+    axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1, marker=marker, label=name)
+    if is_long:
+        axes.plot(steps, smooth(values), color=color, linewidth=2, label=f"{label}, smoothed")
+
+
+def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
+    if len(steps):
+        axes.plot(steps, values, color=_EVAL, linewidth=1.2, marker="o", markersize=5, label="evaluation")
+
+
+class LossPlot(Callback):
+    """Draws output_dir/loss.png at each save and at the end. A plot that fails is a warning: the numbers are safe."""
+
+    def __init__(self) -> None:
+        self._directory: Path | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        """Remember where the run is."""
+        self._directory = run.output_dir
+
+    def on_save(self, step: int, path: Path) -> None:
+        """Draw what there is so far."""
+        self._draw()
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Draw the whole run."""
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._directory is None:  # the run ended before it began
+            return
+        path = self._directory / "loss.png"
+        try:
+            records = list(read_metrics(self._directory / FILE_NAME))
+            if not any(record.get("loss") is not None for record in records):
+                return
+            with atomic.new_file(path) as temporary:
+                draw(records, temporary, self._directory.name)
+        except Exception as error:  # whatever a drawing library may raise: no plot is worth a run
+            log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")

@@ -1,0 +1,113 @@
+"""Progress on the terminal: a bar, or plain lines where there is no terminal."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.utils import log
+
+_WINDOW = 20  # steps that the shown speed is an average of
+
+
+def _count(value: float) -> str:
+    """1234567 -> 1.23M: three digits are enough to follow a run."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _rewards(parts: dict[str, float]) -> str:
+    """The two numbers that show whether preference training works: pairs in the right order, and by how much."""
+    if "reward_margin" not in parts:
+        return ""
+    return f"  reward margin {parts['reward_margin']:.3f}  accuracy {parts['reward_accuracy']:.0%}"
+
+
+def _metrics(values: dict[str, float]) -> str:
+    return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+
+
+class ProgressReport(Callback):
+    """A rich bar with loss, learning rate, tokens per second and remaining time when stderr is a terminal.
+
+    Otherwise, or with disable_tqdm, a line every `logging_steps` steps, for the first and for the last one.
+    """
+
+    def __init__(self, logging_steps: int, disable_bar: bool, console: Console | None = None) -> None:
+        self._logging_steps = logging_steps
+        self._disable_bar = disable_bar
+        self._console = console
+        self._bar: Progress | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        """Say what begins, and show the bar if there is where to show it."""
+        self._run = run
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._begin = time.monotonic()
+        what = f"training continues after step {run.start_step}" if run.start_step else "training begins"
+        if run.start_step >= run.max_steps:
+            what = f"no step is left after step {run.start_step}; what belongs to the end of the run is written"
+        log.info(f"{what}: {run.max_steps} steps, {_count(run.num_parameters)} parameters, into {run.output_dir}")
+        console = self._console or Console(stderr=True)
+        if run.show_progress and not self._disable_bar and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("train", total=run.max_steps, completed=run.start_step, numbers="")
+            self._bar.start()
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Move the bar, or write a line if it is time for one."""
+        self._recent.append((metrics.num_tokens, metrics.seconds))
+        rewards = _rewards(metrics.parts)
+        numbers = f"loss {metrics.loss:.4f}{rewards}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics.step, numbers=numbers)
+            return
+        edge = metrics.step in (self._run.start_step + 1, self._run.max_steps)
+        if edge or metrics.step % self._logging_steps == 0:
+            log.info(f"step {metrics.step}/{self._run.max_steps}  {numbers}  left {_clock(self._left(metrics.step))}")
+
+    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the evaluation on a line of its own."""
+        log.info(f"step {step}: evaluation: {_metrics(metrics)}")
+
+    def on_save(self, step: int, path: Path) -> None:
+        """Say where the checkpoint is, or will be once it is written beside the training."""
+        log.info(f"step {step}: {'saved' if path.is_dir() else 'saving'} {path}")
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Take the bar away; its last state stays on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _speed(self) -> float:
+        """Tokens per second over the last steps."""
+        seconds = sum(second for _, second in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
+
+    def _left(self, step: int) -> float:
+        """Seconds to go, at the pace of this process so far, evaluations and saves included."""
+        done = step - self._run.start_step
+        return (time.monotonic() - self._begin) / done * (self._run.max_steps - step)

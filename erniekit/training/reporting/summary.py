@@ -1,0 +1,98 @@
+"""summary.json: a run in a dozen numbers."""
+
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
+from erniekit.training.reporting.metrics_file import read_metrics
+from erniekit.utils import atomic, log
+
+FILE_NAME = "summary.json"
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held at once, in MB of 2^20 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, Linux KB
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return list(read_metrics(path)) if path.exists() else []
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Summary(Callback):
+    """Writes output_dir/summary.json at the end and says the most important of it.
+
+    Losses, token counts and step_seconds are of the whole run, over all its resumptions. wall_seconds and the speeds
+    are of this process alone; tokens_per_second is tokens over wall time, evaluations and saves included.
+    """
+
+    def __init__(self) -> None:
+        self._run: RunInfo | None = None
+        self._begin = 0.0
+        self._tokens = 0
+        self._speeds: list[float] = []
+
+    def on_start(self, run: RunInfo) -> None:
+        """Start the clock."""
+        self._run = run
+        self._begin = time.monotonic()
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Count."""
+        self._tokens += metrics.num_tokens
+        self._speeds.append(metrics.tokens_per_second)
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Write the file: these numbers, and whatever the trainer's own summary says."""
+        if self._run is None:  # the run ended before it began
+            return
+        path = self._run.output_dir / FILE_NAME
+        try:
+            numbers = self._numbers(self._run) | {name: _plain(value) for name, value in summary.items()}
+            atomic.write_text(path, json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n")
+        except OSError as error:  # the run's own result, or its own error, must not be lost over this
+            log.warning(f"{path}: cannot be written ({error.strerror})")
+            return
+        if "error" not in summary and numbers["final_loss"] is not None:
+            end = "stopped" if "stopped" in summary else "done"
+            log.info(
+                f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
+                f"{numbers['tokens_per_second']:.0f} tokens/s, peak memory {numbers['peak_memory_mb']:.0f} MB; "
+                f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
+            )
+
+    def _numbers(self, run: RunInfo) -> dict[str, Any]:
+        records = _records(run.output_dir / METRICS_FILE)
+        steps = [record for record in records if "loss" in record]
+        scores = [(record["eval_loss"], record["step"]) for record in records if record.get("eval_loss") is not None]
+        best_loss, best_step = min(scores, default=(None, None))
+        wall = time.monotonic() - self._begin
+        return {
+            "steps": steps[-1]["step"] if steps else run.start_step,
+            "max_steps": run.max_steps,
+            "resumed_after_step": run.start_step,
+            "final_loss": steps[-1]["loss"] if steps else None,
+            "best_eval_loss": best_loss,
+            "best_eval_step": best_step,
+            "num_tokens": sum(record.get("num_tokens") or 0 for record in steps),
+            "num_supervised_tokens": sum(record.get("num_supervised") or 0 for record in steps),
+            "step_seconds": round(sum(record.get("seconds") or 0 for record in steps), 3),
+            "wall_seconds": round(wall, 3),
+            "tokens_per_second": round(self._tokens / wall, 1) if wall > 0 else 0.0,
+            "median_step_tokens_per_second": round(statistics.median(self._speeds), 1) if self._speeds else 0.0,
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "num_parameters": run.num_parameters,
+        }

@@ -1,0 +1,313 @@
+"""What a checkpoint was made with, held against what the run that continues from it has.
+
+DECISIONS says of every key what a difference means. What keys only name is compared by its content: the base model's
+config.json and weights here, data, tokenizer and chat template by the loader (`Loader.changes`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from erniekit.checkpoint.peft_write import fingerprint
+from erniekit.config.schema import GROUPS, Config, fields
+from erniekit.data.loader import Loader
+from erniekit.models.config import ModelConfig
+from erniekit.training.evaluation import metric_of
+from erniekit.training.lr_scheduler import build_schedule
+from erniekit.training.state import TrainState
+from erniekit.utils.errors import CheckpointError
+
+
+class Decision(Enum):
+    """What happens when a key's value is not the one that the checkpoint was made with."""
+
+    REFUSE = "the checkpoint belongs to another run, or its tensors mean something else"
+    DATA = "the position in the data means something else: refused, unless ignore_data_skip gives the position up"
+    CONTENT = "a name: what it names is compared; refused only where the checkpoint does not know that"
+    SAY = "the run continues otherwise than it began: logged as key: old -> new"
+    IGNORE = "the trained weights do not depend on it, or another message says it"
+
+
+_KEYS = {
+    Decision.REFUSE: """
+        continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
+    """,
+    Decision.DATA: """
+        train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
+        long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
+        max_prompt_len seed
+    """,
+    Decision.CONTENT: "model_name_or_path train_dataset_path input_dir chat_template",
+    Decision.SAY: """
+        eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
+        compute_type amp_master_grad loss_subbatch_seqlen z_loss_lambda multi_token_pred_lambda
+        moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
+        moe_capacity_factor moe_gate_lr_ratio
+        lora_dropout lora_plus_scale
+        loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
+        normalize_logps reference_free ref_model_update_steps
+        do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
+        max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
+        early_stopping_patience
+        learning_rate min_lr lr_scheduler_type decay_function decay_steps warmup_steps warmup_ratio num_cycles power
+        lr_end weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm layerwise_lr_decay_bound ema_decay
+        batch_size_warmup_steps neftune neftune_noise_alpha token_balance_loss
+    """,
+    # The degrees are said as the layout; recomputation, stages and sharding change no result.
+    Decision.IGNORE: """
+        eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
+        recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
+        ref_logps_cache
+        do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
+        overwrite_output_dir disable_tqdm resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
+        ignore_data_skip optim
+        tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
+        pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
+        distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
+        enable_thinking
+        predict_with_generate eval_output checkpoint
+        format max_shard_size copy_tokenizer
+    """,
+}
+DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
+
+_LORA = set(GROUPS["LoRA"].__dataclass_fields__)
+_PREFERENCE = set(GROUPS["preference"].__dataclass_fields__)
+_TOKEN_FILES = {"input_dir", "split", "isolate_documents", "long_document_min_tokens", "long_document_weight"}
+_TEXT = {
+    "train_dataset_path",
+    "train_dataset_type",
+    "train_dataset_prob",
+    "truncation",
+    "mix_strategy",
+    "packing",
+    "chat_template",
+}
+_CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
+    (_LORA, lambda cfg: cfg.fine_tuning == "LoRA"),
+    (_PREFERENCE, lambda cfg: cfg.stage == "DPO"),
+    (_TOKEN_FILES, lambda cfg: cfg.dataset_type == "pretrain"),
+    (_TEXT, lambda cfg: cfg.dataset_type != "pretrain"),
+    ({"train_dataset_prob"}, lambda cfg: cfg.mix_strategy != "concat"),
+    ({"greedy_intokens"}, lambda cfg: cfg.packing),
+    ({"buffer_size"}, lambda cfg: cfg.packing and cfg.greedy_intokens),
+    ({"num_train_epochs"}, lambda cfg: cfg.max_steps <= 0),
+)
+
+
+def is_read(key: str, cfg: Config) -> bool:
+    """Whether a run of this method and kind of data reads the key at all."""
+    return all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
+
+
+def noted(cfg: Config) -> dict[str, Any]:
+    """The values that a checkpoint keeps to be compared."""
+    values = asdict(cfg)
+    kept = {key: values[key] for key in fields() if DECISIONS[key] is not Decision.IGNORE}
+    return kept | {"dataset_type": "pretrain" if cfg.dataset_type == "pretrain" else "iterable"}  # map is the same
+
+
+def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
+    """What the base model is, whatever the directory is called: its config.json, and a hash of some of its weights."""
+    weights = fingerprint(model_dir) if cfg.continue_training else "random"
+    config: dict[str, Any] = json.loads(json.dumps(ModelConfig.from_dir(model_dir).to_dict("pt")))
+    return {"weights": weights, "config": config}
+
+
+_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of what is known by a hash
+
+
+@dataclass(frozen=True)
+class Present:
+    """What the run has now."""
+
+    cfg: Config
+    base: dict[str, Any]
+    loader: Loader
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it was."""
+
+    name: str
+    then: Any
+    now: Any
+    decision: Decision
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.then} -> {self.now}"
+
+    def refusal(self) -> str:
+        """The line of an error."""
+        there, here = (f"hash {v}" if self.name.startswith(_HASHED) else repr(v) for v in (self.then, self.now))
+        return f"  {self.name}: {there} there, {here} here"
+
+
+def differences(state: TrainState, now: Present) -> list[Difference]:
+    """All that differs between the run that saved `state` and this one, each with what it means here."""
+    data = now.loader.changes(state.data) if state.data else {}
+    data_then = state.data.get("data")
+    known = data_then if isinstance(data_then, dict) else {}
+    same_content = {
+        "model_name_or_path": bool(state.base),
+        "train_dataset_path": "content of train_dataset_path" in known,
+        "input_dir": "content of each file" in known,
+        "chat_template": "chat template" in known,
+    }
+    found = _of_keys(state.identity, now.cfg, same_content)
+    found += _of_base(state.base, now.base)
+    named = {difference.name for difference in found}
+    found += [
+        Difference(key, *values, Decision.DATA)
+        for key, values in data.items()
+        if key not in named or DECISIONS[key] is Decision.CONTENT
+    ]
+    if now.cfg.ignore_data_skip:
+        found = [replace(d, decision=Decision.SAY) if d.decision is Decision.DATA else d for d in found]
+    return found
+
+
+def _of_keys(identity: Mapping[str, Any], cfg: Config, same_content: Mapping[str, bool]) -> list[Difference]:
+    """`same_content`: of the keys that name something, whether it is compared by its content elsewhere."""
+    found = []
+    for key, value in noted(cfg).items():
+        then = identity.get(key, value)
+        if then == value or not is_read(key, cfg):
+            continue
+        decision = DECISIONS[key]
+        if decision is Decision.CONTENT:
+            unknown = Decision.REFUSE if key == "model_name_or_path" else Decision.DATA
+            decision = Decision.SAY if same_content[key] else unknown
+        found.append(Difference(key, then, value, decision))
+    return found
+
+
+def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    if not then:
+        return []
+    pairs = [("weights of model_name_or_path", then.get("weights"), now["weights"])]
+    before = then.get("config")
+    config: dict[str, Any] = before if isinstance(before, dict) else {}
+    pairs += [
+        (f"model_name_or_path: config.json: {key}", config.get(key), now["config"].get(key))
+        for key in {**config, **now["config"]}
+    ]
+    return [Difference(*pair, Decision.REFUSE) for pair in pairs if pair[1] != pair[2]]
+
+
+def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
+    """`check` as far as the configuration alone can tell, before data and model are opened."""
+    named = {key: True for key, decision in DECISIONS.items() if decision is Decision.CONTENT}
+    found = _of_keys(identity, cfg, named)
+    if cfg.ignore_data_skip:
+        found = [difference for difference in found if difference.decision is not Decision.DATA]
+    _refuse(found, cfg, where)
+
+
+def check(state: TrainState, now: Present, where: Path) -> None:
+    """Refuse to continue from a checkpoint of another run, or at a position that means nothing here, naming what
+    differs. Nothing is changed.
+    """
+    if not state.data and not now.cfg.ignore_data_skip:
+        raise CheckpointError(
+            f"{where} does not say how far in the data it is. Set ignore_data_skip: true to begin the data anew."
+        )
+    _refuse(differences(state, now), now.cfg, where)
+
+
+def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
+    refused = [d for d in found if d.decision in (Decision.REFUSE, Decision.DATA)]
+    if not refused:
+        return
+    lines = "\n".join(d.refusal() for d in refused)
+    only_data = all(d.decision is Decision.DATA for d in refused)
+    anew = ", or set ignore_data_skip: true to continue its weights at the beginning of this data" * only_data
+    asked = cfg.resume_from_checkpoint
+    if asked not in ("auto", "none") and Path(asked).expanduser().resolve() == where.resolve():
+        raise CheckpointError(
+            f"resume_from_checkpoint: {where} is of another run:\n{lines}\n"
+            f"Set these as they were{anew}. To start a new run from its weights, set model_name_or_path to it."
+        )
+    raise CheckpointError(
+        f"output_dir: {where.parent} holds another run ({where.name}):\n{lines}\n"
+        f"Give this run another output_dir{anew}, or set overwrite_output_dir: true to remove that run."
+    )
+
+
+def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
+    """What is to be said of the differences that are no reason to refuse."""
+    said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
+    unknown = [key for key in noted(now.cfg) if key not in state.identity]
+    lines = []
+    if said:
+        effect = "without effect, since no step is left to train" if complete else f"changed since {where.name}"
+        lines.append(f"{effect}: {'; '.join(said)}")
+    if unknown or not state.base:
+        lines.append(
+            f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
+            "what of it has changed since cannot be said"
+        )
+    return lines
+
+
+def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
+    """How the next step's learning rate differs from the one that was planned when `state` was saved, if it does: the
+    schedule is a function of the step and of the last step, so both another schedule and another end move it.
+    """
+    if state.max_steps is None or state.step >= max_steps:
+        return None
+    known = {key: value for key, value in state.identity.items() if key in fields()}
+    before, after = state.max_steps, build_schedule(cfg, max_steps)(state.step)
+    try:
+        planned = build_schedule(replace(cfg, **known), before)(state.step)
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an odd value in trainer_state.json
+        return None
+    if planned == after:
+        return None
+    end = f"the last step is {max_steps}" + (f", before {before}" if before != max_steps else "")
+    over = ", when the schedule had ended" if state.step >= before else ""
+    return (
+        f"learning rate of step {state.step + 1}: {planned:.4g} -> {after:.4g}{over} ({end}; the schedule is computed "
+        "from step 1 with the values given now)"
+    )
+
+
+def best_basis(cfg: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the best value of an evaluation can be compared under; `identity` is that of the evaluation data."""
+    name, greater = metric_of(cfg)
+    basis: dict[str, Any] = {"metric_for_best_model": name, "greater_is_better": greater}
+    basis["max_evaluate_steps"] = cfg.max_evaluate_steps
+    of_training = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}  # an evaluation reads in file order
+    if cfg.max_evaluate_steps > 0:
+        basis["batch_size"] = cfg.batch_size
+    if cfg.stage == "DPO":
+        unread = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}
+        basis |= {key: value for key, value in asdict(cfg).items() if key in _PREFERENCE - unread}
+    return basis | {key: value for key, value in identity.items() if key not in of_training}
+
+
+def forget_best(state: TrainState, basis: dict[str, Any]) -> str | None:
+    """Drop the best value, and the count of evaluations without a better one, if they were measured otherwise than
+    `basis`; the line that says so.
+    """
+    if state.best_metric is None or state.best_of == basis:
+        return None
+    changed = [
+        f"{key}: {state.best_of.get(key)} -> {basis.get(key)}"
+        for key in {**state.best_of, **basis}
+        if state.best_of.get(key) != basis.get(key)
+    ]
+    why = "; ".join(changed) if state.best_of else "its version did not note what it was measured on"
+    line = (
+        f"the best evaluation so far ({state.best_metric:.6g} at step {state.best_step}) cannot be compared with those "
+        f"to come and is forgotten, and with it the count of early_stopping_patience: {why}"
+    )
+    state.best_metric = state.best_step = None
+    state.evaluations_since_best = 0
+    return line

@@ -1,0 +1,65 @@
+"""`erniekit train`: build, fit, report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+
+from erniekit.config.schema import Config
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
+from erniekit.precision import policy
+from erniekit.training.build import build_run
+from erniekit.training.callbacks import Callback, StepMetrics, build_callbacks
+from erniekit.training.output_dir import OutputDir
+from erniekit.training.same_run import require_same_configuration
+from erniekit.training.trainer import Trainer
+from erniekit.utils import heartbeat, log, runtime
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`history`: one dict a step that this call trained, as in metrics.jsonl. `summary`: as in summary.json."""
+
+    output_dir: Path
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+class _History(Callback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics.record())
+
+
+def join(cfg: Config) -> Mesh:
+    """This process's place among those that a launcher started; alone without one."""
+    comm.on_wait = heartbeat.waiting
+    heartbeat.waiting("the gathering of all ranks")
+    world = comm.init(cfg.rendezvous_timeout)
+    heartbeat.waiting(None)
+    require_same_configuration(cfg, comm.world_group())
+    return build_mesh(ParallelDims.from_config(cfg, world.size))
+
+
+def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
+    """What trains: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
+    ranks = "1 process" if mesh.degrees.world == 1 else f"{mesh.degrees.world} processes"
+    return f"device: {runtime.device_name()}; {policy.describe(model, has_masters)}; {ranks}"
+
+
+def train(cfg: Config) -> TrainResult:
+    """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
+    mesh = join(cfg)
+    history = _History()
+    # The numbers are the same on every rank; one of them reports.
+    callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
+    with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
+        run = build_run(cfg, mesh)
+        if mesh.rank == 0:
+            log.info(_device_line(run.model, run.optimizer.has_masters, mesh))
+        summary = Trainer(run, callbacks, output).fit()
+    return TrainResult(output.path, history.steps, summary)

@@ -1,0 +1,249 @@
+"""Where a run begins and what it leaves behind: resuming, checkpoints, the final model."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import paddle
+
+from erniekit.checkpoint.manager import CheckpointManager
+from erniekit.checkpoint.rank_files import RankFiles
+from erniekit.checkpoint.reshard import Shares
+from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
+from erniekit.parallel.agree import all_or_none, on_first
+from erniekit.training import resume
+from erniekit.training.build import Run
+from erniekit.training.ema import DIRECTORY as EMA
+from erniekit.training.ema import WeightAverage
+from erniekit.training.output_dir import OutputDir
+from erniekit.training.state import (
+    OPTIMIZER_DIR,
+    TrainState,
+    load_optimizer,
+    optimizer_rank_files,
+    read_state,
+    state_writer,
+)
+from erniekit.training.trainable import load_trained, prepare_save, trained_tensors
+from erniekit.utils import log
+from erniekit.utils.errors import CheckpointError
+
+
+class Saver:
+    """Checkpoints of one run. All ranks call its methods."""
+
+    def __init__(self, run: Run, output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
+        self.run = run
+        self.output = output or OutputDir(run.cfg, run.mesh.world_group)
+        self.cfg = run.cfg
+        self.output_dir = run.output_dir
+        self.ranks = run.mesh.world_group
+        self.shares = Shares.of(run.model, run.mesh)
+        self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
+
+    def resume(self) -> TrainState:
+        """Claim the output directory, and load the checkpoint that resume_from_checkpoint asks for, if any. What is in
+        the directory stays as it is: `begin` changes it.
+        """
+        claim = self.output.claim()
+        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
+        self.present = resume.Present(self.cfg, base, self.run.loader)
+        state = TrainState()
+        if claim.source is not None:
+            with all_or_none(self.ranks):
+                state = self._load(claim.source)
+        else:
+            self.run.plan_steps(0)
+            if claim.final is not None:
+                state = self._after_final(claim.final, claim.record)
+        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
+        state.max_steps = self.run.max_steps
+        state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
+        return state
+
+    def begin(self, state: TrainState) -> None:
+        """Make the output directory that of a run which continues after `state`."""
+        record = RunRecord(state.identity, state.base, self.run.loader.state_dict())
+        self.output.begin(record, state.step, trains=state.step < self.run.max_steps)
+
+    def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
+        """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        if record is not None and record.data:
+            then = TrainState(identity=record.identity, base=record.base, data=record.data)
+            resume.check(then, self.present, self.output_dir / RUN_FILE)
+            for line in resume.changed_lines(then, self.present, self.output_dir / RUN_FILE, complete=True):
+                log.info(line)
+        if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
+            raise CheckpointError(
+                f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
+                f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
+                "or choose another output_dir (and model_name_or_path: that model, to train it further)."
+            )
+        return TrainState(step=final.step)
+
+    def has_ended(self, state: TrainState, stopped_early: bool) -> bool:
+        """Whether the run that `state` belongs to has nothing left to do: no step, and its final model is there."""
+        final = self.output.claim().final
+        if final is None or final.step != state.step:
+            return False
+        data_ended = final.data_ended and final.max_steps == self.run.max_steps
+        return state.step >= self.run.max_steps or stopped_early or data_ended
+
+    def _layout(self) -> dict[str, int]:
+        """How the run is divided, and the rows of a step; a run may go on under another layout."""
+        rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
+        return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
+
+    def _load(self, source: Path) -> TrainState:
+        state, run = read_state(source), self.run
+        resume.check(state, self.present, source)
+        self._say_layout(state.layout, source)
+        load_trained(run.model, source)
+        if run.average is not None:
+            self._load_average(run.average, state, source)
+        for directory, tensors in run.recipe.extra_weights().items():
+            if _holds(source, directory, state.identity.get("ref_model_update_steps", -1) != -1):
+                load_trained(run.model, source / directory, into=tensors)
+            else:
+                log.info(f"ref_model_update_steps: {source.name} was trained with the reference of the beginning")
+        log.info(f"resuming after step {state.step} from {source}")
+        self._set_position(state, source)
+        run.plan_steps(state.step)
+        complete = state.step >= run.max_steps
+        if complete:
+            key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
+            log.info(
+                f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it to "
+                "train more, or set overwrite_output_dir: true to begin anew"
+            )
+        else:
+            self._load_optimizer(state, source)
+        for line in resume.changed_lines(state, self.present, source, complete):
+            log.info(line)
+        rate = resume.rate_line(state, self.cfg, run.max_steps)
+        if rate is not None:
+            log.info(rate)
+        if run.eval_loader is not None:
+            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+            if forgotten is not None:
+                log.warning(forgotten)
+        return state
+
+    def _load_average(self, average: WeightAverage, state: TrainState, source: Path) -> None:
+        if _holds(source, EMA, state.identity.get("ema_decay") is not None):
+            average.load(source)
+        else:
+            average.restart()
+            log.warning(f"ema_decay: {source.name} holds no average of its weights: it begins with those of this step")
+
+    def _load_optimizer(self, state: TrainState, source: Path) -> None:
+        if self.cfg.ignore_load_lr_and_optim:
+            self.run.optimizer.reset()
+            log.info("ignore_load_lr_and_optim: the optimizer's state begins anew")
+        elif _holds(source, OPTIMIZER_DIR, bool(state.has_optimizer)):
+            load_optimizer(source, self.run.optimizer, self.shares)
+        else:
+            self.run.optimizer.reset()
+            log.warning(
+                f"{source.name} was saved without the optimizer's state (ignore_save_lr_and_optim): its weights are "
+                "trained further with new state (moments of 0), so the next steps differ from an uninterrupted run's"
+            )
+
+    def _set_position(self, state: TrainState, source: Path) -> None:
+        """Put the loader behind the rows that were seen, or with ignore_data_skip before the first, unless the run is
+        complete: else each start of the same command would train the data once more.
+        """
+        if not self.cfg.ignore_data_skip:
+            self.run.loader.load_state_dict(state.data)
+            return
+        if state.data and not self.run.loader.changes(state.data) and self.cfg.max_steps <= 0:
+            begin = self.run.loader.state_dict()
+            self.run.loader.load_state_dict(state.data)
+            if not self.run.loader.rows_left():
+                return
+            self.run.loader.load_state_dict(begin)
+        log.info(f"ignore_data_skip: the data begin anew after step {state.step} of {source.name}")
+
+    def _say_layout(self, before: dict[str, int], source: Path) -> None:
+        now = self._layout()
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changed:
+            log.info(f"{source.name} was saved under another layout: {', '.join(changed)}")
+        if before.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"]:
+            log.warning(
+                f"batch_size * gradient_accumulation_steps * data ranks: a step now takes {now['rows_per_step']} rows, "
+                f"before {before['rows_per_step']}. Change gradient_accumulation_steps to go on as before"
+            )
+
+    def save(self, state: TrainState) -> Path:
+        """Write checkpoint-N (whole or not at all), then remove the oldest beyond save_total_limit. With
+        use_async_save it is only copied when this returns; what goes wrong later is raised by the next save.
+        """
+        portions: list[RankFiles] = []
+        adds = []
+        for directory, tensors in (self._weights() | self.run.recipe.extra_weights()).items():
+            more, add = self._prepare_save(tensors, below=directory)
+            portions += more
+            adds.append(add)
+        if not self.cfg.ignore_save_lr_and_optim:
+            portions.append(optimizer_rank_files(self.run.optimizer, self.shares))
+        adds.append(state_writer(self.cfg, state))  # last, so that a directory without it is not a training checkpoint
+
+        def add_all(checkpoint: Path) -> None:
+            for add in adds:
+                add(checkpoint)
+
+        best = None if state.best_step is None else self.output_dir / f"checkpoint-{state.best_step}"
+        return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
+
+    def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
+        """Write the final model into output_dir: the last step's, or the best checkpoint's with
+        load_best_model_at_end.
+        """
+        self.manager.wait()
+        if self.cfg.load_best_model_at_end and state.best_step not in (None, state.step):
+            best = self.output_dir / f"checkpoint-{state.best_step}"
+            if on_first(self.ranks, best.is_dir):
+                log.info(
+                    f"the final model is that of {best.name}: {self.cfg.metric_for_best_model or 'loss'} "
+                    f"{state.best_metric:.6g}"
+                )
+                with all_or_none(self.ranks):
+                    load_trained(self.run.model, best)
+            else:
+                log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
+        for directory, tensors in self._weights().items():
+            portions, add = self._prepare_save(tensors)
+            self.manager.save_into(self.output_dir / directory, add, portions)
+        self.output.record_final(FinalModel(state.step, 1, self.run.max_steps, data_ended))
+        return self.output_dir
+
+    def _weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """What is written, by directory: the model's weights, and their average in a directory of its own."""
+        own = {"": trained_tensors(self.run.model)}
+        return own if self.run.average is None else own | {EMA: self.run.average.average}
+
+    def _prepare_save(
+        self, tensors: dict[str, paddle.Tensor], below: str = ""
+    ) -> tuple[list[RankFiles], Callable[[Path], None]]:
+        return prepare_save(
+            self.run.model,
+            tensors,
+            self.shares,
+            self.cfg.save_format,
+            self.run.model_dir,
+            self.run.template,
+            directory=below,
+        )
+
+
+def _holds(checkpoint: Path, directory: str, was_saved: bool) -> bool:
+    """Whether a checkpoint has a directory that it need not have. CheckpointError if it was saved and is gone."""
+    there = (checkpoint / directory).is_dir()
+    if was_saved and not there:
+        cure = " or set ignore_load_lr_and_optim: true" if directory == OPTIMIZER_DIR else ""
+        raise CheckpointError(
+            f"{checkpoint}: {directory}/ was saved with it and is gone. Resume from another checkpoint{cure}."
+        )
+    return there

@@ -1,0 +1,236 @@
+"""What a training checkpoint holds beside the weights, so that a resumed run repeats an uninterrupted one bit for
+bit.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from erniekit.checkpoint.rank_files import RankFiles
+from erniekit.checkpoint.reshard import Shares
+from erniekit.checkpoint.safetensors import Plan, Reader
+from erniekit.config.schema import Config
+from erniekit.models.weights import Shape
+from erniekit.nn.shard import WHOLE
+from erniekit.training.adamw import POWERS, AdamW
+from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import JsonObject, read_json_object
+
+STATE_FILE = "trainer_state.json"
+CONFIG_FILE = "config.yaml"
+OPTIMIZER_DIR = "optimizer"
+_ROWS = re.compile(r"(.+)\[([0-9]{1,18}):([0-9]{1,18})\]")
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
+
+    `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
+    (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
+    whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    best_of: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, int] = field(default_factory=dict)
+    max_steps: int | None = None
+    has_optimizer: bool | None = None
+
+
+def state_writer(cfg: Config, state: TrainState) -> Callable[[Path], None]:
+    """A function that writes config.yaml and trainer_state.json, as they are now, into a checkpoint."""
+    text = json.dumps(asdict(state), indent=1)
+
+    def write(directory: Path) -> None:
+        (directory / CONFIG_FILE).write_text(cfg.to_yaml(), encoding="utf-8")
+        (directory / STATE_FILE).write_text(text, encoding="utf-8")
+
+    return write
+
+
+def optimizer_rank_files(optimizer: AdamW, shares: Shares) -> RankFiles:
+    """This rank's share of the optimizer's state: whole tensors "parameter/key", and of experts that several ranks
+    hold "parameter/key[begin:end]", the rows from begin to end.
+    """
+    plan: Plan = []
+    stored: dict[str, str] = {}  # our name -> that of what this rank holds, in files
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        rows = None if key in POWERS else shares.rows(name, local)
+        stored[entry] = entry + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+        if _writes(shares, entry, optimizer):
+            shape = local if rows or key in POWERS else shares.whole_shape(name, local)
+            plan.append((stored[entry], "F32", shape))
+
+    def tensors() -> Iterator[tuple[str, np.ndarray | None]]:
+        for entry in stored:
+            yield stored[entry], _gathered(optimizer, shares, entry)
+
+    return RankFiles(OPTIMIZER_DIR, plan, tensors(), lambda name, array: [(name, array)], {"format": "pt"})
+
+
+def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
+    """Whether this rank writes an entry; the powers of the betas, equal for all rows of experts, go with the first."""
+    name, _, key = entry.rpartition("/")
+    rows = shares.rows(name, optimizer.parameters[name].shape)
+    return shares.writes(name) and (key not in POWERS or rows is None or rows[0] == 0)
+
+
+def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None:
+    """What this rank writes of an entry, from the chunks of the ranks that share it; None where another writes it."""
+    name, _, key = entry.rpartition("/")
+    if key in POWERS:
+        return optimizer.state_array(entry) if _writes(shares, entry, optimizer) else None
+    if shares.is_repeated(name) or optimizer.sync.entries[name].placement.replica.index > 0:
+        return None
+    return shares.gather(name, optimizer.state_array(entry))
+
+
+def read_state(directory: Path) -> TrainState:
+    """Read trainer_state.json. CheckpointError if the directory is not a training checkpoint, or names the key whose
+    value cannot be one.
+    """
+    file = directory / STATE_FILE
+    try:
+        content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not a training checkpoint: it has no {STATE_FILE}. To start from its weights, set "
+            "model_name_or_path to it."
+        ) from None
+    hints = get_type_hints(TrainState)
+    unknown = sorted(content.values.keys() - hints.keys())
+    if unknown or "step" not in content:
+        problem = f"{unknown[0]!r:.60}: not a key of this version" if unknown else "step: missing"
+        raise CheckpointError(f"{file}: {problem}. Resume from an older checkpoint.")
+    values = {name: _typed(content, name, hint) for name, hint in hints.items() if name in content}
+    _check_position(content.get_object("data"), content.get_object("data").values.get("position"))
+    if not all(type(value) is int for value in content.get_object("layout").values.values()):
+        raise CheckpointError(f"{file}: layout: must hold integers. Resume from an older checkpoint.")
+    return TrainState(**values)
+
+
+_BIG = 1 << 62  # counts fit in 64 bits
+
+
+def _typed(content: JsonObject, name: str, hint: Any) -> Any:
+    """The value of one field of TrainState, checked by the field's type; null is for those that may be None."""
+    is_object, value = get_origin(hint) is dict, content.values[name]
+    kinds = (hint,) if is_object else get_args(hint) or (hint,)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise CheckpointError(f"{content.where}: {name}: must not be null. Resume from an older checkpoint.")
+    if bool in kinds:
+        return content.get_bool(name, None)
+    if float in kinds:
+        return content.get_number(name, None)
+    if int in kinds:
+        return content.get_int(name, None, 0, _BIG)
+    if str in kinds:
+        return content.get_text(name, None)
+    assert is_object, f"no reader for {name}: {hint}"
+    return dict(content.get_object(name).values)
+
+
+def _check_position(data: JsonObject, value: Any) -> None:
+    """The place in the data: natural numbers, true and false, in lists and objects."""
+    level = [value]
+    while level:
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, (list, dict)):
+                inner += part.values() if isinstance(part, dict) else part
+            elif part is not None and not (isinstance(part, int) and 0 <= part <= _BIG):
+                raise CheckpointError(
+                    f"{data.where}: position: must hold natural numbers, found {part!r:.60}. Resume from an older "
+                    "checkpoint, or set ignore_data_skip: true."
+                )
+        level = inner
+
+
+def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
+    """Restore every entry of the optimizer's state, whatever the layout that wrote it; CheckpointError lists what is
+    missing, left over or misshapen.
+    """
+    stored = StoredState(directory / OPTIMIZER_DIR)
+    wanted: dict[str, Shape] = {}
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        wanted[entry] = local if key in POWERS else shares.whole_shape(name, local)
+    # Of what this rank does not hold, other ranks judge.
+    found = {name: stored.shape(name) for name in stored.keys() if name in wanted or shares.shard == WHOLE}  # noqa: SIM118
+    if wanted != found:
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
+        raise CheckpointError(
+            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
+            "on with the weights alone."
+        )
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        if key in POWERS:
+            optimizer.load_state_array(entry, stored.read(entry))
+        else:
+            optimizer.load_state_array(entry, shares.shard_of(name, stored.read(entry, shares.rows(name, local))))
+
+
+class StoredState:
+    """Tensors on disk, some of them in several pieces "name[begin:end]" along their first axis."""
+
+    def __init__(self, directory: Path) -> None:
+        """CheckpointError if the pieces of a tensor do not make a whole."""
+        self.reader = Reader(directory)
+        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
+        for stored in self.reader.keys():  # noqa: SIM118 no mapping
+            match = _ROWS.fullmatch(stored)
+            if self.reader.info(stored).dtype != "F32":
+                raise CheckpointError(f"{directory}: {stored} is not float32. Resume from an older checkpoint.")
+            if match:
+                self._pieces.setdefault(match[1], []).append((int(match[2]), int(match[3]), stored))
+        for name, pieces in self._pieces.items():
+            pieces.sort()
+            ends = [0, *(end for _, end, _ in pieces)]
+            shapes = [self.reader.info(stored).shape for _, _, stored in pieces]
+            rows = [(end - begin, *shapes[0][1:]) for begin, end, _ in pieces]
+            if [begin for begin, _, _ in pieces] != ends[:-1] or shapes != rows or name in self.reader:
+                raise CheckpointError(
+                    f"{directory}: the pieces of {name} leave gaps or overlap: {', '.join(p[2] for p in pieces)}. "
+                    "Resume from an older checkpoint."
+                )
+
+    def keys(self) -> list[str]:
+        """Names of the tensors as wholes."""
+        return list(dict.fromkeys(match[1] if (match := _ROWS.fullmatch(n)) else n for n in self.reader.keys()))  # noqa: SIM118
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.info(name).shape
+        return (pieces[-1][1], *self.reader.info(pieces[0][2]).shape[1:])
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor, or rows [begin, end) of its first axis; no other rows are read."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.read(name, rows=rows)
+        first, last = rows or (0, pieces[-1][1])
+        parts = [
+            self.reader.read(stored, rows=(max(first, begin) - begin, min(last, end) - begin))
+            for begin, end, stored in pieces
+            if begin < last and end > first
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,138 @@
+"""What of a model a run trains and saves: all weights, or adapters beside frozen ones (fine_tuning: LoRA)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from erniekit import lora
+from erniekit.checkpoint.chat_template import write_chat_template
+from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
+from erniekit.checkpoint.model_io import held_tensors, load_weights, model_rank_files, write_model_configs
+from erniekit.checkpoint.peft_attach import attach_stored, load_adapter
+from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, write_adapter
+from erniekit.checkpoint.rank_files import RankFiles
+from erniekit.checkpoint.reshard import Shares
+from erniekit.config.schema import Config
+from erniekit.config.values import split_patterns
+from erniekit.data.chat.template import Template
+from erniekit.lora.targets import DEFAULT_TARGETS, choose, choose_saved
+from erniekit.models.config import Format, ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.quantize import num_held
+from erniekit.models.weights import our_shapes
+from erniekit.nn.shard import WHOLE
+from erniekit.precision.policy import stays_fp32
+from erniekit.utils import log
+
+
+def lora_options(cfg: Config) -> lora.LoraOptions:
+    """What the configuration's LoRA keys say."""
+    alpha = cfg.lora_alpha
+    if alpha < 0:
+        alpha = 4.0 if cfg.rslora else 2.0 * cfg.lora_rank
+    return lora.LoraOptions(
+        rank=cfg.lora_rank,
+        alpha=alpha,
+        dropout=cfg.lora_dropout,
+        rslora=cfg.rslora,
+        dora=cfg.use_dora,
+        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
+        modules_to_save=split_patterns(cfg.modules_to_save),
+        seed=cfg.seed,
+    )
+
+
+def check_lora(cfg: Config, config: ModelConfig) -> None:
+    """ConfigError where lora_target_modules or modules_to_save name what the model has not: before a weight is read."""
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
+        names, options = our_shapes(config), lora_options(cfg)
+        choose(names, options.targets)
+        choose_saved(names, options.modules_to_save, config.tie_word_embeddings)
+
+
+def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
+    """Hang on a model with its weights (those of `model_dir`) the adapter of `lora_path`, or new ones."""
+    if cfg.lora_path:
+        state = attach_stored(model, cfg.lora_path, model_dir, dropout=cfg.lora_dropout)
+        log.info(f"lora_path: {cfg.lora_path}: rank, scaling and targets are those of this adapter")
+        start = "goes on from lora_path"
+    else:
+        config = model.config
+        state = lora.attach(
+            model, lora_options(cfg), our_shapes(config), config.tie_word_embeddings, share=model.shard.share
+        )
+        start = "new"
+    state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
+    total = num_held(model)
+    trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
+    here = "" if model.shard == WHOLE else " on this rank"
+    log.info(
+        f"LoRA ({start}): {lora.describe(state)}; {trained:,} of {total:,} parameters{here} are trained "
+        f"({trained / total:.2%})"
+    )
+
+
+def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
+    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter."""
+    state, tensors = lora.state_of(model), held_tensors(model)
+    if state is None:
+        return tensors
+    return {name: tensors[name] for name in adapter_parameters(state) if name in tensors}
+
+
+def load_trained(model: CausalLM, directory: Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Set what a run trains, or tensors `into` under the same names, to what its checkpoint holds."""
+    if lora.state_of(model) is None:
+        load_weights(model, directory, into=into)
+    else:
+        load_adapter(model, directory, into)
+
+
+def prepare_save(
+    model: CausalLM,
+    tensors: Mapping[str, paddle.Tensor],
+    shares: Shares,
+    format: Format,
+    model_dir: Path,
+    template: Template | None,
+    directory: str = "",
+) -> tuple[list[RankFiles], Callable[[Path], None]]:
+    """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
+    what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
+    PEFT's format, which is put together now, and the tokenizer files. The chat template is `template`, if conversations
+    are trained, or else the base model's. All ranks call it.
+    """
+
+    def add_template(checkpoint: Path) -> None:
+        if template is not None:
+            write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
+
+    state = lora.state_of(model)
+    if state is None:
+        header = _header_of(tensors)
+        portion = model_rank_files(model, shares, format, tensors, directory, header)
+
+        def add_files(checkpoint: Path) -> None:
+            write_model_configs(model, checkpoint / directory, format, header)
+            copy_companions(model_dir, checkpoint / directory)
+            add_template(checkpoint)
+
+        return [portion], add_files
+    is_first = shares.mesh.world_group.index == 0
+    whole = [array if is_first else None for array in shares.collect(tensors, adapter_parameters(state))]
+
+    def add_adapter(checkpoint: Path) -> None:
+        (checkpoint / directory).mkdir(parents=True, exist_ok=True)
+        write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
+        copy_companions(model_dir, checkpoint / directory, names=TOKENIZER_FILES)
+        add_template(checkpoint)
+
+    return [], add_adapter
+
+
+def _header_of(tensors: Mapping[str, paddle.Tensor]) -> str:
+    """The dtype of weight files that lose nothing: that of the weights, whose fp32 masters go with the optimizer."""
+    kept = {tensor.dtype for name, tensor in tensors.items() if not stays_fp32(name)}
+    return "BF16" if kept == {paddle.bfloat16} else "F32"

@@ -1,0 +1,346 @@
+"""The one trainer: a loop, and a step that reads top to bottom."""
+
+import math
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import paddle
+
+from erniekit.data.batch import Batch
+from erniekit.models.weights import num_parameters
+from erniekit.moe.balance import update_bias
+from erniekit.parallel import comm, pipeline
+from erniekit.training.batch_warmup import microbatches_at
+from erniekit.training.build import Run
+from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
+from erniekit.training.evaluation import evaluate, metric_of
+from erniekit.training.flat import FlatBatch, flatten
+from erniekit.training.forward_backward import StepSums, TrainStage
+from erniekit.training.output_dir import OutputDir
+from erniekit.training.reduce_metrics import global_counts, global_sums
+from erniekit.training.replica_check import ReplicaCheck
+from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
+from erniekit.training.resume import best_basis
+from erniekit.training.saving import Saver
+from erniekit.training.state import TrainState
+from erniekit.utils import heartbeat, log, stop_signals
+from erniekit.utils.errors import TrainError
+from erniekit.utils.user_files import read_json_object
+
+
+class Trainer:
+    """Runs a Run. `fit` is the loop; `train_step` is one optimizer step."""
+
+    def __init__(self, run: Run, callbacks: list[Callback], output: OutputDir | None = None) -> None:
+        """`output`: the run's directory if it is claimed already."""
+        self.run = run
+        self.cfg = run.cfg
+        self.callbacks = callbacks
+        self.saver = Saver(run, output)
+        self.check_replicas = ReplicaCheck(run.model, run.mesh)
+        self.state = TrainState()
+        self._saved_step: int | None = None
+        self._stopped_by: signal.Signals | None = None
+        self._data_ended = False
+
+    def fit(self) -> dict[str, Any]:
+        """Resume if there is something to resume, train to the last step, save. Returns the summary.
+
+        A run that has ended is left as it is, to the last byte.
+        """
+        with self.saver.output:
+            self.state = self.saver.resume()
+            self._saved_step = self.state.step if self.state.step else None
+            if self.saver.has_ended(self.state, self._stopped_early()):
+                return self._leave_as_it_is()
+            self.saver.begin(self.state)
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
+        info = self._info()
+        summary: dict[str, Any] = {"steps": self.state.step}
+        try:
+            with stop_signals.deferred():
+                for callback in self.callbacks:
+                    callback.on_start(info)
+                self._train_to_the_end()
+                with heartbeat.phase("the end of the run"):
+                    summary = self._pause() if self._stopped_by else self._finish()
+        except BaseException as error:
+            summary = {"steps": self.state.step, "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            with heartbeat.phase("the end of the run"):  # a plot takes seconds
+                for callback in self.callbacks:
+                    callback.on_end(summary)
+                self.saver.manager.join()
+            self.run.close()
+        if self._stopped_by is not None:
+            by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
+            saved = stop_signals.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
+            log.info(f"{by} after step {self.state.step}; {saved}")
+        return summary
+
+    def _leave_as_it_is(self) -> dict[str, Any]:
+        """End without a change to what the finished run wrote; its summary is this one's."""
+        self.run.close()
+        out = self.run.output_dir
+        log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
+        try:
+            return read_json_object(out / SUMMARY_FILE, TrainError)
+        except FileNotFoundError:
+            return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
+
+    def _train_to_the_end(self) -> None:
+        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        while self.state.step < self.run.max_steps and not self._stopped_early():
+            if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
+                return
+
+    def _info(self) -> RunInfo:
+        return RunInfo(
+            self.run.output_dir,
+            self.run.max_steps,
+            self.state.step,
+            num_parameters(self.run.model.config),
+            self.cfg,
+            not self.cfg.disable_tqdm,
+        )
+
+    def _advance(self) -> bool:
+        """One step with all that hangs on it. False when the data has ended."""
+        epochs = self.run.loader.epochs_done
+        try:
+            batches = self._next_batches()
+        except StopIteration:
+            log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
+            self._data_ended = True
+            return False
+        metrics = self.train_step(batches)
+        heartbeat.step(self.state.step)
+        self.state.data = self.run.loader.state_dict()
+        every = self.cfg.check_replicas_steps
+        if every > 0 and self.state.step % every == 0:
+            self.check_replicas(self.state.step)
+        for callback in self.callbacks:
+            callback.on_step(metrics)
+        epoch_ended = self.run.loader.epochs_done > epochs
+        is_best = (
+            self._is_due(self.cfg.evaluation_strategy, self.cfg.eval_steps or self.cfg.logging_steps, epoch_ended)
+            and self._evaluate()
+        )
+        if is_best or self._is_due(self.cfg.save_strategy, self.cfg.save_steps, epoch_ended):
+            self._save()
+        return True
+
+    def _next_batches(self) -> list[Batch]:
+        """This step's microbatches. While the batch still grows, the loader gives them one by one."""
+        warmup = self.cfg.batch_size_warmup_steps
+        if not warmup:
+            return self.run.loader.next_step()
+        batches = self.run.loader.next_step()
+        for _ in range(microbatches_at(self.state.step, self.cfg.gradient_accumulation_steps, warmup) - 1):
+            try:
+                batches = batches + self.run.loader.next_step()
+            except StopIteration:
+                break
+        return batches
+
+    def train_step(self, batches: list[Batch]) -> StepMetrics:
+        """One optimizer step on this rank's microbatches."""
+        started = time.perf_counter()
+        step = self.state.step
+        # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
+        paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
+        microbatches = self.run.recipe.prepare([flatten(batch, self.run.token_multiple) for batch in batches])
+        sums = self._forward_backward(microbatches)
+        sync = self.run.optimizer.sync
+        norm = sync.global_norm()
+        self._require_finite(sums.loss, norm, sync.gradients(), microbatches)
+        sync.clip(norm, self.cfg.max_grad_norm)
+        learning_rate = self.run.schedule(step)
+        self.run.optimizer.step(learning_rate)
+        self.run.optimizer.clear_grad()
+        if self.run.update_router_bias:
+            for (layer, modality), stats in sums.routers.items():
+                moe = self.run.model.model.layers[layer].mlp
+                update_bias(moe, modality, stats.usage, self.cfg.moe_use_aux_free_update_coef)
+        if self.run.average is not None:
+            self.run.average.update()
+        routers = self._router_records(sums)
+        num_tokens = int(sums.counts["tokens"])
+        self.state.step += 1
+        self.run.recipe.after_step(self.state.step)
+        self.state.num_tokens += num_tokens
+        return StepMetrics(
+            step=self.state.step,
+            loss=sums.loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            num_tokens=num_tokens,
+            num_supervised=int(sums.counts["supervised"]),
+            seconds=time.perf_counter() - started,
+            parts=_parts(sums, routers),
+            routers=routers,
+            sent=comm.traffic.take(),
+        )
+
+    def _forward_backward(self, microbatches: list[FlatBatch]) -> StepSums:
+        """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
+        run, mesh = self.run, self.run.mesh
+        counts = global_counts(run.recipe, microbatches, mesh)
+        sync = run.optimizer.sync
+        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward)
+        sync.begin(len(microbatches))
+        pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
+        sync.finish()
+        return global_sums(stage.sums, mesh)
+
+    def _router_records(self, sums: StepSums) -> dict[str, dict[str, Any]]:
+        """Each router's numbers and its experts' loads, by "layer" or "layer.vision"; those of every stage."""
+        records = {}
+        for (layer, modality), stats in sums.routers.items():
+            bias = self.run.model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.numpy()[modality]
+            name = f"{layer}.vision" if modality else str(layer)
+            records[name] = stats.record(bias) | {"load": stats.usage.tolist()}
+        return {k: v for part in comm.gather_objects(records, self.run.mesh.pipe_group) for k, v in part.items()}
+
+    def _require_finite(
+        self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[FlatBatch]
+    ) -> None:
+        """Stop before a bad update. Loss and norm are the same on every rank, so all stop, with the same words."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        step = self.state.step + 1
+        named = self.run.model.named_parameters()
+        found = {
+            "weights": [name for name, p in named if not bool(paddle.isfinite(p).all())],
+            "gradients": [name for name, gradient in gradients.items() if not bool(paddle.isfinite(gradient).all())],
+            "sources": [source for batch in microbatches for source in batch.sources],
+        }
+        everywhere = comm.gather_objects(found, self.run.mesh.world_group)
+        newest = self.saver.manager.newest()
+        kept = f"{newest} is unharmed" if newest else "no checkpoint had been saved yet"
+        raise TrainError(
+            f"step {step}: loss {loss}, gradient norm {norm}: {_what_is_not_finite(everywhere)}. "
+            f"Nothing was updated; {kept}. "
+            f"Lower learning_rate (now {self.run.schedule(step - 1):.3g}), add warmup_steps, or look at these samples."
+        )
+
+    def _is_due(self, strategy: str, every: int, epoch_ended: bool) -> bool:
+        if strategy == "steps":
+            return self.state.step % every == 0
+        return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
+
+    def _evaluate(self) -> bool:
+        """Score the evaluation data. True if this is the best so far by metric_for_best_model."""
+        with heartbeat.phase("an evaluation"):
+            metrics = evaluate(self.run)
+        for callback in self.callbacks:
+            callback.on_evaluate(self.state.step, metrics)
+        name, greater = metric_of(self.cfg)
+        if name not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {name}")
+        value, best = metrics[name], self.state.best_metric
+        better = best is None or (value > best if greater else value < best)
+        if better:
+            self.state.best_metric, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
+            assert self.run.eval_loader is not None
+            self.state.best_of = best_basis(self.cfg, self.run.eval_loader.identity)
+        else:
+            self.state.evaluations_since_best += 1
+        return better and self.cfg.save_strategy != "no"
+
+    def _stopped_early(self) -> bool:
+        patience = self.cfg.early_stopping_patience
+        stop = patience is not None and self.state.evaluations_since_best >= patience
+        if stop:
+            log.info(
+                f"early stopping after step {self.state.step}: no better evaluation since step {self.state.best_step}"
+            )
+        return stop
+
+    def _must_stop(self) -> bool:
+        """Whether a signal has reached any rank: all of them then stop after the same step."""
+        asked = np.array([stop_signals.asked() == number for number in stop_signals.SIGNALS], np.float64)
+        counts = comm.sum_floats(asked, self.run.mesh.world_group)
+        self._stopped_by = next(
+            (number for number, count in zip(stop_signals.SIGNALS, counts, strict=True) if count), None
+        )
+        return self._stopped_by is not None
+
+    def _pause(self) -> dict[str, Any]:
+        """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
+        assert self._stopped_by is not None
+        if self._saved_step != self.state.step:
+            self._save()
+        self.saver.manager.wait()
+        return {"steps": self.state.step, "total_tokens": self.state.num_tokens, "stopped": self._stopped_by.name}
+
+    def _save(self) -> None:
+        with heartbeat.phase("a save"):
+            path = self.saver.save(self.state)
+        self._saved_step = self.state.step
+        for callback in self.callbacks:
+            callback.on_save(self.state.step, path)
+
+    def _say_unseen(self) -> None:
+        """The number of steps may have been estimated: then some rows may be left."""
+        epoch, wanted = self.run.loader.report()["epoch"], self.cfg.num_train_epochs
+        estimated = self.cfg.max_steps <= 0 and not self.run.loader.exact
+        if estimated and epoch < wanted and self.state.step >= self.run.max_steps:
+            log.warning(
+                f"the number of steps was estimated (max_estimate_samples): the training ends after {epoch:.3g} of "
+                f"{wanted:g} epochs"
+            )
+
+    def _finish(self) -> dict[str, Any]:
+        """Last evaluation, last checkpoint, final model."""
+        done = self.state.step
+        self._say_unseen()
+        summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
+        if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
+            metrics = evaluate(self.run)
+            for callback in self.callbacks:
+                callback.on_evaluate(done, metrics)
+            if self._must_stop():
+                return self._pause()
+            summary |= metrics
+        if self.cfg.save_strategy != "no" and self._saved_step != done:
+            self._save()
+        path = self.saver.save_final(self.state, self._data_ended)
+        for callback in self.callbacks:
+            callback.on_save(done, path)
+        if self.state.best_step is not None:
+            summary |= {"best_metric": self.state.best_metric, "best_step": self.state.best_step}
+        summary["data"] = self.run.loader.report()
+        return summary
+
+
+def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The named means of the loss, the recipe's metrics, and the load of the busiest expert over the mean, averaged
+    over layers.
+    """
+    parts = {f"loss_{name}": value for name, value in sums.terms.items()} if len(sums.terms) > 1 else {}
+    parts |= sums.metrics
+    if routers:
+        parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
+        parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))
+    return parts
+
+
+def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
+    """What every rank found, in words: the first bad weight or gradient, and the samples of the batch."""
+    weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
+    if weights:
+        where = f"the weight {weights[0]} is not finite"
+    elif gradients:
+        where = f"the first bad gradient is that of {gradients[0]}"
+    else:
+        where = "every gradient is finite, but their squares overflow"
+    sources = list(dict.fromkeys(sources))
+    shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
+    return f"{where}. The batch: {shown or 'no named samples'}"

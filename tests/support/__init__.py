@@ -1,0 +1,1 @@
+"""What tests share: tiny models and data, worlds of several processes, stand-ins."""

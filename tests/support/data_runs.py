@@ -1,0 +1,94 @@
+"""Running the data loader in tests: a configuration, data files, and what came out of it."""
+
+import json
+from types import SimpleNamespace
+
+from erniekit.data.loader import build_loader
+from support.fake_text import FakeTemplate, FakeTokenizer
+
+DEFAULTS = {
+    "dataset_type": "iterable",
+    "input_dir": None,
+    "split": "998,1,1",
+    "isolate_documents": True,
+    "long_document_min_tokens": None,
+    "long_document_weight": 1,
+    "train_dataset_path": None,
+    "train_dataset_type": "erniekit",
+    "train_dataset_prob": None,
+    "eval_dataset_path": None,
+    "eval_dataset_type": None,
+    "eval_dataset_prob": None,
+    "stage": "SFT",
+    "seed": 42,
+    "max_seq_len": 64,
+    "packing": True,
+    "greedy_intokens": True,
+    "buffer_size": 10,
+    "mix_strategy": "concat",
+    "random_shuffle": True,
+    "num_samples_each_epoch": 100,
+    "on_bad_line": "error",
+    "truncation": "drop",
+    "dataloader_num_workers": 0,
+    "prefetch_factor": 2,
+    "max_estimate_samples": 1000,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 1.0,
+    "max_steps": -1,
+    "download_hub": None,
+    "chat_template": None,
+}
+PACKINGS = [{"packing": False}, {"packing": True, "greedy_intokens": False}, {"packing": True, "greedy_intokens": True}]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def config(path, **keys):
+    return SimpleNamespace(**{**DEFAULTS, "train_dataset_path": str(path), **keys})
+
+
+def build(path, rank=0, world=1, split="train", **keys):
+    return build_loader(config(path, **keys), FakeTokenizer(), split, rank, world, FakeTemplate())
+
+
+def steps(loader, count=10**9):
+    """Up to `count` steps of a loader, as lists of batches."""
+    result = []
+    while len(result) < count:
+        try:
+            result.append(loader.next_step())
+        except StopIteration:
+            break
+    return result
+
+
+def run(path, count=10**9, **keys):
+    with build(path, **keys) as loader:
+        return steps(loader, count)
+
+
+def rows_of(batches):
+    """The rows of batches as tuples, without padding."""
+    rows = []
+    for batch in batches:
+        for i in range(len(batch.input_ids)):
+            n = int((batch.segment_ids[i] > 0).sum())
+            arrays = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
+            if n:
+                rows.append(tuple(tuple(array[i, :n].tolist()) for array in arrays))
+    return rows
+
+
+def same(first, second):
+    return [rows_of(step) for step in first] == [rows_of(step) for step in second]
+
+
+def lines_of(all_steps):
+    return [
+        int(where.rsplit(":", 1)[1]) for step in all_steps for batch in step for row in batch.sources for where in row
+    ]

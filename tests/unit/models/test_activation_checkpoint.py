@@ -1,0 +1,60 @@
+"""What is recomputed changes no bit of loss and gradients, and is really not kept."""
+
+import numpy as np
+import paddle
+import pytest
+from support.tiny_models import tiny_model
+from support.whole_model import all_terms
+
+from erniekit.config import Config
+from erniekit.data.batch import Batch
+from erniekit.models import activation_checkpoint
+from erniekit.models.activation_checkpoint import RecomputeOptions
+from erniekit.nn import checkpointed as generic
+from erniekit.training.flat import flatten
+from erniekit.training.recipes.causal import CausalRecipe
+
+CFG = Config(num_nextn_predict_layers=1, moe_z_loss_lambda=0.01)
+IDS = np.random.default_rng(0).integers(3, 60, (2, 16))
+BATCH = flatten(Batch(IDS, np.roll(IDS, -1, axis=1), np.tile(np.arange(16), (2, 1)), np.ones_like(IDS), 2, [[], []]))
+
+CASES = {
+    "full": (RecomputeOptions(), 2),
+    "full, not layer 0": (RecomputeOptions(not_in=(0,)), 1),
+    "attention": (RecomputeOptions("full_attn"), 2),
+    "core": (RecomputeOptions("core_attn"), 2),
+    "core and experts": (RecomputeOptions("core_attn", sparse=True), 3),
+    "experts": (RecomputeOptions("moe"), 1),
+    "with multi-token prediction": (RecomputeOptions(mtp=True), 3),
+}
+
+
+def loss_and_gradients(options: RecomputeOptions | None) -> tuple[float, dict[str, np.ndarray]]:
+    model = tiny_model("moe", num_nextn_predict_layers=1)
+    model.train()
+    if options is not None:
+        activation_checkpoint.apply(model.model, options)
+    loss = paddle.add_n([term.total for term in all_terms(CFG, model, CausalRecipe(CFG, 1), BATCH).values()])
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_bit_changes(case: str, monkeypatch):
+    options, parts = CASES[case]
+    again = []
+    run = generic.paddle_recompute
+
+    def counted(function, x, **keys):
+        def twice(x):
+            again.append(paddle.is_grad_enabled())
+            return function(x)
+
+        return run(twice, x, **keys)
+
+    monkeypatch.setattr(generic, "paddle_recompute", counted)
+    plain, recomputed = loss_and_gradients(None), loss_and_gradients(options)
+    assert recomputed[0] == plain[0]
+    for name, gradient in plain[1].items():
+        np.testing.assert_array_equal(recomputed[1][name], gradient, err_msg=name)
+    assert again.count(True) == again.count(False) == parts  # forward without a graph, then once more with it

@@ -1,0 +1,208 @@
+"""The preference recipe against the loss written out over separate rows; its references; its cache."""
+
+import logging
+
+import numpy as np
+import paddle
+import pytest
+from support.tiny_models import tiny_model
+
+from erniekit.config import Config
+from erniekit.data.batch import IGNORE, Document, PairLayout
+from erniekit.data.collate import collate, make_row
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.flat import flatten
+from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.reference import ForwardPass, SecondModel
+from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
+from erniekit.utils.errors import CheckpointError
+
+SIZES = [(5, 4, 6), (3, 5, 2), (0, 3, 4)]  # prompt without its last token, chosen, rejected
+
+
+def document(prompt, chosen, rejected, seed):
+    random = np.random.default_rng(seed)
+    ids = random.integers(3, 61, prompt + chosen + rejected)
+    ids[prompt + chosen] = ids[prompt]  # both answers begin with the prompt's last token
+    labels = np.full(len(ids), IGNORE)
+    labels[prompt : prompt + chosen - 1] = ids[prompt + 1 : prompt + chosen]
+    labels[prompt + chosen : -1] = ids[prompt + chosen + 1 :]
+    return Document(ids.astype(np.int32), labels.astype(np.int32), PairLayout(prompt, chosen, rejected, 1.0))
+
+
+DOCUMENTS = [document(*sizes, seed) for seed, sizes in enumerate(SIZES)]
+
+
+def batch_of(*rows, multiple=1):
+    """Rows of numbers of DOCUMENTS."""
+    made = [make_row([DOCUMENTS[i] for i in row], [f"a:{i}" for i in row]) for row in rows]
+    return flatten(collate(made, 0), multiple)
+
+
+def forward_of(model):
+    return ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))], 100)
+
+
+def recipe_of(model, reference=None, **keys):
+    forward = forward_of(model)
+    second = None if reference is None else SecondModel(reference, forward)
+    return PreferenceRecipe(Config(stage="DPO", **keys), model, forward, second)
+
+
+def written_out(model, number):
+    """Log-probabilities of the two answers of a pair, each as a row of its own, by a plain log-softmax."""
+    ids, labels, (prompt, chosen, _, _) = DOCUMENTS[number]
+    sums = []
+    for part in (slice(prompt, prompt + chosen), slice(prompt + chosen, None)):
+        row = np.concatenate([ids[:prompt], ids[part]]).astype(np.int64)
+        log_p = paddle.nn.functional.log_softmax(model(row[None])[0], axis=-1)
+        targets = np.concatenate([np.full(prompt, IGNORE), labels[part]])
+        places = np.flatnonzero(targets != IGNORE)
+        sums.append(log_p[paddle.to_tensor(places), paddle.to_tensor(targets[places])].sum())
+    return sums
+
+
+def step(recipe, model, batches):
+    """(loss, metrics) of a step over these microbatches, divided as the trainer divides; gradients accumulate."""
+    counts, loss, metrics = {}, 0.0, {}
+    prepared = recipe.prepare(batches)
+    for batch in prepared:
+        for name, count in recipe.counts(batch).items():
+            counts[name] = counts.get(name, 0.0) + count
+    for batch in prepared:
+        documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
+        x_TD = model.model(batch.ids_tensor(), documents).last
+        shares = []
+        for name, term in recipe.head_terms(model, x_TD, documents, batch).items():
+            mean = term.total / max(counts[term.divisor], 1.0)
+            if term.weight is None:
+                metrics[name] = metrics.get(name, 0.0) + float(mean)
+            else:
+                shares.append(mean * term.weight)
+        total = paddle.add_n(shares)
+        total.backward()
+        loss += float(total)
+    return loss, metrics, counts
+
+
+def gradients_of(model):
+    found = {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
+    model.clear_gradients()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_loss_metrics_and_gradients_are_those_of_separate_rows(kind):
+    model, reference = tiny_model(kind, seed=3), tiny_model(kind, seed=4)
+    recipe = recipe_of(model, reference, beta=0.3, sft_loss_ratio=0.7, pref_loss_ratio=0.5)
+    loss, metrics, counts = step(recipe, model, [batch_of([0, 1], [2])])
+    ours = gradients_of(model)
+    policy = [written_out(model, i) for i in range(3)]
+    with paddle.no_grad():
+        other = [written_out(reference, i) for i in range(3)]
+    rewards = [[0.3 * (p - o) for p, o in zip(*sides, strict=True)] for sides in zip(policy, other, strict=True)]
+    pref = paddle.add_n([-paddle.nn.functional.log_sigmoid(c - r) for c, r in rewards]) / 3
+    sft = -paddle.add_n([chosen for chosen, _ in policy]) / sum(chosen - 1 for _, chosen, _ in SIZES)
+    expected = 0.5 * pref + 0.7 * sft
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert counts["pairs"] == 3 and counts["chosen_tokens"] == 9
+    assert metrics["reward_margin"] == pytest.approx(np.mean([float(c - r) for c, r in rewards]), rel=1e-4)
+    assert metrics["reward_accuracy"] == pytest.approx(np.mean([float(c) > float(r) for c, r in rewards]))
+    assert metrics["logp_rejected"] == pytest.approx(np.mean([float(r) for _, r in policy]), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(np.mean([float(c + r) for c, r in rewards]) / 0.6, rel=1e-4)
+    expected.backward()
+    for name, gradient in gradients_of(model).items():
+        np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto_pair", "orpo"])
+def test_how_rows_are_split_changes_nothing(loss_type):
+    model, reference = tiny_model(seed=3), tiny_model(seed=4)
+    results = []
+    for batches in (
+        [batch_of([0], [1], [2])],
+        [batch_of([0, 1]), batch_of([2], multiple=8)],
+        [batch_of([i]) for i in (2, 0, 1)],
+    ):
+        recipe = recipe_of(model, reference, loss_type=loss_type)
+        results.append((*step(recipe, model, batches)[:2], gradients_of(model)))
+    for loss, metrics, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert metrics == pytest.approx(results[0][1], rel=1e-4)
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, results[0][2][name], rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_a_batch_of_padding_reaches_every_parameter_and_adds_nothing():
+    model = tiny_model()
+    recipe = recipe_of(model, tiny_model(seed=4), sft_loss_ratio=1.0)
+    empty = flatten(collate([], 0))
+    full, alone = batch_of([0, 1, 2]), None
+    loss, metrics, _ = step(recipe, model, [full])
+    alone = gradients_of(model)
+    with_padding, same_metrics, _ = step(recipe, model, [full, empty])
+    assert with_padding == loss and same_metrics == metrics
+    for name, gradient in gradients_of(model).items():
+        np.testing.assert_array_equal(gradient, alone[name])
+
+
+def test_an_untrained_policy_has_a_loss_of_ln_2():
+    model = tiny_model(seed=3)
+    loss, metrics, _ = step(recipe_of(model, tiny_model(seed=3)), model, [batch_of([0, 1], [2])])
+    assert loss == pytest.approx(np.log(2), abs=1e-6) and metrics["reward_margin"] == 0.0
+
+
+def test_the_reference_is_frozen_and_moves_when_asked():
+    model, reference = tiny_model(seed=3), tiny_model(seed=4)
+    recipe = recipe_of(model, reference, ref_model_update_steps=2)
+    assert all(p.stop_gradient for p in reference.parameters())
+    before = reference.model.norm.weight.numpy().copy(), reference.model.embed_tokens.weight.numpy().copy()
+    recipe.after_step(1)
+    np.testing.assert_array_equal(reference.model.embed_tokens.weight.numpy(), before[1])
+    recipe.after_step(2)
+    np.testing.assert_array_equal(reference.model.embed_tokens.weight.numpy(), model.model.embed_tokens.weight.numpy())
+    assert list(recipe.extra_weights()) == ["reference"]
+    assert not recipe_of(model, reference).extra_weights()
+
+
+def test_normalize_logps_is_said_loudly(caplog):
+    with caplog.at_level(logging.WARNING):
+        recipe_of(tiny_model(), normalize_logps=True)
+    assert "not sigmoid as published" in caplog.text
+
+
+# --- the cache
+
+
+def test_a_pairs_key_depends_on_its_tokens_and_labels_alone():
+    keys = pair_keys(batch_of([0, 1], [2]))
+    assert len(set(keys)) == 3
+    assert pair_keys(batch_of([2], [1, 0], multiple=16)) == [keys[2], keys[1], keys[0]]
+    masked = DOCUMENTS[0].labels.copy()
+    masked[SIZES[0][0]] = IGNORE
+    changed = flatten(collate([make_row([DOCUMENTS[0]._replace(labels=masked)], ["a:0"])], 0))
+    assert pair_keys(changed) != keys[:1]
+    assert pair_keys(flatten(collate([], 0))) == []
+
+
+def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
+    path = tmp_path / "below" / "ref.npz"
+    table = {key: (-1.5 * i, -2.25) for i, key in enumerate(pair_keys(batch_of([0, 1], [2])))}
+    assert read_cache(path, {"weights": "x"}) == {}
+    write_cache(path, {"weights": "x"}, table)
+    assert read_cache(path, {"weights": "x"}) == table and [p.name for p in path.parent.iterdir()] == ["ref.npz"]
+    with pytest.raises(CheckpointError, match="another reference: weights was x, is y"):
+        read_cache(path, {"weights": "y"})
+    for arrays in ({"keys": np.zeros((2, 16), np.uint8)}, {"log_probs": np.full((2, 2), np.nan, np.float32)}, {}):
+        content = {"model": np.array('{"weights": "x"}'), "keys": np.zeros((1, 16), np.uint8)} | arrays
+        np.savez(path, **content)
+        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it anew"):
+            read_cache(path, {"weights": "x"})
+    reference = CachedReference(table, path)
+    (found,) = reference.log_probs([batch_of([2], [0])])
+    assert found.tolist() == [[-3.0, 0.0], [-2.25, -2.25]]
+    (nothing,) = reference.log_probs([flatten(collate([], 0))])
+    assert nothing.shape == (2, 0)
+    del table[pair_keys(batch_of([1]))[0]]
+    with pytest.raises(CheckpointError, match="knows nothing of a:1"):
+        reference.log_probs([batch_of([0, 1])])

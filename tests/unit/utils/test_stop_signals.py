@@ -1,0 +1,70 @@
+"""Ctrl-C, SIGTERM and SIGHUP: noted while steps are made, raised at other times, not taken from whoever has them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from erniekit.utils import stop_signals
+
+BEGIN = """
+import os, signal, time
+from erniekit.utils import stop_signals
+def send(name): os.kill(os.getpid(), signal.Signals[name])
+"""
+
+
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("paddle", ["", "import paddle; stop_signals.listen(); "])
+def test_a_signal_is_noted_while_it_is_deferred(name: str, paddle: str):
+    done = run(
+        f"stop_signals.listen(); {paddle}\n"
+        f"with stop_signals.deferred(): send('{name}'); print(stop_signals.asked().name)"
+    )
+    assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+    assert ("Ctrl-C again ends at once" in done.stderr) == (name == "SIGINT")
+
+
+def test_at_other_times_it_is_raised_and_known_whatever_native_code_makes_of_it():
+    code = "stop_signals.listen()\ntry:\n    send('SIGTERM'); time.sleep(9)\n"
+    code += "except stop_signals.Stopped as e: print(e.number)\n"
+    done = run(f"{code}\nprint(stop_signals.raised().number)")
+    assert (done.returncode, done.stdout) == (0, "15\n15\n"), done.stderr
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_left():
+    code = """
+stop_signals.listen(lambda: 'all is saved')
+with stop_signals.deferred():
+    send('SIGINT'); time.sleep(0.4); send('SIGINT'); time.sleep(9)"""
+    done = run(code)
+    assert done.returncode == 130
+    assert done.stderr.endswith("\ninterrupted; all is saved\n") and "Traceback" not in done.stderr
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    """`timeout -s INT` sends it to the process and to its group."""
+    done = run(
+        "stop_signals.listen()\nwith stop_signals.deferred():\n    send('SIGINT'); send('SIGINT'); print('goes on')"
+    )
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
+def test_what_is_ignored_or_somebody_elses_stays_so():
+    code = "signal.signal(signal.SIGHUP, signal.SIG_IGN); signal.signal(signal.SIGTERM, lambda *_: print('theirs'))"
+    done = run(f"{code}; stop_signals.listen(); send('SIGHUP'); send('SIGTERM'); print(stop_signals.asked())")
+    assert (done.returncode, done.stdout) == (0, "theirs\nNone\n"), done.stderr
+
+
+def test_what_is_saved(tmp_path: Path):
+    assert stop_signals.what_is_saved(tmp_path, False) == "no checkpoint has been saved"
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".checkpoint-11.tmp"):
+        (tmp_path / name).mkdir()
+    said = stop_signals.what_is_saved(tmp_path, False)
+    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command goes on from there"
+    assert "overwrite_output_dir=false" in stop_signals.what_is_saved(tmp_path, True)
