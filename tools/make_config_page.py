@@ -6,6 +6,7 @@ python tools/make_config_page.py --check    # exit code 1 if the page is not wha
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,18 +22,19 @@ ERNIEKIT_KEYS = ROOT / "tests" / "golden" / "erniekit_keys.txt"
 HEAD = """\
 # Every key of the configuration
 
-This page is made from the schema by `python tools/make_config_page.py`; do not edit it. It is in English only.
-`erniekit help train` prints the same. How a file is read, and how values are written, is in
-[configuration.md](configuration.md).
+This page is made from the schema by `python tools/make_config_page.py`; do not edit it. It is in
+English only. `erniekit help train` prints the same. How a file is read, and how values are written,
+is in [configuration.md](configuration.md).
 
-The last column says what ERNIEKit calls the key: "same", another name, or "own" where ERNIEKit has none.
-A key that another key makes pointless is named at start-up, and by `erniekit check`.
+The last column says what ERNIEKit calls the key: "same", another name, or "own" where ERNIEKit has
+none. A key that another key makes pointless is named at start-up, and by `erniekit check`.
 """
 
 OTHER_NAMES = """
 ## Other names of these keys
 
-Names of ERNIEKit and its relatives. A key may be given under one of its names only, unless both agree.
+Names of ERNIEKit and its relatives. A key may be given under one of its names only, unless both
+agree.
 
 | name | is |
 | --- | --- |
@@ -50,7 +52,8 @@ Each is named at start-up with its reason.
 REFUSED = """
 ## Refused
 
-These ask for something that this version does not have. A value that asks for nothing (off, null, 0) is accepted.
+These ask for something that this version does not have. A value that asks for nothing (off, null,
+0) is accepted.
 
 | what is missing | keys |
 | --- | --- |
@@ -83,7 +86,7 @@ def page() -> str:
 
 def _group(name: str) -> str:
     title = name[0].upper() + name[1:]
-    doc = " ".join((GROUPS[name].__doc__ or "").split())
+    doc = textwrap.fill(" ".join((GROUPS[name].__doc__ or "").split()), 100)
     head = f"\n## {title}\n\n{doc}\n\n| key | type | default | limits | what it does | ERNIEKit |\n"
     return head + "| --- | --- | --- | --- | --- | --- |\n" + "".join(map(_row, reference.by_group()[name]))
 

@@ -76,7 +76,7 @@ _SAME: dict[str, str] = {
     "download_hub": "hub model_hub use_hub",
     "max_shard_size": "export_size shard_size",
     "predict_with_generate": "generation_eval",
-    "moe_aux_loss_lambda": "moe_aux_loss_coeff aux_loss_coef",
+    "moe_aux_loss_lambda": "moe_aux_loss_coeff moe_aux_loss_coef aux_loss_coef",
     "moe_z_loss_lambda": "moe_z_loss_coeff",
 }
 
@@ -102,8 +102,17 @@ _OTHERWISE: dict[str, str] = {
     ),
     "enable_liger_kernel use_unsloth use_liger_kernel": "remove it: fused kernels are used where the device has them",
     "disable_gradient_checkpointing": "recompute: False is the default",
+    "train_from_scratch": "continue_training: False starts from random weights",
+    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules": (
+        "freezing parts of the model is not built; fine_tuning takes Full or LoRA"
+    ),
+    "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
+    "export_quantization_bit export_quantization_dataset": "exporting quantised weights is not built",
+    "reward_model ref_model_adapters": "stage takes SFT, PT or DPO; reward models and PPO are not built",
+    "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache use_cache": "remove it: there is no cache of encoded data",
+    "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
     "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT or DPO",

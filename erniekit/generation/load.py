@@ -34,8 +34,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is what the
-    template is told (None: nothing).
+    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is
+    passed to the template (None: it is not).
     """
 
     model: CausalLM
@@ -83,8 +83,8 @@ def _settings_of(cfg: Config) -> dict[str, Any]:
 
 def open_model(cfg: Config, random_start: bool = False) -> Opened:
     """Load the model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
-    `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is hung on its
-    base: `model_name_or_path`, else the local directory that it names itself.
+    `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is attached to
+    its base: `model_name_or_path`, else the local directory that it names itself.
 
     With `random_start`, a model_name_or_path without weights and with continue_training: false gives the random start
     that training would have. A checkpoint without tokenizer files takes those of model_name_or_path. Raises

@@ -49,7 +49,7 @@ def _check_recompute(cfg: Config, config: ModelConfig) -> None:
 def plan_actions(
     schedule: str, stages: int, chunks: int, blocking_sends: bool, stage: int, num_microbatches: int
 ) -> list[Action]:
-    """What a stage does in a step of so many microbatches."""
+    """The actions of a stage in a step of `num_microbatches` microbatches."""
     return plan(schedule, stages, num_microbatches, chunks, blocking_sends)[stage]
 
 
