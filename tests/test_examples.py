@@ -206,5 +206,5 @@ def test_no_key_is_noise(name):
 @pytest.mark.parametrize("name", FILES)
 def test_no_key_is_pointless(name):
     """But for keys of the evaluation that is run with the same file, and the degrees of models that fit no one GPU."""
-    expected = ("read by eval and chat", "runs in one process")
+    expected = ("read by eval and chat", "one device holds the model")
     assert [note for note in read(name).notes if not note.endswith(expected)] == []

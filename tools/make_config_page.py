@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from erniekit.config import reference
-from erniekit.config.compat import Alias, Detail, Later, NoEffect
+from erniekit.config.compat import Alias, Detail, Fixed, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import GROUPS
 
@@ -56,6 +56,15 @@ These ask for something that this version does not have. A value that asks for n
 0) is accepted.
 
 | what is missing | keys |
+| --- | --- |
+"""
+
+FIXED = """
+## Accepted with one value
+
+Another value is refused, and the reason says what to do in its place.
+
+| reason | keys |
 | --- | --- |
 """
 
@@ -114,7 +123,7 @@ def _aliases() -> Iterable[str]:
 
 
 def _rules() -> Iterable[str]:
-    kinds: list[tuple[str, dict[str, list[str]]]] = [(NO_EFFECT, {}), (REFUSED, {}), (DETAILS, {})]
+    kinds: list[tuple[str, dict[str, list[str]]]] = [(NO_EFFECT, {}), (REFUSED, {}), (DETAILS, {}), (FIXED, {})]
     for name, rule in RULES.items():
         match rule:
             case NoEffect(why=why):
@@ -123,6 +132,8 @@ def _rules() -> Iterable[str]:
                 kinds[1][1].setdefault(feature, []).append(name)
             case Detail(of=of):
                 kinds[2][1].setdefault(of, []).append(name)
+            case Fixed(why=why):
+                kinds[3][1].setdefault(why, []).append(name)
     for head, table in kinds:
         yield head
         for reason, names in table.items():

@@ -13,6 +13,7 @@ from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ExportArgs, GenerateArgs
 from erniekit.config.values import split_list
 
@@ -288,6 +289,17 @@ _MODEL_RULES = [
         lambda c, f: c.fine_tuning == "LoRA" and bool(c.lora_path),
         "the adapter of lora_path has its own rank, scaling and targets",
     ),
+    Rule(
+        "dropout_warmup_steps",
+        lambda c, f: not c.attention_probs_dropout_prob,
+        "attention_probs_dropout_prob is 0",
+    ),
+    Rule(
+        _names(ShapeArgs),
+        lambda c, f: True,
+        "`{command}` reads the model's config.json",
+        ("eval", "chat", "export", "split"),
+    ),
     Rule(_names(MoEArgs), lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free_update_coef",
@@ -335,7 +347,12 @@ _PREFERENCE_RULES = [
 ]
 
 _RANK_RULES = [
-    Rule(_DEGREES, lambda c, f: True, "`{command}` runs in one process", ("eval", "chat", "export", "split")),
+    Rule(
+        _DEGREES,
+        lambda c, f: True,
+        "`{command}` runs in one process, and one device holds the model",
+        ("eval", "chat", "export", "split"),
+    ),
     Rule("sequence_parallel", lambda c, f: c.tensor_parallel_degree <= 1, "tensor_parallel_degree is 1"),
     Rule(
         "pp_seg_method pipeline_schedule",

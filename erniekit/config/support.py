@@ -10,6 +10,7 @@ _STAGES = {
     "VL-SFT": "vision-language models",
     "OCR-VL-SFT": "vision-language models",
     "VL-DPO": "vision-language models",
+    "VL-PT": "vision-language models",
 }
 _COMPUTE = {
     "fp16": "fp16 training with loss scaling",
@@ -54,4 +55,6 @@ def notes(cfg: Config, command: str) -> list[str]:
             found.append(f"{name}: no effect: read only with {rule.of}, which this version does not have")
         elif isinstance(rule, Later) and rule.asks(value) and command not in rule.commands:
             found.append(f"{name}: no effect: `{command}` does not need it")
+        elif isinstance(rule, Later) and rule.otherwise and not rule.asks(value):
+            found.append(f"{name}: no effect: {rule.otherwise}")
     return found + pointless.notes(cfg, command)

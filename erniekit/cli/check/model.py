@@ -23,6 +23,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, layout_lines
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
+from erniekit.training.shape import model_config
 
 
 @dataclass
@@ -39,31 +40,43 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
     """Add the sections `model`, `layout` and `tokenizer and template`."""
     facts = ModelFacts()
     section = report.section("model")
-    directory = _directory(section, cfg, command)
+    directory, tokenizer = _directories(section, cfg, command)
     if directory is not None:
         with section.collecting():
             facts.config = _model_config(section, cfg, directory, command)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
-    if directory is not None and command in ("train", "eval", "chat"):
-        _tokenizer(report.section("tokenizer and template"), cfg, directory, command, facts)
+    if tokenizer is not None and command in ("train", "eval", "chat"):
+        _tokenizer(report.section("tokenizer and template"), cfg, tokenizer, command, facts)
     return facts
 
 
-def _directory(section: Section, cfg: Config, command: str) -> Path | None:
-    """The model's directory on this machine; nothing is downloaded."""
-    found = None
+def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | None, Path | None]:
+    """The directories of the model and of its tokenizer on this machine; nothing is downloaded. Where the
+    configuration alone describes the model, its files are the tokenizer's.
+    """
+    model: Path | None = None
+    tokenizer: Path | None = None
     with section.collecting():
-        found = _trained(cfg) if command != "train" else None
-        if found is None and cfg.model_name_or_path is not None:
-            found = hub.find_model(cfg.model_name_or_path)
-            if found is None:
-                section.add(
-                    "note",
-                    f"{cfg.model_name_or_path} is no local path: the command downloads it. The model, how ranks divide "
-                    "it, its tokenizer and the lengths of the data are checked once it is on this machine",
-                )
-    return found
+        model = _trained(cfg) if command != "train" else None
+        if model is None and cfg.model_name_or_path:
+            model = _here(section, cfg.model_name_or_path, hub.find_model(cfg.model_name_or_path))
+        tokenizer = model
+        if command == "train" and cfg.tokenizer_name_or_path:
+            found = hub.find_tokenizer(cfg.tokenizer_name_or_path)
+            tokenizer = _here(section, cfg.tokenizer_name_or_path, found)
+            model = model if cfg.model_name_or_path else tokenizer
+    return model, tokenizer
+
+
+def _here(section: Section, name: str, path: Path | None) -> Path | None:
+    if path is None:
+        section.add(
+            "note",
+            f"{name} is no local path: the command downloads it. The model, how ranks divide it, its tokenizer and the "
+            "lengths of the data are checked once it is on this machine",
+        )
+    return path
 
 
 def _trained(cfg: Config) -> Path | None:
@@ -79,7 +92,7 @@ def _trained(cfg: Config) -> Path | None:
 def _model_config(section: Section, cfg: Config, directory: Path, command: str) -> ModelConfig:
     require_model(directory)
     wants_weights = command != "train" or cfg.continue_training
-    stored = ModelConfig.from_dir(directory)
+    stored = model_config(cfg, directory) if command == "train" else ModelConfig.from_dir(directory)
     if command == "train" and cfg.continue_training:
         with section.collecting():
             require_weights(directory)

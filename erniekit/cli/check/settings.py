@@ -2,7 +2,7 @@
 
 from erniekit import config
 from erniekit.cli.check.report import Section
-from erniekit.config import Config, defaults
+from erniekit.config import Config
 
 
 def inspect(section: Section, cfg: Config, command: str) -> None:
@@ -20,5 +20,3 @@ def inspect(section: Section, cfg: Config, command: str) -> None:
     )
     for note in cfg.notes:
         section.add("note", note)
-    for line in defaults.differing(cfg, command):
-        section.add("note", line)

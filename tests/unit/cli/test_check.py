@@ -100,10 +100,10 @@ def test_what_only_the_model_makes_pointless(given):
     assert "moe_aux_loss_lambda" not in findings(given(moe_aux_loss_lambda=0.1, model_name_or_path=MOE), "note")
 
 
-def test_defaults_that_are_not_erniekits_are_named_where_the_key_is_left_out(given):
-    assert "fine_tuning: not given, so Full; ERNIEKit's default is LoRA" in findings(given(fine_tuning=None), "note")
-    notes = findings(given(logging_steps=5), "note")
-    assert "fine_tuning" not in notes and "logging_steps" not in notes and "normalize_logps" not in notes
+def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
+    notes = findings(given(fine_tuning=None, fuse_rope=True, logging_steps=5), "note")
+    assert "defaults: this file looks like one of ERNIEKit's" in notes and "fine_tuning LoRA (here Full)" in notes
+    assert "logging_steps" not in notes and "defaults:" not in findings(given(fine_tuning=None), "note")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"lora_rank": 8}, {**LORA, "lora_path": "p"}, LORA),
     ("train", {"moe_aux_loss_lambda": 0.1}, {"facts": Facts(num_experts=0)}, {"facts": Facts(num_experts=8)}),
     ("train", {"moe_use_aux_free_update_coef": 0.1}, {"facts": Facts(aux_free=False)}, {"facts": Facts(aux_free=True)}),
+    ("train", {"dropout_warmup_steps": 5}, {}, {"attention_probs_dropout_prob": 0.1}),
+    ("export", {"num_hidden_layers": 2}, {}, None),
     ("train", {"beta": 0.1, "max_prompt_len": 2048}, {}, DPO),
     ("train", {"num_nextn_predict_layers": 1}, DPO, {}),
     ("train", {"token_balance_loss": True}, DPO, {}),
