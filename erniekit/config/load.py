@@ -73,9 +73,8 @@ class _State:
         extras: dict[str, _Given] = {}
         nulls: set[str] = set()
         self.seen |= {entry.name for entry in entries}
+        self.names |= {entry.name for entry in entries if entry.value is not None}
         for entry in entries:
-            if entry.value is not None:
-                self.names.add(entry.name)
             rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
             name = rule.to if isinstance(rule, compat.Alias) else entry.name
             if entry.name not in _FIELDS and rule is None:
