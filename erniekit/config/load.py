@@ -72,8 +72,7 @@ class _State:
         given: dict[str, _Given] = {}
         extras: dict[str, _Given] = {}
         nulls: set[str] = set()
-        self.seen |= {entry.name for entry in entries}
-        self.names |= {entry.name for entry in entries if entry.value is not None}
+        self._note_names(entries)
         for entry in entries:
             rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
             name = rule.to if isinstance(rule, compat.Alias) else entry.name
@@ -95,6 +94,10 @@ class _State:
             self._note_overruled(self.given[name], given[name])
         self.given |= given
         self.extras |= extras
+
+    def _note_names(self, entries: Sequence[read.Entry]) -> None:
+        self.seen |= {entry.name for entry in entries}
+        self.names |= {entry.name for entry in entries if entry.value is not None}
 
     def keys_given(self) -> frozenset[str]:
         """The keys that the user chose to give. A file with every key, as a run saves it, says nothing of that: there
