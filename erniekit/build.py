@@ -22,7 +22,8 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.config.schema import Config
-from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
+from erniekit.config.values import split_patterns
+from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.models.config import ModelConfig
@@ -36,7 +37,6 @@ from erniekit.precision import policy
 from erniekit.precision.policy import Policy
 from erniekit.precision.weight_only import Schemes
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=split_targets(cfg.lora_target_modules or "") or DEFAULT_TARGETS,
-        modules_to_save=split_targets(cfg.modules_to_save or ""),
+        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
+        modules_to_save=split_patterns(cfg.modules_to_save),
         seed=cfg.seed,
     )
 
@@ -161,18 +161,25 @@ def overrides_of(cfg: Config) -> Overrides:
     return Overrides(
         rope_theta=cfg.rope_theta,
         # Left out, max_seq_len is the length of a training row and says nothing of the model's context.
-        min_positions=cfg.max_seq_len if cfg.max_seq_len != Config.max_seq_len else 0,
+        min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
         group_experts=cfg.moe_group_experts,
     )
 
 
+def check_lora(cfg: Config, model_config: ModelConfig) -> None:
+    """ConfigError where lora_target_modules or modules_to_save name what the model does not have."""
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
+        lora.choose_slots(our_shapes(model_config), lora_options(cfg), model_config.tie_word_embeddings)
+
+
 def _recompute_options(cfg: Config) -> RecomputeOptions:
-    try:
-        kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
-    except ValueError:
-        raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
-    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
-    return RecomputeOptions(cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise)
+    return RecomputeOptions(
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        draws_noise=cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,23 +268,12 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
             f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the others "
             "start at random"
         )
-    if options.recompute is not None:
-        _check_recompute(options.recompute, model_config)
     adapter = None
     if isinstance(options.adapter, AdapterDirectory):
         adapter = read_adapter(options.adapter.path, model_config, path)
     elif options.adapter is not None:
         lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
-
-
-def _check_recompute(options: RecomputeOptions, model_config: ModelConfig) -> None:
-    num_layers = model_config.num_hidden_layers
-    strange = sorted(number for number in options.not_in if not 0 <= number < num_layers)
-    if strange:
-        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {num_layers - 1}")
-    if options.granularity == "moe" and not model_config.moe_num_experts:
-        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
 
 
 def load_model(

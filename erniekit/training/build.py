@@ -3,7 +3,6 @@ built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.build import PreparedModel, prepare_model, training_options
-from erniekit.checkpoint.model_dir import has_weights, require_model
+from erniekit.checkpoint.model_dir import require_model, require_weights
 from erniekit.checkpoint.model_shape import directories, model_config
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
@@ -32,7 +31,7 @@ from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.training.adamw import AdamW, rule_for
-from erniekit.training.batch_warmup import steps_for
+from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.recipes.base import Recipe
@@ -43,7 +42,6 @@ from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Run:
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
         cfg = self.cfg
-        self.max_steps = last_step(cfg, self.loader, self.mesh, done)
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
@@ -118,7 +116,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
-    max_steps = last_step(cfg, loader, mesh, 0)
+    max_steps = last_step(cfg, loader, mesh.degrees.data)
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
@@ -196,10 +194,8 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
     """The model of a run, checked but not built. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
         shape = model_config(cfg, model_dir)
-        if cfg.continue_training and not has_weights(model_dir):
-            raise ConfigError(
-                f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
-            )
+        if cfg.continue_training:
+            require_weights(model_dir)
         prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
@@ -223,16 +219,6 @@ def _open_data(
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
     require_same_files(model_dir, data, mesh.world_group)
     return template, loader, eval_loader
-
-
-def last_step(cfg: Config, loader: Loader, mesh: Mesh, done: int) -> int:
-    """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
-    whose next rows are the loader's next.
-    """
-    if cfg.max_steps > 0:
-        return cfg.max_steps
-    together = math.ceil(loader.rows_left() / (cfg.batch_size * mesh.degrees.data))
-    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)
 
 
 def train_mtp(model: CausalLM, cfg: Config) -> int:

@@ -117,7 +117,7 @@ def test_eval_reports_the_loss_of_the_random_start(workspace: Path, tmp_path: Pa
 
 def test_a_context_that_is_not_given_is_not_raised(workspace: Path):
     cfg = settings(workspace, "chat")
-    left_out = dataclasses.replace(cfg, max_seq_len=Config.max_seq_len)
+    left_out = dataclasses.replace(cfg, given=cfg.given - {"max_seq_len"})
     assert find_model(left_out).prepared.config.max_position_embeddings == 32
 
 
