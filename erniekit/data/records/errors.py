@@ -37,7 +37,9 @@ class reading:  # noqa: N801 - used as `with reading(where):`
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             _raise_placed(error, self._where)
 
