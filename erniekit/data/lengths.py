@@ -198,7 +198,7 @@ def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
 
 
 def _is_possible(counts: np.ndarray, tokens: np.ndarray, totals: np.ndarray, size: int) -> bool:
-    """Whether these can be the lengths of `size` records. The file may have been damaged, or made by another program."""
+    """Whether these can be the lengths of `size` records. A file may be damaged, or another program's."""
     if counts.dtype != np.int32 or tokens.dtype != np.int32 or totals.dtype != np.int64:
         return False
     if counts.shape != (size,) or tokens.ndim != 1 or totals.shape != (2,):

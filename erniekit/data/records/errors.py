@@ -23,7 +23,7 @@ class BadLine(DataError):
     """A record is wrong, with its place: `on_bad_line: skip` passes over it."""
 
 
-class reading:  # noqa: N801 - used as `with reading(where):`
+class reading:
     """Whatever reading one record raises becomes a BadLine that begins with `where`, its "file:line".
 
     A class and not a generator: entering one costs a tenth, and files have millions of records.
