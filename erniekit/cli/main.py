@@ -35,7 +35,9 @@ NOT_ALLOWED = (
     "Change its permissions, or name another path (output_dir is where a run writes)."
 )
 
-OUT_OF_MEMORY = "memory ran out ({reason}).\n{cure} Another program, or a limit (ulimit -v, a container's), may hold it."
+OUT_OF_MEMORY = (
+    "memory ran out ({reason}).\n{cure} Another program, or a limit (ulimit -v, a container's), may hold it."
+)
 _LOWER = {
     "train": (
         "Lower batch_size (gradient_accumulation_steps keeps the rows of a step) or max_seq_len, set recompute: true, "
@@ -69,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in _LISTENING:
         stop_signals.listen(signals=(signal.SIGINT,))
+    if argv is None and name == "train":  # until it listens, so that no thread of numpy's can take it instead
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
