@@ -12,6 +12,7 @@ from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
@@ -25,6 +26,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimArgs,
     "parallel": ParallelArgs,
     "mixture of experts": MoEArgs,
+    "shape": ShapeArgs,
     "generation": GenerateArgs,
     "evaluation": EvalArgs,
     "export": ExportArgs,
@@ -41,6 +43,7 @@ class Config(
     OptimArgs,
     ParallelArgs,
     MoEArgs,
+    ShapeArgs,
     GenerateArgs,
     EvalArgs,
     ExportArgs,
@@ -48,11 +51,13 @@ class Config(
     """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
 
     extras: keys given that have no field (no effect here, or not built yet), as (name, value).
+    given: the keys that the user gave, under their own or another name, as opposed to those left at their defaults.
     notes: one line per accepted key that does nothing here.
     source: the file it was read from, for messages.
     """
 
     extras: tuple[tuple[str, Any], ...] = ()
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)
 
@@ -88,4 +93,4 @@ def _escaped(value: Any) -> Any:
         return references.escape(value)
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
-    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
+    return [_escaped(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -17,6 +17,7 @@ from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention, SelfAttention
 from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
@@ -218,9 +219,12 @@ class CausalLM(nn.Layer):
         segment_ids_BS: np.ndarray,
         position_ids_BS: np.ndarray | None = None,
         prefixes: np.ndarray | None = None,
+        dropout: DropoutStep | None = None,
+        input_ids_BS: np.ndarray | None = None,
     ) -> PackedAttention:
         """The mixer of a batch: segment ids [B, S] and prefixes as in nn.segments.make_plan, positions [B, S] or None
-        (each document starts at 0, or where its prefix ends).
+        (each document starts at 0, or where its prefix ends). `dropout`: that of a training step, which depends on the
+        tokens `input_ids` [B, S].
         """
         plan = make_plan(segment_ids_BS, prefixes)
         positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
@@ -228,7 +232,14 @@ class CausalLM(nn.Layer):
         table = rotation_table(
             positions, heads.dim, self.config.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
         )
-        return PackedAttention(plan, table, heads)
+        if dropout is None:
+            return PackedAttention(plan, table, heads)
+        assert input_ids_BS is not None, "the masks of dropout depend on the tokens"
+        numbers = number_documents(input_ids_BS.reshape(-1), plan, prefixes)
+        first_head = self.shard.tensor_rank * heads.num_heads
+        return PackedAttention(
+            plan, table, heads, AttentionDropout(dropout, self.config.num_hidden_layers, numbers, first_head)
+        )
 
     @property
     def token_multiple(self) -> int:

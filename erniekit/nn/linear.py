@@ -12,9 +12,10 @@ Split = Literal["column", "row"]
 
 
 class Projection(Shardable):
-    """A weight that an adapter can hang on. `in_features` and `out_features` are those of this process; `adapter`, None
-    on a plain model, is a layer that takes the input and the product and gives the adapted product. `low_bit`, None on
-    a plain model, is a layer that holds the weight in few bits and multiplies by it; there is no `weight` then.
+    """A weight to which an adapter can be attached. `in_features` and `out_features` are those of this process;
+    `adapter`, None on a plain model, is a layer that takes the input and the product and gives the adapted product.
+    `low_bit`, None on a plain model, is a layer that holds the weight in 8 or 4 bits and multiplies by it; there is no
+    `weight` then.
     """
 
     in_features: int
@@ -26,11 +27,11 @@ class Projection(Shardable):
 class Linear(Projection):
     """y = x W + b with W [in_features, out_features], x [..., in_features], y [..., out_features].
 
-    `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): whoever shards or
-    adapts the layer must treat each part on its own. `split` says how tensor parallelism cuts it: "column" by outputs,
+    `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): sharding and
+    adapters treat each of them separately. `split` says how tensor parallelism cuts it: "column" by outputs,
     "row" by inputs, None not at all. All sizes are those of this process.
 
-    What is applied from outside hangs on four attributes, None on a plain model: `adapter` and `low_bit` as in
+    What is applied from outside is attached to four attributes, None on a plain model: `adapter` and `low_bit` as in
     Projection, `enter` and `leave` communicate before the product and after it (the bias is added behind).
     """
 

@@ -3,7 +3,6 @@ data.
 """
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.model_dir import has_weights, require_model
+from erniekit.checkpoint.model_dir import require_model, require_weights
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
 from erniekit.models import activation_checkpoint
 from erniekit.models.config import ModelConfig
@@ -37,7 +35,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.precision import policy
 from erniekit.training.adamw import AdamW, rule_for
-from erniekit.training.batch_warmup import steps_for
+from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.recipes.base import Recipe
@@ -46,9 +44,9 @@ from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
-from erniekit.training.trainable import attach_lora
+from erniekit.training.shape import directories, model_config
+from erniekit.training.trainable import attach_lora, check_lora
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -58,6 +56,7 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
     chunks: list[tuple[int, ...]]
@@ -81,7 +80,7 @@ class Run:
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
         cfg = self.cfg
-        self.max_steps = last_step(cfg, self.loader, self.mesh, done)
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
@@ -112,15 +111,16 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
     what the user can mend.
     """
-    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    assert cfg.output_dir, "config.load requires it to train"
     if cfg.stage == "DPO":
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
-    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
-    tokenizer = load_tokenizer(model_dir)
+    model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
+    tokenizer = load_tokenizer(tokenizer_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
-    max_steps = last_step(cfg, loader, mesh, 0)
+    max_steps = last_step(cfg, loader, mesh.degrees.data)
     schedule = build_schedule(cfg, max_steps)
     model, chunks = build_model(cfg, model_dir, mesh)
     for line in layout_lines(cfg, model.config, mesh.degrees):
@@ -142,6 +142,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
         chunks=chunks,
@@ -192,14 +193,13 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
-    stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
-    if cfg.continue_training and not has_weights(model_dir):
-        raise ConfigError(
-            f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
-        )
+    stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
+    if cfg.continue_training:
+        require_weights(model_dir)
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
     check_layout(cfg, mesh.degrees, config)
+    check_lora(cfg, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     # No memory and no random values before the weights arrive, and then no wider ones than are kept.
@@ -219,7 +219,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
                 "others start at random"
             )
     else:
-        log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
+        what = model_dir if cfg.model_name_or_path else "the model of this configuration"
+        log.info(f"continue_training: false: {what} starts at random (seed {cfg.seed})")
     policy.apply(model, precision)
     if precision.low_bit is not None:
         log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
@@ -227,7 +228,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     if cfg.fine_tuning == "LoRA":
         attach_lora(model, cfg, model_dir)
     if cfg.recompute:
-        activation_checkpoint.apply(model.model, _recompute_options(cfg, config))
+        activation_checkpoint.apply(model.model, _recompute_options(cfg))
     model.train()
     return model, chunks
 
@@ -252,28 +253,13 @@ def _open_data(
     return template, loader, eval_loader
 
 
-def last_step(cfg: Config, loader: Loader, mesh: Mesh, done: int) -> int:
-    """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
-    whose next rows are the loader's next.
-    """
-    if cfg.max_steps > 0:
-        return cfg.max_steps
-    together = math.ceil(loader.rows_left() / (cfg.batch_size * mesh.degrees.data))
-    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)
-
-
-def _recompute_options(cfg: Config, config: ModelConfig) -> activation_checkpoint.RecomputeOptions:
-    try:
-        kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
-    except ValueError:
-        raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
-    strange = sorted(number for number in kept if not 0 <= number < config.num_hidden_layers)
-    if strange:
-        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
-    if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
-        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+def _recompute_options(cfg: Config) -> activation_checkpoint.RecomputeOptions:
     return activation_checkpoint.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
     )
 
 

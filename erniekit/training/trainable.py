@@ -15,9 +15,10 @@ from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, writ
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
+from erniekit.config.values import split_patterns
 from erniekit.data.chat.template import Template
-from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
-from erniekit.models.config import Format
+from erniekit.lora.targets import DEFAULT_TARGETS, choose, choose_saved
+from erniekit.models.config import Format, ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import num_held
 from erniekit.models.weights import our_shapes
@@ -37,10 +38,18 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=split_targets(cfg.lora_target_modules or "") or DEFAULT_TARGETS,
-        modules_to_save=split_targets(cfg.modules_to_save or ""),
+        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
+        modules_to_save=split_patterns(cfg.modules_to_save),
         seed=cfg.seed,
     )
+
+
+def check_lora(cfg: Config, config: ModelConfig) -> None:
+    """ConfigError where lora_target_modules or modules_to_save name what the model has not: before a weight is read."""
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
+        names, options = our_shapes(config), lora_options(cfg)
+        choose(names, options.targets)
+        choose_saved(names, options.modules_to_save, config.tie_word_embeddings)
 
 
 def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
@@ -86,20 +95,22 @@ def prepare_save(
     tensors: Mapping[str, paddle.Tensor],
     shares: Shares,
     format: Format,
-    model_dir: Path,
+    sources: tuple[Path, Path],
     template: Template | None,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now, and the tokenizer files. The chat template is `template`, if conversations
-    are trained, or else the base model's. All ranks call it.
+    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
+    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own. All ranks
+    call it.
     """
 
     def add_template(checkpoint: Path) -> None:
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
+    model_dir, tokenizer_dir = sources
     state = lora.state_of(model)
     if state is None:
         header = _header_of(tensors)
@@ -107,7 +118,8 @@ def prepare_save(
 
         def add_files(checkpoint: Path) -> None:
             write_model_configs(model, checkpoint / directory, format, header)
-            copy_companions(model_dir, checkpoint / directory)
+            copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
+            copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
             add_template(checkpoint)
 
         return [portion], add_files
@@ -117,7 +129,7 @@ def prepare_save(
     def add_adapter(checkpoint: Path) -> None:
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
-        copy_companions(model_dir, checkpoint / directory, names=TOKENIZER_FILES)
+        copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
         add_template(checkpoint)
 
     return [], add_adapter
