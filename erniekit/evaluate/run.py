@@ -90,8 +90,10 @@ def print_table(results: dict[str, Any]) -> None:
         if name in results:
             table.add_row(shown, form.format(results[name]))
     console = Console()
-    console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
-    console.print(table)
+    with console.capture() as text:  # printed by us: where nobody reads, a console ends the process by itself
+        console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
+        console.print(table)
+    print(text.get(), end="", flush=True)
 
 
 def _loss(opened: Opened, loader: Loader, cfg: Config) -> dict[str, Any]:

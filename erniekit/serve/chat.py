@@ -145,8 +145,7 @@ class Screen:
                 raise
         if self.interactive:
             print("User: ", end="", file=self._labels, flush=True)
-        line = sys.stdin.readline()
-        return streams.decode(line.removesuffix("\n")) if line else None
+        return streams.read_line()
 
     def note(self, text: str) -> None:
         """Say something that is not part of the conversation."""

@@ -1,7 +1,10 @@
 """`evaluate` measures the model that the configuration names, and writes what it found."""
 
+import contextlib
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from erniekit.config import Config, load
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import evaluate
+from erniekit.evaluate.run import print_table
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
 
 QUESTIONS = ["25加16等于几？", "Sort ascending: 35 28 1", "三千零二十一写成数字", "What is 4 plus 15?", "6加14等于几？"]
@@ -200,3 +204,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     save_model(model, broken)
     with pytest.raises(CheckpointError, match="nan"):
         evaluate(settings(broken, tmp_path, samples(list("abcde"))))
+
+
+def test_a_table_that_nobody_reads_is_a_broken_pipe(monkeypatch: pytest.MonkeyPatch):
+    """Which the command meets as for every other output: not the end of the process by the library of tables."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError):
+            print_table({"model": "m", "num_samples": 1, "loss": 1.0})
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
