@@ -46,7 +46,7 @@ class Step:
         import paddle
 
         from erniekit import lora
-        from erniekit.checkpoint.model_io import load_model
+        from erniekit.build import load_model
         from erniekit.config.schema import Config
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.weights import our_shapes

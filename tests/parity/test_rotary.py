@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.nn.rotary import inverse_frequencies, rotation_table
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
