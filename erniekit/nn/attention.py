@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.attention_plan import AttentionPlan
 from erniekit.nn.linear import Linear
-from erniekit.nn.rotary import rotate
+from erniekit.nn.rotary import Rotation
 
 
 class AttentionContext(Protocol):
@@ -191,9 +191,9 @@ class _DocumentAttention(PyLayer):
     """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included."""
 
     @staticmethod
-    def forward(ctx, qkv: paddle.Tensor, table: paddle.Tensor, rows: _Rows, heads: HeadLayout) -> paddle.Tensor:
+    def forward(ctx, qkv: paddle.Tensor, rotation: Rotation, rows: _Rows, heads: HeadLayout) -> paddle.Tensor:
         num_tokens, g, d = qkv.shape[0], heads.num_kv_heads, heads.dim
-        z = rotate(qkv.reshape([num_tokens, heads.total, d]), table).reshape([num_tokens * heads.total, d])
+        z = rotation.apply(qkv.reshape([num_tokens, heads.total, d])).reshape([num_tokens * heads.total, d])
         saved, outputs = [], []
         for bucket in rows.buckets:
             fetched = paddle.gather(z, bucket.fetch)
@@ -210,7 +210,7 @@ class _DocumentAttention(PyLayer):
                 parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, : bucket.num_prefix + stop]))
             saved.append((queries, k, v, weights, parts))
             outputs += [part.reshape([-1, d]) for part in parts]
-        ctx.table, ctx.rows, ctx.heads, ctx.saved = table, rows, heads, saved
+        ctx.rotation, ctx.rows, ctx.heads, ctx.saved = rotation, rows, heads, saved
         return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d])
 
     @staticmethod
@@ -227,7 +227,7 @@ class _DocumentAttention(PyLayer):
             grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads)]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
-        return rotate(dz, ctx.table, inverse=True).reshape([num_tokens, heads.total * d])
+        return ctx.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * d])
 
 
 def _join(parts: list[paddle.Tensor]) -> paddle.Tensor:
@@ -290,11 +290,11 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
     return ends[plan.last_reader[plan.document_of_token]]
 
 
-def _flash_attention(qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPlan, heads: HeadLayout) -> paddle.Tensor:
+def _flash_attention(qkv: paddle.Tensor, rotation: Rotation, plan: AttentionPlan, heads: HeadLayout) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
     """
-    z = rotate(qkv.reshape([plan.num_tokens, heads.total, heads.dim]), table)
+    z = rotation.apply(qkv.reshape([plan.num_tokens, heads.total, heads.dim]))
     q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
     indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
     out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, causal=True)
@@ -308,7 +308,7 @@ class PackedAttention:
     """
 
     plan: AttentionPlan
-    table: paddle.Tensor
+    rotation: Rotation
     heads: HeadLayout
 
     @cached_property
@@ -319,8 +319,8 @@ class PackedAttention:
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` is unused: nothing is kept between layers."""
         if qkv.place.is_gpu_place() and qkv.dtype in (paddle.bfloat16, paddle.float16):
-            return _flash_attention(qkv, self.table, self.plan, self.heads)
-        return _DocumentAttention.apply(qkv, self.table, self._rows, self.heads)
+            return _flash_attention(qkv, self.rotation, self.plan, self.heads)
+        return _DocumentAttention.apply(qkv, self.rotation, self._rows, self.heads)
 
 
 class SelfAttention(nn.Layer):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import paddle
 
 from erniekit.data.batch import IGNORE, Batch, FlatPairs, flat_pairs
 
@@ -50,10 +49,6 @@ class FlatBatch:
     def document_lengths(self) -> np.ndarray:
         """Length of each token's document [T]."""
         return np.bincount(self.segment_ids)[self.segment_ids]
-
-    def ids_tensor(self) -> paddle.Tensor:
-        """Token ids on the device [T]."""
-        return paddle.to_tensor(self.input_ids)
 
 
 def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:

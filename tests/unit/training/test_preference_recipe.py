@@ -70,8 +70,8 @@ def step(recipe, model, batches):
         for name, count in recipe.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
     for batch in prepared:
-        documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
-        x_TD = model.model(batch.ids_tensor(), documents).last
+        inputs = packed_inputs(model, batch.input_ids, batch.segment_ids, batch.position_ids, prefixes=batch.prefixes)
+        x_TD = model.model(inputs).last
         shares = []
         for name, term in recipe.head_terms(model, x_TD, documents, batch).items():
             mean = term.total / max(counts[term.divisor], 1.0)
