@@ -54,8 +54,9 @@ class Rotary:
         """The position that each frequency turns with: [T, 1] or [T, head_dim/2]."""
         if positions.ndim == 1:
             return positions[:, None]
-        assert positions.shape[1:] == (3,), f"positions [T] or [T, 3], not {list(positions.shape)}"
-        assert self.time_frequencies, "a model of text alone has positions [T]"
+        if positions.shape[1:] != (3,) or not self.time_frequencies:
+            expected = "[T] or [T, 3]" if self.time_frequencies else "[T], as for every model of text alone"
+            raise ValueError(f"positions: expected the shape {expected}; got {list(positions.shape)}")
         axes = 1 + np.arange(self.head_dim // 2) % 2
         axes[len(axes) - self.time_frequencies :] = 0
         return positions[:, axes]

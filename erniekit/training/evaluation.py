@@ -10,8 +10,8 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.models.scoring import Score, score_hidden
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import Score, score_hidden
 from erniekit.parallel import comm
 from erniekit.training.build import Run
 from erniekit.training.flat import FlatBatch, flatten

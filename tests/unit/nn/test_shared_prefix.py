@@ -5,6 +5,7 @@ import paddle
 import pytest
 from support.tiny_models import tiny_model
 
+from erniekit.models.inputs import packed_inputs
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention, last_rows
 from erniekit.nn.attention_plan import AttentionPlan, make_plan
