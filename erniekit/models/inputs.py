@@ -15,6 +15,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.moe.layer import TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_plan import make_plan, next_in_document
+from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.rotary import Rotary
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
@@ -55,13 +56,15 @@ def packed_inputs(
     prefixes: np.ndarray | None = None,
     row_lengths: Sequence[int] | None = None,
     neftune_alpha: float = 0.0,
+    dropout: DropoutStep | None = None,
 ) -> ModelInputs:
     """The inputs of packed documents, made once for all layers.
 
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
     default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
-    sparse layers count over (default: all tokens are one). neftune_alpha: strength of the noise on the embeddings.
+    sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
+    embeddings, and the attention dropout, of a training step.
     """
     plan = make_plan(np.atleast_2d(segment_ids), prefixes)
     positions = plan.position_in_document
@@ -69,13 +72,18 @@ def packed_inputs(
         positions = position_ids.reshape(plan.num_tokens, *position_ids.shape[segment_ids.ndim :])
     heads = head_layout(model.config, model.shard)
     rotation = _rotary(model.config).at(positions, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
+    attention_dropout = None
+    if dropout is not None:
+        numbers = number_documents(input_ids.reshape(-1), plan, prefixes)
+        first_head = model.shard.tensor_rank * heads.num_heads
+        attention_dropout = AttentionDropout(dropout, model.config.num_hidden_layers, numbers, first_head)
     noise_scale = None
     if neftune_alpha:
         lengths = np.bincount(plan.document_of_token)[plan.document_of_token]
         noise_scale = (neftune_alpha / np.sqrt(lengths * model.config.hidden_size)).astype(np.float32)
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
-        PackedAttention(plan, rotation, heads),
+        PackedAttention(plan, rotation, heads, attention_dropout),
         TokenInfo([plan.num_tokens] if row_lengths is None else list(row_lengths)),
         noise_scale,
     )

@@ -36,9 +36,10 @@ def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list
     depths = []
     dense = TokenInfo([hidden.last.shape[0]])  # the blocks have no experts
     previous = hidden.last
+    first = decoder.config.num_hidden_layers  # the blocks are numbered behind the layers
     for d, block in enumerate(decoder.mtp_block):
         ahead, target, valid = embed_ahead(decoder.embed_tokens, inputs, 1 + d)
         joined = paddle.concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
-        previous, _ = block(decoder.mtp_linear_proj[d](joined), inputs.attention, dense, 0)
+        previous, _ = block(decoder.mtp_linear_proj[d](joined), inputs.attention, dense, first + d)
         depths.append(Depth(decoder.norm(previous), target, valid))
     return depths

@@ -21,7 +21,6 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
 from erniekit.models import activation_checkpoint
 from erniekit.models.config import ModelConfig
@@ -46,6 +45,7 @@ from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
+from erniekit.training.shape import directories, model_config
 from erniekit.training.trainable import attach_lora
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
@@ -58,6 +58,7 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
     chunks: list[tuple[int, ...]]
@@ -112,13 +113,14 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
     what the user can mend.
     """
-    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    assert cfg.output_dir, "config.load requires it to train"
     if cfg.stage == "DPO":
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
-    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
-    tokenizer = load_tokenizer(model_dir)
+    model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
+    tokenizer = load_tokenizer(tokenizer_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh, 0)
     schedule = build_schedule(cfg, max_steps)
@@ -142,6 +144,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
         chunks=chunks,
@@ -192,7 +195,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
-    stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
+    stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
     if cfg.continue_training and not has_weights(model_dir):
         raise ConfigError(
             f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
@@ -219,7 +222,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
                 "others start at random"
             )
     else:
-        log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
+        what = model_dir if cfg.model_name_or_path else "the model of this configuration"
+        log.info(f"continue_training: false: {what} starts at random (seed {cfg.seed})")
     policy.apply(model, precision)
     if precision.low_bit is not None:
         log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
@@ -272,8 +276,9 @@ def _recompute_options(cfg: Config, config: ModelConfig) -> activation_checkpoin
         raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
     if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
         raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
     return activation_checkpoint.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise
     )
 
 

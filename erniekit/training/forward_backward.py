@@ -13,6 +13,7 @@ from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM, Routings
 from erniekit.models.inputs import ModelInputs, packed_inputs
 from erniekit.moe.stats import RouterStats
+from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
@@ -34,9 +35,15 @@ class _MicrobatchInputs:
     """
 
     def __init__(
-        self, model: CausalLM, microbatches: Sequence[FlatBatch], num_chunks: int, neftune_alpha: float = 0.0
+        self,
+        model: CausalLM,
+        microbatches: Sequence[FlatBatch],
+        num_chunks: int,
+        neftune_alpha: float = 0.0,
+        dropout: DropoutStep | None = None,
     ) -> None:
-        self._model, self._microbatches, self._neftune_alpha = model, microbatches, neftune_alpha
+        self._model, self._microbatches = model, microbatches
+        self._neftune_alpha, self._dropout = neftune_alpha, dropout
         self._last_chunk = num_chunks - 1
         self._made: dict[int, ModelInputs] = {}
 
@@ -52,8 +59,16 @@ class _MicrobatchInputs:
                 prefixes=batch.prefixes,
                 row_lengths=batch.row_lengths,
                 neftune_alpha=self._neftune_alpha,
+                dropout=self._dropout,
             )
         return self._made.pop(microbatch) if chunk == self._last_chunk else self._made[microbatch]
+
+
+def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
+    """The attention dropout of optimizer step `step` (from 0), which grows over dropout_warmup_steps. None without."""
+    grown = min(1.0, step / cfg.dropout_warmup_steps) if cfg.dropout_warmup_steps else 1.0
+    rate = cfg.attention_probs_dropout_prob * grown
+    return DropoutStep(rate, cfg.seed, step) if rate else None
 
 
 def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
@@ -91,11 +106,12 @@ class TrainStage:
         microbatches: Sequence[FlatBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
+        dropout: DropoutStep | None = None,
     ) -> None:
         self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
         self.microbatches = microbatches
         self._inputs = _MicrobatchInputs(
-            model, microbatches, len(chunks), cfg.neftune_noise_alpha if cfg.neftune else 0.0
+            model, microbatches, len(chunks), cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout
         )
         self.sums = StepSums(counts)
         self._after_backward = after_backward

@@ -86,20 +86,22 @@ def prepare_save(
     tensors: Mapping[str, paddle.Tensor],
     shares: Shares,
     format: Format,
-    model_dir: Path,
+    sources: tuple[Path, Path],
     template: Template | None,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now, and the tokenizer files. The chat template is `template`, if conversations
-    are trained, or else the base model's. All ranks call it.
+    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
+    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own. All ranks
+    call it.
     """
 
     def add_template(checkpoint: Path) -> None:
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
+    model_dir, tokenizer_dir = sources
     state = lora.state_of(model)
     if state is None:
         header = _header_of(tensors)
@@ -107,7 +109,8 @@ def prepare_save(
 
         def add_files(checkpoint: Path) -> None:
             write_model_configs(model, checkpoint / directory, format, header)
-            copy_companions(model_dir, checkpoint / directory)
+            copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
+            copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
             add_template(checkpoint)
 
         return [portion], add_files
@@ -117,7 +120,7 @@ def prepare_save(
     def add_adapter(checkpoint: Path) -> None:
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
-        copy_companions(model_dir, checkpoint / directory, names=TOKENIZER_FILES)
+        copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
         add_template(checkpoint)
 
     return [], add_adapter
