@@ -38,7 +38,7 @@ class FlatBatch:
 
     @property
     def prefixes(self) -> np.ndarray | None:
-        """For each document, the one whose tokens it also sees, or -1 (nn.attention_plan.make_plan); None: no such thing."""
+        """For each document, the one whose tokens it also sees, or -1 (nn.attention_plan.make_plan); None: none do."""
         return None if self.pairs is None else self.pairs.prefixes
 
     @property
