@@ -21,6 +21,7 @@ from erniekit.hub import resolve_model
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of, wants_reference
 from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import packed_inputs
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -126,8 +127,10 @@ def _score_batch(model: CausalLM, batch: Batch, most: int) -> PairScores:
     counts = batch.segment_ids.max(axis=1)
     documents = (batch.segment_ids + (np.cumsum(counts) - counts)[:, None])[real].astype(np.int64) - 1
     labels = batch.labels[real]
-    mixer = model.documents(documents[None] + 1, batch.position_ids[real][None], pairs.prefixes)
-    hidden = model.model(paddle.to_tensor(batch.input_ids[real]), mixer).normed
+    inputs = packed_inputs(
+        model, batch.input_ids[real], documents + 1, batch.position_ids[real], prefixes=pairs.prefixes
+    )
+    hidden = model.model(inputs).normed
     log_probs = answer_log_probs(hidden, model.output_head(), labels, documents, pairs.answers, most)
     lengths = np.bincount(documents[labels != IGNORE], minlength=len(pairs.prefixes))[pairs.answers]
     return PairScores(
