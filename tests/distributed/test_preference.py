@@ -58,5 +58,24 @@ def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
         Path(keys["ref_logps_cache"]).unlink()  # so that the two ranks compute it themselves
     data_ranks = 1 if degrees.keys() & {"pipeline_parallel_degree", "tensor_parallel_degree"} else 2
     ranks = world2.run(train_some, keys=keys_for(str(directory), model, data_ranks, **keys, **degrees))
-    numbers, weights = compare(ranks, alone[name])
+    numbers, weights = compare(*without_ties(ranks, alone[name]))
     assert numbers < TOLERANCE and weights < TOLERANCE
+
+
+def without_ties(ranks, one):
+    """Without the reward accuracy of steps in which a margin is a rounding error: it counts margins above 0, and the
+    first step's are 0 but for the order of sums.
+    """
+
+    def kept(run):
+        steps = [
+            {
+                name: value
+                for name, value in step.items()
+                if name != "reward_accuracy" or abs(step["reward_margin"]) > 1e-4
+            }
+            for step in run["steps"]
+        ]
+        return run | {"steps": steps}
+
+    return [kept(rank) for rank in ranks], kept(one)

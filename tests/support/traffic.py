@@ -71,8 +71,8 @@ def tensor_bytes(run: Any, batch: Any) -> Counter[str]:
     sparse = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoELayer)]
     dense = len(model.model.layers.numbers) - len(sparse)
     pairs = 2 * dense + len(sparse) + sum(layer.shared_experts is not None for layer in sparse)
-    ends = model.part.has_embedding + (model.part.has_head and supervised > 0)
-    softmax = 3 * FLOAT * supervised * model.part.has_head
+    ends = model.shard.has_embedding + (model.shard.has_head and supervised > 0)
+    softmax = 3 * FLOAT * supervised * model.shard.has_head
     weights = len(sparse) * batch.num_tokens * config.moe_k * FLOAT
     chosen = len(sparse) * batch.num_tokens * config.moe_k * INT
     sent = Counter(broadcast=chosen if run.mesh.tensor == 0 else 0)

@@ -14,8 +14,10 @@ from erniekit.utils.errors import TrainError
 FILE_NAME = "metrics.jsonl"
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics file in order, without lines that are not whole (the run was killed as it wrote)."""
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, each with its step; lines that a killed process left incomplete are passed
+    over.
+    """
     with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             record = _parse(line)
@@ -23,15 +25,23 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl. It holds numbers and null, so whoever adds them up need not look at each; a line
+    with anything else is passed over.
+    """
+    return (record for record in read_records(path) if _is_metrics(record))
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    # This module writes numbers and null; whoever adds them up need not look at each.
-    return record if all(value is None or type(value) in (int, float) for value in record.values()) else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def _is_metrics(record: dict[str, Any]) -> bool:
+    return all(value is None or type(value) in (int, float) for value in record.values())
 
 
 def copy_lines(path: Path, target: Path, last_step: float = math.inf) -> None:
@@ -82,7 +92,7 @@ class MetricsFile(Callback):
         with open(self._path, encoding="utf-8", errors="replace") as old:
             for line in old:
                 record = _parse(line)
-                if record is None:
+                if record is None or not _is_metrics(record):
                     broken += 1
                 elif record["step"] > last_step:
                     later += 1

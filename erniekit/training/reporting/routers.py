@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
-from erniekit.training.reporting.metrics_file import read_metrics
+from erniekit.training.reporting.metrics_file import read_records
 from erniekit.utils import atomic, log
 
 FILE_NAME = "routers.jsonl"
@@ -34,7 +34,7 @@ class RouterLog(Callback):
         if not metrics.routers:
             return
         if self._file is None:
-            earlier = read_metrics(self._path) if self._start_step and self._path.exists() else ()
+            earlier = read_records(self._path) if self._start_step and self._path.exists() else ()
             kept = [json.dumps(record) + "\n" for record in earlier if record["step"] <= self._start_step]
             atomic.write_text(self._path, "".join(kept))
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
@@ -61,7 +61,7 @@ class RouterLog(Callback):
             return
         try:
             with atomic.new_file(self._path.with_name("expert_load.png")) as temporary:
-                draw(list(read_metrics(self._path)), temporary)
+                draw(list(read_records(self._path)), temporary)
         except Exception as error:  # a picture must not cost the run
             log.warning(f"expert_load.png could not be drawn: {error}")
 
