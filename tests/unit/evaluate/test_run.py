@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.config import Config, load
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
@@ -166,7 +166,7 @@ def test_a_question_too_long_for_the_model_counts_as_wrong(
 ):
     small = model_directory(tmp_path / "small", max_position_embeddings=40)
     records = [{"src": ["long " * 60], "tgt": ["a"]}, {"src": ["short"], "tgt": ["a"]}]
-    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True))
+    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True, max_seq_len=40))
     assert results["num_answers"] == 2
     assert "1 of 2 questions fill the model's context of 40 tokens" in heard.text
     assert read(tmp_path / "output" / "eval_predictions.jsonl")[0]["stop"] == "prompt too long"
