@@ -128,6 +128,9 @@ class AdamW:
         has a zero gradient, not none) is left alone.
         """
         updated = {}
+        # Filled on the device, one for each distinct rate: nothing is uploaded.
+        ratios = {self.rules[name].lr_ratio for name in self.parameters}
+        rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
         for name, gradient in self.sync.gradients().items():
             parameter, rule, state = self.sync.own(name), self.rules[name], self.state[name]
             updated[name] = parameter
@@ -135,7 +138,7 @@ class AdamW:
                 parameter,
                 # With a master copy the kernel takes a wide gradient as it is; rounding it would undo its fp32 sum.
                 gradient if "master" in state else gradient.astype(parameter.dtype),
-                paddle.to_tensor([learning_rate * rule.lr_ratio], dtype="float32"),
+                rates[rule.lr_ratio],
                 state["moment1"],
                 state["moment2"],
                 None,  # moment2_max: AMSGrad is off
