@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load_model", "save_model", "train"]
 
 runtime.prepare()  # before anyone imports paddle: it reads these settings once
-# Paddle says this on import to whoever has no ccache; nothing is compiled here.
+# Paddle warns on import where ccache is missing; nothing is compiled here.
 warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
 
 

@@ -48,7 +48,7 @@ def train(yaml_path: str, **overrides: Any) -> Any:
 
     Raises:
         ConfigError: a key is unknown, has the wrong type, or asks for what this version cannot do.
-        UserError: anything else that the user can mend (data, checkpoint, disk).
+        UserError: anything else that the user can fix (data, checkpoint, disk).
     """
     cfg = config.load(yaml_path, overrides, command="train")
     launch.check(cfg, "train")

@@ -1,6 +1,7 @@
 """A name or a path -> a local directory. A local path always wins; anything else is a name on a model hub."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from erniekit.utils import log
@@ -8,6 +9,14 @@ from erniekit.utils.errors import CheckpointError, DataError, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+_TOKENIZER_FILES = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "*.jinja",
+    "chat_template*",
+]
 _DATA_FILES = ["*.json", "*.jsonl", "*.txt", "*.csv", "*.parquet"]
 
 
@@ -16,6 +25,12 @@ def resolve_model(name_or_path: str, download_hub: str | None = None, key: str =
     names the YAML `key`.
     """
     return _resolve(name_or_path, download_hub, key, "model", _MODEL_FILES, CheckpointError)
+
+
+def resolve_tokenizer(name_or_path: str, download_hub: str | None = None) -> Path:
+    """The local directory of a tokenizer; of a Hub name only the tokenizer's files are downloaded."""
+    key = "tokenizer_name_or_path"
+    return _resolve(name_or_path, download_hub, key, "model", _TOKENIZER_FILES, CheckpointError)
 
 
 def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str = "train_dataset_path") -> Path:
@@ -45,22 +60,47 @@ def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str
             f"{key}: there is no file or directory {name!r} (looked in {Path.cwd()}). "
             "Hint: check the path; a Hub name has the form owner/name."
         )
-    if hub in ("modelscope", "aistudio"):
-        raise error_type(
-            f"{key}: {name!r} is no local path, and download_hub: {hub} needs extra hubs, which this version cannot "
-            "use yet. "
-            "Hint: download it by hand and give the path, or leave out download_hub to use Hugging Face."
-        )
-    from huggingface_hub import snapshot_download
-
-    log.info(f"{key}: {name} is no local path; asking the Hugging Face Hub")
+    title, download = _HUBS[hub or "huggingface"]
+    log.info(f"{key}: {name} is no local path; asking {title}")
     try:
-        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
-    # offline, unknown name, no access, no space: the library and its HTTP client share no base class
+        return Path(download(name, kind, patterns))
+    except ImportError as error:
+        raise error_type(
+            f"{key}: {name!r} is no local path, and download_hub: {hub} needs the extra `hubs` ({error}). "
+            "Hint: pip install 'erniekit[hubs]', or leave out download_hub to use the Hugging Face Hub."
+        ) from error
+    # offline, unknown name, no access, no space: the libraries and their HTTP clients share no base class
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise error_type(
-            f"{key}: {name!r} is no local path and could not be downloaded from the Hugging Face Hub "
+            f"{key}: {name!r} is no local path and could not be downloaded from {title} "
             f"({type(error).__name__}: {reason}). "
             "Hint: check the name and the connection, or give the path of a local copy."
         ) from error
+
+
+def _from_hugging_face(name: str, kind: str, patterns: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, repo_type=kind, allow_patterns=patterns)
+
+
+def _from_modelscope(name: str, kind: str, patterns: list[str]) -> str:
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    return snapshot_download(name, repo_type=kind, allow_patterns=patterns)
+
+
+def _from_aistudio(name: str, kind: str, patterns: list[str]) -> str:
+    from aistudio_sdk.snapshot_download import snapshot_download
+
+    return snapshot_download(repo_id=name, repo_type=kind, allow_patterns=patterns)
+
+
+# What download_hub names: in words, and how a name of it becomes a local directory. The last two come with the extra
+# `hubs`, and were tried against stand-ins for their packages only, never against their servers.
+_HUBS: dict[str, tuple[str, Callable[[str, str, list[str]], str]]] = {
+    "huggingface": ("the Hugging Face Hub", _from_hugging_face),
+    "modelscope": ("ModelScope", _from_modelscope),
+    "aistudio": ("AI Studio", _from_aistudio),
+}

@@ -11,7 +11,7 @@ import pytest
 from support.source_tree import REPOSITORY, read_package
 
 from erniekit.config import load, schema
-from erniekit.config.compat import Alias, Detail, Later, NoEffect, Rule
+from erniekit.config.compat import Alias, Detail, Fixed, Later, NoEffect, Rule
 from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
@@ -35,6 +35,8 @@ def status(rule: Rule) -> str:
             return f"later: read only with {of}"
         case Later(feature=feature):
             return f"later: {feature}"
+        case Fixed(only=only, why=why):
+            return f"only {', '.join(map(str, only)) or 'null'}: {why}"
 
 
 def knobs() -> list[str]:

@@ -20,6 +20,9 @@ FAST = {
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
+    "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",
+    "make_doc_tables": "make_doc_tables.py --check",
+    "wrap_docs": "wrap_docs.py {tmp}/page.md",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
     "make_token_files": f"make_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --output {{tmp}}/tokens",
@@ -53,6 +56,7 @@ HELPERS = {"bench_worker.py"}
 
 
 def run(arguments: str, directory: Path) -> None:
+    (directory / "page.md").write_text("One sentence.\n", encoding="utf-8")
     (directory / "text.jsonl").write_text('{"text": "print(1 + 1)"}\n' * 20, encoding="utf-8")
     script, *words = [word.format(tmp=directory) for word in arguments.split()]
     done = subprocess.run(

@@ -109,7 +109,7 @@ def main() -> None:
     report(held_out_rows(tokenizer, 16), models)
     write(models["long context"], tokenizer)
     seconds = time.monotonic() - started
-    print(print(f"\nThe whole demo took {seconds:.0f} s. {OUT} holds loss.png and expert_load.png of each stage."))
+    print(f"\nThe whole demo took {seconds:.0f} s. {OUT} holds loss.png and expert_load.png of each stage.")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from erniekit import config, hub
+from erniekit import config
 from erniekit.checkpoint.model_dir import list_checkpoints
 from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
-from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout
 from erniekit.parallel.mesh import ParallelDims
+from erniekit.training.shape import directories, model_config
 from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
@@ -133,9 +133,8 @@ def require_free(cfg: Config) -> None:
 
 def _check_model(cfg: Config, degrees: ParallelDims) -> None:
     """Download the model once for all workers of this host, and see whether it can be divided."""
-    assert cfg.model_name_or_path, "config.load requires it to train"
-    directory = hub.resolve_model(cfg.model_name_or_path, cfg.download_hub)
-    check_layout(cfg, degrees, ModelConfig.from_dir(directory))
+    directory, _ = directories(cfg)
+    check_layout(cfg, degrees, model_config(cfg, directory))
 
 
 def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
@@ -209,7 +208,8 @@ def _token(environ: Mapping[str, str], master: Master | None) -> str:
 
 
 def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
-    name = next((name for name in _NODE_RANKS if environ.get(name, "").strip()), None)
+    names = (*_NODE_RANKS, "RANK") if runtime.rank_numbers_hosts(environ) else _NODE_RANKS
+    name = next((name for name in names if environ.get(name, "").strip()), None)
     if name is None:
         return None
     text = environ[name].strip()

@@ -3,12 +3,14 @@
 Each yields its complaints as "key: what is wrong, and what to do".
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, SMOOTHED
+from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
 from erniekit.config.values import split_list
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
@@ -20,7 +22,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     found = [*_schedule(cfg), *_datasets(cfg), *_numbers(cfg), *_needed(cfg, command), *_token_files(cfg, command)]
     if command == "train":
-        found += [*_training(cfg), *_low_bit(cfg), *_lora(cfg), *_preference(cfg), *_best(cfg)]
+        found += [*_training(cfg), *_shape(cfg), *_low_bit(cfg), *_lora(cfg), *_preference(cfg), *_best(cfg)]
     return found
 
 
@@ -77,8 +79,13 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 def _needed(cfg: Config, command: str) -> Iterator[str]:
     model = cfg.checkpoint or cfg.output_dir or cfg.model_name_or_path
     token_files = cfg.dataset_type == "pretrain"
+    other_data = any(name == "text_dataset_path" and value for name, value in cfg.extras)  # of a refused stage
     needs = (
-        ("train", cfg.model_name_or_path, "model_name_or_path: needed; a model directory or a Hub name"),
+        (
+            "train",
+            cfg.model_name_or_path or shape_given(cfg),
+            "model_name_or_path: needed; a model directory or a Hub name",
+        ),
         (
             "eval export split chat",
             model,
@@ -86,7 +93,7 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ),
         ("train export split", cfg.output_dir, "output_dir: needed; where the results go"),
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
-        ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
+        ("train", cfg.train_dataset_path or token_files or other_data, "train_dataset_path: needed; the training data"),
         ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
     )
     for commands, value, message in needs:
@@ -103,6 +110,30 @@ def _training(cfg: Config) -> Iterator[str]:
         strategy = cfg.evaluation_strategy
         asked = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
         yield f"eval_dataset_path: needed with {asked}"
+
+
+def shape_given(cfg: Config) -> dict[str, int | float | bool]:
+    """The keys of the model's shape that are given."""
+    values = {field.name: vars(cfg)[field.name] for field in dataclasses.fields(ShapeArgs)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _shape(cfg: Config) -> Iterator[str]:
+    """A model that the YAML alone describes."""
+    given = shape_given(cfg)
+    if cfg.model_name_or_path or not given:
+        return
+    needed = [*NEEDED, *(NEEDED_OF_EXPERTS if cfg.moe_num_experts else [])]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        yield (
+            f"{missing[0]}: a model without model_name_or_path needs its whole shape; missing: {', '.join(missing)}. "
+            "Or give model_name_or_path, a directory with a config.json"
+        )
+    if cfg.continue_training:
+        yield "continue_training: a shape without model_name_or_path has no weights; set continue_training: false"
+    if not cfg.tokenizer_name_or_path:
+        yield "tokenizer_name_or_path: needed with a shape and no model_name_or_path; the tokenizer's directory"
 
 
 def _low_bit(cfg: Config) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Names that ERNIEKit and its relatives use and that have no field here: what each one means for us.
 
-Four kinds of rule. An Alias is another name of a key. NoEffect is accepted and named at start-up with the reason.
+Five kinds of rule. An Alias is another name of a key. NoEffect is accepted and named at start-up with the reason.
 Detail belongs to a feature that is not built yet and is harmless by itself (apply_hadamard without FP8). Later asks for
-such a feature, unless its value asks for nothing.
+such a feature, unless its value asks for nothing. Fixed has one value here, and any other is a mistake to mend.
 """
 
 import math
@@ -24,12 +24,13 @@ class Alias:
 
     `convert` gives (value, rank), or None when the value says nothing. Rank 0 is as good as the key itself and may not
     contradict it; a higher rank gives way to a lower one, the key itself to a negative one. `without_effect`: what of
-    the value does nothing here and why, in words.
+    the value does nothing here and why, in words. `remark`: what a user should know about the two names.
     """
 
     to: str
     convert: Callable[[Any], tuple[Any, int] | None] = lambda value: (value, 0)
     without_effect: Callable[[Any], str] = lambda value: ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,36 @@ class Detail:
 class Later:
     """Asks for `feature`, which this version does not have, unless the value is null, off, or one of `safe`.
 
-    commands: the commands that the feature matters to.
+    commands: the commands that the feature matters to. otherwise: why a value that does not ask for it, but is given,
+    has no effect; empty where that goes without saying.
     """
 
     feature: str
     safe: tuple[Any, ...] = ()
     commands: tuple[str, ...] = RUN
+    otherwise: str = ""
 
     def asks(self, value: Any) -> bool:
         """Whether `value` wants the feature."""
         return _plain(value) not in (None, "", 0, False, [], {}, *self.safe)
 
 
-Rule = Alias | NoEffect | Detail | Later
+@dataclass(frozen=True)
+class Fixed:
+    """A setting that has one value here: `only`, or null, or nothing (empty); `why` says what to do about another."""
+
+    only: tuple[Any, ...]
+    why: str
+
+    def asks(self, value: Any) -> bool:
+        """Whether a value asks for something else."""
+        value = plain(value)
+        if isinstance(value, str):
+            value = value.lower()
+        return value not in (None, "", [], {}, *self.only)
+
+
+Rule = Alias | NoEffect | Detail | Later | Fixed
 
 
 def negated(value: Any) -> tuple[Any, int]:
@@ -86,8 +104,10 @@ def weaker(value: Any) -> tuple[Any, int]:
 
 
 def bf16_flag(value: Any) -> tuple[Any, int]:
-    """bf16: True is compute_type: bf16; bf16: False is fp32, if nothing else says better."""
-    return ("bf16", 0) if to_bool(value) else ("fp32", 1)
+    """bf16: True is compute_type: bf16 and False is fp32, if nothing else says better: upstream it only switches mixed
+    precision on, and compute_type says in how many bits the weights are held.
+    """
+    return ("bf16" if to_bool(value) else "fp32"), 1
 
 
 def fp16_flag(value: Any) -> tuple[Any, int] | None:
@@ -130,6 +150,11 @@ def _words(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [str(word) for word, wanted in value.items() if wanted]
     return [str(v) for v in value] if isinstance(value, list) else str(value or "").replace(",", " ").split()
+
+
+def is_given(value: Any) -> tuple[Any, int]:
+    """A choice of what is recomputed, where there is only recomputed or not."""
+    return bool(_plain(value)), 0
 
 
 def every_module(value: Any) -> tuple[Any, int] | None:

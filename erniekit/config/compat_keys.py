@@ -1,6 +1,6 @@
 """The table of names without a field (see compat.py for the kinds of rule)."""
 
-from erniekit.config import compat
+from erniekit.config import compat, paddleformers_keys
 from erniekit.config.compat import DATA, EVERY, RUN, WRITE, Alias, Detail, Later, NoEffect, Rule
 
 _ALIASES: dict[str, Alias] = {
@@ -18,7 +18,9 @@ _ALIASES: dict[str, Alias] = {
     "multi_token_pred_depth": Alias("num_nextn_predict_layers"),
     "per_device_train_batch_size": Alias("batch_size", compat.weak),
     "per_device_eval_batch_size": Alias("batch_size", compat.weaker),
-    "eval_iters": Alias("max_evaluate_steps"),
+    "eval_iters": Alias("max_evaluate_steps", compat.weak),
+    "tokenizer": Alias("tokenizer_name_or_path"),
+    "tokenizer_name": Alias("tokenizer_name_or_path"),
     "lr_scheduler": Alias("lr_scheduler_type"),
     "max_seq_length": Alias("max_seq_len"),
     "dataloader_shuffle": Alias("random_shuffle"),
@@ -46,8 +48,9 @@ _NO_EFFECT: dict[str, str] = {
         "use_sparse_head_and_loss_fn use_fused_head_and_loss_fn use_recompute_loss_fn"
     ),
     "recompute_granularity decides what is recomputed, always in the one way that takes any input": (
-        "recompute_use_reentrant offload_recompute_inputs refined_recompute"
+        "recompute_use_reentrant refined_recompute"
     ),
+    "what is kept for the backward pass stays on the device: the same result, more memory": "offload_recompute_inputs",
     "this comes from the model's config.json and tokenizer": (
         "bos_token_id eos_token_id pad_token_id max_position_embeddings rope_3d"
     ),
@@ -76,13 +79,14 @@ _NO_EFFECT: dict[str, str] = {
     "optimizer state stays on the device in fp32: the same result or better, more memory": (
         "offload_optim tensorwise_offload_optimizer use_lowprecision_moment optim_shard_num"
     ),
-    "memory is left to Paddle's allocator": "release_grads pre_alloc_memory gc_interval",
+    "gradients are freed after every step": "release_grads",
+    "Python's garbage collector runs as always: the same result": "gc_interval",
+    "memory is left to Paddle's allocator": "pre_alloc_memory",
     "which operations run in 16 bits is decided in one place for each kind of layer": (
         "amp_custom_white_list amp_custom_black_list bf16_full_eval fp16_full_eval"
     ),
     "16-bit training keeps 16-bit weights beside fp32 masters (O2)": "fp16_opt_level",
     "bf16 has the range of fp32 and needs no loss scaling": "scale_loss",
-    "there is no dropout to warm up": "dropout_warmup_steps",
     "averaged weights are updated after every step": "zcc_ema_interval",
     "order and position of the data follow from the seed alone, and a resumed run continues where it was": (
         "same_data sampling_wo_replacement_data_resuming distributed_dataloader use_train_part_sharding "
@@ -113,7 +117,7 @@ _NO_EFFECT: dict[str, str] = {
     "evaluation always sums over all its batches": "eval_accumulation_steps",
     "predict_with_generate decides": "prediction_loss_only",
     "use `erniekit eval` or `erniekit export`": "do_predict do_export",
-    "Paddle decides the device: the GPU when it has one; hide it to use the CPU": "device no_cuda",
+    "Paddle decides the device: the GPU when it has one; hide it to use the CPU": "no_cuda",
     "the launcher gives each process its number": "local_rank",
     "models run in dynamic graphs": "to_static ddp_find_unused_parameters flatten_param_grads past_index",
     "only for jobs in PaddleCloud": "pdc_download_ckpt pdc_download_timeout",
@@ -162,9 +166,13 @@ _LATER: dict[str, Later] = {
     "freeze_config": Later("freezing parts of the model", commands=("train",)),
     "train_emb_only": Later("freezing parts of the model", commands=("train",)),
     "train_moe_only": Later("freezing parts of the model", commands=("train",)),
-    "hidden_dropout_prob": Later("dropout", commands=("train",)),
-    "attention_probs_dropout_prob": Later("dropout", commands=("train",)),
-    "moe_dropout_prob": Later("dropout", commands=("train",)),
+    "device": Later(
+        "this version runs on CUDA GPUs and on the CPU; leave it out to run there",
+        safe=("gpu", "cuda", "cpu", *(f"gpu:{number}" for number in range(8))),
+        otherwise="Paddle decides the device: the GPU when it has one; hide it to use the CPU",
+    ),
+    "hidden_dropout_prob": Later("dropout between layers", commands=("train",)),
+    "moe_dropout_prob": Later("dropout in experts", commands=("train",)),
     "use_fp8": Later("FP8"),
     "use_fp8_mlp": Later("FP8"),
     "ckpt_quant_stage": Later("quantised optimizer state in checkpoints", safe=("o0",), commands=("train",)),
@@ -177,8 +185,6 @@ _LATER: dict[str, Later] = {
     "offline_dataset_path": Later("data sets prepared offline", commands=DATA),
     "data_filelist": Later("pretraining data in HDF5 (use input_dir)", commands=DATA),
     "data_weights": Later("pretraining data in HDF5 (use input_dir)", commands=DATA),
-    "tokenizer": Later("a tokenizer from another directory than the model's", commands=EVERY),
-    "tokenizer_name": Later("a tokenizer from another directory than the model's", commands=EVERY),
     "new_special_tokens_path": Later("new special tokens", commands=EVERY),
     "custom_register_path": Later("templates and formats registered by code", commands=DATA),
     "internal_medicine_monitors": Later("monitors inside the layers", commands=("train",)),
@@ -193,18 +199,24 @@ _DEGREES: dict[str, str] = {
     "context_parallel_degree": "context parallelism",
 }
 
-_SHAPE = "hidden_size num_hidden_layers add_tail_layers remove_tail_layer"
+_TAIL = "add_tail_layers remove_tail_layer num_empty_layers_add_in_tail"
 
 
 def _table() -> dict[str, Rule]:
     parts: list[dict[str, Rule]] = [
         dict(_ALIASES),
-        {name: NoEffect(why) for why, names in _NO_EFFECT.items() for name in names.split()},
-        {name: Detail(of) for of, names in _DETAILS.items() for name in names.split()},
+        dict(paddleformers_keys.ALIASES),
+        dict(paddleformers_keys.FIXED),
         dict(_LATER),
-        {name: Later(feature, safe=(1, -1), commands=RUN) for name, feature in _DEGREES.items()},
-        {name: Later("a model's shape from the YAML (edit its config.json)", safe=(-1,)) for name in _SHAPE.split()},
+        dict(paddleformers_keys.LATER),
+        {name: Later("layers added or left out at the model's end (num_hidden_layers)") for name in _TAIL.split()},
     ]
+    for no_effect in (_NO_EFFECT, paddleformers_keys.NO_EFFECT):
+        parts.append({name: NoEffect(why) for why, names in no_effect.items() for name in names.split()})
+    for details in (_DETAILS, paddleformers_keys.DETAILS):
+        parts.append({name: Detail(of) for of, names in details.items() for name in names.split()})
+    for degrees in (_DEGREES, paddleformers_keys.DEGREES):
+        parts.append({name: Later(feature, safe=(1, -1), commands=RUN) for name, feature in degrees.items()})
     joined: dict[str, Rule] = {}
     for part in parts:
         assert not joined.keys() & part.keys(), joined.keys() & part.keys()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from erniekit.config import checks, compat, peft_keys, read, references, schema, support, synonyms
+from erniekit.config import checks, compat, dialects, peft_keys, read, references, schema, support, synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.schema import Config
@@ -60,6 +60,7 @@ class _State:
     allow_extra: bool
     given: dict[str, _Given] = dataclasses.field(default_factory=dict)
     extras: dict[str, _Given] = dataclasses.field(default_factory=dict)
+    names: set[str] = dataclasses.field(default_factory=set)  # every key with a value, as it was written
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -71,6 +72,8 @@ class _State:
         extras: dict[str, _Given] = {}
         nulls: set[str] = set()
         for entry in entries:
+            if entry.value is not None:
+                self.names.add(entry.name)
             rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
             name = rule.to if isinstance(rule, compat.Alias) else entry.name
             if entry.name not in _FIELDS and rule is None:
@@ -81,7 +84,7 @@ class _State:
                 self._put(given, entry.name, entry, entry.value, 0)
             elif isinstance(rule, compat.Alias):
                 self._alias(given, rule, entry)
-            elif isinstance(rule, peft_keys.Fixed):
+            elif isinstance(rule, compat.Fixed):
                 self._fixed(rule, entry)
             else:
                 self._keep(extras, entry.name, _Given(plain(entry.value), _said(entry), entry.place))
@@ -97,7 +100,7 @@ class _State:
         if old.value != new.value and old.said.partition(":")[0] != new.said.partition(":")[0]:
             self.notes.append(f"{old.said} ({old.place}): no effect: {new.said} ({new.place}) decides")
 
-    def _fixed(self, rule: "peft_keys.Fixed", entry: read.Entry) -> None:
+    def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
         if rule.asks(entry.value):
             self.problems.append(f"{entry.name}: {shortened(str(plain(entry.value)))}: {rule.why} ({entry.place})")
 
@@ -107,6 +110,8 @@ class _State:
         except ValueError as error:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
             return
+        if rule.remark:
+            self.notes.append(f"{entry.name}: {rule.remark} ({entry.place})")
         rest = rule.without_effect(entry.value)
         if rest:
             self.notes.append(f"{entry.name}: no effect: {rest} ({entry.place})")
@@ -119,7 +124,15 @@ class _State:
         except ValueError as error:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
             return
+        if self._is_other_word(name, entry, value):
+            self.notes.append(f"{_said(entry)}: read as {value} ({entry.place})")
         self._keep(given, name, _Given(value, _said(entry), entry.place, rank))
+
+    @staticmethod
+    def _is_other_word(name: str, entry: read.Entry, value: Any) -> bool:
+        """Whether a key was given in another toolkit's word for its value."""
+        written = str(plain(entry.value)).lower()
+        return written in _FIELDS[name].metadata["words"] and written != str(value).lower()
 
     def _keep(self, target: dict[str, _Given], name: str, new: _Given) -> None:
         old = target.get(name)
@@ -179,6 +192,23 @@ def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
         )
 
 
+def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str]) -> None:
+    """PaddleFormers has no switch: to say what is recomputed is to ask for it."""
+    asked = names & {"recompute_method", "recompute_num_layers", "recompute_modules"}
+    if "recompute" not in values and "recompute_granularity" in values and asked:
+        values["recompute"] = True
+        notes.append("recompute: not given, so True, because recompute_granularity is (PaddleFormers' rule)")
+
+
+def _complete_paths(values: dict[str, Any], extras: dict[str, Any], notes: list[str]) -> None:
+    """A file that names its training text only under text_dataset_path, beside an empty train_dataset_path."""
+    path = extras.get("text_dataset_path")
+    if path and not values.get("train_dataset_path") and not str(values.get("stage", "SFT")).startswith(("VL", "OCR")):
+        values["train_dataset_path"] = str(path)
+        values.setdefault("train_dataset_prob", str(extras.get("text_dataset_prob") or "") or None)
+        notes.append(f"train_dataset_path: empty, so {path}, because text_dataset_path is given")
+
+
 def _finish(state: _State, path: str | None, command: str) -> Config:
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
@@ -190,6 +220,8 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
+    _complete_recompute(values, state.names, state.notes)
+    _complete_paths(values, {name: given.value for name, given in state.extras.items()}, state.notes)
     extras = tuple((name, given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, source=path or "")
     places = {name: given.place for name, given in state.given.items()}
@@ -197,4 +229,5 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         key = problem.partition(":")[0]
         state.problems.append(f"{problem} ({places.get(key) or path or 'command line'})")
     state.raise_problems(path)
-    return dataclasses.replace(cfg, notes=tuple(state.notes + support.notes(cfg, command)))
+    lines = [*dialects.note(cfg, state.names | values.keys(), command), *state.notes, *support.notes(cfg, command)]
+    return dataclasses.replace(cfg, notes=tuple(lines))

@@ -1,27 +1,8 @@
 """PEFT's and PaddleNLP's names of adapter settings, in a block such as `lora_config:` and nowhere else."""
 
-from dataclasses import dataclass
-from typing import Any
-
-from erniekit.config.compat import Alias, every_module
-from erniekit.config.values import plain
+from erniekit.config.compat import Alias, Fixed, every_module
 
 BLOCKS = ("lora_config", "peft_config", "lora_args", "peft_args")
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A setting that has one value here: `only`, or null, or nothing (empty); `why` says what to do about another."""
-
-    only: tuple[Any, ...]
-    why: str
-
-    def asks(self, value: Any) -> bool:
-        """Whether a value asks for something else."""
-        value = plain(value)
-        if isinstance(value, str):
-            value = value.lower()
-        return value not in (None, "", [], {}, *self.only)
 
 
 _ALL_LAYERS = "the same modules are adapted in all layers; name single layers by a regular expression in target_modules"

@@ -12,6 +12,7 @@ from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
@@ -25,6 +26,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimArgs,
     "parallel": ParallelArgs,
     "mixture of experts": MoEArgs,
+    "shape": ShapeArgs,
     "generation": GenerateArgs,
     "evaluation": EvalArgs,
     "export": ExportArgs,
@@ -41,6 +43,7 @@ class Config(
     OptimArgs,
     ParallelArgs,
     MoEArgs,
+    ShapeArgs,
     GenerateArgs,
     EvalArgs,
     ExportArgs,

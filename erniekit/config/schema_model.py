@@ -12,17 +12,24 @@ class ModelArgs:
     model_name_or_path: str | None = key(
         None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path="one"
     )
+    tokenizer_name_or_path: str | None = key(
+        None,
+        "The tokenizer's directory, or a Hub name; not given: the model's own. Saved with the weights.",
+        path="one",
+    )
     download_hub: str | None = key(
         None,
-        "Where a Hub name is downloaded from: huggingface (also when not given), modelscope or aistudio.",
+        "Where a name is downloaded from: huggingface (also when not given), or with the extra `hubs` modelscope or "
+        "aistudio.",
         choices=("huggingface", "modelscope", "aistudio"),
     )
     continue_training: bool = key(True, "Start from the model's weights; False: a random start from its config.json.")
     stage: str = key(
         "SFT",
-        "The method: SFT (fine-tuning), PT (pretraining) or DPO (pairs of answers); VL-SFT and OCR-VL-SFT are known but"
-        " not built yet.",
-        choices=("SFT", "PT", "DPO", "VL-SFT", "OCR-VL-SFT", "VL-DPO"),
+        "The method: SFT (fine-tuning), PT (pretraining; ernie_pretrain is another word for it) or DPO (pairs of "
+        "answers); VL-SFT, VL-PT, VL-DPO and OCR-VL-SFT are known but not built yet.",
+        choices=("SFT", "PT", "DPO", "VL-SFT", "VL-PT", "OCR-VL-SFT", "VL-DPO"),
+        words={"ernie_pretrain": "PT", "ocr-sft": "OCR-VL-SFT", "dpo-vl": "VL-DPO", "sft-vl": "VL-SFT"},
     )
     fine_tuning: str = key(
         "Full",
@@ -43,12 +50,20 @@ class ModelArgs:
         "What is recomputed of a layer: all (full), attention with its projections (full_attn), the attention between "
         "them (core_attn), or only sparse feed-forward layers (moe).",
         choices=("full", "full_attn", "core_attn", "moe"),
+        words={"selective": "core_attn"},
     )
     use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
     no_recompute_layers: str = key(
         "", "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", many=True
     )
+    attention_probs_dropout_prob: float = key(
+        0.0,
+        "Training: share of attention weights that is dropped in the last layer; layer i of n drops i/n of it.",
+        ge=0,
+        lt=1,
+    )
+    dropout_warmup_steps: int = key(0, "Steps over which that share grows linearly from 0; 0: full at once.", ge=0)
     loss_subbatch_seqlen: int = key(32768, "At most so many tokens' logits exist at a time in head and loss.", ge=1)
     rope_theta: float | None = key(
         None, "Base of the rotary positions, to go on at a longer context; null: as the model's config.json says.", gt=0

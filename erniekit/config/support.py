@@ -8,12 +8,14 @@ from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
 from erniekit.utils.errors import ConfigError
 
 _STAGES = {
     "VL-SFT": "vision-language models",
     "OCR-VL-SFT": "vision-language models",
     "VL-DPO": "vision-language models",
+    "VL-PT": "vision-language models",
 }
 _COMPUTE = {
     "fp16": "fp16 training with loss scaling",
@@ -61,8 +63,11 @@ def notes(cfg: Config, command: str) -> list[str]:
             found.append(f"{name}: no effect: read only with {rule.of}, which this version does not have")
         elif isinstance(rule, Later) and rule.asks(value) and command not in rule.commands:
             found.append(f"{name}: no effect: `{command}` does not need it")
+        elif isinstance(rule, Later) and rule.otherwise and not rule.asks(value):
+            found.append(f"{name}: no effect: {rule.otherwise}")
     found += _other_data(cfg, command)
     found += _one_process(cfg, command)
+    found += _shape(cfg, command)
     found += _lora(cfg, command)
     found += _preference(cfg, command)
     found += _overruled(cfg, command)
@@ -75,6 +80,8 @@ def _overruled(cfg: Config, command: str) -> Iterator[str]:
         yield "logging_dir: no effect: report_to is none; metrics.jsonl and loss.png go to output_dir"
     if command == "train":
         yield from _recompute(cfg)
+    if cfg.dropout_warmup_steps and not cfg.attention_probs_dropout_prob and command == "train":
+        yield "dropout_warmup_steps: no effect: attention_probs_dropout_prob is 0"
     if cfg.warmup_steps and cfg.warmup_ratio:
         yield f"warmup_ratio: no effect: warmup_steps: {cfg.warmup_steps} decides"
 
@@ -100,7 +107,7 @@ def _one_process(cfg: Config, command: str) -> list[str]:
     """Degrees above 1 for a command that runs in one process, and what only several tensor ranks do."""
     degrees = [name for name in vars(cfg) if name.endswith(("_parallel_degree", "_pp_degree")) and vars(cfg)[name] > 1]
     if degrees and command != "train":
-        return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process"]
+        return [f"{', '.join(degrees)}: no effect: `{command}` runs in one process, and one device holds the model"]
     if command != "train":
         return []
     found = []
@@ -122,6 +129,12 @@ def _lora(cfg: Config, command: str) -> list[str]:
         return ["save_format: no effect: adapters are saved in PEFT's format"] if cfg.save_format != "pt" else []
     given = _given(cfg, (field.name for field in dataclasses.fields(LoraArgs)))
     return [f"{', '.join(given)}: no effect: read only with fine_tuning: LoRA"] if given else []
+
+
+def _shape(cfg: Config, command: str) -> list[str]:
+    """The model's shape where a model is used, which has one."""
+    given = _given(cfg, (field.name for field in dataclasses.fields(ShapeArgs))) if command != "train" else []
+    return [f"{', '.join(given)}: no effect: `{command}` reads the model's config.json"] if given else []
 
 
 # What a stage: DPO run does not do, and why.

@@ -57,7 +57,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     model also answers the last question of each sample and those whose answers call tools, choosing tokens as
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
     those of tool_metrics too. At stage DPO the first three are evaluate.pairs.score_pairs instead, and
-    an answer is held against the chosen one.
+    answers are compared with the chosen response.
 
     Returns what it writes to `eval_output` or `output_dir`: eval_results.json, and with answers eval_predictions.jsonl,
     a line each. Prints a table. Raises UserError that names the key, file or line.

@@ -174,7 +174,7 @@ def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, bytes]) 
 def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointError:
     return CheckpointError(
         f"{name} read again from {target_dir} differs from {source.path}: the disk or the memory of this machine is at "
-        "fault, or the source changed meanwhile. Nothing was kept; try again."
+        "fault, or the source has changed. Nothing was kept; try again."
     )
 
 

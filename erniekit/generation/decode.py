@@ -64,7 +64,7 @@ class Stepper(Protocol):
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Continue with these rows only."""
         ...
 
 

@@ -22,7 +22,7 @@ from erniekit.data.chat.template import Template, load_template, say_if_trained_
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
-from erniekit.hub import resolve_model
+from erniekit.hub import resolve_model, resolve_tokenizer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.precision import policy
@@ -34,8 +34,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is what the
-    template is told (None: nothing).
+    """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is
+    passed to the template (None: it is not).
     """
 
     model: CausalLM
@@ -83,12 +83,12 @@ def _settings_of(cfg: Config) -> dict[str, Any]:
 
 def open_model(cfg: Config, random_start: bool = False) -> Opened:
     """Load the model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
-    `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is hung on its
-    base: `model_name_or_path`, else the local directory that it names itself.
+    `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is attached to
+    its base: `model_name_or_path`, else the local directory that it names itself.
 
     With `random_start`, a model_name_or_path without weights and with continue_training: false gives the random start
-    that training would have. A checkpoint without tokenizer files takes those of model_name_or_path. Raises
-    CheckpointError or ConfigError that names the key.
+    that training would have. The tokenizer is that of `tokenizer_name_or_path`, else the checkpoint's, else that
+    of model_name_or_path. Raises CheckpointError or ConfigError that names the key.
     """
     found = path = _directory(cfg)
     if is_adapter(found):
@@ -159,6 +159,8 @@ def _random(cfg: Config, path: Path) -> CausalLM:
 
 
 def _tokenizer(cfg: Config, path: Path) -> Tokenizer:
+    if cfg.tokenizer_name_or_path is not None:
+        return load_tokenizer(resolve_tokenizer(cfg.tokenizer_name_or_path, cfg.download_hub))
     if any((path / name).is_file() for name in _TOKENIZERS) or cfg.model_name_or_path is None:
         return load_tokenizer(path)
     source = resolve_model(cfg.model_name_or_path, cfg.download_hub)

@@ -34,7 +34,7 @@ class Session:
         cache = self._stepper.cache
         pairs = zip(self._ids[: int(cache.lengths[0])], prompt_ids, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.reused = min(common, len(prompt_ids) - 1)  # the last token gives the scores to go on from
+        self.reused = min(common, len(prompt_ids) - 1)  # the last token gives the scores of the next one
         cache.truncate(self.reused)
         self._ids = list(prompt_ids)
         for answer in decode_one(self._model, prompt_ids, self._stepper, self.reused, limits, sampling, turn):

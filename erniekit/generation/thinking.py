@@ -84,7 +84,7 @@ def split_thought(text: str, opened: bool = False) -> tuple[str, str]:
 
 
 def opens_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside a thought, for the answer to go on with."""
+    """Whether a rendered prompt ends inside a thought, which the answer continues."""
     return prompt.rstrip().endswith(OPEN)
 
 

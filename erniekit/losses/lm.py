@@ -65,8 +65,8 @@ def _softmax_nll(logits_TV: paddle.Tensor, labels_T1: paddle.Tensor) -> tuple[pa
 
 
 def label_nll(logits_TV: paddle.Tensor, labels_T: paddle.Tensor) -> paddle.Tensor:
-    """-log softmax(logits_t)[label_t] of each token [T], fp32, however large: what training minimises, for whoever only
-    measures it. logits [T, V] of the whole vocabulary, fp32; every label a real one. No gradient.
+    """-log softmax(logits_t)[label_t] of each token [T], fp32, however large: what training minimises, for evaluation.
+    logits [T, V] of the whole vocabulary, fp32; every label a real one. No gradient.
     """
     with paddle.no_grad():
         return _softmax_nll(logits_TV, labels_T.unsqueeze(-1))[1].squeeze(-1)

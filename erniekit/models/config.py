@@ -106,11 +106,18 @@ class ModelConfig:
         return cls.from_dict(values, source=str(file))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = CONFIG_FILE) -> "ModelConfig":
-        """Build from the contents of a config.json; `source` is the file name that errors show."""
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        source: str = CONFIG_FILE,
+        hint: str = "Copy config.json again from the model's source",
+    ) -> "ModelConfig":
+        """Build from the contents of a config.json; `source` is the file name that errors show, `hint` what they advise
+        where values contradict one another.
+        """
         fields, lines = read_values(values, source)
         config = cls(**fields)
-        config._check(source)
+        config._check(source, hint)
         for line in lines:
             log.once(f"{source}: {line}")
         return config
@@ -141,11 +148,11 @@ class ModelConfig:
         out.update({key: value for key, value in self.extra.items() if key not in other_only})
         return dict(sorted(out.items()))
 
-    def _check(self, source: str) -> None:
+    def _check(self, source: str, hint: str) -> None:
         """Relations between values; each value by itself was checked on reading."""
 
         def fail(what: str) -> None:
-            raise CheckpointError(f"{source}: {what}. Copy config.json again from the model's source.")
+            raise CheckpointError(f"{source}: {what}. {hint}.")
 
         if self.num_attention_heads % self.num_key_value_heads:
             fail(

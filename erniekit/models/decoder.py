@@ -17,11 +17,13 @@ from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention, SelfAttention
 from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.rotary import rotation_table
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 
@@ -136,6 +138,10 @@ class Decoder(nn.Layer):
         self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, init_std=std) for _ in depths])
         self.mtp_block = nn.LayerList([DecoderLayer(config, False, part) for _ in depths])
 
+    def mtp_layers(self, depth: int) -> list[nn.Layer]:
+        """The layers of one depth of multi-token prediction."""
+        return [each[depth] for each in (self.mtp_emb_norm, self.mtp_hidden_norm, self.mtp_linear_proj, self.mtp_block)]
+
     def run(
         self, x_TD: paddle.Tensor, numbers: Sequence[int], mixer: AttentionContext, tokens: TokenInfo
     ) -> tuple[paddle.Tensor, Routings]:
@@ -172,6 +178,10 @@ class Embedding(Shardable):
         """See Divisible."""
         return {"weight": ShardSpec(0)}
 
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.EMBEDDING}
+
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """[...] int64 -> [..., D]."""
         return self.lookup(ids, self.weight)
@@ -187,6 +197,10 @@ class HeadBias(Shardable):
     def shard_specs(self) -> dict[str, ShardSpec]:
         """See Divisible."""
         return {"bias": ShardSpec(0)}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"bias": Role.BIAS}
 
 
 class CausalLM(nn.Layer):
@@ -207,8 +221,9 @@ class CausalLM(nn.Layer):
         self.lm_head: Linear | HeadBias | None = None
         vocab_size = config.vocab_size // part.tensor_degree
         if part.has_head and not config.tie_word_embeddings:
+            std = config.initializer_range
             self.lm_head = Linear(
-                config.hidden_size, vocab_size, bias=bias, split="column", init_std=config.initializer_range
+                config.hidden_size, vocab_size, bias=bias, split="column", init_std=std, role=Role.HEAD
             )
         elif part.has_head and bias:
             self.lm_head = HeadBias(vocab_size)
@@ -218,9 +233,12 @@ class CausalLM(nn.Layer):
         segment_ids_BS: np.ndarray,
         position_ids_BS: np.ndarray | None = None,
         prefixes: np.ndarray | None = None,
+        dropout: DropoutStep | None = None,
+        input_ids_BS: np.ndarray | None = None,
     ) -> PackedAttention:
         """The mixer of a batch: segment ids [B, S] and prefixes as in nn.segments.make_plan, positions [B, S] or None
-        (each document starts at 0, or where its prefix ends).
+        (each document starts at 0, or where its prefix ends). `dropout`: that of a training step, which depends on the
+        tokens `input_ids` [B, S].
         """
         plan = make_plan(segment_ids_BS, prefixes)
         positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
@@ -228,7 +246,24 @@ class CausalLM(nn.Layer):
         table = rotation_table(
             positions, heads.dim, self.config.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
         )
-        return PackedAttention(plan, table, heads)
+        if dropout is None:
+            return PackedAttention(plan, table, heads)
+        assert input_ids_BS is not None, "the masks of dropout depend on the tokens"
+        numbers = number_documents(input_ids_BS.reshape(-1), plan, prefixes)
+        first_head = self.shard.tensor_rank * heads.num_heads
+        return PackedAttention(
+            plan, table, heads, AttentionDropout(dropout, self.config.num_hidden_layers, numbers, first_head)
+        )
+
+    def parameter_depths(self) -> dict[str, int]:
+        """Depth of each parameter in the whole model of n layers: the embedding 0, layer i at i + 1, what stands behind
+        the layers (final norm, multi-token prediction) n + 1, the output head n + 2.
+        """
+        behind = self.config.num_hidden_layers + 1
+        places = [(number + 1, self.model.layers[number]) for number in self.model.layers.numbers]
+        places += [(0, self.model.embed_tokens), (behind + 1, self.lm_head)]
+        depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
+        return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
 
     @property
     def token_multiple(self) -> int:

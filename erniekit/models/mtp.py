@@ -38,10 +38,11 @@ def predict_ahead(
     depths = []
     dense = TokenInfo([hidden.last.shape[0]])  # the blocks have no experts
     previous = hidden.last
+    first = decoder.config.num_hidden_layers  # the blocks are numbered behind the layers
     for d, block in enumerate(decoder.mtp_block):
         target, valid = documents.plan.next_token(1 + d)
         ahead = decoder.embed_tokens(paddle.gather(input_ids_T, paddle.to_tensor(target)))
         joined = paddle.concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
-        previous, _ = block(decoder.mtp_linear_proj[d](joined), documents, dense, 0)
+        previous, _ = block(decoder.mtp_linear_proj[d](joined), documents, dense, first + d)
         depths.append(Depth(decoder.norm(previous), target, valid))
     return depths

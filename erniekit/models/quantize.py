@@ -23,7 +23,7 @@ def quantize_weights(model: CausalLM, schemes: Schemes) -> None:
 
 
 def describe(model: CausalLM) -> str:
-    """What is held in few bits, and how many bytes that takes instead of those of the model's other weights."""
+    """For the log: the number, formats and size of the quantised weights, and their size in the model's own type."""
     held = quantized_weights(model).values()
     names = sorted({weight.scheme.name for weight in held})
     few = sum(weight.num_bytes() for weight in held)
@@ -41,7 +41,7 @@ def _size(num_bytes: float) -> str:
 
 
 def num_held(model: CausalLM) -> int:
-    """Numbers in this process's parameters, in few bits or not."""
+    """The number of elements of this process's parameters, quantised or not."""
     return sum(prod(each.shape) for each in (*model.parameters(), *quantized_weights(model).values()))
 
 

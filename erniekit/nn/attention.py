@@ -5,8 +5,9 @@ their adjoint in one autograd node. No [seq, seq] mask over packed rows is ever 
 squared document lengths, not with the row length squared.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from erniekit.nn.attention_plan import AttentionPlan
+from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
 from erniekit.nn.rotary import rotate
 
@@ -188,14 +190,16 @@ def _cut(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) -> list[pa
 
 
 class _DocumentAttention(PyLayer):
-    """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included."""
+    """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included. `masks`: the dropout of the weights, if any."""
 
     @staticmethod
-    def forward(ctx, qkv: paddle.Tensor, table: paddle.Tensor, rows: _Rows, heads: HeadLayout) -> paddle.Tensor:
+    def forward(
+        ctx, qkv: paddle.Tensor, table: paddle.Tensor, rows: _Rows, heads: HeadLayout, masks: LayerMasks | None
+    ) -> paddle.Tensor:
         num_tokens, g, d = qkv.shape[0], heads.num_kv_heads, heads.dim
         z = rotate(qkv.reshape([num_tokens, heads.total, d]), table).reshape([num_tokens * heads.total, d])
         saved, outputs = [], []
-        for bucket in rows.buckets:
+        for number, bucket in enumerate(rows.buckets):
             fetched = paddle.gather(z, bucket.fetch)
             num_queries = bucket.num_documents * bucket.length * heads.num_heads
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
@@ -206,11 +210,13 @@ class _DocumentAttention(PyLayer):
             weights, parts = [], []
             for q, (start, stop) in zip(queries, bucket.blocks(), strict=True):
                 p = _probabilities(q, k, start, stop, heads.repeat, bucket)
-                weights.append(p if shape[2] <= _KEEP_WEIGHTS else None)
+                mask = None if masks is None else masks.block(number, start, stop)
+                weights.append((p, mask) if shape[2] <= _KEEP_WEIGHTS else None)
+                p = p if mask is None else p * mask
                 parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, : bucket.num_prefix + stop]))
             saved.append((queries, k, v, weights, parts))
             outputs += [part.reshape([-1, d]) for part in parts]
-        ctx.table, ctx.rows, ctx.heads, ctx.saved = table, rows, heads, saved
+        ctx.table, ctx.rows, ctx.heads, ctx.masks, ctx.saved = table, rows, heads, masks, saved
         return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d])
 
     @staticmethod
@@ -219,12 +225,13 @@ class _DocumentAttention(PyLayer):
         num_tokens, d = dout.shape[0], heads.dim
         dout = dout.reshape([num_tokens * heads.num_heads, d])
         grads = []
-        for bucket, saved in zip(rows.buckets, ctx.saved, strict=True):
+        for number, (bucket, saved) in enumerate(zip(rows.buckets, ctx.saved, strict=True)):
             do = paddle.gather(dout, bucket.fetch_grad)
             if bucket.keep is not None:
                 # Padding holds copies of token 0 and must bring no gradient of its own.
                 do = do.multiply_(bucket.keep.astype(do.dtype))
-            grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads)]
+            block = None if ctx.masks is None else partial(ctx.masks.block, number)
+            grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads, block)]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
         return rotate(dz, ctx.table, inverse=True).reshape([num_tokens, heads.total * d])
@@ -250,26 +257,37 @@ def _bucket_backward(
     queries: list[paddle.Tensor],
     k: paddle.Tensor,
     v: paddle.Tensor,
-    weights: list[paddle.Tensor | None],
+    weights: list[tuple[paddle.Tensor, paddle.Tensor | None] | None],
     outputs: list[paddle.Tensor],
     bucket: _BucketRows,
     heads: HeadLayout,
+    mask_of: Callable[[int, int], paddle.Tensor] | None,
 ) -> list[paddle.Tensor]:
-    """Adjoint of blocked attention: dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
+    """Adjoint of blocked attention: dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4);
+    with dropout dP = mask * dO V^T, and rowsum(dO * O) is still the rows' sum of P * dP.
 
-    The row sums ride along as one more column of the product dO V^T, against a column of -1: a broadcast subtraction
-    over the scores would cost more than the product. Returns the blocks' dq, then dk and dv.
+    Without dropout the row sums ride along as one more column of the product dO V^T, against a column of -1: a
+    broadcast subtraction over the scores would cost more than the product. Returns the blocks' dq, then dk and dv.
     """
     ones = paddle.ones([heads.dim, 1], dtype=do.dtype)
     v_and_minus = paddle.concat([v, paddle.full([*v.shape[:3], 1], -1.0, dtype=v.dtype)], axis=-1)
     dq_parts, dk, dv = [], None, None
     blocks = zip(queries, weights, outputs, _cut(do, bucket, heads), bucket.blocks(), strict=True)
     for q, kept, out, do_b, (start, stop) in blocks:
-        p = _probabilities(q, k, start, stop, heads.repeat, bucket) if kept is None else kept
+        if kept is None:
+            p, mask = _probabilities(q, k, start, stop, heads.repeat, bucket), mask_of and mask_of(start, stop)
+        else:
+            p, mask = kept
         seen = bucket.num_prefix + stop
-        do_and_sum = paddle.concat([do_b, paddle.matmul(do_b * out, ones)], axis=-1)
-        ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True).astype("float32").multiply_(p)
-        ds = ds.astype(q.dtype)
+        row_sum = paddle.matmul(do_b * out, ones)
+        if mask is None:
+            do_and_sum = paddle.concat([do_b, row_sum], axis=-1)
+            ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True).astype("float32")
+        else:
+            ds = paddle.matmul(do_b, v[:, :, :seen], transpose_y=True).astype("float32")
+            ds = ds.multiply_(mask).subtract_(row_sum.astype("float32"))
+        ds = ds.multiply_(p).astype(q.dtype)
+        p = p if mask is None else p * mask
         dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
         dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), seen)
         dv = _accumulate(dv, paddle.matmul(p.astype(q.dtype), do_b, transpose_x=True), seen)
@@ -290,26 +308,32 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
     return ends[plan.last_reader[plan.document_of_token]]
 
 
-def _flash_attention(qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPlan, heads: HeadLayout) -> paddle.Tensor:
+def _flash_attention(
+    qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPlan, heads: HeadLayout, rate: float
+) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
+
+    The kernel draws its dropout (`rate`) from Paddle's generator, which a step seeds: the masks differ from those of
+    nn.dropout, and they change with packing, microbatches and layout.
     """
     z = rotate(qkv.reshape([plan.num_tokens, heads.total, heads.dim]), table)
     q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
     indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
-    out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, causal=True)
+    out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, dropout=rate, causal=True)
     return out.reshape([plan.num_tokens, heads.num_heads * heads.dim])
 
 
 @dataclass(frozen=True)
 class PackedAttention:
     """Attention of a training or evaluation batch: every token sees the earlier tokens of its own document, and those
-    of the prefix that its document branches from.
+    of the prefix that its document branches from. `dropout`: that of a training step, if it has any.
     """
 
     plan: AttentionPlan
     table: paddle.Tensor
     heads: HeadLayout
+    dropout: AttentionDropout | None = None
 
     @cached_property
     def _rows(self) -> _Rows:
@@ -317,10 +341,13 @@ class PackedAttention:
         return _rows_of(self.plan, self.heads)
 
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
-        """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` is unused: nothing is kept between layers."""
+        """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` decides about dropout alone."""
+        dropout, heads = self.dropout, self.heads
         if qkv.place.is_gpu_place() and qkv.dtype in (paddle.bfloat16, paddle.float16):
-            return _flash_attention(qkv, self.table, self.plan, self.heads)
-        return _DocumentAttention.apply(qkv, self.table, self._rows, self.heads)
+            rate = 0.0 if dropout is None else dropout.rate_of(layer)
+            return _flash_attention(qkv, self.table, self.plan, heads, rate)
+        masks = None if dropout is None else dropout.masks(layer, self.plan, heads.num_heads, heads.num_kv_heads)
+        return _DocumentAttention.apply(qkv, self.table, self._rows, heads, masks)
 
 
 class SelfAttention(nn.Layer):

@@ -6,15 +6,17 @@ from typing import Literal
 import paddle
 from paddle import nn
 
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 
 Split = Literal["column", "row"]
 
 
 class Projection(Shardable):
-    """A weight that an adapter can hang on. `in_features` and `out_features` are those of this process; `adapter`, None
-    on a plain model, is a layer that takes the input and the product and gives the adapted product. `low_bit`, None on
-    a plain model, is a layer that holds the weight in few bits and multiplies by it; there is no `weight` then.
+    """A weight to which an adapter can be attached. `in_features` and `out_features` are those of this process;
+    `adapter`, None on a plain model, is a layer that takes the input and the product and gives the adapted product.
+    `low_bit`, None on a plain model, is a layer that holds the weight in 8 or 4 bits and multiplies by it; there is no
+    `weight` then.
     """
 
     in_features: int
@@ -26,11 +28,11 @@ class Projection(Shardable):
 class Linear(Projection):
     """y = x W + b with W [in_features, out_features], x [..., in_features], y [..., out_features].
 
-    `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): whoever shards or
-    adapts the layer must treat each part on its own. `split` says how tensor parallelism cuts it: "column" by outputs,
+    `parts` names the outputs that one fused weight holds, in column order (q, k, v or gate, up): sharding and
+    adapters treat each of them separately. `split` says how tensor parallelism cuts it: "column" by outputs,
     "row" by inputs, None not at all. All sizes are those of this process.
 
-    What is applied from outside hangs on four attributes, None on a plain model: `adapter` and `low_bit` as in
+    What is applied from outside is attached to four attributes, None on a plain model: `adapter` and `low_bit` as in
     Projection, `enter` and `leave` communicate before the product and after it (the bias is added behind).
     """
 
@@ -43,8 +45,10 @@ class Linear(Projection):
         parts: dict[str, int] | None = None,
         split: Split | None = None,
         init_std: float = 0.02,
+        role: Role = Role.PROJECTION,
     ) -> None:
         super().__init__()
+        self.role = role  # of the weight
         self.in_features = in_features
         self.out_features = out_features
         self.parts = parts or {}
@@ -65,6 +69,10 @@ class Linear(Projection):
         if self.split == "column":
             return {"weight": ShardSpec(1, widths), "bias": ShardSpec(0, widths)}
         return {"weight": ShardSpec(0)} if self.split == "row" else {}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": self.role, "bias": Role.BIAS}
 
     def product(self, x: paddle.Tensor) -> paddle.Tensor:
         """x W: [..., in_features] -> [..., out_features]."""

@@ -65,7 +65,7 @@ def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bo
     except UserError as error:
         if not screen.interactive:
             raise
-        screen.note(f"{error} ({CLEAR} begins anew)")
+        screen.note(f"{error} ({CLEAR} starts a new conversation)")
         return False
     calls = [] if conversation.messages is before else read_calls(conversation.messages[-1]["content"]).calls
     if calls:

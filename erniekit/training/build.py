@@ -21,14 +21,20 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.hub import resolve_model
 from erniekit.losses.preference import wants_reference
 from erniekit.models import activation_checkpoint
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, placements, rank_shard_of
-from erniekit.models.pipeline_layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
+from erniekit.models.pipeline_layout import (
+    check_layout,
+    cut_layers,
+    layout_lines,
+    parameter_chunks,
+    plan_actions,
+    schedule_of,
+)
 from erniekit.models.quantize import describe, quantize_weights
 from erniekit.models.weights import our_shapes
 from erniekit.parallel.agree import all_or_none
@@ -36,7 +42,7 @@ from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.precision import policy
-from erniekit.training.adamw import AdamW, rule_for
+from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import steps_for
 from erniekit.training.ema import WeightAverage
 from erniekit.training.lr_scheduler import Schedule, build_schedule
@@ -46,6 +52,7 @@ from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
+from erniekit.training.shape import directories, model_config
 from erniekit.training.trainable import attach_lora
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError
@@ -58,6 +65,7 @@ class Run:
     cfg: Config
     output_dir: Path
     model_dir: Path
+    tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
     chunks: list[tuple[int, ...]]
@@ -112,13 +120,14 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
     what the user can mend.
     """
-    assert cfg.model_name_or_path and cfg.output_dir, "config.load requires both to train"
+    assert cfg.output_dir, "config.load requires it to train"
     if cfg.stage == "DPO":
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
     seed_everything(cfg.seed)
-    model_dir = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
-    tokenizer = load_tokenizer(model_dir)
+    model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
+    tokenizer = load_tokenizer(tokenizer_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh, 0)
     schedule = build_schedule(cfg, max_steps)
@@ -127,21 +136,20 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         log.info(line)
     check_fits(tokenizer, model.config.vocab_size, str(model_dir))
     mtp_depths = train_mtp(model, cfg)
-    num_layers = model.config.num_hidden_layers
-    rules = {name: rule_for(name, cfg, num_layers) for name, _ in model.named_parameters()}
     sync = GradientSync(
         model.named_parameters(),
         placements(model, mesh, bool(cfg.sharding)),
         mesh.world_group,
         stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
         master_grad=cfg.amp_master_grad,
-        parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
+        parts=parameter_chunks(model, chunks),
     )
-    optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    optimizer = AdamW(sync, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
         chunks=chunks,
@@ -192,7 +200,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     """This process's part of the model with its weights, or at random where continue_training is false, in its
     precision, recomputing if asked; and the layers of each of its chunks.
     """
-    stored = read_config(model_dir) if cfg.continue_training else ModelConfig.from_dir(model_dir)
+    stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
     if cfg.continue_training and not has_weights(model_dir):
         raise ConfigError(
             f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
@@ -219,7 +227,8 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
                 "others start at random"
             )
     else:
-        log.info(f"continue_training: false: {model_dir} starts at random (seed {cfg.seed})")
+        what = model_dir if cfg.model_name_or_path else "the model of this configuration"
+        log.info(f"continue_training: false: {what} starts at random (seed {cfg.seed})")
     policy.apply(model, precision)
     if precision.low_bit is not None:
         log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
@@ -272,8 +281,9 @@ def _recompute_options(cfg: Config, config: ModelConfig) -> activation_checkpoin
         raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
     if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
         raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
     return activation_checkpoint.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, cfg.lora_dropout > 0.0
+        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise
     )
 
 
@@ -303,9 +313,9 @@ def train_mtp(model: CausalLM, cfg: Config) -> int:
             f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: {kept} of the model's multi-token-prediction "
             "blocks are kept, not trained"
         )
-        for name, parameter in model.named_parameters():
-            match = name.split(".")
-            if match[1].startswith("mtp_") and int(match[2]) >= cfg.num_nextn_predict_layers:
+        decoder = model.model
+        for depth in range(cfg.num_nextn_predict_layers, len(decoder.mtp_block)):
+            for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
                 parameter.stop_gradient = True
     return cfg.num_nextn_predict_layers
 

@@ -15,6 +15,7 @@ from erniekit.models.decoder import CausalLM, Routings
 from erniekit.moe.layer import TokenInfo
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.attention import PackedAttention
+from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
@@ -30,9 +31,14 @@ def run_chunk(
     batch: FlatBatch,
     x_TD: paddle.Tensor | None,
     noise_TD: paddle.Tensor | None = None,
+    dropout: DropoutStep | None = None,
 ) -> tuple[paddle.Tensor, PackedAttention, Routings]:
-    """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it)."""
-    documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
+    """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it), with the attention
+    dropout of a training step.
+    """
+    documents = model.documents(
+        batch.segment_ids[None], batch.position_ids[None], batch.prefixes, dropout, batch.input_ids[None]
+    )
     if x_TD is None:
         x_TD = model.model.embed_tokens(batch.ids_tensor())
         if noise_TD is not None:
@@ -96,9 +102,10 @@ class TrainStage:
         microbatches: Sequence[FlatBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
+        dropout: DropoutStep | None = None,
     ) -> None:
         self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
-        self.microbatches, self.counts = microbatches, counts
+        self.microbatches, self.counts, self.dropout = microbatches, counts, dropout
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
         self._after_backward = after_backward
@@ -109,7 +116,7 @@ class TrainStage:
         """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
         batch = self.microbatches[microbatch]
         noise = self.recipe.noise(self.model, batch) if x_TD is None else None
-        x_TD, documents, routings = run_chunk(self.model, self.chunks[chunk], batch, x_TD, noise)
+        x_TD, documents, routings = run_chunk(self.model, self.chunks[chunk], batch, x_TD, noise, self.dropout)
         terms, routed = router_terms(self.cfg, self.model, routings)
         for router, (stats, on_device) in routed.items():
             self._routers[router] = self._routers[router] + stats if router in self._routers else stats

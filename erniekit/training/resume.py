@@ -14,9 +14,9 @@ from typing import Any
 from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
-from erniekit.models.config import ModelConfig
 from erniekit.training.evaluation import metric_of
 from erniekit.training.lr_scheduler import build_schedule
+from erniekit.training.shape import model_config
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
 
@@ -56,9 +56,14 @@ _KEYS = {
         learning_rate min_lr lr_scheduler_type decay_function decay_steps warmup_steps warmup_ratio num_cycles power
         lr_end weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm layerwise_lr_decay_bound ema_decay
         batch_size_warmup_steps neftune neftune_noise_alpha token_balance_loss
+        attention_probs_dropout_prob dropout_warmup_steps
     """,
+    # The shape is compared as the base model's config.json, the tokenizer by its content.
     # The degrees are said as the layout; recomputation, stages and sharding change no result.
     Decision.IGNORE: """
+        hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
+        tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
+        moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval tokenizer_name_or_path
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache
@@ -113,9 +118,9 @@ def noted(cfg: Config) -> dict[str, Any]:
 
 
 def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
-    """What the base model is, whatever the directory is called: its config.json, and a hash of some of its weights."""
+    """What the base model is, whatever the directory is called: its shape, and a hash of some of its weights."""
     weights = fingerprint(model_dir) if cfg.continue_training else "random"
-    config: dict[str, Any] = json.loads(json.dumps(ModelConfig.from_dir(model_dir).to_dict("pt")))
+    config: dict[str, Any] = json.loads(json.dumps(model_config(cfg, model_dir).to_dict("pt")))
     return {"weights": weights, "config": config}
 
 

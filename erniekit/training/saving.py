@@ -232,7 +232,7 @@ class Saver:
             tensors,
             self.shares,
             self.cfg.save_format,
-            self.run.model_dir,
+            (self.run.model_dir, self.run.tokenizer_dir),
             self.run.template,
             directory=below,
         )

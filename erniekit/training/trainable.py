@@ -21,8 +21,8 @@ from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import num_held
 from erniekit.models.weights import our_shapes
+from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.nn.shard import WHOLE
-from erniekit.precision.policy import stays_fp32
 from erniekit.utils import log
 
 
@@ -86,28 +86,31 @@ def prepare_save(
     tensors: Mapping[str, paddle.Tensor],
     shares: Shares,
     format: Format,
-    model_dir: Path,
+    sources: tuple[Path, Path],
     template: Template | None,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now, and the tokenizer files. The chat template is `template`, if conversations
-    are trained, or else the base model's. All ranks call it.
+    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
+    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own. All ranks
+    call it.
     """
 
     def add_template(checkpoint: Path) -> None:
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
+    model_dir, tokenizer_dir = sources
     state = lora.state_of(model)
     if state is None:
-        header = _header_of(tensors)
+        header = _header_of(model, tensors)
         portion = model_rank_files(model, shares, format, tensors, directory, header)
 
         def add_files(checkpoint: Path) -> None:
             write_model_configs(model, checkpoint / directory, format, header)
-            copy_companions(model_dir, checkpoint / directory)
+            copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
+            copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
             add_template(checkpoint)
 
         return [portion], add_files
@@ -117,13 +120,14 @@ def prepare_save(
     def add_adapter(checkpoint: Path) -> None:
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
-        copy_companions(model_dir, checkpoint / directory, names=TOKENIZER_FILES)
+        copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
         add_template(checkpoint)
 
     return [], add_adapter
 
 
-def _header_of(tensors: Mapping[str, paddle.Tensor]) -> str:
+def _header_of(model: CausalLM, tensors: Mapping[str, paddle.Tensor]) -> str:
     """The dtype of weight files that lose nothing: that of the weights, whose fp32 masters go with the optimizer."""
-    kept = {tensor.dtype for name, tensor in tensors.items() if not stays_fp32(name)}
+    roles = named_roles(model)
+    kept = {tensor.dtype for name, tensor in tensors.items() if roles[name] not in FP32_ROLES}
     return "BF16" if kept == {paddle.bfloat16} else "F32"

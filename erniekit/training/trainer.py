@@ -20,6 +20,7 @@ from erniekit.training.evaluation import evaluate, metric_of
 from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import StepSums, TrainStage
 from erniekit.training.output_dir import OutputDir
+from erniekit.training.recipes.noise import attention_dropout
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
@@ -203,7 +204,10 @@ class Trainer:
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
         sync = run.optimizer.sync
-        stage = TrainStage(self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward)
+        dropout = attention_dropout(self.cfg, self.state.step)
+        stage = TrainStage(
+            self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward, dropout
+        )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         sync.finish()

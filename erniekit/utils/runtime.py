@@ -16,7 +16,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -169,4 +169,11 @@ _OTHER_LAUNCHERS = (
 
 def ignored_variables() -> list[str]:
     """NAME=value of the environment variables of other launchers that are set and do nothing here."""
-    return [f"{name}={os.environ[name]}" for name in _OTHER_LAUNCHERS if os.environ.get(name)]
+    names = [name for name in _OTHER_LAUNCHERS if name != "RANK" or not rank_numbers_hosts(os.environ)]
+    return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+
+
+def rank_numbers_hosts(environ: Mapping[str, str]) -> bool:
+    """Whether RANK is the number of a host among NNODES, as for PaddleFormers, and not torchrun's of a process."""
+    by_process = any(environ.get(name, "").strip() for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return environ.get("NNODES", "").strip() not in ("", "0", "1") and not by_process

@@ -16,6 +16,7 @@ EXPERT2 = {"expert_parallel_degree": 2}
 PIPE2 = {"pipeline_parallel_degree": 2}
 SHARD2 = {"sharding_parallel_degree": 2, "sharding": "stage1"}
 MTP = {"num_nextn_predict_layers": 1}
+DROPOUT = {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 3}
 MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
 WEIGHTS = {"continue_training": True}
 # The data end within a step: its last microbatch has a row for the first data rank only, and none for the other.
@@ -45,6 +46,9 @@ TWO = {
     "lopsided-tp2": ("lopsided", TENSOR2 | WEIGHTS),
     "moe-dp2-short": ("moe", DATA2 | SHORT),
     "moe-ep2-short": ("moe", EXPERT2 | SHORT | MTP),
+    "moe-dropout-dp2": ("moe", DATA2 | DROPOUT),
+    "moe-dropout-tp2-sp": ("moe", TENSOR2 | MTP | DROPOUT | {"sequence_parallel": True}),
+    "moe-dropout-pp2-recompute": ("moe", PIPE2 | MTP | DROPOUT | {"recompute": True}),
     "moe-lora-ep2-sharding": ("moe", EXPERT2 | SHARD2 | LORA),
     "moe-lora-tp2-sp": ("moe", TENSOR2 | LORA | {"sequence_parallel": True}),
     "untied-lora-tp2": ("untied", TENSOR2 | LORA),
@@ -84,7 +88,7 @@ alone: dict[str, dict] = {}
 
 
 def check(world: World, directory: Path, model: str, keys: dict[str, object]) -> tuple[float, float]:
-    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED | SHORT}
+    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED | SHORT | DROPOUT}
     name = f"{model} {kept}"
     if name not in alone:
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **kept))

@@ -67,10 +67,16 @@ def test_from_the_command_line(pairs):
     assert answers[0]["reference"] == "答案是0。"
 
 
-@pytest.mark.parametrize("model", ["dense", "moe"])
-def test_accumulated_and_packed_rows_give_one_step(pairs, model):
+@pytest.mark.parametrize(("model", "dropout"), [("dense", 0.0), ("moe", 0.0), ("dense", 0.3)])
+def test_accumulated_and_packed_rows_give_one_step(pairs, model, dropout):
     """The first steps of 8 rows as 8 x 1, 2 x 4 and 1 x 8: losses, rewards and norms to fp32 rounding."""
-    keys = {"model_name_or_path": str(pairs / model), "max_steps": 3, "packing": True, "max_seq_len": 64}
+    keys = {
+        "attention_probs_dropout_prob": dropout,
+        "model_name_or_path": str(pairs / model),
+        "max_steps": 3,
+        "packing": True,
+        "max_seq_len": 64,
+    }
     if model == "moe":
         keys |= {"moe_aux_loss_lambda": 0.01, "moe_z_loss_lambda": 0.01}
     runs = [
@@ -98,8 +104,9 @@ def test_accumulated_and_packed_rows_give_one_step(pairs, model):
         {"ref_model_update_steps": 3, "gradient_accumulation_steps": 2},
         {"loss_type": "kto_pair", "sft_loss_ratio": 0.5, "neftune": True},
         {"loss_type": "orpo", "num_train_epochs": 3},
+        {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 6, "recompute": True},
     ],
-    ids=["plain", "moving reference", "kto", "orpo"],
+    ids=["plain", "moving reference", "kto", "orpo", "attention dropout"],
 )
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(pairs, keys):
     keys = {"save_strategy": "steps", "save_steps": 4, "batch_size": 1, **keys}
@@ -113,6 +120,17 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(pairs, keys):
     one, other = Reader(pairs / "whole"), Reader(pairs / "parts")
     for name in one.keys():  # noqa: SIM118 no mapping
         assert one.read(name).tobytes() == other.read(name).tobytes(), name
+
+
+def test_attention_dropout_is_for_the_policy_in_training_alone(pairs):
+    """The reference and evaluations see no dropout, and with a warm-up the first step sees none either."""
+    keys = {"max_steps": 2, "attention_probs_dropout_prob": 0.5, "learning_rate": 0.0, "do_eval": True}
+    dropped = train(pairs, output_dir=str(pairs / "a"), **keys)
+    assert all(abs(step["loss"] - math.log(2)) > 1e-4 for step in dropped.history)
+    assert dropped.summary["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    warm = train(pairs, output_dir=str(pairs / "b"), dropout_warmup_steps=4, **keys).history
+    assert warm[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(warm[1]["loss"] - math.log(2)) > 1e-5
 
 
 def test_log_probabilities_computed_once_change_nothing(pairs):

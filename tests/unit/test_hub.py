@@ -1,6 +1,9 @@
+import sys
+import types
+
 import pytest
 
-from erniekit.hub import resolve_dataset, resolve_model
+from erniekit.hub import resolve_dataset, resolve_model, resolve_tokenizer
 from erniekit.utils.errors import CheckpointError, DataError
 
 
@@ -47,6 +50,62 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(path, monkeypatch)
         resolve_dataset(path)
 
 
-def test_hubs_of_an_extra_say_so():
-    with pytest.raises(CheckpointError, match="download_hub: modelscope needs extra hubs"):
-        resolve_model("owner/name", "modelscope")
+@pytest.fixture
+def other_hubs(tmp_path, monkeypatch):
+    """Stand-ins for the packages of ModelScope and AI Studio, which note what they are asked for. The signatures are
+    those of modelscope 1.40.2 and aistudio-sdk 0.3.9.
+    """
+    asked = []
+
+    def modelscope(model_id=None, revision=None, cache_dir=None, *, repo_type=None, allow_patterns=None):
+        asked.append(("modelscope", model_id, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    def aistudio(
+        revision=None, local_files_only=False, local_dir=None, allow_patterns=None, *, repo_id=None, repo_type="model"
+    ):
+        asked.append(("aistudio", repo_id, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    for package, parent, function in (
+        ("modelscope", "modelscope.hub", modelscope),
+        ("aistudio_sdk", "aistudio_sdk", aistudio),
+    ):
+        for name in (package, parent, f"{parent}.snapshot_download"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[f"{parent}.snapshot_download"].snapshot_download = function
+    return asked
+
+
+@pytest.mark.parametrize("hub", ["modelscope", "aistudio"])
+def test_the_other_hubs_download_models_tokenizers_and_data(hub, other_hubs, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked Hugging Face"))
+    assert resolve_model("owner/name", hub) == tmp_path
+    assert resolve_tokenizer("owner/words", hub) == tmp_path
+    assert resolve_dataset("owner/set", hub) == tmp_path
+    assert [call[:3] for call in other_hubs] == [
+        (hub, "owner/name", "model"),
+        (hub, "owner/words", "model"),
+        (hub, "owner/set", "dataset"),
+    ]
+    patterns = [call[3] for call in other_hubs]
+    assert "*.safetensors" in patterns[0] and "*.parquet" in patterns[2]
+    assert "tokenizer*" in patterns[1] and "*.safetensors" not in patterns[1]
+
+
+@pytest.mark.parametrize(("hub", "module"), [("modelscope", "modelscope"), ("aistudio", "aistudio_sdk")])
+def test_a_hub_whose_package_is_missing_names_the_extra(hub, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(CheckpointError, match=rf"download_hub: {hub} needs the extra `hubs`.*erniekit\[hubs\]"):
+        resolve_model("owner/name", hub)
+
+
+def test_a_failed_download_names_the_hub_that_was_asked(other_hubs, monkeypatch):
+    def refused(*args, **options):
+        raise ValueError("no such repository\nlong tale")
+
+    sys.modules["aistudio_sdk.snapshot_download"].snapshot_download = refused
+    with pytest.raises(
+        CheckpointError, match=r"not be downloaded from AI Studio .ValueError: no such repository"
+    ):
+        resolve_model("owner/name", "aistudio")

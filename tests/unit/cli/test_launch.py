@@ -153,6 +153,18 @@ def test_what_does_not_fit_is_refused_before_any_process_starts(job, keys: dict,
         job(**keys)
 
 
+@pytest.mark.parametrize(
+    ("environ", "node"),
+    [
+        ({"RANK": "1"}, 1),  # as PaddleFormers and PyTorchJob have it
+        ({"RANK": "1", "PADDLE_NODE_RANK": "0"}, 0),
+        ({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, None),  # torchrun's number of a process
+    ],
+)
+def test_rank_is_the_hosts_number_where_no_process_has_one(job, environ: dict, node: int | None):
+    assert job(environ=TWO | environ, data_parallel_degree=4).master.node == node
+
+
 def test_several_hosts(job):
     made = job(environ=TWO | {"SLURM_NODEID": "1"}, data_parallel_degree=4)
     assert (made.hosts, made.slots) == (2, 2)

@@ -72,6 +72,45 @@ bf16: true
 amp_master_grad: 1
 output_dir: ./output
 """
+PREFERENCE = """
+train_dataset_type: "erniekit"
+train_dataset_path: "./examples/data/dpo-train.jsonl"
+train_dataset_prob: "1.0"
+max_seq_len: 8192
+num_samples_each_epoch: 6000000
+mix_strategy: random
+packing: true
+model_name_or_path: baidu/ERNIE-4.5-0.3B-Paddle
+fine_tuning: Full
+fuse_rope: True
+stage: DPO
+seed: 42
+do_train: True
+distributed_dataloader: True
+dataloader_num_workers: 4
+batch_size: 1
+num_train_epochs: 1
+max_steps: 800
+save_steps: 100
+save_strategy: epoch
+logging_steps: 1
+gradient_accumulation_steps: 36
+output_dir: ./output/
+warmup_steps: 50
+learning_rate: 5.0e-7
+lr_scheduler_type: cosine
+min_lr: 5.0e-7
+layerwise_lr_decay_bound: 0.5
+attention_probs_dropout_prob: 0.1
+dropout_warmup_steps: 100
+offset_alpha: 0.0
+scale_loss: 8192
+use_sp_callback: True
+tensor_parallel_config: "sync_param sync_grad sync_moment"
+sharding: stage1
+compute_type: bf16
+amp_master_grad: True
+"""
 PRETRAINING = """
 env:
   HOME: null
@@ -122,6 +161,7 @@ def test_fine_tuning_runs_as_it_is_and_names_what_does_nothing(read):
     assert unsupported(cfg) == []
     assert (cfg.gradient_accumulation_steps, cfg.learning_rate, cfg.eval_steps) == (8, 1e-5, 100)
     assert keys(cfg.notes) == {
+        "defaults",
         *(
             "amp_custom_white_list",
             "amp_custom_black_list",
@@ -149,7 +189,8 @@ def test_pretraining_blocks_are_understood(read):
     assert cfg.input_dir == "0.4 ./demo_data/part0 0.6 ./demo_data/part1"
     assert (cfg.num_nextn_predict_layers, cfg.recompute, cfg.max_seq_len, cfg.batch_size) == (1, True, 4096, 2)
     assert (cfg.lr_scheduler_type, cfg.adam_epsilon, cfg.continue_training) == ("wsd:603000", 1e-8, False)
-    assert keys(unsupported(cfg)) == {"tokenizer_name", "use_fp8_mlp"}
+    assert keys(unsupported(cfg)) == {"use_fp8_mlp"}
+    assert cfg.tokenizer_name_or_path == "./tokenizer_model"
     assert {"env", "fp8_mem_configs", "dataset_type", "stage"} <= keys(cfg.notes)
 
 
@@ -161,3 +202,95 @@ def test_export_and_chat_need_no_degrees(read):
     chat = "model_name_or_path: m\noutput_dir: None\nmax_model_len: 131072\nport: 8188\nmax_new_tokens: 8192\n"
     cfg = read(chat, "chat")
     assert unsupported(cfg, "chat") == [] and cfg.output_dir is None and keys(cfg.notes) == {"max_model_len", "port"}
+
+
+def test_preference_files_keep_their_attention_dropout(read):
+    cfg = read(PREFERENCE)
+    assert unsupported(cfg) == []
+    assert (cfg.attention_probs_dropout_prob, cfg.dropout_warmup_steps) == (0.1, 100)
+    assert not {"attention_probs_dropout_prob", "dropout_warmup_steps"} & keys(cfg.notes)
+    without = read(PREFERENCE.replace("attention_probs_dropout_prob: 0.1", "attention_probs_dropout_prob: 0.0"))
+    assert "dropout_warmup_steps: no effect: attention_probs_dropout_prob is 0" in without.notes
+
+
+def test_token_files_may_count_evaluation_batches_twice(read):
+    text = """
+dataset_type: pretrain
+input_dir: "0.4 ./data/part0 0.6 ./data/part0"
+split: "998,1,1"
+stage: PT
+model_name_or_path: m
+output_dir: ./output
+max_evaluate_steps: 10000
+eval_iters: 10
+"""
+    cfg = read(text)
+    assert cfg.max_evaluate_steps == 10000
+    assert any(line.startswith("eval_iters: 10") and "max_evaluate_steps: 10000 decides" in line for line in cfg.notes)
+    assert read(text.replace("max_evaluate_steps: 10000\n", "")).max_evaluate_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "use_attn_mask_startend_row_indices: false",
+            "use_attn_mask_startend_row_indices: no effect",
+        ),
+        ("FLAGS_use_stride_kernel: 0", "FLAGS_use_stride_kernel: no effect: Paddle's flags are set in the environment"),
+        ("resume_from_checkpoint: True", "resume_from_checkpoint: True: read as auto"),
+        ("bf16: true", ""),
+        ("gc_interval: 100000", "gc_interval: no effect: Python's garbage collector"),
+        ("release_grads: True", "release_grads: no effect: gradients are freed after every step"),
+        ("offload_recompute_inputs: True", "offload_recompute_inputs: no effect: what is kept for the backward pass"),
+    ],
+)
+def test_lines_of_theirs_that_load_with_a_note(read, line, expected):
+    name = line.partition(":")[0]
+    text = "".join(f"{given}\n" for given in SFT.splitlines() if not given.startswith(name))
+    cfg = read(text + line + "\n")
+    assert unsupported(cfg) == []
+    assert any(note.startswith(expected) for note in cfg.notes)
+
+
+def test_mixed_precision_beside_a_quantised_base_is_noted(read):
+    text = SFT.replace("compute_type: bf16", "compute_type: wint4/8\nbf16: true").replace("Full", "LoRA")
+    cfg = read(text)
+    assert cfg.compute_type == "wint4/8"
+    assert any(note.startswith("bf16: True") and note.endswith("compute_type: wint4/8 decides") for note in cfg.notes)
+
+
+def test_text_that_stands_under_the_vision_models_key(read):
+    empty = SFT.replace('"./examples/data/sft-train.jsonl"', '""') + "text_dataset_path: fc.jsonl\n"
+    cfg = read(empty + 'text_dataset_prob: "1.0"\n')
+    assert (cfg.train_dataset_path, unsupported(cfg)) == ("fc.jsonl", [])
+    assert any(note.startswith("train_dataset_path: empty, so fc.jsonl") for note in cfg.notes)
+    vision = read(empty.replace("stage: SFT", "stage: VL-SFT"))
+    assert vision.train_dataset_path is None and keys(unsupported(vision)) == {"stage"}
+
+
+def test_defaults_that_mean_something_else_there_are_named_once(read):
+    short = "fuse_rope: True\nmodel_name_or_path: m\ntrain_dataset_path: t.jsonl\noutput_dir: o\n"
+    (line,) = [note for note in read(short).notes if note.startswith("defaults:")]
+    assert "one of ERNIEKit's (it has fuse_rope)" in line
+    for theirs in ("fine_tuning LoRA (here Full)", "logging_steps 500 (here 1)", "do_train False (here True)"):
+        assert theirs in line
+    assert "normalize_logps" not in line
+    (preference,) = [note for note in read(PREFERENCE).notes if note.startswith("defaults:")]
+    assert preference.endswith("mean something else: normalize_logps True (here False)")
+    assert "defaults" not in keys(read(PREFERENCE + "normalize_logps: true\n").notes)
+
+
+@pytest.mark.parametrize("line", ["run_name: x", "eval_strategy: 'no'", "lora: False", "report_to: none", "host: h"])
+def test_a_file_without_keys_of_theirs_alone_is_nobodys(read, line):
+    text = f"model_name_or_path: m\ntrain_dataset_path: t.jsonl\noutput_dir: o\n{line}\n"
+    assert "defaults" not in keys(read(text).notes)
+
+
+def test_a_file_of_the_successor_is_known_by_its_words(read):
+    text = (
+        "tensor_model_parallel_size: 2\nfuse_rope: True\nmodel_name_or_path: m\ntrain_dataset_path: t\noutput_dir: o\n"
+    )
+    (line,) = [note for note in read(text).notes if note.startswith("defaults:")]
+    assert "one of PaddleFormers's" not in line and "PaddleFormers' (it has tensor_model_parallel_size)" in line
+    assert "sharding stage1 (here nothing)" in line

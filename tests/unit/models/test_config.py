@@ -283,7 +283,7 @@ def test_from_dir(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json not found"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not JSON: .* line 1"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON: .* column 2"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text("\ufeff" + json.dumps(without(DENSE, "model_type")))
     assert ModelConfig.from_dir(str(tmp_path)).model_type == "ernie4_5"

@@ -53,6 +53,10 @@ def test_variables_of_other_launchers_are_named(monkeypatch: pytest.MonkeyPatch)
     before = runtime.ignored_variables()
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     assert runtime.ignored_variables() == ["NPROC_PER_NODE=8", *before]
+    monkeypatch.setenv("RANK", "1")
+    assert "RANK=1" in runtime.ignored_variables()
+    monkeypatch.setenv("NNODES", "2")
+    assert "RANK=1" not in runtime.ignored_variables()  # it is the host's number
 
 
 def test_the_device_has_a_name():

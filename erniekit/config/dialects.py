@@ -1,0 +1,70 @@
+"""Which toolkit a file was written for, and what keys that it leaves out mean there and not here.
+
+The rule: a file that gives a key of PaddleFormers' alone (paddleformers_keys.MARKS) was written for PaddleFormers; else
+one that gives a key of ERNIEKit's alone (MARKS) was written for ERNIEKit; all others for nobody in particular.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from erniekit.config import paddleformers_keys
+from erniekit.config.schema import Config
+
+# Keys of ERNIEKit's files that neither Hugging Face's tools nor LLaMA-Factory have.
+MARKS = (
+    "unified_checkpoint disable_ckpt_quant fp16_opt_level amp_custom_white_list "
+    "amp_custom_black_list fuse_rope fuse_linear fuse_rms_norm fuse_swiglu use_sparse_head_and_loss_fn "
+    "use_fused_head_and_loss_fn use_attn_mask_start_row_indices recompute_use_reentrant release_grads offload_optim "
+    "tensorwise_offload_optimizer pipeline_parallel_config tensor_parallel_config sharding_parallel_config moe_group "
+    "use_sp_callback distributed_dataloader in_tokens_batching moe_gate pp_need_data"
+).split()
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """A toolkit ("ERNIEKit's"), the keys that only its files give, and its defaults that are other ones here."""
+
+    owner: str
+    marks: Collection[str]
+    defaults: dict[str, Any]
+
+
+_LEARNING = {"fine_tuning": "LoRA", "logging_steps": 500, "do_train": False}
+_DIALECTS = (
+    _Dialect("PaddleFormers'", paddleformers_keys.MARKS, _LEARNING | {"sharding": "stage1", "split": "950,50"}),
+    _Dialect("ERNIEKit's", MARKS, _LEARNING | {"normalize_logps": True, "amp_master_grad": False}),
+)
+
+
+def note(cfg: Config, names: Collection[str], command: str) -> list[str]:
+    """One line, or none, about defaults that matter to this run. `names`: every key that was given, as it was given or
+    as the key that it stands for.
+    """
+    for dialect in _DIALECTS:
+        mark = next((mark for mark in dialect.marks if mark in names), None)
+        if mark is not None and command == "train":
+            others = [
+                f"{name} {there} (here {_shown(vars(cfg)[name])})"
+                for name, there in dialect.defaults.items()
+                if name not in names and _matters(cfg, name)
+            ]
+            line = (
+                f"defaults: this file looks like one of {dialect.owner} (it has {mark}), where keys that it leaves "
+                f"out mean something else: {', '.join(others)}"
+            )
+            return [line] if others else []
+    return []
+
+
+def _matters(cfg: Config, name: str) -> bool:
+    """Whether this run reads the key."""
+    if name == "normalize_logps":
+        return cfg.stage == "DPO"
+    if name == "split":
+        return cfg.dataset_type == "pretrain"
+    return True
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value == "" else str(value)

@@ -1,0 +1,135 @@
+"""The shape of the model that a run trains: config.json's, the YAML's, or the first changed by the second."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from erniekit.config.schema import Config
+from erniekit.config.schema_shape import NEEDED_OF_EXPERTS
+from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.hub import resolve_model, resolve_tokenizer
+from erniekit.models.config import ModelConfig
+from erniekit.utils.errors import ConfigError
+
+_HINT = "Change these keys in the YAML"
+
+
+def directories(cfg: Config) -> tuple[Path, Path]:
+    """Where the model's files and the tokenizer's are; both are downloaded if they are names. The model's are the
+    tokenizer's where the YAML alone describes the model.
+    """
+    model = None
+    if cfg.model_name_or_path:
+        model = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    if not cfg.tokenizer_name_or_path:
+        assert model is not None, "config.load requires a model or a tokenizer to train"
+        return model, model
+    tokenizer = resolve_tokenizer(cfg.tokenizer_name_or_path, cfg.download_hub)
+    return model or tokenizer, tokenizer
+
+
+def given_shape(cfg: Config) -> dict[str, Any]:
+    """The keys of the shape that the YAML gives."""
+    values = {
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_key_value_heads": cfg.num_key_value_heads,
+        "head_dim": cfg.head_dim,
+        "vocab_size": cfg.vocab_size,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "use_bias": cfg.use_bias,
+        "initializer_range": cfg.initializer_range,
+        "moe_num_experts": cfg.moe_num_experts,
+        "moe_k": cfg.moe_k,
+        "moe_intermediate_size": cfg.moe_intermediate_size,
+        "moe_num_shared_experts": cfg.moe_num_shared_experts,
+        "moe_layer_start_index": cfg.moe_layer_start_index,
+        "moe_layer_end_index": cfg.moe_layer_end_index,
+        "moe_layer_interval": cfg.moe_layer_interval,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def model_config(cfg: Config, directory: Path) -> ModelConfig:
+    """The model's configuration, before anything is built or a weight is looked at. `directory`: the model's, or the
+    tokenizer's where there is no model.
+
+    ConfigError names the keys of a shape that is not whole, contradicts itself, or is not that of the weights.
+    """
+    given = given_shape(cfg)
+    if not cfg.model_name_or_path:
+        return _from_yaml(cfg, given, directory)
+    stored = ModelConfig.from_dir(directory)
+    if cfg.continue_training:
+        _require_same(given, stored, directory)
+        return stored
+    return _changed(stored, given, directory) if given else stored
+
+
+def _require_same(given: Mapping[str, Any], stored: ModelConfig, directory: Path) -> None:
+    last = {"moe_layer_end_index": stored.num_hidden_layers - 1}
+    wrong = [
+        f"{key}: {value} (there {vars(stored)[key]})"
+        for key, value in given.items()
+        if (last.get(key, value) if value == -1 else value) != vars(stored)[key]
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: not the shape of the weights in {directory}. Leave these keys out, or set "
+            "continue_training: false for a random start in the shape that they give."
+        )
+
+
+def _changed(stored: ModelConfig, given: Mapping[str, Any], directory: Path) -> ModelConfig:
+    """config.json with the YAML's keys in their place."""
+    values = stored.to_dict("pt")
+    if stored.moe_layer_end_index == stored.num_hidden_layers - 1:
+        values["moe_layer_end_index"] = -1  # the last of all, however many there are
+    values |= given
+    _set_kind(values)
+    return ModelConfig.from_dict(values, source=f"{directory}/config.json with the YAML's keys", hint=_HINT)
+
+
+def _from_yaml(cfg: Config, given: Mapping[str, Any], tokenizer_dir: Path) -> ModelConfig:
+    """A shape from the YAML alone; its tokens' roles are the tokenizer's."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    heads = given["num_attention_heads"]
+    if "head_dim" not in given and given["hidden_size"] % heads:
+        raise ConfigError(
+            f"head_dim: needed: hidden_size {given['hidden_size']} does not divide by num_attention_heads {heads}"
+        )
+    if given["vocab_size"] < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size: {given['vocab_size']}: the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} token "
+            "ids. Give at least so many."
+        )
+    values = {
+        "num_key_value_heads": heads,
+        "head_dim": given["hidden_size"] // heads,
+        "moe_num_experts": 0,
+        "moe_num_shared_experts": 0,
+        "max_position_embeddings": cfg.max_seq_len,
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    } | dict(given)
+    _set_kind(values)
+    return ModelConfig.from_dict(values, source=cfg.source or "the configuration", hint=_HINT)
+
+
+def _set_kind(values: dict[str, Any]) -> None:
+    """Dense or sparse, as moe_num_experts says."""
+    if values.get("moe_num_experts"):
+        values["model_type"] = "ernie4_5_moe"
+        missing = [key for key in NEEDED_OF_EXPERTS if key not in values]
+        if missing:
+            raise ConfigError(
+                f"moe_num_experts: {values['moe_num_experts']}: a model with experts also needs {', '.join(missing)}"
+            )
+    else:
+        values["model_type"] = "ernie4_5"
+        for key in [key for key in values if key.startswith("moe_")]:
+            del values[key]
+    values.pop("architectures", None)
