@@ -22,8 +22,8 @@ from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
-from erniekit.nn.rotary import rotation_table
 from erniekit.nn.roles import Role
+from erniekit.nn.rotary import rotation_table
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 

@@ -216,7 +216,8 @@ class GradientSync:
                 self._send(index)
         while self._flying:
             self._settle()
-        arrived, flags = [], []
+        arrived: list[tuple[Entry, paddle.Tensor]] = []
+        flags: list[paddle.Tensor] = []
         for index, bucket in enumerate(self.buckets):
             row, groups = self._rows.pop(index), _sums_over(bucket)
             for group in groups if bucket.placement.shard.size > 1 else groups[1:]:

@@ -45,9 +45,7 @@ class ForwardPass:
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
-        log_probs = [
-            paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches
-        ]
+        log_probs = [paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, documents: PackedAttention) -> None:
             hidden = model.enter_head(model.model.norm(x_TD))

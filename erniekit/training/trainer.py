@@ -31,7 +31,6 @@ from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
 from erniekit.utils.user_files import read_json_object
 
-
 # Keys of what is fetched together with a stage's sums.
 _SQUARES = "squared norms of the gradients"
 

@@ -51,9 +51,7 @@ class PreferenceRecipe:
         prepared = list(microbatches)
         if self.reference is not None:
             found = self.reference.log_probs(prepared)
-            prepared = [
-                replace(batch, reference=log_probs) for batch, log_probs in zip(prepared, found, strict=True)
-            ]
+            prepared = [replace(batch, reference=log_probs) for batch, log_probs in zip(prepared, found, strict=True)]
         if self.cfg.loss_type == "kto_pair":
             self._kl = self._measure_kl(prepared)
         return prepared

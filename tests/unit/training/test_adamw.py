@@ -147,14 +147,21 @@ def test_routers_and_second_factors_have_their_own_rates():
     found = rules("moe", Config(moe_gate_lr_ratio=0.01, lora_plus_scale=4.0), lora=True)
     assert {name for name, rule in found.items() if rule.lr_ratio == 0.01} == {"model.layers.1.mlp.gate.weight"}
     fast = {name for name, rule in found.items() if rule.lr_ratio == 4.0}
-    assert fast == {name for name in found if ".adapter.B" in name} and "model.layers.1.mlp.experts.down_proj.adapter.B" in fast
+    assert (
+        fast == {name for name in found if ".adapter.B" in name}
+        and "model.layers.1.mlp.experts.down_proj.adapter.B" in fast
+    )
     assert {rule.lr_ratio for rule in found.values()} == {0.01, 1.0, 4.0}
 
 
 def test_rates_of_one_ratio_are_one_tensor_a_step_and_nothing_is_uploaded():
     parameters = [(name, parameter([1.0, 2.0])) for name in "abc"]
     optimizer = AdamW(
-        GradientSync.single(parameters), {name: ParamRule(0.5 if name == "c" else 1.0, 0.0) for name in "abc"}, 0.9, 0.95, 1e-8
+        GradientSync.single(parameters),
+        {name: ParamRule(0.5 if name == "c" else 1.0, 0.0) for name in "abc"},
+        0.9,
+        0.95,
+        1e-8,
     )
     for _, p in parameters:
         give_gradient(p, [1.0, -1.0])
