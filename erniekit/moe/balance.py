@@ -12,8 +12,8 @@ from erniekit.moe.layer import MoELayer
 def update_biases(
     layers: Mapping[int, MoELayer], usages: Mapping[tuple[int, int], np.ndarray], step_size: float
 ) -> dict[int, np.ndarray]:
-    """bias_e += step_size * sign(mean usage - usage_e) (Wang et al. 2024, arXiv 2408.15664, algorithm 1), in all routers
-    with one upload.
+    """bias_e += step_size * sign(mean usage - usage_e) (Wang et al. 2024, arXiv 2408.15664, algorithm 1), for the
+    routers of all layers with one upload.
 
     Args:
         layers: sparse layers by number.

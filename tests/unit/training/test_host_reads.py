@@ -9,7 +9,12 @@ import pytest
 from support.equality import keys_for, prepare
 from support.host_reads import counted, of_a_step, write_pairs
 
-from erniekit.utils.device_sums import DeviceSums
+from erniekit import config
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import ParallelDims, build_mesh
+from erniekit.training.build import build_run
+from erniekit.training.trainer import Trainer
+from erniekit.utils.errors import TrainError
 
 FETCH = "utils/device_sums.py:fetch"  # losses, metrics, norms, routers' numbers and biases: all at once
 EXPERTS = "moe/layer.py:_start"  # the choice of experts, which gives the sizes of the dropless products
@@ -82,20 +87,6 @@ def test_kto_reads_the_divergence_of_the_whole_step_before_it(directory: Path):
     assert found["reads"] == {FETCH: 2}
 
 
-def test_device_sums_are_those_of_reading_every_summand():
-    sums, values = DeviceSums(), [0.1, 1e8, -0.3, 7.0]
-    for value in values:
-        sums.add("scalar", paddle.to_tensor(value, dtype="float32"))
-        sums.add("vector", paddle.to_tensor([value, 1.0], dtype="float32"))
-    expected = sum(paddle.to_tensor(value, dtype="float32").item() for value in values)
-    with counted() as transfers:
-        fetched = sums.fetch()
-    assert transfers.reads == {FETCH: 1}
-    assert fetched["scalar"].shape == () and fetched["scalar"] == expected
-    assert fetched["vector"].tolist() == [expected, 4.0]
-    assert sums.fetch() == {}
-
-
 def test_every_way_to_read_a_tensor_counts():
     number = paddle.to_tensor(2)
     reads = (*(methodcaller(name) for name in ("numpy", "item", "tolist")), bool, int, float, range(5).__getitem__)
@@ -103,3 +94,17 @@ def test_every_way_to_read_a_tensor_counts():
         for read in (*reads, np.asarray):
             read(number)
     assert sum(transfers.reads.values()) == len(reads) + 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(directory: Path):
+    cfg = config.load(None, keys_for(str(directory), "dense", rows=2), "train")
+    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, comm.world().size)))
+    trainer = Trainer(run, [])
+    with paddle.no_grad():
+        run.model.model.norm.weight[3] = float("nan")
+    before = {name: p.numpy() for name, p in run.model.named_parameters()}
+    with pytest.raises(TrainError, match=r"step 1: loss nan, .*the weight model\.norm\.weight is not finite.*Nothing was"):
+        trainer.train_step(run.loader.next_step())
+    run.close()
+    assert trainer.state.step == 0 and not any(each["moment1"].any() for each in run.optimizer.state.values())
+    assert all(p.numpy().tobytes() == before[name].tobytes() for name, p in run.model.named_parameters())
