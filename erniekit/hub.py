@@ -40,6 +40,21 @@ def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str
     return _resolve(name_or_path, download_hub, key, "dataset", _DATA_FILES, DataError)
 
 
+def find_model(name_or_path: str, key: str = "model_name_or_path") -> Path | None:
+    """As resolve_model, but nothing is downloaded: None for a Hub name."""
+    return _find(name_or_path, key, "model", _MODEL_FILES, CheckpointError)
+
+
+def find_tokenizer(name_or_path: str) -> Path | None:
+    """As resolve_tokenizer, but nothing is downloaded: None for a Hub name."""
+    return _find(name_or_path, "tokenizer_name_or_path", "model", _TOKENIZER_FILES, CheckpointError)
+
+
+def find_dataset(name_or_path: str, key: str = "train_dataset_path") -> Path | None:
+    """As resolve_dataset, but nothing is downloaded: None for a Hub name."""
+    return _find(name_or_path, key, "dataset", _DATA_FILES, DataError)
+
+
 def local_path(name: str) -> Path | None:
     """The file or directory that a text names (~ is the home directory), or None where there is none."""
     try:
@@ -49,7 +64,8 @@ def local_path(name: str) -> Path | None:
         return None
 
 
-def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str], error_type: type[UserError]) -> Path:
+def _find(name: str, key: str, kind: str, patterns: list[str], error_type: type[UserError]) -> Path | None:
+    """The local path; None for what may be a Hub name."""
     path = local_path(name)
     if path is not None:
         return path
@@ -60,6 +76,13 @@ def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str
             f"{key}: there is no file or directory {name!r} (looked in {Path.cwd()}). "
             "Hint: check the path; a Hub name has the form owner/name."
         )
+    return None
+
+
+def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str], error_type: type[UserError]) -> Path:
+    path = _find(name, key, kind, patterns, error_type)
+    if path is not None:
+        return path
     title, download = _HUBS[hub or "huggingface"]
     log.info(f"{key}: {name} is no local path; asking {title}")
     try:

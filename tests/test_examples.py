@@ -201,3 +201,10 @@ def test_it_is_named_after_its_model_and_length(name):
 @pytest.mark.parametrize("name", FILES)
 def test_no_key_is_noise(name):
     assert read(name).extras == ()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_key_is_pointless(name):
+    """But for keys of the evaluation that is run with the same file, and the degrees of models that fit no one GPU."""
+    expected = ("read by eval and chat", "one device holds the model")
+    assert [note for note in read(name).notes if not note.endswith(expected)] == []

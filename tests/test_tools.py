@@ -20,12 +20,12 @@ FAST = {
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
+    "make_config_page": "make_config_page.py --check",
     "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",
     "make_doc_tables": "make_doc_tables.py --check",
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
-    "make_token_files": f"make_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --output {{tmp}}/tokens",
     "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",
 }
 SLOW = {

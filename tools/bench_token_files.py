@@ -1,11 +1,11 @@
-"""Time tools/make_token_files.py against its tokenizer alone, over the same text, in turns.
+"""Time `erniekit tokenize` against its tokenizer alone, over the same text, in turns.
 
     python tools/bench_token_files.py --tokenizer examples/models/tiny-moe corpus.jsonl
     python tools/bench_token_files.py --tokenizer examples/models/tiny-moe --rounds 5 --workers 0 1 2 -- corpus.jsonl
 
-"alone" is one process that calls tokenizer.encode_plain on every document, read and parsed beforehand. The tool reads,
-parses, tokenises and writes; its time includes the start of its worker processes, but not of Python itself. Processor
-time is that of all its processes. Ratios are of the fastest rounds, which a busy machine disturbs least.
+"alone" is one process that calls tokenizer.encode_plain on every document, read and parsed beforehand. The command
+reads, parses, tokenises and writes; its time includes the start of its worker processes, but not of Python itself.
+Processor time is that of all its processes. Ratios are of the fastest rounds, which a busy machine disturbs least.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def alone(tokenizer: Tokenizer, texts: list[str]) -> None:
         tokenizer.encode_plain(text)
 
 
-def with_tool(tokenizer: Tokenizer, inputs: list[Path], workers: int) -> None:
+def with_command(tokenizer: Tokenizer, inputs: list[Path], workers: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         build.build_token_files(inputs, Path(directory) / "out", tokenizer, workers)
 
@@ -55,7 +55,7 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ways: dict[str, Callable[[], None]] = {"alone": lambda: alone(tokenizer, texts)}
     for n in args.workers:
-        ways[f"{n} workers"] = lambda n=n: with_tool(tokenizer, args.inputs, n)  # type: ignore[misc]
+        ways[f"{n} workers"] = lambda n=n: with_command(tokenizer, args.inputs, n)  # type: ignore[misc]
     times = {name: [] for name in ways}  # type: dict[str, list[tuple[float, float]]]
     for _ in range(args.rounds):
         for name, work in ways.items():

@@ -95,8 +95,8 @@ def main() -> None:
     """The whole way."""
     started = time.monotonic()
     run("tools/make_pretrain_corpus.py", "--out", f"{OUT}/corpus.jsonl", "--max-bytes", "8000000")
-    tokens = ("--tokenizer", TOKENIZER, "--output", f"{OUT}/corpus_text", "--workers", "2", "--overwrite")
-    run("tools/make_token_files.py", *tokens, f"{OUT}/corpus.jsonl")
+    tokens = (f"tokenizer={TOKENIZER}", f"output={OUT}/corpus_text", "workers=2", "overwrite=true")
+    run("-m", "erniekit", "tokenize", f"{OUT}/corpus.jsonl", *tokens)
     for stage in ("text", "long"):
         run("-m", "erniekit", "train", f"{CONFIGS}/stage1_{stage}.yaml", "overwrite_output_dir=true")
 

@@ -18,7 +18,7 @@ from erniekit.checkpoint.safetensors import (
 )
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
 from erniekit.utils import atomic, log
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -84,6 +84,14 @@ def require_model(directory: Path) -> None:
         raise CheckpointError(
             f"model_name_or_path: {directory} is an adapter: set lora_path to it, and model_name_or_path to the model "
             "it was trained on."
+        )
+
+
+def require_weights(directory: Path) -> None:
+    """Raises ConfigError where training is to start from weights and model_name_or_path has none."""
+    if not has_weights(directory):
+        raise ConfigError(
+            f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start."
         )
 
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 class Command(NamedTuple):
     """Where a sub-command lives and how `help` shows it."""
 
-    target: str  # "module:function"; the function takes the remaining arguments and returns the exit code
+    target: str  # "module:function"; it takes the remaining arguments and returns the exit code, or see takes_config
     summary: str
     example: str
     syntax: str = ""  # empty: a configuration file and key=value, as most commands
+    takes_config: bool = False  # the function takes the Config that the arguments make; what it returns is not used
 
 
 COMMANDS = {
@@ -18,20 +19,29 @@ COMMANDS = {
         "train the model that a YAML describes",
         "erniekit train sft.yaml learning_rate=1e-4",
     ),
+    "check": Command(
+        "erniekit.cli.check:run",
+        "say what is wrong with a YAML and its data, without training",
+        "erniekit check sft.yaml max_seq_len=8192",
+        "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]",
+    ),
     "eval": Command(
-        "erniekit.cli.eval:run",
+        "erniekit.evaluate.run:evaluate",
         "measure a model on an evaluation set",
         "erniekit eval run_eval.yaml output_dir=./output",
+        takes_config=True,
     ),
     "export": Command(
-        "erniekit.cli.export:run",
+        "erniekit.export.export:export",
         "turn a training checkpoint into a model directory",
         "erniekit export run_export.yaml format=paddle",
+        takes_config=True,
     ),
     "split": Command(
-        "erniekit.cli.split:run",
+        "erniekit.export.split:split",
         "write a model again in shards of another size",
         "erniekit split run_export.yaml max_shard_size=2",
+        takes_config=True,
     ),
     "convert": Command(
         "erniekit.cli.convert:run",
@@ -39,10 +49,18 @@ COMMANDS = {
         "erniekit convert ./in ./out format=pt",
         "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
     ),
+    "tokenize": Command(
+        "erniekit.cli.tokenize:run",
+        "turn text into token files for pretraining",
+        "erniekit tokenize corpus/*.jsonl tokenizer=./model output=./tokens/part0",
+        "erniekit tokenize TEXT... tokenizer=MODEL output=PREFIX [workers=1] [append_eos=true]\n"
+        "       [on_bad_line=error|skip] [overwrite=false] [note_every=5]",
+    ),
     "chat": Command(
-        "erniekit.cli.chat:run",
+        "erniekit.serve.chat:chat",
         "talk to a model in the terminal",
         "erniekit chat run_chat.yaml temperature=0.7",
+        takes_config=True,
     ),
     "version": Command(
         "erniekit.cli.info:version",
@@ -59,3 +77,17 @@ COMMANDS = {
 }
 
 ALIASES = {"-h": "help", "--help": "help", "-v": "version", "-V": "version", "--version": "version"}
+
+# Commands of ERNIEKit that this version does not have, and what to use in their place.
+NOT_HERE = {
+    "server": (
+        "`erniekit server` is not in this version. To serve a model, write it with `erniekit export` and give the "
+        "directory to an inference server: vLLM reads the -PT layout (format=pt), FastDeploy the -Paddle layout "
+        "(format=paddle). `erniekit chat` talks to a model in the terminal."
+    ),
+    "webui": (
+        "`erniekit webui` is not in this version: there is no page in the browser. A YAML file and `erniekit train` "
+        "start a run (`erniekit check` looks at the file first), `erniekit chat` talks to the result, and with "
+        "report_to: visualdl or tensorboard the curves of a run are drawn in the browser."
+    ),
+}

@@ -1,13 +1,15 @@
 """`erniekit help` and `erniekit version`: without Paddle, to answer at once and where nothing else works."""
 
-import dataclasses
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import erniekit
-from erniekit.cli.commands import COMMANDS
+from erniekit.cli.commands import COMMANDS, NOT_HERE
 from erniekit.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from erniekit.config.reference import KeyEntry
 
 USAGE = """\
 erniekit trains ERNIE 4.5 models on PaddlePaddle. It is an independent project, not Baidu's official ERNIEKit.
@@ -27,16 +29,6 @@ erniekit {name} CONFIG.yaml [key=value ...]
        erniekit {name} --key value [--key value ...]"""
 
 
-# Command -> the groups of keys that it reads, and single keys of other groups.
-KEYS: dict[str, tuple[str, str]] = {
-    "train": ("data,model,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
-    "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
-    "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
-    "export": ("export", "model_name_or_path download_hub checkpoint output_dir lora_path compute_type"),
-    "split": ("export", "model_name_or_path download_hub checkpoint output_dir"),
-}
-
-
 def help(args: list[str]) -> int:
     """Print the general usage, or that of the one command named in `args`."""
     print(usage(args[0]) if args else usage())
@@ -52,31 +44,28 @@ def usage(name: str | None = None) -> str:
     if name is None:
         rows = (f"  {key:<9}{command.summary}\n{'':<11}{command.example}" for key, command in COMMANDS.items())
         return USAGE.format(commands="\n".join(rows))
+    if name in NOT_HERE:
+        return NOT_HERE[name]
     if name not in COMMANDS:
         raise ConfigError(f"there is no command named {name!r}; `erniekit help` lists them")
     command = COMMANDS[name]
     syntax = command.syntax or CONFIGURED.format(name=name)
     text = f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
-    return text + keys(name) if name in KEYS else text
+    return text + keys(name) if command.takes_config or name == "train" else text
 
 
 def keys(command: str) -> str:
-    """The keys that a command reads, by group, each with its default and its documentation."""
-    from erniekit.config import schema  # PyYAML comes with it, which the general usage does without
+    """The keys that a command reads, by group, each with its default, its limits and its documentation."""
+    from erniekit.config import reference  # PyYAML comes with it, which the general usage does without
 
-    groups, single = KEYS[command]
     lines = []
-    for group in groups.split(","):
-        lines += ["", f"{group}:", *(_key_lines(field) for field in dataclasses.fields(schema.GROUPS[group]))]
-    if single:
-        fields = schema.fields()
-        lines += ["", "others:", *(_key_lines(fields[name]) for name in single.split())]
-    return "\n".join(["", "", "keys, with their defaults:", *lines])
+    for group, entries in reference.by_group(command).items():
+        lines += ["", f"{group}:", *map(_key_lines, entries)]
+    return "\n".join(["", "", "keys, with their defaults and limits:", *lines])
 
 
-def _key_lines(field: "dataclasses.Field[Any]") -> str:
-    default = "not given" if field.default is None else "''" if field.default == "" else field.default
-    text = f"{field.name} ({default}): {field.metadata['doc']}"
+def _key_lines(entry: "KeyEntry") -> str:
+    text = f"{entry.name} ({entry.default}{entry.limits and f'; {entry.limits}'}): {entry.doc}"
     return textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
 
 

@@ -48,8 +48,8 @@ def configure(args: list[str], command: str) -> Config:
     """
     if command == "train" and is_worker():
         _begin_worker(os.environ)
-    path, overrides = (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
-    cfg = config.load(path, overrides, command, allow_extra=_is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")))
+    path, overrides = read_arguments(args)
+    cfg = config.load(path, overrides, command, allow_extra=allows_extra())
     if not is_supervised():  # else the agent has said it
         for note in cfg.notes:
             log.info(note)
@@ -83,6 +83,31 @@ def is_supervised() -> bool:
     return _AGENT in os.environ
 
 
+def degrees_of(cfg: Config) -> ParallelDims:
+    """The degrees of the whole job, on the GPUs of all hosts if there are any.
+
+    Raises:
+        ConfigError: they do not multiply to the number of processes, or one does not divide the data ranks.
+    """
+    devices = _devices(os.environ)
+    return ParallelDims.from_config(cfg, _count(os.environ, "NNODES") * len(devices) if devices else None)
+
+
+def has_gpus() -> bool:
+    """Whether workers would train on GPUs."""
+    return bool(_devices(os.environ))
+
+
+def read_arguments(args: list[str]) -> tuple[str | None, list[str]]:
+    """The configuration file of a command line, if it names one, and the overrides."""
+    return (args[0], args[1:]) if args and _is_file(args[0]) else (None, args)
+
+
+def allows_extra() -> bool:
+    """Whether the environment lets unknown keys through."""
+    return _is_on(os.environ.get("ALLOW_EXTRA_ARGS", ""))
+
+
 def job_of(cfg: Config, args: list[str]) -> Job | None:
     """What this host has to start to train as `cfg` says; None if this process is enough.
 
@@ -95,7 +120,7 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
     """
     environ = os.environ
     hosts, devices = _count(environ, "NNODES"), _devices(environ)
-    degrees = ParallelDims.from_config(cfg, hosts * len(devices) if devices else None)
+    degrees = degrees_of(cfg)
     if degrees.world == 1 and hosts == 1:
         return None
     slots, rest = divmod(degrees.world, hosts)
@@ -168,7 +193,7 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
 
 def _comparable(cfg: Config, slots: int) -> dict[str, str]:
     """What has to be the same on every host."""
-    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("notes", "source")}
+    values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("given", "notes", "source")}
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 

@@ -4,15 +4,17 @@ Only the standard library is imported here, and a sub-command's module only when
 `erniekit help` answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
-2 no such command; 70 a defect of erniekit itself; 130 interrupted (128 + the number of another signal);
-141 nobody reads standard output any more.
+2 no such command; 3 `check` with strict=true found warnings and no error; 70 a defect of erniekit itself;
+130 interrupted (128 + the number of another signal); 141 nobody reads standard output any more.
 """
 
 import errno
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from erniekit.cli.commands import ALIASES, COMMANDS
+from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
 from erniekit.utils.errors import UserError
 
@@ -67,15 +69,30 @@ def _interrupted(error: BaseException | None) -> int:
 
 
 def _dispatch(name: str, args: list[str]) -> int:
+    if name in NOT_HERE:
+        return _fail(NOT_HERE[name], EXIT_USAGE)
     if name not in COMMANDS:
         return _unknown(name)
     if name != "help" and any(arg in ("-h", "--help") for arg in args):
         name, args = "help", [name]
-    module_name, _, function_name = COMMANDS[name].target.partition(":")
+    command = COMMANDS[name]
+    if not command.takes_config:
+        code: int = _function(command)(args)
+        return code
+    from erniekit.cli import launch
+
+    cfg = launch.configure(args, name)  # before the command is imported: a mistake shows at once, Paddle takes seconds
+    _function(command)(cfg)
+    return 0
+
+
+def _function(command: Command) -> Callable[..., Any]:
+    """The function that carries a command out."""
     import importlib
 
-    code: int = vars(importlib.import_module(module_name))[function_name](args)
-    return code
+    module_name, _, function_name = command.target.partition(":")
+    function: Callable[..., Any] = vars(importlib.import_module(module_name))[function_name]
+    return function
 
 
 def _unknown(name: str) -> int:

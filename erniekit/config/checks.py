@@ -5,13 +5,14 @@ Each yields its complaints as "key: what is wrong, and what to do".
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, SMOOTHED
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
-from erniekit.config.values import split_list
+from erniekit.config.values import split_list, split_patterns
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
@@ -145,6 +146,11 @@ def _low_bit(cfg: Config) -> Iterator[str]:
 
 
 def _lora(cfg: Config) -> Iterator[str]:
+    for target in split_patterns(cfg.lora_target_modules):
+        try:
+            re.compile(target)
+        except re.error as error:
+            yield f"lora_target_modules: {target!r} is no regular expression: {error}"
     if cfg.fine_tuning != "LoRA":
         if cfg.lora_path:
             yield (

@@ -71,7 +71,7 @@ _NO_EFFECT: dict[str, str] = {
         "disable_ckpt_quant ordered_save_group_size save_on_each_node force_reshard_pp "
         "auto_parallel_resume_form_hybrid_parallel"
     ),
-    "use_async_save alone decides whether checkpoints are written beside the training": (
+    "use_async_save alone decides whether checkpoints are written in the background": (
         "enable_zero_cost_checkpoint zcc_workers_num zcc_pipeline_hooks_capacity_usage "
         "flash_device_save_steps output_signal_dir"
     ),

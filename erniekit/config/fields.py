@@ -1,13 +1,14 @@
 """How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
 
 import dataclasses
+import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from erniekit.config.paths import PathKind, expand
-from erniekit.config.values import Scalar, join_list, shown, to_bool, to_float, to_int
+from erniekit.config.values import Scalar, join_list, shown, split_list, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
 
@@ -67,6 +68,8 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     Raises ValueError whose text follows "key: " ("expected an integer, got 'abc'").
     """
     kind, _ = _kind(field.type)
+    if kind is tuple:
+        return tuple(_within(field, to_int(item)) for item in _items(value))
     if kind is bool:
         return to_bool(value)
     if kind is int:
@@ -74,6 +77,14 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if kind is float:
         return _within(field, to_float(value))
     return _text(field, value)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The items of a list, or of its text: "0,1,2" or "[0, 1, 2]"."""
+    if isinstance(value, list | tuple):
+        return value
+    text = _scalar(value, "a flat list").strip()
+    return split_list(text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text)
 
 
 def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
@@ -119,21 +130,41 @@ def _within(field: "dataclasses.Field[Any]", number: Any) -> Any:
     bounds, off = field.metadata["bounds"], field.metadata["off"]
     if off is not None and number == off:
         return number
-    tests = {
-        "ge": (lambda x, bound: x >= bound, "at least"),
-        "gt": (lambda x, bound: x > bound, "more than"),
-        "le": (lambda x, bound: x <= bound, "at most"),
-        "lt": (lambda x, bound: x < bound, "less than"),
-    }
-    if all(tests[name][0](number, bound) for name, bound in bounds.items()):
+    if all(_BOUNDS[name][0](number, bound) for name, bound in bounds.items()):
         return number
-    wanted = " and ".join(f"{tests[name][1]} {bound:g}" for name, bound in bounds.items())
-    also = f" (or {off:g})" if off is not None else ""
-    raise ValueError(f"must be {wanted}{also}, got {number!r}")
+    raise ValueError(f"must be {limits(field)}, got {number!r}")
+
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+
+
+def limits(field: "dataclasses.Field[Any]") -> str:
+    """The values that a number may have, in words ("at least 1 (or -1)"); empty where any will do."""
+    off = field.metadata["off"]
+    wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
+    return wanted + (f" (or {off:g})" if wanted and off is not None else "")
+
+
+def type_name(field: "dataclasses.Field[Any]") -> str:
+    """What a key takes, in a word or two."""
+    kind, _ = _kind(field.type)
+    if kind is str:
+        return "path" if field.metadata["path"] == "one" else "list" if field.metadata["many"] else "text"
+    return {bool: "switch", int: "whole number", float: "number", tuple: "list of whole numbers"}[kind]
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True)."""
+    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True). A list of whole
+    numbers, `tuple[int, ...]`, is a tuple.
+    """
+    if typing.get_origin(annotation) is tuple:
+        assert typing.get_args(annotation) == (int, ...), annotation
+        return tuple, False
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
         assert len(kinds) == 1, annotation

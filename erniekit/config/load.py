@@ -63,6 +63,7 @@ class _State:
     names: set[str] = dataclasses.field(default_factory=set)  # every key with a value, as it was written
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    seen: set[str] = dataclasses.field(default_factory=set)  # every name that stands in a layer, also of null keys
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
         """Add the entries of one file or one command line; within it a key may not contradict itself. A key that is
@@ -71,9 +72,8 @@ class _State:
         given: dict[str, _Given] = {}
         extras: dict[str, _Given] = {}
         nulls: set[str] = set()
+        self._note_names(entries)
         for entry in entries:
-            if entry.value is not None:
-                self.names.add(entry.name)
             rule = peft_keys.rule_of(entry.name, entry.block) or RULES.get(entry.name)
             name = rule.to if isinstance(rule, compat.Alias) else entry.name
             if entry.name not in _FIELDS and rule is None:
@@ -94,6 +94,18 @@ class _State:
             self._note_overruled(self.given[name], given[name])
         self.given |= given
         self.extras |= extras
+
+    def _note_names(self, entries: Sequence[read.Entry]) -> None:
+        self.seen |= {entry.name for entry in entries}
+        self.names |= {entry.name for entry in entries if entry.value is not None}
+
+    def keys_given(self) -> frozenset[str]:
+        """The keys that the user chose to give. A file with every key, as a run saves it, says nothing of that: there
+        it is those that differ from their defaults.
+        """
+        if self.seen >= _FIELDS.keys():
+            return frozenset(name for name, given in self.given.items() if given.value != _FIELDS[name].default)
+        return frozenset(self.given)
 
     def _note_overruled(self, old: _Given, new: _Given) -> None:
         """Overrides replace a file's values without a word, unless the key has another name there."""
@@ -214,6 +226,9 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     if command == "eval":
         values.setdefault("temperature", 0.0)  # chance has no place in a score unless it is asked for
     if values.get("evaluation_strategy", "no") != "no":
+        if values.get("do_eval") is False:
+            strategy = values["evaluation_strategy"]
+            state.notes.append(f"do_eval: False: no effect: evaluation_strategy: {strategy} evaluates")
         values["do_eval"] = True
     if values.get("evaluation_strategy") == "steps" and values.get("eval_steps") is None:
         values["eval_steps"] = values.get("logging_steps", 500)
@@ -223,7 +238,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_recompute(values, state.names, state.notes)
     _complete_paths(values, {name: given.value for name, given in state.extras.items()}, state.notes)
     extras = tuple((name, given.value) for name, given in state.extras.items())
-    cfg = Config(**values, extras=extras, source=path or "")
+    cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
     places = {name: given.place for name, given in state.given.items()}
     for problem in checks.problems(cfg, command):
         key = problem.partition(":")[0]

@@ -51,11 +51,13 @@ class Config(
     """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
 
     extras: keys given that have no field (no effect here, or not built yet), as (name, value).
+    given: the keys that the user gave, under their own or another name, as opposed to those left at their defaults.
     notes: one line per accepted key that does nothing here.
     source: the file it was read from, for messages.
     """
 
     extras: tuple[tuple[str, Any], ...] = ()
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)
 
@@ -91,4 +93,4 @@ def _escaped(value: Any) -> Any:
         return references.escape(value)
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
-    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
+    return [_escaped(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -42,7 +42,7 @@ class DataArgs:
         True, "dataset_type: pretrain: documents in a row never see one another; False: one segment, as in Megatron-LM."
     )
     long_document_min_tokens: int | None = key(
-        None, "dataset_type: pretrain: a document of so many tokens is a long one; not given: none is.", ge=1
+        None, "dataset_type: pretrain: a document of at least this many tokens is a long one; not given: none is.", ge=1
     )
     long_document_weight: int = key(
         1, "dataset_type: pretrain: times that each long document comes in an epoch, as in a long-context stage.", ge=1

@@ -34,7 +34,7 @@ class LoraArgs:
     )
     lora_path: str | None = key(
         None,
-        "An adapter directory, PEFT's or ours: train goes on from it (its rank, scaling and targets hold); eval, chat "
+        "An adapter directory, PEFT's or ours: train continues it (its rank, scaling and targets hold); eval, chat "
         "and export apply it to model_name_or_path where neither checkpoint nor output_dir has a model.",
         path="one",
     )

@@ -39,7 +39,7 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16 or fp32; or a frozen base in few bits, to train LoRA on or to use: "
+        "Precision of weights and products: bf16 or fp32; or a frozen base in 8 or 4 bits, to train LoRA on or to use: "
         "wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp16 and fp8 are not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
@@ -54,8 +54,8 @@ class ModelArgs:
     )
     use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
-    no_recompute_layers: str = key(
-        "", "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", many=True
+    no_recompute_layers: tuple[int, ...] = key(
+        (), "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
     )
     attention_probs_dropout_prob: float = key(
         0.0,
@@ -64,9 +64,11 @@ class ModelArgs:
         lt=1,
     )
     dropout_warmup_steps: int = key(0, "Steps over which that share grows linearly from 0; 0: full at once.", ge=0)
-    loss_subbatch_seqlen: int = key(32768, "At most so many tokens' logits exist at a time in head and loss.", ge=1)
+    loss_subbatch_seqlen: int = key(32768, "At most this many tokens' logits exist at a time in head and loss.", ge=1)
     rope_theta: float | None = key(
-        None, "Base of the rotary positions, to go on at a longer context; null: as the model's config.json says.", gt=0
+        None,
+        "Base of the rotary positions, to continue at a longer context; null: as the model's config.json says.",
+        gt=0,
     )
     num_nextn_predict_layers: int = key(0, "Depth of multi-token prediction to train; 0: none.", ge=0)
     z_loss_lambda: float = key(0.0, "Weight of the squared log-partition of the output head (z-loss).", ge=0)

@@ -57,9 +57,9 @@ class ParallelArgs:
     )
     elastic: bool = key(
         False,
-        "A restarted job goes on without the hosts that do not come back: fewer data ranks, more accumulation, the "
+        "A restarted job continues without the hosts that do not come back: fewer data ranks, more accumulation, the "
         "same global batch.",
     )
     check_replicas_steps: int = key(
-        100, "Every so many steps ranks compare their copies of the parameters, bit for bit; -1: never.", ge=1, off=-1
+        100, "Every N steps ranks compare their copies of the parameters, bit for bit; -1: never.", ge=1, off=-1
     )

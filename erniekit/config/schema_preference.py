@@ -42,7 +42,7 @@ class PreferenceArgs:
     )
     reference_free: bool = key(False, "stage DPO: no reference; its log-probabilities count as 0.")
     ref_model_update_steps: int = key(
-        -1, "stage DPO: the reference becomes the policy every so many steps; -1: never.", ge=1, off=-1
+        -1, "stage DPO: the reference becomes the policy every N steps; -1: never.", ge=1, off=-1
     )
     ref_logps_cache: str | None = key(
         None,

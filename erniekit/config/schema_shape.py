@@ -40,7 +40,7 @@ class ShapeArgs:
     )
     moe_layer_end_index: int | None = key(None, "The last layer that may be sparse; -1: the last of all.", ge=0, off=-1)
     moe_layer_interval: int | None = key(
-        None, f"Every so many layers one is sparse; {_NULL}, and without one 1 (all of them).", ge=1
+        None, f"One of N layers is sparse; {_NULL}, and without one 1 (all of them).", ge=1
     )
 
 

@@ -14,7 +14,7 @@ class TrainArgs:
     seed: int = key(42, "Decides the random start, the order of the data, and dropout-like noise.", ge=0, lt=2**32)
     batch_size: int = key(1, "Rows a device takes at a time, in training and in evaluation.", ge=1)
     gradient_accumulation_steps: int = key(1, "Batches that one optimizer step sums up.", ge=1)
-    num_train_epochs: float = key(1.0, "Passes over the training data, when max_steps is -1.", gt=0)
+    num_train_epochs: float = key(1.0, "Epochs: how often the training data is read, when max_steps is -1.", gt=0)
     max_steps: int = key(-1, "Optimizer steps to train; -1: num_train_epochs decides.", ge=1, off=-1)
     evaluation_strategy: str = key(
         "no",
@@ -22,7 +22,9 @@ class TrainArgs:
         choices=("no", "steps", "epoch"),
         words={"false": "no"},
     )
-    eval_steps: int | None = key(None, "Steps from one evaluation to the next; not given: logging_steps.", ge=1)
+    eval_steps: int | None = key(
+        None, "Steps from one evaluation to the next; not given: logging_steps if that is given, else 500.", ge=1
+    )
     max_evaluate_steps: int = key(-1, "Batches an evaluation takes at most; -1: all.", ge=1, off=-1)
     save_strategy: str = key(
         "steps",
@@ -34,13 +36,13 @@ class TrainArgs:
     save_total_limit: int | None = key(None, "Checkpoints kept: the newest, and the best one; null: all.", ge=1)
     save_format: str = key("pt", "Layout of saved weights: pt (Hugging Face) or paddle.", choices=("pt", "paddle"))
     use_async_save: bool = key(
-        False, "Checkpoints are copied to host memory and written beside the training, which goes on meanwhile."
+        False, "Checkpoints are copied to host memory and written in the background while training continues."
     )
     load_best_model_at_end: bool = key(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str | None = key(None, "Evaluation metric that ranks checkpoints; not given: loss.")
     greater_is_better: bool | None = key(None, "Whether that metric should be high; null: not for loss and perplexity.")
     early_stopping_patience: int | None = key(
-        None, "Stop after so many evaluations without a new best; null: never.", ge=1
+        None, "Stop after this many evaluations without a new best; null: never.", ge=1
     )
     logging_steps: int = key(1, "Steps from one log line to the next (ERNIEKit: 500, silent in short runs).", ge=1)
     logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path="one")
@@ -52,8 +54,8 @@ class TrainArgs:
     output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path="one")
     overwrite_output_dir: bool = key(
         False,
-        "Start anew although output_dir holds a run: its checkpoints, metrics and final model are removed. For export "
-        "and split: replace another model in the directory that they write.",
+        "Start from scratch although output_dir holds a run: its checkpoints, metrics and final model are removed. For "
+        "export and split: replace another model in the directory that they write.",
     )
     disable_tqdm: bool = key(False, "No progress bar: plain log lines.")
     resume_from_checkpoint: str = key(
@@ -63,7 +65,9 @@ class TrainArgs:
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
-    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only: the optimizer's state begins anew.")
+    ignore_load_lr_and_optim: bool = key(
+        False, "Resume with the weights only: the optimizer's state starts from scratch."
+    )
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )

@@ -133,3 +133,10 @@ def split_list(text: str | None) -> list[str]:
     found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text or "")
     items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
     return [item.strip() for item in items if item.strip()]
+
+
+def split_patterns(text: str | None) -> tuple[str, ...]:
+    """The entries of a comma-separated list of names and regular expressions; a comma inside brackets of an expression
+    is part of it.
+    """
+    return tuple(entry.strip() for entry in re.split(r",(?![^\[{(]*[\]})])", text or "") if entry.strip())

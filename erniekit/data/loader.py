@@ -23,7 +23,7 @@ from erniekit.data.batch import Batch, Row
 from erniekit.data.chat.encode import Template, Tokenizer
 from erniekit.data.collate import collate
 from erniekit.data.prefetch import Prefetcher
-from erniekit.data.record_feed import RecordFeed, open_text
+from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.tokens.feed import TokenFeed, open_token_files
 from erniekit.utils.errors import ConfigError, DataError
@@ -139,6 +139,11 @@ class Loader:
                 yield from batches
         finally:
             self._stop(steps)
+
+    @property
+    def feed(self) -> Feed:
+        """Where the rows come from."""
+        return self._feed
 
     @property
     def dataset(self) -> Dataset:
@@ -263,6 +268,7 @@ def build_loader(
     rank: int = 0,
     world: int = 1,
     template: Template | None = None,
+    inspection: Inspection = EVERY_RECORD,
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
 
@@ -270,15 +276,15 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    Raises DataError (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go
-    together.
+    `inspection` is how records of text are looked at first. Raises DataError (file:line, reason, hint) for data that
+    cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
     feed: RecordFeed | TokenFeed
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:
-        feed = open_text(cfg, tokenizer, split, template)
+        feed = open_text(cfg, tokenizer, split, template, inspection)
     plan = Plan(
         batch_size=cfg.batch_size,
         accumulation=cfg.gradient_accumulation_steps if training else 1,

@@ -6,13 +6,14 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 import hashlib
 import math
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from erniekit.data.batch import Row
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
-from erniekit.data.chat.encode import Template, Tokenizer
+from erniekit.data.chat.encode import Encoded, Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
@@ -20,7 +21,7 @@ from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_spec
 from erniekit.data.sampler import Sampler
 from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.errors import DataError
 
 _COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
 _WINDOW = 64  # samples read at a time where the packer does not care
@@ -37,6 +38,19 @@ class Extent:
     samples_per_epoch: int | None
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """How records are looked at when their files are opened: each `every`-th of them. With `gather_faults` bad lines
+    are gathered (Source.faults), whatever on_bad_line says.
+    """
+
+    every: int = 1
+    gather_faults: bool = False
+
+
+EVERY_RECORD = Inspection()
+
+
 class RecordFeed:
     """The rows of text records, for a Loader (see loader.Feed)."""
 
@@ -45,6 +59,7 @@ class RecordFeed:
     ):
         self.dataset, self.identity = dataset, identity
         self._stream, self._service, self._extent = stream, service, extent
+        self._lengths: Lengths | None = None
         self._measured: tuple[float, Lengths] | None = None
 
     @property
@@ -87,6 +102,17 @@ class RecordFeed:
             return (position.counts.samples + position.counts.dropped) / self._extent.samples_per_epoch
         return self._stream.epochs(position)
 
+    def lengths(self) -> Lengths:
+        """The tokens of all samples, measured when asked for the first time (see data.lengths)."""
+        if self._lengths is None:
+            self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
+        return self._lengths
+
+    def encode(self, number: int) -> Encoded:
+        """The documents that record `number` becomes."""
+        with closing(self._service.stream([number])) as encoded:
+            return next(encoded)
+
     def epochs_done(self, position: Position) -> int:
         """Epochs of which every row has been given."""
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
@@ -111,7 +137,7 @@ class RecordFeed:
         if self._measured is not None:
             return self._measured
         stream, extent = self._stream, self._extent
-        lengths = measure_lengths(self.dataset, self._service, extent.max_estimate_samples)
+        lengths = self.lengths()
         if lengths.num_dropped == lengths.num_measured:
             raise DataError(
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
@@ -136,18 +162,19 @@ def _how(lengths: Lengths, exact: bool) -> str:
     return f"estimated from {lengths.num_measured} samples"
 
 
-def open_text(cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None) -> RecordFeed:
-    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
+    """The text data sets that a configuration names for `split` ("train" or "eval")."""
     asked = _asked(cfg, split)
-    specs = read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
-    if asked.strategy == "random" and cfg.max_steps <= 0:
-        raise ConfigError(
-            "mix_strategy: random draws samples without end and needs max_steps. "
-            "Hint: set max_steps, or mix_strategy: concat to read everything once."
-        )
-    if asked.strategy == "concat" and len({spec.prob for spec in specs}) > 1:
-        log.info(f"{split}_dataset_prob has no effect: {asked.why_concat} reads every data set once")
-    dataset = Dataset([Source(spec, split, cfg.on_bad_line, cfg.download_hub) for spec in specs])
+    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+
+
+def open_text(
+    cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
+) -> RecordFeed:
+    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+    asked, specs = _asked(cfg, split), specs_of(cfg, split)
+    on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
+    dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
@@ -189,11 +216,9 @@ def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Tem
     """The chat template of a run: None where all its data is plain text and no template is named."""
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
-        asked = _asked(cfg, "train")
-        specs += read_specs(asked.paths, asked.types, asked.probs, "train", cfg.stage)
+        specs += specs_of(cfg, "train")
     if cfg.eval_dataset_path:
-        asked = _asked(cfg, "eval")
-        specs += read_specs(asked.paths, asked.types, asked.probs, "eval", cfg.stage)
+        specs += specs_of(cfg, "eval")
     if cfg.chat_template is None and _is_plain(specs):
         return None
     return chat.load_template(tokenizer, cfg.chat_template)
@@ -207,7 +232,6 @@ class _Asked:
     types: Any
     probs: Any
     strategy: str
-    why_concat: str
     shuffle: bool
     num_epochs: float | None
 
@@ -216,9 +240,9 @@ def _asked(cfg: Any, split: str) -> _Asked:
     if split == "train":
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
-        return _Asked(paths, types, probs, cfg.mix_strategy, "mix_strategy: concat", cfg.random_shuffle, num_epochs)
+        return _Asked(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
     paths, types, probs = cfg.eval_dataset_path, cfg.eval_dataset_type, cfg.eval_dataset_prob
-    return _Asked(paths, types, probs, "concat", "evaluation", False, 1.0)
+    return _Asked(paths, types, probs, "concat", False, 1.0)
 
 
 def _packer(cfg: Any) -> tuple[Packer, int]:

@@ -63,8 +63,6 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     a line each. Prints a table. Raises UserError that names the key, file or line.
     """
     started = time.monotonic()
-    if not cfg.eval_dataset_path and cfg.dataset_type != "pretrain":
-        raise ConfigError("eval_dataset_path: needed; the data to evaluate on")
     target = _target(cfg)
     opened = open_model(cfg, random_start=True)
     predictions: Sequence[Prediction] = ()

@@ -49,11 +49,6 @@ def hf_name(module: str, part: str) -> str:
     return f"{prefix}.gate_up_proj" if leaf == "up_gate_proj" else module
 
 
-def split_targets(text: str) -> tuple[str, ...]:
-    """The entries of a comma-separated list; a comma inside brackets of a pattern is part of it."""
-    return tuple(entry.strip() for entry in re.split(r",(?![^\[{(]*[\]})])", text) if entry.strip())
-
-
 def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
     """The parts that `targets` mean among the projections `names` (the whole model's).
 

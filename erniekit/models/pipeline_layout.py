@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+from erniekit.config import pointless
+from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.pipeline_split import cut, layer_costs
+from erniekit.utils.errors import ConfigError
 
 
 def schedule_of(cfg: Config) -> str:
@@ -25,12 +28,21 @@ def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple
 
 
 def check_layout(cfg: Config, degrees: ParallelDims, config: ModelConfig) -> None:
-    """Refuse what does not divide, from the model's config.json alone: before any process starts. ConfigError with the
-    arithmetic.
+    """Refuse what does not divide, and what the model does not have, from the model's config.json alone: before any
+    process starts. ConfigError with the arithmetic.
     """
+    _check_recompute(cfg, config)
     check_model(degrees, config)
     check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
     cut_layers(cfg, config, degrees.pipeline)
+
+
+def _check_recompute(cfg: Config, config: ModelConfig) -> None:
+    strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= config.num_hidden_layers)
+    if strange:
+        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
+    if cfg.recompute and cfg.recompute_granularity == "moe" and not config.moe_num_experts:
+        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
 
 
 @lru_cache(maxsize=8)
@@ -42,17 +54,15 @@ def plan_actions(
 
 
 def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> list[str]:
-    """What the log says about the ranks; nothing for one."""
-    inert = []
-    if cfg.sharding and degrees.data == 1:
-        inert = [f"sharding: {cfg.sharding}: no effect: there is one data rank"]
-    elif cfg.sharding_parallel_degree > 1 and not cfg.sharding:
-        inert = [
+    """What the log says about the ranks, and about keys that do nothing with this model on these ranks."""
+    notes = pointless.notes(cfg, "train", facts_of(config, degrees))
+    if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
+        notes.append(
             f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
             "without sharding: stage1 or stage2"
-        ]
+        )
     if degrees.world == 1:
-        return inert
+        return notes
     shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
@@ -64,7 +74,13 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> lis
     if degrees.pipeline > 1:
         stages = cut_layers(cfg, config, degrees.pipeline)
         lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
-    return lines + inert
+    return lines + notes
+
+
+def facts_of(config: ModelConfig, degrees: ParallelDims) -> Facts:
+    """What the model and the job say about which keys do something."""
+    aux_free = bool(config.extra.get("moe_use_aux_free", False))
+    return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
 
 
 def parameter_chunks(model: CausalLM, chunks: Sequence[Sequence[int]]) -> dict[str, int]:

@@ -1,6 +1,11 @@
 """Batch-size warm-up: early steps sum up fewer microbatches, since small batches serve as well while the loss falls
-fast (McCandlish et al. 2018, arXiv 1812.06162).
+fast (McCandlish et al. 2018, arXiv 1812.06162). Hence also how many steps a training has.
 """
+
+import math
+
+from erniekit.config.schema import Config
+from erniekit.data.loader import Loader
 
 
 def microbatches_at(step: int, full: int, warmup_steps: int) -> int:
@@ -17,3 +22,13 @@ def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0
         used += microbatches_at(step, full, warmup_steps)
         step += 1
     return step - done + -(-max(num_microbatches - used, 0) // full)
+
+
+def last_step(cfg: Config, loader: Loader, data_ranks: int, done: int = 0) -> int:
+    """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
+    whose next rows are the loader's next.
+    """
+    if cfg.max_steps > 0:
+        return cfg.max_steps
+    together = math.ceil(loader.rows_left() / (cfg.batch_size * data_ranks))
+    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)

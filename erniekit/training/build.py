@@ -3,7 +3,6 @@ data.
 """
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.checkpoint.model_dir import has_weights, require_model
+from erniekit.checkpoint.model_dir import require_model, require_weights
 from erniekit.checkpoint.model_io import load_weights, read_config
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
@@ -43,7 +42,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.precision import policy
 from erniekit.training.adamw import AdamW, parameter_rules
-from erniekit.training.batch_warmup import steps_for
+from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.recipes.base import Recipe
@@ -53,9 +52,8 @@ from erniekit.training.reference import AdapterOff, ForwardPass, Reference, Seco
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
 from erniekit.training.shape import directories, model_config
-from erniekit.training.trainable import attach_lora
+from erniekit.training.trainable import attach_lora, check_lora
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -89,7 +87,7 @@ class Run:
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
         cfg = self.cfg
-        self.max_steps = last_step(cfg, self.loader, self.mesh, done)
+        self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
@@ -129,7 +127,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
     tokenizer = load_tokenizer(tokenizer_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
-    max_steps = last_step(cfg, loader, mesh, 0)
+    max_steps = last_step(cfg, loader, mesh.degrees.data)
     schedule = build_schedule(cfg, max_steps)
     model, chunks = build_model(cfg, model_dir, mesh)
     for line in layout_lines(cfg, model.config, mesh.degrees):
@@ -201,13 +199,12 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     precision, recomputing if asked; and the layers of each of its chunks.
     """
     stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
-    if cfg.continue_training and not has_weights(model_dir):
-        raise ConfigError(
-            f"model_name_or_path: {model_dir} holds no weights. Set continue_training: false for a random start."
-        )
+    if cfg.continue_training:
+        require_weights(model_dir)
     depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
     config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
     check_layout(cfg, mesh.degrees, config)
+    check_lora(cfg, config)
     chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     precision = policy.choose(cfg.compute_type, paddle.get_device())
     # No memory and no random values before the weights arrive, and then no wider ones than are kept.
@@ -236,7 +233,7 @@ def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, lis
     if cfg.fine_tuning == "LoRA":
         attach_lora(model, cfg, model_dir)
     if cfg.recompute:
-        activation_checkpoint.apply(model.model, _recompute_options(cfg, config))
+        activation_checkpoint.apply(model.model, _recompute_options(cfg))
     model.train()
     return model, chunks
 
@@ -261,29 +258,13 @@ def _open_data(
     return template, loader, eval_loader
 
 
-def last_step(cfg: Config, loader: Loader, mesh: Mesh, done: int) -> int:
-    """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
-    whose next rows are the loader's next.
-    """
-    if cfg.max_steps > 0:
-        return cfg.max_steps
-    together = math.ceil(loader.rows_left() / (cfg.batch_size * mesh.degrees.data))
-    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)
-
-
-def _recompute_options(cfg: Config, config: ModelConfig) -> activation_checkpoint.RecomputeOptions:
-    try:
-        kept = {int(number) for number in cfg.no_recompute_layers.strip("[]").split(",") if number.strip()}
-    except ValueError:
-        raise ConfigError(f"no_recompute_layers: {cfg.no_recompute_layers!r}: expected numbers such as 0,1,2") from None
-    strange = sorted(number for number in kept if not 0 <= number < config.num_hidden_layers)
-    if strange:
-        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
-    if cfg.recompute_granularity == "moe" and not config.moe_num_experts:
-        raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
-    draws_noise = cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0
+def _recompute_options(cfg: Config) -> activation_checkpoint.RecomputeOptions:
     return activation_checkpoint.RecomputeOptions(
-        cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, kept, draws_noise
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
     )
 
 

@@ -84,25 +84,35 @@ class OutputDir:
             )
         return self._claim
 
+    def look(self) -> Claim:
+        """What `claim` would return or raise, in one process: without the lock, and nothing is made."""
+        self._check_keys()
+        self.lock.require_free()
+        return self._look()
+
     def _claim_first(self) -> dict[str, object]:
         self._check_keys()
         self.lock.acquire()
         try:
-            self._check_names()
-            record = read_record(self.path)
-            if self.cfg.overwrite_output_dir:
-                self._check_removal()
-                source, final = self._explicit(), None
-            else:
-                source, final = self._check_content(record)
+            claim = self._look()
         except BaseException:
             self.lock.release()
             raise
+        source, final, record = claim.source, claim.final, claim.record
         return {
             "source": None if source is None else str(source),
             "final": None if final is None else asdict(final),
             "record": None if record is None else asdict(record) | {"final_model": None},
         }
+
+    def _look(self) -> Claim:
+        self._check_names()
+        record = read_record(self.path)
+        if self.cfg.overwrite_output_dir:
+            self._check_removal()
+            return Claim(self._explicit(), None, record)
+        source, final = self._check_content(record)
+        return Claim(source, final, record)
 
     # Checks that need no look into the directory, so that it is not even made where they refuse.
 

@@ -15,9 +15,10 @@ from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, writ
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
+from erniekit.config.values import split_patterns
 from erniekit.data.chat.template import Template
-from erniekit.lora.targets import DEFAULT_TARGETS, split_targets
-from erniekit.models.config import Format
+from erniekit.lora.targets import DEFAULT_TARGETS, choose, choose_saved
+from erniekit.models.config import Format, ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import num_held
 from erniekit.models.weights import our_shapes
@@ -37,10 +38,18 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=split_targets(cfg.lora_target_modules or "") or DEFAULT_TARGETS,
-        modules_to_save=split_targets(cfg.modules_to_save or ""),
+        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
+        modules_to_save=split_patterns(cfg.modules_to_save),
         seed=cfg.seed,
     )
+
+
+def check_lora(cfg: Config, config: ModelConfig) -> None:
+    """ConfigError where lora_target_modules or modules_to_save name what the model has not: before a weight is read."""
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
+        names, options = our_shapes(config), lora_options(cfg)
+        choose(names, options.targets)
+        choose_saved(names, options.modules_to_save, config.tie_word_embeddings)
 
 
 def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:

@@ -3,6 +3,8 @@
 import functools
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class _Stderr(logging.Handler):
@@ -34,6 +36,31 @@ def info(message: str) -> None:
 def warning(message: str) -> None:
     """Say something the user should act on."""
     _logger.warning("warning: %s", message)
+
+
+class _Kept(logging.Handler):
+    def __init__(self, lines: list[tuple[bool, str]]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        self.lines.append((is_warning, record.getMessage().removeprefix("warning: ")))
+
+
+@contextmanager
+def captured() -> Iterator[list[tuple[bool, str]]]:
+    """The lines said inside, as (whether it is a warning, text), instead of on stderr."""
+    lines: list[tuple[bool, str]] = []
+    kept = _Kept(lines)
+    once.cache_clear()
+    _logger.removeHandler(_handler)
+    _logger.addHandler(kept)
+    try:
+        yield lines
+    finally:
+        _logger.removeHandler(kept)
+        _logger.addHandler(_handler)
 
 
 @functools.cache

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run_yaml(workspace):
-    """A pretraining file over token files that the tool made of two texts."""
-    command = [sys.executable, str(ROOT / "tools" / "make_token_files.py"), "--tokenizer", str(workspace / "moe")]
+    """A pretraining file over token files that the command made of two texts."""
+    command = [sys.executable, "-m", "erniekit", "tokenize", f"tokenizer={workspace}/moe"]
     for name in ("pt-train", "pt-eval"):
         text = ROOT / "examples" / "data" / f"{name}.jsonl"
         subprocess.run(
-            [*command, "--output", str(workspace / name), str(text)],
+            [*command, f"output={workspace / name}", str(text)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             check=True,
             capture_output=True,

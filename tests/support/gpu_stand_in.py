@@ -78,9 +78,15 @@ def _pretending(real: Callable[[Any], bool], answer: bool) -> Callable[[Any], bo
 
 
 def _flashmask(
-    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, startend_row_indices: paddle.Tensor, causal: bool
+    query: paddle.Tensor,
+    key: paddle.Tensor,
+    value: paddle.Tensor,
+    startend_row_indices: paddle.Tensor,
+    dropout: float,
+    causal: bool,
 ) -> paddle.Tensor:
     """What the kernel computes from [1, T, heads, d]: query i sees key j where j <= i < startend_row_indices[j]."""
+    assert dropout == 0.0, "the stand-in draws no masks"
     calls["flashmask"] += 1
     assert query.dtype == key.dtype == value.dtype and query.dtype in (paddle.bfloat16, paddle.float16), query.dtype
     assert startend_row_indices.dtype == paddle.int32 and startend_row_indices.shape == [1, 1, key.shape[1], 1]

@@ -105,7 +105,5 @@ def test_a_failed_download_names_the_hub_that_was_asked(other_hubs, monkeypatch)
         raise ValueError("no such repository\nlong tale")
 
     sys.modules["aistudio_sdk.snapshot_download"].snapshot_download = refused
-    with pytest.raises(
-        CheckpointError, match=r"not be downloaded from AI Studio .ValueError: no such repository"
-    ):
+    with pytest.raises(CheckpointError, match=r"not be downloaded from AI Studio .ValueError: no such repository"):
         resolve_model("owner/name", "aistudio")

@@ -108,11 +108,24 @@ def _type(name: str, key: str, stage: str) -> str:
 
 
 class Source:
-    """The valid records of one data set. `bad_lines` counts those that were skipped."""
+    """The valid records of one data set. `bad_lines` counts those that were skipped, `faults` are the first of them.
 
-    def __init__(self, spec: SourceSpec, split: str, on_bad_line: str = "error", download_hub: str | None = None):
+    on_bad_line: error, skip, or gather: as skip, but without a log line. With check_every = n only each n-th record is
+    looked at; the others are taken to be valid.
+    """
+
+    def __init__(
+        self,
+        spec: SourceSpec,
+        split: str,
+        on_bad_line: str = "error",
+        download_hub: str | None = None,
+        check_every: int = 1,
+    ):
         self.spec, self.bad_lines = spec, 0
-        self._skip = on_bad_line == "skip"
+        self.faults: list[str] = []
+        self.check_every = check_every
+        self._on_bad_line = on_bad_line
         self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         self._checked = 0
         self._unused: Counter[str] = Counter()
@@ -122,7 +135,7 @@ class Source:
             self.files.append(open_file(path, self._check, self._on_bad))
             self._say_notes(self.files[-1])
         self._ends = list(accumulate(len(file) for file in self.files))
-        if self.bad_lines:
+        if self.bad_lines and on_bad_line == "skip":
             log.warning(
                 f"{spec.path}: {self.bad_lines} bad lines were skipped (on_bad_line: skip), {len(self)} records are "
                 "left"
@@ -131,6 +144,7 @@ class Source:
             raise DataError(
                 f"{spec.path}: no record to read ({self.bad_lines} bad lines were skipped). "
                 f"Hint: is this the right file, and of type {spec.type}?"
+                + (f"\n  the first bad line: {self.faults[0]}" if self.faults else "")
             )
 
     def _find(self, split: str, download_hub: str | None) -> list[Path]:
@@ -146,6 +160,8 @@ class Source:
 
     def _check(self, raw: Raw, where: str) -> None:
         self._checked += 1
+        if self._checked % self.check_every:
+            return
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
@@ -157,11 +173,13 @@ class Source:
             self._doubts.update(notes.doubts)
 
     def _on_bad(self, error: DataError) -> None:
-        if not self._skip:
+        if self._on_bad_line == "error":
             raise DataError(f"{error} (on_bad_line: skip passes over such lines)")
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
-            log.warning(f"skipped: {error}")
+            self.faults.append(str(error))
+            if self._on_bad_line == "skip":
+                log.warning(f"skipped: {error}")
 
     @property
     def digest(self) -> str:

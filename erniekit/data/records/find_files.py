@@ -44,7 +44,7 @@ def find_files(
     data = [p for p in named if with_prose or not is_prose(p)]
     if not data:
         others = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
-        hint = "plain text becomes token files by tools/make_token_files.py" if named else "look for a typing mistake"
+        hint = "`erniekit tokenize` makes token files of plain text" if named else "look for a typing mistake"
         raise DataError(
             f"{path}: no data file in this directory{others}. Hint: a data file ends in {', '.join(extensions)} and "
             f"holds records; {hint}."

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,10 +28,12 @@ from erniekit.data.tokens.files import TokenWriter, dtype_for
 from erniekit.data.workers import Worker
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
+from erniekit.utils.progress import track
 from erniekit.utils.user_files import JsonObject, read_json_object
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 _CHUNK_BYTES, _CHUNK_RECORDS = 2**18, 2000
+_MB = 10**6
 _SHOWN_BAD = 5  # the others are only counted
 _BOM = b"\xef\xbb\xbf"
 
@@ -121,7 +123,9 @@ def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
                 continue
             yield from _line_chunks(path, number, start, line, read)
             if path.stat().st_size != size:
-                raise DataError(f"{path}: changed while it was read. Hint: begin anew when it is whole (--overwrite).")
+                raise DataError(
+                    f"{path}: changed while it was read. Hint: begin anew when it is whole (overwrite=true)."
+                )
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
         read += size - start
@@ -216,15 +220,15 @@ class _Note:
         except FileNotFoundError:
             return None
         except DataError as error:
-            raise DataError(f"{error} Hint: begin anew (--overwrite).") from None
+            raise DataError(f"{error} Hint: begin anew (overwrite=true).") from None
         if not counts.values:
-            raise DataError(f"{self.path}: says nothing of a build. Hint: begin anew (--overwrite).")
+            raise DataError(f"{self.path}: says nothing of a build. Hint: begin anew (overwrite=true).")
         then = noted.get_object("job").values
         changed = [name for name in {**then, **self._job} if then.get(name) != self._job.get(name)]
         if changed:
             raise DataError(
                 f"{self.path}: an unfinished build of something else: different {', '.join(changed)}. "
-                "Hint: repeat its command to finish it, or begin anew (--overwrite)."
+                "Hint: repeat its command to finish it, or begin anew (overwrite=true)."
             )
         return progress
 
@@ -247,14 +251,12 @@ def build_token_files(
     on_bad_line: str = "error",
     overwrite: bool = False,
     note_every: float = 5.0,
-    show: Callable[[Progress, int], None] = lambda progress, total: None,
 ) -> Progress:
     """Write the documents of `inputs` as prefix.bin and prefix.idx, or go on with a build that was broken off.
 
     num_workers: processes that tokenise; 0: this one. on_bad_line: "error" stops at a record that is not pretraining
     text, with its file and line; "skip" passes over it and counts it. overwrite: replace what is there. note_every:
-    seconds from one note of the progress to the next. show(progress, bytes of all input) is called now and then.
-    Returns the final counts. Raises DataError.
+    seconds from one note of the progress to the next. Returns the final counts. Raises DataError.
     """
     sizes = [path.stat().st_size for path in inputs]
     note = _Note(prefix, _identity(inputs, tokenizer, append_eos))
@@ -271,7 +273,9 @@ def build_token_files(
     skipped, done, noted_at = begin.skipped, begin, time.monotonic()
     try:
         with closing(_encoded(_chunks(inputs, begin), job, num_workers)) as encoded:
-            for behind, results in encoded:
+            megabytes = sum(sizes) // _MB
+            shown = track(encoded, megabytes, "tokenising, in MB of text", lambda item: item[0].read // _MB)
+            for behind, results in shown:
                 for ids in results:
                     if isinstance(ids, str):
                         skipped += 1
@@ -284,7 +288,6 @@ def build_token_files(
                     writer.sync()
                     note.write(done)
                     noted_at = time.monotonic()
-                show(done, sum(sizes))
         if writer.documents == 0:
             raise DataError(f"no document in {len(inputs)} files ({skipped} bad records). Hint: is this the text?")
         writer.sync()
@@ -311,7 +314,7 @@ def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
         return None if all(path.exists() for path in final) and not TokenWriter.leftovers(prefix) else noted
     for path in final:
         if path.exists():
-            raise DataError(f"{path}: already there. Hint: choose another prefix, or replace it (--overwrite).")
+            raise DataError(f"{path}: already there. Hint: choose another prefix, or replace it (overwrite=true).")
     return Progress()
 
 

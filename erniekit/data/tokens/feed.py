@@ -341,8 +341,6 @@ def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source])
     given = [float(entry.weight or size) for entry, size in zip(entries, tokens, strict=True)]
     weights = [weight / sum(given) for weight in given]
     end = None if cfg.max_steps > 0 else max(2, round(cfg.num_train_epochs * sum(tokens)))
-    if cfg.dataloader_num_workers:
-        log.info("dataloader_num_workers: no effect: token files need no encoding, a thread reads them")
     return Mixed(sources, weights, cfg.seed, cfg.max_seq_len, end), weights
 
 

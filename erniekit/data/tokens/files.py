@@ -217,7 +217,7 @@ def _check_there(prefix: Path, bin_path: Path, idx_path: Path) -> None:
     else:
         found = sorted(str(path)[: -len(".idx")] for path in prefix.parent.glob("*.idx"))
         found += sorted(str(path)[: -len(".idx")] for path in prefix.glob("*.idx"))
-        hint = f"there are {', '.join(found[:5])}" if found else "tools/make_token_files.py makes them from text"
+        hint = f"there are {', '.join(found[:5])}" if found else "`erniekit tokenize` makes them from text"
     raise DataError(f"{missing[0]}: no such file. Hint: {hint}.")
 
 
@@ -304,7 +304,7 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     """The file opened for appending behind its first `size` bytes; what follows them is cut off."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
-        raise DataError(f"{path}: {there} bytes, but {size} had been written. Hint: begin anew (--overwrite).")
+        raise DataError(f"{path}: {there} bytes, but {size} had been written. Hint: begin anew (overwrite=true).")
     file = open(path, "ab")  # noqa: SIM115 - the writer keeps it open
     file.truncate(size)
     return file

@@ -10,7 +10,7 @@ from support.source_tree import REPOSITORY
 
 import erniekit
 from erniekit.cli import info
-from erniekit.config import schema
+from erniekit.config import reference, schema
 from erniekit.utils.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
 @pytest.mark.parametrize("command", ["train", "eval", "chat", "export", "split"])
 def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
     text = " ".join(info.usage(command).split())
-    groups, single = info.KEYS[command]
+    groups, single = reference.KEYS[command]
     names = [field.name for group in groups.split(",") for field in dataclasses.fields(schema.GROUPS[group])]
     for name in [*names, *single.split()]:
         assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
@@ -67,3 +67,9 @@ def test_help_needs_no_paddle():
 
 def test_the_first_screen_says_what_this_is_not():
     assert "not Baidu's official ERNIEKit" in info.usage() and "Nothing here has run on a GPU" in info.usage()
+
+
+def test_help_says_what_a_key_may_be():
+    text = " ".join(info.usage("train").split())
+    assert "lora_rank (8; at least 1): " in text and "max_steps (-1; at least 1 (or -1)): " in text
+    assert "save_strategy (steps; no, steps, epoch): " in text and "eval_steps (not given; at least 1): " in text

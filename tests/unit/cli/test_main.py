@@ -39,12 +39,36 @@ def failing(error: BaseException):
     return function
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("help", "version")])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_help_lists_is_there(name: str):
     module_name, _, function_name = COMMANDS[name].target.partition(":")
-    path = REPOSITORY.joinpath(*module_name.split(".")).with_suffix(".py")
+    path = REPOSITORY.joinpath(*module_name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", ["server", "webui"])
+def test_what_erniekit_has_and_this_version_has_not_says_what_to_use_instead(name: str, capsys):
+    assert cli.main([name, "x.yaml"]) == cli.EXIT_USAGE
+    said = capsys.readouterr().err
+    assert f"`erniekit {name}` is not in this version" in said and "usage:" not in said
+    assert cli.main(["help", name]) == 0
+    assert f"`erniekit {name}` is not in this version" in capsys.readouterr().out
+    assert cli.main(["help"]) == 0
+    assert name not in capsys.readouterr().out
+
+
+def test_a_command_that_takes_a_configuration_gets_it_before_its_module_is_imported(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "erniekit.export.export", None)  # to import it would raise
+    assert cli.main(["export", "no_such_key=1"]) == cli.EXIT_USER_ERROR
+    assert "no_such_key: unknown key" in capsys.readouterr().err
+    seen = []
+    module = types.ModuleType("erniekit.export.export")
+    module.export = seen.append
+    monkeypatch.setitem(sys.modules, "erniekit.export.export", module)
+    assert cli.main(["export", "model_name_or_path=m", "output_dir=o"]) == 0
+    assert [cfg.output_dir for cfg in seen] == ["o"]
 
 
 def test_help_and_version_load_neither_paddle_nor_any_other_package():

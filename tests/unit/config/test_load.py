@@ -334,3 +334,30 @@ def test_a_message_stays_readable(write):
     assert text.startswith("x.yaml: 3000 problems:") and text.endswith("\n  and 2950 more")
     assert len(message(write(f"{'k' * 900}: 1\n"))) < 200
     assert len(message(write(f"x_args: {{seed: 1}}\nseed: '{'0' * 5000}'\n"))) < 400
+
+
+@pytest.mark.parametrize("given", ["0, 2,5", "[0,2,5]", [0, 2, 5], ["0", 2, "5"]])
+def test_a_list_of_whole_numbers_is_read_once(write, given):
+    cfg = load(write(BASE), {"no_recompute_layers": given})
+    assert cfg.no_recompute_layers == (0, 2, 5)
+
+
+def test_a_list_of_whole_numbers_survives_saving(write):
+    cfg = load(write(BASE + "no_recompute_layers: 3,1\nrecompute: True\n"))
+    assert load(write(cfg.to_yaml())) == cfg
+    assert load(write(load(write(BASE)).to_yaml())).no_recompute_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("no_recompute_layers", "0,one", r"no_recompute_layers: expected an integer, got 'one' \(.*:5\)"),
+        ("no_recompute_layers", "[0, -1]", r"no_recompute_layers: must be at least 0, got -1 \(.*:5\)"),
+        ("no_recompute_layers", "{a: 1}", r"no_recompute_layers: expected a flat list"),
+        ("lora_target_modules", "'q_proj,(k'", r"lora_target_modules: '\(k' is no regular expression: .* \(.*:5\)"),
+    ],
+)
+def test_a_wrong_item_of_a_list_is_refused_with_its_place(write, key, value, expected):
+    text = "model_name_or_path: m\ntrain_dataset_path: a\noutput_dir: o\nfine_tuning: LoRA\n"
+    with pytest.raises(ConfigError, match=expected):
+        load(write(f"{text}{key}: {value}\n"))

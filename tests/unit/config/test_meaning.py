@@ -118,7 +118,7 @@ def test_keys_of_the_other_kind_of_data_are_named():
     assert cfg(input_dir="a", split="1,1").notes == (
         "input_dir, split: no effect: not read with dataset_type: iterable",
     )
-    assert cfg(**TOKENS, packing=True, eval_dataset_path="e.jsonl").notes == ()  # that text is packed
+    assert cfg(**TOKENS, packing=True, eval_dataset_path="e.jsonl", do_eval=True).notes == ()  # that text is packed
 
 
 def test_a_check_names_the_place_of_its_key(tmp_path):
@@ -200,7 +200,7 @@ def test_refusals_are_of_the_command():
         ({"elastic": True}, "elastic: no effect: max_restarts is 0"),
         ({"stage": "DPO", "simpo_gamma": 1.0}, "simpo_gamma: no effect: read only with loss_type: simpo"),
         ({"stage": "DPO", "dpop_lambda": 5.0}, "dpop_lambda: no effect: read only with loss_type: dpop"),
-        ({"stage": "DPO", "loss_type": "orpo", "beta": 0.5}, "beta: no effect on the loss: loss_type: orpo"),
+        ({"stage": "DPO", "loss_type": "orpo", "beta": 0.5}, "beta: no effect: loss_type: orpo has none"),
     ],
 )
 def test_keys_that_others_make_pointless_are_named(given, named):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from erniekit.lora.targets import choose, choose_saved, hf_name, split_targets
+from erniekit.config.values import split_patterns
+from erniekit.lora.targets import choose, choose_saved, hf_name
 from erniekit.utils.errors import ConfigError
 
 ATTENTION = [f"model.layers.{i}.self_attn.{leaf}.weight" for i in range(2) for leaf in ("qkv_proj", "o_proj")]
@@ -78,7 +79,7 @@ def test_a_wrong_target_says_what_would_be_right(target: str, message: str):
 
 
 def test_a_list_keeps_commas_of_patterns():
-    assert split_targets("q_proj, layers.[1,2].x ,a{1,2}") == ("q_proj", "layers.[1,2].x", "a{1,2}")
+    assert split_patterns("q_proj, layers.[1,2].x ,a{1,2}") == ("q_proj", "layers.[1,2].x", "a{1,2}")
 
 
 def test_hugging_face_names():

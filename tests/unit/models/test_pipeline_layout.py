@@ -1,13 +1,18 @@
-"""Which chunk of a stage reaches a parameter."""
+"""Which chunk of a stage reaches a parameter; what the model does not have is refused before a weight is read."""
 
 import paddle
 import pytest
-from support.tiny_models import MOE
+from support import tiny_models
+from support.source_tree import REPOSITORY
 
+from erniekit.config import load
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.pipeline_layout import parameter_chunks
+from erniekit.models.pipeline_layout import check_layout, layout_lines, parameter_chunks
 from erniekit.nn.shard import RankShard
+from erniekit.parallel.mesh import ParallelDims
+from erniekit.training.trainable import check_lora
+from erniekit.utils.errors import ConfigError
 
 FIRST, LAST = [(0, 1), (4, 5)], [(2, 3), (6, 7)]  # two stages of two chunks
 
@@ -27,9 +32,48 @@ FIRST, LAST = [(0, 1), (4, 5)], [(2, 3), (6, 7)]  # two stages of two chunks
 def test_a_parameter_belongs_to_the_chunk_whose_backward_pass_reaches_it(name, chunks, chunk):
     layers = tuple(layer for held in chunks for layer in held)
     config = ModelConfig.from_dict(
-        MOE | {"num_hidden_layers": 8, "tie_word_embeddings": "embed" in name and chunks == LAST}
+        tiny_models.MOE | {"num_hidden_layers": 8, "tie_word_embeddings": "embed" in name and chunks == LAST}
     )
     shard = RankShard(layers=layers, has_embedding=0 in layers, has_head=7 in layers)
     with paddle.LazyGuard():
         model = CausalLM(config, shard)
     assert parameter_chunks(model, chunks)[name] == chunk
+
+
+TRAIN = {"model_name_or_path": "m", "train_dataset_path": "a.jsonl", "output_dir": "o", "recompute": True}
+DENSE = ModelConfig.from_dir(REPOSITORY / "examples/models/tiny-dense")
+MOE = ModelConfig.from_dir(REPOSITORY / "examples/models/tiny-moe")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"no_recompute_layers": "1,4,9"}, r"no_recompute_layers: \[4, 9\]: the model has layers 0 to 3"),
+        ({"recompute_granularity": "moe"}, "recompute_granularity: moe: this model has no experts"),
+    ],
+)
+def test_what_cannot_be_recomputed_is_refused_with_the_layout(given, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check_layout(load(None, TRAIN | given), ParallelDims(), DENSE)
+    fine = load(None, TRAIN | {"no_recompute_layers": [0, 3], "recompute_granularity": "moe"})
+    check_layout(fine, ParallelDims(), MOE)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"lora_target_modules": "q_prj"}, "lora_target_modules: q_prj: no projection of this model has that name"),
+        ({"modules_to_save": "nrom"}, "modules_to_save: nrom: not a module of this model"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_from_the_shapes_alone(given, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check_lora(load(None, TRAIN | {"fine_tuning": "LoRA"} | given), DENSE)
+    check_lora(load(None, TRAIN | {"fine_tuning": "LoRA", "lora_target_modules": "q_proj"}), DENSE)
+
+
+def test_keys_that_this_model_and_these_ranks_make_pointless_are_named():
+    cfg = load(None, TRAIN | {"moe_aux_loss_lambda": 0.1, "sharding": "stage1"})
+    alone = layout_lines(cfg, DENSE, ParallelDims())
+    assert [line.partition(": no effect: ")[0] for line in alone] == ["moe_aux_loss_lambda", "sharding"]
+    assert not any("no effect" in line for line in layout_lines(cfg, MOE, ParallelDims(data=2)))

@@ -291,7 +291,7 @@ def test_what_lies_beside_the_data_is_passed_over_and_named(tmp_path, caplog):
     assert "7 files there are not data" in line and "gone.jsonl, pipe.jsonl, LICENSE-2.0.txt" in line
     with pytest.raises(DataError, match=r"README.txt:1: not JSON"):
         open_source(tmp_path / "sub" / "README.txt")
-    with pytest.raises(DataError, match=r"no data file in this directory.*make_token_files"):
+    with pytest.raises(DataError, match=r"no data file in this directory.*`erniekit tokenize`"):
         open_source(tmp_path / "sub")
 
 

@@ -1,6 +1,5 @@
 """Making token files: what comes out, the same however it is made, broken off and gone on with."""
 
-import importlib.util
 import json
 import os
 import random
@@ -22,11 +21,7 @@ from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import DataError
 
 ROOT = Path(__file__).parents[4]
-TOOL = ROOT / "tools" / "make_token_files.py"
 TOKENIZER = ROOT / "examples" / "models" / "tiny-moe"
-SPEC = importlib.util.spec_from_file_location("make_token_files", TOOL)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +82,30 @@ def test_without_end_tokens(corpus, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("workers", "chunk"), [(0, 1), (1, 100), (3, 500), (2, 10**6)])
 def test_workers_and_chunks_do_not_change_the_files(corpus, tokenizer, whole, tmp_path, monkeypatch, workers, chunk):
-    monkeypatch.setattr(build, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(token_build, "_CHUNK_BYTES", chunk)
     assert build(corpus[0], tmp_path / "x", tokenizer, num_workers=workers) == whole[0]
     assert contents(tmp_path / "x") == contents(whole[1])
 
 
 class _Stop(Exception):
     pass
+
+
+def stopping_after(count):
+    """In the place of progress.track: the build is interrupted after so many chunks."""
+
+    def track(items, total, what, done):
+        for number, item in enumerate(items, 1):
+            yield item
+            if number == count:
+                raise _Stop
+
+    return track
+
+
+def noted_documents(prefix):
+    note = prefix.with_name(prefix.name + ".progress.json")
+    return json.loads(note.read_text())["progress"]["documents"] if note.exists() else 0
 
 
 @settings(max_examples=25)
@@ -105,19 +117,13 @@ def test_a_build_broken_off_anywhere_comes_out_the_same(corpus, tokenizer, whole
         patch.setattr(token_build, "_CHUNK_BYTES", 500)
         reached = 0
         for stop in [*stops, 10**9]:
-            seen = []
-
-            def show(progress, total, stop=stop, seen=seen):
-                seen.append(progress)
-                if len(seen) == stop:
-                    raise _Stop
-
+            patch.setattr(token_build, "track", stopping_after(stop))
             try:
-                done = build(corpus[0], prefix, tokenizer, note_every=noted, show=show)
+                done = build(corpus[0], prefix, tokenizer, note_every=noted)
                 break
             except _Stop:
-                assert seen[0].documents > (reached if noted == 0 else 0)
-                reached = seen[-1].documents
+                assert noted_documents(prefix) > reached if noted == 0 else noted_documents(prefix) == 0
+                reached = noted_documents(prefix)
     assert done == whole[0] and contents(prefix) == contents(whole[1])
     assert left_in(prefix.parent) == ["x.bin", "x.idx"]
 
@@ -142,12 +148,12 @@ def test_a_build_broken_off_while_the_files_get_their_names(corpus, tokenizer, w
     assert contents(tmp_path / "x") == contents(whole[1]) and left_in(tmp_path) == ["x.bin", "x.idx"]
 
 
-def test_a_killed_tool_goes_on_and_leaves_no_worker(tokenizer, tmp_path):
+def test_a_killed_command_goes_on_and_leaves_no_worker(tokenizer, tmp_path):
     rng = random.Random(1)
     texts = ["".join(rng.choices("abcdefgh ij", k=20_000)) for _ in range(150)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = [sys.executable, str(TOOL), "--tokenizer", str(TOKENIZER), "--note-every", "0", "--workers", "2"]
-    command += ["--output", str(tmp_path / "x"), str(tmp_path / "in.jsonl")]
+    command = [sys.executable, "-m", "erniekit", "tokenize", f"tokenizer={TOKENIZER}", "note_every=0", "workers=2"]
+    command += [f"output={tmp_path}/x", str(tmp_path / "in.jsonl")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     note = tmp_path / "x.progress.json"
@@ -182,11 +188,9 @@ def _alive(pid):
 
 
 def broken(corpus, prefix, tokenizer):
-    def stop(progress, total):
-        raise _Stop
-
-    with pytest.raises(_Stop):
-        build(corpus, prefix, tokenizer, note_every=0.0, show=stop)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Stop):
+        patch.setattr(token_build, "track", stopping_after(1))
+        build(corpus, prefix, tokenizer, note_every=0.0)
 
 
 def test_an_unfinished_build_of_something_else_is_not_gone_on_with(corpus, tokenizer, tmp_path):
@@ -204,7 +208,7 @@ def test_an_unfinished_build_of_something_else_is_not_gone_on_with(corpus, token
 def test_a_note_that_is_no_note_and_lost_parts_say_so(corpus, tokenizer, tmp_path):
     broken(corpus[0], tmp_path / "x", tokenizer)
     (tmp_path / "x.bin.part").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x.bin.part: 0 bytes, but \d+ had been written.*--overwrite"):
+    with pytest.raises(DataError, match=r"x.bin.part: 0 bytes, but \d+ had been written.*overwrite=true"):
         build(corpus[0], tmp_path / "x", tokenizer)
     (tmp_path / "x.progress.json").write_text("{}")
     with pytest.raises(DataError, match=r"x.progress.json: says nothing of a build"):
@@ -213,7 +217,7 @@ def test_a_note_that_is_no_note_and_lost_parts_say_so(corpus, tokenizer, tmp_pat
 
 def test_finished_files_are_not_replaced_unasked(corpus, tokenizer, tmp_path):
     build(corpus[0], tmp_path / "x", tokenizer)
-    with pytest.raises(DataError, match=r"x.bin: already there. Hint: .*--overwrite"):
+    with pytest.raises(DataError, match=r"x.bin: already there. Hint: .*overwrite=true"):
         build(corpus[0], tmp_path / "x", tokenizer)
 
 
@@ -252,18 +256,3 @@ def test_inputs_are_found_and_others_named(corpus, tmp_path, caplog):
         find_inputs([str(tmp_path / "none")])
     with pytest.raises(DataError, match=r"no data file in this directory"):
         find_inputs([str(tmp_path)])
-
-
-# --- the command
-
-
-def test_the_tool_says_what_it_wrote_and_what_is_wrong(corpus, tmp_path, monkeypatch, capsys):
-    command = ["", "--tokenizer", str(TOKENIZER), "--output", str(tmp_path / "x"), "--workers", "0", str(corpus[0])]
-    monkeypatch.setattr("sys.argv", command)
-    tool.main()
-    assert f"{tmp_path / 'x'}.bin and .idx: 122 documents, " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .*x.bin: already there"):
-        tool.main()
-    monkeypatch.setattr("sys.argv", [*command, "--workers", "-1"])
-    with pytest.raises(SystemExit, match="--workers must be 0 or more"):
-        tool.main()

@@ -174,7 +174,7 @@ def test_missing_files_say_what_is_there(tmp_path):
     assert "corpus.bin: no such file" in refusal(tmp_path / "corpus")
     (tmp_path / "old_ids.npy").write_bytes(b"")
     assert "old_ids.npy is PaddleNLP's older form" in refusal(tmp_path / "old")
-    assert "tools/make_token_files.py" in refusal(tmp_path / "none" / "x")
+    assert "`erniekit tokenize` makes them" in refusal(tmp_path / "none" / "x")
 
 
 def test_documents_without_an_end_token_are_counted(tmp_path):

@@ -1,0 +1,253 @@
+"""The data files: every record read by the training's own readers, lengths, steps, duplicates, and one example."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+
+from erniekit import hub
+from erniekit.cli.check.model import ModelFacts
+from erniekit.cli.check.report import Report, Section
+from erniekit.config import Config
+from erniekit.data.batch import IGNORE, Document
+from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.lengths import Lengths
+from erniekit.data.loader import Loader, build_loader
+from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec
+from erniekit.data.records.find_files import find_files
+from erniekit.data.records.readers import load_record
+from erniekit.training.batch_warmup import last_step
+from erniekit.utils.errors import UserError
+
+# Budgets that let a check end in seconds; what goes beyond them is sampled, and the report says so.
+CHECKED_BYTES = 64 << 20  # records are parsed and validated at some 20 MB a second
+MEASURED_SAMPLES = 5_000  # tokenised for their lengths
+COMPARED_RECORDS = 100_000  # of each split, for duplicates
+_MANY_EPOCHS = 50
+_SHOWN_CHARACTERS = 600  # of each stretch of the example
+
+
+@dataclass
+class Steps:
+    """How long the training is, as far as the data says; None where it is not known."""
+
+    total: int | None = None
+    per_epoch: int | None = None
+
+
+def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Steps:
+    """Add a section for each split that `command` reads, one for duplicates and one with an example."""
+    steps = Steps(total=cfg.max_steps if cfg.max_steps > 0 else None)
+    opened: dict[str, Dataset] = {}
+    for split in _splits(cfg, command):
+        section = report.section(f"{split} data")
+        if not _is_local(section, cfg, split):
+            continue
+        if facts.tokenizer is None:
+            _check_records(section, cfg, split, opened)
+            continue
+        with section.collecting():
+            ranks = 1 if facts.degrees is None else facts.degrees.data
+            loader = _open(cfg, split, facts, ranks)
+            with closing(loader):
+                feed = loader.feed
+                if isinstance(feed, RecordFeed):
+                    opened[split] = feed.dataset
+                    _faults(section, cfg, feed.dataset)
+                    _lengths(section, feed.lengths(), cfg)
+                if split == "train":
+                    _steps(section, cfg, loader, ranks, steps)
+        if split in opened and not report.count("error"):
+            _example(report, feed, facts.tokenizer, split)
+    _duplicates(report, opened)
+    return steps
+
+
+def _splits(cfg: Config, command: str) -> list[str]:
+    evaluates = cfg.do_eval or cfg.evaluation_strategy != "no"
+    return {"train": ["train", "eval"] if evaluates else ["train"], "eval": ["eval"]}.get(command, [])
+
+
+def _reads_text(cfg: Config, split: str) -> bool:
+    return cfg.dataset_type != "pretrain" or (split == "eval" and bool(cfg.eval_dataset_path))
+
+
+def _is_local(section: Section, cfg: Config, split: str) -> bool:
+    """Whether all data sets are on this machine. A wrong path is an error."""
+    if not _reads_text(cfg, split):
+        return True
+    missing: list[str] = []
+    found = False
+    with section.collecting():
+        specs = specs_of(cfg, split)
+        missing = [spec.path for spec in specs if hub.find_dataset(spec.path, f"{split}_dataset_path") is None]
+        found = not missing
+    for name in missing:
+        section.add("note", f"{name} is no local path: the command downloads it. It is checked once it is here")
+    return found
+
+
+def _inspection(specs: list[SourceSpec], split: str) -> Inspection:
+    """Every record, or as many as the budget allows; faults are gathered instead of ending the check."""
+    total = 0
+    for spec in specs:
+        path = hub.find_dataset(spec.path, f"{split}_dataset_path")
+        assert path is not None, "_is_local has looked"
+        total += sum(file.stat().st_size for file in find_files(path)[0])
+    return Inspection(max(1, math.ceil(total / CHECKED_BYTES)), gather_faults=True)
+
+
+def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
+    """The training's own loader, which measures a sample at most; lines that cannot be used are passed over."""
+    assert facts.tokenizer is not None
+    once = replace(_counted(cfg), max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
+    if not _reads_text(cfg, split):
+        return build_loader(once, facts.tokenizer, split, 0, ranks)
+    inspection = _inspection(specs_of(cfg, split), split)
+    return build_loader(once, facts.tokenizer, split, 0, ranks, facts.template, inspection)
+
+
+def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, Dataset]) -> None:
+    """Records alone, where there is no tokenizer to measure them with."""
+    if not _reads_text(cfg, split):
+        return
+    with section.collecting():
+        specs = specs_of(cfg, split)
+        inspection = _inspection(specs, split)
+        sources = [Source(spec, split, "gather", cfg.download_hub, inspection.every) for spec in specs]
+        opened[split] = Dataset(sources)
+        sizes = ", ".join(f"{spec.path} ({len(source)})" for spec, source in zip(specs, sources, strict=True))
+        section.add("ok", f"{len(opened[split])} records from {sizes}")
+        _faults(section, cfg, opened[split])
+
+
+def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
+    """Bad lines: errors, or warnings where the configuration passes over them."""
+    level = "error" if cfg.on_bad_line == "error" else "warning"
+    for source in dataset.sources:
+        for fault in source.faults:
+            section.add(level, fault)
+        more = source.bad_lines - len(source.faults)
+        if more > 0:
+            section.add(level, f"{source.spec.path}: {more} more bad lines")
+        every = source.check_every
+        if every > 1:
+            section.add(
+                "note",
+                f"{source.spec.path}: one record of {every} was checked, since the files of this split have more than "
+                f"{CHECKED_BYTES >> 20} MB; training checks all of them",
+            )
+
+
+def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
+    tokens = lengths.tokens
+    if not len(tokens):
+        return
+    middle, high = (int(np.quantile(tokens, q)) for q in (0.5, 0.95))
+    how = "all samples" if lengths.exact else f"a sample of {lengths.num_measured} of {len(lengths.starts)}"
+    section.add(
+        "ok",
+        f"tokens of {how}: median {middle}, 95 % have at most {high}, the longest {int(tokens.max())} (max_seq_len "
+        f"{cfg.max_seq_len}); {lengths.num_dropped} dropped, {lengths.num_truncated} cut",
+    )
+    if lengths.num_dropped * 10 > lengths.num_measured:
+        share = lengths.num_dropped / lengths.num_measured
+        section.add("warning", f"{share:.0%} of the samples are dropped: raise max_seq_len, or set truncation: cut")
+
+
+def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps: Steps) -> None:
+    """The training's steps, and how often it reads the data. Data that is drawn at random has no epoch to count."""
+    if cfg.mix_strategy == "random" and _reads_text(cfg, "train"):
+        section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
+        return
+    counted = last_step(_counted(cfg), loader, data_ranks)
+    if cfg.max_steps > 0:
+        steps.per_epoch, steps.total = counted, cfg.max_steps
+    else:
+        steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
+    about = "" if loader.exact else "about "
+    epochs = steps.total / max(steps.per_epoch, 1)
+    total = f"{'' if cfg.max_steps > 0 else about}{steps.total} steps"
+    section.add("ok", f"training: {total}, {about}{epochs:.3g} epochs of {steps.per_epoch} steps")
+    if epochs > _MANY_EPOCHS:
+        section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
+
+
+def _counted(cfg: Config) -> Config:
+    """The training whose steps are counted: one epoch, where max_steps decides how long the real one is."""
+    if cfg.max_steps <= 0 or (cfg.mix_strategy == "random" and _reads_text(cfg, "train")):
+        return cfg
+    return replace(cfg, max_steps=-1, num_train_epochs=1.0)
+
+
+def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
+    """Records that stand twice in a split, and evaluation records that are trained on."""
+    if not opened:
+        return
+    section = report.section("duplicates")
+    seen: dict[str, dict[bytes, str]] = {}
+    for split, dataset in opened.items():
+        places: dict[bytes, str] = {}
+        count, first = 0, ""
+        for digest, where in _digests(dataset):
+            if digest in places:
+                count += 1
+                first = first or f"{where} repeats {places[digest]}"
+            else:
+                places[digest] = where
+        seen[split] = places
+        looked = min(len(dataset), COMPARED_RECORDS)
+        part = "" if looked == len(dataset) else f" (the first {looked} of {len(dataset)} were compared)"
+        if count:
+            section.add("warning", f"{split} data: {count} of the records repeat an earlier one: {first}{part}")
+        else:
+            section.add("ok", f"{split} data: no record repeats another{part}")
+    if len(seen) == 2:
+        both = seen["train"].keys() & seen["eval"].keys()
+        if both:
+            where = next((seen["eval"][digest], seen["train"][digest]) for digest in seen["eval"] if digest in both)
+            section.add(
+                "warning",
+                f"{len(both)} of the evaluation's records are also trained on: {where[0]} repeats {where[1]}",
+            )
+        else:
+            section.add("ok", "no record of the evaluation is trained on")
+
+
+def _digests(dataset: Dataset) -> Iterator[tuple[bytes, str]]:
+    """A short hash of each record's content, whatever the order of its fields, and where it stands."""
+    for number in range(min(len(dataset), COMPARED_RECORDS)):
+        _, raw, where = dataset.record(number)
+        try:
+            text = json.dumps(load_record(raw, where), sort_keys=True, ensure_ascii=False, default=str)
+        except UserError:  # a record between those that were checked
+            continue
+        yield hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest(), where
+
+
+def _example(report: Report, feed: RecordFeed, tokenizer: Tokenizer, split: str) -> None:
+    """The first record as the model gets it."""
+    section = report.section(f"the first {split} record as the model gets it")
+    with section.collecting():
+        encoded = feed.encode(0)
+        if encoded.dropped:
+            section.add("note", f"{encoded.where}: dropped: {encoded.dropped}")
+        for document in encoded.documents[:1]:
+            for is_trained, text in _stretches(document, tokenizer):
+                shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+                section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
+
+
+def _stretches(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
+    """The text of a document in stretches of which all is trained or nothing. labels [n] are those of ids [n] shifted
+    by one: a token is trained where the token before it has it as its label.
+    """
+    trained = np.concatenate([[False], document.labels[:-1] != IGNORE])
+    for is_trained, group in groupby(zip(document.ids, trained, strict=True), key=lambda pair: bool(pair[1])):
+        yield is_trained, tokenizer.decode([int(number) for number, _ in group])

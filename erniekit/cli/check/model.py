@@ -1,0 +1,172 @@
+"""The model's files, the tokenizer, the chat template, and how the ranks divide the model."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from erniekit import hub
+from erniekit.checkpoint.model_dir import (
+    find_checkpoint,
+    has_weights,
+    holds_model,
+    list_checkpoints,
+    require_model,
+    require_weights,
+)
+from erniekit.checkpoint.model_reader import read_config
+from erniekit.cli import launch
+from erniekit.cli.check.report import Report, Section
+from erniekit.config import Config
+from erniekit.data.chat.template import Template
+from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.record_feed import training_template
+from erniekit.models.config import ModelConfig
+from erniekit.models.pipeline_layout import check_layout, layout_lines
+from erniekit.models.weights import num_parameters
+from erniekit.parallel.mesh import ParallelDims
+from erniekit.training.shape import model_config
+
+
+@dataclass
+class ModelFacts:
+    """What later checks need; None for what could not be read."""
+
+    config: ModelConfig | None = None
+    tokenizer: Tokenizer | None = None
+    template: Template | None = None
+    degrees: ParallelDims | None = None
+
+
+def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
+    """Add the sections `model`, `layout` and `tokenizer and template`."""
+    facts = ModelFacts()
+    section = report.section("model")
+    directory, tokenizer = _directories(section, cfg, command)
+    if directory is not None:
+        with section.collecting():
+            facts.config = _model_config(section, cfg, directory, command)
+    if command == "train":
+        _layout(report.section("layout"), cfg, facts)
+    if tokenizer is not None and command in ("train", "eval", "chat"):
+        _tokenizer(report.section("tokenizer and template"), cfg, tokenizer, command, facts)
+    return facts
+
+
+def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | None, Path | None]:
+    """The directories of the model and of its tokenizer on this machine; nothing is downloaded. Where the
+    configuration alone describes the model, its files are the tokenizer's.
+    """
+    model: Path | None = None
+    tokenizer: Path | None = None
+    with section.collecting():
+        model = _trained(cfg) if command != "train" else None
+        if model is None and cfg.model_name_or_path:
+            model = _here(section, cfg.model_name_or_path, hub.find_model(cfg.model_name_or_path))
+        tokenizer = model
+        if command == "train" and cfg.tokenizer_name_or_path:
+            found = hub.find_tokenizer(cfg.tokenizer_name_or_path)
+            tokenizer = _here(section, cfg.tokenizer_name_or_path, found)
+            model = model if cfg.model_name_or_path else tokenizer
+    return model, tokenizer
+
+
+def _here(section: Section, name: str, path: Path | None) -> Path | None:
+    if path is None:
+        section.add(
+            "note",
+            f"{name} is no local path: the command downloads it. The model, how ranks divide it, its tokenizer and the "
+            "lengths of the data are checked once it is on this machine",
+        )
+    return path
+
+
+def _trained(cfg: Config) -> Path | None:
+    """The model that `checkpoint` names, or that a run has left in output_dir; of an adapter, nothing."""
+    path: Path | None = None
+    if cfg.checkpoint:
+        path = find_checkpoint(Path(cfg.checkpoint))
+    elif cfg.output_dir and (list_checkpoints(Path(cfg.output_dir)) or holds_model(Path(cfg.output_dir))):
+        path = find_checkpoint(cfg.output_dir)
+    return path if path is not None and has_weights(path) else None
+
+
+def _model_config(section: Section, cfg: Config, directory: Path, command: str) -> ModelConfig:
+    require_model(directory)
+    wants_weights = command != "train" or cfg.continue_training
+    stored = model_config(cfg, directory) if command == "train" else ModelConfig.from_dir(directory)
+    if command == "train" and cfg.continue_training:
+        with section.collecting():
+            require_weights(directory)
+    if wants_weights and has_weights(directory):
+        stored = read_config(directory)  # opens the files and compares every name and shape
+    experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
+    start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
+    section.add(
+        "ok",
+        f"{directory}: {stored.model_type}, {num_parameters(stored):,} parameters, {stored.num_hidden_layers} layers"
+        f"{experts}{start}",
+    )
+    if cfg.max_seq_len > stored.max_position_embeddings:
+        section.add(
+            "warning",
+            f"max_seq_len: {cfg.max_seq_len} is more than the model's max_position_embeddings "
+            f"{stored.max_position_embeddings}: it has not seen such positions",
+        )
+    depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
+    return replace(stored, num_nextn_predict_layers=depths)
+
+
+def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
+    with section.collecting():
+        facts.degrees = launch.degrees_of(cfg)
+        if facts.config is None:
+            section.add("ok", f"{_processes(facts.degrees)}; whether they divide the model is not known")
+            return
+        check_layout(cfg, facts.degrees, facts.config)
+        if cfg.lora_target_modules or cfg.modules_to_save:
+            _adapters(section, cfg, facts.config)
+        if facts.degrees.world == 1:
+            rows = cfg.batch_size * cfg.gradient_accumulation_steps
+            section.add(
+                "ok",
+                f"one process; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} microbatches = "
+                f"{rows} rows",
+            )
+        for line in layout_lines(cfg, facts.config, facts.degrees):
+            section.add("note" if "no effect" in line else "ok", line)
+
+
+def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
+    """Whether the model has what is to be adapted."""
+    try:  # imports Paddle, which takes seconds
+        from erniekit.training.trainable import check_lora
+    except ModuleNotFoundError as error:
+        if error.name != "paddle":
+            raise
+        section.add("note", "lora_target_modules: not compared with the model: PaddlePaddle is not installed here")
+        return
+    check_lora(cfg, config)
+
+
+def _processes(degrees: ParallelDims) -> str:
+    return "one process" if degrees.world == 1 else f"{degrees.world} processes"
+
+
+def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:
+    with section.collecting():
+        tokenizer = facts.tokenizer = load_tokenizer(directory)
+        files = ", ".join(file.name for file in tokenizer.files)
+        section.add("ok", f"{files}: {tokenizer.vocab_size} tokens, end token {_named(tokenizer, tokenizer.eos_id)}")
+        if facts.config is not None:
+            check_fits(tokenizer, facts.config.vocab_size, str(directory))
+        if command == "chat":
+            return
+        template = facts.template = training_template(cfg, tokenizer)
+        if template is None:
+            section.add("ok", "no chat template: the data is plain text")
+            return
+        ends = ", ".join(_named(tokenizer, i) for i in template.trained_end_ids)
+        section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
+
+
+def _named(tokenizer: Tokenizer, number: int) -> str:
+    return f"{tokenizer.decode([number])!r} ({number})"

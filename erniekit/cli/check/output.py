@@ -1,0 +1,116 @@
+"""The output directory: what is there, and whether the checkpoints fit on its disk."""
+
+import math
+import shutil
+from pathlib import Path
+
+from erniekit.cli import launch
+from erniekit.cli.check.data import Steps
+from erniekit.cli.check.model import ModelFacts
+from erniekit.cli.check.report import Report, Section
+from erniekit.config import Config
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import num_parameters, our_shapes
+
+WEIGHT_BYTES = 4  # weights are saved in fp32
+MOMENT_BYTES = 8  # AdamW's two moments in fp32
+MASTER_BYTES = 4  # of 16-bit weights, which a CPU has not
+
+
+def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> None:
+    """Add the section `output directory`."""
+    section = report.section("output directory")
+    assert cfg.output_dir, "config.load requires it to train"
+    path = Path(cfg.output_dir)
+    _state(section, cfg, path)
+    if facts.config is not None:
+        _space(section, cfg, path, facts.config, steps)
+
+
+def _state(section: Section, cfg: Config, path: Path) -> None:
+    if cfg.resume_from_checkpoint in ("auto", "none") and not (path.is_dir() and any(path.iterdir())):
+        if path.exists() and not path.is_dir():
+            section.add("error", f"output_dir: {path} is not a directory. Choose another output_dir.")
+        else:
+            section.add("ok", f"{path}: nothing is there, the run starts anew")
+        return
+    with section.collecting():
+        try:  # imports Paddle, which takes seconds
+            from erniekit.parallel.process_group import ALONE
+            from erniekit.training.output_dir import OutputDir
+        except ModuleNotFoundError as error:
+            if error.name != "paddle":
+                raise
+            section.add("note", f"{path}: not looked into: PaddlePaddle is not installed here")
+            return
+        claim = OutputDir(cfg, ALONE).look()
+        if claim.source is not None:
+            section.add("ok", f"{path}: the run goes on from {claim.source}")
+        elif claim.final is not None:
+            section.add("ok", f"{path}: holds the final model of this run, of step {claim.final.step}")
+        elif cfg.overwrite_output_dir:
+            section.add("warning", f"{path}: overwrite_output_dir: the run that is there is removed")
+        else:
+            section.add("ok", f"{path}: no checkpoint is there, the run starts anew")
+
+
+def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps) -> None:
+    checkpoint, final = _sizes(cfg, model)
+    kept = _kept(cfg, steps)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = final + (0 if kept is None else kept * checkpoint)
+    at_most = "at most " if cfg.fine_tuning == "LoRA" else ""
+    count = "every checkpoint is kept, each" if kept is None else f"{kept} checkpoints at a time, each"
+    line = (
+        f"disk: {count} of {at_most}{_size(checkpoint)}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
+        f"{' and more' if kept is None else ''}; {_size(free)} are free at {existing}"
+    )
+    least = final + (0 if kept == 0 else checkpoint)
+    if needed > free:
+        section.add("error" if least > free else "warning", f"{line}. Set save_total_limit, or another output_dir.")
+    else:
+        section.add("ok", line)
+
+
+def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the final model; of adapters, the most that they can be."""
+    trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
+    weights = trained * WEIGHT_BYTES * (1 if cfg.ema_decay is None else 2)
+    state = trained * MOMENT_BYTES
+    if cfg.compute_type != "fp32" and launch.has_gpus():
+        state += trained * MASTER_BYTES
+    return weights + (0 if cfg.ignore_save_lr_and_optim else state), weights
+
+
+def _kept(cfg: Config, steps: Steps) -> int | None:
+    """Checkpoints that are on the disk at a time: a new one is written before the oldest is removed, and the best one
+    may be older. None: not known.
+    """
+    if cfg.save_strategy == "no":
+        return 0
+    written = None
+    if steps.total is not None:
+        every = cfg.save_steps if cfg.save_strategy == "steps" else steps.per_epoch
+        written = None if every is None else math.ceil(steps.total / every)
+    if cfg.save_total_limit is None:
+        return written
+    limit = cfg.save_total_limit + 1 + (cfg.evaluation_strategy != "no")
+    return limit if written is None else min(limit, written)
+
+
+def _adapter_parameters(model: ModelConfig, rank: int) -> int:
+    """Of adapters on every matrix between embedding and head, which is the most that there can be."""
+    total = 0
+    for name, shape in our_shapes(model).items():
+        if len(shape) >= 2 and name.startswith("model.layers."):
+            total += math.prod(shape[:-2]) * rank * (shape[-2] + shape[-1])
+    return total
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,120 @@
+"""What a check found: sections of findings, as text, as JSON, and as an exit code."""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from erniekit.utils import log
+from erniekit.utils.errors import UserError
+
+Level = Literal["ok", "note", "warning", "error"]
+EXIT_ERRORS, EXIT_WARNINGS = 1, 3
+_WIDTH = 118
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report."""
+
+    level: Level
+    text: str
+
+
+@dataclass
+class Section:
+    """What was found about one thing, such as the training data."""
+
+    title: str
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, level: Level, text: str) -> None:
+        """Add a finding, unless it is there already."""
+        finding = Finding(level, text)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Inside, log lines become notes and warnings, and an error that a user can cause becomes an error here."""
+        with log.captured() as lines:
+            error: UserError | None = None
+            try:
+                yield
+            except UserError as caught:
+                error = caught
+        for is_warning, text in lines:
+            self.add("warning" if is_warning else "note", text)
+        if error is not None:
+            self.add("error", str(error))
+
+
+@dataclass
+class Report:
+    """All sections, in the order in which they are shown."""
+
+    command: str
+    sections: list[Section] = field(default_factory=list)
+
+    def section(self, title: str) -> Section:
+        """A new section at the end."""
+        self.sections.append(Section(title))
+        return self.sections[-1]
+
+    def count(self, level: Level) -> int:
+        """The number of findings of a level."""
+        return sum(finding.level == level for section in self.sections for finding in section.findings)
+
+    def exit_code(self, strict: bool) -> int:
+        """1 if there are errors; 3 if there are warnings and `strict`; else 0."""
+        if self.count("error"):
+            return EXIT_ERRORS
+        return EXIT_WARNINGS if strict and self.count("warning") else 0
+
+    def to_text(self) -> str:
+        """The report as plain lines, errors first in each section, and the outcome at the end."""
+        lines: list[str] = []
+        order: list[Level] = ["error", "warning", "ok", "note"]
+        for section in self.sections:
+            lines.append(section.title)
+            for finding in sorted(section.findings, key=lambda finding: order.index(finding.level)):
+                lines += _wrapped(finding)
+        return "\n".join([*lines, "", self.outcome()])
+
+    def outcome(self) -> str:
+        """One line: how many errors and warnings."""
+        errors, warnings = self.count("error"), self.count("warning")
+        if errors:
+            return f"{_many(errors, 'error')}, {_many(warnings, 'warning')}: `erniekit {self.command}` would not run."
+        if warnings:
+            return f"No errors, {_many(warnings, 'warning')}."
+        return "No errors and no warnings."
+
+    def to_dict(self, strict: bool) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "command": self.command,
+            "exit_code": self.exit_code(strict),
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "sections": [
+                {"title": section.title, "findings": [vars(finding) for finding in section.findings]}
+                for section in self.sections
+            ],
+        }
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _wrapped(finding: Finding) -> list[str]:
+    begin = "  " if finding.level == "ok" else f"  {finding.level}: "
+    first, *rest = finding.text.splitlines() or [""]
+    options = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(first, initial_indent=begin, subsequent_indent="    ", **options) or [begin.rstrip()]
+    for line in rest:
+        indent = "    " + " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(line.lstrip(), initial_indent=indent, subsequent_indent=indent + "  ", **options)
+    return lines

@@ -1,0 +1,395 @@
+"""Keys that another key, or the model, makes pointless: one table of (keys, condition, reason).
+
+Only keys that the user gave are named, one line for all keys that have the same reason. A switch that is off, or a
+number left at a default that means off, asks for nothing and is not named.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from erniekit.config.compat import DATA
+from erniekit.config.schema import Config, fields
+from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_model import MoEArgs
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_shape import ShapeArgs
+from erniekit.config.schema_use import ExportArgs, GenerateArgs
+from erniekit.config.values import split_list
+
+TRAIN = ("train",)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides beside the configuration and is known later: None as long as it is not.
+
+    num_experts: of the model's config.json. aux_free: whether that file asks for loss-free balance. data_ranks, ranks:
+    of the job.
+    """
+
+    num_experts: int | None = None
+    aux_free: bool | None = None
+    data_ranks: int | None = None
+    ranks: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`keys` (separated by spaces) do nothing in `commands` where `when` holds; `why` may name other keys' values, as
+    in "max_steps: {max_steps} decides".
+    """
+
+    keys: str
+    when: Callable[[Config, Facts], bool]
+    why: str
+    commands: tuple[str, ...] = TRAIN
+
+
+def notes(cfg: Config, command: str, facts: Facts | None = None) -> list[str]:
+    """A line for each reason for which keys that were given do nothing in `command`. With `facts`, only the lines that
+    these add.
+    """
+    before = _found(cfg, command, Facts())
+    if facts is None:
+        found = before
+    else:
+        found = {name: why for name, why in _found(cfg, command, facts).items() if name not in before}
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.items():
+        reasons.setdefault(why, []).append(name)
+    return [f"{', '.join(names)}: no effect: {why}" for why, names in reasons.items()]
+
+
+def _found(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
+    """Key -> reason; the first rule that holds gives it."""
+    found: dict[str, str] = {}
+    for rule in RULES:
+        if command in rule.commands and rule.when(cfg, facts):
+            why = rule.why.format_map(vars(cfg) | {"command": command})
+            for name in rule.keys.split():
+                if asks(cfg, name):
+                    found.setdefault(name, why)
+    return found
+
+
+def asks(cfg: Config, name: str) -> bool:
+    """Whether the user gave a key, and a value that asks for something."""
+    field, value = _FIELDS[name], vars(cfg)[name]
+    is_off = value in (None, False, "", (), 0, field.metadata["off"]) or (name in _DEGREES.split() and value == 1)
+    return name in cfg.given and not (is_off and value == field.default)
+
+
+_FIELDS = fields()
+
+
+def _names(group: type, but: str = "") -> str:
+    return " ".join(field.name for field in dataclasses.fields(group) if field.name not in but.split())
+
+
+def _evaluates(cfg: Config) -> bool:
+    return cfg.do_eval or cfg.evaluation_strategy != "no"
+
+
+def _schedule(cfg: Config) -> str:
+    return cfg.lr_scheduler_type.partition(":")[0]
+
+
+def _loss(cfg: Config) -> str:
+    return ALIASES.get(cfg.loss_type, cfg.loss_type)
+
+
+def _has_no_reference(cfg: Config) -> bool:
+    return cfg.stage == "DPO" and (cfg.reference_free or _loss(cfg) in REFERENCE_FREE)
+
+
+def _only_token_files(cfg: Config) -> bool:
+    """Token files, and no text for the evaluation beside them."""
+    return cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path
+
+
+def _is_dpo(loss: str) -> Callable[[Config, Facts], bool]:
+    """A preference loss other than `loss`."""
+    return lambda c, f: c.stage == "DPO" and c.loss_type != loss
+
+
+_DEGREES = (
+    "tensor_parallel_degree pipeline_parallel_degree virtual_pp_degree expert_parallel_degree data_parallel_degree "
+    "sharding_parallel_degree"
+)
+
+_DATA_RULES = [
+    Rule(
+        "train_dataset_type train_dataset_prob mix_strategy num_samples_each_epoch packing greedy_intokens buffer_size "
+        "truncation max_estimate_samples on_bad_line",
+        lambda c, f: _only_token_files(c),
+        "not read with dataset_type: {dataset_type}",
+        DATA,
+    ),
+    Rule(
+        "dataloader_num_workers",
+        lambda c, f: _only_token_files(c),
+        "token files need no encoding, a thread reads them",
+        DATA,
+    ),
+    Rule(
+        "input_dir split isolate_documents long_document_min_tokens long_document_weight",
+        lambda c, f: c.dataset_type != "pretrain",
+        "not read with dataset_type: {dataset_type}",
+        DATA,
+    ),
+    Rule(
+        "train_dataset_prob",
+        lambda c, f: c.mix_strategy == "concat" and len(split_list(c.train_dataset_path)) > 1,
+        "mix_strategy: concat reads every data set once",
+    ),
+    Rule(
+        "eval_dataset_prob",
+        lambda c, f: len(split_list(c.eval_dataset_path)) > 1,
+        "evaluation reads every data set once",
+        DATA,
+    ),
+    Rule(
+        "eval_dataset_type eval_dataset_prob",
+        lambda c, f: not c.eval_dataset_path,
+        "eval_dataset_path is not given",
+        DATA,
+    ),
+    Rule(
+        "num_samples_each_epoch",
+        lambda c, f: c.mix_strategy != "random",
+        "read only with mix_strategy: random",
+    ),
+    Rule("greedy_intokens buffer_size", lambda c, f: not c.packing, "packing is False", DATA),
+    Rule(
+        "buffer_size",
+        lambda c, f: c.packing and not c.greedy_intokens,
+        "greedy_intokens: False packs samples in order, as they come",
+        DATA,
+    ),
+    Rule(
+        "truncation",
+        lambda c, f: c.stage == "PT",
+        "stage PT splits a text that is longer than max_seq_len, and loses nothing of it",
+        DATA,
+    ),
+    Rule(
+        "max_estimate_samples",
+        lambda c, f: c.max_steps > 0 and "epoch" not in (c.evaluation_strategy, c.save_strategy),
+        "max_steps: {max_steps} decides, so the length of an epoch is not needed",
+    ),
+]
+
+_RUN_RULES = [
+    Rule("num_train_epochs", lambda c, f: c.max_steps > 0, "max_steps: {max_steps} decides how long the training is"),
+    Rule(
+        "eval_steps",
+        lambda c, f: c.evaluation_strategy != "steps",
+        "evaluation_strategy is {evaluation_strategy}, not steps",
+    ),
+    Rule(
+        "eval_dataset_path eval_dataset_type eval_dataset_prob max_evaluate_steps",
+        lambda c, f: not _evaluates(c),
+        "nothing is evaluated: evaluation_strategy is no and do_eval is False",
+    ),
+    Rule(
+        "metric_for_best_model greater_is_better",
+        lambda c, f: c.evaluation_strategy == "no",
+        "evaluation_strategy is no, so there are no evaluations to compare",
+    ),
+    Rule("save_steps", lambda c, f: c.save_strategy != "steps", "save_strategy is {save_strategy}, not steps"),
+    Rule(
+        "save_total_limit use_async_save ignore_save_lr_and_optim",
+        lambda c, f: c.save_strategy == "no",
+        "save_strategy is no, so there are no checkpoints",
+    ),
+    Rule(
+        "logging_dir",
+        lambda c, f: c.report_to == "none",
+        "report_to is none; metrics.jsonl and loss.png go to output_dir",
+    ),
+    Rule(
+        "ignore_load_lr_and_optim ignore_data_skip",
+        lambda c, f: c.resume_from_checkpoint == "none",
+        "resume_from_checkpoint is none",
+    ),
+    Rule(
+        "save_format",
+        lambda c, f: c.fine_tuning == "LoRA",
+        "adapters are saved in PEFT's format",
+    ),
+    Rule(
+        _names(GenerateArgs) + " predict_with_generate",
+        lambda c, f: True,
+        "`train` generates no text; read by eval and chat",
+    ),
+    Rule("eval_output", lambda c, f: True, "read only by eval"),
+    Rule("checkpoint", lambda c, f: True, "read only by eval, export, split and chat"),
+    Rule(_names(ExportArgs), lambda c, f: True, "read only by export and split"),
+]
+
+_OPTIMIZER_RULES = [
+    Rule(
+        "min_lr",
+        lambda c, f: _schedule(c) not in ("cosine", "wsd"),
+        "lr_scheduler_type: {lr_scheduler_type} has no lowest rate; cosine and wsd have",
+    ),
+    Rule("decay_function", lambda c, f: _schedule(c) != "wsd", "read only with lr_scheduler_type: wsd:N"),
+    Rule("num_cycles", lambda c, f: _schedule(c) != "cosine", "read only with lr_scheduler_type: cosine"),
+    Rule("power lr_end", lambda c, f: _schedule(c) != "polynomial", "read only with lr_scheduler_type: polynomial"),
+    Rule(
+        "decay_steps",
+        lambda c, f: _schedule(c) in ("constant", "constant_with_warmup"),
+        "lr_scheduler_type: {lr_scheduler_type} does not decay",
+    ),
+    Rule(
+        "warmup_steps warmup_ratio",
+        lambda c, f: _schedule(c) == "constant",
+        "lr_scheduler_type: constant has no warm-up; constant_with_warmup has",
+    ),
+    Rule("warmup_ratio", lambda c, f: c.warmup_steps > 0, "warmup_steps: {warmup_steps} decides"),
+    Rule("neftune_noise_alpha", lambda c, f: not c.neftune, "neftune is False"),
+    Rule(
+        "batch_size_warmup_steps",
+        lambda c, f: c.gradient_accumulation_steps == 1,
+        "gradient_accumulation_steps is 1, so there is nothing to grow to",
+    ),
+    Rule(
+        "moe_gate_lr_ratio",
+        lambda c, f: c.fine_tuning == "LoRA",
+        "fine_tuning: LoRA trains no routers",
+    ),
+    Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
+    Rule(
+        "multi_token_pred_lambda",
+        lambda c, f: not c.num_nextn_predict_layers,
+        "num_nextn_predict_layers is 0",
+    ),
+]
+
+_MODEL_RULES = [
+    Rule(
+        "recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers",
+        lambda c, f: not c.recompute,
+        "recompute is False",
+    ),
+    Rule(
+        "use_recompute_moe",
+        lambda c, f: c.recompute and c.recompute_granularity in ("full", "moe"),
+        "recompute_granularity: {recompute_granularity} recomputes them anyway",
+    ),
+    Rule(
+        "use_recompute_mtp",
+        lambda c, f: c.recompute and not c.num_nextn_predict_layers,
+        "num_nextn_predict_layers is 0",
+    ),
+    Rule(_names(LoraArgs), lambda c, f: c.fine_tuning != "LoRA", "read only with fine_tuning: LoRA"),
+    Rule(
+        "lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save",
+        lambda c, f: c.fine_tuning == "LoRA" and bool(c.lora_path),
+        "the adapter of lora_path has its own rank, scaling and targets",
+    ),
+    Rule(
+        "dropout_warmup_steps",
+        lambda c, f: not c.attention_probs_dropout_prob,
+        "attention_probs_dropout_prob is 0",
+    ),
+    Rule(
+        _names(ShapeArgs),
+        lambda c, f: True,
+        "`{command}` reads the model's config.json",
+        ("eval", "chat", "export", "split"),
+    ),
+    Rule(_names(MoEArgs), lambda c, f: f.num_experts == 0, "the model has no experts"),
+    Rule(
+        "moe_use_aux_free_update_coef",
+        lambda c, f: c.moe_use_aux_free is False or (c.moe_use_aux_free is None and f.aux_free is False),
+        "the router's correction bias does not move: moe_use_aux_free is off",
+    ),
+]
+
+_PREFERENCE_RULES = [
+    Rule(_names(PreferenceArgs), lambda c, f: c.stage != "DPO", "read only with stage: DPO", DATA),
+    Rule(
+        "num_nextn_predict_layers",
+        lambda c, f: c.stage == "DPO",
+        "stage DPO: preference losses have no part for tokens further ahead",
+        DATA,
+    ),
+    Rule("token_balance_loss", lambda c, f: c.stage == "DPO", "stage DPO: every pair weighs the same", DATA),
+    Rule("z_loss_lambda", lambda c, f: c.stage == "DPO", "stage DPO: it belongs to the next-token loss", DATA),
+    Rule("simpo_gamma", _is_dpo("simpo"), "read only with loss_type: simpo", DATA),
+    Rule("dpop_lambda", _is_dpo("dpop"), "read only with loss_type: dpop", DATA),
+    Rule(
+        "beta",
+        lambda c, f: c.stage == "DPO" and _loss(c) == "or",
+        "loss_type: {loss_type} has none; only the logged rewards are scaled by it",
+        DATA,
+    ),
+    Rule(
+        "ref_logps_cache ref_model_update_steps",
+        lambda c, f: _has_no_reference(c),
+        "loss_type: {loss_type} with reference_free: {reference_free} has no reference",
+        DATA,
+    ),
+    Rule(
+        "ref_model_update_steps",
+        lambda c, f: c.stage == "DPO" and c.fine_tuning == "LoRA",
+        "the reference is the model without its adapter",
+        DATA,
+    ),
+    Rule(
+        "normalize_logps",
+        lambda c, f: c.stage == "DPO" and _loss(c) in AVERAGED,
+        "loss_type: {loss_type} averages over tokens by itself",
+        DATA,
+    ),
+]
+
+_RANK_RULES = [
+    Rule(
+        _DEGREES,
+        lambda c, f: True,
+        "`{command}` runs in one process, and one device holds the model",
+        ("eval", "chat", "export", "split"),
+    ),
+    Rule("sequence_parallel", lambda c, f: c.tensor_parallel_degree <= 1, "tensor_parallel_degree is 1"),
+    Rule(
+        "pp_seg_method pipeline_schedule",
+        lambda c, f: c.pipeline_parallel_degree <= 1,
+        "pipeline_parallel_degree is 1",
+    ),
+    Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
+    Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
+    Rule(
+        "check_replicas_steps distributed_timeout rendezvous_timeout",
+        lambda c, f: f.ranks == 1,
+        "one process trains",
+    ),
+]
+
+_USE_RULES = [
+    Rule(
+        _names(GenerateArgs),
+        lambda c, f: not c.predict_with_generate,
+        "predict_with_generate is False",
+        ("eval",),
+    ),
+    Rule("stream", lambda c, f: True, "`eval` prints no answers", ("eval",)),
+    Rule(
+        "top_p top_k",
+        lambda c, f: c.temperature == 0,
+        "temperature: 0 always takes the likeliest token",
+        ("eval", "chat"),
+    ),
+]
+
+RULES: list[Rule] = [
+    *_DATA_RULES,
+    *_RUN_RULES,
+    *_OPTIMIZER_RULES,
+    *_MODEL_RULES,
+    *_PREFERENCE_RULES,
+    *_RANK_RULES,
+    *_USE_RULES,
+]

@@ -1,0 +1,44 @@
+"""What `erniekit help` and docs/config.md say about keys: both are made from this."""
+
+import dataclasses
+from typing import Any
+
+from erniekit.config.fields import limits, type_name
+from erniekit.config.schema import GROUPS, fields
+
+# Command -> the groups of keys that it reads, and single keys of other groups.
+KEYS: dict[str, tuple[str, str]] = {
+    "train": ("data,model,shape,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
+    "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
+    "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
+    "export": ("export", "model_name_or_path download_hub checkpoint output_dir lora_path compute_type"),
+    "split": ("export", "model_name_or_path download_hub checkpoint output_dir"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyEntry:
+    """One key in words. `limits` is empty where any value of the type will do."""
+
+    name: str
+    type: str
+    default: str
+    limits: str
+    doc: str
+
+
+def entry(field: "dataclasses.Field[Any]") -> KeyEntry:
+    """The words about one key."""
+    choices = ", ".join(choice or "nothing" for choice in field.metadata["choices"])
+    default = "not given" if field.default is None else "empty" if field.default in ("", ()) else f"{field.default}"
+    return KeyEntry(field.name, type_name(field), default, choices or limits(field), field.metadata["doc"])
+
+
+def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:
+    """All keys, or those that a command reads, by group in the order of the schema; single ones under "others"."""
+    groups, single = (list(GROUPS), "") if command is None else (KEYS[command][0].split(","), KEYS[command][1])
+    found = {name: [entry(field) for field in dataclasses.fields(GROUPS[name])] for name in groups}
+    if single:
+        every = fields()
+        found["others"] = [entry(every[name]) for name in single.split()]
+    return found

@@ -1,0 +1,217 @@
+"""`erniekit check`: what it finds, what it says, and its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.source_tree import REPOSITORY
+
+from erniekit.cli import check
+from erniekit.cli.check import data as check_data
+from erniekit.utils.errors import ConfigError
+
+DENSE = str(REPOSITORY / "examples/models/tiny-dense")
+MOE = str(REPOSITORY / "examples/models/tiny-moe")
+
+
+def record(question: str, answer: str) -> str:
+    return json.dumps({"src": [question], "tgt": [answer]})
+
+
+@pytest.fixture
+def given(tmp_path: Path):
+    """Arguments of a run that is fine; keyword arguments replace keys."""
+    (tmp_path / "train.jsonl").write_text("\n".join(record(f"q {i}", f"a {i}") for i in range(20)))
+    (tmp_path / "eval.jsonl").write_text("\n".join(record(f"q {i}", f"a {i}") for i in range(90, 95)))
+    base = {
+        "model_name_or_path": DENSE,
+        "continue_training": False,
+        "fine_tuning": "Full",
+        "train_dataset_path": tmp_path / "train.jsonl",
+        "eval_dataset_path": tmp_path / "eval.jsonl",
+        "do_eval": True,
+        "max_seq_len": 64,
+        "output_dir": tmp_path / "out",
+    }
+
+    def arguments(**keys: object) -> list[str]:
+        return [f"{name}={value}" for name, value in {**base, **keys}.items() if value is not None]
+
+    return arguments
+
+
+def findings(args: list[str], level: str, command: str = "train") -> str:
+    report = check.inspect(args, command)
+    return "\n".join(f.text for section in report.sections for f in section.findings if f.level == level)
+
+
+def test_a_run_that_is_fine(given, capsys, tmp_path):
+    assert check.run(given()) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("No errors and no warnings.")
+    for line in (
+        "8 keys given: 8 honoured, 0 without effect, 0 refused",
+        "861,312 parameters, 4 layers; training starts at random (seed 42)",
+        "one process; a step takes 1 rows x 1 microbatches = 1 rows",
+        "chat template text: a trained answer ends with '</s>' (2)",
+        "training: 20 steps, 1 epochs of 20 steps",
+        "no record of the evaluation is trained on",
+        "nothing is there, the run starts anew",
+    ):
+        assert line in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_example_shows_what_is_trained(given):
+    ok = findings(given(), "ok")
+    assert "not trained: '<|begin_of_sentence|>User: q 0\\nAssistant: '\ntrained:     'a 0</s>'" in ok
+
+
+def test_it_needs_no_paddle_where_output_dir_is_new(given):
+    code = (
+        "import sys; from erniekit.cli.main import main; code = main(['check', *sys.argv[1:]]); "
+        "print(code, 'paddle' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *given()], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+
+
+def test_every_wrong_key_is_listed(given, capsys):
+    assert check.run(given(max_step=3, learning_rate="abc")) == 1
+    said = capsys.readouterr().out
+    assert "max_step: unknown key; did you mean max_steps?" in said and "learning_rate: expected a number" in said
+    assert said.endswith("1 error, 0 warnings: `erniekit train` would not run.\n")
+
+
+def test_keys_without_effect_and_refused_ones(given):
+    args = given(compute_type="fp16", max_steps=3, num_train_epochs=1, use_flash_attention=True)
+    assert "compute_type: fp16 (fp16 training with loss scaling)" in findings(args, "error")
+    notes = findings(args, "note")
+    assert "num_train_epochs: no effect: max_steps: 3 decides" in notes and "use_flash_attention: no effect" in notes
+    assert "12 keys given: 9 honoured, 2 without effect, 1 refused" in findings(args, "ok")
+
+
+def test_what_only_the_model_makes_pointless(given):
+    assert "moe_aux_loss_lambda: no effect: the model has no experts" in findings(
+        given(moe_aux_loss_lambda=0.1), "note"
+    )
+    assert "moe_aux_loss_lambda" not in findings(given(moe_aux_loss_lambda=0.1, model_name_or_path=MOE), "note")
+
+
+def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
+    notes = findings(given(fine_tuning=None, fuse_rope=True, logging_steps=5), "note")
+    assert "defaults: this file looks like one of ERNIEKit's" in notes and "fine_tuning LoRA (here Full)" in notes
+    assert "logging_steps" not in notes and "defaults:" not in findings(given(fine_tuning=None), "note")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"continue_training": True}, "holds no weights. Set continue_training: false"),
+        ({"model_name_or_path": "no/such/model"}, "model_name_or_path: there is no file or directory"),
+        ({"tensor_parallel_degree": 3}, "tensor_parallel_degree: 3 does not divide the model's 4 attention heads"),
+        ({"pipeline_parallel_degree": 9}, "pipeline_parallel_degree: 9 stages need a layer each"),
+        ({"virtual_pp_degree": 2}, "one stage has nothing to interleave"),
+        ({"train_dataset_path": "no.jsonl"}, "train_dataset_path: there is no file or directory 'no.jsonl'"),
+        ({"chat_template": "none-such"}, "chat_template: 'none-such' is neither a built-in template"),
+        ({"max_seq_len": 4}, "none of 20 samples can be used"),
+        ({"output_dir": DENSE}, "is also model_name_or_path"),
+    ],
+)
+def test_what_would_stop_the_run(given, keys, expected):
+    assert expected in findings(given(**keys), "error")
+
+
+def test_all_bad_lines_are_found_and_are_warnings_where_they_are_skipped(given, tmp_path):
+    lines = [record("q", "a"), '{"src": ["q"]}', '{"src": ', record("q2", "a2")]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    args = given(train_dataset_path=tmp_path / "bad.jsonl")
+    errors = findings(args, "error")
+    assert "bad.jsonl:2: " in errors and "bad.jsonl:3: not JSON" in errors
+    skipping = given(train_dataset_path=tmp_path / "bad.jsonl", on_bad_line="skip")
+    assert findings(skipping, "error") == "" and findings(skipping, "warning") == errors
+
+
+def test_duplicates_within_and_between(given, tmp_path):
+    same = json.dumps({"tgt": ["a 3"], "src": ["q 3"]})  # another order of the fields
+    (tmp_path / "eval.jsonl").write_text("\n".join([record("x", "y"), record("x", "y"), same]))
+    warnings = findings(given(), "warning")
+    assert f"eval data: 1 of the records repeat an earlier one: {tmp_path}/eval.jsonl:2 repeats" in warnings
+    assert f"1 of the evaluation's records are also trained on: {tmp_path}/eval.jsonl:3 repeats" in warnings
+
+
+def test_large_files_are_sampled_and_that_is_said(given, monkeypatch):
+    monkeypatch.setattr(check_data, "CHECKED_BYTES", 200)
+    monkeypatch.setattr(check_data, "MEASURED_SAMPLES", 5)
+    report = findings(given(), "note")
+    assert "train.jsonl: one record of 4 was checked" in report
+    assert "tokens of a sample of 5 of 20" in findings(given(), "ok")
+    monkeypatch.setattr(check_data, "COMPARED_RECORDS", 3)
+    assert "no record repeats another (the first 3 of 20 were compared)" in findings(given(), "ok")
+
+
+def test_warnings_count_only_when_strict(given, tmp_path, capsys):
+    (tmp_path / "eval.jsonl").write_text(record("q 3", "a 3"))
+    assert check.run(given()) == 0
+    assert check.run([*given(), "strict=true"]) == 3
+    assert "No errors, 1 warning." in capsys.readouterr().out
+
+
+def test_json(given, tmp_path, capsys):
+    assert check.run([*given(max_seq_len=4), f"json={tmp_path}/o.json"]) == 1
+    read = json.loads((tmp_path / "o.json").read_text())
+    assert (read["command"], read["exit_code"], read["errors"]) == ("train", 1, 1)
+    titles = [section["title"] for section in read["sections"]]
+    assert titles[:4] == ["keys", "model", "layout", "tokenizer and template"]
+    assert {"level", "text"} == {key for s in read["sections"] for f in s["findings"] for key in f}
+    capsys.readouterr()
+
+
+def test_a_model_that_is_not_here_is_not_downloaded_and_records_are_checked_all_the_same(given, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"src": ["q"]}\n' + record("q", "a"))
+    args = given(model_name_or_path="baidu/ERNIE-4.5-0.3B-PT", continue_training=True)
+    assert "is no local path: the command downloads it" in findings(args, "note")
+    assert "train.jsonl:1: " in findings(args, "error")
+    assert f"1 records from {tmp_path}/train.jsonl (1)" in findings(args, "ok")
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
+    usage = type("Usage", (), {"free": 15_000_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    args = given(save_steps=2, save_total_limit=3)
+    assert "4 checkpoints at a time, each of 10.3 MB, and a final model of 3.45 MB: 44.8 MB" in findings(
+        args, "warning"
+    )
+    usage.free = 5_000_000
+    assert "disk: " in findings(args, "error")
+    assert "0 checkpoints at a time" in findings(given(save_strategy="no"), "ok")
+
+
+def test_output_dir_with_something_else_in_it(given, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").mkdir()
+    assert "is not a file, and the run writes one there" in findings(given(), "error")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl"]
+
+
+def test_other_commands(given, tmp_path):
+    report = check.inspect(
+        [f"model_name_or_path={DENSE}", f"eval_dataset_path={tmp_path}/eval.jsonl", "output_dir=o"], "eval"
+    )
+    titles = [section.title for section in report.sections]
+    assert "eval data" in titles and "layout" not in titles and "output directory" not in titles
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "Missing configuration files"),
+        (["strict=perhaps", "x.yaml"], "strict: expected True or False"),
+        (["command=fly", "x.yaml"], "command=fly: expected one of train"),
+    ],
+)
+def test_wrong_options(args, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check.run(args)

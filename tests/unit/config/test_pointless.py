@@ -1,0 +1,161 @@
+"""Keys that another key, or the model, makes pointless: every rule of the table fires, and only where it should."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from erniekit.config import Config, load, pointless
+from erniekit.config.pointless import RULES, Facts
+
+BASE = {"model_name_or_path": "m", "output_dir": "o"}
+TRAIN = {**BASE, "train_dataset_path": "a.jsonl"}
+TOKENS = {"train_dataset_path": None, "dataset_type": "pretrain", "stage": "PT", "input_dir": "data/a"}
+EVAL = {"eval_dataset_path": "e.jsonl"}
+EVALUATED = {**EVAL, "evaluation_strategy": "epoch"}
+TWO = {"train_dataset_path": "a,b", "max_steps": 1}
+DPO: dict[str, Any] = {"stage": "DPO"}
+LORA = {"fine_tuning": "LoRA"}
+
+# (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
+# None instead of the last: there is no configuration of this command in which they do something.
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
+    ("train", {"packing": True, "mix_strategy": "interleave_over", "on_bad_line": "skip"}, TOKENS, {}),
+    ("train", {"dataloader_num_workers": 2}, TOKENS, {}),
+    ("train", {"split": "8,1,1", "isolate_documents": True}, {}, TOKENS),
+    ("train", {"train_dataset_prob": "0.5,0.5"}, TWO, {**TWO, "mix_strategy": "random"}),
+    ("eval", {"eval_dataset_prob": "0.5,0.5"}, {"eval_dataset_path": "a,b"}, None),
+    ("train", {"eval_dataset_type": "erniekit"}, {"do_eval": True, **TOKENS}, EVALUATED),
+    ("train", {"num_samples_each_epoch": 9}, {}, {"mix_strategy": "random", "max_steps": 1}),
+    ("train", {"greedy_intokens": True, "buffer_size": 500}, {}, {"packing": True}),
+    ("train", {"buffer_size": 5}, {"packing": True, "greedy_intokens": False}, {"packing": True}),
+    ("train", {"truncation": "cut"}, {"stage": "PT"}, {}),
+    ("train", {"max_estimate_samples": 9}, {"max_steps": 5}, {"max_steps": 5, "save_strategy": "epoch"}),
+    ("train", {"num_train_epochs": 1}, {"max_steps": 5}, {}),
+    ("train", {"eval_steps": 5}, EVALUATED, {**EVAL, "evaluation_strategy": "steps"}),
+    ("train", {"eval_dataset_path": "e.jsonl", "max_evaluate_steps": 3}, {}, {"do_eval": True}),
+    ("train", {"metric_for_best_model": "loss", "greater_is_better": True}, {}, EVALUATED),
+    ("train", {"save_steps": 500}, {"save_strategy": "epoch"}, {}),
+    ("train", {"save_total_limit": 2, "use_async_save": True}, {"save_strategy": "no"}, {}),
+    ("train", {"logging_dir": "l"}, {}, {"report_to": "tensorboard"}),
+    ("train", {"ignore_data_skip": True}, {"resume_from_checkpoint": "none"}, {}),
+    ("train", {"save_format": "paddle"}, LORA, {}),
+    ("train", {"temperature": 0.5, "top_p": 0.9, "predict_with_generate": True}, {}, None),
+    ("train", {"eval_output": "x"}, {}, None),
+    ("train", {"checkpoint": "x"}, {}, None),
+    ("train", {"format": "paddle", "max_shard_size": 2}, {}, None),
+    ("train", {"min_lr": 1e-6}, {"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "wsd:5"}),
+    ("train", {"decay_function": "1-sqrt"}, {}, {"lr_scheduler_type": "wsd:5"}),
+    ("train", {"num_cycles": 1.5}, {}, {"lr_scheduler_type": "cosine"}),
+    ("train", {"power": 2, "lr_end": 1e-6}, {}, {"lr_scheduler_type": "polynomial"}),
+    ("train", {"decay_steps": 5}, {"lr_scheduler_type": "constant_with_warmup"}, {}),
+    ("train", {"warmup_steps": 5}, {"lr_scheduler_type": "constant"}, {}),
+    ("train", {"warmup_ratio": 0.1}, {"warmup_steps": 5}, {}),
+    ("train", {"neftune_noise_alpha": 3}, {}, {"neftune": True}),
+    ("train", {"batch_size_warmup_steps": 3}, {}, {"gradient_accumulation_steps": 4}),
+    ("train", {"moe_gate_lr_ratio": 0.1}, LORA, {}),
+    ("train", {"amp_master_grad": True}, {"compute_type": "fp32"}, {}),
+    ("train", {"multi_token_pred_lambda": 0.1}, {}, {"num_nextn_predict_layers": 1}),
+    ("train", {"recompute_granularity": "full", "no_recompute_layers": "1"}, {}, {"recompute": True}),
+    (
+        "train",
+        {"use_recompute_moe": True},
+        {"recompute": True},
+        {"recompute": True, "recompute_granularity": "full_attn"},
+    ),
+    ("train", {"use_recompute_mtp": True}, {"recompute": True}, {"recompute": True, "num_nextn_predict_layers": 1}),
+    ("train", {"lora_rank": 8, "rslora": True}, {}, LORA),
+    ("train", {"lora_rank": 8}, {**LORA, "lora_path": "p"}, LORA),
+    ("train", {"moe_aux_loss_lambda": 0.1}, {"facts": Facts(num_experts=0)}, {"facts": Facts(num_experts=8)}),
+    ("train", {"moe_use_aux_free_update_coef": 0.1}, {"facts": Facts(aux_free=False)}, {"facts": Facts(aux_free=True)}),
+    ("train", {"dropout_warmup_steps": 5}, {}, {"attention_probs_dropout_prob": 0.1}),
+    ("export", {"num_hidden_layers": 2}, {}, None),
+    ("train", {"beta": 0.1, "max_prompt_len": 2048}, {}, DPO),
+    ("train", {"num_nextn_predict_layers": 1}, DPO, {}),
+    ("train", {"token_balance_loss": True}, DPO, {}),
+    ("train", {"z_loss_lambda": 0.1}, DPO, {}),
+    ("train", {"simpo_gamma": 0.2}, DPO, {**DPO, "loss_type": "simpo"}),
+    ("train", {"dpop_lambda": 0.2}, DPO, {**DPO, "loss_type": "dpop"}),
+    ("train", {"beta": 0.2}, {**DPO, "loss_type": "orpo"}, DPO),
+    ("train", {"ref_logps_cache": "c"}, {**DPO, "reference_free": True}, DPO),
+    ("train", {"ref_model_update_steps": 5}, {**DPO, **LORA}, DPO),
+    ("train", {"normalize_logps": True}, {**DPO, "loss_type": "simpo"}, DPO),
+    ("export", {"tensor_parallel_degree": 2}, {}, None),
+    ("train", {"sequence_parallel": True}, {}, {"tensor_parallel_degree": 2}),
+    ("train", {"pipeline_schedule": "1f1b"}, {}, {"pipeline_parallel_degree": 2}),
+    ("train", {"elastic": True}, {}, {"max_restarts": 1}),
+    ("train", {"sharding": "stage1"}, {"facts": Facts(data_ranks=1)}, {"facts": Facts(data_ranks=2)}),
+    ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
+    ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
+    ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
+    ("chat", {"top_p": 0.9, "top_k": 4}, {"temperature": 0}, {}),
+]
+
+
+def configuration(command: str, *given: dict[str, Any]) -> tuple[Config, Facts | None]:
+    values = dict(TRAIN if command == "train" else BASE)
+    for more in given:
+        values |= more
+    facts = values.pop("facts", None)
+    return load(None, values, command), facts
+
+
+def named(command: str, *given: dict[str, Any]) -> set[str]:
+    cfg, facts = configuration(command, *given)
+    lines = [*pointless.notes(cfg, command), *(pointless.notes(cfg, command, facts) if facts else [])]
+    return {name for line in lines for name in line.partition(": no effect: ")[0].split(", ")}
+
+
+@pytest.mark.parametrize(("command", "keys", "pointless_in", "useful_in"), CASES)
+def test_a_key_is_named_where_it_does_nothing_and_only_there(command, keys, pointless_in, useful_in):
+    assert keys.keys() <= named(command, pointless_in, keys)
+    assert not keys.keys() & named(command, {key: value for key, value in pointless_in.items() if key not in keys})
+    if useful_in is not None:
+        assert not keys.keys() & named(command, useful_in, keys)
+
+
+def fires(rule: pointless.Rule, case: tuple) -> bool:
+    command, keys, pointless_in, _ = case
+    cfg, facts = configuration(command, pointless_in, keys)
+    about = keys.keys() & set(rule.keys.split())
+    return bool(about) and command in rule.commands and rule.when(cfg, facts or Facts())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.keys.split()[0]}-{rule.why[:30]}")
+def test_every_rule_has_a_case(rule):
+    assert any(fires(rule, case) for case in CASES)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.keys.split()[0]}-{rule.why[:30]}")
+def test_a_rule_speaks_of_keys_that_exist_and_gives_a_reason(rule):
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert set(rule.keys.split()) <= fields
+    cfg, _ = configuration("train")
+    assert len(rule.why.format_map(vars(cfg) | {"command": "train"})) > 8 and not rule.why.endswith(".")
+
+
+def test_defaults_and_switches_that_are_off_are_not_named():
+    assert configuration("train")[0].notes == ()
+    off = {"rslora": False, "lora_dropout": 0, "packing": False, "eval_steps": None, "data_parallel_degree": -1}
+    assert configuration("train", off, {"sequence_parallel": False})[0].notes == ()
+
+
+def test_a_default_that_the_user_gave_is_named():
+    assert "num_train_epochs" in named("train", {"max_steps": 3, "num_train_epochs": 1.0})
+    assert "num_train_epochs" not in named("train", {"max_steps": 3})
+
+
+def test_another_name_of_a_key_is_named_by_the_key():
+    assert "lora_rank" in named("train", {"lora_r": 4})
+
+
+def test_a_saved_configuration_names_only_what_differs_from_the_defaults(tmp_path):
+    cfg, _ = configuration("train", {"max_steps": 3, "num_train_epochs": 1.0, "lora_rank": 4})
+    (tmp_path / "config.yaml").write_text(cfg.to_yaml())
+    again = load(str(tmp_path / "config.yaml"))
+    assert again == cfg and again.notes == ("lora_rank: no effect: read only with fine_tuning: LoRA",)
+
+
+def test_do_eval_gives_way_to_the_strategy_with_a_line():
+    cfg, _ = configuration("train", EVALUATED, {"do_eval": False})
+    assert cfg.do_eval and any(note.startswith("do_eval: False: no effect") for note in cfg.notes)

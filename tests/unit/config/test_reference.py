@@ -1,0 +1,39 @@
+"""The words about keys: `erniekit help` and docs/config.md, which is made from the schema."""
+
+import importlib.util
+
+from support.source_tree import REPOSITORY
+
+from erniekit.config import reference, schema
+from erniekit.config.compat_keys import RULES
+
+SPEC = importlib.util.spec_from_file_location("make_config_page", REPOSITORY / "tools" / "make_config_page.py")
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+
+def test_the_page_is_current():
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run python tools/make_config_page.py"
+
+
+def test_the_page_has_every_key_and_every_other_name_once():
+    lines = tool.page().splitlines()
+    for name in schema.fields():
+        assert sum(line.startswith(f"| `{name}` | ") for line in lines) == 1, name
+    for name in RULES:
+        assert sum(f"`{name}`" in line for line in lines) >= 1, name
+
+
+def test_a_row_says_type_default_limits_meaning_and_erniekits_name():
+    rows = {line.split("`")[1]: line for line in tool.page().splitlines() if line.startswith("| `")}
+    assert rows["lora_rank"].startswith("| `lora_rank` | whole number | `8` | at least 1 | Rank of the adapters")
+    assert rows["save_strategy"].count("no, steps, epoch") == 1
+    assert rows["lora_rank"].endswith("| same |") and rows["truncation"].endswith("| own |")
+
+
+def test_every_group_is_listed_for_some_command_and_no_key_twice():
+    listed = {group for groups, _ in reference.KEYS.values() for group in groups.split(",")}
+    assert listed == set(schema.GROUPS)
+    for command in reference.KEYS:
+        names = [entry.name for entries in reference.by_group(command).values() for entry in entries]
+        assert len(names) == len(set(names))
