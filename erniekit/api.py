@@ -3,8 +3,7 @@
 import types
 from typing import Any
 
-from erniekit import config
-from erniekit.checkpoint import model_io
+from erniekit import build, config
 from erniekit.checkpoint.model_io import save_model
 from erniekit.cli import launch
 
@@ -30,7 +29,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     """
     from erniekit.generation import engine
 
-    model = model_io.load_model(path, dtype=dtype, adapter=adapter)
+    model = build.load_model(path, dtype=dtype, adapter=adapter)
     # Generation lies above the models, which therefore cannot define the method themselves.
     model.generate = types.MethodType(engine.generate, model)
     return model
@@ -44,13 +43,15 @@ def train(yaml_path: str, **overrides: Any) -> Any:
         overrides: configuration keys that replace those of the file.
 
     Returns:
-        The result of the run, with the history of its metrics (see erniekit/training/run.py).
+        The result of the run, with the history of its metrics (see erniekit/training/run.py). The log names what has no
+        effect in the configuration, as the command does.
 
     Raises:
         ConfigError: a key is unknown, has the wrong type, or asks for what this version cannot do.
         UserError: anything else that the user can fix (data, checkpoint, disk).
     """
     cfg = config.load(yaml_path, overrides, command="train")
+    launch.log_notes(cfg)
     launch.check(cfg, "train")
     from erniekit.training import run  # a model is loaded and saved without the trainer
 

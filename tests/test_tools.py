@@ -91,3 +91,30 @@ def test_no_script_is_left_out():
     commands = [*FAST.values(), *SLOW.values(), *(arguments for arguments, _ in FOREIGN.values())]
     known = {command.split()[0] for command in commands} | BY_HAND | HELPERS
     assert {path.name for path in (ROOT / "tools").glob("*.py")} == known
+
+
+def test_the_demo_evaluates_the_start_of_training_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where an earlier demo left its model."""
+    from support.tiny_directories import model_directory
+
+    from erniekit.config import load
+    from erniekit.generation.load import find_model
+
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    model_directory(tmp_path / "demo_output" / "dense")
+    monkeypatch.chdir(tmp_path)
+    evaluated: list[Path] = []
+
+    def first_command(command: str, *args: str) -> str:
+        assert command == "eval"
+        evaluated.append(find_model(load(args[0], list(args[1:]), command)).path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", first_command)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demonstrate("dense", ["max_steps=2"])
+    assert [path.resolve() for path in evaluated] == [(ROOT / "examples/models/tiny-dense").resolve()]

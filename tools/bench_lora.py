@@ -46,7 +46,7 @@ class Step:
         import paddle
 
         from erniekit import lora
-        from erniekit.checkpoint.model_io import load_model
+        from erniekit.build import load_model
         from erniekit.config.schema import Config
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.weights import our_shapes
@@ -67,8 +67,10 @@ class Step:
         self.trained = sum(int(np.prod(p.shape)) for _, p in named)
 
     def run(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> None:
+        from erniekit.models.inputs import packed_inputs
+
         paddle = self.paddle
-        hidden = self.model.model(paddle.to_tensor(ids_BS.reshape(-1)), self.model.documents(np.ones_like(ids_BS)))
+        hidden = self.model.model(packed_inputs(self.model, ids_BS, np.ones_like(ids_BS)))
         weights = paddle.full([ids_BS.size], 1.0 / ids_BS.size)
         head = self.model.output_head()
         loss, *_ = self.loss_of(hidden.normed, head, paddle.to_tensor(labels_BS.reshape(-1)), weights)

@@ -91,12 +91,13 @@ class _Ours:
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.config import ModelConfig
         from erniekit.models.decoder import CausalLM
+        from erniekit.models.inputs import packed_inputs
         from erniekit.parallel.grad_sync import GradientSync
         from erniekit.training.adamw import AdamW, parameter_rules
 
         self.threads = runtime.set_threads(job["threads"])
         paddle.seed(0)
-        self.paddle, self.loss_of = paddle, linear_cross_entropy
+        self.paddle, self.loss_of, self.inputs_of = paddle, linear_cross_entropy, packed_inputs
         config = ModelConfig.from_dict(job["config"])
         self.model = model = CausalLM(config)
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
@@ -110,7 +111,7 @@ class _Ours:
         paddle = self.paddle
         times = [time.perf_counter()]
         # The plan of who sees whom belongs to a batch, so it belongs to the step.
-        hidden = self.model.model(paddle.to_tensor(ids_BS.reshape(-1)), self.model.documents(self.segments))
+        hidden = self.model.model(self.inputs_of(self.model, ids_BS, self.segments))
         weights = paddle.full([ids_BS.size], 1.0 / ids_BS.size)
         loss, *_ = self.loss_of(hidden.normed, self.head, paddle.to_tensor(labels_BS.reshape(-1)), weights)
         times.append(time.perf_counter())

@@ -33,7 +33,10 @@ def demonstrate(name: str, extra: list[str]) -> dict[str, str]:
     output = ROOT / "demo_output" / name
     print(f"\n===== {name} =====", flush=True)
     before_dir, after_dir = output / "eval_before", output / "eval_after"
-    run("eval", config, "predict_with_generate=true", f"eval_output={before_dir.relative_to(ROOT)}", *extra)
+    # An earlier demo's model in output_dir would be evaluated instead of the one that training starts from.
+    untrained = f"output_dir={(output / 'no_model_yet').relative_to(ROOT)}"
+    before = f"eval_output={before_dir.relative_to(ROOT)}"
+    run("eval", config, "predict_with_generate=true", before, *extra, untrained)
     started = time.monotonic()
     run("train", config, "overwrite_output_dir=true", *extra)
     seconds = time.monotonic() - started

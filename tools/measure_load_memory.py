@@ -19,7 +19,7 @@ from pathlib import Path
 
 from measure_convert_memory import MB, make_checkpoint, peak
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.quantize import quantized_weights
 from erniekit.models.weights import logical_tensors

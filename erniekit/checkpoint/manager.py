@@ -43,12 +43,15 @@ def disk_errors(what: str, where: Path, kept: str) -> Iterator[None]:
     except (OSError, CheckpointError) as error:
         if not where.is_dir():
             raise removed(what, where) from error
-        if isinstance(error, CheckpointError):
+        cause = (
+            error.__cause__ if isinstance(error, CheckpointError) else error
+        )  # the writer of weights has its own words
+        if not isinstance(cause, OSError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else str(error)
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else str(cause)
         free = shutil.disk_usage(where).free
-        hint = f"Free some space ({free / 1e9:.1f} GB are left)" if full else "Mend that"
+        hint = f"Free some space ({free / 1e6:,.1f} MB are left)" if full else "Mend that"
         raise CheckpointError(
             f"{what} could not be written to {where}: {reason}. {kept} {hint} and run the same command again: it "
             "goes on from the newest checkpoint."

@@ -9,84 +9,44 @@ import numpy as np
 import paddle
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.generation_config import read_generation_config
 from erniekit.checkpoint.model_dir import GENERATION_CONFIG_FILE, staged, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader, plan_for, read_config
-from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.lora import state_of
-from erniekit.models.config import FORMATS, Format, ModelConfig
-from erniekit.models.decoder import CausalLM
-from erniekit.models.quantize import describe, quantize_weights, quantized_weights
+from erniekit.models.config import FORMATS, Format
+from erniekit.models.quantize import quantized_weights
 from erniekit.models.weights import Logical, logical_tensors
 from erniekit.nn.shard import WHOLE, ShardSpec, named_shard_specs, shard
 from erniekit.precision.quantized_weight import QuantizedWeight
-from erniekit.precision.weight_only import Schemes
-from erniekit.utils import atomic, log
+from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 
-__all__ = ["load_model", "load_weights", "model_rank_files", "read_config", "save_model"]
+__all__ = ["fill_weights", "load_weights", "model_rank_files", "read_config", "save_model"]
 
 
-def load_weights(
-    model: paddle.nn.Layer,
-    path: str | Path,
-    stored: ModelConfig | None = None,
-    into: Mapping[str, paddle.Tensor] | None = None,
-) -> None:
-    """Fill `model` (with a `.config`) from the directory `path`, a parameter at a time; its dtypes stay. Weights that
-    are held in few bits are quantised as they come, experts one by one.
+def load_weights(model: paddle.nn.Layer, path: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
+    """Fill `model` (with a `.config`) from the directory `path`, whose tensors must be all of the model's. `into`:
+    tensors that are filled instead of the model's, under its names (an average).
 
-    `stored`: what the directory holds, where that is only part of the model; the rest is left as it is. `into`: tensors
-    that are filled instead of the model's, under its names (an average).
     Raises CheckpointError with every missing, unexpected and misshapen tensor.
     """
-    _fill(model, ModelReader(path, stored or model.config), through=None, into=into)
+    fill_weights(model, ModelReader(path, model.config), into=into)
 
 
-def load_model(
-    path: str | Path, dtype: str = "float32", adapter: str | None = None, low_bit: Schemes | None = None
-) -> CausalLM:
-    """The model in directory `path`, in eval mode.
-
-    `dtype`: "float32", "bfloat16" or "float16" of the parameters; router and correction bias stay float32. On a CPU,
-    where Paddle cannot multiply the short types, the weights are rounded through them and held in float32.
-    `low_bit`: how the projections of the layers are held instead, frozen (see precision.weight_only.SCHEMES).
-    `adapter`: a directory with an adapter in PEFT's format, hung on the model.
-    Raises CheckpointError (see `ModelReader`, `read_adapter`).
-    """
-    target = dtypes.header_name(dtype)
-    source = ModelReader(path)
-    on_cpu = paddle.get_device() == "cpu"
-    if target != "F32" and on_cpu:
-        log.info(f"{dtype} on CPU: the weights are rounded to it and computed with in float32")
-    default = paddle.get_default_dtype()
-    paddle.set_default_dtype("float32" if on_cpu else dtypes.LONG_NAMES[target])
-    try:
-        with paddle.LazyGuard():  # no memory and no random values before the weights arrive
-            model = CausalLM(source.config)
-    finally:
-        paddle.set_default_dtype(default)
-    if low_bit is not None:
-        quantize_weights(model, low_bit)
-    _fill(model, source, through=target if on_cpu else None)
-    if low_bit is not None:
-        log.info(f"{path}: {describe(model)}")
-    if adapter is not None:
-        attach_stored(model, adapter, path)
-    generation = read_generation_config(path, model.config)
-    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
-    model.eval()
-    return model
-
-
-def _fill(
-    model: paddle.nn.Layer, source: ModelReader, through: str | None, into: Mapping[str, paddle.Tensor] | None = None
+def fill_weights(
+    model: paddle.nn.Layer,
+    source: ModelReader,
+    rounded_to: str | None = None,
+    into: Mapping[str, paddle.Tensor] | None = None,
 ) -> None:
-    """Set every parameter and persistent buffer, rounding through the header dtype `through` if given. A model that is
-    one part of several takes its share of each.
+    """Set every parameter and persistent buffer that an open directory has, one at a time; the model's dtypes stay. A
+    model that is one part of several takes its share of each. Quantised weights are quantised as they are read, experts
+    one by one.
+
+    `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`.
     """
+    through = None if rounded_to is None else dtypes.header_name(rounded_to)
     tensors = held_tensors(model) | quantized_weights(model) if into is None else into
     shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):

@@ -17,14 +17,10 @@ from erniekit.nn.shard import named_shard_specs, shard
 from erniekit.utils.errors import CheckpointError
 
 
-def attach_stored(
-    model: CausalLM, directory: str | Path, model_dir: str | Path | None = None, dropout: float | None = None
-) -> LoraState:
-    """Hang the adapter in `directory` on `model`, a plain one with its weights (those of `model_dir`, if given). Only
-    the adapter is trained from here on, with `dropout`, or the adapter's own. Raises CheckpointError (see
-    `read_adapter`).
+def attach_stored(model: CausalLM, stored: StoredAdapter, dropout: float | None = None) -> LoraState:
+    """Attach an adapter that was read (see `read_adapter`) to `model`, a plain one with its weights. Only the adapter
+    is trained from here on, with `dropout`, or the adapter's own.
     """
-    stored = read_adapter(directory, model.config, model_dir)
     options = stored.options if dropout is None else dataclasses.replace(stored.options, dropout=dropout)
     state = attach_slots(model, options, stored.slots, stored.saved)
     fill(model, stored)

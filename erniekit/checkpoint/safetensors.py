@@ -311,7 +311,7 @@ def write_index(path: Path, weight_map: Mapping[str, str], num_bytes: int) -> No
 def write_error(error: OSError, directory: Path, needed: int | None = None) -> CheckpointError:
     """What to tell of a failed write; `needed` is the number of bytes that were to be written, if known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        size = f": these weights need {needed / 1e9:.2f} GB" if needed else ""
+        size = f": these weights need {needed / 1e6:,.1f} MB" if needed else ""
         return CheckpointError(
             f"the disk of {directory} is full{size}. Free some space or choose another output directory; "
             "what was there before has not been changed."

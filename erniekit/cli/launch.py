@@ -16,13 +16,13 @@ from pathlib import Path
 
 from erniekit import config
 from erniekit.checkpoint.model_dir import list_checkpoints
+from erniekit.checkpoint.model_shape import directories, model_config
 from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
 from erniekit.models.pipeline_layout import check_layout
 from erniekit.parallel.mesh import ParallelDims
-from erniekit.training.shape import directories, model_config
 from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
 from erniekit.utils.errors import ConfigError
@@ -50,13 +50,18 @@ def configure(args: list[str], command: str) -> Config:
         _begin_worker(os.environ)
     path, overrides = read_arguments(args)
     cfg = config.load(path, overrides, command, allow_extra=allows_extra())
-    if not is_supervised():  # else the agent has said it
-        for note in cfg.notes:
-            log.info(note)
+    log_notes(cfg)
     config.require_supported(cfg, command)
     if command != "train":
         _require_one_process(os.environ, f"`erniekit {command}`")
     return cfg
+
+
+def log_notes(cfg: Config) -> None:
+    """Log once a run which keys of the configuration have no effect, and why."""
+    if not is_supervised():  # else the agent has logged it
+        for note in cfg.notes:
+            log.info(note)
 
 
 def check(cfg: Config, command: str) -> None:

@@ -37,6 +37,30 @@ NOT_ALLOWED = (
     "Change its permissions, or name another path (output_dir is where a run writes)."
 )
 
+OUT_OF_MEMORY = (
+    "memory ran out ({reason}).\n{cure} Another program, or a limit (ulimit -v, a container's), may hold it."
+)
+_LOWER = {
+    "train": (
+        "Lower batch_size (gradient_accumulation_steps keeps the rows of a step) or max_seq_len, set recompute: true, "
+        "fine_tuning: LoRA or a parallel degree, or use a smaller model. Checkpoints that were complete are kept."
+    ),
+    "eval": "Lower batch_size, max_seq_len or max_new_tokens, or use a smaller model.",
+    "chat": "Lower max_seq_len or max_new_tokens, or use a smaller model.",
+    "export": "Lower max_shard_size.",
+    "split": "Lower max_shard_size.",
+}
+# How libraries say it in other exceptions than MemoryError: Paddle (the last one inside a backward pass), the dynamic
+# linker while Paddle is imported, and Python's threads.
+_MEMORY_SIGNS = (
+    "(ResourceExhausted)",
+    "MemoryError",
+    "failed to map segment",
+    "Cannot allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: `sys.argv` without the program's name) and return its exit code."""
@@ -49,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in _LISTENING:
         stop_signals.listen(signals=(signal.SIGINT,))
+    if argv is None and name == "train":  # until it listens, so that no thread of numpy's can take it instead
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
@@ -127,6 +153,9 @@ def _explain(name: str, error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == "paddle":
         return NEEDS_PADDLE.format(name=name)
+    reason = _memory_ran_out(error)
+    if reason is not None:
+        return OUT_OF_MEMORY.format(reason=reason, cure=_LOWER.get(name, "Use a smaller model."))
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,6 +163,15 @@ def _explain(name: str, error: Exception) -> str | None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return NOT_ALLOWED.format(where=where)
     return None
+
+
+def _memory_ran_out(error: Exception) -> str | None:
+    """What could not be allocated, in one line; None for an error of another kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if any(sign in line for sign in _MEMORY_SIGNS)]
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        said = said or lines or ["no block of memory was left"]
+    return f"{said[0]:.200}" if said else None
 
 
 def _fail(message: str, code: int) -> int:

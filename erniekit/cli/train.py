@@ -28,9 +28,10 @@ def run(args: list[str]) -> int:
         log.info(
             "max_restarts: no effect: no agent of ours watches this process; the same command goes on where it was"
         )
-    from erniekit.training import run as training  # imports Paddle, which takes seconds
+    with stop_signals.sigterm_waits():
+        from erniekit.training import run as training  # imports Paddle, which takes seconds
 
-    stop_signals.listen()
+        stop_signals.listen()
     result = training.train(cfg)
     # Ranks end well, their agent knows of the Ctrl-C itself.
     interrupted = result.summary.get("stopped") == signal.SIGINT.name and not launch.is_supervised()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -118,11 +119,15 @@ def _joined(value: Any) -> str:
 
 
 def _scalar(value: Any, wanted: str) -> str:
+    if isinstance(value, os.PathLike):  # of a caller in Python
+        value = os.fspath(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Scalar):
         raise ValueError(f"expected {wanted}, got {shown(value)}")
     text = str(value)
     if "\0" in text:
         raise ValueError("expected text without NUL characters")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"expected text, got bytes that are not UTF-8 ({text!a}). Rename what is called so")
     return text
 
 

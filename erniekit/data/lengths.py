@@ -22,8 +22,10 @@ from erniekit.data.records.dataset import Dataset
 from erniekit.data.sampler import random_bits
 from erniekit.data.workers import EncodingService
 from erniekit.utils import atomic, log
+from erniekit.utils.errors import DataError
 from erniekit.utils.progress import track
 from erniekit.utils.runtime import cache_directory, num_cores
+from erniekit.utils.user_files import open_regular
 from erniekit.utils.version import __version__
 
 MEASURED_BYTES = 48 << 20  # some 8 seconds of two cores with ERNIE's tokenizer
@@ -91,8 +93,17 @@ def choose_sample(dataset: Dataset, max_samples: int) -> np.ndarray:
 
 
 def measure_lengths(dataset: Dataset, service: EncodingService, max_samples: int) -> Lengths:
-    """The lengths of all records, read from the cache or measured now."""
-    numbers = choose_sample(dataset, max_samples)
+    """The lengths of all records, read from the cache or measured now. Where no record of the sample can be used, all
+    are measured: others may be usable.
+    """
+    lengths = _measure(dataset, service, choose_sample(dataset, max_samples))
+    if lengths.exact or len(lengths.tokens):
+        return lengths
+    log.info(f"data: all {lengths.num_measured:,} samples measured were dropped; measuring all {len(dataset):,}")
+    return _measure(dataset, service, np.arange(len(dataset)))
+
+
+def _measure(dataset: Dataset, service: EncodingService, numbers: np.ndarray) -> Lengths:
     file = _cache_file(dataset, numbers, service.lengths_depend_on())
     measured = _read(file, numbers)
     if measured is None:
@@ -169,24 +180,37 @@ def _cache_file(dataset: Dataset, numbers: np.ndarray, depends_on: dict[str, Any
 def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
     """What was kept; None if there is nothing, or nothing that can be used."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            counts, tokens, totals = archive["counts"], archive["tokens"], archive["totals"]
-            whole = len(counts) == len(numbers) and int(counts.sum()) == len(tokens) and len(totals) == 2
+        with open_regular(file, DataError) as opened, np.load(opened, allow_pickle=False) as archive:
+            counts, tokens, totals = (archive[name] for name in ("counts", "tokens", "totals"))
     except FileNotFoundError:
+        return None
+    except DataError as error:
+        log.warning(f"kept lengths are not used, measuring again: {error}")
         return None
     except Exception as error:  # zipfile, numpy and the system each raise their own for a broken file
         log.warning(f"{file}: kept lengths cannot be read ({error}); measuring again")
         return None
-    if not whole:
+    if not _is_possible(counts, tokens, totals, len(numbers)):
+        log.warning(f"{file}: kept lengths are not those of {len(numbers):,} samples; measuring again")
         return None
     log.info(f"data: lengths of {len(numbers):,} samples, measured earlier, are in {file}")
     return _Measured(numbers, counts, tokens, int(totals[0]), int(totals[1]))
 
 
+def _is_possible(counts: np.ndarray, tokens: np.ndarray, totals: np.ndarray, size: int) -> bool:
+    """Whether these can be the lengths of `size` records. A file may be damaged, or another program's."""
+    if counts.dtype != np.int32 or tokens.dtype != np.int32 or totals.dtype != np.int64:
+        return False
+    if counts.shape != (size,) or tokens.ndim != 1 or totals.shape != (2,):
+        return False
+    signs = counts.min(initial=0) >= 0 and tokens.min(initial=1) > 0 and totals.min() >= 0
+    return bool(signs) and int(counts.sum(dtype=np.int64)) == len(tokens) and int(totals.max()) <= size
+
+
 def _keep(file: Path, measured: _Measured) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        totals = np.array([measured.num_dropped, measured.num_truncated])
+        totals = np.array([measured.num_dropped, measured.num_truncated], np.int64)
         with atomic.new_file(file) as temporary, open(temporary, "wb") as out:
             np.savez(out, counts=measured.counts, tokens=measured.tokens, totals=totals)
         _remove_oldest(sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime))

@@ -16,7 +16,7 @@ from erniekit.data.records.sample import Sample
 from erniekit.evaluate import text_metrics
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.decode import decode
-from erniekit.generation.load import Opened, sampling_of
+from erniekit.generation.load import FoundModel, Opened, sampling_of
 from erniekit.generation.thinking import opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.utils import log
@@ -66,7 +66,7 @@ class Prediction:
         return {**found, "exact_match": correct, "stop": self.stop, "source": self.question.where}
 
 
-def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Question]:
+def read_questions(cfg: Config, dataset: Dataset, found: FoundModel) -> list[Question]:
     """The last question of each sample, and before it, with what came before, every one whose answer calls tools. In
     the order of the files; of as many samples as max_evaluate_steps batches hold.
     """
@@ -87,26 +87,26 @@ def read_questions(cfg: Config, dataset: Dataset, opened: Opened) -> list[Questi
                 "Set it to false, or evaluate on questions and answers."
             )
         with reading(where):
-            questions += _questions(opened, sample, where)
+            questions += _questions(found, sample, where)
     unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]
     if unread:
         log.warning(
-            f"chat template {opened.template.name} writes calls otherwise than <tool_call>{{...}}</tool_call> "
+            f"chat template {found.template.name} writes calls otherwise than <tool_call>{{...}}</tool_call> "
             f"({unread[0]}): they are compared as text only"
         )
         questions = [replace(question, calls=None) for question in questions]
     return questions
 
 
-def _questions(opened: Opened, sample: Sample, where: str) -> list[Question]:
+def _questions(found: FoundModel, sample: Sample, where: str) -> list[Question]:
     """A sample's questions: the last, and those whose answers call tools."""
-    tokenizer, template, messages = opened.tokenizer, opened.template, sample.messages
+    tokenizer, template, messages = found.tokenizer, found.template, sample.messages
     has_tools = bool(sample.tools) or any("tool_calls" in message for message in messages)
     questions = []
     for i, message in enumerate(messages):
         if i < len(messages) - 1 and "tool_calls" not in message:
             continue
-        ids = template.prompt_ids(messages[:i], sample.tools, opened.enable_thinking)
+        ids = template.prompt_ids(messages[:i], sample.tools, found.enable_thinking)
         prompt = tokenizer.decode(ids)
         in_thought = opens_thought(prompt)
         target = template.encode_all(messages[: i + 1], sample.tools)[-1][-1].ids[:-1]  # without its end token

@@ -10,17 +10,18 @@ import numpy as np
 import paddle
 
 from erniekit import lora
+from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.model_dir import has_weights
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Batch, flat_pairs
 from erniekit.data.loader import Loader
-from erniekit.generation.load import Opened
+from erniekit.generation.load import FoundModel, Opened
 from erniekit.hub import resolve_model
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of, wants_reference
 from erniekit.models.decoder import CausalLM
-from erniekit.precision import policy
+from erniekit.models.inputs import packed_inputs
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -34,17 +35,19 @@ class PairScores:
     score_deltas: np.ndarray
 
 
-def score_pairs(cfg: Config, opened: Opened, loader: Loader) -> dict[str, Any]:
+def score_pairs(
+    cfg: Config, opened: Opened, loader: Loader, reference_model: PreparedModel | None = None
+) -> dict[str, Any]:
     """The loss that `cfg` asks for and the means of losses.preference.pair_metrics over the evaluation data (at most
     max_evaluate_steps batches).
 
-    The reference is the model without its adapter, or model_name_or_path where that is another model; otherwise there
-    is none, and a line says so.
+    The reference is the model without its adapter, or `reference_model` (see `find_reference`); otherwise there is
+    none, and a line says so.
     """
     most = cfg.loss_subbatch_seqlen
     policy_scores = _score(opened.model, _batches(cfg, loader), most)
     found = None
-    with _reference(cfg, opened) as reference:
+    with _reference(cfg, opened, reference_model) as reference:
         if reference is not None:
             found = _score(reference, _batches(cfg, loader), most).log_probs
     own = [paddle.to_tensor(side) for side in policy_scores.log_probs]
@@ -67,20 +70,34 @@ def score_pairs(cfg: Config, opened: Opened, loader: Loader) -> dict[str, Any]:
     return counts | {name: float(value.mean()) for name, value in metrics.items()}
 
 
+def find_reference(cfg: Config, model: FoundModel) -> PreparedModel | None:
+    """The model that `model_name_or_path` names, checked but not read, as the reference for another one; None where the
+    loss wants none, or there is no other.
+    """
+    if not wants_reference(cfg) or cfg.model_name_or_path is None or model.prepared.options.adapter is not None:
+        return None
+    base = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    if base.resolve() == model.path.resolve():
+        return None
+    random_start = not cfg.continue_training
+    if not random_start and not has_weights(base):
+        return None
+    shape = model_config(cfg, base) if random_start else None
+    return prepare_model(base, inference_options(cfg, random_start=random_start), shape)
+
+
 @contextmanager
-def _reference(cfg: Config, opened: Opened) -> Iterator[CausalLM | None]:
+def _reference(cfg: Config, opened: Opened, reference_model: PreparedModel | None) -> Iterator[CausalLM | None]:
     """The model to compare with; None where the loss wants none or there is none."""
-    base = resolve_model(cfg.model_name_or_path, cfg.download_hub) if cfg.model_name_or_path else None
     if not wants_reference(cfg):
         yield None
     elif lora.state_of(opened.model) is not None:
         log.info("reference: the model without its adapter")
         with lora.disabled(opened.model):
             yield opened.model
-    elif base is not None and base.resolve() != opened.path.resolve() and has_weights(base):
-        log.info(f"reference: {base}")
-        precision = policy.choose(cfg.compute_type, paddle.get_device())
-        yield load_model(base, precision.param_dtype, low_bit=precision.low_bit)
+    elif reference_model is not None:
+        log.info(f"reference: {reference_model.path}")
+        yield reference_model.build()
     else:
         log.warning(
             "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
@@ -110,8 +127,10 @@ def _score_batch(model: CausalLM, batch: Batch, most: int) -> PairScores:
     counts = batch.segment_ids.max(axis=1)
     documents = (batch.segment_ids + (np.cumsum(counts) - counts)[:, None])[real].astype(np.int64) - 1
     labels = batch.labels[real]
-    mixer = model.documents(documents[None] + 1, batch.position_ids[real][None], pairs.prefixes)
-    hidden = model.model(paddle.to_tensor(batch.input_ids[real]), mixer).normed
+    inputs = packed_inputs(
+        model, batch.input_ids[real], documents + 1, batch.position_ids[real], prefixes=pairs.prefixes
+    )
+    hidden = model.model(inputs).normed
     log_probs = answer_log_probs(hidden, model.output_head(), labels, documents, pairs.answers, most)
     lengths = np.bincount(documents[labels != IGNORE], minlength=len(pairs.prefixes))[pairs.answers]
     return PairScores(

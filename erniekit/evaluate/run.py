@@ -14,8 +14,8 @@ from rich.table import Table
 from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
-from erniekit.evaluate.pairs import score_pairs
-from erniekit.generation.load import Opened, open_model
+from erniekit.evaluate.pairs import find_reference, score_pairs
+from erniekit.generation.load import Opened, find_model
 from erniekit.models.scoring import LARGEST_EXPONENT, score_batches
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import make_directory
@@ -49,7 +49,7 @@ _SHOWN = {
 
 
 def evaluate(cfg: Config) -> dict[str, Any]:
-    """Evaluate the model that `cfg` names (see generation.load.open_model) on eval_dataset_path, or, with dataset_type:
+    """Evaluate the model that `cfg` names (see generation.load.find_model) on eval_dataset_path, or, with dataset_type:
     pretrain and without it, on the second part of `split` of input_dir.
 
     `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential),
@@ -64,13 +64,15 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """
     started = time.monotonic()
     target = _target(cfg)
-    opened = open_model(cfg, random_start=True)
+    found = find_model(cfg)
+    reference = find_reference(cfg, found) if cfg.stage == "DPO" else None
     predictions: Sequence[Prediction] = ()
-    with build_loader(cfg, opened.tokenizer, "eval", template=opened.template) as loader:
-        scores = score_pairs(cfg, opened, loader) if cfg.stage == "DPO" else _loss(opened, loader, cfg)
+    with build_loader(cfg, found.tokenizer, "eval", template=found.template) as loader:
+        questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
+        opened = found.load()  # keys and data are checked: from here on weights are read
+        scores = score_pairs(cfg, opened, loader, reference) if cfg.stage == "DPO" else _loss(opened, loader, cfg)
         results = {"model": str(opened.path), **scores}
         if cfg.predict_with_generate:
-            questions = read_questions(cfg, loader.dataset, opened)
             predictions = answer_questions(cfg, opened, questions)
             results |= score(predictions)
     results["seconds"] = round(time.monotonic() - started, 2)
@@ -88,8 +90,10 @@ def print_table(results: dict[str, Any]) -> None:
         if name in results:
             table.add_row(shown, form.format(results[name]))
     console = Console()
-    console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
-    console.print(table)
+    with console.capture() as text:  # printed by us: where nobody reads, a console ends the process by itself
+        console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
+        console.print(table)
+    print(text.get(), end="", flush=True)
 
 
 def _loss(opened: Opened, loader: Loader, cfg: Config) -> dict[str, Any]:

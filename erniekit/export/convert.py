@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from erniekit.build import Overrides
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
@@ -92,9 +93,10 @@ def rewrite(
     max_shard_size: int | str,
     dtype: str | None,
     edit: Callable[[ModelReader], Edit] | None = None,
+    overrides: Overrides | None = None,
 ) -> Report:
     """Weights, config.json and, where there is none, generation_config.json; then compare (see `convert`). `edit`: what
-    changes on the way, for an opened source.
+    changes on the way, for an opened source. `overrides`: what changes in config.json.
     """
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
@@ -118,8 +120,8 @@ def rewrite(
                     edited[piece.name] = digest(stored)
                 del stored
             del array  # neither is held while the next one is read
-    config = dataclasses.replace(source.config, dtype=_config_dtype(source, dtype))
-    write_configs(target_dir, config, format)
+    model_config = source.config if overrides is None else overrides.apply(source.config)
+    write_configs(target_dir, dataclasses.replace(model_config, dtype=_config_dtype(source, dtype)), format)
     _verify(source, target_dir, edited)
     return Report(len(plan), writer.num_bytes, len(writer.files))
 

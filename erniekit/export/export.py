@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from erniekit.build import Overrides, overrides_of
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.model_dir import (
     TOKENIZER_FILES,
@@ -36,6 +37,8 @@ def export(cfg: Config) -> Report:
         copy_tokenizer=cfg.copy_tokenizer,
         adapter_dir=adapter,
         overwrite=cfg.overwrite_output_dir,
+        # A whole model has them in its config.json; an adapter was trained on its base as the configuration changes it.
+        overrides=None if adapter is None else overrides_of(cfg),
     )
 
 
@@ -77,13 +80,14 @@ def export_checkpoint(
     copy_tokenizer: bool = True,
     adapter_dir: str | Path | None = None,
     overwrite: bool = False,
+    overrides: Overrides | None = None,
 ) -> Report:
     """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and compare.
 
     `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype` of the weights: None keeps the
     checkpoint's. `chat_template`: a built-in one's name, or a .jinja file; None takes that of the adapter or the
-    checkpoint, else `text`. Another model in `target_dir` is replaced only with `overwrite`. Raises CheckpointError for
-    a checkpoint that is not whole or a full disk.
+    checkpoint, else `text`. Another model in `target_dir` is replaced only with `overwrite`. `overrides`: what changes
+    in config.json. Raises CheckpointError for a checkpoint that is not whole or a full disk.
     """
 
     def merge(source: ModelReader) -> Merge:
@@ -94,7 +98,9 @@ def export_checkpoint(
     for source in sources:
         require_apart(source, target_dir)
     with model_target(target_dir, "export", sources, overwrite, OVERWRITE) as staging:
-        report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None)
+        report = rewrite(
+            checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None, overrides
+        )
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
             trained = Path(adapter_dir or checkpoint_dir)

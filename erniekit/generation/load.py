@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import paddle
-
-from erniekit.checkpoint.generation_config import GenerationConfig, not_used, read_generation_config
+from erniekit.build import PreparedModel, inference_options, prepare_model
+from erniekit.checkpoint.generation_config import GenerationConfig, not_used
 from erniekit.checkpoint.model_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -15,7 +14,7 @@ from erniekit.checkpoint.model_dir import (
     is_adapter,
     require_model,
 )
-from erniekit.checkpoint.model_io import load_model
+from erniekit.checkpoint.model_shape import directories, given_shape, model_config
 from erniekit.checkpoint.peft_read import base_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
@@ -25,7 +24,6 @@ from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model, resolve_tokenizer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.precision import policy
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -81,63 +79,84 @@ def _settings_of(cfg: Config) -> dict[str, Any]:
     }
 
 
-def open_model(cfg: Config, random_start: bool = False) -> Opened:
-    """Load the model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
+@dataclass(frozen=True)
+class FoundModel:
+    """The model that a command uses, checked but not read yet. The fields are those of Opened."""
+
+    prepared: PreparedModel
+    tokenizer: Tokenizer
+    template: Template
+    path: Path
+    enable_thinking: bool | None
+
+    def load(self) -> Opened:
+        """Read the weights."""
+        model = self.prepared.build()
+        if not self.prepared.options.random_start:
+            base, adapter = self.prepared.path, f" with the adapter {self.path}"
+            log.info(f"model: {base}{'' if base == self.path else adapter}")
+        generation = self.prepared.generation
+        return Opened(model, self.tokenizer, self.template, self.path, self.enable_thinking, generation)
+
+
+def open_model(cfg: Config) -> Opened:
+    """Find and load the model that `cfg` names (see `find_model`)."""
+    return find_model(cfg).load()
+
+
+def find_model(cfg: Config) -> FoundModel:
+    """The model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
     `model_name_or_path`, with the adapter `lora_path` if there is one. A checkpoint that is an adapter is attached to
     its base: `model_name_or_path`, else the local directory that it names itself.
 
-    With `random_start`, a model_name_or_path without weights and with continue_training: false gives the random start
-    that training would have. The tokenizer is that of `tokenizer_name_or_path`, else the checkpoint's, else that
-    of model_name_or_path. Raises CheckpointError or ConfigError that names the key.
+    With continue_training: false, model_name_or_path, or the shape that the YAML gives, is the random start that
+    training has. The tokenizer is that of `tokenizer_name_or_path`, else the checkpoint's, else that of
+    model_name_or_path. Everything is checked, no weight is read. Raises CheckpointError
+    or ConfigError that names the key.
     """
-    found = path = _directory(cfg)
-    if is_adapter(found):
-        path = base_of(found, cfg.model_name_or_path, cfg.download_hub)
-    tokenizer = _tokenizer(cfg, path)  # before the weights, which may take minutes
-    template = load_template(tokenizer, cfg.chat_template, found)
-    say_if_trained_otherwise(found, template)
-    precision = policy.choose(cfg.compute_type, paddle.get_device())
-    if has_weights(path):
-        adapter = str(found) if found != path else None
-        model = load_model(path, precision.param_dtype, adapter, low_bit=precision.low_bit)
-        log.info(f"model: {path}" + (f" with the adapter {adapter}" if adapter else ""))
-    elif random_start and not cfg.continue_training:
-        model = _random(cfg, path)
-        policy.apply(model, precision)
-        if precision.low_bit is not None:
-            log.info(f"compute_type: {cfg.compute_type}: no effect on a random start")
-    else:
-        start = " (or set continue_training: false for a random start)" if random_start else ""
-        raise CheckpointError(f"{path} holds a config.json but no weights: train first, or name another model{start}.")
-    check_fits(tokenizer, model.config.vocab_size, str(path))
+    path, is_start = _directory(cfg)
+    base = base_of(path, cfg.model_name_or_path, cfg.download_hub) if is_adapter(path) else path
+    tokenizer = _tokenizer(cfg, base)
+    template = load_template(tokenizer, cfg.chat_template, path)
+    say_if_trained_otherwise(path, template)
+    random_start = is_start and not cfg.continue_training
+    if not random_start and not has_weights(base):
+        start = " (or set continue_training: false for a random start)" if is_start else ""
+        raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
+    shape = model_config(cfg, base) if random_start else None
+    prepared = prepare_model(base, inference_options(cfg, None if base == path else path, random_start), shape)
+    check_fits(tokenizer, prepared.config.vocab_size, str(base))
     thinking = cfg.enable_thinking
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
         thinking = None
-    generation = read_generation_config(path, model.config)
-    return Opened(model, tokenizer, template, found, thinking, generation)
+    return FoundModel(prepared, tokenizer, template, path, thinking)
 
 
-def _directory(cfg: Config) -> Path:
+def _directory(cfg: Config) -> tuple[Path, bool]:
+    """The directory of the model, and whether it is the one that a run with this configuration starts from."""
     if cfg.checkpoint is not None:
         path = Path(cfg.checkpoint).expanduser()
         if not path.is_dir():
             raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
-        return find_checkpoint(path)
+        return find_checkpoint(path), False
     missing = ""
+    shaped = not (cfg.model_name_or_path or cfg.continue_training) and bool(given_shape(cfg))
     if cfg.output_dir is not None:
         try:
-            return find_checkpoint(cfg.output_dir)
+            return find_checkpoint(cfg.output_dir), False
         except CheckpointError as error:
             missing = str(error)
-            if cfg.model_name_or_path is None and cfg.lora_path is None:
+            if cfg.model_name_or_path is None and cfg.lora_path is None and not shaped:
                 raise
     if cfg.lora_path is not None:
         if not is_adapter(cfg.lora_path):
             raise CheckpointError(
                 f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
             )
-        return Path(cfg.lora_path)
+        return Path(cfg.lora_path), False
+    if shaped:
+        return directories(cfg)[0], True
     if cfg.model_name_or_path is None:
         raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
     if missing:
@@ -145,17 +164,7 @@ def _directory(cfg: Config) -> Path:
     path = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     require_model(path)
     ModelConfig.from_dir(path)  # a directory of something else is named as such
-    return path
-
-
-def _random(cfg: Config, path: Path) -> CausalLM:
-    log.warning(f"{path} holds no weights: the model starts at random (continue_training: false, seed {cfg.seed})")
-    paddle.seed(cfg.seed)
-    model = CausalLM(ModelConfig.from_dir(path))
-    generation = read_generation_config(path, model.config)
-    model.end_ids, model.fill_id = generation.end_ids, generation.fill_id
-    model.eval()
-    return model
+    return path, True
 
 
 def _tokenizer(cfg: Config, path: Path) -> Tokenizer:

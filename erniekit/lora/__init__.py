@@ -26,6 +26,7 @@ __all__ = [
     "Slot",
     "attach",
     "attach_slots",
+    "choose_slots",
     "describe",
     "disabled",
     "merge",
@@ -94,16 +95,27 @@ def attach(
     +-1 / sqrt(in), as in PEFT, drawn from (seed, name, expert), whatever the layout; B is 0: at first the adapted model
     is the base. Raises ConfigError (see targets.choose).
     """
-    known = [name for name, _ in model.named_parameters()] if names is None else list(names)
+    known = [name for name, _ in model.named_parameters()] if names is None else names
+    slots, saved = choose_slots(known, options, tied)
+    state = attach_slots(model, options, slots, saved)
+    _draw(model, options.seed, share)
+    return state
+
+
+def choose_slots(
+    names: Iterable[str], options: LoraOptions, tied: bool
+) -> tuple[dict[str, dict[str, Slot]], tuple[str, ...]]:
+    """The adapters (projection -> part -> slot) and the parameters that are trained whole, in a model whose weights are
+    called `names`. It needs no model, so that a wrong name shows early. Raises ConfigError (see targets.choose).
+    """
+    known = list(names)
     slot = Slot(options.rank, options.scaling)
     chosen = choose(known, options.targets)
     saved = choose_saved(known, options.modules_to_save, tied)
     slots = {module: dict.fromkeys(parts, slot) for module, parts in chosen.items()}
     if options.dora:
         _refuse_dora(known, slots)
-    state = attach_slots(model, options, slots, saved)
-    _draw(model, options.seed, share)
-    return state
+    return slots, saved
 
 
 def attach_slots(

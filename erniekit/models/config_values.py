@@ -1,9 +1,11 @@
 """The values of a config.json, checked one by one; how they must fit together: ModelConfig."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from erniekit.models.config_keys import ALIASES, OWN_KEYS, check_keys, refusal
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject
 
@@ -180,8 +182,17 @@ def _rope_theta(config: JsonObject) -> float:
                     f"{name} {value!r:.40}: rotary positions without scaling (rope_type default) are supported",
                 )
     own = config.get_number("rope_theta", _DEFAULT_ROPE_THETA, 1, _MAX_ROPE_THETA)
-    inner = config.get_object("rope_scaling" if config.values.get("rope_scaling") else "rope_parameters")
-    return float(inner.get_number("rope_theta", own, 1, _MAX_ROPE_THETA))
+    key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    theta = float(config.get_object(key).get_number("rope_theta", own, 1, _MAX_ROPE_THETA))
+    if theta != own and "rope_theta" in config:
+        _warn_once(f"{config.where}: rope_theta: {own:g} at the top level, {theta:g} in {key}: the latter counts")
+    return theta
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A configuration is read several times in a run."""
+    log.warning(message)
 
 
 def _dtype(config: JsonObject) -> str | None:

@@ -4,7 +4,7 @@ Tokens flow as one flat stretch [T, D] (T = B * S, row-major): every layer but a
 attention knows documents through its plan. Legend: B batch, S sequence, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,17 +13,15 @@ from paddle import nn
 
 from erniekit.losses.lm import Head
 from erniekit.models.config import ModelConfig
+from erniekit.models.inputs import Embedding, ModelInputs, cached_inputs, embed, head_layout, new_cache, packed_inputs
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
-from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention, SelfAttention
-from erniekit.nn.attention_plan import make_plan
-from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
+from erniekit.nn.attention import AttentionContext, SelfAttention
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
-from erniekit.nn.rotary import rotation_table
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 
@@ -44,12 +42,6 @@ class Hidden:
     last: paddle.Tensor
     normed: paddle.Tensor
     routings: Routings = field(default_factory=dict)
-
-
-def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
-    """Attention heads of this configuration that `part` holds."""
-    degree = part.tensor_degree
-    return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
 
 
 def router_options(config: ModelConfig) -> RouterOptions:
@@ -142,49 +134,23 @@ class Decoder(nn.Layer):
         """The layers of one depth of multi-token prediction."""
         return [each[depth] for each in (self.mtp_emb_norm, self.mtp_hidden_norm, self.mtp_linear_proj, self.mtp_block)]
 
-    def run(
-        self, x_TD: paddle.Tensor, numbers: Sequence[int], mixer: AttentionContext, tokens: TokenInfo
-    ) -> tuple[paddle.Tensor, Routings]:
+    def embed(self, inputs: ModelInputs) -> paddle.Tensor:
+        """What the first layer takes [T, D]."""
+        assert self.embed_tokens is not None, "this process holds no embedding"
+        return embed(self.embed_tokens, inputs)
+
+    def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
         """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
         routings = {}
         for number in numbers:
-            x_TD, decisions = self.layers[number](x_TD, mixer, tokens, number)
+            x_TD, decisions = self.layers[number](x_TD, inputs.attention, inputs.tokens, number)
             routings |= {(number, modality): routed for modality, routed in decisions.items()}
         return x_TD, routings
 
-    def forward(self, input_ids_T: paddle.Tensor, mixer: AttentionContext, tokens: TokenInfo | None = None) -> Hidden:
-        """Token ids [T] -> Hidden, through a whole model. `tokens` (default: one row of text) says what sparse layers
-        count over.
-        """
-        tokens = tokens or TokenInfo([input_ids_T.shape[0]])
-        x_TD, routings = self.run(self.embed_tokens(input_ids_T), self.layers.numbers, mixer, tokens)
+    def forward(self, inputs: ModelInputs) -> Hidden:
+        """T tokens -> Hidden, through a whole model."""
+        x_TD, routings = self.run(self.embed(inputs), self.layers.numbers, inputs)
         return Hidden(x_TD, self.norm(x_TD), routings)
-
-
-class Embedding(Shardable):
-    """Token embedding [V, D]; V are the rows that this process holds.
-
-    `lookup(ids, weight)`, set from outside, replaces the plain one where the rows are divided.
-    """
-
-    def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
-        super().__init__()
-        self.weight = self.create_parameter(
-            [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
-        )
-        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
-
-    def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible."""
-        return {"weight": ShardSpec(0)}
-
-    def roles(self) -> dict[str, Role]:
-        """See DeclaresRoles."""
-        return {"weight": Role.EMBEDDING}
-
-    def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
-        """[...] int64 -> [..., D]."""
-        return self.lookup(ids, self.weight)
 
 
 class HeadBias(Shardable):
@@ -227,33 +193,6 @@ class CausalLM(nn.Layer):
             )
         elif part.has_head and bias:
             self.lm_head = HeadBias(vocab_size)
-
-    def documents(
-        self,
-        segment_ids_BS: np.ndarray,
-        position_ids_BS: np.ndarray | None = None,
-        prefixes: np.ndarray | None = None,
-        dropout: DropoutStep | None = None,
-        input_ids_BS: np.ndarray | None = None,
-    ) -> PackedAttention:
-        """The mixer of a batch: segment ids [B, S] and prefixes as in nn.segments.make_plan, positions [B, S] or None
-        (each document starts at 0, or where its prefix ends). `dropout`: that of a training step, which depends on the
-        tokens `input_ids` [B, S].
-        """
-        plan = make_plan(segment_ids_BS, prefixes)
-        positions = plan.position_in_document if position_ids_BS is None else position_ids_BS.reshape(-1)
-        heads = head_layout(self.config, self.shard)
-        table = rotation_table(
-            positions, heads.dim, self.config.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
-        )
-        if dropout is None:
-            return PackedAttention(plan, table, heads)
-        assert input_ids_BS is not None, "the masks of dropout depend on the tokens"
-        numbers = number_documents(input_ids_BS.reshape(-1), plan, prefixes)
-        first_head = self.shard.tensor_rank * heads.num_heads
-        return PackedAttention(
-            plan, table, heads, AttentionDropout(dropout, self.config.num_hidden_layers, numbers, first_head)
-        )
 
     def parameter_depths(self) -> dict[str, int]:
         """Depth of each parameter in the whole model of n layers: the embedding 0, layer i at i + 1, what stands behind
@@ -302,21 +241,22 @@ class CausalLM(nn.Layer):
             )
         segments = np.ones_like(ids) if segment_ids is None else _host_ids(segment_ids, "segment_ids", ids.shape)
         positions = None if position_ids is None else _host_ids(position_ids, "position_ids", ids.shape)
-        hidden = self.model(paddle.to_tensor(ids.reshape(-1)), self.documents(segments, positions))
+        hidden = self.model(packed_inputs(self, ids, segments, positions))
         return self.head(hidden.normed).reshape([*ids.shape, self.config.vocab_size])
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` conversations."""
-        return KVCache(self.config.num_hidden_layers, batch_size, head_layout(self.config), self.config.rope_theta)
+        return new_cache(self, batch_size)
 
     @paddle.no_grad()
-    def extend(self, input_ids_BS: np.ndarray, num_new_B: np.ndarray, cache: KVCache) -> paddle.Tensor:
+    def extend(
+        self, input_ids_BS: np.ndarray, num_new_B: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None
+    ) -> paddle.Tensor:
         """Feed the next tokens [B, S] (right-padded; row b has num_new_B[b] real ones) -> logits after each row's last
-        real token [B, V].
+        real token [B, V]. position_ids as in models.inputs.cached_inputs.
         """
         batch, width = input_ids_BS.shape
-        cache.begin_step(width)
-        hidden = self.model(paddle.to_tensor(input_ids_BS.reshape(-1)), cache)
+        hidden = self.model(cached_inputs(input_ids_BS, cache, position_ids))
         cache.end_step(num_new_B)
         last = np.arange(batch) * width + np.asarray(num_new_B) - 1
         return self.head(paddle.gather(hidden.normed, paddle.to_tensor(last)))

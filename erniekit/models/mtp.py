@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 
 from erniekit.models.decoder import Decoder, Hidden
+from erniekit.models.inputs import ModelInputs, embed_ahead
 from erniekit.moe.layer import TokenInfo
-from erniekit.nn.attention import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class Depth:
     valid: np.ndarray
 
 
-def predict_ahead(
-    decoder: Decoder, hidden: Hidden, input_ids_T: paddle.Tensor, documents: PackedAttention
-) -> list[Depth]:
+def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list[Depth]:
     """Run every depth. A position whose token t + 1 + d lies in another document, or nowhere, is not valid and stands
     after all valid ones of its document, so causal attention keeps it from them.
 
@@ -40,9 +38,8 @@ def predict_ahead(
     previous = hidden.last
     first = decoder.config.num_hidden_layers  # the blocks are numbered behind the layers
     for d, block in enumerate(decoder.mtp_block):
-        target, valid = documents.plan.next_token(1 + d)
-        ahead = decoder.embed_tokens(paddle.gather(input_ids_T, paddle.to_tensor(target)))
+        ahead, target, valid = embed_ahead(decoder.embed_tokens, inputs, 1 + d)
         joined = paddle.concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
-        previous, _ = block(decoder.mtp_linear_proj[d](joined), documents, dense, first + d)
+        previous, _ = block(decoder.mtp_linear_proj[d](joined), inputs.attention, dense, first + d)
         depths.append(Depth(decoder.norm(previous), target, valid))
     return depths

@@ -10,6 +10,7 @@ import paddle
 
 from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import packed_inputs
 
 IGNORE = -100  # a label with no loss
 LARGEST_EXPONENT = 700.0
@@ -81,9 +82,8 @@ def batch_nll(
     # All real tokens in one row; (row, segment) becomes the segment, so that a row's last document and the next row's
     # first stay apart.
     segments = segments + (segments.max() + 1) * np.arange(len(segments))[:, None]
-    positions = None if position_ids is None else position_ids[real][None]
-    mixer = model.documents(segments[real][None], positions)
-    hidden = model.model(paddle.to_tensor(input_ids[real].astype(np.int64)), mixer).normed
+    positions = None if position_ids is None else position_ids[real]
+    hidden = model.model(packed_inputs(model, input_ids[real], segments[real], positions)).normed
     return score_hidden(model, hidden, places, flat_labels)
 
 

@@ -18,7 +18,7 @@ from paddle.autograd import PyLayer
 from erniekit.nn.attention_plan import AttentionPlan
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
-from erniekit.nn.rotary import rotate
+from erniekit.nn.rotary import Rotation
 
 
 class AttentionContext(Protocol):
@@ -194,10 +194,10 @@ class _DocumentAttention(PyLayer):
 
     @staticmethod
     def forward(
-        ctx, qkv: paddle.Tensor, table: paddle.Tensor, rows: _Rows, heads: HeadLayout, masks: LayerMasks | None
+        ctx, qkv: paddle.Tensor, rotation: Rotation, rows: _Rows, heads: HeadLayout, masks: LayerMasks | None
     ) -> paddle.Tensor:
         num_tokens, g, d = qkv.shape[0], heads.num_kv_heads, heads.dim
-        z = rotate(qkv.reshape([num_tokens, heads.total, d]), table).reshape([num_tokens * heads.total, d])
+        z = rotation.apply(qkv.reshape([num_tokens, heads.total, d])).reshape([num_tokens * heads.total, d])
         saved, outputs = [], []
         for number, bucket in enumerate(rows.buckets):
             fetched = paddle.gather(z, bucket.fetch)
@@ -216,7 +216,7 @@ class _DocumentAttention(PyLayer):
                 parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, : bucket.num_prefix + stop]))
             saved.append((queries, k, v, weights, parts))
             outputs += [part.reshape([-1, d]) for part in parts]
-        ctx.table, ctx.rows, ctx.heads, ctx.masks, ctx.saved = table, rows, heads, masks, saved
+        ctx.rotation, ctx.rows, ctx.heads, ctx.masks, ctx.saved = rotation, rows, heads, masks, saved
         return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d])
 
     @staticmethod
@@ -234,7 +234,7 @@ class _DocumentAttention(PyLayer):
             grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads, block)]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
-        return rotate(dz, ctx.table, inverse=True).reshape([num_tokens, heads.total * d])
+        return ctx.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * d])
 
 
 def _join(parts: list[paddle.Tensor]) -> paddle.Tensor:
@@ -309,7 +309,7 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
 
 
 def _flash_attention(
-    qkv: paddle.Tensor, table: paddle.Tensor, plan: AttentionPlan, heads: HeadLayout, rate: float
+    qkv: paddle.Tensor, rotation: Rotation, plan: AttentionPlan, heads: HeadLayout, rate: float
 ) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
@@ -317,7 +317,7 @@ def _flash_attention(
     The kernel draws its dropout (`rate`) from Paddle's generator, which a step seeds: the masks differ from those of
     nn.dropout, and they change with packing, microbatches and layout.
     """
-    z = rotate(qkv.reshape([plan.num_tokens, heads.total, heads.dim]), table)
+    z = rotation.apply(qkv.reshape([plan.num_tokens, heads.total, heads.dim]))
     q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
     indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
     out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, dropout=rate, causal=True)
@@ -331,7 +331,7 @@ class PackedAttention:
     """
 
     plan: AttentionPlan
-    table: paddle.Tensor
+    rotation: Rotation
     heads: HeadLayout
     dropout: AttentionDropout | None = None
 
@@ -345,9 +345,9 @@ class PackedAttention:
         dropout, heads = self.dropout, self.heads
         if qkv.place.is_gpu_place() and qkv.dtype in (paddle.bfloat16, paddle.float16):
             rate = 0.0 if dropout is None else dropout.rate_of(layer)
-            return _flash_attention(qkv, self.table, self.plan, heads, rate)
+            return _flash_attention(qkv, self.rotation, self.plan, heads, rate)
         masks = None if dropout is None else dropout.masks(layer, self.plan, heads.num_heads, heads.num_kv_heads)
-        return _DocumentAttention.apply(qkv, self.table, self._rows, heads, masks)
+        return _DocumentAttention.apply(qkv, self.rotation, self._rows, heads, masks)
 
 
 class SelfAttention(nn.Layer):

@@ -33,15 +33,14 @@ class AttentionPlan:
     position_in_document: np.ndarray
     last_reader: np.ndarray
 
-    def next_token(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each token, the number of the token `step` places on [T], and whether that one is in the same document
-        [T].
-        """
-        target = np.minimum(np.arange(self.num_tokens) + step, self.num_tokens - 1)
-        inside = (self.document_of_token[target] == self.document_of_token) & (
-            np.arange(self.num_tokens) + step < self.num_tokens
-        )
-        return target, inside
+
+def next_in_document(document_of_token: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each of T tokens, given the document that each is in, the number of the token `step` places on [T], and
+    whether that one is in the same document [T].
+    """
+    places = np.arange(len(document_of_token)) + step
+    target = np.minimum(places, len(places) - 1)
+    return target, (document_of_token[target] == document_of_token) & (places < len(places))
 
 
 def document_starts(segment_ids_BS: np.ndarray) -> np.ndarray:

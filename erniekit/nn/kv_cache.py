@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 
 from erniekit.nn.attention import MASK_VALUE, HeadLayout
-from erniekit.nn.rotary import rotate, rotation_table
+from erniekit.nn.rotary import Rotary
 
 _QUERY_BLOCK = 256  # query positions whose scores are alive at once
 
@@ -33,16 +33,19 @@ class KVCache:
 
     Rows may differ in length: a step brings n tokens to each row, right-padded, of which `num_new[b]` are real. What
     padding wrote is hidden from every real query and overwritten by the row's next token. `lengths` int64 [B] counts
-    each row's real tokens.
+    each row's real tokens. `next_position` int64 [B] is the position of a row's next token of text: 1 + the largest
+    position so far, on any axis. The tokens of an image share positions, so it is not always the length.
     """
 
     def __init__(
-        self, num_layers: int, batch_size: int, heads: HeadLayout, rope_theta: float, capacity: int = 128
+        self, num_layers: int, batch_size: int, heads: HeadLayout, rotary: Rotary, capacity: int = 128
     ) -> None:
         self.heads = heads
-        self.rope_theta = rope_theta
+        self.rotary = rotary
         self.capacity = capacity
         self.lengths = np.zeros(batch_size, dtype=np.int64)
+        # The next position after each cached token; what stands behind a row's length has no meaning.
+        self._next_positions = np.zeros((batch_size, capacity), dtype=np.int64)
         # One flat [B * G * capacity, d] buffer a layer, so that a step scatters its rows in place instead of copying
         # the cache. Made by a layer's first step, in the type of its keys.
         self.keys: list[paddle.Tensor | None] = [None] * num_layers
@@ -52,21 +55,38 @@ class KVCache:
     def batch_size(self) -> int:
         return len(self.lengths)
 
-    def begin_step(self, num_tokens: int) -> None:
-        """Make room for, and compute the rotations and masks of, `num_tokens` tokens a row."""
+    @property
+    def next_position(self) -> np.ndarray:
+        """See the class."""
+        last = np.take_along_axis(self._next_positions, np.maximum(self.lengths - 1, 0)[:, None], axis=1)[:, 0]
+        return np.where(self.lengths > 0, last, 0)
+
+    def begin_step(self, num_tokens: int, positions: np.ndarray | None = None) -> None:
+        """Make room for, and compute the rotations and masks of, `num_tokens` tokens a row.
+
+        positions: of these tokens, integers [B, n] or (time, height, width) [B, n, 3]; by default they are text and
+        count on from `next_position`.
+        """
         needed = int(self.lengths.max()) + num_tokens
         if needed > self.capacity:
             # A quarter more than needed: a step then rarely copies the cache, and little of what attention reads is
             # empty.
             self._resize(np.arange(self.batch_size), (needed + needed // 4 + 63) // 64 * 64)
         heads, batch = self.heads, self.batch_size
-        positions = self.lengths[:, None] + np.arange(num_tokens)  # [B, n]
-        table = rotation_table(
-            positions.reshape(-1), heads.dim, self.rope_theta, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
+        places = self.lengths[:, None] + np.arange(num_tokens)  # [B, n]
+        first = self.next_position
+        if positions is None:
+            positions = first[:, None] + np.arange(num_tokens)
+        largest = positions if positions.ndim == 2 else positions.max(axis=-1)
+        following = np.maximum(np.maximum.accumulate(largest, axis=1) + 1, first[:, None])
+        np.put_along_axis(self._next_positions, places, following, axis=1)
+        self._rotation = self.rotary.at(
+            positions.reshape(batch * num_tokens, *positions.shape[2:]),
+            heads.num_heads + heads.num_kv_heads,
+            heads.num_kv_heads,
         )
         rows = np.arange(batch * heads.num_kv_heads)[:, None] * self.capacity
-        self._slots = paddle.to_tensor((rows + np.repeat(positions, heads.num_kv_heads, axis=0)).reshape(-1))
-        self._table = table
+        self._slots = paddle.to_tensor((rows + np.repeat(places, heads.num_kv_heads, axis=0)).reshape(-1))
         self._num_tokens = num_tokens
         self._blocks = [
             self._block(start, min(start + _QUERY_BLOCK, num_tokens)) for start in range(0, num_tokens, _QUERY_BLOCK)
@@ -82,7 +102,7 @@ class KVCache:
         """
         heads, batch, n = self.heads, self.batch_size, self._num_tokens
         g, r, d = heads.num_kv_heads, heads.repeat, heads.dim
-        z = rotate(qkv.reshape([batch * n, heads.total, d]), self._table)
+        z = self._rotation.apply(qkv.reshape([batch * n, heads.total, d]))
         q, k, v = z.split([heads.num_heads, g, g], axis=1)
         all_keys, all_values = self._store(self.keys, layer, k), self._store(self.values, layer, v)
         # Folding a kv head's queries into the row axis lets one product serve them all.
@@ -93,7 +113,7 @@ class KVCache:
         return out.reshape([batch * n, heads.num_heads * d])
 
     def truncate(self, length: int) -> None:
-        """Forget every row's tokens from position `length` on."""
+        """Forget every row's tokens but its first `length`."""
         self.lengths = np.minimum(self.lengths, length)
 
     def keep(self, rows: Sequence[int] | np.ndarray) -> None:
@@ -139,6 +159,8 @@ class KVCache:
         batch, g, d = self.batch_size, self.heads.num_kv_heads, self.heads.dim
         used = max(1, int(self.lengths[rows].max()))
         index = paddle.to_tensor(rows)
+        kept_positions = self._next_positions[rows, :used]
+        self._next_positions = np.pad(kept_positions, ((0, 0), (0, capacity - used)))
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
                 if old is None:

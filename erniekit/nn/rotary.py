@@ -2,8 +2,17 @@
 2104.09864, eq. 34).
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import paddle
+
+# A table with a row for every head lets one complex product rotate a fused projection. Paddle's CPU product is six
+# times slower where it has to broadcast over heads, so such a table is made there up to this size.
+MOST_EXPANDED_BYTES = 100_000_000
+_BLOCK = 256  # tokens whose table is expanded at once where the whole would be larger than that; fits a CPU's cache
+_ITEM_BYTES = np.dtype(np.complex64).itemsize
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -17,25 +26,94 @@ def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
     return np.float32(1.0) / powers
 
 
-def rotation_table(
-    positions_T: np.ndarray, head_dim: int, theta: float, num_rotated: int, num_plain: int
-) -> paddle.Tensor:
-    """exp(i * position * theta^(-2j/head_dim)) for every head: complex64 [T, num_rotated + num_plain, head_dim/2].
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a model: the same for training, evaluation and the cache of generation.
 
-    The `num_plain` last heads (the values in a fused q|k|v) get angle 0. Thus one complex product rotates a whole fused
-    projection: no strided slice, no concatenation.
+    `time_frequencies`: in a model with positions (time, height, width), how many of the lowest frequencies turn with
+    time; the others alternate between height and width, beginning with height. 0: a model of text alone.
     """
-    angles = positions_T.astype(np.float32)[:, None] * inverse_frequencies(head_dim, theta)[None, :]
-    table = np.ones((len(positions_T), num_rotated + num_plain, head_dim // 2), dtype=np.complex64)
-    table[:, :num_rotated] = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)[:, None, :]
-    return paddle.to_tensor(table)
+
+    head_dim: int
+    theta: float
+    time_frequencies: int = 0
+
+    def at(self, positions: np.ndarray, num_rotated: int, num_plain: int = 0) -> "Rotation":
+        """The rotation of T tokens at `positions`, integers [T] or (time, height, width) [T, 3], for projections of
+        num_rotated + num_plain heads, of which the last (the values in a fused q|k|v) are left as they are.
+        """
+        angles = self._of_frequencies(positions.astype(np.float32)) * inverse_frequencies(self.head_dim, self.theta)
+        table = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)[:, None]
+        if _is_expanded(len(positions), num_rotated + num_plain, self.head_dim):
+            expanded = np.ones((len(table), num_rotated + num_plain, self.head_dim // 2), dtype=np.complex64)
+            expanded[:, :num_rotated] = table
+            table = expanded
+        return Rotation(paddle.to_tensor(table), num_rotated, num_plain)
+
+    def _of_frequencies(self, positions: np.ndarray) -> np.ndarray:
+        """The position that each frequency turns with: [T, 1] or [T, head_dim/2]."""
+        if positions.ndim == 1:
+            return positions[:, None]
+        if positions.shape[1:] != (3,) or not self.time_frequencies:
+            expected = "[T] or [T, 3]" if self.time_frequencies else "[T], as for every model of text alone"
+            raise ValueError(f"positions: expected the shape {expected}; got {list(positions.shape)}")
+        axes = 1 + np.arange(self.head_dim // 2) % 2
+        axes[len(axes) - self.time_frequencies :] = 0
+        return positions[:, axes]
 
 
-def rotate(x_THd: paddle.Tensor, table: paddle.Tensor, inverse: bool = False) -> paddle.Tensor:
-    """Rotate x [T, heads, head_dim] by the table (by its conjugate if `inverse`, which is the adjoint). Computed in
-    fp32, returned in x's dtype.
+def _is_expanded(num_tokens: int, num_heads: int, head_dim: int) -> bool:
+    return paddle.get_device() == "cpu" and num_tokens * num_heads * head_dim // 2 * _ITEM_BYTES <= MOST_EXPANDED_BYTES
+
+
+def table_bytes(num_tokens: int, num_heads: int, head_dim: int) -> int:
+    """The size of the table that a Rotation of T tokens holds, on the device in use."""
+    rows = num_heads if _is_expanded(num_tokens, num_heads, head_dim) else 1
+    return num_tokens * rows * head_dim // 2 * _ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """exp(i * position * frequency) of T tokens, as all layers use it: `table` complex64 [T, 1, head_dim/2], the same
+    for every head; or [T, heads, head_dim/2] with ones for the heads that are not rotated, where that is faster and
+    small.
     """
-    tokens, heads, head_dim = x_THd.shape
-    pairs = paddle.as_complex(x_THd.astype("float32").reshape([tokens, heads, head_dim // 2, 2]))
-    rotated = pairs * (paddle.conj(table) if inverse else table)
-    return paddle.as_real(rotated).reshape([tokens, heads, head_dim]).astype(x_THd.dtype)
+
+    table: paddle.Tensor
+    num_rotated: int
+    num_plain: int
+
+    def apply(self, x_THd: paddle.Tensor, inverse: bool = False) -> paddle.Tensor:
+        """Rotate x [T, heads, head_dim] by the table (by its conjugate if `inverse`, which is the adjoint). Computed in
+        fp32, returned in x's dtype.
+        """
+        tokens, heads, head_dim = x_THd.shape
+        pairs = paddle.as_complex(x_THd.astype("float32").reshape([tokens, heads, head_dim // 2, 2]))
+        table = paddle.conj(self.table) if inverse else self.table
+        if table.shape[1] == heads:
+            rotated = pairs * table
+        elif x_THd.place.is_cpu_place():
+            rotated = self._by_blocks(pairs, table)
+        else:
+            rotated = paddle.concat([pairs[:, : self.num_rotated] * table, pairs[:, self.num_rotated :]], axis=1)
+        return paddle.as_real(rotated).reshape([tokens, heads, head_dim]).astype(x_THd.dtype)
+
+    def _by_blocks(self, pairs: paddle.Tensor, table: paddle.Tensor) -> paddle.Tensor:
+        """pairs [T, heads, head_dim/2] times the table, expanded for a block of tokens at a time."""
+        tokens, heads, half = pairs.shape
+        one = paddle.to_tensor(np.tile(np.array([1, 0], np.float32), half)[None])
+        parts = []
+        for start in range(0, tokens, _BLOCK):
+            block = table[start : start + _BLOCK]
+            # The gather copies whole rows, and is many times faster than Paddle's expand.
+            rows = paddle.concat([one, paddle.as_real(block).reshape([-1, 2 * half])])
+            expanded = paddle.gather(rows, self._row_of_head[: block.shape[0] * heads]).reshape([-1, heads, half, 2])
+            parts.append(pairs[start : start + _BLOCK] * paddle.as_complex(expanded))
+        return parts[0] if len(parts) == 1 else paddle.concat(parts)
+
+    @cached_property
+    def _row_of_head(self) -> paddle.Tensor:
+        """[block * heads]: for each head of each token of a block, 1 + the token, or 0 for a head that stays."""
+        rows = np.repeat(np.arange(1, _BLOCK + 1)[:, None], self.num_rotated + self.num_plain, axis=1)
+        rows[:, self.num_rotated :] = 0
+        return paddle.to_tensor(rows.reshape(-1))

@@ -14,12 +14,14 @@ from erniekit.utils import log
 
 @dataclass(frozen=True)
 class Policy:
-    """`param_dtype` of the weights and products ("float32" or "bfloat16"); 16-bit weights have fp32 masters in the
-    optimizer. `low_bit`: how the frozen weights of projections are held instead; None: as the others.
+    """`param_dtype` of the weights and products ("float32", "bfloat16" or "float16"); 16-bit weights have fp32 masters
+    in the optimizer. `low_bit`: how the frozen weights of projections are stored instead; None: as the others.
+    `rounded_to`: the dtype that weights are rounded to when they are read, where `param_dtype` is wider.
     """
 
     param_dtype: str
     low_bit: Schemes | None = None
+    rounded_to: str | None = None
 
 
 def choose(compute_type: str, device: str) -> Policy:
@@ -32,6 +34,16 @@ def choose(compute_type: str, device: str) -> Policy:
         log.info(f"compute_type: {compute_type} computes in float32 here: Paddle has no 16-bit matrix product on a CPU")
         asked = "float32"
     return Policy(asked, low_bit)
+
+
+def of_weights(dtype: str, device: str, low_bit: Schemes | None = None) -> Policy:
+    """The policy for weights of a dtype, whatever the device can multiply. On a CPU, which cannot multiply the 16-bit
+    types, the weights are rounded to `dtype` and computed with in float32, and a line says so.
+    """
+    if dtype == "float32" or device != "cpu":
+        return Policy(dtype, low_bit)
+    log.info(f"{dtype} on CPU: the weights are rounded to it and computed with in float32")
+    return Policy("float32", low_bit, rounded_to=dtype)
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def apply(model: nn.Layer, policy: Policy) -> None:
     """Make sure that every weight has the policy's dtype, and routers fp32. Weights that were built in another dtype
     are cast where they are; those that were built under `default_dtype` cost nothing.
     """
-    wanted = {"float32": paddle.float32, "bfloat16": paddle.bfloat16}[policy.param_dtype]
+    wanted = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}[policy.param_dtype]
     roles = named_roles(model)
     for name, parameter in model.named_parameters():
         if roles[name] not in FP32_ROLES and parameter.dtype != wanted:

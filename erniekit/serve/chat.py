@@ -25,7 +25,7 @@ _TAIL = 16  # last tokens of a prompt, among which it may open a thought
 def chat(cfg: Config) -> None:
     """Answer questions from standard input until it ends or the user leaves.
 
-    The model is the one that `cfg` names (see generation.load.open_model); max_new_tokens, temperature, top_p, top_k,
+    The model is the one that `cfg` names (see generation.load.find_model); max_new_tokens, temperature, top_p, top_k,
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
@@ -145,8 +145,7 @@ class Screen:
                 raise
         if self.interactive:
             print("User: ", end="", file=self._labels, flush=True)
-        line = sys.stdin.readline()
-        return streams.decode(line.removesuffix("\n")) if line else None
+        return streams.read_line()
 
     def note(self, text: str) -> None:
         """Say something that is not part of the conversation."""

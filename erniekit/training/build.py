@@ -1,5 +1,5 @@
-"""From a configuration to everything a run needs, in one order: model, precision, recomputation, weights, optimizer,
-data.
+"""From a configuration to everything a run needs: first the model's keys and the data are checked, then the model is
+built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
 import dataclasses
@@ -13,19 +13,18 @@ import numpy as np
 import paddle
 
 from erniekit import lora
+from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
-from erniekit.checkpoint.model_io import load_weights, read_config
+from erniekit.checkpoint.model_shape import directories, model_config
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
 from erniekit.losses.preference import wants_reference
-from erniekit.models import activation_checkpoint
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.init import init_weights
-from erniekit.models.parallelize import parallelize, placements, rank_shard_of
+from erniekit.models.parallelize import placements
 from erniekit.models.pipeline_layout import (
     check_layout,
     cut_layers,
@@ -34,13 +33,10 @@ from erniekit.models.pipeline_layout import (
     plan_actions,
     schedule_of,
 )
-from erniekit.models.quantize import describe, quantize_weights
-from erniekit.models.weights import our_shapes
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
-from erniekit.precision import policy
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
@@ -51,8 +47,7 @@ from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.same_run import require_same_files
-from erniekit.training.shape import directories, model_config
-from erniekit.training.trainable import attach_lora, check_lora
+from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 
 
@@ -124,15 +119,21 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     seed_everything(cfg.seed)
     model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
-    model_config(cfg, model_dir)  # a shape that cannot be shows before the data are measured
+    prepared = prepare(cfg, model_dir, mesh)
     tokenizer = load_tokenizer(tokenizer_dir)
+    check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     schedule = build_schedule(cfg, max_steps)
-    model, chunks = build_model(cfg, model_dir, mesh)
-    for line in layout_lines(cfg, model.config, mesh.degrees):
+    for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
-    check_fits(tokenizer, model.config.vocab_size, str(model_dir))
+    # Nothing that the configuration says is left to check: from here on weights are read.
+    chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
+    model = prepared.build(mesh, chunks)
+    if cfg.fine_tuning == "LoRA":
+        describe_lora(model, cfg, model_dir)
+    elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
+        log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     mtp_depths = train_mtp(model, cfg)
     sync = GradientSync(
         model.named_parameters(),
@@ -156,7 +157,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         ),
         tokenizer=tokenizer,
         template=template,
-        recipe=_recipe(cfg, model, chunks, mesh, model_dir, tokenizer, mtp_depths),
+        recipe=_recipe(cfg, prepared, model, chunks, mesh, tokenizer, mtp_depths),
         optimizer=optimizer,
         schedule=schedule,
         max_steps=max_steps,
@@ -169,10 +170,10 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
 
 def _recipe(
     cfg: Config,
+    prepared: PreparedModel,
     model: CausalLM,
     chunks: list[tuple[int, ...]],
     mesh: Mesh,
-    model_dir: Path,
     tokenizer: Tokenizer,
     mtp_depths: int,
 ) -> Recipe:
@@ -184,58 +185,25 @@ def _recipe(
     reference: Reference | None = None
     if wants_reference(cfg) and cfg.ref_logps_cache:
         log_probs = AdapterOff(model, forward).log_probs if adapted else partial(forward.log_probs, model)
-        reference = prepare_cache(cfg, model_dir, model, mesh, tokenizer, log_probs)
+        reference = prepare_cache(cfg, prepared.path, model, mesh, tokenizer, log_probs)
     elif wants_reference(cfg) and adapted:
         reference = AdapterOff(model, forward)
         log.info("reference: the model without its adapter")
     elif wants_reference(cfg):
-        reference = SecondModel(build_model(cfg, model_dir, mesh)[0], forward)
+        reference = SecondModel(prepared.build(mesh, chunks), forward)
         log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
     return PreferenceRecipe(cfg, model, forward, reference)
 
 
-def build_model(cfg: Config, model_dir: Path, mesh: Mesh) -> tuple[CausalLM, list[tuple[int, ...]]]:
-    """This process's part of the model with its weights, or at random where continue_training is false, in its
-    precision, recomputing if asked; and the layers of each of its chunks.
-    """
-    stored = read_config(model_dir) if cfg.continue_training else model_config(cfg, model_dir)
-    if cfg.continue_training:
-        require_weights(model_dir)
-    depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
-    config = _as_asked(dataclasses.replace(stored, num_nextn_predict_layers=depths), cfg)
-    check_layout(cfg, mesh.degrees, config)
-    check_lora(cfg, config)
-    chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
-    precision = policy.choose(cfg.compute_type, paddle.get_device())
-    # No memory and no random values before the weights arrive, and then no wider ones than are kept.
-    with policy.default_dtype(precision), paddle.LazyGuard():
-        model = CausalLM(config, rank_shard_of(mesh, chunks))
-    if precision.low_bit is not None:
-        quantize_weights(model, precision.low_bit)
-    known = set(our_shapes(stored)) if cfg.continue_training else set()
-    init_weights(model, cfg.seed, lambda name: name not in known)
-    if cfg.continue_training:
-        load_weights(model, model_dir, stored)
-        if stored.dtype not in (None, precision.param_dtype) and cfg.fine_tuning != "LoRA":
-            log.info(f"{model_dir} holds {stored.dtype}; what this run saves is {precision.param_dtype}")
-        if depths > stored.num_nextn_predict_layers:
-            log.info(
-                f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the "
-                "others start at random"
-            )
-    else:
-        what = model_dir if cfg.model_name_or_path else "the model of this configuration"
-        log.info(f"continue_training: false: {what} starts at random (seed {cfg.seed})")
-    policy.apply(model, precision)
-    if precision.low_bit is not None:
-        log.info(f"compute_type: {cfg.compute_type}: {describe(model)}")
-    parallelize(model, mesh, cfg.sequence_parallel)
-    if cfg.fine_tuning == "LoRA":
-        attach_lora(model, cfg, model_dir)
-    if cfg.recompute:
-        activation_checkpoint.apply(model.model, _recompute_options(cfg))
-    model.train()
-    return model, chunks
+def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
+    """The model of a run, checked but not built. An error on one rank is raised on all."""
+    with all_or_none(mesh.world_group):
+        shape = model_config(cfg, model_dir)
+        if cfg.continue_training:
+            require_weights(model_dir)
+        prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
+        check_layout(cfg, mesh.degrees, prepared.config)
+    return prepared
 
 
 def _open_data(
@@ -256,32 +224,6 @@ def _open_data(
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
     require_same_files(model_dir, data, mesh.world_group)
     return template, loader, eval_loader
-
-
-def _recompute_options(cfg: Config) -> activation_checkpoint.RecomputeOptions:
-    return activation_checkpoint.RecomputeOptions(
-        cfg.recompute_granularity,
-        cfg.use_recompute_moe,
-        cfg.use_recompute_mtp,
-        set(cfg.no_recompute_layers),
-        cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
-    )
-
-
-def _as_asked(config: ModelConfig, cfg: Config) -> ModelConfig:
-    """What the YAML asks of the model beyond its config.json: rotary base, context length, routing."""
-    if cfg.rope_theta is not None and cfg.rope_theta != config.rope_theta:
-        log.info(f"rope_theta: {config.rope_theta:g} in the model's config.json, {cfg.rope_theta:g} from here on")
-        config = dataclasses.replace(config, rope_theta=cfg.rope_theta)
-    if cfg.max_seq_len > config.max_position_embeddings:
-        log.info(f"max_position_embeddings: {config.max_position_embeddings} before, {cfg.max_seq_len} from here on")
-        config = dataclasses.replace(config, max_position_embeddings=cfg.max_seq_len)
-    if not config.moe_num_experts:
-        return config
-    grouped = cfg.moe_group_experts or config.moe_group_experts
-    if grouped and not config.moe_group_experts:
-        log.warning("moe_group_experts: other tools know only plain top-k; this model has to be used with erniekit")
-    return dataclasses.replace(config, moe_group_experts=grouped, moe_capacity_factor=cfg.moe_capacity_factor)
 
 
 def train_mtp(model: CausalLM, cfg: Config) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import Score, score_hidden
-from erniekit.nn.attention import PackedAttention
 from erniekit.parallel import comm
 from erniekit.training.build import Run
 from erniekit.training.flat import FlatBatch, flatten
@@ -79,8 +79,8 @@ def _recipe_terms(run: Run) -> dict[str, float]:
             for batch in prepared:
                 found.add_counts(run.recipe.counts(batch))
 
-        def add_terms(number: int, x_TD: paddle.Tensor, documents: PackedAttention, batches=prepared) -> None:
-            found.add_terms(run.recipe.head_terms(run.model, x_TD, documents, batches[number]))
+        def add_terms(number: int, x_TD: paddle.Tensor, inputs: ModelInputs, batches=prepared) -> None:
+            found.add_terms(run.recipe.head_terms(run.model, x_TD, inputs, batches[number]))
 
         forward_pass(run.model, run.mesh, run.chunks, prepared, add_terms)
     everywhere = comm.gather_objects(found.kinds, run.mesh.world_group)
@@ -104,7 +104,7 @@ def _label_scores(run: Run) -> dict[str, float]:
     scores = [Score()]
     for taken in _groups(run):
 
-        def score(number: int, x_TD: paddle.Tensor, documents: PackedAttention, batches=taken) -> None:
+        def score(number: int, x_TD: paddle.Tensor, inputs: ModelInputs, batches=taken) -> None:
             batch, hidden = batches[number], run.model.enter_head(run.model.model.norm(x_TD))
             if len(batch.supervised):
                 scores[0] += score_hidden(run.model, hidden, batch.supervised, batch.labels)

@@ -42,7 +42,7 @@ class FlatBatch:
 
     @property
     def prefixes(self) -> np.ndarray | None:
-        """For each document, the one whose tokens it also sees, or -1 (nn.segments.make_plan); None: no such thing."""
+        """For each document, the one whose tokens it also sees, or -1 (nn.attention_plan.make_plan); None: none do."""
         return None if self.pairs is None else self.pairs.prefixes
 
     @property
@@ -53,10 +53,6 @@ class FlatBatch:
     def document_lengths(self) -> np.ndarray:
         """Length of each token's document [T]."""
         return np.bincount(self.segment_ids)[self.segment_ids]
-
-    def ids_tensor(self) -> paddle.Tensor:
-        """Token ids on the device [T]."""
-        return paddle.to_tensor(self.input_ids)
 
 
 def flatten(batch: Batch, multiple: int = 1) -> FlatBatch:

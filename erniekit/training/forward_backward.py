@@ -12,9 +12,8 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM, Routings
-from erniekit.moe.layer import TokenInfo
+from erniekit.models.inputs import ModelInputs, packed_inputs
 from erniekit.moe.stats import RouterStats
-from erniekit.nn.attention import PackedAttention
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
@@ -26,26 +25,52 @@ from erniekit.utils.device_sums import DeviceSums
 
 
 def run_chunk(
-    model: CausalLM,
-    layers: Sequence[int],
-    batch: FlatBatch,
-    x_TD: paddle.Tensor | None,
-    noise_TD: paddle.Tensor | None = None,
-    dropout: DropoutStep | None = None,
-) -> tuple[paddle.Tensor, PackedAttention, Routings]:
-    """One chunk's layers, behind the embedding where there is no input yet (`noise` is added to it), with the attention
-    dropout of a training step.
+    model: CausalLM, layers: Sequence[int], inputs: ModelInputs, x_TD: paddle.Tensor | None
+) -> tuple[paddle.Tensor, Routings]:
+    """One chunk's layers, behind the embedding where there is no input yet."""
+    return model.model.run(model.model.embed(inputs) if x_TD is None else x_TD, layers, inputs)
+
+
+class _MicrobatchInputs:
+    """The inputs of a step's microbatches: each is made for the first chunk that this process runs of it, and dropped
+    with the last.
     """
-    documents = model.documents(
-        batch.segment_ids[None], batch.position_ids[None], batch.prefixes, dropout, batch.input_ids[None]
-    )
-    if x_TD is None:
-        x_TD = model.model.embed_tokens(batch.ids_tensor())
-        if noise_TD is not None:
-            noise_TD = noise_TD if model.tensor is None else model.tensor.own_tokens(noise_TD)
-            x_TD = x_TD + noise_TD.astype(x_TD.dtype)
-    x_TD, routings = model.model.run(x_TD, layers, documents, TokenInfo(batch.row_lengths))
-    return x_TD, documents, routings
+
+    def __init__(
+        self,
+        model: CausalLM,
+        microbatches: Sequence[FlatBatch],
+        num_chunks: int,
+        neftune_alpha: float = 0.0,
+        dropout: DropoutStep | None = None,
+    ) -> None:
+        self._model, self._microbatches = model, microbatches
+        self._neftune_alpha, self._dropout = neftune_alpha, dropout
+        self._last_chunk = num_chunks - 1
+        self._made: dict[int, ModelInputs] = {}
+
+    def of(self, chunk: int, microbatch: int) -> ModelInputs:
+        """For a forward pass; those of a microbatch's chunks come in order."""
+        if microbatch not in self._made:
+            batch = self._microbatches[microbatch]
+            self._made[microbatch] = packed_inputs(
+                self._model,
+                batch.input_ids,
+                batch.segment_ids,
+                batch.position_ids,
+                prefixes=batch.prefixes,
+                row_lengths=batch.row_lengths,
+                neftune_alpha=self._neftune_alpha,
+                dropout=self._dropout,
+            )
+        return self._made.pop(microbatch) if chunk == self._last_chunk else self._made[microbatch]
+
+
+def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
+    """The attention dropout of optimizer step `step` (from 0), which grows over dropout_warmup_steps. None without."""
+    grown = min(1.0, step / cfg.dropout_warmup_steps) if cfg.dropout_warmup_steps else 1.0
+    rate = cfg.attention_probs_dropout_prob * grown
+    return DropoutStep(rate, cfg.seed, step) if rate else None
 
 
 def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
@@ -105,7 +130,10 @@ class TrainStage:
         dropout: DropoutStep | None = None,
     ) -> None:
         self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
-        self.microbatches, self.counts, self.dropout = microbatches, counts, dropout
+        self.microbatches, self.counts = microbatches, counts
+        self._inputs = _MicrobatchInputs(
+            model, microbatches, len(chunks), cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout
+        )
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
         self._after_backward = after_backward
@@ -114,9 +142,8 @@ class TrainStage:
         self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
-        batch = self.microbatches[microbatch]
-        noise = self.recipe.noise(self.model, batch) if x_TD is None else None
-        x_TD, documents, routings = run_chunk(self.model, self.chunks[chunk], batch, x_TD, noise, self.dropout)
+        batch, inputs = self.microbatches[microbatch], self._inputs.of(chunk, microbatch)
+        x_TD, routings = run_chunk(self.model, self.chunks[chunk], inputs, x_TD)
         terms, routed = router_terms(self.cfg, self.model, routings)
         for router, (stats, on_device) in routed.items():
             self._routers[router] = self._routers[router] + stats if router in self._routers else stats
@@ -124,7 +151,7 @@ class TrainStage:
                 self.on_device.add(_RouterSum(router, name), value)
         if not _is_last(self.model, self.chunks, chunk):
             return x_TD, self._share(terms)
-        return None, self._share(self.recipe.head_terms(self.model, x_TD, documents, batch) | terms)
+        return None, self._share(self.recipe.head_terms(self.model, x_TD, inputs, batch) | terms)
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what the stage before sends."""
@@ -159,8 +186,8 @@ class TrainStage:
         return sums
 
 
-# Takes a microbatch's number, the last layer's output [T, D], and what attention knows of the batch.
-AtHead = Callable[[int, paddle.Tensor, PackedAttention], None]
+# Takes a microbatch's number, the last layer's output [T, D], and the inputs of the pass.
+AtHead = Callable[[int, paddle.Tensor, ModelInputs], None]
 
 
 class _ForwardStage:
@@ -170,14 +197,16 @@ class _ForwardStage:
         self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch], at_head: AtHead
     ) -> None:
         self.model, self.chunks, self.microbatches, self.at_head = model, chunks, microbatches, at_head
+        self._inputs = _MicrobatchInputs(model, microbatches, len(chunks))
 
     def forward(
         self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
     ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        x_TD, documents, _ = run_chunk(self.model, self.chunks[chunk], self.microbatches[microbatch], x_TD)
+        inputs = self._inputs.of(chunk, microbatch)
+        x_TD, _ = run_chunk(self.model, self.chunks[chunk], inputs, x_TD)
         if not _is_last(self.model, self.chunks, chunk):
             return x_TD, None
-        self.at_head(microbatch, x_TD, documents)
+        self.at_head(microbatch, x_TD, inputs)
         return None, None
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:

@@ -24,7 +24,7 @@ from erniekit.config.schema import Config
 from erniekit.parallel.comm import Group
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
-from erniekit.training.reporting.metrics_file import copy_later_lines
+from erniekit.training.reporting.metrics_file import copy_lines
 from erniekit.training.resume import check_keys, noted
 from erniekit.training.state import CONFIG_FILE, STATE_FILE, read_state
 from erniekit.utils import atomic, log
@@ -274,23 +274,25 @@ class OutputDir:
             atomic.write_text(self.path / CONFIG_FILE, self.cfg.to_yaml())
 
     def _set_later_aside(self, manager: CheckpointManager, record: RunRecord, step: int) -> None:
-        """Where the run goes back, the checkpoints that are not of its past are set aside, with their metrics."""
+        """Where the run goes back, the checkpoints that are not of its past are set aside, with a copy of the metrics."""
         source = self._explicit()
         if source is None:
             return
-        here = self._goes_back_here()
+        here, metrics = self._goes_back_here(), self.path / METRICS_FILE
         later = [p for p in list_checkpoints(self.path) if not here or (checkpoint_step(p) or 0) > step]
-        if not later:
+        if not later and (here or not metrics.is_file()):
             return
         record.branch += 1  # first, so that from here on a final model is that of a branch before
         record.write(self.path)
         aside = manager.new_aside()
-        copy_later_lines(self.path / METRICS_FILE, step, aside / METRICS_FILE)
+        copy_lines(metrics, aside / METRICS_FILE)
         manager.set_aside(later, aside)
+        if not here:  # the steps before are those of the checkpoint's own run, not of the branch that ends here
+            copy_lines(source.resolve().parent / METRICS_FILE, metrics, step)
         log.info(
-            f"{', '.join(path.name for path in later)} of {self.path}: set aside in {aside.name}, with "
-            f"{METRICS_FILE} after step {step}: the run goes back to {source.name}. save_total_limit does not count "
-            f"them; remove {aside} when they are no longer needed"
+            f"{', '.join([*(path.name for path in later), f'a copy of {METRICS_FILE}'])} of {self.path}: set aside in "
+            f"{aside.name}: the run goes back to {source}. save_total_limit does not count them; remove {aside} when "
+            "they are no longer needed"
         )
 
     def _old_run(self) -> list[Path]:

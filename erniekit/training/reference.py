@@ -12,7 +12,7 @@ import paddle
 from erniekit import lora
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.nn.attention import PackedAttention
+from erniekit.models.inputs import ModelInputs
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_backward import forward_pass
@@ -47,7 +47,7 @@ class ForwardPass:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
         log_probs = [paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches]
 
-        def note(number: int, x_TD: paddle.Tensor, documents: PackedAttention) -> None:
+        def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = model.enter_head(model.model.norm(x_TD))
             if microbatches[number].pairs is not None:
                 sums = pair_log_probs(model, hidden, microbatches[number], self.most)

@@ -11,12 +11,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.model_shape import model_config
 from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
 from erniekit.training.evaluation import metric_of
 from erniekit.training.lr_scheduler import build_schedule
-from erniekit.training.shape import model_config
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
 

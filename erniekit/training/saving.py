@@ -69,17 +69,18 @@ class Saver:
 
     def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
         """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        then, where = None, self.output_dir / RUN_FILE
         if record is not None and record.data:
             then = TrainState(identity=record.identity, base=record.base, data=record.data)
-            resume.check(then, self.present, self.output_dir / RUN_FILE)
-            for line in resume.changed_lines(then, self.present, self.output_dir / RUN_FILE, complete=True):
-                log.info(line)
+            resume.check(then, self.present, where)
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
                 f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
                 "or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
+        for line in [] if then is None else resume.changed_lines(then, self.present, where, complete=True):
+            log.info(line)
         return TrainState(step=final.step)
 
     def has_ended(self, state: TrainState, stopped_early: bool) -> bool:

@@ -10,60 +10,28 @@ from erniekit import lora
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import held_tensors, load_weights, model_rank_files, write_model_configs
-from erniekit.checkpoint.peft_attach import attach_stored, load_adapter
+from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, write_adapter
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
-from erniekit.config.values import split_patterns
 from erniekit.data.chat.template import Template
-from erniekit.lora.targets import DEFAULT_TARGETS, choose, choose_saved
-from erniekit.models.config import Format, ModelConfig
+from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import num_held
-from erniekit.models.weights import our_shapes
 from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.nn.shard import WHOLE
 from erniekit.utils import log
 
 
-def lora_options(cfg: Config) -> lora.LoraOptions:
-    """What the configuration's LoRA keys say."""
-    alpha = cfg.lora_alpha
-    if alpha < 0:
-        alpha = 4.0 if cfg.rslora else 2.0 * cfg.lora_rank
-    return lora.LoraOptions(
-        rank=cfg.lora_rank,
-        alpha=alpha,
-        dropout=cfg.lora_dropout,
-        rslora=cfg.rslora,
-        dora=cfg.use_dora,
-        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
-        modules_to_save=split_patterns(cfg.modules_to_save),
-        seed=cfg.seed,
-    )
-
-
-def check_lora(cfg: Config, config: ModelConfig) -> None:
-    """ConfigError where lora_target_modules or modules_to_save name what the model has not: before a weight is read."""
-    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
-        names, options = our_shapes(config), lora_options(cfg)
-        choose(names, options.targets)
-        choose_saved(names, options.modules_to_save, config.tie_word_embeddings)
-
-
-def attach_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
-    """Hang on a model with its weights (those of `model_dir`) the adapter of `lora_path`, or new ones."""
+def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
+    """Record in a model's new adapter which base it is for, and log what is trained."""
+    state = lora.state_of(model)
+    assert state is not None, "the model has no adapter"
+    start = "new"
     if cfg.lora_path:
-        state = attach_stored(model, cfg.lora_path, model_dir, dropout=cfg.lora_dropout)
         log.info(f"lora_path: {cfg.lora_path}: rank, scaling and targets are those of this adapter")
-        start = "goes on from lora_path"
-    else:
-        config = model.config
-        state = lora.attach(
-            model, lora_options(cfg), our_shapes(config), config.tie_word_embeddings, share=model.shard.share
-        )
-        start = "new"
+        start = "continues lora_path"
     state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
     total = num_held(model)
     trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)

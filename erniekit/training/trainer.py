@@ -18,9 +18,8 @@ from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.evaluation import evaluate, metric_of
 from erniekit.training.flat import FlatBatch, flatten
-from erniekit.training.forward_backward import StepSums, TrainStage
+from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
-from erniekit.training.recipes.noise import attention_dropout
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE

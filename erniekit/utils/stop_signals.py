@@ -56,6 +56,18 @@ def listen(what_is_left: Callable[[], str] | None = None, signals: Iterable[sign
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # an agent starts its workers with the signals blocked
 
 
+@contextlib.contextmanager
+def sigterm_waits() -> Iterator[None]:
+    """Around the import of Paddle and the call of `listen` after it: in between, Paddle's own handler would end the
+    process with a native stack trace. Threads that the import starts keep SIGTERM blocked, so the main one gets it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def asked() -> signal.Signals | None:
     """The signal that came first. Ranks may get it at different steps: they have to agree on one."""
     return _asked

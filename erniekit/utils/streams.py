@@ -9,6 +9,8 @@ import os
 import sys
 from typing import Any
 
+from erniekit.utils.errors import UserError
+
 
 def prepare() -> None:
     """Make standard output and error replace what their encoding does not have, and stand-ins of closed streams.
@@ -47,6 +49,20 @@ class _Forgiving(io.FileIO):
             return memoryview(data).nbytes
 
 
+def read_line() -> str | None:
+    """The next line of standard input without its end; None when there is none. UserError for bytes that are no text
+    in an encoding that cannot hold them as surrogates (UTF-16).
+    """
+    try:
+        line = sys.stdin.readline()
+    except UnicodeError as error:
+        raise UserError(
+            f"standard input is not text in {sys.stdin.encoding} ({error}). Set PYTHONIOENCODING to the encoding that "
+            "it is in, such as utf-8."
+        ) from None
+    return decode(line.removesuffix("\n")) if line else None
+
+
 def decode(line: str) -> str:
     """A line of standard input; one that its encoding could not read (Chinese where the locale knows ASCII) is UTF-8
     if it can be.
@@ -54,7 +70,7 @@ def decode(line: str) -> str:
     if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
         return line
     try:
-        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+        return line.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
         return line
 

@@ -96,14 +96,7 @@ def parse_json(
     hold raw control characters.
     """
     try:
-        content = json.loads(
-            text,
-            strict=strict,
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=number,
-            parse_float=number or _finite,
-        )
+        content = (_DECODER if number is None and strict else _decoder(number, strict)).decode(text)
     except json.JSONDecodeError as problem:
         line = f"line {problem.lineno}, " if "\n" in text.strip() else ""
         raise error(f"{where}: not JSON: {problem.msg} at {line}column {problem.colno}.") from None
@@ -143,6 +136,19 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise _Refused(f"the number {text[:40]} is too large to be held")
     return number
+
+
+def _decoder(number: Callable[[str], Any] | None, strict: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        strict=strict,
+        object_pairs_hook=_unique,
+        parse_constant=_no_constant,
+        parse_int=number,
+        parse_float=number or _finite,
+    )
+
+
+_DECODER = _decoder(None, True)  # made once: data files have millions of records
 
 
 def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:

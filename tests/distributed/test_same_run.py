@@ -23,6 +23,7 @@ def directory(tmp_path_factory) -> Path:
 def start(keys, other):
     """A run as far as its first step, on the second rank with `other` keys; what it ended with."""
     from erniekit import config
+    from erniekit.build import PreparedModel
     from erniekit.parallel import comm
     from erniekit.training import build
     from erniekit.training.run import join
@@ -30,14 +31,14 @@ def start(keys, other):
 
     cfg = config.load(None, keys | (other if comm.world().rank else {}), "train")
     models = []
-    real = build.build_model
-    build.build_model = lambda *args: models.append(args) or real(*args)
+    real = PreparedModel.build
+    PreparedModel.build = lambda *args: models.append(args) or real(*args)
     try:
         build.build_run(cfg, join(cfg)).close()
     except UserError as error:
         return str(error), len(models)
     finally:
-        build.build_model = real
+        PreparedModel.build = real
     return "", len(models)
 
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused(workspace: Path) -> None:
     train(workspace, **keys, max_steps=1)
     with pytest.raises(CheckpointError, match="holds another run"):
         train(workspace, **keys | {"fine_tuning": "Full"})
-    with pytest.raises(CheckpointError, match="rank 8"):
+    with pytest.raises(CheckpointError, match="lora_rank: 4 there, 8 here"):
         train(workspace, **keys | {"lora_rank": 8}, max_steps=2)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         evaluate(load(workspace, "eval", **lora_keys(workspace, "moe")))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import erniekit
+from erniekit.checkpoint import model_shape as shape
 from erniekit.config import load
 from erniekit.generation.load import open_model
-from erniekit.training import shape
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 SHAPE = {

@@ -61,6 +61,25 @@ def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
             assert "interrupted" in said or "stopped by SIGTERM" in said
 
 
+def test_sigterm_while_paddle_is_imported(workspace):
+    """Paddle has a handler of its own for it, which prints a native stack trace."""
+    code = """
+import os, signal, sys, threading, time
+def send():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    while "paddle.nn" not in sys.modules:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=send, daemon=True).start()
+from erniekit.cli.main import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "train", str(workspace / "run.yaml"), *LONG]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert_interrupted(done.returncode, done.stderr, 128 + signal.SIGTERM)
+    assert done.stderr.splitlines()[-1] == "stopped by SIGTERM; no checkpoint has been saved"
+
+
 @pytest.mark.parametrize("delay", [1.0, 3.0])
 def test_ctrl_c_ends_an_evaluation_in_one_line(workspace, delay):
     words = ["stage=SFT", "eval_dataset_type=erniekit", f"eval_dataset_path={workspace}/train.jsonl"]

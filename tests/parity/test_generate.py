@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.generation.engine import generate
 
 pytestmark = pytest.mark.parity

@@ -19,6 +19,7 @@ from parity.support import GRADIENT_NOISE, LOGIT_TOLERANCE, read_fixture
 from safetensors.numpy import load_file, save_file
 
 import erniekit
+from erniekit.models.inputs import packed_inputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.models.weights import export_tensors
 
@@ -103,11 +104,10 @@ def test_a_document_predicts_the_same_packed_and_alone(name: str, kind: str, tmp
 def ours_ahead(model: paddle.nn.Layer, item: Item) -> list[tuple[paddle.Tensor, np.ndarray]]:
     """(logits [B, S, V], labels [B, S]) of each depth, and of the main path first, from this package."""
     ids, positions, segments, labels = ordered(item)
-    documents = model.documents(segments, positions)
-    tokens = paddle.to_tensor(ids.reshape(-1))
-    hidden = model.model(tokens, documents)
+    inputs = packed_inputs(model, ids, segments, positions)
+    hidden = model.model(inputs)
     out = [(model.head(hidden.normed).reshape([*ids.shape, -1]), labels)]
-    for depth in predict_ahead(model.model, hidden, tokens, documents):
+    for depth in predict_ahead(model.model, hidden, inputs):
         shifted = np.where(depth.valid, labels.reshape(-1)[depth.target], IGNORE)
         out.append((model.head(depth.normed).reshape([*ids.shape, -1]), shifted.reshape(ids.shape)))
     return out

@@ -12,6 +12,7 @@ from support.tiny_models import tiny_model
 import erniekit
 from erniekit import lora
 from erniekit.checkpoint.peft_attach import attach_stored, save_adapter
+from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.checkpoint.peft_write import adapter_entries
 from erniekit.models.decoder import CausalLM
 
@@ -83,7 +84,7 @@ def test_ours_in_peft(tmp_path: Path, kind: str, name: str) -> None:
     there = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter")
     assert_same(ours, logits_there(there))
     again = erniekit.load_model(base)
-    attach_stored(again, tmp_path / "adapter", base)
+    attach_stored(again, read_adapter(tmp_path / "adapter", again.config, base))
     assert np.array_equal(again(IDS).numpy(), ours)
 
 
@@ -121,7 +122,7 @@ def test_peft_here(tmp_path: Path, name: str) -> None:
     base = base_dir(tmp_path, kind)
     there = peft_adapter(base, tmp_path / "adapter", **(PEFT_DENSE if kind == "dense" else PEFT_MOE)[case])
     model = erniekit.load_model(base)
-    attach_stored(model, tmp_path / "adapter", base)
+    attach_stored(model, read_adapter(tmp_path / "adapter", model.config, base))
     assert_same(model(IDS).numpy(), there)
     # And back again.
     save_adapter(model, tmp_path / "again")
@@ -152,7 +153,7 @@ def test_a_file_with_a_module_an_expert(tmp_path: Path) -> None:
     older_file(base, tmp_path / "adapter")
     there = logits_there(peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter"))
     model = erniekit.load_model(base)
-    attach_stored(model, tmp_path / "adapter", base)
+    attach_stored(model, read_adapter(tmp_path / "adapter", model.config, base))
     assert_same(model(IDS).numpy(), there)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.checkpoint.model_io import load_model
-from erniekit.nn.rotary import inverse_frequencies, rotation_table
+from erniekit.build import load_model
+from erniekit.nn.rotary import Rotary, inverse_frequencies
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 ROTARY = np.load(FIXTURES / "rotary.npz")
@@ -22,7 +22,7 @@ def test_frequencies_are_equal_bit_for_bit(key: str):
 
 
 def test_angles_are_those_of_transformers_to_one_rounding_at_far_positions():
-    table = rotation_table(ROTARY["positions"], 128, 500000.0, 1, 1).numpy()
+    table = Rotary(128, 500000.0).at(ROTARY["positions"], 1, 1).table.numpy()
     np.testing.assert_allclose(table[:, 0].real, ROTARY["cos"], rtol=0, atol=ULP)
     np.testing.assert_allclose(table[:, 0].imag, ROTARY["sin"], rtol=0, atol=ULP)
     assert (table[:, 1] == 1).all()

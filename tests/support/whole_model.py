@@ -2,7 +2,7 @@
 
 from erniekit.config import Config
 from erniekit.models.decoder import CausalLM
-from erniekit.moe.layer import TokenInfo
+from erniekit.models.inputs import packed_inputs
 from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import router_terms
@@ -10,8 +10,6 @@ from erniekit.training.recipes.routers import router_terms
 
 def all_terms(cfg: Config, model: CausalLM, recipe: Recipe, batch: FlatBatch) -> dict[str, Term]:
     """Every term by name."""
-    documents = model.documents(batch.segment_ids[None], batch.position_ids[None])
-    x, noise = model.model.embed_tokens(batch.ids_tensor()), recipe.noise(model, batch)
-    x = x if noise is None else x + noise
-    x, routings = model.model.run(x, model.model.layers.numbers, documents, TokenInfo(batch.row_lengths))
-    return recipe.head_terms(model, x, documents, batch) | router_terms(cfg, model, routings)[0]
+    inputs = packed_inputs(model, batch.input_ids, batch.segment_ids, batch.position_ids, row_lengths=batch.row_lengths)
+    hidden = model.model(inputs)
+    return recipe.head_terms(model, hidden.last, inputs, batch) | router_terms(cfg, model, hidden.routings)[0]

@@ -44,3 +44,19 @@ def test_importing_the_package_is_light():
     count, loaded = done.stdout.split(maxsplit=1)
     assert loaded.strip() == "[]"
     assert int(count) < 120
+
+
+def test_train_logs_the_notes_that_the_command_logs(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from erniekit.cli import main
+    from erniekit.training import run
+
+    keys = {"model_name_or_path": "examples/models/tiny-dense", "train_dataset_path": "x.jsonl", "do_predict": True}
+    keys |= {"train_dataset_type": "erniekit", "output_dir": str(tmp_path), "continue_training": False, "lora_rank": 4}
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in keys.items()))
+    monkeypatch.setattr(run, "train", lambda cfg: types.SimpleNamespace(summary={}))
+    monkeypatch.setattr("erniekit.utils.stop_signals.listen", lambda *_: None)
+    erniekit.train(str(tmp_path / "run.yaml"))
+    said = capsys.readouterr().err
+    assert "lora_rank: no effect" in said
+    assert main.main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().err == said

@@ -13,6 +13,7 @@ from erniekit.checkpoint.model_dir import (
     require_weights,
 )
 from erniekit.checkpoint.model_reader import read_config
+from erniekit.checkpoint.model_shape import model_config
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section
 from erniekit.config import Config
@@ -23,7 +24,6 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, layout_lines
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
-from erniekit.training.shape import model_config
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
 def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
     """Whether the model has what is to be adapted."""
     try:  # imports Paddle, which takes seconds
-        from erniekit.training.trainable import check_lora
+        from erniekit.build import check_lora
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise

@@ -130,6 +130,7 @@ class Source:
         self._checked = 0
         self._unused: Counter[str] = Counter()
         self._doubts: Counter[str] = Counter()
+        self._notes = Notes()  # of the record that is being checked
         self.files: list[DataFile] = []
         for path in self._find(split, download_hub):
             self.files.append(open_file(path, self._check, self._on_bad))
@@ -165,14 +166,14 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        notes = Notes()
-        parse_record(load_record(raw, where), self.spec.type, where, notes)
-        if notes.unused:
-            self._unused.update(notes.unused)
-        if notes.doubts:
-            self._doubts.update(notes.doubts)
+        parse_record(load_record(raw, where), self.spec.type, where, self._notes)
+        if self._notes.unused or self._notes.doubts:
+            self._unused.update(self._notes.unused)
+            self._doubts.update(self._notes.doubts)
+            self._notes = Notes()
 
     def _on_bad(self, error: DataError) -> None:
+        self._notes = Notes()  # a record that is skipped is not reported on
         if self._on_bad_line == "error":
             raise DataError(f"{error} (on_bad_line: skip passes over such lines)")
         self.bad_lines += 1

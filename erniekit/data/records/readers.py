@@ -80,7 +80,9 @@ class _TextFile(DataFile):
             self._starts.append(start)
             self._sizes.append(len(raw))
             self._lines.append(line)
-            state.update(len(raw.rstrip()).to_bytes(8, "little") + raw.rstrip())
+            content = raw.rstrip()
+            state.update(len(content).to_bytes(8, "little"))
+            state.update(content)
         if self.path.stat().st_size != self._bytes:
             raise self._changed()
         state.update(self._meaning())

@@ -7,7 +7,7 @@ from typing import Protocol
 import paddle
 
 from erniekit.models.decoder import CausalLM
-from erniekit.nn.attention import PackedAttention
+from erniekit.models.inputs import ModelInputs
 from erniekit.training.flat import FlatBatch
 
 
@@ -51,12 +51,8 @@ class Recipe(Protocol):
         """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
         ...
 
-    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
-        """What is added to the embeddings [T, D], or None."""
-        ...
-
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, documents: PackedAttention, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
     ) -> dict[str, Term]:
         """The terms that the last layer's output [T, D], before the final norm, gives; asked of the last stage only."""
         ...

@@ -9,12 +9,11 @@ from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE
 from erniekit.losses.lm import linear_cross_entropy
 from erniekit.models.decoder import CausalLM, Hidden
+from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
-from erniekit.nn.attention import PackedAttention
-from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.attention_plan import next_in_document
 from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import PlainSteps, Term
-from erniekit.training.recipes.noise import neftune
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,18 @@ class CausalRecipe(PlainSteps):
         else:
             lm = float(len(supervised))
         counts = {"lm": lm, "tokens": float(batch.num_tokens)}
-        if self.mtp_depths:
-            plan = make_plan(batch.segment_ids[None])
-            for depth in range(self.mtp_depths):
-                target, valid = plan.next_token(1 + depth)
-                counts[f"mtp_{depth}"] = float((valid & (batch.labels[target] != IGNORE)).sum())
+        for depth in range(self.mtp_depths):
+            target, valid = next_in_document(batch.segment_ids, 1 + depth)
+            counts[f"mtp_{depth}"] = float((valid & (batch.labels[target] != IGNORE)).sum())
         return counts
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, documents: PackedAttention, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
     ) -> dict[str, Term]:
         """Terms "lm", and if asked for "head_z" and "mtp_d"."""
         hidden = Hidden(x_TD, model.model.norm(x_TD))
         terms = self._lm_terms(model, hidden.normed, batch)
-        return terms | self._mtp_terms(model, hidden, documents, batch) if self.mtp_depths else terms
+        return terms | self._mtp_terms(model, hidden, inputs, batch) if self.mtp_depths else terms
 
     def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: FlatBatch) -> dict[str, Term]:
         """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
@@ -95,18 +92,12 @@ class CausalRecipe(PlainSteps):
         )
         return loss, (z_squared_T * weights_T).sum()
 
-    def _mtp_terms(
-        self, model: CausalLM, hidden: Hidden, documents: PackedAttention, batch: FlatBatch
-    ) -> dict[str, Term]:
+    def _mtp_terms(self, model: CausalLM, hidden: Hidden, inputs: ModelInputs, batch: FlatBatch) -> dict[str, Term]:
         terms = {}
-        for number, depth in enumerate(predict_ahead(model.model, hidden, batch.ids_tensor(), documents)):
+        for number, depth in enumerate(predict_ahead(model.model, hidden, inputs)):
             labels = np.where(depth.valid, batch.labels[depth.target], IGNORE)
             places = np.flatnonzero(labels != IGNORE)
             total, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
             weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms
-
-    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
-        """See recipes.noise."""
-        return neftune(self.cfg, model, batch)

@@ -11,11 +11,10 @@ from erniekit.data.batch import IGNORE
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
-from erniekit.nn.attention import PackedAttention
+from erniekit.models.inputs import ModelInputs
 from erniekit.parallel import comm
 from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import Term
-from erniekit.training.recipes.noise import neftune
 from erniekit.training.reference import ForwardPass, Reference, SecondModel, pair_log_probs
 from erniekit.training.trainable import trained_tensors
 from erniekit.utils import log
@@ -75,12 +74,8 @@ class PreferenceRecipe:
         chosen = 0 if batch.pairs is None else int(_lengths(batch)[:pairs].sum())
         return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
 
-    def noise(self, model: CausalLM, batch: FlatBatch) -> paddle.Tensor | None:
-        """See recipes.noise."""
-        return neftune(self.cfg, model, batch)
-
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, documents: PackedAttention, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
         normed_TD = model.enter_head(model.model.norm(x_TD))

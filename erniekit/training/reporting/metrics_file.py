@@ -26,20 +26,23 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    # This module writes numbers and null; whoever adds them up need not look at each.
+    return record if all(value is None or type(value) in (int, float) for value in record.values()) else None
 
 
-def copy_later_lines(path: Path, last_step: int, target: Path) -> None:
-    """Keep what a metrics file says of steps after `last_step` in a file of its own; no file if it says nothing."""
-    if not path.is_file():
-        return
-    lines = [
-        json.dumps(record, ensure_ascii=False) + "\n" for record in read_metrics(path) if record["step"] > last_step
-    ]
-    if lines:
-        atomic.write_text(target, "".join(lines))
+def copy_lines(path: Path, target: Path, last_step: float = math.inf) -> None:
+    """Make `target` what a metrics file says of steps up to `last_step`; without a file, or where it says nothing of
+    them, there is no `target` afterwards.
+    """
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.is_file() else []
+    if kept:
+        atomic.write_text(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    else:
+        target.unlink(missing_ok=True)
 
 
 def _number(value: float) -> float | None:

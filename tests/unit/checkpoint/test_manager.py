@@ -9,6 +9,7 @@ import time
 import pytest
 
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
+from erniekit.checkpoint.safetensors import write_error
 from erniekit.utils.errors import CheckpointError
 
 
@@ -56,13 +57,17 @@ def test_a_limit_of_one_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["checkpoint-2"]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_clear_message(tmp_path):
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_clear_message(tmp_path, of_weights):
     manager = CheckpointManager(tmp_path, None)
     manager.save(1, writer("good"))
 
     def full(directory):
         (directory / "weights").write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        error = OSError(errno.ENOSPC, "No space left on device")
+        if of_weights:  # the writer of weights has a message of its own, which knows nothing of checkpoints
+            raise write_error(error, directory, 1000) from error
+        raise error
 
     with pytest.raises(
         CheckpointError, match=r"checkpoint-2 could not be written.*disk is full.*checkpoint-1 is unharmed"

@@ -11,13 +11,15 @@ from parity.support import CASES, paddle_file_tensors, read_fixture
 from safetensors.numpy import load_file, save_file
 from support.tiny_models import tiny_model
 
-from erniekit.checkpoint import model_io, model_reader, safetensors
+from erniekit.build import load_model
+from erniekit.checkpoint import safetensors
 from erniekit.checkpoint.dtypes import bf16_to_fp32, fp32_to_bf16
-from erniekit.checkpoint.model_io import load_model, load_weights, read_config, save_model
+from erniekit.checkpoint.model_io import load_weights, read_config, save_model
 from erniekit.checkpoint.safetensors import Reader, Writer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import export_tensors
+from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 
@@ -41,9 +43,8 @@ def parameters(model):
 
 def said(monkeypatch):
     lines = []
-    for module in (model_reader, model_io):
-        monkeypatch.setattr(module.log, "info", lines.append)
-        monkeypatch.setattr(module.log, "warning", lines.append)
+    monkeypatch.setattr(log, "info", lines.append)
+    monkeypatch.setattr(log, "warning", lines.append)
     return lines
 
 

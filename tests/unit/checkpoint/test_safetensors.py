@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fail_at):
 
     monkeypatch.setattr(ours, "_write_all", write_all)
     new = {f"t{i}": ("F32", np.full(1_000_000, i, np.float32)) for i in range(5)}
-    with pytest.raises(CheckpointError, match=r"disk of .* is full.*0\.02 GB"):
+    with pytest.raises(CheckpointError, match=r"disk of .* is full.*20\.0 MB"):
         write(tmp_path, new, max_shard_size=4_000_000)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

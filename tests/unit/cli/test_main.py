@@ -161,6 +161,25 @@ def test_a_full_disk_and_a_forbidden_path_are_said_plainly(command, capsys, numb
     assert "output_dir" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "no block of memory was left"),
+        (MemoryError("\n\n(ResourceExhausted) Fail to alloc memory of 33554432 size.\n  [Hint: 12]"), "Fail to alloc"),
+        (OSError("(External) MemoryError: Unable to allocate 32.0 MiB"), "Unable to allocate 32.0 MiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+        (ImportError("libphi_core.so: failed to map segment from shared object"), "libphi_core.so"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+    ],
+)
+def test_memory_that_runs_out_is_said_with_what_to_lower(command, capsys, error: Exception, reason: str):
+    command(failing(error))
+    assert cli.main(["train", "x.yaml"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: memory ran out (") and reason in err, err
+    assert "batch_size" in err and "Traceback" not in err
+
+
 def test_without_paddle_the_message_says_what_to_install(command, capsys):
     command(failing(ModuleNotFoundError("No module named 'paddle'", name="paddle")))
     assert cli.main(["train", "x.yaml"]) == 1

@@ -90,3 +90,17 @@ def test_the_configuration_file_itself_may_be_at_home(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x.yaml").write_text("seed: 5\n")
     assert load("~/x.yaml", None, "version").seed == 5
+
+
+def test_python_gives_path_objects_for_path_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"output_dir": Path("~/runs"), "model_name_or_path": Path("~/m"), "train_dataset_path": [Path("~/a.jsonl")]}
+    cfg = load(None, given, command="train")
+    assert (cfg.output_dir, cfg.model_name_or_path) == (f"{tmp_path}/runs", f"{tmp_path}/m")
+    assert cfg.train_dataset_path == f"{tmp_path}/a.jsonl"
+
+
+@pytest.mark.parametrize("text", ["runs/\udcff", "\ud800"])
+def test_a_path_that_is_no_utf_8_is_refused_with_its_key(text):
+    with pytest.raises(ConfigError, match="output_dir: expected text, got bytes that are not UTF-8"):
+        load(None, {"output_dir": text}, "version")

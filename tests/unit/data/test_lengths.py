@@ -1,6 +1,7 @@
 """How many tokens each record has: measured by workers, estimated beyond a number of bytes, kept for the next start."""
 
 import math
+import os
 import random
 
 import numpy as np
@@ -107,6 +108,10 @@ def test_few_files_are_kept(tmp_path, monkeypatch, cache):
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for invalid in ("", "relative", "~/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", invalid)
+        assert runtime.cache_directory() == tmp_path / "home" / ".cache" / "erniekit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert runtime.cache_directory() == tmp_path / "erniekit"
 
@@ -115,3 +120,48 @@ def test_the_nearest_record_in_size_stands_for_another_and_equal_ones_take_turns
     known, wanted = np.array([30, 10, 10, 20]), np.array([10, 10, 10, 14, 16, 99, 1])
     assert lengths._nearest(known, wanted).tolist()[:3] == [1, 2, 1]
     assert known[lengths._nearest(known, wanted)].tolist() == [10, 10, 10, 10, 20, 30, 10]
+
+
+def test_records_beyond_a_sample_that_was_dropped_whole_are_trained(tmp_path):
+    """One record of 100 can be used, and it is not in the sample of 10."""
+    data = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": "a" * (1 if i == 50 else 400)} for i in range(100)])
+    with build(data, max_estimate_samples=10, batch_size=1, gradient_accumulation_steps=1) as loader:
+        assert loader.rows_left() == 1
+        assert len(steps(loader)) == 1
+
+
+WRONG_KEPT = {
+    "negative": lambda kept: kept | {"tokens": -kept["tokens"]},
+    "zero": lambda kept: kept | {"tokens": kept["tokens"] * 0},
+    "fractions": lambda kept: kept | {"tokens": kept["tokens"] * 1.5},
+    "not numbers": lambda kept: kept | {"tokens": kept["tokens"].astype(str)},
+    "another shape": lambda kept: kept | {"counts": kept["counts"].reshape(-1, 1)},
+    "negative counts": lambda kept: kept | {"counts": kept["counts"] + np.array([-2, 2] + [0] * 298, np.int32)},
+    "too few": lambda kept: kept | {"counts": kept["counts"][:-1], "tokens": kept["tokens"][:-1]},
+    "more dropped than there are": lambda kept: kept | {"totals": np.array([10**9, 0])},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_KEPT)
+def test_kept_lengths_that_cannot_be_are_measured_again(tmp_path, monkeypatch, cache, wrong):
+    data = write(tmp_path / "a.jsonl", records(300, 40))
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+    with build(data) as loader:
+        right = loader.rows_left()
+    (file,) = cache.iterdir()
+    with np.load(file) as archive:
+        np.savez(file, **WRONG_KEPT[wrong](dict(archive)))
+    with build(data) as loader:
+        assert loader.rows_left() == right
+
+
+def test_a_pipe_in_the_place_of_kept_lengths_is_not_waited_for(tmp_path, monkeypatch, cache):
+    data = write(tmp_path / "a.jsonl", records(300, 40))
+    monkeypatch.setattr(lengths, "_SLOW_SECONDS", -1.0)
+    with build(data) as loader:
+        right = loader.rows_left()
+    (file,) = cache.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    with build(data) as loader:
+        assert loader.rows_left() == right

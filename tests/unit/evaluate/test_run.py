@@ -1,18 +1,22 @@
 """`evaluate` measures the model that the configuration names, and writes what it found."""
 
+import contextlib
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.config import Config, load
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import evaluate
+from erniekit.evaluate.run import print_table
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
 
 QUESTIONS = ["25加16等于几？", "Sort ascending: 35 28 1", "三千零二十一写成数字", "What is 4 plus 15?", "6加14等于几？"]
@@ -162,7 +166,7 @@ def test_a_question_too_long_for_the_model_counts_as_wrong(
 ):
     small = model_directory(tmp_path / "small", max_position_embeddings=40)
     records = [{"src": ["long " * 60], "tgt": ["a"]}, {"src": ["short"], "tgt": ["a"]}]
-    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True))
+    results = evaluate(settings(small, tmp_path, records, predict_with_generate=True, max_seq_len=40))
     assert results["num_answers"] == 2
     assert "1 of 2 questions fill the model's context of 40 tokens" in heard.text
     assert read(tmp_path / "output" / "eval_predictions.jsonl")[0]["stop"] == "prompt too long"
@@ -200,3 +204,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     save_model(model, broken)
     with pytest.raises(CheckpointError, match="nan"):
         evaluate(settings(broken, tmp_path, samples(list("abcde"))))
+
+
+def test_a_table_that_nobody_reads_is_a_broken_pipe(monkeypatch: pytest.MonkeyPatch):
+    """Which the command meets as for every other output: not the end of the process by the library of tables."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError):
+            print_table({"model": "m", "num_samples": 1, "loss": 1.0})
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()

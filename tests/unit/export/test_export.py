@@ -10,7 +10,8 @@ import paddle
 import pytest
 
 from erniekit import config
-from erniekit.checkpoint.model_io import load_model, save_model
+from erniekit.build import load_model
+from erniekit.checkpoint.model_io import save_model
 from erniekit.export import export as module
 from erniekit.export.export import export, export_checkpoint
 from erniekit.models.config import ModelConfig

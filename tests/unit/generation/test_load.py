@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_directories import DEMO_MODEL, model_directory
 
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
 from erniekit.generation.engine import generate
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path):
     assert open_model(settings(model_name_or_path=small)).path == small
     cfg = settings(model_name_or_path=other, continue_training=False)
     with pytest.raises(CheckpointError, match="vocab_size is 500"):
-        open_model(cfg, random_start=True)
+        open_model(cfg)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from erniekit.models import config_values
 from erniekit.models.config import ModelConfig
 from erniekit.utils.errors import CheckpointError
 
@@ -79,6 +80,15 @@ def test_null_kv_heads_means_as_many_as_heads():
 )
 def test_both_spellings_of_theta(rope, theta):
     assert ModelConfig.from_dict({**without(DENSE, "rope_theta"), **rope}).rope_theta == theta
+
+
+def test_two_values_of_theta_are_said(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(config_values.log, "warning", said.append)
+    config_values._warn_once.cache_clear()
+    for inner in (10000, 9.5):
+        ModelConfig.from_dict({**DENSE, "rope_parameters": {"rope_theta": inner}})
+    assert len(said) == 1 and "10000 at the top level, 9.5 in rope_parameters" in said[0]
 
 
 def test_moe_layers():

@@ -5,13 +5,13 @@ import pytest
 from support import tiny_models
 from support.source_tree import REPOSITORY
 
+from erniekit.build import check_lora
 from erniekit.config import load
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import check_layout, layout_lines, parameter_chunks
 from erniekit.nn.shard import RankShard
 from erniekit.parallel.mesh import ParallelDims
-from erniekit.training.trainable import check_lora
 from erniekit.utils.errors import ConfigError
 
 FIRST, LAST = [(0, 1), (4, 5)], [(2, 3), (6, 7)]  # two stages of two chunks

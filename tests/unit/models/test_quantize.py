@@ -6,7 +6,8 @@ import pytest
 from support.tiny_models import tiny_model
 
 from erniekit import save_model
-from erniekit.checkpoint.model_io import load_model, load_weights
+from erniekit.build import load_model
+from erniekit.checkpoint.model_io import load_weights
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import describe, num_held, quantize_weights, quantized_weights
 from erniekit.nn.shard import RankShard, named_shard_specs, shard

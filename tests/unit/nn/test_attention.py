@@ -8,7 +8,7 @@ from support.numeric import numeric_gradient, numeric_slope
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention, SelfAttention
 from erniekit.nn.attention_plan import make_plan
-from erniekit.nn.rotary import rotation_table
+from erniekit.nn.rotary import Rotary
 
 THETA = 10000.0
 GQA, MHA, MQA = HeadLayout(4, 2, 4), HeadLayout(3, 3, 4), HeadLayout(6, 1, 8)
@@ -33,10 +33,10 @@ def dense(qkv: np.ndarray, segments: np.ndarray, positions: np.ndarray, heads: H
 
 
 def documents(segments: np.ndarray, positions: np.ndarray, heads: HeadLayout) -> PackedAttention:
-    table = rotation_table(
-        positions.reshape(-1), heads.dim, THETA, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
+    rotation = Rotary(heads.dim, THETA).at(
+        positions.reshape(-1), heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
     )
-    return PackedAttention(make_plan(segments), table, heads)
+    return PackedAttention(make_plan(segments), rotation, heads)
 
 
 def restarting(segments: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erniekit.nn.attention_plan import document_starts, make_plan
+from erniekit.nn.attention_plan import document_starts, make_plan, next_in_document
 
 
 def rows_of(lengths: list[list[int]], padding: int = 0) -> np.ndarray:
@@ -68,8 +68,8 @@ def test_a_document_in_two_pieces_is_refused():
 
 def test_the_next_token_stays_inside_the_document():
     plan = make_plan(np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]]))
-    target, inside = plan.next_token(1)
+    target, inside = next_in_document(plan.document_of_token, 1)
     assert inside.tolist() == [True, True, False, True, False, True, True, True, True, False]
     np.testing.assert_array_equal(target[inside], np.flatnonzero(inside) + 1)
-    _, inside = plan.next_token(2)
+    _, inside = next_in_document(plan.document_of_token, 2)
     assert inside.tolist() == [True, False, False, False, False, True, True, True, False, False]

@@ -11,7 +11,7 @@ from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention
 from erniekit.nn.attention_plan import make_plan
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
-from erniekit.nn.rotary import rotation_table
+from erniekit.nn.rotary import Rotary
 
 HEADS = HeadLayout(4, 2, 4)
 LAYERS, LAYER, RATE = 4, 3, 0.4
@@ -27,13 +27,13 @@ def mixer(
     first_head: int = 0,
 ) -> PackedAttention:
     plan = make_plan(segments[None], prefixes)
-    table = rotation_table(
-        plan.position_in_document, heads.dim, 1e4, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
+    rotation = Rotary(heads.dim, 1e4).at(
+        plan.position_in_document, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads
     )
     dropout = None
     if step is not None:
         dropout = AttentionDropout(step, LAYERS, number_documents(tokens, plan, prefixes), first_head)
-    return PackedAttention(plan, table, heads, dropout)
+    return PackedAttention(plan, rotation, heads, dropout)
 
 
 def segments_of(*lengths: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def dense(
     documents: PackedAttention, prefixes: np.ndarray | None, step: DropoutStep
 ) -> Callable[[np.ndarray], np.ndarray]:
     """qkv [T, (H+2G)*d] -> context [T, H*d] in float64, with the masks of the formula, one query and head at a time."""
-    plan, table = documents.plan, documents.table.numpy().astype(np.complex128)
+    plan, table = documents.plan, documents.rotation.table.numpy().astype(np.complex128)
     places: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # query, head, the tokens that it sees, their mask
     for query, document in enumerate(plan.document_of_token):
         seen = np.flatnonzero((plan.document_of_token == document) & (np.arange(plan.num_tokens) <= query))

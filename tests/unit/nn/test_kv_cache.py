@@ -6,6 +6,8 @@ from support.tiny_models import tiny_model
 
 from erniekit.models.decoder import CausalLM
 from erniekit.nn import kv_cache
+from erniekit.nn.attention import HeadLayout
+from erniekit.nn.rotary import Rotary
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -85,3 +87,44 @@ def test_forgetting_the_end(model: CausalLM, length: int):
     cache.truncate(length)
     found = feed(model, cache, [new[:140]])
     np.testing.assert_allclose(found[0], last_scores(model, np.append(old[:length], new[:140])), atol=1e-4)
+
+
+def image_positions(before: int, shared: int, after: int) -> np.ndarray:
+    """Text, then tokens that share one position and end on a larger one, then text that goes on behind it."""
+    start = np.arange(before)
+    image = np.repeat(before, shared)
+    image[-1] = before + 2
+    return np.concatenate([start, image, before + 3 + np.arange(after)])
+
+
+def test_positions_need_not_be_places(model: CausalLM):
+    ids = tokens(2, 16)
+    positions = np.stack([image_positions(4, 6, 6), image_positions(2, 6, 8)])
+    expected = model(ids, position_ids=positions).numpy()
+    cache = model.new_cache(2)
+    model.extend(ids[:, :12], np.array([10, 12]), cache, position_ids=positions[:, :12])
+    assert cache.lengths.tolist() == [10, 12]
+    assert cache.next_position.tolist() == [7, 9]  # padding of the first row does not count
+    found = model.extend(ids[[0, 1], [[10, 12], [11, 13]]].T, np.array([2, 2]), cache).numpy()
+    np.testing.assert_allclose(found, expected[[0, 1], [11, 13]], atol=1e-4)
+    assert cache.next_position.tolist() == [9, 11]
+
+    cache.keep([1])
+    assert cache.next_position.tolist() == [11]
+    for length, position in ((12, 9), (7, 3), (2, 2)):  # behind the image, within it, before it
+        cache.truncate(length)
+        assert cache.next_position.tolist() == [position]
+    model.extend(ids[1:, 2:8], np.array([6]), cache, position_ids=positions[1:, 2:8])
+    found = model.extend(ids[1:, 8:15], np.array([7]), cache).numpy()
+    np.testing.assert_allclose(found, expected[1:, 14], atol=1e-4)
+    cache.truncate(0)
+    assert cache.next_position.tolist() == [0]
+
+
+def test_the_next_position_follows_the_largest_on_any_axis():
+    heads = HeadLayout(2, 1, 8)
+    cache = kv_cache.KVCache(1, 1, heads, Rotary(8, 10000.0, time_frequencies=2))
+    image = np.array([[[0, 0, 0], [1, 1, 1], [1, 2, 1], [1, 1, 3], [1, 2, 3]]])
+    cache.begin_step(5, image)
+    cache.end_step([5])
+    assert cache.next_position.tolist() == [4]

@@ -5,10 +5,11 @@ import paddle
 import pytest
 from support.tiny_models import tiny_model
 
+from erniekit.models.inputs import packed_inputs
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention, last_rows
 from erniekit.nn.attention_plan import AttentionPlan, make_plan
-from erniekit.nn.rotary import rotation_table
+from erniekit.nn.rotary import Rotary
 
 HEADS = HeadLayout(4, 2, 4)
 # Each: (prefix, [branches]); a prefix without branches is a plain document.
@@ -54,8 +55,8 @@ def written_out(families: list[Family]) -> tuple[list[np.ndarray], list[int]]:
 
 def attend(qkv: np.ndarray, plan: AttentionPlan, upstream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = paddle.to_tensor(qkv.astype(np.float32), stop_gradient=False)
-    table = rotation_table(plan.position_in_document, 4, 10000.0, 6, 2)
-    y = PackedAttention(plan, table, HEADS).attend(x, 0)
+    rotation = Rotary(4, 10000.0).at(plan.position_in_document, 6, 2)
+    y = PackedAttention(plan, rotation, HEADS).attend(x, 0)
     (y * paddle.to_tensor(upstream.astype(np.float32))).sum().backward()
     return y.numpy(), x.grad.numpy()
 
@@ -112,7 +113,7 @@ def test_a_model_gives_the_logits_and_gradients_of_separate_rows(kind):
     answers = np.concatenate([t[w:] for t, w in zip(tokens, widths, strict=True)])
 
     model = tiny_model(kind)
-    hidden = model.model(paddle.to_tensor(ids), model.documents(segments, prefixes=prefixes))
+    hidden = model.model(packed_inputs(model, ids, segments, prefixes=prefixes))
     logits = model.head(hidden.normed)
     paddle.sum(paddle.gather(logits * paddle.to_tensor(upstream), paddle.to_tensor(answers))).backward()
     together = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

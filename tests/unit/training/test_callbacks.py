@@ -405,3 +405,11 @@ def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, monkeypatch: 
         assert labels == ["preference loss (mean over pairs)", "reward margin", "learning rate", "reward accuracy"]
     else:
         assert labels == ["loss (nats per token)", "learning rate"]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "seconds": {"a": 1}}', '{"step": true}', '{"step": 1, "loss": "x"}', "[" * 100_000]
+)
+def test_a_line_whose_values_are_no_numbers_is_no_record(tmp_path, line):
+    (tmp_path / "m").write_text(line + '\n{"step": 2, "loss": null, "seconds": 0.5}\n')
+    assert list(read_metrics(tmp_path / "m")) == [{"step": 2, "loss": None, "seconds": 0.5}]

@@ -6,7 +6,7 @@ import pytest
 from support.tiny_models import tiny_model
 
 from erniekit import save_model
-from erniekit.checkpoint.model_io import load_model
+from erniekit.build import load_model
 from erniekit.lora import LoraOptions, attach
 from erniekit.models.quantize import quantized_weights
 from erniekit.models.weights import our_shapes

@@ -241,7 +241,7 @@ def test_going_back_sets_later_checkpoints_aside(cfg_of, monkeypatch):
     assert names(out) == ["checkpoint-2"]
     assert names(out / "abandoned-1") == ["checkpoint-4", "checkpoint-6"]
     lines = (out / "abandoned-1" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert len(said) == 1 and "checkpoint-4, checkpoint-6" in said[0] and "save_total_limit" in said[0]
     put_checkpoint(cfg_of(), 3)
     assert find_checkpoint(out) == out / "checkpoint-3", "not the final model of the branch that was left"
@@ -252,6 +252,32 @@ def test_going_back_sets_later_checkpoints_aside(cfg_of, monkeypatch):
     assert names(out / "abandoned-2") == ["checkpoint-3"]
     start(cfg_of(resume_from_checkpoint=str(out / "abandoned-1" / "checkpoint-4")), 4)
     assert names(out) == [] and names(out / "abandoned-3") == ["checkpoint-2"]
+
+
+def test_the_metrics_are_those_of_the_run_that_the_checkpoint_is_of(cfg_of, tmp_path):
+    def put_metrics(directory: Path, losses: list[int]) -> None:
+        lines = [json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(losses, 1)]
+        (directory / "metrics.jsonl").write_text("".join(lines))
+
+    def losses(directory: Path) -> list[int]:
+        return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+    out = put_run(cfg_of())
+    put_metrics(out, [10, 11, 12, 13, 14, 15])
+    start(cfg_of(resume_from_checkpoint=str(out / "checkpoint-2")), 2)
+    put_metrics(out, [10, 11, 22, 23])
+    put_checkpoint(cfg_of(), 4)
+    start(cfg_of(resume_from_checkpoint=str(out / "abandoned-1" / "checkpoint-4")), 4)
+    assert losses(out) == [10, 11, 12, 13] and losses(out / "abandoned-2") == [10, 11, 22, 23]
+    # From another directory, also where this one holds no checkpoint.
+    put_checkpoint(cfg_of(), 2, tmp_path / "far")
+    put_metrics(tmp_path / "far", [30, 31, 32])
+    for number in (3, 4):
+        start(cfg_of(resume_from_checkpoint=str(tmp_path / "far" / "checkpoint-2")), 2)
+        assert losses(out) == [30, 31] and (out / f"abandoned-{number}" / "metrics.jsonl").is_file()
+    (tmp_path / "far" / "metrics.jsonl").unlink()
+    start(cfg_of(resume_from_checkpoint=str(tmp_path / "far" / "checkpoint-2")), 2)
+    assert not (out / "metrics.jsonl").exists() and losses(out / "abandoned-5") == [30, 31]
 
 
 def test_going_on_from_the_newest_sets_nothing_aside(cfg_of):

@@ -10,6 +10,7 @@ from support.tiny_models import tiny_model
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document, PairLayout
 from erniekit.data.collate import collate, make_row
+from erniekit.models.inputs import packed_inputs
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.flat import flatten
 from erniekit.training.recipes.preference import PreferenceRecipe
@@ -70,10 +71,10 @@ def step(recipe, model, batches):
         for name, count in recipe.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
     for batch in prepared:
-        documents = model.documents(batch.segment_ids[None], batch.position_ids[None], batch.prefixes)
-        x_TD = model.model(batch.ids_tensor(), documents).last
+        inputs = packed_inputs(model, batch.input_ids, batch.segment_ids, batch.position_ids, prefixes=batch.prefixes)
+        x_TD = model.model(inputs).last
         shares = []
-        for name, term in recipe.head_terms(model, x_TD, documents, batch).items():
+        for name, term in recipe.head_terms(model, x_TD, inputs, batch).items():
             mean = term.total / max(counts[term.divisor], 1.0)
             if term.weight is None:
                 metrics[name] = metrics.get(name, 0.0) + float(mean)

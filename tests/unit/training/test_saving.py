@@ -10,9 +10,10 @@ import pytest
 from support import equality
 
 from erniekit import config
+from erniekit.build import load_model
 from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint
-from erniekit.checkpoint.model_io import load_model, save_model
+from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.parallel.mesh import Mesh

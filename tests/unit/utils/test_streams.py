@@ -10,6 +10,7 @@ import pytest
 from support.source_tree import REPOSITORY
 
 from erniekit.utils import streams
+from erniekit.utils.errors import UserError
 
 ERNIEKIT = f"{sys.executable} -m erniekit"
 
@@ -85,3 +86,14 @@ def test_prepare_leaves_other_kinds_of_streams_alone(monkeypatch: pytest.MonkeyP
     assert sys.stdout is notebook
     streams.silence(notebook)
     assert not streams.is_gone(notebook)
+
+
+def test_input_that_its_encoding_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode()), encoding="utf-16"))
+    with pytest.raises(UserError, match="standard input is not text in utf-16"):
+        streams.read_line()
+
+
+def test_lines_of_input_come_without_their_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\nend"))
+    assert [streams.read_line() for _ in range(4)] == ["你好", "", "end", None]

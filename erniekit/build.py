@@ -1,0 +1,293 @@
+"""From a model directory to a model in memory: the only place that knows the order of the steps.
+
+Lazy model -> quantised weights -> random draw or file -> precision -> parallelize -> adapter -> activation
+checkpointing: the same for training, evaluation, generation, reference models and `erniekit.load_model`.
+
+`prepare_model` opens the directory and checks everything that can be checked without its weights, so that a mistake in
+a key costs seconds, however large the model is. `PreparedModel.build` reads the weights.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+
+from erniekit import lora
+from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.generation_config import GenerationConfig, read_generation_config
+from erniekit.checkpoint.model_io import fill_weights
+from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.peft_attach import attach_stored
+from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
+from erniekit.config.schema import Config
+from erniekit.config.values import split_patterns
+from erniekit.lora.targets import DEFAULT_TARGETS
+from erniekit.models import activation_checkpoint
+from erniekit.models.activation_checkpoint import RecomputeOptions
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
+from erniekit.models.parallelize import parallelize, rank_shard_of
+from erniekit.models.quantize import describe, quantize_weights
+from erniekit.models.weights import our_shapes
+from erniekit.parallel.mesh import Mesh
+from erniekit.precision import policy
+from erniekit.precision.policy import Policy
+from erniekit.precision.weight_only import Schemes
+from erniekit.utils import log
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a configuration changes of a model's config.json. The defaults change nothing.
+
+    `min_positions`: max_position_embeddings is raised to it. `mtp_depths`: at least so many blocks of multi-token
+    prediction; those that the weights lack start at random.
+    """
+
+    rope_theta: float | None = None
+    min_positions: int = 0
+    group_experts: bool = False
+    capacity_factor: float | None = None
+    mtp_depths: int = 0
+
+    def apply(self, model_config: ModelConfig) -> ModelConfig:
+        """The configuration with these changes, each with a log line."""
+        changes: dict[str, object] = {}
+        if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
+            before = f"{model_config.rope_theta:g}"
+            log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
+            changes["rope_theta"] = self.rope_theta
+        if self.min_positions > model_config.max_position_embeddings:
+            before = f"{model_config.max_position_embeddings}"
+            log.info(f"max_position_embeddings: {before} before, {self.min_positions} from here on")
+            changes["max_position_embeddings"] = self.min_positions
+        if self.mtp_depths > model_config.num_nextn_predict_layers:
+            changes["num_nextn_predict_layers"] = self.mtp_depths
+        if model_config.moe_num_experts:
+            changes["moe_capacity_factor"] = self.capacity_factor
+            if self.group_experts and not model_config.moe_group_experts:
+                log.warning(
+                    "moe_group_experts: other tools know only plain top-k; this model has to be used with erniekit"
+                )
+                changes["moe_group_experts"] = True
+        return dataclasses.replace(model_config, **changes)
+
+
+@dataclass(frozen=True)
+class AdapterDirectory:
+    """A saved adapter to attach. `dropout` while training; None: the adapter's own."""
+
+    path: Path
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is built.
+
+    `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `adapter`: a new one,
+    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
+    returned in.
+    """
+
+    precision: Policy
+    random_start: bool = False
+    seed: int = 42
+    overrides: Overrides = Overrides()
+    adapter: lora.LoraOptions | AdapterDirectory | None = None
+    recompute: RecomputeOptions | None = None
+    sequence_parallel: bool = False
+    training: bool = False
+
+
+def training_options(cfg: Config) -> ModelOptions:
+    """How `erniekit train` builds its model. Raises ConfigError."""
+    adapter: lora.LoraOptions | AdapterDirectory | None = None
+    if cfg.fine_tuning == "LoRA":
+        adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
+    return ModelOptions(
+        precision=policy.choose(cfg.compute_type, paddle.get_device()),
+        random_start=not cfg.continue_training,
+        seed=cfg.seed,
+        overrides=dataclasses.replace(
+            overrides_of(cfg),
+            min_positions=cfg.max_seq_len,
+            capacity_factor=cfg.moe_capacity_factor,
+            # Preference losses have no term for tokens further ahead (see config.support).
+            mtp_depths=0 if cfg.stage == "DPO" else cfg.num_nextn_predict_layers,
+        ),
+        adapter=adapter,
+        recompute=_recompute_options(cfg) if cfg.recompute else None,
+        sequence_parallel=cfg.sequence_parallel,
+        training=True,
+    )
+
+
+def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
+    """How evaluation and generation build the model that `erniekit train` with the same configuration starts from, or
+    has trained.
+    """
+    return ModelOptions(
+        precision=policy.choose(cfg.compute_type, paddle.get_device()),
+        random_start=random_start,
+        seed=cfg.seed,
+        overrides=overrides_of(cfg),
+        adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
+    )
+
+
+def lora_options(cfg: Config) -> lora.LoraOptions:
+    """The LoRA keys of the configuration."""
+    alpha = cfg.lora_alpha
+    if alpha < 0:
+        alpha = 4.0 if cfg.rslora else 2.0 * cfg.lora_rank
+    return lora.LoraOptions(
+        rank=cfg.lora_rank,
+        alpha=alpha,
+        dropout=cfg.lora_dropout,
+        rslora=cfg.rslora,
+        dora=cfg.use_dora,
+        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
+        modules_to_save=split_patterns(cfg.modules_to_save),
+        seed=cfg.seed,
+    )
+
+
+def overrides_of(cfg: Config) -> Overrides:
+    """What the configuration changes of the model that it names, wherever that model is used."""
+    return Overrides(
+        rope_theta=cfg.rope_theta,
+        # Left out, max_seq_len is the length of a training row and says nothing of the model's context.
+        min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
+        group_experts=cfg.moe_group_experts,
+    )
+
+
+def check_lora(cfg: Config, model_config: ModelConfig) -> None:
+    """ConfigError where lora_target_modules or modules_to_save name what the model does not have."""
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
+        lora.choose_slots(our_shapes(model_config), lora_options(cfg), model_config.tie_word_embeddings)
+
+
+def _recompute_options(cfg: Config) -> RecomputeOptions:
+    return RecomputeOptions(
+        cfg.recompute_granularity,
+        cfg.use_recompute_moe,
+        cfg.use_recompute_mtp,
+        set(cfg.no_recompute_layers),
+        draws_noise=cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that can be built: nothing but reading its weights is left to do.
+
+    `config`: of the model as it will be. `reader`: the open directory; None for a random start. `adapter`: the saved
+    adapter, read. `generation`: the directory's generation_config.json.
+    """
+
+    path: Path
+    options: ModelOptions
+    config: ModelConfig
+    reader: ModelReader | None
+    adapter: StoredAdapter | None
+    generation: GenerationConfig
+
+    def build(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> CausalLM:
+        """The part of the model that this process holds: given no mesh, all of it.
+
+        Args:
+            mesh: the ranks that share the model.
+            chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
+        """
+        options, precision = self.options, self.options.precision
+        mesh = Mesh.single() if mesh is None else mesh
+        layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
+        # The lazy model takes no memory and draws no values before the weights arrive, and then only the dtype it
+        # keeps.
+        with policy.default_dtype(precision), paddle.LazyGuard():
+            model = CausalLM(self.config, rank_shard_of(mesh, layers))
+        if precision.low_bit is not None:
+            quantize_weights(model, precision.low_bit)
+        stored = set() if self.reader is None else set(our_shapes(self.reader.config))
+        init_weights(model, options.seed, lambda name: name not in stored)
+        if self.reader is not None:
+            fill_weights(model, self.reader, precision.rounded_to)
+        policy.apply(model, precision)
+        if precision.low_bit is not None:
+            log.info(f"{self.path}: {describe(model)}")
+        parallelize(model, mesh, options.sequence_parallel)
+        if isinstance(options.adapter, AdapterDirectory):
+            assert self.adapter is not None
+            attach_stored(model, self.adapter, options.adapter.dropout)
+        elif options.adapter is not None:
+            tied = self.config.tie_word_embeddings
+            lora.attach(model, options.adapter, our_shapes(self.config), tied, share=model.shard.share)
+        if options.recompute is not None:
+            activation_checkpoint.apply(model.model, options.recompute)
+        model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
+        if options.training:
+            model.train()
+        else:
+            model.eval()
+        return model
+
+
+def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConfig | None = None) -> PreparedModel:
+    """Open a model directory and check the options against it. No weight of the model is read, but for those by which
+    an adapter recognises its base and a tied head is compared.
+
+    Args:
+        model_dir: a directory with config.json and, unless the start is random, weights.
+        options: how the model is built.
+        shape: of a random start, instead of the directory's config.json.
+
+    Raises:
+        CheckpointError: the directory, or that of the adapter, is not what the options need (see `ModelReader` and
+            `read_adapter`).
+        ConfigError: an option does not fit the model.
+    """
+    path = Path(model_dir)
+    if options.random_start:
+        stored, reader = ModelConfig.from_dir(path) if shape is None else shape, None
+        log.info(f"continue_training: false: {path} starts at random (seed {options.seed})")
+        if options.precision.low_bit is not None:
+            log.info("compute_type: weights in few bits: no effect on a random start")
+            options = dataclasses.replace(options, precision=dataclasses.replace(options.precision, low_bit=None))
+    else:
+        reader = ModelReader(path)
+        stored = reader.config
+    model_config = options.overrides.apply(stored)
+    depths = model_config.num_nextn_predict_layers
+    if reader is not None and depths > stored.num_nextn_predict_layers:
+        log.info(
+            f"num_nextn_predict_layers: {depths}, of which the model has {stored.num_nextn_predict_layers}: the others "
+            "start at random"
+        )
+    adapter = None
+    if isinstance(options.adapter, AdapterDirectory):
+        adapter = read_adapter(options.adapter.path, model_config, path)
+    elif options.adapter is not None:
+        lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
+    return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
+
+
+def load_model(
+    path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, low_bit: Schemes | None = None
+) -> CausalLM:
+    """The model in directory `path`, in eval mode.
+
+    `dtype`: "float32", "bfloat16" or "float16" of the parameters; router and correction bias stay float32. On a CPU,
+    where Paddle cannot multiply the short types, the weights are rounded to them and stored in float32.
+    `low_bit`: how the projections of the layers are stored instead, frozen (see precision.weight_only.SCHEMES).
+    `adapter`: a directory with an adapter in PEFT's format, attached to the model.
+    Raises CheckpointError (see `ModelReader`, `read_adapter`).
+    """
+    name = dtypes.LONG_NAMES[dtypes.header_name(dtype)]
+    precision = policy.of_weights(name, paddle.get_device(), low_bit)
+    directory = None if adapter is None else AdapterDirectory(Path(adapter))
+    return prepare_model(path, ModelOptions(precision, adapter=directory)).build()

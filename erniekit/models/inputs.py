@@ -1,0 +1,157 @@
+"""From tokens to what a model's first layer takes: embeddings, positions, and who sees whom.
+
+Legend: B batch, S sequence, T tokens, D model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from erniekit.models.config import ModelConfig
+from erniekit.moe.layer import TokenInfo
+from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
+from erniekit.nn.attention_plan import make_plan, next_in_document
+from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
+from erniekit.nn.kv_cache import KVCache
+from erniekit.nn.roles import Role
+from erniekit.nn.rotary import Rotary
+from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+
+
+class Built(Protocol):
+    """A model, or what this process holds of it (models.decoder.CausalLM)."""
+
+    config: ModelConfig
+    shard: RankShard
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One forward pass's T tokens, as every layer, chunk and prediction depth of it uses them: `input_ids` int64 [T] on
+    the device, `attention` (who sees whom, and the rotation of positions), `tokens` (what sparse layers count over).
+    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all.
+    """
+
+    input_ids: paddle.Tensor
+    attention: AttentionContext
+    tokens: TokenInfo
+    noise_scale: np.ndarray | None = None
+
+
+def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
+    """Attention heads of this configuration that `part` holds."""
+    degree = part.tensor_degree
+    return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
+
+
+def packed_inputs(
+    model: Built,
+    input_ids: np.ndarray,
+    segment_ids: np.ndarray,
+    position_ids: np.ndarray | None = None,
+    *,
+    prefixes: np.ndarray | None = None,
+    row_lengths: Sequence[int] | None = None,
+    neftune_alpha: float = 0.0,
+    dropout: DropoutStep | None = None,
+) -> ModelInputs:
+    """The inputs of packed documents, made once for all layers.
+
+    input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
+    nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
+    default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
+    sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
+    embeddings, and the attention dropout, of a training step.
+    """
+    plan = make_plan(np.atleast_2d(segment_ids), prefixes)
+    positions = plan.position_in_document
+    if position_ids is not None:
+        positions = position_ids.reshape(plan.num_tokens, *position_ids.shape[segment_ids.ndim :])
+    heads = head_layout(model.config, model.shard)
+    rotation = _rotary(model.config).at(positions, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
+    attention_dropout = None
+    if dropout is not None:
+        numbers = number_documents(input_ids.reshape(-1), plan, prefixes)
+        first_head = model.shard.tensor_rank * heads.num_heads
+        attention_dropout = AttentionDropout(dropout, model.config.num_hidden_layers, numbers, first_head)
+    noise_scale = None
+    if neftune_alpha:
+        lengths = np.bincount(plan.document_of_token)[plan.document_of_token]
+        noise_scale = (neftune_alpha / np.sqrt(lengths * model.config.hidden_size)).astype(np.float32)
+    return ModelInputs(
+        paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
+        PackedAttention(plan, rotation, heads, attention_dropout),
+        TokenInfo([plan.num_tokens] if row_lengths is None else list(row_lengths)),
+        noise_scale,
+    )
+
+
+def new_cache(model: Built, batch_size: int) -> KVCache:
+    """An empty cache for `batch_size` conversations with a whole model."""
+    return KVCache(model.config.num_hidden_layers, batch_size, head_layout(model.config), _rotary(model.config))
+
+
+def cached_inputs(input_ids_BS: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None) -> ModelInputs:
+    """The inputs of the next S tokens of each of a cache's conversations. The caller ends the step that this begins.
+
+    position_ids: [B, S] or (time, height, width) [B, S, 3]; by default they count on from the cache's next position.
+    """
+    cache.begin_step(input_ids_BS.shape[1], position_ids)
+    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, TokenInfo([input_ids_BS.size]))
+
+
+def _rotary(config: ModelConfig) -> Rotary:
+    return Rotary(config.head_dim, config.rope_theta)
+
+
+class Embedding(Shardable):
+    """Token embedding [V, D]; V are the rows that this process holds.
+
+    Where ranks share the vocabulary, `lookup(ids, weight)` and `own_tokens` are set from outside: the first gives the
+    rows of whole ids, the second what of [T, D] lies on this rank between projections.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
+        super().__init__()
+        self.weight = self.create_parameter(
+            [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
+        )
+        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
+        self.own_tokens: Callable[[paddle.Tensor], paddle.Tensor] = lambda x_TD: x_TD
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        """See Shardable."""
+        return {"weight": ShardSpec(0)}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.EMBEDDING}
+
+    def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
+        """[...] int64 -> [..., D]."""
+        return self.lookup(ids, self.weight)
+
+
+def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
+    """What the first layer takes [T or own stretch, D]: token embeddings, with NEFTune's noise if asked for: uniform in
+    [-1, 1] * alpha / sqrt(length * D) for each document (Jain et al. 2023, arXiv 2310.05914, algorithm 1).
+    """
+    x_TD = embedding(inputs.input_ids)
+    if inputs.noise_scale is None:
+        return x_TD
+    noise_TD = paddle.uniform([len(inputs.noise_scale), x_TD.shape[-1]], min=-1.0, max=1.0)
+    noise_TD = noise_TD * paddle.to_tensor(inputs.noise_scale).unsqueeze(-1)
+    return x_TD + embedding.own_tokens(noise_TD).astype(x_TD.dtype)
+
+
+def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:
+    """For multi-token prediction: the embedding of the token `step` places after each one, without noise [T or own
+    stretch, D], that token's number [T], and whether it is in the same document [T].
+    """
+    assert isinstance(inputs.attention, PackedAttention), "multi-token prediction is for packed documents"
+    target, valid = next_in_document(inputs.attention.plan.document_of_token, step)
+    return embedding(paddle.gather(inputs.input_ids, paddle.to_tensor(target))), target, valid
