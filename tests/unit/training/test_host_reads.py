@@ -64,7 +64,6 @@ def test_recomputation_and_prediction_ahead(directory: Path):
     assert found["reads"] == {FETCH: 1, EXPERTS: SPARSE_LAYERS * 4}
     assert found["uploads"] == {
         "training/recipes/causal.py": 2 * LABELS * 4,
-        "models/mtp.py": 4,
         "moe/dispatch.py": SPARSE_LAYERS * 4,
         "moe/balance.py": 1,
     }
