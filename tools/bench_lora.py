@@ -52,7 +52,7 @@ class Step:
         from erniekit.models.weights import our_shapes
         from erniekit.parallel.grad_sync import GradientSync
         from erniekit.precision.weight_only import SCHEMES
-        from erniekit.training.adamw import AdamW, rule_for
+        from erniekit.training.adamw import AdamW, parameter_rules
 
         self.paddle, self.loss_of = paddle, linear_cross_entropy
         adapted, _, compute_type = side.partition(" ")
@@ -62,7 +62,7 @@ class Step:
             lora.attach(model, options, our_shapes(model.config), tied=True)
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
-        rules = {name: rule_for(name, Config(weight_decay=0.01), model.config.num_hidden_layers) for name, _ in named}
+        rules = parameter_rules(model, Config(weight_decay=0.01))
         self.optimizer = AdamW(GradientSync.single(named), rules, 0.9, 0.999, 1e-8)
         self.trained = sum(int(np.prod(p.shape)) for _, p in named)
 

@@ -93,7 +93,7 @@ class _Ours:
         from erniekit.models.decoder import CausalLM
         from erniekit.models.inputs import packed_inputs
         from erniekit.parallel.grad_sync import GradientSync
-        from erniekit.training.adamw import AdamW, rule_for
+        from erniekit.training.adamw import AdamW, parameter_rules
 
         self.threads = runtime.set_threads(job["threads"])
         paddle.seed(0)
@@ -101,7 +101,7 @@ class _Ours:
         config = ModelConfig.from_dict(job["config"])
         self.model = model = CausalLM(config)
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
-        rules = {name: rule_for(name, Config(weight_decay=0.01), config.num_hidden_layers) for name, _ in named}
+        rules = parameter_rules(self.model, Config(weight_decay=0.01))
         self.optimizer = AdamW(GradientSync.single(named), rules, 0.9, 0.999, 1e-8)
         self.head = model.output_head()
         self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)

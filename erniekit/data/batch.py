@@ -88,14 +88,13 @@ class Batch:
 class FlatPairs:
     """The N pairs of a batch, whose documents (segments) are numbered 0, 1, ... row by row. `prefixes` [documents]: the
     document that each also sees, or -1. `chosen`, `rejected` int64 [N]: the answers' documents. `score_deltas`
-    float32 [N]. `reference` fp32 [2, N]: the reference's log-probabilities of chosen and rejected, once known.
+    float32 [N].
     """
 
     prefixes: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     score_deltas: np.ndarray
-    reference: np.ndarray | None = None
 
     @property
     def answers(self) -> np.ndarray:

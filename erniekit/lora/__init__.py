@@ -16,6 +16,7 @@ from paddle import nn
 from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, own_name, refuse_low_bit
 from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
 from erniekit.nn.linear import Linear, Projection
+from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
 from erniekit.utils.errors import ConfigError
 
@@ -128,7 +129,8 @@ def attach_slots(
         if name in saved:
             state.originals[name] = parameter.detach().clone()
     # A base in few bits has no weights of a floating type; norms have the type that is computed in.
-    dtype = next(parameter.dtype for name, parameter in model.named_parameters() if name.endswith("norm.weight"))
+    roles = named_roles(model)
+    dtype = next(parameter.dtype for name, parameter in model.named_parameters() if roles[name] is Role.NORM)
     for name, layer in list(model.named_sublayers()):
         if not isinstance(layer, Projection) or name not in slots:
             continue

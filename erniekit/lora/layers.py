@@ -13,6 +13,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from erniekit.nn.linear import Linear, Projection
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 from erniekit.utils.errors import UserError
 
@@ -125,6 +126,11 @@ class Adapter(Shardable):
         super().__init__()
         self.slots, self.dropout, self.enabled = slots, dropout, True
 
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        kinds = {"A": Role.ADAPTER_A, "B": Role.ADAPTER_B, "magnitude": Role.SCALE}
+        return {own_name(kind, part): role for kind, role in kinds.items() for part in self.slots}
+
     def factors(self, part: str) -> tuple[paddle.Tensor, paddle.Tensor]:
         """A and B of a part."""
         return self._parameters[own_name("A", part)], self._parameters[own_name("B", part)]
@@ -179,6 +185,10 @@ class LinearAdapter(Adapter):
             return {}
         shard_specs = {own_name("B", part): ShardSpec(1) for part in self.slots}
         return shard_specs | ({own_name("magnitude", part): ShardSpec(0) for part in self.slots} if self.dora else {})
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles. The squared lengths of the base's columns go with the magnitude."""
+        return super().roles() | {"_squares": Role.SCALE}
 
     def partial_gradients(self) -> tuple[str, ...]:
         """The factor that is whole: each rank sees only its outputs' (column) or its inputs' (row) share."""

@@ -21,6 +21,7 @@ from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 
@@ -129,6 +130,10 @@ class Decoder(nn.Layer):
         self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, init_std=std) for _ in depths])
         self.mtp_block = nn.LayerList([DecoderLayer(config, False, part) for _ in depths])
 
+    def mtp_layers(self, depth: int) -> list[nn.Layer]:
+        """The layers of one depth of multi-token prediction."""
+        return [each[depth] for each in (self.mtp_emb_norm, self.mtp_hidden_norm, self.mtp_linear_proj, self.mtp_block)]
+
     def embed(self, inputs: ModelInputs) -> paddle.Tensor:
         """What the first layer takes [T, D]."""
         assert self.embed_tokens is not None, "this process holds no embedding"
@@ -159,6 +164,10 @@ class HeadBias(Shardable):
         """See Divisible."""
         return {"bias": ShardSpec(0)}
 
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"bias": Role.BIAS}
+
 
 class CausalLM(nn.Layer):
     """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
@@ -178,11 +187,22 @@ class CausalLM(nn.Layer):
         self.lm_head: Linear | HeadBias | None = None
         vocab_size = config.vocab_size // part.tensor_degree
         if part.has_head and not config.tie_word_embeddings:
+            std = config.initializer_range
             self.lm_head = Linear(
-                config.hidden_size, vocab_size, bias=bias, split="column", init_std=config.initializer_range
+                config.hidden_size, vocab_size, bias=bias, split="column", init_std=std, role=Role.HEAD
             )
         elif part.has_head and bias:
             self.lm_head = HeadBias(vocab_size)
+
+    def parameter_depths(self) -> dict[str, int]:
+        """Depth of each parameter in the whole model of n layers: the embedding 0, layer i at i + 1, what stands behind
+        the layers (final norm, multi-token prediction) n + 1, the output head n + 2.
+        """
+        behind = self.config.num_hidden_layers + 1
+        places = [(number + 1, self.model.layers[number]) for number in self.model.layers.numbers]
+        places += [(0, self.model.embed_tokens), (behind + 1, self.lm_head)]
+        depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
+        return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
 
     @property
     def token_multiple(self) -> int:

@@ -10,6 +10,7 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import Shape, our_shapes
+from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import named_shard_specs, shard
 
 
@@ -18,14 +19,14 @@ def init_weights(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lam
     initializer_range, norms 1, biases 0. Experts are drawn one by one, so that a process draws only its own. Values are
     drawn in fp32 and rounded to the parameter's dtype, one parameter at a time.
     """
-    shard_specs, shapes = named_shard_specs(model), our_shapes(model.config)
+    shard_specs, roles, shapes = named_shard_specs(model), named_roles(model), our_shapes(model.config)
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
         if not wanted(name):
             continue
         shape, spec = shapes[name], shard_specs.get(name)
         if len(shape) == 1:
-            value = np.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+            value = np.full(parameter.shape, 0.0 if roles[name] is Role.BIAS else 1.0, np.float32)
         elif spec is not None and spec.over == "experts":
             index, _ = model.shard.share(spec)
             held = range(index * parameter.shape[0], (index + 1) * parameter.shape[0])

@@ -17,6 +17,7 @@ from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_plan import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
+from erniekit.nn.roles import Role
 from erniekit.nn.rotary import Rotary
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 
@@ -123,8 +124,12 @@ class Embedding(Shardable):
         self.own_tokens: Callable[[paddle.Tensor], paddle.Tensor] = lambda x_TD: x_TD
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible."""
+        """See Shardable."""
         return {"weight": ShardSpec(0)}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.EMBEDDING}
 
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """[...] int64 -> [..., D]."""

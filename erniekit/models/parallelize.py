@@ -6,13 +6,12 @@ from erniekit.models.decoder import CausalLM
 from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import Linear
+from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import RankShard, Shardable, ShardSpec, named_shard_specs
 from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.placement import Placement
 from erniekit.parallel.tensor import TensorRanks
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def rank_shard_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> RankShard:
@@ -50,11 +49,13 @@ def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placemen
     """Where each parameter of this process's part has its copies, and whose gradients make up its own. `sharded`:
     optimizer state is divided over the ranks of the shard groups.
     """
-    config, shard_specs = model.config, named_shard_specs(model)
+    config, shard_specs, roles = model.config, named_shard_specs(model), named_roles(model)
     shares_ends = mesh.degrees.pipeline > 1 and (config.tie_word_embeddings or config.num_nextn_predict_layers > 0)
     partial = _partial_gradients(model)
     return {
-        name: _placement(mesh, shard_specs.get(name), name in partial, shares_ends and name == EMBEDDING, sharded)
+        name: _placement(
+            mesh, shard_specs.get(name), name in partial, shares_ends and roles[name] is Role.EMBEDDING, sharded
+        )
         for name, _ in model.named_parameters()
     }
 
@@ -71,7 +72,7 @@ def _partial_gradients(model: CausalLM) -> set[str]:
     }
     if model.tensor is None or not model.tensor.sequence:
         return names
-    return names | {name for name, _ in model.named_parameters() if ".gate." not in name}
+    return names | {name for name, role in named_roles(model).items() if role is not Role.ROUTER}
 
 
 def _placement(mesh: Mesh, spec: ShardSpec | None, is_partial: bool, is_shared: bool, sharded: bool) -> Placement:

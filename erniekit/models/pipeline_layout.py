@@ -1,6 +1,5 @@
 """Where the layers of a run lie, and in which order a stage works on them."""
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -8,6 +7,7 @@ from erniekit.config import pointless
 from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.pipeline_split import cut, layer_costs
@@ -83,12 +83,12 @@ def facts_of(config: ModelConfig, degrees: ParallelDims) -> Facts:
     return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
 
 
-def chunk_of(name: str, chunks: Sequence[Sequence[int]]) -> int:
-    """The chunk of this process's stage that a parameter is reached by: its layer's, or the last for what stands behind
-    the layers. The embedding belongs to the first chunk where tokens are looked up, to the last where the head shares
-    it.
+def parameter_chunks(model: CausalLM, chunks: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The chunk of this process's stage that each parameter is reached by: its layer's, or the last for what stands
+    behind the layers. The embedding belongs to the first chunk where tokens are looked up, to the last where the head
+    shares it.
     """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    if match:
-        return next(number for number, layers in enumerate(chunks) if int(match.group(1)) in layers)
-    return 0 if name.startswith("model.embed_tokens") and 0 in chunks[0] else len(chunks) - 1
+    of_layer = {layer: number for number, layers in enumerate(chunks) for layer in layers}
+    last = len(chunks) - 1
+    of_depth = {layer + 1: number for layer, number in of_layer.items()} | {0: of_layer.get(0, last)}
+    return {name: of_depth.get(depth, last) for name, depth in model.parameter_depths().items()}

@@ -74,6 +74,7 @@ class Logical:
     paddle: tuple[Piece, ...]
     index: int | None = None  # which expert, along axis 0 of the parameter
     keep_fp32: bool = False  # router matrix and correction bias are float32 in files of any dtype
+    is_state: bool = False  # a buffer of the model, not a parameter
 
     def pieces(self, format: Format) -> tuple[Piece, ...]:
         """The tensors of a file of `format` that make up this unit."""
@@ -104,10 +105,10 @@ class _Table:
         self.config = config
         self.rows: list[Logical] = []
 
-    def plain(self, param: str, shape: Shape, keep_fp32: bool = False) -> None:
+    def plain(self, param: str, shape: Shape, keep_fp32: bool = False, is_state: bool = False) -> None:
         """The same array everywhere."""
         pt, paddle = (Piece(_file_name(param, format), shape) for format in ("pt", "paddle"))
-        self.rows.append(Logical(param, shape, (pt,), (paddle,), keep_fp32=keep_fp32))
+        self.rows.append(Logical(param, shape, (pt,), (paddle,), keep_fp32=keep_fp32, is_state=is_state))
 
     def matrix(self, param: str, shape: Shape, keep_fp32: bool = False) -> None:
         """A projection of one part: [in, out] here and in -Paddle, [out, in] in -PT."""
@@ -173,7 +174,8 @@ class _Table:
             return
         experts = config.moe_num_experts
         self.matrix(f"{prefix}.mlp.gate.weight", (config.hidden_size, experts), keep_fp32=True)
-        self.plain(f"{prefix}.mlp.moe_statics.e_score_correction_bias", (1, experts), keep_fp32=True)
+        bias = f"{prefix}.mlp.moe_statics.e_score_correction_bias"
+        self.plain(bias, (1, experts), keep_fp32=True, is_state=True)
         self.experts(f"{prefix}.mlp.experts")
         if config.moe_num_shared_experts:
             self.mlp(f"{prefix}.mlp.shared_experts", config.moe_intermediate_size * config.moe_num_shared_experts)
@@ -226,8 +228,7 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def num_parameters(config: ModelConfig) -> int:
     """Trainable numbers of the whole model, however it is divided; correction biases are state."""
-    shapes = our_shapes(config)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith("e_score_correction_bias"))
+    return sum(math.prod(logical.shape) for logical in logical_tensors(config) if not logical.is_state)
 
 
 def is_mtp(name: str) -> bool:

@@ -1,5 +1,7 @@
 """Loss-free load balancing: move the correction bias against each expert's load, once an optimizer step."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import paddle
 
@@ -7,16 +9,32 @@ from erniekit.moe.layer import MoELayer
 
 
 @paddle.no_grad()
-def update_bias(layer: MoELayer, modality: int, usage_E: np.ndarray, step_size: float) -> None:
-    """bias_e += step_size * sign(mean usage - usage_e) (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+def update_biases(
+    layers: Mapping[int, MoELayer], usages: Mapping[tuple[int, int], np.ndarray], step_size: float
+) -> dict[int, np.ndarray]:
+    """bias_e += step_size * sign(mean usage - usage_e) (Wang et al. 2024, arXiv 2408.15664, algorithm 1), for the
+    routers of all layers with one upload.
 
-    usage [E]: tokens that chose each expert, over all microbatches and data ranks of the step. A frozen router is left
-    alone.
+    Args:
+        layers: sparse layers by number.
+        usages: by (layer, modality) the tokens that chose each expert [E], over all microbatches and data ranks of the
+            step. A frozen router is left alone.
+
+    Returns:
+        What was added to the bias [modalities, E] of each layer, fp32.
     """
-    if layer.gate.matrix(modality).stop_gradient or step_size == 0.0:
-        return
-    direction = np.sign(usage_E.mean() - usage_E).astype(np.float32)
-    bias = layer.moe_statics.e_score_correction_bias
-    change = np.zeros(bias.shape, dtype=np.float32)
-    change[modality] = direction * np.float32(step_size)
-    bias.add_(paddle.to_tensor(change))
+    changes = {number: np.zeros(_bias(layer).shape, np.float32) for number, layer in layers.items()}
+    for (number, modality), usage_E in usages.items():
+        if not layers[number].gate.matrix(modality).stop_gradient:
+            direction = np.sign(usage_E.mean() - usage_E).astype(np.float32)
+            changes[number][modality] = direction * np.float32(step_size)
+    if any(change.any() for change in changes.values()):
+        uploaded = paddle.to_tensor(np.concatenate([change.reshape(-1) for change in changes.values()]))
+        parts = paddle.split(uploaded, [change.size for change in changes.values()])
+        for layer, part in zip(layers.values(), parts, strict=True):
+            _bias(layer).add_(part.reshape(_bias(layer).shape))
+    return changes
+
+
+def _bias(layer: MoELayer) -> paddle.Tensor:
+    return layer.moe_statics.e_score_correction_bias

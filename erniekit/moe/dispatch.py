@@ -31,10 +31,12 @@ def assign(experts_TK: np.ndarray, num_experts: int, keep_TK: np.ndarray | None 
         order = order[keep_TK.reshape(-1)[order]]
     rank = np.full(len(flat), len(order))
     rank[order] = np.arange(len(order))
-    by_choice = [paddle.to_tensor(column) for column in np.ascontiguousarray(rank.reshape(experts_TK.shape).T)]
+    num_tokens, top_k = experts_TK.shape
     counts = np.bincount(flat[order], minlength=num_experts).tolist()
-    source = paddle.to_tensor(order // experts_TK.shape[1])
-    return Assignment(source, by_choice, paddle.to_tensor(order), counts, len(flat) - len(order))
+    by_choice = rank.reshape(num_tokens, top_k).T.reshape(-1)
+    table = paddle.to_tensor(np.concatenate([order, order // top_k, by_choice]))  # one upload for all of them
+    rows, source, *ranks = paddle.split(table, [len(order)] * 2 + [num_tokens] * top_k)
+    return Assignment(source, ranks, rows, counts, len(flat) - len(order))
 
 
 def _copy_out(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:

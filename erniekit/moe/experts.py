@@ -8,6 +8,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import ShardSpec
 
 
@@ -77,6 +78,10 @@ class StackedLinear(Projection):
     def shard_specs(self) -> dict[str, ShardSpec]:
         """Whole experts are divided."""
         return {"weight": ShardSpec(0, over="experts")}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.PROJECTION}
 
     def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Each row times its expert's matrix: [R, in] -> [R, out]."""

@@ -133,6 +133,7 @@ class MoELayer(nn.Layer):
         bias = self.moe_statics.e_score_correction_bias[modality]
         agree = None if self.ranks is None else self.ranks.agree
         routing = route(self.gate(x_TD, modality), bias, self.options, agree)
+        # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
         keep, dropped = None, 0

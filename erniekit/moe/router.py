@@ -11,6 +11,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.nn.roles import DeclaresRoles, Role
+
 
 @dataclass(frozen=True)
 class RouterOptions:
@@ -102,15 +104,19 @@ def within_capacity(experts_TK: np.ndarray, num_experts: int, capacity: float, r
     return keep
 
 
-class RouterStatics(nn.Layer):
+class RouterStatics(DeclaresRoles):
     """State of the routers that no gradient trains: correction biases [modalities, E], fp32."""
 
     def __init__(self, num_modalities: int, num_experts: int) -> None:
         super().__init__()
         self.register_buffer("e_score_correction_bias", paddle.zeros([num_modalities, num_experts], dtype="float32"))
 
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"e_score_correction_bias": Role.ROUTER_BIAS}
 
-class Gate(nn.Layer):
+
+class Gate(DeclaresRoles):
     """The routers' matrices [D, E], fp32 whatever the model's dtype: `weight` for text, `weight_1` for vision."""
 
     def __init__(self, hidden_size: int, num_experts: int, num_modalities: int, init_std: float = 0.02) -> None:
@@ -120,6 +126,10 @@ class Gate(nn.Layer):
         self.weight = self.create_parameter(shape, dtype="float32", default_initializer=normal)
         if num_modalities == 2:
             self.weight_1 = self.create_parameter(shape, dtype="float32", default_initializer=normal)
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.ROUTER, "weight_1": Role.ROUTER}
 
     def matrix(self, modality: int) -> paddle.Tensor:
         """The router of a modality: 0 text, 1 vision."""

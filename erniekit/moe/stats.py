@@ -9,6 +9,8 @@ import paddle
 
 from erniekit.moe.layer import Routed
 
+ENTROPY = "entropy"
+
 
 @dataclass
 class RouterStats:
@@ -22,14 +24,23 @@ class RouterStats:
     num_tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
 
-    def add(self, other: "RouterStats") -> None:
-        """Add another microbatch's sums."""
-        self.usage = self.usage + other.usage
-        self.entropy += other.entropy
-        self.dropped += other.dropped
-        self.num_tokens += other.num_tokens
-        for name, value in other.losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
+    def __add__(self, other: "RouterStats") -> "RouterStats":
+        """The sums of this and another microbatch."""
+        names = dict.fromkeys([*self.losses, *other.losses])
+        return RouterStats(
+            self.usage + other.usage,
+            self.entropy + other.entropy,
+            self.dropped + other.dropped,
+            self.num_tokens + other.num_tokens,
+            {name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in names},
+        )
+
+    def set_sum(self, name: str, value: float) -> None:
+        """Set the entropy or a router loss, which `measure` leaves on the device."""
+        if name == ENTROPY:
+            self.entropy = value
+        else:
+            self.losses[name] = value
 
     def to_vector(self) -> np.ndarray:
         """All sums as float64, for adding up over ranks."""
@@ -57,9 +68,11 @@ class RouterStats:
 
 
 @paddle.no_grad()
-def measure(routed: Routed, losses: dict[str, paddle.Tensor]) -> RouterStats:
-    """The sums of one microbatch; `losses` are sums over its tokens."""
+def measure(routed: Routed, losses: dict[str, paddle.Tensor]) -> tuple[RouterStats, dict[str, paddle.Tensor]]:
+    """The sums of one microbatch that were counted on the host, and by the names of `RouterStats.set_sum` those that
+    stay on the device. `losses` are sums over the microbatch's tokens.
+    """
     probs = routed.routing.probs
-    entropy = -(probs * paddle.log(probs.clip(min=1e-30))).sum().item()
-    values = {name: loss.item() for name, loss in losses.items()}
-    return RouterStats(routed.usage, entropy, routed.dropped, probs.shape[0], values)
+    entropy = -(probs * paddle.log(probs.clip(min=1e-30))).sum()
+    stats = RouterStats(routed.usage, dropped=routed.dropped, num_tokens=probs.shape[0])
+    return stats, {ENTROPY: entropy} | losses

@@ -6,6 +6,7 @@ from typing import Literal
 import paddle
 from paddle import nn
 
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 
 Split = Literal["column", "row"]
@@ -44,8 +45,10 @@ class Linear(Projection):
         parts: dict[str, int] | None = None,
         split: Split | None = None,
         init_std: float = 0.02,
+        role: Role = Role.PROJECTION,
     ) -> None:
         super().__init__()
+        self.role = role  # of the weight
         self.in_features = in_features
         self.out_features = out_features
         self.parts = parts or {}
@@ -66,6 +69,10 @@ class Linear(Projection):
         if self.split == "column":
             return {"weight": ShardSpec(1, widths), "bias": ShardSpec(0, widths)}
         return {"weight": ShardSpec(0)} if self.split == "row" else {}
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": self.role, "bias": Role.BIAS}
 
     def product(self, x: paddle.Tensor) -> paddle.Tensor:
         """x W: [..., in_features] -> [..., out_features]."""

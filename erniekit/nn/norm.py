@@ -4,6 +4,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.roles import DeclaresRoles, Role
+
 
 class _RMSNorm(PyLayer):
     """y = x * (r w^T), r = 1/rms of each token, for the CPU: broadcasting and summing over an axis are slow there, so
@@ -57,13 +59,17 @@ def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddl
     return _RMSNorm.apply(rows, weight_D, epsilon).reshape(x.shape)
 
 
-class RMSNorm(nn.Layer):
+class RMSNorm(DeclaresRoles):
     """RMSNorm with a learnt gain [size]."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.NORM}
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., size] -> [..., size]."""

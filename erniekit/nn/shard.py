@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from paddle import nn
 
+from erniekit.nn.roles import DeclaresRoles
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -20,7 +22,7 @@ class ShardSpec:
     over: Literal["tensor", "experts"] = "tensor"
 
 
-class Shardable(nn.Layer):
+class Shardable(DeclaresRoles):
     """A layer with parameters of its own that knows how they are divided. A parameter it does not name is whole on
     every rank.
     """

@@ -81,6 +81,7 @@ class GradientSync:
         self._reduced: dict[str, paddle.Tensor] = {}
         self._arrived: Counter[str] = Counter()  # gradients of this pass so far
         self._usual = dict.fromkeys(self.entries, 0)  # gradients of a pass: several where recomputed blocks share
+        self._uploaded_flags: dict[tuple[tuple[bool, ...], str], paddle.Tensor] = {}
         self._sent_early: set[str] = set()  # parameters of the buckets that went during this pass
         self._left: dict[int, int] = {}  # backward passes to come, by part
         self._due: dict[int, deque[int]] = {}  # buckets that this pass will send, by part
@@ -172,7 +173,7 @@ class GradientSync:
         found = [self._take(entry.name) for entry in bucket.entries]
         dtype = bucket.gradient_dtype(self.master_grad)
         pieces = [_rows(gradient, entry, dtype) for gradient, entry in zip(found, bucket.entries, strict=True)]
-        flags = paddle.to_tensor([[gradient is not None for gradient in found]]).astype(dtype)
+        flags = self._flags_of(tuple(gradient is not None for gradient in found), dtype)
         matrix = paddle.concat([*pieces, flags.expand([ranks, len(found)])], axis=1)
         del found, pieces
         if ranks > 1:
@@ -182,6 +183,12 @@ class GradientSync:
         self._flying.append((index, work, matrix))
         while self.stage == 2 and len(self._flying) > (IN_FLIGHT if self.overlap else 0):
             self._settle()
+
+    def _flags_of(self, present: tuple[bool, ...], dtype: str) -> paddle.Tensor:
+        """[1, n] which gradients a bucket carries. It is the same from step to step, and is uploaded once."""
+        if (present, dtype) not in self._uploaded_flags:
+            self._uploaded_flags[present, dtype] = paddle.to_tensor([present]).astype(dtype)
+        return self._uploaded_flags[present, dtype]
 
     def _take(self, name: str) -> paddle.Tensor | None:
         """The gradient so far, which the caller now owns; None if there is none."""
@@ -209,14 +216,20 @@ class GradientSync:
                 self._send(index)
         while self._flying:
             self._settle()
+        arrived: list[tuple[Entry, paddle.Tensor]] = []
+        flags: list[paddle.Tensor] = []
         for index, bucket in enumerate(self.buckets):
             row, groups = self._rows.pop(index), _sums_over(bucket)
             for group in groups if bucket.placement.shard.size > 1 else groups[1:]:
                 comm.all_reduce_(row, group)
-            *chunks, flags = paddle.split(row, bucket.sections)
-            for entry, chunk, flag in zip(bucket.entries, chunks, flags.astype("float32").numpy(), strict=True):
-                if flag > 0.0:
-                    self._reduced[entry.name] = chunk if entry.placement.shard.size > 1 else chunk.reshape(entry.shape)
+            *chunks, bucket_flags = paddle.split(row, bucket.sections)
+            arrived += zip(bucket.entries, chunks, strict=True)
+            flags.append(bucket_flags.astype("float32"))
+        # One read for all buckets: which parameters have a gradient on any rank decides what the optimizer launches.
+        has_gradient = (paddle.concat(flags).numpy() > 0.0).tolist() if flags else []
+        for (entry, chunk), has in zip(arrived, has_gradient, strict=True):
+            if has:
+                self._reduced[entry.name] = chunk if entry.placement.shard.size > 1 else chunk.reshape(entry.shape)
 
     # After finish()
 
@@ -232,15 +245,22 @@ class GradientSync:
         return found
 
     @paddle.no_grad()
-    def global_norm(self) -> float:
+    def squared_norms(self) -> paddle.Tensor:
+        """The squared norm of each of `gradients()`, on the device: fp32 [n]."""
+        squares = [paddle._C_ops.squared_l2_norm(gradient.astype("float32")) for gradient in self.gradients().values()]
+        return paddle.concat(squares) if squares else paddle.zeros([0])
+
+    def global_norm(self, squares: np.ndarray | None = None) -> float:
         """Euclidean norm of the whole model's gradients (squares summed in fp32 a tensor, in fp64 over tensors and
-        ranks), each element counted once whatever the number of ranks that hold it.
+        ranks), each element counted once whatever the number of ranks that hold it. `squares`: squared_norms(), where
+        the caller has read them together with other numbers.
         """
-        parts = []
-        for name, gradient in self.gradients().items():
-            placement = self.entries[name].placement
-            square = paddle._C_ops.squared_l2_norm(gradient.astype("float32")).item()
-            parts.append(square * placement.shard.size / placement.copies)
+        squares = self.squared_norms().numpy() if squares is None else squares
+        placements = (self.entries[name].placement for name in self.gradients())
+        parts = [
+            square * placement.shard.size / placement.copies
+            for square, placement in zip(squares.tolist(), placements, strict=True)
+        ]
         return math.sqrt(comm.sum_floats(np.array([math.fsum(parts)]), self.world).item())
 
     @paddle.no_grad()

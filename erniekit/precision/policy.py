@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
+from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.precision.weight_only import SCHEMES, Schemes
 from erniekit.utils import log
 
@@ -58,31 +59,28 @@ def default_dtype(policy: Policy) -> Iterator[None]:
         paddle.set_default_dtype(before)
 
 
-def stays_fp32(name: str) -> bool:
-    """Whether a tensor of a model is fp32 in every model: the routers' gates and their correction biases."""
-    return ".mlp.gate." in name or name.endswith("e_score_correction_bias")
-
-
 @paddle.no_grad()
 def apply(model: nn.Layer, policy: Policy) -> None:
     """Make sure that every weight has the policy's dtype, and routers fp32. Weights that were built in another dtype
     are cast where they are; those that were built under `default_dtype` cost nothing.
     """
     wanted = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}[policy.param_dtype]
+    roles = named_roles(model)
     for name, parameter in model.named_parameters():
-        if not stays_fp32(name) and parameter.dtype != wanted:
+        if roles[name] not in FP32_ROLES and parameter.dtype != wanted:
             cast = parameter.astype(wanted)
             # Layer.to does the same; Tensor._to returns a copy and leaves the parameter as it was.
             parameter.value().get_tensor()._share_data_with(cast.value().get_tensor())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert tensor.dtype == (paddle.float32 if stays_fp32(name) else wanted), f"{name} is {tensor.dtype}"
+        assert tensor.dtype == (paddle.float32 if roles[name] in FP32_ROLES else wanted), f"{name} is {tensor.dtype}"
 
 
 def describe(model: nn.Layer, has_masters: bool) -> str:
     """The dtypes that a training run really has, for the log."""
+    roles = named_roles(model)
     parameters = list(model.named_parameters())
-    weights = sorted({_name(tensor) for name, tensor in parameters if not stays_fp32(name)})
-    routers = sorted({_name(tensor) for name, tensor in parameters if stays_fp32(name)})
+    weights = sorted({_name(tensor) for name, tensor in parameters if roles[name] not in FP32_ROLES})
+    routers = sorted({_name(tensor) for name, tensor in parameters if roles[name] in FP32_ROLES})
     said = f"weights {' and '.join(weights)}"
     if routers and routers != weights:
         said += f", routers {' and '.join(routers)}"

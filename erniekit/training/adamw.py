@@ -1,12 +1,13 @@
 """AdamW with its state in plain sight."""
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.models.decoder import CausalLM
+from erniekit.nn.roles import Role, named_roles
 from erniekit.parallel.buckets import gradient_bytes, state_bytes
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.utils import log
@@ -23,31 +24,26 @@ class ParamRule:
     weight_decay: float
 
 
-def layer_depth(name: str, num_layers: int) -> int:
-    """Depth of a parameter for layer-wise learning rates: embedding 0, layer i at i + 1, final norm and MTP n + 1, head
-    n + 2.
-    """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    if match:
-        return int(match.group(1)) + 1
-    if name.startswith("model.embed_tokens"):
-        return 0
-    return num_layers + (2 if name.startswith("lm_head") else 1)
+NOT_DECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALE})
 
 
-def rule_for(name: str, cfg: Config, num_layers: int) -> ParamRule:
-    """Norms, biases and DoRA's magnitudes are not decayed. With layerwise_lr_decay_bound b < 1 the rate is
-    b + (1 - b) * depth / (n + 2); the router's gate has moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou
-    et al. 2024, arXiv 2402.12354).
+def parameter_rules(model: CausalLM, cfg: Config) -> dict[str, ParamRule]:
+    """The rule of each parameter by name. Norms, biases and DoRA's magnitudes are not decayed. With
+    layerwise_lr_decay_bound b < 1 the rate of a model of n layers is b + (1 - b) * depth / (n + 2); routers have
+    moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
     """
-    bound = cfg.layerwise_lr_decay_bound
-    ratio = bound + (1.0 - bound) * layer_depth(name, num_layers) / (num_layers + 2)
-    if cfg.moe_gate_lr_ratio is not None and name.endswith(".mlp.gate.weight"):
-        ratio *= cfg.moe_gate_lr_ratio
-    if ".adapter.B" in name:
-        ratio *= cfg.lora_plus_scale
-    decayed = not name.endswith("bias") and "norm" not in name and ".adapter.magnitude" not in name
-    return ParamRule(ratio, cfg.weight_decay if decayed else 0.0)
+    roles, depths = named_roles(model), model.parameter_depths()
+    bound, num_depths = cfg.layerwise_lr_decay_bound, model.config.num_hidden_layers + 2
+    ratios = {Role.ADAPTER_B: cfg.lora_plus_scale}
+    if cfg.moe_gate_lr_ratio is not None:
+        ratios[Role.ROUTER] = cfg.moe_gate_lr_ratio
+    return {
+        name: ParamRule(
+            (bound + (1.0 - bound) * depth / num_depths) * ratios.get(roles[name], 1.0),
+            0.0 if roles[name] in NOT_DECAYED else cfg.weight_decay,
+        )
+        for name, depth in depths.items()
+    }
 
 
 class AdamW:
@@ -128,6 +124,9 @@ class AdamW:
         has a zero gradient, not none) is left alone.
         """
         updated = {}
+        # Filled on the device, one for each distinct rate: nothing is uploaded.
+        ratios = {self.rules[name].lr_ratio for name in self.parameters}
+        rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
         for name, gradient in self.sync.gradients().items():
             parameter, rule, state = self.sync.own(name), self.rules[name], self.state[name]
             updated[name] = parameter
@@ -135,7 +134,7 @@ class AdamW:
                 parameter,
                 # With a master copy the kernel takes a wide gradient as it is; rounding it would undo its fp32 sum.
                 gradient if "master" in state else gradient.astype(parameter.dtype),
-                paddle.to_tensor([learning_rate * rule.lr_ratio], dtype="float32"),
+                rates[rule.lr_ratio],
                 state["moment1"],
                 state["moment2"],
                 None,  # moment2_max: AMSGrad is off

@@ -25,12 +25,19 @@ from erniekit.losses.preference import wants_reference
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
-from erniekit.models.pipeline_layout import check_layout, chunk_of, cut_layers, layout_lines, plan_actions, schedule_of
+from erniekit.models.pipeline_layout import (
+    check_layout,
+    cut_layers,
+    layout_lines,
+    parameter_chunks,
+    plan_actions,
+    schedule_of,
+)
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
-from erniekit.training.adamw import AdamW, rule_for
+from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
 from erniekit.training.lr_scheduler import Schedule, build_schedule
@@ -128,17 +135,15 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     mtp_depths = train_mtp(model, cfg)
-    num_layers = model.config.num_hidden_layers
-    rules = {name: rule_for(name, cfg, num_layers) for name, _ in model.named_parameters()}
     sync = GradientSync(
         model.named_parameters(),
         placements(model, mesh, bool(cfg.sharding)),
         mesh.world_group,
         stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
         master_grad=cfg.amp_master_grad,
-        parts={name: chunk_of(name, chunks) for name, _ in model.named_parameters()},
+        parts=parameter_chunks(model, chunks),
     )
-    optimizer = AdamW(sync, rules, cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    optimizer = AdamW(sync, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
@@ -231,9 +236,9 @@ def train_mtp(model: CausalLM, cfg: Config) -> int:
             f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: {kept} of the model's multi-token-prediction "
             "blocks are kept, not trained"
         )
-        for name, parameter in model.named_parameters():
-            match = name.split(".")
-            if match[1].startswith("mtp_") and int(match[2]) >= cfg.num_nextn_predict_layers:
+        decoder = model.model
+        for depth in range(cfg.num_nextn_predict_layers, len(decoder.mtp_block)):
+            for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
                 parameter.stop_gradient = True
     return cfg.num_nextn_predict_layers
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import paddle
 
 from erniekit.data.batch import IGNORE, Batch, FlatPairs, flat_pairs
 
@@ -16,6 +17,8 @@ class FlatBatch:
     `row_lengths` are the rows' numbers of tokens, and sum to `num_tokens`; where ranks share the tokens, T may be a
     little more: the last document is then filling, without loss, that no router sees. `sources` names the documents'
     places. `pairs`: the pairs of answers, in preference data; document d has segment id d + 1.
+    `reference`: the reference's log-probabilities of the N pairs' chosen and rejected answers, once they are known, on
+    the device: fp32 [2, N].
     """
 
     input_ids: np.ndarray
@@ -25,6 +28,7 @@ class FlatBatch:
     row_lengths: list[int]
     sources: list[str]
     pairs: FlatPairs | None = None
+    reference: paddle.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -3,10 +3,11 @@
 The pipeline's executor (parallel/pipeline.py) decides when; one process alone is a pipeline of one stage.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
@@ -20,6 +21,7 @@ from erniekit.parallel.pipeline_schedule import forward_plan
 from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import router_terms
+from erniekit.utils.device_sums import DeviceSums
 
 
 def run_chunk(
@@ -81,20 +83,39 @@ def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dt
 
 @dataclass
 class StepSums:
-    """What this process's microbatches of one step add up to: the divisors (of all data ranks), the mean over them of
-    each term of the loss and of each metric, the loss, and what each router did.
+    """What the microbatches of one step add up to: the divisors (of all data ranks), the mean over them of each term of
+    the loss and of each metric, the loss, and what each router did.
     """
 
     counts: dict[str, float]
-    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    terms: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     loss: float = 0.0
     routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
 
 
+# Keys of a stage's DeviceSums.
+_LOSS = "loss"
+
+
+class _TermMean(NamedTuple):
+    """The mean of a recipe's or a router's term; `is_loss`: it is a part of the loss, not a metric."""
+
+    name: str
+    is_loss: bool
+
+
+class _RouterSum(NamedTuple):
+    """A number of RouterStats."""
+
+    router: tuple[int, int]
+    name: str
+
+
 class TrainStage:
     """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
-    interleaved). `sums` are complete when every microbatch has been forward.
+    interleaved). When every microbatch has been forward, `on_device` holds all that `sums` reports but what routers
+    counted on the host, under keys that only `sums` reads.
     """
 
     def __init__(
@@ -109,11 +130,12 @@ class TrainStage:
         dropout: DropoutStep | None = None,
     ) -> None:
         self.cfg, self.model, self.recipe, self.chunks = cfg, model, recipe, chunks
-        self.microbatches = microbatches
+        self.microbatches, self.counts = microbatches, counts
         self._inputs = _MicrobatchInputs(
             model, microbatches, len(chunks), cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout
         )
-        self.sums = StepSums(counts)
+        self.on_device = DeviceSums()
+        self._routers: dict[tuple[int, int], RouterStats] = {}
         self._after_backward = after_backward
 
     def forward(
@@ -122,12 +144,11 @@ class TrainStage:
         """(output for the next stage, or None from the last; this stage's share of the loss, or None)."""
         batch, inputs = self.microbatches[microbatch], self._inputs.of(chunk, microbatch)
         x_TD, routings = run_chunk(self.model, self.chunks[chunk], inputs, x_TD)
-        terms, stats = router_terms(self.cfg, self.model, routings)
-        for router, numbers in stats.items():
-            if router in self.sums.routers:
-                self.sums.routers[router].add(numbers)
-            else:
-                self.sums.routers[router] = numbers
+        terms, routed = router_terms(self.cfg, self.model, routings)
+        for router, (stats, on_device) in routed.items():
+            self._routers[router] = self._routers[router] + stats if router in self._routers else stats
+            for name, value in on_device.items():
+                self.on_device.add(_RouterSum(router, name), value)
         if not _is_last(self.model, self.chunks, chunk):
             return x_TD, self._share(terms)
         return None, self._share(self.recipe.head_terms(self.model, x_TD, inputs, batch) | terms)
@@ -144,17 +165,25 @@ class TrainStage:
         """The terms over the step's counts, weighted and added up."""
         shares = []
         for name, term in terms.items():
-            mean = term.total / max(self.sums.counts[term.divisor], 1.0)
-            if term.weight is None:
-                self.sums.metrics[name] += mean.item()
-                continue
-            shares.append(mean * term.weight)
-            self.sums.terms[name] += mean.item()
+            mean = term.total / max(self.counts[term.divisor], 1.0)
+            self.on_device.add(_TermMean(name, is_loss=term.weight is not None), mean)
+            if term.weight is not None:
+                shares.append(mean * term.weight)
         if not shares:
             return None
         loss = paddle.add_n(shares)
-        self.sums.loss += loss.item()
+        self.on_device.add(_LOSS, loss)
         return loss
+
+    def sums(self, fetched: Mapping[Hashable, np.ndarray]) -> StepSums:
+        """This process's sums, once `on_device` has been fetched."""
+        sums = StepSums(self.counts, loss=float(fetched.get(_LOSS, 0.0)), routers=self._routers)
+        for key, value in fetched.items():
+            if isinstance(key, _TermMean):
+                (sums.terms if key.is_loss else sums.metrics)[key.name] = float(value)
+            elif isinstance(key, _RouterSum):
+                sums.routers[key.router].set_sum(key.name, float(value))
+        return sums
 
 
 # Takes a microbatch's number, the last layer's output [T, D], and the inputs of the pass.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import paddle
 
 from erniekit import lora
@@ -20,11 +19,11 @@ from erniekit.training.forward_backward import forward_pass
 
 
 class Reference(Protocol):
-    """Gives the log-probabilities [2, N] fp32 (chosen, rejected) of each microbatch's N pairs; on stages without the
-    head, zeros. Every rank asks at the same time.
+    """Gives the log-probabilities [2, N] fp32 (chosen, rejected) of each microbatch's N pairs, on the device; on stages
+    without the head, zeros. Every rank calls it at the same time.
     """
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]: ...
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]: ...
 
 
 def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: FlatBatch, most: int) -> paddle.Tensor:
@@ -44,20 +43,18 @@ class ForwardPass:
     chunks: Sequence[Sequence[int]]
     most: int
 
-    def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+    def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
-        found = [
-            np.zeros((2, 0 if batch.pairs is None else len(batch.pairs.chosen)), np.float32) for batch in microbatches
-        ]
+        log_probs = [paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = model.enter_head(model.model.norm(x_TD))
             if microbatches[number].pairs is not None:
                 sums = pair_log_probs(model, hidden, microbatches[number], self.most)
-                found[number] = sums.numpy().reshape([2, -1])
+                log_probs[number] = sums.detach().reshape([2, -1])
 
         forward_pass(model, self.mesh, self.chunks, microbatches, note)
-        return found
+        return log_probs
 
 
 class SecondModel:
@@ -68,7 +65,7 @@ class SecondModel:
         for parameter in model.parameters():
             parameter.stop_gradient = True
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         return self._forward.log_probs(self.model, microbatches)
 
@@ -86,7 +83,7 @@ class AdapterOff:
     def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
         self._model, self._forward = model, forward
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         with lora.disabled(self._model):
             return self._forward.log_probs(self._model, microbatches)

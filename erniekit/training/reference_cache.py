@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 from erniekit.checkpoint.safetensors import WEIGHT_FILE
 from erniekit.config.schema import Config
@@ -35,7 +36,7 @@ _VERSION = 1
 _KEY_BYTES = 16
 _READ = 1 << 24  # bytes of a weight file hashed at a time
 Table = dict[str, tuple[float, float]]  # a pair's hash -> log-probabilities of chosen and rejected
-LogProbs = Callable[[Sequence[FlatBatch]], list[np.ndarray]]  # see reference.Reference
+LogProbs = Callable[[Sequence[FlatBatch]], list[paddle.Tensor]]  # see reference.Reference
 
 
 class CachedReference:
@@ -44,11 +45,11 @@ class CachedReference:
     def __init__(self, table: Table, path: Path) -> None:
         self._table, self._path = table, path
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[np.ndarray]:
+    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
         """See reference.Reference. Raises CheckpointError for a pair that the file does not know."""
         return [self._of(batch) for batch in microbatches]
 
-    def _of(self, batch: FlatBatch) -> np.ndarray:
+    def _of(self, batch: FlatBatch) -> paddle.Tensor:
         keys = pair_keys(batch)
         unknown = [i for i, key in enumerate(keys) if key not in self._table]
         if unknown:
@@ -57,7 +58,7 @@ class CachedReference:
                 f"ref_logps_cache: {self._path} knows nothing of {where}: the data changed while the run went on. "
                 "Start the run again: it goes on from the newest checkpoint and computes what is missing."
             )
-        return np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T
+        return paddle.to_tensor(np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T)
 
 
 def pair_keys(batch: FlatBatch) -> list[str]:

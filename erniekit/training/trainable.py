@@ -19,8 +19,8 @@ from erniekit.data.chat.template import Template
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.quantize import num_held
+from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.nn.shard import WHOLE
-from erniekit.precision.policy import stays_fp32
 from erniekit.utils import log
 
 
@@ -81,7 +81,7 @@ def prepare_save(
     model_dir, tokenizer_dir = sources
     state = lora.state_of(model)
     if state is None:
-        header = _header_of(tensors)
+        header = _header_of(model, tensors)
         portion = model_rank_files(model, shares, format, tensors, directory, header)
 
         def add_files(checkpoint: Path) -> None:
@@ -103,7 +103,8 @@ def prepare_save(
     return [], add_adapter
 
 
-def _header_of(tensors: Mapping[str, paddle.Tensor]) -> str:
+def _header_of(model: CausalLM, tensors: Mapping[str, paddle.Tensor]) -> str:
     """The dtype of weight files that lose nothing: that of the weights, whose fp32 masters go with the optimizer."""
-    kept = {tensor.dtype for name, tensor in tensors.items() if not stays_fp32(name)}
+    roles = named_roles(model)
+    kept = {tensor.dtype for name, tensor in tensors.items() if roles[name] not in FP32_ROLES}
     return "BF16" if kept == {paddle.bfloat16} else "F32"

@@ -3,14 +3,15 @@
 import math
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 
 from erniekit.data.batch import Batch
 from erniekit.models.weights import num_parameters
-from erniekit.moe.balance import update_bias
+from erniekit.moe.balance import update_biases
+from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
@@ -28,6 +29,15 @@ from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
 from erniekit.utils.user_files import read_json_object
+
+# Keys of what is fetched together with a stage's sums.
+_SQUARES = "squared norms of the gradients"
+
+
+class _Bias(NamedTuple):
+    """The correction biases of a sparse layer's routers."""
+
+    layer: int
 
 
 class Trainer:
@@ -155,21 +165,21 @@ class Trainer:
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         microbatches = self.run.recipe.prepare([flatten(batch, self.run.token_multiple) for batch in batches])
-        sums = self._forward_backward(microbatches)
+        stage = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
-        norm = sync.global_norm()
+        sums, norm, biases = self._fetch(stage)
         self._require_finite(sums.loss, norm, sync.gradients(), microbatches)
         sync.clip(norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
         self.run.optimizer.step(learning_rate)
         self.run.optimizer.clear_grad()
         if self.run.update_router_bias:
-            for (layer, modality), stats in sums.routers.items():
-                moe = self.run.model.model.layers[layer].mlp
-                update_bias(moe, modality, stats.usage, self.cfg.moe_use_aux_free_update_coef)
+            usages = {router: stats.usage for router, stats in sums.routers.items()}
+            changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
+            biases = {layer: bias + changes[layer] for layer, bias in biases.items()}
         if self.run.average is not None:
             self.run.average.update()
-        routers = self._router_records(sums)
+        routers = self._router_records(sums, biases)
         num_tokens = int(sums.counts["tokens"])
         self.state.step += 1
         self.run.recipe.after_step(self.state.step)
@@ -187,7 +197,7 @@ class Trainer:
             sent=comm.traffic.take(),
         )
 
-    def _forward_backward(self, microbatches: list[FlatBatch]) -> StepSums:
+    def _forward_backward(self, microbatches: list[FlatBatch]) -> TrainStage:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
@@ -199,15 +209,35 @@ class Trainer:
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         sync.finish()
-        return global_sums(stage.sums, mesh)
+        return stage
 
-    def _router_records(self, sums: StepSums) -> dict[str, dict[str, Any]]:
+    def _fetch(self, stage: TrainStage) -> tuple[StepSums, float, dict[int, np.ndarray]]:
+        """The step's sums over all ranks, the gradients' norm, and the correction bias of each sparse layer's routers.
+
+        This is the host's only wait for what the step computed (beside what dropless experts and several ranks need):
+        between the backward pass and the optimizer, because a loss or a norm that is not finite must stop the run
+        before the update.
+        """
+        sync = self.run.optimizer.sync
+        stage.on_device.add(_SQUARES, sync.squared_norms())
+        for number, layer in self._sparse_layers().items():
+            stage.on_device.add(_Bias(number), layer.moe_statics.e_score_correction_bias)
+        fetched = stage.on_device.fetch()
+        biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
+        sums = global_sums(stage.sums(fetched), self.run.mesh)
+        return sums, sync.global_norm(fetched[_SQUARES]), biases
+
+    def _sparse_layers(self) -> dict[int, MoELayer]:
+        """The sparse layers of this process by number."""
+        layers = self.run.model.model.layers
+        return {number: layers[number].mlp for number in layers.numbers if layers[number].sparse}
+
+    def _router_records(self, sums: StepSums, biases: dict[int, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Each router's numbers and its experts' loads, by "layer" or "layer.vision"; those of every stage."""
         records = {}
         for (layer, modality), stats in sums.routers.items():
-            bias = self.run.model.model.layers[layer].mlp.moe_statics.e_score_correction_bias.numpy()[modality]
             name = f"{layer}.vision" if modality else str(layer)
-            records[name] = stats.record(bias) | {"load": stats.usage.tolist()}
+            records[name] = stats.record(biases[layer][modality]) | {"load": stats.usage.tolist()}
         return {k: v for part in comm.gather_objects(records, self.run.mesh.pipe_group) for k, v in part.items()}
 
     def _require_finite(

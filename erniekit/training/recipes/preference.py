@@ -18,6 +18,7 @@ from erniekit.training.recipes.base import Term
 from erniekit.training.reference import ForwardPass, Reference, SecondModel, pair_log_probs
 from erniekit.training.trainable import trained_tensors
 from erniekit.utils import log
+from erniekit.utils.device_sums import DeviceSums
 
 
 class PreferenceRecipe:
@@ -49,10 +50,7 @@ class PreferenceRecipe:
         prepared = list(microbatches)
         if self.reference is not None:
             found = self.reference.log_probs(prepared)
-            prepared = [
-                batch if batch.pairs is None else replace(batch, pairs=replace(batch.pairs, reference=log_probs))
-                for batch, log_probs in zip(prepared, found, strict=True)
-            ]
+            prepared = [replace(batch, reference=log_probs) for batch, log_probs in zip(prepared, found, strict=True)]
         if self.cfg.loss_type == "kto_pair":
             self._kl = self._measure_kl(prepared)
         return prepared
@@ -109,24 +107,28 @@ class PreferenceRecipe:
 
     def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
-        totals = np.zeros(3)
+        sums, num_pairs = DeviceSums(), 0
         for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
             if batch.pairs is None:
                 continue
             lengths = _halves(paddle.to_tensor(_lengths(batch)))
             ratios = log_ratios(
-                *map(paddle.to_tensor, found),
+                *found,
                 *_reference(batch),
                 loss_type=self.cfg.loss_type,
                 reference_free=self.cfg.reference_free,
                 normalize_logps=self.cfg.normalize_logps,
                 lengths=lengths,
             )
-            totals += [ratios.c.sum().item(), ratios.r.sum().item(), found.shape[1]]
+            sums.add("chosen", ratios.c.sum())
+            sums.add("rejected", ratios.r.sum())
+            num_pairs += found.shape[1]
+        # A read before the step's passes: every rank's pairs are needed for what their loss contains.
+        fetched = sums.fetch()
+        totals = np.array([fetched.get("chosen", 0.0), fetched.get("rejected", 0.0), num_pairs], np.float64)
         chosen, rejected, count = comm.sum_floats(totals, self._forward.mesh.data_group).tolist()
-        means = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
-        kl_chosen, kl_rejected = (paddle.to_tensor(mean, dtype="float32") for mean in means)
-        return kl_chosen, kl_rejected
+        kl_chosen, kl_rejected = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
+        return paddle.full([], kl_chosen, "float32"), paddle.full([], kl_rejected, "float32")
 
 
 def _nothing(model: CausalLM, normed_TD: paddle.Tensor) -> paddle.Tensor:
@@ -150,8 +152,6 @@ def _lengths(batch: FlatBatch) -> np.ndarray:
 
 
 def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-    assert batch.pairs is not None
-    if batch.pairs.reference is None:
+    if batch.reference is None:
         return None, None
-    chosen, rejected = batch.pairs.reference
-    return paddle.to_tensor(chosen), paddle.to_tensor(rejected)
+    return batch.reference[0], batch.reference[1]

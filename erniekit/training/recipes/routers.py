@@ -13,9 +13,9 @@ from erniekit.training.recipes.base import Term
 
 def router_terms(
     cfg: Config, model: CausalLM, routings: Routings
-) -> tuple[dict[str, Term], dict[tuple[int, int], RouterStats]]:
+) -> tuple[dict[str, Term], dict[tuple[int, int], tuple[RouterStats, dict[str, paddle.Tensor]]]]:
     """Terms "router_balance", "router_z", "router_orthogonal": sums over routers of the losses whose coefficient is not
-    0; and each router's own numbers. A frozen router has no loss.
+    0; and each router's own numbers (moe.stats.measure). A frozen router has no loss.
     """
     totals: dict[str, list[paddle.Tensor]] = {}
     stats = {}

@@ -11,6 +11,7 @@ from erniekit import lora
 from erniekit.lora.layers import LinearAdapter, Slot
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.linear import Linear
+from erniekit.nn.norm import RMSNorm
 from erniekit.utils.errors import ConfigError
 
 IDS = np.arange(20).reshape(2, 10) * 3 % 61
@@ -69,7 +70,7 @@ def test_a_divided_start_is_a_share_of_the_whole_one() -> None:
     class Holder(paddle.nn.Layer):
         def __init__(self, num_in: int) -> None:
             super().__init__()
-            self.norm = paddle.nn.LayerNorm(4)
+            self.norm = RMSNorm(4, 1e-5)
             self.down_proj = Linear(num_in, 6, split="row")
 
     def a_of(num_in: int, share: tuple[int, int]) -> np.ndarray:

@@ -1,12 +1,16 @@
 """Which chunk of a stage reaches a parameter; what the model does not have is refused before a weight is read."""
 
+import paddle
 import pytest
+from support import tiny_models
 from support.source_tree import REPOSITORY
 
 from erniekit.build import check_lora
 from erniekit.config import load
 from erniekit.models.config import ModelConfig
-from erniekit.models.pipeline_layout import check_layout, chunk_of, layout_lines
+from erniekit.models.decoder import CausalLM
+from erniekit.models.pipeline_layout import check_layout, layout_lines, parameter_chunks
+from erniekit.nn.shard import RankShard
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.utils.errors import ConfigError
 
@@ -26,7 +30,14 @@ FIRST, LAST = [(0, 1), (4, 5)], [(2, 3), (6, 7)]  # two stages of two chunks
     ],
 )
 def test_a_parameter_belongs_to_the_chunk_whose_backward_pass_reaches_it(name, chunks, chunk):
-    assert chunk_of(name, chunks) == chunk
+    layers = tuple(layer for held in chunks for layer in held)
+    config = ModelConfig.from_dict(
+        tiny_models.MOE | {"num_hidden_layers": 8, "tie_word_embeddings": "embed" in name and chunks == LAST}
+    )
+    shard = RankShard(layers=layers, has_embedding=0 in layers, has_head=7 in layers)
+    with paddle.LazyGuard():
+        model = CausalLM(config, shard)
+    assert parameter_chunks(model, chunks)[name] == chunk
 
 
 TRAIN = {"model_name_or_path": "m", "train_dataset_path": "a.jsonl", "output_dir": "o", "recompute": True}

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.moe.balance import update_bias
+from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
 from erniekit.moe.router import RouterOptions, choose, route, within_capacity
 from erniekit.moe.stats import measure
@@ -99,7 +99,7 @@ def test_text_alone_runs_nothing_of_vision(two: MoELayer):
 
 
 def test_each_modality_has_its_own_bias(two: MoELayer):
-    update_bias(two, 1, np.array([9, 1, 1, 1]), 0.01)
+    update_biases({0: two}, {(0, 1): np.array([9, 1, 1, 1])}, 0.01)
     bias = two.moe_statics.e_score_correction_bias.numpy()
     assert not bias[0].any()
     np.testing.assert_allclose(bias[1], [-0.01, 0.01, 0.01, 0.01])
@@ -108,8 +108,12 @@ def test_each_modality_has_its_own_bias(two: MoELayer):
 def test_what_is_logged_of_a_router():
     moe = layer(RouterOptions(2))
     _, decided = moe(tensor(RNG.normal(size=(10, 6))), TokenInfo([10]))
-    stats = measure(decided[0], {"router_z": paddle.to_tensor(20.0)})
-    stats.add(measure(decided[0], {"router_z": paddle.to_tensor(40.0)}))
+    (first, on_device), (second, more) = (
+        measure(decided[0], {"router_z": paddle.to_tensor(loss)}) for loss in (20.0, 40.0)
+    )
+    stats = first + second
+    for name in on_device:
+        stats.set_sum(name, on_device[name].item() + more[name].item())
     record = stats.record(np.array([-0.5, 0.0, 0.0, 0.25]))
     probs = decided[0].routing.probs.numpy()
     usage = np.bincount(decided[0].routing.experts.numpy().reshape(-1), minlength=4)

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.moe.balance import update_bias
+from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
 from erniekit.moe.losses import load_balance_loss, router_orthogonal_loss, router_z_loss
 from erniekit.moe.router import RouterOptions
@@ -90,15 +90,17 @@ def layer():
 
 def test_the_bias_moves_against_the_load():
     moe = layer()
-    update_bias(moe, 0, np.array([10, 2, 6, 6]), 0.001)
-    update_bias(moe, 0, np.array([10, 2, 6, 6]), 0.001)
-    np.testing.assert_allclose(moe.moe_statics.e_score_correction_bias.numpy()[0], [-0.002, 0.002, 0, 0], atol=1e-9)
+    usages = {(3, 0): np.array([10, 2, 6, 6])}
+    first, second = (update_biases({3: moe}, usages, 0.001) for _ in range(2))
+    bias = moe.moe_statics.e_score_correction_bias.numpy()
+    np.testing.assert_allclose(bias[0], [-0.002, 0.002, 0, 0], atol=1e-9)
+    assert (first[3] + second[3]).tobytes() == bias.tobytes()
 
 
 def test_a_frozen_router_keeps_its_bias():
     moe = layer()
     moe.gate.weight.stop_gradient = True
-    update_bias(moe, 0, np.array([10, 2, 6, 6]), 0.001)
+    assert not update_biases({3: moe}, {(3, 0): np.array([10, 2, 6, 6])}, 0.001)[3].any()
     assert not moe.moe_statics.e_score_correction_bias.numpy().any()
 
 
@@ -114,7 +116,7 @@ def test_the_bias_balances_a_skewed_router():
 
     before = usage()
     for _ in range(300):
-        update_bias(moe, 0, usage(), 0.005)
+        update_biases({3: moe}, {(3, 0): usage()}, 0.005)
     after = usage()
     assert before.max() / before.mean() > 1.5
     assert after.max() / after.mean() < 1.15

@@ -3,11 +3,14 @@
 import numpy as np
 import paddle
 import pytest
+from support.host_reads import counted
 from support.optimizer_state import state_arrays
+from support.tiny_models import tiny_model
 
 from erniekit.config import Config
+from erniekit.lora import LoraOptions, attach
 from erniekit.parallel.grad_sync import GradientSync
-from erniekit.training.adamw import AdamW, ParamRule, layer_depth, rule_for
+from erniekit.training.adamw import AdamW, ParamRule, parameter_rules
 
 
 def parameter(values):
@@ -100,42 +103,68 @@ def test_frozen_parameters_have_no_state():
     assert adamw(p, {"w": ParamRule(1.0, 0.0)}).state == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "depth"),
-    [
-        ("model.embed_tokens.weight", 0),
-        ("model.layers.0.mlp.down_proj.weight", 1),
-        ("model.layers.11.input_layernorm.weight", 12),
-        ("model.norm.weight", 13),
-        ("model.mtp_block.0.mlp.down_proj.weight", 13),
-        ("lm_head.weight", 14),
-    ],
-)
-def test_depth_grows_from_the_embedding_to_the_head(name, depth):
-    assert layer_depth(name, num_layers=12) == depth
+def rules(kind, cfg, lora=False, **changes):
+    """The rules of a tiny model by parameter, if asked with adapters."""
+    model = tiny_model(kind, **changes)
+    if lora:
+        attach(model, LoraOptions(rank=2, dora=kind == "dense"))
+    return parameter_rules(model, cfg)
 
 
-def test_layerwise_rates_run_from_the_bound_to_one():
-    cfg = Config(layerwise_lr_decay_bound=0.5)
-    ratios = [
-        rule_for(n, cfg, 12).lr_ratio for n in ("model.embed_tokens.weight", "model.layers.6.x", "lm_head.weight")
-    ]
-    assert ratios == pytest.approx([0.5, 0.75, 1.0])
+def test_layerwise_rates_grow_from_the_embedding_to_the_head():
+    found = rules(
+        "dense",
+        Config(layerwise_lr_decay_bound=0.5),
+        tie_word_embeddings=False,
+        num_hidden_layers=4,
+        num_nextn_predict_layers=1,
+    )
+    depths = {
+        "model.embed_tokens.weight": 0,
+        "model.layers.0.mlp.down_proj.weight": 1,
+        "model.layers.3.input_layernorm.weight": 4,
+        "model.norm.weight": 5,
+        "model.mtp_block.0.mlp.down_proj.weight": 5,
+        "model.mtp_emb_norm.0.weight": 5,
+        "lm_head.weight": 6,
+    }
+    assert {name: found[name].lr_ratio for name in depths} == {
+        name: 0.5 + 0.5 * depth / 6 for name, depth in depths.items()
+    }
 
 
-def test_norms_and_biases_are_not_decayed_and_every_gate_has_its_own_rate():
-    cfg = Config(weight_decay=0.1, moe_gate_lr_ratio=0.01)
-    assert rule_for("model.layers.3.input_layernorm.weight", cfg, 4).weight_decay == 0.0
-    assert rule_for("model.layers.3.self_attn.qkv_proj.bias", cfg, 4).weight_decay == 0.0
-    assert rule_for("model.embed_tokens.weight", cfg, 4).weight_decay == 0.1
-    for layer in range(4):
-        assert rule_for(f"model.layers.{layer}.mlp.gate.weight", cfg, 4).lr_ratio == 0.01
-    assert rule_for("model.layers.0.mlp.up_gate_proj.weight", cfg, 4).lr_ratio == 1.0
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_norms_biases_and_magnitudes_are_not_decayed(kind, lora):
+    found = rules(kind, Config(weight_decay=0.1), lora, use_bias=True, tie_word_embeddings=False)
+    plain = {name for name, rule in found.items() if rule.weight_decay == 0.0}
+    assert plain == {name for name in found if "norm" in name or name.endswith("bias") or ".magnitude" in name}
+    assert {rule.weight_decay for rule in found.values()} == {0.0, 0.1}
+    assert any(".magnitude" in name for name in plain) == (lora and kind == "dense")
 
 
-def test_an_adapters_factors_have_their_own_rates_and_its_magnitude_no_decay():
-    cfg = Config(weight_decay=0.1, lora_plus_scale=4.0)
-    prefix = "model.layers.0.self_attn.qkv_proj.adapter."
-    rules = {own: rule_for(prefix + own, cfg, 4) for own in ("A_q", "B_q", "magnitude_q")}
-    assert {own: rule.lr_ratio for own, rule in rules.items()} == {"A_q": 1.0, "B_q": 4.0, "magnitude_q": 1.0}
-    assert {own: rule.weight_decay for own, rule in rules.items()} == {"A_q": 0.1, "B_q": 0.1, "magnitude_q": 0.0}
+def test_routers_and_second_factors_have_their_own_rates():
+    found = rules("moe", Config(moe_gate_lr_ratio=0.01, lora_plus_scale=4.0), lora=True)
+    assert {name for name, rule in found.items() if rule.lr_ratio == 0.01} == {"model.layers.1.mlp.gate.weight"}
+    fast = {name for name, rule in found.items() if rule.lr_ratio == 4.0}
+    assert (
+        fast == {name for name in found if ".adapter.B" in name}
+        and "model.layers.1.mlp.experts.down_proj.adapter.B" in fast
+    )
+    assert {rule.lr_ratio for rule in found.values()} == {0.01, 1.0, 4.0}
+
+
+def test_rates_of_one_ratio_are_one_tensor_a_step_and_nothing_is_uploaded():
+    parameters = [(name, parameter([1.0, 2.0])) for name in "abc"]
+    optimizer = AdamW(
+        GradientSync.single(parameters),
+        {name: ParamRule(0.5 if name == "c" else 1.0, 0.0) for name in "abc"},
+        0.9,
+        0.95,
+        1e-8,
+    )
+    for _, p in parameters:
+        give_gradient(p, [1.0, -1.0])
+    with counted() as transfers:
+        optimizer.step(1e-2)
+    assert not transfers.reads and not transfers.uploads

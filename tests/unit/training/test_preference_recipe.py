@@ -203,7 +203,7 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     (found,) = reference.log_probs([batch_of([2], [0])])
     assert found.tolist() == [[-3.0, 0.0], [-2.25, -2.25]]
     (nothing,) = reference.log_probs([flatten(collate([], 0))])
-    assert nothing.shape == (2, 0)
+    assert nothing.shape == [2, 0]
     del table[pair_keys(batch_of([1]))[0]]
     with pytest.raises(CheckpointError, match="knows nothing of a:1"):
         reference.log_probs([batch_of([0, 1])])

@@ -1,0 +1,49 @@
+"""What a parameter is for. Each layer declares it for its own parameters; precision, optimizer, freezing and the random
+start ask for it, so that nothing is guessed from names.
+"""
+
+from enum import Enum, auto
+
+from paddle import nn
+
+
+class Role(Enum):
+    """The role of a parameter or buffer; every one has exactly one."""
+
+    PROJECTION = auto()  # the matrix of a linear layer, or the stack of matrices of a layer's experts
+    EMBEDDING = auto()
+    HEAD = auto()  # the output head's matrix where it is not the embedding
+    NORM = auto()  # the gain of a normalisation
+    BIAS = auto()
+    ROUTER = auto()  # the matrix that gives the experts' scores
+    ROUTER_BIAS = auto()  # a router's correction bias: state that no gradient trains
+    ADAPTER_A = auto()  # LoRA's first factor
+    ADAPTER_B = auto()  # LoRA's second factor, which starts at zero
+    SCALE = auto()  # a learnt length or scale, such as DoRA's magnitude
+
+
+# In fp32 whatever the model's dtype: rounded to 16 bits, they would send tokens to other experts.
+FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
+
+
+class DeclaresRoles(nn.Layer):
+    """A layer with parameters or buffers of its own."""
+
+    def roles(self) -> dict[str, Role]:
+        """The role of each own parameter and buffer by its own name; it may name some that this instance lacks."""
+        raise NotImplementedError(type(self).__name__)
+
+
+def named_roles(model: nn.Layer) -> dict[str, Role]:
+    """The role of every parameter and buffer of `model` by its name in the model. A parameter without a declared role
+    is an error of the layer's author, and an assertion.
+    """
+    roles = {}
+    for prefix, layer in model.named_sublayers(include_self=True):
+        own = [name for name, _ in layer.named_parameters(include_sublayers=False)]
+        own += [name for name, _ in layer.named_buffers(include_sublayers=False)]
+        declared = layer.roles() if isinstance(layer, DeclaresRoles) else {}
+        for name in own:
+            assert name in declared, f"{type(layer).__name__} declares no role for its parameter {name} ({prefix})"
+            roles[f"{prefix}.{name}" if prefix else name] = declared[name]
+    return roles
