@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from erniekit.config import pointless
 from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
-from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, check_schedule, describe, plan
 from erniekit.parallel.pipeline_split import cut, layer_costs
 from erniekit.utils.errors import ConfigError
+
+if TYPE_CHECKING:  # the agent plans a job without Paddle
+    from erniekit.models.decoder import CausalLM
 
 
 def schedule_of(cfg: Config) -> str:
@@ -83,7 +86,7 @@ def facts_of(config: ModelConfig, degrees: ParallelDims) -> Facts:
     return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
 
 
-def parameter_chunks(model: CausalLM, chunks: Sequence[Sequence[int]]) -> dict[str, int]:
+def parameter_chunks(model: "CausalLM", chunks: Sequence[Sequence[int]]) -> dict[str, int]:
     """The chunk of this process's stage that each parameter is reached by: its layer's, or the last for what stands
     behind the layers. The embedding belongs to the first chunk where tokens are looked up, to the last where the head
     shares it.
