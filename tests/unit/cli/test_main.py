@@ -11,6 +11,7 @@ from support.source_tree import REPOSITORY
 
 from erniekit.cli import main as cli
 from erniekit.cli.commands import COMMANDS
+from erniekit.utils import stop_signals
 from erniekit.utils.errors import ConfigError, DataError
 
 PYTHON = [sys.executable, "-m", "erniekit"]
@@ -205,7 +206,8 @@ def test_a_defect_shows_the_traceback_and_asks_for_a_report(command, capsys, err
     assert "This is a bug in erniekit, please report it with the lines above." in err
 
 
-def test_interrupted(command, capsys):
+def test_interrupted(command, capsys, monkeypatch):
+    monkeypatch.setattr(stop_signals, "_what_is_left", str)  # a run of an earlier test in this process has set it
     command(failing(KeyboardInterrupt()))
     assert cli.main(["train", "x.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
