@@ -22,7 +22,6 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.config.schema import Config
-from erniekit.config.values import split_patterns
 from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
@@ -150,8 +149,8 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
-        modules_to_save=split_patterns(cfg.modules_to_save),
+        targets=cfg.lora_target_modules or DEFAULT_TARGETS,
+        modules_to_save=cfg.modules_to_save,
         seed=cfg.seed,
     )
 

@@ -212,13 +212,20 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
         notes.append("recompute: not given, so True, because recompute_granularity is (PaddleFormers' rule)")
 
 
-def _complete_paths(values: dict[str, Any], extras: dict[str, Any], notes: list[str]) -> None:
+def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     """A file that names its training text only under text_dataset_path, beside an empty train_dataset_path."""
-    path = extras.get("text_dataset_path")
-    if path and not values.get("train_dataset_path") and not str(values.get("stage", "SFT")).startswith(("VL", "OCR")):
-        values["train_dataset_path"] = str(path)
-        values.setdefault("train_dataset_prob", str(extras.get("text_dataset_prob") or "") or None)
-        notes.append(f"train_dataset_path: empty, so {path}, because text_dataset_path is given")
+    text = state.extras.get("text_dataset_path")
+    if not text or values.get("train_dataset_path") or values.get("stage", "SFT").startswith(("VL", "OCR")):
+        return
+    for name in ("path", "prob"):
+        given = state.extras.get(f"text_dataset_{name}")
+        if given and given.value and f"train_dataset_{name}" not in values:
+            try:
+                values[f"train_dataset_{name}"] = coerce(_FIELDS[f"train_dataset_{name}"], given.value)
+            except ValueError as error:
+                state.problems.append(f"text_dataset_{name}: {error} ({given.place})")
+    if values.get("train_dataset_path"):
+        state.notes.append(f"train_dataset_path: empty, so {text.value}, because text_dataset_path is given")
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:
@@ -236,7 +243,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
     _complete_recompute(values, state.names, state.notes)
-    _complete_paths(values, {name: given.value for name, given in state.extras.items()}, state.notes)
+    _complete_paths(values, state)
     extras = tuple((name, given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
     places = {name: given.place for name, given in state.given.items()}

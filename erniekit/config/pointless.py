@@ -15,7 +15,6 @@ from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ExportArgs, GenerateArgs
-from erniekit.config.values import split_list
 
 TRAIN = ("train",)
 
@@ -140,12 +139,12 @@ _DATA_RULES = [
     ),
     Rule(
         "train_dataset_prob",
-        lambda c, f: c.mix_strategy == "concat" and len(split_list(c.train_dataset_path)) > 1,
+        lambda c, f: c.mix_strategy == "concat" and len(c.train_dataset_path) > 1,
         "mix_strategy: concat reads every data set once",
     ),
     Rule(
         "eval_dataset_prob",
-        lambda c, f: len(split_list(c.eval_dataset_path)) > 1,
+        lambda c, f: len(c.eval_dataset_path) > 1,
         "evaluation reads every data set once",
         DATA,
     ),

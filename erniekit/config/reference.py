@@ -30,8 +30,16 @@ class KeyEntry:
 def entry(field: "dataclasses.Field[Any]") -> KeyEntry:
     """The words about one key."""
     choices = ", ".join(choice or "nothing" for choice in field.metadata["choices"])
-    default = "not given" if field.default is None else "empty" if field.default in ("", ()) else f"{field.default}"
-    return KeyEntry(field.name, type_name(field), default, choices or limits(field), field.metadata["doc"])
+    return KeyEntry(field.name, type_name(field), _default(field), choices or limits(field), field.metadata["doc"])
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    """The default as a user would write it."""
+    if field.default is None:
+        return "not given"
+    if field.default in ("", ()):
+        return "empty"
+    return ",".join(f"{item:g}" for item in field.default) if isinstance(field.default, tuple) else f"{field.default}"
 
 
 def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:

@@ -1,42 +1,52 @@
 """Keys about the data: sources, lengths, packing, loading."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+from erniekit.config.values import split_shares, split_words
+
+# What a source's records may be (data/records/formats.py reads them), and other names for the same.
+DATASET_TYPES = ("erniekit", "messages", "sharegpt", "alpaca", "text", "chatml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
     """What is read, how it is mixed, cut, packed and loaded."""
 
-    train_dataset_type: str | None = key(
-        None, "Format of each training source, comma-separated: erniekit (when not given), messages...", many=True
+    group: ClassVar[str] = "data"
+
+    train_dataset_type: tuple[str, ...] = list_of(
+        str, "Format of each training source; empty: erniekit.", choices=DATASET_TYPES
     )
-    train_dataset_path: str | None = key(
-        None, "Training sources, comma-separated: files or directories.", many=True, path="commas"
+    train_dataset_path: tuple[str, ...] = list_of(str, "Training sources: files, directories or Hub names.", path=True)
+    train_dataset_prob: tuple[float, ...] = list_of(
+        float, "Share of each training source, summing to 1; empty: equal shares.", gt=0
     )
-    train_dataset_prob: str | None = key(
-        None, "Share of each training source, comma-separated, summing to 1; not given: equal shares.", many=True
+    eval_dataset_type: tuple[str, ...] = list_of(
+        str, "Format of each evaluation source; empty: erniekit.", choices=DATASET_TYPES
     )
-    eval_dataset_type: str | None = key(None, "Format of each evaluation source, as train_dataset_type.", many=True)
-    eval_dataset_path: str | None = key(
-        None, "Evaluation sources, comma-separated: files or directories.", many=True, path="commas"
+    eval_dataset_path: tuple[str, ...] = list_of(str, "Evaluation sources: files, directories or Hub names.", path=True)
+    eval_dataset_prob: tuple[float, ...] = list_of(
+        float, "Accepted, but not used: evaluation reads every source once.", gt=0
     )
-    eval_dataset_prob: str | None = key(None, "Taken, but unused: evaluation reads every source once.", many=True)
     dataset_type: str = key(
         "iterable",
         "iterable or map (the same here: order is fixed by the seed), or pretrain: token files (input_dir).",
         choices=("iterable", "map", "pretrain"),
     )
-    input_dir: str | None = key(
-        None,
+    input_dir: tuple[str, ...] = list_of(
+        str,
         'Token files (.bin and .idx) of dataset_type: pretrain: "weight prefix weight prefix ...", or prefixes alone.',
-        path="words",
+        split=split_words,
+        path=True,
     )
-    split: str = key(
-        "998,1,1",
+    split: tuple[float, ...] = list_of(
+        float,
         "dataset_type: pretrain: shares of the documents for training, evaluation and test, in the files' order.",
-        many=True,
+        (998.0, 1.0, 1.0),
+        split=split_shares,
+        ge=0,
     )
     isolate_documents: bool = key(
         True, "dataset_type: pretrain: documents in a row never see one another; False: one segment, as in Megatron-LM."
@@ -76,5 +86,5 @@ class DataArgs:
     chat_template: str | None = key(
         None,
         "A built-in template's name or a .jinja file; not given: the model's own, else text; saved with the weights.",
-        path="one",
+        path=True,
     )

@@ -1,21 +1,24 @@
 """Keys about the model, its numbers and its experts."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """Which model, what is done with it, and in which precision."""
 
+    group: ClassVar[str] = "model"
+
     model_name_or_path: str | None = key(
-        None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path="one"
+        None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path=True
     )
     tokenizer_name_or_path: str | None = key(
         None,
         "The tokenizer's directory, or a Hub name; not given: the model's own. Saved with the weights.",
-        path="one",
+        path=True,
     )
     download_hub: str | None = key(
         None,
@@ -54,8 +57,8 @@ class ModelArgs:
     )
     use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
-    no_recompute_layers: tuple[int, ...] = key(
-        (), "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
+    no_recompute_layers: tuple[int, ...] = list_of(
+        int, "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
     )
     attention_probs_dropout_prob: float = key(
         0.0,
@@ -78,6 +81,8 @@ class ModelArgs:
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
     """Router losses and balancing; they do nothing in a dense model."""
+
+    group: ClassVar[str] = "mixture of experts"
 
     moe_aux_loss_lambda: float = key(1e-5, "Weight of the load-balancing loss.", ge=0)
     moe_z_loss_lambda: float = key(0.0, "Weight of the router z-loss.", ge=0)

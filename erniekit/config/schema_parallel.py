@@ -1,13 +1,16 @@
 """Keys about the processes that train together."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
     """Over how many processes the model and the data are divided. A degree of -1 is not asked for."""
+
+    group: ClassVar[str] = "parallel"
 
     tensor_parallel_degree: int = key(
         1, "Ranks that share every projection and, by whole experts, every sparse layer.", ge=1, off=-1
@@ -19,10 +22,12 @@ class ParallelArgs:
     virtual_pp_degree: int = key(
         1, "Pieces of the model on each stage; above 1 the pipeline is interleaved.", ge=1, off=-1
     )
-    pp_seg_method: str = key(
+    pp_seg_method: str | tuple[int, ...] = list_of(
+        int,
+        "How layers are divided: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
         "layer:DecoderLayer",
-        "Where the layers are cut: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
-        many=True,
+        or_word=True,
+        ge=0,
     )
     pipeline_schedule: str = key(
         "1f1b",

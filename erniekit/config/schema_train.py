@@ -1,6 +1,7 @@
 """Keys about the run: steps, evaluation, saving, logging, and the optimizer."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from erniekit.config.fields import key
 
@@ -8,6 +9,8 @@ from erniekit.config.fields import key
 @dataclass(frozen=True, kw_only=True)
 class TrainArgs:
     """How long to train, when to evaluate and save, and where the results go."""
+
+    group: ClassVar[str] = "train"
 
     do_train: bool = key(True, "Train (ERNIEKit's default is False, with which `train` would do nothing).")
     do_eval: bool = key(False, "Evaluate at the end; True by itself when evaluation_strategy is steps or epoch.")
@@ -45,13 +48,13 @@ class TrainArgs:
         None, "Stop after this many evaluations without a new best; null: never.", ge=1
     )
     logging_steps: int = key(1, "Steps from one log line to the next (ERNIEKit: 500, silent in short runs).", ge=1)
-    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path="one")
+    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path=True)
     report_to: str = key(
         "none",
         "Also log to visualdl or tensorboard; metrics.jsonl and loss.png are always written.",
         choices=("none", "visualdl", "tensorboard"),
     )
-    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path="one")
+    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path=True)
     overwrite_output_dir: bool = key(
         False,
         "Start from scratch although output_dir holds a run: its checkpoints, metrics and final model are removed. For "
@@ -61,7 +64,7 @@ class TrainArgs:
     resume_from_checkpoint: str = key(
         "auto",
         "auto: the newest whole checkpoint in output_dir, if any; none: never resume; or a checkpoint directory.",
-        path="one",
+        path=True,
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
@@ -77,6 +80,8 @@ class TrainArgs:
 @dataclass(frozen=True, kw_only=True)
 class OptimArgs:
     """The optimizer, the learning rate over time, and what is added to the loss."""
+
+    group: ClassVar[str] = "optimizer"
 
     optim: str = key(
         "adamw",

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-import yaml
-
 from erniekit.utils.errors import ConfigError
 
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
@@ -63,10 +61,10 @@ def cut(
 
     "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
     "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
-    "[0,29,57]", "0,29,57", list  where each piece starts, and the end: in layers (the end is num_layers), or as
+    (0, 29, 57)                   where each piece starts, and the end: in layers (the end is num_layers), or as
                                   ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
 
-    Raises ConfigError for another method, for fewer layers than pieces, and for a list that does not fit.
+    Raises ConfigError for fewer layers than pieces, and for a list that does not fit.
     """
     if num_layers < pieces:
         raise ConfigError(
@@ -75,37 +73,20 @@ def cut(
         )
     if not isinstance(method, str):
         return _by_list(num_layers, pieces, list(method))
-    text = method.strip()
-    if text.startswith("[") or text[:1].isdigit():  # a YAML list comes here joined by commas
-        return _by_list(num_layers, pieces, _parse(text if text.startswith("[") else f"[{text}]"))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
         return _balanced(pieces, costs)
-    if method in ("", "uniform") or method.startswith("layer:"):
-        sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
-        return _between([0, *accumulate(sizes)])
-    raise ConfigError(
-        f'pp_seg_method: {method!r} is not known. Use "layer:DecoderLayer" (as many layers each), '
-        '"balanced" (by cost), or the places of the cuts, such as "[0,14,28]"'
-    )
+    assert method in ("", "uniform") or method.startswith("layer:"), method  # config/checks.py refuses others
+    sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
+    return _between([0, *accumulate(sizes)])
 
 
 def _between(bounds: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(range(start, end)) for start, end in pairwise(bounds)]
 
 
-def _parse(method: str) -> list[object]:
-    try:
-        return list(yaml.safe_load(method))
-    except (yaml.YAMLError, TypeError):
-        raise ConfigError(f'pp_seg_method: {method!r} is not a list of whole numbers such as "[0,14,28]"') from None
-
-
-def _by_list(num_layers: int, pieces: int, bounds: list[object]) -> list[tuple[int, ...]]:
-    where = f"pp_seg_method: {bounds}"
-    numbers = [bound for bound in bounds if isinstance(bound, int)]
-    if len(numbers) != len(bounds):
-        raise ConfigError(f"{where} must be a list of whole numbers")
+def _by_list(num_layers: int, pieces: int, numbers: list[int]) -> list[tuple[int, ...]]:
+    where = f"pp_seg_method: {numbers}"
     if len(numbers) != pieces + 1:
         raise ConfigError(
             f"{where} names {len(numbers) - 1} pieces, but pipeline_parallel_degree x virtual_pp_degree is {pieces}, "
