@@ -35,7 +35,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
 from erniekit.precision.weight_only import Schemes
-from erniekit.utils import log
+from erniekit.utils import log, runtime
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ class PreparedModel:
             mesh: the ranks that share the model.
             chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
         """
+        runtime.ensure_threads()
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks

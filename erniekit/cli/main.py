@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         runtime.require_utf8()
     streams.prepare()
+    runtime.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:

@@ -218,7 +218,7 @@ def test_a_reference_free_run_has_none(pairs):
     ("keys", "error", "message"),
     [
         ({"loss_type": "exo"}, ConfigError, "label_smoothing: loss_type: exo needs a value above 0"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "label_smoothing: loss_type: hinge has no label smoothing"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "loss_type: hinge has no label smoothing"),
         ({"loss_type": "sigmod"}, ConfigError, "loss_type: expected one of sigmoid"),
         ({"offset_alpha": 1.0, "loss_type": "ipo"}, ConfigError, "offset_alpha: only loss_type: sigmoid has an offset"),
         (

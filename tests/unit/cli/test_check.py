@@ -113,7 +113,7 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
         ({"model_name_or_path": "no/such/model"}, "model_name_or_path: there is no file or directory"),
         ({"tensor_parallel_degree": 3}, "tensor_parallel_degree: 3 does not divide the model's 4 attention heads"),
         ({"pipeline_parallel_degree": 9}, "pipeline_parallel_degree: 9 stages need a layer each"),
-        ({"virtual_pp_degree": 2}, "one stage has nothing to interleave"),
+        ({"virtual_pp_degree": 2}, "there is one stage, and nothing to interleave"),
         ({"train_dataset_path": "no.jsonl"}, "train_dataset_path: there is no file or directory 'no.jsonl'"),
         ({"chat_template": "none-such"}, "chat_template: 'none-such' is neither a built-in template"),
         ({"max_seq_len": 4}, "none of 20 samples can be used"),
