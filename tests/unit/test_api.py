@@ -68,7 +68,8 @@ import numpy, paddle
 
 def state():
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    return dict(os.environ), handlers, signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.active_count(), sys.path[:]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return dict(os.environ), handlers, blocked, threading.active_count(), sys.path[:]
 
 thread_counts = []
 paddle.base.core.set_num_threads = thread_counts.append
