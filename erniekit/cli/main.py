@@ -123,12 +123,10 @@ def _function(command: Command) -> Callable[..., Any]:
 
 
 def _unknown(name: str) -> int:
-    import difflib
-
     from erniekit.cli import info
 
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"\nDid you mean: erniekit {nearest[0]}" if nearest else ""
+    nearest = info.nearest(name)
+    hint = f"\nDid you mean: erniekit {nearest}" if nearest else ""
     return _fail(f"Unknown command: {name}{hint}\n\n{info.usage()}", EXIT_USAGE)
 
 

@@ -390,6 +390,6 @@ def test_a_list_that_a_checkpoint_noted_is_the_same_list(as_earlier):
     saved = json.loads(json.dumps(resume.noted(cfg)))
     saved |= {name: keys[name] for name in LISTS} if as_earlier else {}
     resume.check_keys(saved, cfg, pathlib.Path("out/checkpoint-1"))
-    with pytest.raises(CheckpointError, match="lora_target_modules: .*q_proj.* there, .*o_proj.* here"):
+    with pytest.raises(CheckpointError, match=r"lora_target_modules: .*q_proj.* there, .*o_proj.* here"):
         changed = config.load(None, keys | {"lora_target_modules": "o_proj"}, "train")
         resume.check_keys(saved, changed, pathlib.Path("out/checkpoint-1"))
