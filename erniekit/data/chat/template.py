@@ -162,9 +162,14 @@ class Template:
         return ids, [*targets[1:], IGNORE]
 
     def prompt_ids(
-        self, messages: Messages, tools: Sequence[Any] | None = None, enable_thinking: bool | None = None
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Ids for generation to continue: the conversation so far and the generation prompt, as training has them.
+        Without `add_generation_prompt` only the conversation, its last answer included.
 
         `enable_thinking` reaches the template; None leaves the choice to the template. Raises DataError as encode_all.
         """
@@ -175,7 +180,7 @@ class Template:
         messages = self._plain(messages)
         self._check_shown(messages, tools)
         messages, tools, mark = self._guard(messages, tools)
-        prompt = self._render(messages, tools, True, variables)
+        prompt = self._render(messages, tools, add_generation_prompt, variables)
         ids: list[int] = []
         for turns in self._sequences(messages, tools, variables, strict=False)[-1:]:
             past = "".join(turn.prompt + turn.answer + turn.end for turn in turns)

@@ -139,4 +139,3 @@ def _clamp_ratio(width: int, height: int, factor: int) -> tuple[int, int]:
     short = max(factor, round(min(width, height) / factor) * factor)
     long = short * MAX_RATIO // factor * factor
     return (short, long) if height > width else (long, short)
-

@@ -48,7 +48,9 @@ class MediaReader:
         if isinstance(source, bytes | bytearray | memoryview):
             return _bounded(bytes(source), limit, "the bytes in the record")
         if not isinstance(source, str):
-            raise BadRecord(f"a media source must be a path, a URL or bytes, not {type(source).__name__}", "see the row")
+            raise BadRecord(
+                f"a media source must be a path, a URL or bytes, not {type(source).__name__}", "see the row"
+            )
         if source[:5].lower() == "data:":
             return _bounded(_decode_data_uri(source, limit), limit, "the data URI")
         if "://" in source[:10] and not source.lower().startswith("file://"):

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from support.tiny_directories import DEMO_MODEL
+from support.pictures import DEMO_MODEL
 
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.vision.template import VisionTemplate, load_vision_template
