@@ -10,7 +10,7 @@ import pytest
 from support.source_tree import REPOSITORY
 
 from erniekit.cli.commands import COMMANDS
-from erniekit.config import load, schema
+from erniekit.config import load, reference, schema
 from erniekit.utils.version import __version__
 from tools.make_doc_tables import BLOCKS, filled
 
