@@ -1,6 +1,7 @@
 """How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
 
 import dataclasses
+import difflib
 import operator
 import os
 import types
@@ -146,7 +147,9 @@ def _chosen(choices: Sequence[str], text: str) -> str:
     if not choices:
         return text
     named = ", ".join(choice or "'' (nothing)" for choice in choices)
-    raise ValueError(f"expected one of {named}, got {shown(text)}")
+    near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1)
+    hint = "".join(f"; did you mean {choice}?" for choice in choices if choice.lower() in near)
+    raise ValueError(f"expected one of {named}, got {shown(text)}{hint}")
 
 
 def _only(value: Any) -> Any:

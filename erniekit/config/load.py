@@ -63,6 +63,7 @@ class _State:
     names: set[str] = dataclasses.field(default_factory=set)  # every key with a value, as it was written
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    unknown: list[str] = dataclasses.field(default_factory=list)
     seen: set[str] = dataclasses.field(default_factory=set)  # every name that stands in a layer, also of null keys
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
@@ -143,7 +144,7 @@ class _State:
     @staticmethod
     def _is_other_word(name: str, entry: read.Entry, value: Any) -> bool:
         """Whether a key was given in another toolkit's word for its value."""
-        written = str(plain(entry.value)).lower()
+        written = str(entry.value).lower()  # of a bare word as it was written: no, not False
         return written in _FIELDS[name].metadata["words"] and written != str(value).lower()
 
     def _keep(self, target: dict[str, _Given], name: str, new: _Given) -> None:
@@ -165,19 +166,24 @@ class _State:
                 f"{entry.name}: no effect: an unknown key, let through as ALLOW_EXTRA_ARGS asks ({entry.place})"
             )
             return
+        self.unknown.append(entry.name)
         # To compare names takes a millisecond, and nobody reads the fiftieth hint.
         hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MOST_PROBLEMS else ""
         self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError with every problem found so far."""
+        advice = dialects.advice(self.unknown)
+        if advice:
+            self.problems.append(advice)
         if len(self.problems) == 1:
             raise ConfigError(self.problems[0])
         if self.problems:
             lines = "".join(f"\n  {problem}" for problem in self.problems[:_MOST_PROBLEMS])
             if len(self.problems) > _MOST_PROBLEMS:
                 lines += f"\n  and {len(self.problems) - _MOST_PROBLEMS} more"
-            raise ConfigError(f"{path or 'the command line'}: {len(self.problems)} problems:{lines}")
+            message = f"{path or 'the command line'}: {len(self.problems)} problems:{lines}"
+            raise ConfigError(message, self.problems)
 
 
 def _said(entry: read.Entry) -> str:

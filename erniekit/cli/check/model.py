@@ -15,7 +15,7 @@ from erniekit.checkpoint.model_dir import (
 from erniekit.checkpoint.model_reader import read_config
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.cli import launch
-from erniekit.cli.check.report import Report, Section
+from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -119,18 +119,16 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
     with section.collecting():
         facts.degrees = launch.degrees_of(cfg)
         if facts.config is None:
-            section.add("ok", f"{_processes(facts.degrees)}; whether they divide the model is not known")
+            processes = count_of(facts.degrees.world, "process", "processes")
+            section.add("ok", f"{processes}; whether the degrees divide the model is not known yet")
             return
         check_layout(cfg, facts.degrees, facts.config)
         if cfg.lora_target_modules or cfg.modules_to_save:
             _adapters(section, cfg, facts.config)
         if facts.degrees.world == 1:
-            rows = cfg.batch_size * cfg.gradient_accumulation_steps
-            section.add(
-                "ok",
-                f"one process; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} microbatches = "
-                f"{rows} rows",
-            )
+            rows = count_of(cfg.batch_size * cfg.gradient_accumulation_steps, "row")
+            microbatches = count_of(cfg.gradient_accumulation_steps, "microbatch", "microbatches")
+            section.add("ok", f"one process; a step takes {rows}: {microbatches} of {count_of(cfg.batch_size, 'row')}")
         for line in layout_lines(cfg, facts.config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
 
@@ -145,10 +143,6 @@ def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
         section.add("note", "lora_target_modules: not compared with the model: PaddlePaddle is not installed here")
         return
     check_lora(cfg, config)
-
-
-def _processes(degrees: ParallelDims) -> str:
-    return "one process" if degrees.world == 1 else f"{degrees.world} processes"
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:
@@ -166,6 +160,8 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
             return
         ends = ", ".join(_named(tokenizer, i) for i in template.trained_end_ids)
         section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
+    if section.has_errors:
+        facts.tokenizer = None  # nothing can be encoded, and the data says so only once
 
 
 def _named(tokenizer: Tokenizer, number: int) -> str:
