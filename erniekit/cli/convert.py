@@ -1,6 +1,7 @@
 """`erniekit convert`: change weights between the Hugging Face ("-PT") and the Paddle layout, in either direction."""
 
 import sys
+from typing import Literal
 
 from erniekit.cli import options
 from erniekit.config.values import to_bool, to_float
@@ -15,7 +16,7 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def parse(args: list[str]) -> tuple[str, str, str, float, bool]:
+def parse(args: list[str]) -> tuple[str, str, Literal["pt", "paddle"], float, bool]:
     """The source directory, the target directory, the layout, the shard size in GB, and whether another model may be
     replaced.
 

@@ -188,7 +188,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 def limits(field: "dataclasses.Field[Any]") -> str:
-    """The values that a number may have, in words ("at least 1 (or -1)"); empty where any will do."""
+    """The values that a number may have, as text ("at least 1 (or -1)"); empty where any will do."""
     off = field.metadata["off"]
     wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
     return wanted + (f" (or {off:g})" if wanted and off is not None else "")

@@ -126,7 +126,7 @@ def job_token_of(addresses: Collection[str]) -> str:
 
 def cache_directory() -> Path:
     """Where this user's programs keep what can be made again (XDG base directory specification, by which a relative
-    path is not valid and is passed over).
+    path is not valid and is ignored).
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "erniekit"

@@ -12,12 +12,12 @@ import numpy as np
 
 from erniekit import hub
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
-from erniekit.data.loader import Loader, build_loader
+from erniekit.data.loader import Feed, Loader, build_loader
 from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec
 from erniekit.data.records.find_files import find_files
@@ -52,6 +52,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
         if facts.tokenizer is None:
             _check_records(section, cfg, split, opened)
             continue
+        feed: Feed | None = None
         with section.collecting():
             ranks = 1 if facts.degrees is None else facts.degrees.data
             loader = _open(cfg, split, facts, ranks)
@@ -63,7 +64,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
                     _lengths(section, feed.lengths(), cfg)
                 if split == "train":
                     _steps(section, cfg, loader, ranks, steps)
-        if split in opened and not report.count("error"):
+        if isinstance(feed, RecordFeed) and not report.count("error"):
             _example(report, feed, facts.tokenizer, split)
     _duplicates(report, opened)
     return steps
@@ -129,7 +130,7 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
 
 def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
     """Bad lines: errors, or warnings where the configuration skips them."""
-    level = "error" if cfg.on_bad_line == "error" else "warning"
+    level: Level = "error" if cfg.on_bad_line == "error" else "warning"
     for source in dataset.sources:
         for fault in source.faults:
             section.add(level, fault)
@@ -211,10 +212,11 @@ def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
     if len(seen) == 2:
         both = seen["train"].keys() & seen["eval"].keys()
         if both:
-            where = next((seen["eval"][digest], seen["train"][digest]) for digest in seen["eval"] if digest in both)
+            digest = next(digest for digest in seen["eval"] if digest in both)
             section.add(
                 "warning",
-                f"{len(both)} of the evaluation's records are also trained on: {where[0]} repeats {where[1]}",
+                f"{len(both)} of the evaluation's records are also trained on: {seen['eval'][digest]} repeats "
+                f"{seen['train'][digest]}",
             )
         else:
             section.add("ok", "no record of the evaluation is trained on")

@@ -62,7 +62,7 @@ def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | No
         if model is None and cfg.model_name_or_path:
             model = _here(section, cfg.model_name_or_path, hub.find_model(cfg.model_name_or_path))
         tokenizer = model
-        if command == "train" and cfg.tokenizer_name_or_path:
+        if command in ("train", "eval", "chat") and cfg.tokenizer_name_or_path:
             found = hub.find_tokenizer(cfg.tokenizer_name_or_path)
             tokenizer = _here(section, cfg.tokenizer_name_or_path, found)
             model = model if cfg.model_name_or_path else tokenizer

@@ -121,9 +121,15 @@ def count_of(count: int, one: str, many: str = "") -> str:
 def _wrapped(finding: Finding) -> list[str]:
     begin = "  " if finding.level == "ok" else f"  {finding.level}: "
     first, *rest = finding.text.splitlines() or [""]
-    options = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(first, initial_indent=begin, subsequent_indent="    ", **options) or [begin.rstrip()]
+    lines = _wrap(first, begin, "    ") or [begin.rstrip()]
     for line in rest:
         indent = "    " + " " * (len(line) - len(line.lstrip()))
-        lines += textwrap.wrap(line.lstrip(), initial_indent=indent, subsequent_indent=indent + "  ", **options)
+        lines += _wrap(line.lstrip(), indent, indent + "  ")
     return lines
+
+
+def _wrap(text: str, first: str, others: str) -> list[str]:
+    """`text` in lines of _WIDTH characters; `first`, `others`: how the first line and the others begin."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )

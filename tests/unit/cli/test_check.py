@@ -57,7 +57,7 @@ def test_a_run_that_is_fine(given, capsys, tmp_path):
         "861,312 parameters, 4 layers; training starts at random (seed 42)",
         "one process; a step takes 1 row: 1 microbatch of 1 row",
         "chat template text: a trained answer ends with '</s>' (2)",
-        "training: 20 steps, 1 epochs of 20 steps",
+        "training: 20 steps; an epoch is 20 steps: 1 epochs",
         "no record of the evaluation is trained on",
         "nothing is there; a new run starts",
     ):

@@ -83,7 +83,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
     process = fake_job.start(tmp_path, acts={"1": ["user error", 4]}, max_restarts=2)
     code, said = fake_job.finish(process)
     assert code == 1
-    assert "the same error would come again" in said and "Starting again" not in said
+    assert "the same error would occur again" in said and "Starting again" not in said
     assert said.rstrip().endswith("error: train_dataset_path: no such file")
 
 
@@ -337,4 +337,4 @@ def test_one_node_number_twice(tmp_path):
     jobs = [fake_job.start(tmp_path, hosts=2, port=port, node=1, rendezvous=5.0) for _ in range(2)]
     ends = [fake_job.finish(job) for job in jobs]
     assert [code for code, _ in ends] == [1, 1]
-    assert sum("both are node 1" in said and "PADDLE_NODE_RANK" in said for _, said in ends) == 1
+    assert sum("both say that they are node 1" in said and "PADDLE_NODE_RANK" in said for _, said in ends) == 1

@@ -79,7 +79,7 @@ def test_two_hosts_of_one_number_are_refused():
     coordinator = Coordinator(2, LAYOUTS, LIMITS)
     Host(coordinator, 0, node=0).hello()
     reply = Host(coordinator, 1, node=0).hello()
-    assert reply["kind"] == "refused" and "both are node 0" in reply["why"]
+    assert reply["kind"] == "refused" and "both say that they are node 0" in reply["why"]
 
 
 def test_the_cause_is_told_from_its_consequences():

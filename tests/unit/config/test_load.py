@@ -418,7 +418,11 @@ def test_a_value_that_a_run_saved_becomes_the_type_of_its_key(name, saved, value
         ("no_recompute_layers", "{a: 1}", r"no_recompute_layers: expected a flat list"),
         ("train_dataset_prob", "0.5,much", r"train_dataset_prob: expected a number, got 'much' \(.*:5\)"),
         ("train_dataset_prob", "1,0", r"train_dataset_prob: must be more than 0, got 0.0 \(.*:5\)"),
-        ("train_dataset_type", "ernikit", r"train_dataset_type: expected one of erniekit, .*, got 'ernikit'; did you mean erniekit\? \(.*:5\)"),
+        (
+            "train_dataset_type",
+            "ernikit",
+            r"train_dataset_type: expected one of erniekit, .*, got 'ernikit'; did you mean erniekit\? \(.*:5\)",
+        ),
         ("split", "a,b", r"split: expected a number, got 'a' \(.*:5\)"),
         ("split", "1,-1", r"split: must be at least 0, got -1.0 \(.*:5\)"),
         ("split", "1,nan", r"split: expected a number, got 'nan' \(.*:5\)"),
