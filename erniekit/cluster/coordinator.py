@@ -363,7 +363,9 @@ class Coordinator:
 
     def _lost(self, host: Host, why: str, at: float) -> Failure:
         step = max((sign.step for sign in host.signs), default=0)
-        what = f"is lost, as is its host with ranks {host.ranks[0]} to {host.ranks[-1]}: {why}"
+        first, last = host.ranks[0], host.ranks[-1]
+        ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        what = f"is lost with its host ({ranks}): {why}"
         host.told = True  # as far as it can be
         rank = host.ranks[0]
         return Failure(rank, host, at, what, step=step, detail=f"error: rank {rank} on {host.shown} {what}")

@@ -178,7 +178,7 @@ def test_two_hosts_and_a_cut_cable(workspace, networks):
     ends = [launched.finish(host) for host in hosts]
     seconds = time.monotonic() - began
     assert [code for code, _ in ends] == [1, 1]
-    assert "rank 1 on " in ends[0][1] and "(10.99.0.2) is lost, as is its host" in ends[0][1]
+    assert "rank 1 on " in ends[0][1] and "(10.99.0.2) is lost with its host" in ends[0][1]
     assert "the first host cannot be reached" in ends[1][1]
     assert seconds < 20
     print(f"cut cable, distributed_timeout 8: both hosts ended after {seconds:.1f} s")
