@@ -12,7 +12,7 @@ DATASET_TYPES = ("erniekit", "messages", "sharegpt", "alpaca", "text", "chatml")
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What is read, how it is mixed, cut, packed and loaded."""
+    """What is read, and how it is mixed, truncated, packed and loaded."""
 
     group: ClassVar[str] = "data"
 
@@ -49,13 +49,18 @@ class DataArgs:
         ge=0,
     )
     isolate_documents: bool = key(
-        True, "dataset_type: pretrain: documents in a row never see one another; False: one segment, as in Megatron-LM."
+        True,
+        "dataset_type: pretrain: documents in a row do not attend to one another; False: they do, as in Megatron-LM.",
     )
     long_document_min_tokens: int | None = key(
-        None, "dataset_type: pretrain: a document of at least this many tokens is a long one; not given: none is.", ge=1
+        None,
+        "dataset_type: pretrain: documents with at least this many tokens count as long; not given: none do.",
+        ge=1,
     )
     long_document_weight: int = key(
-        1, "dataset_type: pretrain: times that each long document comes in an epoch, as in a long-context stage.", ge=1
+        1,
+        "dataset_type: pretrain: how often each long document is repeated per epoch, for long-context training.",
+        ge=1,
     )
     max_seq_len: int = key(4096, "Length of a row in tokens.", ge=2)
     truncation: str = key(
@@ -75,10 +80,14 @@ class DataArgs:
     )
     num_samples_each_epoch: int = key(6_000_000, "mix_strategy random: samples drawn in an epoch.", ge=1)
     random_shuffle: bool = key(True, "Shuffle the training samples, by the seed; evaluation keeps the file's order.")
-    packing: bool = key(False, "Several samples share a row; they never see one another.")
-    greedy_intokens: bool = key(True, "Packing fits samples of a buffer into rows; False: in order, as they come.")
+    packing: bool = key(False, "Put several samples into one row; they do not attend to one another.")
+    greedy_intokens: bool = key(
+        True, "Packing chooses samples from a buffer so that rows are full; False: in the order of the data."
+    )
     buffer_size: int = key(500, "Samples that greedy packing chooses from.", ge=1)
-    max_estimate_samples: int = key(100_000, "Samples measured at most to learn how many rows an epoch has.", ge=1)
+    max_estimate_samples: int = key(
+        100_000, "The largest number of samples that is measured to estimate how many rows an epoch has.", ge=1
+    )
     dataloader_num_workers: int = key(
         0, "Processes that encode samples; 0: none, the loader's own thread does it.", ge=0
     )

@@ -9,8 +9,8 @@ from erniekit.config.values import split_patterns
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArgs:
-    """Adapters: their size, where they hang, and what they continue. Read only with fine_tuning: LoRA, but for
-    lora_path.
+    """Adapters: their size, which projections they adapt, and what they continue from. Read only with
+    fine_tuning: LoRA, except for lora_path.
     """
 
     group: ClassVar[str] = "LoRA"
@@ -23,7 +23,7 @@ class LoraArgs:
     rslora: bool = key(False, "Scaling is lora_alpha / sqrt(lora_rank) (rsLoRA).")
     lora_plus_scale: float = key(1.0, "Learning rate of the B factors as a multiple of the A factors' (LoRA+).", gt=0)
     rslora_plus: bool = key(False, "rslora, with lora_plus_scale 4 and lora_alpha 4 where they are not given.")
-    use_dora: bool = key(False, "Train the length of each column apart from its direction (DoRA).")
+    use_dora: bool = key(False, "Train the magnitude of each column separately from its direction (DoRA).")
     lora_target_modules: tuple[str, ...] = list_of(
         str,
         "What is adapted: names (qkv_proj, or Hugging Face's q_proj; mlp.down_proj) or regular expressions; empty: "
@@ -32,7 +32,7 @@ class LoraArgs:
     )
     modules_to_save: tuple[str, ...] = list_of(
         str,
-        "Trained whole and saved with the adapter: embed_tokens, lm_head, norm, input_layernorm, "
+        "Modules that are trained in full and saved with the adapter: embed_tokens, lm_head, norm, input_layernorm, "
         "post_attention_layernorm.",
         split=split_patterns,
     )

@@ -39,7 +39,7 @@ class PreferenceArgs:
         "stage DPO: the loss; formulas and papers are in erniekit/losses/preference.py.",
         choices=LOSS_TYPES,
     )
-    beta: float = key(0.1, "stage DPO: how strongly the policy is held near the reference.", gt=0)
+    beta: float = key(0.1, "stage DPO: how strongly the policy is kept near the reference.", gt=0)
     label_smoothing: float = key(
         0.0, "stage DPO: share of pairs believed to be labelled the wrong way round.", ge=0, lt=0.5
     )

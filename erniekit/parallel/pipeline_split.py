@@ -29,7 +29,7 @@ class Costs:
         return ends + sum(self.layers[piece[0] : piece[-1] + 1])
 
 
-def layer_costs(config: Any, mean_context: int) -> Costs:
+def layer_costs(model_config: Any, mean_context: int) -> Costs:
     """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
     tokens: half of a document's length.
 
@@ -41,16 +41,17 @@ def layer_costs(config: Any, mean_context: int) -> Costs:
       each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
     The backward pass takes the same multiple of each, and communication is not counted.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    hidden = model_config.hidden_size
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
     attention = 2 * hidden * (queries + keys) + 2 * queries * mean_context
-    dense = attention + 3 * hidden * config.intermediate_size
-    experts_seen = config.moe_k + config.moe_num_shared_experts
-    sparse = attention + 3 * hidden * config.moe_intermediate_size * experts_seen + hidden * config.moe_num_experts
-    head = hidden * config.vocab_size
-    ahead = config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
-    layers = [sparse if config.is_moe_layer(i) else dense for i in range(config.num_hidden_layers)]
+    dense = attention + 3 * hidden * model_config.intermediate_size
+    experts_seen = model_config.moe_k + model_config.moe_num_shared_experts
+    router = hidden * model_config.moe_num_experts
+    sparse = attention + 3 * hidden * model_config.moe_intermediate_size * experts_seen + router
+    head = hidden * model_config.vocab_size
+    ahead = model_config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
+    layers = [sparse if model_config.is_moe_layer(i) else dense for i in range(model_config.num_hidden_layers)]
     return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
 
 

@@ -23,8 +23,8 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
     assert cfg.output_dir, "config.load requires it to train"
     path = Path(cfg.output_dir)
     _state(section, cfg, path)
-    if facts.config is not None:
-        _space(section, cfg, path, facts.config, steps)
+    if facts.model_config is not None:
+        _space(section, cfg, path, facts.model_config, steps)
 
 
 def _state(section: Section, cfg: Config, path: Path) -> None:
