@@ -55,7 +55,8 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
 def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
     text = " ".join(info.usage(command).split())
     groups, single = reference.KEYS[command]
-    names = [field.name for group in filter(None, groups.split(",")) for field in dataclasses.fields(schema.GROUPS[group])]
+    listed = [schema.GROUPS[group] for group in groups.split(",") if group]
+    names = [field.name for group in listed for field in dataclasses.fields(group)]
     for name in [*names, *single.split()]:
         assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
     assert len(names + single.split()) == len({*names, *single.split()})

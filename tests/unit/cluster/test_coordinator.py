@@ -122,7 +122,8 @@ def test_a_silent_host():
     for now in range(2, 21):
         assert a.report(float(now))["kind"] == "run"
     reply = a.report(1.0 + LIMITS.detect + 1.5)
-    assert reply["kind"] == "stop" and "lost with its host (ranks 2 to 3): its agent has sent nothing" in reply["headline"]
+    assert reply["kind"] == "stop"
+    assert "lost with its host (ranks 2 to 3): its agent has sent nothing" in reply["headline"]
 
 
 def test_elastic_and_a_host_that_comes_too_late():
