@@ -30,16 +30,38 @@ class Built(Protocol):
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The images and videos of one forward pass: `patches` [P, channels * size * size] as uint8 pixels or normalised
+    floats, `grid` int [N, 3] the frames, rows and columns of patches of each, `places` int64 [M] the token numbers whose
+    embeddings their features replace, in the order of the grid.
+    """
+
+    patches: paddle.Tensor
+    grid: np.ndarray
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """The same behind the resampler: `features` [M, D], and the token numbers `places` int64 [M] that they replace."""
+
+    features: paddle.Tensor
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
 class ModelInputs:
     """One forward pass's T tokens, as every layer, chunk and prediction depth of it uses them: `input_ids` int64 [T] on
     the device, `attention` (who sees whom, and the rotation of positions), `tokens` (what sparse layers count over).
-    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all.
+    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all. `pictures`: the images and
+    videos among the tokens, None without any.
     """
 
     input_ids: paddle.Tensor
     attention: AttentionContext
     tokens: TokenInfo
     noise_scale: np.ndarray | None = None
+    pictures: Pictures | EncodedPictures | None = None
 
 
 def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
@@ -58,6 +80,8 @@ def packed_inputs(
     row_lengths: Sequence[int] | None = None,
     neftune_alpha: float = 0.0,
     dropout: DropoutStep | None = None,
+    modality: np.ndarray | None = None,
+    pictures: Pictures | None = None,
 ) -> ModelInputs:
     """The inputs of packed documents, made once for all layers.
 
@@ -65,8 +89,11 @@ def packed_inputs(
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
     default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
     sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
-    embeddings, and the attention dropout, of a training step.
+    embeddings, and the attention dropout, of a training step. modality: the same shape, 0 for text and more for tokens of
+    images and videos, start and end tokens included (default: all text). pictures: the images and videos, whose places
+    count the tokens of all rows; they need position_ids.
     """
+    assert pictures is None or position_ids is not None, "positions of pictures follow from their sizes, see data/vision"
     plan = make_plan(np.atleast_2d(segment_ids), prefixes)
     positions = plan.position_in_document
     if position_ids is not None:
@@ -85,9 +112,28 @@ def packed_inputs(
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
         PackedAttention(plan, rotation, heads, attention_dropout),
-        TokenInfo([plan.num_tokens] if row_lengths is None else list(row_lengths)),
+        token_info(model.config, [plan.num_tokens] if row_lengths is None else list(row_lengths), modality),
         noise_scale,
+        pictures,
     )
+
+
+def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray | None) -> TokenInfo:
+    """What sparse layers count over. In a vision-language model every token has a modality, also where all are text:
+    the vision experts of a rank without pictures may be needed by another.
+    """
+    if config.vision is None:
+        assert modality is None or not modality.any(), "a model of text alone has no experts for pictures"
+        return TokenInfo(row_lengths)
+    count = sum(row_lengths)
+    is_vision = np.zeros(count, np.int64) if modality is None else (modality.reshape(-1)[:count] > 0).astype(np.int64)
+    return TokenInfo(row_lengths, is_vision)
+
+
+def placeholder_places(config: ModelConfig, input_ids: np.ndarray, modality: np.ndarray) -> np.ndarray:
+    """The token numbers (row-major) that features replace: placeholders of either kind whose modality is not text."""
+    assert config.vision is not None
+    return np.flatnonzero(np.isin(input_ids, config.vision.placeholders).reshape(-1) & (modality.reshape(-1) > 0))
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
@@ -95,24 +141,33 @@ def new_cache(model: Built, batch_size: int) -> KVCache:
     return KVCache(model.config.num_hidden_layers, batch_size, head_layout(model.config), _rotary(model.config))
 
 
-def cached_inputs(input_ids_BS: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None) -> ModelInputs:
+def cached_inputs(
+    model: Built,
+    input_ids_BS: np.ndarray,
+    cache: KVCache,
+    position_ids: np.ndarray | None = None,
+    modality: np.ndarray | None = None,
+    pictures: EncodedPictures | None = None,
+) -> ModelInputs:
     """The inputs of the next S tokens of each of a cache's conversations. The caller ends the step that this begins.
 
     position_ids: [B, S] or (time, height, width) [B, S, 3]; by default they count on from the cache's next position.
+    modality [B, S] and pictures as in packed_inputs.
     """
     cache.begin_step(input_ids_BS.shape[1], position_ids)
-    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, TokenInfo([input_ids_BS.size]))
+    tokens = token_info(model.config, [input_ids_BS.size], modality)
+    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, tokens, pictures=pictures)
 
 
 def _rotary(config: ModelConfig) -> Rotary:
-    return Rotary(config.head_dim, config.rope_theta)
+    return Rotary(config.head_dim, config.rope_theta, config.vision.time_frequencies if config.vision else 0)
 
 
 class Embedding(Shardable):
     """Token embedding [V, D]; V are the rows that this process holds.
 
-    Where ranks share the vocabulary, `lookup(ids, weight)` and `own_tokens` are set from outside: the first gives the
-    rows of whole ids, the second what of [T, D] lies on this rank between projections.
+    Where ranks share the vocabulary, `lookup(ids, weight)` and `own_span` are set from outside: the first gives the
+    rows of whole ids, the second which of T tokens are on this rank between projections.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
@@ -121,7 +176,7 @@ class Embedding(Shardable):
             [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
-        self.own_tokens: Callable[[paddle.Tensor], paddle.Tensor] = lambda x_TD: x_TD
+        self.own_span: Callable[[int], tuple[int, int]] = lambda num_tokens: (0, num_tokens)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """See Shardable."""
@@ -145,7 +200,24 @@ def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
         return x_TD
     noise_TD = paddle.uniform([len(inputs.noise_scale), x_TD.shape[-1]], min=-1.0, max=1.0)
     noise_TD = noise_TD * paddle.to_tensor(inputs.noise_scale).unsqueeze(-1)
-    return x_TD + embedding.own_tokens(noise_TD).astype(x_TD.dtype)
+    start, stop = embedding.own_span(len(noise_TD))
+    return x_TD + noise_TD[start:stop].astype(x_TD.dtype)
+
+
+def place_features(embedding: Embedding, x_TD: paddle.Tensor, pictures: EncodedPictures, num_tokens: int) -> paddle.Tensor:
+    """Embeddings [T or own stretch, D] of `num_tokens` tokens -> the same with the features of pictures in their
+    places.
+    """
+    start, stop = embedding.own_span(num_tokens)
+    own = np.flatnonzero((pictures.places >= start) & (pictures.places < stop))
+    if not len(own):
+        # The features still belong to the graph: every rank then has a gradient of every parameter.
+        return x_TD + 0.0 * pictures.features.sum().astype(x_TD.dtype)
+    features = pictures.features
+    if len(own) < len(pictures.places):
+        features = paddle.gather(features, paddle.to_tensor(own))
+    places = paddle.to_tensor(pictures.places[own] - start)
+    return paddle.scatter(x_TD, places, features.astype(x_TD.dtype))
 
 
 def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:
