@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import paddle
 
+from erniekit.data.vision.positions import PositionRule
 from erniekit.generation.decode import Limits, decode
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
+from erniekit.models.pictures import HostArray, PictureArguments, picture_tables, rows_of
 from erniekit.utils.errors import UserError
 
 
@@ -31,6 +33,13 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     stream: Callable[[int, int], None] | None = None,
+    pixel_values: HostArray | None = None,
+    image_grid_thw: HostArray | None = None,
+    pixel_values_videos: HostArray | None = None,
+    video_grid_thw: HostArray | None = None,
+    mm_token_type_ids: HostArray | None = None,
+    moe_mm_token_type_ids: HostArray | None = None,
+    position_rule: PositionRule = "training",
 ) -> paddle.Tensor:
     """Continue prompts, token by token.
 
@@ -49,6 +58,9 @@ def generate(
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
+        pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids, moe_mm_token_type_ids,
+            position_rule: images and videos in the prompts of a vision-language model, see
+            models.pictures.PictureArguments.
 
     Returns:
         int64 [B, S + N]: the input as given (padded to the longest prompt, S), then the new tokens of each row, its end
@@ -57,6 +69,7 @@ def generate(
     Raises:
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
+        ValueError: images or videos do not fit their placeholders.
     """
     padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)
@@ -82,7 +95,20 @@ def generate(
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     listener = {} if stream is None else {"on_token": stream}
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, **listener)
+    arguments = PictureArguments(
+        pixel_values,
+        image_grid_thw,
+        pixel_values_videos,
+        video_grid_thw,
+        mm_token_type_ids,
+        moe_mm_token_type_ids,
+        position_rule,
+    )
+    tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
+    pictures = None
+    if tables is not None and model.config.vision is not None:
+        pictures = rows_of(tables, mask, model.config.vision.spatial_merge_size)
+    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=pictures, **listener)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids

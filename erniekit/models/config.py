@@ -92,6 +92,11 @@ class ModelConfig:
         return max(self.pad_token_id or 0, 0)
 
     @property
+    def has_head_bias(self) -> bool:
+        """Whether the output head has a bias: as in transformers, only that of a text model with experts can have."""
+        return self.use_bias and self.moe_num_experts > 0 and self.vision is None
+
+    @property
     def expert_sizes(self) -> tuple[int, ...]:
         """The width of one expert by modality: of text and, in a vision-language model, of vision."""
         text = self.moe_intermediate_size
@@ -104,7 +109,7 @@ class ModelConfig:
 
     @property
     def layer_types(self) -> list[str]:
-        """"dense" or "sparse" for each layer."""
+        """ "dense" or "sparse" for each layer."""
         return ["sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers)]
 
     @classmethod

@@ -162,7 +162,9 @@ def _two(config: JsonObject, key: str) -> tuple[int, int]:
     """The numbers of text and of vision."""
     found = config.get_list(key, [])
     if len(found) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in found):
-        raise _wrong(config, key, f"expected two positive integers (text, vision), found {config.values.get(key)!r:.60}")
+        raise _wrong(
+            config, key, f"expected two positive integers (text, vision), found {config.values.get(key)!r:.60}"
+        )
     return found[0], found[1]
 
 

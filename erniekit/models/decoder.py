@@ -7,12 +7,12 @@ attention knows documents through its plan. Legend: B batch, S sequence, T token
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Unpack
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.vision.positions import PositionRule
 from erniekit.losses.lm import Head
 from erniekit.models.config import ModelConfig
 from erniekit.models.inputs import (
@@ -27,7 +27,7 @@ from erniekit.models.inputs import (
     packed_inputs,
     place_features,
 )
-from erniekit.models.pictures import PictureArguments, picture_tables
+from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
 from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
@@ -215,7 +215,7 @@ class CausalLM(nn.Layer):
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
-        bias = config.use_bias and config.moe_num_experts > 0
+        bias = config.has_head_bias
         self.lm_head: Linear | HeadBias | None = None
         vocab_size = config.vocab_size // part.tensor_degree
         if part.has_head and not config.tie_word_embeddings:
@@ -262,14 +262,21 @@ class CausalLM(nn.Layer):
         input_ids: HostIds,
         position_ids: HostIds | None = None,
         segment_ids: HostIds | None = None,
-        **pictures: Unpack[PictureArguments],
+        *,
+        pixel_values: HostArray | None = None,
+        image_grid_thw: HostArray | None = None,
+        pixel_values_videos: HostArray | None = None,
+        video_grid_thw: HostArray | None = None,
+        mm_token_type_ids: HostArray | None = None,
+        moe_mm_token_type_ids: HostArray | None = None,
+        position_rule: PositionRule = "training",
     ) -> paddle.Tensor:
         """input_ids [B, S] integers -> logits [B, S, V].
 
         position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
         width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
-        together in a row, 0 is meant for padding; default, each row is one document. `pictures`: images and videos, see
-        PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or pictures that do not fit
+        together in a row, 0 is meant for padding; default, each row is one document. The others are of a vision-language
+        model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or pictures that do not fit
         their placeholders.
         """
         ids = _host_ids(input_ids, "input_ids", None)
@@ -278,6 +285,15 @@ class CausalLM(nn.Layer):
                 f"input_ids: {ids.min()}..{ids.max()} is outside the vocabulary 0..{self.config.vocab_size - 1}"
             )
         segments = np.ones_like(ids) if segment_ids is None else _host_ids(segment_ids, "segment_ids", ids.shape)
+        pictures = PictureArguments(
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            mm_token_type_ids,
+            moe_mm_token_type_ids,
+            position_rule,
+        )
         tables = picture_tables(self.config, ids, segments, pictures)
         positions = None if tables is None else tables.positions
         if position_ids is not None:
@@ -305,13 +321,19 @@ class CausalLM(nn.Layer):
 
     @paddle.no_grad()
     def extend(
-        self, input_ids_BS: np.ndarray, num_new_B: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None
+        self,
+        input_ids_BS: np.ndarray,
+        num_new_B: np.ndarray,
+        cache: KVCache,
+        position_ids: np.ndarray | None = None,
+        modality: np.ndarray | None = None,
+        pictures: EncodedPictures | None = None,
     ) -> paddle.Tensor:
         """Feed the next tokens [B, S] (right-padded; row b has num_new_B[b] real ones) -> logits after each row's last
-        real token [B, V]. position_ids as in models.inputs.cached_inputs.
+        real token [B, V]. position_ids, modality and pictures as in models.inputs.cached_inputs.
         """
         batch, width = input_ids_BS.shape
-        hidden = self.model(cached_inputs(self, input_ids_BS, cache, position_ids))
+        hidden = self.model(cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures))
         cache.end_step(num_new_B)
         last = np.arange(batch) * width + np.asarray(num_new_B) - 1
         return self.head(paddle.gather(hidden.normed, paddle.to_tensor(last)))

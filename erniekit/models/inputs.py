@@ -93,7 +93,9 @@ def packed_inputs(
     images and videos, start and end tokens included (default: all text). pictures: the images and videos, whose places
     count the tokens of all rows; they need position_ids.
     """
-    assert pictures is None or position_ids is not None, "positions of pictures follow from their sizes, see data/vision"
+    assert pictures is None or position_ids is not None, (
+        "positions of pictures follow from their sizes, see data/vision"
+    )
     plan = make_plan(np.atleast_2d(segment_ids), prefixes)
     positions = plan.position_in_document
     if position_ids is not None:
@@ -204,7 +206,9 @@ def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
     return x_TD + noise_TD[start:stop].astype(x_TD.dtype)
 
 
-def place_features(embedding: Embedding, x_TD: paddle.Tensor, pictures: EncodedPictures, num_tokens: int) -> paddle.Tensor:
+def place_features(
+    embedding: Embedding, x_TD: paddle.Tensor, pictures: EncodedPictures, num_tokens: int
+) -> paddle.Tensor:
     """Embeddings [T or own stretch, D] of `num_tokens` tokens -> the same with the features of pictures in their
     places.
     """

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, T tokens, P patches, N images and videos, M tokens 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import paddle
@@ -20,7 +20,8 @@ HostArray = paddle.Tensor | np.ndarray | Sequence[Any]
 IMAGE, VIDEO = 1, 2
 
 
-class PictureArguments(TypedDict, total=False):
+@dataclass(frozen=True)
+class PictureArguments:
     """What the public call takes beside tokens, with transformers' names and meanings.
 
     pixel_values, pixel_values_videos: patches [P, channels * size * size] of all images, and of all videos, normalised
@@ -30,13 +31,13 @@ class PictureArguments(TypedDict, total=False):
     ids). position_rule: see data.vision.positions.POSITION_RULES.
     """
 
-    pixel_values: HostArray | None
-    image_grid_thw: HostArray | None
-    pixel_values_videos: HostArray | None
-    video_grid_thw: HostArray | None
-    mm_token_type_ids: HostArray | None
-    moe_mm_token_type_ids: HostArray | None
-    position_rule: PositionRule
+    pixel_values: HostArray | None = None
+    image_grid_thw: HostArray | None = None
+    pixel_values_videos: HostArray | None = None
+    video_grid_thw: HostArray | None = None
+    mm_token_type_ids: HostArray | None = None
+    moe_mm_token_type_ids: HostArray | None = None
+    position_rule: PositionRule = "training"
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,24 @@ def picture_tables(
     Raises ValueError: sizes, patches and placeholders do not belong together, token types leave pictures to the text
     experts, or the model is one of text alone.
     """
-    rule = arguments.get("position_rule", "training")
+    rule = arguments.position_rule
     if rule not in POSITION_RULES:
         raise ValueError(f"position_rule: expected one of {', '.join(POSITION_RULES)}; got {rule!r:.40}")
-    given = [name for name, value in arguments.items() if value is not None and name != "position_rule"]
+    given = [name for name, value in vars(arguments).items() if value is not None and name != "position_rule"]
     if not given:
         return None
     if config.vision is None:
         raise ValueError(f"{given[0]}: this is a model of text alone ({config.model_type})")
     vision = config.vision
-    images = _media(vision, arguments, "pixel_values", "image_grid_thw")
-    videos = _media(vision, arguments, "pixel_values_videos", "video_grid_thw")
-    kinds = _types(arguments, "mm_token_type_ids", input_ids_BS.shape)
+    images = _media(vision, "pixel_values", arguments.pixel_values, "image_grid_thw", arguments.image_grid_thw)
+    videos = _media(
+        vision, "pixel_values_videos", arguments.pixel_values_videos, "video_grid_thw", arguments.video_grid_thw
+    )
+    kinds = _types("mm_token_type_ids", arguments.mm_token_type_ids, input_ids_BS.shape)
     if kinds is None:
         kinds = np.where(input_ids_BS == vision.image_token_id, IMAGE, 0)
         kinds[input_ids_BS == vision.video_token_id] = VIDEO
-    modality = _types(arguments, "moe_mm_token_type_ids", input_ids_BS.shape)
+    modality = _types("moe_mm_token_type_ids", arguments.moe_mm_token_type_ids, input_ids_BS.shape)
     if modality is None:
         modality = np.where(np.isin(input_ids_BS, vision.around), IMAGE, kinds)
     if len(images[1]) + len(videos[1]) and not modality.any():
@@ -95,7 +98,9 @@ def picture_tables(
     documents = np.where(segment_ids_BS == 0, 0, segment_ids_BS + rows).reshape(-1)
     positions = token_positions(flat, grid[order], documents, rule, vision.spatial_merge_size)
     return PictureTables(
-        patches=np.concatenate([images[0], videos[0]]) if images[0].dtype == videos[0].dtype else _joined(images, videos),
+        patches=np.concatenate([images[0], videos[0]])
+        if images[0].dtype == videos[0].dtype
+        else _joined(images, videos),
         grid=grid,
         places=np.concatenate([np.flatnonzero(flat == kind) for kind in (IMAGE, VIDEO)]),
         modality=modality,
@@ -113,9 +118,11 @@ def _joined(images: tuple[np.ndarray, np.ndarray], videos: tuple[np.ndarray, np.
     return images[0] if len(images[0]) else videos[0]
 
 
-def _media(vision: VisionConfig, arguments: PictureArguments, pixels: str, sizes: str) -> tuple[np.ndarray, np.ndarray]:
-    """(patches, grid) of the images or of the videos."""
-    patches, grid = (_host(arguments.get(name)) for name in (pixels, sizes))
+def _media(
+    vision: VisionConfig, pixels: str, given_patches: HostArray | None, sizes: str, given_grid: HostArray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(patches, grid) of the images or of the videos, from arguments called `pixels` and `sizes`."""
+    patches, grid = _host(given_patches), _host(given_grid)
     if patches is None and grid is None:
         return np.zeros((0, vision.patch_features), np.float32), np.zeros((0, 3), np.int64)
     if patches is None or grid is None:
@@ -135,8 +142,8 @@ def _media(vision: VisionConfig, arguments: PictureArguments, pixels: str, sizes
     return patches, grid.astype(np.int64)
 
 
-def _types(arguments: PictureArguments, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    types = _host(arguments.get(name))
+def _types(name: str, given: HostArray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    types = _host(given)
     if types is not None and types.shape != shape:
         raise ValueError(f"{name}: shape {list(types.shape)} differs from input_ids' {list(shape)}")
     return None if types is None else types.astype(np.int64)
@@ -148,3 +155,27 @@ def _host(values: Any) -> np.ndarray | None:
     if isinstance(values, paddle.Tensor):
         return values.astype("float32").numpy() if values.dtype == paddle.bfloat16 else values.numpy()
     return np.asarray(values)
+
+
+def rows_of(tables: PictureTables, real_BS: np.ndarray, merge_size: int) -> list[PictureTables]:
+    """The tables of each row by itself, without its padding: `places` then count the row's real tokens."""
+    width = real_BS.shape[1]
+    counts = num_tokens(tables.grid, merge_size)
+    patch_ends, token_ends = np.cumsum(tables.grid.prod(axis=1)), np.cumsum(counts)
+    patches_of = np.split(tables.patches, patch_ends[:-1])
+    places_of = np.split(tables.places, token_ends[:-1])
+    row_of = tables.places[token_ends - counts] // width
+    rows = []
+    for row, real in enumerate(real_BS):
+        own = np.flatnonzero(row_of == row)
+        number_of = np.cumsum(real) - 1  # of each column among the real tokens
+        rows.append(
+            PictureTables(
+                patches=np.concatenate([tables.patches[:0], *(patches_of[i] for i in own)]),
+                grid=tables.grid[own],
+                places=number_of[np.concatenate([tables.places[:0], *(places_of[i] for i in own)]) - row * width],
+                modality=tables.modality[row, real],
+                positions=tables.positions[row, real],
+            )
+        )
+    return rows

@@ -271,9 +271,7 @@ def logical_tensors(config: ModelConfig) -> list[Logical]:
     table.plain("model.norm.weight", (size,))
     if not config.tie_word_embeddings:
         table.matrix("lm_head.weight", (size, config.vocab_size))
-    if (
-        config.use_bias and config.moe_num_experts
-    ):  # transformers' dense head has no bias; a tied head still has its own
+    if config.has_head_bias:  # a tied head still has its own
         table.plain("lm_head.bias", (config.vocab_size,))
     for depth in range(config.num_nextn_predict_layers):
         table.plain(f"model.mtp_emb_norm.{depth}.weight", (size,))

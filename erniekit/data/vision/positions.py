@@ -74,7 +74,9 @@ def token_positions(
     before = np.cumsum(advance) - advance
     first = np.flatnonzero(np.diff(segments, prepend=segments[:1] - 1))
     document = np.searchsorted(first, np.arange(len(segments)), side="right") - 1
-    positions = np.repeat((before - before[first][document])[:, None], 3, axis=1) if len(first) else np.zeros((0, 3), int)
+    positions = (
+        np.repeat((before - before[first][document])[:, None], 3, axis=1) if len(first) else np.zeros((0, 3), int)
+    )
     for start, steps in zip(places.tolist(), steps_N3.tolist(), strict=True):
         cells = np.stack(np.meshgrid(*map(np.arange, steps), indexing="ij"), axis=-1).reshape(-1, 3)
         positions[start : start + len(cells)] += cells
