@@ -136,6 +136,12 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     return out
 
 
+def _of_rows(
+    pictures: Sequence[PictureTables | None] | None, rows: Sequence[int]
+) -> Sequence[PictureTables | None] | None:
+    return None if pictures is None else [pictures[row] for row in rows]
+
+
 def _ignore(row: int, what: object) -> None:
     """The listener of those who do not listen."""
 
@@ -157,14 +163,15 @@ def decode(
 
     Prompts of similar length share a batch of up to `batch_size`; a row that has ended leaves it. Row i draws from its
     own random generator, made of (sampling.seed, i). on_token sees each token as it is chosen, the end token too;
-    on_answer each finished answer. `pictures`: the images and videos of each prompt. Raises UserError for a prompt that does not fit the model.
+    on_answer each finished answer. `pictures`: the images and videos of each prompt. Raises UserError for a prompt that
+    does not fit the model.
     """
     check_prompts(model, prompts)
     work = _Work(model, prompts, limits, sampling)
     for rows in _batches([len(prompt) for prompt in prompts], batch_size):
         stepper: Stepper = (CachedStepper if use_cache else UncachedStepper)(model, len(rows))
         tokens: list[Sequence[int]] = [prompts[row] for row in rows]
-        new_pictures = None if pictures is None else [pictures[row] for row in rows]
+        new_pictures = _of_rows(pictures, rows)
         while rows:
             chosen = work.step(stepper.feed(tokens, new_pictures), rows)
             new_pictures = None

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from erniekit.data.vision.positions import PositionRule
 from erniekit.generation.decode import Limits, decode
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
-from erniekit.models.pictures import HostArray, PictureArguments, picture_tables, rows_of
+from erniekit.models.pictures import PictureArguments, PictureTables, picture_tables, rows_of
 from erniekit.utils.errors import UserError
 
 
@@ -33,13 +32,7 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     stream: Callable[[int, int], None] | None = None,
-    pixel_values: HostArray | None = None,
-    image_grid_thw: HostArray | None = None,
-    pixel_values_videos: HostArray | None = None,
-    video_grid_thw: HostArray | None = None,
-    mm_token_type_ids: HostArray | None = None,
-    moe_mm_token_type_ids: HostArray | None = None,
-    position_rule: PositionRule = "training",
+    **pictures: Any,
 ) -> paddle.Tensor:
     """Continue prompts, token by token.
 
@@ -58,8 +51,7 @@ def generate(
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
-        pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids, moe_mm_token_type_ids,
-            position_rule: images and videos in the prompts of a vision-language model, see
+        pictures: images and videos in the prompts of a vision-language model (pixel_values, image_grid_thw, ...), see
             models.pictures.PictureArguments.
 
     Returns:
@@ -95,24 +87,22 @@ def generate(
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     listener = {} if stream is None else {"on_token": stream}
-    arguments = PictureArguments(
-        pixel_values,
-        image_grid_thw,
-        pixel_values_videos,
-        video_grid_thw,
-        mm_token_type_ids,
-        moe_mm_token_type_ids,
-        position_rule,
-    )
-    tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
-    pictures = None
-    if tables is not None and model.config.vision is not None:
-        pictures = rows_of(tables, mask, model.config.vision.spatial_merge_size)
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=pictures, **listener)
+    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures))
+    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=rows, **listener)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
     return paddle.to_tensor(np.concatenate([ids, new], axis=1))
+
+
+def _picture_rows(
+    model: CausalLM, ids: np.ndarray, mask: np.ndarray, arguments: PictureArguments
+) -> list[PictureTables] | None:
+    """The images and videos of each prompt; None where there are none."""
+    tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
+    if tables is None or model.config.vision is None:
+        return None
+    return rows_of(tables, mask, model.config.vision.spatial_merge_size)
 
 
 def _as_ids(value: int | Sequence[int]) -> tuple[int, ...]:

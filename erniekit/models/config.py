@@ -39,10 +39,11 @@ _MAX_PARAMETERS = 10**14
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of the ERNIE 4.5 family: of text or, with a `vision` part, of text, images and videos. Sizes are numbers of features; `moe_num_experts == 0` is a dense model.
+    """A model of the ERNIE 4.5 family: of text or, with a `vision` part, of text, images and videos. Sizes are numbers
+    of features; `moe_num_experts == 0` is a dense model.
 
-    Sources: the ERNIE 4.5 technical report, and transformers' `Ernie4_5Config` and `Ernie4_5_MoeConfig`, whose defaults
-    stand for keys that are absent.
+    Sources: the ERNIE 4.5 technical report, and transformers' `Ernie4_5Config`, `Ernie4_5_MoeConfig` and
+    `Ernie4_5_VLMoeConfig`, whose defaults stand for keys that are absent.
     """
 
     model_type: str
@@ -214,8 +215,8 @@ class ModelConfig:
     def _check_vision(self, vision: VisionConfig, fail: Callable[[str], None]) -> None:
         if vision.hidden_size % vision.num_heads or vision.head_dim % 4:
             fail(
-                f"vision_config: hidden_size {vision.hidden_size} of num_heads {vision.num_heads}: the size of a head must "
-                "be a multiple of 4, half for rows and half for columns"
+                f"vision_config: hidden_size {vision.hidden_size} of num_heads {vision.num_heads}: the size of a head "
+                "must be a multiple of 4, half for rows and half for columns"
             )
         if vision.in_channels != 3:
             fail(f"vision_config: in_channels {vision.in_channels}: pictures have 3 colour channels")

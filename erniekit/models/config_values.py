@@ -62,6 +62,11 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     config = JsonObject(values, source, CheckpointError)
     model_type, vision = _model_type(config), None
     if model_type == config_vision.MODEL_TYPE:
+        if "vision_config" not in config:
+            raise CheckpointError(
+                f"{source}: model_type: {config.values.get('model_type')!r:.60} is a vision-language model, but "
+                f"vision_config is missing. {_COPY}"
+            )
         config, vision = config_vision.separate(config)
         source = config.where
     fields: dict[str, Any] = {key: _required(config, key, high) for key, high in _REQUIRED.items()}
@@ -118,8 +123,8 @@ def _required(config: JsonObject, key: str, high: int) -> int:
         raise CheckpointError(f"{config.where}: {key}: missing. {_COPY}")
     if isinstance(config.values.get(key), list) and key.startswith("moe_"):
         raise CheckpointError(
-            f"{config.where}: {key}: a list (one number per modality) is a vision-language model's, and model_type says "
-            f"that this is a text model. {_COPY}"
+            f"{config.where}: {key}: a list (one number per modality) is a vision-language model's, and model_type "
+            f"says that this is a text model. {_COPY}"
         )
     found = {name: config.get_int(name, None, 1, high) for name in {key, own} if name in config}
     numbers = set(found.values())

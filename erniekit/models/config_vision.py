@@ -1,5 +1,6 @@
-"""The config.json of a vision-language model, in transformers' spelling (`ernie4_5_vl_moe`: text_config and vision_config
-beside each other) or Baidu's (`ernie4_5_moe_vl`: the text's keys at the top, lists with one number a modality).
+"""The config.json of a vision-language model, in transformers' spelling (`ernie4_5_vl_moe`: text_config and
+vision_config beside each other) or Baidu's (`ernie4_5_moe_vl`: the text's keys at the top, lists with one number a
+modality).
 
 Either is separated into the keys of a text model, which are then read like any other's, and a VisionConfig.
 """
@@ -117,24 +118,29 @@ def _from_baidu(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
     merge = vision.get_int("spatial_merge_size", 2, 1, 64)
     if config.get_int("spatial_conv_size", merge) != merge:
         raise refusal(config, "spatial_conv_size", f"spatial_merge_size of vision_config is {merge}")
-    vocabulary = config.get_int("vocab_size", _MAX)
-    image = config.get_int("im_patch_id", config.get_int("image_token_id", _DEFAULTS.image_token_id, 0, _MAX), 0, _MAX)
-    tokens = {key: config.get_int(key, vars(_DEFAULTS)[key], 0, _MAX) for key in _TOKENS}
-    # Baidu's own processing uses the image's placeholder for videos, too.
-    tokens["video_token_id"] = tokens["video_token_id"] if tokens["video_token_id"] < vocabulary else image
-    fields = tokens | {
+    fields = _baidu_tokens(config) | {
         "hidden_size": size,
         "intermediate_size": round(size * vision.get_number("mlp_ratio", 4, 0.01, 1000)),
         "temporal_merge_size": config.get_int("temporal_conv_size", 2, 1, 64),
         "expert_size": width,
         "time_frequencies": time,
-        "image_token_id": image,
         "extra": _rest(vision, ("embed_dim", "mlp_ratio", "in_chans", "spatial_patch_size")),
     }
     for alias, key in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
         if vision.get_int(alias, None) not in (None, vision.get_int(key, vars(_DEFAULTS)[key])):
             raise refusal(vision, alias, f"{key} differs")
     return JsonObject(values, config.where, CheckpointError), VisionConfig(**_common(vision), **fields)
+
+
+def _baidu_tokens(config: JsonObject) -> dict[str, int]:
+    """The ids of the tokens that make up pictures. Baidu's own processing uses the image's placeholder for videos, too,
+    and its files do not name the others.
+    """
+    tokens = {key: config.get_int(key, vars(_DEFAULTS)[key], 0, _MAX) for key in _TOKENS}
+    tokens["image_token_id"] = config.get_int("im_patch_id", tokens["image_token_id"], 0, _MAX)
+    if tokens["video_token_id"] >= config.get_int("vocab_size", _MAX):
+        tokens["video_token_id"] = tokens["image_token_id"]
+    return tokens
 
 
 def _common(vision: JsonObject) -> dict[str, Any]:

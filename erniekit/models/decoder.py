@@ -275,9 +275,9 @@ class CausalLM(nn.Layer):
 
         position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
         width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
-        together in a row, 0 is meant for padding; default, each row is one document. The others are of a vision-language
-        model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or pictures that do not fit
-        their placeholders.
+        together in a row, 0 is meant for padding; default, each row is one document. The others are of a
+        vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
+        pictures that do not fit their placeholders.
         """
         ids = _host_ids(input_ids, "input_ids", None)
         if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):

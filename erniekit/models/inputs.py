@@ -32,8 +32,8 @@ class Built(Protocol):
 @dataclass(frozen=True)
 class Pictures:
     """The images and videos of one forward pass: `patches` [P, channels * size * size] as uint8 pixels or normalised
-    floats, `grid` int [N, 3] the frames, rows and columns of patches of each, `places` int64 [M] the token numbers whose
-    embeddings their features replace, in the order of the grid.
+    floats, `grid` int [N, 3] the frames, rows and columns of patches of each, `places` int64 [M] the token numbers
+    whose embeddings their features replace, in the order of the grid.
     """
 
     patches: paddle.Tensor
@@ -89,9 +89,9 @@ def packed_inputs(
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
     default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
     sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
-    embeddings, and the attention dropout, of a training step. modality: the same shape, 0 for text and more for tokens of
-    images and videos, start and end tokens included (default: all text). pictures: the images and videos, whose places
-    count the tokens of all rows; they need position_ids.
+    embeddings, and the attention dropout, of a training step. modality: the same shape, 0 for text and more for tokens
+    of images and videos, start and end tokens included (default: all text). pictures: the images and videos, whose
+    places count the tokens of all rows; they need position_ids.
     """
     assert pictures is None or position_ids is not None, (
         "positions of pictures follow from their sizes, see data/vision"

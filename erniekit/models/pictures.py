@@ -98,9 +98,7 @@ def picture_tables(
     documents = np.where(segment_ids_BS == 0, 0, segment_ids_BS + rows).reshape(-1)
     positions = token_positions(flat, grid[order], documents, rule, vision.spatial_merge_size)
     return PictureTables(
-        patches=np.concatenate([images[0], videos[0]])
-        if images[0].dtype == videos[0].dtype
-        else _joined(images, videos),
+        patches=_joined(images[0], videos[0]),
         grid=grid,
         places=np.concatenate([np.flatnonzero(flat == kind) for kind in (IMAGE, VIDEO)]),
         modality=modality,
@@ -108,14 +106,16 @@ def picture_tables(
     )
 
 
-def _joined(images: tuple[np.ndarray, np.ndarray], videos: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """The patches of both where one kind is absent, whose type then says nothing."""
-    if len(images[0]) and len(videos[0]):
+def _joined(images: np.ndarray, videos: np.ndarray) -> np.ndarray:
+    """The patches of images followed by those of videos."""
+    if not len(images) or not len(videos):
+        return images if len(images) else videos
+    if images.dtype != videos.dtype:
         raise ValueError(
-            f"pixel_values is {images[0].dtype} and pixel_values_videos {videos[0].dtype}: give both as uint8 pixels, or "
+            f"pixel_values is {images.dtype} and pixel_values_videos {videos.dtype}: give both as uint8 pixels, or "
             "both as normalised float32"
         )
-    return images[0] if len(images[0]) else videos[0]
+    return np.concatenate([images, videos])
 
 
 def _media(

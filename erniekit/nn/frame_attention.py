@@ -71,8 +71,8 @@ class FrameAttention:
 
 
 class _Attention(PyLayer):
-    """softmax(q k^T / sqrt(d)) v for q, k, v [F, H, L, d], a block of queries at a time. The weights of large frames are
-    computed again in the backward pass.
+    """softmax(q k^T / sqrt(d)) v for q, k, v [F, H, L, d], a block of queries at a time. The weights of large frames
+    are computed again in the backward pass.
     """
 
     @staticmethod
