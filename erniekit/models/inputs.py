@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.moe.layer import TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
@@ -132,10 +133,28 @@ def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray
     return TokenInfo(row_lengths, is_vision)
 
 
-def placeholder_places(config: ModelConfig, input_ids: np.ndarray, modality: np.ndarray) -> np.ndarray:
-    """The token numbers (row-major) that features replace: placeholders of either kind whose modality is not text."""
-    assert config.vision is not None
-    return np.flatnonzero(np.isin(input_ids, config.vision.placeholders).reshape(-1) & (modality.reshape(-1) > 0))
+def pictures_of(
+    model: Built,
+    input_ids: np.ndarray,
+    modality: np.ndarray | None,
+    patches: np.ndarray | None,
+    grid: np.ndarray | None,
+) -> Pictures | None:
+    """The images and videos of a batch's flat tables, in the order of their placeholders: `patches` and `grid` as in
+    Pictures. Placeholders are the tokens of either id whose modality is not text. None where there are no pictures, and
+    on pipeline stages without the embedding.
+
+    Raises ValueError where placeholders and sizes do not belong together.
+    """
+    if patches is None or grid is None or not len(grid) or not model.shard.has_embedding:
+        return None
+    vision = model.config.vision
+    assert vision is not None and modality is not None, "pictures come with a modality for each token"
+    places = np.flatnonzero(np.isin(input_ids, vision.placeholders).reshape(-1) & (modality.reshape(-1) > 0))
+    expected = int(num_tokens(grid, vision.spatial_merge_size).sum())
+    if len(places) != expected:
+        raise ValueError(f"{len(places)} placeholders for {len(grid)} images and videos of {expected} tokens")
+    return Pictures(paddle.to_tensor(patches), grid, places)
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
@@ -215,8 +234,7 @@ def place_features(
     start, stop = embedding.own_span(num_tokens)
     own = np.flatnonzero((pictures.places >= start) & (pictures.places < stop))
     if not len(own):
-        # The features still belong to the graph: every rank then has a gradient of every parameter.
-        return x_TD + 0.0 * pictures.features.sum().astype(x_TD.dtype)
+        return x_TD
     features = pictures.features
     if len(own) < len(pictures.places):
         features = paddle.gather(features, paddle.to_tensor(own))

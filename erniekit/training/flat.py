@@ -19,6 +19,8 @@ class FlatBatch:
     places. `pairs`: the pairs of answers, in preference data; document d has segment id d + 1.
     `reference`: the reference's log-probabilities of the N pairs' chosen and rejected answers, once they are known, on
     the device: fp32 [2, N].
+    Of a vision-language model: `modality` int8 [T] (0 text, 1 image, 2 video, start and end tokens included),
+    `position_ids` [T, 3], and the pictures' `patches` and `grid` as in models.inputs.pictures_of.
     """
 
     input_ids: np.ndarray
@@ -29,6 +31,9 @@ class FlatBatch:
     sources: list[str]
     pairs: FlatPairs | None = None
     reference: paddle.Tensor | None = None
+    modality: np.ndarray | None = None
+    patches: np.ndarray | None = None
+    grid: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
