@@ -29,7 +29,7 @@ demo-align: $(VENV)/.installed
 	$(PY) tools/demo_align.py
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev
 	$(PY) -m pytest -q
@@ -50,7 +50,7 @@ $(VENV)/.installed: $(PY) pyproject.toml setup.py
 
 $(VENV)/.installed-dev: $(PY) pyproject.toml setup.py
 	@echo "Installing into $(VENV), with what the tests need; the first time this takes some minutes, Paddle is large."
-	$(PY) -m pip install --quiet --editable '.[cpu,dev,parquet]'
+	$(PY) -m pip install --quiet --editable '.[cpu,dev,parquet,video]'
 	touch $(VENV)/.installed $@
 
 $(PY):

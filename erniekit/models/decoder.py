@@ -26,6 +26,7 @@ from erniekit.models.inputs import (
     new_cache,
     packed_inputs,
     place_features,
+    token_info,
 )
 from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
@@ -313,7 +314,7 @@ class CausalLM(nn.Layer):
             ids,
             segments,
             positions,
-            modality=None if tables is None else tables.modality,
+            tokens=None if tables is None else token_info(self.config, [ids.size], tables.modality),
             pictures=None if tables is None else tables.on_device(),
         )
         return self.head(self.model(inputs).normed).reshape([*ids.shape, self.config.vocab_size])

@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, T tokens, D model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +11,10 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.batch import Modality, PackedBatch
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
-from erniekit.moe.layer import TokenInfo
+from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_plan import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
@@ -28,6 +29,11 @@ class Built(Protocol):
 
     config: ModelConfig
     shard: RankShard
+
+    @property
+    def token_multiple(self) -> int:
+        """What the number of tokens of a pass must divide by."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,40 @@ def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
     return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
 
 
+def batch_inputs(
+    model: Built, batch: PackedBatch, *, neftune_alpha: float = 0.0, dropout: DropoutStep | None = None
+) -> ModelInputs:
+    """The inputs of a packed batch: its tokens, and the padding that the device needs.
+
+    Only here is padding added (see `padded_length`). It is one document behind all others, without a label, that no
+    router sees, so that the numbers of tokens and segments in the batch hold for what the model gives, too.
+    """
+    padding = padded_length(model, batch) - batch.num_tokens
+
+    def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
+        return np.pad(values_T, [(0, padding)] + [(0, 0)] * (values_T.ndim - 1), constant_values=fill)
+
+    return packed_inputs(
+        model,
+        padded(batch.input_ids),
+        padded(batch.segment_ids + 1, batch.num_segments + 1),  # the attention plan takes 0 for the padding of a row
+        padded(batch.position_ids),
+        prefixes=batch.prefixes,
+        tokens=token_info(model.config, batch.row_lengths, batch.modality),
+        neftune_alpha=neftune_alpha,
+        dropout=dropout,
+        pictures=pictures_of(model, batch),
+    )
+
+
+def padded_length(model: Built, batch: PackedBatch) -> int:
+    """How many tokens a batch has on the device: a multiple of what the model needs, and some also where the batch has
+    none, so that every rank runs the same graph.
+    """
+    multiple = model.token_multiple
+    return max(-(-batch.num_tokens // multiple), 1) * multiple
+
+
 def packed_inputs(
     model: Built,
     input_ids: np.ndarray,
@@ -78,21 +118,19 @@ def packed_inputs(
     position_ids: np.ndarray | None = None,
     *,
     prefixes: np.ndarray | None = None,
-    row_lengths: Sequence[int] | None = None,
+    tokens: TokenInfo | None = None,
     neftune_alpha: float = 0.0,
     dropout: DropoutStep | None = None,
-    modality: np.ndarray | None = None,
     pictures: Pictures | None = None,
 ) -> ModelInputs:
     """The inputs of packed documents, made once for all layers.
 
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
-    default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
-    sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
-    embeddings, and the attention dropout, of a training step. modality: the same shape, 0 for text and more for tokens
-    of images and videos, start and end tokens included (default: all text). pictures: the images and videos, whose
-    places count the tokens of all rows; they need position_ids.
+    default each document starts at 0, or where its prefix ends. tokens: what sparse layers count over (default: all
+    tokens are one row of text). neftune_alpha, dropout: strength of the noise on the embeddings, and the attention
+    dropout, of a training step. pictures: the images and videos, whose places count the tokens of all rows; they need
+    position_ids.
     """
     assert pictures is None or position_ids is not None, (
         "positions of pictures follow from their sizes, see data/vision"
@@ -115,13 +153,13 @@ def packed_inputs(
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
         PackedAttention(plan, rotation, heads, attention_dropout),
-        token_info(model.config, [plan.num_tokens] if row_lengths is None else list(row_lengths), modality),
+        token_info(model.config, [plan.num_tokens]) if tokens is None else tokens,
         noise_scale,
         pictures,
     )
 
 
-def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray | None) -> TokenInfo:
+def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray | None = None) -> TokenInfo:
     """What sparse layers count over. In a vision-language model every token has a modality, also where all are text:
     the vision experts of a rank without pictures may be needed by another.
     """
@@ -129,32 +167,29 @@ def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray
         assert modality is None or not modality.any(), "a model of text alone has no experts for pictures"
         return TokenInfo(row_lengths)
     count = sum(row_lengths)
-    is_vision = np.zeros(count, np.int64) if modality is None else (modality.reshape(-1)[:count] > 0).astype(np.int64)
-    return TokenInfo(row_lengths, is_vision)
+    is_vision = np.zeros(count, bool) if modality is None else modality.reshape(-1) != Modality.TEXT
+    return TokenInfo(row_lengths, np.where(is_vision, VISION, TEXT))
 
 
-def pictures_of(
-    model: Built,
-    input_ids: np.ndarray,
-    modality: np.ndarray | None,
-    patches: np.ndarray | None,
-    grid: np.ndarray | None,
-) -> Pictures | None:
-    """The images and videos of a batch's flat tables, in the order of their placeholders: `patches` and `grid` as in
-    Pictures. Placeholders are the tokens of either id whose modality is not text. None where there are no pictures, and
-    on pipeline stages without the embedding.
+def pictures_of(model: Built, batch: PackedBatch) -> Pictures | None:
+    """The images and videos of a packed batch; None where it has none, and on pipeline stages without the embedding.
 
-    Raises ValueError where placeholders and sizes do not belong together.
+    Raises ValueError where the sizes of the pictures and their placeholders do not belong together.
     """
-    if patches is None or grid is None or not len(grid) or not model.shard.has_embedding:
+    table, vision = batch.pictures, model.config.vision
+    if not len(table) or not model.shard.has_embedding:
         return None
-    vision = model.config.vision
-    assert vision is not None and modality is not None, "pictures come with a modality for each token"
-    places = np.flatnonzero(np.isin(input_ids, vision.placeholders).reshape(-1) & (modality.reshape(-1) > 0))
-    expected = int(num_tokens(grid, vision.spatial_merge_size).sum())
-    if len(places) != expected:
-        raise ValueError(f"{len(places)} placeholders for {len(grid)} images and videos of {expected} tokens")
-    return Pictures(paddle.to_tensor(patches), grid, places)
+    assert vision is not None, "a model of text alone has no use for pictures"
+    counts = num_tokens(table.grid, vision.spatial_merge_size)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.repeat(table.first_tokens, counts) + within
+    placeholders = np.isin(batch.input_ids, vision.placeholders) & (batch.modality != Modality.TEXT)
+    if not np.array_equal(places, np.flatnonzero(placeholders)):
+        raise ValueError(
+            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {counts.sum()} tokens, or not in "
+            "their places"
+        )
+    return Pictures(paddle.to_tensor(table.patches), table.grid, places)
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:

@@ -123,9 +123,10 @@ class MoELayer(nn.Layer):
         other ranks may need its experts.
         """
         finishes, places, decisions = [], [], {}
+        needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.part(modality)
-            if len(where) or (self.ranks is not None and self.ranks.expert.size > 1):
+            if len(where) or needed or (modality == TEXT and not x_TD.shape[0]):
                 part = paddle.gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(part, modality, row_lengths)
                 finishes.append(finish)

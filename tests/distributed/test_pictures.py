@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.pictures import CONFIG, Document, tables
+from support.tiny_vision import CONFIG, Document, packed_row
 from support.worlds import World
 
 TOLERANCE = 1e-5
@@ -84,7 +84,7 @@ def one_step(
     model.train()
     recipe = CausalRecipe(cfg, 0)
     mine = range(mesh.data, len(microbatches), mesh.degrees.data)
-    batches = [_flat(microbatches[number], number, model.token_multiple) for number in mine]
+    batches = [packed_row(microbatches[number], number) for number in mine]
     parts = parameter_chunks(model, own_chunks)
     sync = GradientSync(model.named_parameters(), placements(model, mesh, False), mesh.world_group, parts=parts)
     counts = global_counts(recipe, batches, mesh)
@@ -103,29 +103,6 @@ def one_step(
         gradients[name] = (array, spec, *((0, 1) if spec is None else model.shard.share(spec)))
     loads = {router: stats.usage.tolist() for router, stats in sums.routers.items()}
     return {"loss": sums.loss, "loads": loads, "gradients": gradients}
-
-
-def _flat(documents: Sequence[Document], seed: int, multiple: int) -> Any:
-    from erniekit.training.flat import FlatBatch
-
-    batch = tables(documents, seed)
-    num_tokens = len(batch.input_ids)
-    filling = -num_tokens % multiple
-
-    def filled(values: np.ndarray, fill: int) -> np.ndarray:
-        return np.concatenate([values, np.full((filling, *values.shape[1:]), fill, values.dtype)])
-
-    return FlatBatch(
-        input_ids=filled(batch.input_ids, 0),
-        labels=filled(batch.labels, -100),
-        position_ids=filled(batch.positions, 0),
-        segment_ids=filled(batch.segment_ids, len(documents) + 1),
-        row_lengths=[num_tokens],
-        sources=[],
-        modality=filled(batch.modality, 0),
-        patches=batch.patches,
-        grid=batch.grid,
-    )
 
 
 def compare(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> float:

@@ -1,87 +1,100 @@
-"""Tiny vision-language models, and microbatches of text, images and videos for them: numpy alone."""
+"""Pictures and videos that tests make themselves: the same ones each time."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from erniekit.data.vision.positions import num_tokens, token_positions
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-dense"
 
-IMAGE, VIDEO, START, END = 52, 53, 54, 55
-CONFIG: dict[str, Any] = {
-    "model_type": "ernie4_5_vl_moe",
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "image_start_token_id": START,
-    "image_end_token_id": END,
-    "video_start_token_id": 56,
-    "video_end_token_id": 57,
-    "tie_word_embeddings": True,
-    "text_config": {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.1,
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_intermediate_size": [16, 8],
-        "moe_num_shared_experts": 2,
-        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+
+def blocks(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Random blocks of colour with hard edges, uint8 [height, width, 3]."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (max(2, height // 7), max(2, width // 7), 3), np.uint8)
+    rows = np.arange(height) * len(coarse) // height
+    columns = np.arange(width) * coarse.shape[1] // width
+    return coarse[rows][:, columns]
+
+
+def encoded(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
+    """A picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_picture(path: Path, width: int = 64, height: int = 48, seed: int = 0, **options: Any) -> Path:
+    """A PNG file of random blocks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(blocks(width, height, seed), **options))
+    return path
+
+
+def vision_directory(directory: Path, min_pixels: int = 56 * 56, max_pixels: int = 84 * 84) -> Path:
+    """A directory with the demo's tokenizer, which has the tokens of pictures, and processor files with small limits."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(DEMO_MODEL / name, directory / name)
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        values = {"size": size, "min_frames": 2, "max_frames": 8}
+        (directory / name).write_text(json.dumps(values), "utf-8")
+    return directory
+
+
+# What tools/make_processor_fixture.py gave to transformers' processor: pictures that are made smaller and larger, and
+# a video of an odd number of frames that has its size already, since transformers resizes videos by another filter.
+PROCESSOR_CASE: list[dict[str, Any]] = [
+    {"role": "system", "content": "Look."},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": "0"},
+            {"type": "text", "text": "First "},
+            {"type": "image", "image": "1"},
+            {"type": "video", "video": "0"},
+            {"type": "text", "text": "What is this?"},
+        ],
     },
-    "vision_config": {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 2},
-}
-PATCH = 3 * 2 * 2
-
-# A document: a number of text tokens, or the grid (frames, rows, columns of patches) of an image or a video.
-Document = Sequence[int | tuple[int, int, int]]
+]
 
 
-class Tables(NamedTuple):
-    """A packed row as flat tables, and its labels: arrays [T] but for positions [T, 3], patches [P, F], grid [N, 3]."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    modality: np.ndarray
-    patches: np.ndarray
-    grid: np.ndarray
+def processor_media() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The pictures and the video of PROCESSOR_CASE."""
+    images = [blocks(150, 100, seed=1), blocks(30, 40, seed=2)]
+    return images, [np.stack([blocks(84, 56, seed) for seed in range(5)])]
 
 
-def tables(documents: Sequence[Document], seed: int = 0) -> Tables:
-    """Documents one behind the other; text has random tokens and labels, the patches are random pixels."""
-    rng = np.random.default_rng(seed)
-    ids: list[int] = []
-    kinds: list[int] = []
-    segments: list[int] = []
-    grid: list[tuple[int, int, int]] = []
-    for number, document in enumerate(documents):
-        for part in document:
-            if isinstance(part, int):
-                new, kind = rng.integers(3, 50, part).tolist(), [0] * part
-            else:
-                count = int(num_tokens(np.array([part]))[0])
-                video = part[0] > 1
-                new = [START, *[VIDEO if video else IMAGE] * count, END]
-                kind = [0, *[2 if video else 1] * count, 0]
-                grid.append(part)
-            ids += new
-            kinds += kind
-            segments += [number + 1] * len(new)
-    input_ids, grid_N3 = np.array(ids), np.array(grid, np.int64).reshape(-1, 3)
-    same = np.append(np.diff(segments) == 0, False)
-    labels = np.where(same & (np.append(input_ids[1:], 0) < 50), np.append(input_ids[1:], 0), -100)
-    return Tables(
-        input_ids=input_ids,
-        labels=labels,
-        segment_ids=np.array(segments),
-        positions=token_positions(np.array(kinds), grid_N3, np.array(segments)),
-        modality=np.where(input_ids >= 50, np.maximum(kinds, 1), 0).astype(np.int8),
-        patches=rng.integers(0, 256, (int(grid_N3.prod(axis=1).sum()), PATCH)).astype(np.uint8),
-        grid=grid_N3,
-    )
+def processor_messages() -> list[dict[str, Any]]:
+    """PROCESSOR_CASE with its media in their places."""
+    images, videos = processor_media()
+    sources = {"image": images, "video": videos}
+    system, user = PROCESSOR_CASE
+    parts = [
+        part if part["type"] == "text" else {**part, part["type"]: sources[part["type"]][int(part[part["type"]])]}
+        for part in user["content"]
+    ]
+    return [system, {**user, "content": parts}]
+
+
+def write_video(path: Path, frames: int = 30, rate: int = 10, width: int = 64, height: int = 48) -> Path:
+    """A video whose frame number i has the brightness 8 * i, encoded without loss."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "mpeg4", rate=rate)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
+        for number in range(frames):
+            pixels = np.full((height, width, 3), 8 * number % 256, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 import pytest
-from support.pictures import CONFIG, IMAGE, START, VIDEO
+from support.tiny_vision import CONFIG, IMAGE, START, VIDEO
 
 from erniekit.generation import decode, engine
 from erniekit.models.config import ModelConfig

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from support.pictures import CONFIG
+from support.tiny_vision import CONFIG
 
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import num_parameters

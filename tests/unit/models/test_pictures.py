@@ -3,8 +3,8 @@
 import numpy as np
 import paddle
 import pytest
-from support.pictures import CONFIG, IMAGE, PATCH, START, VIDEO
 from support.tiny_models import tiny_model
+from support.tiny_vision import CONFIG, IMAGE, PATCH, START, VIDEO
 
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
