@@ -25,7 +25,7 @@ Chosen = dict[str, tuple[str, ...]]
 
 def is_stacked(module: str) -> bool:
     """Whether a projection's name is that of all routed experts of a layer."""
-    return module.rpartition(".")[0].endswith(".mlp.experts")
+    return module.rpartition(".")[0].endswith((".mlp.experts", ".mlp.vision_experts"))
 
 
 def adaptable(names: Iterable[str]) -> list[str]:

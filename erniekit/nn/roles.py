@@ -22,6 +22,17 @@ class Role(Enum):
     SCALE = auto()  # a learnt length or scale, such as DoRA's magnitude
 
 
+class Part(Enum):
+    """The part of a model that a parameter belongs to; every one has exactly one. Freezing, learning rates and
+    schedules by part ask for it.
+    """
+
+    LANGUAGE = auto()  # what text uses: embedding, attention, norms, dense and shared layers, text experts, head
+    VISION_EXPERTS = auto()  # of the decoder, with their router
+    RESAMPLER = auto()
+    VISION_MODEL = auto()  # the vision transformer
+
+
 # In fp32 whatever the model's dtype: rounded to 16 bits, they would send tokens to other experts.
 FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
 
