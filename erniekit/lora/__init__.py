@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, own_name, refuse_low_bit
+from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, mergeable_weight, own_name
 from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
@@ -224,12 +224,11 @@ def disabled(model: nn.Layer) -> Iterator[nn.Layer]:
 def merge(model: nn.Layer) -> None:
     """Make the adapters part of the weights, computed in fp32; afterwards `model` is a plain model.
 
-    Raises UserError where the base is held in few bits.
+    Raises UserError where the base is quantised.
     """
     for name, layer, adapter in list(adapters(model)):
-        refuse_low_bit(layer, name)
+        weight = mergeable_weight(layer, name)
         assert isinstance(adapter, LinearAdapter | StackedAdapter)
-        weight = layer._parameters["weight"]
         weight.set_value(adapter.merged().astype(weight.dtype))
     unload(model)
 

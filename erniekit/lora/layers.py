@@ -207,7 +207,7 @@ class LinearAdapter(Adapter):
         if len(shape) != 2:
             x, y = x.reshape([-1, x.shape[-1]]), y.reshape([-1, shape[-1]])
         dropped = self._dropped(x)
-        base = self._linear[0].product(dropped) if self.dora and dropped is not x else y
+        base = self._linear[0].multiply(dropped) if self.dora and dropped is not x else y
         parts = list(self.slots)
         factors = [self.factors(part) for part in parts]
         adapted = _LowRank.apply(
@@ -246,7 +246,7 @@ class LinearAdapter(Adapter):
         norms = {}
         for part, (begin, end) in self.spans.items():
             factors, s = self.factors(part), self.slots[part].scaling
-            a_w = self._linear[0].product(factors[0].T)[:, begin:end].astype("float32")
+            a_w = self._linear[0].multiply(factors[0].T)[:, begin:end].astype("float32")
             a, b = (factor.astype("float32") for factor in factors)
             squares = self._squares[begin:end] + (
                 b * (2 * s * a_w + s * s * paddle.matmul(paddle.matmul(a.T, a), b))
@@ -261,7 +261,7 @@ class LinearAdapter(Adapter):
         dtype = self.factors(next(iter(self.slots)))[0].dtype
         for begin in range(0, linear.in_features, _ROWS):
             rows = paddle.eye(linear.in_features, dtype="float32")[begin : begin + _ROWS].astype(dtype)
-            squares = linear.product(rows).astype("float32").square().sum(0)
+            squares = linear.multiply(rows).astype("float32").square().sum(0)
             total = squares if total is None else total + squares
         assert total is not None
         self._squares = total
@@ -309,10 +309,11 @@ class StackedAdapter(Adapter):
         return self._stacked[0].weight.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
 
 
-def refuse_low_bit(layer: Projection, name: str) -> None:
-    """Merging needs the weight itself."""
-    if "weight" not in layer._parameters or layer._parameters["weight"] is None:
+def mergeable_weight(layer: Projection, name: str) -> paddle.Tensor:
+    """The parameter that an adapter is merged into. UserError where a product holds the weight."""
+    if layer.weight is None:
         raise UserError(
-            f"{name} is held in 8 or 4 bits, into which an adapter cannot be merged. Export the adapter: it is merged "
-            "into the weights as they were published."
+            f"{name}: the weight is quantised, and an adapter cannot be merged into it. Export the adapter: it is "
+            "merged into the weights as they were published."
         )
+    return layer.weight

@@ -62,8 +62,8 @@ def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]
 
 
 class StackedLinear(Projection):
-    """E projections of one shape: weight [E, in, out], E those of this process. `adapter` and `low_bit`: as in
-    nn.Linear, called with the rows and the counts.
+    """E projections of one shape: weight [E, in, out], E those of this process. `product` and `adapter` are
+    called with the rows and the counts.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
@@ -72,8 +72,8 @@ class StackedLinear(Projection):
         self.weight = self.create_parameter(
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
+        self.product = None
         self.adapter = None
-        self.low_bit = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """Whole experts are divided."""
@@ -83,15 +83,14 @@ class StackedLinear(Projection):
         """See DeclaresRoles."""
         return {"weight": Role.PROJECTION}
 
-    def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        """Each row times its expert's matrix: [R, in] -> [R, out]."""
-        if self.low_bit is not None:
-            return self.low_bit(rows, counts)
-        return grouped_matmul(rows, self.weight, counts)
+    def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
+        """See Projection."""
+        assert counts is not None and self.weight is not None
+        return grouped_matmul(x, self.weight, counts)
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
-        y = self.product(rows, counts)
+        y = self.multiply(rows, counts)
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
 

@@ -20,10 +20,12 @@ class Role(Enum):
     ADAPTER_A = auto()  # LoRA's first factor
     ADAPTER_B = auto()  # LoRA's second factor, which starts at zero
     SCALE = auto()  # a learnt length or scale, such as DoRA's magnitude
+    QUANTIZER = auto()  # scales and ranges of a projection's product (nn/product.py)
 
 
-# In fp32 whatever the model's dtype: rounded to 16 bits, they would send tokens to other experts.
-FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
+# In fp32 whatever the model's dtype: rounded to 16 bits, routers would send tokens to other experts, and a quantiser
+# would scale by something else than it was calibrated for.
+FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS, Role.QUANTIZER})
 
 
 class DeclaresRoles(nn.Layer):

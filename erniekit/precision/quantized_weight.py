@@ -6,15 +6,17 @@ backward pass dequantises again instead of keeping anything.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import paddle
-from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn.quant import weight_dequantize, weight_only_linear, weight_quantize
 
-from erniekit.precision.weight_only import NF4, Scheme, dequantise, quantise
+from erniekit.nn.linear import Projection
+from erniekit.nn.product import Product
+from erniekit.precision.weight_only import NF4, Scheme, Schemes, dequantise, quantise
 
 # Weights that are dequantised at a time: 8 MB in fp32, against which a product's start-up costs nothing.
 _BLOCK = 1 << 21
@@ -105,38 +107,52 @@ class KernelMatrix(Matrix):
         return weight_dequantize(self.codes, self.scales, algo=self._algorithm, group_size=self._group)
 
 
-class QuantizedWeight(nn.Layer):
-    """What a projection holds instead of its `weight`: one matrix [in, out], or those of E experts, [E, in, out]."""
+class QuantizedWeight(Product):
+    """The product with a frozen weight in 8 or 4 bits: one matrix [in, out], or those of E experts, [E, in, out]."""
+
+    holds_weight = True
 
     def __init__(self, shape: Sequence[int], scheme: Scheme) -> None:
         super().__init__()
         *stacked, num_in, num_out = shape
-        self.shape, self.scheme = tuple(shape), scheme
+        self.shape, self.scheme, self.name = tuple(shape), scheme, scheme.name
         kind = KernelMatrix if KernelMatrix.fits(num_in, num_out, scheme) else Matrix
         self.matrices = [kind(num_in, num_out, scheme) for _ in range(stacked[0] if stacked else 1)]
 
-    def fill(self, place: int, weight: np.ndarray) -> None:
-        """Quantise the values of matrix `place` (0, or the number of a local expert): [in, out] fp32."""
-        self.matrices[place].fill(weight)
+    def fill(self, index: int, values: np.ndarray) -> None:
+        """See Product."""
+        self.matrices[index].fill(values)
 
-    def forward(self, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
-        """x [..., in] -> x W [..., out]; with `counts` [E], rows [R, in] sorted by expert, each times its expert's
-        matrix -> [R, out]. Differentiable in x.
-        """
+    def forward(
+        self, x: paddle.Tensor, weight: paddle.Tensor | None = None, counts: list[int] | None = None
+    ) -> paddle.Tensor:
+        """See Product. Differentiable in x."""
+        assert weight is None, "the weight is held here"
         if counts is not None:
             return _Product.apply(x, self, counts)
         *lead, width = x.shape
         rows = x.reshape([-1, width])
         return _Product.apply(rows, self, [rows.shape[0]]).reshape([*lead, self.shape[-1]])
 
-    def dense(self) -> np.ndarray:
-        """The weight that the codes stand for, fp32 of `shape`."""
+    def dense(self, weight: paddle.Tensor | None = None) -> np.ndarray:
+        """See Product."""
         return np.stack([matrix.dense() for matrix in self.matrices]).reshape(self.shape)
 
-    def num_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        held = (tensor for matrix in self.matrices for tensor in (matrix.codes, matrix.scales))
-        return sum(tensor.element_size() * tensor.size for tensor in held)
+    def quantized_tensors(self, weight: paddle.Tensor | None = None) -> list[dict[str, paddle.Tensor]]:
+        """See Product. The layout is that of weight_only, or the one that Paddle's kernels chose."""
+        return [{"codes": matrix.codes, "scales": matrix.scales} for matrix in self.matrices]
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """The factory of quantised weights (nn.linear.ProductFactory)."""
+
+    schemes: Schemes
+
+    def __call__(self, projection: Projection) -> QuantizedWeight:
+        """The empty quantised weight of a projection."""
+        is_stack = projection.num_experts is not None
+        return QuantizedWeight(projection.weight_shape, self.schemes.experts if is_stack else self.schemes.projections)
 
 
 class _Product(PyLayer):
