@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import paddle
 
 Shape = tuple[int, ...]
+# The names, in files, of the tensors that decide whether a head is tied.
+HEAD = "lm_head.weight"
+EMBEDDINGS: dict[Format, str] = {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
 _BLOCK = 32  # rows a transposition moves at once: 5 to 15 times faster than numpy's own order on large matrices
 
 
@@ -233,7 +236,18 @@ def num_parameters(config: ModelConfig) -> int:
 
 def is_mtp(name: str) -> bool:
     """Whether a tensor belongs to multi-token prediction; transformers ignores these, too."""
-    return any(part.startswith("mtp_") for part in name.split("."))
+    return mtp_depth(name) is not None
+
+
+def mtp_depth(name: str) -> int | None:
+    """The depth of multi-token prediction that a file's tensor belongs to, whether or not a table has it; 0 where the
+    name has no number that can be a depth, None for any other tensor.
+    """
+    words = name.split(".")
+    if not any(word.startswith("mtp_") for word in words):
+        return None
+    numbers = [word for word in words if word.isascii() and word.isdigit() and len(word) <= 2]
+    return int(numbers[0]) if numbers else 0
 
 
 def detect_format(names: Iterable[str], source: str) -> Format:

@@ -8,7 +8,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
-from erniekit.nn.roles import Role
+from erniekit.nn.roles import ComponentLayer, Role
 from erniekit.nn.shard import ShardSpec
 
 
@@ -94,7 +94,7 @@ class StackedLinear(Projection):
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
 
-class Experts(nn.Layer):
+class Experts(ComponentLayer):
     """E SwiGLU experts of width F."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, init_std: float = 0.02) -> None:
