@@ -4,7 +4,6 @@
 a while; `merge(model)` makes the adapters part of the weights. Files: erniekit/checkpoint/peft_write.py.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_sav
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
+from erniekit.utils.arrays import seeded_generator
 from erniekit.utils.errors import ConfigError
 
 __all__ = [
@@ -192,9 +192,8 @@ def _draw(model: nn.Layer, seed: int, share: _Share) -> None:
 
 
 def _uniform(seed: int, name: str, shape: list[int]) -> np.ndarray:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
-    return ((2 * generator.random(shape, dtype=np.float32) - 1) / np.sqrt(np.float32(shape[0]))).astype(np.float32)
+    uniform = seeded_generator(seed, name).random(shape, dtype=np.float32)
+    return ((2 * uniform - 1) / np.sqrt(np.float32(shape[0]))).astype(np.float32)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 name.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from erniekit.models.products import held_weights
 from erniekit.models.weights import Shape, our_shapes
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import named_shard_specs, shard
+from erniekit.utils.arrays import seeded_generator
 
 
 def init_weights(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -49,6 +49,4 @@ def init_weights(model: CausalLM, seed: int, wanted: Callable[[str], bool] = lam
 
 def normal(seed: int, name: str, shape: Shape, std: float) -> np.ndarray:
     """Normal float32 numbers of standard deviation `std` that follow from (seed, name)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
-    return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)
+    return seeded_generator(seed, name).standard_normal(shape, dtype=np.float32) * np.float32(std)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from erniekit.models.config import Format, ModelConfig
+from erniekit.utils.arrays import copy_transposed
 from erniekit.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Shape = tuple[int, ...]
 # The names, in files, of the tensors that decide whether a head is tied.
 HEAD = "lm_head.weight"
 EMBEDDINGS: dict[Format, str] = {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
-_BLOCK = 32  # rows a transposition moves at once: 5 to 15 times faster than numpy's own order on large matrices
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Piece:
         if not self.transposed:
             return np.ascontiguousarray(part)
         out = np.empty(self.shape, part.dtype)
-        _copy_transposed(part, out)
+        copy_transposed(part, out)
         return out
 
     def insert(self, stored: np.ndarray, logical: np.ndarray) -> None:
@@ -57,14 +57,9 @@ class Piece:
             grouped = stored.reshape(*stored.shape[:-1], self.heads, 3, -1)
             part[...] = grouped.swapaxes(-2, -3).reshape(part.shape)
         elif self.transposed:
-            _copy_transposed(stored, part)
+            copy_transposed(stored, part)
         else:
             part[...] = stored
-
-
-def _copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
-    for start in range(0, source.shape[0], _BLOCK):
-        target[:, start : start + _BLOCK] = source[start : start + _BLOCK].T
 
 
 @dataclass(frozen=True)

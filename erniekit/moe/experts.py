@@ -4,61 +4,12 @@ sorted rows.
 
 import paddle
 from paddle import nn
-from paddle.autograd import PyLayer
 
+from erniekit.nn.grouped import grouped_matmul
 from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
 from erniekit.nn.roles import ComponentLayer, Role
 from erniekit.nn.shard import ShardSpec
-
-
-class _GroupedMatmul(PyLayer):
-    """rows of expert e times W[e]. One node for all experts: the gradient of the stack is built once, not scattered
-    expert by expert.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        parts = [
-            paddle.matmul(rows[begin:end], weight[e])
-            for e, (begin, end) in enumerate(_stretches(counts))
-            if end > begin
-        ]
-        return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
-
-    @staticmethod
-    def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        rows, weight = ctx.saved_tensor()
-        stretches = _stretches(ctx.counts)
-        drows = None
-        if not rows.stop_gradient:
-            parts = [paddle.matmul(dy[b:e], weight[i], transpose_y=True) for i, (b, e) in enumerate(stretches) if e > b]
-            drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
-        if weight.stop_gradient:
-            return drows, None
-        empty = paddle.zeros(weight.shape[1:], dtype=weight.dtype)
-        dweight = paddle.stack(
-            [paddle.matmul(rows[b:e], dy[b:e], transpose_x=True) if e > b else empty for b, e in stretches]
-        )
-        return drows, dweight
-
-
-def _stretches(counts: list[int]) -> list[tuple[int, int]]:
-    """(begin, end) of each expert's sorted rows."""
-    begin, stretches = 0, []
-    for count in counts:
-        stretches.append((begin, begin + count))
-        begin += count
-    return stretches
-
-
-def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-    """rows [R, in] sorted by expert, weight [E, in, out], counts [E] summing to R -> [R, out]. An expert without rows
-    gets a zero gradient.
-    """
-    return _GroupedMatmul.apply(rows, weight, counts)
 
 
 class StackedLinear(Projection):

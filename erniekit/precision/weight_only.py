@@ -13,8 +13,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from erniekit.utils.arrays import copy_transposed
+
 _BLOCK = 1 << 20  # weights a step: bounds the temporaries
-_STRIP = 32
 
 
 def _nf4_levels() -> np.ndarray:
@@ -40,11 +41,6 @@ class Scheme:
     bits: int
     group: int | None
     levels: tuple[float, ...]
-
-    @property
-    def half_gap(self) -> float:
-        """Half the widest gap between levels: the largest rounding error, in scales."""
-        return float(np.diff(self.levels).max()) / 2
 
     def groups(self, num_in: int) -> int:
         """Scales of one output channel with `num_in` inputs."""
@@ -129,10 +125,9 @@ def unpack(packed: np.ndarray, length: int) -> np.ndarray:
 
 
 def _transposed(weight: np.ndarray) -> np.ndarray:
-    """[in, out] -> [out, in] fp32 in a few rows at a time: ten times as fast as numpy's own order."""
+    """[in, out] -> [out, in] fp32."""
     out = np.empty(weight.shape[::-1], np.float32)
-    for begin in range(0, len(weight), _STRIP):
-        out[:, begin : begin + _STRIP] = weight[begin : begin + _STRIP].T
+    copy_transposed(weight, out)
     return out
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 
-from erniekit.moe.experts import grouped_matmul
+from erniekit.nn.grouped import grouped_matmul
 from erniekit.nn.linear import Projection
 from erniekit.nn.product import Product
 from erniekit.nn.roles import Role

@@ -9,6 +9,7 @@ from erniekit import save_model
 from erniekit.build import load_model
 from erniekit.checkpoint.model_io import load_weights
 from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
 from erniekit.models.products import attach_products, describe, held_weights, num_elements
 from erniekit.nn.shard import RankShard, named_shard_specs, shard
 from erniekit.precision.quantized_weight import QuantizedWeight, QuantizedWeights
@@ -123,6 +124,21 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     save_model(model, tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: a weight is not finite"):
         load_model(tmp_path, product=QuantizedWeights(SCHEMES["wint8"]))
+
+
+@pytest.mark.parametrize("compute_type", SCHEMES)
+def test_a_random_start_is_quantised_like_a_file(compute_type: str):
+    """The values that a plain model would start with, expert by expert, go through the codes."""
+    plain, model = tiny_model("moe", **SIZES), tiny_model("moe", **SIZES)
+    attach_products(model, QuantizedWeights(SCHEMES[compute_type]))
+    init_weights(plain, 5)
+    init_weights(model, 5)
+    parameters = dict(plain.named_parameters())
+    for name, weight in quantized_weights(model).items():
+        values = parameters[name].numpy()
+        for index, matrix in enumerate(values if values.ndim == 3 else [values]):
+            np.testing.assert_array_equal(weight.matrices[index].codes.numpy(), quantise(matrix, weight.scheme)[0])
+    np.testing.assert_array_equal(model.model.norm.weight.numpy(), plain.model.norm.weight.numpy())
 
 
 def test_codes_are_not_weights_to_save(tmp_path):
