@@ -28,7 +28,7 @@ class Projection(Shardable):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """[in, out] or [E, in, out], whoever holds the weight."""
+        """[in, out] or [E, in, out], also where a product holds the weight."""
         stack = () if self.num_experts is None else (self.num_experts,)
         return (*stack, self.in_features, self.out_features)
 
