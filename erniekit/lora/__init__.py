@@ -228,7 +228,7 @@ def merge(model: nn.Layer) -> None:
     for name, layer, adapter in list(adapters(model)):
         weight = mergeable_weight(layer, name)
         assert isinstance(adapter, LinearAdapter | StackedAdapter)
-        weight.set_value(adapter.merged().astype(weight.dtype))
+        weight.set_value(adapter.merged(weight).astype(weight.dtype))
     unload(model)
 
 

@@ -260,9 +260,9 @@ class LinearAdapter(Adapter):
             self._parameters[own_name("magnitude", part)].set_value(total[begin:end].sqrt())
 
     @paddle.no_grad()
-    def merged(self) -> paddle.Tensor:
-        """The projection's weight with the adapter in it, fp32 [in, out]."""
-        weight = self._linear[0].weight.astype("float32").clone()
+    def merged(self, base: paddle.Tensor) -> paddle.Tensor:
+        """The projection's weight `base` with the adapter in it, fp32 [in, out]."""
+        weight = base.astype("float32").clone()
         norms = self.column_norms() if self.dora else {}
         for part, (begin, end) in self.spans.items():
             a, b = (factor.astype("float32") for factor in self.factors(part))
@@ -278,7 +278,6 @@ class StackedAdapter(Adapter):
 
     def __init__(self, stacked: Projection, slot: Slot, dropout: float, dtype: paddle.dtype) -> None:
         super().__init__({"": slot}, dropout)
-        self._stacked = [stacked]
         assert stacked.num_experts is not None
         self._add("A", "", [stacked.num_experts, stacked.in_features, slot.rank], dtype)
         self._add("B", "", [stacked.num_experts, slot.rank, stacked.out_features], dtype)
@@ -294,10 +293,10 @@ class StackedAdapter(Adapter):
         return _GroupedLowRank.apply(self._dropped(rows), y, counts, self.slots[""].scaling, *self.factors(""))
 
     @paddle.no_grad()
-    def merged(self) -> paddle.Tensor:
-        """The stacked weight with the adapters in it, fp32 [E, in, out]."""
+    def merged(self, base: paddle.Tensor) -> paddle.Tensor:
+        """The stacked weight `base` with the adapters in it, fp32 [E, in, out]."""
         a, b = (factor.astype("float32") for factor in self.factors(""))
-        return self._stacked[0].weight.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
+        return base.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
 
 
 def mergeable_weight(layer: Projection, name: str) -> paddle.Tensor:

@@ -121,8 +121,9 @@ def _rows_of(plan: AttentionPlan, heads: HeadLayout) -> _Rows:
         if not bucket.prefix_real.all():
             visible = np.concatenate([bucket.prefix_real, bucket.real | True], axis=1)
             hidden = paddle.to_tensor(np.where(visible, 0.0, MASK_VALUE).astype(np.float32)[:, None, None])
-        sizes = (*bucket.tokens.shape, bucket.prefix.shape[1])
-        buckets.append(_BucketRows(*sizes, paddle.to_tensor(fetch), paddle.to_tensor(query), keep, hidden))
+        count, length = bucket.tokens.shape
+        fetches = paddle.to_tensor(fetch), paddle.to_tensor(query)
+        buckets.append(_BucketRows(count, length, bucket.prefix.shape[1], *fetches, keep, hidden))
     shared = _shared_places(again, merge_grad, num_rows)
     return _Rows(buckets, paddle.to_tensor(merge), paddle.to_tensor(merge_grad), shared)
 
@@ -231,7 +232,9 @@ class _DocumentAttention(PyLayer):
                 # Padding holds copies of token 0 and must bring no gradient of its own.
                 do = do.multiply_(bucket.keep.astype(do.dtype))
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
-            grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads, block)]
+            queries, k, v, weights, outputs = saved
+            made = _bucket_backward(do, queries, k, v, weights, outputs, bucket, heads, block)
+            grads += [grad.reshape([-1, d]) for grad in made]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
         return ctx.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * d])

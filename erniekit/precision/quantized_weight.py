@@ -30,8 +30,8 @@ class Matrix:
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.codes: paddle.Tensor | None = None
-        self.scales: paddle.Tensor | None = None
+        self.codes: paddle.Tensor  # with the scales, set by `fill`
+        self.scales: paddle.Tensor
 
     def fill(self, weight: np.ndarray) -> None:
         """Take the values of `weight` [in, out] fp32. Raises ValueError where one is not finite."""
