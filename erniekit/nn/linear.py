@@ -63,7 +63,7 @@ class Linear(Projection):
     "row" by inputs, None not at all. All sizes are those of this process.
 
     What is applied from outside is attached to four attributes, None on a plain model: `product` and `adapter` as in
-    Projection, `enter` and `leave` communicate before the product and after it (the bias is added behind).
+    Projection, `gather_input` and `reduce_output` communicate before and after the product (the bias is added last).
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class Linear(Projection):
             [in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.bias = self.create_parameter([out_features], is_bias=True) if bias else None
-        self.enter: Callable[[paddle.Tensor], paddle.Tensor] | None = None
-        self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.gather_input: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.reduce_output: Callable[[paddle.Tensor], paddle.Tensor] | None = None
         self.product = None
         self.adapter = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
+        """See Shardable. The bias of a row-split layer is whole: it is added behind the sum."""
         widths = tuple(self.parts.values())
         if self.split == "column":
             return {"weight": ShardSpec(1, widths), "bias": ShardSpec(0, widths)}
@@ -110,11 +110,11 @@ class Linear(Projection):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
-        if self.enter is not None:
-            x = self.enter(x)
+        if self.gather_input is not None:
+            x = self.gather_input(x)
         y = self.multiply(x)
         if self.adapter is not None:
             y = self.adapter(x, y)
-        if self.leave is not None:
-            y = self.leave(y)
+        if self.reduce_output is not None:
+            y = self.reduce_output(y)
         return y if self.bias is None else y + self.bias

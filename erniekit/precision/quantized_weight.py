@@ -1,8 +1,8 @@
-"""Frozen weights in 8 or 4 bits under a projection: the products forward and backward, without a whole fp32 matrix.
+"""Frozen weights in 8 or 4 bits: the products forward and backward, without ever making a whole fp32 matrix.
 
-Codes and scales are neither parameters nor buffers, so no optimizer, checkpoint or comparison of ranks knows them: they
-follow from the base's weights, and each rank quantises its own share. The gradient passes to the input alone; the
-backward pass dequantises again instead of keeping anything.
+Codes and scales are neither parameters nor buffers, so that no optimizer, checkpoint or comparison of ranks knows them:
+they follow from the base's weights, and each rank quantises its own share. Only the input has a gradient. The backward
+pass dequantises again and saves nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ _BLOCK = 1 << 21
 
 
 class Matrix:
-    """W [in, out] as codes and scales (see weight_only), dequantised by plain operations, some output channels at a
-    time. Runs on any device.
+    """W [in, out] as codes and scales (see weight_only), which plain operations dequantise, some output channels at a
+    time. It runs on any device.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
@@ -34,7 +34,7 @@ class Matrix:
         self.scales: paddle.Tensor
 
     def fill(self, weight: np.ndarray) -> None:
-        """Take the values of `weight` [in, out] fp32. Raises ValueError where one is not finite."""
+        """Quantise `weight` [in, out] fp32. Raises ValueError where a value is not finite."""
         assert weight.shape == (self.in_features, self.out_features), (weight.shape, self.in_features)
         codes, scales = quantise(weight, self.scheme)
         self.codes, self.scales = paddle.to_tensor(codes), paddle.to_tensor(scales)
@@ -57,7 +57,7 @@ class Matrix:
         return dequantise(self.codes.numpy(), self.scales.numpy(), self.scheme, self.in_features)
 
     def _blocks(self, dtype: paddle.dtype) -> Iterator[tuple[int, int, paddle.Tensor]]:
-        """(begin, end, W[:, begin:end]^T [end - begin, in]) for stretches of output channels."""
+        """(begin, end, W[:, begin:end]^T [end - begin, in]) for consecutive output channels."""
         rows = max(1, _BLOCK // self.in_features)
         for begin in range(0, self.out_features, rows):
             end = min(begin + rows, self.out_features)
@@ -66,13 +66,13 @@ class Matrix:
 
 
 class KernelMatrix(Matrix):
-    """The same held and multiplied by Paddle's weight-only GPU kernels, in the layout that they choose. The backward
-    pass dequantises the whole matrix once, in 16 bits. Written after Paddle's documentation, never run.
+    """The same by Paddle's weight-only GPU kernels, in the layout that they choose. The backward pass dequantises the
+    whole matrix once, in 16 bits. It was written after Paddle's documentation and has never run.
     """
 
     @staticmethod
     def fits(in_features: int, out_features: int, scheme: Scheme) -> bool:
-        """Whether the kernels take such a matrix here."""
+        """Whether the kernels accept such a matrix on this device."""
         on_gpu = paddle.get_device().startswith("gpu")
         return on_gpu and scheme is not NF4 and in_features % 64 == 0 and out_features % 16 == 0
 
@@ -128,7 +128,7 @@ class QuantizedWeight(Product):
         self, x: paddle.Tensor, weight: paddle.Tensor | None = None, counts: list[int] | None = None
     ) -> paddle.Tensor:
         """See Product. Differentiable in x."""
-        assert weight is None, "the weight is held here"
+        assert weight is None, "a quantised weight takes the place of the parameter"
         if counts is not None:
             return _Product.apply(x, self, counts)
         *lead, width = x.shape
@@ -157,7 +157,7 @@ class QuantizedWeights:
 
 
 class _Product(PyLayer):
-    """Rows times the matrix of their stretch; one node for all experts."""
+    """Sorted rows times the matrix of their expert; one node for all experts."""
 
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: QuantizedWeight, counts: list[int]) -> paddle.Tensor:

@@ -1,8 +1,9 @@
-"""Weights in 8 or 4 bits: codes and scales, from a matrix and back. Pure numpy, the reference of every other path.
+"""Weights in 8 or 4 bits: codes and scales, from a matrix and back, in numpy. Every other implementation is compared
+with this one.
 
-A matrix W [in, out] is held as w = scale * level[code]. A scale belongs to an output channel or, in 4 bits, to a group
-of consecutive inputs of one channel: the group's largest |w| over the largest level, so that the largest |w| is exact.
-Rounding goes to the nearest level: |w - w'| <= scale * half the widest gap between levels.
+A matrix W [in, out] is stored as w = scale * level[code]. A scale belongs to an output channel or, in 4 bits, to a
+group of consecutive inputs of one channel: the group's largest |w| over the largest level, so that the largest |w| is
+exact. Rounding goes to the nearest level: |w - w'| <= scale * half the widest gap between levels.
 
 Codes lie channel by channel, [out, in] or two a byte [out, ceil(in / 2)]: input 2i in the low half of byte i, input
 2i + 1 in the high half. A last group may be short, and with an odd number of inputs the last high half is unused.
@@ -33,8 +34,8 @@ def _nf4_levels() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is held. `group`: inputs that share a scale; None: all of them. `levels`: what the codes stand for,
-    ascending: [16] of a 4-bit code, [255] of an 8-bit code from -127 on.
+    """How a matrix is stored. `group`: the number of inputs that share a scale; None: all of them. `levels`: the values
+    that the codes stand for, ascending: [16] of a 4-bit code, [255] of an 8-bit code, which begins at -127.
     """
 
     name: str
@@ -62,7 +63,9 @@ NF4 = Scheme("nf4", 4, 64, tuple(_nf4_levels().tolist()))
 
 @dataclass(frozen=True)
 class Schemes:
-    """How the projections of attention, dense blocks and shared experts are held, and how the routed experts are."""
+    """The schemes of a model: one for the projections of attention, dense blocks and shared experts, and one for the
+    routed experts.
+    """
 
     projections: Scheme
     experts: Scheme
