@@ -45,7 +45,7 @@ class Head:
 
 
 def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, max_tokens: int) -> list[slice]:
-    """Consecutive tokens whose logits may exist at a time: up to `max_tokens`, and as many as the device has room for."""
+    """Consecutive tokens whose logits may exist at a time: up to `max_tokens`, as far as the device has room."""
     elements = _CHUNK_ELEMENTS if hidden_TD.place.is_cpu_place() else _GPU_CHUNK_ELEMENTS
     num_tokens = hidden_TD.shape[0]
     size = max(1, min(num_tokens, max_tokens, elements // vocab_size))
