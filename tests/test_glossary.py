@@ -28,8 +28,10 @@ CLEAN = (
     "erniekit.export",
     "erniekit.generation",
     "erniekit.losses",
+    "erniekit.lora",
     "erniekit.models",
     "erniekit.nn",
+    "erniekit.precision",
     "erniekit.serve",
 )
 

@@ -194,7 +194,7 @@ class HeadBias(Shardable):
         self.bias = self.create_parameter([vocab_size], is_bias=True)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible."""
+        """See Shardable."""
         return {"bias": ShardSpec(0)}
 
     def roles(self) -> dict[str, Role]:
@@ -206,7 +206,7 @@ class CausalLM(nn.Layer):
     """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
 
     With `part`, only the parameters that one process of several holds, under their names in the whole model; what the
-    processes exchange is attached from outside (parallel/apply.py).
+    processes exchange is attached from outside (models/parallelize.py).
     """
 
     def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:

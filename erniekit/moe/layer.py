@@ -17,6 +17,7 @@ from erniekit.moe.dispatch import assign, combine, dispatch
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.roles import Component
 
 TEXT, VISION = 0, 1
 Finish = Callable[[], paddle.Tensor]
@@ -88,6 +89,7 @@ class MoELayer(nn.Layer):
         self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:
             self.vision_experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[VISION], sizes.init_std)
+            self.vision_experts.component = Component.VISION_EXPERTS
         self.shared_experts = None
         if sizes.num_shared:
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree

@@ -49,6 +49,6 @@ class TensorRanks:
     def attach(self, linear: Linear) -> None:
         """Let a projection that was built with this rank's sizes communicate."""
         if linear.split == "column":
-            linear.enter = self.enter
+            linear.gather_input = self.enter
         elif linear.split == "row":
-            linear.leave = self.leave
+            linear.reduce_output = self.leave
