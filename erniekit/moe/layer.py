@@ -95,12 +95,6 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
-    def vision_parameters(self) -> list[paddle.Tensor]:
-        """The parameters that tokens of vision alone use; empty with one modality."""
-        if len(self.sizes.intermediate_sizes) == 1:
-            return []
-        return [self.gate.matrix(VISION), *self.vision_experts.parameters()]
-
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
         all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
