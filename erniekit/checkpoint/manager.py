@@ -17,7 +17,7 @@ from erniekit.checkpoint.model_dir import list_checkpoints, move_staged, staging
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from erniekit.checkpoint.safetensors import INDEX_FILE, Plan, Writer, cut_plan, write_index
 from erniekit.parallel import comm
+from erniekit.parallel.process_group import Group
 
 # What a rank tells of the files that it wrote: {"directory": ..., "bytes": ..., "files": {tensor: file}}.
 Written = dict
@@ -60,7 +61,7 @@ class RankFiles:
         deque(self.tensors, maxlen=0)
 
 
-def number(portions: Sequence[RankFiles], group: comm.Group) -> None:
+def number(portions: Sequence[RankFiles], group: Group) -> None:
     """Number the files over all ranks, in their order. All ranks call it with portions of the same directories."""
     if group.size == 1:
         return

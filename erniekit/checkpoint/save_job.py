@@ -18,7 +18,7 @@ from typing import Any
 
 from erniekit.checkpoint.rank_files import RankFiles, number, write_indexes
 from erniekit.parallel.agree import agree, on_first
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 

@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer
 from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 
 @dataclass(frozen=True)

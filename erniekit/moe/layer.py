@@ -93,6 +93,19 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
+    @property
+    def correction_bias(self) -> paddle.Tensor:
+        """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
+        return self.moe_statics.e_score_correction_bias
+
+    def bias_of(self, modality: int) -> paddle.Tensor:
+        """The correction bias [E] of a modality's router."""
+        return self.correction_bias[modality]
+
+    def router_of(self, modality: int) -> paddle.Tensor:
+        """The matrix [D, E] of a modality's router."""
+        return self.gate.matrix(modality)
+
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
         all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
@@ -130,9 +143,8 @@ class MoELayer(nn.Layer):
     def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
         """Route the tokens and send them off; the experts' weighted sum [T, D] comes when it is asked for."""
         num_experts = self.sizes.num_experts
-        bias = self.moe_statics.e_score_correction_bias[modality]
         agree = None if self.ranks is None else self.ranks.agree
-        routing = route(self.gate(x_TD, modality), bias, self.options, agree)
+        routing = route(self.gate(x_TD, modality), self.bias_of(modality), self.options, agree)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)

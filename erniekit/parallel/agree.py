@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError, UserError
 
 # Attributes of a directory may be cached on a network file system (NFS: up to 60 s; new files are asked for sooner).

@@ -9,7 +9,7 @@ backward pass reaches). It is a matrix [S, width]: row i holds the i-th chunk of
 one flag a parameter, which counts the ranks that had a gradient for it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     placement: Placement
-    part: int = 0
+    model_chunk: int = 0
 
     @property
     def size(self) -> int:
@@ -73,9 +73,9 @@ class Bucket:
         return self.entries[0].placement
 
     @property
-    def part(self) -> int:
-        """The part of the model that each of its parameters belongs to."""
-        return self.entries[0].part
+    def model_chunk(self) -> int:
+        """The chunk of the model that each of its parameters belongs to."""
+        return self.entries[0].model_chunk
 
     def gradient_dtype(self, master_grad: bool) -> str:
         """The type that it carries."""
@@ -128,55 +128,14 @@ def _key(entry: Entry) -> tuple:
     """What the parameters of one bucket have in common."""
     p = entry.placement
     groups = (p.gradient, p.shard, p.replica, p.partial, p.ends)
-    return entry.part, entry.dtype, p.copies, *(group.ranks for group in groups)
+    return entry.model_chunk, entry.dtype, p.copies, *(group.ranks for group in groups)
 
 
-def state_bytes(entries: Iterable[Entry], divided: bool = True) -> int:
-    """Bytes of AdamW's state on this rank: two fp32 moments of each chunk, a fp32 master copy for 16-bit parameters,
-    and two fp32 powers of the betas a parameter. Not `divided`: what it would be if each rank held all of it.
-    """
-    return sum(
-        (entry.chunk if divided else entry.size) * (8 if _width(entry.dtype) == 4 else 12) + 8 for entry in entries
-    )
-
-
-def is_eager(placement: Placement, stage: int) -> bool:
+def is_eager(placement: Placement, zero_stage: int) -> bool:
     """Whether gradients are exchanged after every backward pass, so that only a chunk of them is kept."""
-    return stage == 2 and placement.shard.size > 1
+    return zero_stage == 2 and placement.shard.size > 1
 
 
-def gradient_bytes(entries: Iterable[Entry], stage: int, master_grad: bool) -> int:
-    """Bytes of gradients on this rank between two microbatches: whole ones, or in stage 2 the own chunk and a flag
-    (beside them buckets that are on their way, where exchanges overlap with computation).
-    """
-    return sum(
-        (entry.chunk + 1 if is_eager(entry.placement, stage) else entry.size)
-        * _width(entry.gradient_dtype(master_grad))
-        for entry in entries
-    )
-
-
-def _width(dtype: str) -> int:
-    """Bytes of an element."""
+def item_bytes(dtype: str) -> int:
+    """Bytes of an element of a floating type."""
     return 4 if dtype == "float32" else 2
-
-
-def step_traffic(
-    buckets: Iterable[Bucket], stage: int, num_microbatches: int, master_grad: bool, num_ranks: int
-) -> dict[str, int]:
-    """Bytes that this rank sends for gradients, their norm and parameters in one step, by kind, as comm counts them.
-
-    Over n ranks a reduce-scatter sends (n - 1) / n of the matrix, an all-gather n - 1 times the own chunk, and an
-    all-reduce 2 (n - 1) / n of the tensor. Stage 2 reduce-scatters after every microbatch, the others once a step.
-    `master_grad`: gradients of 16-bit parameters travel in fp32. The norm is one fp64 number from each of `num_ranks`.
-    """
-    sent = {"reduce_scatter": 0, "all_reduce": 0, "all_gather": 0, "host": 8 * (num_ranks - 1)}
-    for bucket in buckets:
-        p, own = bucket.placement, _width(bucket.entries[0].dtype)
-        gradient = _width(bucket.gradient_dtype(master_grad))
-        times = num_microbatches if is_eager(p, stage) else 1
-        sent["reduce_scatter"] += times * (p.shard.size - 1) * bucket.width * gradient
-        for group in (p.replica, p.partial, p.ends):
-            sent["all_reduce"] += 2 * (group.size - 1) * bucket.width * gradient // group.size
-        sent["all_gather"] += (p.shard.size - 1) * bucket.columns * own
-    return sent

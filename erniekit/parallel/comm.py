@@ -1,18 +1,14 @@
-"""What ranks say to one another; nothing else in the package calls a collective.
+"""Collective communication. The only module that calls collectives; those that a model's graph contains come with their
+adjoints (transposed maps).
 
-A group is a list of ranks; a group of one rank costs nothing: every function is then the identity. On a CPU the ranks
-talk over `links` (TCP); on GPUs over NCCL through `paddle.distributed`, which has never been run here.
-
-Traffic is counted by formula in bytes of the tensor's own dtype, n ranks, x of B bytes on this rank before the call:
-all_reduce 2 (n-1)/n B, reduce_scatter (n-1)/n B, all_gather (n-1) B, broadcast B at the source; all_to_all the rows for
-other ranks, send B. That is what ring and pairwise algorithms send, the least possible.
+A group is a list of ranks; in a group of one rank every function is the identity. What carries the bytes (TCP on CPUs,
+NCCL on GPUs) is chosen in parallel/backend.py. Every function counts what it sends by the formulas of
+parallel/traffic_counter.py.
 """
 
-import atexit
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +17,11 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
-from erniekit.parallel import tcp_collectives, tcp_transport
-from erniekit.parallel.process_group import Group, Ranks, World
-from erniekit.parallel.tcp_transport import Links
-from erniekit.parallel.traffic import Traffic
-from erniekit.utils import runtime
+from erniekit.parallel import backend, tcp_collectives, tcp_transport
+from erniekit.parallel.process_group import Group
+from erniekit.parallel.traffic_counter import Traffic, all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+
+traffic = Traffic()
 
 
 @dataclass
@@ -43,91 +39,9 @@ class Work:
         return self.result
 
 
-traffic = Traffic()
-# Told what this rank waits for, in words, and None when the wait is over (a heartbeat's hook).
-on_wait: Callable[[str | None], None] | None = None
-
-_world = World(0, 1, ("localhost:0",))
-_links: Links | None = None
-_groups: dict[tuple[str, Ranks], Group] = {}
-_channels: dict[tuple[int, int], Any] = {}  # NCCL only: (from, to) -> group
-
-
-def init(timeout_seconds: float = 600) -> World:
-    """Join the processes that a launcher started (PADDLE_TRAINER_ID, PADDLE_TRAINERS_NUM, PADDLE_TRAINER_ENDPOINTS).
-    Without a launcher this process is the whole world. Calling it again does nothing.
-
-    Args:
-        timeout_seconds: how long to wait for all ranks to come.
-
-    Raises:
-        TrainError: ranks did not come in time (the message names them), or a port is taken.
-        ConfigError: several hosts have no job token.
-    """
-    global _world, _links
-    env = dist.ParallelEnv()
-    if env.world_size < 2 or _world.size > 1:
-        return _world
-    world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
-    token = runtime.job_token_of([endpoint.rpartition(":")[0] for endpoint in world.endpoints])
-    if paddle.get_device().startswith("gpu"):
-        tcp_transport.roll_call(world, token, timeout_seconds)
-        dist.init_parallel_env()
-    else:
-        _links = tcp_transport.connect(world, token, timeout_seconds)
-        atexit.register(_links.close)
-    _world = world
-    return _world
-
-
-def world() -> World:
-    """Who this process is."""
-    return _world
-
-
-def groups(rank_lists: Sequence[Ranks], role: str = "") -> dict[Ranks, Group]:
-    """Create the groups that do not exist yet; returns those that this rank is in. All ranks call it with the same
-    lists in the same order (NCCL needs that).
-
-    Groups of the same ranks but another `role` have communicators of their own over NCCL: what one of them carries
-    neither waits for the other nor needs to be started in an order with it.
-    """
-    for ranks in rank_lists:
-        if (role, ranks) not in _groups:
-            handle = dist.new_group(list(ranks)) if _links is None and len(ranks) > 1 else None
-            _groups[role, ranks] = Group(ranks, ranks.index(_world.rank) if _world.rank in ranks else -1, handle)
-    return {ranks: _groups[role, ranks] for ranks in rank_lists if _world.rank in ranks}
-
-
-def world_group() -> Group:
-    """All ranks."""
-    ranks = tuple(range(_world.size))
-    return groups([ranks])[ranks]
-
-
-def channels(pairs: Sequence[tuple[int, int]]) -> None:
-    """Prepare `send` and `recv` along these (from, to) pairs; all ranks call it with the same pairs. NCCL gets a
-    communicator for each direction, else a send that crosses another would wait for ever; TCP needs nothing.
-    """
-    for pair in pairs:
-        if _links is None and pair not in _channels:
-            _channels[pair] = dist.new_group(sorted(pair))
-
-
-@contextmanager
-def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
-    """Tell the heartbeat what is waited for. Not that it is over if it fails: then a peer is to blame."""
-    if on_wait is None:
-        yield
-        return
-    on_wait(f"{kind} of {_num_bytes(x)} bytes with ranks {', '.join(map(str, ranks))}")
-    yield
-    on_wait(None)
-
-
 def _on_host(x: paddle.Tensor, group: Group) -> np.ndarray:
     """The values of a communication's result. Over NCCL it is here, not at its start, that the host waits."""
-    with _waiting("host values", x, group.ranks):
+    with backend.waiting("host values", _num_bytes(x), group.ranks):
         return x.numpy()
 
 
@@ -146,11 +60,6 @@ def _dtype(x: paddle.Tensor) -> str:
     return str(x.dtype).removeprefix("paddle.")
 
 
-def _tcp() -> Links:
-    assert _links is not None, "comm.init() comes first"
-    return _links
-
-
 # Not differentiable.
 
 
@@ -166,12 +75,12 @@ def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
     assert op in ("sum", "max")
     if group.size == 1 or not _num_bytes(x):
         return Work(x)
-    traffic.add("all_reduce", 2 * (group.size - 1) / group.size * _num_bytes(x))
-    with _waiting("all_reduce", x, group.ranks), paddle.no_grad():
+    traffic.add("all_reduce", all_reduce_bytes(_num_bytes(x), group.size))
+    with backend.waiting("all_reduce", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
             return Work(x, dist.all_reduce(x, kind, group=group.handle, sync_op=False))
-        tcp_collectives.all_reduce(_tcp(), group, _bytes(x), _dtype(x), op)
+        tcp_collectives.all_reduce(backend.tcp_links(), group, _bytes(x), _dtype(x), op)
         return Work(x)
 
 
@@ -181,14 +90,14 @@ def all_gather(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 
 
 def _gather(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
-    traffic.add(kind, (group.size - 1) * _num_bytes(x))
+    traffic.add(kind, all_gather_bytes(_num_bytes(x), group.size))
     x = x.detach().contiguous()
-    with _waiting(kind, x, group.ranks), paddle.no_grad():
+    with backend.waiting(kind, _num_bytes(x), group.ranks), paddle.no_grad():
         out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
         if group.handle is not None:
             dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
         else:
-            tcp_collectives.gather(_tcp(), kind, group, _bytes(x), _bytes(out))
+            tcp_collectives.gather(backend.tcp_links(), kind, group, _bytes(x), _bytes(out))
         return out
 
 
@@ -202,14 +111,14 @@ def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
     if group.size == 1:
         return Work(x)
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows do not divide by {group.size} ranks"
-    traffic.add("reduce_scatter", (group.size - 1) / group.size * _num_bytes(x))
+    traffic.add("reduce_scatter", reduce_scatter_bytes(_num_bytes(x), group.size))
     x = x.detach().contiguous()
     out = paddle.empty([x.shape[0] // group.size, *x.shape[1:]], dtype=x.dtype)
-    with _waiting("reduce_scatter", x, group.ranks), paddle.no_grad():
+    with backend.waiting("reduce_scatter", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
             return Work(out, task, x)
-        tcp_collectives.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
+        tcp_collectives.reduce_scatter(backend.tcp_links(), group, _bytes(x), _bytes(out), _dtype(x))
         return Work(out)
 
 
@@ -234,7 +143,7 @@ def _start_exchange(
     out = paddle.empty([sum(received), *x.shape[1:]], dtype=x.dtype)
     row_bytes = x.element_size() * math.prod(x.shape[1:])
     traffic.add(kind, (x.shape[0] - sent[group.index]) * row_bytes)
-    with _waiting(kind, x, group.ranks):
+    with backend.waiting(kind, _num_bytes(x), group.ranks):
         if group.handle is not None:
             sizes = {"in_split_sizes": sent, "out_split_sizes": received}
             task = dist.alltoall_single(out_tensor=out, in_tensor=x, **sizes, group=group.handle, sync_op=False)
@@ -244,7 +153,7 @@ def _start_exchange(
             tcp_collectives.cut(_bytes(out), received, row_bytes),
         )
         incoming[group.index][:] = outgoing[group.index]
-        tcp_collectives.exchange(_tcp(), kind, group, outgoing, incoming)
+        tcp_collectives.exchange(backend.tcp_links(), kind, group, outgoing, incoming)
         return Work(out)
 
 
@@ -254,13 +163,13 @@ def broadcast_(x: paddle.Tensor, source_index: int, group: Group) -> paddle.Tens
         return x
     is_source = group.index == source_index
     traffic.add("broadcast", _num_bytes(x) if is_source else 0)
-    with _waiting("broadcast", x, group.ranks), paddle.no_grad():
+    with backend.waiting("broadcast", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             dist.broadcast(x, group.ranks[source_index], group=group.handle)
             return x
         data = _bytes(x)
         outgoing = [(group.ranks[i], data) for i in group.others()] if is_source else []
-        _tcp().exchange("broadcast", outgoing, [] if is_source else [(group.ranks[source_index], data)])
+        backend.tcp_links().exchange("broadcast", outgoing, [] if is_source else [(group.ranks[source_index], data)])
         return x
 
 
@@ -270,20 +179,22 @@ def send(x: paddle.Tensor, peer_rank: int) -> None:
     """
     x = x.detach().contiguous()
     traffic.add("send", _num_bytes(x))
-    if _links is None:
-        dist.isend(x, peer_rank, group=_channels[_world.rank, peer_rank])
+    channel = backend.channel(backend.world().rank, peer_rank)
+    if channel is not None:
+        dist.isend(x, peer_rank, group=channel)
     else:
-        _links.post(peer_rank, "send", _bytes(x))
+        backend.tcp_links().post(peer_rank, "send", _bytes(x))
 
 
 def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     """Wait for the next tensor that a rank of the world sends; both sides know shape and dtype."""
     x = paddle.empty(list(shape), dtype=dtype)
-    with _waiting("recv", x, (peer_rank,)):
-        if _links is None:
-            dist.recv(x, peer_rank, group=_channels[peer_rank, _world.rank])
+    with backend.waiting("recv", _num_bytes(x), (peer_rank,)):
+        channel = backend.channel(peer_rank, backend.world().rank)
+        if channel is not None:
+            dist.recv(x, peer_rank, group=channel)
         else:
-            _links.receive(peer_rank, "send", _bytes(x))
+            backend.tcp_links().receive(peer_rank, "send", _bytes(x))
     return x
 
 
@@ -320,11 +231,6 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     padded[: len(data)] = data
     rows = _on_host(_gather(paddle.to_tensor(padded).reshape([1, -1]), group, "host"), group)
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
-
-
-def barrier(group: Group) -> None:
-    """Wait until every rank of the group is here."""
-    sum_floats(np.zeros(1), group)
 
 
 # Differentiable: each is a linear map over the group's ranks, and its backward pass is the transposed map.

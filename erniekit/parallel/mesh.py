@@ -209,20 +209,20 @@ def pipe_pairs(degrees: ParallelDims) -> Iterator[tuple[int, int]]:
 
 
 def build_mesh(degrees: ParallelDims) -> Mesh:
-    """Create the groups. All ranks call it, after `comm.init()`, with the same degrees.
+    """Create the groups. All ranks call it, after `backend.init()`, with the same degrees.
 
     Raises:
         ConfigError: the processes that were started are not as many as the degrees need.
     """
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
 
-    world = comm.world()
+    world = backend.world()
     if world.size != degrees.world:
         raise ConfigError(
             f"The degrees need {degrees.pipeline} (pipeline) * {degrees.data} (data) * {degrees.tensor} (tensor) = "
             f"{degrees.world} processes, but {world.size} were started."
         )
-    comm.channels(list(dict.fromkeys(pipe_pairs(degrees))))
+    backend.open_channels(list(dict.fromkeys(pipe_pairs(degrees))))
     mine = rank_lists(degrees, world.rank)
     # Tokens travel to experts within a pass, gradients whenever they are complete: never on one communicator, even
     # where the ranks are the same.
@@ -231,7 +231,7 @@ def build_mesh(degrees: ParallelDims) -> Mesh:
     for rank in range(degrees.world):
         for name, ranks in rank_lists(degrees, rank).items():
             lists[roles[name]][ranks] = None
-    groups = {role: comm.groups(list(every), role) for role, every in lists.items()}
+    groups = {role: backend.groups(list(every), role) for role, every in lists.items()}
     pipe, data, tensor = coordinates(degrees, world.rank)
     own = {name: groups[roles[name]][ranks] for name, ranks in mine.items()}
     return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **own)

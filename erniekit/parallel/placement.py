@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 
 @dataclass(frozen=True)

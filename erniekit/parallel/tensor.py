@@ -11,7 +11,7 @@ import paddle
 
 from erniekit.nn.linear import Linear
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 
 @dataclass(frozen=True)

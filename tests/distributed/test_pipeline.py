@@ -12,7 +12,7 @@ import paddle
 import pytest
 from support.worlds import World
 
-from erniekit.parallel import comm
+from erniekit.parallel import backend, comm
 from erniekit.parallel.pipeline import run
 from erniekit.parallel.pipeline_schedule import Action, forward_plan, peak_live, plan
 from erniekit.parallel.pipeline_split import cut
@@ -82,9 +82,9 @@ def gradients(toy: Toy) -> dict[int, np.ndarray]:
 
 def on_a_rank(lists: list[list[Action]], chunks: int, **options: Any) -> dict[str, Any]:
     """One rank of a pipeline through all ranks."""
-    ranks = comm.world_group().ranks
-    stage = comm.world().rank
-    comm.channels([(a, b) for a in ranks for b in ranks if a != b])
+    ranks = backend.world_group().ranks
+    stage = backend.world().rank
+    backend.open_channels([(a, b) for a in ranks for b in ranks if a != b])
     toy = Toy(stage, len(ranks), chunks, **options)
     peak = run(lists[stage], toy, ranks)
     return {

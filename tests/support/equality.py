@@ -98,13 +98,13 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     """
     from erniekit import config
     from erniekit.nn.shard import named_shard_specs
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
-    mesh = build_mesh(ParallelDims.from_config(cfg, comm.world().size))
+    mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     steps, sent = [], []
@@ -128,13 +128,13 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
 def evaluate_some(keys: dict[str, Any]) -> dict[str, float]:
     """The evaluation's metrics on this rank, before any training."""
     from erniekit import config
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.evaluation import evaluate
 
     cfg = config.load(None, keys | {"do_eval": True, "eval_dataset_path": keys["train_dataset_path"]}, "train")
-    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, comm.world().size)))
+    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, backend.world().size)))
     try:
         return evaluate(run)
     finally:

@@ -13,9 +13,9 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import rank_shard_of
 from erniekit.models.weights import logical_tensors, our_shapes
-from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh, ParallelDims, coordinates, rank_lists
 from erniekit.parallel.pipeline_split import cut
+from erniekit.parallel.process_group import Group
 from erniekit.training.state import optimizer_rank_files
 
 pytest.importorskip("hypothesis")

@@ -13,7 +13,7 @@ from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.parallel import agree
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError
 
 

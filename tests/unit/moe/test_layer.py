@@ -100,7 +100,7 @@ def test_text_alone_runs_nothing_of_vision(two: MoELayer):
 
 def test_each_modality_has_its_own_bias(two: MoELayer):
     update_biases({0: two}, {(0, 1): np.array([9, 1, 1, 1])}, 0.01)
-    bias = two.moe_statics.e_score_correction_bias.numpy()
+    bias = two.correction_bias.numpy()
     assert not bias[0].any()
     np.testing.assert_allclose(bias[1], [-0.01, 0.01, 0.01, 0.01])
 

@@ -75,7 +75,7 @@ def test_the_sparse_layer_is_the_sum_over_chosen_and_shared_experts(num_shared: 
     paddle.seed(0)
     layer = MoELayer(MoESizes(6, (5,), 4, num_shared, bias=False, init_std=0.5), RouterOptions(2))
     random = np.random.default_rng(3)
-    layer.moe_statics.e_score_correction_bias.set_value(random.normal(size=(1, 4)).astype(np.float32) * 0.1)
+    layer.correction_bias.set_value(random.normal(size=(1, 4)).astype(np.float32) * 0.1)
     weights = {name: np.float64(value.numpy()) for name, value in layer.state_dict().items()}
     x, upstream = random.normal(size=(7, 6)), random.normal(size=(7, 6))
 
