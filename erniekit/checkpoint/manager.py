@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from erniekit.checkpoint.model_dir import list_checkpoints, move_staged, staging_of
+from erniekit.checkpoint.model_dir import checkpoint_dir, list_checkpoints, move_staged, staging_of
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
@@ -120,7 +120,7 @@ class CheckpointManager:
         being written; earlier checkpoints stay.
         """
         self.wait()
-        target = self.output_dir / f"checkpoint-{step}"
+        target = checkpoint_dir(self.output_dir, step)
         temporary = atomic.shared_temporary(target)
         newest = self.newest()
         kept = f"{newest.name} is unharmed." if newest else "There is no earlier checkpoint."

@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from erniekit.checkpoint.run_record import read_record
-from erniekit.checkpoint.safetensors import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    WEIGHT_FILE,
-    replace_weights,
-    write_error,
-)
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
+from erniekit.checkpoint.safetensors_write import replace_weights, write_error
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -36,6 +31,11 @@ TOKENIZER_FILES = (
 )
 COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, "preprocessor_config.json", "LICENSE", "README.md")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_dir(output_dir: Path, step: int) -> Path:
+    """Where a run saves step `step`."""
+    return output_dir / f"checkpoint-{step}"
 
 
 def checkpoint_step(path: Path) -> int | None:

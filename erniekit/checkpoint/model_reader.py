@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
-from erniekit.checkpoint.safetensors import Plan, Reader, TensorInfo
+from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import Logical, detect_format, is_mtp, logical_tensors, match_names
 from erniekit.utils import log
@@ -15,7 +17,6 @@ from erniekit.utils.errors import CheckpointError
 # What readers of each side expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
 HEAD, EMBEDDINGS = "lm_head.weight", {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
-_SHOWN = 8  # names of each kind in an error
 
 
 class ModelReader:
@@ -111,11 +112,7 @@ class ModelReader:
         return np.array_equal(head, table) or (self.format == "paddle" and np.array_equal(head.T, table))
 
     def _complain(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-        lines = []
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-            if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+        lines = mismatch_lines({"missing": missing, "unexpected": unexpected, "of another shape": misshapen})
         if not lines:
             return
         advice = "The weights and the configuration are of different models: compare config.json with its source."

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter_config
+from erniekit.checkpoint.fingerprint import fingerprint
+from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
-from erniekit.checkpoint.peft_write import PREFIX, fingerprint, is_parameter, part_sizes
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.hub import local_path, resolve_model
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import own_name
@@ -23,7 +25,6 @@ from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
 _EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
-_SHOWN = 6
 
 
 @dataclass
@@ -259,15 +260,9 @@ class _Reading:
         return LoraOptions(content.rank, content.alpha, content.dropout, content.rslora, content.dora)
 
     def _complain(self, missing: list[str]) -> None:
-        lines = []
-        for what, names in (
-            ("missing", missing),
-            ("not in this model", self.unexpected),
-            ("of another size", self.misshapen),
-        ):
-            if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {'; '.join(names[:_SHOWN])}{more}")
+        lines = mismatch_lines(
+            {"missing": missing, "not in this model": self.unexpected, "of another size": self.misshapen}
+        )
         if lines or not self.factors:
             base = self.content.base
             lines = lines or ["  it has no factors at all"]

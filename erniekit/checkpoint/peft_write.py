@@ -6,7 +6,6 @@ experts, where PEFT takes the names gate_proj, up_proj and down_proj for the sta
 adapter_read.py.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from erniekit.checkpoint.safetensors import SINGLE_FILE, Reader, Writer
+from erniekit.checkpoint.safetensors_header import SINGLE_FILE
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
 from erniekit.lora.layers import own_name
 from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
@@ -28,20 +27,6 @@ from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
 from erniekit.utils import atomic
 
 PREFIX = "base_model.model."
-
-
-def fingerprint(model_dir: str | Path) -> str:
-    """Of a model's weights: first and last layer's attention output, rounded to bfloat16, so that layouts (-PT,
-    -Paddle) and copies in fp32 or bf16 have the same.
-    """
-    reader = Reader(model_dir, u16_is_bf16=True)
-    pattern = re.compile(r"(model|ernie)\.layers\.([0-9]{1,6})\.self_attn\.o_proj\.weight")
-    found = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
-    state = hashlib.blake2b(digest_size=8)
-    for _, name in found[:1] + found[-1:]:
-        bits = dtypes.convert(reader.read(name), reader.info(name).dtype, "BF16")
-        state.update(np.ascontiguousarray(bits if name.startswith("model.") else bits.T).data)
-    return state.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from erniekit.checkpoint.safetensors import INDEX_FILE, Plan, Writer, cut_plan, write_index
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, Plan
+from erniekit.checkpoint.safetensors_write import Writer, plan_shards, write_index
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -65,7 +66,7 @@ def number(portions: Sequence[RankFiles], group: Group) -> None:
     """Number the files over all ranks, in their order. All ranks call it with portions of the same directories."""
     if group.size == 1:
         return
-    counts = comm.gather_objects([len(cut_plan(p.plan, p.max_shard_size)) if p.plan else 0 for p in portions], group)
+    counts = comm.gather_objects([len(plan_shards(p.plan, p.max_shard_size)) if p.plan else 0 for p in portions], group)
     for i, portion in enumerate(portions):
         of_rank = [count[i] for count in counts]
         portion.numbered = (sum(of_rank[: group.index]), sum(of_rank))

@@ -16,6 +16,7 @@ from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 from erniekit.utils.errors import UserError
+from erniekit.utils.spans import spans
 
 _ROWS = 1024  # rows of a weight looked at together
 
@@ -80,7 +81,7 @@ class _GroupedLowRank(PyLayer):
         ctx.counts, ctx.scaling = counts, scaling
         ctx.wanted = not rows.stop_gradient, not y.stop_gradient
         narrow, parts = [], []
-        for e, begin, end in _stretches(counts):
+        for e, begin, end in _spans_with_rows(counts):
             narrow.append(paddle.matmul(rows[begin:end], a[e]).scale_(scaling))
             parts.append(paddle.matmul(narrow[-1], b[e]).add_(y[begin:end]))
         ctx.save_for_backward(rows, a, b)
@@ -95,7 +96,7 @@ class _GroupedLowRank(PyLayer):
             [paddle.zeros(a.shape[1:], a.dtype)] * len(a),
             [paddle.zeros(b.shape[1:], b.dtype)] * len(b),
         )
-        for u, (e, begin, end) in zip(ctx.narrow, _stretches(ctx.counts), strict=True):
+        for u, (e, begin, end) in zip(ctx.narrow, _spans_with_rows(ctx.counts), strict=True):
             part = dy[begin:end]
             du = paddle.matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
             das[e] = paddle.matmul(du, rows[begin:end], transpose_x=True).T
@@ -109,14 +110,9 @@ class _GroupedLowRank(PyLayer):
         return drows_all, dy if ctx.wanted[1] else None, paddle.stack(das), paddle.stack(dbs)
 
 
-def _stretches(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+def _spans_with_rows(counts: Sequence[int]) -> list[tuple[int, int, int]]:
     """(expert, begin, end) of each expert that has rows."""
-    stretches, begin = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            stretches.append((expert, begin, begin + count))
-        begin += count
-    return stretches
+    return [(expert, begin, end) for expert, (begin, end) in enumerate(spans(counts)) if end > begin]
 
 
 class Adapter(Shardable):

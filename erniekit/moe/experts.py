@@ -10,6 +10,7 @@ from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import ShardSpec
+from erniekit.utils.spans import spans
 
 
 class _GroupedMatmul(PyLayer):
@@ -22,36 +23,29 @@ class _GroupedMatmul(PyLayer):
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
         parts = [
-            paddle.matmul(rows[begin:end], weight[e])
-            for e, (begin, end) in enumerate(_stretches(counts))
-            if end > begin
+            paddle.matmul(rows[begin:end], weight[e]) for e, (begin, end) in enumerate(spans(counts)) if end > begin
         ]
         return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         rows, weight = ctx.saved_tensor()
-        stretches = _stretches(ctx.counts)
+        expert_spans = spans(ctx.counts)
         drows = None
         if not rows.stop_gradient:
-            parts = [paddle.matmul(dy[b:e], weight[i], transpose_y=True) for i, (b, e) in enumerate(stretches) if e > b]
+            parts = [
+                paddle.matmul(dy[begin:end], weight[e], transpose_y=True)
+                for e, (begin, end) in enumerate(expert_spans)
+                if end > begin
+            ]
             drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
         if weight.stop_gradient:
             return drows, None
         empty = paddle.zeros(weight.shape[1:], dtype=weight.dtype)
         dweight = paddle.stack(
-            [paddle.matmul(rows[b:e], dy[b:e], transpose_x=True) if e > b else empty for b, e in stretches]
+            [paddle.matmul(rows[b:e], dy[b:e], transpose_x=True) if e > b else empty for b, e in expert_spans]
         )
         return drows, dweight
-
-
-def _stretches(counts: list[int]) -> list[tuple[int, int]]:
-    """(begin, end) of each expert's sorted rows."""
-    begin, stretches = 0, []
-    for count in counts:
-        stretches.append((begin, begin + count))
-        begin += count
-    return stretches
 
 
 def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:

@@ -6,8 +6,9 @@ the tensor ranks). Sharding cuts optimizer state over S adjacent data ranks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from erniekit.config.schema import Config
+from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.parallel.process_group import ALONE, Group, Ranks
 from erniekit.utils.errors import ConfigError
 
@@ -41,11 +42,11 @@ class ParallelDims:
         return self.pipeline * self.data * self.tensor
 
     @classmethod
-    def from_config(cls, cfg: Any, world: int | None = None) -> "ParallelDims":
-        """Degrees that a configuration asks for; 1 and -1 mean "not asked".
+    def from_config(cls, cfg: Config, world: int | None = None) -> "ParallelDims":
+        """The degrees in a configuration; 1 and -1 mean that the key was not given.
 
         Args:
-            cfg: has pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
+            cfg: its pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
                 stands for all data ranks.
             world: the processes there are, over which the data ranks spread where data_parallel_degree does not say
                 how many; None: as many processes as the degrees ask for.
@@ -69,31 +70,31 @@ class ParallelDims:
         return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
 
 
-def check_model(degrees: ParallelDims, config: Any) -> None:
+def check_model(degrees: ParallelDims, model: ModelSizes) -> None:
     """Refuse degrees that do not divide a model.
 
     Args:
-        config: has the sizes of `models.config.ModelConfig`.
+        model: its configuration.
 
     Raises:
         ConfigError: names the degree and the size, with the division.
     """
-    if config.num_hidden_layers < degrees.pipeline:
+    if model.num_hidden_layers < degrees.pipeline:
         raise ConfigError(
             f"pipeline_parallel_degree: {degrees.pipeline} stages need a layer each, but the model has "
-            f"{config.num_hidden_layers}."
+            f"{model.num_hidden_layers}."
         )
-    if degrees.expert > 1 and not config.moe_num_experts:
+    if degrees.expert > 1 and not model.moe_num_experts:
         raise ConfigError(f"expert_parallel_degree: {degrees.expert}, but the model has no experts. Leave it out.")
     tensor = ("tensor_parallel_degree", degrees.tensor)
     both = ("expert_parallel_degree * tensor_parallel_degree", degrees.expert * degrees.tensor)
     for (key, degree), size, what in (
-        (tensor, config.num_attention_heads, "attention heads"),
-        (tensor, config.num_key_value_heads, "key-value heads"),
-        (tensor, config.vocab_size, "entries of the vocabulary"),
-        (tensor, config.intermediate_size, "features of intermediate_size"),
-        (tensor, config.moe_intermediate_size * config.moe_num_shared_experts, "features of the shared experts"),
-        (both, config.moe_num_experts, "experts"),
+        (tensor, model.num_attention_heads, "attention heads"),
+        (tensor, model.num_key_value_heads, "key-value heads"),
+        (tensor, model.vocab_size, "entries of the vocabulary"),
+        (tensor, model.intermediate_size, "features of intermediate_size"),
+        (tensor, model.moe_intermediate_size * model.moe_num_shared_experts, "features of the shared experts"),
+        (both, model.moe_num_experts, "experts"),
     ):
         if size % degree:
             raise ConfigError(

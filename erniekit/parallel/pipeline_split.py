@@ -7,10 +7,10 @@ the head and the blocks for multi-token prediction. With p stages, piece i is ch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import yaml
 
+from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.utils.errors import ConfigError
 
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
@@ -31,7 +31,7 @@ class Costs:
         return ends + sum(self.layers[piece[0] : piece[-1] + 1])
 
 
-def layer_costs(config: Any, mean_context: int) -> Costs:
+def layer_costs(model: ModelSizes, mean_context: int) -> Costs:
     """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
     tokens: half of a document's length.
 
@@ -43,16 +43,16 @@ def layer_costs(config: Any, mean_context: int) -> Costs:
       each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
     The backward pass takes the same multiple of each, and communication is not counted.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    hidden = model.hidden_size
+    queries = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
     attention = 2 * hidden * (queries + keys) + 2 * queries * mean_context
-    dense = attention + 3 * hidden * config.intermediate_size
-    experts_seen = config.moe_k + config.moe_num_shared_experts
-    sparse = attention + 3 * hidden * config.moe_intermediate_size * experts_seen + hidden * config.moe_num_experts
-    head = hidden * config.vocab_size
-    ahead = config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
-    layers = [sparse if config.is_moe_layer(i) else dense for i in range(config.num_hidden_layers)]
+    dense = attention + 3 * hidden * model.intermediate_size
+    experts_seen = model.moe_k + model.moe_num_shared_experts
+    sparse = attention + 3 * hidden * model.moe_intermediate_size * experts_seen + hidden * model.moe_num_experts
+    head = hidden * model.vocab_size
+    ahead = model.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
+    layers = [sparse if model.is_moe_layer(i) else dense for i in range(model.num_hidden_layers)]
     return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
 
 

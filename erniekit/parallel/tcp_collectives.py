@@ -5,12 +5,14 @@ and rounded once.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 
 from erniekit.parallel.process_group import Group
 from erniekit.parallel.tcp_transport import Links
+from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
+from erniekit.utils.spans import spans
 
 # Up to this many bytes an all-reduce sends its tensor whole to everyone: one round of messages instead of two.
 WHOLE_BYTES = 32 << 10
@@ -18,9 +20,8 @@ _UFUNCS = {"sum": np.add, "max": np.maximum}
 
 
 def cut(data: memoryview, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
-    """Stretches of counts[i] units."""
-    bounds = accumulate(counts, initial=0)
-    return [data[start * unit_bytes : end * unit_bytes] for start, end in pairwise(bounds)]
+    """Consecutive spans of counts[i] units."""
+    return [data[start * unit_bytes : end * unit_bytes] for start, end in spans(counts)]
 
 
 def exchange(
@@ -90,7 +91,7 @@ def _item_bytes(dtype: str) -> int:
 def _read(data: memoryview, dtype: str) -> np.ndarray:
     """Numbers to calculate with: a view, for 16-bit floats float32."""
     if dtype == "bfloat16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return bf16_to_fp32(np.frombuffer(data, np.uint16))
     if dtype == "float16":
         return np.frombuffer(data, np.float16).astype(np.float32)
     return np.frombuffer(data, dtype)
@@ -99,9 +100,7 @@ def _read(data: memoryview, dtype: str) -> np.ndarray:
 def _write(data: memoryview, dtype: str, values: np.ndarray) -> None:
     """The opposite of `_read`, rounding to the nearest, halves to even."""
     if dtype == "bfloat16":
-        bits = values.view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        np.frombuffer(data, np.uint16)[:] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+        np.frombuffer(data, np.uint16)[:] = fp32_to_bf16(values)
     else:
         with np.errstate(over="ignore"):  # float16: infinity, as everywhere
             np.frombuffer(data, dtype)[:] = values

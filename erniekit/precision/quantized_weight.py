@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer
 from paddle.nn.quant import weight_dequantize, weight_only_linear, weight_quantize
 
 from erniekit.precision.weight_only import NF4, Scheme, dequantise, quantise
+from erniekit.utils.spans import spans
 
 # Weights that are dequantised at a time: 8 MB in fp32, against which a product's start-up costs nothing.
 _BLOCK = 1 << 21
@@ -145,24 +146,22 @@ class _Product(PyLayer):
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: QuantizedWeight, counts: list[int]) -> paddle.Tensor:
         ctx.weight, ctx.counts = weight, counts
-        parts = [matrix.times(part) for matrix, part in _stretches(weight, rows, counts)]
+        parts = [matrix.times(part) for matrix, part in _rows_of_matrices(weight, rows, counts)]
         return _joined(parts, rows, weight.shape[-1])
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        parts = [matrix.times_transposed(part) for matrix, part in _stretches(ctx.weight, dy, ctx.counts)]
+        parts = [matrix.times_transposed(part) for matrix, part in _rows_of_matrices(ctx.weight, dy, ctx.counts)]
         return _joined(parts, dy, ctx.weight.shape[-2])
 
 
-def _stretches(
+def _rows_of_matrices(
     weight: QuantizedWeight, rows: paddle.Tensor, counts: list[int]
 ) -> Iterator[tuple[Matrix, paddle.Tensor]]:
     """(matrix, its rows) where there are any."""
-    begin = 0
-    for matrix, count in zip(weight.matrices, counts, strict=True):
-        if count:
-            yield matrix, rows if count == rows.shape[0] else rows[begin : begin + count]
-        begin += count
+    for matrix, (begin, end) in zip(weight.matrices, spans(counts), strict=True):
+        if end > begin:
+            yield matrix, rows if end - begin == rows.shape[0] else rows[begin:end]
 
 
 def _joined(parts: list[paddle.Tensor], like: paddle.Tensor, width: int) -> paddle.Tensor:

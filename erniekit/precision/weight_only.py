@@ -41,11 +41,6 @@ class Scheme:
     group: int | None
     levels: tuple[float, ...]
 
-    @property
-    def half_gap(self) -> float:
-        """Half the widest gap between levels: the largest rounding error, in scales."""
-        return float(np.diff(self.levels).max()) / 2
-
     def groups(self, num_in: int) -> int:
         """Scales of one output channel with `num_in` inputs."""
         return 1 if self.group is None else -(-num_in // self.group)

@@ -13,7 +13,7 @@ from typing import Any
 
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import comm

@@ -13,7 +13,8 @@ import numpy as np
 
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.safetensors import Plan, Reader
+from erniekit.checkpoint.safetensors_header import Plan
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config.schema import Config
 from erniekit.models.weights import Shape
 from erniekit.nn.shard import WHOLE

@@ -8,10 +8,11 @@ import paddle
 
 from erniekit import lora
 from erniekit.checkpoint.chat_template import write_chat_template
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import held_tensors, load_weights, model_rank_files, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
-from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, write_adapter
+from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config

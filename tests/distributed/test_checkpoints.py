@@ -9,7 +9,7 @@ from support import equality
 from support.worlds import RankError, World
 
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.utils.errors import CheckpointError
 
 CLOSE = 1e-5  # sums of float32 in another order, as in test_equality

@@ -11,16 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from support import tiny_sizes
+
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.1,
-}
+SIZES = tiny_sizes.SIZES | {"num_hidden_layers": 4, "initializer_range": 0.1}
 SPARSE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_end_index": 3}
 ROUTERS = {
     "moe_use_aux_free": True,

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
-from erniekit.checkpoint.safetensors import write_error
+from erniekit.checkpoint.safetensors_write import write_error
 from erniekit.utils.errors import CheckpointError
 
 

@@ -77,7 +77,9 @@ def test_each_row_of_the_optimizers_state_is_written_by_one_rank(layout):
         parameters = dict(model.named_parameters())
         shapes = {f"{name}/moment1": tuple(p.shape) for name, p in parameters.items()}
         shapes |= {f"{name}/beta1_pow": (1,) for name in parameters}
-        optimizer = SimpleNamespace(state_shapes=lambda shapes=shapes: shapes, parameters=parameters)
+        optimizer = SimpleNamespace(
+            state_shapes=lambda shapes=shapes: shapes, parameters=SimpleNamespace(tensors=parameters)
+        )
         plans += optimizer_rank_files(optimizer, shares).plan
     names = [name for name, _, _ in plans]
     assert len(set(names)) == len(names)

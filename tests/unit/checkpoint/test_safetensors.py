@@ -7,9 +7,12 @@ import struct
 import numpy as np
 import pytest
 
-from erniekit.checkpoint import safetensors as ours
-from erniekit.checkpoint.dtypes import STORAGE, fp32_to_bf16
-from erniekit.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, Reader, Writer, parse_size
+from erniekit.checkpoint import safetensors_read, safetensors_write
+from erniekit.checkpoint.dtypes import STORAGE
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer, parse_size
+from erniekit.utils.bfloat16 import fp32_to_bf16
 from erniekit.utils.errors import CheckpointError
 
 
@@ -133,7 +136,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fail_at):
     old = {"t0": ("F32", np.full(4, 9, np.float32)), "t1": ("F32", np.zeros(4, np.float32))}
     write(tmp_path, old, max_shard_size=16)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    calls, real = [], ours._write_all
+    calls, real = [], safetensors_write._write_all
 
     def write_all(file, data):
         calls.append(len(data))
@@ -141,7 +144,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fail_at):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, data)
 
-    monkeypatch.setattr(ours, "_write_all", write_all)
+    monkeypatch.setattr(safetensors_write, "_write_all", write_all)
     new = {f"t{i}": ("F32", np.full(1_000_000, i, np.float32)) for i in range(5)}
     with pytest.raises(CheckpointError, match=r"disk of .* is full.*20\.0 MB"):
         write(tmp_path, new, max_shard_size=4_000_000)
@@ -155,7 +158,7 @@ def test_a_crash_while_shards_get_their_names_leaves_no_index(tmp_path, monkeypa
     def replace(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ours.os, "replace", replace)
+    monkeypatch.setattr(safetensors_write.os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, tensors, max_shard_size=16)
     with pytest.raises(CheckpointError, match="interrupted"):
@@ -296,7 +299,7 @@ def test_tensors_that_the_index_leaves_out_are_counted(tmp_path, capfd):
     (tmp_path / INDEX_FILE).write_text(json.dumps(index))
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours.log, "warning", said.append)
+        patch.setattr(safetensors_read.log, "warning", said.append)
         assert sorted(Reader(tmp_path).keys()) == ["a", "b", "c"]
     assert len(said) == 1 and "1 tensors" in said[0] and "d" in said[0]
 

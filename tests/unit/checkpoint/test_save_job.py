@@ -11,7 +11,7 @@ import pytest
 from erniekit.checkpoint import save_job
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.rank_files import RankFiles
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel import agree
 from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError

@@ -140,14 +140,13 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(long_data):
 
 SCRIPT = """
 import sys
-sys.path[:] = {path!r}
-from types import SimpleNamespace
+sys.path[:] = {sys_path!r}
 from support.data_runs import PACKINGS, build, config, lines_of, rows_of, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
-loader = build_loader(SimpleNamespace(**{keys!r}), FakeTokenizer(), template=FakeTemplate())
+loader = build_loader(config({path!r}, **{keys!r}), FakeTokenizer(), template=FakeTemplate())
 for _ in range(3):
     loader.next_step()
 print("ready", "paddle" in sys.modules, flush=True)
@@ -156,8 +155,8 @@ print("ready", "paddle" in sys.modules, flush=True)
 
 
 def start_trainer(path, then):
-    keys = vars(config(path, dataloader_num_workers=2, max_steps=10**6, max_estimate_samples=1))
-    script = SCRIPT.format(path=sys.path, keys=keys, then=then)
+    keys = {"dataloader_num_workers": 2, "max_steps": 10**6, "max_estimate_samples": 1}
+    script = SCRIPT.format(sys_path=sys.path, path=str(path), keys=keys, then=then)
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None and trainer.stdout.readline() == "ready False\n"
     return trainer

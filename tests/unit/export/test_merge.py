@@ -11,7 +11,7 @@ import erniekit
 from erniekit import lora
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.peft_attach import save_adapter
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.export.export import export_checkpoint
 from erniekit.export.split import split_checkpoint
 from erniekit.utils.errors import CheckpointError

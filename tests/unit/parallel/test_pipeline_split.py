@@ -6,30 +6,13 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_sizes import DENSE, MOE
 
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.pipeline_split import Costs, cut, layer_costs
 from erniekit.utils.errors import ConfigError
 
-DENSE = {
-    "model_type": "ernie4_5",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-MOE_MTP = DENSE | {
-    "model_type": "ernie4_5_moe",
-    "moe_num_experts": 4,
-    "moe_k": 2,
-    "moe_intermediate_size": 16,
-    "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1,
-    "num_nextn_predict_layers": 1,
-}
+MOE_MTP = MOE | {"num_nextn_predict_layers": 1}
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,7 +9,8 @@ from support.optimizer_state import state_arrays
 from support.tiny_models import tiny_model
 
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule
 from erniekit.training.state import OPTIMIZER_DIR, StoredState, load_optimizer, optimizer_rank_files, read_state

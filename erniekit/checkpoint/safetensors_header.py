@@ -1,19 +1,30 @@
-"""What safetensors files and their index say of the tensors: read and checked before a tensor is.
+"""Headers and indexes of safetensors files, read and checked before any tensor is read.
 
 The format (huggingface/safetensors, "Format"): 8 bytes little-endian length of the header, the header as JSON
-`{name: {dtype, shape, data_offsets}}` with an optional `__metadata__` of strings, then the tensors, without gaps.
+`{name: {dtype, shape, data_offsets}}` with an optional `__metadata__` of strings, then the tensors, without gaps. A
+model that needs more than one file has `model.safetensors.index.json` with `{"weight_map": {name: file}}`.
 """
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from erniekit.checkpoint.dtypes import STORAGE
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import kind, open_regular, parse_json, read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+# The tensors of the files to write: (name, header dtype, shape), in their order.
+Plan = list[tuple[str, str, tuple[int, ...]]]
 
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _MAX_INDEX = 1 << 28
@@ -37,6 +48,11 @@ class Entry:
     info: TensorInfo
     start: int
     size: int
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def read_index(file: Path) -> dict[str, str]:
