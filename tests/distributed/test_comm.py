@@ -83,7 +83,7 @@ def reduce_special_values(dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_sum_shows_what_is_not_finite(world2: World, dtype: str):
+def test_all_reduce_keeps_infinities_and_nan(world2: World, dtype: str):
     largest = {"float32": 120000.0, "bfloat16": 119808.0, "float16": np.inf}[dtype]
     for result in world2.run(reduce_special_values, dtype=dtype):
         np.testing.assert_array_equal(result, [np.nan, np.nan, np.inf, largest])
@@ -291,7 +291,7 @@ def test_traffic_follows_the_formulas(world: World):
         }
 
 
-def listen_to_waits() -> list[str | None]:
+def record_waits() -> list[str | None]:
     heard: list[str | None] = []
     backend.init(on_wait=heard.append)
     try:
@@ -303,8 +303,8 @@ def listen_to_waits() -> list[str | None]:
     return heard
 
 
-def test_a_heartbeat_hears_what_is_waited_for(world2: World):
-    for rank, heard in enumerate(world2.run(listen_to_waits)):
+def test_waits_are_reported(world2: World):
+    for rank, heard in enumerate(world2.run(record_waits)):
         assert heard == ["all_reduce of 8 bytes with ranks 0, 1", None, f"recv of 8 bytes with ranks {1 - rank}", None]
 
 
@@ -381,7 +381,7 @@ def two_layers(sequence: bool, weights: list[np.ndarray], x: np.ndarray, dy: np.
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_layers_cut_over_ranks_have_the_gradients_of_one_process(world: World, sequence: bool):
+def test_tensor_parallel_layers_have_the_gradients_of_one_process(world: World, sequence: bool):
     rng = np.random.default_rng(0)
     a, b, x, dy = (rng.standard_normal(shape).astype("float32") for shape in ((6, 8), (8, 6), (4, 6), (4, 6)))
     hidden = np.maximum(x @ a, 0)
@@ -408,5 +408,5 @@ def gradient_that_is_kept() -> tuple[list[float], list[float]]:
     return x.grad.tolist(), y.grad.tolist()
 
 
-def test_summing_a_gradient_leaves_the_one_that_came_in(world2: World):
+def test_copy_to_does_not_change_the_incoming_gradient(world2: World):
     assert world2.run(gradient_that_is_kept) == [([3.0, 3.0], [1.0, 1.0]), ([3.0, 3.0], [2.0, 2.0])]

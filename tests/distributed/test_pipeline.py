@@ -141,7 +141,7 @@ def test_stages_equal_one_process(
 
 
 @pytest.mark.parametrize("own_losses", [True, False])
-def test_stages_without_trainable_weights_take_part(world4: World, own_losses: bool):
+def test_stages_without_trainable_weights(world4: World, own_losses: bool):
     options = {"frozen": FROZEN_INPUT, "own_losses": own_losses}
     results = world4.run(on_a_rank, lists=plan("1f1b", 4, 5), chunks=1, **options)
     compare(results, 5, **options)

@@ -184,7 +184,7 @@ def test_stage_2_keeps_chunks_only(world4: World):
 
 
 @pytest.mark.parametrize(("stage", "shard"), [(0, 1), (1, 4), (2, 2)])
-def test_four_ranks_go_on_from_the_state_of_one(world4: World, stage: int, shard: int):
+def test_four_ranks_load_the_optimizer_state_of_one_process(world4: World, stage: int, shard: int):
     """The state of one process after two steps, taken apart over the ranks, and three more steps."""
     parameters, _, state = train_alone(4, until=2)
     check_equal(world4.run(train, stage=stage, shard=shard, overlap=False, state=parameters | state, first=2), 4, 2)
@@ -198,7 +198,7 @@ def misshapen(stage: int) -> str:
     return GradientSync(parameters, stage).memory_line()
 
 
-def test_a_chunk_is_no_whole_array(world2: World):
+def test_a_chunk_is_refused_as_optimizer_state(world2: World):
     assert all("sharding stage 1" in line for line in world2.run(misshapen, stage=1))
 
 

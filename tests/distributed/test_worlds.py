@@ -33,12 +33,12 @@ def send_to_nobody() -> None:
         comm.send(paddle.ones([3]), 1)
 
 
-def test_results_come_by_rank_and_a_world_is_used_again(world2: World):
+def test_results_are_ordered_by_rank_and_a_world_is_reused(world2: World):
     assert world2.run(add_up, values=[1, 2]) == [(0, [3.0, 6.0]), (1, [3.0, 6.0])]
     assert world2.run(add_up, values=[5]) == [(0, [15.0]), (1, [15.0])]
 
 
-def test_every_failure_is_told_and_the_world_comes_back(world2: World):
+def test_failures_are_reported_by_rank_and_the_world_restarts(world2: World):
     with pytest.raises(RankError, match=r"(?s)rank 1: Traceback.*my own mistake"):
         world2.run(fail_on_one, rank=1)
     with pytest.raises(RankError, match=r"(?s)rank 0: not done.*wait_in_vain.*rank 1: not done.*wait_in_vain"):

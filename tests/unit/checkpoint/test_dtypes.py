@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from erniekit.checkpoint.dtypes import convert, header_name
+from erniekit.checkpoint.dtypes import STORAGE, convert, header_name
 from erniekit.utils.bfloat16 import fp32_to_bf16
 from erniekit.utils.errors import CheckpointError
 
@@ -21,3 +21,7 @@ def test_convert_keeps_bits_of_the_same_type_and_refuses_overflow():
     with pytest.raises(CheckpointError, match="int8"):
         header_name("int8")
     assert header_name("bfloat16") == "BF16"
+
+
+def test_storage_is_little_endian():
+    assert all(np.dtype(kind).byteorder in "<|=" for kind in STORAGE.values())

@@ -16,7 +16,7 @@ def products(rows: np.ndarray, weight: np.ndarray, counts: list[int]) -> np.ndar
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_each_row_meets_its_own_expert(counts: list[int]):
+def test_each_row_is_multiplied_by_its_expert(counts: list[int]):
     random = np.random.default_rng(0)
     rows, weight, upstream = random.normal(size=(6, 4)), random.normal(size=(3, 4, 5)), random.normal(size=(6, 5))
     rows_t, weight_t = (paddle.to_tensor(a.astype(np.float32), stop_gradient=False) for a in (rows, weight))
@@ -40,7 +40,7 @@ def test_frozen_experts_pass_the_gradient_on():
     np.testing.assert_allclose(rows.grad.numpy(), 5.0)
 
 
-def test_experts_learn_from_rows_that_want_no_gradient():
+def test_experts_get_gradients_from_rows_without_gradient():
     """A sparse first layer over frozen embeddings."""
     weight = paddle.ones([3, 4, 5])
     weight.stop_gradient = False
@@ -49,7 +49,7 @@ def test_experts_learn_from_rows_that_want_no_gradient():
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_an_expert_is_a_gated_block(counts: list[int]):
+def test_an_expert_is_a_swiglu_block(counts: list[int]):
     paddle.seed(0)
     experts = Experts(3, 4, 5, init_std=0.5)
     random = np.random.default_rng(1)

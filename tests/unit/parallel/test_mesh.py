@@ -111,7 +111,7 @@ def test_a_model_that_divides_passes():
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
-def test_groups_cut_the_world_as_their_names_say(degrees: ParallelDims):
+def test_groups_have_the_ranks_of_their_axes(degrees: ParallelDims):
     of_rank = [rank_lists(degrees, rank) for rank in range(degrees.world)]
     places = [coordinates(degrees, rank) for rank in range(degrees.world)]
     assert places == sorted(places) and len(set(places)) == degrees.world  # rank = (p * D + d) * T + t
@@ -145,13 +145,13 @@ def test_groups_cut_the_world_as_their_names_say(degrees: ParallelDims):
         assert len(held) * len(lists["expert_shard_replica_group"]) == len(lists["expert_data_group"])
 
 
-def test_neighbours_along_a_pipeline_talk_in_both_directions():
+def test_pipeline_neighbours_are_connected_in_both_directions():
     assert list(pipe_pairs(ParallelDims(data=2))) == []
     assert set(pipe_pairs(ParallelDims(pipeline=2, tensor=2))) == {(0, 2), (2, 0), (1, 3), (3, 1)}
     assert set(pipe_pairs(ParallelDims(pipeline=3))) == {(0, 1), (1, 0), (1, 2), (2, 1), (2, 0), (0, 2)}
 
 
-def test_a_process_alone_is_a_mesh():
+def test_mesh_of_a_single_process():
     mesh = Mesh.single()
     assert (mesh.world, mesh.rank, mesh.is_first_stage, mesh.is_last_stage) == (1, 0, True, True)
     assert {vars(mesh)[name].size for name in vars(mesh) if name.endswith("_group")} == {1}

@@ -128,7 +128,7 @@ def buffered_time(lists: list[list[Action]], forward: int, backward: int) -> int
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_sends_that_wait_do_not_deadlock_and_cost_nothing_at_unit_costs(case):
+def test_blocking_sends_do_not_deadlock_and_cost_nothing_at_unit_costs(case):
     schedule, stages, microbatches, chunks = case
     lists = plan(schedule, stages, microbatches, chunks, blocking_sends=True)
     check_each_list(lists, chunks, microbatches)

@@ -31,14 +31,14 @@ def lengths(pieces: list[tuple[int, ...]]) -> list[int]:
     return [len(piece) for piece in pieces]
 
 
-def test_even_cuts():
+def test_uniform_split():
     assert cut(4, 2) == [(0, 1), (2, 3)]
     assert lengths(cut(7, 3)) == [3, 2, 2]
     assert lengths(cut(3, 3)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["[0,1,4]", "[0, 2, 7]", [0, 1, 4]])
-def test_a_list_counts_layers_or_as_erniekit_does_all_parts(method):
+def test_a_list_counts_layers_or_also_embedding_norm_and_head(method):
     # [0, 2, 7] of 4 layers: embedding and layer 0 | layers 1 to 3, norm, head.
     assert cut(4, 2, method) == [(0,), (1, 2, 3)]
 
@@ -70,7 +70,7 @@ def test_balanced_has_the_smallest_maximum_of_all_cuts(data):
     )
 
 
-def test_balanced_minds_the_maximum_first_and_evenness_second():
+def test_balanced_prefers_the_smallest_maximum_then_evenness():
     assert cut(4, 3, "balanced", Costs((5.0, 3.0, 9.0, 1.0))) == [(0, 1), (2,), (3,)]  # 8 | 9 | 1, not 5 | 3 | 10
     assert sorted(lengths(cut(9, 4, "balanced", Costs((1.0,) * 9)))) == [2, 2, 2, 3]
 
