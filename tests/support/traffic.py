@@ -13,6 +13,7 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     """Bytes by kind, host messages left out. `away`: of each dispatch to experts, the rows for other ranks and those
     from other ranks.
     """
+    from erniekit.models.inputs import padded_length
     from erniekit.parallel import traffic
 
     mesh, config, shard = run.mesh, run.model.config, run.model.shard
@@ -32,11 +33,12 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     )
     del sent["host"]
     for batch in microbatches:
-        tokens = traffic.TokenCounts(batch.size, batch.num_tokens, len(batch.supervised))
+        size = padded_length(run.model, batch)
+        tokens = traffic.TokenCounts(size, batch.num_tokens, len(batch.supervised))
         sent += traffic.tensor_parallel_bytes(
             layers, tokens, degrees.tensor, mesh.tensor, config.hidden_size, config.moe_k, divides_tokens
         )
-        num_tokens = batch.size // degrees.tensor if divides_tokens else batch.size
+        num_tokens = size // run.model.token_multiple
         sent["send"] += traffic.pipeline_bytes(
             mesh.pipe, degrees.pipeline, len(run.chunks), num_tokens, config.hidden_size
         )
@@ -68,7 +70,6 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.parallel.pipeline_schedule import peak_live
     from erniekit.training.build import build_run
-    from erniekit.training.flat import flatten
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
@@ -76,7 +77,6 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     batches = run.loader.next_step()
-    microbatches = [flatten(batch, run.token_multiple) for batch in batches]
     away: list[tuple[int, int]] = []
     peaks: list[int] = []
     exchange_counts, run_pipeline = comm.exchange_counts, pipeline.run
@@ -100,9 +100,9 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.sync.parameters.entries.values())
-    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(microbatches), len(run.chunks))
+    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.chunks))
     return {
-        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, microbatches, away))),
+        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away))),
         "host": host,
         "away": away,
         "state": (run.optimizer.state_bytes(), state_bytes(entries)),
