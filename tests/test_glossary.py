@@ -19,12 +19,15 @@ PAGE = REPOSITORY / "docs" / "glossary.md"
 CLEAN = (
     "erniekit.__main__",
     "erniekit.api",
+    "erniekit.checkpoint",
     "erniekit.evaluate",
     "erniekit.export",
     "erniekit.generation",
     "erniekit.losses",
     "erniekit.models",
+    "erniekit.moe",
     "erniekit.nn",
+    "erniekit.parallel",
     "erniekit.serve",
 )
 

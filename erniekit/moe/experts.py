@@ -1,5 +1,5 @@
-"""The routed experts: SwiGLU blocks whose weights are stacked over experts, one product an expert on its stretch of
-sorted rows.
+"""The routed experts: SwiGLU blocks whose weights are stacked over experts, with one product for each expert on
+its span of sorted rows.
 """
 
 import paddle
@@ -14,18 +14,18 @@ from erniekit.utils.spans import spans
 
 
 class _GroupedMatmul(PyLayer):
-    """rows of expert e times W[e]. One node for all experts: the gradient of the stack is built once, not scattered
-    expert by expert.
+    """The rows of expert e times W[e]. One node for all experts: the gradient of the stack is built once instead of
+    being scattered expert by expert.
     """
 
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
-        parts = [
+        outputs = [
             paddle.matmul(rows[begin:end], weight[e]) for e, (begin, end) in enumerate(spans(counts)) if end > begin
         ]
-        return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
+        return paddle.concat(outputs, axis=0) if outputs else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -33,12 +33,12 @@ class _GroupedMatmul(PyLayer):
         expert_spans = spans(ctx.counts)
         drows = None
         if not rows.stop_gradient:
-            parts = [
+            outputs = [
                 paddle.matmul(dy[begin:end], weight[e], transpose_y=True)
                 for e, (begin, end) in enumerate(expert_spans)
                 if end > begin
             ]
-            drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
+            drows = paddle.concat(outputs, axis=0) if outputs else paddle.zeros_like(rows)
         if weight.stop_gradient:
             return drows, None
         empty = paddle.zeros(weight.shape[1:], dtype=weight.dtype)
@@ -56,8 +56,8 @@ def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]
 
 
 class StackedLinear(Projection):
-    """E projections of one shape: weight [E, in, out], E those of this process. `adapter` and `low_bit`: as in
-    nn.Linear, called with the rows and the counts.
+    """E projections of one shape: weight [E, in, out], where E counts the experts of this process. `adapter` and
+    `low_bit`: as in nn.Linear, called with the rows and the counts.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
@@ -70,7 +70,7 @@ class StackedLinear(Projection):
         self.low_bit = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Whole experts are divided."""
+        """The stack is sharded by whole experts."""
         return {"weight": ShardSpec(0, over="experts")}
 
     def roles(self) -> dict[str, Role]:

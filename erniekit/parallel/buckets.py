@@ -1,12 +1,13 @@
-"""Cutting parameters into equal chunks and collecting them into buckets: arithmetic alone, no tensors.
+"""Parameters divided into equal chunks and grouped into buckets: arithmetic alone, no tensors.
 
-A parameter of n elements that S ranks share is flattened, padded with zeros to S * c, c = ceil(n / S), and rank i owns
-elements i * c .. (i + 1) * c (ZeRO stage 1 and 2, Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Every
-parameter is cut, whatever its size, so that the ranks are equal to within one element a parameter.
+A parameter of n elements whose state is divided over S ranks is flattened and padded with zeros to S * c elements, c =
+ceil(n / S); rank i updates elements i * c .. (i + 1) * c (ZeRO stage 1 and 2, Rajbhandari et al. 2020, arXiv
+1910.02054, section 5). Every parameter is divided, whatever its size, so that the ranks differ by at most one element a
+parameter.
 
-A bucket is what one collective carries: parameters of one placement, one type, and one part of the model (what one
-backward pass reaches). It is a matrix [S, width]: row i holds the i-th chunk of each parameter side by side, and then
-one flag a parameter, which counts the ranks that had a gradient for it.
+A bucket is what one collective carries: parameters of one placement, one type, and one chunk of the model (what one
+backward pass reaches). It is a matrix [S, width]: row i consists of the i-th chunk of each parameter and then of one
+flag for each parameter, which counts the ranks that had a gradient for it.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ import numpy as np
 
 from erniekit.parallel.placement import Placement
 
-DEFAULT_LIMIT = 16 * 2**20  # elements: 64 MiB of float32, enough that latency is nothing beside the transfer
+DEFAULT_LIMIT = 16 * 2**20  # elements: 64 MiB of float32, enough that latency is negligible
 
 
 def chunk_size(num_elements: int, num_ranks: int) -> int:
-    """Elements of one rank's chunk; the last rank's may be padding in part."""
+    """The number of elements of one rank's chunk; the last chunk may end with padding."""
     return -(-num_elements // num_ranks)
 
 
@@ -32,7 +33,7 @@ def take_chunk(array: np.ndarray, index: int, num_ranks: int) -> np.ndarray:
 
 
 def join_chunks(chunks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The array [shape] whose chunks lie one behind the other in `chunks` [S * c]."""
+    """The array [shape] whose chunks follow one another in `chunks` [S * c]."""
     return chunks.reshape(-1)[: int(np.prod(shape))].reshape(shape)
 
 
@@ -48,12 +49,12 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return int(np.prod(self.shape))
 
     @property
     def chunk(self) -> int:
-        """Elements of one rank's chunk."""
+        """The number of elements of one rank's chunk."""
         return chunk_size(self.size, self.placement.shard.size)
 
     def gradient_dtype(self, master_grad: bool) -> str:
@@ -69,7 +70,7 @@ class Bucket:
 
     @property
     def placement(self) -> Placement:
-        """That of each of its parameters."""
+        """The placement of each of its parameters."""
         return self.entries[0].placement
 
     @property
@@ -78,27 +79,27 @@ class Bucket:
         return self.entries[0].model_chunk
 
     def gradient_dtype(self, master_grad: bool) -> str:
-        """The type that it carries."""
+        """The type of the gradients in it."""
         return self.entries[0].gradient_dtype(master_grad)
 
     @property
     def columns(self) -> int:
-        """Elements of one row without the flags."""
+        """The number of elements of one row without the flags."""
         return sum(entry.chunk for entry in self.entries)
 
     @property
     def width(self) -> int:
-        """Elements of one row."""
+        """The number of elements of one row."""
         return self.columns + len(self.entries)
 
     @property
     def sections(self) -> list[int]:
-        """Widths of a row's pieces: a chunk a parameter, then the flags."""
+        """The widths into which a row is split: the chunk of each parameter, then the flags."""
         return [*(entry.chunk for entry in self.entries), len(self.entries)]
 
 
 def is_local(placement: Placement) -> bool:
-    """Whether no other rank has a share in the parameter's gradient: nothing is to be sent."""
+    """Whether no other rank contributes to the parameter's gradient, so that nothing has to be sent."""
     return max(group.size for group in (placement.gradient, placement.partial, placement.ends)) == 1
 
 
@@ -132,7 +133,7 @@ def _key(entry: Entry) -> tuple:
 
 
 def is_eager(placement: Placement, zero_stage: int) -> bool:
-    """Whether gradients are exchanged after every backward pass, so that only a chunk of them is kept."""
+    """Whether gradients are exchanged after every backward pass, so that only a chunk of them is stored."""
     return zero_stage == 2 and placement.shard.size > 1
 
 

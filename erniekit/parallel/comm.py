@@ -26,11 +26,11 @@ traffic = Traffic()
 
 @dataclass
 class Work:
-    """A communication under way. `wait` returns its result; not before may anyone read it or change its input."""
+    """A communication under way. Its result may not be read, nor its input changed, before `wait` has returned it."""
 
     result: paddle.Tensor
     task: Any = None
-    source: paddle.Tensor | None = None  # what is being sent stays alive
+    source: paddle.Tensor | None = None  # keeps the tensor that is being sent alive
 
     def wait(self) -> paddle.Tensor:
         if self.task is not None:
@@ -40,7 +40,7 @@ class Work:
 
 
 def _on_host(x: paddle.Tensor, group: Group) -> np.ndarray:
-    """The values of a communication's result. Over NCCL it is here, not at its start, that the host waits."""
+    """The values of a communication's result. Over NCCL the host waits here, not at the start."""
     with backend.waiting("host values", _num_bytes(x), group.ranks):
         return x.numpy()
 
@@ -71,7 +71,7 @@ def all_reduce_(x: paddle.Tensor, group: Group, op: str = "sum") -> paddle.Tenso
 
 
 def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
-    """`all_reduce_` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`all_reduce_` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     assert op in ("sum", "max")
     if group.size == 1 or not _num_bytes(x):
         return Work(x)
@@ -107,7 +107,7 @@ def reduce_scatter(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 
 
 def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
-    """`reduce_scatter` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`reduce_scatter` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     if group.size == 1:
         return Work(x)
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows do not divide by {group.size} ranks"
@@ -130,7 +130,7 @@ def all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequen
 
 
 def start_all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> Work:
-    """`all_to_all` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`all_to_all` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     return Work(x) if group.size == 1 else _start_exchange(x, send_counts, recv_counts, group, "all_to_all")
 
 
@@ -149,8 +149,8 @@ def _start_exchange(
             task = dist.alltoall_single(out_tensor=out, in_tensor=x, **sizes, group=group.handle, sync_op=False)
             return Work(out, task, x)
         outgoing, incoming = (
-            tcp_collectives.cut(_bytes(x), sent, row_bytes),
-            tcp_collectives.cut(_bytes(out), received, row_bytes),
+            tcp_collectives.split(_bytes(x), sent, row_bytes),
+            tcp_collectives.split(_bytes(out), received, row_bytes),
         )
         incoming[group.index][:] = outgoing[group.index]
         tcp_collectives.exchange(backend.tcp_links(), kind, group, outgoing, incoming)
@@ -158,7 +158,7 @@ def _start_exchange(
 
 
 def broadcast_(x: paddle.Tensor, source_index: int, group: Group) -> paddle.Tensor:
-    """x (contiguous) becomes what it is on the rank at `source_index` of the group."""
+    """x (contiguous) gets the values that it has on the rank at `source_index` of the group."""
     if group.size == 1 or not _num_bytes(x):
         return x
     is_source = group.index == source_index
@@ -198,7 +198,7 @@ def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     return x
 
 
-# Host values. Their traffic is counted as "host", apart from what a model's tensors cost.
+# Host values. Their traffic is counted as "host", separately from that of a model's tensors.
 
 
 def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
@@ -222,7 +222,7 @@ def exchange_counts(counts: np.ndarray, group: Group) -> np.ndarray:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """What every rank of the group has to say, in its order; values that JSON knows."""
+    """The values of every rank of the group, in its order; they must be of JSON's types."""
     if group.size == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -237,24 +237,24 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 
 def copy_to(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """The identity, entering a part where each rank computes with its share of the weights; the gradients add up."""
+    """Enter a tensor-parallel region (Megatron-LM's f): the identity forward, an all-reduce backward."""
     return x if group.size == 1 else _CopyTo.apply(x, group)
 
 
 def reduce_from(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """Sum over the group, leaving such a part; the gradient, equal on all ranks, passes as it is."""
+    """Leave a tensor-parallel region (Megatron-LM's g): an all-reduce forward, the identity backward."""
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
 def gather_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """[n, ...] -> [size * n, ...] for use in a part where each rank has its share of the weights: gradients of the
-    whole are summed over the ranks, each gets its rows.
+    """[n, ...] -> [size * n, ...], entering a tensor-parallel region with sequence parallelism: an all-gather forward,
+    a reduce-scatter backward.
     """
     return x if group.size == 1 else _GatherRows.apply(x, group)
 
 
 def gather_rows_replicated(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """[n, ...] -> [size * n, ...] for use that is the same on all ranks: each takes its rows of the gradient."""
+    """[n, ...] -> [size * n, ...] for a computation that is the same on all ranks: backward, each takes its rows."""
     return x if group.size == 1 else _GatherRowsReplicated.apply(x, group)
 
 
@@ -266,28 +266,30 @@ def scatter_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 def exchange_rows(
     x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
 ) -> paddle.Tensor:
-    """`all_to_all` whose gradient goes back the same ways. [sum(send_counts), ...] -> [sum(recv_counts), ...]."""
+    """`all_to_all` whose gradient is sent back by the transposed all-to-all. [sum(send_counts), ...] ->
+    [sum(recv_counts), ...].
+    """
     return x if group.size == 1 else _ExchangeRows.apply(x, send_counts, recv_counts, group)
 
 
 def start_exchange_rows(
     x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
 ) -> Callable[[], paddle.Tensor]:
-    """`exchange_rows` whose rows travel, where the backend allows, beside what is computed until the function that it
-    returns is called for them. So do their gradients, from where they are asked back.
+    """`exchange_rows` in the background: where the backend allows it, the rows are sent while the caller computes
+    something else before calling the function that is returned. The same holds for their gradients.
     """
     if group.size == 1:
         return lambda: x
-    journey = _Journey((send_counts, recv_counts), group)
-    ticket = _Depart.apply(x, journey)
-    return lambda: _Arrive.apply(ticket, journey)
+    transfer = _Transfer((send_counts, recv_counts), group)
+    ticket = _Depart.apply(x, transfer)
+    return lambda: _Arrive.apply(ticket, transfer)
 
 
 class _CopyTo(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
         ctx.group = group
-        return x.clone()  # Paddle takes a shared buffer for an in-place operation, which a leaf refuses
+        return x.clone()  # Paddle treats a shared buffer as an in-place operation, which a leaf refuses
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
@@ -353,8 +355,8 @@ class _ExchangeRows(PyLayer):
 
 
 @dataclass
-class _Journey:
-    """Rows under way, and later their gradients."""
+class _Transfer:
+    """An exchange of rows under way, and later that of their gradients."""
 
     counts: tuple[Sequence[int], Sequence[int]]
     group: Group
@@ -367,27 +369,27 @@ class _Journey:
 
 
 class _Depart(PyLayer):
-    """Gives a ticket [1], whose only use is that the backward pass comes here after `_Arrive`."""
+    """Starts the exchange. Its output, a ticket [1], only makes the backward pass come here after `_Arrive`."""
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
-        ctx.journey = journey
-        journey.work = start_all_to_all(x, *journey.counts, journey.group)
+    def forward(ctx: Any, x: paddle.Tensor, transfer: _Transfer) -> paddle.Tensor:
+        ctx.transfer = transfer
+        transfer.work = start_all_to_all(x, *transfer.counts, transfer.group)
         return paddle.zeros([1], dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dticket: paddle.Tensor) -> paddle.Tensor:
-        return ctx.journey.wait()
+        return ctx.transfer.wait()
 
 
 class _Arrive(PyLayer):
     @staticmethod
-    def forward(ctx: Any, ticket: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
-        ctx.journey = journey
-        return journey.wait()
+    def forward(ctx: Any, ticket: paddle.Tensor, transfer: _Transfer) -> paddle.Tensor:
+        ctx.transfer = transfer
+        return transfer.wait()
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
-        sent, received = ctx.journey.counts
-        ctx.journey.work = start_all_to_all(dy, received, sent, ctx.journey.group)
+        sent, received = ctx.transfer.counts
+        ctx.transfer.work = start_all_to_all(dy, received, sent, ctx.transfer.group)
         return paddle.zeros([1], dtype=dy.dtype)

@@ -131,10 +131,10 @@ class GradientSync:
         ranks = bucket.placement.shard.size
         gradients = [self._take(entry.name) for entry in bucket.entries]
         dtype = bucket.gradient_dtype(self.master_grad)
-        pieces = [_rows(gradient, entry, dtype) for gradient, entry in zip(gradients, bucket.entries, strict=True)]
+        rows = [_rows(gradient, entry, dtype) for gradient, entry in zip(gradients, bucket.entries, strict=True)]
         flags = self._flags_of(tuple(gradient is not None for gradient in gradients), dtype)
-        matrix = paddle.concat([*pieces, flags.expand([ranks, len(gradients)])], axis=1)
-        del gradients, pieces
+        matrix = paddle.concat([*rows, flags.expand([ranks, len(gradients)])], axis=1)
+        del gradients, rows
         if ranks > 1:
             work = comm.start_reduce_scatter(matrix, bucket.placement.shard)
         else:

@@ -65,7 +65,7 @@ class ShardedParameters:
 
     @paddle.no_grad()
     def local_chunk(self, name: str) -> paddle.Tensor:
-        """The part of a parameter that this rank updates: the parameter itself, or where the state is divided this
+        """What this rank updates of a parameter: the parameter itself, or where the state is divided this
         rank's chunk [c], a copy padded with zeros.
         """
         entry, parameter = self.entries[name], self.tensors[name]

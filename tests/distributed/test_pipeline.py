@@ -15,7 +15,7 @@ from support.worlds import World
 from erniekit.parallel import backend, comm
 from erniekit.parallel.pipeline import run
 from erniekit.parallel.pipeline_schedule import Action, forward_plan, peak_live, plan
-from erniekit.parallel.pipeline_split import cut
+from erniekit.parallel.pipeline_split import split_layers
 
 NUM_LAYERS, WIDTH = 9, 6
 FROZEN_INPUT = tuple(range(5))  # layers: the first stages have nothing to train, whichever way the model is cut
@@ -34,7 +34,7 @@ class Toy:
         own_losses: bool = True,
         without_target: Sequence[int] = (),
     ) -> None:
-        pieces = cut(NUM_LAYERS, stages * chunks)
+        pieces = split_layers(NUM_LAYERS, stages * chunks)
         self.pieces = [pieces[chunk * stages + stage] for chunk in range(chunks)]
         self.own_losses, self.without_target = own_losses, without_target
         self.weights = {}

@@ -14,7 +14,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import rank_shard_of
 from erniekit.models.weights import logical_tensors, our_shapes
 from erniekit.parallel.mesh import Mesh, ParallelDims, coordinates, rank_lists
-from erniekit.parallel.pipeline_split import cut
+from erniekit.parallel.pipeline_split import split_layers
 from erniekit.parallel.process_group import Group
 from erniekit.training.state import optimizer_rank_files
 
@@ -32,7 +32,7 @@ def mesh_of(degrees, rank):
 def part_of(config, degrees, rank):
     """A rank's part of the model, without memory, and its shares."""
     mesh = mesh_of(degrees, rank)
-    stages = cut(config.num_hidden_layers, degrees.pipeline, "layer:DecoderLayer", [])
+    stages = split_layers(config.num_hidden_layers, degrees.pipeline, "layer:DecoderLayer", [])
     with paddle.LazyGuard():
         model = CausalLM(config, rank_shard_of(mesh, [stages[mesh.pipe]]))
     return model, Shares.of(model, mesh)

@@ -247,5 +247,5 @@ def test_refusals(arguments, message: str):
 def test_description():
     assert describe("interleaved", 8, [[(0, 1), (4, 5)], [(2, 3), (6,)]]) == (
         "pipeline: interleaved, 2 stages x 2 chunks, 8 microbatches, bubble 5.9%, "
-        "chunk activations kept at most 5, 3; layers 0-1+4-5 | 2-3+6"
+        "at most 5, 3 chunk activations stored; layers 0-1+4-5 | 2-3+6"
     )
