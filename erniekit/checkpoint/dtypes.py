@@ -33,14 +33,14 @@ LONG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def header_name(dtype: str) -> str:
-    """`float32`, `bfloat16`, `float16` (or `fp32`, ...) as a safetensors header writes it."""
+    """The name of a dtype (`float32`, `bfloat16`, `float16`, `fp32`, ...) in a safetensors header."""
     if dtype not in NAMES:
         raise CheckpointError(f"unknown weight dtype {dtype!r}: use one of {', '.join(NAMES)}.")
     return NAMES[dtype]
 
 
 def to_fp32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """A tensor as read from a file, with its header type, -> float32. Exact but for F64."""
+    """Convert a tensor as read from a file, with its header type, to float32; exact except for F64."""
     if dtype not in FLOATS:
         raise CheckpointError(f"tensors of type {dtype} are not floating point weights.")
     if dtype == "BF16":
@@ -49,7 +49,7 @@ def to_fp32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def convert(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """`values` held as `source` (header type) -> as `target`. The same type gives the same array, bit for bit.
+    """Convert `values` from one header type to another. The same type returns the same array, bit for bit.
 
     Raises CheckpointError where a finite value would become infinite (float16 ends at 65504).
     """
@@ -68,7 +68,7 @@ def convert(values: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a file."""
+    """The number of bytes of a tensor in a file."""
     size = STORAGE[dtype].itemsize
     for length in shape:
         size *= length

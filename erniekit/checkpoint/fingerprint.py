@@ -16,9 +16,9 @@ def fingerprint(model_dir: str | Path) -> str:
     """
     reader = Reader(model_dir, u16_is_bf16=True)
     pattern = re.compile(r"(model|ernie)\.layers\.([0-9]{1,6})\.self_attn\.o_proj\.weight")
-    found = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
+    by_layer = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
     state = hashlib.blake2b(digest_size=8)
-    for _, name in found[:1] + found[-1:]:
+    for _, name in by_layer[:1] + by_layer[-1:]:
         bits = dtypes.convert(reader.read(name), reader.info(name).dtype, "BF16")
         state.update(np.ascontiguousarray(bits if name.startswith("model.") else bits.T).data)
     return state.hexdigest()

@@ -34,7 +34,7 @@ _MAX_NAME = 255  # bytes of a file name
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor; `dtype` is the header's name (F32, BF16, ...)."""
+    """Type and shape of a tensor in a header; `dtype` is the header's name (F32, BF16, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: `size` bytes from `start` in `file`."""
+    """The place of a tensor: `size` bytes from `start` in `file`."""
 
     file: Path
     info: TensorInfo
@@ -56,7 +56,7 @@ def bytes_of(array: np.ndarray) -> memoryview:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Tensor name -> name of the file beside the index that holds it. CheckpointError names the file."""
+    """Read an index: tensor name -> name of the file beside the index. CheckpointError names the file."""
     weight_map = read_json_object(file, CheckpointError, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -66,7 +66,7 @@ def read_index(file: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_beside(shard):
             raise CheckpointError(
-                f"{file}: {name!r:.99} is said to be in {shard!r:.99}, which is not a safetensors file beside it."
+                f"{file}: {name!r:.99} is listed in {shard!r:.99}, which is not a safetensors file beside it."
             )
     return weight_map
 
@@ -140,7 +140,7 @@ def _entry_of(path: Path, name: str, value: Any, base: int, bad: Callable[[str],
 
 
 def _natural(text: str) -> int:
-    """A natural number; -1 for every other one (-0 too, which int() takes), as a header has no place for them."""
+    """A natural number; -1 for every other one (also -0, which int() accepts), because none is valid in a header."""
     return int(text) if text.isdigit() else -1
 
 

@@ -24,9 +24,9 @@ from erniekit.utils.errors import CheckpointError
 class Reader:
     """The tensors of one file, or of a directory with `model.safetensors` or an index and its shards.
 
-    All headers are read and checked against the file sizes at once, so that a truncated download is found before an
-    hour of work. `u16_is_bf16`: older Paddle files store bfloat16 as plain 16-bit integers; they are shown as BF16.
-    Raises CheckpointError: file, what is wrong, what to do.
+    All headers are read and compared with the file sizes at once, so that a truncated download is noticed at the start.
+    `u16_is_bf16`: older Paddle files store bfloat16 as plain 16-bit integers; their type is then BF16. A
+    CheckpointError names the file, what is wrong, and what to do.
     """
 
     def __init__(self, path: str | Path, u16_is_bf16: bool = False) -> None:
@@ -56,9 +56,9 @@ class Reader:
             other = sorted(
                 file.name for file in self.path.glob("*") if file.suffix in (".pdparams", ".bin", ".safetensors")
             )
-            found = f" It has {', '.join(other[:3])}, which this toolkit does not read as a model." if other else ""
+            others = f" It has {', '.join(other[:3])}, which this toolkit does not read as a model." if other else ""
             raise CheckpointError(
-                f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}.{found} Check the path."
+                f"no weights in {self.path}: expected {SINGLE_FILE} or {INDEX_FILE}.{others} Check the path."
             )
         weight_map = read_index(index)
         if single.is_file() and set(weight_map.values()) != {SINGLE_FILE}:
@@ -86,7 +86,7 @@ class Reader:
             )
 
     def keys(self) -> list[str]:
-        """Names of all tensors."""
+        """The names of all tensors."""
         return list(self._entries)
 
     def __contains__(self, name: str) -> bool:

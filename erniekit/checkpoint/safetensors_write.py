@@ -1,4 +1,4 @@
-"""Streaming writer of safetensors files: one tensor at a time, in the order of a plan, complete or not there at all."""
+"""Streaming writer of safetensors files: one tensor at a time, in the order of a plan; complete or not there at all."""
 
 import errno
 import json
@@ -37,11 +37,11 @@ class Writer:
 
     `with Writer(dir, plan) as writer: writer.write(name, array) ...`. Files are `model-0000i-of-0000N.safetensors` and
     an index, or one `model.safetensors`; a tensor larger than `max_shard_size` has a shard of its own. They have
-    temporary names until all are complete and on disk. On an error none of them stays, and what was there before is as
-    it was.
+    temporary names until all are complete and on disk. On an error they are removed, and earlier files are
+    unchanged.
 
     With `numbered` (files of the writers before, files of all writers) these are some of the files of a model that
-    several processes write into one fresh directory; whoever has all weight maps adds the index (`write_index`).
+    several processes write into one new directory; the process that has all weight maps adds the index (`write_index`).
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Writer:
 
     @property
     def files(self) -> list[str]:
-        """Names of the weight files, in order (without the index)."""
+        """The names of the weight files, in order (without the index)."""
         return list(self._names)
 
     @property
     def weight_map(self) -> dict[str, str]:
-        """Tensor -> file."""
+        """The file of each tensor."""
         return {name: self._names[shard] for shard, name, _, _ in self._queue}
 
     def __enter__(self) -> "Writer":
@@ -92,7 +92,7 @@ class Writer:
             self.abort()
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """The plan's next tensor. `array` has its shape and the storage type of its dtype (uint16 bits for BF16)."""
+        """Write the plan's next tensor. `array` has its shape and the storage type of its dtype (uint16 for BF16)."""
         assert self._next < len(self._queue), f"{name} comes after the end of the plan"
         shard, expected, dtype, shape = self._queue[self._next]
         assert name == expected, f"the plan says {expected}, not {name}"
@@ -106,7 +106,7 @@ class Writer:
         self._next += 1
 
     def close(self) -> None:
-        """Bring all files to disk, then give them their names; the index, which makes them a model, comes last."""
+        """Sync all files to disk, then give them their names; the index, which makes them a model, comes last."""
         if self._finished:
             return
         if self._next < len(self._queue):
@@ -134,7 +134,7 @@ class Writer:
         self._finished = True
 
     def abort(self) -> None:
-        """Remove the temporary files; what the directory held before stays."""
+        """Remove the temporary files; earlier files of the directory stay."""
         if self._file is not None:
             try:
                 self._file.close()
@@ -168,7 +168,7 @@ class Writer:
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
-    """The index of several weight files, on disk when this returns."""
+    """Write the index of several weight files, on disk when this returns."""
     content = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     with open(path, "wb", buffering=0) as file:
         _write_all(file, memoryview(json.dumps(content, indent=2, sort_keys=True).encode()))
@@ -176,7 +176,7 @@ def write_index(path: Path, weight_map: Mapping[str, str], num_bytes: int) -> No
 
 
 def write_error(error: OSError, directory: Path, needed: int | None = None) -> CheckpointError:
-    """What to tell of a failed write; `needed` is the number of bytes that were to be written, if known."""
+    """The error for a failed write; `needed` is the number of bytes that were to be written, if known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         size = f": these weights need {needed / 1e6:,.1f} MB" if needed else ""
         return CheckpointError(
@@ -189,8 +189,8 @@ def write_error(error: OSError, directory: Path, needed: int | None = None) -> C
 def replace_weights(directory: Path, ready: Mapping[str, Path]) -> None:
     """Rename complete weight files (final name -> where it is now, same file system) over those of `directory`.
 
-    An old index goes first and the new one comes last, so that shards of two models never look like one model; weight
-    files that do not belong to the new model go.
+    An old index is removed first and the new one comes last, so that shards of two models never look like one model;
+    weight files that do not belong to the new model are removed.
     """
     (directory / INDEX_FILE).unlink(missing_ok=True)
     for name, file in ready.items():
@@ -212,7 +212,9 @@ def _write_all(file: Any, data: memoryview) -> None:
 
 
 def plan_shards(plan: Plan, max_shard_size: int | str) -> list[Plan]:
-    """Consecutive tensors of the plan for each file, at most `max_shard_size` of them; one file if there are none."""
+    """Split the plan into consecutive tensors for each file, at most `max_shard_size` of them; one file if there are
+    none.
+    """
     limit = parse_size(max_shard_size)
     shards: list[Plan] = [[]]
     size = 0

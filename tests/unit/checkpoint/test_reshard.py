@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
-from support.tiny_models import DENSE, MOE
+from support.tiny_sizes import DENSE, MOE
 
-from erniekit.checkpoint.model_io import held_tensors, model_rank_files
+from erniekit.checkpoint.model_io import model_rank_files, named_tensors
 from erniekit.checkpoint.model_reader import plan_for
 from erniekit.checkpoint.reshard import Shares
 from erniekit.models.config import ModelConfig
@@ -112,7 +112,7 @@ def test_the_writers_of_experts_share_the_work():
 def test_one_process_writes_everything():
     model = CausalLM(ModelConfig.from_dict(MOE))
     shares = Shares.alone()
-    for name, tensor in held_tensors(model).items():
+    for name, tensor in named_tensors(model).items():
         assert shares.writes(name) and shares.rows(name, tensor.shape) is None
         assert shares.whole_shape(name, tensor.shape) == tuple(tensor.shape)
         assert shares.gather(name, tensor).tobytes() == tensor.numpy().tobytes()

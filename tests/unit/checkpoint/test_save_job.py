@@ -87,7 +87,7 @@ def test_a_failed_save_is_raised_at_the_end_of_the_run(tmp_path):
 
 def test_copies_are_counted_and_freed_while_writing():
     held = portion({"a": np.zeros(1000, np.float32), "b": np.zeros(10, np.float32)})
-    assert held.hold() == 4040
+    assert held.copy() == 4040
     assert [name for name, _ in held.tensors] == ["a", "b"]
     assert list(held.tensors) == []
 
@@ -109,7 +109,7 @@ def save(tmp_path, group, limit=0.3):
 
 def test_the_first_rank_names_who_did_not_write(tmp_path, first_of_two, monkeypatch):
     monkeypatch.setattr(save_job, "number", lambda portions, group: None)
-    with pytest.raises(CheckpointError, match=r"checkpoint-1: rank 1 did not write its part within 0"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: rank 1 did not write its files within 0"):
         save(tmp_path, first_of_two).run()
     assert list(tmp_path.iterdir()) == []
 
@@ -149,6 +149,6 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path, monkeypatch):
         return [value, value] if answer is None else answer
 
     monkeypatch.setattr(agree.comm, "gather_objects", gather)
-    with pytest.raises(CheckpointError, match=r"of rank 0 is not seen by rank 1: .*all hosts share"):
+    with pytest.raises(CheckpointError, match=r"of rank 0 is not visible to rank 1: .*all hosts share"):
         agree.require_shared(tmp_path, Group((0, 1), 0))
     assert list(tmp_path.iterdir()) == []
