@@ -1,4 +1,4 @@
-"""A checkpoint does not tell which layout wrote it, and any layout goes on from it."""
+"""A checkpoint does not depend on the layout that wrote it, and any layout resumes from it."""
 
 import os
 import signal

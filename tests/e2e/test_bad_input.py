@@ -124,7 +124,7 @@ def test_overwriting_another_run_is_said(workspace, capfd):
 
 
 def test_full_disk_during_a_save(fail, workspace, monkeypatch):
-    """The second save finds the disk full: the first one is whole, and the same command goes on from it."""
+    """The second save finds the disk full: the first one is complete, and the same command resumes from it."""
     real, written = safetensors_write._write_all, []
 
     def almost_full(file, data):

@@ -1,6 +1,7 @@
 """Running the data loader in tests: a configuration, data files, and what came out of it."""
 
 import json
+import random
 
 import numpy as np
 
@@ -25,6 +26,13 @@ PACKINGS = [{"packing": False}, {"packing": True, "greedy_intokens": False}, {"p
 def write(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def numbered_conversations(directory):
+    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
+    rng = random.Random(0)
+    records = [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)]
+    return write(directory / "train.jsonl", records)
 
 
 def config(path, **keys):

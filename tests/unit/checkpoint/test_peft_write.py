@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.adapters import attach_random
 from support.tiny_models import tiny_model
 
 import erniekit
@@ -29,14 +30,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def adapted(kind: str, **options: Any) -> CausalLM:
     """A tiny model with a random adapter."""
-    model = tiny_model(kind)
-    lora.attach(model, lora.LoraOptions(**{"rank": 3, "alpha": 4.0} | options), tied=True)
-    rng = np.random.default_rng(0)
-    for parameter in model.parameters():
-        if not parameter.stop_gradient:
-            noise = rng.standard_normal(parameter.shape, dtype=np.float32) * np.float32(0.2)
-            parameter.set_value(parameter.numpy() + noise)
-    return model
+    return attach_random(tiny_model(kind), **options)
 
 
 @pytest.mark.parametrize(

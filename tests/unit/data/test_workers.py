@@ -1,6 +1,5 @@
 import gc
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.data_runs import build, config, run, same, steps, write
+from support.data_runs import build, config, numbered_conversations, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 
 from erniekit.data.loader import build_loader
@@ -18,11 +17,7 @@ from erniekit.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write(path, [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)])
-    return path
+    return numbered_conversations(tmp_path_factory.mktemp("data"))
 
 
 def pid_of_workers(parent):

@@ -208,7 +208,7 @@ def test_an_output_directory_that_is_removed_ends_the_run(directory, beside):
             if metrics.step == 2:
                 shutil.rmtree(directory / "gone")
 
-    with pytest.raises(UserError, match="was removed or renamed while the run was going on"):
+    with pytest.raises(UserError, match="was removed or renamed during the run"):
         fit(directory, "gone", callbacks=True, more=[Remove()], use_async_save=beside)
     assert not (directory / "gone").exists()
 
