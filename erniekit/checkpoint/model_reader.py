@@ -10,13 +10,21 @@ from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.config import Format, ModelConfig
-from erniekit.models.weights import Logical, detect_format, is_mtp, logical_tensors, match_names
+from erniekit.models.weights import (
+    EMBEDDINGS,
+    HEAD,
+    Logical,
+    detect_format,
+    is_mtp,
+    logical_tensors,
+    match_names,
+    mtp_depth,
+)
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 # What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
-HEAD, EMBEDDINGS = "lm_head.weight", {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
 
 
 class ModelReader:
@@ -87,10 +95,11 @@ class ModelReader:
     def _mtp_depths(self, adapt: bool, keep: bool) -> int:
         """The number of multi-token-prediction depths to read; `self.config` is adapted to the file if `adapt`."""
         expected = self.config.num_nextn_predict_layers
-        stored = [name for name in self.reader.keys() if is_mtp(name)]  # noqa: SIM118 - a Reader is not iterable
+        depth_of = {name: mtp_depth(name) for name in self.reader.keys()}  # noqa: SIM118 - a Reader is not iterable
+        stored = {name: depth for name, depth in depth_of.items() if depth is not None}
         if stored and not expected:
             if keep:
-                return 1 + max(_depth(name) for name in stored)
+                return 1 + max(stored.values())
             count = len(stored)
             log.info(f"{self.path}: {count} multi-token-prediction tensors left out (num_nextn_predict_layers is 0)")
             self.left_out.update(stored)
@@ -123,12 +132,6 @@ class ModelReader:
         elif unexpected == [HEAD]:
             advice = "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
-
-
-def _depth(name: str) -> int:
-    """The number in the name of a multi-token-prediction tensor; 0 where there is no plausible one."""
-    numbers = [part for part in name.split(".") if part.isascii() and part.isdigit() and len(part) <= 2]
-    return int(numbers[0]) if numbers else 0
 
 
 def read_config(path: str | Path) -> ModelConfig:

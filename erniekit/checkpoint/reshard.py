@@ -11,25 +11,32 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import Shape, to_numpy
+from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import WHOLE, RankShard, ShardSpec, named_shard_specs, shard, unshard
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-
-# The last stage repeats the embedding for a tied head and for multi-token prediction.
-_EMBEDDING = "model.embed_tokens."
 
 
 class Shares:
     """The tensors of one process among those of all."""
 
-    def __init__(self, mesh: Mesh, part: RankShard, shard_specs: Mapping[str, ShardSpec]) -> None:
-        """`shard_specs`: those of the parameters that can be sharded, by name."""
-        self.mesh, self.shard, self.shard_specs = mesh, part, shard_specs
+    def __init__(
+        self,
+        mesh: Mesh,
+        part: RankShard,
+        shard_specs: Mapping[str, ShardSpec],
+        embeddings: frozenset[str] = frozenset(),
+    ) -> None:
+        """`shard_specs`: those of the parameters that can be sharded. `embeddings`: the names with Role.EMBEDDING,
+        which the last stage repeats for a tied head and for multi-token prediction.
+        """
+        self.mesh, self.shard, self.shard_specs, self.embeddings = mesh, part, shard_specs, embeddings
 
     @classmethod
     def of(cls, model: CausalLM, mesh: Mesh) -> "Shares":
         """The tensors of `model`, which is sharded over `mesh`."""
-        return cls(mesh, model.shard, named_shard_specs(model))
+        embeddings = frozenset(name for name, role in named_roles(model).items() if role is Role.EMBEDDING)
+        return cls(mesh, model.shard, named_shard_specs(model), embeddings)
 
     @classmethod
     def alone(cls) -> "Shares":
@@ -43,7 +50,7 @@ class Shares:
 
     def is_repeated(self, name: str) -> bool:
         """Whether an earlier stage has the tensor, too, and writes it."""
-        return name.startswith(_EMBEDDING) and not self.shard.has_embedding
+        return name in self.embeddings and not self.shard.has_embedding
 
     def writes(self, name: str) -> bool:
         """Whether this rank writes the tensor; of sharded experts, its own rows."""

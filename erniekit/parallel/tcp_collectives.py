@@ -5,14 +5,13 @@ and rounded once.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from erniekit.parallel.process_group import Group
 from erniekit.parallel.tcp_transport import Links
 from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
-from erniekit.utils.spans import spans
 
 # Up to this many bytes an all-reduce sends its tensor whole to everyone: one round of messages instead of two.
 WHOLE_BYTES = 32 << 10
@@ -21,7 +20,7 @@ _UFUNCS = {"sum": np.add, "max": np.maximum}
 
 def split(data: memoryview, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
     """Consecutive spans of counts[i] units."""
-    return [data[start * unit_bytes : end * unit_bytes] for start, end in spans(counts)]
+    return [data[start * unit_bytes : end * unit_bytes] for start, end in pairwise(accumulate(counts, initial=0))]
 
 
 def exchange(

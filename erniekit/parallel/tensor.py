@@ -31,12 +31,12 @@ class TensorRanks:
         """After a row-split product: partial sums [T, D] -> their sum [T or this rank's span, D]."""
         return (comm.scatter_rows if self.sequence else comm.reduce_from)(y_TD, self.group)
 
-    def own_tokens(self, x_TD: paddle.Tensor) -> paddle.Tensor:
-        """The tokens of [T, D] that this rank has between projections."""
+    def own_span(self, num_tokens: int) -> tuple[int, int]:
+        """[start, stop) of those of T tokens that are on this rank between projections."""
         if not self.sequence:
-            return x_TD
-        size = x_TD.shape[0] // self.group.size
-        return x_TD[self.group.index * size : (self.group.index + 1) * size]
+            return 0, num_tokens
+        size = num_tokens // self.group.size
+        return self.group.index * size, (self.group.index + 1) * size
 
     def lookup(self, ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         """Embedding rows of ids [T], each rank having an equal span of the vocabulary: [T or this rank's span, D]."""
@@ -49,6 +49,6 @@ class TensorRanks:
     def attach(self, linear: Linear) -> None:
         """Add communication to a projection that was built with this rank's sizes."""
         if linear.split == "column":
-            linear.enter = self.enter
+            linear.gather_input = self.enter
         elif linear.split == "row":
-            linear.leave = self.leave
+            linear.reduce_output = self.leave
