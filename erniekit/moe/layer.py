@@ -108,12 +108,6 @@ class MoELayer(nn.Layer):
         """The matrix [D, E] of a modality's router."""
         return self.gate.matrix(modality)
 
-    def vision_parameters(self) -> list[paddle.Tensor]:
-        """The parameters that tokens of vision alone use; empty with one modality."""
-        if len(self.sizes.intermediate_sizes) == 1:
-            return []
-        return [self.gate.matrix(VISION), *self.vision_experts.parameters()]
-
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
         all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
