@@ -57,7 +57,7 @@ def test_a_step_is_seen_by_what_is_derived_from_the_parameter():
     optimizer = adamw(p, {"w": ParamRule(1.0, 0.0)})
     give_gradient(p, [1.0, 1.0])
     before = p.inplace_version
-    optimizer.step(0.1)
+    optimizer.step({"w": p.grad}, 0.1)
     assert p.inplace_version > before
 
 
