@@ -22,7 +22,7 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     from erniekit.parallel.buckets import step_traffic
 
     sync = run.optimizer.sync
-    sent = Counter(step_traffic(sync.buckets, sync.stage, len(microbatches), sync.master_grad, run.mesh.world))
+    sent = Counter(step_traffic(sync.buckets, sync.zero_stage, len(microbatches), sync.master_grad, run.mesh.world))
     del sent["host"]
     for batch in microbatches:
         sent += tensor_bytes(run, batch)
