@@ -7,9 +7,10 @@ number left at a default that means off, asks for nothing and is not named.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from erniekit.config.compat import DATA
-from erniekit.config.methods import BUILT, METHODS
+from erniekit.config.methods import BUILT, METHODS, MethodFacts
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import MoEArgs
@@ -309,17 +310,24 @@ _MODEL_RULES = [
 ]
 
 
+def _has_method(method: MethodFacts, cfg: Config, facts: Facts) -> bool:
+    return cfg.method is method
+
+
+def _has_no_options(group: type, cfg: Config, facts: Facts) -> bool:
+    return cfg.method.options is not group
+
 
 def _method_rules() -> list[Rule]:
     """What the table of methods says: keys that a method leaves unread, and options of other methods."""
     rules = []
     for facts in METHODS.values():
         for key, why in facts.unread.items():
-            rules.append(Rule(key, lambda c, f, of=facts: c.method is of, f"stage {facts.name}: {why}", DATA))
+            rules.append(Rule(key, partial(_has_method, facts), f"stage {facts.name}: {why}", DATA))
     for group in {facts.options for facts in METHODS.values() if facts.options is not None}:
         readers = " or ".join(name for name in BUILT if METHODS[name].options is group)
         other = f"read only with stage: {readers}"
-        rules.append(Rule(_names(group), lambda c, f, of=group: c.method.options is not of, other, DATA))
+        rules.append(Rule(_names(group), partial(_has_no_options, group), other, DATA))
     return rules
 
 

@@ -8,7 +8,7 @@ What a step does, on one process as on many:
     norm = sync.global_norm()           # the same value on every rank
     sync.clip(norm, max_norm)
     optimizer.step(learning_rate)       # updates sync.own(name), then sync.publish()
-    optimizer.clear_grad()
+    sync.clear()
 
 Stage 0 all-reduces whole gradients once a step. Stage 1 reduce-scatters them, each rank updates its chunk of every
 parameter, and the chunks are gathered. Stage 2 reduce-scatters after every microbatch and keeps only the chunk. A

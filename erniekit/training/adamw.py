@@ -156,10 +156,6 @@ class AdamW:
             )
         self.sync.publish(updated)
 
-    def clear_grad(self) -> None:
-        """Forget the gradients and free their memory."""
-        self.sync.clear()
-
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""
         return {f"{name}/{field}": self._shape(name, field) for name, fields in self.state.items() for field in fields}
