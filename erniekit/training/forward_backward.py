@@ -11,10 +11,10 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_pass import ChunkRunner
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import router_terms
@@ -71,7 +71,7 @@ class TrainStage:
         model: CausalLM,
         recipe: Recipe,
         chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
         dropout: DropoutStep | None = None,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import paddle
 
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
-from erniekit.models.inputs import ModelInputs, packed_inputs
+from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
-from erniekit.training.flat import FlatBatch
 
 
 class ChunkRunner:
@@ -27,7 +27,7 @@ class ChunkRunner:
         self,
         model: CausalLM,
         chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         neftune_alpha: float = 0.0,
         dropout: DropoutStep | None = None,
     ) -> None:
@@ -51,24 +51,16 @@ class ChunkRunner:
     def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
         if microbatch not in self._inputs:
             batch = self.microbatches[microbatch]
-            self._inputs[microbatch] = packed_inputs(
-                self.model,
-                batch.input_ids,
-                batch.segment_ids,
-                batch.position_ids,
-                prefixes=batch.prefixes,
-                row_lengths=batch.row_lengths,
-                neftune_alpha=self._neftune_alpha,
-                dropout=self._dropout,
+            self._inputs[microbatch] = batch_inputs(
+                self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
             )
         is_last = chunk == len(self.chunks) - 1
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 
     def input_shape(self, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what a stage sends to the next: the dtype of what the layers add up."""
-        model, size = self.model, self.microbatches[microbatch].size
-        ranks = model.tensor
-        rows = size // ranks.group.size if ranks is not None and ranks.sequence else size
+        model = self.model
+        rows = padded_length(model, self.microbatches[microbatch]) // model.token_multiple
         first = model.model.layers[model.model.layers.numbers[0]]
         return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
 
@@ -110,7 +102,7 @@ class ForwardPass:
     mesh: Mesh
     chunks: Sequence[Sequence[int]]
 
-    def run(self, model: CausalLM, microbatches: Sequence[FlatBatch], at_head: AtHead) -> None:
+    def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""
         mesh, num_chunks = self.mesh, len(self.chunks)
         was_training = model.training
