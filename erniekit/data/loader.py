@@ -13,7 +13,7 @@ need, the same number on every rank, and a rank that gets no row in one gets a b
 
 import math
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -125,7 +125,7 @@ class Loader:
         self._reported = self._position
         return batches
 
-    def batches(self, limit: int = -1) -> Iterator[PackedBatch]:
+    def batches(self, limit: int = -1) -> Generator[PackedBatch, None, None]:
         """For evaluation: this rank's batches of one pass over the data, or of its first `limit` * batch_size rows if
         `limit` is positive, however many ranks share them. Every rank gets the same number.
         """

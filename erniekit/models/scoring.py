@@ -10,7 +10,6 @@ from erniekit.data.batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import batch_inputs
 
 LARGEST_EXPONENT = 700.0
 
@@ -38,20 +37,13 @@ class Score(NamedTuple):
 
 
 @paddle.no_grad()
-def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
-    """Score a batch. Logits exist only where labels are, a chunk at a time. Logits that are not finite give a NaN."""
-    places = batch.supervised
-    if not len(places):
-        return Score()
-    return score_hidden(model, model.model(batch_inputs(model, batch)).normed, places, batch.labels)
-
-
-@paddle.no_grad()
 def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, labels_T: np.ndarray) -> Score:
     """Score the token numbers `places`, which have labels, from the hidden states of all tokens behind the final norm
-    [T, D].
+    [T, D]. Logits exist a chunk at a time. Logits that are not finite give a NaN.
     """
     score = Score()
+    if not len(places):
+        return score
     for chunk in chunks_of(hidden_TD, model.config.vocab_size, len(places)):
         rows = places[chunk]
         targets = paddle.to_tensor(labels_T[rows].astype(np.int64))

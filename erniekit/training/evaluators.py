@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -18,10 +19,11 @@ from erniekit.data.batch import PackedBatch
 from erniekit.data.loader import Loader
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import LARGEST_EXPONENT, Score, score_hidden
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.forward_pass import ForwardPass, final_norm
 from erniekit.training.reference import PairScorer, Reference
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, EvaluationError
@@ -87,15 +89,14 @@ def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatc
     model, mesh = evaluated.model, evaluated.mesh
     total, num_samples = Score(), 0
 
-    def add(batch: PackedBatch, x_TD: paddle.Tensor) -> None:
+    def add(batches: Sequence[PackedBatch], number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
         nonlocal total
-        hidden_TD = model.enter_head(model.model.norm(x_TD))
-        if len(batch.supervised):
-            total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
+        hidden_TD, batch = model.enter_head(final_norm(model, x_TD)), batches[number]
+        total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
 
     for microbatches in groups:
         num_samples += sum(batch.num_samples for batch in microbatches)
-        evaluated.forward.run(model, microbatches, lambda number, x_TD, _, of=microbatches: add(of[number], x_TD))
+        evaluated.forward.run(model, microbatches, partial(add, microbatches))
     of_all_stages = comm.sum_floats(np.array(total, np.float64), mesh.pipe_group)
     sums = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
     score = Score(sums[0], int(sums[1]), int(sums[2]))
@@ -155,10 +156,10 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[Pac
     for microbatches in groups:
         policy = scorer.log_probs(evaluated.model, microbatches)
         other = policy if reference is None else reference.log_probs(microbatches)
-        for batch, *log_probs in zip(microbatches, policy, other, strict=True):
+        for batch, of_policy, of_reference in zip(microbatches, policy, other, strict=True):
             if len(batch.pairs):
                 lengths = batch.answer_labels.reshape([2, -1])
-                tables.append(_PairTable(*(x.numpy() for x in log_probs), lengths, batch.pairs.score_deltas))
+                tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
     # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
     holds_results = mesh.is_last_stage and mesh.tensor == 0
     gathered = comm.gather_objects(tables if holds_results else [], mesh.world_group)

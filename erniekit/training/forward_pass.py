@@ -95,6 +95,12 @@ class _ForwardStage:
         raise AssertionError("a pass without gradients has no backward")
 
 
+def final_norm(model: CausalLM, x_TD: paddle.Tensor) -> paddle.Tensor:
+    """The last layer's output behind the final norm. Only the last stage has one."""
+    assert model.model.norm is not None
+    return model.model.norm(x_TD)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """Passes without gradients through all stages of a model. `chunks`: the layers that this process holds."""

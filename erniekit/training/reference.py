@@ -14,7 +14,7 @@ from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
-from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.forward_pass import ForwardPass, final_norm
 
 
 class Reference(Protocol):
@@ -39,7 +39,7 @@ class PairScorer:
         log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
-            hidden = model.enter_head(model.model.norm(x_TD))
+            hidden = model.enter_head(final_norm(model, x_TD))
             if len(microbatches[number].pairs):
                 sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they

@@ -13,6 +13,7 @@ from typing import Any
 
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.checkpoint.peft_write import fingerprint
+from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
 from erniekit.training.lr_scheduler import build_schedule
@@ -80,7 +81,7 @@ _KEYS = {
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
 
-_LORA = set(GROUPS["LoRA"].__dataclass_fields__)
+_LORA = set(option_names(GROUPS["LoRA"]))
 _TOKEN_FILES = {"input_dir", "split", "isolate_documents", "long_document_min_tokens", "long_document_weight"}
 _TEXT = {
     "train_dataset_path",

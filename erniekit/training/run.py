@@ -56,7 +56,7 @@ def train(cfg: Config) -> TrainResult:
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.
-    callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
+    callbacks: list[Callback] = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
     with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:

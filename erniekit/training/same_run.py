@@ -14,6 +14,7 @@ from typing import Any
 import paddle
 
 from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import comm
@@ -27,7 +28,7 @@ PER_HOST = {
     *("chat_template", "ref_logps_cache", "logging_dir"),
     *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in ("generation", "evaluation", "export") for name in GROUPS[group].__dataclass_fields__),
+    *(name for group in ("generation", "evaluation", "export") for name in option_names(GROUPS[group])),
 }
 
 

@@ -232,7 +232,7 @@ class Saver:
             self.run.model,
             tensors,
             self.shares,
-            self.cfg.save_format,
+            "paddle" if self.cfg.save_format == "paddle" else "pt",
             (self.run.model_dir, self.run.tokenizer_dir),
             self.run.template,
             directory=below,

@@ -12,6 +12,7 @@ from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention_plan import next_in_document
+from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 
 
@@ -48,7 +49,7 @@ class CausalRecipe(Recipe):
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "lm", and if asked for "head_z" and "mtp_d"."""
-        hidden = Hidden(x_TD, model.model.norm(x_TD))
+        hidden = Hidden(x_TD, final_norm(model, x_TD))
         terms = self._lm_terms(model, hidden.normed, batch)
         return terms | self._mtp_terms(model, hidden, inputs, batch) if self.mtp_depths else terms
 

@@ -24,6 +24,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
 from erniekit.parallel import comm
+from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.reference import (
     AdapterOff,
@@ -104,8 +105,9 @@ class PreferenceRecipe(Recipe):
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
         """A reference that moves; one that does not is loaded from model_name_or_path."""
-        moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
-        return {"reference": trained_tensors(self.reference.model)} if moves else {}
+        if self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel):
+            return {"reference": trained_tensors(self.reference.model)}
+        return {}
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""
@@ -117,7 +119,7 @@ class PreferenceRecipe(Recipe):
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
-        normed_TD = model.enter_head(model.model.norm(x_TD))
+        normed_TD = model.enter_head(final_norm(model, x_TD))
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
@@ -135,7 +137,7 @@ class PreferenceRecipe(Recipe):
             _reference(batch),
             _halves(paddle.to_tensor(batch.answer_labels)),
         )
-        loss, *rewards = preference_loss(
+        loss, *sides = preference_loss(
             *policy,
             *reference,
             **options_of(self.cfg),
@@ -144,7 +146,7 @@ class PreferenceRecipe(Recipe):
             score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
             kl=self._kl,
         )
-        metrics = pair_metrics(policy, rewards, self.cfg.beta)
+        metrics = pair_metrics(policy, (sides[0], sides[1]), self.cfg.beta)
         return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
 
     def _measure_kl(self, microbatches: Sequence[PackedBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -154,9 +156,12 @@ class PreferenceRecipe(Recipe):
             if not len(batch.pairs):
                 continue
             lengths = _halves(paddle.to_tensor(batch.answer_labels))
+            reference = _reference(batch)
             ratios = log_ratios(
-                *found,
-                *_reference(batch),
+                found[0],
+                found[1],
+                reference[0],
+                reference[1],
                 loss_type=self.cfg.loss_type,
                 reference_free=self.cfg.reference_free,
                 normalize_logps=self.cfg.normalize_logps,
