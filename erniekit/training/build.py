@@ -103,8 +103,11 @@ def seed_everything(seed: int) -> None:
 
 
 def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
-    """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
-    what the user can mend. `method`: None: the one that the configuration names.
+    """Build what this process needs, in the order of the module's docstring. `method`: None stands for the one that the
+    configuration names.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can fix.
     """
     assert cfg.output_dir, "config.load requires it to train"
     method = method_of(cfg) if method is None else method

@@ -1,6 +1,7 @@
-"""What a process does with one step's microbatches: its own layers, and the losses that arise there.
+"""A training step on one pipeline stage: the layers that this process holds, and the losses that are computed there.
 
-The pipeline's executor (parallel/pipeline.py) decides when; one process alone is a pipeline of one stage.
+The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one process alone is a pipeline of one
+stage.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -52,7 +52,7 @@ def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
 
 
 def train(cfg: Config) -> TrainResult:
-    """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
+    """Train as `cfg` says. Raises UserError for anything that the user can fix; nothing saved before is lost."""
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.

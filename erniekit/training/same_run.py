@@ -22,7 +22,7 @@ from erniekit.parallel.comm import Group
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
-# Keys whose values hosts may have for themselves. Files may lie elsewhere on each: their content is compared instead.
+# Keys whose values may differ between hosts. Files may have another path on each: their content is compared instead.
 PER_HOST = {
     *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
     *("chat_template", "ref_logps_cache", "logging_dir"),

@@ -102,7 +102,7 @@ class Trainer:
             return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
 
     def _train_to_the_end(self) -> None:
-        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        """Run steps until all are done, the data has ended, or a signal asks the run to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
             if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
                 return
@@ -118,7 +118,7 @@ class Trainer:
         )
 
     def _advance(self) -> bool:
-        """One step with all that hangs on it. False when the data has ended."""
+        """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
         epochs = self.run.loader.epochs_done
         try:
             batches = self._next_batches()
@@ -347,7 +347,7 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
 
 
 def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
-    """What every rank found, in words: the first bad weight or gradient, and the samples of the batch."""
+    """What every rank found, as a sentence: the first bad weight or gradient, and the samples of the batch."""
     weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
     if weights:
         where = f"the weight {weights[0]} is not finite"

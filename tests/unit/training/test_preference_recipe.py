@@ -182,7 +182,7 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     for arrays in ({"keys": np.zeros((2, 16), np.uint8)}, {"log_probs": np.full((2, 2), np.nan, np.float32)}, {}):
         content = {"model": np.array('{"weights": "x"}'), "keys": np.zeros((1, 16), np.uint8)} | arrays
         np.savez(path, **content)
-        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it anew"):
+        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it again"):
             read_cache(path, {"weights": "x"})
     reference = CachedReference(table, path)
     (found,) = reference.log_probs([batch_of([2], [0])])
