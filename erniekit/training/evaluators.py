@@ -162,9 +162,10 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[Pac
                 tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
     # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
     holds_results = mesh.is_last_stage and mesh.tensor == 0
-    gathered = comm.gather_objects(tables if holds_results else [], mesh.world_group)
-    tables = [table for of_rank in gathered for table in of_rank]
-    if not tables:
+    columns = [[column.tolist() for column in vars(table).values()] for table in tables if holds_results]
+    gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]
+    if not gathered:
         raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")
-    columns = zip(*(vars(table).values() for table in tables), strict=True)
-    return _PairTable(*(np.concatenate(arrays, axis=-1) for arrays in columns))
+    return _PairTable(
+        *(np.concatenate([np.array(x, np.float32) for x in column], axis=-1) for column in zip(*gathered, strict=True))
+    )
