@@ -124,9 +124,7 @@ def test_wrong_messages_are_refused(record, message):
 
 
 def test_the_stage_decides_what_a_type_means():
-    assert read_specs("a", "chatml", None, "train", METHODS["DPO"])[0].type == "messages (DPO)"
-    with pytest.raises(DataError, match="stage DPO reads pairs"):
-        read_specs("a", "text", None, "train", METHODS["DPO"])
+    assert read_specs(("a",), ("chatml",), (), "train", METHODS["DPO"])[0].type == "messages (DPO)"
     with pytest.raises(DataError, match="stage DPO"):
         parse_record(erniekit(), "erniekit")
 
