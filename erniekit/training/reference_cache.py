@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.schema import Config
 from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_shape import model_config
-from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.config.fields import from_saved
 from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields

@@ -12,7 +12,7 @@ import numpy as np
 
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.safetensors import Plan
+from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.stored_state import StoredState, piece_name
 from erniekit.config.schema import Config
 from erniekit.models.weights import Shape
@@ -84,7 +84,7 @@ def optimizer_rank_files(optimizer: AdamW, shares: Shares) -> RankFiles:
 def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
     """Whether this rank writes an entry; the powers of the betas, equal for all rows of experts, go with the first."""
     name, _, key = entry.rpartition("/")
-    rows = shares.rows(name, optimizer.parameters[name].shape)
+    rows = shares.rows(name, optimizer.parameters.tensors[name].shape)
     return shares.writes(name) and (key not in POWERS or rows is None or rows[0] == 0)
 
 
@@ -93,7 +93,7 @@ def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None
     name, _, key = entry.rpartition("/")
     if key in POWERS:
         return optimizer.state_array(entry) if _writes(shares, entry, optimizer) else None
-    if shares.is_repeated(name) or optimizer.sync.entries[name].placement.replica.index > 0:
+    if shares.is_repeated(name) or optimizer.parameters.entries[name].placement.replica.index > 0:
         return None
     return shares.gather(name, optimizer.state_array(entry))
 

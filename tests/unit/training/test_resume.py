@@ -11,7 +11,7 @@ from support import equality
 
 from erniekit import config
 from erniekit.checkpoint.manager import list_checkpoints
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config.schema import fields
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import resume

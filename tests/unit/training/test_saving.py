@@ -15,7 +15,7 @@ from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import build, saving
 from erniekit.training.build import build_run

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.data_runs import config, rows_of, same, steps
 from support.fake_text import EOS, FakeTokenizer
+from support.token_files import write_token_files
 
 from erniekit.data.batch import IGNORE
 from erniekit.data.loader import build_loader
 from erniekit.data.tokens import rows
-from erniekit.data.tokens.files import TokenFile, write_token_files
+from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import DataError
 
 KEYS = {"dataset_type": "pretrain", "stage": "PT", "max_seq_len": 16, "split": "1"}
