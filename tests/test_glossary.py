@@ -36,6 +36,7 @@ CLEAN = (
     "erniekit.parallel",
     "erniekit.precision",
     "erniekit.serve",
+    "erniekit.training",
 )
 
 DOCUMENTS = sorted(
