@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
+from erniekit.config import Config
 from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
 from erniekit.data.prefetch import Prefetcher
@@ -260,7 +261,7 @@ def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
 
 
 def build_loader(
-    cfg: Any,
+    cfg: Config,
     tokenizer: Tokenizer,
     split: str = "train",
     rank: int = 0,

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from erniekit.config import Config
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
@@ -162,14 +163,14 @@ def _how(lengths: Lengths, exact: bool) -> str:
     return f"estimated from {lengths.num_measured} samples"
 
 
-def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
+def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
     """The text data sets that a configuration names for `split` ("train" or "eval")."""
     asked = _asked(cfg, split)
     return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
 
 
 def open_text(
-    cfg: Any, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
+    cfg: Config, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
 ) -> RecordFeed:
     """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
     asked, specs = _asked(cfg, split), specs_of(cfg, split)
@@ -179,6 +180,7 @@ def open_text(
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
+        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "another tokenizer comes with its template"
         template = chat.load_template(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
         tokenizer,
@@ -212,7 +214,7 @@ def _hash(template: Template | None) -> str | None:
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
-def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+def training_template(cfg: Config, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
     """The chat template of a run: None where all its data is plain text and no template is named."""
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
@@ -236,7 +238,7 @@ class _Asked:
     num_epochs: float | None
 
 
-def _asked(cfg: Any, split: str) -> _Asked:
+def _asked(cfg: Config, split: str) -> _Asked:
     if split == "train":
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
@@ -245,14 +247,14 @@ def _asked(cfg: Any, split: str) -> _Asked:
     return _Asked(paths, types, probs, "concat", False, 1.0)
 
 
-def _packer(cfg: Any) -> tuple[Packer, int]:
+def _packer(cfg: Config) -> tuple[Packer, int]:
     """The packing that the configuration asks for, and how many samples it is given at a time."""
     if not cfg.packing:
         return no_packing, _WINDOW
     return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)
 
 
-def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
+def _identity(cfg: Config, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
     """All that decides which rows the stream gives, by the names that a user knows."""
     identity = {
         "seed": cfg.seed,

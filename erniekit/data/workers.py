@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from erniekit.data.chat import template as chat
+from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
 from erniekit.utils import log, runtime
@@ -51,6 +52,7 @@ class EncoderSpec:
         """An Encoder."""
         template = self.template
         if self.template_text is not None:
+            assert isinstance(self.tokenizer, text_tokenizer.Tokenizer), "a template is made with its tokenizer"
             template = chat.Template(*self.template_text, self.tokenizer)
         return Encoder(
             self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len

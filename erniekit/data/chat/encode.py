@@ -19,7 +19,6 @@ class Tokenizer(Protocol):
     """What this layer asks of a tokenizer. `fingerprint`: equal for tokenizers that give equal ids."""
 
     eos_id: int
-    pad_id: int
     vocab_size: int
 
     @property

@@ -11,6 +11,8 @@ from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.records.errors import BadLine, reading
 from erniekit.utils.errors import DataError
 
+_BLOCK_BYTES = 1 << 20  # of the file, hashed at a time
+
 
 class ParquetFile(DataFile):
     """The rows of a file as objects. Nulls are absent fields; a map is an object. Values that JSON does not have
@@ -49,8 +51,10 @@ class ParquetFile(DataFile):
             except BadLine as error:
                 on_bad(error)
         self._rows = np.array(good, np.int64)
+        state = hashlib.blake2b(digest_size=DIGEST_BYTES)
         with open(self.path, "rb") as file:
-            state = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+            while block := file.read(_BLOCK_BYTES):
+                state.update(block)
         state.update(self._rows.tobytes())
         self.digest = state.hexdigest()
 

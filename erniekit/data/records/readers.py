@@ -163,8 +163,9 @@ class _JsonFile(_TextFile):
             try:
                 _, end = decoder.raw_decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
-                is_syntax = isinstance(error, json.JSONDecodeError)
-                place, why = (error.lineno, error.msg) if is_syntax else (line, "nested too deeply")
+                place, why = line, "nested too deeply"
+                if isinstance(error, json.JSONDecodeError):
+                    place, why = error.lineno, error.msg
                 raise DataError(
                     f"{self.path}:{place}: the list cannot be read as JSON: {why}. "
                     "Hint: mend it, or write one object per line (.jsonl)."

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from erniekit.config import Config
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
 from erniekit.data.tokens.files import TokenFile, strip_suffix
@@ -290,7 +291,7 @@ class TokenFeed:
         """Nothing here waits."""
 
 
-def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
+def open_token_files(cfg: Config, tokenizer: Tokenizer, split: str) -> TokenFeed:
     """Open and check the files of cfg.input_dir for `split` ("train" or "eval"); see loader.build_loader."""
     entries = read_input_dir(cfg.input_dir)
     if split == "train":
@@ -320,7 +321,7 @@ def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
     return TokenFeed(sources, schedule, cfg.max_seq_len, cfg.isolate_documents, long_tokens, identity)
 
 
-def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
+def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
     """The sources of `entries`; a file that is named twice is opened once. DataError if there is nothing to read."""
     files = {entry.prefix: TokenFile(entry.prefix, tokenizer.vocab_size) for entry in entries}
     sources = [_source(cfg, files[entry.prefix], number, split) for number, entry in enumerate(entries)]
@@ -335,7 +336,7 @@ def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weig
     return sources
 
 
-def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
+def _training_schedule(cfg: Config, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
     """The schedule, and the weights that sum to 1."""
     tokens = [source.epoch_tokens for source in sources]
     given = [float(entry.weight or size) for entry, size in zip(entries, tokens, strict=True)]
@@ -344,7 +345,7 @@ def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source])
     return Mixed(sources, weights, cfg.seed, cfg.max_seq_len, end), weights
 
 
-def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
+def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
     """Entry `number` of input_dir: its documents of `split`; those for training shuffled and repeated as cfg says."""
     first, last = split_documents(cfg.split, file.num_documents)[split]
     key, repeats, more = None, None, ""
@@ -361,7 +362,7 @@ def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
     return source
 
 
-def _repeats(cfg: Any, file: TokenFile, first: int, last: int) -> np.ndarray | None:
+def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray | None:
     """How often each document comes in an epoch, int64 [n]; None: once."""
     if cfg.long_document_min_tokens is None:
         return None
