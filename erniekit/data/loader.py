@@ -180,8 +180,8 @@ class Loader:
         if changed:
             raise DataError(
                 f"the data position was saved for other data: {'; '.join(changed)}. "
-                "Hint: restore these to go on where the run stopped, or set ignore_data_skip: true to begin the data "
-                "anew."
+                "Hint: restore these to continue where the run stopped, or set ignore_data_skip: true to read the data "
+                "from its beginning."
             )
         try:
             position = self._feed.read_position(state["position"])
@@ -211,14 +211,14 @@ class Loader:
         return self._feed.exact
 
     def report(self) -> dict[str, Any]:
-        """Counts up to the last step given, over all ranks and since the start of training (a resumed run goes on
-        counting): samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and what else
-        the kind of data has (TextFeed.report, TokenFeed.report).
+        """Counts up to the last step given, over all ranks and since the start of training, before a resume too:
+        samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and what else the kind of
+        data has (RecordFeed.report, TokenFeed.report).
         """
         return self._feed.report(self._reported)
 
     def close(self) -> None:
-        """End the thread and the workers. The loader may be asked again; it starts them anew."""
+        """End the thread and the workers. A loader that is used again starts them again."""
         self._steps = None
         _stop_all(self._running)
 

@@ -129,7 +129,7 @@ class RecordFeed:
         rows, lengths = self._measure()
         if lengths.exact:
             return float(self._stream.rows_left(position, lengths.of))
-        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the error to be expected of so many samples
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the expected error of a sample of this size
         left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
         return max(0.0, left) + rows * epochs * margin
 
@@ -165,15 +165,15 @@ def _how(lengths: Lengths, exact: bool) -> str:
 
 def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
     """The text data sets that a configuration names for `split` ("train" or "eval")."""
-    asked = _asked(cfg, split)
-    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+    keys = _split_keys(cfg, split)
+    return read_specs(keys.paths, keys.types, keys.probs, split, cfg.stage)
 
 
 def open_text(
     cfg: Config, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
 ) -> RecordFeed:
     """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
-    asked, specs = _asked(cfg, split), specs_of(cfg, split)
+    keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
@@ -192,10 +192,10 @@ def open_text(
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
-    order = Sampler(dataset.sizes, [spec.prob for spec in specs], asked.strategy, cfg.seed, asked.shuffle)
-    stream = PackedStream(order, service, packer, window, cfg.max_seq_len, asked.num_epochs)
+    order = Sampler(dataset.sizes, [spec.prob for spec in specs], keys.strategy, cfg.seed, keys.shuffle)
+    stream = PackedStream(order, service, packer, window, cfg.max_seq_len, keys.num_epochs)
     samples = cfg.num_samples_each_epoch if order.endless else None
-    extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
+    extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, keys.num_epochs, samples)
     identity = _identity(cfg, specs, dataset, packer) | {
         f"content of {split}_dataset_path": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
@@ -227,8 +227,8 @@ def training_template(cfg: Config, tokenizer: text_tokenizer.Tokenizer) -> chat.
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the configuration asks for a split."""
+class _SplitKeys:
+    """What the configuration says about the data of a split."""
 
     paths: Any
     types: Any
@@ -238,13 +238,13 @@ class _Asked:
     num_epochs: float | None
 
 
-def _asked(cfg: Config, split: str) -> _Asked:
+def _split_keys(cfg: Config, split: str) -> _SplitKeys:
     if split == "train":
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
-        return _Asked(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
+        return _SplitKeys(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
     paths, types, probs = cfg.eval_dataset_path, cfg.eval_dataset_type, cfg.eval_dataset_prob
-    return _Asked(paths, types, probs, "concat", False, 1.0)
+    return _SplitKeys(paths, types, probs, "concat", False, 1.0)
 
 
 def _packer(cfg: Config) -> tuple[Packer, int]:

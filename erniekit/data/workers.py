@@ -177,7 +177,7 @@ class EncodingService:
 
     def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """The encoded records in the order of `numbers`, which may be endless: it is read only a little ahead. Close
-        the generator to end its workers. `num_workers`: at least so many for this stream.
+        the generator to end its workers. `num_workers`: the least number of workers for this stream.
         """
         workers = max(self._num_workers, num_workers or 0)
         if workers:

@@ -1,6 +1,6 @@
 """How much work and memory one rendering of a chat template may take, and what each operation takes of it.
 
-A template is a program by whoever published the model. One operation of Python's that is written in C (a string
+A template is a program by those who published the model. One operation of Python's that is written in C (a string
 multiplied, a format width, two lists compared) cannot be interrupted, so its cost is estimated and taken from an
 allowance before it begins. A unit is about a byte of memory or a nanosecond of work, whichever the operation takes
 more of.
@@ -45,7 +45,7 @@ class Meter:
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def spend(self, units: int) -> None:
-        """Take `units` from the allowance. Raises LimitExceeded where it has not so many."""
+        """Take `units` from the allowance. Raises LimitExceeded where fewer are left."""
         self._left -= units
         if self._left < self._check_below:
             self._check()
@@ -220,7 +220,7 @@ def _size(value: Any, limit: int | None) -> int:
 
 
 def _count_pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """At most so many pieces does text.split(...) make."""
+    """An upper bound of the number of pieces that text.split(...) makes."""
     if name == "splitlines":
         return 1 + sum(text.count(end) for end in _LINE_ENDS)
     separator = args[0] if args else kwargs.get("sep")

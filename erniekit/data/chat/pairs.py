@@ -11,7 +11,7 @@ from erniekit.utils.errors import DataError
 
 
 def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
-    """The conversation that goes on with one answer of a pair; its prompt carries no loss."""
+    """The conversation that continues with one answer of a pair; its prompt carries no loss."""
     counts = [sum(message["role"] == "assistant" for message in part) for part in (sample.messages, answer)]
     label = [0] * counts[0] + [1] * counts[1]
     return replace(sample, kind="chat", messages=sample.messages + answer, label=label, answers=None)

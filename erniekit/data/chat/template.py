@@ -76,7 +76,7 @@ class Template:
             self._jinja = BoundedTemplate(source)
         except TemplateFault as error:
             raise ConfigError(
-                f"chat template {name}: not valid jinja: {error}. Mend it, or choose another: `chat_template: text`."
+                f"chat template {name}: not valid jinja: {error}. Fix it, or choose another: `chat_template: text`."
             ) from None
         written = [
             text

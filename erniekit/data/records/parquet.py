@@ -16,7 +16,7 @@ _BLOCK_BYTES = 1 << 20  # of the file, hashed at a time
 
 class ParquetFile(DataFile):
     """The rows of a file as objects. Nulls are absent fields; a map is an object. Values that JSON does not have
-    (dates, bytes, decimals) are left as they are, for whoever needs the field to refuse.
+    (dates, bytes, decimals) are left as they are; a format that needs such a field refuses it.
     """
 
     def __init__(self, path: Path):

@@ -8,7 +8,7 @@ read twice. The rows that begin in an epoch come in a random order too (not with
 is not made of one long document; only the last of them, which leads into the next epoch, keeps its place.
 
 **Mixing.** Rows come in blocks of 65,536. Of each block a source gives 65,536 * weight rows (largest remainders, at
-least one), in an order drawn anew for each block. So weights hold to 1/65,536 in every block, and which row of which
+least one), in an order drawn for each block. So weights hold to 1/65,536 in every block, and which row of which
 source is row n follows from n alone: a position is a number.
 
 **Ends.** An epoch of the training is as many tokens as all sources hold in one epoch. Without max_steps the training is
@@ -354,7 +354,7 @@ def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
         repeats = _repeats(cfg, file, first, last)
         more = f", {int(repeats.sum()) - (last - first)} repeats of long ones included" if repeats is not None else ""
     source = Source(file, first, last, key, repeats)
-    empty = f", {source.empty} of them empty and passed over" if source.empty else ""
+    empty = f", {source.empty} of them empty and ignored" if source.empty else ""
     log.info(
         f"{split} data: {file.prefix}: {source.num_documents} of its {file.num_documents} documents{empty}; "
         f"{source.epoch_tokens} tokens{more}"
