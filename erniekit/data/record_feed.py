@@ -70,15 +70,15 @@ class RecordFeed:
         return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
     def begin(self) -> Position:
-        """The place before the first row."""
+        """The position before the first row."""
         return Position()
 
     def read_position(self, state: dict[str, Any]) -> Position:
-        """A place from what its to_dict() gave."""
+        """The position that to_dict() described."""
         return Position.from_dict(state)
 
     def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
-        """The rows after `position`, each with the place behind it."""
+        """The rows after `position`, each with the position behind it."""
         return self._stream.rows(position)
 
     def interrupt(self) -> None:
@@ -104,7 +104,7 @@ class RecordFeed:
         return self._stream.epochs(position)
 
     def lengths(self) -> Lengths:
-        """The tokens of all samples, measured when asked for the first time (see data.lengths)."""
+        """The numbers of tokens of all samples, measured at the first call (see data.lengths)."""
         if self._lengths is None:
             self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
         return self._lengths
@@ -115,7 +115,7 @@ class RecordFeed:
             return next(encoded)
 
     def epochs_done(self, position: Position) -> int:
-        """Epochs of which every row has been given."""
+        """Epochs of which every row has been yielded."""
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
 
     def rows_left(self, position: Position) -> float:
@@ -248,14 +248,14 @@ def _split_keys(cfg: Config, split: str) -> _SplitKeys:
 
 
 def _packer(cfg: Config) -> tuple[Packer, int]:
-    """The packing that the configuration asks for, and how many samples it is given at a time."""
+    """The packer that the configuration names, and how many samples it packs at a time."""
     if not cfg.packing:
         return no_packing, _WINDOW
     return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)
 
 
 def _identity(cfg: Config, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
-    """All that decides which rows the stream gives, by the names that a user knows."""
+    """Everything that decides which rows the stream yields, under names that a user knows."""
     identity = {
         "seed": cfg.seed,
         "random_shuffle": cfg.random_shuffle,

@@ -31,7 +31,7 @@ _SHOWN_DROPS = 3  # the others are only counted
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an Encoder is made of, in a form that can be sent to a worker. Plain text needs no `template`."""
+    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`."""
 
     tokenizer: Tokenizer
     max_seq_len: int
@@ -60,7 +60,7 @@ class EncoderSpec:
 
 
 class Job(Protocol):
-    """What a worker is to do, in a form that can be sent to it. Its class must lie in a module that can be imported."""
+    """The task of a worker, in a form that can be sent to it. Its class must lie in a module that can be imported."""
 
     def make(self) -> Callable[..., Any]:
         """The function that the worker calls with each record's parts."""
@@ -146,20 +146,20 @@ def serve() -> None:
 
 @dataclass
 class _Chunk:
-    """Some consecutive numbers of a stream: what of them is encoded, and the worker that has the rest."""
+    """Consecutive record numbers of a stream: `encoded` are done, and `worker` encodes the `missing` ones."""
 
     numbers: list[int]
-    found: dict[int, Encoded]
+    encoded: dict[int, Encoded]
     missing: list[int]
     worker: Worker | None = None
     error: Exception | None = None
 
     def hand_on(self) -> Iterator[Encoded]:
         for number in self.numbers:
-            if number not in self.found:
+            if number not in self.encoded:
                 assert self.error is not None
                 raise self.error
-            yield self.found[number]
+            yield self.encoded[number]
 
 
 class EncodingService:
@@ -190,7 +190,7 @@ class EncodingService:
             yield encoded
 
     def lengths_depend_on(self) -> dict[str, Any]:
-        """What decides, beside a record itself, how many tokens it has; plain JSON."""
+        """Everything but a record itself that decides how many tokens it has, as plain JSON values."""
         spec, template = self._spec, self._encoder.template
         return {
             "tokenizer": spec.tokenizer.fingerprint,
@@ -240,8 +240,8 @@ class EncodingService:
 
     def _next_chunk(self, numbers: Iterator[int]) -> _Chunk | None:
         chunk = list(islice(numbers, _CHUNK))
-        found = {number: self._cache[number] for number in chunk if number in self._cache}
-        return _Chunk(chunk, found, [n for n in dict.fromkeys(chunk) if n not in found]) if chunk else None
+        encoded = {number: self._cache[number] for number in chunk if number in self._cache}
+        return _Chunk(chunk, encoded, [n for n in dict.fromkeys(chunk) if n not in encoded]) if chunk else None
 
     def _collect(self, chunk: _Chunk) -> Worker:
         """Wait for a chunk's answer; its worker is free then."""
@@ -249,7 +249,7 @@ class EncodingService:
         assert worker is not None
         done, chunk.error = worker.receive()
         for number, encoded in zip(chunk.missing, done, strict=False):
-            chunk.found[number] = self._keep(number, encoded)
+            chunk.encoded[number] = self._keep(number, encoded)
         return worker
 
     def _keep(self, number: int, encoded: Encoded) -> Encoded:

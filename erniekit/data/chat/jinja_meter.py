@@ -135,10 +135,10 @@ class Meter:
             return
         old, new = args[:2]
         self.spend(STEP + 2 * len(text))
-        found = text.count(old)
+        count = text.count(old)
         if len(args) > 2 and isinstance(args[2], int) and args[2] >= 0:
-            found = min(found, args[2])
-        self.spend(found * max(0, len(new) - len(old)))
+            count = min(count, args[2])
+        self.spend(count * max(0, len(new) - len(old)))
 
     def spend_percent(self, text: str, values: Any) -> None:
         """Take what text % values costs."""
@@ -224,9 +224,9 @@ def _count_pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str
     if name == "splitlines":
         return 1 + sum(text.count(end) for end in _LINE_ENDS)
     separator = args[0] if args else kwargs.get("sep")
-    most = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
+    max_splits = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
     pieces = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
-    return min(pieces, most + 1) if isinstance(most, int) and most >= 0 else pieces
+    return min(pieces, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else pieces
 
 
 def _check_format(text: str) -> None:

@@ -106,9 +106,9 @@ def _as_json(value: Any, kind: Any) -> Any:
         return {key: _as_json(item, inner[key]) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         if pyarrow.types.is_map(kind):
-            found = {str(key): _as_json(item, kind.item_type) for key, item in value if item is not None}
+            entries = {str(key): _as_json(item, kind.item_type) for key, item in value if item is not None}
             if len({str(key) for key, _ in value}) < len(value):
                 raise ValueError("a map has a key twice")
-            return found
+            return entries
         return [_as_json(item, kind.value_type) for item in value]
     return value

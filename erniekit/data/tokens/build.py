@@ -89,7 +89,7 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
     """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted. In a directory a text
     for people (README.txt) is left out.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file or directory. Hint: check the path.")
@@ -97,8 +97,8 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
         if others:
             names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
             log.info(f"{path}: {len(others)} files there are not read ({names})")
-        found += chosen
-    return found
+        files += chosen
+    return files
 
 
 @dataclass
@@ -324,7 +324,7 @@ def _say_bad(reason: str, number: int) -> None:
 
 
 def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:
-    """All that decides the output, by names for messages."""
+    """Everything that decides the output, under the names that messages use."""
     stats = [(path, path.stat()) for path in inputs]
     return {
         "input files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],

@@ -1,4 +1,4 @@
-"""Rows cut from token files (`dataset_type: pretrain`).
+"""Rows of token files (`dataset_type: pretrain`).
 
 **A source** is one entry of input_dir, and of it the documents of the split. An epoch of a source is all these
 documents in a random order (in the file's order with random_shuffle: false; long documents may come several times, see
@@ -127,8 +127,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class RowNumber:
-    """A place between two rows: those before `row` have been given, and the first `into` tokens of `row` itself where
-    the training ended within it: with more epochs it is longer. The counts only count.
+    """A position in the stream: `row` rows have been yielded, and the first `into` tokens of the next one where
+    training ended within it (with more epochs that row is longer). `counts` is for reporting only.
     """
 
     row: int = 0
@@ -211,15 +211,15 @@ class TokenFeed:
         self._said = False
 
     def begin(self) -> RowNumber:
-        """The place before the first row."""
+        """The position before the first row."""
         return RowNumber()
 
     def read_position(self, state: dict[str, Any]) -> RowNumber:
-        """A place from what its to_dict() gave."""
+        """The position that to_dict() described."""
         return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
 
     def rows(self, position: RowNumber) -> Generator[tuple[PackedBatch, RowNumber], None, None]:
-        """The rows after `position`, each with the place behind it. Nothing before them is read."""
+        """The rows after `position`, each with the position behind it. Nothing before them is read."""
         walks = [source.walk() for source in self._sources]
         number, counts, into = position.row, position.counts, position.into
         while self._schedule.num_rows is None or number < self._schedule.num_rows:
@@ -259,7 +259,7 @@ class TokenFeed:
         return float(end - position.row - (position.into >= count))
 
     def epochs_done(self, position: RowNumber) -> int:
-        """Epochs of which every label has been given: the first token of all is none."""
+        """Epochs of which every label has been yielded; the very first token is no label."""
         return (position.counts.tokens + 1) // self._epoch_tokens
 
     def report(self, position: RowNumber) -> dict[str, Any]:

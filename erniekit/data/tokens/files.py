@@ -217,9 +217,9 @@ def _check_there(prefix: Path, bin_path: Path, idx_path: Path) -> None:
     if old.is_file():
         hint = f"{old.name} is PaddleNLP's older form, which is not read; make {prefix.name}.bin and .idx from the text"
     else:
-        found = sorted(str(path)[: -len(".idx")] for path in prefix.parent.glob("*.idx"))
-        found += sorted(str(path)[: -len(".idx")] for path in prefix.glob("*.idx"))
-        hint = f"there are {', '.join(found[:5])}" if found else "`erniekit tokenize` makes them from text"
+        prefixes = sorted(str(path)[: -len(".idx")] for path in prefix.parent.glob("*.idx"))
+        prefixes += sorted(str(path)[: -len(".idx")] for path in prefix.glob("*.idx"))
+        hint = f"there are {', '.join(prefixes[:5])}" if prefixes else "`erniekit tokenize` makes them from text"
     raise DataError(f"{missing[0]}: no such file. Hint: {hint}.")
 
 
