@@ -172,8 +172,8 @@ class Loader:
         return {key: (then[key], now.get(key)) for key in then if then[key] != now.get(key)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position. Ranks, batch size, accumulation and the number of epochs may have changed; the
-        data and how it is ordered and packed may not (DataError says what did).
+        """Continue from a saved position. Ranks, batch size, accumulation and the number of epochs may have changed;
+        the data and how it is ordered and packed may not (DataError says what did).
         """
         changed = [f"{key} was {then!r} and is now {now!r}" for key, (then, now) in self.changes(state).items()]
         if changed:
