@@ -18,6 +18,11 @@ PAGE = REPOSITORY / "docs" / "glossary.md"
 # Packages and modules without retired words. It only grows.
 CLEAN = (
     "erniekit.__main__",
+    "erniekit.cli",
+    "erniekit.cluster",
+    "erniekit.config",
+    "erniekit.hub",
+    "erniekit.utils",
     "erniekit.api",
     "erniekit.data.batch",
     "erniekit.data.chat",
@@ -35,8 +40,10 @@ CLEAN = (
     "erniekit.export",
     "erniekit.generation",
     "erniekit.losses",
+    "erniekit.lora",
     "erniekit.models",
     "erniekit.nn",
+    "erniekit.precision",
     "erniekit.serve",
 )
 

@@ -100,24 +100,56 @@ NO_PAIRS = PairTable.of([])
 
 
 @dataclass(frozen=True)
+class PictureTable:
+    """The N images and videos of a batch, in the order of their placeholders.
+
+    `patches` [P, channels * size * size], uint8 pixels or normalised floats, of one picture after another; `grid` int64
+    [N, 3], the frames, rows and columns of patches of each (one frame: an image); `first_tokens` int64 [N], the token
+    number of the first placeholder of each.
+    """
+
+    patches: np.ndarray
+    grid: np.ndarray
+    first_tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @staticmethod
+    def join(tables: Sequence["PictureTable"], first_tokens: np.ndarray) -> "PictureTable":
+        """One table of several rows' tables, whose tokens are counted from `first_tokens` on."""
+        filled = [(table, first) for table, first in zip(tables, first_tokens.tolist(), strict=True) if len(table)]
+        if not filled:
+            return NO_PICTURES
+        return PictureTable(
+            np.concatenate([table.patches for table, _ in filled]),
+            np.concatenate([table.grid for table, _ in filled]),
+            np.concatenate([table.first_tokens + first for table, first in filled]),
+        )
+
+
+NO_PICTURES = PictureTable(np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.int64), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """The T tokens of R rows, one row after another, without padding. A row holds whole documents, or the parts of
     documents that fit; a batch of one row is what the packer makes.
 
     Columns [T]: `input_ids` and `labels` int64, labels[t] being the target of token t or IGNORE; `position_ids` int64,
-    which restart at 0 in each document; `segment_ids` int64; `modality` int8 (see Modality). Segments are stretches of
+    which restart at 0 in each document, [T, 3] (time, height, width) where a row has pictures; `segment_ids` int64;
+    `modality` int8 (see Modality; the start and end tokens of a picture have the picture's). Segments are stretches of
     tokens that attend to themselves, and are numbered 0, 1, ... through the whole batch. A document is one segment, a
     pair of answers up to three: prompt, chosen, rejected. The positions of both answers continue the prompt's.
 
     `row_lengths` [R] are the rows' numbers of tokens, and add up to T. `sources` names each document's place,
-    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers; other data has none.
+    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers, `pictures` the images and
+    videos; other data has none.
 
-    A side table, as `pairs` is, has a column for each fact and numbers what it points to through the whole batch. To
-    add one, for images: (1) a frozen class with `pixels` uint8 [patches, C * 14 * 14], `grid` int64 [N, 3] (t, h, w)
-    and `first_tokens` int64 [N], with a `join` that concatenates the columns and adds each row's first token to
-    `first_tokens`; (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`,
-    `images=ImageTable.join([part.images for part in parts], _starts([part.num_tokens for part in parts]))`. A reward is
-    a column of the table of what it is given for; a weight of each token's loss is one more column [T].
+    A side table, as `pairs` and `pictures` are, has a column for each fact and numbers what it points to through the
+    whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts their numbers;
+    (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward is a column of
+    the table of what it is given for; a weight of each token's loss is one more column [T].
     """
 
     input_ids: np.ndarray
@@ -128,6 +160,7 @@ class PackedBatch:
     row_lengths: list[int]
     sources: list[str]
     pairs: PairTable = NO_PAIRS
+    pictures: PictureTable = NO_PICTURES
 
     @staticmethod
     def text_row(
@@ -232,7 +265,7 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
     return PackedBatch(
         input_ids=np.concatenate([part.input_ids for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
-        position_ids=np.concatenate([part.position_ids for part in parts]),
+        position_ids=_join_positions([part.position_ids for part in parts]),
         segment_ids=np.concatenate(
             [part.segment_ids + first for part, first in zip(parts, first_segments, strict=True)]
         ),
@@ -240,7 +273,15 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([part.pairs for part in parts], first_segments),
+        pictures=PictureTable.join([part.pictures for part in parts], _starts([part.num_tokens for part in parts])),
     )
+
+
+def _join_positions(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[T], or [T, 3] where a part has three axes: text has the same position on all of them."""
+    if all(part.ndim == 1 for part in parts):
+        return np.concatenate(parts)
+    return np.concatenate([part if part.ndim == 2 else np.repeat(part[:, None], 3, axis=1) for part in parts])
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from erniekit.config import Config
+from erniekit.config import Config, schema
+from erniekit.config.fields import coerce
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
@@ -28,7 +29,11 @@ def write(path, records):
 
 
 def config(path, **keys):
-    return Config(**{**SMALL, "train_dataset_path": str(path), **keys})
+    values = {**SMALL, "train_dataset_path": str(path), **keys}
+    for name, field in schema.fields().items():
+        if name in values and "item" in field.metadata:
+            values[name] = () if values[name] is None else coerce(field, values[name])
+    return Config(**values)
 
 
 def build(path, rank=0, world=1, split="train", **keys):
