@@ -137,7 +137,7 @@ class Source:
     def _on_bad(self, error: DataError) -> None:
         self._notes = Notes()  # a record that is skipped is not reported on
         if self._on_bad_line == "error":
-            raise DataError(f"{error} (on_bad_line: skip passes over such lines)")
+            raise DataError(f"{error} (on_bad_line: skip ignores such lines)")
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             self.faults.append(str(error))
@@ -151,7 +151,7 @@ class Source:
         return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
     def _say_notes(self, file: DataFile) -> None:
-        """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
+        """What was ignored, or read with a doubt, in the records of one file: each once, with its count."""
         if self._unused:
             ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
