@@ -220,7 +220,7 @@ class PreparedModel:
         policy.apply(model, precision)
         if precision.low_bit is not None:
             log.info(f"{self.path}: {describe(model)}")
-        parallelize(model, mesh, options.sequence_parallel)
+        parallelize(model, mesh, options.sequence_parallel, layers)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)

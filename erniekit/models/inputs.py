@@ -91,17 +91,24 @@ def packed_inputs(
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
-    """An empty cache for `batch_size` conversations with a whole model."""
-    return KVCache(model.config.num_hidden_layers, batch_size, head_layout(model.config), _rotary(model.config))
+    """An empty cache for `batch_size` conversations: of the heads that this process has, and of the layers that it
+    runs, whose buffers are made when they are first needed.
+    """
+    heads = head_layout(model.config, model.shard)
+    return KVCache(model.config.num_hidden_layers, batch_size, heads, _rotary(model.config))
 
 
-def cached_inputs(input_ids_BS: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None) -> ModelInputs:
+def cached_inputs(
+    input_ids_BS: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None, token_multiple: int = 1
+) -> ModelInputs:
     """The inputs of the next S tokens of each of a cache's conversations. The caller ends the step that this begins.
 
     position_ids: [B, S] or (time, height, width) [B, S, 3]; by default they count on from the cache's next position.
+    token_multiple: tokens whose results nobody reads are added up to a multiple of it, where tensor ranks share tokens.
     """
     cache.begin_step(input_ids_BS.shape[1], position_ids)
-    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, TokenInfo([input_ids_BS.size]))
+    ids_T = np.pad(input_ids_BS.reshape(-1), (0, -input_ids_BS.size % token_multiple))
+    return ModelInputs(paddle.to_tensor(ids_T), cache, TokenInfo([input_ids_BS.size]))
 
 
 def _rotary(config: ModelConfig) -> Rotary:
