@@ -16,7 +16,7 @@ LAYERS = (
     ("moe", "losses"),
     ("models", "data"),
     ("checkpoint",),
-    ("build",),
+    ("build", "join"),
     ("export", "generation"),
     ("training",),
     ("evaluate", "serve"),

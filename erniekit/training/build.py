@@ -21,6 +21,7 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
+from erniekit.join import require_same_files
 from erniekit.losses.preference import wants_reference
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -46,7 +47,6 @@ from erniekit.training.recipes.causal import CausalRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
 from erniekit.training.reference_cache import prepare_cache
-from erniekit.training.same_run import require_same_files
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 
