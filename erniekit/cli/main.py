@@ -108,7 +108,17 @@ def _dispatch(name: str, args: list[str]) -> int:
     from erniekit.cli import launch
 
     cfg = launch.configure(args, name)  # before the command is imported: a mistake shows at once, Paddle takes seconds
-    _function(command)(cfg)
+    if name in launch.ON_RANKS and not launch.is_worker():
+        job = launch.job_of(cfg, args, name)
+        if job is not None:
+            from erniekit.cluster import agent
+
+            return agent.run(job)
+    function = _function(command)
+    if launch.is_worker():  # Paddle has put its handlers in the place of ours; an agent has blocked the signals
+        signals = (signal.SIGTERM, signal.SIGHUP) if name not in _LISTENING else stop_signals.SIGNALS
+        stop_signals.listen(signals=signals)
+    function(cfg)
     return 0
 
 

@@ -56,6 +56,7 @@ class Job:
     token: what the job's processes know and strangers do not.
     config: what must be equal on all hosts.
     again: the words that a restarted worker gets, so that it goes on from the last checkpoint.
+    reads_terminal: rank 0 reads the agent's standard input, and Ctrl-C is a word to rank 0 instead of the job's end.
     """
 
     command: tuple[str, ...]
@@ -70,3 +71,4 @@ class Job:
     master: Master | None = None
     config: Mapping[str, str] | None = None
     again: Callable[[], list[str]] = list
+    reads_terminal: bool = False

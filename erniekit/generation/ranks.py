@@ -41,7 +41,7 @@ def from_leader(value: Any, mesh: Mesh) -> Any:
 
 
 def _broadcast(values: np.ndarray, mesh: Mesh, stage: int) -> np.ndarray:
-    """From the first tensor rank of `stage` to the tensor ranks of that stage, and from each of them to its pipeline."""
+    """From the first tensor rank of `stage` to the others of that stage, and from each of them to its pipeline."""
     if mesh.degrees.pipeline * mesh.degrees.tensor == 1:
         return values
     tensor = paddle.to_tensor(values.astype(np.int64))

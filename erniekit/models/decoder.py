@@ -184,7 +184,7 @@ class CausalLM(nn.Layer):
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
-        # The ranks that hold the model together, and the layers of each chunk of this pipeline stage (models/stages.py).
+        # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.

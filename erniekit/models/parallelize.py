@@ -32,8 +32,8 @@ def rank_shard_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> RankShard:
 def parallelize(
     model: CausalLM, mesh: Mesh, sequence_parallel: bool, chunks: Sequence[Sequence[int]] | None = None
 ) -> None:
-    """Attach communication to projections, embedding, head and sparse layers. `chunks`: the layers of each chunk of this
-    pipeline stage; None: one chunk with all layers that the process has.
+    """Attach communication to projections, embedding, head and sparse layers. `chunks`: the layers of each chunk of
+    this pipeline stage; None: one chunk with all layers that the process has.
     """
     degrees = mesh.degrees
     model.mesh = mesh

@@ -3,6 +3,8 @@
 In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is generated; `clear` forgets the conversation,
 `exit` or Ctrl-D leaves, Ctrl-C stops an answer, and pressed twice leaves. Through a pipe each line is a question;
 standard output gets the answers and nothing else.
+
+Where several ranks hold the model, rank 0 has the terminal and the conversation, and the others follow it.
 """
 
 import sys
@@ -11,11 +13,15 @@ from contextlib import closing
 
 from erniekit.config import Config
 from erniekit.data.chat.tokenizer import StreamDecoder
-from erniekit.generation.load import Opened, open_model, sampling_of
-from erniekit.generation.session import Session
+from erniekit.generation.load import Opened, find_model, sampling_of
+from erniekit.generation.session import Session, follow
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
 from erniekit.generation.tool_calls import read_calls, shown
-from erniekit.utils import log, streams
+from erniekit.join import GENERATION, join, require_same_files
+from erniekit.models.pipeline_layout import check_layout, cut_layers
+from erniekit.parallel.agree import all_or_none
+from erniekit.parallel.mesh import Mesh, ParallelDims
+from erniekit.utils import heartbeat, log, streams
 from erniekit.utils.errors import UserError
 
 CLEAR, EXIT = "clear", "exit"
@@ -29,20 +35,39 @@ def chat(cfg: Config) -> None:
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
-    conversation = Conversation(cfg, open_model(cfg))
-    screen = Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream)
+    mesh = join(cfg, ParallelDims.of_one_copy(cfg), also_compared=GENERATION)
+    opened = _open(cfg, mesh)
+    if mesh.rank:
+        return follow(opened.model)
+    conversation = Conversation(cfg, opened)
+    _talk(conversation, Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream))
+    conversation.session.close()
+
+
+def _open(cfg: Config, mesh: Mesh) -> Opened:
+    """This rank's share of the model. What one rank refuses, all refuse."""
+    with all_or_none(mesh.world_group):
+        found = find_model(cfg)
+        check_layout(cfg, mesh.degrees, found.prepared.config)
+    require_same_files(found.prepared.path, {}, mesh.world_group)
+    return found.load(mesh, cut_layers(cfg, found.prepared.config, mesh.degrees.pipeline)[mesh.pipe])
+
+
+def _talk(conversation: "Conversation", screen: "Screen") -> None:
+    """Questions and answers, until the questions end."""
     if screen.interactive:
         screen.note(f"{CLEAR}: forget the conversation; {EXIT} or Ctrl-D: leave; Ctrl-C: stop an answer")
     interrupted = False
     while True:
-        try:
-            question = screen.ask()
-        except KeyboardInterrupt:
-            if interrupted or not screen.interactive:
-                return
-            interrupted = True
-            screen.note(f"Ctrl-C again or {EXIT} leaves")
-            continue
+        with heartbeat.phase(heartbeat.ASKING):
+            try:
+                question = screen.ask()
+            except KeyboardInterrupt:
+                if interrupted or not screen.interactive:
+                    return
+                interrupted = True
+                screen.note(f"Ctrl-C again or {EXIT} leaves")
+                continue
         if question is None or question.strip() == EXIT:
             return
         interrupted = False
@@ -79,12 +104,13 @@ class Conversation:
     def __init__(self, cfg: Config, opened: Opened) -> None:
         self._cfg, self._opened = cfg, opened
         self._limits, self._sampling = opened.limits(cfg), sampling_of(cfg)
+        self.session = Session(opened.model)
         self.clear()
 
     def clear(self) -> None:
         """Forget the conversation. With a seed the next one draws as this one did."""
         self.messages: list[dict[str, str]] = []
-        self.session = Session(self._opened.model)
+        self.session.clear()
         self._turn = 0
 
     def ask(self, question: str) -> Iterator[tuple[Part, str]]:

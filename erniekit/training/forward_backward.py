@@ -13,7 +13,6 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM, Routings
 from erniekit.models.inputs import ModelInputs, packed_inputs
-from erniekit.models.stages import stage_input
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
@@ -72,6 +71,14 @@ def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
     grown = min(1.0, step / cfg.dropout_warmup_steps) if cfg.dropout_warmup_steps else 1.0
     rate = cfg.attention_probs_dropout_prob * grown
     return DropoutStep(rate, cfg.seed, step) if rate else None
+
+
+def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
+    """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up."""
+    ranks = model.tensor
+    rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
+    first = model.model.layers[model.model.layers.numbers[0]]
+    return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
 
 
 @dataclass
@@ -148,7 +155,7 @@ class TrainStage:
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what the stage before sends."""
-        return stage_input(self.model, self.microbatches[microbatch].size)
+        return input_shape(self.model, self.microbatches[microbatch])
 
     def after_backward(self, chunk: int, microbatch: int) -> None:
         """The gradients of a chunk's pass are complete."""
@@ -203,7 +210,7 @@ class _ForwardStage:
         return None, None
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
-        return stage_input(self.model, self.microbatches[microbatch].size)
+        return input_shape(self.model, self.microbatches[microbatch])
 
     def after_backward(self, chunk: int, microbatch: int) -> None:
         """Nothing goes backward here."""
