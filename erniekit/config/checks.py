@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
+from erniekit.config.methods import METHODS
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, SMOOTHED
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
@@ -69,8 +70,9 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
         return
     if not cfg.input_dir:
         yield "input_dir: needed with dataset_type: pretrain; the token files"
-    if cfg.stage != "PT":
-        yield f"stage: dataset_type: pretrain is for stage: PT, got {cfg.stage}"
+    if not cfg.method.token_files:
+        readers = " or ".join(name for name, facts in METHODS.items() if facts.token_files)
+        yield f"stage: dataset_type: pretrain is for stage: {readers}, got {cfg.method.name}"
     if cfg.train_dataset_path and command == "train":
         yield "train_dataset_path: dataset_type: pretrain trains on input_dir; remove one of the two"
     if cfg.long_document_weight > 1 and cfg.long_document_min_tokens is None:
@@ -173,7 +175,7 @@ def _lora(cfg: Config) -> Iterator[str]:
 
 
 def _preference(cfg: Config) -> Iterator[str]:
-    if cfg.stage != "DPO":
+    if not cfg.method.reads("loss_type"):
         return
     loss = ALIASES.get(cfg.loss_type, cfg.loss_type)
     if cfg.label_smoothing and loss not in SMOOTHED:

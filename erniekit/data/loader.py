@@ -127,9 +127,11 @@ class Loader:
         self._reported = self._position
         return batches
 
-    def batches(self) -> Iterator[Batch]:
-        """For evaluation: this rank's batches of one pass over the data. Every rank gets the same number."""
-        steps = self._start(self._feed.begin(), 1)
+    def batches(self, limit: int = -1) -> Iterator[Batch]:
+        """For evaluation: this rank's batches of one pass over the data, or of its first `limit` * batch_size rows if
+        `limit` is positive, however many ranks share them. Every rank gets the same number.
+        """
+        steps = self._start(self._feed.begin(), 1, limit * self._plan.batch_size if limit > 0 else None)
         try:
             while True:
                 try:
@@ -229,10 +231,12 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _start(self, position: Place, accumulation: int) -> Prefetcher[tuple[list[Batch], Place]]:
+    def _start(
+        self, position: Place, accumulation: int, max_rows: int | None = None
+    ) -> Prefetcher[tuple[list[Batch], Place]]:
         # locals: the thread must not keep the loader alive
         feed, plan = self._feed, replace(self._plan, accumulation=accumulation)
-        steps = Prefetcher(lambda: _steps(feed, plan, position), plan.prefetch, feed.interrupt)
+        steps = Prefetcher(lambda: _steps(feed, plan, position, max_rows), plan.prefetch, feed.interrupt)
         self._running.append(steps)
         return steps
 
@@ -247,9 +251,12 @@ def _stop_all(running: list[Prefetcher[Any]]) -> None:
         running.pop().stop()
 
 
-def _steps(feed: Feed, plan: Plan, position: Place) -> Generator[tuple[list[Batch], Place], None, None]:
+def _steps(
+    feed: Feed, plan: Plan, position: Place, max_rows: int | None
+) -> Generator[tuple[list[Batch], Place], None, None]:
     """A rank's microbatches step by step, each with the position behind the step."""
-    with closing(feed.rows(position)) as rows:
+    with closing(feed.rows(position)) as all_rows:
+        rows = islice(all_rows, max_rows)
         while taken := list(islice(rows, plan.rows_per_step)):
             yield _microbatches([row for row, _ in taken], plan), taken[-1][1]
 
@@ -269,6 +276,7 @@ def build_loader(
     world: int = 1,
     template: Template | None = None,
     inspection: Inspection = EVERY_RECORD,
+    accumulation: int | None = None,
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
 
@@ -276,7 +284,8 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records of text are looked at first. Raises DataError (file:line, reason, hint) for data that
+    `inspection` is how records of text are looked at first. `accumulation`: the microbatches of a training step; None:
+    gradient_accumulation_steps. Raises DataError (file:line, reason, hint) for data that
     cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
@@ -287,7 +296,7 @@ def build_loader(
         feed = open_text(cfg, tokenizer, split, template, inspection)
     plan = Plan(
         batch_size=cfg.batch_size,
-        accumulation=cfg.gradient_accumulation_steps if training else 1,
+        accumulation=(accumulation or cfg.gradient_accumulation_steps) if training else 1,
         rank=rank,
         world=world,
         pad_id=tokenizer.pad_id,

@@ -165,7 +165,7 @@ def _how(lengths: Lengths, exact: bool) -> str:
 def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
     """The text data sets that a configuration names for `split` ("train" or "eval")."""
     asked = _asked(cfg, split)
-    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.method)
 
 
 def open_text(
@@ -185,7 +185,7 @@ def open_text(
         cfg.max_seq_len,
         cfg.truncation,
         cfg.on_bad_line,
-        cfg.max_prompt_len if cfg.stage == "DPO" else None,
+        cfg.max_prompt_len if cfg.method.reads("max_prompt_len") else None,
         template,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
@@ -266,4 +266,4 @@ def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packe
         "packing": packer.__name__,
         "buffer_size": cfg.buffer_size if packer is greedy else None,
     }
-    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.stage == "DPO" else {})
+    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.method.reads("max_prompt_len") else {})

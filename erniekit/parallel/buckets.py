@@ -140,17 +140,17 @@ def state_bytes(entries: Iterable[Entry], divided: bool = True) -> int:
     )
 
 
-def is_eager(placement: Placement, stage: int) -> bool:
+def is_eager(placement: Placement, zero_stage: int) -> bool:
     """Whether gradients are exchanged after every backward pass, so that only a chunk of them is kept."""
-    return stage == 2 and placement.shard.size > 1
+    return zero_stage == 2 and placement.shard.size > 1
 
 
-def gradient_bytes(entries: Iterable[Entry], stage: int, master_grad: bool) -> int:
+def gradient_bytes(entries: Iterable[Entry], zero_stage: int, master_grad: bool) -> int:
     """Bytes of gradients on this rank between two microbatches: whole ones, or in stage 2 the own chunk and a flag
     (beside them buckets that are on their way, where exchanges overlap with computation).
     """
     return sum(
-        (entry.chunk + 1 if is_eager(entry.placement, stage) else entry.size)
+        (entry.chunk + 1 if is_eager(entry.placement, zero_stage) else entry.size)
         * _width(entry.gradient_dtype(master_grad))
         for entry in entries
     )
@@ -162,7 +162,7 @@ def _width(dtype: str) -> int:
 
 
 def step_traffic(
-    buckets: Iterable[Bucket], stage: int, num_microbatches: int, master_grad: bool, num_ranks: int
+    buckets: Iterable[Bucket], zero_stage: int, num_microbatches: int, master_grad: bool, num_ranks: int
 ) -> dict[str, int]:
     """Bytes that this rank sends for gradients, their norm and parameters in one step, by kind, as comm counts them.
 
@@ -174,7 +174,7 @@ def step_traffic(
     for bucket in buckets:
         p, own = bucket.placement, _width(bucket.entries[0].dtype)
         gradient = _width(bucket.gradient_dtype(master_grad))
-        times = num_microbatches if is_eager(p, stage) else 1
+        times = num_microbatches if is_eager(p, zero_stage) else 1
         sent["reduce_scatter"] += times * (p.shard.size - 1) * bucket.width * gradient
         for group in (p.replica, p.partial, p.ends):
             sent["all_reduce"] += 2 * (group.size - 1) * bucket.width * gradient // group.size

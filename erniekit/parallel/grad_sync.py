@@ -8,7 +8,7 @@ What a step does, on one process as on many:
     norm = sync.global_norm()           # the same value on every rank
     sync.clip(norm, max_norm)
     optimizer.step(learning_rate)       # updates sync.own(name), then sync.publish()
-    optimizer.clear_grad()
+    sync.clear()
 
 Stage 0 all-reduces whole gradients once a step. Stage 1 reduce-scatters them, each rank updates its chunk of every
 parameter, and the chunks are gathered. Stage 2 reduce-scatters after every microbatch and keeps only the chunk. A
@@ -46,7 +46,7 @@ class GradientSync:
         parameters: this rank's parameters by name, in the model's order; frozen ones are passed over.
         placements: of each trainable parameter.
         world: all ranks, for the norm.
-        stage: 0, 1 or 2, see the module.
+        zero_stage: 0, 1 or 2, see the module.
         master_grad: gradients of 16-bit parameters are added up and sent in fp32.
         parts: the part of the model that a parameter belongs to; 0 where it is not named.
         limit: elements of a bucket.
@@ -58,14 +58,14 @@ class GradientSync:
         parameters: Iterable[tuple[str, paddle.Tensor]],
         placements: Mapping[str, Placement],
         world: Group,
-        stage: int = 0,
+        zero_stage: int = 0,
         master_grad: bool = True,
         parts: Mapping[str, int] | None = None,
         limit: int = DEFAULT_LIMIT,
         overlap: bool | None = None,
     ) -> None:
         self.parameters = {name: p for name, p in parameters if not p.stop_gradient}
-        self.world, self.stage, self.master_grad = world, stage, master_grad
+        self.world, self.zero_stage, self.master_grad = world, zero_stage, master_grad
         self.overlap = world.handle is not None if overlap is None else overlap
         parts = parts or {}
         self.entries = {
@@ -122,7 +122,7 @@ class GradientSync:
         self._due[part] = deque(
             i
             for i, bucket in enumerate(self.buckets)
-            if bucket.part == part and (is_last or is_eager(bucket.placement, self.stage))
+            if bucket.part == part and (is_last or is_eager(bucket.placement, self.zero_stage))
         )
 
     def _on_gradient(self, name: str) -> None:
@@ -181,7 +181,7 @@ class GradientSync:
         else:
             work = comm.start_all_reduce(matrix, _sums_over(bucket)[0])
         self._flying.append((index, work, matrix))
-        while self.stage == 2 and len(self._flying) > (IN_FLIGHT if self.overlap else 0):
+        while self.zero_stage == 2 and len(self._flying) > (IN_FLIGHT if self.overlap else 0):
             self._settle()
 
     def _flags_of(self, present: tuple[bool, ...], dtype: str) -> paddle.Tensor:

@@ -73,7 +73,7 @@ class _Executor:
     """What is under way on one stage. Everything is dropped by the action that uses it last."""
 
     def __init__(self, stage: Stage, ranks: Sequence[int], trains: bool) -> None:
-        self.stage, self.ranks, self.trains = stage, ranks, trains
+        self.pp_stage, self.ranks, self.trains = stage, ranks, trains
         self.kept: dict[Place, _Kept] = {}
         self.received: dict[tuple[str, Place], paddle.Tensor] = {}
         self.made: dict[tuple[str, Place], paddle.Tensor] = {}
@@ -92,7 +92,7 @@ class _Executor:
 
     def _receive(self, action: Recv, place: Place) -> paddle.Tensor:
         if action.what == "activation":
-            shape, dtype = self.stage.input_shape(*place)
+            shape, dtype = self.pp_stage.input_shape(*place)
         else:
             y = self.kept[place].y
             assert y is not None
@@ -103,7 +103,7 @@ class _Executor:
         x = self.received.pop(("activation", place), None)
         if x is not None:
             x.stop_gradient = not self.trains
-        y, loss = self.stage.forward(*place, x)
+        y, loss = self.pp_stage.forward(*place, x)
         if y is not None:
             self.made["activation", place] = y.detach()
         if self.trains:
@@ -118,7 +118,7 @@ class _Executor:
         if roots:
             tensors, gradients = zip(*roots)
             paddle.autograd.backward(list(tensors), list(gradients))
-        self.stage.after_backward(*place)
+        self.pp_stage.after_backward(*place)
         if kept.x is not None:
             dx = kept.x.grad
             self.made["gradient", place] = paddle.zeros_like(kept.x) if dx is None else dx

@@ -112,10 +112,10 @@ class AdamW:
         """What the optimizer holds on this rank, beside what it would hold undivided."""
         sync, entries = self.sync, self.sync.entries.values()
         undivided = state_bytes(entries, divided=False)
-        gradients = gradient_bytes(entries, sync.stage, sync.master_grad)
+        gradients = gradient_bytes(entries, sync.zero_stage, sync.master_grad)
         return (
             f"optimizer state: {_mib(self.state_bytes())} on this rank, {_mib(undivided)} if it were not divided; "
-            f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.stage})"
+            f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.zero_stage})"
         )
 
     @paddle.no_grad()
@@ -155,10 +155,6 @@ class AdamW:
                 False,  # amsgrad
             )
         self.sync.publish(updated)
-
-    def clear_grad(self) -> None:
-        """Forget the gradients and free their memory."""
-        self.sync.clear()
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""

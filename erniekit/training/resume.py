@@ -15,7 +15,6 @@ from erniekit.checkpoint.model_shape import model_config
 from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
-from erniekit.training.evaluation import metric_of
 from erniekit.training.lr_scheduler import build_schedule
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
@@ -82,7 +81,6 @@ _KEYS = {
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
 
 _LORA = set(GROUPS["LoRA"].__dataclass_fields__)
-_PREFERENCE = set(GROUPS["preference"].__dataclass_fields__)
 _TOKEN_FILES = {"input_dir", "split", "isolate_documents", "long_document_min_tokens", "long_document_weight"}
 _TEXT = {
     "train_dataset_path",
@@ -95,7 +93,6 @@ _TEXT = {
 }
 _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
     (_LORA, lambda cfg: cfg.fine_tuning == "LoRA"),
-    (_PREFERENCE, lambda cfg: cfg.stage == "DPO"),
     (_TOKEN_FILES, lambda cfg: cfg.dataset_type == "pretrain"),
     (_TEXT, lambda cfg: cfg.dataset_type != "pretrain"),
     ({"train_dataset_prob"}, lambda cfg: cfg.mix_strategy != "concat"),
@@ -107,7 +104,7 @@ _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
 
 def is_read(key: str, cfg: Config) -> bool:
     """Whether a run of this method and kind of data reads the key at all."""
-    return all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
+    return cfg.method.reads(key) and all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
 
 
 def noted(cfg: Config) -> dict[str, Any]:
@@ -281,38 +278,3 @@ def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
         f"learning rate of step {state.step + 1}: {planned:.4g} -> {after:.4g}{over} ({end}; the schedule is computed "
         "from step 1 with the values given now)"
     )
-
-
-def best_basis(cfg: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What the best value of an evaluation can be compared under; `identity` is that of the evaluation data."""
-    name, greater = metric_of(cfg)
-    basis: dict[str, Any] = {"metric_for_best_model": name, "greater_is_better": greater}
-    basis["max_evaluate_steps"] = cfg.max_evaluate_steps
-    of_training = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}  # an evaluation reads in file order
-    if cfg.max_evaluate_steps > 0:
-        basis["batch_size"] = cfg.batch_size
-    if cfg.stage == "DPO":
-        unread = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}
-        basis |= {key: value for key, value in asdict(cfg).items() if key in _PREFERENCE - unread}
-    return basis | {key: value for key, value in identity.items() if key not in of_training}
-
-
-def forget_best(state: TrainState, basis: dict[str, Any]) -> str | None:
-    """Drop the best value, and the count of evaluations without a better one, if they were measured otherwise than
-    `basis`; the line that says so.
-    """
-    if state.best_metric is None or state.best_of == basis:
-        return None
-    changed = [
-        f"{key}: {state.best_of.get(key)} -> {basis.get(key)}"
-        for key in {**state.best_of, **basis}
-        if state.best_of.get(key) != basis.get(key)
-    ]
-    why = "; ".join(changed) if state.best_of else "its version did not note what it was measured on"
-    line = (
-        f"the best evaluation so far ({state.best_metric:.6g} at step {state.best_step}) cannot be compared with those "
-        f"to come and is forgotten, and with it the count of early_stopping_patience: {why}"
-    )
-    state.best_metric = state.best_step = None
-    state.evaluations_since_best = 0
-    return line

@@ -125,8 +125,8 @@ class Saver:
         rate = resume.rate_line(state, self.cfg, run.max_steps)
         if rate is not None:
             log.info(rate)
-        if run.eval_loader is not None:
-            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+        if run.best is not None:
+            forgotten = run.best.forget_incomparable(state)
             if forgotten is not None:
                 log.warning(forgotten)
         return state

@@ -31,7 +31,7 @@ _ROWS = re.compile(r"(.+)\[([0-9]{1,18}):([0-9]{1,18})\]")
 class TrainState:
     """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
 
-    `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
+    `best_of` is what best_metric was measured under (best.BestModel), `identity` the configuration that the run had
     (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
     whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
     """

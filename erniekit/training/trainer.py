@@ -16,14 +16,13 @@ from erniekit.parallel import comm, pipeline
 from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
-from erniekit.training.evaluation import evaluate, metric_of
+from erniekit.training.evaluation import evaluate
 from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
-from erniekit.training.resume import best_basis
 from erniekit.training.saving import Saver
 from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
@@ -172,7 +171,7 @@ class Trainer:
         sync.clip(norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
         self.run.optimizer.step(learning_rate)
-        self.run.optimizer.clear_grad()
+        sync.clear()
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -204,7 +203,7 @@ class Trainer:
         sync = run.optimizer.sync
         dropout = attention_dropout(self.cfg, self.state.step)
         stage = TrainStage(
-            self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward, dropout
+            self.cfg, run.model, run.recipe, run.forward.chunks, microbatches, counts, sync.after_backward, dropout
         )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
@@ -268,33 +267,16 @@ class Trainer:
         return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
     def _evaluate(self) -> bool:
-        """Score the evaluation data. True if this is the best so far by metric_for_best_model."""
+        """Score the evaluation data. True if this is the best so far, and to be saved."""
         with heartbeat.phase("an evaluation"):
-            metrics = evaluate(self.run)
+            metrics = evaluate(self.run, self.state.step)
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
-        name, greater = metric_of(self.cfg)
-        if name not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {name}")
-        value, best = metrics[name], self.state.best_metric
-        better = best is None or (value > best if greater else value < best)
-        if better:
-            self.state.best_metric, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
-            assert self.run.eval_loader is not None
-            self.state.best_of = best_basis(self.cfg, self.run.eval_loader.identity)
-        else:
-            self.state.evaluations_since_best += 1
-        return better and self.cfg.save_strategy != "no"
+        assert self.run.best is not None
+        return self.run.best.note(self.state, metrics) and self.cfg.save_strategy != "no"
 
     def _stopped_early(self) -> bool:
-        patience = self.cfg.early_stopping_patience
-        stop = patience is not None and self.state.evaluations_since_best >= patience
-        if stop:
-            log.info(
-                f"early stopping after step {self.state.step}: no better evaluation since step {self.state.best_step}"
-            )
-        return stop
+        return self.run.best is not None and self.run.best.stops_early(self.state)
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
@@ -336,7 +318,7 @@ class Trainer:
         self._say_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
-            metrics = evaluate(self.run)
+            metrics = evaluate(self.run, done)
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
             if self._must_stop():

@@ -58,7 +58,7 @@ def finish_step(optimizer: AdamW) -> float:
     norm = sync.global_norm()
     sync.clip(norm, MAX_NORM)
     optimizer.step(LR)
-    optimizer.clear_grad()
+    optimizer.sync.clear()
     return norm
 
 

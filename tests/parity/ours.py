@@ -2,7 +2,7 @@
 
 import numpy as np
 import paddle
-from support.whole_model import all_terms
+from support.whole_model import train_stage
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE, Batch
@@ -47,7 +47,6 @@ def training_loss(model: CausalLM, item: Item, mtp_factor: float = 0.0) -> paddl
     )
     recipe = CausalRecipe(config, model.config.num_nextn_predict_layers if mtp_factor else 0)
     batch = Batch(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"], num_samples=1)
-    flat = flatten(batch)
-    counts = recipe.counts(flat)
-    terms = all_terms(config, model, recipe, flat).values()
-    return sum(term.weight * term.total / counts[term.divisor] for term in terms)
+    _, loss = train_stage(config, model, recipe, [flatten(batch)]).forward(0, 0, None)
+    assert loss is not None
+    return loss

@@ -1,8 +1,8 @@
 """Running the data loader in tests: a configuration, data files, and what came out of it."""
 
 import json
-from types import SimpleNamespace
 
+from erniekit.config import Config
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
@@ -49,7 +49,7 @@ def write(path, records):
 
 
 def config(path, **keys):
-    return SimpleNamespace(**{**DEFAULTS, "train_dataset_path": str(path), **keys})
+    return Config(**{**DEFAULTS, "train_dataset_path": str(path), **keys})
 
 
 def build(path, rank=0, world=1, split="train", **keys):

@@ -22,7 +22,7 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     from erniekit.parallel.buckets import step_traffic
 
     sync = run.optimizer.sync
-    sent = Counter(step_traffic(sync.buckets, sync.stage, len(microbatches), sync.master_grad, run.mesh.world))
+    sent = Counter(step_traffic(sync.buckets, sync.zero_stage, len(microbatches), sync.master_grad, run.mesh.world))
     del sent["host"]
     for batch in microbatches:
         sent += tensor_bytes(run, batch)
@@ -46,7 +46,7 @@ def pipeline_bytes(run: Any, batch: Any) -> Counter[str]:
     the first. With sequence parallelism each tensor rank sends its stretch of t / n tokens.
     """
     stages, stage = run.mesh.degrees.pipeline, run.mesh.pipe
-    pieces = [chunk * stages + stage for chunk in range(len(run.chunks))]
+    pieces = [chunk * stages + stage for chunk in range(len(run.forward.chunks))]
     crossings = sum((piece < stages * len(pieces) - 1) + (piece > 0) for piece in pieces)
     tokens = batch.size // run.mesh.degrees.tensor if shares_tokens(run) else batch.size
     return Counter(send=crossings * tokens * run.model.config.hidden_size * FLOAT)
@@ -136,7 +136,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.optimizer.sync.entries.values())
-    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(microbatches), len(run.chunks))
+    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(microbatches), len(run.forward.chunks))
     return {
         "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, microbatches, away))),
         "host": host,

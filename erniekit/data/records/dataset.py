@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from erniekit import hub
+from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.config.values import split_list
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
@@ -43,12 +44,13 @@ class SourceSpec:
     prob: float
 
 
-def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT") -> list[SourceSpec]:
+def read_specs(
+    paths: Any, types: Any, probs: Any, split: str, method: MethodFacts = METHODS[DEFAULT]
+) -> list[SourceSpec]:
     """Read the comma-separated (or already split) values of {split}_dataset_path/type/prob.
 
-    No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
-    preference_formats. No share means equal shares; shares are
-    divided by their sum.
+    No type means erniekit. A method that reads text takes it as the type `text`; one that reads pairs of answers takes
+    each type as that of preference_formats. No share means equal shares; shares are divided by their sum.
     """
     path_list, type_list, prob_list = (_split(value) for value in (paths, types, probs))
     key = f"{split}_dataset"
@@ -63,7 +65,7 @@ def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT
         )
     shares = [_share(text, key) for text in prob_list]
     return [
-        SourceSpec(path, _type(name, key, stage), share / sum(shares))
+        SourceSpec(path, _type(name, key, method), share / sum(shares))
         for path, name, share in zip(path_list, type_list, shares, strict=True)
     ]
 
@@ -87,23 +89,19 @@ def _share(text: str, key: str) -> float:
     return share
 
 
-def _type(name: str, key: str, stage: str) -> str:
+def _type(name: str, key: str, method: MethodFacts) -> str:
     name = ALIASES.get(name, name)
     if name not in FORMATS:
         raise DataError(f"{key}_type: unknown type {name!r}. Hint: the types are {', '.join([*FORMATS, *ALIASES])}.")
-    if stage == "DPO":
+    stage = f"stage {method.name} reads {method.records.value}"
+    if method.records is Records.PAIRS:
         if f"{name} (DPO)" not in PREFERENCE_FORMATS:
-            raise DataError(
-                f"{key}_type: stage DPO reads pairs of answers, not {name}. Hint: use type erniekit or messages."
-            )
+            raise DataError(f"{key}_type: {stage}, not {name}. Hint: use type erniekit or messages.")
         return f"{name} (DPO)"
-    if stage != "PT":
+    if method.records is Records.CONVERSATIONS:
         return name
     if name not in ("erniekit", "text"):
-        raise DataError(
-            f'{key}_type: stage PT reads pretraining text ({{"text": ...}}), not {name}. '
-            "Hint: use type erniekit, or stage SFT."
-        )
+        raise DataError(f"{key}_type: {stage}, not {name}. Hint: use type erniekit, or stage {DEFAULT}.")
     return "text"
 
 

@@ -13,11 +13,11 @@ from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention_plan import next_in_document
 from erniekit.training.flat import FlatBatch
-from erniekit.training.recipes.base import PlainSteps, Term
+from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 
 
 @dataclass(frozen=True)
-class CausalRecipe(PlainSteps):
+class CausalRecipe(Recipe):
     """Cross-entropy of the next token, multi-token prediction.
 
     With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
@@ -27,6 +27,11 @@ class CausalRecipe(PlainSteps):
 
     cfg: Config
     mtp_depths: int
+
+    @classmethod
+    def build(cls, context: RecipeContext) -> "CausalRecipe":
+        """The recipe of a run."""
+        return cls(context.cfg, context.cfg.mtp_depths)
 
     def counts(self, batch: FlatBatch) -> dict[str, float]:
         """Supervised tokens (or samples that have some), all tokens, and the labels that each MTP depth predicts."""

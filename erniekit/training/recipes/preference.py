@@ -2,26 +2,43 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import paddle
 
+from erniekit import lora
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE
 from erniekit.losses.log_probs import token_log_probs
-from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
+from erniekit.losses.preference import (
+    METRICS,
+    log_ratios,
+    options_of,
+    pair_metrics,
+    preference_loss,
+    sft_ratio_of,
+    wants_reference,
+)
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.parallel import comm
 from erniekit.training.flat import FlatBatch
-from erniekit.training.recipes.base import Term
-from erniekit.training.reference import ForwardPass, Reference, SecondModel, pair_log_probs
+from erniekit.training.recipes.base import Recipe, RecipeContext, Term
+from erniekit.training.reference import (
+    AdapterOff,
+    PairScorer,
+    Reference,
+    SecondModel,
+    answer_lengths,
+    pair_log_probs,
+)
+from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.trainable import trained_tensors
 from erniekit.utils import log
 from erniekit.utils.device_sums import DeviceSums
 
 
-class PreferenceRecipe:
+class PreferenceRecipe(Recipe):
     """pref_loss_ratio * mean over pairs of the preference loss + sft_loss_ratio * mean over the chosen answers' tokens
     of -log p.
 
@@ -30,10 +47,8 @@ class PreferenceRecipe:
     kto_pair's loss contains means over the whole step; the policy is run once more, without gradients, to know them.
     """
 
-    reports_terms = True  # an evaluation gives these terms, not loss, perplexity and accuracy of the labels
-
-    def __init__(self, cfg: Config, policy: CausalLM, forward: ForwardPass, reference: Reference | None) -> None:
-        self.cfg, self._policy, self._forward, self.reference = cfg, policy, forward, reference
+    def __init__(self, cfg: Config, policy: CausalLM, scorer: PairScorer, reference: Reference | None) -> None:
+        self.cfg, self._policy, self._scorer, self.reference = cfg, policy, scorer, reference
         self._metrics = [name for name in METRICS if reference is not None or name != "kl"]
         self._kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
         self._sft_ratio = sft_ratio_of(cfg)
@@ -44,6 +59,28 @@ class PreferenceRecipe:
                 "normalize_logps: True: log-probabilities are scaled to the mean length of their pair, so this is not "
                 f"{cfg.loss_type} as published"
             )
+
+    @classmethod
+    def build(cls, context: RecipeContext) -> "PreferenceRecipe":
+        """The recipe of a run, with its reference: the model without its adapter, log-probabilities from a file, or a
+        second copy of the model.
+        """
+        cfg, model = context.cfg, context.model
+        scorer = PairScorer(context.forward, cfg.loss_subbatch_seqlen)
+        has_adapter = lora.state_of(model) is not None
+        reference: Reference | None = None
+        if wants_reference(cfg) and cfg.ref_logps_cache:
+            log_probs = AdapterOff(model, scorer).log_probs if has_adapter else partial(scorer.log_probs, model)
+            path, mesh = context.prepared.path, context.forward.mesh
+            reference = prepare_cache(cfg, path, model, mesh, context.tokenizer, log_probs)
+        elif wants_reference(cfg) and has_adapter:
+            reference = AdapterOff(model, scorer)
+            log.info("reference: the model without its adapter")
+        elif wants_reference(cfg):
+            second = context.prepared.build(context.forward.mesh, context.forward.chunks)
+            reference = SecondModel(second, scorer)
+            log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
+        return cls(cfg, model, scorer, reference)
 
     def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
         """The step's microbatches with what the loss compares with; nothing here has gradients."""
@@ -71,7 +108,7 @@ class PreferenceRecipe:
     def counts(self, batch: FlatBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""
         pairs = 0 if batch.pairs is None else len(batch.pairs.chosen)
-        chosen = 0 if batch.pairs is None else int(_lengths(batch)[:pairs].sum())
+        chosen = 0 if batch.pairs is None else int(answer_lengths(batch)[:pairs].sum())
         return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
 
     def head_terms(
@@ -85,14 +122,18 @@ class PreferenceRecipe:
         if batch.pairs is None:
             sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
-            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._forward.most), batch)
+            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._scorer.max_logit_tokens), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
         return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
     def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
         assert batch.pairs is not None
-        policy, reference, lengths = _halves(log_probs), _reference(batch), _halves(paddle.to_tensor(_lengths(batch)))
+        policy, reference, lengths = (
+            _halves(log_probs),
+            _reference(batch),
+            _halves(paddle.to_tensor(answer_lengths(batch))),
+        )
         loss, *rewards = preference_loss(
             *policy,
             *reference,
@@ -108,10 +149,10 @@ class PreferenceRecipe:
     def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
         sums, num_pairs = DeviceSums(), 0
-        for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
+        for batch, found in zip(microbatches, self._scorer.log_probs(self._policy, microbatches), strict=True):
             if batch.pairs is None:
                 continue
-            lengths = _halves(paddle.to_tensor(_lengths(batch)))
+            lengths = _halves(paddle.to_tensor(answer_lengths(batch)))
             ratios = log_ratios(
                 *found,
                 *_reference(batch),
@@ -126,7 +167,7 @@ class PreferenceRecipe:
         # A read before the step's passes: every rank's pairs are needed for what their loss contains.
         fetched = sums.fetch()
         totals = np.array([fetched.get("chosen", 0.0), fetched.get("rejected", 0.0), num_pairs], np.float64)
-        chosen, rejected, count = comm.sum_floats(totals, self._forward.mesh.data_group).tolist()
+        chosen, rejected, count = comm.sum_floats(totals, self._scorer.forward.mesh.data_group).tolist()
         kl_chosen, kl_rejected = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
         return paddle.full([], kl_chosen, "float32"), paddle.full([], kl_rejected, "float32")
 
@@ -142,13 +183,6 @@ def _nothing(model: CausalLM, normed_TD: paddle.Tensor) -> paddle.Tensor:
 def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
     half = both.shape[0] // 2
     return both[:half], both[half:]
-
-
-def _lengths(batch: FlatBatch) -> np.ndarray:
-    """Labels of each answer, chosen then rejected: fp32 [2N]."""
-    assert batch.pairs is not None
-    counts = np.bincount(batch.segment_ids[batch.labels != IGNORE], minlength=int(batch.segment_ids.max()) + 1)
-    return counts[batch.pairs.answers + 1].astype(np.float32)
 
 
 def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:

@@ -141,13 +141,13 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(long_data):
 SCRIPT = """
 import sys
 sys.path[:] = {path!r}
-from types import SimpleNamespace
+from erniekit.config import Config
 from support.data_runs import PACKINGS, build, config, lines_of, rows_of, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
-loader = build_loader(SimpleNamespace(**{keys!r}), FakeTokenizer(), template=FakeTemplate())
+loader = build_loader(Config(**{keys!r}), FakeTokenizer(), template=FakeTemplate())
 for _ in range(3):
     loader.next_step()
 print("ready", "paddle" in sys.modules, flush=True)

@@ -6,15 +6,16 @@ import numpy as np
 import paddle
 import pytest
 from support.tiny_models import tiny_model
+from support.whole_model import run_step
 
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document, PairLayout
 from erniekit.data.collate import collate, make_row
-from erniekit.models.inputs import packed_inputs
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.flat import flatten
+from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.recipes.preference import PreferenceRecipe
-from erniekit.training.reference import ForwardPass, SecondModel
+from erniekit.training.reference import PairScorer, SecondModel
 from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
 from erniekit.utils.errors import CheckpointError
 
@@ -40,14 +41,14 @@ def batch_of(*rows, multiple=1):
     return flatten(collate(made, 0), multiple)
 
 
-def forward_of(model):
-    return ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))], 100)
+def scorer_of(model):
+    return PairScorer(ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))]), 100)
 
 
 def recipe_of(model, reference=None, **keys):
-    forward = forward_of(model)
-    second = None if reference is None else SecondModel(reference, forward)
-    return PreferenceRecipe(Config(stage="DPO", **keys), model, forward, second)
+    scorer = scorer_of(model)
+    second = None if reference is None else SecondModel(reference, scorer)
+    return PreferenceRecipe(Config(stage="DPO", moe_aux_loss_lambda=0.0, **keys), model, scorer, second)
 
 
 def written_out(model, number):
@@ -64,26 +65,9 @@ def written_out(model, number):
 
 
 def step(recipe, model, batches):
-    """(loss, metrics) of a step over these microbatches, divided as the trainer divides; gradients accumulate."""
-    counts, loss, metrics = {}, 0.0, {}
-    prepared = recipe.prepare(batches)
-    for batch in prepared:
-        for name, count in recipe.counts(batch).items():
-            counts[name] = counts.get(name, 0.0) + count
-    for batch in prepared:
-        inputs = packed_inputs(model, batch.input_ids, batch.segment_ids, batch.position_ids, prefixes=batch.prefixes)
-        x_TD = model.model(inputs).last
-        shares = []
-        for name, term in recipe.head_terms(model, x_TD, inputs, batch).items():
-            mean = term.total / max(counts[term.divisor], 1.0)
-            if term.weight is None:
-                metrics[name] = metrics.get(name, 0.0) + float(mean)
-            else:
-                shares.append(mean * term.weight)
-        total = paddle.add_n(shares)
-        total.backward()
-        loss += float(total)
-    return loss, metrics, counts
+    """(loss, metrics, counts) of a step over these microbatches; gradients accumulate."""
+    sums = run_step(recipe.cfg, model, recipe, batches)
+    return sums.loss, sums.metrics, sums.counts
 
 
 def gradients_of(model):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erniekit.config.methods import METHODS
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
 from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.sampler import Sampler, permutation
@@ -325,7 +326,7 @@ def test_read_specs():
     ]
     quoted = read_specs('"dir, a/x.jsonl",b.jsonl', "erniekit,alpaca", None, "train")
     assert [spec.path for spec in quoted] == ["dir, a/x.jsonl", "b.jsonl"]
-    assert read_specs("a", "erniekit", "1.0", "train", "PT") == [SourceSpec("a", "text", 1.0)]
+    assert read_specs("a", "erniekit", "1.0", "train", METHODS["PT"]) == [SourceSpec("a", "text", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_read_specs():
         (("a", "ernikit", "1", "train"), "unknown type 'ernikit'. Hint: the types are erniekit"),
         (("a,b", None, "1,0", "train"), "'0' is not a positive number"),
         (("a", None, "x", "train"), "'x' is not a positive number"),
-        (("a", "alpaca", None, "train", "PT"), "stage PT reads pretraining text"),
+        (("a", "alpaca", None, "train", METHODS["PT"]), "stage PT reads pretraining text"),
     ],
 )
 def test_read_specs_errors(arguments, reason):
