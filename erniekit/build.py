@@ -135,6 +135,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         seed=cfg.seed,
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
+        sequence_parallel=cfg.sequence_parallel,
     )
 
 

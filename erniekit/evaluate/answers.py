@@ -143,7 +143,7 @@ def answer_questions(cfg: Config, opened: Opened, questions: Sequence[Question])
             limits,
             sampling,
             batch_size=_BATCH,
-            on_answer=lambda row, answer: progress.advance(task),
+            on_answer=lambda row, answer: progress.advance(task, opened.model.mesh.degrees.data),
         )
     for i, answer in zip(asked, answers, strict=True):
         thought, text = split_thought(opened.tokenizer.decode(answer.ids), questions[i].in_thought)

@@ -42,7 +42,7 @@ def open_reference(cfg: Config, model: CausalLM, found: PreparedModel | None, sc
         return AdapterOff(model, scorer)
     if found is not None:
         log.info(f"reference: {found.path}")
-        return SecondModel(found.build(), scorer)
+        return SecondModel(found.build(model.mesh, model.chunks), scorer)
     log.warning(
         "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
         "log-probabilities alone"
