@@ -42,8 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(model, directory / name)
         lora.attach(model, lora.LoraOptions(rank=4, alpha=8.0, seed=5), build.our_shapes(model.config), True)
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("_B"):  # an adapter that does nothing would prove nothing
+            if ".adapter.B" in parameter_name:  # an adapter that does nothing would prove nothing
                 parameter.set_value(parameter + 0.2)
+        assert answers_of(load(str(directory), name, {})) != answers_of(model)
         save_adapter(model, directory / f"{name}-adapter")
     return directory
 
@@ -65,9 +66,11 @@ def load(directory: str, name: str, keys: dict[str, Any]) -> CausalLM:
 
 
 def answer(directory: str, name: str, keys: dict[str, Any], sampling: Sampling) -> list[tuple[list[int], str]]:
-    model = load(directory, name, keys)
-    answers = decode(model, PROMPTS, LIMITS, sampling, batch_size=keys.get("batch_size", 4))
-    return [(each.ids, each.stop) for each in answers]
+    return answers_of(load(directory, name, keys), sampling, keys.get("batch_size", 4))
+
+
+def answers_of(model: CausalLM, sampling: Sampling = DRAWN, batch_size: int = 4) -> list[tuple[list[int], str]]:
+    return [(each.ids, each.stop) for each in decode(model, PROMPTS, LIMITS, sampling, batch_size=batch_size)]
 
 
 LAYOUTS_OF_TWO = {
@@ -124,8 +127,7 @@ def train_mode_answers(directory: str) -> tuple[list[tuple[list[int], str]], boo
     """As a rollout during training: the model that the trainer has, in the middle of its steps."""
     model = load(directory, "moe", {"tensor": 2, "sequence_parallel": True})
     model.train()
-    answers = decode(model, PROMPTS, LIMITS, DRAWN)
-    return [(each.ids, each.stop) for each in answers], model.training
+    return answers_of(model), model.training
 
 
 def test_a_model_in_training_generates_and_goes_on_training(world2: World, models: Path):
