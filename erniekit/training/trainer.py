@@ -313,10 +313,12 @@ class Trainer:
             )
 
     def _finish(self) -> dict[str, Any]:
-        """Last evaluation, last checkpoint, final model."""
+        """Last checkpoint, last evaluation, final model."""
         done = self.state.step
         self._say_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
+        if self.cfg.save_strategy != "no" and self._saved_step != done:
+            self._save()  # first: an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
             metrics = evaluate(self.run, done)
             for callback in self.callbacks:
@@ -324,8 +326,6 @@ class Trainer:
             if self._must_stop():
                 return self._pause()
             summary |= metrics
-        if self.cfg.save_strategy != "no" and self._saved_step != done:
-            self._save()
         path = self.saver.save_final(self.state, self._data_ended)
         for callback in self.callbacks:
             callback.on_save(done, path)
