@@ -161,8 +161,9 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[Fla
                 tables.append(_PairTable(*(x.numpy() for x in log_probs), lengths, batch.pairs.score_deltas))
     # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
     holds_results = mesh.is_last_stage and mesh.tensor == 0
-    gathered = comm.gather_objects(tables if holds_results else [], mesh.world_group)
-    tables = [table for of_rank in gathered for table in of_rank]
+    mine = [{name: array.tolist() for name, array in vars(table).items()} for table in tables if holds_results]
+    gathered = [table for of_rank in comm.gather_objects(mine, mesh.world_group) for table in of_rank]
+    tables = [_PairTable(**{name: np.asarray(array, np.float32) for name, array in of.items()}) for of in gathered]
     if not tables:
         raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")
     columns = zip(*(vars(table).values() for table in tables), strict=True)
