@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import paddle
 
@@ -25,7 +26,7 @@ from erniekit.config.schema import Config
 from erniekit.config.values import split_patterns
 from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
-from erniekit.models.activation_checkpoint import RecomputeOptions
+from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
@@ -55,7 +56,7 @@ class Overrides:
 
     def apply(self, model_config: ModelConfig) -> ModelConfig:
         """The configuration with these changes, each with a log line."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
             before = f"{model_config.rope_theta:g}"
             log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
@@ -174,7 +175,7 @@ def check_lora(cfg: Config, model_config: ModelConfig) -> None:
 
 def _recompute_options(cfg: Config) -> RecomputeOptions:
     return RecomputeOptions(
-        cfg.recompute_granularity,
+        cast(Granularity, cfg.recompute_granularity),
         cfg.use_recompute_moe,
         cfg.use_recompute_mtp,
         set(cfg.no_recompute_layers),

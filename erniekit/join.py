@@ -15,7 +15,8 @@ from typing import Any
 import paddle
 
 from erniekit.checkpoint.safetensors import WEIGHT_FILE
-from erniekit.config.schema import GROUPS, Config, fields
+from erniekit.config.schema import Config, fields
+from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import comm
 from erniekit.parallel.comm import Group
@@ -30,12 +31,12 @@ PER_HOST = {
     *("chat_template", "ref_logps_cache", "logging_dir"),
     *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in ("generation", "evaluation", "export") for name in GROUPS[group].__dataclass_fields__),
+    *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in group.__dataclass_fields__),
 }
 
 
 # Of these, what decides how many steps the ranks of an evaluation or a conversation run together.
-GENERATION = frozenset(GROUPS["generation"].__dataclass_fields__) | {"predict_with_generate"}
+GENERATION = frozenset(GenerateArgs.__dataclass_fields__) | {"predict_with_generate"}
 
 
 def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:

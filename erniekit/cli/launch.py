@@ -23,7 +23,8 @@ from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
-from erniekit.models.pipeline_layout import check_layout
+from erniekit.hub import resolve_tokenizer
+from erniekit.models.pipeline_layout import check_layout, chunks_to_use
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
@@ -189,10 +190,11 @@ def require_free(cfg: Config) -> None:
 def _check_model(cfg: Config, degrees: ParallelDims, command: str) -> None:
     """Download the model once for all workers of this host, and see whether it can be divided."""
     if command == "train":
-        shape = model_config(cfg, directories(cfg)[0])
-    else:
-        shape = model_files(cfg).config(cfg)
-    check_layout(cfg, degrees, shape)
+        check_layout(cfg, degrees, model_config(cfg, directories(cfg)[0]))
+        return
+    if cfg.tokenizer_name_or_path:
+        resolve_tokenizer(cfg.tokenizer_name_or_path, cfg.download_hub)
+    chunks_to_use(cfg, model_files(cfg).config(cfg), degrees, stage=0)
 
 
 def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:

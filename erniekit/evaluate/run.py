@@ -17,7 +17,7 @@ from erniekit.evaluate.answers import Prediction, answer_questions, read_questio
 from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import Opened, find_model
 from erniekit.join import GENERATION, join, require_same_files
-from erniekit.models.pipeline_layout import check_layout, cut_layers
+from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.training.evaluators import EvaluatedModel
 from erniekit.training.evaluators import score as score_data
@@ -80,14 +80,13 @@ def evaluate(cfg: Config) -> dict[str, Any]:
         with all_or_none(world):
             target = _target(cfg) if reports else None
             found = find_model(cfg)
-            check_layout(cfg, mesh.degrees, found.prepared.config)
+            chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
             reference = find_reference(cfg, found)
             loader = stack.enter_context(
                 build_loader(cfg, found.tokenizer, "eval", mesh.data, mesh.degrees.data, found.template)
             )
             questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
         require_same_files(found.prepared.path, loader.identity, world)
-        chunks = cut_layers(cfg, found.prepared.config, mesh.degrees.pipeline)[mesh.pipe]
         opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
         results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
         if cfg.predict_with_generate:

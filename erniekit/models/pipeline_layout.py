@@ -40,6 +40,17 @@ def check_layout(cfg: Config, degrees: ParallelDims, config: ModelConfig) -> Non
     cut_layers(cfg, config, degrees.pipeline)
 
 
+def chunks_to_use(cfg: Config, config: ModelConfig, degrees: ParallelDims, stage: int) -> list[tuple[int, ...]]:
+    """The layers of each chunk of a stage where the model is used without training: keys that only training reads are
+    not looked at. ConfigError, with the arithmetic, for degrees that do not divide the model.
+    """
+    check_model(degrees, config)
+    if degrees.pipeline == 1:
+        return [tuple(range(config.num_hidden_layers))]
+    check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
+    return cut_layers(cfg, config, degrees.pipeline)[stage]
+
+
 def _check_recompute(cfg: Config, config: ModelConfig) -> None:
     strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= config.num_hidden_layers)
     if strange:

@@ -8,7 +8,7 @@ Where several ranks hold the model, rank 0 has the terminal and the conversation
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from erniekit.config import Config
@@ -18,7 +18,7 @@ from erniekit.generation.session import Session, follow
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
 from erniekit.generation.tool_calls import read_calls, shown
 from erniekit.join import GENERATION, join, require_same_files
-from erniekit.models.pipeline_layout import check_layout, cut_layers
+from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.utils import heartbeat, log, streams
@@ -48,9 +48,9 @@ def _open(cfg: Config, mesh: Mesh) -> Opened:
     """This rank's share of the model. What one rank refuses, all refuse."""
     with all_or_none(mesh.world_group):
         found = find_model(cfg)
-        check_layout(cfg, mesh.degrees, found.prepared.config)
+        chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
     require_same_files(found.prepared.path, {}, mesh.world_group)
-    return found.load(mesh, cut_layers(cfg, found.prepared.config, mesh.degrees.pipeline)[mesh.pipe])
+    return found.load(mesh, chunks)
 
 
 def _talk(conversation: "Conversation", screen: "Screen") -> None:
@@ -113,7 +113,7 @@ class Conversation:
         self.session.clear()
         self._turn = 0
 
-    def ask(self, question: str) -> Iterator[tuple[Part, str]]:
+    def ask(self, question: str) -> Generator[tuple[Part, str], None, None]:
         """Pieces of the thought, if there is one, and of the answer, as they come; none ends inside a character.
 
         Question and answer join the conversation at the end, also where the caller stops early, unless nothing was

@@ -17,6 +17,7 @@ from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
 from erniekit.training.flat import FlatBatch
+from erniekit.utils import heartbeat
 
 
 class ChunkRunner:
@@ -109,6 +110,7 @@ class ForwardPass:
 
     def run(self, model: CausalLM, microbatches: Sequence[FlatBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""
+        heartbeat.waiting(None)  # data ranks alone exchange nothing until the end of an evaluation of hours
         mesh, num_chunks = self.mesh, len(self.chunks)
         was_training = model.training
         model.eval()
