@@ -148,3 +148,19 @@ def test_a_rank_that_dies_ends_the_talk(screen: Terminal):
     screen.expect("rank 1 was killed by SIGKILL")
     assert screen.exit_code() == 1
     assert_gone(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_scheduler_that_ends_an_evaluation(workspace: Path, degree: int):
+    words = (f"tensor_parallel_degree={degree}", "max_new_tokens=4000", "min_tokens=4000")
+    process = subprocess.Popen(
+        command(workspace, "eval", *words), stderr=subprocess.PIPE, text=True, env=ENVIRON, start_new_session=True
+    )
+    time.sleep(4)
+    ranks = workers(process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in said and "Traceback" not in said
+    assert_gone(ranks)
