@@ -15,7 +15,7 @@ from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
 from erniekit.evaluate.reference import find_reference, open_reference
-from erniekit.generation.load import Opened, find_model
+from erniekit.generation.load import ChatModel, find_model
 from erniekit.join import GENERATION, join, require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
@@ -116,7 +116,7 @@ def print_table(results: dict[str, Any]) -> None:
     print(text.get(), end="", flush=True)
 
 
-def _scores(cfg: Config, opened: Opened, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
+def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
     """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
     model = opened.model
     forward = ForwardPass(model.mesh, model.chunks)

@@ -1,6 +1,6 @@
 """The decoding loop: prompts in, tokens out, with the KV cache; finished rows leave the batch.
 
-The model may be held by several ranks, in any layout of its mesh (models/stages.py): each of them runs the loop.
+Several ranks may share the model, in any layout of its mesh (models/stages.py): each of them runs the loop.
 """
 
 import math
@@ -137,7 +137,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
 
 
 def _ignore(row: int, what: object) -> None:
-    """The listener of those who do not listen."""
+    """The default callback: nobody listens."""
 
 
 def decode(
@@ -209,20 +209,20 @@ def decode_one(
     model: CausalLM,
     prompt: Sequence[int],
     stepper: Stepper,
-    fed: int,
+    num_cached: int,
     limits: Limits,
     sampling: Sampling,
     turn: int = 0,
 ) -> Iterator[Answer]:
     """Answer one prompt token by token: yields the growing answer after each token, the last time with `stop` set.
 
-    `stepper` (of one row) has been fed the first `fed` tokens of the prompt, which are not all of it. The random
+    `stepper` (of one row) has cached the first `num_cached` tokens of the prompt, which are not all of it. The random
     generator is made of (sampling.seed, turn). All ranks of one copy of the model call it alike.
     """
     check_prompts(model, [prompt])
     work = _Work(model, [prompt], limits, sampling, turn)
     answer = work.answers[0]
-    new = prompt[fed:]
+    new = prompt[num_cached:]
     while not answer.stop:
         new = work.step(stepper.feed([new]), [0])
         yield answer

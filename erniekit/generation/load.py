@@ -25,7 +25,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
-class Opened:
+class ChatModel:
     """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is
     passed to the template (None: it is not).
     """
@@ -74,8 +74,8 @@ def _settings_of(cfg: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class FoundModel:
-    """The model that a command uses, checked but not read yet. The fields are those of Opened."""
+class PreparedChatModel:
+    """The model that a command uses, checked but not read yet. The fields are those of ChatModel."""
 
     prepared: PreparedModel
     tokenizer: Tokenizer
@@ -83,22 +83,22 @@ class FoundModel:
     path: Path
     enable_thinking: bool | None
 
-    def load(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> Opened:
+    def load(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> ChatModel:
         """Read the weights: those that this process of `mesh` has, with the layers of `chunks`; given no mesh, all."""
         model = self.prepared.build(mesh, chunks)
         if not self.prepared.options.random_start:
             base, adapter = self.prepared.path, f" with the adapter {self.path}"
             log.info(f"model: {base}{'' if base == self.path else adapter}")
         generation = self.prepared.generation
-        return Opened(model, self.tokenizer, self.template, self.path, self.enable_thinking, generation)
+        return ChatModel(model, self.tokenizer, self.template, self.path, self.enable_thinking, generation)
 
 
-def open_model(cfg: Config) -> Opened:
+def open_model(cfg: Config) -> ChatModel:
     """Find and load the model that `cfg` names (see `find_model`)."""
     return find_model(cfg).load()
 
 
-def find_model(cfg: Config) -> FoundModel:
+def find_model(cfg: Config) -> PreparedChatModel:
     """The model that `cfg` names (see `model_files`). A checkpoint that is an adapter is attached to its base.
 
     With continue_training: false, model_name_or_path, or the shape that the YAML gives, is the random start that
@@ -124,7 +124,7 @@ def find_model(cfg: Config) -> FoundModel:
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
         thinking = None
-    return FoundModel(prepared, tokenizer, template, path, thinking)
+    return PreparedChatModel(prepared, tokenizer, template, path, thinking)
 
 
 def _tokenizer(cfg: Config, path: Path) -> Tokenizer:

@@ -1,6 +1,6 @@
 """What the ranks of one copy of a model tell one another while they generate.
 
-A copy of the model is held by the tensor ranks of all pipeline stages. The last stage has the logits, and its first
+The tensor ranks of all pipeline stages share one copy of the model. The last stage has the logits, and its first
 tensor rank chooses the tokens. The tokens are sent, not the logits: that is 8 bytes a row instead of the vocabulary,
 ranks cannot choose differently, and sampling without a seed needs no agreement about one.
 """
