@@ -23,6 +23,7 @@ RUN_TIME = [
     "rich>=13,<16",
     "huggingface_hub>=0.25,<3",
     "matplotlib>=3.8,<4",
+    "pillow>=10.1,<14",
 ]
 
 

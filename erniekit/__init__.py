@@ -1,7 +1,7 @@
 """erniekit: pretrain, fine-tune, evaluate and export ERNIE 4.5 models on PaddlePaddle.
 
-`load_model`, `save_model` and `train` come from erniekit/api.py on first use, so that importing erniekit imports
-neither Paddle nor anything else heavy.
+`load_model`, `load_processor`, `save_model` and `train` come from erniekit/api.py on first use, so that importing
+erniekit imports neither Paddle nor anything else heavy.
 """
 
 # ruff: noqa: E402  what the command needs comes before other modules are looked for
@@ -26,9 +26,9 @@ from erniekit.utils import runtime
 from erniekit.utils.version import __version__
 
 if TYPE_CHECKING:
-    from erniekit.api import load_model, save_model, train
+    from erniekit.api import load_model, load_processor, save_model, train
 
-__all__ = ["__version__", "load_model", "save_model", "train"]
+__all__ = ["__version__", "load_model", "load_processor", "save_model", "train"]
 
 runtime.prepare()  # before anyone imports paddle: it reads these settings once
 # Paddle warns on import where ccache is missing; nothing is compiled here.
@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", message="No ccache found", category=UserWarnin
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_model", "save_model", "train"):
+    if name in __all__[1:]:
         from erniekit import api
 
         return vars(api)[name]

@@ -6,8 +6,9 @@ from typing import Any
 from erniekit import build, config
 from erniekit.checkpoint.model_io import save_model
 from erniekit.cli import launch
+from erniekit.data.vision.processor import load_processor
 
-__all__ = ["load_model", "save_model", "train"]
+__all__ = ["load_model", "load_processor", "save_model", "train"]
 
 
 def load_model(path: str, dtype: str = "float32", adapter: str | None = None) -> Any:

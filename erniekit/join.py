@@ -15,6 +15,7 @@ from typing import Any
 import paddle
 
 from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.config.methods import option_names
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 from erniekit.models.config import CONFIG_FILE
@@ -25,18 +26,18 @@ from erniekit.utils import heartbeat
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
-# Keys whose values hosts may have for themselves. Files may lie elsewhere on each: their content is compared instead.
+# Keys whose values may differ between hosts. Files may have another path on each: their content is compared instead.
 PER_HOST = {
     *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
     *("chat_template", "ref_logps_cache", "logging_dir"),
     *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in group.__dataclass_fields__),
+    *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in option_names(group)),
 }
 
 
 # Of these, what decides how many steps the ranks of an evaluation or a conversation run together.
-GENERATION = frozenset(GenerateArgs.__dataclass_fields__) | {"predict_with_generate"}
+GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
 
 
 def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:

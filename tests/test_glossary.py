@@ -26,6 +26,7 @@ CLEAN = (
     "erniekit.models",
     "erniekit.nn",
     "erniekit.serve",
+    "erniekit.training",
 )
 
 DOCUMENTS = sorted(

@@ -12,13 +12,13 @@ from support.source_tree import REPOSITORY, Module, read_package
 from erniekit import config
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, StepMetrics
 from erniekit.training.evaluators import EvaluatedModel, Scores
-from erniekit.training.flat import FlatBatch
 from erniekit.training.methods import METHODS, Method
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.trainer import Trainer
@@ -95,11 +95,11 @@ class ShortStates(Recipe):
 
     weight: float
 
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         return {"states": float(batch.num_tokens), "tokens": float(batch.num_tokens)}
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         return {"length": Term(x_TD.square().sum(), "states", self.weight)}
 

@@ -47,6 +47,10 @@ FOREIGN = {
     "make_parity_fixtures": ("make_parity_fixtures.py --out {tmp} dense_tied", ("torch", "transformers")),
     "make_peft_fixture": ("make_peft_fixture.py --help", ("torch", "transformers", "peft")),
     "make_preference_fixture": ("make_preference_fixture.py --help", ("torch", "trl")),
+    "make_processor_fixture": (
+        "make_processor_fixture.py --out {tmp}/processor.npz",
+        ("torch", "torchvision", "transformers"),
+    ),
     "make_rotary_fixture": ("make_rotary_fixture.py --out {tmp}/rotary.npz", ("torch", "transformers")),
 }
 # Run by hand: they replace what an earlier demo left. The commands they are made of are those of tests/e2e.

@@ -1,4 +1,4 @@
-"""AdamW with its state in plain sight."""
+"""AdamW, whose state is stored under the names of the parameters."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class AdamW:
 
     Args:
         sync: the parameters and their gradients.
-        rules: of each parameter.
+        rules: the rule of each parameter.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class AdamW:
             log.info(self.memory_line())
 
     def reset(self) -> None:
-        """Begin anew with the parameters as they are now: their values go into the master copies."""
+        """Reset the state. The master copies take the values that the parameters have now."""
         self.state = {name: self._new_state(name) for name in self.parameters}
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:

@@ -72,11 +72,6 @@ class Run:
     update_router_bias: bool
     average: WeightAverage | None
 
-    @property
-    def token_multiple(self) -> int:
-        """What a microbatch's number of tokens must divide by."""
-        return self.model.token_multiple
-
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
         cfg = self.cfg
@@ -108,8 +103,11 @@ def seed_everything(seed: int) -> None:
 
 
 def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
-    """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
-    what the user can mend. `method`: None: the one that the configuration names.
+    """Build what this process needs, in the order of the module's docstring. `method`: None stands for the one that the
+    configuration names.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can fix.
     """
     assert cfg.output_dir, "config.load requires it to train"
     method = method_of(cfg) if method is None else method

@@ -8,21 +8,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.data.loader import Loader
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import LARGEST_EXPONENT, Score, score_hidden
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import FlatBatch, flatten
-from erniekit.training.forward_pass import ForwardPass
-from erniekit.training.reference import PairScorer, Reference, answer_lengths
+from erniekit.training.forward_pass import ForwardPass, final_norm
+from erniekit.training.reference import PairScorer, Reference
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, EvaluationError
 
@@ -54,7 +56,7 @@ class Scores:
     counts: dict[str, int]
 
 
-Evaluator = Callable[[EvaluatedModel, Iterable[Sequence[FlatBatch]]], Scores]
+Evaluator = Callable[[EvaluatedModel, Iterable[Sequence[PackedBatch]]], Scores]
 
 
 def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure: str) -> Scores:
@@ -74,28 +76,27 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
     return scores
 
 
-def _microbatch_groups(evaluated: EvaluatedModel, loader: Loader) -> Iterator[list[FlatBatch]]:
+def _microbatch_groups(evaluated: EvaluatedModel, loader: Loader) -> Iterator[list[PackedBatch]]:
     """The evaluation data, as many microbatches at a time as keep every pipeline stage busy."""
-    stages, multiple = evaluated.mesh.degrees.pipeline, evaluated.model.token_multiple
+    stages = evaluated.mesh.degrees.pipeline
     with closing(loader.batches(evaluated.cfg.max_evaluate_steps)) as batches:
-        while group := [flatten(batch, multiple) for batch in islice(batches, 4 * stages if stages > 1 else 1)]:
+        while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
             yield group
 
 
-def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[FlatBatch]]) -> Scores:
+def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
     """Loss (nats a token), perplexity and accuracy of the labels."""
     model, mesh = evaluated.model, evaluated.mesh
     total, num_samples = Score(), 0
 
-    def add(batch: FlatBatch, x_TD: paddle.Tensor) -> None:
+    def add(batches: Sequence[PackedBatch], number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
         nonlocal total
-        hidden_TD = model.enter_head(model.model.norm(x_TD))
-        if len(batch.supervised):
-            total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
+        hidden_TD, batch = model.enter_head(final_norm(model, x_TD)), batches[number]
+        total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
 
     for microbatches in groups:
-        num_samples += sum(len(batch.sources) for batch in microbatches)
-        evaluated.forward.run(model, microbatches, lambda number, x_TD, _, of=microbatches: add(of[number], x_TD))
+        num_samples += sum(batch.num_samples for batch in microbatches)
+        evaluated.forward.run(model, microbatches, partial(add, microbatches))
     of_all_stages = comm.sum_floats(np.array(total, np.float64), mesh.pipe_group)
     sums = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
     score = Score(sums[0], int(sums[1]), int(sums[2]))
@@ -122,7 +123,7 @@ class _PairTable:
     score_deltas: np.ndarray
 
 
-def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[FlatBatch]]) -> Scores:
+def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
     """The preference loss that the configuration asks for, and the means of losses.preference.pair_metrics.
 
     The loss is computed from all pairs together, because some losses contain means over them: how the pairs are batched
@@ -147,7 +148,7 @@ def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[FlatBatch]]
     return Scores({name: float(value.mean()) for name, value in metrics.items()}, {"num_samples": len(score_deltas)})
 
 
-def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[FlatBatch]]) -> _PairTable:
+def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> _PairTable:
     """The pairs of all data ranks, on every rank. DataError if there are none."""
     mesh, reference = evaluated.mesh, evaluated.reference
     scorer = PairScorer(evaluated.forward, evaluated.cfg.loss_subbatch_seqlen)
@@ -155,10 +156,10 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[Fla
     for microbatches in groups:
         policy = scorer.log_probs(evaluated.model, microbatches)
         other = policy if reference is None else reference.log_probs(microbatches)
-        for batch, *log_probs in zip(microbatches, policy, other, strict=True):
-            if batch.pairs is not None:
-                lengths = answer_lengths(batch).reshape([2, -1])
-                tables.append(_PairTable(*(x.numpy() for x in log_probs), lengths, batch.pairs.score_deltas))
+        for batch, of_policy, of_reference in zip(microbatches, policy, other, strict=True):
+            if len(batch.pairs):
+                lengths = batch.answer_labels.reshape([2, -1])
+                tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
     # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
     holds_results = mesh.is_last_stage and mesh.tensor == 0
     mine = [{name: array.tolist() for name, array in vars(table).items()} for table in tables if holds_results]

@@ -1,6 +1,7 @@
-"""What a process does with one step's microbatches: its own layers, and the losses that arise there.
+"""A training step on one pipeline stage: the layers that this process holds, and the losses that are computed there.
 
-The pipeline's executor (parallel/pipeline.py) decides when; one process alone is a pipeline of one stage.
+The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one process alone is a pipeline of one
+stage.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,10 +12,10 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_pass import ChunkRunner
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import router_terms
@@ -71,7 +72,7 @@ class TrainStage:
         model: CausalLM,
         recipe: Recipe,
         chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
         dropout: DropoutStep | None = None,

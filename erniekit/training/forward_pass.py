@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import paddle
 
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
-from erniekit.models.inputs import ModelInputs, packed_inputs
+from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
 from erniekit.models.stages import stage_input
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
-from erniekit.training.flat import FlatBatch
 from erniekit.utils import heartbeat
 
 
@@ -29,7 +29,7 @@ class ChunkRunner:
         self,
         model: CausalLM,
         chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         neftune_alpha: float = 0.0,
         dropout: DropoutStep | None = None,
     ) -> None:
@@ -53,22 +53,15 @@ class ChunkRunner:
     def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
         if microbatch not in self._inputs:
             batch = self.microbatches[microbatch]
-            self._inputs[microbatch] = packed_inputs(
-                self.model,
-                batch.input_ids,
-                batch.segment_ids,
-                batch.position_ids,
-                prefixes=batch.prefixes,
-                row_lengths=batch.row_lengths,
-                neftune_alpha=self._neftune_alpha,
-                dropout=self._dropout,
+            self._inputs[microbatch] = batch_inputs(
+                self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
             )
         is_last = chunk == len(self.chunks) - 1
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 
     def input_shape(self, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what a stage sends to the next."""
-        return stage_input(self.model, self.microbatches[microbatch].size)
+        return stage_input(self.model, padded_length(self.model, self.microbatches[microbatch]))
 
     def reaches_head(self, chunk: int) -> bool:
         """Whether the head comes after this chunk."""
@@ -101,6 +94,12 @@ class _ForwardStage:
         raise AssertionError("a pass without gradients has no backward")
 
 
+def final_norm(model: CausalLM, x_TD: paddle.Tensor) -> paddle.Tensor:
+    """The last layer's output behind the final norm. Only the last stage has one."""
+    assert model.model.norm is not None
+    return model.model.norm(x_TD)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """Passes without gradients through all stages of a model. `chunks`: the layers that this process holds."""
@@ -108,7 +107,7 @@ class ForwardPass:
     mesh: Mesh
     chunks: Sequence[Sequence[int]]
 
-    def run(self, model: CausalLM, microbatches: Sequence[FlatBatch], at_head: AtHead) -> None:
+    def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""
         heartbeat.waiting(None)  # data ranks alone exchange nothing until the end of an evaluation of hours
         mesh, num_chunks = self.mesh, len(self.chunks)

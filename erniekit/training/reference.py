@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import paddle
 
 from erniekit import lora
-from erniekit.data.batch import IGNORE
-from erniekit.losses.log_probs import answer_log_probs
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.training.flat import FlatBatch
-from erniekit.training.forward_pass import ForwardPass
+from erniekit.models.scoring import pair_log_probs
+from erniekit.training.forward_pass import ForwardPass, final_norm
 
 
 class Reference(Protocol):
@@ -24,23 +22,7 @@ class Reference(Protocol):
     without the head, zeros. Every rank calls it at the same time.
     """
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]: ...
-
-
-def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: FlatBatch, max_logit_tokens: int) -> paddle.Tensor:
-    """Log-probabilities of the chosen answers, then of the rejected ones [2N], from the hidden states of all tokens as
-    the head takes them; at most `max_logit_tokens` tokens' logits exist at a time.
-    """
-    assert batch.pairs is not None
-    head, documents = model.output_head(), batch.segment_ids - 1
-    return answer_log_probs(hidden_TD, head, batch.labels, documents, batch.pairs.answers, max_logit_tokens)
-
-
-def answer_lengths(batch: FlatBatch) -> np.ndarray:
-    """Labels of each answer, chosen then rejected: fp32 [2N]."""
-    assert batch.pairs is not None
-    counts = np.bincount(batch.segment_ids[batch.labels != IGNORE], minlength=int(batch.segment_ids.max()) + 1)
-    return counts[batch.pairs.answers + 1].astype(np.float32)
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -52,13 +34,13 @@ class PairScorer:
     forward: ForwardPass
     max_logit_tokens: int
 
-    def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
-        log_probs = [paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches]
+        log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
-            hidden = model.enter_head(model.model.norm(x_TD))
-            if microbatches[number].pairs is not None:
+            hidden = model.enter_head(final_norm(model, x_TD))
+            if len(microbatches[number].pairs):
                 sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
                 # are made of is NaN.
@@ -77,7 +59,7 @@ class SecondModel:
         for parameter in model.parameters():
             parameter.stop_gradient = True
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         return self._scorer.log_probs(self.model, microbatches)
 
@@ -95,7 +77,7 @@ class AdapterOff:
     def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
         self._model, self._scorer = model, scorer
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         with lora.disabled(self._model):
             return self._scorer.log_probs(self._model, microbatches)

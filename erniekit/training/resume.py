@@ -1,4 +1,4 @@
-"""What a checkpoint was made with, held against what the run that continues from it has.
+"""What a checkpoint was made with, compared with what the run that continues from it has.
 
 DECISIONS says of every key what a difference means. What keys only name is compared by its content: the base model's
 config.json and weights here, data, tokenizer and chat template by the loader (`Loader.changes`).
@@ -13,6 +13,7 @@ from typing import Any
 
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.checkpoint.peft_write import fingerprint
+from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
 from erniekit.training.lr_scheduler import build_schedule
@@ -58,7 +59,7 @@ _KEYS = {
         attention_probs_dropout_prob dropout_warmup_steps
     """,
     # The shape is compared as the base model's config.json, the tokenizer by its content.
-    # The degrees are said as the layout; recomputation, stages and sharding change no result.
+    # The degrees are logged as the layout; recomputation, stages and sharding change no result.
     Decision.IGNORE: """
         hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
@@ -80,7 +81,7 @@ _KEYS = {
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
 
-_LORA = set(GROUPS["LoRA"].__dataclass_fields__)
+_LORA = set(option_names(GROUPS["LoRA"]))
 _TOKEN_FILES = {"input_dir", "split", "isolate_documents", "long_document_min_tokens", "long_document_weight"}
 _TEXT = {
     "train_dataset_path",
@@ -218,7 +219,8 @@ def check(state: TrainState, now: Present, where: Path) -> None:
     """
     if not state.data and not now.cfg.ignore_data_skip:
         raise CheckpointError(
-            f"{where} does not say how far in the data it is. Set ignore_data_skip: true to begin the data anew."
+            f"{where} does not say how far in the data it is. Set ignore_data_skip: true to read the data from the "
+            "beginning."
         )
     _refuse(differences(state, now), now.cfg, where)
 
@@ -243,7 +245,7 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
 
 
 def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
-    """What is to be said of the differences that are no reason to refuse."""
+    """Log lines about the differences that are no reason to refuse."""
     said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
     unknown = [key for key in noted(now.cfg) if key not in state.identity]
     lines = []

@@ -176,8 +176,8 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
         raise CheckpointError(
-            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
-            "on with the weights alone."
+            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to "
+            "continue with the weights alone."
         )
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
-from erniekit.data.batch import Batch
+from erniekit.data.batch import PackedBatch
 from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer
@@ -17,7 +17,6 @@ from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.evaluation import evaluate
-from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
@@ -103,7 +102,7 @@ class Trainer:
             return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
 
     def _train_to_the_end(self) -> None:
-        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        """Run steps until all are done, the data has ended, or a signal asks the run to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
             if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
                 return
@@ -119,7 +118,7 @@ class Trainer:
         )
 
     def _advance(self) -> bool:
-        """One step with all that hangs on it. False when the data has ended."""
+        """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
         epochs = self.run.loader.epochs_done
         try:
             batches = self._next_batches()
@@ -144,7 +143,7 @@ class Trainer:
             self._save()
         return True
 
-    def _next_batches(self) -> list[Batch]:
+    def _next_batches(self) -> list[PackedBatch]:
         """This step's microbatches. While the batch still grows, the loader gives them one by one."""
         warmup = self.cfg.batch_size_warmup_steps
         if not warmup:
@@ -157,13 +156,13 @@ class Trainer:
                 break
         return batches
 
-    def train_step(self, batches: list[Batch]) -> StepMetrics:
+    def train_step(self, batches: list[PackedBatch]) -> StepMetrics:
         """One optimizer step on this rank's microbatches."""
         started = time.perf_counter()
         step = self.state.step
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
-        microbatches = self.run.recipe.prepare([flatten(batch, self.run.token_multiple) for batch in batches])
+        microbatches = self.run.recipe.prepare(batches)
         stage = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
         sums, norm, biases = self._fetch(stage)
@@ -196,7 +195,7 @@ class Trainer:
             sent=comm.traffic.take(),
         )
 
-    def _forward_backward(self, microbatches: list[FlatBatch]) -> TrainStage:
+    def _forward_backward(self, microbatches: list[PackedBatch]) -> TrainStage:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
@@ -240,7 +239,7 @@ class Trainer:
         return {k: v for part in comm.gather_objects(records, self.run.mesh.pipe_group) for k, v in part.items()}
 
     def _require_finite(
-        self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[FlatBatch]
+        self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[PackedBatch]
     ) -> None:
         """Stop before a bad update. Loss and norm are the same on every rank, so all stop, with the same words."""
         if math.isfinite(loss) and math.isfinite(norm):
@@ -348,7 +347,7 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
 
 
 def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
-    """What every rank found, in words: the first bad weight or gradient, and the samples of the batch."""
+    """What every rank found, as a sentence: the first bad weight or gradient, and the samples of the batch."""
     weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
     if weights:
         where = f"the weight {weights[0]} is not finite"

@@ -2,12 +2,12 @@
 
 import numpy as np
 import paddle
+from support.packed import packed
 from support.whole_model import train_stage
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE, Batch
+from erniekit.data.batch import IGNORE
 from erniekit.models.decoder import CausalLM
-from erniekit.training.flat import flatten
 from erniekit.training.recipes.causal import CausalRecipe
 
 Item = dict[str, np.ndarray]
@@ -46,7 +46,7 @@ def training_loss(model: CausalLM, item: Item, mtp_factor: float = 0.0) -> paddl
         moe_orthogonal_loss_lambda=0.0,
     )
     recipe = CausalRecipe(config, model.config.num_nextn_predict_layers if mtp_factor else 0)
-    batch = Batch(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"], num_samples=1)
-    _, loss = train_stage(config, model, recipe, [flatten(batch)]).forward(0, 0, None)
+    batch = packed(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"])
+    _, loss = train_stage(config, model, recipe, [batch]).forward(0, 0, None)
     assert loss is not None
     return loss

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from erniekit.config import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import plan
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_backward import StepSums, TrainStage
 from erniekit.training.recipes.base import Recipe
 from erniekit.training.reduce_metrics import global_counts
@@ -17,7 +17,7 @@ def train_stage(
     cfg: Config,
     model: CausalLM,
     recipe: Recipe,
-    microbatches: Sequence[FlatBatch],
+    microbatches: Sequence[PackedBatch],
     chunks: Sequence[Sequence[int]] | None = None,
 ) -> TrainStage:
     """The stage of a step that the trainer would make for these microbatches. `chunks`: None: one with all layers."""
@@ -27,7 +27,7 @@ def train_stage(
     return TrainStage(cfg, model, recipe, layers, prepared, counts, lambda chunk: None)
 
 
-def run_step(cfg: Config, model: CausalLM, recipe: Recipe, microbatches: Sequence[FlatBatch]) -> StepSums:
+def run_step(cfg: Config, model: CausalLM, recipe: Recipe, microbatches: Sequence[PackedBatch]) -> StepSums:
     """What the microbatches of a step add up to; the gradients are added to the parameters'."""
     stage = train_stage(cfg, model, recipe, microbatches)
     pipeline.run(plan("1f1b", 1, len(microbatches))[0], stage, (0,))

@@ -26,7 +26,12 @@ from erniekit.utils.errors import ConfigError, DataError, UserError
 from erniekit.utils.user_files import read_text
 
 BUILT_IN = Path(__file__).parent / "templates"
-ALIASES = {"ernie_nothink": "text", "ernie": "thinking", "ernie_thinking": "thinking"}  # names used by other toolkits
+ALIASES = {  # names used by other toolkits
+    **dict.fromkeys(("ernie_nothink",), "text"),
+    **dict.fromkeys(("ernie", "ernie_thinking"), "thinking"),
+    **dict.fromkeys(("ernie_vl", "ernie_vl_nothink"), "vl"),
+    **dict.fromkeys(("ernie_vl_thinking",), "vl_thinking"),
+}
 THOUGHT_TAGS, THOUGHT_KEYS = ("<think>", "</think>"), ("content", "reasoning_content")
 # token that may end a turn -> the variable by which a template may write it
 TURN_ENDS = {"<|end_of_sentence|>": "sep_token", "<|im_end|>": "<|im_end|>"}
@@ -43,7 +48,7 @@ class Segment(NamedTuple):
     is_target: bool
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """One answer: the text between the answer before it and itself, its own text, and the token that ends it."""
 
     prompt: str
@@ -56,8 +61,11 @@ class Template:
     """A chat template together with its tokenizer. Made by load_template.
 
     `name` says which it is, `source` is its jinja text (written beside the weights as chat_template.jinja), `stop_ids`
-    are the ids at which generation ends, `trained_end_ids` those with which a trained answer ends.
+    are the ids at which generation ends, `trained_end_ids` those with which a trained answer ends. `ends_with_eos`:
+    whether the last answer's <|end_of_sentence|> is eos in the input too, and not only as its label.
     """
+
+    ends_with_eos = True
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer):
         self.name, self.source = name, source
@@ -94,7 +102,7 @@ class Template:
 
         Raises DataError for what the template refuses.
         """
-        return self._render(_plain(messages), tools, add_generation_prompt, variables)
+        return self._render(self._plain(messages), tools, add_generation_prompt, variables)
 
     def encode(
         self, messages: Messages, tools: Sequence[Any] | None = None, label: Sequence[int] | None = None
@@ -123,7 +131,7 @@ class Template:
         <|end_of_sentence|>. Raises DataError for a conversation with an open turn, one that the template refuses, and
         one of which it would leave something out (tools, their calls or results, thoughts).
         """
-        messages = _plain(messages)
+        messages = self._plain(messages)
         if not messages or messages[-1]["role"] != "assistant":
             raise DataError("a training conversation must end with the assistant's answer: remove the open turn")
         answers = sum(message["role"] == "assistant" for message in messages)
@@ -154,9 +162,14 @@ class Template:
         return ids, [*targets[1:], IGNORE]
 
     def prompt_ids(
-        self, messages: Messages, tools: Sequence[Any] | None = None, enable_thinking: bool | None = None
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Ids for generation to continue: the conversation so far and the generation prompt, as training has them.
+        Without `add_generation_prompt` only the conversation, its last answer included.
 
         `enable_thinking` reaches the template; None leaves the choice to the template. Raises DataError as encode_all.
         """
@@ -164,10 +177,10 @@ class Template:
         if variables and "enable_thinking" not in self.source and not self._said_one_mode:
             self._said_one_mode = True
             log.warning(f"enable_thinking has no effect: chat template {self.name} knows only one mode")
-        messages = _plain(messages)
+        messages = self._plain(messages)
         self._check_shown(messages, tools)
         messages, tools, mark = self._guard(messages, tools)
-        prompt = self._render(messages, tools, True, variables)
+        prompt = self._render(messages, tools, add_generation_prompt, variables)
         ids: list[int] = []
         for turns in self._sequences(messages, tools, variables, strict=False)[-1:]:
             past = "".join(turn.prompt + turn.answer + turn.end for turn in turns)
@@ -177,6 +190,14 @@ class Template:
                     for text in (turn.prompt, turn.answer, turn.end):
                         ids += self._ids(text, mark)
         return ids + self._ids(prompt, mark)
+
+    def _plain(self, messages: Messages) -> list[dict[str, Any]]:
+        """The messages in the form that the jinja program gets."""
+        return _plain(messages)
+
+    def _cut(self, text: str, keep: Sequence[str] = ()) -> list[str]:
+        """`text` in parts so that no part holds what only the template may write, except what is in `keep`."""
+        return self.tokenizer.cut_special(text, keep)
 
     def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         try:
@@ -212,12 +233,12 @@ class Template:
                     "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."
                 )
 
-    def _sequences(self, messages: Messages, tools: Any, variables: dict[str, Any], strict: bool) -> list[list[_Turn]]:
+    def _sequences(self, messages: Messages, tools: Any, variables: dict[str, Any], strict: bool) -> list[list[Turn]]:
         """The answers, grouped so that within a group each prompt continues what the answer before it ended with.
 
         An answer that does not continue its own prompt raises DataError if `strict`; otherwise it is no turn.
         """
-        sequences: list[list[_Turn]] = []
+        sequences: list[list[Turn]] = []
         past, number = "", -1
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -239,17 +260,17 @@ class Template:
             if not past or not prompt.startswith(past):
                 past = ""
                 sequences.append([])
-            sequences[-1].append(_Turn(prompt[len(past) :], rest[:position], end, number))
+            sequences[-1].append(Turn(prompt[len(past) :], rest[:position], end, number))
             past = prompt + rest[:position] + end
         return sequences
 
-    def _segments(self, turns: Sequence[_Turn], label: Sequence[int], mark: str) -> list[Segment]:
+    def _segments(self, turns: Sequence[Turn], label: Sequence[int], mark: str) -> list[Segment]:
         segments = []
         for turn in turns:
             segments.append(Segment(self._ids(turn.prompt, mark), False))
             ids = self._ids(turn.answer, mark)
             end = self.tokenizer.token_id(turn.end)
-            if turn is turns[-1] and end == self.tokenizer.sep_id:
+            if self.ends_with_eos and turn is turns[-1] and end == self.tokenizer.sep_id:
                 end = self.tokenizer.eos_id
             segments.append(Segment([*ids, end], bool(label[turn.number])))
         return segments
@@ -261,7 +282,7 @@ class Template:
     def _guard(self, messages: Messages, tools: Any) -> tuple[Messages, Any, str]:
         """Put a mark inside each special token that the contents hold; returns the mark, "" if there is none to put."""
         texts = [*_strings(messages), *_strings(tools)]
-        if len(self.tokenizer.cut_special("\n".join(texts))) == 1:
+        if len(self._cut("\n".join(texts))) == 1:
             return messages, tools, ""
         mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
@@ -269,7 +290,7 @@ class Template:
 
         def cut(value: Any, keep: Sequence[str] = ()) -> Any:
             if isinstance(value, str):
-                return mark.join(self.tokenizer.cut_special(value, keep))
+                return mark.join(self._cut(value, keep))
             if isinstance(value, dict):
                 return {cut(key): cut(item, keep) for key, item in value.items()}
             return [cut(item, keep) for item in value] if isinstance(value, list | tuple) else value

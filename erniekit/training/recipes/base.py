@@ -8,10 +8,10 @@ import paddle
 
 from erniekit.build import PreparedModel
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.reference import Reference
 
@@ -38,7 +38,7 @@ class Recipe(ABC):
 
     reference: Reference | None = None
 
-    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """A step's microbatches with what the recipe needs to know of them before any model is trained on them. Every
         rank calls it at the same time, so passes through the model are possible.
         """
@@ -55,12 +55,12 @@ class Recipe(ABC):
         return {}
 
     @abstractmethod
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
 
     @abstractmethod
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """The terms that the last layer's output [T, D], before the final norm, gives. Only the last stage calls it."""
 

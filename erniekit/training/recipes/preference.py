@@ -9,6 +9,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import (
     METRICS,
@@ -21,16 +22,15 @@ from erniekit.losses.preference import (
 )
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import pair_log_probs
 from erniekit.parallel import comm
-from erniekit.training.flat import FlatBatch
+from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.reference import (
     AdapterOff,
     PairScorer,
     Reference,
     SecondModel,
-    answer_lengths,
-    pair_log_probs,
 )
 from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.trainable import trained_tensors
@@ -82,12 +82,15 @@ class PreferenceRecipe(Recipe):
             log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
         return cls(cfg, model, scorer, reference)
 
-    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The step's microbatches with what the loss compares with; nothing here has gradients."""
         prepared = list(microbatches)
         if self.reference is not None:
             found = self.reference.log_probs(prepared)
-            prepared = [replace(batch, reference=log_probs) for batch, log_probs in zip(prepared, found, strict=True)]
+            prepared = [
+                replace(batch, pairs=replace(batch.pairs, reference=log_probs))
+                for batch, log_probs in zip(prepared, found, strict=True)
+            ]
         if self.cfg.loss_type == "kto_pair":
             self._kl = self._measure_kl(prepared)
         return prepared
@@ -102,39 +105,39 @@ class PreferenceRecipe(Recipe):
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
         """A reference that moves; one that does not is loaded from model_name_or_path."""
-        moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
-        return {"reference": trained_tensors(self.reference.model)} if moves else {}
+        if self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel):
+            return {"reference": trained_tensors(self.reference.model)}
+        return {}
 
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""
-        pairs = 0 if batch.pairs is None else len(batch.pairs.chosen)
-        chosen = 0 if batch.pairs is None else int(answer_lengths(batch)[:pairs].sum())
-        return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
+        pairs = len(batch.pairs)
+        chosen = float(batch.answer_labels[:pairs].sum())
+        return {"pairs": float(pairs), "chosen_tokens": chosen, "tokens": float(batch.num_tokens)}
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
-        normed_TD = model.enter_head(model.model.norm(x_TD))
+        normed_TD = model.enter_head(final_norm(model, x_TD))
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
-        if batch.pairs is None:
+        if not len(batch.pairs):
             sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
             sums = self._sums(pair_log_probs(model, normed_TD, batch, self._scorer.max_logit_tokens), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
         return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
-    def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
+    def _sums(self, log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
-        assert batch.pairs is not None
         policy, reference, lengths = (
             _halves(log_probs),
             _reference(batch),
-            _halves(paddle.to_tensor(answer_lengths(batch))),
+            _halves(paddle.to_tensor(batch.answer_labels)),
         )
-        loss, *rewards = preference_loss(
+        loss, *sides = preference_loss(
             *policy,
             *reference,
             **options_of(self.cfg),
@@ -143,19 +146,22 @@ class PreferenceRecipe(Recipe):
             score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
             kl=self._kl,
         )
-        metrics = pair_metrics(policy, rewards, self.cfg.beta)
+        metrics = pair_metrics(policy, (sides[0], sides[1]), self.cfg.beta)
         return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
 
-    def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def _measure_kl(self, microbatches: Sequence[PackedBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
         sums, num_pairs = DeviceSums(), 0
         for batch, found in zip(microbatches, self._scorer.log_probs(self._policy, microbatches), strict=True):
-            if batch.pairs is None:
+            if not len(batch.pairs):
                 continue
-            lengths = _halves(paddle.to_tensor(answer_lengths(batch)))
+            lengths = _halves(paddle.to_tensor(batch.answer_labels))
+            reference = _reference(batch)
             ratios = log_ratios(
-                *found,
-                *_reference(batch),
+                found[0],
+                found[1],
+                reference[0],
+                reference[1],
                 loss_type=self.cfg.loss_type,
                 reference_free=self.cfg.reference_free,
                 normalize_logps=self.cfg.normalize_logps,
@@ -185,7 +191,6 @@ def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
     return both[:half], both[half:]
 
 
-def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-    if batch.reference is None:
-        return None, None
-    return batch.reference[0], batch.reference[1]
+def _reference(batch: PackedBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+    reference = batch.pairs.reference
+    return (None, None) if reference is None else (reference[0], reference[1])

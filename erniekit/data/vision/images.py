@@ -1,0 +1,208 @@
+"""Pictures: bytes -> uint8 pixels -> patches, with the arithmetic of ERNIE 4.5's training code (Pillow, bicubic, uint8).
+
+Transparent pixels become white, 16-bit grey is divided by 256, an orientation tag is ignored unless asked for. The
+model normalises uint8 patches itself; `normalise` gives the values that transformers' processor returns.
+"""
+
+import io
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching
+from erniekit.data.vision.media import MediaReader, describe
+
+# CLIP's statistics of the channels red, green, blue, which the vision tower was trained with
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+# Formats whose decoders are part of Pillow's wheel and start no other program (EPS would).
+_WANTED = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+Image.init()
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # Pillow may be built without some of them
+_ORIENTATION = 0x0112
+_GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How pictures are decoded. More than `max_pixels_decoded` are refused before anything is decoded; decoding that
+    takes longer than `max_seconds` ends. `apply_exif` turns a picture as its orientation tag says.
+    """
+
+    apply_exif: bool = False
+    max_pixels_decoded: int = 89_478_485  # 256 MB of RGB; Pillow's own bound
+    max_seconds: float = 30.0
+
+
+DEFAULT_OPTIONS = ImageOptions()
+
+
+def image_size(source: Any, reader: MediaReader, options: ImageOptions = DEFAULT_OPTIONS) -> tuple[int, int]:
+    """(width, height) of a picture as `load_image` would return it, from its header alone."""
+    if isinstance(source, np.ndarray):
+        return check_array(source).shape[1], source.shape[0]
+    with _opened(source, reader, options) as image:
+        width, height = image.size
+        turned = options.apply_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+def load_image(
+    source: Any, reader: MediaReader, options: ImageOptions = DEFAULT_OPTIONS, notes: Notes | None = None
+) -> np.ndarray:
+    """The pixels of a picture, uint8 [height, width, 3]. `source`: see MediaReader, or a PIL image, or such an array.
+
+    BadRecord for what cannot be decoded; to `notes` is added what was decided: an ignored orientation tag, frames of an
+    animation after the first.
+    """
+    if isinstance(source, np.ndarray):
+        return check_array(source)
+    with _opened(source, reader, options) as image:
+        if _count_frames(image) > 1 and notes is not None:
+            notes.doubts.add("an animated picture: only its first frame is used")
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            if options.apply_exif:
+                image = ImageOps.exif_transpose(image)
+            elif notes is not None:
+                notes.doubts.add(
+                    "a picture has an orientation tag, which is ignored as in ERNIE's training code "
+                    "(apply_exif: true turns the picture)"
+                )
+        return np.asarray(to_rgb(image))
+
+
+def _count_frames(image: Image.Image) -> int:
+    """Frames of an animation; 1 for other pictures, whose classes do not know the word."""
+    try:
+        return image.n_frames  # type: ignore[attr-defined]
+    except AttributeError:
+        return 1
+
+
+def check_array(pixels: np.ndarray) -> np.ndarray:
+    """Pixels that came as an array: uint8 [height, width, 3]."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise BadRecord(
+            f"an array of {pixels.dtype} {list(pixels.shape)} is no picture", "give uint8 [height, width, 3] in RGB"
+        )
+    return pixels
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB: white where it is transparent, 16-bit grey divided by 256."""
+    if image.mode in _GREY_16:
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((grey.clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadRecord("a picture of floating-point values has no defined brightness", "save it with 8 bits a channel")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator[Image.Image]:
+    """A picture whose header was read and whose size is allowed. Whatever decoding raises becomes a BadRecord."""
+    name = describe(source)
+    if isinstance(source, Image.Image):
+        _check_size(source, options, name)
+        yield source.copy()
+        return
+    with reader.open(source) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warning of large pictures: the bound below is ours
+        try:
+            with Image.open(_Timed(file, options.max_seconds), formats=FORMATS) as image:
+                _check_size(image, options, name)
+                yield image
+        except UnidentifiedImageError:
+            raise BadRecord(
+                f"{name} is no picture of a known format", f"the formats are {', '.join(FORMATS)}"
+            ) from None
+        except Image.DecompressionBombError as error:
+            raise BadRecord(f"{name} is too large to be decoded: {error}", "make the picture smaller") from None
+        except TimeoutError:
+            raise BadRecord(
+                f"decoding {name} takes longer than {options.max_seconds:g} seconds", "save it again, or remove the row"
+            ) from None
+        except (BadRecord, MemoryError):
+            raise
+        except Exception as error:  # each decoder raises its own kinds for a damaged file
+            raise BadRecord(f"{name} cannot be decoded: {error}", "is the file complete?") from None
+
+
+def _check_size(image: Image.Image, options: ImageOptions, name: str) -> None:
+    width, height = image.size
+    if width * height > options.max_pixels_decoded:
+        raise BadRecord(
+            f"{name} has {width} x {height} pixels, more than the {options.max_pixels_decoded:,} that are decoded",
+            "make the picture smaller",
+        )
+
+
+class _Timed(io.BufferedIOBase):
+    """A file whose reads fail after a number of seconds, which ends a decoder that reads on and on."""
+
+    def __init__(self, file: BinaryIO, seconds: float):
+        self._file, self._end = file, time.monotonic() + seconds
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.monotonic() > self._end:
+            raise TimeoutError
+        return self._file.read(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def resize(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] at the size of a geometry, by Pillow's bicubic filter."""
+    size = (geometry.width, geometry.height)
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def patchify(frames: np.ndarray, patching: Patching = PUBLISHED) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] as patches [P, 3 * patch * patch]: frame by frame; within a frame block by block of the
+    patches that become one token; within a patch channel, row, column.
+    """
+    count, height, width, channels = frames.shape
+    side, merge = patching.patch, patching.spatial_merge
+    rows, columns = height // side, width // side
+    blocks = frames.reshape(count, rows // merge, merge, side, columns // merge, merge, side, channels)
+    ordered = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    return np.ascontiguousarray(ordered).reshape(count * rows * columns, channels * side * side)
+
+
+def normalise(patches: np.ndarray, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
+    """uint8 patches [P, 3 * patch * patch] as float32 values (x / 255 - mean) / std by channel.
+
+    Bit-equal to transformers' processor with Pillow, which divides in fp64 and does the rest in fp32.
+    """
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    table = (levels - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]  # [channels, 256]
+    by_channel = patches.reshape(len(patches), len(mean), -1)
+    values = np.empty(by_channel.shape, np.float32)
+    for channel, row in enumerate(table):
+        values[:, channel] = row[by_channel[:, channel]]
+    return values.reshape(patches.shape)

@@ -1,0 +1,94 @@
+"""Content of messages as parts: {"type": "text", "text"}, {"type": "image", "image": source}, {"type": "video", "video":
+source}, from the forms in which OpenAI's API, transformers and data sets write them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import has_content
+from erniekit.data.records.values import kind_of, text_of
+
+# type of a part -> what it is, and the keys that may name its source
+_KINDS = {
+    "image": ("image", ("image", "image_url", "url", "path", "bytes")),
+    "image_url": ("image", ("image_url", "url")),
+    "input_image": ("image", ("image_url",)),
+    "video": ("video", ("video", "video_url", "url", "path", "bytes", "frames")),
+    "video_url": ("video", ("video_url", "url")),
+}
+_TEXT = ("text", "input_text", "output_text")
+_OPTIONS = {
+    "image": ("min_pixels", "max_pixels"),
+    "video": (
+        "min_pixels",
+        "max_pixels",
+        "fps",
+        "time_stamps",
+        "video_fps",
+        "min_frames",
+        "max_frames",
+        "target_frames",
+    ),
+}
+_HARMLESS = ("detail", "width", "height", "id", "format", "cache_control")
+
+
+def content_parts(content: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    """The parts of a content list. The source of a media part may be None: the record names it elsewhere."""
+    return [_part(part, f"{name}[{i}]") for i, part in enumerate(content)]
+
+
+def _part(part: Any, name: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": text_of(part, name, empty_ok=True)}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in _TEXT:
+        return {"type": "text", "text": text_of(part.get("text"), f"{name}.text", empty_ok=True)}
+    if kind is None and isinstance(part, dict):  # Qwen's form: {"image": ...} or {"text": ...}
+        kind = next((kind for kind in ("text", "image", "video") if kind in part), None)
+        if kind is not None:
+            return _part({"type": kind, **part}, name)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        what = f"a part of type {kind!r}" if isinstance(part, dict) else kind_of(part)
+        raise BadRecord(f"{name} is {what}", "the parts are text, image (or image_url) and video (or video_url)")
+    what, keys = _KINDS[kind]
+    sources = [part[key] for key in keys if key in part and part[key] is not None]
+    if len(sources) > 1:
+        raise BadRecord(f"{name} names {len(sources)} sources ({', '.join(k for k in keys if k in part)})", "keep one")
+    result = {"type": what, what: sources[0] if sources else None}
+    for key, value in part.items():
+        if key in _OPTIONS[what]:
+            result[key] = value
+        elif key not in (*keys, "type", *_HARMLESS) and has_content(value):
+            raise BadRecord(f"{name} has the unknown field {key!r}", f"the options of a part are {_OPTIONS[what]}")
+    return result
+
+
+def media_of(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The pictures and videos of messages, in order."""
+    for message in messages:
+        if isinstance(message["content"], list):
+            yield from (part for part in message["content"] if part["type"] != "text")
+
+
+def text_in(content: Any) -> str:
+    """The text of a content: all its text parts joined."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Parts as the content of a message: neighbouring texts joined, empty ones left out, plain text where there is
+    nothing else.
+    """
+    result: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] != "text":
+            result.append(part)
+        elif result and result[-1]["type"] == "text":
+            result[-1] = {"type": "text", "text": result[-1]["text"] + part["text"]}
+        elif part["text"]:
+            result.append(part)
+    return result if any(part["type"] != "text" for part in result) else text_in(result)

@@ -1,0 +1,175 @@
+"""The JSON files beside a vision-language model that say how pictures and videos are prepared.
+
+Read: transformers' (`processor_config.json` with inner objects, or `preprocessor_config.json` and
+`video_preprocessor_config.json`) and Baidu's (`preprocessor_config.json` alone). Written: transformers' three files, the
+font, and in the first two the keys that Baidu's code reads.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erniekit.data.vision.frames import FONT, FrameOptions
+from erniekit.data.vision.geometry import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
+from erniekit.data.vision.images import MEAN, STD
+from erniekit.utils import atomic
+from erniekit.utils.errors import CheckpointError
+from erniekit.utils.user_files import JsonObject, read_json_object
+
+IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+FILES = (IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE, FONT.name)
+_RATE_OF_FRAMES = 24.0  # what transformers assumes of frames that come without times
+_MAX_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """How pictures and videos are prepared for a model. `mean` and `std` float32 [3]."""
+
+    patching: Patching = PUBLISHED
+    images: PixelLimits = IMAGE_LIMITS
+    videos: PixelLimits = VIDEO_LIMITS
+    choice: FrameOptions = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
+    mean: np.ndarray = field(default_factory=MEAN.copy)
+    std: np.ndarray = field(default_factory=STD.copy)
+
+
+def read_settings(directory: Path) -> ProcessorSettings:
+    """The settings of a model directory; the published ones where it has no such file. CheckpointError names the file
+    and the key that cannot be.
+    """
+    outer, image, video = (_read(directory / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE))
+    image = outer.get_object("image_processor") if "image_processor" in outer else image
+    video = outer.get_object("video_processor") if "video_processor" in outer else video
+    for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not all(file.get_bool(switch, True) for file in (image, video)):
+            raise CheckpointError(
+                f"{directory}: {switch}: false is not supported. Remove it from the processor's files."
+            )
+    settings = ProcessorSettings()
+    merge = image.get_int("merge_size", image.get_int("spatial_conv_size", PUBLISHED.spatial_merge, 1, 8), 1, 8)
+    patching = Patching(
+        image.get_int("patch_size", PUBLISHED.patch, 1, _MAX_SIDE),
+        merge,
+        image.get_int("temporal_conv_size", video.get_int("temporal_patch_size", PUBLISHED.temporal_merge, 1, 8), 1, 8),
+    )
+    return replace(
+        settings,
+        patching=patching,
+        images=_limits(image, "", settings.images),
+        videos=_limits(video, "", _limits(image, "video_", settings.videos)),
+        choice=_choice(video, "", _choice(image, "video_", settings.choice)),
+        mean=_channels(image, "image_mean", settings.mean),
+        std=_channels(image, "image_std", settings.std),
+    )
+
+
+def write_settings(directory: Path, settings: ProcessorSettings) -> None:
+    """Write the processor's files, which transformers loads, and the font that draws the time on frames."""
+    choice, patching = settings.choice, settings.patching
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": _plain(settings.mean),
+        "image_std": _plain(settings.std),
+        "merge_size": patching.spatial_merge,
+        "patch_size": patching.patch,
+        "processor_class": "Ernie4_5_VLMoeProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    image = common | {
+        "image_processor_type": "Ernie4_5_VLMoeImageProcessor",
+        "size": _size(settings.images),
+        "min_pixels": settings.images.min_pixels,
+        "max_pixels": settings.images.max_pixels,
+        "spatial_conv_size": patching.spatial_merge,
+        "temporal_conv_size": patching.temporal_merge,
+        "video_min_pixels": settings.videos.min_pixels,
+        "video_max_pixels": settings.videos.max_pixels,
+        "video_fps": choice.fps,
+        "video_min_frames": choice.min_frames,
+        "video_max_frames": choice.max_frames,
+        "video_target_frames": choice.target_frames or -1,
+        "video_frames_sample": choice.sample,
+    }
+    video = common | {
+        "video_processor_type": "Ernie4_5_VLMoeVideoProcessor",
+        "size": _size(settings.videos),
+        "temporal_patch_size": patching.temporal_merge,
+        "min_frames": choice.min_frames,
+        "max_frames": choice.max_frames,
+        # no fps: with it transformers refuses frames that come as arrays; Baidu's keys above have it
+        "do_sample_frames": True,
+        "draw_on_frames": choice.draw_time,
+        "font": FONT.name,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, values in (
+        (IMAGE_FILE, image),
+        (VIDEO_FILE, video),
+        (PROCESSOR_FILE, {"processor_class": "Ernie4_5_VLMoeProcessor"}),
+    ):
+        with atomic.new_file(directory / name) as temporary:
+            Path(temporary).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+    with atomic.new_file(directory / FONT.name) as temporary:
+        shutil.copyfile(FONT, temporary)
+
+
+def _read(path: Path) -> JsonObject:
+    try:
+        return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
+    except FileNotFoundError:
+        return JsonObject({}, str(path), CheckpointError)
+
+
+def _limits(file: JsonObject, prefix: str, default: PixelLimits) -> PixelLimits:
+    """min_pixels and max_pixels, or transformers' `size`."""
+    size = file.get_object("size") if not prefix else JsonObject({}, file.where, file.error)
+    low = file.get_int(f"{prefix}min_pixels", size.get_int("shortest_edge", default.min_pixels, 1), 1)
+    high = file.get_int(f"{prefix}max_pixels", size.get_int("longest_edge", default.max_pixels, 1), 1)
+    if low > high:
+        raise CheckpointError(f"{file.where}: {prefix}min_pixels {low} is larger than {prefix}max_pixels {high}.")
+    return PixelLimits(low, high)
+
+
+def _choice(file: JsonObject, prefix: str, default: FrameOptions) -> FrameOptions:
+    target = file.get_int(f"{prefix}target_frames", None)
+    return replace(
+        default,
+        fps=float(file.get_number(f"{prefix}fps", default.fps, 0.001, 1000)),
+        min_frames=file.get_int(f"{prefix}min_frames", default.min_frames, 1),
+        max_frames=file.get_int(f"{prefix}max_frames", default.max_frames, 1),
+        target_frames=default.target_frames if target is None else target if target > 0 else None,
+        sample=file.get_choice(f"{prefix}frames_sample", default.sample, ("leading", "middle")),
+        draw_time=file.get_bool("draw_on_frames", default.draw_time),
+    )
+
+
+def _channels(file: JsonObject, key: str, default: np.ndarray) -> np.ndarray:
+    values = file.get_list(key, default.tolist())
+    if len(values) != 3 or not all(isinstance(value, int | float) and abs(value) < 1e6 for value in values):
+        raise CheckpointError(f"{file.where}: {key}: must be three numbers.")
+    result = np.array(values, np.float32)
+    if key == "image_std" and (result <= 0).any():
+        raise CheckpointError(f"{file.where}: {key}: must be positive.")
+    return result
+
+
+def _plain(values: np.ndarray) -> list[float]:
+    """float32 values with the digits that make them."""
+    return [float(str(value)) for value in values]
+
+
+def _size(limits: PixelLimits) -> dict[str, Any]:
+    return {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}

@@ -1,0 +1,65 @@
+"""Token ids with one placeholder for each picture or video -> the sequence that the model gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.vision.template import PLACEHOLDERS, TAGS
+
+TEXT, IMAGE, VIDEO = 0, 1, 2  # the modality of a token
+MODALITY = {"image": IMAGE, "video": VIDEO}
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """The ids around and inside of pictures and videos. Where a tokenizer has no placeholder for videos, that of
+    pictures stands there too, as in ERNIE's training code: only the modality tells them apart.
+    """
+
+    image_start: int
+    image_end: int
+    image: int
+    video_start: int
+    video_end: int
+    video: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "MediaTokens":
+        """The ids of a tokenizer that has them (see VisionTemplate)."""
+        image, video = PLACEHOLDERS.values()
+        image_id = tokenizer.token_id(image)
+        found = tokenizer.find_id(video)
+        ids = [tokenizer.token_id(tag) for kind in ("image", "video") for tag in TAGS[kind]]
+        return cls(ids[0], ids[1], image_id, ids[2], ids[3], image_id if found is None else found)
+
+
+class Expanded(NamedTuple):
+    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T], 0 text, 1 picture, 2 video, of
+    placeholders and of the tags around them.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    modality: np.ndarray
+
+
+def expand(ids: Sequence[int], labels: Sequence[int], tokens: Sequence[int], media: MediaTokens) -> Expanded:
+    """Repeat each placeholder as often as `tokens` says, in order; `labels` are shifted, as Template.labels gives them.
+
+    No label is ever at a placeholder, since media are part of prompts.
+    """
+    short, targets = np.asarray(ids, np.int32), np.asarray(labels, np.int32)
+    before = np.append(np.int32(-1), short[:-1])
+    is_video = (short == media.video) & (before == media.video_start)
+    is_media = is_video | ((short == media.image) & (before == media.image_start))
+    assert is_media.sum() == len(tokens), "the template shows every picture once"
+    kinds = np.where(is_video, VIDEO, IMAGE)[is_media]
+    modality = np.zeros(len(short), np.int8)
+    for offset in (-1, 0, 1):
+        modality[np.flatnonzero(is_media) + offset] = kinds
+    counts = np.ones(len(short), np.int64)
+    counts[is_media] = tokens
+    return Expanded(np.repeat(short, counts), np.repeat(targets, counts), np.repeat(modality, counts))

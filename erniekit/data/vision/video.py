@@ -1,0 +1,182 @@
+"""Videos: a file that PyAV decodes, a directory of frames, or a list of frames -> uint8 frames at the size for the model.
+
+Sizes are known from headers (`open_video`), before anything is decoded (`Video.frames`).
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.frames import FrameOptions, choose_frames, draw_time, pick_from_intervals
+from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching, PixelLimits, measure
+from erniekit.data.vision.images import FORMATS, ImageOptions, image_size, load_image, resize
+from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, unwrap
+
+_MAX_FRAMES = 2_000_000  # of a file: 18 hours at 30 frames a second
+_NEARBY = 10  # frames: how far from a damaged frame another one may stand in for it
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How videos are read: the choice of frames, the pixels of pictures that are frames, and how long decoding one
+    video may take.
+    """
+
+    choice: FrameOptions = FrameOptions()
+    images: ImageOptions = ImageOptions()
+    max_seconds: float = 300.0
+
+
+DEFAULT_OPTIONS = VideoOptions()
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video whose frames have been chosen but not decoded. `times` [F]: seconds from the start."""
+
+    name: str
+    width: int
+    height: int
+    times: list[float]
+    decode: Callable[[Notes | None], Iterator[np.ndarray]] = field(repr=False)
+
+    def measure(self, limits: PixelLimits | None = None, patching: Patching = PUBLISHED) -> Geometry:
+        """The geometry of the chosen frames."""
+        return measure(self.width, self.height, len(self.times), limits, patching)
+
+    def frames(self, geometry: Geometry, draw: bool = True, notes: Notes | None = None) -> np.ndarray:
+        """The decoded frames uint8 [frames of the grid, H, W, 3]: the time is drawn, then they are resized, then the
+        last one is repeated until the grid is full.
+        """
+        result = np.empty((geometry.grid[0], geometry.height, geometry.width, 3), np.uint8)
+        done = 0
+        for frame, seconds in zip(self.decode(notes), self.times, strict=True):
+            result[done] = resize(draw_time(frame, seconds) if draw else frame, geometry)
+            done += 1
+        result[done:] = result[done - 1]
+        return result
+
+
+def open_video(
+    part: dict[str, Any], reader: MediaReader, options: VideoOptions = DEFAULT_OPTIONS, notes: Notes | None = None
+) -> Video:
+    """The video of a content part {"type": "video", "video": source}, with its frames chosen.
+
+    `source` is what MediaReader opens, a directory of frames, a list of frames (each what load_image takes), or an
+    array uint8 [F, H, W, 3]. The part may also have `fps` (frames a second of extracted frames) or `time_stamps`
+    (their seconds), and its own `video_fps`, `min_frames`, `max_frames` or `target_frames`.
+    """
+    source = part.get("video")
+    if isinstance(source, np.ndarray):
+        return _from_list(list(source), part, reader, options, notes)
+    if not isinstance(source, list | tuple):
+        source = unwrap(source)
+    if isinstance(source, list | tuple):
+        return _from_list(list(source), part, reader, options, notes)
+    directory = reader.local_path(source)
+    if directory is not None and directory.is_dir():
+        return _from_list(_pictures_in(directory), part, reader, options, notes)
+    return _from_file(source, part, reader, options)
+
+
+def _pictures_in(directory: Path) -> list[str]:
+    """The pictures of a directory in the order of the numbers in their names."""
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    files = [path for path in directory.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
+    if not files:
+        raise BadRecord(f"the directory {directory} has no pictures", "a video is a file or a directory of frames")
+
+    def by_number(path: Path) -> list[tuple[int, int, str]]:
+        words = re.findall(r"\d+|\D+", path.name)
+        return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
+
+    return [str(path) for path in sorted(files, key=by_number)]
+
+
+def _from_list(
+    frames: list[Any], part: dict[str, Any], reader: MediaReader, options: VideoOptions, notes: Notes | None
+) -> Video:
+    if not frames:
+        raise BadRecord("a video has no frames", "give at least one, or remove it")
+    choice = _choice(part, options)
+    indices = pick_from_intervals(len(frames), choice.target_frames or choice.max_frames, choice.sample)
+    times = _times(part, len(frames), choice, notes)
+    width, height = image_size(frames[indices[0]], reader, options.images)
+
+    def decode(notes: Notes | None) -> Iterator[np.ndarray]:
+        for index in indices:
+            pixels = load_image(frames[index], reader, options.images, notes)
+            if pixels.shape[:2] != (height, width):
+                raise BadRecord(
+                    f"frame {index} ({describe(frames[index])}) has {pixels.shape[1]} x {pixels.shape[0]} pixels, the "
+                    f"first one {width} x {height}",
+                    "all frames of a video must have the same size",
+                )
+            yield pixels
+
+    return Video(describe(frames), width, height, [times[index] for index in indices], decode)
+
+
+def _times(part: dict[str, Any], count: int, choice: FrameOptions, notes: Notes | None) -> list[float]:
+    """The seconds of all extracted frames."""
+    given = part.get("time_stamps")
+    if given is not None:
+        if not isinstance(given, Sequence) or len(given) != count or not all(_is_number(t) and t >= 0 for t in given):
+            raise BadRecord(
+                f"time_stamps must have a number of seconds for each of {count} frames", "or leave them out"
+            )
+        return [float(t) for t in given]
+    rate = part.get("fps")
+    if rate is None:
+        rate = choice.assumed_rate or choice.fps
+        if notes is not None:
+            notes.doubts.add(
+                f"frames of a video come without times; {rate:g} frames a second are assumed (give fps or time_stamps)"
+            )
+    if not _is_number(rate) or rate <= 0:
+        raise BadRecord(f"the fps of a video must be a positive number, not {rate!r}", "give frames a second")
+    return [index / rate for index in range(count)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _choice(part: dict[str, Any], options: VideoOptions) -> FrameOptions:
+    """The options for one video, of which its part may set some."""
+    names = {
+        "video_fps": "fps",
+        "min_frames": "min_frames",
+        "max_frames": "max_frames",
+        "target_frames": "target_frames",
+    }
+    own = {field: part[name] for name, field in names.items() if part.get(name) is not None}
+    for name, value in own.items():
+        if not _is_number(value) or value <= 0:
+            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "mend or remove it")
+    whole = {name: value if name == "fps" else int(value) for name, value in own.items()}
+    return FrameOptions(**{**vars(options.choice), **whole})
+
+
+def _from_file(source: Any, part: dict[str, Any], reader: MediaReader, options: VideoOptions) -> Video:
+    from erniekit.data.vision import video_file  # PyAV is an extra
+
+    name = describe(source)
+    with reader.open(source, MAX_VIDEO_BYTES) as file:
+        info = video_file.probe(file, name, _MAX_FRAMES, options.max_seconds)
+    indices = choose_frames(info.count, info.rate, _choice(part, options))
+
+    def decode(notes: Notes | None) -> Iterator[np.ndarray]:
+        end = time.monotonic() + options.max_seconds
+        with reader.open(source, MAX_VIDEO_BYTES) as file:
+            yield from video_file.decode(file, name, info, indices, _NEARBY, end, notes)
+
+    return Video(name, info.width, info.height, [index / info.rate for index in indices], decode)

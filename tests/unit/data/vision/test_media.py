@@ -1,0 +1,133 @@
+"""Where media come from: files, archives, data URIs, bytes; and what is refused."""
+
+import base64
+import io
+import os
+import tarfile
+import zipfile
+
+import pytest
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.vision.media import MediaReader, describe
+
+
+@pytest.fixture
+def reader(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(b"picture")
+    return MediaReader(tmp_path)
+
+
+def content(reader, source, **options):
+    with reader.open(source, **options) as file:
+        return file.read()
+
+
+def test_paths_are_relative_to_the_data_file(reader, tmp_path):
+    assert content(reader, "sub/a.png") == b"picture"
+    assert content(reader, str(tmp_path / "sub" / "a.png")) == b"picture"
+    assert content(reader, f"file://{tmp_path}/sub/a.png") == b"picture"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"picture",
+        {"bytes": b"picture", "path": None},
+        {"path": "sub/a.png", "bytes": None},
+        {"url": "data:image/png;base64," + base64.b64encode(b"picture").decode()},
+        {"type": "image_url", "image_url": {"url": "data:,picture"}},
+        "DATA:image/png;base64," + base64.b64encode(b"picture").decode(),
+    ],
+)
+def test_other_sources(reader, source):
+    assert content(reader, source) == b"picture"
+
+
+def test_members_of_archives(reader, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dir/a.png", b"zipped")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for name in ("./dir/a.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 6
+            archive.addfile(member, io.BytesIO(b"tarred"))
+    assert content(reader, "all.zip/dir/a.png") == b"zipped"
+    assert content(reader, "all.tar/dir/a.png") == b"tarred"
+    assert content(reader, "all.tar/b.png") == b"tarred"
+    with pytest.raises(BadRecord, match="no member 'c.png'"):
+        reader.open("all.zip/c.png")
+    with pytest.raises(BadRecord, match="no member 'c.png'"):
+        reader.open("all.tar/c.png")
+    with pytest.raises(BadRecord, match="at most 3 are read"):
+        reader.open("all.zip/dir/a.png", limit=3)
+
+
+def test_an_archive_that_is_written_again_is_read_again(reader, tmp_path):
+    path = tmp_path / "all.zip"
+    for number, text in enumerate((b"one", b"second")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a", text)
+        os.utime(path, ns=(number, number))
+        assert content(reader, "all.zip/a") == text
+
+
+def test_damaged_archives(reader, tmp_path):
+    for name in ("bad.zip", "bad.tar"):
+        (tmp_path / name).write_bytes(b"x" * 2000)
+        with pytest.raises(BadRecord, match="cannot be read as an archive"):
+            reader.open(f"{name}/a.png")
+    (tmp_path / "some.tar.gz").write_bytes(b"x")
+    with pytest.raises(BadRecord, match="compressed tar"):
+        reader.open("some.tar.gz/a.png")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("sub/b.png", "there is no file .*sub/b.png"),
+        ("sub/a.png/b", "there is no file"),
+        ("sub", "directory"),
+        ("", "empty"),
+        ("a\0b", "empty"),
+        ("http://localhost/a.png", "downloading while training is off"),
+        ("ftp://localhost/a.png", "cannot be read from ftp"),
+        ("s3://bucket/a.png", "cannot be read from s3"),
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png;base64,%%%", "cannot be decoded"),
+        ("data:,", "is empty"),
+        (b"", "is empty"),
+        ({}, "names no source"),
+        (7, "not int"),
+        ({"path": 3}, "not int"),
+    ],
+)
+def test_what_cannot_be_opened(reader, source, message):
+    with pytest.raises(BadRecord, match=message):
+        reader.open(source)
+
+
+def test_bounds_and_kinds_of_files(reader, tmp_path):
+    (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadRecord, match="is empty"):
+        reader.open("empty.png")
+    with pytest.raises(BadRecord, match="not a regular file"):
+        reader.open("pipe.png")
+    with pytest.raises(BadRecord, match="7 bytes, at most 3 are read"):
+        reader.open("sub/a.png", limit=3)
+    with pytest.raises(BadRecord, match="at most 3 are read"):
+        reader.open(b"picture", limit=3)
+
+
+def test_a_server_that_does_not_answer_is_a_bad_row(tmp_path):
+    with pytest.raises(BadRecord, match="cannot be downloaded"):
+        MediaReader(tmp_path, allow_urls=True).open("http://127.0.0.1:1/a.png")
+
+
+def test_short_names():
+    assert describe("a.png") == "a.png"
+    assert describe({"bytes": b"abc"}) == "3 bytes in the row"
+    assert describe(["a.png", "b.png"]) == "2 frames, the first a.png"
+    assert len(describe("data:image/png;base64," + "A" * 1000)) < 70

@@ -1,0 +1,177 @@
+"""The processor: equal to transformers', its files, its errors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.pictures import blocks, encoded, processor_messages, vision_directory, write_picture
+
+from erniekit.data.vision.geometry import PixelLimits
+from erniekit.data.vision.processor import load_processor
+from erniekit.data.vision.processor_files import FILES, ProcessorSettings, read_settings, write_settings
+from erniekit.utils.errors import CheckpointError, ConfigError, DataError
+
+FIXTURE = Path(__file__).parents[3] / "parity" / "fixtures" / "vl_processor.npz"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return vision_directory(tmp_path_factory.mktemp("model") / "vl")
+
+
+@pytest.fixture(scope="module")
+def processor(directory):
+    return load_processor(directory)
+
+
+def user(*parts):
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+def image(source, **rest):
+    return {"type": "image", "image": source, **rest}
+
+
+def test_equal_to_transformers(processor):
+    ours = processor(processor_messages(), add_generation_prompt=True)
+    theirs = np.load(FIXTURE)
+    assert set(theirs) | {"position_ids"} == set(ours)
+    for name in theirs:
+        assert ours[name].shape == theirs[name].shape and ours[name].dtype == theirs[name].dtype
+        tolerance = 5e-7 if name == "pixel_values_videos" else 0  # torch normalises videos in another order
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_sources_of_pictures(processor, tmp_path):
+    path = write_picture(tmp_path / "a.png")
+    pixels = blocks(64, 48)
+    expected = processor(user(image(pixels), "q"))
+    for source in (str(path), "a.png", path, encoded(pixels), Image.fromarray(pixels)):
+        found = processor(user(image(source), "q"), directory=tmp_path)
+        np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
+    openai = {"type": "image_url", "image_url": {"url": f"file://{path}", "detail": "high"}}
+    np.testing.assert_array_equal(processor(user(openai, "q"))["input_ids"], expected["input_ids"])
+
+
+def test_types_and_positions(processor):
+    result = processor(user("Look: ", image(blocks(84, 56)), "?"))
+    kinds, modality = result["mm_token_type_ids"][0], result["moe_mm_token_type_ids"][0]
+    assert result["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert kinds.sum() == 6 and modality.sum() == 8  # the tags are the picture's too
+    [first, *_] = np.flatnonzero(kinds)
+    time, height, width = result["position_ids"][:, 0]
+    assert (height[first : first + 6] - first).tolist() == [0, 0, 0, 1, 1, 1]
+    assert (width[first : first + 6] - first).tolist() == [0, 1, 2, 0, 1, 2]
+    assert (time[first : first + 6] == first).all()
+    assert time[first + 6] == first + 3  # one more than the largest position before
+
+
+def test_the_position_rules_differ_after_long_videos(processor):
+    video = {"type": "video", "video": np.stack([blocks(56, 56, seed) for seed in range(8)])}
+    training = processor(user(video, "q"))
+    other = processor(user(video, "q"), position_rule="transformers")
+    [*_, last] = np.flatnonzero(training["mm_token_type_ids"][0])
+    assert training["position_ids"][0, 0, last + 1] - other["position_ids"][0, 0, last + 1] == 2  # 4 pairs, 2 rows
+    np.testing.assert_array_equal(training["input_ids"], other["input_ids"])
+
+
+def test_text_alone(processor):
+    result = processor([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    assert "pixel_values" not in result and "pixel_values_videos" not in result
+    assert not result["moe_mm_token_type_ids"].any()
+    assert (result["position_ids"] == np.arange(result["input_ids"].shape[1])).all()
+
+
+def test_with_and_without_the_generation_prompt(processor):
+    question = user(image(blocks(64, 48)), "q")
+    talk = [*question, {"role": "assistant", "content": "a"}]
+    prompt = processor(question, add_generation_prompt=True)["input_ids"][0]
+    whole = processor(talk)["input_ids"][0]
+    bare = processor(question)["input_ids"][0]
+    assert whole[: len(prompt)].tolist() == prompt.tolist() and len(whole) > len(prompt) > len(bare)
+    assert whole[-1] == processor.tokenizer.sep_id
+
+
+def test_limits_of_one_picture_and_of_all(directory, processor):
+    big = blocks(280, 280)
+    assert processor(user(image(big), "q"))["image_grid_thw"].tolist() == [[1, 6, 6]]
+    assert processor(user(image(big, max_pixels=56 * 56), "q"))["image_grid_thw"].tolist() == [[1, 4, 4]]
+    larger = load_processor(directory, max_pixels=140 * 140)
+    assert larger(user(image(big), "q"))["image_grid_thw"].tolist() == [[1, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (image("none.png"), "there is no file .*none.png"),
+        (image(b"no picture"), "no picture of a known format"),
+        (image("https://localhost/a.png"), "downloading while training is off"),
+        (image(None), "names no source"),
+        (image(blocks(64, 48), max_pixels="big"), "max_pixels of a picture"),
+        (image(blocks(64, 48), zoom=2), "unknown field 'zoom'"),
+        ({"type": "audio", "audio": "a.wav"}, "a part of type 'audio'"),
+        ({"type": "video", "video": []}, "a video has no frames"),
+    ],
+)
+def test_what_cannot_be_prepared(processor, part, message):
+    with pytest.raises(DataError, match=message):
+        processor(user(part, "q"))
+
+
+def test_settings_travel_through_files(tmp_path):
+    settings = ProcessorSettings()
+    settings = replace(
+        settings,
+        images=PixelLimits(784, 7840),
+        videos=PixelLimits(1568, 15680),
+        choice=replace(settings.choice, fps=1.5, min_frames=3, max_frames=9, target_frames=5, draw_time=False),
+        std=np.array([0.1, 0.2, 0.3], np.float32),
+    )
+    write_settings(tmp_path / "model", settings)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == set(FILES)
+    found = read_settings(tmp_path / "model")
+    assert found.mean.tolist() == settings.mean.tolist() and found.std.tolist() == settings.std.tolist()
+    assert replace(found, mean=settings.mean, std=settings.std) == settings
+
+
+def test_both_published_forms_of_files(tmp_path):
+    assert read_settings(tmp_path).images == ProcessorSettings().images
+    baidu = {"min_pixels": 3136, "max_pixels": 4842768, "spatial_conv_size": 2, "video_min_frames": 4, "video_fps": 1}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(baidu), "utf-8")
+    found = read_settings(tmp_path)
+    assert found.images == (3136, 4842768) and (found.choice.min_frames, found.choice.fps) == (4, 1.0)
+    nested = {
+        "image_processor": {"size": {"shortest_edge": 784, "longest_edge": 1568}, "patch_size": 14},
+        "video_processor": {"size": {"shortest_edge": 1568, "longest_edge": 3136}, "max_frames": 20},
+    }
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested), "utf-8")
+    found = read_settings(tmp_path)
+    assert found.images == (784, 1568) and found.videos == (1568, 3136) and found.choice.max_frames == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": "14"}, "patch_size: must be an integer"),
+        ({"min_pixels": 100, "max_pixels": 50}, "min_pixels 100 is larger than max_pixels 50"),
+        ({"image_mean": [0.5]}, "image_mean: must be three numbers"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std: must be positive"),
+        ({"do_normalize": False}, "do_normalize: false is not supported"),
+        ({"video_frames_sample": "rand"}, "must be one of leading, middle"),
+    ],
+)
+def test_files_that_cannot_be(tmp_path, values, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values), "utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        read_settings(tmp_path)
+
+
+def test_a_text_model_has_no_processor(tmp_path, directory):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (directory / name).read_text("utf-8").replace("<|IMAGE_END|>", "<|OTHER|>")
+        (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match="no vision-language model"):
+        load_processor(tmp_path)

@@ -1,0 +1,140 @@
+"""Videos as files, directories and lists of frames."""
+
+import numpy as np
+import pytest
+from support.pictures import blocks, encoded, write_picture, write_video
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.frames import FrameOptions, draw_time
+from erniekit.data.vision.geometry import PixelLimits
+from erniekit.data.vision.images import resize
+from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.video import VideoOptions, open_video
+
+SMALL = PixelLimits(28 * 28, 56 * 56)
+
+
+@pytest.fixture
+def reader(tmp_path):
+    return MediaReader(tmp_path)
+
+
+def options(**choice):
+    return VideoOptions(choice=FrameOptions(**choice))
+
+
+def video(source, **rest):
+    return {"type": "video", "video": source, **rest}
+
+
+def brightness(opened):
+    return [int(frame.mean().round()) for frame in opened.decode(None)]
+
+
+class TestFiles:
+    @pytest.fixture(autouse=True)
+    def decoder(self):
+        pytest.importorskip("av")
+
+    def test_chosen_frames_and_their_times(self, reader, tmp_path):
+        write_video(tmp_path / "a.mkv", frames=30, rate=10)
+        opened = open_video(video("a.mkv"), reader, options(fps=2, min_frames=2, sample="leading"))
+        assert (opened.width, opened.height) == (64, 48)
+        assert opened.times == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+        assert brightness(opened) == [8 * i for i in (0, 5, 10, 15, 20, 25)]
+
+    def test_a_container_that_does_not_count_its_frames(self, reader, tmp_path):
+        write_video(tmp_path / "a.mkv", frames=7)
+        opened = open_video(video("a.mkv"), reader, options())
+        assert len(opened.times) == 7 and brightness(opened) == [8 * i for i in range(7)]
+
+    def test_bytes_and_lossy_files(self, reader, tmp_path):
+        data = write_video(tmp_path / "a.mp4", frames=12).read_bytes()
+        opened = open_video(video(data), reader, options(target_frames=3, sample="leading"))
+        assert np.allclose(brightness(opened), [0, 32, 64], atol=5)
+
+    def test_options_of_one_video(self, reader, tmp_path):
+        write_video(tmp_path / "a.mkv", frames=30, rate=10)
+        assert len(open_video(video("a.mkv", target_frames=4), reader, options()).times) == 4
+        assert len(open_video(video("a.mkv", video_fps=1, min_frames=1), reader, options()).times) == 3
+        with pytest.raises(BadRecord, match="target_frames of a video must be a positive number"):
+            open_video(video("a.mkv", target_frames="x"), reader)
+
+    def test_files_that_cannot_be_decoded(self, reader, tmp_path):
+        (tmp_path / "text.mp4").write_bytes(b"no video " * 100)
+        with pytest.raises(BadRecord, match=r"text.mp4 cannot be decoded"):
+            open_video(video("text.mp4"), reader)
+        with pytest.raises(BadRecord, match="no file .*none.mp4"):
+            open_video(video("none.mp4"), reader)
+
+    def test_a_file_that_breaks_off(self, reader, tmp_path):
+        data = write_video(tmp_path / "a.avi", frames=100, width=256, height=256).read_bytes()
+        (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
+        with pytest.raises(BadRecord, match="can be decoded|cannot be decoded|has no frames"):
+            brightness(open_video(video("a.avi"), reader, options(fps=10)))
+
+    def test_decoding_has_a_time_limit(self, reader, tmp_path):
+        write_video(tmp_path / "a.mkv")
+        with pytest.raises(BadRecord, match="takes too long"):
+            brightness(open_video(video("a.mkv"), reader, VideoOptions(max_seconds=0.0)))
+
+
+def test_frames_as_a_list_an_array_and_a_directory(reader, tmp_path):
+    pixels = [blocks(64, 48, seed) for seed in range(12)]
+    for number, frame in enumerate(pixels):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        (tmp_path / "clip" / f"frame{number}.png").write_bytes(encoded(frame))
+    (tmp_path / "clip" / "notes.txt").write_text("no frame")
+    names = [f"clip/frame{number}.png" for number in range(12)]
+    for source in (names, np.stack(pixels), "clip", pixels):
+        opened = open_video(video(source, fps=4), reader)
+        assert opened.times == [i / 4 for i in range(12)]
+        for found, expected in zip(opened.decode(None), pixels, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_times_of_frames(reader):
+    frames = [blocks(64, 48, seed) for seed in range(3)]
+    assert open_video(video(frames, time_stamps=[0, 1.5, 7]), reader).times == [0, 1.5, 7]
+    notes = Notes()
+    assert open_video(video(frames), reader, options(fps=2), notes).times == [0, 0.5, 1]
+    assert any("2 frames a second are assumed" in doubt for doubt in notes.doubts)
+    for wrong in ([1, 2], [0, 1, "x"], [0, 1, -1], 5):
+        with pytest.raises(BadRecord, match="time_stamps must have a number"):
+            open_video(video(frames, time_stamps=wrong), reader)
+    with pytest.raises(BadRecord, match="fps of a video must be a positive number"):
+        open_video(video(frames, fps=0), reader)
+
+
+def test_too_many_frames_are_thinned_out(reader):
+    frames = [blocks(64, 48, seed) for seed in range(10)]
+    opened = open_video(video(frames, fps=1), reader, options(max_frames=5, sample="leading"))
+    assert opened.times == [0, 2, 4, 6, 8]
+
+
+def test_frames_for_the_model(reader):
+    """The time is drawn, then the frame is resized, then the last one is repeated."""
+    pixels = [blocks(100, 80, seed) for seed in range(3)]
+    opened = open_video(video(pixels, fps=1), reader)
+    geometry = opened.measure(SMALL)
+    assert geometry.grid == (4, 2, 4)
+    result = opened.frames(geometry)
+    for number in range(3):
+        np.testing.assert_array_equal(result[number], resize(draw_time(pixels[number], number), geometry))
+    np.testing.assert_array_equal(result[3], result[2])
+    np.testing.assert_array_equal(opened.frames(geometry, draw=False)[0], resize(pixels[0], geometry))
+
+
+def test_frames_that_are_no_video(reader, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadRecord, match="has no pictures"):
+        open_video(video("empty"), reader)
+    with pytest.raises(BadRecord, match="no frames"):
+        open_video(video([]), reader)
+    opened = open_video(video([blocks(64, 48), blocks(48, 64)]), reader)
+    with pytest.raises(BadRecord, match=r"frame 1 .* has 48 x 64 pixels, the first one 64 x 48"):
+        list(opened.decode(None))
+    write_picture(tmp_path / "a.png")
+    with pytest.raises(BadRecord, match="no file .*b.png"):
+        list(open_video(video(["a.png", "b.png"]), reader).decode(None))
