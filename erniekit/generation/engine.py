@@ -86,9 +86,9 @@ def generate(
         seed,
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    listener = {} if stream is None else {"on_token": stream}
+    on_token = (lambda row, token: None) if stream is None else stream
     rows = _picture_rows(model, ids, mask, PictureArguments(**pictures))
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=rows, **listener)
+    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, on_token=on_token, pictures=rows)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
