@@ -39,7 +39,7 @@ from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
-from erniekit.nn.roles import Part, Role
+from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
 from erniekit.parallel.tensor import TensorRanks
 
@@ -197,7 +197,7 @@ class HeadBias(Shardable):
         self.bias = self.create_parameter([vocab_size], is_bias=True)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible."""
+        """See Shardable."""
         return {"bias": ShardSpec(0)}
 
     def roles(self) -> dict[str, Role]:
@@ -209,7 +209,7 @@ class CausalLM(nn.Layer):
     """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
 
     With `part`, only the parameters that one process of several holds, under their names in the whole model; what the
-    processes exchange is attached from outside (parallel/apply.py).
+    processes exchange is attached from outside (models/parallelize.py).
     """
 
     def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
@@ -240,15 +240,6 @@ class CausalLM(nn.Layer):
         places += [(behind + 1, self.lm_head)]
         depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
         return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
-
-    def parameter_parts(self) -> dict[str, Part]:
-        """The part of the model that each parameter belongs to."""
-        places = [(Part.VISION_MODEL, self.model.vision_model), (Part.RESAMPLER, self.model.resampler_model)]
-        parts = {id(p): part for part, layer in places if layer is not None for p in layer.parameters()}
-        for layer in self.model.layers:
-            if layer.sparse:
-                parts |= {id(p): Part.VISION_EXPERTS for p in layer.mlp.vision_parameters()}
-        return {name: parts.get(id(p), Part.LANGUAGE) for name, p in self.named_parameters()}
 
     @property
     def token_multiple(self) -> int:

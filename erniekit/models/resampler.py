@@ -10,6 +10,7 @@ from paddle import nn
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.linear import Linear
 from erniekit.nn.norm import LayerNorm, RMSNorm
+from erniekit.nn.roles import Component, ComponentLayer
 
 
 def frame_pairs(grid_N3: np.ndarray, merge_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +28,10 @@ def frame_pairs(grid_N3: np.ndarray, merge_size: int) -> tuple[np.ndarray, np.nd
     return np.concatenate([empty, *even]), np.concatenate([empty, *odd])
 
 
-class Resampler(nn.Layer):
+class Resampler(ComponentLayer):
     """Joins merge_size x merge_size patches, then two frames, and projects to the width of the decoder."""
+
+    component = Component.RESAMPLER
 
     def __init__(self, config: VisionConfig, hidden_size: int, rms_norm_eps: float, init_std: float) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
 from erniekit.nn.norm import LayerNorm
+from erniekit.nn.roles import Component, ComponentLayer
 from erniekit.nn.rotary import inverse_frequencies
 
 # The normalisation of uint8 pixels that the published models were trained with (CLIP's, Radford et al. 2021, arXiv
@@ -134,8 +135,10 @@ class VisionBlock(nn.Layer):
         return x_PC + self.mlp(self.norm2(x_PC))
 
 
-class VisionTransformer(nn.Layer):
+class VisionTransformer(ComponentLayer):
     """Patches of images and video frames -> their features."""
+
+    component = Component.VISION_TRANSFORMER
 
     def __init__(self, config: VisionConfig, init_std: float) -> None:
         super().__init__()

@@ -1,16 +1,14 @@
-"""Cutting the decoder layers into the pieces of a pipeline: pure arithmetic on sizes.
+"""Splits the decoder layers into the model chunks of a pipeline: arithmetic on sizes alone.
 
-A piece is a tuple of consecutive layer numbers; the first piece also holds the embedding, the last one the final norm,
-the head and the blocks for multi-token prediction. With p stages, piece i is chunk i // p of stage i % p.
+A model chunk is a tuple of consecutive layer numbers; the first one also has the embedding, the last one the final
+norm, the head and the blocks for multi-token prediction. With p stages, model chunk i is chunk i // p of stage i % p.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
-import yaml
-
+from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.utils.errors import ConfigError
 
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
@@ -19,21 +17,21 @@ ITEMS_BEFORE_LAYERS, ITEMS_BESIDE_LAYERS = 1, 3
 
 @dataclass(frozen=True)
 class Costs:
-    """Any one unit: of each layer, of what the first piece holds besides layers, and the last."""
+    """Relative costs, in any unit: of each layer, and of what the first and the last chunk have besides layers."""
 
     layers: tuple[float, ...]
     first: float = 0.0
     last: float = 0.0
 
-    def of(self, piece: Sequence[int]) -> float:
-        """The cost of a piece (consecutive layers, not empty)."""
-        ends = (self.first if piece[0] == 0 else 0.0) + (self.last if piece[-1] == len(self.layers) - 1 else 0.0)
-        return ends + sum(self.layers[piece[0] : piece[-1] + 1])
+    def of(self, chunk: Sequence[int]) -> float:
+        """The cost of a model chunk (consecutive layers, at least one)."""
+        ends = (self.first if chunk[0] == 0 else 0.0) + (self.last if chunk[-1] == len(self.layers) - 1 else 0.0)
+        return ends + sum(self.layers[chunk[0] : chunk[-1] + 1])
 
 
-def layer_costs(config: Any, mean_context: int) -> Costs:
-    """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
-    tokens: half of a document's length.
+def layer_costs(model_config: ModelSizes, mean_context: int) -> Costs:
+    """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. A token attends to
+    `mean_context` tokens: half of a document's length.
 
     With D = hidden size, H and K = heads times head size of queries and of keys, I = intermediate size:
       attention   2 D (H + K) + 2 H mean_context
@@ -43,73 +41,57 @@ def layer_costs(config: Any, mean_context: int) -> Costs:
       each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
     The backward pass takes the same multiple of each, and communication is not counted.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    hidden = model_config.hidden_size
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
     attention = 2 * hidden * (queries + keys) + 2 * queries * mean_context
-    dense = attention + 3 * hidden * config.intermediate_size
-    experts_seen = config.moe_k + config.moe_num_shared_experts
-    sparse = attention + 3 * hidden * config.moe_intermediate_size * experts_seen + hidden * config.moe_num_experts
-    head = hidden * config.vocab_size
-    ahead = config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
-    layers = [sparse if config.is_moe_layer(i) else dense for i in range(config.num_hidden_layers)]
+    dense = attention + 3 * hidden * model_config.intermediate_size
+    experts_seen = model_config.moe_k + model_config.moe_num_shared_experts
+    router = hidden * model_config.moe_num_experts
+    sparse = attention + 3 * hidden * model_config.moe_intermediate_size * experts_seen + router
+    head = hidden * model_config.vocab_size
+    ahead = model_config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
+    layers = [sparse if model_config.is_moe_layer(i) else dense for i in range(model_config.num_hidden_layers)]
     return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
 
 
-def cut(
-    num_layers: int, pieces: int, method: str | Sequence[int] = "", costs: Costs | None = None
+def split_layers(
+    num_layers: int, num_chunks: int, method: str | Sequence[int] = "", costs: Costs | None = None
 ) -> list[tuple[int, ...]]:
-    """The layer numbers of each piece, in order. `method` is the YAML's pp_seg_method:
+    """The layer numbers of each model chunk, in order. `method` is the YAML's pp_seg_method:
 
-    "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
-    "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
-    "[0,29,57]", "0,29,57", list  where each piece starts, and the end: in layers (the end is num_layers), or as
+    "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first chunks have one more
+    "balanced"                    the most expensive chunk is as cheap as possible (needs `costs`)
+    (0, 29, 57)                   where each chunk starts, and the end: in layers (the end is num_layers), or as
                                   ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
 
-    Raises ConfigError for another method, for fewer layers than pieces, and for a list that does not fit.
+    Raises ConfigError for fewer layers than chunks, and for a list that does not fit.
     """
-    if num_layers < pieces:
+    if num_layers < num_chunks:
         raise ConfigError(
-            f"{num_layers} layers cannot be cut into {pieces} pieces (pipeline_parallel_degree x virtual_pp_degree), "
-            "each needs at least one. Lower one of the two"
+            f"{num_layers} layers cannot be split into {num_chunks} chunks (pipeline_parallel_degree x "
+            "virtual_pp_degree), each needs at least one. Lower one of the two"
         )
     if not isinstance(method, str):
-        return _by_list(num_layers, pieces, list(method))
-    text = method.strip()
-    if text.startswith("[") or text[:1].isdigit():  # a YAML list comes here joined by commas
-        return _by_list(num_layers, pieces, _parse(text if text.startswith("[") else f"[{text}]"))
+        return _by_list(num_layers, num_chunks, list(method))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
-        return _balanced(pieces, costs)
-    if method in ("", "uniform") or method.startswith("layer:"):
-        sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
-        return _between([0, *accumulate(sizes)])
-    raise ConfigError(
-        f'pp_seg_method: {method!r} is not known. Use "layer:DecoderLayer" (as many layers each), '
-        '"balanced" (by cost), or the places of the cuts, such as "[0,14,28]"'
-    )
+        return _balanced(num_chunks, costs)
+    assert method in ("", "uniform") or method.startswith("layer:"), method  # config/checks.py refuses others
+    sizes = [num_layers // num_chunks + (i < num_layers % num_chunks) for i in range(num_chunks)]
+    return _between([0, *accumulate(sizes)])
 
 
 def _between(bounds: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(range(start, end)) for start, end in pairwise(bounds)]
 
 
-def _parse(method: str) -> list[object]:
-    try:
-        return list(yaml.safe_load(method))
-    except (yaml.YAMLError, TypeError):
-        raise ConfigError(f'pp_seg_method: {method!r} is not a list of whole numbers such as "[0,14,28]"') from None
-
-
-def _by_list(num_layers: int, pieces: int, bounds: list[object]) -> list[tuple[int, ...]]:
-    where = f"pp_seg_method: {bounds}"
-    numbers = [bound for bound in bounds if isinstance(bound, int)]
-    if len(numbers) != len(bounds):
-        raise ConfigError(f"{where} must be a list of whole numbers")
-    if len(numbers) != pieces + 1:
+def _by_list(num_layers: int, num_chunks: int, numbers: list[int]) -> list[tuple[int, ...]]:
+    where = f"pp_seg_method: {numbers}"
+    if len(numbers) != num_chunks + 1:
         raise ConfigError(
-            f"{where} names {len(numbers) - 1} pieces, but pipeline_parallel_degree x virtual_pp_degree is {pieces}, "
-            f"which takes {pieces + 1} numbers"
+            f"{where} names {len(numbers) - 1} chunks, but pipeline_parallel_degree x virtual_pp_degree is "
+            f"{num_chunks}, which takes {num_chunks + 1} numbers"
         )
     if numbers[0] != 0 or numbers[-1] not in (num_layers, num_layers + ITEMS_BESIDE_LAYERS):
         raise ConfigError(
@@ -119,19 +101,19 @@ def _by_list(num_layers: int, pieces: int, bounds: list[object]) -> list[tuple[i
     if numbers[-1] != num_layers:
         numbers = [min(max(number - ITEMS_BEFORE_LAYERS, 0), num_layers) for number in numbers]
     result = _between(numbers)
-    empty = [i for i, piece in enumerate(result) if not piece]
+    empty = [i for i, chunk in enumerate(result) if not chunk]
     if empty:
-        raise ConfigError(f"{where} leaves piece {empty[0]} without a layer: the numbers must grow from piece to piece")
+        raise ConfigError(f"{where} leaves chunk {empty[0]} without a layer: the numbers must grow from chunk to chunk")
     return result
 
 
-def _balanced(pieces: int, costs: Costs) -> list[tuple[int, ...]]:
-    """Dynamic programming over (pieces used, layers used): smallest maximum; of equal ones, the smaller sum of squares
-    as far as it can be told piece by piece.
+def _balanced(num_chunks: int, costs: Costs) -> list[tuple[int, ...]]:
+    """Dynamic programming over (chunks used, layers used): the smallest maximum; among equal ones, the smaller sum of
+    squares of the chunks so far.
     """
     num_layers = len(costs.layers)
     best: list[tuple[float, float, list[int]] | None] = [(0.0, 0.0, [0])] + [None] * num_layers
-    for _ in range(pieces):
+    for _ in range(num_chunks):
         following: list[tuple[float, float, list[int]] | None] = [None] * (num_layers + 1)
         for end in range(1, num_layers + 1):
             options = []
@@ -141,6 +123,6 @@ def _balanced(pieces: int, costs: Costs) -> list[tuple[int, ...]]:
                     options.append((max(before[0], cost), before[1] + cost**2, [*before[2], end]))
             following[end] = min(options, default=None)
         best = following
-    found = best[num_layers]
-    assert found is not None, "as many layers as pieces at least"
-    return _between(found[2])
+    solution = best[num_layers]
+    assert solution is not None, "as many layers as chunks at least"
+    return _between(solution[2])

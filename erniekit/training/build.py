@@ -37,6 +37,7 @@ from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
+from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step
 from erniekit.training.ema import WeightAverage
@@ -66,6 +67,7 @@ class Run:
     tokenizer: Tokenizer
     template: Template | None
     recipe: Recipe
+    sync: GradientSync
     optimizer: AdamW
     schedule: Schedule
     max_steps: int
@@ -130,15 +132,18 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     mtp_depths = train_mtp(model, cfg)
-    sync = GradientSync(
-        model.named_parameters(),
-        placements(model, mesh, bool(cfg.sharding)),
-        mesh.world_group,
-        stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
-        master_grad=cfg.amp_master_grad,
-        parts=parameter_chunks(model, chunks),
+    parameters = ShardedParameters(
+        model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
     )
-    optimizer = AdamW(sync, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    sync = GradientSync(
+        parameters,
+        zero_stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
+        master_grad=cfg.amp_master_grad,
+        overlap=mesh.world_group.handle is not None,
+    )
+    optimizer = AdamW(parameters, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    if mesh.world > 1:
+        log.info(sync.memory_line())
     return Run(
         cfg=cfg,
         output_dir=Path(cfg.output_dir),
@@ -153,6 +158,7 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         tokenizer=tokenizer,
         template=template,
         recipe=_recipe(cfg, prepared, model, chunks, mesh, tokenizer, mtp_depths),
+        sync=sync,
         optimizer=optimizer,
         schedule=schedule,
         max_steps=max_steps,

@@ -21,7 +21,7 @@ from erniekit.checkpoint.manager import ABANDONED, CheckpointManager
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord, read_record
 from erniekit.parallel.agree import on_first, require_shared
 from erniekit.config.schema import Config
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import copy_lines

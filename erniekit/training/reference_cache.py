@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.schema import Config
 from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> Iterator[list[P
     at a time, the same number on every rank.
     """
     once = replace(cfg, max_steps=-1, num_train_epochs=1.0, mix_strategy="concat", random_shuffle=False)
-    once = replace(once, train_dataset_prob=None)
+    once = replace(once, train_dataset_prob=())
     stages = mesh.degrees.pipeline
     for split in ("train", "eval"):
         if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):

@@ -13,11 +13,11 @@ from typing import Any
 
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
+from erniekit.checkpoint.model_dir import checkpoint_dir
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
@@ -195,7 +196,7 @@ class Saver:
             for add in adds:
                 add(checkpoint)
 
-        best = None if state.best_step is None else self.output_dir / f"checkpoint-{state.best_step}"
+        best = None if state.best_step is None else checkpoint_dir(self.output_dir, state.best_step)
         return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
@@ -204,7 +205,7 @@ class Saver:
         """
         self.manager.wait()
         if self.cfg.load_best_model_at_end and state.best_step not in (None, state.step):
-            best = self.output_dir / f"checkpoint-{state.best_step}"
+            best = checkpoint_dir(self.output_dir, state.best_step)
             if on_first(self.ranks, best.is_dir):
                 log.info(
                     f"the final model is that of {best.name}: {self.cfg.metric_for_best_model or 'loss'} "

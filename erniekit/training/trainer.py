@@ -13,6 +13,7 @@ from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
+from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
 from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
@@ -164,14 +165,13 @@ class Trainer:
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         microbatches = self.run.recipe.prepare(batches)
-        stage = self._forward_backward(microbatches)
-        sync = self.run.optimizer.sync
-        sums, norm, biases = self._fetch(stage)
-        self._require_finite(sums.loss, norm, sync.gradients(), microbatches)
-        sync.clip(norm, self.cfg.max_grad_norm)
+        stage, gradients = self._forward_backward(microbatches)
+        sums, norm, biases = self._fetch(stage, gradients)
+        self._require_finite(sums.loss, norm, gradients, microbatches)
+        clip_(gradients, norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
-        self.run.optimizer.step(learning_rate)
-        self.run.optimizer.clear_grad()
+        self.run.optimizer.step(gradients, learning_rate)
+        self.run.sync.clear()
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -196,35 +196,36 @@ class Trainer:
             sent=comm.traffic.take(),
         )
 
-    def _forward_backward(self, microbatches: list[PackedBatch]) -> TrainStage:
+    def _forward_backward(self, microbatches: list[PackedBatch]) -> tuple[TrainStage, dict[str, paddle.Tensor]]:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
-        sync = run.optimizer.sync
+        sync = run.sync
         dropout = attention_dropout(self.cfg, self.state.step)
         stage = TrainStage(
             self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward, dropout
         )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
-        sync.finish()
-        return stage
+        return stage, sync.finish()
 
-    def _fetch(self, stage: TrainStage) -> tuple[StepSums, float, dict[int, np.ndarray]]:
+    def _fetch(
+        self, stage: TrainStage, gradients: dict[str, paddle.Tensor]
+    ) -> tuple[StepSums, float, dict[int, np.ndarray]]:
         """The step's sums over all ranks, the gradients' norm, and the correction bias of each sparse layer's routers.
 
         This is the host's only wait for what the step computed (beside what dropless experts and several ranks need):
         between the backward pass and the optimizer, because a loss or a norm that is not finite must stop the run
         before the update.
         """
-        sync = self.run.optimizer.sync
-        stage.on_device.add(_SQUARES, sync.squared_norms())
+        stage.on_device.add(_SQUARES, squared_norms(gradients))
         for number, layer in self._sparse_layers().items():
-            stage.on_device.add(_Bias(number), layer.moe_statics.e_score_correction_bias)
+            stage.on_device.add(_Bias(number), layer.correction_bias)
         fetched = stage.on_device.fetch()
         biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
         sums = global_sums(stage.sums(fetched), self.run.mesh)
-        return sums, sync.global_norm(fetched[_SQUARES]), biases
+        entries, world = self.run.sync.parameters.entries, self.run.mesh.world_group
+        return sums, global_norm(gradients, entries, world, fetched[_SQUARES]), biases
 
     def _sparse_layers(self) -> dict[int, MoELayer]:
         """The sparse layers of this process by number."""

@@ -12,7 +12,7 @@ import pytest
 from support import fake_job, launched
 
 import erniekit
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ signal.signal(signal.SIGUSR1, endless)
 
 @pytest.mark.parametrize(
     ("number", "why"),
-    [(signal.SIGSTOP, "it is stopped (SIGSTOP"), (signal.SIGUSR1, "in endless since")],
+    [(signal.SIGSTOP, "it is stopped (SIGSTOP"), (signal.SIGUSR1, "in endless for")],
     ids=["stopped", "looping"],
 )
 def test_a_rank_that_hangs_ends_the_job_within_the_default_limit(workspace, number, why):

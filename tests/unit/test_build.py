@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
-from support.tiny_models import MOE
+from support.tiny_sizes import MOE
 
 from erniekit import build, lora
 from erniekit.build import ModelOptions, Overrides, load_model, prepare_model

@@ -21,7 +21,7 @@ lets a truncated or exchanged file be told from its sizes.
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -308,11 +308,3 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     file = open(path, "ab")  # noqa: SIM115 - the writer keeps it open
     file.truncate(size)
     return file
-
-
-def write_token_files(prefix: Path, documents: Iterable[np.ndarray], dtype: str) -> None:
-    """Write documents, each ids [n], as prefix.bin and prefix.idx."""
-    writer = TokenWriter(prefix, dtype)
-    for ids in documents:
-        writer.add(ids)
-    writer.finish()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.data_runs import PACKINGS, build, lines_of, rows_of, run, same, steps, write
+from support.data_runs import PACKINGS, build, lines_of, numbered_conversations, rows_of, run, same, steps, write
 
 from erniekit.data.chat.encode import Encoder
 from erniekit.utils.errors import DataError
@@ -17,11 +17,7 @@ from erniekit.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write(path, [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)])
-    return path
+    return numbered_conversations(tmp_path_factory.mktemp("data"))
 
 
 # --- one global stream

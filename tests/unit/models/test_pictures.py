@@ -10,7 +10,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
 from erniekit.models.pictures import PictureArguments, picture_tables, rows_of
-from erniekit.nn.roles import Part, Role, named_roles
+from erniekit.nn.roles import Component, Role, named_components, named_roles
 
 # Text, an image of two tokens with its start and end token, text.
 IDS = np.array([[7, 8, START, IMAGE, IMAGE, START + 1, 9, 10]])
@@ -112,15 +112,15 @@ def test_a_row_by_itself_has_its_own_pictures(model: CausalLM):
     assert len(media.patches) == 20
 
 
-def test_every_parameter_has_a_part_and_a_role(model: CausalLM):
-    parts, roles = model.parameter_parts(), named_roles(model)
-    assert parts["model.vision_model.blocks.0.attn.qkv.weight"] is Part.VISION_MODEL
-    assert parts["model.resampler_model.after_norm.weight"] is Part.RESAMPLER
-    assert parts["model.layers.1.mlp.gate.weight_1"] is Part.VISION_EXPERTS
-    assert parts["model.layers.1.mlp.vision_experts.down_proj.weight"] is Part.VISION_EXPERTS
+def test_every_parameter_has_a_component_and_a_role(model: CausalLM):
+    components, roles = named_components(model), named_roles(model)
+    assert components["model.vision_model.blocks.0.attn.qkv.weight"] is Component.VISION_TRANSFORMER
+    assert components["model.resampler_model.after_norm.weight"] is Component.RESAMPLER
+    assert components["model.layers.1.mlp.gate.weight_1"] is Component.VISION_EXPERTS
+    assert components["model.layers.1.mlp.vision_experts.down_proj.weight"] is Component.VISION_EXPERTS
     for name in ("embed_tokens.weight", "layers.1.mlp.gate.weight", "layers.1.mlp.shared_experts.down_proj.weight"):
-        assert parts[f"model.{name}"] is Part.LANGUAGE
+        assert components[f"model.{name}"] is Component.LANGUAGE
     assert roles["model.vision_model.ln.weight"] is Role.NORM and roles["model.vision_model.ln.bias"] is Role.BIAS
     assert roles["model.layers.1.mlp.gate.weight_1"] is Role.ROUTER
-    assert parts.keys() <= roles.keys()
-    assert all(part is Part.LANGUAGE for part in tiny_model("moe").parameter_parts().values())
+    assert components.keys() <= roles.keys()
+    assert all(component is Component.LANGUAGE for component in named_components(tiny_model("moe")).values())

@@ -76,7 +76,7 @@ def gradients(batches, cfg):
 
 
 @pytest.mark.parametrize("balance", [False, True])
-def test_one_by_four_two_by_two_and_four_by_one_are_the_same_step(balance):
+def test_loss_is_independent_of_accumulation(balance):
     cfg = Config(**{**ALL_LOSSES, "token_balance_loss": balance})
     parts = rows(4)
     loss, want = gradients([join_rows(parts)], cfg)

@@ -15,7 +15,7 @@ from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import build, saving
 from erniekit.training.build import build_run
@@ -208,7 +208,7 @@ def test_an_output_directory_that_is_removed_ends_the_run(directory, beside):
             if metrics.step == 2:
                 shutil.rmtree(directory / "gone")
 
-    with pytest.raises(UserError, match="was removed or renamed while the run was going on"):
+    with pytest.raises(UserError, match="was removed or renamed during the run"):
         fit(directory, "gone", callbacks=True, more=[Remove()], use_async_save=beside)
     assert not (directory / "gone").exists()
 

@@ -227,7 +227,7 @@ def test_numbers_run_over_messages_and_kinds(plain):
 def test_serving_continues_what_training_has(plain, thinking):
     """The prompt of generation is the beginning of the training sequence."""
     for template in (plain, thinking):
-        messages = [user(picture("q")), answer("one"), user(picture("r")), answer("two", **({}))]
+        messages = [user(picture("q")), answer("one"), user(picture("r")), answer("two")]
         [segments] = template.encode_all(messages)
         ids, _ = template.labels(segments)
         prompt = template.prompt_ids(messages[:3])
