@@ -25,6 +25,18 @@ CLEAN = (
     "erniekit.utils",
     "erniekit.api",
     "erniekit.checkpoint",
+    "erniekit.data.batch",
+    "erniekit.data.chat",
+    "erniekit.data.lengths",
+    "erniekit.data.loader",
+    "erniekit.data.packed_stream",
+    "erniekit.data.packing",
+    "erniekit.data.prefetch",
+    "erniekit.data.record_feed",
+    "erniekit.data.records",
+    "erniekit.data.sampler",
+    "erniekit.data.tokens",
+    "erniekit.data.workers",
     "erniekit.evaluate",
     "erniekit.export",
     "erniekit.generation",
@@ -36,6 +48,7 @@ CLEAN = (
     "erniekit.parallel",
     "erniekit.precision",
     "erniekit.serve",
+    "erniekit.training",
 )
 
 DOCUMENTS = sorted(

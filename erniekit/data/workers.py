@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from erniekit.data.chat import template as chat
+from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
 from erniekit.utils import log, runtime
@@ -30,7 +31,7 @@ _SHOWN_DROPS = 3  # the others are only counted
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an Encoder is made of, in a form that can be sent to a worker. Plain text needs no `template`."""
+    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`."""
 
     tokenizer: Tokenizer
     max_seq_len: int
@@ -51,6 +52,7 @@ class EncoderSpec:
         """An Encoder."""
         template = self.template
         if self.template_text is not None:
+            assert isinstance(self.tokenizer, text_tokenizer.Tokenizer), "a template is made with its tokenizer"
             template = chat.Template(*self.template_text, self.tokenizer)
         return Encoder(
             self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
@@ -58,7 +60,7 @@ class EncoderSpec:
 
 
 class Job(Protocol):
-    """What a worker is to do, in a form that can be sent to it. Its class must lie in a module that can be imported."""
+    """The task of a worker, in a form that can be sent to it. Its class must lie in a module that can be imported."""
 
     def make(self) -> Callable[..., Any]:
         """The function that the worker calls with each record's parts."""
@@ -144,20 +146,20 @@ def serve() -> None:
 
 @dataclass
 class _Chunk:
-    """Some consecutive numbers of a stream: what of them is encoded, and the worker that has the rest."""
+    """Consecutive record numbers of a stream: `encoded` are done, and `worker` encodes the `missing` ones."""
 
     numbers: list[int]
-    found: dict[int, Encoded]
+    encoded: dict[int, Encoded]
     missing: list[int]
     worker: Worker | None = None
     error: Exception | None = None
 
     def hand_on(self) -> Iterator[Encoded]:
         for number in self.numbers:
-            if number not in self.found:
+            if number not in self.encoded:
                 assert self.error is not None
                 raise self.error
-            yield self.found[number]
+            yield self.encoded[number]
 
 
 class EncodingService:
@@ -175,7 +177,7 @@ class EncodingService:
 
     def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """The encoded records in the order of `numbers`, which may be endless: it is read only a little ahead. Close
-        the generator to end its workers. `num_workers`: at least so many for this stream.
+        the generator to end its workers. `num_workers`: the least number of workers for this stream.
         """
         workers = max(self._num_workers, num_workers or 0)
         if workers:
@@ -188,7 +190,7 @@ class EncodingService:
             yield encoded
 
     def lengths_depend_on(self) -> dict[str, Any]:
-        """What decides, beside a record itself, how many tokens it has; plain JSON."""
+        """Everything but a record itself that decides how many tokens it has, as plain JSON values."""
         spec, template = self._spec, self._encoder.template
         return {
             "tokenizer": spec.tokenizer.fingerprint,
@@ -238,8 +240,8 @@ class EncodingService:
 
     def _next_chunk(self, numbers: Iterator[int]) -> _Chunk | None:
         chunk = list(islice(numbers, _CHUNK))
-        found = {number: self._cache[number] for number in chunk if number in self._cache}
-        return _Chunk(chunk, found, [n for n in dict.fromkeys(chunk) if n not in found]) if chunk else None
+        encoded = {number: self._cache[number] for number in chunk if number in self._cache}
+        return _Chunk(chunk, encoded, [n for n in dict.fromkeys(chunk) if n not in encoded]) if chunk else None
 
     def _collect(self, chunk: _Chunk) -> Worker:
         """Wait for a chunk's answer; its worker is free then."""
@@ -247,7 +249,7 @@ class EncodingService:
         assert worker is not None
         done, chunk.error = worker.receive()
         for number, encoded in zip(chunk.missing, done, strict=False):
-            chunk.found[number] = self._keep(number, encoded)
+            chunk.encoded[number] = self._keep(number, encoded)
         return worker
 
     def _keep(self, number: int, encoded: Encoded) -> Encoded:

@@ -1,4 +1,4 @@
-"""AdamW with its state in plain sight."""
+"""AdamW, whose state is stored under the names of the parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class AdamW:
 
     Args:
         parameters: the trainable parameters.
-        rules: of each parameter.
+        rules: the rule of each parameter.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AdamW:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew with the parameters as they are now: their values go into the master copies."""
+        """Reset the state. The master copies take the values that the parameters have now."""
         self.state = {name: self._new_state(name) for name in self.parameters.tensors}
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:

@@ -51,11 +51,11 @@ def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
 
 
 def train(cfg: Config) -> TrainResult:
-    """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
+    """Train as `cfg` says. Raises UserError for anything that the user can fix; nothing saved before is lost."""
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.
-    callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
+    callbacks: list[Callback] = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
     with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:

@@ -30,7 +30,7 @@ OPTIMIZER_DIR = "optimizer"
 class TrainState:
     """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
 
-    `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
+    `best_of` is what best_metric was measured under (best.BestModel), `identity` the configuration that the run had
     (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
     whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
     """
@@ -175,8 +175,8 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
         raise CheckpointError(
-            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
-            "on with the weights alone."
+            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to "
+            "continue with the weights alone."
         )
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")

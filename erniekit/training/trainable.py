@@ -1,4 +1,4 @@
-"""What of a model a run trains and saves: all weights, or adapters beside frozen ones (fine_tuning: LoRA)."""
+"""Which parameters of a model a run trains and saves: all, or adapters beside frozen ones (fine_tuning: LoRA)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

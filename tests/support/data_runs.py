@@ -10,8 +10,8 @@ from erniekit.config.fields import coerce
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
-# Where tests want other values than the schema's defaults.
-DEFAULTS = {
+# What tests of data need to be small; everything else is as the schema has it.
+SMALL = {
     "train_dataset_type": "erniekit",
     "max_seq_len": 64,
     "packing": True,
@@ -37,7 +37,7 @@ def numbered_conversations(directory):
 
 
 def config(path, **keys):
-    values = {**DEFAULTS, "train_dataset_path": str(path), **keys}
+    values = {**SMALL, "train_dataset_path": str(path), **keys}
     for name, field in schema.fields().items():
         if name in values and "item" in field.metadata:
             values[name] = () if values[name] is None else coerce(field, values[name])

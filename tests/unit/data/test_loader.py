@@ -303,6 +303,20 @@ def test_evaluation_reads_everything_once_in_order_as_often_as_asked(data, packi
     assert rows_of([batch for together in zip(*ranks, strict=True) for batch in together]) == rows_of(passes[0])
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_limited_evaluation_reads_the_same_rows_whatever_the_ranks(data, world):
+    """The first 5 * batch_size rows; the ranks make the same number of batches of them."""
+    keys = {"eval_dataset_path": str(data), "packing": False, "batch_size": 2}
+    with build(None, split="eval", **keys) as loader:
+        expected = rows_of(list(loader.batches()))[:10]
+    ranks = []
+    for rank in range(world):
+        with build(None, rank=rank, world=world, split="eval", **keys) as loader:
+            ranks.append(list(loader.batches(5)))
+    assert {len(batches) for batches in ranks} == {math.ceil(5 / world)}
+    assert rows_of([batch for together in zip(*ranks, strict=True) for batch in together]) == expected
+
+
 def test_segments_never_mix_documents(data):
     for step in run(data):
         for batch in step:

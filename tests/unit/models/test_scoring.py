@@ -9,10 +9,12 @@ from support.packed import packed
 from support.tiny_models import tiny_model
 from support.tiny_sizes import DENSE
 
+from erniekit.data.batch import PackedBatch
 from erniekit.losses import lm
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.models.scoring import Score, batch_nll, score_hidden
+from erniekit.models.inputs import batch_inputs
+from erniekit.models.scoring import Score, score_hidden
 
 V = DENSE["vocab_size"]
 
@@ -38,6 +40,11 @@ def by_formula(model: CausalLM, ids: np.ndarray, labels: np.ndarray) -> Score:
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = np.flatnonzero(labels != -100)
     return Score(-log_p[at, labels[at]].sum(), len(at), int((logits.argmax(-1)[at] == labels[at]).sum()))
+
+
+def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
+    hidden = model.model(batch_inputs(model, batch)).normed
+    return score_hidden(model, hidden, batch.supervised, batch.labels)
 
 
 def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):

@@ -9,6 +9,8 @@ from support.tiny_models import tiny_model
 
 from erniekit.config import Config
 from erniekit.lora import LoraOptions, attach
+from erniekit.moe.layer import MoELayer, MoESizes
+from erniekit.moe.router import RouterOptions
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule, parameter_rules
 
@@ -178,3 +180,12 @@ def test_rates_of_one_ratio_are_one_tensor_a_step_and_nothing_is_uploaded():
     with counted() as transfers:
         optimizer.step({name: p.grad for name, p in parameters}, 1e-2)
     assert not transfers.reads and not transfers.uploads
+
+
+def test_the_routers_of_both_modalities_have_the_routers_rate():
+    model = tiny_model("moe")
+    model.model.layers[1].mlp = MoELayer(MoESizes(8, (6, 4), 4, 1, bias=False, init_std=0.02), RouterOptions(2))
+    found = parameter_rules(model, Config(moe_gate_lr_ratio=0.01))
+    slow = {name for name, rule in found.items() if rule.lr_ratio == 0.01}
+    assert slow == {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight_1"}
+    assert "model.layers.1.mlp.vision_experts.down_proj.weight" in found

@@ -159,7 +159,7 @@ def test_a_run_that_was_killed_before_its_final_model_ends_without_repeating_its
 
 def test_a_run_without_checkpoints_cannot_be_made_longer(directory):
     fit(directory, "short", save_strategy="no", max_steps=1)
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from to step 2"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from to step 2"):
         fit(directory, "short", save_strategy="no", max_steps=2)
 
 
