@@ -26,7 +26,12 @@ class RecomputeOptions:
 
 
 def apply(decoder: Decoder, options: RecomputeOptions) -> None:
-    """Let the chosen parts of the layers recompute themselves."""
+    """Let the chosen parts of the layers recompute themselves, and with whole layers the blocks of the vision
+    transformer.
+    """
+    if options.granularity == "full" and decoder.vision_model is not None:
+        for block in decoder.vision_model.blocks:
+            block.forward = recomputed(block.forward)
     layers = [decoder.layers[number] for number in decoder.layers.numbers if number not in options.not_in]
     for layer in [*layers, *(decoder.mtp_block if options.mtp else [])]:
         _apply_to(layer, options)

@@ -6,6 +6,7 @@ attention knows documents through its plan. Legend: B batch, S sequence, T token
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -171,7 +172,9 @@ class Decoder(nn.Layer):
         if isinstance(pictures, EncodedPictures):
             return pictures
         assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"
-        features_PC = self.vision_model(pictures.patches, pictures.grid)
+        frozen = all(parameter.stop_gradient for parameter in self.vision_model.parameters())
+        with paddle.no_grad() if frozen else nullcontext():  # a frozen one keeps nothing for the backward pass
+            features_PC = self.vision_model(pictures.patches, pictures.grid)
         return EncodedPictures(self.resampler_model(features_PC, pictures.grid), pictures.places)
 
     def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
@@ -275,6 +278,7 @@ class CausalLM(nn.Layer):
         position_ids: HostIds | None = None,
         segment_ids: HostIds | None = None,
         *,
+        attention_mask: HostIds | None = None,
         pixel_values: HostArray | None = None,
         image_grid_thw: HostArray | None = None,
         pixel_values_videos: HostArray | None = None,
@@ -287,8 +291,9 @@ class CausalLM(nn.Layer):
 
         position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
         width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
-        together in a row, 0 is meant for padding; default, each row is one document. The others are of a
-        vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
+        together in a row, 0 is meant for padding; default, each row is one document. attention_mask [B, S], as
+        transformers calls it: the same for rows of one document, 1 for its tokens and 0 for padding. The others are of
+        a vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
         pictures that do not fit their placeholders.
         """
         ids = _host_ids(input_ids, "input_ids", None)
@@ -296,7 +301,11 @@ class CausalLM(nn.Layer):
             raise ValueError(
                 f"input_ids: {ids.min()}..{ids.max()} is outside the vocabulary 0..{self.config.vocab_size - 1}"
             )
-        segments = np.ones_like(ids) if segment_ids is None else _host_ids(segment_ids, "segment_ids", ids.shape)
+        if segment_ids is not None and attention_mask is not None:
+            raise ValueError("segment_ids and attention_mask: give one of them, both say which tokens are padding")
+        segments = np.ones_like(ids)
+        for name, given in (("segment_ids", segment_ids), ("attention_mask", attention_mask)):
+            segments = segments if given is None else _host_ids(given, name, ids.shape)
         pictures = PictureArguments(
             pixel_values,
             image_grid_thw,
