@@ -29,7 +29,7 @@ demo-align: $(VENV)/.installed
 	$(PY) tools/demo_align.py
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev
 	$(PY) -m pytest -q

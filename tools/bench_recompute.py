@@ -79,6 +79,7 @@ class Bench:
         """Seconds, most bytes held beyond those before, loss. The gradients are left in the parameters."""
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.inputs import packed_inputs
+        from erniekit.moe.layer import TokenInfo
 
         paddle, memory = self.paddle, self.paddle.base.core
         for parameter in self.model.parameters():
@@ -86,8 +87,8 @@ class Bench:
         before = memory.host_memory_stat_current_value("Allocated", 0)
         memory.host_memory_stat_reset_peak_value("Allocated", 0)
         started = time.perf_counter()
-        row_lengths = [self.ids.shape[1]] * self.ids.shape[0]
-        hidden = self.model.model(packed_inputs(self.model, self.ids, np.ones_like(self.ids), row_lengths=row_lengths))
+        rows = TokenInfo([self.ids.shape[1]] * self.ids.shape[0])
+        hidden = self.model.model(packed_inputs(self.model, self.ids, np.ones_like(self.ids), tokens=rows))
         weights = paddle.full([self.ids.size], 1.0 / self.ids.size)
         labels = paddle.to_tensor(self.labels.reshape(-1))
         loss, *_ = linear_cross_entropy(hidden.normed, self.model.output_head(), labels, weights)

@@ -1,13 +1,28 @@
-"""What the trainer is given: rows of packed documents, stacked into batches. Plain numpy; nothing here knows of paddle
-or of ranks.
+"""One batch from the packer to the model: PackedBatch. Plain numpy; nothing here knows of Paddle or of ranks.
+
+The packer makes rows, batches of one row (`make_row`); the loader joins a microbatch's rows (`join_rows`). Nothing is
+padded: where a device needs more tokens, models.inputs.batch_inputs appends them when it makes the tensors.
+
+Legend: T tokens, R rows, N entries of a side table.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 
 IGNORE = -100  # a label with no loss
+NO_SEGMENT = -1  # in a column of segment numbers
+
+
+class Modality(IntEnum):
+    """What a token stands for."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
 
 
 class PairLayout(NamedTuple):
@@ -33,88 +48,189 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The N pairs of a row, all [N]: the segments of the shared prompts (0: none), of the chosen and of the rejected
-    answers, int32, and score_deltas float32. An answer sees its prompt's segment and its own. The row's segments are
-    numbered 1, 2, ... without a gap.
+class PairTable:
+    """The N pairs of answers of a batch, one entry of each column for each pair.
+
+    `prompts`, `chosen` and `rejected` int64 [N] are segment numbers of the batch. An answer sees its prompt's segment
+    and its own; `prompts` is NO_SEGMENT where a prompt has no segment, as it consists of one token. `score_deltas`
+    float32 [N]. `reference` fp32 [2, N]: log-probabilities of the chosen and the rejected answers under the reference
+    model, None until a recipe computes them. It is an array of the library that computed it, because numbers of a
+    reference model stay on the device.
     """
 
     prompts: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     score_deltas: np.ndarray
-
-
-@dataclass(frozen=True)
-class Row:
-    """One packed sequence of L tokens that holds whole documents one after another, without padding.
-
-    `input_ids` and `labels` int64 [L]: labels[t] is the target of position t, or -100. `position_ids` int64 [L] restart
-    at 0 in each document. `segment_ids` int32 [L] number the documents 1, 2, ... `sources` names each document's place,
-    "file:line". With `pairs` a document has up to three segments: prompt, chosen, rejected; the positions of both
-    answers continue the prompt's.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    segment_ids: np.ndarray
-    sources: list[str] = field(default_factory=list)
-    pairs: Pairs | None = None
+    reference: Any = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B rows of S tokens, padded on the right.
-
-    `input_ids`, `labels`, `position_ids` int64 [B, S]; `segment_ids` int32 [B, S]. Padding is the pad token with label
-    -100, position 0 and segment 0. `num_samples` counts the documents; `sources` names them row by row ("file:line"),
-    for messages about a step that went wrong. `pairs` are the pairs of answers row by row, None for other data.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    segment_ids: np.ndarray
-    num_samples: int
-    sources: list[list[str]] = field(default_factory=list)
-    pairs: list[Pairs] | None = None
-
-
-@dataclass(frozen=True)
-class FlatPairs:
-    """The N pairs of a batch, whose documents (segments) are numbered 0, 1, ... row by row. `prefixes` [documents]: the
-    document that each also sees, or -1. `chosen`, `rejected` int64 [N]: the answers' documents. `score_deltas`
-    float32 [N].
-    """
-
-    prefixes: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    score_deltas: np.ndarray
+        return len(self.chosen)
 
     @property
     def answers(self) -> np.ndarray:
-        """Chosen, then rejected [2N]."""
+        """Segments of the chosen, then of the rejected answers [2N]."""
         return np.concatenate([self.chosen, self.rejected])
 
+    @staticmethod
+    def of(entries: Sequence[tuple[int, int, int, float]]) -> "PairTable":
+        """The table of (prompt, chosen, rejected, score_delta) of each pair."""
+        segments = np.array([entry[:3] for entry in entries], np.int64).reshape(-1, 3)
+        return PairTable(*segments.T, np.array([entry[3] for entry in entries], np.float32))
 
-def flat_pairs(batch: Batch) -> FlatPairs | None:
-    """The pairs of a whole batch; None where it has none."""
-    if batch.pairs is None:
-        return None
-    counts = batch.segment_ids.max(axis=1)
-    first = np.cumsum(counts) - counts
-    prefixes = np.full(int(counts.sum()), -1)
-    sides = []
-    for offset, pairs in zip(first.tolist(), batch.pairs, strict=True):
-        documents = np.stack([pairs.prompts, pairs.chosen, pairs.rejected]).astype(np.int64) + (offset - 1)
-        shared = pairs.prompts > 0
-        for side in documents[1:]:
-            prefixes[side[shared]] = documents[0][shared]
-        sides.append(documents[1:])
-    chosen, rejected = np.concatenate(sides, axis=1)
-    return FlatPairs(prefixes, chosen, rejected, np.concatenate([pairs.score_deltas for pairs in batch.pairs]))
+    @staticmethod
+    def join(tables: Sequence["PairTable"], first_segments: np.ndarray) -> "PairTable":
+        """One table of several rows' tables, whose segments are counted from `first_segments` on."""
+        shifted = [table._shifted(int(first)) for table, first in zip(tables, first_segments, strict=True)]
+        columns = zip(*((t.prompts, t.chosen, t.rejected, t.score_deltas) for t in shifted), strict=True)
+        return PairTable(*(np.concatenate(column) for column in columns))
+
+    def _shifted(self, first_segment: int) -> "PairTable":
+        prompts = np.where(self.prompts == NO_SEGMENT, NO_SEGMENT, self.prompts + first_segment)
+        return replace(
+            self, prompts=prompts, chosen=self.chosen + first_segment, rejected=self.rejected + first_segment
+        )
+
+
+NO_PAIRS = PairTable.of([])
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The T tokens of R rows, one row after another, without padding. A row holds whole documents, or the parts of
+    documents that fit; a batch of one row is what the packer makes.
+
+    Columns [T]: `input_ids` and `labels` int64, labels[t] being the target of token t or IGNORE; `position_ids` int64,
+    which restart at 0 in each document; `segment_ids` int64; `modality` int8 (see Modality). Segments are stretches of
+    tokens that attend to themselves, and are numbered 0, 1, ... through the whole batch. A document is one segment, a
+    pair of answers up to three: prompt, chosen, rejected. The positions of both answers continue the prompt's.
+
+    `row_lengths` [R] are the rows' numbers of tokens, and add up to T. `sources` names each document's place,
+    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers; other data has none.
+
+    A side table, as `pairs` is, has a column for each fact and numbers what it points to through the whole batch. To
+    add one, for images: (1) a frozen class with `pixels` uint8 [patches, C * 14 * 14], `grid` int64 [N, 3] (t, h, w)
+    and `first_tokens` int64 [N], with a `join` that concatenates the columns and adds each row's first token to
+    `first_tokens`; (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`,
+    `images=ImageTable.join([part.images for part in parts], _starts([part.num_tokens for part in parts]))`. A reward is
+    a column of the table of what it is given for; a weight of each token's loss is one more column [T].
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
+    modality: np.ndarray
+    row_lengths: list[int]
+    sources: list[str]
+    pairs: PairTable = NO_PAIRS
+
+    @staticmethod
+    def text_row(
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        position_ids: np.ndarray,
+        segment_ids: np.ndarray,
+        sources: Sequence[str],
+        pairs: PairTable = NO_PAIRS,
+    ) -> "PackedBatch":
+        """A row of text; the columns may be of any integer type."""
+        columns = (column.astype(np.int64) for column in (input_ids, labels, position_ids, segment_ids))
+        modality = np.full(len(input_ids), Modality.TEXT, np.int8)
+        return PackedBatch(*columns, modality, [len(input_ids)], list(sources), pairs)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments are numbered below this."""
+        return int(self.segment_ids[-1]) + 1 if len(self.segment_ids) else 0
+
+    @property
+    def num_samples(self) -> int:
+        """Documents (a pair of answers is one), or parts of documents."""
+        return len(self.sources)
+
+    @property
+    def segment_lengths(self) -> np.ndarray:
+        """Tokens of each segment [num_segments]."""
+        return np.bincount(self.segment_ids, minlength=self.num_segments)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Numbers of the tokens that carry loss, ascending."""
+        return np.flatnonzero(self.labels != IGNORE)
+
+    @property
+    def prefixes(self) -> np.ndarray | None:
+        """For each segment, the segment whose tokens it also sees, or NO_SEGMENT; None where no segment does."""
+        if not len(self.pairs):
+            return None
+        prefixes = np.full(self.num_segments, NO_SEGMENT)
+        prefixes[self.pairs.chosen] = self.pairs.prompts
+        prefixes[self.pairs.rejected] = self.pairs.prompts
+        return prefixes
+
+    @property
+    def answer_labels(self) -> np.ndarray:
+        """How many labels each answer has, the chosen and then the rejected ones: fp32 [2N]."""
+        counts = np.bincount(self.segment_ids[self.supervised], minlength=self.num_segments)
+        return counts[self.pairs.answers].astype(np.float32)
+
+
+_EMPTY = PackedBatch.text_row(*(np.empty((4, 0), np.int64)), sources=[])
+
+
+def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBatch:
+    """Lay documents one after another. Positions restart and the segment number rises at each; the answers of a pair
+    are segments of their own, whose positions continue their prompt's.
+    """
+    spans: list[tuple[int, int]] = []  # of each segment: its first position, its length
+    pairs: list[tuple[int, int, int, float]] = []
+    for document in documents:
+        if document.pair is None:
+            spans.append((0, len(document.ids)))
+            continue
+        prompt, chosen, rejected, score_delta = document.pair
+        first = len(spans)
+        spans += [(0, prompt)] if prompt else []
+        spans += [(prompt, chosen), (prompt, rejected)]
+        pairs.append((first if prompt else NO_SEGMENT, len(spans) - 2, len(spans) - 1, score_delta))
+    return PackedBatch.text_row(
+        np.concatenate([document.ids for document in documents]),
+        np.concatenate([document.labels for document in documents]),
+        np.concatenate([np.arange(first, first + length) for first, length in spans]),
+        np.repeat(np.arange(len(spans)), [length for _, length in spans]),
+        sources,
+        PairTable.of(pairs),
+    )
+
+
+def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
+    """One batch of all rows, whose segments and side tables share one numbering.
+
+    No row at all gives a batch without tokens: it lets a rank that has no data in a short last step take part in it
+    with a loss of zero.
+    """
+    parts = [_EMPTY, *rows]
+    first_segments = _starts([part.num_segments for part in parts])
+    return PackedBatch(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        position_ids=np.concatenate([part.position_ids for part in parts]),
+        segment_ids=np.concatenate(
+            [part.segment_ids + first for part, first in zip(parts, first_segments, strict=True)]
+        ),
+        modality=np.concatenate([part.modality for part in parts]),
+        row_lengths=[length for row in rows for length in row.row_lengths],
+        sources=[source for row in rows for source in row.sources],
+        pairs=PairTable.join([part.pairs for part in parts], first_segments),
+    )
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    """Where each of several stretches begins that follow one another: int64 [number of stretches]."""
+    return np.cumsum([0, *counts[:-1]], dtype=np.int64)

@@ -2,13 +2,13 @@
 step.
 
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows) ->
-collate (batches).
+batches (data/batch.py).
 
 Rows form one global stream. A step takes G = batch_size * accumulation * world of them; microbatch m of rank r takes
 rows (m * world + r) * batch_size + [0, batch_size) of the step, so that layouts with the same G give the same rows to
 the same step. Nothing is padded away or left out at the end of an epoch: a step may hold the last rows of one epoch and
 the first of the next. Only at the very end of training may a step be short: it has as many microbatches as its rows
-need, the same number on every rank, and a rank that gets no row in one gets a batch of padding without labels.
+need, the same number on every rank, and a rank that gets no row in one gets a batch without tokens.
 """
 
 import math
@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
-from erniekit.data.batch import Batch, Row
+from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
-from erniekit.data.collate import collate
 from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
@@ -39,7 +38,6 @@ class Plan:
     accumulation: int
     rank: int
     world: int
-    pad_id: int
     prefetch: int
 
     @property
@@ -77,8 +75,8 @@ class Feed(Protocol):
         """A Place from what its to_dict() gave."""
         ...
 
-    def rows(self, position: Any) -> Generator[tuple[Row, Any], None, None]:
-        """The rows after a Place, each with the Place behind it."""
+    def rows(self, position: Any) -> Generator[tuple[PackedBatch, Any], None, None]:
+        """The rows after a Place, each a batch of one row, with the Place behind it."""
         ...
 
     def rows_left(self, position: Any) -> float:
@@ -112,12 +110,12 @@ class Loader:
         self._feed, self._plan = feed, plan
         self._position: Place = feed.begin()  # behind the last step of next_step()
         self._reported: Place = self._position  # behind the last step or batch given
-        self._running: list[Prefetcher[tuple[list[Batch], Place]]] = []
-        self._steps: Prefetcher[tuple[list[Batch], Place]] | None = None
+        self._running: list[Prefetcher[tuple[list[PackedBatch], Place]]] = []
+        self._steps: Prefetcher[tuple[list[PackedBatch], Place]] | None = None
         # runs when the loader is collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[PackedBatch]:
         """This rank's microbatches of the next step. StopIteration at the end of training; DataError names the file and
         line of a sample that cannot be read.
         """
@@ -127,7 +125,7 @@ class Loader:
         self._reported = self._position
         return batches
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[PackedBatch]:
         """For evaluation: this rank's batches of one pass over the data. Every rank gets the same number."""
         steps = self._start(self._feed.begin(), 1)
         try:
@@ -229,14 +227,14 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _start(self, position: Place, accumulation: int) -> Prefetcher[tuple[list[Batch], Place]]:
+    def _start(self, position: Place, accumulation: int) -> Prefetcher[tuple[list[PackedBatch], Place]]:
         # locals: the thread must not keep the loader alive
         feed, plan = self._feed, replace(self._plan, accumulation=accumulation)
         steps = Prefetcher(lambda: _steps(feed, plan, position), plan.prefetch, feed.interrupt)
         self._running.append(steps)
         return steps
 
-    def _stop(self, steps: Prefetcher[tuple[list[Batch], Place]]) -> None:
+    def _stop(self, steps: Prefetcher[tuple[list[PackedBatch], Place]]) -> None:
         if steps in self._running:
             self._running.remove(steps)
         steps.stop()
@@ -247,18 +245,18 @@ def _stop_all(running: list[Prefetcher[Any]]) -> None:
         running.pop().stop()
 
 
-def _steps(feed: Feed, plan: Plan, position: Place) -> Generator[tuple[list[Batch], Place], None, None]:
+def _steps(feed: Feed, plan: Plan, position: Place) -> Generator[tuple[list[PackedBatch], Place], None, None]:
     """A rank's microbatches step by step, each with the position behind the step."""
     with closing(feed.rows(position)) as rows:
         while taken := list(islice(rows, plan.rows_per_step)):
             yield _microbatches([row for row, _ in taken], plan), taken[-1][1]
 
 
-def _microbatches(rows: list[Row], plan: Plan) -> list[Batch]:
+def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
     """A rank's share of a step's rows; a short step has fewer microbatches, but the same number on every rank."""
     size, share = plan.batch_size, plan.batch_size * plan.world
     starts = range(plan.rank * size, plan.rank * size + math.ceil(len(rows) / share) * share, share)
-    return [collate(rows[start : start + size], plan.pad_id) for start in starts]
+    return [join_rows(rows[start : start + size]) for start in starts]
 
 
 def build_loader(
@@ -290,7 +288,6 @@ def build_loader(
         accumulation=cfg.gradient_accumulation_steps if training else 1,
         rank=rank,
         world=world,
-        pad_id=tokenizer.pad_id,
         prefetch=cfg.prefetch_factor,
     )
     return Loader(feed, plan)

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document, Row
+from erniekit.data.batch import Document, PackedBatch, make_row
 from erniekit.data.chat.encode import Encoded
-from erniekit.data.collate import make_row
 from erniekit.data.packing import Packer
 from erniekit.data.sampler import Sampler
 from erniekit.data.workers import EncodingService
@@ -152,7 +151,7 @@ class PackedStream:
         whole = position.closed and position.stop == len(self.ids(position.round))
         return whole and not self._more(position.round + 1)
 
-    def rows(self, position: Position) -> Generator[tuple[Row, Position], None, None]:
+    def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
         """The rows after `position`, each with the position behind it. Close the generator to end the workers that it
         may have started.
         """
@@ -277,6 +276,6 @@ class PackedStream:
         return rows
 
 
-def _count_row(counts: Counts, row: Row) -> Counts:
-    supervised = counts.supervised_tokens + int(np.count_nonzero(row.labels != IGNORE))
-    return Counts(counts.samples, counts.cut, counts.dropped, counts.rows + 1, counts.tokens + len(row), supervised)
+def _count_row(counts: Counts, row: PackedBatch) -> Counts:
+    tokens, supervised = counts.tokens + row.num_tokens, counts.supervised_tokens + len(row.supervised)
+    return Counts(counts.samples, counts.cut, counts.dropped, counts.rows + 1, tokens, supervised)

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from erniekit.data.batch import Row
+from erniekit.data.batch import PackedBatch
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Template, Tokenizer
@@ -76,7 +76,7 @@ class RecordFeed:
         """A place from what its to_dict() gave."""
         return Position.from_dict(state)
 
-    def rows(self, position: Position) -> Generator[tuple[Row, Position], None, None]:
+    def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
         """The rows after `position`, each with the place behind it."""
         return self._stream.rows(position)
 

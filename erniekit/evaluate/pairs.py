@@ -14,14 +14,14 @@ from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, Batch, flat_pairs
+from erniekit.data.batch import PackedBatch
 from erniekit.data.loader import Loader
 from erniekit.generation.load import FoundModel, Opened
 from erniekit.hub import resolve_model
-from erniekit.losses.log_probs import answer_log_probs
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of, wants_reference
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import packed_inputs
+from erniekit.models.inputs import batch_inputs
+from erniekit.models.scoring import pair_log_probs
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -106,33 +106,21 @@ def _reference(cfg: Config, opened: Opened, reference_model: PreparedModel | Non
         yield None
 
 
-def _batches(cfg: Config, loader: Loader) -> Iterator[Batch]:
+def _batches(cfg: Config, loader: Loader) -> Iterator[PackedBatch]:
     with closing(loader.batches()) as batches:
         yield from islice(batches, cfg.max_evaluate_steps if cfg.max_evaluate_steps > 0 else None)
 
 
 @paddle.no_grad()
-def _score(model: CausalLM, batches: Iterable[Batch], most: int) -> PairScores:
-    parts = [_score_batch(model, batch, most) for batch in batches if batch.pairs is not None]
+def _score(model: CausalLM, batches: Iterable[PackedBatch], most: int) -> PairScores:
+    parts = [_score_batch(model, batch, most) for batch in batches if len(batch.pairs)]
     if not parts:
         raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")
     joined = (np.concatenate(values, axis=-1) for values in zip(*(vars(part).values() for part in parts), strict=True))
     return PairScores(*joined)
 
 
-def _score_batch(model: CausalLM, batch: Batch, most: int) -> PairScores:
-    pairs = flat_pairs(batch)
-    assert pairs is not None
-    real = batch.segment_ids != 0
-    counts = batch.segment_ids.max(axis=1)
-    documents = (batch.segment_ids + (np.cumsum(counts) - counts)[:, None])[real].astype(np.int64) - 1
-    labels = batch.labels[real]
-    inputs = packed_inputs(
-        model, batch.input_ids[real], documents + 1, batch.position_ids[real], prefixes=pairs.prefixes
-    )
-    hidden = model.model(inputs).normed
-    log_probs = answer_log_probs(hidden, model.output_head(), labels, documents, pairs.answers, most)
-    lengths = np.bincount(documents[labels != IGNORE], minlength=len(pairs.prefixes))[pairs.answers]
-    return PairScores(
-        log_probs.numpy().reshape([2, -1]), lengths.reshape([2, -1]).astype(np.float32), pairs.score_deltas
-    )
+def _score_batch(model: CausalLM, batch: PackedBatch, most: int) -> PairScores:
+    hidden = model.model(batch_inputs(model, batch)).normed
+    log_probs, lengths = pair_log_probs(model, hidden, batch, most).numpy(), batch.answer_labels
+    return PairScores(log_probs.reshape([2, -1]), lengths.reshape([2, -1]), batch.pairs.score_deltas)

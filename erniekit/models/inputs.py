@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, T tokens, D model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +11,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.batch import Modality, PackedBatch
 from erniekit.models.config import ModelConfig
-from erniekit.moe.layer import TokenInfo
+from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_plan import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
@@ -27,6 +28,11 @@ class Built(Protocol):
 
     config: ModelConfig
     shard: RankShard
+
+    @property
+    def token_multiple(self) -> int:
+        """What the number of tokens of a pass must divide by."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,40 @@ def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
     return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
 
 
+def batch_inputs(
+    model: Built, batch: PackedBatch, *, neftune_alpha: float = 0.0, dropout: DropoutStep | None = None
+) -> ModelInputs:
+    """The inputs of a packed batch: its tokens, and the padding that the device needs.
+
+    Only here is padding added (see `padded_length`). It is one document behind all others, without a label, that no
+    router sees, so that the numbers of tokens and segments in the batch hold for what the model gives, too.
+    """
+    padding = padded_length(model, batch) - batch.num_tokens
+
+    def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
+        return np.pad(values_T, (0, padding), constant_values=fill)
+
+    vision = batch.modality != Modality.TEXT
+    return packed_inputs(
+        model,
+        padded(batch.input_ids),
+        padded(batch.segment_ids + 1, batch.num_segments + 1),  # the attention plan takes 0 for the padding of a row
+        padded(batch.position_ids),
+        prefixes=batch.prefixes,
+        tokens=TokenInfo(batch.row_lengths, np.where(vision, VISION, TEXT) if vision.any() else None),
+        neftune_alpha=neftune_alpha,
+        dropout=dropout,
+    )
+
+
+def padded_length(model: Built, batch: PackedBatch) -> int:
+    """How many tokens a batch has on the device: a multiple of what the model needs, and some also where the batch has
+    none, so that every rank runs the same graph.
+    """
+    multiple = model.token_multiple
+    return max(-(-batch.num_tokens // multiple), 1) * multiple
+
+
 def packed_inputs(
     model: Built,
     input_ids: np.ndarray,
@@ -55,7 +95,7 @@ def packed_inputs(
     position_ids: np.ndarray | None = None,
     *,
     prefixes: np.ndarray | None = None,
-    row_lengths: Sequence[int] | None = None,
+    tokens: TokenInfo | None = None,
     neftune_alpha: float = 0.0,
     dropout: DropoutStep | None = None,
 ) -> ModelInputs:
@@ -63,8 +103,8 @@ def packed_inputs(
 
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
-    default each document starts at 0, or where its prefix ends. row_lengths: of the packed rows in these tokens, which
-    sparse layers count over (default: all tokens are one). neftune_alpha, dropout: strength of the noise on the
+    default each document starts at 0, or where its prefix ends. tokens: what sparse layers
+    count over (default: all tokens are one row). neftune_alpha, dropout: strength of the noise on the
     embeddings, and the attention dropout, of a training step.
     """
     plan = make_plan(np.atleast_2d(segment_ids), prefixes)
@@ -85,7 +125,7 @@ def packed_inputs(
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
         PackedAttention(plan, rotation, heads, attention_dropout),
-        TokenInfo([plan.num_tokens] if row_lengths is None else list(row_lengths)),
+        TokenInfo([plan.num_tokens]) if tokens is None else tokens,
         noise_scale,
     )
 

@@ -1,18 +1,19 @@
-"""How well a model predicts given labels: loss and accuracy of a batch, without gradients."""
+"""How well a model predicts the labels of a batch: loss and accuracy, and log-probabilities of pairs of answers."""
 
 import itertools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 
+from erniekit.data.batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
+from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import packed_inputs
+from erniekit.models.inputs import batch_inputs
 
-IGNORE = -100  # a label with no loss
 LARGEST_EXPONENT = 700.0
 
 
@@ -38,53 +39,22 @@ class Score(NamedTuple):
         }
 
 
-class Labelled(Protocol):
-    """What is scored of a batch (erniekit.data.batch.Batch): see `batch_nll`."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    segment_ids: np.ndarray
-    num_samples: int
-
-
-def score_batches(model: CausalLM, batches: Iterable[Labelled], most: int = -1) -> tuple[Score, int]:
+def score_batches(model: CausalLM, batches: Iterable[PackedBatch], most: int = -1) -> tuple[Score, int]:
     """The score of the batches, and the number of their samples; of the first `most` batches if that is positive."""
     total, num_samples = Score(), 0
     for batch in itertools.islice(batches, most if most > 0 else None):
-        total += batch_nll(model, batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
+        total += batch_nll(model, batch)
         num_samples += batch.num_samples
     return total, num_samples
 
 
 @paddle.no_grad()
-def batch_nll(
-    model: CausalLM,
-    input_ids: np.ndarray,
-    labels: np.ndarray,
-    position_ids: np.ndarray | None = None,
-    segment_ids: np.ndarray | None = None,
-) -> Score:
-    """Score a batch of B rows of S tokens.
-
-    input_ids, position_ids int64 [B, S]; labels int64 [B, S]: labels[b, t] is the token that should follow
-    input_ids[b, :t + 1], or -100; segment_ids [B, S]: 0 is padding, other numbers are the documents of a row (default:
-    each row is one document). Padding is cut out before the model runs, and logits exist only where labels are, a chunk
-    at a time. Logits that are not finite give a NaN.
-    """
-    segments = np.ones_like(input_ids) if segment_ids is None else segment_ids.astype(np.int64)
-    real = segments != 0
-    assert not (labels[~real] != IGNORE).any(), "padding carries labels"
-    flat_labels = labels[real]
-    places = np.flatnonzero(flat_labels != IGNORE)
+def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
+    """Score a batch. Logits exist only where labels are, a chunk at a time. Logits that are not finite give a NaN."""
+    places = batch.supervised
     if not len(places):
         return Score()
-    # All real tokens in one row; (row, segment) becomes the segment, so that a row's last document and the next row's
-    # first stay apart.
-    segments = segments + (segments.max() + 1) * np.arange(len(segments))[:, None]
-    positions = None if position_ids is None else position_ids[real]
-    hidden = model.model(packed_inputs(model, input_ids[real], segments[real], positions)).normed
-    return score_hidden(model, hidden, places, flat_labels)
+    return score_hidden(model, model.model(batch_inputs(model, batch)).normed, places, batch.labels)
 
 
 @paddle.no_grad()
@@ -103,3 +73,10 @@ def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, 
         correct = int((logits.argmax(axis=-1) == targets).sum())
         score += Score(float(nll.numpy().sum(dtype=np.float64)), len(rows), correct)
     return score
+
+
+def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch, most: int) -> paddle.Tensor:
+    """Log-probabilities of the chosen answers, then of the rejected ones [2N], with gradients, from the hidden states
+    of all tokens as the head takes them [T, D]; at most `most` tokens' logits exist at a time.
+    """
+    return answer_log_probs(hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.pairs.answers, most)

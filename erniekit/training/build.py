@@ -74,11 +74,6 @@ class Run:
     update_router_bias: bool
     average: WeightAverage | None
 
-    @property
-    def token_multiple(self) -> int:
-        """What a microbatch's number of tokens must divide by."""
-        return self.model.token_multiple
-
     def plan_steps(self, done: int) -> None:
         """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
         cfg = self.cfg

@@ -10,11 +10,11 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import Score, score_hidden
 from erniekit.parallel import comm
 from erniekit.training.build import Run
-from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import forward_pass
 from erniekit.training.recipes.base import Term
 from erniekit.utils.errors import TrainError
@@ -58,15 +58,13 @@ def evaluate(run: Run) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def _groups(run: Run) -> Iterator[list[FlatBatch]]:
+def _groups(run: Run) -> Iterator[list[PackedBatch]]:
     """The evaluation data, as many microbatches at a time as keep every stage busy."""
     assert run.eval_loader is not None
     most, stages = run.cfg.max_evaluate_steps, run.mesh.degrees.pipeline
     with closing(run.eval_loader.batches()) as batches:
         limited = islice(batches, most if most > 0 else None)
-        while taken := [
-            flatten(batch, run.token_multiple) for batch in islice(limited, 4 * stages if stages > 1 else 1)
-        ]:
+        while taken := list(islice(limited, 4 * stages if stages > 1 else 1)):
             yield taken
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
-from erniekit.models.inputs import ModelInputs, packed_inputs
+from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
-from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import router_terms
 from erniekit.utils.device_sums import DeviceSums
@@ -39,7 +39,7 @@ class _MicrobatchInputs:
     def __init__(
         self,
         model: CausalLM,
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         num_chunks: int,
         neftune_alpha: float = 0.0,
         dropout: DropoutStep | None = None,
@@ -52,14 +52,9 @@ class _MicrobatchInputs:
     def of(self, chunk: int, microbatch: int) -> ModelInputs:
         """For a forward pass; those of a microbatch's chunks come in order."""
         if microbatch not in self._made:
-            batch = self._microbatches[microbatch]
-            self._made[microbatch] = packed_inputs(
+            self._made[microbatch] = batch_inputs(
                 self._model,
-                batch.input_ids,
-                batch.segment_ids,
-                batch.position_ids,
-                prefixes=batch.prefixes,
-                row_lengths=batch.row_lengths,
+                self._microbatches[microbatch],
                 neftune_alpha=self._neftune_alpha,
                 dropout=self._dropout,
             )
@@ -73,10 +68,9 @@ def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
     return DropoutStep(rate, cfg.seed, step) if rate else None
 
 
-def input_shape(model: CausalLM, batch: FlatBatch) -> tuple[list[int], paddle.dtype]:
+def input_shape(model: CausalLM, batch: PackedBatch) -> tuple[list[int], paddle.dtype]:
     """Shape and dtype of what goes from one stage to the next: the dtype of what the layers add up."""
-    ranks = model.tensor
-    rows = batch.size // ranks.group.size if ranks is not None and ranks.sequence else batch.size
+    rows = padded_length(model, batch) // model.token_multiple
     first = model.model.layers[model.model.layers.numbers[0]]
     return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
 
@@ -124,7 +118,7 @@ class TrainStage:
         model: CausalLM,
         recipe: Recipe,
         chunks: Sequence[Sequence[int]],
-        microbatches: Sequence[FlatBatch],
+        microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
         dropout: DropoutStep | None = None,
@@ -194,7 +188,7 @@ class _ForwardStage:
     """Runs this process's chunks; the last stage hands what comes out to `at_head`."""
 
     def __init__(
-        self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[FlatBatch], at_head: AtHead
+        self, model: CausalLM, chunks: Sequence[Sequence[int]], microbatches: Sequence[PackedBatch], at_head: AtHead
     ) -> None:
         self.model, self.chunks, self.microbatches, self.at_head = model, chunks, microbatches, at_head
         self._inputs = _MicrobatchInputs(model, microbatches, len(chunks))
@@ -220,7 +214,7 @@ def forward_pass(
     model: CausalLM,
     mesh: Mesh,
     chunks: Sequence[Sequence[int]],
-    microbatches: Sequence[FlatBatch],
+    microbatches: Sequence[PackedBatch],
     at_head: AtHead,
 ) -> None:
     """Run microbatches through all stages in eval mode, without gradients. Every rank asks at the same time."""

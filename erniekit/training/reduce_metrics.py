@@ -2,16 +2,16 @@
 
 import numpy as np
 
+from erniekit.data.batch import PackedBatch
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_backward import StepSums
 from erniekit.training.recipes.base import Recipe
 
 _TERM, _LOSS = "term ", "loss"  # names under which ranks exchange them
 
 
-def global_counts(recipe: Recipe, microbatches: list[FlatBatch], mesh: Mesh) -> dict[str, float]:
+def global_counts(recipe: Recipe, microbatches: list[PackedBatch], mesh: Mesh) -> dict[str, float]:
     """What each term of the loss is divided by: over every microbatch and every data rank, before any model runs.
     "supervised" are the tokens that carry loss.
     """

@@ -10,11 +10,11 @@ from typing import Protocol
 import paddle
 
 from erniekit import lora
-from erniekit.losses.log_probs import answer_log_probs
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import pair_log_probs
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import FlatBatch
 from erniekit.training.forward_backward import forward_pass
 
 
@@ -23,16 +23,7 @@ class Reference(Protocol):
     without the head, zeros. Every rank calls it at the same time.
     """
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]: ...
-
-
-def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: FlatBatch, most: int) -> paddle.Tensor:
-    """Log-probabilities of the chosen answers, then of the rejected ones [2N], from the hidden states of all tokens as
-    the head takes them; at most `most` tokens' logits exist at a time.
-    """
-    assert batch.pairs is not None
-    head, documents = model.output_head(), batch.segment_ids - 1
-    return answer_log_probs(hidden_TD, head, batch.labels, documents, batch.pairs.answers, most)
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -43,13 +34,13 @@ class ForwardPass:
     chunks: Sequence[Sequence[int]]
     most: int
 
-    def log_probs(self, model: CausalLM, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
-        log_probs = [paddle.zeros([2, 0 if batch.pairs is None else len(batch.pairs.chosen)]) for batch in microbatches]
+        log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = model.enter_head(model.model.norm(x_TD))
-            if microbatches[number].pairs is not None:
+            if len(microbatches[number].pairs):
                 sums = pair_log_probs(model, hidden, microbatches[number], self.most)
                 log_probs[number] = sums.detach().reshape([2, -1])
 
@@ -65,7 +56,7 @@ class SecondModel:
         for parameter in model.parameters():
             parameter.stop_gradient = True
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         return self._forward.log_probs(self.model, microbatches)
 
@@ -83,7 +74,7 @@ class AdapterOff:
     def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
         self._model, self._forward = model, forward
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         with lora.disabled(self._model):
             return self._forward.log_probs(self._model, microbatches)

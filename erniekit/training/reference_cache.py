@@ -20,6 +20,7 @@ import paddle
 
 from erniekit.checkpoint.safetensors import WEIGHT_FILE
 from erniekit.config.schema import Config
+from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import build_loader
 from erniekit.models.config import CONFIG_FILE, ModelConfig
@@ -27,7 +28,6 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel import comm
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import FlatBatch, flatten
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import open_regular, parse_json
@@ -36,7 +36,7 @@ _VERSION = 1
 _KEY_BYTES = 16
 _READ = 1 << 24  # bytes of a weight file hashed at a time
 Table = dict[str, tuple[float, float]]  # a pair's hash -> log-probabilities of chosen and rejected
-LogProbs = Callable[[Sequence[FlatBatch]], list[paddle.Tensor]]  # see reference.Reference
+LogProbs = Callable[[Sequence[PackedBatch]], list[paddle.Tensor]]  # see reference.Reference
 
 
 class CachedReference:
@@ -45,11 +45,11 @@ class CachedReference:
     def __init__(self, table: Table, path: Path) -> None:
         self._table, self._path = table, path
 
-    def log_probs(self, microbatches: Sequence[FlatBatch]) -> list[paddle.Tensor]:
+    def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See reference.Reference. Raises CheckpointError for a pair that the file does not know."""
         return [self._of(batch) for batch in microbatches]
 
-    def _of(self, batch: FlatBatch) -> paddle.Tensor:
+    def _of(self, batch: PackedBatch) -> paddle.Tensor:
         keys = pair_keys(batch)
         unknown = [i for i, key in enumerate(keys) if key not in self._table]
         if unknown:
@@ -61,18 +61,16 @@ class CachedReference:
         return paddle.to_tensor(np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T)
 
 
-def pair_keys(batch: FlatBatch) -> list[str]:
+def pair_keys(batch: PackedBatch) -> list[str]:
     """A hash of each pair: tokens and labels of its prompt, chosen and rejected answer."""
     pairs = batch.pairs
-    if pairs is None:
-        return []
     content = np.stack([batch.input_ids, batch.labels], axis=1)
-    bounds = np.searchsorted(batch.segment_ids, np.arange(1, int(batch.segment_ids.max()) + 2))
+    bounds = np.concatenate([[0], np.cumsum(batch.segment_lengths)])
     keys = []
-    for chosen, rejected in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
+    for segments in zip(pairs.prompts.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
         state = hashlib.blake2b(digest_size=_KEY_BYTES)
-        for document in (int(pairs.prefixes[chosen]), chosen, rejected):
-            part = content[bounds[document] : bounds[document + 1]] if document >= 0 else content[:0]
+        for segment in segments:
+            part = content[:0] if segment == NO_SEGMENT else content[bounds[segment] : bounds[segment + 1]]
             state.update(len(part).to_bytes(8, "little") + np.ascontiguousarray(part).tobytes())
         keys.append(state.hexdigest())
     return keys
@@ -108,11 +106,11 @@ def prepare_cache(
     and write it. Raises CheckpointError if the file is of another model or cannot be read or written.
     """
     assert cfg.ref_logps_cache is not None
-    path, multiple = Path(cfg.ref_logps_cache), model.token_multiple
+    path = Path(cfg.ref_logps_cache)
     now = on_first(mesh.world_group, lambda: fingerprint(cfg, model_dir, model.config))
     table = on_first(mesh.world_group, lambda: read_cache(path, now))
     known = len(table)
-    for microbatches in _all_pairs(cfg, tokenizer, mesh, multiple):
+    for microbatches in _all_pairs(cfg, tokenizer, mesh):
         missing = sum(key not in table for batch in microbatches for key in pair_keys(batch))
         if comm.sum_floats(np.array([float(missing)]), mesh.world_group).item():
             _compute(microbatches, log_probs, mesh, table)
@@ -122,7 +120,7 @@ def prepare_cache(
     return CachedReference(table, path)
 
 
-def _compute(microbatches: list[FlatBatch], log_probs: LogProbs, mesh: Mesh, table: Table) -> None:
+def _compute(microbatches: list[PackedBatch], log_probs: LogProbs, mesh: Mesh, table: Table) -> None:
     """Add the pairs of these microbatches, of every data rank, to each rank's table."""
     own: Table = {}
     found = log_probs(microbatches)
@@ -134,7 +132,7 @@ def _compute(microbatches: list[FlatBatch], log_probs: LogProbs, mesh: Mesh, tab
         table.update({key: (chosen, rejected) for key, (chosen, rejected) in part.items()})
 
 
-def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh, multiple: int) -> Iterator[list[FlatBatch]]:
+def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> Iterator[list[PackedBatch]]:
     """Every record of the training data once, then of the evaluation data: this data rank's share, a few microbatches
     at a time, the same number on every rank.
     """
@@ -146,7 +144,7 @@ def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh, multiple: int) -> 
             continue
         loader = build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data)
         with loader, closing(loader.batches()) as batches:
-            while taken := [flatten(b, multiple) for b in islice(batches, 4 * stages if stages > 1 else 1)]:
+            while taken := list(islice(batches, 4 * stages if stages > 1 else 1)):
                 yield taken
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
-from erniekit.data.batch import Batch
+from erniekit.data.batch import PackedBatch
 from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer
@@ -17,7 +17,6 @@ from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.evaluation import evaluate, metric_of
-from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
@@ -145,7 +144,7 @@ class Trainer:
             self._save()
         return True
 
-    def _next_batches(self) -> list[Batch]:
+    def _next_batches(self) -> list[PackedBatch]:
         """This step's microbatches. While the batch still grows, the loader gives them one by one."""
         warmup = self.cfg.batch_size_warmup_steps
         if not warmup:
@@ -158,13 +157,13 @@ class Trainer:
                 break
         return batches
 
-    def train_step(self, batches: list[Batch]) -> StepMetrics:
+    def train_step(self, batches: list[PackedBatch]) -> StepMetrics:
         """One optimizer step on this rank's microbatches."""
         started = time.perf_counter()
         step = self.state.step
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
-        microbatches = self.run.recipe.prepare([flatten(batch, self.run.token_multiple) for batch in batches])
+        microbatches = self.run.recipe.prepare(batches)
         stage = self._forward_backward(microbatches)
         sync = self.run.optimizer.sync
         sums, norm, biases = self._fetch(stage)
@@ -197,7 +196,7 @@ class Trainer:
             sent=comm.traffic.take(),
         )
 
-    def _forward_backward(self, microbatches: list[FlatBatch]) -> TrainStage:
+    def _forward_backward(self, microbatches: list[PackedBatch]) -> TrainStage:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
@@ -241,7 +240,7 @@ class Trainer:
         return {k: v for part in comm.gather_objects(records, self.run.mesh.pipe_group) for k, v in part.items()}
 
     def _require_finite(
-        self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[FlatBatch]
+        self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[PackedBatch]
     ) -> None:
         """Stop before a bad update. Loss and norm are the same on every rank, so all stop, with the same words."""
         if math.isfinite(loss) and math.isfinite(norm):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import paddle
+from support.packed import packed
 from support.whole_model import all_terms
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE, Batch
+from erniekit.data.batch import IGNORE
 from erniekit.models.decoder import CausalLM
-from erniekit.training.flat import flatten
 from erniekit.training.recipes.causal import CausalRecipe
 
 Item = dict[str, np.ndarray]
@@ -46,8 +46,7 @@ def training_loss(model: CausalLM, item: Item, mtp_factor: float = 0.0) -> paddl
         moe_orthogonal_loss_lambda=0.0,
     )
     recipe = CausalRecipe(config, model.config.num_nextn_predict_layers if mtp_factor else 0)
-    batch = Batch(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"], num_samples=1)
-    flat = flatten(batch)
-    counts = recipe.counts(flat)
-    terms = all_terms(config, model, recipe, flat).values()
+    batch = packed(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"])
+    counts = recipe.counts(batch)
+    terms = all_terms(config, model, recipe, batch).values()
     return sum(term.weight * term.total / counts[term.divisor] for term in terms)

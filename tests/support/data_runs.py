@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
+
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
@@ -73,14 +75,15 @@ def run(path, count=10**9, **keys):
 
 
 def rows_of(batches):
-    """The rows of batches as tuples, without padding."""
+    """The rows of batches as tuples (ids, labels, positions, segments), a row's segments numbered from 1."""
     rows = []
     for batch in batches:
-        for i in range(len(batch.input_ids)):
-            n = int((batch.segment_ids[i] > 0).sum())
-            arrays = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
-            if n:
-                rows.append(tuple(tuple(array[i, :n].tolist()) for array in arrays))
+        ends = np.cumsum(batch.row_lengths)
+        assert batch.num_tokens == sum(batch.row_lengths)
+        for begin, end in zip(ends - batch.row_lengths, ends, strict=True):
+            arrays = (batch.input_ids, batch.labels, batch.position_ids)
+            segments = batch.segment_ids[begin:end] - batch.segment_ids[begin] + 1
+            rows.append(tuple(tuple(array.tolist()) for array in (*(a[begin:end] for a in arrays), segments)))
     return rows
 
 
@@ -89,6 +92,4 @@ def same(first, second):
 
 
 def lines_of(all_steps):
-    return [
-        int(where.rsplit(":", 1)[1]) for step in all_steps for batch in step for row in batch.sources for where in row
-    ]
+    return [int(where.rsplit(":", 1)[1]) for step in all_steps for batch in step for where in batch.sources]

@@ -45,10 +45,12 @@ def pipeline_bytes(run: Any, batch: Any) -> Counter[str]:
     """Pipeline. [t, D] goes forward from every piece of the model but the last, its gradient back from every piece but
     the first. With sequence parallelism each tensor rank sends its stretch of t / n tokens.
     """
+    from erniekit.models.inputs import padded_length
+
     stages, stage = run.mesh.degrees.pipeline, run.mesh.pipe
     pieces = [chunk * stages + stage for chunk in range(len(run.chunks))]
     crossings = sum((piece < stages * len(pieces) - 1) + (piece > 0) for piece in pieces)
-    tokens = batch.size // run.mesh.degrees.tensor if shares_tokens(run) else batch.size
+    tokens = padded_length(run.model, batch) // run.model.token_multiple
     return Counter(send=crossings * tokens * run.model.config.hidden_size * FLOAT)
 
 
@@ -62,12 +64,13 @@ def tensor_bytes(run: Any, batch: Any) -> Counter[str]:
     Without sequence parallelism every exchange is an all-reduce. With it each is an all-gather one way and a
     reduce-scatter the other, and the routers gather their input on top.
     """
+    from erniekit.models.inputs import padded_length
     from erniekit.moe.layer import MoELayer
 
     n, config, model = run.mesh.degrees.tensor, run.model.config, run.model
     if n == 1:
         return Counter()
-    hidden, supervised = config.hidden_size * FLOAT, len(batch.supervised)
+    size, hidden, supervised = padded_length(model, batch), config.hidden_size * FLOAT, len(batch.supervised)
     sparse = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoELayer)]
     dense = len(model.model.layers.numbers) - len(sparse)
     pairs = 2 * dense + len(sparse) + sum(layer.shared_experts is not None for layer in sparse)
@@ -78,10 +81,10 @@ def tensor_bytes(run: Any, batch: Any) -> Counter[str]:
     sent = Counter(broadcast=chosen if run.mesh.tensor == 0 else 0)
     of_rows = batch.num_tokens * hidden * len(sparse)
     if not shares_tokens(run):
-        reduced = (2 * pairs + len(sparse) + ends) * batch.size * hidden + of_rows + softmax + weights
+        reduced = (2 * pairs + len(sparse) + ends) * size * hidden + of_rows + softmax + weights
         return sent + Counter(all_reduce=2 * (n - 1) * reduced // n)
     ways = (2 * pairs + 2 * len(sparse) + ends, 2 * pairs + len(sparse) + ends)  # the routers' all-gather has no other
-    gathered, scattered = ((n - 1) * count * batch.size * hidden // n for count in ways)
+    gathered, scattered = ((n - 1) * count * size * hidden // n for count in ways)
     reduced = of_rows + softmax + weights
     return sent + Counter(all_gather=gathered, reduce_scatter=scattered, all_reduce=2 * (n - 1) * reduced // n)
 
@@ -104,7 +107,6 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.parallel.pipeline_schedule import peak_live
     from erniekit.training.build import build_run
-    from erniekit.training.flat import flatten
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
@@ -112,7 +114,6 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     batches = run.loader.next_step()
-    microbatches = [flatten(batch, run.token_multiple) for batch in batches]
     away: list[tuple[int, int]] = []
     peaks: list[int] = []
     exchange_counts, run_pipeline = comm.exchange_counts, pipeline.run
@@ -136,9 +137,9 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.optimizer.sync.entries.values())
-    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(microbatches), len(run.chunks))
+    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.chunks))
     return {
-        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, microbatches, away))),
+        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away))),
         "host": host,
         "away": away,
         "state": (run.optimizer.state_bytes(), state_bytes(entries)),

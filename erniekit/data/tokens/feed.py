@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Row
+from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
 from erniekit.data.tokens.files import TokenFile, strip_suffix
 from erniekit.data.tokens.rows import Mix, Piece, RowOrder, Source
@@ -217,7 +217,7 @@ class TokenFeed:
         """A place from what its to_dict() gave."""
         return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
 
-    def rows(self, position: RowNumber) -> Generator[tuple[Row, RowNumber], None, None]:
+    def rows(self, position: RowNumber) -> Generator[tuple[PackedBatch, RowNumber], None, None]:
         """The rows after `position`, each with the place behind it. Nothing before them is read."""
         walks = [source.walk() for source in self._sources]
         number, counts, into = position.row, position.counts, position.into
@@ -230,7 +230,7 @@ class TokenFeed:
                 yield row, RowNumber(number + whole, counts, 0 if whole else count)
             number, into = number + 1, 0
 
-    def _count(self, counts: Counts, row: Row, pieces: list[Piece], source: Source) -> Counts:
+    def _count(self, counts: Counts, row: PackedBatch, pieces: list[Piece], source: Source) -> Counts:
         begun = [piece.document for piece in pieces if piece.start == 0]
         starts = source.file.starts
         long = 0
@@ -240,8 +240,8 @@ class TokenFeed:
             counts.samples + len(begun),
             counts.long_documents + long,
             counts.rows + 1,
-            counts.tokens + len(row),
-            counts.supervised_tokens + int(np.count_nonzero(row.labels != IGNORE)),
+            counts.tokens + row.num_tokens,
+            counts.supervised_tokens + len(row.supervised),
         )
 
     def rows_left(self, position: RowNumber) -> float:

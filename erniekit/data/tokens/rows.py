@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Row
+from erniekit.data.batch import IGNORE, PackedBatch
 from erniekit.data.sampler import permutation
 from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import ConfigError
@@ -87,7 +87,7 @@ class Walk:
                 place += 1
         return found
 
-    def row(self, start: int, count: int, isolate: bool) -> tuple[Row, list[Piece]]:
+    def row(self, start: int, count: int, isolate: bool) -> tuple[PackedBatch, list[Piece]]:
         """Tokens start..start+count-1 of the source with their labels, and what they are made of."""
         file, pieces = self._source.file, self.pieces(start, count)
         ids = np.concatenate([file.read(piece.document, piece.start, piece.stop) for piece in pieces])
@@ -101,13 +101,12 @@ class Walk:
         lengths = [piece.stop - piece.start for piece in pieces]
         sources = [file.where(piece.document) for piece in pieces]
         if not isolate:
-            segments = np.ones(count, np.int32)
-            return Row(ids, labels, np.arange(count, dtype=np.int64), segments, sources), pieces
+            return PackedBatch.text_row(ids, labels, np.arange(count), np.zeros(count, np.int64), sources), pieces
         ends = np.cumsum(lengths)
         labels[ends[[piece.ends for piece in pieces]] - 1] = IGNORE
         positions = np.arange(count, dtype=np.int64) - np.repeat(ends - lengths, lengths)
-        segments = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), lengths)
-        return Row(ids, labels, positions, segments, sources), pieces
+        segments = np.repeat(np.arange(len(pieces)), lengths)
+        return PackedBatch.text_row(ids, labels, positions, segments, sources), pieces
 
 
 class RowOrder:

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import paddle
 
+from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.training.flat import FlatBatch
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe(Protocol):
 
     reports_terms: bool  # whether an evaluation reports the recipe's terms, or the labels' loss and accuracy
 
-    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """A step's microbatches with what the recipe needs to know of them before any model is trained on them. Every
         rank asks at the same time, so passes through the model are possible.
         """
@@ -47,12 +47,12 @@ class Recipe(Protocol):
         """
         ...
 
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
         ...
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """The terms that the last layer's output [T, D], before the final norm, gives; asked of the last stage only."""
         ...
@@ -63,7 +63,7 @@ class PlainSteps:
 
     reports_terms = False
 
-    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The microbatches as they are."""
         return list(microbatches)
 

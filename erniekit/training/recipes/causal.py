@@ -6,13 +6,12 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE
+from erniekit.data.batch import IGNORE, PackedBatch
 from erniekit.losses.lm import linear_cross_entropy
 from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention_plan import next_in_document
-from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import PlainSteps, Term
 
 
@@ -28,7 +27,7 @@ class CausalRecipe(PlainSteps):
     cfg: Config
     mtp_depths: int
 
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Supervised tokens (or samples that have some), all tokens, and the labels that each MTP depth predicts."""
         supervised = batch.supervised
         if self.cfg.token_balance_loss:
@@ -37,19 +36,18 @@ class CausalRecipe(PlainSteps):
             lm = float(len(supervised))
         counts = {"lm": lm, "tokens": float(batch.num_tokens)}
         for depth in range(self.mtp_depths):
-            target, valid = next_in_document(batch.segment_ids, 1 + depth)
-            counts[f"mtp_{depth}"] = float((valid & (batch.labels[target] != IGNORE)).sum())
+            counts[f"mtp_{depth}"] = float((_labels_ahead(batch, depth) != IGNORE).sum())
         return counts
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "lm", and if asked for "head_z" and "mtp_d"."""
         hidden = Hidden(x_TD, model.model.norm(x_TD))
         terms = self._lm_terms(model, hidden.normed, batch)
         return terms | self._mtp_terms(model, hidden, inputs, batch) if self.mtp_depths else terms
 
-    def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: FlatBatch) -> dict[str, Term]:
+    def _lm_terms(self, model: CausalLM, normed_TD: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
         """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
         carries its value alone.
         """
@@ -68,7 +66,7 @@ class CausalRecipe(PlainSteps):
         self,
         model: CausalLM,
         normed_TD: paddle.Tensor,
-        batch: FlatBatch,
+        batch: PackedBatch,
         places: np.ndarray,
         labels_T: np.ndarray,
         z_weight: float = 0.0,
@@ -78,12 +76,11 @@ class CausalRecipe(PlainSteps):
         """
         weights = np.ones(len(places), dtype=np.float32)
         if self.cfg.token_balance_loss:
-            weights /= batch.document_lengths()[places]
+            weights /= batch.segment_lengths[batch.segment_ids[places]]
         if len(places) == 0:
             # Nothing to learn here. The head still runs, on one token that weighs nothing: ranks whose graphs differ
             # would complete their gradients, and so start their collectives, in different orders.
-            places, weights = np.zeros(1, np.int64), np.zeros(1, np.float32)
-            labels_T = np.zeros_like(labels_T)
+            places, weights, labels_T = np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64)
         normed_TD = model.enter_head(normed_TD)
         rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
         labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
@@ -92,12 +89,20 @@ class CausalRecipe(PlainSteps):
         )
         return loss, (z_squared_T * weights_T).sum()
 
-    def _mtp_terms(self, model: CausalLM, hidden: Hidden, inputs: ModelInputs, batch: FlatBatch) -> dict[str, Term]:
+    def _mtp_terms(self, model: CausalLM, hidden: Hidden, inputs: ModelInputs, batch: PackedBatch) -> dict[str, Term]:
         terms = {}
         for number, depth in enumerate(predict_ahead(model.model, hidden, inputs)):
-            labels = np.where(depth.valid, batch.labels[depth.target], IGNORE)
+            labels = _labels_ahead(batch, number)
             places = np.flatnonzero(labels != IGNORE)
             total, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
             weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms
+
+
+def _labels_ahead(batch: PackedBatch, depth: int) -> np.ndarray:
+    """What a depth of multi-token prediction predicts from each token [T]: the label of the token 1 + depth places on,
+    or IGNORE where that lies in another segment.
+    """
+    target, valid = next_in_document(batch.segment_ids, 1 + depth)
+    return np.where(valid, batch.labels[target], IGNORE)

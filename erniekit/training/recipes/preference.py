@@ -7,15 +7,15 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE
+from erniekit.data.batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import pair_log_probs
 from erniekit.parallel import comm
-from erniekit.training.flat import FlatBatch
 from erniekit.training.recipes.base import Term
-from erniekit.training.reference import ForwardPass, Reference, SecondModel, pair_log_probs
+from erniekit.training.reference import ForwardPass, Reference, SecondModel
 from erniekit.training.trainable import trained_tensors
 from erniekit.utils import log
 from erniekit.utils.device_sums import DeviceSums
@@ -45,12 +45,15 @@ class PreferenceRecipe:
                 f"{cfg.loss_type} as published"
             )
 
-    def prepare(self, microbatches: Sequence[FlatBatch]) -> list[FlatBatch]:
+    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The step's microbatches with what the loss compares with; nothing here has gradients."""
         prepared = list(microbatches)
         if self.reference is not None:
             found = self.reference.log_probs(prepared)
-            prepared = [replace(batch, reference=log_probs) for batch, log_probs in zip(prepared, found, strict=True)]
+            prepared = [
+                replace(batch, pairs=replace(batch.pairs, reference=log_probs))
+                for batch, log_probs in zip(prepared, found, strict=True)
+            ]
         if self.cfg.loss_type == "kto_pair":
             self._kl = self._measure_kl(prepared)
         return prepared
@@ -68,31 +71,34 @@ class PreferenceRecipe:
         moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
         return {"reference": trained_tensors(self.reference.model)} if moves else {}
 
-    def counts(self, batch: FlatBatch) -> dict[str, float]:
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""
-        pairs = 0 if batch.pairs is None else len(batch.pairs.chosen)
-        chosen = 0 if batch.pairs is None else int(_lengths(batch)[:pairs].sum())
-        return {"pairs": float(pairs), "chosen_tokens": float(chosen), "tokens": float(batch.num_tokens)}
+        pairs = len(batch.pairs)
+        chosen = float(batch.answer_labels[:pairs].sum())
+        return {"pairs": float(pairs), "chosen_tokens": chosen, "tokens": float(batch.num_tokens)}
 
     def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: FlatBatch
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
         normed_TD = model.enter_head(model.model.norm(x_TD))
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
-        if batch.pairs is None:
+        if not len(batch.pairs):
             sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
             sums = self._sums(pair_log_probs(model, normed_TD, batch, self._forward.most), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
         return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
-    def _sums(self, log_probs: paddle.Tensor, batch: FlatBatch) -> dict[str, paddle.Tensor]:
+    def _sums(self, log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, paddle.Tensor]:
         """Every term and metric, summed over this microbatch's pairs. log_probs [2N]: chosen, then rejected."""
-        assert batch.pairs is not None
-        policy, reference, lengths = _halves(log_probs), _reference(batch), _halves(paddle.to_tensor(_lengths(batch)))
+        policy, reference, lengths = (
+            _halves(log_probs),
+            _reference(batch),
+            _halves(paddle.to_tensor(batch.answer_labels)),
+        )
         loss, *rewards = preference_loss(
             *policy,
             *reference,
@@ -105,13 +111,13 @@ class PreferenceRecipe:
         metrics = pair_metrics(policy, rewards, self.cfg.beta)
         return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
 
-    def _measure_kl(self, microbatches: Sequence[FlatBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def _measure_kl(self, microbatches: Sequence[PackedBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
         sums, num_pairs = DeviceSums(), 0
         for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
-            if batch.pairs is None:
+            if not len(batch.pairs):
                 continue
-            lengths = _halves(paddle.to_tensor(_lengths(batch)))
+            lengths = _halves(paddle.to_tensor(batch.answer_labels))
             ratios = log_ratios(
                 *found,
                 *_reference(batch),
@@ -144,14 +150,6 @@ def _halves(both: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
     return both[:half], both[half:]
 
 
-def _lengths(batch: FlatBatch) -> np.ndarray:
-    """Labels of each answer, chosen then rejected: fp32 [2N]."""
-    assert batch.pairs is not None
-    counts = np.bincount(batch.segment_ids[batch.labels != IGNORE], minlength=int(batch.segment_ids.max()) + 1)
-    return counts[batch.pairs.answers + 1].astype(np.float32)
-
-
-def _reference(batch: FlatBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-    if batch.reference is None:
-        return None, None
-    return batch.reference[0], batch.reference[1]
+def _reference(batch: PackedBatch) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+    reference = batch.pairs.reference
+    return (None, None) if reference is None else (reference[0], reference[1])

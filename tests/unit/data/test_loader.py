@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.data_runs import PACKINGS, build, lines_of, rows_of, run, same, steps, write
 
-from erniekit.data.batch import IGNORE
 from erniekit.data.chat.encode import Encoder
 from erniekit.utils.errors import DataError
 
@@ -71,19 +70,19 @@ def test_ranks_batch_size_and_accumulation_do_not_change_a_step(data, layout, pa
         counts = [len(rank[step]) for rank in ranks]
         assert counts == counts[:1] * world and (step == len(reference) - 1 or counts[0] == accumulation)
         assert (
-            all(len(batch.input_ids) == batch_size for rank in ranks for batch in rank[step])
+            all(len(batch.row_lengths) == batch_size for rank in ranks for batch in rank[step])
             or step == len(reference) - 1
         )
         ordered = [rank[step][m] for m in range(counts[0]) for rank in ranks]
         assert rows_of(ordered) == rows_of(whole)
 
 
-def test_a_rank_without_rows_in_the_last_step_gets_padding_without_labels(tmp_path):
+def test_a_rank_without_rows_in_the_last_step_gets_a_batch_without_tokens(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"src": "q", "tgt": "a"}] * 5)
     ranks = [run(path, rank=r, world=4, batch_size=1, gradient_accumulation_steps=1, packing=False) for r in range(4)]
     assert [len(rank) for rank in ranks] == [2] * 4
     assert [rank[1][0].num_samples for rank in ranks] == [1, 0, 0, 0]
-    assert (ranks[3][1][0].labels == IGNORE).all() and ranks[3][1][0].input_ids.shape == (1, 8)
+    assert ranks[3][1][0].num_tokens == 0 and ranks[3][1][0].row_lengths == []
 
 
 def test_seed_decides_the_order(data):
@@ -97,11 +96,11 @@ def test_sources_are_mixed_by_share(data, tmp_path):
     keys = {"train_dataset_type": "erniekit,alpaca", "train_dataset_prob": "0.75,0.25", "packing": False}
     paths = f"{data},{other}"
     taken = run(paths, 100, mix_strategy="random", max_steps=100, **keys)
-    files = [Path(row[0].rsplit(":", 1)[0]).name for step in taken for batch in step for row in batch.sources]
+    files = [Path(where.rsplit(":", 1)[0]).name for step in taken for batch in step for where in batch.sources]
     assert 0.7 < files.count("train.jsonl") / 400 < 0.8
     assert len(lines_of(run(paths, mix_strategy="concat", **keys))) == 65
     over = run(paths, mix_strategy="interleave_over", **keys)
-    assert len({where for step in over for batch in step for row in batch.sources for where in row}) == 65
+    assert len({where for step in over for batch in step for where in batch.sources}) == 65
 
 
 # --- the place in the data
@@ -311,6 +310,7 @@ def test_evaluation_reads_everything_once_in_order_as_often_as_asked(data, packi
 def test_segments_never_mix_documents(data):
     for step in run(data):
         for batch in step:
-            for positions, segments in zip(batch.position_ids, batch.segment_ids, strict=True):
-                for (p, s), (q, t) in pairwise(zip(positions.tolist(), segments.tolist(), strict=True)):
-                    assert (t == s and q == p + 1) or (t == s + 1 and q == 0) or (t == 0 and q == 0)
+            assert batch.num_segments == batch.num_samples >= len(batch.row_lengths)
+            tokens = zip(batch.position_ids.tolist(), batch.segment_ids.tolist(), strict=True)
+            for (p, s), (q, t) in pairwise(tokens):
+                assert (t == s and q == p + 1) or (t == s + 1 and q == 0)

@@ -3,20 +3,19 @@
 import numpy as np
 import paddle
 import pytest
+from support.packed import packed
 from support.tiny_models import tiny_model
 from support.whole_model import all_terms
 
 from erniekit.config import Config
-from erniekit.data.batch import Batch
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.nn import checkpointed as generic
-from erniekit.training.flat import flatten
 from erniekit.training.recipes.causal import CausalRecipe
 
 CFG = Config(num_nextn_predict_layers=1, moe_z_loss_lambda=0.01)
 IDS = np.random.default_rng(0).integers(3, 60, (2, 16))
-BATCH = flatten(Batch(IDS, np.roll(IDS, -1, axis=1), np.tile(np.arange(16), (2, 1)), np.ones_like(IDS), 2, [[], []]))
+BATCH = packed(IDS, np.roll(IDS, -1, axis=1), np.tile(np.arange(16), (2, 1)), np.ones_like(IDS))
 
 CASES = {
     "full": (RecomputeOptions(), 2),

@@ -1,12 +1,16 @@
 """What the first layer takes, from packed documents."""
 
+import dataclasses
+
 import numpy as np
 import paddle
 import pytest
 from support.tiny_models import tiny_model
 
+from erniekit.data.batch import Document, PackedBatch, PairLayout, join_rows, make_row
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import embed_ahead, packed_inputs
+from erniekit.models.inputs import batch_inputs, embed_ahead, packed_inputs, padded_length
+from erniekit.moe.layer import TEXT, VISION
 
 SEGMENTS = np.array([1, 1, 1, 1, 1, 2, 2, 3, 3, 3])
 IDS = np.arange(10) + 20
@@ -60,3 +64,49 @@ def test_one_row_and_rows_of_documents_give_the_same(model: CausalLM):
         one = model.model(packed_inputs(model, IDS, flat, given)).last.numpy()
         other = model.model(packed_inputs(model, IDS.reshape(rows.shape), rows, in_rows)).last.numpy()
         np.testing.assert_array_equal(one, other)
+
+
+def made_row(length: int) -> PackedBatch:
+    ids = np.arange(length)
+    return PackedBatch.text_row(ids + 20, ids + 21, ids, ids * 0, ["a:1"])
+
+
+def test_a_batch_keeps_its_numbers_of_tokens_and_segments(model: CausalLM):
+    batch = join_rows([made_row(5), made_row(3)])
+    inputs = batch_inputs(model, batch)
+    assert inputs.input_ids.numpy().tolist() == batch.input_ids.tolist()
+    assert np.array_equal(inputs.attention.plan.document_of_token, batch.segment_ids)
+    assert inputs.tokens.row_lengths == [5, 3] and inputs.tokens.modality is None
+
+
+@pytest.mark.parametrize(("lengths", "padded"), [([5, 3], 8), ([5, 4], 12), ([4], 4), ([], 4)])
+def test_padding_is_a_document_behind_the_batch_that_no_router_sees(monkeypatch, lengths: list[int], padded: int):
+    model, batch = tiny_model(), join_rows([made_row(length) for length in lengths])
+    monkeypatch.setattr(CausalLM, "token_multiple", 4)
+    inputs = batch_inputs(model, batch)
+    assert padded_length(model, batch) == inputs.attention.plan.num_tokens == padded
+    documents = inputs.attention.plan.document_of_token
+    assert documents.tolist() == batch.segment_ids.tolist() + [len(lengths)] * (padded - batch.num_tokens)
+    assert inputs.input_ids.numpy()[batch.num_tokens :].tolist() == [0] * (padded - batch.num_tokens)
+    assert sum(inputs.tokens.row_lengths) == batch.num_tokens
+
+
+def test_a_batch_without_tokens_has_one_on_the_device(model: CausalLM):
+    assert batch_inputs(model, join_rows([])).input_ids.shape == [1]
+
+
+def test_the_prefix_of_an_answer_is_its_prompt(model: CausalLM):
+    layout = PairLayout(2, 3, 2, 1.0)
+    document = Document(np.arange(7, dtype=np.int32) + 20, np.arange(7, dtype=np.int32), layout)
+    batch = join_rows([made_row(4), make_row([document], ["a:2"])])
+    hidden = model.model(batch_inputs(model, batch)).last.numpy()
+    alone = [[*range(20, 25)], [20, 21, 25, 26]]
+    for ids, tokens in zip(alone, ([4, 5, 6, 7, 8], [4, 5, 9, 10]), strict=True):
+        expected = model.model(packed_inputs(model, np.array(ids), np.ones(len(ids)))).last.numpy()
+        np.testing.assert_allclose(hidden[tokens], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_and_videos_are_one_modality_to_the_experts(model: CausalLM):
+    batch = join_rows([made_row(4)])
+    batch = dataclasses.replace(batch, modality=np.array([0, 1, 2, 0], np.int8))
+    assert batch_inputs(model, batch).tokens.modality.tolist() == [TEXT, VISION, VISION, TEXT]

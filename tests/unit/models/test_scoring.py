@@ -1,10 +1,11 @@
-"""Scores equal the plain formula on the full logits, whatever the padding and packing."""
+"""Scores equal the plain formula on the full logits, whatever the packing."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+from support.packed import packed
 
 from erniekit.losses import lm
 from erniekit.losses.log_probs import token_log_probs
@@ -38,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
     return built
 
 
-def packed() -> dict[str, np.ndarray]:
+def rows() -> dict[str, np.ndarray]:
     """Three rows: two documents and padding; one document; one document whose segment id is that of the row before."""
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12, [1] * 7 + [0] * 5])
     positions = np.array([[*range(5), *range(4), 0, 0, 0], [*range(12)], [*range(7), 0, 0, 0, 0, 0]])
@@ -57,41 +58,42 @@ def by_formula(model: CausalLM, ids: np.ndarray, labels: np.ndarray) -> Score:
 
 
 def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):
-    batch = packed()
+    batch = rows()
     best = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"]).numpy().argmax(-1)
     batch["labels"][0, :3] = best[0, :3]  # an untrained model is right too rarely to test the count
     expected = Score()
     for row, segment in ((0, 1), (0, 2), (1, 1), (2, 1)):
         at = batch["segment_ids"][row] == segment
         expected += by_formula(model, batch["input_ids"][row, at], batch["labels"][row, at])
-    found = batch_nll(model, **batch)
+    found = batch_nll(model, packed(**batch))
     assert found.num_tokens == expected.num_tokens == (batch["labels"] != -100).sum()
     assert found.num_correct == expected.num_correct >= 3
     assert found.sum_nll == pytest.approx(expected.sum_nll, rel=1e-5)
 
 
 def test_chunks_change_nothing(model: CausalLM, monkeypatch: pytest.MonkeyPatch):
-    whole = batch_nll(model, **packed())
+    whole = batch_nll(model, packed(**rows()))
     monkeypatch.setattr(lm, "_CHUNK_ELEMENTS", 2 * V)
-    assert batch_nll(model, **packed()) == pytest.approx(whole, rel=1e-6)
+    assert batch_nll(model, packed(**rows())) == pytest.approx(whole, rel=1e-6)
 
 
-def test_rows_without_segments_are_one_document_each(model: CausalLM):
-    ids = np.random.default_rng(1).integers(3, V, (2, 9))
-    labels = np.roll(ids, -1, axis=1)
-    expected = by_formula(model, ids[0], labels[0]) + by_formula(model, ids[1], labels[1])
-    assert batch_nll(model, ids, labels) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_padding_for_the_device_changes_nothing(model: CausalLM, monkeypatch: pytest.MonkeyPatch, multiple: int):
+    batch = packed(**rows())
+    alone = batch_nll(model, batch)
+    monkeypatch.setattr(CausalLM, "token_multiple", multiple)
+    assert batch_nll(model, batch) == pytest.approx(alone, rel=1e-6)
 
 
 def test_positions_are_honoured(model: CausalLM):
-    batch = packed()
-    shifted = batch_nll(model, **batch | {"position_ids": batch["position_ids"] * 2})
-    assert abs(shifted.sum_nll - batch_nll(model, **batch).sum_nll) > 1e-3
+    batch = rows()
+    shifted = batch_nll(model, packed(**batch | {"position_ids": batch["position_ids"] * 2}))
+    assert abs(shifted.sum_nll - batch_nll(model, packed(**batch)).sum_nll) > 1e-3
 
 
 def test_nothing_to_score_is_zero_not_nan(model: CausalLM):
-    batch = packed()
-    assert batch_nll(model, **batch | {"labels": np.full_like(batch["labels"], -100)}) == Score(0.0, 0, 0)
+    batch = rows()
+    assert batch_nll(model, packed(**batch | {"labels": np.full_like(batch["labels"], -100)})) == Score(0.0, 0, 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -99,7 +101,7 @@ def test_logits_that_are_not_finite_are_not_hidden(value: float):
     broken = CausalLM(ModelConfig.from_dict(VALUES))
     weight = broken.model.norm.weight
     weight.set_value(np.full(weight.shape, value, dtype=np.float32))
-    assert np.isnan(batch_nll(broken, **packed()).sum_nll)
+    assert np.isnan(batch_nll(broken, packed(**rows())).sum_nll)
 
 
 def test_a_loss_beyond_64_nats_is_the_same_in_training_and_evaluation():

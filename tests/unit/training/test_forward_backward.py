@@ -6,15 +6,15 @@ import weakref
 import numpy as np
 import paddle
 import pytest
+from support.packed import packed
 from support.tiny_models import tiny_model
 
 from erniekit.config import Config
-from erniekit.data.batch import Batch
+from erniekit.data.batch import PackedBatch
 from erniekit.models import inputs as model_inputs
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.rotary import Rotary
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import FlatBatch, flatten
 from erniekit.training.forward_backward import TrainStage, forward_pass
 from erniekit.training.recipes.causal import CausalRecipe
 
@@ -43,14 +43,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     return made
 
 
-def microbatches() -> list[FlatBatch]:
+def microbatches() -> list[PackedBatch]:
     random = np.random.default_rng(0)
     found = []
     for _ in range(MICROBATCHES):
         ids = random.integers(3, 61, (2, 12))
         segments = np.where(np.arange(12) < 7, 1, 2)[None].repeat(2, axis=0)
         positions = np.where(np.arange(12) < 7, np.arange(12), np.arange(12) - 7)[None].repeat(2, axis=0)
-        found.append(flatten(Batch(ids, np.roll(ids, -1, axis=1), positions, segments, 4)))
+        found.append(packed(ids, np.roll(ids, -1, axis=1), positions, segments))
     return found
 
 

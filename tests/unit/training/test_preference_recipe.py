@@ -8,11 +8,10 @@ import pytest
 from support.tiny_models import tiny_model
 
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, Document, PairLayout
-from erniekit.data.collate import collate, make_row
-from erniekit.models.inputs import packed_inputs
+from erniekit.data.batch import IGNORE, Document, PairLayout, join_rows, make_row
+from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import batch_inputs
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.flat import flatten
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import ForwardPass, SecondModel
 from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
@@ -34,10 +33,9 @@ def document(prompt, chosen, rejected, seed):
 DOCUMENTS = [document(*sizes, seed) for seed, sizes in enumerate(SIZES)]
 
 
-def batch_of(*rows, multiple=1):
+def batch_of(*rows):
     """Rows of numbers of DOCUMENTS."""
-    made = [make_row([DOCUMENTS[i] for i in row], [f"a:{i}" for i in row]) for row in rows]
-    return flatten(collate(made, 0), multiple)
+    return join_rows([make_row([DOCUMENTS[i] for i in row], [f"a:{i}" for i in row]) for row in rows])
 
 
 def forward_of(model):
@@ -71,7 +69,7 @@ def step(recipe, model, batches):
         for name, count in recipe.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
     for batch in prepared:
-        inputs = packed_inputs(model, batch.input_ids, batch.segment_ids, batch.position_ids, prefixes=batch.prefixes)
+        inputs = batch_inputs(model, batch)
         x_TD = model.model(inputs).last
         shares = []
         for name, term in recipe.head_terms(model, x_TD, inputs, batch).items():
@@ -117,14 +115,17 @@ def test_loss_metrics_and_gradients_are_those_of_separate_rows(kind):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "kto_pair", "orpo"])
-def test_how_rows_are_split_changes_nothing(loss_type):
+def test_how_rows_are_split_changes_nothing(loss_type, monkeypatch):
+    """Nor does padding: for the last of the splits every batch has a multiple of 8 tokens on the device."""
     model, reference = tiny_model(seed=3), tiny_model(seed=4)
     results = []
     for batches in (
         [batch_of([0], [1], [2])],
-        [batch_of([0, 1]), batch_of([2], multiple=8)],
+        [batch_of([0, 1]), batch_of([2])],
         [batch_of([i]) for i in (2, 0, 1)],
     ):
+        if len(batches) == 3:
+            monkeypatch.setattr(CausalLM, "token_multiple", 8)
         recipe = recipe_of(model, reference, loss_type=loss_type)
         results.append((*step(recipe, model, batches)[:2], gradients_of(model)))
     for loss, metrics, gradients in results[1:]:
@@ -134,10 +135,10 @@ def test_how_rows_are_split_changes_nothing(loss_type):
             np.testing.assert_allclose(gradient, results[0][2][name], rtol=0, atol=1e-5 * np.abs(gradient).max())
 
 
-def test_a_batch_of_padding_reaches_every_parameter_and_adds_nothing():
+def test_a_batch_without_tokens_reaches_every_parameter_and_adds_nothing():
     model = tiny_model()
     recipe = recipe_of(model, tiny_model(seed=4), sft_loss_ratio=1.0)
-    empty = flatten(collate([], 0))
+    empty = join_rows([])
     full, alone = batch_of([0, 1, 2]), None
     loss, metrics, _ = step(recipe, model, [full])
     alone = gradients_of(model)
@@ -178,12 +179,12 @@ def test_normalize_logps_is_said_loudly(caplog):
 def test_a_pairs_key_depends_on_its_tokens_and_labels_alone():
     keys = pair_keys(batch_of([0, 1], [2]))
     assert len(set(keys)) == 3
-    assert pair_keys(batch_of([2], [1, 0], multiple=16)) == [keys[2], keys[1], keys[0]]
+    assert pair_keys(batch_of([2], [1, 0])) == [keys[2], keys[1], keys[0]]
     masked = DOCUMENTS[0].labels.copy()
     masked[SIZES[0][0]] = IGNORE
-    changed = flatten(collate([make_row([DOCUMENTS[0]._replace(labels=masked)], ["a:0"])], 0))
+    changed = join_rows([make_row([DOCUMENTS[0]._replace(labels=masked)], ["a:0"])])
     assert pair_keys(changed) != keys[:1]
-    assert pair_keys(flatten(collate([], 0))) == []
+    assert pair_keys(join_rows([])) == []
 
 
 def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
@@ -202,7 +203,7 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     reference = CachedReference(table, path)
     (found,) = reference.log_probs([batch_of([2], [0])])
     assert found.tolist() == [[-3.0, 0.0], [-2.25, -2.25]]
-    (nothing,) = reference.log_probs([flatten(collate([], 0))])
+    (nothing,) = reference.log_probs([join_rows([])])
     assert nothing.shape == [2, 0]
     del table[pair_keys(batch_of([1]))[0]]
     with pytest.raises(CheckpointError, match="knows nothing of a:1"):

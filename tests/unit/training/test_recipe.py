@@ -6,10 +6,9 @@ import pytest
 from support.whole_model import all_terms
 
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, Batch
+from erniekit.data.batch import IGNORE, PackedBatch, join_rows
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.training.flat import flatten
 from erniekit.training.recipes.causal import CausalRecipe
 
 MOE = ModelConfig(
@@ -39,28 +38,20 @@ ALL_LOSSES = {
 
 
 def rows(num_rows, length=24, seed=0):
-    """Rows of unequal padding, document cuts and supervision; the second row carries no label at all."""
+    """Rows of unequal length, document cuts and supervision; the second row carries no label at all."""
     rng = np.random.default_rng(seed)
     batch = []
     for row in range(num_rows):
         real = length - 3 * row
-        ids = np.zeros((1, length), np.int64)
-        ids[0, :real] = rng.integers(3, 61, real)
-        segments = np.zeros((1, length), np.int32)
-        segments[0, :real] = 1 + (np.arange(real) >= 5 + row)
-        labels = np.full((1, length), IGNORE, np.int64)
+        ids = rng.integers(3, 61, real)
+        segments = np.arange(real) >= 5 + row
+        labels = np.full(real, IGNORE)
         if row != 1:
-            labels[0, 2 : real - 1 : 1 + row % 2] = ids[0, 3 : real : 1 + row % 2]
-            labels[0, 4 + row] = IGNORE  # across the cut
-        positions = np.concatenate([np.arange(5 + row), np.arange(length - 5 - row)])[None]
-        batch.append(Batch(ids, labels, positions, segments, 2, [[f"r{row}"]]))
+            labels[2 : real - 1 : 1 + row % 2] = ids[3 : real : 1 + row % 2]
+            labels[4 + row] = IGNORE  # across the cut
+        positions = np.concatenate([np.arange(5 + row), np.arange(real - 5 - row)])
+        batch.append(PackedBatch.text_row(ids, labels, positions, segments, [f"r{row}"]))
     return batch
-
-
-def join(batches):
-    fields = ("input_ids", "labels", "position_ids", "segment_ids")
-    stacked = [np.concatenate([getattr(b, name) for b in batches]) for name in fields]
-    return Batch(*stacked, sum(b.num_samples for b in batches), [s for b in batches for s in b.sources])
 
 
 def model():
@@ -71,14 +62,13 @@ def model():
 def gradients(batches, cfg):
     """Loss and gradients of a step over these microbatches, divided as the trainer divides."""
     m, recipe = model(), CausalRecipe(cfg, mtp_depths=1)
-    flats = [flatten(b) for b in batches]
     counts = {}
-    for flat in flats:
-        for name, count in recipe.counts(flat).items():
+    for batch in batches:
+        for name, count in recipe.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
     total = 0.0
-    for flat in flats:
-        terms = all_terms(cfg, m, recipe, flat)
+    for batch in batches:
+        terms = all_terms(cfg, m, recipe, batch)
         loss = sum(t.total * (t.weight / max(counts[t.divisor], 1.0)) for t in terms.values())
         loss.backward()
         total += loss.item()
@@ -89,8 +79,8 @@ def gradients(batches, cfg):
 def test_one_by_four_two_by_two_and_four_by_one_are_the_same_step(balance):
     cfg = Config(**{**ALL_LOSSES, "token_balance_loss": balance})
     parts = rows(4)
-    loss, want = gradients([join(parts)], cfg)
-    for split in ([join(parts[:2]), join(parts[2:])], parts, [parts[0], join(parts[1:])]):
+    loss, want = gradients([join_rows(parts)], cfg)
+    for split in ([join_rows(parts[:2]), join_rows(parts[2:])], parts, [parts[0], join_rows(parts[1:])]):
         other, got = gradients(split, cfg)
         # fp32 sums in another order: a few units in the last place
         assert other == pytest.approx(loss, rel=2e-6)
@@ -100,29 +90,29 @@ def test_one_by_four_two_by_two_and_four_by_one_are_the_same_step(balance):
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_terms():
     cfg = Config(**ALL_LOSSES)
-    flat = flatten(join(rows(3)))
+    batch = join_rows(rows(3))
     recipe = CausalRecipe(cfg, mtp_depths=1)
-    counts = recipe.counts(flat)
-    terms = all_terms(cfg, model(), recipe, flat)
+    counts = recipe.counts(batch)
+    terms = all_terms(cfg, model(), recipe, batch)
     assert set(terms) == {"lm", "mtp_0", "router_balance", "router_z", "router_orthogonal"}
     weights = {name: term.weight for name, term in terms.items()}
     assert weights == {"lm": 1.0, "mtp_0": 0.3, "router_balance": 0.1, "router_z": 0.01, "router_orthogonal": 0.1}
-    assert counts["lm"] == (join(rows(3)).labels != IGNORE).sum()
+    assert counts["lm"] == (batch.labels != IGNORE).sum()
 
 
 def test_token_balance_divides_each_sample_by_its_length():
     """(1/N) sum_i sum_t nll_it / length_i against the same numbers taken one document at a time."""
     cfg = Config(token_balance_loss=True, moe_aux_loss_lambda=0.0)
     m, recipe = model(), CausalRecipe(cfg, mtp_depths=0)
-    flat = flatten(join(rows(3)))
-    got = all_terms(cfg, m, recipe, flat)["lm"].total.item() / recipe.counts(flat)["lm"]
+    batch = join_rows(rows(3))
+    got = all_terms(cfg, m, recipe, batch)["lm"].total.item() / recipe.counts(batch)["lm"]
     want, samples = 0.0, 0
-    for document in np.unique(flat.segment_ids):
-        places = flat.segment_ids == document
-        labels = flat.labels[places]
+    for document in np.unique(batch.segment_ids):
+        places = batch.segment_ids == document
+        labels = batch.labels[places]
         if not (labels != IGNORE).any():
             continue
-        logits = m(flat.input_ids[places][None]).numpy()[0].astype(np.float64)
+        logits = m(batch.input_ids[places][None]).numpy()[0].astype(np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         chosen = [-log_p[t, label] for t, label in enumerate(labels) if label != IGNORE]
         want += sum(chosen) / len(labels)
@@ -130,19 +120,8 @@ def test_token_balance_divides_each_sample_by_its_length():
     assert got == pytest.approx(want / samples, rel=1e-5)
 
 
-def test_a_batch_of_padding_has_zero_loss_and_zero_gradients():
+def test_a_batch_without_tokens_has_zero_loss_and_zero_gradients():
     cfg = Config(moe_aux_loss_lambda=0.0)
-    empty = Batch(
-        np.zeros((1, 8), np.int64), np.full((1, 8), IGNORE), np.zeros((1, 8), np.int64), np.zeros((1, 8), np.int32), 0
-    )
-    loss, got = gradients([empty], cfg)
+    loss, got = gradients([join_rows([])], cfg)
     assert loss == 0.0
     assert all(not g.any() for name, g in got.items() if g is not None and "mtp" not in name)
-
-
-def test_flattening_drops_padding_and_keeps_documents_apart():
-    flat = flatten(join(rows(2)))
-    assert flat.num_tokens == 24 + 21
-    assert flat.row_lengths == [24, 21]
-    assert flat.segment_ids.max() == 4
-    assert flat.sources == ["r0", "r1"]

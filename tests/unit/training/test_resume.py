@@ -56,9 +56,7 @@ def fit(directory, tmp_path):
 
         def note():
             batches = take()
-            seen.extend(
-                int(where.rpartition(":")[2]) for batch in batches for row in batch.sources for where in _listed(row)
-            )
+            seen.extend(int(where.rpartition(":")[2]) for batch in batches for where in batch.sources)
             return batches
 
         trainer.run.loader.next_step = note
@@ -67,10 +65,6 @@ def fit(directory, tmp_path):
 
     run.out = tmp_path / "out"
     return run
-
-
-def _listed(where):
-    return [where] if isinstance(where, str) else where
 
 
 def state_of(out, step):

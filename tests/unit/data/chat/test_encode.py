@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from support.data_runs import PACKINGS, build, config, rows_of, run, steps, write
-from support.fake_text import ASSISTANT, EOS, FIRST, PAD, SYSTEM, USER, FakeTemplate, FakeTokenizer
+from support.fake_text import ASSISTANT, EOS, FIRST, SYSTEM, USER, FakeTemplate, FakeTokenizer
 
 from erniekit.data.batch import IGNORE
 from erniekit.data.chat.encode import Encoder
@@ -22,10 +22,10 @@ def test_labels_are_the_next_token_of_each_answer_and_its_end(tmp_path):
     s, a, b, x, c, y, z = (FIRST + ord(char) for char in "sabxcyz")
     ids = [SYSTEM, s, USER, a, b, ASSISTANT, x, EOS, USER, c, ASSISTANT, y, z, EOS]
     targets = [IGNORE] * 5 + [x, EOS] + [IGNORE] * 3 + [y, z, EOS, IGNORE]
-    assert batch.input_ids[0].tolist() == ids + [PAD] * 2
-    assert batch.labels[0].tolist() == targets + [IGNORE] * 2
-    assert batch.position_ids[0].tolist() == [*range(14), 0, 0]
-    assert batch.segment_ids[0].tolist() == [1] * 14 + [0] * 2
+    assert batch.input_ids.tolist() == ids
+    assert batch.labels.tolist() == targets
+    assert batch.position_ids.tolist() == [*range(14)]
+    assert batch.segment_ids.tolist() == [0] * 14
 
 
 def test_an_answer_labelled_zero_is_shown_but_not_learnt(tmp_path):
@@ -162,13 +162,13 @@ def test_a_real_tokenizer_and_template(workers, given_template):
     with build_loader(cfg, tokenizer, template=template) as loader:
         batch = loader.next_step()[0]
     record = parse_record(
-        json.loads(path.read_text(encoding="utf-8").splitlines()[int(batch.sources[0][0].rsplit(":", 1)[1]) - 1]),
+        json.loads(path.read_text(encoding="utf-8").splitlines()[int(batch.sources[0].rsplit(":", 1)[1]) - 1]),
         "erniekit",
     )
-    first = batch.segment_ids[0] == 1
+    first = batch.segment_ids == 0
     shown = load_template(tokenizer).render(record.messages)
-    assert tokenizer.decode(batch.input_ids[0][first]).replace("</s>", "<|end_of_sentence|>") == shown
-    learnt = tokenizer.decode([i for i in batch.labels[0][first].tolist() if i != IGNORE])
+    assert tokenizer.decode(batch.input_ids[first]).replace("</s>", "<|end_of_sentence|>") == shown
+    learnt = tokenizer.decode([i for i in batch.labels[first].tolist() if i != IGNORE])
     assert learnt == "".join(m["content"] + "</s>" for m in record.messages if m["role"] == "assistant")
 
 

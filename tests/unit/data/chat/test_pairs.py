@@ -139,12 +139,12 @@ def test_a_row_holds_prompt_chosen_and_rejected(tmp_path):
     s, a, b, x, y, z = (FIRST + ord(char) for char in "sabxyz")
     prompt = [SYSTEM, s, USER, a, b]
     ids = [*prompt, ASSISTANT, y, z, EOS, ASSISTANT, x, EOS]
-    assert batch.input_ids[0, :12].tolist() == ids
-    assert batch.labels[0, :12].tolist() == [IGNORE] * 5 + [y, z, EOS, IGNORE] + [x, EOS, IGNORE]
-    assert batch.position_ids[0, :12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
-    assert batch.segment_ids[0, :12].tolist() == [1] * 5 + [2] * 4 + [3] * 3
-    (pairs,) = batch.pairs
-    assert (pairs.prompts.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist()) == ([1], [2], [3])
+    assert batch.input_ids.tolist() == ids
+    assert batch.labels.tolist() == [IGNORE] * 5 + [y, z, EOS, IGNORE] + [x, EOS, IGNORE]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]
+    assert batch.segment_ids.tolist() == [0] * 5 + [1] * 4 + [2] * 3
+    pairs = batch.pairs
+    assert (pairs.prompts.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist()) == ([0], [1], [2])
     assert pairs.score_deltas.tolist() == [1.0] and batch.num_samples == 1
 
 
@@ -177,14 +177,10 @@ def test_packed_rows_hold_every_pair_once(tmp_path, packing):
     found = []
     for step in run(path, **(DPO | packing)):
         for batch in step:
-            for row, pairs in enumerate(batch.pairs):
-                assert (batch.segment_ids[row] > 0).sum() <= 64
-                for prompt, chosen, rejected in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True):
-                    texts = [
-                        FakeTokenizer().decode(batch.input_ids[row][batch.segment_ids[row] == segment].tolist())
-                        for segment in (prompt, chosen, rejected)
-                    ]
-                    found.append(tuple(texts))
+            assert max(batch.row_lengths) <= 64
+            for segments in zip(batch.pairs.prompts, batch.pairs.chosen, batch.pairs.rejected, strict=True):
+                texts = [FakeTokenizer().decode(batch.input_ids[batch.segment_ids == s].tolist()) for s in segments]
+                found.append(tuple(texts))
     expected = []
     for record in records():
         good = record["sort"].index(1)
@@ -204,8 +200,8 @@ def test_order_is_global_and_resumes_where_it_stopped(tmp_path, packing):
         loader.load_state_dict(state)
         rest = steps(loader)
     assert same(first + rest, whole)
-    assert [[b.pairs[0].chosen.tolist() for b in step] for step in first + rest] == [
-        [b.pairs[0].chosen.tolist() for b in step] for step in whole
+    assert [[b.pairs.chosen.tolist() for b in step] for step in first + rest] == [
+        [b.pairs.chosen.tolist() for b in step] for step in whole
     ]
     parts = [run(path, batch_size=1, rank=rank, world=2, **keys) for rank in range(2)]
     for ours, theirs in zip(whole, zip(*parts, strict=True), strict=True):
@@ -217,13 +213,7 @@ def test_mixing_takes_both_kinds_of_pairs(tmp_path):
     b = write(tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad"}] * 10)
     keys = {**DPO, "train_dataset_type": "erniekit,messages", "train_dataset_prob": "0.5,0.5"}
     with build(f"{a},{b}", mix_strategy="interleave_over", **keys) as loader:
-        names = {
-            where.split(":")[0][-7:]
-            for step in steps(loader)
-            for batch in step
-            for row in batch.sources
-            for where in row
-        }
+        names = {where.split(":")[0][-7:] for step in steps(loader) for batch in step for where in batch.sources}
     assert names == {"a.jsonl", "b.jsonl"}
 
 

@@ -171,11 +171,11 @@ def test_each_part_of_a_row_names_its_document(one):
     prefix, documents = one
     for step in run(prefix):
         for batch in step:
-            for ids, segments, sources in zip(batch.input_ids, batch.segment_ids, batch.sources, strict=True):
-                assert len(sources) == segments.max()
-                for number, where in enumerate(sources, 1):
-                    file, document = where.split(":document ")
-                    assert file == prefix and set(ids[segments == number].tolist()) <= set(documents[int(document)])
+            assert batch.num_samples == batch.num_segments
+            for number, where in enumerate(batch.sources):
+                file, document = where.split(":document ")
+                ids = batch.input_ids[batch.segment_ids == number]
+                assert file == prefix and set(ids.tolist()) <= set(documents[int(document)])
 
 
 # --- one global stream
