@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.data.batch import Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.geometry import Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.images import image_size, load_image, patchify, resize
 from erniekit.data.vision.media import MediaReader, describe
 from erniekit.data.vision.processor_files import ProcessorSettings
-from erniekit.data.vision.sequence import IMAGE, VIDEO
 from erniekit.data.vision.video import Video, VideoOptions, open_video
 from erniekit.utils.errors import DataError
 
@@ -33,8 +33,8 @@ class MediaPlan:
     video: Video | None = None
 
     @property
-    def modality(self) -> int:
-        return IMAGE if self.video is None else VIDEO
+    def modality(self) -> Modality:
+        return Modality.IMAGE if self.video is None else Modality.VIDEO
 
     @property
     def name(self) -> str:
