@@ -37,14 +37,38 @@ class PairLayout(NamedTuple):
     score_delta: float
 
 
+class DocumentMedia(NamedTuple):
+    """The N pictures and videos of a document of n tokens, in order.
+
+    `modality` int8 [n]; `positions` int64 [n, 3] (time, height, width); `grid` int64 [N, 3]; `first_tokens` int64 [N];
+    `sources` [N]: what decodes each of them (vision.plan.MediaPlan).
+    """
+
+    modality: np.ndarray
+    positions: np.ndarray
+    grid: np.ndarray
+    first_tokens: np.ndarray
+    sources: tuple[Any, ...]
+
+
 class Document(NamedTuple):
     """What is packed: `ids` and `labels` int32 [n], labels[t] the target of position t or -100; for a pair of answers
-    its layout.
+    its layout; for pictures and videos what they are.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     pair: PairLayout | None = None
+    media: DocumentMedia | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory its arrays take, and pictures that are in the record itself."""
+        size = self.ids.nbytes + self.labels.nbytes
+        if self.media is not None:
+            size += self.media.modality.nbytes + self.media.positions.nbytes
+            size += sum(source.num_bytes for source in self.media.sources)
+        return size
 
 
 @dataclass(frozen=True)
@@ -96,24 +120,89 @@ NO_PAIRS = PairTable.of([])
 
 
 @dataclass(frozen=True)
+class MediaTable:
+    """The N pictures and videos of a batch in the order of their tokens.
+
+    `grid` int64 [N, 3]: frames, rows and columns of patches of each; `first_tokens` int64 [N]: the token of the batch
+    at which its placeholders begin (whether it is a picture or a video, the modality of that token says). `pixels`
+    uint8 [P, 3 * patch * patch]: the patches of all of them one after another; empty until they are decoded, which only the
+    rank that trains on the batch does. `sources` [N] is what decodes them, empty once that is done; `documents` int64
+    [N]: the number of each one's document among the batch's.
+    """
+
+    pixels: np.ndarray
+    grid: np.ndarray
+    first_tokens: np.ndarray
+    documents: np.ndarray
+    sources: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether `pixels` has the patches."""
+        return len(self.pixels) == self.num_patches
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return int(self.grid.prod(axis=1).sum())
+
+    @staticmethod
+    def of(documents: Sequence[Document]) -> "MediaTable":
+        """The table of documents that are laid one after another."""
+        with_media = [(i, document.media) for i, document in enumerate(documents) if document.media is not None]
+        if not with_media:
+            return NO_MEDIA
+        starts = _starts([len(document.ids) for document in documents])
+        return MediaTable(
+            NO_MEDIA.pixels,
+            np.concatenate([media.grid for _, media in with_media]),
+            np.concatenate([media.first_tokens + starts[i] for i, media in with_media]),
+            np.concatenate([np.full(len(media.grid), i, np.int64) for i, media in with_media]),
+            tuple(source for _, media in with_media for source in media.sources),
+        )
+
+    @staticmethod
+    def join(tables: Sequence["MediaTable"], first_tokens: np.ndarray, first_documents: np.ndarray) -> "MediaTable":
+        """One table of several rows' tables, whose tokens and documents are counted from the given numbers on."""
+        full = [(i, table) for i, table in enumerate(tables) if len(table)]
+        if not full:
+            return NO_MEDIA
+        pixels = [table.pixels for _, table in full if len(table.pixels)]
+        return MediaTable(
+            np.concatenate(pixels) if pixels else NO_MEDIA.pixels,
+            np.concatenate([table.grid for _, table in full]),
+            np.concatenate([table.first_tokens + first_tokens[i] for i, table in full]),
+            np.concatenate([table.documents + first_documents[i] for i, table in full]),
+            tuple(source for _, table in full for source in table.sources),
+        )
+
+
+NO_MEDIA = MediaTable(
+    np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64), np.empty(0, np.int64), np.empty(0, np.int64), ()
+)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """The T tokens of R rows, one row after another, without padding. A row holds whole documents, or the parts of
     documents that fit; a batch of one row is what the packer makes.
 
     Columns [T]: `input_ids` and `labels` int64, labels[t] being the target of token t or IGNORE; `position_ids` int64,
-    which restart at 0 in each document; `segment_ids` int64; `modality` int8 (see Modality). Segments are stretches of
-    tokens that attend to themselves, and are numbered 0, 1, ... through the whole batch. A document is one segment, a
-    pair of answers up to three: prompt, chosen, rejected. The positions of both answers continue the prompt's.
+    which restart at 0 in each document, and are [T, 3] (time, height, width) in a batch with pictures; `segment_ids`
+    int64; `modality` int8 (see Modality). Segments are stretches of tokens that attend to themselves, and are numbered
+    0, 1, ... through the whole batch. A document is one segment, a pair of answers up to three: prompt, chosen,
+    rejected. The positions of both answers continue the prompt's.
 
     `row_lengths` [R] are the rows' numbers of tokens, and add up to T. `sources` names each document's place,
     "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers; other data has none.
 
-    A side table, as `pairs` is, has a column for each fact and numbers what it points to through the whole batch. To
-    add one, for images: (1) a frozen class with `pixels` uint8 [patches, C * 14 * 14], `grid` int64 [N, 3] (t, h, w)
-    and `first_tokens` int64 [N], with a `join` that concatenates the columns and adds each row's first token to
-    `first_tokens`; (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`,
-    `images=ImageTable.join([part.images for part in parts], _starts([part.num_tokens for part in parts]))`. A reward is
-    a column of the table of what it is given for; a weight of each token's loss is one more column [T].
+    A side table, as `pairs` and `media` are, has a column for each fact and numbers what it points to through the whole
+    batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts the numbers; (2) a
+    field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward is a column of the
+    table of what it is given for; a weight of each token's loss is one more column [T].
     """
 
     input_ids: np.ndarray
@@ -124,6 +213,7 @@ class PackedBatch:
     row_lengths: list[int]
     sources: list[str]
     pairs: PairTable = NO_PAIRS
+    media: MediaTable = NO_MEDIA
 
     @staticmethod
     def text_row(
@@ -199,7 +289,7 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         spans += [(0, prompt)] if prompt else []
         spans += [(prompt, chosen), (prompt, rejected)]
         pairs.append((first if prompt else NO_SEGMENT, len(spans) - 2, len(spans) - 1, score_delta))
-    return PackedBatch.text_row(
+    row = PackedBatch.text_row(
         np.concatenate([document.ids for document in documents]),
         np.concatenate([document.labels for document in documents]),
         np.concatenate([np.arange(first, first + length) for first, length in spans]),
@@ -207,6 +297,25 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         sources,
         PairTable.of(pairs),
     )
+    return _with_media(row, documents) if any(document.media is not None for document in documents) else row
+
+
+def _with_media(row: PackedBatch, documents: Sequence[Document]) -> PackedBatch:
+    """The row of documents of which some have pictures."""
+    positions, modality = _on_three_axes(row.position_ids), row.modality.copy()
+    end = 0
+    for document in documents:
+        start, end = end, end + len(document.ids)
+        if document.media is not None:
+            assert document.pair is None, "the positions of a pair with pictures are not defined"
+            positions[start:end] = document.media.positions
+            modality[start:end] = document.media.modality
+    return replace(row, position_ids=positions, modality=modality, media=MediaTable.of(documents))
+
+
+def _on_three_axes(positions: np.ndarray) -> np.ndarray:
+    """Positions as [T, 3]; those of text are the same on all axes."""
+    return positions if positions.ndim == 2 else np.repeat(positions[:, None], 3, axis=1)
 
 
 def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
@@ -216,11 +325,14 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
     with a loss of zero.
     """
     parts = [_EMPTY, *rows]
-    first_segments = _starts([part.num_segments for part in parts])
+    first_tokens, first_segments, first_documents = (
+        _starts(counts)
+        for counts in zip(*((part.num_tokens, part.num_segments, part.num_samples) for part in parts), strict=True)
+    )
     return PackedBatch(
         input_ids=np.concatenate([part.input_ids for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
-        position_ids=np.concatenate([part.position_ids for part in parts]),
+        position_ids=_joined_positions(parts),
         segment_ids=np.concatenate(
             [part.segment_ids + first for part, first in zip(parts, first_segments, strict=True)]
         ),
@@ -228,7 +340,16 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([part.pairs for part in parts], first_segments),
+        media=MediaTable.join([part.media for part in parts], first_tokens, first_documents),
     )
+
+
+def _joined_positions(parts: Sequence[PackedBatch]) -> np.ndarray:
+    """The positions of several parts, on three axes if those of one are."""
+    columns = [part.position_ids for part in parts]
+    if any(column.ndim == 2 for column in columns):
+        columns = [_on_three_axes(column) for column in columns]
+    return np.concatenate(columns)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ need, the same number on every rank, and a rank that gets no row in one gets a b
 
 import math
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +25,7 @@ from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.tokens.feed import TokenFeed, open_token_files
+from erniekit.data.vision.encode import VisionSpec
 from erniekit.utils.errors import ConfigError, DataError
 
 _VERSION = 1
@@ -91,6 +92,10 @@ class Feed(Protocol):
 
     def report(self, position: Any) -> dict[str, Any]:
         """Counts up to a Place."""
+        ...
+
+    def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with what is only loaded for the rank that trains on them: the pixels of pictures."""
         ...
 
     def interrupt(self) -> None:
@@ -249,7 +254,8 @@ def _steps(feed: Feed, plan: Plan, position: Place) -> Generator[tuple[list[Pack
     """A rank's microbatches step by step, each with the position behind the step."""
     with closing(feed.rows(position)) as rows:
         while taken := list(islice(rows, plan.rows_per_step)):
-            yield _microbatches([row for row, _ in taken], plan), taken[-1][1]
+            batches = _microbatches([row for row, _ in taken], plan)
+            yield feed.decode_media(batches), taken[-1][1]
 
 
 def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
@@ -267,6 +273,7 @@ def build_loader(
     world: int = 1,
     template: Template | None = None,
     inspection: Inspection = EVERY_RECORD,
+    vision: VisionSpec | None = None,
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
 
@@ -274,7 +281,7 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records of text are looked at first. Raises DataError (file:line, reason, hint) for data that
+    `inspection` is how records are looked at first; `vision` how those with pictures are read (stage VL-SFT). Raises DataError (file:line, reason, hint) for data that
     cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
@@ -282,7 +289,7 @@ def build_loader(
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:
-        feed = open_text(cfg, tokenizer, split, template, inspection)
+        feed = open_text(cfg, tokenizer, split, template, inspection, vision)
     plan = Plan(
         batch_size=cfg.batch_size,
         accumulation=cfg.gradient_accumulation_steps if training else 1,

@@ -65,7 +65,7 @@ def batch_inputs(
     padding = padded_length(model, batch) - batch.num_tokens
 
     def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
-        return np.pad(values_T, (0, padding), constant_values=fill)
+        return np.pad(values_T, [(0, padding)] + [(0, 0)] * (values_T.ndim - 1), constant_values=fill)
 
     vision = batch.modality != Modality.TEXT
     return packed_inputs(

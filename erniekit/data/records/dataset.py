@@ -20,9 +20,12 @@ from erniekit.config.values import split_list
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
-from erniekit.data.records.formats import ALIASES, FORMATS, parse_record
+from erniekit.data.records.formats import ALIASES, FORMATS, VISION_TYPE, parse_record
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.readers import load_record, open_file
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.formats import FORMATS as VISION_FORMATS
+from erniekit.data.vision.formats import parse_vision_record
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -47,7 +50,7 @@ def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT
     """Read the comma-separated (or already split) values of {split}_dataset_path/type/prob.
 
     No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
-    preference_formats. No share means equal shares; shares are
+    preference_formats, at stage VL-SFT that of vision.formats. No share means equal shares; shares are
     divided by their sum.
     """
     path_list, type_list, prob_list = (_split(value) for value in (paths, types, probs))
@@ -97,6 +100,12 @@ def _type(name: str, key: str, stage: str) -> str:
                 f"{key}_type: stage DPO reads pairs of answers, not {name}. Hint: use type erniekit or messages."
             )
         return f"{name} (DPO)"
+    if stage == "VL-SFT":
+        if name not in VISION_FORMATS:
+            raise DataError(
+                f"{key}_type: stage VL-SFT reads conversations, not {name}. Hint: use {', '.join(VISION_FORMATS)}."
+            )
+        return name + VISION_TYPE
     if stage != "PT":
         return name
     if name not in ("erniekit", "text"):
@@ -111,7 +120,7 @@ class Source:
     """The valid records of one data set. `bad_lines` counts those that were skipped, `faults` are the first of them.
 
     on_bad_line: error, skip, or gather: as skip, but without a log line. With check_every = n only each n-th record is
-    looked at; the others are taken to be valid.
+    looked at; the others are taken to be valid. `vision` is how records with pictures are read.
     """
 
     def __init__(
@@ -121,8 +130,10 @@ class Source:
         on_bad_line: str = "error",
         download_hub: str | None = None,
         check_every: int = 1,
+        vision: VisionSpec | None = None,
     ):
         self.spec, self.bad_lines = spec, 0
+        self._vision = vision
         self.faults: list[str] = []
         self.check_every = check_every
         self._on_bad_line = on_bad_line
@@ -166,7 +177,12 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        parse_record(load_record(raw, where), self.spec.type, where, self._notes)
+        record = load_record(raw, where)
+        if self.spec.type.endswith(VISION_TYPE):
+            assert self._vision is not None, "whoever opens such data says how"
+            parse_vision_record(record, self.spec.type, where, self._vision.formats(where), self._notes)
+        else:
+            parse_record(record, self.spec.type, where, self._notes)
         if self._notes.unused or self._notes.doubts:
             self._unused.update(self._notes.unused)
             self._doubts.update(self._notes.doubts)

@@ -1,8 +1,8 @@
 """ERNIEKit's format for pictures: text_info, image_info, video_info and order.
 
 text_info holds texts with a tag: "mask" is a prompt, "no_mask" an answer. Neighbours with one tag are one message. A
-picture stands before the text whose index it names (matched_text_index), or where `order` puts it, and always belongs to
-a prompt.
+picture stands before the text whose index it names (matched_text_index), or where `order` puts it, and always belongs
+to a prompt.
 """
 
 from collections.abc import Sequence
@@ -116,26 +116,9 @@ def _by_index(texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> l
 
 def _by_order(record: dict[str, Any], texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> list[list[Part]]:
     """The media before each text, from `order`: {"type": ["image", "text", ...], "index": [0, 0, ...]}."""
-    order = record["order"]
-    kinds, indices = (order.get(key) if isinstance(order, dict) else None for key in ("type", "index"))
-    if not isinstance(kinds, list) or not isinstance(indices, list) or len(kinds) != len(indices):
-        raise BadRecord(
-            "'order' must have two lists of one length", 'write {"type": ["image", ...], "index": [0, ...]}'
-        )
-    counts = {"text": len(texts), **{kind: len(items) for kind, items in media.items()}}
-    given: dict[str, list[Any]] = {
-        kind: [i for k, i in zip(kinds, indices, strict=True) if k == kind] for kind in counts
-    }
-    unknown = [kind for kind in kinds if kind not in counts]
-    if unknown:
-        raise BadRecord(f"'order' has the type {unknown[0]!r}", "the types are text, image and video")
-    for kind, count in counts.items():
-        if sorted(map(str, given[kind])) != sorted(map(str, range(count))):
-            raise BadRecord(
-                f"'order' names the items {given[kind]} of {_KINDS[kind]}, which has {count}", "name each once"
-            )
-    if given["text"] != sorted(given["text"]):
-        raise BadRecord(f"'order' puts the texts into the order {given['text']}", "leave them in theirs")
+    kinds, indices = _checked_order(
+        record["order"], {"text": len(texts), **{kind: len(items) for kind, items in media.items()}}
+    )
     before: list[list[Part]] = []
     waiting: list[tuple[str, dict[str, Any]]] = []
     for kind, index in zip(kinds, indices, strict=True):
@@ -147,6 +130,25 @@ def _by_order(record: dict[str, Any], texts: Sequence[Any], media: dict[str, lis
     if waiting:
         raise BadRecord("'order' ends with a picture", "media stand before the prompt that they belong to")
     return before
+
+
+def _checked_order(order: Any, counts: dict[str, int]) -> tuple[list[str], list[int]]:
+    """The types and indices of `order`, which names each of the items that there are once, the texts in their order."""
+    kinds, indices = (order.get(key) if isinstance(order, dict) else None for key in ("type", "index"))
+    if not isinstance(kinds, list) or not isinstance(indices, list) or len(kinds) != len(indices):
+        raise BadRecord(
+            "'order' must have two lists of one length", 'write {"type": ["image", ...], "index": [0, ...]}'
+        )
+    unknown = [kind for kind in kinds if kind not in counts]
+    if unknown:
+        raise BadRecord(f"'order' has the type {unknown[0]!r}", "the types are text, image and video")
+    for kind, count in counts.items():
+        given = [index for k, index in zip(kinds, indices, strict=True) if k == kind]
+        if sorted(map(str, given)) != sorted(map(str, range(count))):
+            raise BadRecord(f"'order' names the items {given} of {_KINDS[kind]}, which has {count}", "name each once")
+        if kind == "text" and given != sorted(given):
+            raise BadRecord(f"'order' puts the texts into the order {given}", "leave them in theirs")
+    return kinds, indices
 
 
 def _grouped(items: Sequence[tuple[str, dict[str, Any]]]) -> list[Part]:

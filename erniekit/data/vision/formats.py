@@ -2,8 +2,8 @@
 pictures, which boxes in pixels need.
 
 Types: `erniekit` (text_info, image_info, video_info), `messages` (also `chatml`), `sharegpt` and `alpaca` with `images`
-and `videos` and the tags <image> and <video>, OpenAI's content lists, and ms-swift's `objects` and agent roles. A record
-without pictures is a sample of text.
+and `videos` and the tags <image> and <video>, OpenAI's content lists, and ms-swift's `objects` and agent roles. A
+record without pictures is a sample of text.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
-from erniekit.data.records.formats import ALIASES
+from erniekit.data.records.formats import ALIASES, VISION_TYPE
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
@@ -33,14 +33,14 @@ def parse_vision_record(
     """Check a record and turn it into a Sample of kind "chat"; the content of a message is text or a list of parts (see
     `parts`).
 
-    `type_name` is a key of FORMATS or an alias; `where` ("file:line") opens the message of the DataError that a wrong
+    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the message of the DataError that a wrong
     record raises. To `notes` is added what was passed over or taken with a doubt.
     """
     notes = Notes() if notes is None else notes
     with reading(where):
         if not isinstance(record, dict):
             raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
-        name = ALIASES.get(type_name, type_name)
+        name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
         likely = _likely_type(record)
         if likely is not None and likely != name:
             raise BadRecord(f"this record is of type {likely}, not {type_name}", f"set the dataset type to {likely}")

@@ -12,10 +12,10 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision import positions
-from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.data.vision.images import ImageOptions, normalise
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import content_parts, media_of
+from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.data.vision.processor_files import ProcessorSettings, read_settings, write_settings
 from erniekit.data.vision.sequence import Expanded, MediaTokens, expand
 from erniekit.data.vision.template import VisionTemplate, load_vision_template
@@ -74,7 +74,7 @@ class Processor:
         reader = MediaReader(Path(directory), self._allow_urls)
         try:
             plans = self.plan(messages, reader, notes)
-            patches = [plan.patches(self.settings.patching, notes) for plan in plans]
+            patches = [plan.patches(notes) for plan in plans]
         except BadRecord as error:
             raise DataError(f"{error.reason}. Hint: {error.hint}.") from None
         for doubt in sorted(notes.doubts):

@@ -9,7 +9,7 @@ from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes, has_content
 from erniekit.data.records.values import json_of, kind_of, list_of
 from erniekit.data.vision.boxes import relative_box
-from erniekit.data.vision.images import ImageOptions, image_size
+from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions, image_size
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import merged
 
@@ -28,7 +28,7 @@ class FormatOptions:
     reader: MediaReader
     boxes: str = "relative"
     missing_tags: str = "error"
-    images: ImageOptions = ImageOptions()
+    images: ImageOptions = IMAGE_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -164,21 +164,30 @@ def _boxes(objects: dict[str, Any], pictures: list[Any], options: FormatOptions)
     kind = objects.get("bbox_type") or "real"
     if kind not in _BOX_TYPES:
         raise BadRecord(f"bbox_type is {kind!r}", f"the types are {', '.join(_BOX_TYPES)}")
-    which = objects.get("image_id")
-    if which is not None and (not isinstance(which, list) or len(which) != len(given)):
-        raise BadRecord(f"image_id must have a number for each of {len(given)} boxes", "or leave it out")
-    if which is None and kind == "real" and given and len(pictures) != 1:
-        raise BadRecord(f"boxes in pixels and {len(pictures)} pictures", "say with image_id which picture each is in")
+    convention = _BOX_TYPES[kind]
+    which = _pictures_of_boxes(objects, len(given), len(pictures), convention)
     result = []
-    for i, box in enumerate(given):
+    for i, (box, index) in enumerate(zip(given, which, strict=True)):
         if not isinstance(box, list) or len(box) not in (2, 4):
             raise BadRecord(f"objects.bbox[{i}] must be [x, y] or [x1, y1, x2, y2]", "see the row")
-        index = 0 if which is None else which[i]
-        if not isinstance(index, int) or not (0 <= index < len(pictures) or kind != "real"):
-            raise BadRecord(f"image_id[{i}] is {index!r} and there are {len(pictures)} pictures", "count from 0")
 
         def size(index: int = index) -> tuple[int, int]:
             return image_size(pictures[index], options.reader, options.images)
 
-        result.append(relative_box(box, _BOX_TYPES[kind], size, f"objects.bbox[{i}]"))
+        result.append(relative_box(box, convention, size, f"objects.bbox[{i}]"))
     return result
+
+
+def _pictures_of_boxes(objects: dict[str, Any], count: int, num_pictures: int, convention: str) -> list[int]:
+    """The number of the picture that each box is in; only boxes in pixels need it."""
+    which = objects.get("image_id")
+    if which is None:
+        if convention == "pixels" and count and num_pictures != 1:
+            raise BadRecord(f"boxes in pixels and {num_pictures} pictures", "say with image_id which one each is in")
+        return [0] * count
+    if not isinstance(which, list) or len(which) != count:
+        raise BadRecord(f"image_id must have a number for each of {count} boxes", "or leave it out")
+    for i, index in enumerate(which):
+        if not isinstance(index, int) or not 0 <= index < num_pictures:
+            raise BadRecord(f"image_id[{i}] is {index!r} and there are {num_pictures} pictures", "count from 0")
+    return which

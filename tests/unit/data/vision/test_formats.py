@@ -1,4 +1,4 @@
-"""Records with pictures in every form that people have, as one form of sample; wrong ones with their place and counts."""
+"""Records with pictures in every form that people have become one form of sample; wrong ones are placed and counted."""
 
 import json
 

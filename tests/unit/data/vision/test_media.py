@@ -56,9 +56,9 @@ def test_members_of_archives(reader, tmp_path):
     assert content(reader, "all.zip/dir/a.png") == b"zipped"
     assert content(reader, "all.tar/dir/a.png") == b"tarred"
     assert content(reader, "all.tar/b.png") == b"tarred"
-    with pytest.raises(BadRecord, match="no member 'c.png'"):
+    with pytest.raises(BadRecord, match=r"no member 'c.png'"):
         reader.open("all.zip/c.png")
-    with pytest.raises(BadRecord, match="no member 'c.png'"):
+    with pytest.raises(BadRecord, match=r"no member 'c.png'"):
         reader.open("all.tar/c.png")
     with pytest.raises(BadRecord, match="at most 3 are read"):
         reader.open("all.zip/dir/a.png", limit=3)

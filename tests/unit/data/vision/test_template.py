@@ -227,7 +227,7 @@ def test_numbers_run_over_messages_and_kinds(plain):
 def test_serving_continues_what_training_has(plain, thinking):
     """The prompt of generation is the beginning of the training sequence."""
     for template in (plain, thinking):
-        messages = [user(picture("q")), answer("one"), user(picture("r")), answer("two", **({}))]
+        messages = [user(picture("q")), answer("one"), user(picture("r")), answer("two")]
         [segments] = template.encode_all(messages)
         ids, _ = template.labels(segments)
         prompt = template.prompt_ids(messages[:3])
@@ -269,7 +269,7 @@ def test_a_text_model_has_no_tokens_for_pictures(tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         text = (DEMO_MODEL / file).read_text("utf-8").replace("<|VIDEO_START|>", "<|OTHER|>")
         (tmp_path / file).write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match="no token <.VIDEO_START.>, so this is no vision-language model"):
+    with pytest.raises(ConfigError, match=r"no token <.VIDEO_START.>, so this is no vision-language model"):
         load_vision_template(load_tokenizer(tmp_path))
 
 
