@@ -125,9 +125,9 @@ class MediaTable:
 
     `grid` int64 [N, 3]: frames, rows and columns of patches of each; `first_tokens` int64 [N]: the token of the batch
     at which its placeholders begin (whether it is a picture or a video, the modality of that token says). `pixels`
-    uint8 [P, 3 * patch * patch]: the patches of all of them one after another; empty until they are decoded, which only the
-    rank that trains on the batch does. `sources` [N] is what decodes them, empty once that is done; `documents` int64
-    [N]: the number of each one's document among the batch's.
+    uint8 [P, 3 * patch * patch]: the patches of all of them one after another; empty until they are decoded, which only
+    the rank that trains on the batch does. `sources` [N] is what decodes them, empty once that is done; `documents`
+    int64 [N]: the number of each one's document among the batch's.
     """
 
     pixels: np.ndarray

@@ -281,8 +281,8 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records are looked at first; `vision` how those with pictures are read (stage VL-SFT). Raises DataError (file:line, reason, hint) for data that
-    cannot be read and ConfigError for keys that do not go together.
+    `inspection` is how records are looked at first; `vision` how those with pictures are read (stage VL-SFT). Raises
+    DataError (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
     feed: RecordFeed | TokenFeed

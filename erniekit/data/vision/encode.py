@@ -70,8 +70,8 @@ class VisionEncoder:
 
     A conversation longer than `max_seq_len` tokens loses its last whole rounds (a round is a user's message and all
     that answers it) and the pictures in them, never a part of a picture: later rounds speak of earlier pictures, not
-    the other way round. With the overflow "shrink" pictures are made smaller before rounds are left out. If the first round
-    alone does not fit, the overflow says what happens: "drop" it, or "error"; "shrink" drops it too.
+    the other way round. With the overflow "shrink" pictures are made smaller before rounds are left out. If the first
+    round alone does not fit, the overflow says what happens: "drop" it, or "error"; "shrink" drops it too.
     """
 
     def __init__(self, template: VisionTemplate, spec: VisionSpec, max_seq_len: int, on_bad_line: str = "error"):

@@ -33,8 +33,8 @@ def parse_vision_record(
     """Check a record and turn it into a Sample of kind "chat"; the content of a message is text or a list of parts (see
     `parts`).
 
-    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the message of the DataError that a wrong
-    record raises. To `notes` is added what was passed over or taken with a doubt.
+    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the message
+    of the DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
     """
     notes = Notes() if notes is None else notes
     with reading(where):
