@@ -96,7 +96,7 @@ def _media_items(record: dict[str, Any], kind: str, notes: Notes) -> list[dict[s
 
 def _by_index(texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> list[list[Part]]:
     """The media before each text, from matched_text_index."""
-    before: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in texts]
+    found: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in texts]
     for kind, items in media.items():
         for i, item in enumerate(items):
             index = item.get("matched_text_index", 0)
@@ -105,13 +105,13 @@ def _by_index(texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> l
                     f"{_KINDS[kind]}[{i}] has the matched_text_index {index!r}, but text_info has {len(texts)} items",
                     "it is the index of the text that the picture stands before, counted from 0",
                 )
-            before[index].append((kind, item))
-    for index, items in enumerate(before):
-        if len({kind for kind, _ in items}) > 1:
+            found[index].append((kind, item))
+    for index, placed in enumerate(found):
+        if len({kind for kind, _ in placed}) > 1:
             raise BadRecord(
                 f"pictures and videos stand before text_info[{index}] and nothing says in which order", "give 'order'"
             )
-    return [_grouped(items) for items in before]
+    return [_grouped(placed) for placed in found]
 
 
 def _by_order(record: dict[str, Any], texts: Sequence[Any], media: dict[str, list[dict[str, Any]]]) -> list[list[Part]]:

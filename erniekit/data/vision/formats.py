@@ -33,8 +33,8 @@ def parse_vision_record(
     """Check a record and turn it into a Sample of kind "chat"; the content of a message is text or a list of parts (see
     `parts`).
 
-    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the message
-    of the DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
+    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the
+    message of the DataError that a wrong record raises. To `notes` is added what was skipped or doubtful.
     """
     notes = Notes() if notes is None else notes
     with reading(where):
@@ -131,16 +131,19 @@ def _converted(message: dict[str, Any], pictures: list[Any], name: str, options:
         if message.get(key):
             result[key] = convert_text(message[key], options.boxes, lambda: size_of(None), name)
     if "tool_calls" in message:
-        calls = []
-        for call in message["tool_calls"]:
-            function = call["function"]
-            arguments = function["arguments"]
-            converted = convert_arguments(
-                arguments, options.boxes, lambda a=arguments: size_of(a.get("img_idx")), f"the call in {name}"
-            )
-            calls.append({**call, "function": {**function, "arguments": converted}})
-        result["tool_calls"] = calls
+        result["tool_calls"] = [
+            _converted_call(call, size_of, f"the call in {name}", options.boxes) for call in message["tool_calls"]
+        ]
     return result
+
+
+def _converted_call(
+    call: dict[str, Any], size_of: Callable[[Any], tuple[int, int]], name: str, convention: str
+) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    converted = convert_arguments(arguments, convention, lambda: size_of(arguments.get("img_idx")), name)
+    return {**call, "function": {**function, "arguments": converted}}
 
 
 FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -122,7 +122,7 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
     with reader.open(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warning of large pictures: the bound below is ours
         try:
-            with Image.open(_Timed(file, options.max_seconds), formats=FORMATS) as image:
+            with Image.open(cast(BinaryIO, _Timed(file, options.max_seconds)), formats=FORMATS) as image:
                 _check_size(image, options, name)
                 yield image
         except UnidentifiedImageError:

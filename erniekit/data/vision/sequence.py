@@ -67,4 +67,4 @@ def expand(ids: Sequence[int], labels: Sequence[int], tokens: Sequence[int], med
     counts = np.ones(len(short), np.int64)
     counts[is_media] = tokens
     first_tokens = (np.cumsum(counts) - counts)[is_media]
-    return Expanded(*(np.repeat(values, counts) for values in (short, targets, modality)), first_tokens)
+    return Expanded(np.repeat(short, counts), np.repeat(targets, counts), np.repeat(modality, counts), first_tokens)
