@@ -162,7 +162,7 @@ def _boxes(objects: dict[str, Any], pictures: list[Any], options: FormatOptions)
     """The boxes of `objects` in the relative convention."""
     given = list_of(objects, "bbox") if has_content(objects.get("bbox")) else []
     kind = objects.get("bbox_type") or "real"
-    if kind not in _BOX_TYPES:
+    if not isinstance(kind, str) or kind not in _BOX_TYPES:
         raise BadRecord(f"bbox_type is {kind!r}", f"the types are {', '.join(_BOX_TYPES)}")
     convention = _BOX_TYPES[kind]
     which = _pictures_of_boxes(objects, len(given), len(pictures), convention)

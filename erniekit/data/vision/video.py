@@ -18,7 +18,7 @@ from erniekit.data.records.fields import Notes
 from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions, choose_frames, draw_time, pick_from_intervals
 from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.images import FORMATS, IMAGE_OPTIONS, ImageOptions, image_size, load_image, resize
-from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, unwrap
+from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, kind_of_file, unwrap
 
 _MAX_FRAMES = 2_000_000  # of a file: 18 hours at 30 frames a second
 _NEARBY = 10  # frames: how far from a damaged frame another one may stand in for it
@@ -92,7 +92,7 @@ def open_video(
     if isinstance(source, list | tuple):
         return _from_list(list(source), part, reader, options, notes)
     directory = reader.local_path(source)
-    if directory is not None and directory.is_dir():
+    if directory is not None and kind_of_file(directory) == "directory":
         return _from_list(_pictures_in(directory), part, reader, options, notes)
     return _from_file(source, part, reader, options)
 

@@ -91,6 +91,8 @@ def test_damaged_archives(reader, tmp_path):
         ("sub", "directory"),
         ("", "empty"),
         ("a\0b", "empty"),
+        ("x" * 5000, "File name too long"),
+        ("~nobody-of-this-name/a.png", "is no path"),
         ("http://localhost/a.png", "downloading while training is off"),
         ("ftp://localhost/a.png", "cannot be read from ftp"),
         ("s3://bucket/a.png", "cannot be read from s3"),
