@@ -19,10 +19,8 @@ _as_command = _as_module or "".join(sys.argv[:1]).endswith("/erniekit")
 if _as_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command listens, Ctrl-C ends it without a traceback
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from erniekit.utils import runtime
 from erniekit.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -30,13 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load_model", "load_processor", "save_model", "train"]
 
-runtime.prepare()  # before anyone imports paddle: it reads these settings once
-# Paddle warns on import where ccache is missing; nothing is compiled here.
-warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
-
 
 def __getattr__(name: str) -> Any:
     if name in __all__[1:]:
+        from erniekit.utils import runtime
+
+        runtime.prepare()  # api imports Paddle, which reads these settings once
         from erniekit import api
 
         return vars(api)[name]

@@ -1,6 +1,6 @@
 """From a model directory to a model in memory: the only place that knows the order of the steps.
 
-Lazy model -> quantised weights -> random draw or file -> precision -> parallelize -> adapter -> activation
+Lazy model -> products -> random draw or file -> precision -> parallelize -> adapter -> activation
 checkpointing: the same for training, evaluation, generation, reference models and `erniekit.load_model`.
 
 `prepare_model` opens the directory and checks everything that can be checked without its weights, so that a mistake in
@@ -21,8 +21,8 @@ from erniekit.checkpoint.model_io import fill_weights
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
+from erniekit.checkpoint.product_state import load_product_state
 from erniekit.config.schema import Config
-from erniekit.config.values import split_patterns
 from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
@@ -30,13 +30,13 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
-from erniekit.models.quantize import describe, quantize_weights
+from erniekit.models.products import attach_products, describe
 from erniekit.models.weights import our_shapes
+from erniekit.nn.linear import ProductFactory
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
-from erniekit.precision.weight_only import Schemes
-from erniekit.utils import log
+from erniekit.utils import log, runtime
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=split_patterns(cfg.lora_target_modules) or DEFAULT_TARGETS,
-        modules_to_save=split_patterns(cfg.modules_to_save),
+        targets=cfg.lora_target_modules or DEFAULT_TARGETS,
+        modules_to_save=cfg.modules_to_save,
         seed=cfg.seed,
     )
 
@@ -204,6 +204,7 @@ class PreparedModel:
             mesh: the ranks that share the model.
             chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
         """
+        runtime.ensure_threads()
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
@@ -211,14 +212,15 @@ class PreparedModel:
         # keeps.
         with policy.default_dtype(precision), paddle.LazyGuard():
             model = CausalLM(self.config, rank_shard_of(mesh, layers))
-        if precision.low_bit is not None:
-            quantize_weights(model, precision.low_bit)
+        if precision.product is not None:
+            attach_products(model, precision.product)
         stored = set() if self.reader is None else set(our_shapes(self.reader.config))
         init_weights(model, options.seed, lambda name: name not in stored)
         if self.reader is not None:
             fill_weights(model, self.reader, precision.rounded_to)
+            load_product_state(model, self.path)
         policy.apply(model, precision)
-        if precision.low_bit is not None:
+        if precision.product is not None:
             log.info(f"{self.path}: {describe(model)}")
         parallelize(model, mesh, options.sequence_parallel)
         if isinstance(options.adapter, AdapterDirectory):
@@ -255,9 +257,6 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     if options.random_start:
         stored, reader = ModelConfig.from_dir(path) if shape is None else shape, None
         log.info(f"continue_training: false: {path} starts at random (seed {options.seed})")
-        if options.precision.low_bit is not None:
-            log.info("compute_type: weights in few bits: no effect on a random start")
-            options = dataclasses.replace(options, precision=dataclasses.replace(options.precision, low_bit=None))
     else:
         reader = ModelReader(path)
         stored = reader.config
@@ -277,17 +276,17 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, low_bit: Schemes | None = None
+    path: str | Path, dtype: str = "float32", adapter: str | Path | None = None, product: ProductFactory | None = None
 ) -> CausalLM:
     """The model in directory `path`, in eval mode.
 
     `dtype`: "float32", "bfloat16" or "float16" of the parameters; router and correction bias stay float32. On a CPU,
     where Paddle cannot multiply the short types, the weights are rounded to them and stored in float32.
-    `low_bit`: how the projections of the layers are stored instead, frozen (see precision.weight_only.SCHEMES).
+    `product`: how the projections of the layers multiply instead (see nn.product), such as QuantizedWeights.
     `adapter`: a directory with an adapter in PEFT's format, attached to the model.
     Raises CheckpointError (see `ModelReader`, `read_adapter`).
     """
     name = dtypes.LONG_NAMES[dtypes.header_name(dtype)]
-    precision = policy.of_weights(name, paddle.get_device(), low_bit)
+    precision = policy.of_weights(name, paddle.get_device(), product)
     directory = None if adapter is None else AdapterDirectory(Path(adapter))
     return prepare_model(path, ModelOptions(precision, adapter=directory)).build()

@@ -120,8 +120,8 @@ def _from_aistudio(name: str, kind: str, patterns: list[str]) -> str:
     return snapshot_download(repo_id=name, repo_type=kind, allow_patterns=patterns)
 
 
-# What download_hub names: in words, and how a name of it becomes a local directory. The last two come with the extra
-# `hubs`, and were tried against stand-ins for their packages only, never against their servers.
+# What download_hub names: the hub's name as text, and how a name of it becomes a local directory. The last two come
+# with the extra `hubs`, and were tried against stand-ins for their packages only, never against their servers.
 _HUBS: dict[str, tuple[str, Callable[[str, str, list[str]], str]]] = {
     "huggingface": ("the Hugging Face Hub", _from_hugging_face),
     "modelscope": ("ModelScope", _from_modelscope),

@@ -3,8 +3,9 @@
 import os
 import tempfile
 
-import erniekit  # noqa: F401  sets the CPU environment before any test imports paddle
+from erniekit.utils import runtime
 
+runtime.prepare()  # before any test imports paddle
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 # What runs keep for later ones must not come from an earlier test run, nor go to the user's own cache.

@@ -172,9 +172,9 @@ def test_figures_for_gpus_say_whose_they_are(name):
 @pytest.mark.parametrize("name", FILES)
 def test_its_model_and_data_are_there_or_have_a_hub_name(name):
     cfg = read(name)
-    for path in ",".join(filter(None, (cfg.train_dataset_path, cfg.eval_dataset_path))).split(","):
+    for path in (*cfg.train_dataset_path, *cfg.eval_dataset_path):
         assert not path or (path.startswith("./") and (ROOT / path).is_file()), path
-    for prefix in re.findall(r"\./[\w./-]+", cfg.input_dir or ""):
+    for prefix in (word for word in cfg.input_dir if word.startswith("./")):
         # token files depend on the model's tokenizer: where none are shipped, the header says how to come by them
         assert "token files" in header(name) or (ROOT / f"{prefix}.idx").is_file(), prefix
     model = cfg.model_name_or_path

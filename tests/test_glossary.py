@@ -18,13 +18,20 @@ PAGE = REPOSITORY / "docs" / "glossary.md"
 # Packages and modules without retired words. It only grows.
 CLEAN = (
     "erniekit.__main__",
+    "erniekit.cli",
+    "erniekit.cluster",
+    "erniekit.config",
+    "erniekit.hub",
+    "erniekit.utils",
     "erniekit.api",
     "erniekit.evaluate",
     "erniekit.export",
     "erniekit.generation",
     "erniekit.losses",
+    "erniekit.lora",
     "erniekit.models",
     "erniekit.nn",
+    "erniekit.precision",
     "erniekit.serve",
 )
 

@@ -45,6 +45,7 @@ FOREIGN = {
     "bench_step": ("bench_step.py tiny --rounds 1 --warmup 1 --batch 1 --seq 16", ("torch", "transformers")),
     "bench_sft": ("bench_sft.py --num-samples 60 --batches 4 --rounds 1", ("torch", "transformers", "trl")),
     "make_parity_fixtures": ("make_parity_fixtures.py --out {tmp} dense_tied", ("torch", "transformers")),
+    "make_vision_fixtures": ("make_vision_fixtures.py --out {tmp}", ("torch", "transformers")),
     "make_peft_fixture": ("make_peft_fixture.py --help", ("torch", "transformers", "peft")),
     "make_preference_fixture": ("make_preference_fixture.py --help", ("torch", "trl")),
     "make_processor_fixture": (

@@ -51,12 +51,14 @@ class Step:
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.weights import our_shapes
         from erniekit.parallel.grad_sync import GradientSync
+        from erniekit.precision.quantized_weight import QuantizedWeights
         from erniekit.precision.weight_only import SCHEMES
         from erniekit.training.adamw import AdamW, parameter_rules
 
         self.paddle, self.loss_of = paddle, linear_cross_entropy
         adapted, _, compute_type = side.partition(" ")
-        self.model = model = load_model(job["base"], low_bit=SCHEMES[compute_type] if compute_type else None)
+        product = QuantizedWeights(SCHEMES[compute_type]) if compute_type else None
+        self.model = model = load_model(job["base"], product=product)
         if adapted == "lora":
             options = lora.LoraOptions(rank=job["rank"], alpha=2.0 * job["rank"])
             lora.attach(model, options, our_shapes(model.config), tied=True)

@@ -21,8 +21,9 @@ from measure_convert_memory import MB, make_checkpoint, peak
 
 from erniekit.build import load_model
 from erniekit.models.config import ModelConfig
-from erniekit.models.quantize import quantized_weights
+from erniekit.models.products import held_weights
 from erniekit.models.weights import logical_tensors
+from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.precision.weight_only import SCHEMES
 
 SHARED = {
@@ -61,10 +62,11 @@ MODELS = {
 def run_one(directory: Path, compute_type: str) -> None:
     """In a process of its own: load, and print megabytes held, megabytes that loading added at most, seconds."""
     before, start = peak(), time.perf_counter()
-    model = load_model(directory, low_bit=SCHEMES.get(compute_type))
+    product = QuantizedWeights(SCHEMES[compute_type]) if compute_type in SCHEMES else None
+    model = load_model(directory, product=product)
     seconds, added = time.perf_counter() - start, peak() - before
     held = sum(parameter.element_size() * parameter.size for parameter in model.parameters())
-    held += sum(weight.num_bytes() for weight in quantized_weights(model).values())
+    held += sum(product.num_bytes(projection.weight) for projection, product in held_weights(model).values())
     print(f"{held / MB:.0f} {added:.0f} {seconds:.1f}")
 
 

@@ -181,6 +181,8 @@ def move_staged(staging: Path, target: Path) -> None:
             (target / name).unlink(missing_ok=True)
     for name, file in files.items():
         if name not in weights:
+            if file.is_dir() and (target / name).exists():  # a rename does not replace a directory
+                atomic.remove_tree(target / name)
             os.replace(file, target / name)
     if weights:
         replace_weights(target, weights)

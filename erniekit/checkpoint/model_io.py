@@ -15,10 +15,10 @@ from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.lora import state_of
 from erniekit.models.config import FORMATS, Format
-from erniekit.models.quantize import quantized_weights
+from erniekit.models.products import held_weights
 from erniekit.models.weights import Logical, logical_tensors
+from erniekit.nn.product import Product
 from erniekit.nn.shard import WHOLE, ShardSpec, named_shard_specs, shard
-from erniekit.precision.quantized_weight import QuantizedWeight
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 
@@ -41,36 +41,37 @@ def fill_weights(
     into: Mapping[str, paddle.Tensor] | None = None,
 ) -> None:
     """Set every parameter and persistent buffer that an open directory has, one at a time; the model's dtypes stay. A
-    model that is one part of several takes its share of each. Quantised weights are quantised as they are read, experts
-    one by one.
+    model that is one part of several takes its share of each. A product that holds its weight is filled while the
+    weight is read, experts one by one.
 
     `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`.
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
-    tensors = held_tensors(model) | quantized_weights(model) if into is None else into
+    tensors = held_tensors(model) if into is None else into
+    held = held_weights(model) if into is None else {}
     shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
-        if tensor is None:
+        if tensor is None and param not in held:
             assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
             continue
         spec = shard_specs.get(param)
         units = list(logicals)
         pieces = _read(source, units, spec, (0, 1) if spec is None else part.share(spec), through)
-        if isinstance(tensor, QuantizedWeight):
-            _quantise(tensor, pieces, param)
+        if tensor is None:
+            _fill(held[param][1], pieces, param)
             continue
         array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _quantise(weight: QuantizedWeight, pieces: Iterator[np.ndarray], param: str) -> None:
-    for place, piece in enumerate(pieces):
+def _fill(product: Product, pieces: Iterator[np.ndarray], param: str) -> None:
+    for index, piece in enumerate(pieces):
         try:
-            weight.fill(place, piece)
+            product.fill(index, piece)
         except ValueError as error:
-            raise CheckpointError(f"{param}: {error}: it cannot be held in few bits.") from None
+            raise CheckpointError(f"{param}: {error}: it cannot be quantised to {product.name}.") from None
 
 
 def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -115,10 +116,10 @@ def save_model(
     and correction bias are always float32. The directory is complete or as it was before; a full disk is a
     CheckpointError. One parameter is copied at a time.
     """
-    if quantized_weights(model):
+    if held_weights(model):
         raise CheckpointError(
-            "this model holds its weights in few bits, from which no file is made: save its adapter, and merge it into "
-            "the weights that the model was loaded from."
+            "the weights of this model are quantised, and no file of weights can be made from them: save its adapter, "
+            "and merge it into the weights that the model was loaded from."
         )
     if state_of(model) is not None:
         raise CheckpointError(

@@ -8,13 +8,21 @@ import numpy as np
 from erniekit.checkpoint.dtypes import to_fp32
 from erniekit.checkpoint.safetensors import Plan, Reader, TensorInfo
 from erniekit.models.config import Format, ModelConfig
-from erniekit.models.weights import Logical, detect_format, is_mtp, logical_tensors, match_names
+from erniekit.models.weights import (
+    EMBEDDINGS,
+    HEAD,
+    Logical,
+    detect_format,
+    is_mtp,
+    logical_tensors,
+    match_names,
+    mtp_depth,
+)
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
 # What readers of each side expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
-HEAD, EMBEDDINGS = "lm_head.weight", {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
 _SHOWN = 8  # names of each kind in an error
 
 
@@ -86,10 +94,11 @@ class ModelReader:
     def _mtp_depths(self, adapt: bool, keep: bool) -> int:
         """Depths of multi-token prediction to read; `self.config` is made to agree, or told to stay as it is."""
         asked = self.config.num_nextn_predict_layers
-        stored = [name for name in self.reader.keys() if is_mtp(name)]  # noqa: SIM118 - a Reader is not iterable
+        depth_of = {name: mtp_depth(name) for name in self.reader.keys()}  # noqa: SIM118 - a Reader is not iterable
+        stored = {name: depth for name, depth in depth_of.items() if depth is not None}
         if stored and not asked:
             if keep:
-                return 1 + max(_depth(name) for name in stored)
+                return 1 + max(stored.values())
             count = len(stored)
             log.info(f"{self.path}: {count} multi-token-prediction tensors left out (num_nextn_predict_layers is 0)")
             self.left_out.update(stored)
@@ -126,12 +135,6 @@ class ModelReader:
         elif unexpected == [HEAD]:
             advice = "The head of these weights is not tied to the embeddings: set tie_word_embeddings to false."
         raise CheckpointError("\n".join([f"{self.path}: the tensors do not fit the model.", *lines, advice]))
-
-
-def _depth(name: str) -> int:
-    """The number in the name of a multi-token-prediction tensor; 0 where it has none that can be one."""
-    numbers = [part for part in name.split(".") if part.isascii() and part.isdigit() and len(part) <= 2]
-    return int(numbers[0]) if numbers else 0
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -96,10 +96,6 @@ def _from_yaml(cfg: Config, given: Mapping[str, Any], tokenizer_dir: Path) -> Mo
     """A shape from the YAML alone; its tokens' roles are the tokenizer's."""
     tokenizer = load_tokenizer(tokenizer_dir)
     heads = given["num_attention_heads"]
-    if "head_dim" not in given and given["hidden_size"] % heads:
-        raise ConfigError(
-            f"head_dim: needed: hidden_size {given['hidden_size']} does not divide by num_attention_heads {heads}"
-        )
     if given["vocab_size"] < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size: {given['vocab_size']}: the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} token "

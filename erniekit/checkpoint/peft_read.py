@@ -15,7 +15,7 @@ from erniekit.checkpoint.peft_write import PREFIX, fingerprint, is_parameter, pa
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.hub import local_path, resolve_model
 from erniekit.lora import LoraOptions, Slot
-from erniekit.lora.layers import own_name
+from erniekit.lora.layers import parameter_name
 from erniekit.lora.targets import SAVEABLE, hf_name, is_stacked
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import logical_tensors
@@ -233,11 +233,11 @@ class _Reading:
             )
         else:
             ours = a.T, b.T
-        self.tensors[name + own_name("A", part)], self.tensors[name + own_name("B", part)] = map(
+        self.tensors[name + parameter_name("A", part)], self.tensors[name + parameter_name("B", part)] = map(
             np.ascontiguousarray, ours
         )
         if magnitude is not None:
-            self.tensors[name + own_name("magnitude", part)] = magnitude.reshape(-1)
+            self.tensors[name + parameter_name("magnitude", part)] = magnitude.reshape(-1)
 
     def _targeted(self) -> Iterator[tuple[str, str]]:
         """What PEFT would adapt in this model, as far as the configuration says it plainly."""

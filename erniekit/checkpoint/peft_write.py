@@ -21,7 +21,7 @@ from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from erniekit.checkpoint.safetensors import SINGLE_FILE, Reader, Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
-from erniekit.lora.layers import own_name
+from erniekit.lora.layers import parameter_name
 from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
@@ -72,7 +72,7 @@ def adapter_parameters(state: LoraState) -> list[str]:
     for module, slots in state.slots.items():
         for part in slots:
             kinds = ("A", "B", "magnitude") if state.options.dora else ("A", "B")
-            names += [f"{module}.adapter.{own_name(kind, part)}" for kind in kinds]
+            names += [f"{module}.adapter.{parameter_name(kind, part)}" for kind in kinds]
     return [*names, *state.saved]
 
 

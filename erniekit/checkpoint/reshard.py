@@ -11,25 +11,32 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import Shape, to_numpy
+from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import WHOLE, RankShard, ShardSpec, named_shard_specs, shard, unshard
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-
-# The last stage repeats the embedding where the head is tied to it or looks ahead.
-_EMBEDDING = "model.embed_tokens."
 
 
 class Shares:
     """The tensors that a process holds among those of all."""
 
-    def __init__(self, mesh: Mesh, part: RankShard, shard_specs: Mapping[str, ShardSpec]) -> None:
-        """`shard_specs`: of the parameters that can be divided, by name."""
-        self.mesh, self.shard, self.shard_specs = mesh, part, shard_specs
+    def __init__(
+        self,
+        mesh: Mesh,
+        part: RankShard,
+        shard_specs: Mapping[str, ShardSpec],
+        embeddings: frozenset[str] = frozenset(),
+    ) -> None:
+        """`shard_specs`: of the parameters that can be divided, by name. `embeddings`: the names of Role.EMBEDDING,
+        which the last stage repeats where the head is tied to it or looks ahead.
+        """
+        self.mesh, self.shard, self.shard_specs, self.embeddings = mesh, part, shard_specs, embeddings
 
     @classmethod
     def of(cls, model: CausalLM, mesh: Mesh) -> "Shares":
         """Those of `model`, this process's part."""
-        return cls(mesh, model.shard, named_shard_specs(model))
+        embeddings = frozenset(name for name, role in named_roles(model).items() if role is Role.EMBEDDING)
+        return cls(mesh, model.shard, named_shard_specs(model), embeddings)
 
     @classmethod
     def alone(cls) -> "Shares":
@@ -43,7 +50,7 @@ class Shares:
 
     def is_repeated(self, name: str) -> bool:
         """Whether an earlier stage holds the tensor, too, and writes it."""
-        return name.startswith(_EMBEDDING) and not self.shard.has_embedding
+        return name in self.embeddings and not self.shard.has_embedding
 
     def writes(self, name: str) -> bool:
         """Whether this rank writes the tensor; of divided experts, its own rows."""

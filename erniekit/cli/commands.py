@@ -10,6 +10,7 @@ class Command(NamedTuple):
     summary: str
     example: str
     syntax: str = ""  # empty: a configuration file and key=value, as most commands
+    options: tuple[str, ...] = ()  # "name=DEFAULT: what it does", of those that are not keys
     takes_config: bool = False  # the function takes the Config that the arguments make; what it returns is not used
 
 
@@ -24,6 +25,11 @@ COMMANDS = {
         "say what is wrong with a YAML and its data, without training",
         "erniekit check sft.yaml max_seq_len=8192",
         "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]",
+        (
+            "command=train: the command that the file is for: train, eval, export, split or chat",
+            "strict=false: true: warnings alone make the exit code 3 (errors make it 1)",
+            "json=FILE: also write the report to this file",
+        ),
     ),
     "eval": Command(
         "erniekit.evaluate.run:evaluate",
@@ -48,6 +54,11 @@ COMMANDS = {
         "change weights between the -PT and -Paddle layouts",
         "erniekit convert ./in ./out format=pt",
         "erniekit convert SOURCE TARGET format=pt|paddle [max_shard_size=5] [overwrite=true]",
+        (
+            "format: the layout to write: pt (Hugging Face) or paddle",
+            "max_shard_size=5: the largest weight file, in GB",
+            "overwrite=false: true: replace another model in TARGET",
+        ),
     ),
     "tokenize": Command(
         "erniekit.cli.tokenize:run",
@@ -55,6 +66,15 @@ COMMANDS = {
         "erniekit tokenize corpus/*.jsonl tokenizer=./model output=./tokens/part0",
         "erniekit tokenize TEXT... tokenizer=MODEL output=PREFIX [workers=1] [append_eos=true]\n"
         "       [on_bad_line=error|skip] [overwrite=false] [note_every=5]",
+        (
+            "tokenizer: a model directory, or a Hub name",
+            "output: the files are PREFIX.bin and PREFIX.idx",
+            "workers=1: processes that tokenize; 0: this process alone",
+            "append_eos=true: put the tokenizer's end token behind each document",
+            "on_bad_line=error: skip: leave bad records out and count them",
+            "overwrite=false: true: replace other token files",
+            "note_every=5: seconds between two lines about the progress",
+        ),
     ),
     "chat": Command(
         "erniekit.serve.chat:chat",
@@ -81,13 +101,13 @@ ALIASES = {"-h": "help", "--help": "help", "-v": "version", "-V": "version", "--
 # Commands of ERNIEKit that this version does not have, and what to use in their place.
 NOT_HERE = {
     "server": (
-        "`erniekit server` is not in this version. To serve a model, write it with `erniekit export` and give the "
-        "directory to an inference server: vLLM reads the -PT layout (format=pt), FastDeploy the -Paddle layout "
-        "(format=paddle). `erniekit chat` talks to a model in the terminal."
+        "`erniekit server` is not in this version; it is planned for a later one. To serve a model, write it with "
+        "`erniekit export` and give the directory to an inference server: vLLM reads the -PT layout (format=pt), "
+        "FastDeploy the -Paddle layout (format=paddle). `erniekit chat` talks to a model in the terminal."
     ),
     "webui": (
-        "`erniekit webui` is not in this version: there is no page in the browser. A YAML file and `erniekit train` "
-        "start a run (`erniekit check` looks at the file first), `erniekit chat` talks to the result, and with "
-        "report_to: visualdl or tensorboard the curves of a run are drawn in the browser."
+        "`erniekit webui` is not in this version; a page in the browser is planned for a later one. A YAML file and "
+        "`erniekit train` start a run (`erniekit check` looks at the file first), and `erniekit chat` talks to the "
+        "result. With report_to: visualdl or tensorboard, those tools draw the curves of a run in the browser."
     ),
 }

@@ -45,13 +45,24 @@ def usage(name: str | None = None) -> str:
         rows = (f"  {key:<9}{command.summary}\n{'':<11}{command.example}" for key, command in COMMANDS.items())
         return USAGE.format(commands="\n".join(rows))
     if name in NOT_HERE:
-        return NOT_HERE[name]
+        return textwrap.fill(NOT_HERE[name], 100, break_on_hyphens=False)
     if name not in COMMANDS:
-        raise ConfigError(f"there is no command named {name!r}; `erniekit help` lists them")
+        near = nearest(name)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ConfigError(f"there is no command named {name!r}{hint}; `erniekit help` lists them")
     command = COMMANDS[name]
     syntax = command.syntax or CONFIGURED.format(name=name)
     text = f"erniekit {name}: {command.summary}\n\nusage: {syntax}\nexample: {command.example}"
+    if command.options:
+        text += "\n\noptions, with their defaults:\n" + "\n".join(f"  {line}" for line in command.options)
     return text + keys(name) if command.takes_config or name == "train" else text
+
+
+def nearest(name: str) -> str | None:
+    """The command that was probably meant."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, COMMANDS, n=1)), None)
 
 
 def keys(command: str) -> str:

@@ -203,8 +203,8 @@ def _comparable(cfg: Config, slots: int) -> dict[str, str]:
 
 
 def _go_on(output_dir: Path, start: str | None) -> list[str]:
-    """What a restarted worker is told on top. Once a process has begun to train (run.json tells of another start than
-    `start`, that of a run before): keep what was saved, and resume from it. Until then nothing: what the
+    """The additional arguments of a restarted worker. Once a process has begun to train (run.json names another start
+    than `start`, that of a run before): keep what was saved, and resume from it. Until then there are none: what the
     configuration asks of output_dir has not been done.
     """
     if start_id(output_dir) == start:

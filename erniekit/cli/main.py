@@ -3,7 +3,7 @@
 Only the standard library is imported here, and a sub-command's module only when it is asked for, so that
 `erniekit help` answers at once and without Paddle.
 
-Exit codes: 0 done; 1 something the user can mend (erniekit.utils.errors, a full disk, Paddle not installed);
+Exit codes: 0 done; 1 something that the user can fix (erniekit.utils.errors, a full disk, Paddle not installed);
 2 no such command; 3 `check` with strict=true found warnings and no error; 70 a defect of erniekit itself;
 130 interrupted (128 + the number of another signal); 141 nobody reads standard output any more.
 """
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         runtime.require_utf8()
     streams.prepare()
+    runtime.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
@@ -122,17 +123,15 @@ def _function(command: Command) -> Callable[..., Any]:
 
 
 def _unknown(name: str) -> int:
-    import difflib
-
     from erniekit.cli import info
 
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"\nDid you mean: erniekit {nearest[0]}" if nearest else ""
+    nearest = info.nearest(name)
+    hint = f"\nDid you mean: erniekit {nearest}" if nearest else ""
     return _fail(f"Unknown command: {name}{hint}\n\n{info.usage()}", EXIT_USAGE)
 
 
 def _report(name: str, error: Exception) -> int:
-    """Say what went wrong: one block for what the user can mend, a traceback for everything else."""
+    """Say what went wrong: one block for what the user can fix, a traceback for everything else."""
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
@@ -148,7 +147,7 @@ def _report(name: str, error: Exception) -> int:
 
 
 def _explain(name: str, error: Exception) -> str | None:
-    """What to tell the user about an error that they can mend; None if it is not one."""
+    """What to tell the user about an error that they can fix; None if it is not one."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == "paddle":

@@ -26,7 +26,8 @@ def run(args: list[str]) -> int:
         return agent.run(job)
     if cfg.max_restarts and not launch.is_supervised():
         log.info(
-            "max_restarts: no effect: no agent of ours watches this process; the same command goes on where it was"
+            "max_restarts: no effect: erniekit did not start this process, so nothing restarts it; run the same "
+            "command to resume"
         )
     with stop_signals.sigterm_waits():
         from erniekit.training import run as training  # imports Paddle, which takes seconds

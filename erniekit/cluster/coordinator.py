@@ -54,8 +54,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a rank that was not meant. by_peer: it says itself that another is to blame. code: negative for a
-    signal, as in subprocess; None: it hangs, or its host is lost. detail: its own last words.
+    """An unexpected end of a rank. by_peer: the rank reports that another one failed first. code: negative for a
+    signal, as in subprocess; None: it hangs, or its host is lost. detail: the last lines that it printed.
     """
 
     rank: int
@@ -210,15 +210,15 @@ class Coordinator:
         for host in others:
             if message["node"] is not None and host.node == message["node"]:
                 return (
-                    f"{message['name']} and {host.name} both are node {host.node}. Start one `erniekit` a host, and "
-                    "give each its own PADDLE_NODE_RANK (or none of them any)."
+                    f"{message['name']} and {host.name} both say that they are node {host.node}. Start one `erniekit` "
+                    "on each host, and give each its own PADDLE_NODE_RANK (or none of them any)."
                 )
         if len(others) >= self._wanted:
             return f"all {self._wanted} hosts of the job are here already: {', '.join(h.shown for h in others)}"
         return ""
 
     def _gather(self, now: float) -> None:
-        """Start if all are here; go on with fewer, or give up, when time is over."""
+        """Start if all hosts are here; once the time is over, continue with fewer, or give up."""
         assert self._began is not None
         for host in list(self._hosts.values()):
             if now - host.seen > self._limits.detect or (host.gone is not None and now - host.gone > GONE):
@@ -237,8 +237,8 @@ class Coordinator:
                 self._give_up(f"{self._who_is_here()}\nThe job needs at least {smallest} processes, there are {room}")
         elif waited > self._limits.rendezvous:
             hint = (
-                "Is the command running there, with the same MASTER_ADDR and MASTER_PORT? Does a firewall stand in "
-                f"between? rendezvous_timeout (now {self._limits.rendezvous:g}) is how long the hosts wait."
+                "Is the command running there, with the same MASTER_ADDR and MASTER_PORT? Is a firewall "
+                f"between them? rendezvous_timeout (now {self._limits.rendezvous:g}) is how long the hosts wait."
             )
             self._give_up(f"{self._who_is_here()} after {self._limits.rendezvous:g} s. {hint}")
 
@@ -312,7 +312,7 @@ class Coordinator:
         return {"kind": "bye"}
 
     def _judge(self, now: float) -> None:
-        """See whether the attempt goes on, has ended well, or has failed and by whom."""
+        """Decide whether the attempt continues, has ended well, or has failed, and which rank failed."""
         self._judged = now
         self._forget_silent_spares(now)
         self._find_lost(now)
@@ -332,7 +332,7 @@ class Coordinator:
             if host.gone is not None and now - host.gone > GONE:
                 self._failures.append(self._lost(host, "the connection to its agent broke", host.gone))
             elif silent > self._limits.detect:
-                self._failures.append(self._lost(host, f"no word from its agent for {silent:.0f} s", host.seen))
+                self._failures.append(self._lost(host, f"its agent has sent nothing for {silent:.0f} s", host.seen))
 
     def _decide(self, now: float) -> None:
         """End the attempt, as soon as no earlier failure can be on its way here."""
@@ -356,14 +356,16 @@ class Coordinator:
         host = next(host for host in hosts if rank in host.ranks)
         step = next(sign.step for sign in signs if sign.rank == rank)
         what = f"hangs: {why}"
-        advice = f"If that was good work, raise distributed_timeout (now {self._limits.fault:g})."
+        advice = f"If the rank was doing useful work, raise distributed_timeout (now {self._limits.fault:g})."
         detail = f"error: rank {rank} {what}\n{advice}"
         # Far enough in the past that no grace is waited for: nobody fails because of it.
         self._failures.append(Failure(rank, host, now - GRACE, what, step=step, detail=detail))
 
     def _lost(self, host: Host, why: str, at: float) -> Failure:
         step = max((sign.step for sign in host.signs), default=0)
-        what = f"is lost with its host and ranks {host.ranks[0]} to {host.ranks[-1]}: {why}"
+        first, last = host.ranks[0], host.ranks[-1]
+        ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        what = f"is lost with its host ({ranks}): {why}"
         host.told = True  # as far as it can be
         rank = host.ranks[0]
         return Failure(rank, host, at, what, step=step, detail=f"error: rank {rank} on {host.shown} {what}")
@@ -377,7 +379,7 @@ class Coordinator:
         restart = left > 0 and first.mends_itself and not self._stopping
         if not restart and left > 0:
             headline += "; not started again, " + (
-                "the job was told to stop" if self._stopping else "the same error would come again"
+                "the job was asked to stop" if self._stopping else "the same error would occur again"
             )
         code = first.code if first.code is not None and first.code > 0 else 1
         self._end(

@@ -1,4 +1,4 @@
-"""What an agent needs to know of the job that it runs its part of."""
+"""What an agent needs to know about its job."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Master:
 class Limits:
     """Seconds, and a number of restarts.
 
-    fault: within this time a rank that died or hangs ends the job. rendezvous: so long the hosts wait for one another.
-    elastic: after a fault the job goes on without the hosts that do not come back.
+    fault: within this time a rank that died or hangs ends the job. rendezvous: how long hosts wait for one another.
+    elastic: after a fault the job continues without the hosts that do not come back.
     """
 
     fault: float
@@ -55,7 +55,7 @@ class Job:
     layouts: from the whole job to the smallest one that an elastic job may shrink to.
     token: what the job's processes know and strangers do not.
     config: what must be equal on all hosts.
-    again: the words that a restarted worker gets, so that it goes on from the last checkpoint.
+    again: the arguments that make a restarted worker resume from the last checkpoint.
     """
 
     command: tuple[str, ...]

@@ -1,6 +1,6 @@
 """The agents of several hosts talk to the coordinator over TCP: a line of JSON there, a line back.
 
-The master is node 0, or without node ranks whoever owns MASTER_ADDR and is first to bind MASTER_PORT on it. Nothing is
+The master is node 0, or, without node ranks, the first host that owns MASTER_ADDR and binds MASTER_PORT. Nothing is
 read from a connection that has not proved that it knows the job's token (erniekit.utils.handshake).
 """
 
@@ -83,7 +83,7 @@ def _read_line(lines: IO[bytes]) -> bytes:
 
 
 class Client:
-    """An agent's connection to the master, made anew when it breaks."""
+    """An agent's connection to the master, made again when it breaks."""
 
     def __init__(self, master: Master, limits: Limits, token: str) -> None:
         self._master = master
@@ -108,7 +108,7 @@ class Client:
                 if time.monotonic() > deadline:
                     raise TrainError(
                         f"the first host cannot be reached at MASTER_ADDR:MASTER_PORT = {where}: {error}. "
-                        "Does the command run there, can this host reach it, and has it ended?"
+                        "Is the command running there, and can this host reach it?"
                     ) from None
                 time.sleep(_RETRY)
 
@@ -121,7 +121,7 @@ class Client:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
         line = _read_line(self._lines)
         if not line:
-            raise EOFError("it hung up")
+            raise EOFError("it closed the connection")
         reply: Message = json.loads(line)
         return reply
 
@@ -133,8 +133,8 @@ class Client:
             handshake.prove(sock, self._token, _PURPOSE)
         except handshake.NotOurs as other:
             raise ConfigError(
-                f"MASTER_PORT: what listens at {where} is no erniekit job (it says {other.said or 'nothing'!r}). "
-                "Choose a free port, the same on every host."
+                f"MASTER_PORT: the program that listens at {where} is not an erniekit job (it answers "
+                f"{other.said or 'nothing'!r}). Choose a free port, the same on every host."
             ) from None
         except handshake.WrongToken:
             raise ConfigError(

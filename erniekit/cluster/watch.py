@@ -1,4 +1,4 @@
-"""Which rank hangs, told from the signs of life of all of them. Pure functions."""
+"""Find the rank that hangs, from the last signs of life of all ranks. Pure functions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class Sign:
     stopped: bool = False
 
     def shown(self) -> str:
-        """In a few words."""
-        doing = f"waits in {self.waiting}," if self.waiting else "is"
-        return f"rank {self.rank} {doing} at {self.at or 'an unknown place'} since {self.idle:.0f} s"
+        """A clause for a message: what the rank has been doing, where, and for how long."""
+        doing = f"been waiting in {self.waiting}" if self.waiting else "been"
+        return f"rank {self.rank} has {doing} at {self.at or 'an unknown place'} for {self.idle:.0f} s"
 
 
 def diagnose(signs: Iterable[Sign], limit: float) -> tuple[int, str] | None:
@@ -47,7 +47,7 @@ def diagnose(signs: Iterable[Sign], limit: float) -> tuple[int, str] | None:
     for sign in signs:
         if sign.silent > (limit if sign.phase == TRAINING or sign.stopped else limit * PATIENCE):
             why = "it is stopped (SIGSTOP, or a debugger)" if sign.stopped else f"it was at {sign.at}"
-            return sign.rank, f"no sign of life for {sign.silent:.0f} s; {why}"
+            return sign.rank, f"it has shown no sign of life for {sign.silent:.0f} s; {why}"
     late = [sign for sign in signs if sign.idle > _allowed(sign, limit)]
     return _holding_up(late, nobody_moves=len(late) == len(signs)) if late else None
 
@@ -59,7 +59,7 @@ def _holding_up(late: list[Sign], nobody_moves: bool) -> tuple[int, str] | None:
     if busy and (waiting or nobody_moves):
         first = max(busy, key=lambda sign: sign.idle)
         others = f", while {waiting[0].shown()}" if waiting else ", and no rank moves"
-        return first.rank, f"it computes without end: {first.shown()}{others}"
+        return first.rank, f"it does not finish its computation: {first.shown()}{others}"
     if nobody_moves:
         first = max(late, key=lambda sign: (-sign.step, sign.idle))
         return first.rank, "all ranks wait for one another: " + ", ".join(sign.shown() for sign in late[:8])

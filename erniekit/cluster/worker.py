@@ -17,7 +17,7 @@ from erniekit.utils import heartbeat, job_token, stop_signals
 _TAIL_LINES, _TAIL_BYTES = 15, 8192
 _SIGNAL_HINTS = {
     signal.SIGKILL: " (the system does that when memory runs out)",
-    signal.SIGABRT: " (a library gave up)",
+    signal.SIGABRT: " (a library aborted the process)",
     signal.SIGSEGV: " (a crash in native code)",
 }
 
@@ -133,7 +133,7 @@ class Worker:
             what = f"was killed by {_signal_name(code)}"
         else:
             what = f"ended with exit code {code}"
-        # It was alive at the last poll: whoever says when it failed, failed later than one that was killed since then.
+        # It was alive at the last poll: a rank that reports when it failed did so later than one killed since then.
         at = time.monotonic() - said.get("time", self.alive_at)
         detail = said.get("text") or f"{self._tail()}error: rank {self.rank} {what}"
         by_peer = said.get("by_peer", False)

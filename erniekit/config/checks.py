@@ -4,15 +4,14 @@ Each yields its complaints as "key: what is wrong, and what to do".
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
 from erniekit.config.schema import Config
-from erniekit.config.schema_preference import ALIASES, SMOOTHED
+from erniekit.config.schema_preference import option_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
-from erniekit.config.values import split_list, split_patterns
+from erniekit.config.token_files import weighted_prefixes
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
@@ -21,10 +20,14 @@ _SUM_ROOM = 0.02  # so that "0.33,0.33,0.33" will do
 
 def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
-    found = [*_schedule(cfg), *_datasets(cfg), *_numbers(cfg), *_needed(cfg, command), *_token_files(cfg, command)]
+    rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
+    if command in DATA:
+        rules += [_token_files(cfg, command), _dataset_types(cfg, command)]
+    if command == "eval":
+        rules += [_answers(cfg)]
     if command == "train":
-        found += [*_training(cfg), *_shape(cfg), *_low_bit(cfg), *_lora(cfg), *_preference(cfg), *_best(cfg)]
-    return found
+        rules += [_training(cfg), _shape(cfg), _pipeline(cfg), _low_bit(cfg), _lora(cfg), _preference(cfg), _best(cfg)]
+    return [problem for rule in rules for problem in rule]
 
 
 def _schedule(cfg: Config) -> Iterator[str]:
@@ -42,18 +45,10 @@ def _schedule(cfg: Config) -> Iterator[str]:
 
 def _datasets(cfg: Config) -> Iterator[str]:
     for split in ("train", "eval"):
-        paths, types, probs = (split_list(vars(cfg)[f"{split}_dataset_{part}"]) for part in ("path", "type", "prob"))
-        if paths and any(given and len(given) != len(paths) for given in (types, probs)):
-            counts = f"{len(paths)} paths, {len(probs)} probs, {len(types)} types"
+        paths, types, shares = (vars(cfg)[f"{split}_dataset_{part}"] for part in ("path", "type", "prob"))
+        if paths and any(given and len(given) != len(paths) for given in (types, shares)):
+            counts = f"{len(paths)} paths, {len(shares)} probs, {len(types)} types"
             yield f"{split}_dataset_path: The len of dataset path, prob, type are inconsistent: {counts}"
-            continue
-        try:
-            shares = [float(text) for text in probs]
-        except ValueError:
-            yield f"{split}_dataset_prob: expected numbers, got {','.join(probs)!r}"
-            continue
-        if any(not 0 < share < math.inf for share in shares):
-            yield f"{split}_dataset_prob: each share must be more than 0, got {','.join(probs)}"
         elif shares and split == "train" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
             yield f"train_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
@@ -65,16 +60,71 @@ def _numbers(cfg: Config) -> Iterator[str]:
 
 
 def _token_files(cfg: Config, command: str) -> Iterator[str]:
-    if cfg.dataset_type != "pretrain" or command not in DATA:
+    if cfg.dataset_type != "pretrain":
         return
     if not cfg.input_dir:
-        yield "input_dir: needed with dataset_type: pretrain; the token files"
+        yield 'input_dir: needed with dataset_type: pretrain; the token files, such as "0.4 data/a 0.6 data/b"'
+    try:
+        weighted_prefixes(cfg.input_dir)
+    except ValueError as error:
+        yield f"input_dir: {error}"
+    if not 1 <= len(cfg.split) <= 3 or not sum(cfg.split):
+        yield 'split: expected shares for training, evaluation and test that are not all 0, as in "998,1,1"'
     if cfg.stage != "PT":
         yield f"stage: dataset_type: pretrain is for stage: PT, got {cfg.stage}"
     if cfg.train_dataset_path and command == "train":
         yield "train_dataset_path: dataset_type: pretrain trains on input_dir; remove one of the two"
     if cfg.long_document_weight > 1 and cfg.long_document_min_tokens is None:
         yield f"long_document_min_tokens: needed with long_document_weight: {cfg.long_document_weight}"
+
+
+def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
+    """The formats that a method reads."""
+    splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
+    for split in splits:
+        for name in dict.fromkeys(vars(cfg)[f"{split}_dataset_type"]):
+            if cfg.stage == "DPO" and name == "text":
+                yield (
+                    f"{split}_dataset_type: stage: DPO reads pairs of answers, not {name}. Use erniekit, messages, "
+                    "sharegpt or alpaca"
+                )
+            if cfg.stage == "PT" and name not in ("erniekit", "text"):
+                yield (
+                    f'{split}_dataset_type: stage: PT reads plain text ({{"text": ...}}), not {name}. Use erniekit or '
+                    "text, or stage: SFT"
+                )
+
+
+def _answers(cfg: Config) -> Iterator[str]:
+    if not cfg.predict_with_generate:
+        return
+    if cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path:
+        yield "predict_with_generate: token files have no questions. Set it to False, or give eval_dataset_path"
+    elif cfg.stage == "PT" or "text" in cfg.eval_dataset_type:
+        yield (
+            "predict_with_generate: the evaluation data is plain text, which has no questions. Set it to False, or "
+            "evaluate on questions and answers"
+        )
+
+
+def _pipeline(cfg: Config) -> Iterator[str]:
+    stages, chunks = max(cfg.pipeline_parallel_degree, 1), max(cfg.virtual_pp_degree, 1)
+    if chunks > 1 and stages == 1:
+        yield (
+            f"virtual_pp_degree: {chunks} with pipeline_parallel_degree: 1: there is one stage, and nothing to "
+            "interleave. Set virtual_pp_degree: 1, or more stages"
+        )
+    if cfg.pipeline_schedule == "memory_efficient" and chunks == 1 and stages > 1:
+        yield (
+            "pipeline_schedule: memory_efficient needs at least 2 chunks of the model on a stage. Set "
+            "virtual_pp_degree: 2, or pipeline_schedule: 1f1b"
+        )
+    method = cfg.pp_seg_method
+    if isinstance(method, str) and method not in ("uniform", "balanced") and not method.startswith("layer:"):
+        yield (
+            f"pp_seg_method: expected layer:DecoderLayer (the same number of layers each), balanced (by cost), or the "
+            f"layers at which stages begin, such as [0,14,28]; got {method!r}"
+        )
 
 
 def _needed(cfg: Config, command: str) -> Iterator[str]:
@@ -131,6 +181,11 @@ def _shape(cfg: Config) -> Iterator[str]:
             f"{missing[0]}: a model without model_name_or_path needs its whole shape; missing: {', '.join(missing)}. "
             "Or give model_name_or_path, a directory with a config.json"
         )
+    elif "head_dim" not in given and given["hidden_size"] % given["num_attention_heads"]:
+        yield (
+            f"head_dim: needed, since hidden_size: {cfg.hidden_size} does not divide by num_attention_heads: "
+            f"{cfg.num_attention_heads}"
+        )
     if cfg.continue_training:
         yield "continue_training: a shape without model_name_or_path has no weights; set continue_training: false"
     if not cfg.tokenizer_name_or_path:
@@ -146,11 +201,11 @@ def _low_bit(cfg: Config) -> Iterator[str]:
 
 
 def _lora(cfg: Config) -> Iterator[str]:
-    for target in split_patterns(cfg.lora_target_modules):
+    for target in cfg.lora_target_modules:
         try:
             re.compile(target)
         except re.error as error:
-            yield f"lora_target_modules: {target!r} is no regular expression: {error}"
+            yield f"lora_target_modules: {target!r} is not a valid regular expression: {error}"
     if cfg.fine_tuning != "LoRA":
         if cfg.lora_path:
             yield (
@@ -175,15 +230,9 @@ def _lora(cfg: Config) -> Iterator[str]:
 def _preference(cfg: Config) -> Iterator[str]:
     if cfg.stage != "DPO":
         return
-    loss = ALIASES.get(cfg.loss_type, cfg.loss_type)
-    if cfg.label_smoothing and loss not in SMOOTHED:
-        yield f"label_smoothing: loss_type {cfg.loss_type} has none; it is for {', '.join(SMOOTHED)}"
-    if loss == "exo_pair" and not cfg.label_smoothing:
-        yield f"label_smoothing: loss_type {cfg.loss_type} needs one above 0; its paper takes 1e-3"
+    yield from option_problems(cfg.loss_type, cfg.label_smoothing, cfg.offset_alpha)
     if cfg.offset_alpha:
-        if cfg.loss_type != "sigmoid":
-            yield f"offset_alpha: only for loss_type sigmoid, not {cfg.loss_type}"
-        types = {*split_list(cfg.train_dataset_type), *split_list(cfg.eval_dataset_type if cfg.do_eval else None)}
+        types = {*cfg.train_dataset_type, *(cfg.eval_dataset_type if cfg.do_eval else ())}
         if types - {"erniekit"}:
             yield "offset_alpha: needs the scores (`sort`) that only data of type erniekit has"
     if not cfg.pref_loss_ratio and not cfg.sft_loss_ratio and cfg.loss_type != "orpo":

@@ -2,7 +2,7 @@
 
 Five kinds of rule. An Alias is another name of a key. NoEffect is accepted and named at start-up with the reason.
 Detail belongs to a feature that is not built yet and is harmless by itself (apply_hadamard without FP8). Later asks for
-such a feature, unless its value asks for nothing. Fixed has one value here, and any other is a mistake to mend.
+such a feature, unless its value asks for nothing. Fixed has one value here, and any other is a mistake.
 """
 
 import math
@@ -24,7 +24,7 @@ class Alias:
 
     `convert` gives (value, rank), or None when the value says nothing. Rank 0 is as good as the key itself and may not
     contradict it; a higher rank gives way to a lower one, the key itself to a negative one. `without_effect`: what of
-    the value does nothing here and why, in words. `remark`: what a user should know about the two names.
+    the value does nothing here and why, as text. `remark`: what a user should know about the two names.
     """
 
     to: str

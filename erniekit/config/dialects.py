@@ -21,6 +21,24 @@ MARKS = (
 ).split()
 
 
+# Keys that LLaMA-Factory's files have and that are unknown here.
+_LLAMA_FACTORY = (
+    "finetuning_type cutoff_len dataset_dir val_size plot_loss preprocessing_num_workers overwrite_cache neat_packing "
+    "pref_beta pref_loss flash_attn infer_backend"
+).split()
+
+
+def advice(unknown: Collection[str]) -> str:
+    """Where to read on about unknown keys of a toolkit whose files do not load; empty where they are nobody's."""
+    known = [name for name in unknown if name in _LLAMA_FACTORY]
+    if len(known) < 2:
+        return ""
+    return (
+        f"this file looks like one of LLaMA-Factory's (it has {' and '.join(known[:2])}); docs/from-llama-factory.md "
+        "has a table of its keys and ours"
+    )
+
+
 @dataclass(frozen=True)
 class _Dialect:
     """A toolkit ("ERNIEKit's"), the keys that only its files give, and its defaults that are other ones here."""

@@ -1,6 +1,7 @@
 """How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
 
 import dataclasses
+import difflib
 import operator
 import os
 import types
@@ -8,10 +9,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from erniekit.config.paths import PathKind, expand
-from erniekit.config.values import Scalar, join_list, shown, split_list, to_bool, to_float, to_int
+from erniekit.config.paths import expand
+from erniekit.config.values import Scalar, shown, split_list, split_numbers, to_bool, to_float, to_int
 
 _NULL = {"none", "null", ""}
+_FLAT_LIST = "a flat list"
 
 
 def key(
@@ -24,18 +26,14 @@ def key(
     le: float | None = None,
     lt: float | None = None,
     off: float | None = None,
-    many: bool = False,
-    path: PathKind = "",
+    path: bool = False,
     words: Mapping[str, str] | None = None,
 ) -> Any:
     """One key of the configuration: its default, its one-line documentation and the values it takes.
 
     choices: the words allowed (upper and lower case are the same). ge, gt, le, lt: bounds of a number.
     off: one number outside the bounds that is allowed all the same, because it switches the key off (ERNIEKit's -1).
-    many: a text key that also takes a list, kept as text joined by commas ("a.jsonl,b.jsonl", "0.8,0.2") as join_list
-    does it.
-    path: the key is a path, or paths (see config.paths). words: other words for a value ({"true": "auto"}), in small
-    letters.
+    path: the key is a path (see config.paths). words: other words for a value ({"true": "auto"}), in small letters.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -43,10 +41,33 @@ def key(
         "choices": tuple(choices),
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "off": off,
-        "many": many,
         "path": path,
         "words": dict(words or {}),
     }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def list_of(
+    kind: type,
+    doc: str,
+    default: tuple[Any, ...] | str = (),
+    *,
+    split: Callable[[str], list[str]] | None = None,
+    or_word: bool = False,
+    path: bool = False,
+    choices: Sequence[str] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+) -> Any:
+    """A key whose value is a list, of the type `tuple[kind, ...]`; kind is int, float or str.
+
+    It is given as a list of YAML, or as text, which `split` takes apart; without it, commas separate the items.
+    or_word: a word that begins with neither a digit nor a bracket is a value of its own (`str | tuple[kind, ...]`).
+    path: every item is a path. choices: the words allowed as items. ge, gt: bounds of each number.
+    """
+    split = split or (split_list if kind is str else split_numbers)
+    field = key(default, doc, path=path, choices=choices, ge=ge, gt=gt)
+    metadata = {**field.metadata, "item": kind, "split": split, "or_word": or_word}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,9 +89,9 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
     Raises ValueError whose text follows "key: " ("expected an integer, got 'abc'").
     """
+    if "item" in field.metadata:
+        return _list(field, value)
     kind, _ = _kind(field.type)
-    if kind is tuple:
-        return tuple(_within(field, to_int(item)) for item in _items(value))
     if kind is bool:
         return to_bool(value)
     if kind is int:
@@ -80,21 +101,43 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
     return _text(field, value)
 
 
-def _items(value: Any) -> Sequence[Any]:
-    """The items of a list, or of its text: "0,1,2" or "[0, 1, 2]"."""
-    if isinstance(value, list | tuple):
+def from_saved(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """A value that a run wrote to a JSON file, as the field's type: JSON has no tuples, and earlier versions wrote
+    lists as text.
+    """
+    if "item" not in field.metadata:
         return value
-    text = _scalar(value, "a flat list").strip()
-    return split_list(text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text)
+    return () if value is None else coerce(field, value)
+
+
+def _list(field: "dataclasses.Field[Any]", value: Any) -> str | tuple[Any, ...]:
+    if isinstance(value, list | tuple):
+        items = [item for item in value if not isinstance(item, str) or item.strip()]
+    else:
+        text = _scalar(value, _FLAT_LIST).strip()
+        if field.metadata["or_word"] and not (text[:1] == "[" or text[:1].isdigit()):
+            return text
+        items = field.metadata["split"](text)
+    return tuple(_item(field, item) for item in items)
+
+
+def _item(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    kind = field.metadata["item"]
+    if kind is int:
+        return _within(field, to_int(value))
+    if kind is float:
+        return _within(field, to_float(value))
+    text = _scalar(value, _FLAT_LIST).strip()
+    return _chosen(field.metadata["choices"], expand(text) if field.metadata["path"] else text)
 
 
 def _text(field: "dataclasses.Field[Any]", value: Any) -> str:
     words, path = field.metadata["words"], field.metadata["path"]
     if isinstance(value, bool) and str(value).lower() in words:  # from JSON or Python
         value = str(value)
-    text = _joined(value) if field.metadata["many"] else _scalar(_only(value), "text")
+    text = _scalar(_only(value), "text")
     text = words.get(text.lower(), text)
-    return _chosen(field.metadata["choices"], expand(text, path) if path else text)
+    return _chosen(field.metadata["choices"], expand(text) if path else text)
 
 
 def _chosen(choices: Sequence[str], text: str) -> str:
@@ -104,18 +147,14 @@ def _chosen(choices: Sequence[str], text: str) -> str:
     if not choices:
         return text
     named = ", ".join(choice or "'' (nothing)" for choice in choices)
-    raise ValueError(f"expected one of {named}, got {shown(text)}")
+    near = difflib.get_close_matches(text.lower(), [choice.lower() for choice in choices], n=1)
+    hint = "".join(f"; did you mean {choice}?" for choice in choices if choice.lower() in near)
+    raise ValueError(f"expected one of {named}, got {shown(text)}{hint}")
 
 
 def _only(value: Any) -> Any:
     """The item of a list of one (ERNIEKit's report_to is a list)."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-
-
-def _joined(value: Any) -> str:
-    if not isinstance(value, list | tuple):
-        return _scalar(value, "text or a flat list")
-    return join_list([_scalar(item, "text or a flat list") for item in value])
 
 
 def _scalar(value: Any, wanted: str) -> str:
@@ -149,7 +188,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 def limits(field: "dataclasses.Field[Any]") -> str:
-    """The values that a number may have, in words ("at least 1 (or -1)"); empty where any will do."""
+    """The values that a number may have, as text ("at least 1 (or -1)"); empty where any will do."""
     off = field.metadata["off"]
     wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
     return wanted + (f" (or {off:g})" if wanted and off is not None else "")
@@ -157,18 +196,23 @@ def limits(field: "dataclasses.Field[Any]") -> str:
 
 def type_name(field: "dataclasses.Field[Any]") -> str:
     """What a key takes, in a word or two."""
+    if "item" in field.metadata:
+        items = "paths" if field.metadata["path"] else _ITEMS[field.metadata["item"]]
+        return f"list of {items}" + (" or word" if field.metadata["or_word"] else "")
     kind, _ = _kind(field.type)
     if kind is str:
-        return "path" if field.metadata["path"] == "one" else "list" if field.metadata["many"] else "text"
-    return {bool: "switch", int: "whole number", float: "number", tuple: "list of whole numbers"}[kind]
+        return "path" if field.metadata["path"] else "text"
+    return {bool: "switch", int: "whole number", float: "number"}[kind]
+
+
+_ITEMS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True). A list of whole
-    numbers, `tuple[int, ...]`, is a tuple.
+    """The plain type behind an annotation, and whether None is allowed: `int | None` -> (int, True). A list,
+    `tuple[int, ...]`, is a tuple.
     """
-    if typing.get_origin(annotation) is tuple:
-        assert typing.get_args(annotation) == (int, ...), annotation
+    if typing.get_origin(annotation) is tuple or annotation == str | tuple[int, ...]:
         return tuple, False
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]

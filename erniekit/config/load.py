@@ -63,6 +63,7 @@ class _State:
     names: set[str] = dataclasses.field(default_factory=set)  # every key with a value, as it was written
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    unknown: list[str] = dataclasses.field(default_factory=list)
     seen: set[str] = dataclasses.field(default_factory=set)  # every name that stands in a layer, also of null keys
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
@@ -143,7 +144,7 @@ class _State:
     @staticmethod
     def _is_other_word(name: str, entry: read.Entry, value: Any) -> bool:
         """Whether a key was given in another toolkit's word for its value."""
-        written = str(plain(entry.value)).lower()
+        written = str(entry.value).lower()  # of a bare word as it was written: no, not False
         return written in _FIELDS[name].metadata["words"] and written != str(value).lower()
 
     def _keep(self, target: dict[str, _Given], name: str, new: _Given) -> None:
@@ -165,19 +166,24 @@ class _State:
                 f"{entry.name}: no effect: an unknown key, let through as ALLOW_EXTRA_ARGS asks ({entry.place})"
             )
             return
+        self.unknown.append(entry.name)
         # To compare names takes a millisecond, and nobody reads the fiftieth hint.
         hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MOST_PROBLEMS else ""
         self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
         """Raise one ConfigError with every problem found so far."""
+        advice = dialects.advice(self.unknown)
+        if advice:
+            self.problems.append(advice)
         if len(self.problems) == 1:
             raise ConfigError(self.problems[0])
         if self.problems:
             lines = "".join(f"\n  {problem}" for problem in self.problems[:_MOST_PROBLEMS])
             if len(self.problems) > _MOST_PROBLEMS:
                 lines += f"\n  and {len(self.problems) - _MOST_PROBLEMS} more"
-            raise ConfigError(f"{path or 'the command line'}: {len(self.problems)} problems:{lines}")
+            message = f"{path or 'the command line'}: {len(self.problems)} problems:{lines}"
+            raise ConfigError(message, self.problems)
 
 
 def _said(entry: read.Entry) -> str:
@@ -212,13 +218,20 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
         notes.append("recompute: not given, so True, because recompute_granularity is (PaddleFormers' rule)")
 
 
-def _complete_paths(values: dict[str, Any], extras: dict[str, Any], notes: list[str]) -> None:
+def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     """A file that names its training text only under text_dataset_path, beside an empty train_dataset_path."""
-    path = extras.get("text_dataset_path")
-    if path and not values.get("train_dataset_path") and not str(values.get("stage", "SFT")).startswith(("VL", "OCR")):
-        values["train_dataset_path"] = str(path)
-        values.setdefault("train_dataset_prob", str(extras.get("text_dataset_prob") or "") or None)
-        notes.append(f"train_dataset_path: empty, so {path}, because text_dataset_path is given")
+    text = state.extras.get("text_dataset_path")
+    if not text or values.get("train_dataset_path") or values.get("stage", "SFT").startswith(("VL", "OCR")):
+        return
+    for name in ("path", "prob"):
+        given = state.extras.get(f"text_dataset_{name}")
+        if given and given.value and f"train_dataset_{name}" not in values:
+            try:
+                values[f"train_dataset_{name}"] = coerce(_FIELDS[f"train_dataset_{name}"], given.value)
+            except ValueError as error:
+                state.problems.append(f"text_dataset_{name}: {error} ({given.place})")
+    if values.get("train_dataset_path"):
+        state.notes.append(f"train_dataset_path: empty, so {text.value}, because text_dataset_path is given")
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:
@@ -236,7 +249,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
     _complete_recompute(values, state.names, state.notes)
-    _complete_paths(values, {name: given.value for name, given in state.extras.items()}, state.notes)
+    _complete_paths(values, state)
     extras = tuple((name, given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
     places = {name: given.place for name, given in state.given.items()}

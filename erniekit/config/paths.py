@@ -2,37 +2,17 @@
 
 import os
 import re
-from typing import Literal
-
-from erniekit.config.values import join_list, split_list
-
-# What a path key holds: nothing of the kind, one path, paths with commas between them, or words of which some are paths
-# ("0.3 ~/a 0.7 ~/b").
-PathKind = Literal["", "one", "commas", "words"]
 
 _VARIABLE = re.compile(r"\$(?P<name>[A-Za-z_]\w*)", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def expand(text: str, kind: PathKind = "one") -> str:
-    """The text of a path key with ~ and ~user replaced by home directories.
+def expand(path: str) -> str:
+    """The path with ~ and ~user replaced by home directories.
 
     ValueError for what cannot be meant as a path: a home directory that does not exist, an unbraced $NAME, a URL, a
     line break.
     """
-    if kind == "commas":
-        return join_list([_expand(part) for part in split_list(text)])
-    if kind == "words":
-        # Commas and white space both separate, and stay as they were.
-        return "".join(part if part.isspace() or part == "," else _expand(part) for part in _words(text))
-    return _expand(text)
-
-
-def _words(text: str) -> list[str]:
-    return [part for part in re.split(r"(\s|,)", text) if part]
-
-
-def _expand(path: str) -> str:
     if any(ord(character) < 32 or ord(character) == 127 for character in path):
         raise ValueError(f"a path without line breaks and control characters is needed, got {path!r}")
     if _URL.match(path):

@@ -15,7 +15,6 @@ from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ExportArgs, GenerateArgs
-from erniekit.config.values import split_list
 
 TRAIN = ("train",)
 
@@ -140,12 +139,12 @@ _DATA_RULES = [
     ),
     Rule(
         "train_dataset_prob",
-        lambda c, f: c.mix_strategy == "concat" and len(split_list(c.train_dataset_path)) > 1,
+        lambda c, f: c.mix_strategy == "concat" and len(c.train_dataset_path) > 1,
         "mix_strategy: concat reads every data set once",
     ),
     Rule(
         "eval_dataset_prob",
-        lambda c, f: len(split_list(c.eval_dataset_path)) > 1,
+        lambda c, f: len(c.eval_dataset_path) > 1,
         "evaluation reads every data set once",
         DATA,
     ),
@@ -214,6 +213,11 @@ _RUN_RULES = [
         "resume_from_checkpoint is none",
     ),
     Rule(
+        "ignore_load_lr_and_optim ignore_data_skip",
+        lambda c, f: c.overwrite_output_dir and c.resume_from_checkpoint == "auto",
+        "overwrite_output_dir: True removes the run that would be resumed",
+    ),
+    Rule(
         "save_format",
         lambda c, f: c.fine_tuning == "LoRA",
         "adapters are saved in PEFT's format",
@@ -221,11 +225,14 @@ _RUN_RULES = [
     Rule(
         _names(GenerateArgs) + " predict_with_generate",
         lambda c, f: True,
-        "`train` generates no text; read by eval and chat",
+        "`{command}` generates no text; read by eval and chat",
+        ("train", "export", "split"),
     ),
-    Rule("eval_output", lambda c, f: True, "read only by eval"),
+    Rule("predict_with_generate", lambda c, f: True, "read only by eval", ("chat",)),
+    Rule("eval_output", lambda c, f: True, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", lambda c, f: True, "read only by eval, export, split and chat"),
-    Rule(_names(ExportArgs), lambda c, f: True, "read only by export and split"),
+    Rule(_names(ExportArgs), lambda c, f: True, "read only by export and split", ("train", "eval", "chat")),
+    Rule("format", lambda c, f: True, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
 _OPTIMIZER_RULES = [
@@ -255,7 +262,7 @@ _OPTIMIZER_RULES = [
         "gradient_accumulation_steps is 1, so there is nothing to grow to",
     ),
     Rule(
-        "moe_gate_lr_ratio",
+        "moe_gate_lr_ratio moe_orthogonal_loss_lambda",
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
@@ -318,6 +325,12 @@ _PREFERENCE_RULES = [
     ),
     Rule("token_balance_loss", lambda c, f: c.stage == "DPO", "stage DPO: every pair weighs the same", DATA),
     Rule("z_loss_lambda", lambda c, f: c.stage == "DPO", "stage DPO: it belongs to the next-token loss", DATA),
+    Rule(
+        "reference_free",
+        lambda c, f: c.stage == "DPO" and _loss(c) in REFERENCE_FREE,
+        "loss_type: {loss_type} has no reference by itself",
+        DATA,
+    ),
     Rule("simpo_gamma", _is_dpo("simpo"), "read only with loss_type: simpo", DATA),
     Rule("dpop_lambda", _is_dpo("dpop"), "read only with loss_type: dpop", DATA),
     Rule(

@@ -11,14 +11,17 @@ KEYS: dict[str, tuple[str, str]] = {
     "train": ("data,model,shape,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
     "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
     "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
-    "export": ("export", "model_name_or_path download_hub checkpoint output_dir lora_path compute_type"),
-    "split": ("export", "model_name_or_path download_hub checkpoint output_dir"),
+    "export": (
+        "export",
+        "model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
+    ),
+    "split": ("", "model_name_or_path checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyEntry:
-    """One key in words. `limits` is empty where any value of the type will do."""
+    """One key as text. `limits` is empty where any value of the type will do."""
 
     name: str
     type: str
@@ -30,15 +33,23 @@ class KeyEntry:
 def entry(field: "dataclasses.Field[Any]") -> KeyEntry:
     """The words about one key."""
     choices = ", ".join(choice or "nothing" for choice in field.metadata["choices"])
-    default = "not given" if field.default is None else "empty" if field.default in ("", ()) else f"{field.default}"
-    return KeyEntry(field.name, type_name(field), default, choices or limits(field), field.metadata["doc"])
+    return KeyEntry(field.name, type_name(field), _default(field), choices or limits(field), field.metadata["doc"])
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    """The default as a user would write it."""
+    if field.default is None:
+        return "not given"
+    if field.default in ("", ()):
+        return "empty"
+    return ",".join(f"{item:g}" for item in field.default) if isinstance(field.default, tuple) else f"{field.default}"
 
 
 def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:
     """All keys, or those that a command reads, by group in the order of the schema; single ones under "others"."""
-    groups, single = (list(GROUPS), "") if command is None else (KEYS[command][0].split(","), KEYS[command][1])
-    found = {name: [entry(field) for field in dataclasses.fields(GROUPS[name])] for name in groups}
+    names, single = (",".join(GROUPS), "") if command is None else KEYS[command]
+    groups = {name: [entry(field) for field in dataclasses.fields(GROUPS[name])] for name in names.split(",") if name}
     if single:
         every = fields()
-        found["others"] = [entry(every[name]) for name in single.split()]
-    return found
+        groups["others"] = [entry(every[name]) for name in single.split()]
+    return groups

@@ -16,22 +16,6 @@ from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 
-# In the order in which they are written to config.yaml.
-GROUPS: dict[str, type] = {
-    "data": DataArgs,
-    "model": ModelArgs,
-    "LoRA": LoraArgs,
-    "preference": PreferenceArgs,
-    "train": TrainArgs,
-    "optimizer": OptimArgs,
-    "parallel": ParallelArgs,
-    "mixture of experts": MoEArgs,
-    "shape": ShapeArgs,
-    "generation": GenerateArgs,
-    "evaluation": EvalArgs,
-    "export": ExportArgs,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
@@ -48,7 +32,8 @@ class Config(
     EvalArgs,
     ExportArgs,
 ):
-    """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`.
+    """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`. The bases are the groups of keys, in
+    the order in which config.yaml has them.
 
     extras: keys given that have no field (no effect here, or not built yet), as (name, value).
     given: the keys that the user gave, under their own or another name, as opposed to those left at their defaults.
@@ -76,6 +61,9 @@ class Config(
         return "\n".join(lines).rstrip("\n") + "\n"
 
 
+GROUPS: dict[str, type] = {vars(base)["group"]: base for base in Config.__bases__}
+
+
 def fields() -> dict[str, "dataclasses.Field[Any]"]:
     """Every key that has a field, by name, in the order of the groups."""
     return {field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)}
@@ -85,7 +73,9 @@ def _yaml_line(name: str, value: Any) -> str:
     written = {name: _escaped(value)}
     # PyYAML does not escape these three line breaks by itself, and reads them back as a space.
     readable = not any(character in str(value) for character in "\x85\u2028\u2029")
-    return yaml.safe_dump(written, allow_unicode=readable, sort_keys=False, width=10**6).rstrip("\n")
+    flow = None if isinstance(value, tuple) else False  # a list of a key stands in one line
+    text = yaml.safe_dump(written, allow_unicode=readable, sort_keys=False, width=10**6, default_flow_style=flow)
+    return text.rstrip("\n")
 
 
 def _escaped(value: Any) -> Any:

@@ -1,51 +1,66 @@
 """Keys about the data: sources, lengths, packing, loading."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+from erniekit.config.values import split_shares, split_words
+
+# What a source's records may be (data/records/formats.py reads them), and other names for the same.
+DATASET_TYPES = ("erniekit", "messages", "sharegpt", "alpaca", "text", "chatml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What is read, how it is mixed, cut, packed and loaded."""
+    """What is read, and how it is mixed, truncated, packed and loaded."""
 
-    train_dataset_type: str | None = key(
-        None, "Format of each training source, comma-separated: erniekit (when not given), messages...", many=True
+    group: ClassVar[str] = "data"
+
+    train_dataset_type: tuple[str, ...] = list_of(
+        str, "Format of each training source; empty: erniekit.", choices=DATASET_TYPES
     )
-    train_dataset_path: str | None = key(
-        None, "Training sources, comma-separated: files or directories.", many=True, path="commas"
+    train_dataset_path: tuple[str, ...] = list_of(str, "Training sources: files, directories or Hub names.", path=True)
+    train_dataset_prob: tuple[float, ...] = list_of(
+        float, "Share of each training source, summing to 1; empty: equal shares.", gt=0
     )
-    train_dataset_prob: str | None = key(
-        None, "Share of each training source, comma-separated, summing to 1; not given: equal shares.", many=True
+    eval_dataset_type: tuple[str, ...] = list_of(
+        str, "Format of each evaluation source; empty: erniekit.", choices=DATASET_TYPES
     )
-    eval_dataset_type: str | None = key(None, "Format of each evaluation source, as train_dataset_type.", many=True)
-    eval_dataset_path: str | None = key(
-        None, "Evaluation sources, comma-separated: files or directories.", many=True, path="commas"
+    eval_dataset_path: tuple[str, ...] = list_of(str, "Evaluation sources: files, directories or Hub names.", path=True)
+    eval_dataset_prob: tuple[float, ...] = list_of(
+        float, "Accepted, but not used: evaluation reads every source once.", gt=0
     )
-    eval_dataset_prob: str | None = key(None, "Taken, but unused: evaluation reads every source once.", many=True)
     dataset_type: str = key(
         "iterable",
         "iterable or map (the same here: order is fixed by the seed), or pretrain: token files (input_dir).",
         choices=("iterable", "map", "pretrain"),
     )
-    input_dir: str | None = key(
-        None,
+    input_dir: tuple[str, ...] = list_of(
+        str,
         'Token files (.bin and .idx) of dataset_type: pretrain: "weight prefix weight prefix ...", or prefixes alone.',
-        path="words",
+        split=split_words,
+        path=True,
     )
-    split: str = key(
-        "998,1,1",
+    split: tuple[float, ...] = list_of(
+        float,
         "dataset_type: pretrain: shares of the documents for training, evaluation and test, in the files' order.",
-        many=True,
+        (998.0, 1.0, 1.0),
+        split=split_shares,
+        ge=0,
     )
     isolate_documents: bool = key(
-        True, "dataset_type: pretrain: documents in a row never see one another; False: one segment, as in Megatron-LM."
+        True,
+        "dataset_type: pretrain: documents in a row do not attend to one another; False: they do, as in Megatron-LM.",
     )
     long_document_min_tokens: int | None = key(
-        None, "dataset_type: pretrain: a document of at least this many tokens is a long one; not given: none is.", ge=1
+        None,
+        "dataset_type: pretrain: documents with at least this many tokens count as long; not given: none do.",
+        ge=1,
     )
     long_document_weight: int = key(
-        1, "dataset_type: pretrain: times that each long document comes in an epoch, as in a long-context stage.", ge=1
+        1,
+        "dataset_type: pretrain: how often each long document is repeated per epoch, for long-context training.",
+        ge=1,
     )
     max_seq_len: int = key(4096, "Length of a row in tokens.", ge=2)
     truncation: str = key(
@@ -65,10 +80,14 @@ class DataArgs:
     )
     num_samples_each_epoch: int = key(6_000_000, "mix_strategy random: samples drawn in an epoch.", ge=1)
     random_shuffle: bool = key(True, "Shuffle the training samples, by the seed; evaluation keeps the file's order.")
-    packing: bool = key(False, "Several samples share a row; they never see one another.")
-    greedy_intokens: bool = key(True, "Packing fits samples of a buffer into rows; False: in order, as they come.")
+    packing: bool = key(False, "Put several samples into one row; they do not attend to one another.")
+    greedy_intokens: bool = key(
+        True, "Packing chooses samples from a buffer so that rows are full; False: in the order of the data."
+    )
     buffer_size: int = key(500, "Samples that greedy packing chooses from.", ge=1)
-    max_estimate_samples: int = key(100_000, "Samples measured at most to learn how many rows an epoch has.", ge=1)
+    max_estimate_samples: int = key(
+        100_000, "The largest number of samples that is measured to estimate how many rows an epoch has.", ge=1
+    )
     dataloader_num_workers: int = key(
         0, "Processes that encode samples; 0: none, the loader's own thread does it.", ge=0
     )
@@ -76,5 +95,5 @@ class DataArgs:
     chat_template: str | None = key(
         None,
         "A built-in template's name or a .jinja file; not given: the model's own, else text; saved with the weights.",
-        path="one",
+        path=True,
     )

@@ -1,15 +1,19 @@
 """Keys of fine_tuning: LoRA."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+from erniekit.config.values import split_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArgs:
-    """Adapters: their size, where they hang, and what they continue. Read only with fine_tuning: LoRA, but for
-    lora_path.
+    """Adapters: their size, which projections they adapt, and what they continue from. Read only with
+    fine_tuning: LoRA, except for lora_path.
     """
+
+    group: ClassVar[str] = "LoRA"
 
     lora_rank: int = key(8, "Rank of the adapters: higher learns more and costs more.", ge=1)
     lora_alpha: float = key(
@@ -19,22 +23,22 @@ class LoraArgs:
     rslora: bool = key(False, "Scaling is lora_alpha / sqrt(lora_rank) (rsLoRA).")
     lora_plus_scale: float = key(1.0, "Learning rate of the B factors as a multiple of the A factors' (LoRA+).", gt=0)
     rslora_plus: bool = key(False, "rslora, with lora_plus_scale 4 and lora_alpha 4 where they are not given.")
-    use_dora: bool = key(False, "Train the length of each column apart from its direction (DoRA).")
-    lora_target_modules: str | None = key(
-        None,
-        "What is adapted: names (qkv_proj, or Hugging Face's q_proj; mlp.down_proj) or regular expressions, "
-        "comma-separated or a list; not given: attention, feed-forward and all experts, not routers or head.",
-        many=True,
+    use_dora: bool = key(False, "Train the magnitude of each column separately from its direction (DoRA).")
+    lora_target_modules: tuple[str, ...] = list_of(
+        str,
+        "What is adapted: names (qkv_proj, or Hugging Face's q_proj; mlp.down_proj) or regular expressions; empty: "
+        "attention, feed-forward and all experts, not routers or head.",
+        split=split_patterns,
     )
-    modules_to_save: str | None = key(
-        None,
-        "Trained whole and saved with the adapter: embed_tokens, lm_head, norm, input_layernorm, "
+    modules_to_save: tuple[str, ...] = list_of(
+        str,
+        "Modules that are trained in full and saved with the adapter: embed_tokens, lm_head, norm, input_layernorm, "
         "post_attention_layernorm.",
-        many=True,
+        split=split_patterns,
     )
     lora_path: str | None = key(
         None,
         "An adapter directory, PEFT's or ours: train continues it (its rank, scaling and targets hold); eval, chat "
         "and export apply it to model_name_or_path where neither checkpoint nor output_dir has a model.",
-        path="one",
+        path=True,
     )

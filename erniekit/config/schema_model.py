@@ -1,21 +1,24 @@
 """Keys about the model, its numbers and its experts."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """Which model, what is done with it, and in which precision."""
 
+    group: ClassVar[str] = "model"
+
     model_name_or_path: str | None = key(
-        None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path="one"
+        None, "A model directory, or a Hub name such as baidu/ERNIE-4.5-0.3B-PT.", path=True
     )
     tokenizer_name_or_path: str | None = key(
         None,
         "The tokenizer's directory, or a Hub name; not given: the model's own. Saved with the weights.",
-        path="one",
+        path=True,
     )
     download_hub: str | None = key(
         None,
@@ -33,8 +36,7 @@ class ModelArgs:
     )
     fine_tuning: str = key(
         "Full",
-        "Full trains every weight; LoRA trains adapters beside frozen weights (ERNIEKit's default is LoRA, here it is "
-        "asked for).",
+        "Full trains every weight; LoRA trains adapters on frozen weights (ERNIEKit's default is LoRA).",
         choices=("Full", "LoRA"),
     )
     compute_type: str = key(
@@ -44,18 +46,20 @@ class ModelArgs:
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")
-    recompute: bool = key(False, "Recompute in the backward pass what would be kept for it: less memory, more time.")
+    recompute: bool = key(
+        False, "Activation checkpointing: compute activations again in the backward pass; less memory, more time."
+    )
     recompute_granularity: str = key(
         "full",
-        "What is recomputed of a layer: all (full), attention with its projections (full_attn), the attention between "
-        "them (core_attn), or only sparse feed-forward layers (moe).",
+        "What is recomputed of a layer: all of it (full), attention with its projections (full_attn), attention "
+        "without them (core_attn), or only sparse feed-forward layers (moe).",
         choices=("full", "full_attn", "core_attn", "moe"),
         words={"selective": "core_attn"},
     )
     use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
-    no_recompute_layers: tuple[int, ...] = key(
-        (), "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
+    no_recompute_layers: tuple[int, ...] = list_of(
+        int, "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0
     )
     attention_probs_dropout_prob: float = key(
         0.0,
@@ -63,8 +67,10 @@ class ModelArgs:
         ge=0,
         lt=1,
     )
-    dropout_warmup_steps: int = key(0, "Steps over which that share grows linearly from 0; 0: full at once.", ge=0)
-    loss_subbatch_seqlen: int = key(32768, "At most this many tokens' logits exist at a time in head and loss.", ge=1)
+    dropout_warmup_steps: int = key(
+        0, "Steps over which attention_probs_dropout_prob grows linearly from 0; 0: no warm-up.", ge=0
+    )
+    loss_subbatch_seqlen: int = key(32768, "The largest number of tokens whose logits are in memory at a time.", ge=1)
     rope_theta: float | None = key(
         None,
         "Base of the rotary positions, to continue at a longer context; null: as the model's config.json says.",
@@ -79,6 +85,8 @@ class ModelArgs:
 class MoEArgs:
     """Router losses and balancing; they do nothing in a dense model."""
 
+    group: ClassVar[str] = "mixture of experts"
+
     moe_aux_loss_lambda: float = key(1e-5, "Weight of the load-balancing loss.", ge=0)
     moe_z_loss_lambda: float = key(0.0, "Weight of the router z-loss.", ge=0)
     moe_orthogonal_loss_lambda: float = key(0.0, "Weight of the router's orthogonality loss.", ge=0)
@@ -87,11 +95,12 @@ class MoEArgs:
     )
     moe_use_aux_free_update_coef: float = key(0.001, "How far the correction bias moves in one step.", ge=0)
     moe_group_experts: bool = key(
-        False, "Experts stand in moe_k groups and each gives its best one; a config.json that says so needs no key."
+        False,
+        "Experts form moe_k groups, and the best expert of each group is chosen; set also by the model's config.json.",
     )
     moe_capacity_factor: float | None = key(
         None,
-        "Training: an expert takes at most this times its even share of a row's tokens; null: nothing is dropped.",
+        "Training: capacity of an expert as a multiple of its even share of a row's tokens; null: no token is dropped.",
         gt=0,
     )
     moe_gate_lr_ratio: float | None = key(None, "The router's learning rate as a share of the others'; null: 1.", ge=0)

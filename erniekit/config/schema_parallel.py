@@ -1,32 +1,40 @@
 """Keys about the processes that train together."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """Over how many processes the model and the data are divided. A degree of -1 is not asked for."""
+    """Over how many processes the model and the data are divided. A degree of -1 is a degree that is not given."""
+
+    group: ClassVar[str] = "parallel"
 
     tensor_parallel_degree: int = key(
-        1, "Ranks that share every projection and, by whole experts, every sparse layer.", ge=1, off=-1
+        1,
+        "Tensor-parallel size: projections are sharded across these ranks, sparse layers by whole experts.",
+        ge=1,
+        off=-1,
     )
     sequence_parallel: bool = key(
         False, "Between their projections, tensor-parallel ranks also share the tokens: less memory for activations."
     )
-    pipeline_parallel_degree: int = key(1, "Stages that the layers are cut into.", ge=1, off=-1)
+    pipeline_parallel_degree: int = key(1, "Pipeline stages that the layers are divided into.", ge=1, off=-1)
     virtual_pp_degree: int = key(
-        1, "Pieces of the model on each stage; above 1 the pipeline is interleaved.", ge=1, off=-1
+        1, "Chunks of the model on each pipeline stage; above 1 the schedule is interleaved.", ge=1, off=-1
     )
-    pp_seg_method: str = key(
+    pp_seg_method: str | tuple[int, ...] = list_of(
+        int,
+        "How layers are divided: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
         "layer:DecoderLayer",
-        "Where the layers are cut: evenly (layer:DecoderLayer), by cost (balanced), or at given layers ([0,29,57]).",
-        many=True,
+        or_word=True,
+        ge=0,
     )
     pipeline_schedule: str = key(
         "1f1b",
-        "Order of forward and backward passes: 1f1b, or memory_efficient (fewer activations alive, more waiting).",
+        "Order of forward and backward passes: 1f1b, or memory_efficient (less activation memory, a larger bubble).",
         choices=("1f1b", "memory_efficient"),
     )
     expert_parallel_degree: int = key(
@@ -40,7 +48,7 @@ class ParallelArgs:
     )
     sharding: str = key(
         "",
-        "Divide over data ranks the optimizer's state (stage1), and the gradients as well (stage2); empty: nothing.",
+        "ZeRO: shard the optimizer's state over data ranks (stage1), or also the gradients (stage2); empty: neither.",
         choices=("", "stage1", "stage2"),
     )
     sharding_parallel_degree: int = key(

@@ -1,6 +1,8 @@
 """Keys of stage: DPO."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from erniekit.config.fields import key
 
@@ -14,9 +16,22 @@ LOSS_TYPES = (
 ).split()
 
 
+def option_problems(loss_type: str, label_smoothing: float, offset_alpha: float) -> Iterator[str]:
+    """What does not go with a loss, each as "key: what is wrong". `loss_type` is one of LOSS_TYPES."""
+    name = ALIASES.get(loss_type, loss_type)
+    if label_smoothing and name not in SMOOTHED:
+        yield f"label_smoothing: loss_type: {loss_type} has no label smoothing; these have: {', '.join(SMOOTHED)}"
+    if name == "exo_pair" and not label_smoothing:
+        yield f"label_smoothing: loss_type: {loss_type} needs a value above 0; its paper uses 1e-3"
+    if offset_alpha and name != "sigmoid":
+        yield f"offset_alpha: only loss_type: sigmoid has an offset, not {loss_type}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceArgs:
     """The preference loss, what it is compared with, and how long prompts may be. Read only at stage: DPO."""
+
+    group: ClassVar[str] = "preference"
 
     max_prompt_len: int = key(2048, "stage DPO: a longer prompt loses its earliest turns.", ge=1)
     loss_type: str = key(
@@ -24,7 +39,7 @@ class PreferenceArgs:
         "stage DPO: the loss; formulas and papers are in erniekit/losses/preference.py.",
         choices=LOSS_TYPES,
     )
-    beta: float = key(0.1, "stage DPO: how strongly the policy is held near the reference.", gt=0)
+    beta: float = key(0.1, "stage DPO: how strongly the policy is kept near the reference.", gt=0)
     label_smoothing: float = key(
         0.0, "stage DPO: share of pairs believed to be labelled the wrong way round.", ge=0, lt=0.5
     )
@@ -48,5 +63,5 @@ class PreferenceArgs:
         None,
         "stage DPO: a file for the reference's log-probabilities: computed once, before training, and read by later "
         "runs on the same model and data; the reference then needs no memory.",
-        path="one",
+        path=True,
     )

@@ -1,6 +1,7 @@
 """Keys of a model's shape, for pretraining from a random start: config.json's own names."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from erniekit.config.fields import key
 
@@ -12,6 +13,8 @@ class ShapeArgs:
     """The sizes that a model's config.json has. With continue_training: false they replace it, or stand for it; with
     weights to start from they can only repeat it.
     """
+
+    group: ClassVar[str] = "shape"
 
     hidden_size: int | None = key(None, f"Features of a token between layers; {_NULL}.", ge=1)
     intermediate_size: int | None = key(None, f"Width of dense feed-forward layers; {_NULL}.", ge=1)

@@ -1,6 +1,7 @@
 """Keys about the run: steps, evaluation, saving, logging, and the optimizer."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from erniekit.config.fields import key
 
@@ -9,11 +10,13 @@ from erniekit.config.fields import key
 class TrainArgs:
     """How long to train, when to evaluate and save, and where the results go."""
 
+    group: ClassVar[str] = "train"
+
     do_train: bool = key(True, "Train (ERNIEKit's default is False, with which `train` would do nothing).")
     do_eval: bool = key(False, "Evaluate at the end; True by itself when evaluation_strategy is steps or epoch.")
-    seed: int = key(42, "Decides the random start, the order of the data, and dropout-like noise.", ge=0, lt=2**32)
-    batch_size: int = key(1, "Rows a device takes at a time, in training and in evaluation.", ge=1)
-    gradient_accumulation_steps: int = key(1, "Batches that one optimizer step sums up.", ge=1)
+    seed: int = key(42, "Seed of the random start, the order of the data, and dropout-like noise.", ge=0, lt=2**32)
+    batch_size: int = key(1, "Micro-batch size: rows per device and forward pass, in training and in evaluation.", ge=1)
+    gradient_accumulation_steps: int = key(1, "Micro-batches that are accumulated for one optimizer step.", ge=1)
     num_train_epochs: float = key(1.0, "Epochs: how often the training data is read, when max_steps is -1.", gt=0)
     max_steps: int = key(-1, "Optimizer steps to train; -1: num_train_epochs decides.", ge=1, off=-1)
     evaluation_strategy: str = key(
@@ -45,13 +48,13 @@ class TrainArgs:
         None, "Stop after this many evaluations without a new best; null: never.", ge=1
     )
     logging_steps: int = key(1, "Steps from one log line to the next (ERNIEKit: 500, silent in short runs).", ge=1)
-    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path="one")
+    logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path=True)
     report_to: str = key(
         "none",
         "Also log to visualdl or tensorboard; metrics.jsonl and loss.png are always written.",
         choices=("none", "visualdl", "tensorboard"),
     )
-    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path="one")
+    output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path=True)
     overwrite_output_dir: bool = key(
         False,
         "Start from scratch although output_dir holds a run: its checkpoints, metrics and final model are removed. For "
@@ -61,7 +64,7 @@ class TrainArgs:
     resume_from_checkpoint: str = key(
         "auto",
         "auto: the newest whole checkpoint in output_dir, if any; none: never resume; or a checkpoint directory.",
-        path="one",
+        path=True,
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
@@ -77,6 +80,8 @@ class TrainArgs:
 @dataclass(frozen=True, kw_only=True)
 class OptimArgs:
     """The optimizer, the learning rate over time, and what is added to the loss."""
+
+    group: ClassVar[str] = "optimizer"
 
     optim: str = key(
         "adamw",
@@ -101,9 +106,12 @@ class OptimArgs:
     adam_beta1: float = key(0.9, "Decay of AdamW's first moment.", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", ge=0, lt=1)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon.", gt=0)
-    max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm; 0: never.", ge=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: never.", ge=0)
     layerwise_lr_decay_bound: float = key(
-        1.0, "Learning rate of the lowest layer as a share of the top's, linear between; 1: all the same.", gt=0, le=1
+        1.0,
+        "Layer-wise learning rate decay: multiplier of the lowest layer, rising linearly to 1 at the top; 1: none.",
+        gt=0,
+        le=1,
     )
     ema_decay: float | None = key(
         None,
@@ -112,7 +120,7 @@ class OptimArgs:
         lt=1,
     )
     batch_size_warmup_steps: int = key(
-        0, "Steps over which gradient_accumulation_steps grows linearly to its value; 0: full at once.", ge=0
+        0, "Steps over which gradient_accumulation_steps grows linearly to its value; 0: no warm-up.", ge=0
     )
     neftune: bool = key(False, "Noise on the input embeddings while training (NEFTune).")
     neftune_noise_alpha: float = key(5.0, "Strength of that noise.", ge=0)

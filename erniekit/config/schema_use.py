@@ -1,6 +1,7 @@
 """Keys about using a model: generating, evaluating with generation, exporting."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from erniekit.config.fields import key
 
@@ -9,8 +10,10 @@ from erniekit.config.fields import key
 class GenerateArgs:
     """Sampling, for chat and for evaluation with generation."""
 
-    max_new_tokens: int = key(1024, "Tokens generated at most.", ge=1)
-    min_tokens: int = key(0, "Tokens generated at least before an end token may come.", ge=0)
+    group: ClassVar[str] = "generation"
+
+    max_new_tokens: int = key(1024, "The largest number of tokens to generate.", ge=1)
+    min_tokens: int = key(0, "The number of tokens to generate before an end token is allowed.", ge=0)
     temperature: float = key(
         0.95, "Randomness of the choice; 0: always the likeliest token, as `eval` does when it is not given.", ge=0
     )
@@ -29,20 +32,24 @@ class GenerateArgs:
 class EvalArgs:
     """What `erniekit eval` does beside the loss."""
 
+    group: ClassVar[str] = "evaluation"
+
     predict_with_generate: bool = key(
         False, "`eval` also answers the last question of each sample and scores the answers."
     )
-    eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path="one")
+    eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(
         None,
         "The model directory that eval, export, split and chat take; not given: the newest in output_dir.",
-        path="one",
+        path=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArgs:
     """What `erniekit export` and `split` write."""
+
+    group: ClassVar[str] = "export"
 
     format: str = key("pt", "Layout of exported weights: pt (Hugging Face) or paddle.", choices=("pt", "paddle"))
     max_shard_size: float = key(5.0, "Largest weight file, in GB.", gt=0)

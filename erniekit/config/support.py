@@ -22,11 +22,11 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     """What cfg asks of `command` that this version cannot do yet: one line each with key, value and feature."""
     found: list[str] = []
     if cfg.stage in _STAGES and command in ("train", "eval"):
-        found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); this version has SFT, PT and DPO")
+        found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); it has SFT, PT and DPO")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         found.append(
-            f"compute_type: {cfg.compute_type} ({kind}); this version has bf16 and fp32, and for a frozen base wint8, "
+            f"compute_type: {cfg.compute_type} ({kind}); it has bf16 and fp32, and for a frozen base wint8, "
             "wint4, wint4/8 and nf4"
         )
     for name, value in cfg.extras:

@@ -104,7 +104,7 @@ _OTHERWISE: dict[str, str] = {
     ),
     "dataset_dir": "train_dataset_path takes whole paths",
     "quantization_bit load_in_8bit load_in_4bit bits qlora quant_bits quant_method quantization_method": (
-        "compute_type: wint8, wint4 or nf4 holds the base in few bits, with fine_tuning: LoRA"
+        "compute_type: wint8, wint4 or nf4 stores the base in 8 or 4 bits, with fine_tuning: LoRA"
     ),
     "torch_dtype dtype precision mixed_precision tf32 pure_bf16": "compute_type takes bf16 or fp32",
     "flash_attn use_flash_attn attention_backend": ("remove it: attention kernels are chosen by what the device has"),
@@ -168,7 +168,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def table() -> dict[str, str]:
-    """Every name here, and what is said about it."""
+    """Every name here, and the hint about it."""
     return dict(_TABLE)
 
 

@@ -7,7 +7,7 @@ command line: decimal digits, which underscores may group (1_000), no leading ze
 
 import math
 import re
-from collections.abc import Sequence
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,26 +117,40 @@ def _number(value: Any, wanted: str) -> int | float:
     raise ValueError(f"expected {wanted}{hint}, got {shown(value)}")
 
 
-def join_list(items: Sequence[str]) -> str:
-    """Texts joined by commas; one that holds a comma itself, or begins with a quote, stands in double quotes, inside
-    which quotes are doubled.
+def split_list(text: str) -> list[str]:
+    """The texts between commas, without blank ones; one that has a comma itself stands in double quotes, inside which
+    quotes are doubled.
     """
-
-    def quoted(item: str) -> str:
-        return '"' + item.replace('"', '""') + '"' if "," in item or item.lstrip().startswith('"') else item
-
-    return ",".join(map(quoted, items))
-
-
-def split_list(text: str | None) -> list[str]:
-    """The texts that join_list joined, or that a user separated by commas, without blank ones."""
-    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text or "")
+    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text)
     items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
     return [item.strip() for item in items if item.strip()]
 
 
-def split_patterns(text: str | None) -> tuple[str, ...]:
+def split_patterns(text: str) -> list[str]:
     """The entries of a comma-separated list of names and regular expressions; a comma inside brackets of an expression
-    is part of it.
+    belongs to the expression.
     """
-    return tuple(entry.strip() for entry in re.split(r",(?![^\[{(]*[\]})])", text or "") if entry.strip())
+    return [entry.strip() for entry in re.split(r",(?![^\[{(]*[\]})])", text) if entry.strip()]
+
+
+def split_numbers(text: str) -> list[str]:
+    """The numbers of "0,1,2" or "[0, 1, 2]", as text."""
+    text = text.strip()
+    return split_list(text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text)
+
+
+def split_shares(text: str) -> list[str]:
+    """The numbers of "998,1,1" or "9/1" (Megatron-LM accepts both), as text."""
+    return split_numbers(text.replace("/", ","))
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, separated by white space or commas; a word that has one of them stands in quotes."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace += ","
+    words.whitespace_split = True
+    words.commenters = ""
+    try:
+        return list(words)
+    except ValueError as error:
+        raise ValueError(f"{str(error).lower()}: {shown(text)}. Close the quotes") from None

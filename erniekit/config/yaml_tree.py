@@ -15,7 +15,7 @@ from erniekit.config.values import Scalar
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import MAX_DEPTH
 
-MAX_VALUES = 20_000  # of one file, each use of an alias counted anew
+MAX_VALUES = 20_000  # of one file, each use of an alias counted again
 _TAG = "tag:yaml.org,2002:"
 _TEXT = ("!", f"{_TAG}str")
 _PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))
@@ -151,7 +151,7 @@ class _Reader:
         if depth >= MAX_DEPTH:
             self._refuse(f"nested more than {MAX_DEPTH} levels deep")
         if self._count > MAX_VALUES:
-            self._refuse(f"more than {MAX_VALUES:,} values, each use of an alias counted anew")
+            self._refuse(f"more than {MAX_VALUES:,} values, each use of an alias counted again")
 
     def _alias(self, name: str | None, depth: int) -> Any:
         if name is None or name not in self._anchors:

@@ -7,7 +7,7 @@ Legend: T tokens, R rows, N entries of a side table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -37,8 +37,8 @@ class PairLayout(NamedTuple):
     score_delta: float
 
 
-class DocumentMedia(NamedTuple):
-    """The N pictures and videos of a document of n tokens, in order.
+class DocumentPictures(NamedTuple):
+    """The N images and videos of a document of n tokens, in the order of their placeholders.
 
     `modality` int8 [n]; `positions` int64 [n, 3] (time, height, width); `grid` int64 [N, 3]; `first_tokens` int64 [N];
     `sources` [N]: what decodes each of them (vision.plan.MediaPlan).
@@ -53,21 +53,21 @@ class DocumentMedia(NamedTuple):
 
 class Document(NamedTuple):
     """What is packed: `ids` and `labels` int32 [n], labels[t] the target of position t or -100; for a pair of answers
-    its layout; for pictures and videos what they are.
+    its layout; its images and videos.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     pair: PairLayout | None = None
-    media: DocumentMedia | None = None
+    pictures: DocumentPictures | None = None
 
     @property
     def num_bytes(self) -> int:
         """About how much memory its arrays take, and pictures that are in the record itself."""
         size = self.ids.nbytes + self.labels.nbytes
-        if self.media is not None:
-            size += self.media.modality.nbytes + self.media.positions.nbytes
-            size += sum(source.num_bytes for source in self.media.sources)
+        if self.pictures is not None:
+            size += self.pictures.modality.nbytes + self.pictures.positions.nbytes
+            size += sum(source.num_bytes for source in self.pictures.sources)
         return size
 
 
@@ -119,70 +119,65 @@ class PairTable:
 NO_PAIRS = PairTable.of([])
 
 
-@dataclass(frozen=True)
-class MediaTable:
-    """The N pictures and videos of a batch in the order of their tokens.
+_NO_NUMBERS = np.zeros(0, np.int64)
 
-    `grid` int64 [N, 3]: frames, rows and columns of patches of each; `first_tokens` int64 [N]: the token of the batch
-    at which its placeholders begin (whether it is a picture or a video, the modality of that token says). `pixels`
-    uint8 [P, 3 * patch * patch]: the patches of all of them one after another; empty until they are decoded, which only
-    the rank that trains on the batch does. `sources` [N] is what decodes them, empty once that is done; `documents`
-    int64 [N]: the number of each one's document among the batch's.
+
+@dataclass(frozen=True)
+class PictureTable:
+    """The N images and videos of a batch, in the order of their placeholders.
+
+    `patches` [P, channels * size * size], uint8 pixels or normalised floats, of one picture after another; `grid` int64
+    [N, 3], the frames, rows and columns of patches of each (one frame: an image); `first_tokens` int64 [N], the token
+    number of the first placeholder of each.
+
+    Only the rank that trains on a batch decodes its pictures. Until then `patches` is empty, `sources` [N] is what
+    decodes them, and `documents` int64 [N] is the number of each one's document among the batch's.
     """
 
-    pixels: np.ndarray
+    patches: np.ndarray
     grid: np.ndarray
     first_tokens: np.ndarray
-    documents: np.ndarray
-    sources: tuple[Any, ...]
+    documents: np.ndarray = field(default_factory=_NO_NUMBERS.copy)
+    sources: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid)
 
     @property
-    def is_decoded(self) -> bool:
-        """Whether `pixels` has the patches."""
-        return len(self.pixels) == self.num_patches
-
-    @property
     def num_patches(self) -> int:
-        """P."""
+        """P, also before they are decoded."""
         return int(self.grid.prod(axis=1).sum())
 
     @staticmethod
-    def of(documents: Sequence[Document]) -> "MediaTable":
+    def of(documents: Sequence[Document]) -> "PictureTable":
         """The table of documents that are laid one after another."""
-        with_media = [(i, document.media) for i, document in enumerate(documents) if document.media is not None]
-        if not with_media:
-            return NO_MEDIA
+        filled = [(i, document.pictures) for i, document in enumerate(documents) if document.pictures is not None]
         starts = _starts([len(document.ids) for document in documents])
-        return MediaTable(
-            NO_MEDIA.pixels,
-            np.concatenate([media.grid for _, media in with_media]),
-            np.concatenate([media.first_tokens + starts[i] for i, media in with_media]),
-            np.concatenate([np.full(len(media.grid), i, np.int64) for i, media in with_media]),
-            tuple(source for _, media in with_media for source in media.sources),
+        return PictureTable(
+            NO_PICTURES.patches,
+            np.concatenate([pictures.grid for _, pictures in filled]),
+            np.concatenate([pictures.first_tokens + starts[i] for i, pictures in filled]),
+            np.concatenate([np.full(len(pictures.grid), i, np.int64) for i, pictures in filled]),
+            tuple(source for _, pictures in filled for source in pictures.sources),
         )
 
     @staticmethod
-    def join(tables: Sequence["MediaTable"], first_tokens: np.ndarray, first_documents: np.ndarray) -> "MediaTable":
+    def join(tables: Sequence["PictureTable"], first_tokens: np.ndarray, first_documents: np.ndarray) -> "PictureTable":
         """One table of several rows' tables, whose tokens and documents are counted from the given numbers on."""
-        full = [(i, table) for i, table in enumerate(tables) if len(table)]
-        if not full:
-            return NO_MEDIA
-        pixels = [table.pixels for _, table in full if len(table.pixels)]
-        return MediaTable(
-            np.concatenate(pixels) if pixels else NO_MEDIA.pixels,
-            np.concatenate([table.grid for _, table in full]),
-            np.concatenate([table.first_tokens + first_tokens[i] for i, table in full]),
-            np.concatenate([table.documents + first_documents[i] for i, table in full]),
-            tuple(source for _, table in full for source in table.sources),
+        filled = [i for i, table in enumerate(tables) if len(table)]
+        if not filled:
+            return NO_PICTURES
+        patches = [tables[i].patches for i in filled if len(tables[i].patches)]
+        return PictureTable(
+            np.concatenate(patches) if patches else NO_PICTURES.patches,
+            np.concatenate([tables[i].grid for i in filled]),
+            np.concatenate([tables[i].first_tokens + first_tokens[i] for i in filled]),
+            np.concatenate([tables[i].documents + first_documents[i] for i in filled]),
+            tuple(source for i in filled for source in tables[i].sources),
         )
 
 
-NO_MEDIA = MediaTable(
-    np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64), np.empty(0, np.int64), np.empty(0, np.int64), ()
-)
+NO_PICTURES = PictureTable(np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.int64), _NO_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -191,18 +186,19 @@ class PackedBatch:
     documents that fit; a batch of one row is what the packer makes.
 
     Columns [T]: `input_ids` and `labels` int64, labels[t] being the target of token t or IGNORE; `position_ids` int64,
-    which restart at 0 in each document, and are [T, 3] (time, height, width) in a batch with pictures; `segment_ids`
-    int64; `modality` int8 (see Modality). Segments are stretches of tokens that attend to themselves, and are numbered
-    0, 1, ... through the whole batch. A document is one segment, a pair of answers up to three: prompt, chosen,
-    rejected. The positions of both answers continue the prompt's.
+    which restart at 0 in each document, [T, 3] (time, height, width) where a row has pictures; `segment_ids` int64;
+    `modality` int8 (see Modality; the start and end tokens of a picture have the picture's). Segments are stretches of
+    tokens that attend to themselves, and are numbered 0, 1, ... through the whole batch. A document is one segment, a
+    pair of answers up to three: prompt, chosen, rejected. The positions of both answers continue the prompt's.
 
     `row_lengths` [R] are the rows' numbers of tokens, and add up to T. `sources` names each document's place,
-    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers; other data has none.
+    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers, `pictures` the images and
+    videos; other data has none.
 
-    A side table, as `pairs` and `media` are, has a column for each fact and numbers what it points to through the whole
-    batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts the numbers; (2) a
-    field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward is a column of the
-    table of what it is given for; a weight of each token's loss is one more column [T].
+    A side table, as `pairs` and `pictures` are, has a column for each fact and numbers what it points to through the
+    whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts their numbers;
+    (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward is a column of
+    the table of what it is given for; a weight of each token's loss is one more column [T].
     """
 
     input_ids: np.ndarray
@@ -213,7 +209,7 @@ class PackedBatch:
     row_lengths: list[int]
     sources: list[str]
     pairs: PairTable = NO_PAIRS
-    media: MediaTable = NO_MEDIA
+    pictures: PictureTable = NO_PICTURES
 
     @staticmethod
     def text_row(
@@ -297,25 +293,20 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         sources,
         PairTable.of(pairs),
     )
-    return _with_media(row, documents) if any(document.media is not None for document in documents) else row
+    return _with_pictures(row, documents) if any(document.pictures for document in documents) else row
 
 
-def _with_media(row: PackedBatch, documents: Sequence[Document]) -> PackedBatch:
+def _with_pictures(row: PackedBatch, documents: Sequence[Document]) -> PackedBatch:
     """The row of documents of which some have pictures."""
     positions, modality = _on_three_axes(row.position_ids), row.modality.copy()
     end = 0
     for document in documents:
         start, end = end, end + len(document.ids)
-        if document.media is not None:
+        if document.pictures is not None:
             assert document.pair is None, "the positions of a pair with pictures are not defined"
-            positions[start:end] = document.media.positions
-            modality[start:end] = document.media.modality
-    return replace(row, position_ids=positions, modality=modality, media=MediaTable.of(documents))
-
-
-def _on_three_axes(positions: np.ndarray) -> np.ndarray:
-    """Positions as [T, 3]; those of text are the same on all axes."""
-    return positions if positions.ndim == 2 else np.repeat(positions[:, None], 3, axis=1)
+            positions[start:end] = document.pictures.positions
+            modality[start:end] = document.pictures.modality
+    return replace(row, position_ids=positions, modality=modality, pictures=PictureTable.of(documents))
 
 
 def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
@@ -325,14 +316,11 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
     with a loss of zero.
     """
     parts = [_EMPTY, *rows]
-    first_tokens, first_segments, first_documents = (
-        _starts(counts)
-        for counts in zip(*((part.num_tokens, part.num_segments, part.num_samples) for part in parts), strict=True)
-    )
+    first_segments = _starts([part.num_segments for part in parts])
     return PackedBatch(
         input_ids=np.concatenate([part.input_ids for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
-        position_ids=_joined_positions(parts),
+        position_ids=_join_positions([part.position_ids for part in parts]),
         segment_ids=np.concatenate(
             [part.segment_ids + first for part, first in zip(parts, first_segments, strict=True)]
         ),
@@ -340,16 +328,24 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([part.pairs for part in parts], first_segments),
-        media=MediaTable.join([part.media for part in parts], first_tokens, first_documents),
+        pictures=PictureTable.join(
+            [part.pictures for part in parts],
+            _starts([part.num_tokens for part in parts]),
+            _starts([part.num_samples for part in parts]),
+        ),
     )
 
 
-def _joined_positions(parts: Sequence[PackedBatch]) -> np.ndarray:
-    """The positions of several parts, on three axes if those of one are."""
-    columns = [part.position_ids for part in parts]
-    if any(column.ndim == 2 for column in columns):
-        columns = [_on_three_axes(column) for column in columns]
-    return np.concatenate(columns)
+def _join_positions(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[T], or [T, 3] where a part has three axes."""
+    if all(part.ndim == 1 for part in parts):
+        return np.concatenate(parts)
+    return np.concatenate([_on_three_axes(part) for part in parts])
+
+
+def _on_three_axes(positions: np.ndarray) -> np.ndarray:
+    """Positions as [T, 3]: text has the same position on all of them."""
+    return positions if positions.ndim == 2 else np.repeat(positions[:, None], 3, axis=1)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -26,7 +26,7 @@ from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.tokens.feed import TokenFeed, open_token_files
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.errors import DataError
 
 _VERSION = 1
 
@@ -95,7 +95,7 @@ class Feed(Protocol):
         ...
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches with what is only loaded for the rank that trains on them: the pixels of pictures."""
+        """The batches with what is only loaded for the rank that trains on them: the patches of pictures."""
         ...
 
     def interrupt(self) -> None:
@@ -150,12 +150,8 @@ class Loader:
 
     @property
     def dataset(self) -> Dataset:
-        """The records that are read, in the order of the files. ConfigError where there are none: token files."""
-        if not isinstance(self._feed, RecordFeed):
-            raise ConfigError(
-                "predict_with_generate: token files hold text without questions. "
-                "Set it to false, or give eval_dataset_path."
-            )
+        """The records that are read, in the order of the files; token files have none."""
+        assert isinstance(self._feed, RecordFeed), "token files have no records"
         return self._feed.dataset
 
     @property

@@ -20,7 +20,6 @@ from erniekit.generation.load import FoundModel, Opened, sampling_of
 from erniekit.generation.thinking import opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 _BATCH = 128  # questions answered at a time
 _SHOWN = 3  # questions too long for the model that are named; the others are only counted
@@ -81,11 +80,7 @@ def read_questions(cfg: Config, dataset: Dataset, found: FoundModel) -> list[Que
             sample = parse_record(load_record(raw, where), type_name, where)
         if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
             sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
-        if sample.kind != "chat":
-            raise ConfigError(
-                "predict_with_generate: the evaluation data is pretraining text, which asks nothing. "
-                "Set it to false, or evaluate on questions and answers."
-            )
+        assert sample.kind == "chat", "config/checks.py refuses plain text"
         with reading(where):
             questions += _questions(found, sample, where)
     unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]

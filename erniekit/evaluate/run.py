@@ -123,8 +123,7 @@ def _loss(opened: Opened, loader: Loader, cfg: Config) -> dict[str, Any]:
 def _target(cfg: Config) -> Path:
     """The directory for the results, made now so that an evaluation of hours does not fail at its end."""
     directory = cfg.eval_output or cfg.output_dir
-    if directory is None:
-        raise ConfigError("eval_output: say where the results go: give eval_output or output_dir")
+    assert directory, "config/checks.py requires one of the two"
     target, key = Path(directory), "eval_output" if cfg.eval_output else "output_dir"
     make_directory(target, key)
     for name in (RESULTS_FILE, PREDICTIONS_FILE):

@@ -20,7 +20,7 @@ from erniekit.export.merge import Merge
 from erniekit.export.target import model_target
 from erniekit.models.config import Format
 from erniekit.utils import log
-from erniekit.utils.errors import CheckpointError, ConfigError
+from erniekit.utils.errors import CheckpointError
 
 OVERWRITE = "overwrite_output_dir: true"
 
@@ -51,8 +51,7 @@ def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:
 
 def output_of(cfg: Config) -> Path:
     """`output_dir`, which these commands write below."""
-    if cfg.output_dir is None:
-        raise ConfigError("output_dir: missing. It says which run to export, and the result goes below it.")
+    assert cfg.output_dir, "config/checks.py requires it"
     return Path(cfg.output_dir)
 
 

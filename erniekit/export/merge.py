@@ -4,7 +4,7 @@ import numpy as np
 
 from erniekit.checkpoint.peft_read import StoredAdapter
 from erniekit.checkpoint.peft_write import part_sizes
-from erniekit.lora.layers import own_name
+from erniekit.lora.layers import parameter_name
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical
 
@@ -32,12 +32,12 @@ class Merge:
         module, tensors = logical.param.removesuffix(".weight"), self.adapter.tensors
         for part, slot in self.adapter.slots[module].items():
             prefix = f"{module}.adapter."
-            a, b = (tensors[prefix + own_name(kind, part)] for kind in ("A", "B"))
+            a, b = (tensors[prefix + parameter_name(kind, part)] for kind in ("A", "B"))
             if logical.index is not None:
                 a, b = a[logical.index], b[logical.index]
             columns = weight[:, self._columns[module][part]]
             columns += a @ (b * np.float32(slot.scaling))
-            magnitude = tensors.get(prefix + own_name("magnitude", part))
+            magnitude = tensors.get(prefix + parameter_name("magnitude", part))
             if magnitude is not None:
                 columns *= magnitude / np.linalg.norm(columns, axis=0)
         return weight

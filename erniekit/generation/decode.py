@@ -8,8 +8,10 @@ from typing import Protocol
 import numpy as np
 import paddle
 
+from erniekit.generation.pictures import PromptPictures
 from erniekit.generation.sampling import Sampling, choose
 from erniekit.models.decoder import CausalLM
+from erniekit.models.pictures import PictureTables
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, UserError
 
@@ -59,8 +61,12 @@ class Answer:
 class Stepper(Protocol):
     """What gives next-token scores for rows that grow."""
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> paddle.Tensor:
-        """Append tokens to each row (at least one each) -> scores after each row's last token [B, V]."""
+    def feed(
+        self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
+    ) -> paddle.Tensor:
+        """Append tokens to each row (at least one each) -> scores after each row's last token [B, V]. `pictures`: the
+        images and videos among these tokens, one entry a row; None: there are none.
+        """
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -75,20 +81,25 @@ class CachedStepper:
         self.model = model
         self.cache = model.new_cache(batch_size)
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> paddle.Tensor:
+    def feed(
+        self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
+    ) -> paddle.Tensor:
+        """See Stepper."""
         # A long prompt goes in pieces: its activations are then never whole. Rows of a batch are short (see _batches),
         # so that only a single row needs it.
+        prompt, start = None if pictures is None else PromptPictures(self.model, pictures), 0
         while len(tokens) == 1 and len(tokens[0]) > _PREFILL_STEP:
-            self._extend([tokens[0][:_PREFILL_STEP]])
-            tokens = [tokens[0][_PREFILL_STEP:]]
-        return self._extend(tokens)
+            self._extend([tokens[0][:_PREFILL_STEP]], prompt, start)
+            tokens, start = [tokens[0][_PREFILL_STEP:]], start + _PREFILL_STEP
+        return self._extend(tokens, prompt, start)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.cache.keep(rows)
 
-    def _extend(self, tokens: Sequence[Sequence[int]]) -> paddle.Tensor:
+    def _extend(self, tokens: Sequence[Sequence[int]], prompt: PromptPictures | None, start: int) -> paddle.Tensor:
         lengths = np.array([len(row) for row in tokens])
-        return self.model.extend(pad_right(tokens, 0), lengths, self.cache)
+        step = () if prompt is None else prompt.step(start, lengths, self.cache.next_position)
+        return self.model.extend(pad_right(tokens, 0), lengths, self.cache, *step)
 
 
 class UncachedStepper:
@@ -99,7 +110,12 @@ class UncachedStepper:
         self.rows: list[list[int]] = [[] for _ in range(batch_size)]
 
     @paddle.no_grad()
-    def feed(self, tokens: Sequence[Sequence[int]]) -> paddle.Tensor:
+    def feed(
+        self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
+    ) -> paddle.Tensor:
+        """See Stepper."""
+        if pictures is not None:
+            raise UserError("use_cache: images and videos need the cache. Leave use_cache out.")
         for row, new in zip(self.rows, tokens, strict=True):
             row.extend(new)
         last = np.array([len(row) - 1 for row in self.rows])
@@ -120,6 +136,12 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     return out
 
 
+def _of_rows(
+    pictures: Sequence[PictureTables | None] | None, rows: Sequence[int]
+) -> Sequence[PictureTables | None] | None:
+    return None if pictures is None else [pictures[row] for row in rows]
+
+
 def _ignore(row: int, what: object) -> None:
     """The listener of those who do not listen."""
 
@@ -134,21 +156,25 @@ def decode(
     use_cache: bool = True,
     on_token: OnToken = _ignore,
     on_answer: Callable[[int, Answer], None] = _ignore,
+    pictures: Sequence[PictureTables | None] | None = None,
 ) -> list[Answer]:
     """Answer each prompt (token ids, at least one each). The result is in the order of the prompts and does not depend
     on how they share batches.
 
     Prompts of similar length share a batch of up to `batch_size`; a row that has ended leaves it. Row i draws from its
     own random generator, made of (sampling.seed, i). on_token sees each token as it is chosen, the end token too;
-    on_answer each finished answer. Raises UserError for a prompt that does not fit the model.
+    on_answer each finished answer. `pictures`: the images and videos of each prompt. Raises UserError for a prompt that
+    does not fit the model.
     """
     check_prompts(model, prompts)
     work = _Work(model, prompts, limits, sampling)
     for rows in _batches([len(prompt) for prompt in prompts], batch_size):
         stepper: Stepper = (CachedStepper if use_cache else UncachedStepper)(model, len(rows))
         tokens: list[Sequence[int]] = [prompts[row] for row in rows]
+        new_pictures = _of_rows(pictures, rows)
         while rows:
-            chosen = work.step(stepper.feed(tokens), rows)
+            chosen = work.step(stepper.feed(tokens, new_pictures), rows)
+            new_pictures = None
             for row, token in zip(rows, chosen, strict=True):
                 on_token(row, token)
                 if work.answers[row].stop:

@@ -9,6 +9,7 @@ import paddle
 from erniekit.generation.decode import Limits, decode
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
+from erniekit.models.pictures import PictureArguments, PictureTables, picture_tables, rows_of
 from erniekit.utils.errors import UserError
 
 
@@ -31,6 +32,7 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     stream: Callable[[int, int], None] | None = None,
+    **pictures: Any,
 ) -> paddle.Tensor:
     """Continue prompts, token by token.
 
@@ -49,6 +51,8 @@ def generate(
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
+        pictures: images and videos in the prompts of a vision-language model (pixel_values, image_grid_thw, ...), see
+            models.pictures.PictureArguments.
 
     Returns:
         int64 [B, S + N]: the input as given (padded to the longest prompt, S), then the new tokens of each row, its end
@@ -57,6 +61,7 @@ def generate(
     Raises:
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
+        ValueError: images or videos do not fit their placeholders.
     """
     padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)
@@ -82,11 +87,22 @@ def generate(
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     listener = {} if stream is None else {"on_token": stream}
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, **listener)
+    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures))
+    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=rows, **listener)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
     return paddle.to_tensor(np.concatenate([ids, new], axis=1))
+
+
+def _picture_rows(
+    model: CausalLM, ids: np.ndarray, mask: np.ndarray, arguments: PictureArguments
+) -> list[PictureTables] | None:
+    """The images and videos of each prompt; None where there are none."""
+    tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
+    if tables is None or model.config.vision is None:
+        return None
+    return rows_of(tables, mask, model.config.vision.spatial_merge_size)
 
 
 def _as_ids(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
 """LoRA: small trained factors beside frozen weights, attached to a model from outside.
 
-`attach(model, options)` hangs adapters on the projections and freezes the rest; `disabled(model)` is the base model for
-a while; `merge(model)` makes the adapters part of the weights. Files: erniekit/checkpoint/peft_write.py.
+`attach(model, options)` attaches adapters to the projections and freezes everything else; `disabled(model)` gives the
+base model for the length of a `with` block; `merge(model)` adds the adapters to the weights. Their files are written by
+erniekit/checkpoint/peft_write.py.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +13,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, own_name, refuse_low_bit
+from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, mergeable_weight, parameter_name
 from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
+from erniekit.utils.arrays import seeded_generator
 from erniekit.utils.errors import ConfigError
 
 __all__ = [
@@ -37,8 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """`rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout` on the adapters' input
-    while training. `targets`, `modules_to_save`: see targets.choose and choose_saved. `seed` decides the start of A.
+    """How a model is adapted. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout`
+    is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in targets.choose
+    and choose_saved. `seed` decides the initial values of A.
     """
 
     rank: int = 8
@@ -52,15 +54,16 @@ class LoraOptions:
 
     @property
     def scaling(self) -> float:
-        """s of W + s A B."""
+        """The scaling s of W + s A B."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass
 class LoraState:
-    """What is attached to a model: its options, the adapters of the whole model (projection -> part -> slot), of which
-    this process may hold some, and the parameters that are trained whole, with their values before (`originals`).
-    `base` names the base model to others, `base_fingerprint` its weights (see checkpoint.adapter).
+    """What is attached to a model: the options, the adapters of the whole model (projection -> part -> slot), of which
+    this process may hold only some, and the parameters that are trained whole (`saved`) with the values that they had
+    before (`originals`). `base` is the name of the base model that files state, `base_fingerprint` identifies its
+    weights (see checkpoint.peft_write).
     """
 
     options: LoraOptions
@@ -76,7 +79,7 @@ _Share = Callable[[ShardSpec], tuple[int, int]]
 
 
 def state_of(model: nn.Layer) -> LoraState | None:
-    """What is attached to `model`; None for a plain model."""
+    """The adapter of `model`, or None for a plain model."""
     return vars(model).get(_STATE)
 
 
@@ -87,13 +90,13 @@ def attach(
     tied: bool = False,
     share: _Share = lambda spec: (0, 1),
 ) -> LoraState:
-    """Hang new adapters on the projections that `options` name; only they and modules_to_save are trained from here
-    on.
+    """Attach new adapters to the projections that `options` name. From then on only these and modules_to_save are
+    trained.
 
-    `model` has its weights. Where it is a part of a model, `names` are the whole model's weights, and `share` says
-    which share of a divided parameter this process holds. `tied`: the head is the embedding. A is uniform in
-    +-1 / sqrt(in), as in PEFT, drawn from (seed, name, expert), whatever the layout; B is 0: at first the adapted model
-    is the base. Raises ConfigError (see targets.choose).
+    `model` already has its weights. Where it is one shard of a model, `names` are the weights of the whole model, and
+    `share` gives this process's share (index, count) of a sharded parameter. `tied`: the head is the embedding. A is
+    uniform in +-1 / sqrt(in), as in PEFT, and follows from (seed, name, expert), whatever the layout. B is 0, so that
+    the adapted model starts as the base. Raises ConfigError (see targets.choose).
     """
     known = [name for name, _ in model.named_parameters()] if names is None else names
     slots, saved = choose_slots(known, options, tied)
@@ -105,8 +108,9 @@ def attach(
 def choose_slots(
     names: Iterable[str], options: LoraOptions, tied: bool
 ) -> tuple[dict[str, dict[str, Slot]], tuple[str, ...]]:
-    """The adapters (projection -> part -> slot) and the parameters that are trained whole, in a model whose weights are
-    called `names`. It needs no model, so that a wrong name shows early. Raises ConfigError (see targets.choose).
+    """The adapters (projection -> part -> slot) and the parameters that are trained whole, of a model whose weights
+    have these `names`. No model is needed, so that a wrong name is found early. Raises ConfigError (see
+    targets.choose).
     """
     known = list(names)
     slot = Slot(options.rank, options.scaling)
@@ -121,14 +125,14 @@ def choose_slots(
 def attach_slots(
     model: nn.Layer, options: LoraOptions, slots: dict[str, dict[str, Slot]], saved: tuple[str, ...]
 ) -> LoraState:
-    """Hang zero adapters of these slots on `model`, as far as it holds their projections, and freeze the rest."""
-    assert state_of(model) is None, "a model has one adapter at most"
+    """Attach adapters that are zero to those projections of `slots` that `model` has, and freeze everything else."""
+    assert state_of(model) is None, "the model already has an adapter"
     state = LoraState(options, slots, saved)
     for name, parameter in model.named_parameters():
         parameter.stop_gradient = name not in saved
         if name in saved:
             state.originals[name] = parameter.detach().clone()
-    # A base in few bits has no weights of a floating type; norms have the type that is computed in.
+    # The weights of a quantised base have no floating type; norms have the type in which the model computes.
     roles = named_roles(model)
     dtype = next(parameter.dtype for name, parameter in model.named_parameters() if roles[name] is Role.NORM)
     for name, layer in list(model.named_sublayers()):
@@ -145,7 +149,7 @@ def attach_slots(
 
 
 def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> None:
-    """PEFT's files cannot say DoRA for the feed-forward layers of a mixture of experts."""
+    """Refuse DoRA for the feed-forward layers of a mixture of experts, which PEFT's files cannot express."""
     if any(is_stacked(module) for module in adaptable(names)):
         wrong = [module for module in slots if ".self_attn." not in module]
         if wrong:
@@ -156,7 +160,7 @@ def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> Non
 
 
 def describe(state: LoraState) -> str:
-    """What is adapted, in a few words: projections by kind, rank, scaling, what is trained whole."""
+    """A short text for the log: adapted projections by kind, rank, scaling, and what is trained whole."""
     slots = [slot for parts in state.slots.values() for slot in parts.values()]
     leaves = sorted({name.rpartition(".")[2] for name in state.slots})
     ranks = ", ".join(str(rank) for rank in sorted({slot.rank for slot in slots}))
@@ -175,12 +179,12 @@ def adapters(model: nn.Layer) -> Iterator[tuple[str, Projection, Adapter]]:
 
 @paddle.no_grad()
 def _draw(model: nn.Layer, seed: int, share: _Share) -> None:
-    """The start of every A (He et al. 2015 with a = sqrt(5): bound 1 / sqrt(in))."""
+    """Draw the initial values of every A (He et al. 2015 with a = sqrt(5): bound 1 / sqrt(in))."""
     for name, _, adapter in adapters(model):
         shard_specs = adapter.shard_specs()
         for part in adapter.slots:
-            a, own = adapter.factors(part)[0], own_name("A", part)
-            full, spec = f"{name}.adapter.{own}", shard_specs.get(own)
+            a, local_name = adapter.factors(part)[0], parameter_name("A", part)
+            full, spec = f"{name}.adapter.{local_name}", shard_specs.get(local_name)
             index, count = (0, 1) if spec is None else share(spec)
             if len(a.shape) == 3:
                 first = index * a.shape[0]
@@ -192,15 +196,14 @@ def _draw(model: nn.Layer, seed: int, share: _Share) -> None:
 
 
 def _uniform(seed: int, name: str, shape: list[int]) -> np.ndarray:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
-    return ((2 * generator.random(shape, dtype=np.float32) - 1) / np.sqrt(np.float32(shape[0]))).astype(np.float32)
+    uniform = seeded_generator(seed, name).random(shape, dtype=np.float32)
+    return ((2 * uniform - 1) / np.sqrt(np.float32(shape[0]))).astype(np.float32)
 
 
 @contextmanager
 def disabled(model: nn.Layer) -> Iterator[nn.Layer]:
-    """The base model: adapters off, modules_to_save as they were before training. For forward passes only; the trained
-    state comes back afterwards, bit for bit.
+    """Give the base model: adapters switched off, modules_to_save as they were before training. This is for forward
+    passes only. Afterwards the trained state is restored bit for bit.
     """
     state = state_of(model)
     assert state is not None, "the model has no adapter"
@@ -222,20 +225,21 @@ def disabled(model: nn.Layer) -> Iterator[nn.Layer]:
 
 @paddle.no_grad()
 def merge(model: nn.Layer) -> None:
-    """Make the adapters part of the weights, computed in fp32; afterwards `model` is a plain model.
+    """Add the adapters to the weights, computed in fp32. Afterwards `model` is a plain model.
 
-    Raises UserError where the base is held in few bits.
+    Raises UserError where the base is quantised.
     """
     for name, layer, adapter in list(adapters(model)):
-        refuse_low_bit(layer, name)
+        weight = mergeable_weight(layer, name)
         assert isinstance(adapter, LinearAdapter | StackedAdapter)
-        weight = layer._parameters["weight"]
-        weight.set_value(adapter.merged().astype(weight.dtype))
+        weight.set_value(adapter.merged(weight).astype(weight.dtype))
     unload(model)
 
 
 def unload(model: nn.Layer) -> None:
-    """Take the adapters off and let every weight be trained again. What is in modules_to_save stays trained."""
+    """Remove the adapters and make every weight trainable again. Parameters of modules_to_save keep their trained
+    values.
+    """
     for _, layer, _ in list(adapters(model)):
         layer.adapter = None
     vars(model).pop(_STATE, None)

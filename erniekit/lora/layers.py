@@ -1,8 +1,9 @@
-"""The adapters that hang on projections (LoRA: Hu et al. 2021, arXiv 2106.09685; DoRA: Liu et al. 2024, arXiv
+"""The adapters of projections (LoRA: Hu et al. 2021, arXiv 2106.09685; DoRA: Liu et al. 2024, arXiv
 2402.09353).
 
-A part of a projection with weight W [in, out] becomes W + s A B with A [in, r], B [r, out]; W is frozen. Scaling s is
-alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
+Each part of a fused projection (q, k, v or gate, up) has an adapter of its own. A part with weight W [in, out] becomes
+W + s A B with A [in, r], B [r, out], and W is frozen. The scaling s is alpha / r, or alpha / sqrt(r) with rsLoRA
+(Kalajdzievski 2023, arXiv 2312.03732).
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 from erniekit.utils.errors import UserError
 
-_ROWS = 1024  # rows of a weight looked at together
+_ROWS = 1024  # rows of a weight that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Slot:
 
 
 class _LowRank(PyLayer):
-    """y + s_i (x A_i) B_i in the columns of each part i. One product with all A side by side, one with all B."""
+    """y + s_i (x A_i) B_i in the columns of each part i, as one product with all A side by side and one with all B."""
 
     @staticmethod
     def forward(ctx, x, y, spans, scalings, *factors):
@@ -38,25 +40,25 @@ class _LowRank(PyLayer):
         ctx.save_for_backward(x, a, b, u)
         ctx.spans, ctx.scalings = spans, scalings
         ctx.ranks = [factor.shape[1] for factor in factors[: len(spans)]]
-        ctx.wanted = not x.stop_gradient, not y.stop_gradient
+        ctx.needs_gradient = not x.stop_gradient, not y.stop_gradient
         return paddle.matmul(u, b).add_(y)
 
     @staticmethod
     def backward(ctx, dy):
         x, a, b, u = ctx.saved_tensor()
         du = paddle.matmul(dy, b, transpose_y=True)
-        dx = paddle.matmul(du, a, transpose_y=True) if ctx.wanted[0] else None
+        dx = paddle.matmul(du, a, transpose_y=True) if ctx.needs_gradient[0] else None
         # Narrow products are several times faster with the narrow side first.
         da, db = paddle.matmul(du, x, transpose_x=True).T, paddle.matmul(u, dy, transpose_x=True)
         if len(ctx.spans) == 1:
             (begin, end), scaling = ctx.spans[0], ctx.scalings[0]
-            return dx, dy if ctx.wanted[1] else None, da.contiguous(), db[:, begin:end] * scaling
+            return dx, dy if ctx.needs_gradient[1] else None, da.contiguous(), db[:, begin:end] * scaling
         das, dbs, row = [], [], 0
         for (begin, end), scaling, rank in zip(ctx.spans, ctx.scalings, ctx.ranks, strict=True):
             das.append(da[:, row : row + rank].contiguous())
             dbs.append(db[row : row + rank, begin:end] * scaling)
             row += rank
-        return dx, dy if ctx.wanted[1] else None, *das, *dbs
+        return dx, dy if ctx.needs_gradient[1] else None, *das, *dbs
 
 
 def _joined(
@@ -78,9 +80,9 @@ class _GroupedLowRank(PyLayer):
     @staticmethod
     def forward(ctx, rows, y, counts, scaling, a, b):
         ctx.counts, ctx.scaling = counts, scaling
-        ctx.wanted = not rows.stop_gradient, not y.stop_gradient
+        ctx.needs_gradient = not rows.stop_gradient, not y.stop_gradient
         narrow, parts = [], []
-        for e, begin, end in _stretches(counts):
+        for e, begin, end in row_spans(counts):
             narrow.append(paddle.matmul(rows[begin:end], a[e]).scale_(scaling))
             parts.append(paddle.matmul(narrow[-1], b[e]).add_(y[begin:end]))
         ctx.save_for_backward(rows, a, b)
@@ -95,32 +97,22 @@ class _GroupedLowRank(PyLayer):
             [paddle.zeros(a.shape[1:], a.dtype)] * len(a),
             [paddle.zeros(b.shape[1:], b.dtype)] * len(b),
         )
-        for u, (e, begin, end) in zip(ctx.narrow, _stretches(ctx.counts), strict=True):
+        for u, (e, begin, end) in zip(ctx.narrow, row_spans(ctx.counts), strict=True):
             part = dy[begin:end]
             du = paddle.matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
             das[e] = paddle.matmul(du, rows[begin:end], transpose_x=True).T
             dbs[e] = paddle.matmul(u, part, transpose_x=True)
-            if ctx.wanted[0]:
+            if ctx.needs_gradient[0]:
                 drows.append(paddle.matmul(du, a[e], transpose_y=True))
         ctx.narrow = None
         drows_all = None
-        if ctx.wanted[0]:
+        if ctx.needs_gradient[0]:
             drows_all = paddle.concat(drows) if drows else paddle.zeros_like(rows)
-        return drows_all, dy if ctx.wanted[1] else None, paddle.stack(das), paddle.stack(dbs)
-
-
-def _stretches(counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(expert, begin, end) of each expert that has rows."""
-    stretches, begin = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            stretches.append((expert, begin, begin + count))
-        begin += count
-    return stretches
+        return drows_all, dy if ctx.needs_gradient[1] else None, paddle.stack(das), paddle.stack(dbs)
 
 
 class Adapter(Shardable):
-    """What every adapter has: `slots` by part, a switch, and dropout on its input while training."""
+    """The base of all adapters: `slots` by part, a switch (`enabled`), and dropout on the input while training."""
 
     def __init__(self, slots: dict[str, Slot], dropout: float) -> None:
         super().__init__()
@@ -129,15 +121,17 @@ class Adapter(Shardable):
     def roles(self) -> dict[str, Role]:
         """See DeclaresRoles."""
         kinds = {"A": Role.ADAPTER_A, "B": Role.ADAPTER_B, "magnitude": Role.SCALE}
-        return {own_name(kind, part): role for kind, role in kinds.items() for part in self.slots}
+        return {parameter_name(kind, part): role for kind, role in kinds.items() for part in self.slots}
 
     def factors(self, part: str) -> tuple[paddle.Tensor, paddle.Tensor]:
         """A and B of a part."""
-        return self._parameters[own_name("A", part)], self._parameters[own_name("B", part)]
+        return self._parameters[parameter_name("A", part)], self._parameters[parameter_name("B", part)]
 
     def _add(self, kind: str, part: str, shape: list[int], dtype: paddle.dtype) -> None:
         zero = nn.initializer.Constant(0.0)
-        self.add_parameter(own_name(kind, part), self.create_parameter(shape, dtype=dtype, default_initializer=zero))
+        self.add_parameter(
+            parameter_name(kind, part), self.create_parameter(shape, dtype=dtype, default_initializer=zero)
+        )
 
     def _dropped(self, x: paddle.Tensor) -> paddle.Tensor:
         if not self.dropout or not self.training:
@@ -145,8 +139,8 @@ class Adapter(Shardable):
         return nn.functional.dropout(x, self.dropout)
 
 
-def own_name(kind: str, part: str) -> str:
-    """Name of a parameter inside its adapter: "A_q", or "A" where the projection has no parts."""
+def parameter_name(kind: str, part: str) -> str:
+    """The name of a parameter inside its adapter: "A_q", or "A" where the projection has no parts."""
     return f"{kind}_{part}" if part else kind
 
 
@@ -178,25 +172,29 @@ class LinearAdapter(Adapter):
             self.reset_magnitude()
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """As the projection's weight: B by outputs, or A by inputs."""
+        """See Shardable. As the projection's weight is sharded: B by outputs, or A by inputs."""
         if self.split == "row":
-            return {own_name("A", part): ShardSpec(0) for part in self.slots}
+            return {parameter_name("A", part): ShardSpec(0) for part in self.slots}
         if self.split is None:
             return {}
-        shard_specs = {own_name("B", part): ShardSpec(1) for part in self.slots}
-        return shard_specs | ({own_name("magnitude", part): ShardSpec(0) for part in self.slots} if self.dora else {})
+        shard_specs = {parameter_name("B", part): ShardSpec(1) for part in self.slots}
+        return shard_specs | (
+            {parameter_name("magnitude", part): ShardSpec(0) for part in self.slots} if self.dora else {}
+        )
 
     def roles(self) -> dict[str, Role]:
         """See DeclaresRoles. The squared lengths of the base's columns go with the magnitude."""
         return super().roles() | {"_squares": Role.SCALE}
 
     def partial_gradients(self) -> tuple[str, ...]:
-        """The factor that is whole: each rank sees only its outputs' (column) or its inputs' (row) share."""
+        """See Shardable. The factor that is whole: a rank knows only its share of the outputs (column) or of the inputs
+        (row).
+        """
         if self.split is None:
             return ()
-        names = [own_name("A" if self.split == "column" else "B", part) for part in self.slots]
+        names = [parameter_name("A" if self.split == "column" else "B", part) for part in self.slots]
         if self.dora and self.split == "row":
-            names += [own_name("magnitude", part) for part in self.slots]
+            names += [parameter_name("magnitude", part) for part in self.slots]
         return tuple(names)
 
     def forward(self, x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
@@ -207,7 +205,7 @@ class LinearAdapter(Adapter):
         if len(shape) != 2:
             x, y = x.reshape([-1, x.shape[-1]]), y.reshape([-1, shape[-1]])
         dropped = self._dropped(x)
-        base = self._linear[0].product(dropped) if self.dora and dropped is not x else y
+        base = self._linear[0].multiply(dropped) if self.dora and dropped is not x else y
         parts = list(self.slots)
         factors = [self.factors(part) for part in parts]
         adapted = _LowRank.apply(
@@ -225,13 +223,13 @@ class LinearAdapter(Adapter):
         return adapted if len(shape) == 2 else adapted.reshape(shape)
 
     def _gain(self, width: int) -> paddle.Tensor:
-        """[out] fp32: trained length over the present one; 1 in columns without an adapter."""
+        """[out] fp32: the trained length of each column divided by its present length; 1 in columns without adapter."""
         norms = self.column_norms()
         pieces, begin = [], 0
         for part, (start, end) in self.spans.items():
             if start > begin:
                 pieces.append(paddle.ones([start - begin], dtype=norms[part].dtype))
-            pieces.append(self._parameters[own_name("magnitude", part)] / norms[part])
+            pieces.append(self._parameters[parameter_name("magnitude", part)] / norms[part])
             begin = end
         if begin < width:
             pieces.append(paddle.ones([width - begin], dtype=pieces[0].dtype))
@@ -246,7 +244,7 @@ class LinearAdapter(Adapter):
         norms = {}
         for part, (begin, end) in self.spans.items():
             factors, s = self.factors(part), self.slots[part].scaling
-            a_w = self._linear[0].product(factors[0].T)[:, begin:end].astype("float32")
+            a_w = self._linear[0].multiply(factors[0].T)[:, begin:end].astype("float32")
             a, b = (factor.astype("float32") for factor in factors)
             squares = self._squares[begin:end] + (
                 b * (2 * s * a_w + s * s * paddle.matmul(paddle.matmul(a.T, a), b))
@@ -256,28 +254,30 @@ class LinearAdapter(Adapter):
 
     @paddle.no_grad()
     def reset_magnitude(self) -> None:
-        """m = |W|: what it is before training. The weight must be in place."""
+        """Set m = |W|, its value before training. The weight must already be loaded."""
         linear, total = self._linear[0], None
         dtype = self.factors(next(iter(self.slots)))[0].dtype
         for begin in range(0, linear.in_features, _ROWS):
             rows = paddle.eye(linear.in_features, dtype="float32")[begin : begin + _ROWS].astype(dtype)
-            squares = linear.product(rows).astype("float32").square().sum(0)
+            squares = linear.multiply(rows).astype("float32").square().sum(0)
             total = squares if total is None else total + squares
         assert total is not None
         self._squares = total
         for part, (begin, end) in self.spans.items():
-            self._parameters[own_name("magnitude", part)].set_value(total[begin:end].sqrt())
+            self._parameters[parameter_name("magnitude", part)].set_value(total[begin:end].sqrt())
 
     @paddle.no_grad()
-    def merged(self) -> paddle.Tensor:
-        """The projection's weight with the adapter in it, fp32 [in, out]."""
-        weight = self._linear[0].weight.astype("float32").clone()
+    def merged(self, base: paddle.Tensor) -> paddle.Tensor:
+        """The projection's weight `base` with the adapter in it, fp32 [in, out]."""
+        weight = base.astype("float32").clone()
         norms = self.column_norms() if self.dora else {}
         for part, (begin, end) in self.spans.items():
             a, b = (factor.astype("float32") for factor in self.factors(part))
             columns = weight[:, begin:end] + paddle.matmul(a, b * self.slots[part].scaling)
             if self.dora:
-                columns = columns * (self._parameters[own_name("magnitude", part)] / norms[part]).astype("float32")
+                columns = columns * (self._parameters[parameter_name("magnitude", part)] / norms[part]).astype(
+                    "float32"
+                )
             weight[:, begin:end] = columns
         return weight
 
@@ -287,13 +287,12 @@ class StackedAdapter(Adapter):
 
     def __init__(self, stacked: Projection, slot: Slot, dropout: float, dtype: paddle.dtype) -> None:
         super().__init__({"": slot}, dropout)
-        self._stacked = [stacked]
         assert stacked.num_experts is not None
         self._add("A", "", [stacked.num_experts, stacked.in_features, slot.rank], dtype)
         self._add("B", "", [stacked.num_experts, slot.rank, stacked.out_features], dtype)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Whole experts are divided."""
+        """See Shardable. Whole experts are divided."""
         return {"A": ShardSpec(0, over="experts"), "B": ShardSpec(0, over="experts")}
 
     def forward(self, rows: paddle.Tensor, counts: list[int], y: paddle.Tensor) -> paddle.Tensor:
@@ -303,16 +302,17 @@ class StackedAdapter(Adapter):
         return _GroupedLowRank.apply(self._dropped(rows), y, counts, self.slots[""].scaling, *self.factors(""))
 
     @paddle.no_grad()
-    def merged(self) -> paddle.Tensor:
-        """The stacked weight with the adapters in it, fp32 [E, in, out]."""
+    def merged(self, base: paddle.Tensor) -> paddle.Tensor:
+        """The stacked weight `base` with the adapters in it, fp32 [E, in, out]."""
         a, b = (factor.astype("float32") for factor in self.factors(""))
-        return self._stacked[0].weight.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
+        return base.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)
 
 
-def refuse_low_bit(layer: Projection, name: str) -> None:
-    """Merging needs the weight itself."""
-    if "weight" not in layer._parameters or layer._parameters["weight"] is None:
+def mergeable_weight(layer: Projection, name: str) -> paddle.Tensor:
+    """The parameter that an adapter is merged into. UserError where a product holds the weight."""
+    if layer.weight is None:
         raise UserError(
-            f"{name} is held in 8 or 4 bits, into which an adapter cannot be merged. Export the adapter: it is merged "
-            "into the weights as they were published."
+            f"{name}: the weight is quantised, and an adapter cannot be merged into it. Export the adapter: it is "
+            "merged into the weights as they were published."
         )
+    return layer.weight

@@ -1,4 +1,5 @@
-"""Which projections are adapted: from names or patterns, ours or Hugging Face's, to parts of projections. No tensors.
+"""Which projections are adapted: translates names or patterns, ours or Hugging Face's, to parts of projections. It uses
+no tensors.
 
 In memory q|k|v and gate|up are fused; Hugging Face has q_proj, k_proj, v_proj, gate_proj and up_proj. A fused
 projection has an adapter for each part that is targeted, so that PEFT's files map one to one. Routed experts are one
@@ -25,7 +26,7 @@ Chosen = dict[str, tuple[str, ...]]
 
 def is_stacked(module: str) -> bool:
     """Whether a projection's name is that of all routed experts of a layer."""
-    return module.rpartition(".")[0].endswith(".mlp.experts")
+    return module.rpartition(".")[0].endswith((".mlp.experts", ".mlp.vision_experts"))
 
 
 def adaptable(names: Iterable[str]) -> list[str]:
@@ -53,9 +54,9 @@ def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
     """The parts that `targets` mean among the projections `names` (the whole model's).
 
     An entry of letters, digits, _ and . is the end of a name ("q_proj", "mlp.down_proj"); anything else is a regular
-    expression for a whole name. Both are tried on our names and on Hugging Face's ("experts.0.gate_proj" stands for all
-    experts). Raises ConfigError: an entry that means nothing (the nearest name is named), an invalid expression, gate
-    without up in routed experts.
+    expression for a whole name. Both are compared with our names and with Hugging Face's ("experts.0.gate_proj" stands
+    for all experts). Raises ConfigError for an entry that matches nothing (with the nearest name), an invalid
+    expression, and gate without up in routed experts.
     """
     modules = adaptable(names)
     chosen: set[tuple[str, str]] = set()
@@ -75,12 +76,14 @@ def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
                 f"lora_target_modules: {half}_proj of the routed experts ({module}) without the other half: they are "
                 "one projection with one adapter. Name both gate_proj and up_proj, or leave experts out."
             )
-    found = {module: tuple(part for part in parts_of(module) if (module, part) in chosen) for module in modules}
-    return {module: parts for module, parts in found.items() if parts}
+    by_module = {module: tuple(part for part in parts_of(module) if (module, part) in chosen) for module in modules}
+    return {module: parts for module, parts in by_module.items() if parts}
 
 
 def _halves(target: str, modules: Iterable[str]) -> set[tuple[str, str]]:
-    """Where older names, a module an expert, mean half of the experts' gate and up."""
+    """The halves of stacked gate and up projections that a name of one expert's module means (older PEFT files have a
+    module for each expert).
+    """
     stacks = [module for module in modules if is_stacked(module) and module.endswith(".up_gate_proj")]
     return {
         (module, half)
@@ -100,10 +103,7 @@ def _means(target: str, module: str, part: str) -> bool:
 def _matches(target: str, names: Iterable[str]) -> bool:
     if _PLAIN.fullmatch(target):
         return any(name == target or name.endswith(f".{target}") for name in names)
-    try:
-        return any(re.fullmatch(target, name) for name in names)
-    except re.error as error:
-        raise ConfigError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
+    return any(re.fullmatch(target, name) for name in names)  # config/checks.py compiles it
 
 
 def _unknown(target: str, modules: Sequence[str]) -> str:

@@ -30,25 +30,25 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0 if self.by_vocab else 1]
 
-    def own_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
+    def local_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V those of this rank."""
         logits = paddle.matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
         return logits if self.bias is None else logits + self.bias
 
     def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V the whole vocabulary. With a group, without gradient."""
-        logits = self.own_logits(hidden_TD)
+        logits = self.local_logits(hidden_TD)
         if self.group is None:
             return logits
         shares = comm.all_gather(logits.detach(), self.group).split(self.group.size)
         return paddle.concat(shares, axis=-1)
 
 
-def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, most: int) -> list[slice]:
-    """Stretches of tokens whose logits may exist at a time: at most `most` tokens, and what the device has room for."""
+def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, max_tokens: int) -> list[slice]:
+    """Consecutive tokens whose logits may exist at a time: up to `max_tokens`, as far as the device has room."""
     elements = _CHUNK_ELEMENTS if hidden_TD.place.is_cpu_place() else _GPU_CHUNK_ELEMENTS
     num_tokens = hidden_TD.shape[0]
-    size = max(1, min(num_tokens, most, elements // vocab_size))
+    size = max(1, min(num_tokens, max_tokens, elements // vocab_size))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
@@ -74,39 +74,40 @@ def label_nll(logits_TV: paddle.Tensor, labels_T: paddle.Tensor) -> paddle.Tenso
 
 @dataclass(frozen=True)
 class Softmax:
-    """Of a chunk of T tokens: `p` [T, V] this rank's probabilities, `nll` [T, 1] = -log p(label), `own` [T, 1] the
-    label's column here and `is_own` [T, 1] whether this rank has it (None: always), `z` [T, 1] logsumexp if asked for.
+    """The softmax of a chunk of T tokens: `p` [T, V] this rank's probabilities, `nll` [T, 1] = -log p(label),
+    `label_column` [T, 1] where the label is on this rank, `holds_label` [T, 1] 1 where it is there (None: everywhere),
+    `z` [T, 1] logsumexp (None where the caller does not need it).
     """
 
     p: paddle.Tensor
     nll: paddle.Tensor
-    own: paddle.Tensor
-    is_own: paddle.Tensor | None
+    label_column: paddle.Tensor
+    holds_label: paddle.Tensor | None
     z: paddle.Tensor | None
 
     def minus_label(self, value_T1: paddle.Tensor) -> paddle.Tensor:
         """p + value at the label, in place of p."""
-        value_T1 = value_T1 if self.is_own is None else value_T1 * self.is_own
-        return self.p.put_along_axis_(self.own, value_T1, axis=1, reduce="add")
+        value_T1 = value_T1 if self.holds_label is None else value_T1 * self.holds_label
+        return self.p.put_along_axis_(self.label_column, value_T1, axis=1, reduce="add")
 
 
 def softmax_at(head: Head, hidden_TD: paddle.Tensor, labels_T1: paddle.Tensor, with_z: bool) -> Softmax:
     """Probabilities and losses of a chunk, in fp32. Ranks that share the vocabulary exchange three numbers a token."""
-    logits = head.own_logits(hidden_TD).astype("float32")
+    logits = head.local_logits(hidden_TD).astype("float32")
     if head.group is None:
         at_label = paddle.take_along_axis(logits, labels_T1, axis=1) if with_z else None
         p, nll = _softmax_nll(logits, labels_T1)
         return Softmax(p, nll, labels_T1, None, nll + at_label if with_z else None)
-    own = labels_T1 - head.group.index * head.vocab_size
-    is_own = ((own >= 0) & (own < head.vocab_size)).astype("float32")
-    own = own.clip(0, head.vocab_size - 1)
+    column = labels_T1 - head.group.index * head.vocab_size
+    holds_label = ((column >= 0) & (column < head.vocab_size)).astype("float32")
+    column = column.clip(0, head.vocab_size - 1)
     largest = comm.all_reduce_(logits.max(axis=1, keepdim=True), head.group, op="max")
-    at_label = paddle.take_along_axis(logits, own, axis=1) * is_own
+    at_label = paddle.take_along_axis(logits, column, axis=1) * holds_label
     p = paddle.exp(logits.subtract_(largest))
     sums = comm.all_reduce_(paddle.concat([p.sum(axis=1, keepdim=True), at_label], axis=1), head.group)
     total, at_label = sums[:, :1], sums[:, 1:]
     z = paddle.log(total) + largest
-    return Softmax(p.divide_(total), z - at_label, own, is_own, z)
+    return Softmax(p.divide_(total), z - at_label, column, holds_label, z)
 
 
 class HeadGradients:
@@ -154,10 +155,10 @@ class _LinearCrossEntropy(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, group, most, z_weight):
+    def forward(ctx, hidden_TD, weight, bias, labels_T, token_weights_T, by_vocab, group, max_tokens, z_weight):
         head = Head(weight, by_vocab, bias, group)
         nll_parts, z_parts, gradients = [], [], HeadGradients(head)
-        for rows in chunks_of(hidden_TD, head.vocab_size, most):
+        for rows in chunks_of(hidden_TD, head.vocab_size, max_tokens):
             x, scale = hidden_TD[rows], token_weights_T[rows].unsqueeze(-1)
             softmax = softmax_at(head, x, labels_T[rows].unsqueeze(-1), bool(z_weight))
             nll_parts.append(softmax.nll.squeeze(-1))

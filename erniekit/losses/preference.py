@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 from paddle.nn.functional import log_sigmoid, relu, sigmoid
 
-from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, SMOOTHED, PreferenceArgs
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs, option_problems
 
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 _SMALLEST_SCORE = 1e-6
@@ -229,7 +229,7 @@ def preference_loss(
     mean is the chosen tokens' mean loss. Raises ValueError for options that do not go together.
     """
     options = Options(beta, label_smoothing, offset_alpha, simpo_gamma, dpop_lambda)
-    _check(ALIASES.get(loss_type, loss_type), options, score_deltas)
+    _check(loss_type, options, score_deltas)
     lengths = None
     if chosen_lengths is not None and rejected_lengths is not None:
         lengths = chosen_lengths.astype("float32"), rejected_lengths.astype("float32")
@@ -313,18 +313,15 @@ def _length_scales(
     return None, None
 
 
-def _check(name: str, options: Options, score_deltas: paddle.Tensor | None) -> None:
-    if name not in VARIANTS:
-        raise ValueError(f"loss_type: expected one of {', '.join([*VARIANTS, *ALIASES])}, got {name!r}")
+def _check(loss_type: str, options: Options, score_deltas: paddle.Tensor | None) -> None:
+    """ValueError where a caller's options are not what the configuration's keys of these names may be."""
+    if ALIASES.get(loss_type, loss_type) not in VARIANTS:
+        raise ValueError(f"loss_type: expected one of {', '.join([*VARIANTS, *ALIASES])}, got {loss_type!r}")
     if options.beta <= 0:
         raise ValueError(f"beta: must be more than 0, got {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: must be at least 0 and less than 0.5, got {options.label_smoothing}")
-    if options.label_smoothing and name not in SMOOTHED:
-        raise ValueError(f"label_smoothing: {name} has none; it is for {', '.join(SMOOTHED)}")
-    if name == "exo_pair" and not options.label_smoothing:
-        raise ValueError("label_smoothing: exo_pair needs one above 0, as 1e-3")
-    if options.offset_alpha and name != "sigmoid":
-        raise ValueError(f"offset_alpha: only for loss_type sigmoid, not {name}")
+    for problem in option_problems(loss_type, options.label_smoothing, options.offset_alpha):
+        raise ValueError(problem)
     if options.offset_alpha and score_deltas is None:
         raise ValueError("offset_alpha: needs score_deltas")

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from erniekit.models import config_vision
 from erniekit.models.config_keys import PADDLE_ONLY, PT_ONLY
 from erniekit.models.config_values import ARCHITECTURES, read_values, token_ids
+from erniekit.models.vision_config import VisionConfig
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object
@@ -37,10 +39,11 @@ _MAX_PARAMETERS = 10**14
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A text model of the ERNIE 4.5 family. Sizes are numbers of features; `moe_num_experts == 0` is a dense model.
+    """A model of the ERNIE 4.5 family: of text or, with a `vision` part, of text, images and videos. Sizes are numbers
+    of features; `moe_num_experts == 0` is a dense model.
 
-    Sources: the ERNIE 4.5 technical report, and transformers' `Ernie4_5Config` and `Ernie4_5_MoeConfig`, whose defaults
-    stand for keys that are absent.
+    Sources: the ERNIE 4.5 technical report, and transformers' `Ernie4_5Config`, `Ernie4_5_MoeConfig` and
+    `Ernie4_5_VLMoeConfig`, whose defaults stand for keys that are absent.
     """
 
     model_type: str
@@ -72,6 +75,7 @@ class ModelConfig:
     moe_group_experts: bool = False  # the best expert of each of moe_k groups, instead of the moe_k best of all
     moe_capacity_factor: float | None = None  # training only: see moe.router.RouterOptions.capacity
     num_nextn_predict_layers: int = 0  # multi-token-prediction depths
+    vision: VisionConfig | None = None  # None: a model of text alone
     dtype: str | None = None  # of the weights in the file, as config.json says ("bfloat16")
     extra: Mapping[str, Any] = field(
         default_factory=dict, hash=False
@@ -88,10 +92,26 @@ class ModelConfig:
         """What fills rows that have ended: the padding token, or 0 where the model has none."""
         return max(self.pad_token_id or 0, 0)
 
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the output head has a bias: as in transformers, only that of a text model with experts can have."""
+        return self.use_bias and self.moe_num_experts > 0 and self.vision is None
+
+    @property
+    def expert_sizes(self) -> tuple[int, ...]:
+        """The width of one expert by modality: of text and, in a vision-language model, of vision."""
+        text = self.moe_intermediate_size
+        return (text,) if self.vision is None else (text, self.vision.expert_size)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) has experts."""
         in_range = self.moe_layer_start_index <= layer <= self.moe_layer_end_index
         return self.moe_num_experts > 0 and in_range and (layer + 1) % self.moe_layer_interval == 0
+
+    @property
+    def layer_types(self) -> list[str]:
+        """ "dense" or "sparse" for each layer."""
+        return ["sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers)]
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ModelConfig":
@@ -130,8 +150,8 @@ class ModelConfig:
         if format not in FORMATS:
             raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
         other_only = (PADDLE_ONLY if format == "pt" else PT_ONLY) | _NEVER_WRITTEN
-        left_out = {"extra", "dtype"} if self.model_type == "ernie4_5_moe" else {"extra", "dtype", *_MOE_FIELDS}
-        left_out |= {"moe_capacity_factor"}
+        left_out = {"extra", "dtype", "vision", "moe_capacity_factor"}
+        left_out |= set(_MOE_FIELDS) if self.model_type == "ernie4_5" else set()
         left_out |= {key for key, usual in _RARE_ROUTING.items() if vars(self)[key] == usual}
         out = {key: value for key, value in vars(self).items() if key not in left_out}
         # Both spellings of theta in -PT: transformers 5 reads rope_parameters, older readers the top-level key.
@@ -146,6 +166,8 @@ class ModelConfig:
         if self.dtype is not None:
             out["torch_dtype" if format == "pt" else "dtype"] = self.dtype
         out.update({key: value for key, value in self.extra.items() if key not in other_only})
+        if self.vision is not None:
+            return config_vision.join(out, self.vision, self.layer_types, format)
         return dict(sorted(out.items()))
 
     def _check(self, source: str, hint: str) -> None:
@@ -163,6 +185,8 @@ class ModelConfig:
             fail(f"head_dim {self.head_dim} must be even and positive: rotary positions turn pairs of features")
         if self.moe_num_experts:
             self._check_experts(fail)
+        if self.vision is not None:
+            self._check_vision(self.vision, fail)
         if self.num_hidden_layers * max(1, self.moe_num_experts) > _MAX_EXPERTS_IN_ALL:
             fail(f"num_hidden_layers {self.num_hidden_layers} of moe_num_experts {self.moe_num_experts} is too many")
         mlp = max(
@@ -187,3 +211,23 @@ class ModelConfig:
             )
         if self.moe_group_experts and self.moe_num_experts % self.moe_k:
             fail(f"moe_group_experts: {self.moe_num_experts} experts do not divide into moe_k {self.moe_k} groups")
+
+    def _check_vision(self, vision: VisionConfig, fail: Callable[[str], None]) -> None:
+        if vision.hidden_size % vision.num_heads or vision.head_dim % 4:
+            fail(
+                f"vision_config: hidden_size {vision.hidden_size} of num_heads {vision.num_heads}: the size of a head "
+                "must be a multiple of 4, half for rows and half for columns"
+            )
+        if vision.in_channels != 3:
+            fail(f"vision_config: in_channels {vision.in_channels}: pictures have 3 colour channels")
+        if vision.temporal_merge_size != 2:
+            fail(f"temporal_merge_size {vision.temporal_merge_size}: ERNIE 4.5 joins 2 frames")
+        rest = self.head_dim // 2 - vision.time_frequencies
+        if rest <= 0 or rest % 2:
+            fail(
+                f"{vision.time_frequencies} of {self.head_dim // 2} rotary frequencies follow time: an even, positive "
+                "number must be left for height and width"
+            )
+        large = [token for token in vision.placeholders if token >= self.vocab_size]
+        if large:
+            fail(f"image_token_id, video_token_id {large}: outside the vocabulary of {self.vocab_size}")

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from erniekit.models import config_vision
 from erniekit.models.config_keys import ALIASES, OWN_KEYS, check_keys, refusal
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -11,8 +12,16 @@ from erniekit.utils.user_files import JsonObject
 
 # The class names that each side writes. transformers has no underscore in the dense one; early -PT files have Paddle's.
 ARCHITECTURES: dict[str, dict[str, str]] = {
-    "pt": {"ernie4_5": "Ernie4_5ForCausalLM", "ernie4_5_moe": "Ernie4_5_MoeForCausalLM"},
-    "paddle": {"ernie4_5": "Ernie4_5_ForCausalLM", "ernie4_5_moe": "Ernie4_5_MoeForCausalLM"},
+    "pt": {
+        "ernie4_5": "Ernie4_5ForCausalLM",
+        "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration",
+    },
+    "paddle": {
+        "ernie4_5": "Ernie4_5_ForCausalLM",
+        "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration",
+    },
 }
 _MODEL_TYPES = {name: model_type for names in ARCHITECTURES.values() for model_type, name in names.items()}
 
@@ -51,7 +60,15 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     CheckpointError names `source` and the key: a value of a wrong kind, or a setting that would make another model.
     """
     config = JsonObject(values, source, CheckpointError)
-    model_type = _model_type(config)
+    model_type, vision = _model_type(config), None
+    if model_type == config_vision.MODEL_TYPE:
+        if "vision_config" not in config:
+            raise CheckpointError(
+                f"{source}: model_type: {config.values.get('model_type')!r:.60} is a vision-language model, but "
+                f"vision_config is missing. {_COPY}"
+            )
+        config, vision = config_vision.separate(config)
+        source = config.where
     fields: dict[str, Any] = {key: _required(config, key, high) for key, high in _REQUIRED.items()}
     heads = fields["num_attention_heads"]
     if "num_key_value_heads" not in config:
@@ -64,20 +81,20 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     fields["use_bias"] = config.get_bool("use_bias", False)
     fields["tie_word_embeddings"] = config.get_bool("tie_word_embeddings", True)
     fields |= {key: _token_id(config, key, default, fields["vocab_size"]) for key, default in _TOKEN_IDS.items()}
-    if model_type == "ernie4_5_moe":
+    if model_type != "ernie4_5":
         fields |= _moe_fields(config, fields["num_hidden_layers"])
     lines = check_keys(config, fields)
     if config.values.get("hidden_act") not in (None, "silu"):
         raise refusal(config, "hidden_act", "ERNIE 4.5 models use silu")
     fields["extra"] = {
         key: value
-        for key, value in values.items()
+        for key, value in config.values.items()
         if key not in OWN_KEYS | fields.keys() or (key == "eos_token_id" and isinstance(value, list))
     }
     fields["head_dim"] = _head_dim(config, fields, model_type)
     fields["rope_theta"] = _rope_theta(config)
     fields["dtype"] = _dtype(config)
-    return {"model_type": model_type, **fields}, lines
+    return {"model_type": model_type, **fields, "vision": vision}, lines
 
 
 def token_ids(config: JsonObject, key: str, vocab_size: int) -> tuple[int, ...] | None:
@@ -106,8 +123,8 @@ def _required(config: JsonObject, key: str, high: int) -> int:
         raise CheckpointError(f"{config.where}: {key}: missing. {_COPY}")
     if isinstance(config.values.get(key), list) and key.startswith("moe_"):
         raise CheckpointError(
-            f"{config.where}: {key}: a list (one number per modality) is a vision-language model's, which is not "
-            "supported yet. Use a text model."
+            f"{config.where}: {key}: a list (one number per modality) is a vision-language model's, and model_type "
+            f"says that this is a text model. {_COPY}"
         )
     found = {name: config.get_int(name, None, 1, high) for name in {key, own} if name in config}
     numbers = set(found.values())
@@ -125,16 +142,16 @@ def _model_type(config: JsonObject) -> str:
         found = next((_MODEL_TYPES[name] for name in architectures if name in _MODEL_TYPES), None)
     if found in _MODEL_TYPES.values():
         return found
-    if found in ("ernie4_5_vl_moe", "ernie4_5_moe_vl") or "vision_config" in config:
-        problem = f"{found!r} is a vision-language model, which is not supported yet"
-        raise CheckpointError(f"{config.where}: model_type: {problem}. Use a text model (ernie4_5 or ernie4_5_moe).")
+    if found == config_vision.MODEL_TYPES["paddle"]:
+        return config_vision.MODEL_TYPE
     if found is None:
         raise CheckpointError(
             f"{config.where}: model_type: missing, and architectures {architectures!r:.80} do not tell. Set it to "
-            "ernie4_5 (dense) or ernie4_5_moe."
+            "ernie4_5 (dense), ernie4_5_moe, or ernie4_5_vl_moe (vision-language)."
         )
     raise CheckpointError(
-        f"{config.where}: model_type: {found!r:.60} is not supported. Supported: ernie4_5 (dense) and ernie4_5_moe."
+        f"{config.where}: model_type: {found!r:.60} is not supported. Supported: ernie4_5 (dense), ernie4_5_moe, and "
+        "ernie4_5_vl_moe or ernie4_5_moe_vl (vision-language)."
     )
 
 

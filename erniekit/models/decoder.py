@@ -1,4 +1,5 @@
-"""The ERNIE 4.5 text decoder, dense and mixture-of-experts, written once for one device.
+"""The ERNIE 4.5 decoder, dense and mixture-of-experts, of text alone or with images and videos, written once for one
+device.
 
 Tokens flow as one flat stretch [T, D] (T = B * S, row-major): every layer but attention treats tokens alone, and
 attention knows documents through its plan. Legend: B batch, S sequence, T tokens, D model, V vocabulary.
@@ -11,9 +12,25 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.vision.positions import PositionRule
 from erniekit.losses.lm import Head
 from erniekit.models.config import ModelConfig
-from erniekit.models.inputs import Embedding, ModelInputs, cached_inputs, embed, head_layout, new_cache, packed_inputs
+from erniekit.models.inputs import (
+    Embedding,
+    EncodedPictures,
+    ModelInputs,
+    Pictures,
+    cached_inputs,
+    embed,
+    head_layout,
+    new_cache,
+    packed_inputs,
+    place_features,
+    token_info,
+)
+from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
+from erniekit.models.resampler import Resampler
+from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
 from erniekit.nn.attention import AttentionContext, SelfAttention
@@ -66,7 +83,7 @@ class DecoderLayer(nn.Layer):
         if sparse:
             sizes = MoESizes(
                 hidden_size=config.hidden_size,
-                intermediate_sizes=(config.moe_intermediate_size,),
+                intermediate_sizes=config.expert_sizes,
                 num_experts=config.moe_num_experts,
                 num_shared=config.moe_num_shared_experts,
                 bias=config.use_bias,
@@ -122,6 +139,11 @@ class Decoder(nn.Layer):
         self.embed_tokens: Embedding | None = None
         if part.has_embedding or (part.has_head and config.tie_word_embeddings) or depths:
             self.embed_tokens = Embedding(config.vocab_size // part.tensor_degree, size, std)
+        self.vision_model: VisionTransformer | None = None
+        self.resampler_model: Resampler | None = None
+        if config.vision is not None and part.has_embedding:
+            self.vision_model = VisionTransformer(config.vision, std)
+            self.resampler_model = Resampler(config.vision, size, eps, std)
         self.layers = Layers({i: DecoderLayer(config, config.is_moe_layer(i), part) for i in numbers})
         self.norm = RMSNorm(size, eps) if part.has_head else None
         # Multi-token prediction (models/mtp.py): a dense block a depth, beside the main path, which never reads it.
@@ -137,7 +159,18 @@ class Decoder(nn.Layer):
     def embed(self, inputs: ModelInputs) -> paddle.Tensor:
         """What the first layer takes [T, D]."""
         assert self.embed_tokens is not None, "this process holds no embedding"
-        return embed(self.embed_tokens, inputs)
+        x_TD = embed(self.embed_tokens, inputs)
+        if inputs.pictures is None:
+            return x_TD
+        return place_features(self.embed_tokens, x_TD, self.encode(inputs.pictures), inputs.input_ids.shape[0])
+
+    def encode(self, pictures: Pictures | EncodedPictures) -> EncodedPictures:
+        """Images and videos through the vision transformer and the resampler, unless they have been already."""
+        if isinstance(pictures, EncodedPictures):
+            return pictures
+        assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"
+        features_PC = self.vision_model(pictures.patches, pictures.grid)
+        return EncodedPictures(self.resampler_model(features_PC, pictures.grid), pictures.places)
 
     def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
         """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
@@ -161,7 +194,7 @@ class HeadBias(Shardable):
         self.bias = self.create_parameter([vocab_size], is_bias=True)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible."""
+        """See Shardable."""
         return {"bias": ShardSpec(0)}
 
     def roles(self) -> dict[str, Role]:
@@ -173,7 +206,7 @@ class CausalLM(nn.Layer):
     """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
 
     With `part`, only the parameters that one process of several holds, under their names in the whole model; what the
-    processes exchange is attached from outside (parallel/apply.py).
+    processes exchange is attached from outside (models/parallelize.py).
     """
 
     def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
@@ -183,7 +216,7 @@ class CausalLM(nn.Layer):
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
-        bias = config.use_bias and config.moe_num_experts > 0
+        bias = config.has_head_bias
         self.lm_head: Linear | HeadBias | None = None
         vocab_size = config.vocab_size // part.tensor_degree
         if part.has_head and not config.tie_word_embeddings:
@@ -195,12 +228,13 @@ class CausalLM(nn.Layer):
             self.lm_head = HeadBias(vocab_size)
 
     def parameter_depths(self) -> dict[str, int]:
-        """Depth of each parameter in the whole model of n layers: the embedding 0, layer i at i + 1, what stands behind
-        the layers (final norm, multi-token prediction) n + 1, the output head n + 2.
+        """Depth of each parameter in the whole model of n layers: embedding, vision transformer and resampler 0, layer
+        i at i + 1, what stands behind the layers (final norm, multi-token prediction) n + 1, the output head n + 2.
         """
         behind = self.config.num_hidden_layers + 1
         places = [(number + 1, self.model.layers[number]) for number in self.model.layers.numbers]
-        places += [(0, self.model.embed_tokens), (behind + 1, self.lm_head)]
+        places += [(0, self.model.embed_tokens), (0, self.model.vision_model), (0, self.model.resampler_model)]
+        places += [(behind + 1, self.lm_head)]
         depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
         return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
 
@@ -226,13 +260,26 @@ class CausalLM(nn.Layer):
         return self.output_head().logits(hidden_TD)
 
     def forward(
-        self, input_ids: HostIds, position_ids: HostIds | None = None, segment_ids: HostIds | None = None
+        self,
+        input_ids: HostIds,
+        position_ids: HostIds | None = None,
+        segment_ids: HostIds | None = None,
+        *,
+        pixel_values: HostArray | None = None,
+        image_grid_thw: HostArray | None = None,
+        pixel_values_videos: HostArray | None = None,
+        video_grid_thw: HostArray | None = None,
+        mm_token_type_ids: HostArray | None = None,
+        moe_mm_token_type_ids: HostArray | None = None,
+        position_rule: PositionRule = "training",
     ) -> paddle.Tensor:
         """input_ids [B, S] integers -> logits [B, S, V].
 
-        position_ids [B, S]: default, counted from 0 in each document. segment_ids [B, S]: a token sees the earlier
-        tokens of its own segment; equal ids must stand together in a row, 0 is meant for padding; default, each row is
-        one document. Raises ValueError on wrong shapes or ids outside the vocabulary.
+        position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
+        width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
+        together in a row, 0 is meant for padding; default, each row is one document. The others are of a
+        vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
+        pictures that do not fit their placeholders.
         """
         ids = _host_ids(input_ids, "input_ids", None)
         if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
@@ -240,9 +287,35 @@ class CausalLM(nn.Layer):
                 f"input_ids: {ids.min()}..{ids.max()} is outside the vocabulary 0..{self.config.vocab_size - 1}"
             )
         segments = np.ones_like(ids) if segment_ids is None else _host_ids(segment_ids, "segment_ids", ids.shape)
-        positions = None if position_ids is None else _host_ids(position_ids, "position_ids", ids.shape)
-        hidden = self.model(packed_inputs(self, ids, segments, positions))
-        return self.head(hidden.normed).reshape([*ids.shape, self.config.vocab_size])
+        pictures = PictureArguments(
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            mm_token_type_ids,
+            moe_mm_token_type_ids,
+            position_rule,
+        )
+        tables = picture_tables(self.config, ids, segments, pictures)
+        positions = None if tables is None else tables.positions
+        if position_ids is not None:
+            positions = self._positions(position_ids, ids.shape)
+        inputs = packed_inputs(
+            self,
+            ids,
+            segments,
+            positions,
+            tokens=None if tables is None else token_info(self.config, [ids.size], tables.modality),
+            pictures=None if tables is None else tables.on_device(),
+        )
+        return self.head(self.model(inputs).normed).reshape([*ids.shape, self.config.vocab_size])
+
+    def _positions(self, position_ids: HostIds, shape: tuple[int, ...]) -> np.ndarray:
+        """position_ids as [B, S], or [B, S, 3] from transformers' [3, B, S]."""
+        axes = np.asarray(position_ids.numpy() if isinstance(position_ids, paddle.Tensor) else position_ids)
+        if self.config.vision is not None and axes.shape == (3, *shape):
+            return np.stack([_host_ids(axis, "position_ids", shape) for axis in axes], axis=-1)
+        return _host_ids(axes, "position_ids", shape)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` conversations."""
@@ -250,13 +323,19 @@ class CausalLM(nn.Layer):
 
     @paddle.no_grad()
     def extend(
-        self, input_ids_BS: np.ndarray, num_new_B: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None
+        self,
+        input_ids_BS: np.ndarray,
+        num_new_B: np.ndarray,
+        cache: KVCache,
+        position_ids: np.ndarray | None = None,
+        modality: np.ndarray | None = None,
+        pictures: EncodedPictures | None = None,
     ) -> paddle.Tensor:
         """Feed the next tokens [B, S] (right-padded; row b has num_new_B[b] real ones) -> logits after each row's last
-        real token [B, V]. position_ids as in models.inputs.cached_inputs.
+        real token [B, V]. position_ids, modality and pictures as in models.inputs.cached_inputs.
         """
         batch, width = input_ids_BS.shape
-        hidden = self.model(cached_inputs(input_ids_BS, cache, position_ids))
+        hidden = self.model(cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures))
         cache.end_step(num_new_B)
         last = np.arange(batch) * width + np.asarray(num_new_B) - 1
         return self.head(paddle.gather(hidden.normed, paddle.to_tensor(last)))

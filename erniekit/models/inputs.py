@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 
 from erniekit.data.batch import Modality, PackedBatch
+from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
@@ -36,16 +37,38 @@ class Built(Protocol):
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The images and videos of one forward pass: `patches` [P, channels * size * size] as uint8 pixels or normalised
+    floats, `grid` int [N, 3] the frames, rows and columns of patches of each, `places` int64 [M] the token numbers
+    whose embeddings their features replace, in the order of the grid.
+    """
+
+    patches: paddle.Tensor
+    grid: np.ndarray
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """The same behind the resampler: `features` [M, D], and the token numbers `places` int64 [M] that they replace."""
+
+    features: paddle.Tensor
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
 class ModelInputs:
     """One forward pass's T tokens, as every layer, chunk and prediction depth of it uses them: `input_ids` int64 [T] on
     the device, `attention` (who sees whom, and the rotation of positions), `tokens` (what sparse layers count over).
-    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all.
+    `noise_scale` fp32 [T]: how far NEFTune moves a token's embedding; None: not at all. `pictures`: the images and
+    videos among the tokens, None without any.
     """
 
     input_ids: paddle.Tensor
     attention: AttentionContext
     tokens: TokenInfo
     noise_scale: np.ndarray | None = None
+    pictures: Pictures | EncodedPictures | None = None
 
 
 def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
@@ -67,16 +90,16 @@ def batch_inputs(
     def padded(values_T: np.ndarray, fill: int = 0) -> np.ndarray:
         return np.pad(values_T, [(0, padding)] + [(0, 0)] * (values_T.ndim - 1), constant_values=fill)
 
-    vision = batch.modality != Modality.TEXT
     return packed_inputs(
         model,
         padded(batch.input_ids),
         padded(batch.segment_ids + 1, batch.num_segments + 1),  # the attention plan takes 0 for the padding of a row
         padded(batch.position_ids),
         prefixes=batch.prefixes,
-        tokens=TokenInfo(batch.row_lengths, np.where(vision, VISION, TEXT) if vision.any() else None),
+        tokens=token_info(model.config, batch.row_lengths, batch.modality),
         neftune_alpha=neftune_alpha,
         dropout=dropout,
+        pictures=pictures_of(model, batch),
     )
 
 
@@ -98,15 +121,20 @@ def packed_inputs(
     tokens: TokenInfo | None = None,
     neftune_alpha: float = 0.0,
     dropout: DropoutStep | None = None,
+    pictures: Pictures | None = None,
 ) -> ModelInputs:
     """The inputs of packed documents, made once for all layers.
 
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
     nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
-    default each document starts at 0, or where its prefix ends. tokens: what sparse layers
-    count over (default: all tokens are one row). neftune_alpha, dropout: strength of the noise on the
-    embeddings, and the attention dropout, of a training step.
+    default each document starts at 0, or where its prefix ends. tokens: what sparse layers count over (default: all
+    tokens are one row of text). neftune_alpha, dropout: strength of the noise on the embeddings, and the attention
+    dropout, of a training step. pictures: the images and videos, whose places count the tokens of all rows; they need
+    position_ids.
     """
+    assert pictures is None or position_ids is not None, (
+        "positions of pictures follow from their sizes, see data/vision"
+    )
     plan = make_plan(np.atleast_2d(segment_ids), prefixes)
     positions = plan.position_in_document
     if position_ids is not None:
@@ -125,9 +153,43 @@ def packed_inputs(
     return ModelInputs(
         paddle.to_tensor(input_ids.reshape(-1).astype(np.int64)),
         PackedAttention(plan, rotation, heads, attention_dropout),
-        TokenInfo([plan.num_tokens]) if tokens is None else tokens,
+        token_info(model.config, [plan.num_tokens]) if tokens is None else tokens,
         noise_scale,
+        pictures,
     )
+
+
+def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray | None = None) -> TokenInfo:
+    """What sparse layers count over. In a vision-language model every token has a modality, also where all are text:
+    the vision experts of a rank without pictures may be needed by another.
+    """
+    if config.vision is None:
+        assert modality is None or not modality.any(), "a model of text alone has no experts for pictures"
+        return TokenInfo(row_lengths)
+    count = sum(row_lengths)
+    is_vision = np.zeros(count, bool) if modality is None else modality.reshape(-1) != Modality.TEXT
+    return TokenInfo(row_lengths, np.where(is_vision, VISION, TEXT))
+
+
+def pictures_of(model: Built, batch: PackedBatch) -> Pictures | None:
+    """The images and videos of a packed batch; None where it has none, and on pipeline stages without the embedding.
+
+    Raises ValueError where the sizes of the pictures and their placeholders do not belong together.
+    """
+    table, vision = batch.pictures, model.config.vision
+    if not len(table) or not model.shard.has_embedding:
+        return None
+    assert vision is not None, "a model of text alone has no use for pictures"
+    counts = num_tokens(table.grid, vision.spatial_merge_size)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.repeat(table.first_tokens, counts) + within
+    placeholders = np.isin(batch.input_ids, vision.placeholders) & (batch.modality != Modality.TEXT)
+    if not np.array_equal(places, np.flatnonzero(placeholders)):
+        raise ValueError(
+            f"{placeholders.sum()} placeholders for {len(table)} images and videos of {counts.sum()} tokens, or not in "
+            "their places"
+        )
+    return Pictures(paddle.to_tensor(table.patches), table.grid, places)
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
@@ -135,24 +197,33 @@ def new_cache(model: Built, batch_size: int) -> KVCache:
     return KVCache(model.config.num_hidden_layers, batch_size, head_layout(model.config), _rotary(model.config))
 
 
-def cached_inputs(input_ids_BS: np.ndarray, cache: KVCache, position_ids: np.ndarray | None = None) -> ModelInputs:
+def cached_inputs(
+    model: Built,
+    input_ids_BS: np.ndarray,
+    cache: KVCache,
+    position_ids: np.ndarray | None = None,
+    modality: np.ndarray | None = None,
+    pictures: EncodedPictures | None = None,
+) -> ModelInputs:
     """The inputs of the next S tokens of each of a cache's conversations. The caller ends the step that this begins.
 
     position_ids: [B, S] or (time, height, width) [B, S, 3]; by default they count on from the cache's next position.
+    modality [B, S] and pictures as in packed_inputs.
     """
     cache.begin_step(input_ids_BS.shape[1], position_ids)
-    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, TokenInfo([input_ids_BS.size]))
+    tokens = token_info(model.config, [input_ids_BS.size], modality)
+    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, tokens, pictures=pictures)
 
 
 def _rotary(config: ModelConfig) -> Rotary:
-    return Rotary(config.head_dim, config.rope_theta)
+    return Rotary(config.head_dim, config.rope_theta, config.vision.time_frequencies if config.vision else 0)
 
 
 class Embedding(Shardable):
     """Token embedding [V, D]; V are the rows that this process holds.
 
-    Where ranks share the vocabulary, `lookup(ids, weight)` and `own_tokens` are set from outside: the first gives the
-    rows of whole ids, the second what of [T, D] lies on this rank between projections.
+    Where ranks share the vocabulary, `lookup(ids, weight)` and `own_span` are set from outside: the first gives the
+    rows of whole ids, the second which of T tokens are on this rank between projections.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, init_std: float) -> None:
@@ -161,7 +232,7 @@ class Embedding(Shardable):
             [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
-        self.own_tokens: Callable[[paddle.Tensor], paddle.Tensor] = lambda x_TD: x_TD
+        self.own_span: Callable[[int], tuple[int, int]] = lambda num_tokens: (0, num_tokens)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """See Shardable."""
@@ -185,7 +256,25 @@ def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
         return x_TD
     noise_TD = paddle.uniform([len(inputs.noise_scale), x_TD.shape[-1]], min=-1.0, max=1.0)
     noise_TD = noise_TD * paddle.to_tensor(inputs.noise_scale).unsqueeze(-1)
-    return x_TD + embedding.own_tokens(noise_TD).astype(x_TD.dtype)
+    start, stop = embedding.own_span(len(noise_TD))
+    return x_TD + noise_TD[start:stop].astype(x_TD.dtype)
+
+
+def place_features(
+    embedding: Embedding, x_TD: paddle.Tensor, pictures: EncodedPictures, num_tokens: int
+) -> paddle.Tensor:
+    """Embeddings [T or own stretch, D] of `num_tokens` tokens -> the same with the features of pictures in their
+    places.
+    """
+    start, stop = embedding.own_span(num_tokens)
+    own = np.flatnonzero((pictures.places >= start) & (pictures.places < stop))
+    if not len(own):
+        return x_TD
+    features = pictures.features
+    if len(own) < len(pictures.places):
+        features = paddle.gather(features, paddle.to_tensor(own))
+    places = paddle.to_tensor(pictures.places[own] - start)
+    return paddle.scatter(x_TD, places, features.astype(x_TD.dtype))
 
 
 def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:

@@ -42,7 +42,7 @@ def parallelize(model: CausalLM, mesh: Mesh, sequence_parallel: bool) -> None:
     model.tensor = ranks
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
-        model.model.embed_tokens.own_tokens = ranks.own_tokens
+        model.model.embed_tokens.own_span = ranks.own_span
 
 
 def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placement]:

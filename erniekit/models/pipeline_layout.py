@@ -9,7 +9,7 @@ from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import ParallelDims, check_model
-from erniekit.parallel.pipeline_schedule import Action, check_schedule, describe, plan
+from erniekit.parallel.pipeline_schedule import Action, describe, plan
 from erniekit.parallel.pipeline_split import cut, layer_costs
 from erniekit.utils.errors import ConfigError
 
@@ -22,29 +22,29 @@ def schedule_of(cfg: Config) -> str:
     return "interleaved" if cfg.virtual_pp_degree > 1 and cfg.pipeline_schedule == "1f1b" else cfg.pipeline_schedule
 
 
-def cut_layers(cfg: Config, config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
+def cut_layers(cfg: Config, model_config: ModelConfig, stages: int) -> list[list[tuple[int, ...]]]:
     """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
     chunks = max(cfg.virtual_pp_degree, 1)
-    costs = layer_costs(config, cfg.max_seq_len // 2)
-    pieces = cut(config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
+    costs = layer_costs(model_config, cfg.max_seq_len // 2)
+    pieces = cut(model_config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
     return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
 
 
-def check_layout(cfg: Config, degrees: ParallelDims, config: ModelConfig) -> None:
+def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) -> None:
     """Refuse what does not divide, and what the model does not have, from the model's config.json alone: before any
     process starts. ConfigError with the arithmetic.
     """
-    _check_recompute(cfg, config)
-    check_model(degrees, config)
-    check_schedule(schedule_of(cfg), degrees.pipeline, max(cfg.virtual_pp_degree, 1))
-    cut_layers(cfg, config, degrees.pipeline)
+    _check_recompute(cfg, model_config)
+    check_model(degrees, model_config)
+    cut_layers(cfg, model_config, degrees.pipeline)
 
 
-def _check_recompute(cfg: Config, config: ModelConfig) -> None:
-    strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= config.num_hidden_layers)
+def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:
+    strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= model_config.num_hidden_layers)
     if strange:
-        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {config.num_hidden_layers - 1}")
-    if cfg.recompute and cfg.recompute_granularity == "moe" and not config.moe_num_experts:
+        last = model_config.num_hidden_layers - 1
+        raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {last}")
+    if cfg.recompute and cfg.recompute_granularity == "moe" and not model_config.moe_num_experts:
         raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
 
 
@@ -56,9 +56,9 @@ def plan_actions(
     return plan(schedule, stages, num_microbatches, chunks, blocking_sends)[stage]
 
 
-def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> list[str]:
+def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) -> list[str]:
     """What the log says about the ranks, and about keys that do nothing with this model on these ranks."""
-    notes = pointless.notes(cfg, "train", facts_of(config, degrees))
+    notes = pointless.notes(cfg, "train", facts_of(model_config, degrees))
     if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
         notes.append(
             f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "
@@ -66,7 +66,7 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> lis
         )
     if degrees.world == 1:
         return notes
-    shares = degrees.expert * degrees.tensor if config.moe_num_experts else 1
+    shares = degrees.expert * degrees.tensor if model_config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
     lines = [
@@ -75,15 +75,15 @@ def layout_lines(cfg: Config, config: ModelConfig, degrees: ParallelDims) -> lis
         f"microbatches x {degrees.data} = {cfg.batch_size * cfg.gradient_accumulation_steps * degrees.data} rows"
     ]
     if degrees.pipeline > 1:
-        stages = cut_layers(cfg, config, degrees.pipeline)
+        stages = cut_layers(cfg, model_config, degrees.pipeline)
         lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
     return lines + notes
 
 
-def facts_of(config: ModelConfig, degrees: ParallelDims) -> Facts:
+def facts_of(model_config: ModelConfig, degrees: ParallelDims) -> Facts:
     """What the model and the job say about which keys do something."""
-    aux_free = bool(config.extra.get("moe_use_aux_free", False))
-    return Facts(config.moe_num_experts, aux_free, degrees.data, degrees.world)
+    aux_free = bool(model_config.extra.get("moe_use_aux_free", False))
+    return Facts(model_config.moe_num_experts, aux_free, degrees.data, degrees.world)
 
 
 def parameter_chunks(model: "CausalLM", chunks: Sequence[Sequence[int]]) -> dict[str, int]:

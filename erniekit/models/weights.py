@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from erniekit.models.config import Format, ModelConfig
+from erniekit.models.vision_config import VisionConfig
+from erniekit.utils.arrays import copy_transposed
 from erniekit.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     import paddle
 
 Shape = tuple[int, ...]
-_BLOCK = 32  # rows a transposition moves at once: 5 to 15 times faster than numpy's own order on large matrices
+EXPERTS = ("experts", "vision_experts")  # of a sparse layer, by modality
+# The names, in files, of the tensors that decide whether a head is tied.
+HEAD = "lm_head.weight"
+EMBEDDINGS: dict[Format, str] = {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Piece:
         if not self.transposed:
             return np.ascontiguousarray(part)
         out = np.empty(self.shape, part.dtype)
-        _copy_transposed(part, out)
+        copy_transposed(part, out)
         return out
 
     def insert(self, stored: np.ndarray, logical: np.ndarray) -> None:
@@ -54,14 +59,9 @@ class Piece:
             grouped = stored.reshape(*stored.shape[:-1], self.heads, 3, -1)
             part[...] = grouped.swapaxes(-2, -3).reshape(part.shape)
         elif self.transposed:
-            _copy_transposed(stored, part)
+            copy_transposed(stored, part)
         else:
             part[...] = stored
-
-
-def _copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
-    for start in range(0, source.shape[0], _BLOCK):
-        target[:, start : start + _BLOCK] = source[start : start + _BLOCK].T
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,69 @@ class _Table:
                 paddle = Piece(_file_name(param, "paddle"), shape, heads=heads)
                 self.rows.append(Logical(param, shape, _split(prefix, parts, kind, lead), (paddle,)))
 
-    def experts(self, prefix: str) -> None:
-        """Routed experts, stacked on axis 0 here and one by one in files; they have no bias (as in transformers)."""
-        size, width = self.config.hidden_size, self.config.moe_intermediate_size
+    def experts(self, prefix: str, width: int, stored: str, first: int) -> None:
+        """Routed experts, stacked on axis 0 here and one by one in files, there called `stored` and numbered from
+        `first`; they have no bias (as in transformers).
+        """
+        size = self.config.hidden_size
         parts = {"gate_proj": width, "up_proj": width}
         for e in range(self.config.moe_num_experts):
-            paddle = Piece(_file_name(f"{prefix}.{e}.up_gate_proj.weight", "paddle"), (size, 2 * width))
-            pt = _split(f"{prefix}.{e}", parts, "weight", (size,))
+            paddle = Piece(_file_name(f"{stored}.{first + e}.up_gate_proj.weight", "paddle"), (size, 2 * width))
+            pt = _split(f"{stored}.{first + e}", parts, "weight", (size,))
             self.rows.append(Logical(f"{prefix}.up_gate_proj.weight", paddle.shape, pt, (paddle,), index=e))
         for e in range(self.config.moe_num_experts):
-            names = [_file_name(f"{prefix}.{e}.down_proj.weight", format) for format in ("pt", "paddle")]
+            names = [_file_name(f"{stored}.{first + e}.down_proj.weight", format) for format in ("pt", "paddle")]
             pt = (Piece(names[0], (size, width), transposed=True),)
             paddle = Piece(names[1], (width, size))
             self.rows.append(Logical(f"{prefix}.down_proj.weight", (width, size), pt, (paddle,), index=e))
+
+    def routed(self, prefix: str) -> None:
+        """Routers, correction bias and routed experts of a sparse layer."""
+        config, experts = self.config, self.config.moe_num_experts
+        shape = (config.hidden_size, experts)
+        if config.vision is None:
+            self.matrix(f"{prefix}.gate.weight", shape, keep_fp32=True)
+        else:  # the routers of a vision-language model are [in, out] in both layouts
+            self.plain(f"{prefix}.gate.weight", shape, keep_fp32=True)
+            self.plain(f"{prefix}.gate.weight_1", shape, keep_fp32=True)
+        modalities = len(config.expert_sizes)
+        bias = f"{prefix}.moe_statics.e_score_correction_bias"
+        self.plain(bias, (modalities, experts), keep_fp32=True, is_state=True)
+        for modality, (name, width) in enumerate(zip(EXPERTS, config.expert_sizes, strict=False)):
+            # Files number the vision experts behind the text experts.
+            self.experts(f"{prefix}.{name}", width, f"{prefix}.experts", modality * experts)
+
+    def projection(self, prefix: str, shape: Shape) -> None:
+        """A projection of one part with its bias."""
+        self.matrix(f"{prefix}.weight", shape)
+        self.plain(f"{prefix}.bias", shape[1:])
+
+    def layer_norm(self, prefix: str, size: int) -> None:
+        self.plain(f"{prefix}.weight", (size,))
+        self.plain(f"{prefix}.bias", (size,))
+
+    def vision_model(self, prefix: str, config: VisionConfig) -> None:
+        """The vision transformer; q, k and v are one projection in files, too."""
+        size, wide = config.hidden_size, config.intermediate_size
+        self.matrix(f"{prefix}.patch_embed.proj.weight", (config.patch_features, size))
+        for i in range(config.depth):
+            block = f"{prefix}.blocks.{i}"
+            self.layer_norm(f"{block}.norm1", size)
+            self.layer_norm(f"{block}.norm2", size)
+            self.projection(f"{block}.attn.qkv", (size, 3 * size))
+            self.projection(f"{block}.attn.proj", (size, size))
+            self.projection(f"{block}.mlp.fc1", (size, wide))
+            self.projection(f"{block}.mlp.fc2", (wide, size))
+        self.layer_norm(f"{prefix}.ln", size)
+
+    def resampler_model(self, prefix: str, config: VisionConfig) -> None:
+        wide = config.merged_size
+        for name, frames in (("spatial_linear", 1), ("temporal_linear", config.temporal_merge_size)):
+            self.projection(f"{prefix}.{name}.0", (wide * frames, wide))
+            self.projection(f"{prefix}.{name}.2", (wide, wide))
+            self.layer_norm(f"{prefix}.{name}.3", wide)
+        self.projection(f"{prefix}.mlp", (wide, self.config.hidden_size))
+        self.plain(f"{prefix}.after_norm.weight", (self.config.hidden_size,))
 
     def attention(self, prefix: str) -> None:
         config = self.config
@@ -172,17 +222,28 @@ class _Table:
         if not sparse:
             self.mlp(f"{prefix}.mlp", config.intermediate_size)
             return
-        experts = config.moe_num_experts
-        self.matrix(f"{prefix}.mlp.gate.weight", (config.hidden_size, experts), keep_fp32=True)
-        bias = f"{prefix}.mlp.moe_statics.e_score_correction_bias"
-        self.plain(bias, (1, experts), keep_fp32=True, is_state=True)
-        self.experts(f"{prefix}.mlp.experts")
+        self.routed(f"{prefix}.mlp")
         if config.moe_num_shared_experts:
             self.mlp(f"{prefix}.mlp.shared_experts", config.moe_intermediate_size * config.moe_num_shared_experts)
 
 
 def _file_name(param: str, format: Format) -> str:
-    return "ernie." + param.removeprefix("model.") if format == "paddle" and param.startswith("model.") else param
+    if format == "pt" or not param.startswith("model."):
+        return param
+    inner = param.removeprefix("model.")
+    return inner if inner.startswith("vision_model.") else f"ernie.{inner}"
+
+
+def _other_names(name: str) -> list[str]:
+    """Names under which a file may also have a piece: without the prefix of the decoder, or with it. Published files
+    have the vision transformer beside the decoder, transformers writes it inside.
+    """
+    first, _, rest = name.partition(".")
+    if is_mtp(name):
+        return [rest]
+    if first == "vision_model":
+        return [f"ernie.{name}"]
+    return [rest] if rest.startswith(("vision_model.", "resampler_model.")) else []
 
 
 def _split(prefix: str, parts: dict[str, int], kind: str, lead: Shape) -> tuple[Piece, ...]:
@@ -200,14 +261,15 @@ def logical_tensors(config: ModelConfig) -> list[Logical]:
     table = _Table(config)
     size = config.hidden_size
     table.plain("model.embed_tokens.weight", (config.vocab_size, size))
+    if config.vision is not None:
+        table.vision_model("model.vision_model", config.vision)
+        table.resampler_model("model.resampler_model", config.vision)
     for i in range(config.num_hidden_layers):
         table.layer(f"model.layers.{i}", config.is_moe_layer(i))
     table.plain("model.norm.weight", (size,))
     if not config.tie_word_embeddings:
         table.matrix("lm_head.weight", (size, config.vocab_size))
-    if (
-        config.use_bias and config.moe_num_experts
-    ):  # transformers' dense head has no bias; a tied head still has its own
+    if config.has_head_bias:  # a tied head still has its own
         table.plain("lm_head.bias", (config.vocab_size,))
     for depth in range(config.num_nextn_predict_layers):
         table.plain(f"model.mtp_emb_norm.{depth}.weight", (size,))
@@ -233,7 +295,18 @@ def num_parameters(config: ModelConfig) -> int:
 
 def is_mtp(name: str) -> bool:
     """Whether a tensor belongs to multi-token prediction; transformers ignores these, too."""
-    return any(part.startswith("mtp_") for part in name.split("."))
+    return mtp_depth(name) is not None
+
+
+def mtp_depth(name: str) -> int | None:
+    """The depth of multi-token prediction that a file's tensor belongs to, whether or not a table has it; 0 where the
+    name has no number that can be a depth, None for any other tensor.
+    """
+    words = name.split(".")
+    if not any(word.startswith("mtp_") for word in words):
+        return None
+    numbers = [word for word in words if word.isascii() and word.isdigit() and len(word) <= 2]
+    return int(numbers[0]) if numbers else 0
 
 
 def detect_format(names: Iterable[str], source: str) -> Format:
@@ -247,7 +320,7 @@ def detect_format(names: Iterable[str], source: str) -> Format:
     raise CheckpointError(
         f"{source}: {'names of both' if is_pt else 'neither'} the -PT (model.layers.0.self_attn.q_proj.weight) and the "
         f"-Paddle layout (ernie.layers.0.self_attn.qkv_proj.weight); found {shown}, ... Use a published checkpoint of "
-        "an ERNIE 4.5 text model, or one that this toolkit saved."
+        "an ERNIE 4.5 model, or one that this toolkit saved."
     )
 
 
@@ -265,7 +338,7 @@ def match_names(logicals: Sequence[Logical], names: Iterable[str], format: Forma
     rest = dict.fromkeys(names)
     stored, missing = {}, []
     for piece in (piece for logical in logicals for piece in logical.pieces(format)):
-        candidates = [piece.name, piece.name.split(".", 1)[1]] if is_mtp(piece.name) else [piece.name]
+        candidates = [piece.name, *_other_names(piece.name)]
         found = next((name for name in candidates if name in rest), None)
         if found is None:
             missing.append(piece.name)

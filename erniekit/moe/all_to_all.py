@@ -51,17 +51,25 @@ class ExpertRanks:
         """Which (token, expert) pairs this tensor rank takes [T, K]."""
         return experts_TK // num_local % self.tensor.size == self.tensor.index
 
-    def start(self, experts: Experts, rows: paddle.Tensor, assignment: Assignment) -> Callable[[], paddle.Tensor]:
-        """Send rows sorted by expert [R, D] to the experts, wherever these are; the function that is returned gives
-        what the experts made of them [R, D], in the same order. What is computed before it is called runs beside the
-        journey where the backend allows.
+    def start(
+        self, experts: Experts, rows: paddle.Tensor, assignment: Assignment, num_tokens: int
+    ) -> Callable[[], paddle.Tensor]:
+        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the experts, wherever these are; the function
+        that is returned gives what the experts made of them [R, D], in the same order. What is computed before it is
+        called runs beside the journey where the backend allows.
         """
         num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
         by_share = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
         counts_NL = by_share[:, self.tensor.index]
         if self.expert.size == 1:
             return lambda: experts(rows, counts_NL[0].tolist())
-        incoming_NL = comm.exchange_counts(counts_NL, self.expert)
+        # Each rank also sends how many tokens it has: where no rank has any, the experts do not run and have no
+        # gradient, as on one process.
+        all_tokens = np.full((len(counts_NL), 1), num_tokens)
+        incoming = comm.exchange_counts(np.concatenate([counts_NL, all_tokens], axis=1), self.expert)
+        incoming_NL = incoming[:, :-1]
+        if not incoming[:, -1].any():
+            return lambda: rows
         sent, received = counts_NL.sum(axis=1).tolist(), incoming_NL.sum(axis=1).tolist()
         arrive = comm.start_exchange_rows(rows, sent, received, self.expert)
 

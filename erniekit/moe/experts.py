@@ -4,66 +4,17 @@ sorted rows.
 
 import paddle
 from paddle import nn
-from paddle.autograd import PyLayer
 
+from erniekit.nn.grouped import grouped_matmul
 from erniekit.nn.linear import Projection
 from erniekit.nn.mlp import swiglu
-from erniekit.nn.roles import Role
+from erniekit.nn.roles import ComponentLayer, Role
 from erniekit.nn.shard import ShardSpec
 
 
-class _GroupedMatmul(PyLayer):
-    """rows of expert e times W[e]. One node for all experts: the gradient of the stack is built once, not scattered
-    expert by expert.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        parts = [
-            paddle.matmul(rows[begin:end], weight[e])
-            for e, (begin, end) in enumerate(_stretches(counts))
-            if end > begin
-        ]
-        return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
-
-    @staticmethod
-    def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        rows, weight = ctx.saved_tensor()
-        stretches = _stretches(ctx.counts)
-        drows = None
-        if not rows.stop_gradient:
-            parts = [paddle.matmul(dy[b:e], weight[i], transpose_y=True) for i, (b, e) in enumerate(stretches) if e > b]
-            drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
-        if weight.stop_gradient:
-            return drows, None
-        empty = paddle.zeros(weight.shape[1:], dtype=weight.dtype)
-        dweight = paddle.stack(
-            [paddle.matmul(rows[b:e], dy[b:e], transpose_x=True) if e > b else empty for b, e in stretches]
-        )
-        return drows, dweight
-
-
-def _stretches(counts: list[int]) -> list[tuple[int, int]]:
-    """(begin, end) of each expert's sorted rows."""
-    begin, stretches = 0, []
-    for count in counts:
-        stretches.append((begin, begin + count))
-        begin += count
-    return stretches
-
-
-def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-    """rows [R, in] sorted by expert, weight [E, in, out], counts [E] summing to R -> [R, out]. An expert without rows
-    gets a zero gradient.
-    """
-    return _GroupedMatmul.apply(rows, weight, counts)
-
-
 class StackedLinear(Projection):
-    """E projections of one shape: weight [E, in, out], E those of this process. `adapter` and `low_bit`: as in
-    nn.Linear, called with the rows and the counts.
+    """E projections of one shape: weight [E, in, out], E those of this process. `product` and `adapter` are
+    called with the rows and the counts.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
@@ -72,8 +23,8 @@ class StackedLinear(Projection):
         self.weight = self.create_parameter(
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
+        self.product = None
         self.adapter = None
-        self.low_bit = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """Whole experts are divided."""
@@ -83,19 +34,18 @@ class StackedLinear(Projection):
         """See DeclaresRoles."""
         return {"weight": Role.PROJECTION}
 
-    def product(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        """Each row times its expert's matrix: [R, in] -> [R, out]."""
-        if self.low_bit is not None:
-            return self.low_bit(rows, counts)
-        return grouped_matmul(rows, self.weight, counts)
+    def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
+        """See Projection."""
+        assert counts is not None and self.weight is not None
+        return grouped_matmul(x, self.weight, counts)
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
-        y = self.product(rows, counts)
+        y = self.multiply(rows, counts)
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
 
-class Experts(nn.Layer):
+class Experts(ComponentLayer):
     """E SwiGLU experts of width F."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, init_std: float = 0.02) -> None:

@@ -17,6 +17,7 @@ from erniekit.moe.dispatch import assign, combine, dispatch
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.roles import Component
 
 TEXT, VISION = 0, 1
 Finish = Callable[[], paddle.Tensor]
@@ -88,6 +89,7 @@ class MoELayer(nn.Layer):
         self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:
             self.vision_experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[VISION], sizes.init_std)
+            self.vision_experts.component = Component.VISION_EXPERTS
         self.shared_experts = None
         if sizes.num_shared:
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
@@ -117,13 +119,16 @@ class MoELayer(nn.Layer):
         other ranks may need its experts.
         """
         finishes, places, decisions = [], [], {}
+        needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.part(modality)
-            if len(where) or (self.ranks is not None and self.ranks.expert.size > 1):
+            if len(where) or needed or (modality == TEXT and not x_TD.shape[0]):
                 part = paddle.gather(x_TD, paddle.to_tensor(where))
-                finish, decisions[modality] = self._start(part, modality, row_lengths)
+                finish, routed = self._start(part, modality, row_lengths)
                 finishes.append(finish)
                 places.append(where)
+                if len(where):
+                    decisions[modality] = routed
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
         return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
 
@@ -132,7 +137,9 @@ class MoELayer(nn.Layer):
         num_experts = self.sizes.num_experts
         bias = self.moe_statics.e_score_correction_bias[modality]
         agree = None if self.ranks is None else self.ranks.agree
-        routing = route(self.gate(x_TD, modality), bias, self.options, agree)
+        # Without tokens the router has no gradient, as where it does not run at all.
+        logits = self.gate(x_TD, modality) if x_TD.shape[0] else paddle.zeros([0, num_experts])
+        routing = route(logits, bias, self.options, agree)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
@@ -148,7 +155,7 @@ class MoELayer(nn.Layer):
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)
-        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment)
+        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment, len(chosen))
 
         def finish() -> paddle.Tensor:
             made = experts(rows, assignment.counts) if done is None else done()

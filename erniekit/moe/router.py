@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.nn.roles import DeclaresRoles, Role
+from erniekit.nn.roles import Component, DeclaresRoles, Role
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ class Gate(DeclaresRoles):
     def roles(self) -> dict[str, Role]:
         """See DeclaresRoles."""
         return {"weight": Role.ROUTER, "weight_1": Role.ROUTER}
+
+    def components(self) -> dict[str, Component]:
+        """See DeclaresRoles."""
+        return {"weight_1": Component.VISION_EXPERTS}
 
     def matrix(self, modality: int) -> paddle.Tensor:
         """The router of a modality: 0 text, 1 vision."""

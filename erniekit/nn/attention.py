@@ -121,8 +121,9 @@ def _rows_of(plan: AttentionPlan, heads: HeadLayout) -> _Rows:
         if not bucket.prefix_real.all():
             visible = np.concatenate([bucket.prefix_real, bucket.real | True], axis=1)
             hidden = paddle.to_tensor(np.where(visible, 0.0, MASK_VALUE).astype(np.float32)[:, None, None])
-        sizes = (*bucket.tokens.shape, bucket.prefix.shape[1])
-        buckets.append(_BucketRows(*sizes, paddle.to_tensor(fetch), paddle.to_tensor(query), keep, hidden))
+        count, length = bucket.tokens.shape
+        fetches = paddle.to_tensor(fetch), paddle.to_tensor(query)
+        buckets.append(_BucketRows(count, length, bucket.prefix.shape[1], *fetches, keep, hidden))
     shared = _shared_places(again, merge_grad, num_rows)
     return _Rows(buckets, paddle.to_tensor(merge), paddle.to_tensor(merge_grad), shared)
 
@@ -178,7 +179,7 @@ def _probabilities(
     return nn.functional.softmax(scores.add_(mask), axis=-1)
 
 
-def _cut(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) -> list[paddle.Tensor]:
+def _split_queries(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) -> list[paddle.Tensor]:
     """Query rows [queries, d] -> block by block [N, G, block*r, d]. Rows already lie so: nothing is copied."""
     n, g, r = bucket.num_documents, heads.num_kv_heads, heads.repeat
     parts, begin = [], 0
@@ -204,7 +205,7 @@ class _DocumentAttention(PyLayer):
             num_queries = bucket.num_documents * bucket.length * heads.num_heads
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
             num_keys = shape[0] * g * shape[2]
-            queries = _cut(fetched[:num_queries] * d**-0.5, bucket, heads)
+            queries = _split_queries(fetched[:num_queries] * d**-0.5, bucket, heads)
             k = fetched[num_queries : num_queries + num_keys].reshape(shape)
             v = fetched[num_queries + num_keys :].reshape(shape)
             weights, parts = [], []
@@ -231,7 +232,9 @@ class _DocumentAttention(PyLayer):
                 # Padding holds copies of token 0 and must bring no gradient of its own.
                 do = do.multiply_(bucket.keep.astype(do.dtype))
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
-            grads += [grad.reshape([-1, d]) for grad in _bucket_backward(do, *saved, bucket, heads, block)]
+            queries, k, v, weights, outputs = saved
+            made = _bucket_backward(do, queries, k, v, weights, outputs, bucket, heads, block)
+            grads += [grad.reshape([-1, d]) for grad in made]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
         return ctx.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * d])
@@ -272,12 +275,12 @@ def _bucket_backward(
     ones = paddle.ones([heads.dim, 1], dtype=do.dtype)
     v_and_minus = paddle.concat([v, paddle.full([*v.shape[:3], 1], -1.0, dtype=v.dtype)], axis=-1)
     dq_parts, dk, dv = [], None, None
-    blocks = zip(queries, weights, outputs, _cut(do, bucket, heads), bucket.blocks(), strict=True)
-    for q, kept, out, do_b, (start, stop) in blocks:
-        if kept is None:
+    blocks = zip(queries, weights, outputs, _split_queries(do, bucket, heads), bucket.blocks(), strict=True)
+    for q, saved, out, do_b, (start, stop) in blocks:
+        if saved is None:
             p, mask = _probabilities(q, k, start, stop, heads.repeat, bucket), mask_of and mask_of(start, stop)
         else:
-            p, mask = kept
+            p, mask = saved
         seen = bucket.num_prefix + stop
         row_sum = paddle.matmul(do_b * out, ones)
         if mask is None:

@@ -39,14 +39,14 @@ class AttentionDropout:
     process's first query head in the whole model.
     """
 
-    asked: DropoutStep
+    step: DropoutStep
     num_layers: int
     documents: np.ndarray
     first_head: int = 0
 
     def rate_of(self, layer: int) -> float:
         """The share that a layer drops."""
-        return self.asked.rate_of(layer, self.num_layers)
+        return self.step.rate_of(layer, self.num_layers)
 
     def masks(self, layer: int, plan: AttentionPlan, num_heads: int, num_kv_heads: int) -> "LayerMasks | None":
         """The masks of a layer, or None where it drops nothing."""
@@ -54,7 +54,7 @@ class AttentionDropout:
         if rate == 0.0:
             return None
         with np.errstate(over="ignore"):  # counters wrap around
-            start = _mix(np.uint64(self.asked.seed) * _STRIDE + np.uint64(self.asked.step) * _STEP)
+            start = _mix(np.uint64(self.step.seed) * _STRIDE + np.uint64(self.step.step) * _STEP)
             start = _mix(start + np.uint64(layer) * _LAYER)
             heads = _mix(start + np.arange(self.first_head, self.first_head + num_heads, dtype=np.uint64) * _HEAD)
             buckets = [_counters(bucket, plan, self.documents, heads) for bucket in plan.buckets]

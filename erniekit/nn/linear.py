@@ -1,4 +1,4 @@
-"""The one projection layer. Tensor parallelism, LoRA, FP8 and weight-only quantisation attach here and nowhere else."""
+"""The one projection layer. Tensor parallelism, LoRA, FP8 and quantisation attach here and nowhere else."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 import paddle
 from paddle import nn
 
+from erniekit.nn.product import Product
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 
@@ -13,16 +14,45 @@ Split = Literal["column", "row"]
 
 
 class Projection(Shardable):
-    """A weight to which an adapter can be attached. `in_features` and `out_features` are those of this process;
-    `adapter`, None on a plain model, is a layer that takes the input and the product and gives the adapted product.
-    `low_bit`, None on a plain model, is a layer that holds the weight in 8 or 4 bits and multiplies by it; there is no
-    `weight` then.
+    """A matrix [in, out], or E of them for the experts of a layer, with two slots that are None on a plain model:
+    `product` replaces the matrix product (see nn.product), `adapter` takes the input and the result of the product and
+    returns the adapted result. All sizes are those of this process.
     """
 
     in_features: int
     out_features: int
+    num_experts: int | None = None
+    weight: paddle.Tensor | None  # None where the product holds it
+    product: Product | None
     adapter: nn.Layer | None
-    low_bit: nn.Layer | None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """[in, out] or [E, in, out], also where a product holds the weight."""
+        stack = () if self.num_experts is None else (self.num_experts,)
+        return (*stack, self.in_features, self.out_features)
+
+    def attach_product(self, product: Product) -> None:
+        """Fill the slot. A product that holds the weight takes the parameter's place."""
+        self.product = product
+        if product.holds_weight:
+            self.weight = None
+
+    def multiply(self, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
+        """x W without adapter, bias or communication: [..., in] -> [..., out]. Of experts, `counts` are the rows of
+        each: [R, in] sorted by expert -> [R, out].
+        """
+        if self.product is not None:
+            return self.product(x, self.weight, counts)
+        return self.plain_product(x, counts)
+
+    def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
+        """x W by the parameter as it is; see `multiply`."""
+        raise NotImplementedError(type(self).__name__)
+
+
+# Which product a projection gets; None leaves it plain.
+ProductFactory = Callable[[Projection], Product | None]
 
 
 class Linear(Projection):
@@ -32,8 +62,8 @@ class Linear(Projection):
     adapters treat each of them separately. `split` says how tensor parallelism cuts it: "column" by outputs,
     "row" by inputs, None not at all. All sizes are those of this process.
 
-    What is applied from outside is attached to four attributes, None on a plain model: `adapter` and `low_bit` as in
-    Projection, `enter` and `leave` communicate before the product and after it (the bias is added behind).
+    What is applied from outside is attached to four attributes, None on a plain model: `product` and `adapter` as in
+    Projection, `gather_input` and `reduce_output` communicate before and after the product (the bias is added last).
     """
 
     def __init__(
@@ -58,13 +88,13 @@ class Linear(Projection):
             [in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
         self.bias = self.create_parameter([out_features], is_bias=True) if bias else None
-        self.enter: Callable[[paddle.Tensor], paddle.Tensor] | None = None
-        self.leave: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.gather_input: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.reduce_output: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+        self.product = None
         self.adapter = None
-        self.low_bit = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Divisible. The bias of a row-split layer is whole: it is added behind the sum."""
+        """See Shardable. The bias of a row-split layer is whole: it is added behind the sum."""
         widths = tuple(self.parts.values())
         if self.split == "column":
             return {"weight": ShardSpec(1, widths), "bias": ShardSpec(0, widths)}
@@ -74,17 +104,17 @@ class Linear(Projection):
         """See DeclaresRoles."""
         return {"weight": self.role, "bias": Role.BIAS}
 
-    def product(self, x: paddle.Tensor) -> paddle.Tensor:
-        """x W: [..., in_features] -> [..., out_features]."""
-        return paddle.matmul(x, self.weight) if self.low_bit is None else self.low_bit(x)
+    def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
+        """See Projection."""
+        return paddle.matmul(x, self.weight)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
-        if self.enter is not None:
-            x = self.enter(x)
-        y = self.product(x)
+        if self.gather_input is not None:
+            x = self.gather_input(x)
+        y = self.multiply(x)
         if self.adapter is not None:
             y = self.adapter(x, y)
-        if self.leave is not None:
-            y = self.leave(y)
+        if self.reduce_output is not None:
+            y = self.reduce_output(y)
         return y if self.bias is None else y + self.bias

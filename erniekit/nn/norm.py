@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalisation of the decoder, and layer normalisation of the vision transformer."""
 
 import paddle
 from paddle import nn
@@ -74,3 +74,21 @@ class RMSNorm(DeclaresRoles):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., size] -> [..., size]."""
         return rms_norm(x, self.weight, self.epsilon)
+
+
+class LayerNorm(DeclaresRoles):
+    """Layer normalisation over the last axis with a learnt gain and bias [size] (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.size, self.epsilon = size, epsilon
+        self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
+        self.bias = self.create_parameter([size], is_bias=True)
+
+    def roles(self) -> dict[str, Role]:
+        """See DeclaresRoles."""
+        return {"weight": Role.NORM, "bias": Role.BIAS}
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., size] -> [..., size]."""
+        return nn.functional.layer_norm(x, self.size, self.weight, self.bias, self.epsilon)

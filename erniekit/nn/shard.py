@@ -28,7 +28,7 @@ class Shardable(DeclaresRoles):
     """
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Own parameter name -> its cut."""
+        """The parameters that are divided, and how, by their names in this layer."""
         return {}
 
     def partial_gradients(self) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Shardable(DeclaresRoles):
 
 
 def shard(whole: np.ndarray, spec: ShardSpec, index: int, count: int) -> np.ndarray:
-    """Rank `index`'s share of `count`, as a view where the cut has no parts."""
+    """Rank `index`'s share of `count`, as a view where the parameter has no fused parts."""
     if count == 1:
         return whole
     pieces = []

@@ -26,8 +26,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from erniekit.utils.errors import ConfigError
-
 SCHEDULES = ("1f1b", "interleaved", "memory_efficient")
 Payload = Literal["activation", "gradient"]
 
@@ -75,11 +73,9 @@ Action = Forward | Backward | Send | Recv
 def plan(
     schedule: str, stages: int, microbatches: int, chunks: int = 1, blocking_sends: bool = False
 ) -> list[list[Action]]:
-    """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers.
-
-    Raises ConfigError as `check_schedule` does.
-    """
-    check_schedule(schedule, stages, chunks)
+    """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers."""
+    assert (schedule in ("interleaved", "memory_efficient")) == (chunks > 1) or stages == 1, "config/checks.py"
+    assert schedule in SCHEDULES and (chunks == 1 or stages > 1), "config/checks.py refuses this"
     orders = [_compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)]
     return _in_one_order(orders) if blocking_sends else _sent_at_once(orders)
 
@@ -88,26 +84,6 @@ def forward_plan(stages: int, microbatches: int, chunks: int = 1, blocking_sends
     """Each stage's actions where nothing is trained: evaluation, a reference model."""
     forwards: list[Compute] = [Forward(c, i) for c, i in _in_groups(stages, microbatches, chunks)]
     return _in_one_order([forwards] * stages) if blocking_sends else _sent_at_once([forwards] * stages)
-
-
-def check_schedule(schedule: str, stages: int, chunks: int) -> None:
-    """Raise ConfigError where a schedule does not exist for these numbers."""
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"pipeline schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
-    if chunks > 1 and stages == 1:
-        raise ConfigError(
-            f"virtual_pp_degree {chunks} with pipeline_parallel_degree 1: one stage has nothing to interleave. "
-            "Set virtual_pp_degree: 1, or more stages"
-        )
-    if chunks > 1 and schedule == "1f1b":
-        raise ConfigError(
-            f"virtual_pp_degree {chunks}: the 1f1b schedule has one chunk a stage. "
-            "Set virtual_pp_degree: 1, or choose interleaved or memory_efficient"
-        )
-    if chunks == 1 and stages > 1 and schedule != "1f1b":
-        raise ConfigError(
-            f"the {schedule} schedule needs at least 2 chunks a stage. Set virtual_pp_degree: 2, or choose 1f1b"
-        )
 
 
 def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:

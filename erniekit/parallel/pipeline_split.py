@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-import yaml
-
 from erniekit.utils.errors import ConfigError
 
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
@@ -31,7 +29,7 @@ class Costs:
         return ends + sum(self.layers[piece[0] : piece[-1] + 1])
 
 
-def layer_costs(config: Any, mean_context: int) -> Costs:
+def layer_costs(model_config: Any, mean_context: int) -> Costs:
     """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
     tokens: half of a document's length.
 
@@ -43,16 +41,17 @@ def layer_costs(config: Any, mean_context: int) -> Costs:
       each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
     The backward pass takes the same multiple of each, and communication is not counted.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    hidden = model_config.hidden_size
+    queries = model_config.num_attention_heads * model_config.head_dim
+    keys = model_config.num_key_value_heads * model_config.head_dim
     attention = 2 * hidden * (queries + keys) + 2 * queries * mean_context
-    dense = attention + 3 * hidden * config.intermediate_size
-    experts_seen = config.moe_k + config.moe_num_shared_experts
-    sparse = attention + 3 * hidden * config.moe_intermediate_size * experts_seen + hidden * config.moe_num_experts
-    head = hidden * config.vocab_size
-    ahead = config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
-    layers = [sparse if config.is_moe_layer(i) else dense for i in range(config.num_hidden_layers)]
+    dense = attention + 3 * hidden * model_config.intermediate_size
+    experts_seen = model_config.moe_k + model_config.moe_num_shared_experts
+    router = hidden * model_config.moe_num_experts
+    sparse = attention + 3 * hidden * model_config.moe_intermediate_size * experts_seen + router
+    head = hidden * model_config.vocab_size
+    ahead = model_config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
+    layers = [sparse if model_config.is_moe_layer(i) else dense for i in range(model_config.num_hidden_layers)]
     return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
 
 
@@ -63,10 +62,10 @@ def cut(
 
     "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
     "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
-    "[0,29,57]", "0,29,57", list  where each piece starts, and the end: in layers (the end is num_layers), or as
+    (0, 29, 57)                   where each piece starts, and the end: in layers (the end is num_layers), or as
                                   ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
 
-    Raises ConfigError for another method, for fewer layers than pieces, and for a list that does not fit.
+    Raises ConfigError for fewer layers than pieces, and for a list that does not fit.
     """
     if num_layers < pieces:
         raise ConfigError(
@@ -75,37 +74,20 @@ def cut(
         )
     if not isinstance(method, str):
         return _by_list(num_layers, pieces, list(method))
-    text = method.strip()
-    if text.startswith("[") or text[:1].isdigit():  # a YAML list comes here joined by commas
-        return _by_list(num_layers, pieces, _parse(text if text.startswith("[") else f"[{text}]"))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
         return _balanced(pieces, costs)
-    if method in ("", "uniform") or method.startswith("layer:"):
-        sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
-        return _between([0, *accumulate(sizes)])
-    raise ConfigError(
-        f'pp_seg_method: {method!r} is not known. Use "layer:DecoderLayer" (as many layers each), '
-        '"balanced" (by cost), or the places of the cuts, such as "[0,14,28]"'
-    )
+    assert method in ("", "uniform") or method.startswith("layer:"), method  # config/checks.py refuses others
+    sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
+    return _between([0, *accumulate(sizes)])
 
 
 def _between(bounds: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(range(start, end)) for start, end in pairwise(bounds)]
 
 
-def _parse(method: str) -> list[object]:
-    try:
-        return list(yaml.safe_load(method))
-    except (yaml.YAMLError, TypeError):
-        raise ConfigError(f'pp_seg_method: {method!r} is not a list of whole numbers such as "[0,14,28]"') from None
-
-
-def _by_list(num_layers: int, pieces: int, bounds: list[object]) -> list[tuple[int, ...]]:
-    where = f"pp_seg_method: {bounds}"
-    numbers = [bound for bound in bounds if isinstance(bound, int)]
-    if len(numbers) != len(bounds):
-        raise ConfigError(f"{where} must be a list of whole numbers")
+def _by_list(num_layers: int, pieces: int, numbers: list[int]) -> list[tuple[int, ...]]:
+    where = f"pp_seg_method: {numbers}"
     if len(numbers) != pieces + 1:
         raise ConfigError(
             f"{where} names {len(numbers) - 1} pieces, but pipeline_parallel_degree x virtual_pp_degree is {pieces}, "

@@ -31,12 +31,12 @@ class TensorRanks:
         """After a row-split product: partial sums [T, D] -> their sum [T or own stretch, D]."""
         return (comm.scatter_rows if self.sequence else comm.reduce_from)(y_TD, self.group)
 
-    def own_tokens(self, x_TD: paddle.Tensor) -> paddle.Tensor:
-        """What of [T, D] lies on this rank between projections."""
+    def own_span(self, num_tokens: int) -> tuple[int, int]:
+        """[start, stop) of those of T tokens that are on this rank between projections."""
         if not self.sequence:
-            return x_TD
-        size = x_TD.shape[0] // self.group.size
-        return x_TD[self.group.index * size : (self.group.index + 1) * size]
+            return 0, num_tokens
+        size = num_tokens // self.group.size
+        return self.group.index * size, (self.group.index + 1) * size
 
     def lookup(self, ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         """Embedding rows of ids [T] where each rank holds an equal stretch of the vocabulary: [T or own stretch, D]."""
@@ -49,6 +49,6 @@ class TensorRanks:
     def attach(self, linear: Linear) -> None:
         """Let a projection that was built with this rank's sizes communicate."""
         if linear.split == "column":
-            linear.enter = self.enter
+            linear.gather_input = self.enter
         elif linear.split == "row":
-            linear.leave = self.leave
+            linear.reduce_output = self.leave

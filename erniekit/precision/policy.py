@@ -1,4 +1,4 @@
-"""Which dtype parameters and products have, and what is said where a device cannot do what was asked."""
+"""The dtypes of parameters and matrix products, and a log line where a device cannot compute in the requested dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,49 +7,52 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from erniekit.nn.roles import FP32_ROLES, named_roles
-from erniekit.precision.weight_only import SCHEMES, Schemes
+from erniekit.nn.linear import ProductFactory
+from erniekit.nn.roles import FP32_ROLES, Role, named_roles
+from erniekit.precision.quantized_weight import QuantizedWeights
+from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils import log
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`param_dtype` of the weights and products ("float32", "bfloat16" or "float16"); 16-bit weights have fp32 masters
-    in the optimizer. `low_bit`: how the frozen weights of projections are stored instead; None: as the others.
-    `rounded_to`: the dtype that weights are rounded to when they are read, where `param_dtype` is wider.
+    """How a model stores and multiplies. `param_dtype` is the dtype of weights and matrix products ("float32",
+    "bfloat16" or "float16"); 16-bit weights have fp32 masters in the optimizer. `product`: how the projections of the
+    layers multiply and keep their weights; None: plainly. `rounded_to`: the dtype that weights are rounded to when they
+    are read, where `param_dtype` is wider.
     """
 
     param_dtype: str
-    low_bit: Schemes | None = None
+    product: ProductFactory | None = None
     rounded_to: str | None = None
 
 
 def choose(compute_type: str, device: str) -> Policy:
-    """The policy for a compute_type (bf16, fp32, or a key of weight_only.SCHEMES) on a device ("cpu", "gpu:0"), with a
-    line where it is not what was asked.
+    """The policy for a compute_type (bf16, fp32, or a key of weight_only.SCHEMES) on a device ("cpu", "gpu:0"). A log
+    line says where the policy differs from the compute_type.
     """
-    low_bit = SCHEMES.get(compute_type)
-    asked = "float32" if compute_type == "fp32" else "bfloat16"
-    if asked != "float32" and device == "cpu":
+    product = QuantizedWeights(SCHEMES[compute_type]) if compute_type in SCHEMES else None
+    param_dtype = "float32" if compute_type == "fp32" else "bfloat16"
+    if param_dtype != "float32" and device == "cpu":
         log.info(f"compute_type: {compute_type} computes in float32 here: Paddle has no 16-bit matrix product on a CPU")
-        asked = "float32"
-    return Policy(asked, low_bit)
+        param_dtype = "float32"
+    return Policy(param_dtype, product)
 
 
-def of_weights(dtype: str, device: str, low_bit: Schemes | None = None) -> Policy:
-    """The policy for weights of a dtype, whatever the device can multiply. On a CPU, which cannot multiply the 16-bit
-    types, the weights are rounded to `dtype` and computed with in float32, and a line says so.
+def of_weights(dtype: str, device: str, product: ProductFactory | None = None) -> Policy:
+    """The policy for weights of a dtype on any device. On a CPU, which cannot multiply the 16-bit types, the weights
+    are rounded to `dtype` and multiplied in float32, and a log line says so.
     """
     if dtype == "float32" or device != "cpu":
-        return Policy(dtype, low_bit)
+        return Policy(dtype, product)
     log.info(f"{dtype} on CPU: the weights are rounded to it and computed with in float32")
-    return Policy("float32", low_bit, rounded_to=dtype)
+    return Policy("float32", product, rounded_to=dtype)
 
 
 @contextmanager
 def default_dtype(policy: Policy) -> Iterator[None]:
-    """Layers that are built inside have their weights in the policy's dtype from the start: no fp32 copy of a model
-    ever exists. Layers that name a dtype of their own (routers) keep it.
+    """Build the layers of a `with` block with weights in the policy's dtype from the start, so that no fp32 copy of a
+    model ever exists. Layers that state a dtype themselves (routers) keep it.
     """
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(policy.param_dtype)
@@ -61,30 +64,30 @@ def default_dtype(policy: Policy) -> Iterator[None]:
 
 @paddle.no_grad()
 def apply(model: nn.Layer, policy: Policy) -> None:
-    """Make sure that every weight has the policy's dtype, and routers fp32. Weights that were built in another dtype
-    are cast where they are; those that were built under `default_dtype` cost nothing.
+    """Make sure that every weight has the policy's dtype, and that those of FP32_ROLES have fp32. Weights that were
+    built in another dtype are cast where they are; those that were built under `default_dtype` cost nothing.
     """
-    wanted = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}[policy.param_dtype]
+    target = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}[policy.param_dtype]
     roles = named_roles(model)
     for name, parameter in model.named_parameters():
-        if roles[name] not in FP32_ROLES and parameter.dtype != wanted:
-            cast = parameter.astype(wanted)
+        if roles[name] not in FP32_ROLES and parameter.dtype != target:
+            cast = parameter.astype(target)
             # Layer.to does the same; Tensor._to returns a copy and leaves the parameter as it was.
             parameter.value().get_tensor()._share_data_with(cast.value().get_tensor())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert tensor.dtype == (paddle.float32 if roles[name] in FP32_ROLES else wanted), f"{name} is {tensor.dtype}"
+        assert tensor.dtype == (paddle.float32 if roles[name] in FP32_ROLES else target), f"{name} is {tensor.dtype}"
 
 
 def describe(model: nn.Layer, has_masters: bool) -> str:
-    """The dtypes that a training run really has, for the log."""
+    """The dtypes that a model in training has, as text for the log."""
     roles = named_roles(model)
     parameters = list(model.named_parameters())
     weights = sorted({_name(tensor) for name, tensor in parameters if roles[name] not in FP32_ROLES})
-    routers = sorted({_name(tensor) for name, tensor in parameters if roles[name] in FP32_ROLES})
-    said = f"weights {' and '.join(weights)}"
+    routers = sorted({_name(tensor) for name, tensor in parameters if roles[name] is Role.ROUTER})
+    text = f"weights {' and '.join(weights)}"
     if routers and routers != weights:
-        said += f", routers {' and '.join(routers)}"
-    return said + (", masters float32" if has_masters else "")
+        text += f", routers {' and '.join(routers)}"
+    return text + (", masters float32" if has_masters else "")
 
 
 def _name(tensor: paddle.Tensor) -> str:

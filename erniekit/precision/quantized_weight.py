@@ -1,37 +1,40 @@
-"""Frozen weights in 8 or 4 bits under a projection: the products forward and backward, without a whole fp32 matrix.
+"""Frozen weights in 8 or 4 bits: the products forward and backward, without ever making a whole fp32 matrix.
 
-Codes and scales are neither parameters nor buffers, so no optimizer, checkpoint or comparison of ranks knows them: they
-follow from the base's weights, and each rank quantises its own share. The gradient passes to the input alone; the
-backward pass dequantises again instead of keeping anything.
+Codes and scales are neither parameters nor buffers, so that no optimizer, checkpoint or comparison of ranks knows them:
+they follow from the base's weights, and each rank quantises its own share. Only the input has a gradient. The backward
+pass dequantises again and saves nothing.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import paddle
-from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn.quant import weight_dequantize, weight_only_linear, weight_quantize
 
-from erniekit.precision.weight_only import NF4, Scheme, dequantise, quantise
+from erniekit.nn.grouped import row_spans
+from erniekit.nn.linear import Projection
+from erniekit.nn.product import Product
+from erniekit.precision.weight_only import NF4, Scheme, Schemes, dequantise, quantise
 
 # Weights that are dequantised at a time: 8 MB in fp32, against which a product's start-up costs nothing.
 _BLOCK = 1 << 21
 
 
 class Matrix:
-    """W [in, out] as codes and scales (see weight_only), dequantised by plain operations, some output channels at a
-    time. Runs on any device.
+    """W [in, out] as codes and scales (see weight_only), which plain operations dequantise, some output channels at a
+    time. It runs on any device.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.codes: paddle.Tensor | None = None
-        self.scales: paddle.Tensor | None = None
+        self.codes: paddle.Tensor  # with the scales, set by `fill`
+        self.scales: paddle.Tensor
 
     def fill(self, weight: np.ndarray) -> None:
-        """Take the values of `weight` [in, out] fp32. Raises ValueError where one is not finite."""
+        """Quantise `weight` [in, out] fp32. Raises ValueError where a value is not finite."""
         assert weight.shape == (self.in_features, self.out_features), (weight.shape, self.in_features)
         codes, scales = quantise(weight, self.scheme)
         self.codes, self.scales = paddle.to_tensor(codes), paddle.to_tensor(scales)
@@ -54,7 +57,7 @@ class Matrix:
         return dequantise(self.codes.numpy(), self.scales.numpy(), self.scheme, self.in_features)
 
     def _blocks(self, dtype: paddle.dtype) -> Iterator[tuple[int, int, paddle.Tensor]]:
-        """(begin, end, W[:, begin:end]^T [end - begin, in]) for stretches of output channels."""
+        """(begin, end, W[:, begin:end]^T [end - begin, in]) for consecutive output channels."""
         rows = max(1, _BLOCK // self.in_features)
         for begin in range(0, self.out_features, rows):
             end = min(begin + rows, self.out_features)
@@ -63,13 +66,13 @@ class Matrix:
 
 
 class KernelMatrix(Matrix):
-    """The same held and multiplied by Paddle's weight-only GPU kernels, in the layout that they choose. The backward
-    pass dequantises the whole matrix once, in 16 bits. Written after Paddle's documentation, never run.
+    """The same by Paddle's weight-only GPU kernels, in the layout that they choose. The backward pass dequantises the
+    whole matrix once, in 16 bits. It was written after Paddle's documentation and has never run.
     """
 
     @staticmethod
     def fits(in_features: int, out_features: int, scheme: Scheme) -> bool:
-        """Whether the kernels take such a matrix here."""
+        """Whether the kernels accept such a matrix on this device."""
         on_gpu = paddle.get_device().startswith("gpu")
         return on_gpu and scheme is not NF4 and in_features % 64 == 0 and out_features % 16 == 0
 
@@ -105,64 +108,75 @@ class KernelMatrix(Matrix):
         return weight_dequantize(self.codes, self.scales, algo=self._algorithm, group_size=self._group)
 
 
-class QuantizedWeight(nn.Layer):
-    """What a projection holds instead of its `weight`: one matrix [in, out], or those of E experts, [E, in, out]."""
+class QuantizedWeight(Product):
+    """The product with a frozen weight in 8 or 4 bits: one matrix [in, out], or those of E experts, [E, in, out]."""
+
+    holds_weight = True
 
     def __init__(self, shape: Sequence[int], scheme: Scheme) -> None:
         super().__init__()
         *stacked, num_in, num_out = shape
-        self.shape, self.scheme = tuple(shape), scheme
+        self.shape, self.scheme, self.name = tuple(shape), scheme, scheme.name
         kind = KernelMatrix if KernelMatrix.fits(num_in, num_out, scheme) else Matrix
         self.matrices = [kind(num_in, num_out, scheme) for _ in range(stacked[0] if stacked else 1)]
 
-    def fill(self, place: int, weight: np.ndarray) -> None:
-        """Quantise the values of matrix `place` (0, or the number of a local expert): [in, out] fp32."""
-        self.matrices[place].fill(weight)
+    def fill(self, index: int, values: np.ndarray) -> None:
+        """See Product."""
+        self.matrices[index].fill(values)
 
-    def forward(self, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
-        """x [..., in] -> x W [..., out]; with `counts` [E], rows [R, in] sorted by expert, each times its expert's
-        matrix -> [R, out]. Differentiable in x.
-        """
+    def forward(
+        self, x: paddle.Tensor, weight: paddle.Tensor | None = None, counts: list[int] | None = None
+    ) -> paddle.Tensor:
+        """See Product. Differentiable in x."""
+        assert weight is None, "a quantised weight takes the place of the parameter"
         if counts is not None:
             return _Product.apply(x, self, counts)
         *lead, width = x.shape
         rows = x.reshape([-1, width])
         return _Product.apply(rows, self, [rows.shape[0]]).reshape([*lead, self.shape[-1]])
 
-    def dense(self) -> np.ndarray:
-        """The weight that the codes stand for, fp32 of `shape`."""
+    def dense(self, weight: paddle.Tensor | None = None) -> np.ndarray:
+        """See Product."""
         return np.stack([matrix.dense() for matrix in self.matrices]).reshape(self.shape)
 
-    def num_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        held = (tensor for matrix in self.matrices for tensor in (matrix.codes, matrix.scales))
-        return sum(tensor.element_size() * tensor.size for tensor in held)
+    def quantized_tensors(self, weight: paddle.Tensor | None = None) -> list[dict[str, paddle.Tensor]]:
+        """See Product. The layout is that of weight_only, or the one that Paddle's kernels chose."""
+        return [{"codes": matrix.codes, "scales": matrix.scales} for matrix in self.matrices]
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """The factory of quantised weights (nn.linear.ProductFactory)."""
+
+    schemes: Schemes
+
+    def __call__(self, projection: Projection) -> QuantizedWeight:
+        """The empty quantised weight of a projection."""
+        is_stack = projection.num_experts is not None
+        return QuantizedWeight(projection.weight_shape, self.schemes.experts if is_stack else self.schemes.projections)
 
 
 class _Product(PyLayer):
-    """Rows times the matrix of their stretch; one node for all experts."""
+    """Sorted rows times the matrix of their expert; one node for all experts."""
 
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, weight: QuantizedWeight, counts: list[int]) -> paddle.Tensor:
         ctx.weight, ctx.counts = weight, counts
-        parts = [matrix.times(part) for matrix, part in _stretches(weight, rows, counts)]
+        parts = [matrix.times(part) for matrix, part in _by_matrix(weight, rows, counts)]
         return _joined(parts, rows, weight.shape[-1])
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        parts = [matrix.times_transposed(part) for matrix, part in _stretches(ctx.weight, dy, ctx.counts)]
+        parts = [matrix.times_transposed(part) for matrix, part in _by_matrix(ctx.weight, dy, ctx.counts)]
         return _joined(parts, dy, ctx.weight.shape[-2])
 
 
-def _stretches(
+def _by_matrix(
     weight: QuantizedWeight, rows: paddle.Tensor, counts: list[int]
 ) -> Iterator[tuple[Matrix, paddle.Tensor]]:
     """(matrix, its rows) where there are any."""
-    begin = 0
-    for matrix, count in zip(weight.matrices, counts, strict=True):
-        if count:
-            yield matrix, rows if count == rows.shape[0] else rows[begin : begin + count]
-        begin += count
+    for index, begin, end in row_spans(counts):
+        yield weight.matrices[index], rows if end - begin == rows.shape[0] else rows[begin:end]
 
 
 def _joined(parts: list[paddle.Tensor], like: paddle.Tensor, width: int) -> paddle.Tensor:

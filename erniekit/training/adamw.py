@@ -24,11 +24,11 @@ class ParamRule:
     weight_decay: float
 
 
-NOT_DECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALE})
+NOT_DECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALE, Role.QUANTIZER})
 
 
 def parameter_rules(model: CausalLM, cfg: Config) -> dict[str, ParamRule]:
-    """The rule of each parameter by name. Norms, biases and DoRA's magnitudes are not decayed. With
+    """The rule of each parameter by name. Norms, biases, scales and quantisers are not decayed. With
     layerwise_lr_decay_bound b < 1 the rate of a model of n layers is b + (1 - b) * depth / (n + 2); routers have
     moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
     """
@@ -154,6 +154,7 @@ class AdamW:
                 False,  # use_global_beta_pow
                 False,  # amsgrad
             )
+            parameter._bump_inplace_version()  # the kernel does not, and products rely on it (nn/product.py)
         self.sync.publish(updated)
 
     def clear_grad(self) -> None:

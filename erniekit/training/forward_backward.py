@@ -20,7 +20,7 @@ from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
 from erniekit.training.recipes.base import Recipe, Term
-from erniekit.training.recipes.routers import router_terms
+from erniekit.training.recipes.routers import idle_router, router_terms
 from erniekit.utils.device_sums import DeviceSums
 
 
@@ -170,8 +170,18 @@ class TrainStage:
         return loss
 
     def sums(self, fetched: Mapping[Hashable, np.ndarray]) -> StepSums:
-        """This process's sums, once `on_device` has been fetched."""
-        sums = StepSums(self.counts, loss=float(fetched.get(_LOSS, 0.0)), routers=self._routers)
+        """This process's sums, once `on_device` has been fetched. All data ranks have the same routers in the same
+        order, also those whose tokens are all text.
+        """
+        layers = self.model.model.layers
+        routers = {
+            (number, modality): self._routers.get((number, modality))
+            or idle_router(self.cfg, self.model, number, modality)
+            for number in layers.numbers
+            if layers[number].sparse
+            for modality in range(len(self.model.config.expert_sizes))
+        }
+        sums = StepSums(self.counts, loss=float(fetched.get(_LOSS, 0.0)), routers=routers)
         for key, value in fetched.items():
             if isinstance(key, _TermMean):
                 (sums.terms if key.is_loss else sums.metrics)[key.name] = float(value)

@@ -137,7 +137,7 @@ def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> Iterator[list[P
     at a time, the same number on every rank.
     """
     once = replace(cfg, max_steps=-1, num_train_epochs=1.0, mix_strategy="concat", random_shuffle=False)
-    once = replace(once, train_dataset_prob=None)
+    once = replace(once, train_dataset_prob=())
     stages = mesh.degrees.pipeline
     for split in ("train", "eval"):
         if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):

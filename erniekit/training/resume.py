@@ -13,6 +13,7 @@ from typing import Any
 
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.checkpoint.peft_write import fingerprint
+from erniekit.config.fields import from_saved
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
 from erniekit.training.evaluation import metric_of
@@ -182,7 +183,7 @@ def _of_keys(identity: Mapping[str, Any], cfg: Config, same_content: Mapping[str
     """`same_content`: of the keys that name something, whether it is compared by its content elsewhere."""
     found = []
     for key, value in noted(cfg).items():
-        then = identity.get(key, value)
+        then = from_saved(fields()[key], identity[key]) if key in identity else value
         if then == value or not is_read(key, cfg):
             continue
         decision = DECISIONS[key]

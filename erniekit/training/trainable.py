@@ -12,13 +12,14 @@ from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import held_tensors, load_weights, model_rank_files, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, write_adapter
+from erniekit.checkpoint.product_state import load_product_state, product_rank_files
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
-from erniekit.models.quantize import num_held
+from erniekit.models.products import num_elements, product_state
 from erniekit.nn.roles import FP32_ROLES, named_roles
 from erniekit.nn.shard import WHOLE
 from erniekit.utils import log
@@ -33,7 +34,7 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
         log.info(f"lora_path: {cfg.lora_path}: rank, scaling and targets are those of this adapter")
         start = "continues lora_path"
     state.base, state.base_fingerprint = cfg.model_name_or_path, fingerprint(model_dir)
-    total = num_held(model)
+    total = num_elements(model)
     trained = sum(int(np.prod(p.shape)) for p in model.parameters() if not p.stop_gradient)
     here = "" if model.shard == WHOLE else " on this rank"
     log.info(
@@ -43,11 +44,13 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
 
 
 def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
-    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter."""
+    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter and of
+    the products.
+    """
     state, tensors = lora.state_of(model), held_tensors(model)
     if state is None:
         return tensors
-    return {name: tensors[name] for name in adapter_parameters(state) if name in tensors}
+    return {name: tensors[name] for name in (*adapter_parameters(state), *product_state(model)) if name in tensors}
 
 
 def load_trained(model: CausalLM, directory: Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
@@ -56,6 +59,7 @@ def load_trained(model: CausalLM, directory: Path, into: Mapping[str, paddle.Ten
         load_weights(model, directory, into=into)
     else:
         load_adapter(model, directory, into)
+    load_product_state(model, directory, into)
 
 
 def prepare_save(
@@ -79,7 +83,7 @@ def prepare_save(
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
     model_dir, tokenizer_dir = sources
-    state = lora.state_of(model)
+    state, products = lora.state_of(model), product_rank_files(model, tensors, shares, directory)
     if state is None:
         header = _header_of(model, tensors)
         portion = model_rank_files(model, shares, format, tensors, directory, header)
@@ -90,7 +94,7 @@ def prepare_save(
             copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
             add_template(checkpoint)
 
-        return [portion], add_files
+        return [portion, products], add_files
     is_first = shares.mesh.world_group.index == 0
     whole = [array if is_first else None for array in shares.collect(tensors, adapter_parameters(state))]
 
@@ -100,7 +104,7 @@ def prepare_save(
         copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
         add_template(checkpoint)
 
-    return [], add_adapter
+    return [products], add_adapter
 
 
 def _header_of(model: CausalLM, tensors: Mapping[str, paddle.Tensor]) -> str:

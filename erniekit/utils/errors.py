@@ -2,13 +2,19 @@
 traceback.
 """
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and correct."""
 
 
 class ConfigError(UserError):
-    """A YAML key or a command-line argument is wrong."""
+    """A YAML key or a command-line argument is wrong. problems: the single ones, where the message lists several."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class DataError(UserError):
@@ -20,4 +26,4 @@ class CheckpointError(UserError):
 
 
 class TrainError(UserError):
-    """Training cannot go on: a non-finite loss, an output directory of another run, a full disk."""
+    """Training cannot continue: a non-finite loss, an output directory of another run, a full disk."""

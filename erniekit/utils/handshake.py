@@ -2,7 +2,7 @@
 
 The side that listens sends a greeting and a random challenge; the caller answers with a challenge of its own and an
 HMAC of both; the listener answers with another HMAC. The token itself is never sent, and an answer is of no use to
-whoever records it. What follows is neither encrypted nor signed: no stranger may be able to change what others send on
+a listener. What follows is neither encrypted nor signed: no stranger may be able to change what others send on
 the network between the hosts.
 
 A `Door` treats all connections that have proved nothing at once: none of them can hold up another one, each has a few
@@ -55,7 +55,7 @@ def prove(sock: socket.socket, token: str, purpose: str) -> None:
     Raises:
         NotOurs: the other end says something else.
         WrongToken: it has another token.
-        EOFError: it hung up.
+        EOFError: it closed the connection.
     """
     said = _first_bytes(sock)
     if said != greeting(purpose):
@@ -78,7 +78,7 @@ def _first_bytes(sock: socket.socket) -> bytes:
         while len(data) < _GREETING_SIZE and (piece := sock.recv(_GREETING_SIZE - len(data))):
             data += piece
         if not data:
-            raise EOFError("it hung up")
+            raise EOFError("it closed the connection")
     return data
 
 
@@ -87,7 +87,7 @@ def _receive(sock: socket.socket, count: int) -> bytes:
     while len(data) < count:
         piece = sock.recv(count - len(data))
         if not piece:
-            raise EOFError("it hung up")
+            raise EOFError("it closed the connection")
         data += piece
     return data
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import signal
 import struct
 import sys
@@ -79,7 +80,7 @@ _worker: _Worker | None = None
 
 def new_memory() -> int:
     """The file descriptor of memory that an agent and one worker share. It has no name: it goes with the processes."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return os.memfd_create("erniekit-heartbeat")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
@@ -106,7 +107,7 @@ def step(number: int) -> None:
 
 
 def waiting(what: str | None) -> None:
-    """The process begins to wait for others in `what`; None: it goes on by itself. An exception on the way leaves it
+    """The process begins to wait for others in `what`; None: it computes again. An exception on the way leaves it
     waiting, which tells a rank that failed from those that failed because it did.
     """
     # Other threads (an asynchronous save) may wait as long as they like.

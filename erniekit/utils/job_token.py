@@ -66,7 +66,7 @@ def _read(path: Path) -> str:
 
 
 def _of_this_user(path: Path) -> str:
-    """A token that only this user can read, made by whoever comes first."""
+    """A token that only this user can read, made by the first process that needs it."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""CPU settings that decide Paddle's speed there; `prepare` must run before Paddle's first matrix product.
+"""CPU settings that decide Paddle's speed there. Importing a module sets nothing: the command and the functions of
+api.py call `prepare`, before Paddle is imported, and the model's build calls `ensure_threads`.
 
 Four defaults of a fresh process are slow on a CPU, and each has a one-line cure (measured by tools/bench_step.py):
 * the CPU wheel links a 2019 MKL that takes a generic path on AMD processors: `MKL_DEBUG_CPU_TYPE` selects its AVX2 path
@@ -16,6 +17,7 @@ import ctypes
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,8 @@ from pathlib import Path
 # The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
 # when it is unset.
 _ASKED_THREADS = os.environ.get("ERNIEKIT_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+
+_threads_are_set = False
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
@@ -82,6 +86,8 @@ def require_utf8() -> None:
 
 def prepare() -> None:
     """Set the process up. Call before paddle is imported; a value the user set is kept."""
+    # Paddle warns on import where ccache is missing; nothing is compiled here.
+    warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     cpu_type = mkl_cpu_type(_cpuinfo())
     if cpu_type:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", cpu_type)
@@ -120,7 +126,7 @@ def job_token_of(addresses: Collection[str]) -> str:
 
 def cache_directory() -> Path:
     """Where this user's programs keep what can be made again (XDG base directory specification, by which a relative
-    path is not valid and is passed over).
+    path is not valid and is ignored).
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "erniekit"
@@ -140,10 +146,18 @@ def set_threads(num_threads: int | None = None) -> int:
     """
     import paddle
 
+    global _threads_are_set
     _keep_freed_memory()
     threads = num_threads or _wanted_threads()
     paddle.base.core.set_num_threads(threads)
+    _threads_are_set = True
     return threads
+
+
+def ensure_threads() -> None:
+    """`set_threads()`, unless it was called before, perhaps with another number."""
+    if not _threads_are_set:
+        set_threads()
 
 
 def _wanted_threads() -> int:

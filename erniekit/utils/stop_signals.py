@@ -98,12 +98,12 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def what_is_saved(output_dir: Path, overwrite: bool) -> str:
-    """Which checkpoint there is, and how to go on from it. overwrite: the command would remove it."""
+    """Which checkpoint there is, and how to resume from it. overwrite: the command would remove it."""
     newest = newest_checkpoint(output_dir)
     if newest is None:
         return "no checkpoint has been saved"
     how = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
-    return f"the newest checkpoint is {newest}; {how} goes on from there"
+    return f"the newest checkpoint is {newest}; {how} resumes from there"
 
 
 def interrupted(number: int) -> str:

@@ -7,7 +7,7 @@ wanted. Standard output carries answers, and a failure to write them is an error
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from erniekit.utils.errors import UserError
 
@@ -22,8 +22,8 @@ def prepare() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         _open_closed(number)
         if vars(sys)[name] is None:
-            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 open till exit
-            setattr(sys, name, stream)
+            opened = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 open till exit
+            setattr(sys, name, opened)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -98,7 +98,7 @@ def flush() -> None:
             silence(stream)
 
 
-def silence(stream: "io.TextIOBase") -> None:
+def silence(stream: TextIO) -> None:
     """Point a stream at nothing."""
     try:
         number = stream.fileno()
@@ -109,7 +109,7 @@ def silence(stream: "io.TextIOBase") -> None:
     os.close(null)
 
 
-def is_gone(stream: "io.TextIOBase") -> bool:
+def is_gone(stream: TextIO) -> bool:
     """True if nobody reads a stream any more (`erniekit help | head -1`)."""
     import select
 

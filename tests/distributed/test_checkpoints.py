@@ -62,7 +62,7 @@ def keys_of(directory, out, layout, ranks=1, **keys):
 
 def tensors_of(directory):
     """Every tensor below a checkpoint; pieces of the optimizer's state joined."""
-    from erniekit.training.state import StoredState
+    from erniekit.checkpoint.stored_state import StoredState
 
     found = {}
     for name in ("", "ema", "optimizer"):

@@ -56,7 +56,7 @@ signal.signal(signal.SIGUSR1, endless)
 
 @pytest.mark.parametrize(
     ("number", "why"),
-    [(signal.SIGSTOP, "it is stopped (SIGSTOP"), (signal.SIGUSR1, "in endless since")],
+    [(signal.SIGSTOP, "it is stopped (SIGSTOP"), (signal.SIGUSR1, "in endless for")],
     ids=["stopped", "looping"],
 )
 def test_a_rank_that_hangs_ends_the_job_within_the_default_limit(workspace, number, why):

@@ -13,7 +13,7 @@ import erniekit
 from erniekit.checkpoint.safetensors import Reader
 from erniekit.config import load
 from erniekit.evaluate.run import evaluate
-from erniekit.utils.errors import CheckpointError, ConfigError, DataError
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "kl")
 
@@ -217,17 +217,17 @@ def test_a_reference_free_run_has_none(pairs):
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
-        ({"loss_type": "exo"}, ConfigError, "label_smoothing: loss_type exo needs one above 0"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "label_smoothing: loss_type hinge has none"),
+        ({"loss_type": "exo"}, ConfigError, "label_smoothing: loss_type: exo needs a value above 0"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "loss_type: hinge has no label smoothing"),
         ({"loss_type": "sigmod"}, ConfigError, "loss_type: expected one of sigmoid"),
-        ({"offset_alpha": 1.0, "loss_type": "ipo"}, ConfigError, "offset_alpha: only for loss_type sigmoid"),
+        ({"offset_alpha": 1.0, "loss_type": "ipo"}, ConfigError, "offset_alpha: only loss_type: sigmoid has an offset"),
         (
             {"ref_logps_cache": "x", "ref_model_update_steps": 1},
             ConfigError,
             "ref_logps_cache: a reference that changes",
         ),
         ({"pref_loss_ratio": 0}, ConfigError, "nothing is left to train on"),
-        ({"train_dataset_type": "text"}, DataError, "stage DPO reads pairs of answers"),
+        ({"train_dataset_type": "text"}, ConfigError, "stage: DPO reads pairs of answers"),
     ],
 )
 def test_wrong_keys_are_refused_before_anything_starts(pairs, keys, error, message):

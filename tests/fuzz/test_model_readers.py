@@ -28,9 +28,10 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.peft_read import base_of, read_adapter
 from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.stored_state import StoredState
 from erniekit.models.config import ModelConfig
 from erniekit.training.reference_cache import read_cache, write_cache
-from erniekit.training.state import StoredState, TrainState, read_state
+from erniekit.training.state import TrainState, read_state
 from erniekit.utils.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "1500"))

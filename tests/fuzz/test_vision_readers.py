@@ -98,8 +98,8 @@ def test_damaged_records(directory, tmp_path):
         assert bool(encoded_record.documents) != bool(encoded_record.dropped)
         for document in encoded_record.documents:
             assert len(document.ids) == len(document.labels) and (document.labels != IGNORE).any()
-            if document.media is not None:
-                assert len(document.media.modality) == len(document.media.positions) == len(document.ids)
+            if document.pictures is not None:
+                assert len(document.pictures.modality) == len(document.pictures.positions) == len(document.ids)
     assert min(counts.values()) > CASES * 0.02, counts
 
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from erniekit.config import schema
+from erniekit.config.fields import coerce
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
@@ -51,7 +53,11 @@ def write(path, records):
 
 
 def config(path, **keys):
-    return SimpleNamespace(**{**DEFAULTS, "train_dataset_path": str(path), **keys})
+    values = {**DEFAULTS, "train_dataset_path": str(path), **keys}
+    for name, field in schema.fields().items():
+        if name in values and "item" in field.metadata:
+            values[name] = () if values[name] is None else coerce(field, values[name])
+    return SimpleNamespace(**values)
 
 
 def build(path, rank=0, world=1, split="train", **keys):

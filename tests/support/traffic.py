@@ -121,7 +121,8 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     def spy_on_counts(counts: np.ndarray, group: Any) -> np.ndarray:
         incoming = exchange_counts(counts, group)
         others = np.arange(group.size) != group.index
-        away.append((int(counts[others].sum()), int(incoming[others].sum())))
+        # The last number of each rank is not of rows: it says how many tokens the rank has.
+        away.append((int(counts[others, :-1].sum()), int(incoming[others, :-1].sum())))
         return incoming
 
     def spy_on_peak(*args: Any) -> int:

@@ -2,59 +2,46 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from erniekit import config
-from erniekit.cli import launch
+from erniekit.cli import launch, options
 from erniekit.cli.check import data, model, output, settings
 from erniekit.cli.check.report import Report
 from erniekit.config import Config
 from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
 from erniekit.utils import atomic
-from erniekit.utils.errors import ConfigError
-
-COMMANDS = ("train", "eval", "export", "split", "chat")
-USAGE = "usage: erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]"
 
 
 def run(args: list[str]) -> int:
     """Check a configuration, print what was found and return the exit code."""
-    options, rest = read_options(args)
-    strict = _strict(options["strict"])
-    report = inspect(rest, options["command"])
+    values, rest = read_options(args)
+    strict = values["strict"]
+    report = inspect(rest, values["command"])
     print(report.to_text())
-    if options["json"]:
+    if values["json"]:
         text = json.dumps(report.to_dict(strict), ensure_ascii=False, indent=2) + "\n"
-        atomic.write_text(Path(expand(options["json"])), text)
+        atomic.write_text(Path(values["json"]), text)
     return report.exit_code(strict)
 
 
-def read_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
+def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options of `check` itself, and the arguments of the command that is checked.
 
     Raises:
-        ConfigError: an option has a value that it does not take, or there is nothing to check.
+        ConfigError: an option has a value that it does not accept, or there is nothing to check.
     """
-    options = {"command": "train", "strict": "false", "json": ""}
-    rest = []
-    for arg in args:
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if equals and name in options:
-            options[name] = value
-        else:
-            rest.append(arg)
-    if options["command"] not in COMMANDS:
-        raise ConfigError(f"command={options['command']}: expected one of {', '.join(COMMANDS)}\n{USAGE}")
-    if not rest:
-        raise ConfigError(f"Missing configuration files. Give a YAML or JSON file, or --key value.\n{USAGE}")
-    return options, rest
+    values, rest = options.read("check", args, _OPTIONS)
+    options.require("check", rest, "Missing configuration files. Give a YAML or JSON file, or --key value.")
+    return {"command": "train", "strict": False, "json": ""} | values, rest
 
 
-def _strict(text: str) -> bool:
-    try:
-        return to_bool(text)
-    except ValueError as error:
-        raise ConfigError(f"strict: {error}\n{USAGE}") from None
+_OPTIONS: options.Readers = {
+    "command": options.one_of("train", "eval", "export", "split", "chat"),
+    "strict": to_bool,
+    "json": expand,
+}
 
 
 def inspect(args: list[str], command: str = "train") -> Report:

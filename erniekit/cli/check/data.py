@@ -12,12 +12,12 @@ import numpy as np
 
 from erniekit import hub
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Report, Section
+from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
-from erniekit.data.loader import Loader, build_loader
+from erniekit.data.loader import Feed, Loader, build_loader
 from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec
 from erniekit.data.records.find_files import find_files
@@ -52,6 +52,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
         if facts.tokenizer is None:
             _check_records(section, cfg, split, opened)
             continue
+        feed: Feed | None = None
         with section.collecting():
             ranks = 1 if facts.degrees is None else facts.degrees.data
             loader = _open(cfg, split, facts, ranks)
@@ -63,7 +64,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
                     _lengths(section, feed.lengths(), cfg)
                 if split == "train":
                     _steps(section, cfg, loader, ranks, steps)
-        if split in opened and not report.count("error"):
+        if isinstance(feed, RecordFeed) and not report.count("error"):
             _example(report, feed, facts.tokenizer, split)
     _duplicates(report, opened)
     return steps
@@ -89,7 +90,7 @@ def _is_local(section: Section, cfg: Config, split: str) -> bool:
         missing = [spec.path for spec in specs if hub.find_dataset(spec.path, f"{split}_dataset_path") is None]
         found = not missing
     for name in missing:
-        section.add("note", f"{name} is no local path: the command downloads it. It is checked once it is here")
+        section.add("note", f"{name} is not a local path: the command downloads it, and it is checked then")
     return found
 
 
@@ -104,7 +105,7 @@ def _inspection(specs: list[SourceSpec], split: str) -> Inspection:
 
 
 def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
-    """The training's own loader, which measures a sample at most; lines that cannot be used are passed over."""
+    """The training's own loader, which measures a sample at most; lines that cannot be used are skipped."""
     assert facts.tokenizer is not None
     once = replace(_counted(cfg), max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
     if not _reads_text(cfg, split):
@@ -128,8 +129,8 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
 
 
 def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
-    """Bad lines: errors, or warnings where the configuration passes over them."""
-    level = "error" if cfg.on_bad_line == "error" else "warning"
+    """Bad lines: errors, or warnings where the configuration skips them."""
+    level: Level = "error" if cfg.on_bad_line == "error" else "warning"
     for source in dataset.sources:
         for fault in source.faults:
             section.add(level, fault)
@@ -173,8 +174,8 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
         steps.per_epoch, steps.total = math.ceil(counted / cfg.num_train_epochs), counted
     about = "" if loader.exact else "about "
     epochs = steps.total / max(steps.per_epoch, 1)
-    total = f"{'' if cfg.max_steps > 0 else about}{steps.total} steps"
-    section.add("ok", f"training: {total}, {about}{epochs:.3g} epochs of {steps.per_epoch} steps")
+    total = f"{'' if cfg.max_steps > 0 else about}{count_of(steps.total, 'step')}"
+    section.add("ok", f"training: {total}; an epoch is {about}{count_of(steps.per_epoch, 'step')}: {epochs:.3g} epochs")
     if epochs > _MANY_EPOCHS:
         section.add("warning", f"max_steps: {cfg.max_steps} reads the data {epochs:.0f} times")
 
@@ -211,10 +212,11 @@ def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
     if len(seen) == 2:
         both = seen["train"].keys() & seen["eval"].keys()
         if both:
-            where = next((seen["eval"][digest], seen["train"][digest]) for digest in seen["eval"] if digest in both)
+            digest = next(digest for digest in seen["eval"] if digest in both)
             section.add(
                 "warning",
-                f"{len(both)} of the evaluation's records are also trained on: {where[0]} repeats {where[1]}",
+                f"{len(both)} of the evaluation's records are also trained on: {seen['eval'][digest]} repeats "
+                f"{seen['train'][digest]}",
             )
         else:
             section.add("ok", "no record of the evaluation is trained on")

@@ -15,7 +15,7 @@ from erniekit.checkpoint.model_dir import (
 from erniekit.checkpoint.model_reader import read_config
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.cli import launch
-from erniekit.cli.check.report import Report, Section
+from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -30,7 +30,7 @@ from erniekit.parallel.mesh import ParallelDims
 class ModelFacts:
     """What later checks need; None for what could not be read."""
 
-    config: ModelConfig | None = None
+    model_config: ModelConfig | None = None
     tokenizer: Tokenizer | None = None
     template: Template | None = None
     degrees: ParallelDims | None = None
@@ -43,7 +43,7 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
     directory, tokenizer = _directories(section, cfg, command)
     if directory is not None:
         with section.collecting():
-            facts.config = _model_config(section, cfg, directory, command)
+            facts.model_config = _model_config(section, cfg, directory, command)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     if tokenizer is not None and command in ("train", "eval", "chat"):
@@ -62,7 +62,7 @@ def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | No
         if model is None and cfg.model_name_or_path:
             model = _here(section, cfg.model_name_or_path, hub.find_model(cfg.model_name_or_path))
         tokenizer = model
-        if command == "train" and cfg.tokenizer_name_or_path:
+        if command in ("train", "eval", "chat") and cfg.tokenizer_name_or_path:
             found = hub.find_tokenizer(cfg.tokenizer_name_or_path)
             tokenizer = _here(section, cfg.tokenizer_name_or_path, found)
             model = model if cfg.model_name_or_path else tokenizer
@@ -118,24 +118,22 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
 def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
     with section.collecting():
         facts.degrees = launch.degrees_of(cfg)
-        if facts.config is None:
-            section.add("ok", f"{_processes(facts.degrees)}; whether they divide the model is not known")
+        if facts.model_config is None:
+            processes = count_of(facts.degrees.world, "process", "processes")
+            section.add("ok", f"{processes}; whether the degrees divide the model is not known yet")
             return
-        check_layout(cfg, facts.degrees, facts.config)
+        check_layout(cfg, facts.degrees, facts.model_config)
         if cfg.lora_target_modules or cfg.modules_to_save:
-            _adapters(section, cfg, facts.config)
+            _adapters(section, cfg, facts.model_config)
         if facts.degrees.world == 1:
-            rows = cfg.batch_size * cfg.gradient_accumulation_steps
-            section.add(
-                "ok",
-                f"one process; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} microbatches = "
-                f"{rows} rows",
-            )
-        for line in layout_lines(cfg, facts.config, facts.degrees):
+            rows = count_of(cfg.batch_size * cfg.gradient_accumulation_steps, "row")
+            microbatches = count_of(cfg.gradient_accumulation_steps, "microbatch", "microbatches")
+            section.add("ok", f"one process; a step takes {rows}: {microbatches} of {count_of(cfg.batch_size, 'row')}")
+        for line in layout_lines(cfg, facts.model_config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
 
 
-def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
+def _adapters(section: Section, cfg: Config, model_config: ModelConfig) -> None:
     """Whether the model has what is to be adapted."""
     try:  # imports Paddle, which takes seconds
         from erniekit.build import check_lora
@@ -144,11 +142,7 @@ def _adapters(section: Section, cfg: Config, config: ModelConfig) -> None:
             raise
         section.add("note", "lora_target_modules: not compared with the model: PaddlePaddle is not installed here")
         return
-    check_lora(cfg, config)
-
-
-def _processes(degrees: ParallelDims) -> str:
-    return "one process" if degrees.world == 1 else f"{degrees.world} processes"
+    check_lora(cfg, model_config)
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:
@@ -156,8 +150,8 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
         tokenizer = facts.tokenizer = load_tokenizer(directory)
         files = ", ".join(file.name for file in tokenizer.files)
         section.add("ok", f"{files}: {tokenizer.vocab_size} tokens, end token {_named(tokenizer, tokenizer.eos_id)}")
-        if facts.config is not None:
-            check_fits(tokenizer, facts.config.vocab_size, str(directory))
+        if facts.model_config is not None:
+            check_fits(tokenizer, facts.model_config.vocab_size, str(directory))
         if command == "chat":
             return
         template = facts.template = training_template(cfg, tokenizer)
@@ -166,6 +160,8 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
             return
         ends = ", ".join(_named(tokenizer, i) for i in template.trained_end_ids)
         section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
+    if section.has_errors:
+        facts.tokenizer = None  # nothing can be encoded, and the data says so only once
 
 
 def _named(tokenizer: Tokenizer, number: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from erniekit.cli import launch
 from erniekit.cli.check.data import Steps
 from erniekit.cli.check.model import ModelFacts
-from erniekit.cli.check.report import Report, Section
+from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import num_parameters, our_shapes
@@ -23,8 +23,8 @@ def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> Non
     assert cfg.output_dir, "config.load requires it to train"
     path = Path(cfg.output_dir)
     _state(section, cfg, path)
-    if facts.config is not None:
-        _space(section, cfg, path, facts.config, steps)
+    if facts.model_config is not None:
+        _space(section, cfg, path, facts.model_config, steps)
 
 
 def _state(section: Section, cfg: Config, path: Path) -> None:
@@ -32,7 +32,7 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
         if path.exists() and not path.is_dir():
             section.add("error", f"output_dir: {path} is not a directory. Choose another output_dir.")
         else:
-            section.add("ok", f"{path}: nothing is there, the run starts anew")
+            section.add("ok", f"{path}: nothing is there; a new run starts")
         return
     with section.collecting():
         try:  # imports Paddle, which takes seconds
@@ -41,17 +41,17 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
         except ModuleNotFoundError as error:
             if error.name != "paddle":
                 raise
-            section.add("note", f"{path}: not looked into: PaddlePaddle is not installed here")
+            section.add("note", f"{path}: not inspected, since PaddlePaddle is not installed here")
             return
         claim = OutputDir(cfg, ALONE).look()
         if claim.source is not None:
-            section.add("ok", f"{path}: the run goes on from {claim.source}")
+            section.add("ok", f"{path}: the run resumes from {claim.source}")
         elif claim.final is not None:
             section.add("ok", f"{path}: holds the final model of this run, of step {claim.final.step}")
         elif cfg.overwrite_output_dir:
             section.add("warning", f"{path}: overwrite_output_dir: the run that is there is removed")
         else:
-            section.add("ok", f"{path}: no checkpoint is there, the run starts anew")
+            section.add("ok", f"{path}: no checkpoint is there; a new run starts")
 
 
 def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps) -> None:
@@ -61,9 +61,14 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
     free = shutil.disk_usage(existing).free
     needed = final + (0 if kept is None else kept * checkpoint)
     at_most = "at most " if cfg.fine_tuning == "LoRA" else ""
-    count = "every checkpoint is kept, each" if kept is None else f"{kept} checkpoints at a time, each"
+    if kept == 0:
+        checkpoints = "no checkpoints"
+    elif kept is None:
+        checkpoints = f"every checkpoint is kept, each of {at_most}{_size(checkpoint)}"
+    else:
+        checkpoints = f"up to {count_of(kept, 'checkpoint')} at a time, each of {at_most}{_size(checkpoint)}"
     line = (
-        f"disk: {count} of {at_most}{_size(checkpoint)}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
+        f"disk: {checkpoints}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
         f"{' and more' if kept is None else ''}; {_size(free)} are free at {existing}"
     )
     least = final + (0 if kept == 0 else checkpoint)

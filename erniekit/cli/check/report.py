@@ -1,4 +1,4 @@
-"""What a check found: sections of findings, as text, as JSON, and as an exit code."""
+"""The result of a check: sections of findings, as text, as JSON, and as an exit code."""
 
 import textwrap
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from erniekit.utils import log
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import ConfigError, UserError
 
 Level = Literal["ok", "note", "warning", "error"]
 EXIT_ERRORS, EXIT_WARNINGS = 1, 3
@@ -39,15 +39,22 @@ class Section:
     def collecting(self) -> Iterator[None]:
         """Inside, log lines become notes and warnings, and an error that a user can cause becomes an error here."""
         with log.captured() as lines:
-            error: UserError | None = None
+            errors: tuple[str, ...] = ()
             try:
                 yield
+            except ConfigError as caught:
+                errors = caught.problems or (str(caught),)
             except UserError as caught:
-                error = caught
+                errors = (str(caught),)
         for is_warning, text in lines:
             self.add("warning" if is_warning else "note", text)
-        if error is not None:
-            self.add("error", str(error))
+        for text in errors:
+            self.add("error", text)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether there is a finding of level `error`."""
+        return any(finding.level == "error" for finding in self.findings)
 
 
 @dataclass
@@ -86,9 +93,10 @@ class Report:
         """One line: how many errors and warnings."""
         errors, warnings = self.count("error"), self.count("warning")
         if errors:
-            return f"{_many(errors, 'error')}, {_many(warnings, 'warning')}: `erniekit {self.command}` would not run."
+            counts = f"{count_of(errors, 'error')}, {count_of(warnings, 'warning')}"
+            return f"{counts}: `erniekit {self.command}` would not run."
         if warnings:
-            return f"No errors, {_many(warnings, 'warning')}."
+            return f"No errors, {count_of(warnings, 'warning')}."
         return "No errors and no warnings."
 
     def to_dict(self, strict: bool) -> dict[str, Any]:
@@ -105,16 +113,23 @@ class Report:
         }
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def count_of(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 row, 2 rows; `many`: a plural that is not `one` with an s."""
+    return f"{count} {one}" if count == 1 else f"{count} {many or f'{one}s'}"
 
 
 def _wrapped(finding: Finding) -> list[str]:
     begin = "  " if finding.level == "ok" else f"  {finding.level}: "
     first, *rest = finding.text.splitlines() or [""]
-    options = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(first, initial_indent=begin, subsequent_indent="    ", **options) or [begin.rstrip()]
+    lines = _wrap(first, begin, "    ") or [begin.rstrip()]
     for line in rest:
         indent = "    " + " " * (len(line) - len(line.lstrip()))
-        lines += textwrap.wrap(line.lstrip(), initial_indent=indent, subsequent_indent=indent + "  ", **options)
+        lines += _wrap(line.lstrip(), indent, indent + "  ")
     return lines
+
+
+def _wrap(text: str, first: str, others: str) -> list[str]:
+    """`text` in lines of _WIDTH characters; `first`, `others`: how the first line and the others begin."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )

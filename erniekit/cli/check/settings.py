@@ -1,7 +1,7 @@
 """The keys: what is honoured, what has no effect, what is refused, and which defaults are not ERNIEKit's."""
 
 from erniekit import config
-from erniekit.cli.check.report import Section
+from erniekit.cli.check.report import Section, count_of
 from erniekit.config import Config
 
 
@@ -9,14 +9,14 @@ def inspect(section: Section, cfg: Config, command: str) -> None:
     """Add what the configuration says about its own keys."""
     refused = config.unsupported(cfg, command)
     for line in refused:
-        section.add("error", f"{line}: this version cannot do it yet")
+        section.add("error", f"this version does not have {line}")
     named = {name for note in cfg.notes for name in note.partition(": no effect: ")[0].split(", ")}
     given = cfg.given | {name for name, _ in cfg.extras}
     without = len(given & named)
     section.add(
         "ok",
-        f"{len(given)} keys given: {len(given) - without - len(refused)} honoured, {without} without effect, "
-        f"{len(refused)} refused",
+        f"{count_of(len(given), 'key')} given: {len(given) - without - len(refused)} honoured, "
+        f"{without} without effect, {len(refused)} refused",
     )
     for note in cfg.notes:
         section.add("note", note)

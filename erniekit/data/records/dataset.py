@@ -1,7 +1,6 @@
 """The data sets that a run reads: opened, checked line by line at the start, and numbered as one list of records."""
 
 import hashlib
-import math
 import re
 import time
 from bisect import bisect_right
@@ -11,17 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from erniekit import hub
-from erniekit.config.values import split_list
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
-from erniekit.data.records.formats import ALIASES, FORMATS, VISION_TYPE, parse_record
-from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.formats import FORMATS as VISION_FORMATS
@@ -46,74 +42,35 @@ class SourceSpec:
     prob: float
 
 
-def read_specs(paths: Any, types: Any, probs: Any, split: str, stage: str = "SFT") -> list[SourceSpec]:
-    """Read the comma-separated (or already split) values of {split}_dataset_path/type/prob.
+def read_specs(
+    paths: Sequence[str], types: Sequence[str], shares: Sequence[float], split: str, stage: str = "SFT"
+) -> list[SourceSpec]:
+    """The sources of {split}_dataset_path/type/prob, which config/checks.py has compared.
 
     No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
-    preference_formats, at stage VL-SFT that of vision.formats. No share means equal shares; shares are
-    divided by their sum.
+    preference_formats, at stage VL-SFT that of vision.formats. No share means equal shares; shares are divided by their
+    sum.
     """
-    path_list, type_list, prob_list = (_split(value) for value in (paths, types, probs))
-    key = f"{split}_dataset"
-    if not path_list:
-        raise DataError(f"{key}_path is not set. Hint: give the data file, a directory of data files, or a Hub name.")
-    type_list = type_list or ["erniekit"] * len(path_list)
-    prob_list = prob_list or [str(1 / len(path_list))] * len(path_list)
-    if not len(path_list) == len(type_list) == len(prob_list):
-        raise DataError(
-            f"{key}_path has {len(path_list)} entries, {key}_type {len(type_list)} and {key}_prob {len(prob_list)}. "
-            "Hint: give one of each for every data set."
-        )
-    shares = [_share(text, key) for text in prob_list]
+    if not paths:
+        key = f"{split}_dataset_path"
+        raise DataError(f"{key} is not set. Hint: give the data file, a directory of data files, or a Hub name.")
+    types, shares = types or ["erniekit"] * len(paths), shares or [1.0] * len(paths)
     return [
-        SourceSpec(path, _type(name, key, stage), share / sum(shares))
-        for path, name, share in zip(path_list, type_list, shares, strict=True)
+        SourceSpec(path, _type(name, stage), share / sum(shares))
+        for path, name, share in zip(paths, types, shares, strict=True)
     ]
 
 
-def _split(value: Any) -> list[str]:
-    if value is None:
-        return []
-    parts = value if isinstance(value, list | tuple) else split_list(str(value))
-    return [text for text in (str(part).strip() for part in parts) if text]
-
-
-def _share(text: str, key: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < math.inf:
-        raise DataError(
-            f"{key}_prob: {text!r} is not a positive number. Hint: to leave a data set out, remove it from the lists."
-        )
-    return share
-
-
-def _type(name: str, key: str, stage: str) -> str:
+def _type(name: str, stage: str) -> str:
+    if stage == "PT":
+        return "text"
     name = ALIASES.get(name, name)
-    if name not in FORMATS:
-        raise DataError(f"{key}_type: unknown type {name!r}. Hint: the types are {', '.join([*FORMATS, *ALIASES])}.")
-    if stage == "DPO":
-        if f"{name} (DPO)" not in PREFERENCE_FORMATS:
-            raise DataError(
-                f"{key}_type: stage DPO reads pairs of answers, not {name}. Hint: use type erniekit or messages."
-            )
-        return f"{name} (DPO)"
     if stage == "VL-SFT":
         if name not in VISION_FORMATS:
-            raise DataError(
-                f"{key}_type: stage VL-SFT reads conversations, not {name}. Hint: use {', '.join(VISION_FORMATS)}."
-            )
+            types = ", ".join(VISION_FORMATS)
+            raise DataError(f"stage VL-SFT reads conversations, not type {name}. Hint: use one of {types}.")
         return name + VISION_TYPE
-    if stage != "PT":
-        return name
-    if name not in ("erniekit", "text"):
-        raise DataError(
-            f'{key}_type: stage PT reads pretraining text ({{"text": ...}}), not {name}. '
-            "Hint: use type erniekit, or stage SFT."
-        )
-    return "text"
+    return f"{name} (DPO)" if stage == "DPO" else name
 
 
 class Source:

@@ -26,7 +26,6 @@ Every order is drawn with SplitMix64 from (seed, ...), as in data/sampler.py.
 """
 
 import math
-import shlex
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +33,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from erniekit.config.token_files import weighted_prefixes
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
 from erniekit.data.tokens.files import TokenFile, strip_suffix
 from erniekit.data.tokens.rows import Mix, Piece, RowOrder, Source
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError, DataError
+from erniekit.utils.errors import DataError
 
 _LOOK_AT = 1000  # documents whose last token is looked at
 _SPLITS = ("train", "eval", "test")
@@ -52,60 +52,12 @@ class Weighted(NamedTuple):
     weight: float | None
 
 
-def read_input_dir(text: str | None) -> list[Weighted]:
-    """`"w1 prefix1 w2 prefix2"`, or prefixes alone; a prefix with a space stands in quotes. ConfigError if it is
-    neither.
-    """
-    try:
-        parts = shlex.split(text or "")
-    except ValueError as error:
-        raise ConfigError(f"input_dir: {error}: {text!r}. Hint: close the quotes.") from None
-    if not parts:
-        raise ConfigError('input_dir: needed with dataset_type: pretrain. Hint: "0.4 data/a 0.6 data/b", or a prefix.')
-    if any(part.endswith("::CPT") for part in parts):
-        raise ConfigError(
-            "input_dir: ::CPT marks data for self_constraint_cpt, which this version does not have. Hint: remove it."
-        )
-    if all(_number(part) is None for part in parts):
-        return [Weighted(strip_suffix(part), None) for part in parts]
-    entries = [_weighted(*pair) for pair in zip(parts[0::2], parts[1::2], strict=False)]
-    if len(parts) % 2:
-        raise ConfigError(
-            f'input_dir: expected "weight prefix weight prefix ...", or prefixes only, got {text!r}. '
-            "Hint: a weight before every prefix."
-        )
-    return entries
-
-
-def _weighted(weight: str, prefix: str) -> Weighted:
-    number = _number(weight)
-    if number is None or not 0 < number < math.inf:
-        raise ConfigError(
-            f"input_dir: the weight of {prefix} must be a number more than 0, got {weight!r}. "
-            "Hint: a weight before every prefix, or before none; to leave a file out, remove it."
-        )
-    return Weighted(strip_suffix(prefix), number)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def split_documents(text: str, count: int) -> dict[str, tuple[int, int]]:
-    """`"998,1,1"` -> the documents [first, last) of train, eval and test, one stretch of the file after another.
+def split_documents(shares: Sequence[float], count: int) -> dict[str, tuple[int, int]]:
+    """(998, 1, 1) -> the documents [first, last) of train, eval and test, one stretch of the file after another.
     Missing numbers are 0. Each stretch has its rounded share of the documents, and what that makes too many or too few
     in all is taken from, or given to, the first: as in ERNIE's and the older Megatron-LM's data sets.
     """
-    shares = [_number(part.strip()) for part in text.replace("/", ",").split(",")]
-    if not 1 <= len(shares) <= len(_SPLITS) or any(share is None or not 0 <= share < math.inf for share in shares):
-        raise ConfigError(f'split: expected shares for train, eval and test as in "998,1,1", got {text!r}')
-    numbers = [share or 0.0 for share in shares]
-    if not sum(numbers):
-        raise ConfigError(f"split: all shares are 0: {text!r}")
-    numbers += [0.0] * (len(_SPLITS) - len(numbers))
+    numbers = [*shares, *[0.0] * (len(_SPLITS) - len(shares))]
     ends = np.cumsum([round(count * number / sum(numbers)) for number in numbers])
     ends = np.maximum(0, ends - (ends[-1] - count)).tolist()
     return dict(zip(_SPLITS, zip([0, *ends], ends, strict=False), strict=True))
@@ -296,7 +248,7 @@ class TokenFeed:
 
 def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
     """Open and check the files of cfg.input_dir for `split` ("train" or "eval"); see loader.build_loader."""
-    entries = read_input_dir(cfg.input_dir)
+    entries = [Weighted(strip_suffix(prefix), weight) for weight, prefix in weighted_prefixes(cfg.input_dir)]
     if split == "train":
         sources = _open_sources(cfg, tokenizer, split, entries)
         schedule, weights = _training_schedule(cfg, entries, sources)
@@ -315,13 +267,17 @@ def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
         "content of each file": [source.file.digest() for source in sources],
         "tokenizer": tokenizer.fingerprint,
         "weights of input_dir": weights,
-        "split": cfg.split,
+        "split": _shares(cfg),
         "max_seq_len": cfg.max_seq_len,
         "isolate_documents": cfg.isolate_documents,
         "long_document_min_tokens": cfg.long_document_min_tokens,
         "long_document_weight": cfg.long_document_weight,
     }
     return TokenFeed(sources, schedule, cfg.max_seq_len, cfg.isolate_documents, long_tokens, identity)
+
+
+def _shares(cfg: Any) -> str:
+    return ",".join(f"{share:g}" for share in cfg.split)
 
 
 def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
@@ -332,7 +288,7 @@ def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weig
     for source in sources:
         if source.epoch_tokens < 2 and (split == "train" or largest < 2):
             raise DataError(
-                f"{source.file.prefix}: split: {cfg.split} leaves no text for {split} of its "
+                f"{source.file.prefix}: split: {_shares(cfg)} leaves no text for {split} of its "
                 f"{source.file.num_documents} documents. "
                 "Hint: give it a larger share, or use a file with more documents."
             )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, MediaTable, PackedBatch
+from erniekit.data.batch import IGNORE, PackedBatch, PictureTable
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.plan import MediaPlan
@@ -68,11 +68,11 @@ class MediaDecoder:
 
     def decode(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with the patches of their pictures."""
-        plans = [plan for batch in batches for plan in batch.media.sources]
+        plans = [plan for batch in batches for plan in batch.pictures.sources]
         if not plans:
             return list(batches)
         results = iter(self._results(plans))
-        return [self._with_pixels(batch, results) for batch in batches]
+        return [self._with_patches(batch, results) for batch in batches]
 
     def stop(self) -> None:
         """End the workers, also while another thread waits for them. They start again when they are needed."""
@@ -114,26 +114,26 @@ class MediaDecoder:
         finally:
             free.put(worker)
 
-    def _with_pixels(self, batch: PackedBatch, results: Iterator[Decoded]) -> PackedBatch:
-        media = batch.media
-        if not media.sources:
+    def _with_patches(self, batch: PackedBatch, results: Iterator[Decoded]) -> PackedBatch:
+        table = batch.pictures
+        if not table.sources:
             return batch
-        pixels, failed = [], set[int]()
-        for plan, document in zip(media.sources, media.documents.tolist(), strict=True):
+        patches, failed = [], set[int]()
+        for plan, document in zip(table.sources, table.documents.tolist(), strict=True):
             decoded = next(results)
             where = batch.sources[document]
             self._say(decoded, where)
             if decoded.patches is None:
                 failed.add(document)
                 shape = (plan.geometry.patches, 3 * plan.patching.patch**2)
-                pixels.append(np.zeros(shape, np.uint8))
+                patches.append(np.zeros(shape, np.uint8))
             else:
-                pixels.append(decoded.patches)
+                patches.append(decoded.patches)
         labels = batch.labels
         if failed:
             labels = np.where(np.isin(batch.segment_ids, list(failed)), IGNORE, labels)
-        table = MediaTable(np.concatenate(pixels), media.grid, media.first_tokens, media.documents, ())
-        return replace(batch, labels=labels, media=table)
+        decoded_table = PictureTable(np.concatenate(patches), table.grid, table.first_tokens, table.documents)
+        return replace(batch, labels=labels, pictures=decoded_table)
 
     def _say(self, decoded: Decoded, where: str) -> None:
         """Report a failure, and each doubt once."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document, DocumentMedia
+from erniekit.data.batch import IGNORE, Document, DocumentPictures
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, BadRecord, reading
@@ -181,8 +181,8 @@ class VisionEncoder:
         grid = np.array([plan.geometry.grid for plan in used], np.int64)
         merge = self._spec.settings.patching.spatial_merge
         places = positions.token_positions(kinds, grid, rule=self._spec.position_rule, merge_size=merge)
-        media = DocumentMedia(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
-        return Document(expanded.ids, expanded.labels, media=media)
+        pictures = DocumentPictures(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
+        return Document(expanded.ids, expanded.labels, pictures=pictures)
 
 
 def _round_ends(messages: Sequence[dict[str, Any]]) -> list[int]:

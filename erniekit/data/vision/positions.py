@@ -88,8 +88,8 @@ def _starts(kinds_T: np.ndarray, segments_T: np.ndarray, counts_N: np.ndarray) -
     tokens = np.flatnonzero(kinds_T > 0)
     if len(tokens) != counts_N.sum():
         raise ValueError(
-            f"{len(tokens)} placeholders for {len(counts_N)} images and videos of {counts_N.sum()} tokens: the sequence "
-            "and the sizes do not belong together, or a picture was cut"
+            f"{len(tokens)} placeholders for {len(counts_N)} images and videos of {counts_N.sum()} tokens: the "
+            "sequence and the sizes do not belong together, or a picture was cut"
         )
     ends = np.cumsum(counts_N)
     starts = tokens[ends - counts_N]

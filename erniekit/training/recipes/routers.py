@@ -1,5 +1,6 @@
 """Router losses and statistics of the sparse layers that a stage ran."""
 
+import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
@@ -32,6 +33,23 @@ def router_terms(
         "router_orthogonal": cfg.moe_orthogonal_loss_lambda,
     }
     return {name: Term(paddle.add_n(parts), "tokens", weights[name]) for name, parts in totals.items()}, stats
+
+
+def idle_router(cfg: Config, model: CausalLM, layer: int, modality: int) -> RouterStats:
+    """The numbers of a router that got no token, as `router_terms` would name them: ranks whose tokens are all text add
+    them to those of others.
+    """
+    mlp = model.model.layers[layer].mlp
+    asked = {
+        "router_balance": cfg.moe_aux_loss_lambda,
+        "router_z": cfg.moe_z_loss_lambda,
+        "router_orthogonal": cfg.moe_orthogonal_loss_lambda,
+    }
+    trained = not mlp.gate.matrix(modality).stop_gradient
+    return RouterStats(
+        np.zeros(mlp.sizes.num_experts, np.int64),
+        losses={name: 0.0 for name, coefficient in asked.items() if coefficient and trained},
+    )
 
 
 def _losses(cfg: Config, routed: Routed, gate: paddle.Tensor, options: RouterOptions) -> dict[str, paddle.Tensor]:

@@ -74,7 +74,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     layers = list(records[-1]["layers"])
     last = records[-_SHOWN_STEPS:]
     loads = np.array([np.mean([record["layers"][layer]["load"] for record in last], axis=0) for layer in layers])
-    shares = loads / loads.mean(axis=1, keepdims=True)
+    shares = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)  # a step of text alone: nothing of vision
     steps = [record["step"] for record in records]
     worst = np.array([[record["layers"][layer]["load_max_over_mean"] for layer in layers] for record in records])
     figure = Figure(figsize=(9, 3 + 0.25 * len(layers)), dpi=120, layout="constrained")

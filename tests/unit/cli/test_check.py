@@ -10,6 +10,7 @@ from support.source_tree import REPOSITORY
 
 from erniekit.cli import check
 from erniekit.cli.check import data as check_data
+from erniekit.cli.check.report import count_of
 from erniekit.utils.errors import ConfigError
 
 DENSE = str(REPOSITORY / "examples/models/tiny-dense")
@@ -54,11 +55,11 @@ def test_a_run_that_is_fine(given, capsys, tmp_path):
     for line in (
         "8 keys given: 8 honoured, 0 without effect, 0 refused",
         "861,312 parameters, 4 layers; training starts at random (seed 42)",
-        "one process; a step takes 1 rows x 1 microbatches = 1 rows",
+        "one process; a step takes 1 row: 1 microbatch of 1 row",
         "chat template text: a trained answer ends with '</s>' (2)",
-        "training: 20 steps, 1 epochs of 20 steps",
+        "training: 20 steps; an epoch is 20 steps: 1 epochs",
         "no record of the evaluation is trained on",
-        "nothing is there, the run starts anew",
+        "nothing is there; a new run starts",
     ):
         assert line in said
     assert not (tmp_path / "out").exists()
@@ -82,7 +83,35 @@ def test_every_wrong_key_is_listed(given, capsys):
     assert check.run(given(max_step=3, learning_rate="abc")) == 1
     said = capsys.readouterr().out
     assert "max_step: unknown key; did you mean max_steps?" in said and "learning_rate: expected a number" in said
-    assert said.endswith("1 error, 0 warnings: `erniekit train` would not run.\n")
+    assert said.endswith("2 errors, 0 warnings: `erniekit train` would not run.\n")
+
+
+def test_a_count_and_its_noun_agree():
+    assert (count_of(1, "row"), count_of(2, "row"), count_of(0, "row")) == ("1 row", "2 rows", "0 rows")
+    assert (count_of(1, "process", "processes"), count_of(2, "process", "processes")) == ("1 process", "2 processes")
+
+
+def test_a_template_that_is_missing_is_one_error(given):
+    report = check.inspect(given(chat_template="nope"), "train")
+    assert report.count("error") == 1
+    assert "20 records" in findings(given(chat_template="nope"), "ok")  # the records are checked all the same
+
+
+def test_a_degree_is_not_compared_with_a_model_that_is_not_here(given):
+    said = findings(given(model_name_or_path="nobody/model"), "ok")
+    assert "1 process; whether the degrees divide the model is not known yet" in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"device": "npu"}, "this version does not have device: npu (this version runs on CUDA GPUs"),
+        ({"stage": "VL-SFT"}, "this version does not have stage: VL-SFT (vision-language models); it has SFT, PT"),
+        ({"stage": "SFTT"}, "got 'SFTT'; did you mean SFT?"),
+    ],
+)
+def test_what_this_version_does_not_have(given, keys, expected):
+    assert expected in findings(given(**keys), "error")
 
 
 def test_keys_without_effect_and_refused_ones(given):
@@ -113,7 +142,7 @@ def test_defaults_that_are_not_erniekits_are_named_for_a_file_of_its(given):
         ({"model_name_or_path": "no/such/model"}, "model_name_or_path: there is no file or directory"),
         ({"tensor_parallel_degree": 3}, "tensor_parallel_degree: 3 does not divide the model's 4 attention heads"),
         ({"pipeline_parallel_degree": 9}, "pipeline_parallel_degree: 9 stages need a layer each"),
-        ({"virtual_pp_degree": 2}, "one stage has nothing to interleave"),
+        ({"virtual_pp_degree": 2}, "there is one stage, and nothing to interleave"),
         ({"train_dataset_path": "no.jsonl"}, "train_dataset_path: there is no file or directory 'no.jsonl'"),
         ({"chat_template": "none-such"}, "chat_template: 'none-such' is neither a built-in template"),
         ({"max_seq_len": 4}, "none of 20 samples can be used"),
@@ -186,7 +215,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
     )
     usage.free = 5_000_000
     assert "disk: " in findings(args, "error")
-    assert "0 checkpoints at a time" in findings(given(save_strategy="no"), "ok")
+    assert "no checkpoints, and a final model" in findings(given(save_strategy="no"), "ok")
 
 
 def test_output_dir_with_something_else_in_it(given, tmp_path):
@@ -208,7 +237,7 @@ def test_other_commands(given, tmp_path):
     ("args", "expected"),
     [
         ([], "Missing configuration files"),
-        (["strict=perhaps", "x.yaml"], "strict: expected True or False"),
+        (["strict=perhaps", "x.yaml"], "strict=perhaps: expected True or False"),
         (["command=fly", "x.yaml"], "command=fly: expected one of train"),
     ],
 )

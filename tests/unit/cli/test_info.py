@@ -10,6 +10,7 @@ from support.source_tree import REPOSITORY
 
 import erniekit
 from erniekit.cli import info
+from erniekit.cli.commands import COMMANDS
 from erniekit.config import reference, schema
 from erniekit.utils.errors import ConfigError
 
@@ -54,7 +55,8 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
 def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
     text = " ".join(info.usage(command).split())
     groups, single = reference.KEYS[command]
-    names = [field.name for group in groups.split(",") for field in dataclasses.fields(schema.GROUPS[group])]
+    listed = [schema.GROUPS[group] for group in groups.split(",") if group]
+    names = [field.name for group in listed for field in dataclasses.fields(group)]
     for name in [*names, *single.split()]:
         assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
     assert len(names + single.split()) == len({*names, *single.split()})
@@ -73,3 +75,23 @@ def test_help_says_what_a_key_may_be():
     text = " ".join(info.usage("train").split())
     assert "lora_rank (8; at least 1): " in text and "max_steps (-1; at least 1 (or -1)): " in text
     assert "save_strategy (steps; no, steps, epoch): " in text and "eval_steps (not given; at least 1): " in text
+
+
+def test_help_of_a_command_without_keys_lists_its_options():
+    text = info.usage("check")
+    assert "command=train: the command that the file is for" in text and "strict=false" in text
+    for name, command in COMMANDS.items():
+        for line in command.options:
+            option = line.partition(":")[0].partition("=")[0]
+            assert f"{option}=" in command.syntax, (name, option)
+
+
+@pytest.mark.parametrize("name", ["server", "webui"])
+def test_help_says_that_a_command_is_planned(name: str):
+    text = info.usage(name)
+    assert "is planned for a later" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 100
+
+
+def test_help_of_a_misspelt_command_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no command named 'trian' \(did you mean train\?\)"):
+        info.usage("trian")

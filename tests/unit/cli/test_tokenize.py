@@ -50,12 +50,12 @@ def test_both_forms_of_options_and_their_names():
         (["a", "output=o"], "tokenizer: needed"),
         (["a", "tokenizer=m"], "output: needed"),
         (["tokenizer=m", "output=o"], "expected .jsonl or .txt files"),
-        (["a", "tokenizer=m", "output=o", "workers=-1"], r"workers: must be 0 \(this process alone\) or more"),
-        (["a", "tokenizer=m", "output=o", "workers=two"], "workers: expected an integer"),
-        (["a", "tokenizer=m", "output=o", "note_every=-1"], "note_every: must be at least 0"),
-        (["a", "tokenizer=m", "output=o", "append_eos=perhaps"], "append_eos: expected True or False"),
-        (["a", "tokenizer=m", "output=o", "on_bad_line=mend"], "on_bad_line: expected error or skip"),
-        (["a", "tokenizer=m", "output=o", "worker=2"], "worker=2: `erniekit tokenize` knows tokenizer, output"),
+        (["a", "tokenizer=m", "output=o", "workers=-1"], r"workers=-1: must be 0 \(this process alone\) or more"),
+        (["a", "tokenizer=m", "output=o", "workers=two"], "workers=two: expected an integer"),
+        (["a", "tokenizer=m", "output=o", "note_every=-1"], "note_every=-1: must be at least 0"),
+        (["a", "tokenizer=m", "output=o", "append_eos=perhaps"], "append_eos=perhaps: expected True or False"),
+        (["a", "tokenizer=m", "output=o", "on_bad_line=mend"], "on_bad_line=mend: expected one of error, skip"),
+        (["a", "tokenizer=m", "output=o", "worker=2"], "worker=2: the options of `erniekit tokenize` are tokenizer"),
     ],
 )
 def test_wrong_arguments_say_what_is_expected(args, expected):

@@ -79,7 +79,7 @@ def test_two_hosts_of_one_number_are_refused():
     coordinator = Coordinator(2, LAYOUTS, LIMITS)
     Host(coordinator, 0, node=0).hello()
     reply = Host(coordinator, 1, node=0).hello()
-    assert reply["kind"] == "refused" and "both are node 0" in reply["why"]
+    assert reply["kind"] == "refused" and "both say that they are node 0" in reply["why"]
 
 
 def test_the_cause_is_told_from_its_consequences():
@@ -122,7 +122,8 @@ def test_a_silent_host():
     for now in range(2, 21):
         assert a.report(float(now))["kind"] == "run"
     reply = a.report(1.0 + LIMITS.detect + 1.5)
-    assert reply["kind"] == "stop" and "lost with its host and ranks 2 to 3: no word" in reply["headline"]
+    assert reply["kind"] == "stop"
+    assert "lost with its host (ranks 2 to 3): its agent has sent nothing" in reply["headline"]
 
 
 def test_elastic_and_a_host_that_comes_too_late():
@@ -156,7 +157,7 @@ def test_nothing_starts_again_once_the_job_was_told_to_stop():
     a.report(10.0, stopping=True)
     b.report(11.0, [failure(2)])
     reply = b.report(13.0)
-    assert not reply["restart"] and "told to stop" in reply["headline"]
+    assert not reply["restart"] and "asked to stop" in reply["headline"]
 
 
 def test_a_host_that_leaves_ends_the_job_at_once():

@@ -36,7 +36,7 @@ def test_a_rank_that_starts_may_be_silent_unless_it_is_stopped():
 def test_an_endless_loop_is_told_from_those_who_wait_for_it():
     rank, why = diagnose([sign(0, waiting="all_reduce", idle=21.0), sign(1, idle=22.0), sign(2, idle=0.1)], LIMIT)
     assert rank == 1
-    assert "trainer.py:9 in step" in why and "rank 0 waits in all_reduce" in why
+    assert "trainer.py:9 in step" in why and "rank 0 has been waiting in all_reduce" in why
 
 
 def test_long_work_that_nobody_waits_for_is_well():
@@ -63,4 +63,4 @@ def test_all_wait_for_one_another_and_the_one_behind_is_named():
     rank, why = diagnose(
         [sign(0, waiting="all_reduce", idle=30.0), sign(1, step=6, waiting="receive", idle=21.0)], LIMIT
     )
-    assert rank == 1 and "all ranks wait for one another" in why and "rank 0 waits in all_reduce" in why
+    assert rank == 1 and "all ranks wait for one another" in why and "rank 0 has been waiting in all_reduce" in why

@@ -185,8 +185,8 @@ def test_vision_language_is_refused_by_name(read):
 
 def test_pretraining_blocks_are_understood(read):
     cfg = read(PRETRAINING)
-    assert (cfg.stage, cfg.dataset_type, cfg.split) == ("PT", "pretrain", "998,1,1")
-    assert cfg.input_dir == "0.4 ./demo_data/part0 0.6 ./demo_data/part1"
+    assert (cfg.stage, cfg.dataset_type, cfg.split) == ("PT", "pretrain", (998.0, 1.0, 1.0))
+    assert cfg.input_dir == ("0.4", "./demo_data/part0", "0.6", "./demo_data/part1")
     assert (cfg.num_nextn_predict_layers, cfg.recompute, cfg.max_seq_len, cfg.batch_size) == (1, True, 4096, 2)
     assert (cfg.lr_scheduler_type, cfg.adam_epsilon, cfg.continue_training) == ("wsd:603000", 1e-8, False)
     assert keys(unsupported(cfg)) == {"use_fp8_mlp"}
@@ -263,10 +263,10 @@ def test_mixed_precision_beside_a_quantised_base_is_noted(read):
 def test_text_that_stands_under_the_vision_models_key(read):
     empty = SFT.replace('"./examples/data/sft-train.jsonl"', '""') + "text_dataset_path: fc.jsonl\n"
     cfg = read(empty + 'text_dataset_prob: "1.0"\n')
-    assert (cfg.train_dataset_path, unsupported(cfg)) == ("fc.jsonl", [])
+    assert (cfg.train_dataset_path, cfg.train_dataset_prob, unsupported(cfg)) == (("fc.jsonl",), (1.0,), [])
     assert any(note.startswith("train_dataset_path: empty, so fc.jsonl") for note in cfg.notes)
     vision = read(empty.replace("stage: SFT", "stage: VL-SFT"))
-    assert vision.train_dataset_path is None and keys(unsupported(vision)) == {"stage"}
+    assert vision.train_dataset_path == () and keys(unsupported(vision)) == {"stage"}
 
 
 def test_defaults_that_mean_something_else_there_are_named_once(read):

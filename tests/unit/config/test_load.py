@@ -1,16 +1,19 @@
 """Files, blocks and overrides become one Config; what is wrong is said with its key and place."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniekit.config import Config, load
-from erniekit.config.values import join_list, split_list
+from erniekit.config import Config, load, schema
+from erniekit.config.fields import from_saved
+from erniekit.config.values import split_list
 from erniekit.utils.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -19,7 +22,7 @@ BASE = "model_name_or_path: m\ntrain_dataset_path: a.jsonl\noutput_dir: out\n"
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a file (named x.yaml unless told) into an empty directory that is the current one, and gives its name."""
+    """Writes a file (named x.yaml unless given) into an empty directory that is the current one, and gives its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_file(text: str, name: str = "x.yaml") -> str:
@@ -48,17 +51,19 @@ def test_a_path_of_a_list_may_hold_a_comma(write):
         "model_name_or_path: m\noutput_dir: out\ntrain_dataset_type: [erniekit]\ntrain_dataset_path:\n  - a, b.jsonl\n"
     )
     cfg = load(write(text))
-    assert split_list(cfg.train_dataset_path) == ["a, b.jsonl"]
+    assert cfg.train_dataset_path == ("a, b.jsonl",)
     assert load(write(cfg.to_yaml(), "again.yaml")) == cfg
     two = load(write(text + '  - "c.jsonl"\n'), ["train_dataset_type=erniekit,alpaca"])
-    assert split_list(two.train_dataset_path) == ["a, b.jsonl", "c.jsonl"]
-    assert split_list(load(write(BASE), ["train_dataset_path=[x,y]"]).train_dataset_path) == ["x", "y"]
+    assert two.train_dataset_path == ("a, b.jsonl", "c.jsonl")
+    assert load(write(BASE), ["train_dataset_path=[x,y]"]).train_dataset_path == ("x", "y")
+    assert load(write(BASE), ['train_dataset_path="x, y",z']).train_dataset_path == ("x, y", "z")
 
 
 @given(st.lists(st.text(alphabet='a," \n')))
-def test_a_list_survives_being_joined(items):
+def test_quotes_protect_commas_and_quotes(items):
     wanted = [item.strip() for item in items if item.strip()]
-    assert split_list(join_list(wanted)) == wanted
+    quoted = ",".join('"' + item.replace('"', '""') + '"' for item in wanted)
+    assert split_list(quoted) == wanted
 
 
 @pytest.mark.parametrize("value", ["True", "true", "1", "yes", "'on'", "'1'"])
@@ -83,9 +88,9 @@ def test_words_of_choices_may_be_in_any_case(write):
     assert load(write(BASE + "stage: sft\nfine_tuning: full\n")).fine_tuning == "Full"
 
 
-def test_lists_of_sources_stay_comma_separated_text(write):
+def test_sources_and_shares_are_lists(write):
     cfg = load(write("train_dataset_path: [a.jsonl, b.jsonl]\ntrain_dataset_prob: [0.2, 0.8]\n"), command="version")
-    assert (cfg.train_dataset_path, cfg.train_dataset_prob) == ("a.jsonl,b.jsonl", "0.2,0.8")
+    assert (cfg.train_dataset_path, cfg.train_dataset_prob) == (("a.jsonl", "b.jsonl"), (0.2, 0.8))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +180,10 @@ def test_an_override_by_another_name_wins_over_the_file(write):
     [
         ("learning_rate=1e-3", "learning_rate", 1e-3),
         ("packing=true", "packing", True),
-        ("train_dataset_path=[a.jsonl,'b c.jsonl']", "train_dataset_path", "a.jsonl,b c.jsonl"),
+        ("train_dataset_path=[a.jsonl,'b c.jsonl']", "train_dataset_path", ("a.jsonl", "b c.jsonl")),
         ("output_dir='a=b: c'", "output_dir", "a=b: c"),
         ("output_dir=2025", "output_dir", "2025"),
-        ("train_dataset_path=*.jsonl", "train_dataset_path", "*.jsonl"),
+        ("train_dataset_path=*.jsonl", "train_dataset_path", ("*.jsonl",)),
         ("save_total_limit=null", "save_total_limit", None),
         ("logging_dir=", "logging_dir", None),
         ("--max_steps=12", "max_steps", 12),
@@ -193,7 +198,7 @@ def test_options_alone_are_a_configuration():
         "--model_name_or_path m --train_dataset_path a b --output_dir out --packing --max_steps 7 --learning_rate 1e-4"
     )
     cfg = load(None, words.split())
-    assert (cfg.train_dataset_path, cfg.packing, cfg.max_steps, cfg.learning_rate) == ("a,b", True, 7, 1e-4)
+    assert (cfg.train_dataset_path, cfg.packing, cfg.max_steps, cfg.learning_rate) == (("a", "b"), True, 7, 1e-4)
 
 
 def test_a_mapping_of_overrides(write):
@@ -311,7 +316,8 @@ def test_an_option_ends_where_another_key_begins(words, expected):
 def test_an_option_may_have_a_value_with_an_equals_sign():
     assert load(None, ["--output_dir", "a=b"], "version").output_dir == "a=b"
     assert load(None, ["--train_dataset_path", "a=1.jsonl", "./b=2.jsonl"], "version").train_dataset_path == (
-        "a=1.jsonl,./b=2.jsonl"
+        "a=1.jsonl",
+        "./b=2.jsonl",
     )
     assert "lr: unknown key" in message(None, ["--output_dir", "out", "lr=1"])
 
@@ -336,16 +342,72 @@ def test_a_message_stays_readable(write):
     assert len(message(write(f"x_args: {{seed: 1}}\nseed: '{'0' * 5000}'\n"))) < 400
 
 
-@pytest.mark.parametrize("given", ["0, 2,5", "[0,2,5]", [0, 2, 5], ["0", 2, "5"]])
-def test_a_list_of_whole_numbers_is_read_once(write, given):
-    cfg = load(write(BASE), {"no_recompute_layers": given})
-    assert cfg.no_recompute_layers == (0, 2, 5)
+LISTS = [
+    ("no_recompute_layers", ["0, 2,5", "[0,2,5]", [0, 2, 5], ["0", 2, "5"]], (0, 2, 5)),
+    ("train_dataset_type", ["alpaca, chatml,", "ALPACA,chatml", ["alpaca", "chatml"]], ("alpaca", "chatml")),
+    ("train_dataset_prob", ["0.3, 7e-1", [0.3, "7e-1"], ["0.3", 0.7]], (0.3, 0.7)),
+    ("eval_dataset_path", ["a, b c", ["a", "b c"], '"a",b c'], ("a", "b c")),
+    ("split", ["8,2", "8/2", [8, 2], "[8, 2]", ["8", "2.0"]], (8.0, 2.0)),
+    ("split", [100, "100", [100]], (100.0,)),
+    ("input_dir", ["0.4 a '0.6' \"b c\"", "0.4,a,0.6,'b c'", [0.4, "a", "0.6", "b c"]], ("0.4", "a", "0.6", "b c")),
+    ("lora_target_modules", ["q_proj, l.[1,2].x", ["q_proj", "l.[1,2].x"]], ("q_proj", "l.[1,2].x")),
+    ("modules_to_save", ["norm,lm_head", ["norm", "lm_head"]], ("norm", "lm_head")),
+    ("pp_seg_method", ["[0,29,57]", "0, 29,57", [0, 29, 57]], (0, 29, 57)),
+    ("pp_seg_method", ["balanced"], "balanced"),
+]
 
 
-def test_a_list_of_whole_numbers_survives_saving(write):
-    cfg = load(write(BASE + "no_recompute_layers: 3,1\nrecompute: True\n"))
-    assert load(write(cfg.to_yaml())) == cfg
-    assert load(write(load(write(BASE)).to_yaml())).no_recompute_layers == ()
+@pytest.mark.parametrize(("key", "given", "expected"), [(k, g, e) for k, every, e in LISTS for g in every])
+def test_a_list_is_read_once(write, key, given, expected):
+    more = {"train_dataset_path": ["a", "b"]} if key.startswith("train_") else {}
+    cfg = load(write(BASE), {key: given, "recompute": True} | more)
+    assert vars(cfg)[key] == expected
+    assert load(write(cfg.to_yaml(), "again.yaml")) == cfg
+
+
+@pytest.mark.parametrize(("key", "given"), [(key, every[0]) for key, every, _ in LISTS])
+def test_yaml_and_the_command_line_read_a_list_alike(write, key, given):
+    more = ["train_dataset_path=a,b"] if key.startswith("train_") else []
+    from_words = vars(load(write(BASE), [f"{key}={given}", *more]))[key]
+    assert vars(load(write(BASE + f"{key}: {json.dumps(given)}\n"), more))[key] == from_words
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0$~:"), min_size=1), max_size=4))
+def test_any_texts_of_a_list_survive_saving(items):
+    cfg = load(None, {"modules_to_save": items}, "version")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "x.yaml"
+        path.write_text(cfg.to_yaml(), encoding="utf-8")
+        assert load(str(path), None, "version").modules_to_save == cfg.modules_to_save
+
+
+def test_a_list_that_is_not_given_is_empty_after_saving(write):
+    again = load(write(load(write(BASE)).to_yaml()))
+    assert (again.no_recompute_layers, again.eval_dataset_path, again.split) == ((), (), (998.0, 1.0, 1.0))
+
+
+def test_the_annotation_of_a_list_says_what_its_items_are():
+    for name, field in schema.fields().items():
+        if "item" in field.metadata:
+            item = field.metadata["item"]
+            kind = tuple[item, ...]
+            assert field.type == (str | kind if field.metadata["or_word"] else kind), name
+        else:
+            assert "tuple" not in str(field.type), name
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "value"),
+    [
+        ("train_dataset_path", "a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),  # as earlier versions wrote it
+        ("train_dataset_path", ["a.jsonl"], ("a.jsonl",)),
+        ("train_dataset_prob", None, ()),
+        ("split", "998,1,1", (998.0, 1.0, 1.0)),
+        ("max_seq_len", 64, 64),
+    ],
+)
+def test_a_value_that_a_run_saved_becomes_the_type_of_its_key(name, saved, value):
+    assert from_saved(schema.fields()[name], saved) == value
 
 
 @pytest.mark.parametrize(
@@ -354,7 +416,22 @@ def test_a_list_of_whole_numbers_survives_saving(write):
         ("no_recompute_layers", "0,one", r"no_recompute_layers: expected an integer, got 'one' \(.*:5\)"),
         ("no_recompute_layers", "[0, -1]", r"no_recompute_layers: must be at least 0, got -1 \(.*:5\)"),
         ("no_recompute_layers", "{a: 1}", r"no_recompute_layers: expected a flat list"),
-        ("lora_target_modules", "'q_proj,(k'", r"lora_target_modules: '\(k' is no regular expression: .* \(.*:5\)"),
+        ("train_dataset_prob", "0.5,much", r"train_dataset_prob: expected a number, got 'much' \(.*:5\)"),
+        ("train_dataset_prob", "1,0", r"train_dataset_prob: must be more than 0, got 0.0 \(.*:5\)"),
+        (
+            "train_dataset_type",
+            "ernikit",
+            r"train_dataset_type: expected one of erniekit, .*, got 'ernikit'; did you mean erniekit\? \(.*:5\)",
+        ),
+        ("split", "a,b", r"split: expected a number, got 'a' \(.*:5\)"),
+        ("split", "1,-1", r"split: must be at least 0, got -1.0 \(.*:5\)"),
+        ("split", "1,nan", r"split: expected a number, got 'nan' \(.*:5\)"),
+        ("input_dir", "'1 \"a 1 b'", r"input_dir: no closing quotation: .*. Close the quotes \(.*:5\)"),
+        ("pp_seg_method", "[0,x,4]", r"pp_seg_method: expected an integer, got 'x' \(.*:5\)"),
+        ("pp_seg_method", "'[0,1'", r"pp_seg_method: expected an integer, got '\[0' \(.*:5\)"),
+        ("pp_seg_method", "[0, 1.5, 4]", r"pp_seg_method: expected an integer, got 1.5 \(.*:5\)"),
+        ("pp_seg_method", "quick", r"pp_seg_method: expected layer:DecoderLayer .*; got 'quick' \(.*:5\)"),
+        ("lora_target_modules", "'q_proj,(k'", r"lora_target_modules: '\(k' is not a valid regular expression.*:5\)"),
     ],
 )
 def test_a_wrong_item_of_a_list_is_refused_with_its_place(write, key, value, expected):

@@ -77,8 +77,20 @@ def test_evaluation_follows_from_its_strategy():
             "train_dataset_path: The len of dataset path, prob, type are inconsistent: 2 paths, 1 probs, 0 types",
         ),
         ({"train_dataset_type": "erniekit,alpaca"}, "The len of dataset path, prob, type are inconsistent: 1 paths"),
-        ({"train_dataset_prob": "much"}, "train_dataset_prob: expected numbers, got 'much'"),
-        ({"train_dataset_prob": "0"}, "train_dataset_prob: each share must be more than 0"),
+        ({"train_dataset_prob": "much"}, "train_dataset_prob: expected a number, got 'much'"),
+        ({"train_dataset_prob": "0"}, "train_dataset_prob: must be more than 0"),
+        ({"train_dataset_type": "text", "stage": "DPO"}, "train_dataset_type: stage: DPO reads pairs of answers"),
+        ({"train_dataset_type": "alpaca", "stage": "PT"}, "train_dataset_type: stage: PT reads plain text"),
+        (
+            {"eval_dataset_path": "e", "eval_dataset_type": "text", "do_eval": True, "stage": "DPO"},
+            "eval_dataset_type: stage: DPO reads pairs of answers",
+        ),
+        ({"virtual_pp_degree": 2}, "virtual_pp_degree: 2 with pipeline_parallel_degree: 1"),
+        (
+            {"pipeline_parallel_degree": 2, "pipeline_schedule": "memory_efficient"},
+            "pipeline_schedule: memory_efficient needs at least 2 chunks",
+        ),
+        ({"pp_seg_method": "quick"}, "pp_seg_method: expected layer:DecoderLayer"),
         (
             {"train_dataset_path": "a,b", "train_dataset_prob": "0.5,0.6", "mix_strategy": "interleave_over"},
             "train_dataset_prob: shares must sum to 1 with mix_strategy: interleave_over, they sum to 1.1",
@@ -100,6 +112,24 @@ def test_evaluation_follows_from_its_strategy():
 )
 def test_checks_over_several_keys(given, expected):
     assert expected in message(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"eval_dataset_type": "text"}, "the evaluation data is plain text, which has no questions"),
+        ({"eval_dataset_type": "erniekit", "stage": "PT"}, "the evaluation data is plain text"),
+        ({"eval_dataset_path": None, "input_dir": "a", "dataset_type": "pretrain", "stage": "PT"}, "token files"),
+    ],
+)
+def test_text_has_no_questions_to_answer(given, expected):
+    text = message("eval", **{"eval_dataset_path": "e", "predict_with_generate": True, **given})
+    assert text.startswith("predict_with_generate: ") and expected in text
+
+
+def test_formats_that_a_command_does_not_read_are_not_its_business():
+    assert cfg(eval_dataset_path="e", eval_dataset_type="text", stage="DPO").stage == "DPO"
+    assert cfg("eval", eval_dataset_path="e", train_dataset_type="text", stage="DPO").stage == "DPO"
 
 
 def test_token_files_need_no_text_and_ask_for_stage_pt():
@@ -131,7 +161,7 @@ def test_a_check_names_the_place_of_its_key(tmp_path):
 def test_shares_need_not_be_exact_and_do_not_matter_to_concat():
     three = {"train_dataset_path": "a,b,c", "max_steps": 1}
     cfg(**three, train_dataset_prob="0.33,0.33,0.33", mix_strategy="random")
-    assert cfg(**three, train_dataset_prob="1,2,3").train_dataset_prob == "1,2,3"
+    assert cfg(**three, train_dataset_prob="1,2,3").train_dataset_prob == (1.0, 2.0, 3.0)
     cfg(**three, eval_dataset_path="a,b", eval_dataset_prob="1,1", mix_strategy="interleave_under")
 
 
@@ -230,7 +260,7 @@ def test_a_log_directory_without_a_logger_is_said():
     [
         ({"lora": True}, {"fine_tuning": "LoRA"}),
         ({"lora": False}, {"fine_tuning": "Full"}),
-        ({"fine_tuning": "lora", "lora_target": ["q_proj", "v_proj"]}, {"lora_target_modules": "q_proj,v_proj"}),
+        ({"fine_tuning": "lora", "lora_target": ["q_proj", "v_proj"]}, {"lora_target_modules": ("q_proj", "v_proj")}),
         ({"lora": 1, "rslora_plus": True}, {"rslora": True, "lora_plus_scale": 4.0, "lora_alpha": 4.0}),
         ({"lora": 1, "rslora_plus": True, "lora_alpha": 9}, {"lora_plus_scale": 4.0, "lora_alpha": 9.0}),
     ],

@@ -37,7 +37,7 @@ def read(tmp_path: Path, text: str) -> Config:
 def test_the_names_of_peft_mean_what_they_mean_there(tmp_path: Path, name: str):
     cfg = read(tmp_path, BLOCK.format(name=name))
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rslora) == (16, 32.0, 0.05, True)
-    assert (cfg.lora_target_modules, cfg.modules_to_save) == ("q_proj,v_proj", "embed_tokens")
+    assert (cfg.lora_target_modules, cfg.modules_to_save) == (("q_proj", "v_proj"), ("embed_tokens",))
     assert not cfg.extras
 
 
@@ -63,8 +63,8 @@ def test_a_contradiction_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize("value", ["all-linear", "all"])
 def test_all_modules_are_the_default(tmp_path: Path, value: str):
-    assert read(tmp_path, f"lora_config: {{target_modules: {value}}}\n").lora_target_modules is None
-    assert load(None, [f"lora_target={value}"], "version").lora_target_modules is None
+    assert read(tmp_path, f"lora_config: {{target_modules: {value}}}\n").lora_target_modules == ()
+    assert load(None, [f"lora_target={value}"], "version").lora_target_modules == ()
 
 
 @pytest.mark.parametrize(

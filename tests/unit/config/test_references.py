@@ -53,7 +53,7 @@ def test_a_reference_can_be_a_number_or_a_list():
     cfg = load(None, {"max_steps": "${oc.env:STEPS}", "save_steps": "${max_steps}"}, "version")
     assert (cfg.max_steps, cfg.save_steps) == (12, 12)
     given = {"train_dataset_path": ["a", "${RUNROOT}/b"], "eval_dataset_path": "${train_dataset_path}"}
-    assert load(None, given, "version").eval_dataset_path == "a,/runs/b"
+    assert load(None, given, "version").eval_dataset_path == ("a", "/runs/b")
 
 
 def test_a_reference_keeps_the_text_of_a_number_and_sees_overrides(tmp_path: Path):

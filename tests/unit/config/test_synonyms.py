@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniekit.config import load, schema, synonyms
+from erniekit.config import dialects, load, schema, synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.utils.errors import ConfigError
 
@@ -50,3 +50,18 @@ def test_the_table_names_only_keys_that_are_there_and_no_key_is_in_it():
 @pytest.mark.parametrize("name", sorted(synonyms.same()))
 def test_what_a_hint_says_is_taken(name: str):
     assert synonyms.same()[name] in synonyms.hint(name, KNOWN)
+
+
+def test_a_file_of_llama_factory_is_sent_to_its_page():
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"finetuning_type": "lora", "cutoff_len": 2048})
+    assert "looks like one of LLaMA-Factory's (it has finetuning_type and cutoff_len)" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"cutoff_len": 2048})
+    assert "LLaMA-Factory" not in str(caught.value)
+    assert dialects.advice(["a", "b"]) == ""
+
+
+def test_a_bare_no_is_not_another_word_for_no():
+    assert not [note for note in load(None, ["save_strategy=no"], "version").notes if note.startswith("save_strategy")]
+    assert load(None, ["save_strategy=False"], "version").notes[0].startswith("save_strategy: False: read as no")

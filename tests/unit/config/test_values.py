@@ -41,8 +41,8 @@ def test_a_number_of_json_is_text_where_text_is_wanted(tmp_path: Path, text: str
 
 def test_items_of_a_list_keep_their_text(tmp_path: Path):
     cfg = by_yaml(tmp_path, "train_dataset_path", "[007, 1_0, yes, 'a b']")
-    assert cfg.train_dataset_path == "007,1_0,yes,a b"
-    assert load(None, ["--train_dataset_path", "007", "1e3"], "version").train_dataset_path == "007,1e3"
+    assert cfg.train_dataset_path == ("007", "1_0", "yes", "a b")
+    assert load(None, ["--train_dataset_path", "007", "1e3"], "version").train_dataset_path == ("007", "1e3")
 
 
 def test_every_text_key_without_fixed_words_keeps_an_odd_text(tmp_path: Path):

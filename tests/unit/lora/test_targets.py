@@ -2,7 +2,6 @@
 
 import pytest
 
-from erniekit.config.values import split_patterns
 from erniekit.lora.targets import choose, choose_saved, hf_name
 from erniekit.utils.errors import ConfigError
 
@@ -69,17 +68,12 @@ def test_both_halves_of_the_experts_are_one_adapter():
         ("lm_head", "put it into modules_to_save: lm_head"),
         ("gate_proj", "without the other half"),
         (r".*nothing.*", "matches no projection"),
-        ("[a", "no regular expression"),
     ],
 )
 def test_a_wrong_target_says_what_would_be_right(target: str, message: str):
     with pytest.raises(ConfigError, match="lora_target_modules") as caught:
         choose(NAMES, (target,))
     assert message in str(caught.value)
-
-
-def test_a_list_keeps_commas_of_patterns():
-    assert split_patterns("q_proj, layers.[1,2].x ,a{1,2}") == ("q_proj", "layers.[1,2].x", "a{1,2}")
 
 
 def test_hugging_face_names():

@@ -171,8 +171,9 @@ def test_written_config_reads_back_equal(source, format):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "ernie4_5_vl_moe"}, ["model_type", "vision-language", "not supported yet"]),
+        ({"model_type": "ernie4_5_vl_moe"}, ["model_type", "vision-language", "vision_config is missing"]),
         ({"model_type": "ernie4_5_moe_vl"}, ["model_type", "vision-language"]),
+        ({"vision_config": {"depth": 2}}, ["vision_config"]),
         ({"model_type": "llama"}, ["model_type", "llama"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, ["rope_parameters", "yarn"]),

@@ -6,8 +6,10 @@ import numpy as np
 import paddle
 import pytest
 from support.tiny_models import tiny_model
+from support.tiny_vision import CONFIG
 
 from erniekit.data.batch import Document, PackedBatch, PairLayout, join_rows, make_row
+from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import batch_inputs, embed_ahead, packed_inputs, padded_length
 from erniekit.moe.layer import TEXT, VISION
@@ -40,7 +42,7 @@ def test_ranks_that_share_tokens_add_their_own_part_of_the_noise():
     whole = model.model.embed(inputs).numpy()
     for rank in range(2):
         own = slice(5 * rank, 5 * rank + 5)
-        embedding.own_tokens = lambda x_TD, own=own: x_TD[own]
+        embedding.own_span = lambda num_tokens, own=own: (own.start, own.stop)
         embedding.lookup = lambda ids, weight, own=own: paddle.nn.functional.embedding(ids[own], weight)
         paddle.seed(7)
         np.testing.assert_array_equal(model.model.embed(inputs).numpy(), whole[own])
@@ -106,7 +108,8 @@ def test_the_prefix_of_an_answer_is_its_prompt(model: CausalLM):
         np.testing.assert_allclose(hidden[tokens], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_images_and_videos_are_one_modality_to_the_experts(model: CausalLM):
+def test_images_and_videos_are_one_modality_to_the_experts():
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
     batch = join_rows([made_row(4)])
     batch = dataclasses.replace(batch, modality=np.array([0, 1, 2, 0], np.int8))
     assert batch_inputs(model, batch).tokens.modality.tolist() == [TEXT, VISION, VISION, TEXT]

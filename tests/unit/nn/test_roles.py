@@ -1,11 +1,18 @@
 """Every parameter has one role, which its layer declares."""
 
+import ast
+import re
+
 import pytest
 from paddle import nn
+from support.source_tree import REPOSITORY, read_package
 from support.tiny_models import tiny_model
 
 from erniekit.lora import LoraOptions, attach
-from erniekit.nn.roles import Role, named_roles
+from erniekit.models.decoder import router_options
+from erniekit.moe.layer import MoELayer, MoESizes
+from erniekit.nn.norm import RMSNorm
+from erniekit.nn.roles import Component, ComponentLayer, Role, named_components, named_roles
 
 # The last parts of a parameter's name, without numbers and a part's letter, and its role.
 ROLES = {
@@ -65,3 +72,74 @@ def test_every_parameter_and_buffer_has_the_role_that_it_plays(case):
 def test_a_layer_that_declares_nothing_is_named():
     with pytest.raises(AssertionError, match=r"Linear declares no role for its parameter weight \(1\)"):
         named_roles(nn.Sequential(nn.ReLU(), nn.Linear(2, 3)))
+
+
+class Tower(ComponentLayer):
+    """A stand-in for a vision transformer."""
+
+    component = Component.VISION_TRANSFORMER
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.LayerList([RMSNorm(4, 1e-5)])
+
+
+def test_components_follow_the_layers_that_declare_them():
+    """All below a tower belongs to it; of a two-modality layer, the vision experts and their router do."""
+    model = tiny_model("moe")
+    assert set(named_components(model).values()) == {Component.LANGUAGE}
+    assert named_components(model).keys() == dict(model.named_parameters()).keys()
+    sizes = MoESizes(8, (4, 2), num_experts=2, num_shared=1, bias=False, init_std=0.02)
+    whole = nn.LayerDict({"tower": Tower(), "sparse": MoELayer(sizes, router_options(model.config))})
+    assert named_components(whole) == {
+        "tower.blocks.0.weight": Component.VISION_TRANSFORMER,
+        "sparse.gate.weight": Component.LANGUAGE,
+        "sparse.gate.weight_1": Component.VISION_EXPERTS,
+        "sparse.experts.up_gate_proj.weight": Component.LANGUAGE,
+        "sparse.experts.down_proj.weight": Component.LANGUAGE,
+        "sparse.vision_experts.up_gate_proj.weight": Component.VISION_EXPERTS,
+        "sparse.vision_experts.down_proj.weight": Component.VISION_EXPERTS,
+        "sparse.shared_experts.up_gate_proj.weight": Component.LANGUAGE,
+        "sparse.shared_experts.down_proj.weight": Component.LANGUAGE,
+    }
+    assert named_roles(whole)["tower.blocks.0.weight"] is Role.NORM
+
+
+# Modules that describe files: the table of a model's weights, and the names and patterns of PEFT's files.
+DESCRIBE_FILES = ("models.weights", "checkpoint.peft_read", "checkpoint.peft_write", "checkpoint.adapter_config")
+ASKS_ABOUT_TEXT = {"startswith", "endswith", "removeprefix", "removesuffix", "compile", "match", "fullmatch", "search"}
+
+
+def test_nobody_reads_a_meaning_out_of_a_parameter_s_name():
+    """Outside the modules that describe files, no string of these packages names a module of the model, and none is
+    compared with the end ".weight" or ".bias".
+    """
+    model = tiny_model("moe", **FULL)
+    dense = tiny_model("dense", **FULL)
+    words = {word for each in (model, dense) for name, _ in each.named_parameters() for word in name.split(".")}
+    names = "|".join(sorted(word for word in words if "_" in word))
+    named = re.compile(rf"(?<![A-Za-z0-9_])({names})(?![A-Za-z0-9_])|\.(norm|gate|experts|mlp|layers)\b")
+    wrong = []
+    for module in read_package(REPOSITORY).values():
+        inner = module.name.removeprefix("erniekit.")
+        if inner.partition(".")[0] not in ("precision", "training", "models", "checkpoint") or inner in DESCRIBE_FILES:
+            continue
+        texts = [(line, text) for line, text in strings_of(module.tree) if named.search(text)]
+        for node in ast.walk(module.tree):
+            asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if asks and node.func.attr in ASKS_ABOUT_TEXT:
+                texts += [(line, text) for line, text in strings_of(node) if re.search(r"\.(weight|bias)", text)]
+        wrong += [f"{module.shown}:{line}: {text!r}" for line, text in texts]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def strings_of(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, text) of every string below a node that is no docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    first = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    docstrings = {id(statement.value) for statement in first if isinstance(statement, ast.Expr)}
+    return [
+        (node.lineno, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]

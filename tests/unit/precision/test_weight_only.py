@@ -39,7 +39,8 @@ def test_each_weight_is_within_half_a_gap_of_itself(scheme: Scheme, weight: np.n
     back = dequantise(codes, scales, scheme, weight.shape[0])
     for channel in range(weight.shape[1]):
         step = np.repeat(scales[channel], scheme.group or weight.shape[0])[: weight.shape[0]].astype(np.float64)
-        rounding = step * (scheme.half_gap + 1e-6 * scheme.levels[-1]) + 1e-37
+        half_gap = float(np.diff(scheme.levels).max()) / 2
+        rounding = step * (half_gap + 1e-6 * scheme.levels[-1]) + 1e-37
         assert (np.abs(back[:, channel].astype(np.float64) - weight[:, channel]) <= rounding).all()
 
 

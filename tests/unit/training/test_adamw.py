@@ -51,6 +51,16 @@ def test_steps_match_the_published_algorithm(ratio, decay):
     np.testing.assert_allclose(p.numpy(), reference_adamw(start, gradients, 1e-2 * ratio, decay), atol=2e-6)
 
 
+def test_a_step_is_seen_by_what_is_derived_from_the_parameter():
+    """Paddle's kernel leaves inplace_version as it is; what is cached for a weight relies on it."""
+    p = parameter([1.0, 2.0])
+    optimizer = adamw(p, {"w": ParamRule(1.0, 0.0)})
+    give_gradient(p, [1.0, 1.0])
+    before = p.inplace_version
+    optimizer.step(0.1)
+    assert p.inplace_version > before
+
+
 def test_state_goes_out_and_back_in_bit_for_bit():
     rng = np.random.default_rng(1)
     start, gradients = rng.normal(size=4), rng.normal(size=(4, 4))

@@ -8,19 +8,20 @@ from support.tiny_models import tiny_model
 from erniekit import save_model
 from erniekit.build import load_model
 from erniekit.lora import LoraOptions, attach
-from erniekit.models.quantize import quantized_weights
+from erniekit.models.products import held_weights
 from erniekit.models.weights import our_shapes
-from erniekit.precision.weight_only import SCHEMES, Schemes
+from erniekit.precision.quantized_weight import QuantizedWeights
+from erniekit.precision.weight_only import SCHEMES
 
 IDS = np.random.default_rng(0).integers(0, 61, (4, 17))
 STEPS = 25
 
 
-def losses(directory: str, low_bit: Schemes | None) -> list[float]:
+def losses(directory: str, product: QuantizedWeights | None) -> list[float]:
     """Of each step and after the last, learning four rows by heart."""
-    model = load_model(directory, low_bit=low_bit)
+    model = load_model(directory, product=product)
     attach(model, LoraOptions(rank=8, alpha=16.0), our_shapes(model.config))
-    codes = {name: held.dense() for name, held in quantized_weights(model).items()}
+    codes = {name: product.dense(None) for name, (_, product) in held_weights(model).items()}
     optimizer = paddle.optimizer.AdamW(
         0.02, parameters=[p for p in model.parameters() if not p.stop_gradient], weight_decay=0.0
     )
@@ -31,8 +32,8 @@ def losses(directory: str, low_bit: Schemes | None) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
-    for name, held in quantized_weights(model).items():
-        np.testing.assert_array_equal(held.dense(), codes[name])
+    for name, (_, product) in held_weights(model).items():
+        np.testing.assert_array_equal(product.dense(None), codes[name])
     return found
 
 
@@ -49,6 +50,6 @@ def test_learning(base: tuple[str, list[float]], compute_type: str):
     away: the last loss is within a tenth of a nat of fp32's, where both have fallen from about 4.2 to under 1.
     """
     directory, plain = base
-    found = losses(directory, SCHEMES[compute_type])
+    found = losses(directory, QuantizedWeights(SCHEMES[compute_type]))
     assert found[0] != plain[0] and abs(found[0] - plain[0]) < 0.1
     assert plain[-1] < 1.0 and abs(found[-1] - plain[-1]) < 0.1

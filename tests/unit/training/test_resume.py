@@ -1,6 +1,7 @@
 """What happens when a run continues and something is not as it was."""
 
 import json
+import pathlib
 import shutil
 from collections import Counter
 
@@ -369,3 +370,20 @@ def test_a_checkpoint_of_an_earlier_version_is_read_with_a_line(fit, said):
 def test_a_checkpoint_that_does_not_exist_is_named_with_its_key(fit, tmp_path):
     with pytest.raises(CheckpointError, match=r"resume_from_checkpoint: there is no directory .*nowhere"):
         fit(max_steps=1, resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+LISTS = ("train_dataset_path", "train_dataset_prob", "lora_target_modules")
+
+
+@pytest.mark.parametrize("as_earlier", [False, True])
+def test_a_list_that_a_checkpoint_noted_is_the_same_list(as_earlier):
+    """In JSON a list is no tuple, and earlier versions noted comma-separated text."""
+    keys = {"model_name_or_path": "m", "output_dir": "o", "fine_tuning": "LoRA", "mix_strategy": "interleave_over"}
+    keys |= {"train_dataset_prob": "0.25,0.75", "train_dataset_path": "a,b", "lora_target_modules": "q_proj,v_proj"}
+    cfg = config.load(None, keys, "train")
+    saved = json.loads(json.dumps(resume.noted(cfg)))
+    saved |= {name: keys[name] for name in LISTS} if as_earlier else {}
+    resume.check_keys(saved, cfg, pathlib.Path("out/checkpoint-1"))
+    with pytest.raises(CheckpointError, match=r"lora_target_modules: .*q_proj.* there, .*o_proj.* here"):
+        changed = config.load(None, keys | {"lora_target_modules": "o_proj"}, "train")
+        resume.check_keys(saved, changed, pathlib.Path("out/checkpoint-1"))

@@ -10,9 +10,10 @@ from support.tiny_models import tiny_model
 
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.stored_state import StoredState
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.training.adamw import AdamW, ParamRule
-from erniekit.training.state import OPTIMIZER_DIR, StoredState, load_optimizer, optimizer_rank_files, read_state
+from erniekit.training.state import OPTIMIZER_DIR, load_optimizer, optimizer_rank_files, read_state
 from erniekit.utils.errors import CheckpointError
 
 EXPERTS = "model.layers.1.mlp.experts.down_proj.weight/moment1"

@@ -30,15 +30,18 @@ def test_only_amd_is_told_and_avx512_only_where_it_is_whole(cpuinfo: str, expect
     assert mkl_cpu_type(cpuinfo) == expected
 
 
+PREPARE = "import os; from erniekit.utils import runtime; runtime.prepare(); "
+
+
 def test_a_value_that_the_user_set_stays():
-    code = "import os, erniekit; print(os.environ['MKL_DEBUG_CPU_TYPE'])"
+    code = PREPARE + "print(os.environ['MKL_DEBUG_CPU_TYPE'])"
     environment = os.environ | {"MKL_DEBUG_CPU_TYPE": "4"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "4"
 
 
 def test_gradients_on_a_gpu_are_summed_in_one_order_unless_the_user_says_otherwise():
-    code = "import os, erniekit; print(*(os.environ[f'FLAGS_{n}_deterministic'] for n in ('embedding', 'cudnn')))"
+    code = PREPARE + "print(*(os.environ[f'FLAGS_{n}_deterministic'] for n in ('embedding', 'cudnn')))"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FLAGS_")}
     for given, expected in (({}, "1 1"), ({"FLAGS_cudnn_deterministic": "0"}, "1 0")):
         done = subprocess.run(

@@ -66,5 +66,5 @@ def test_what_is_saved(tmp_path: Path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".checkpoint-11.tmp"):
         (tmp_path / name).mkdir()
     said = stop_signals.what_is_saved(tmp_path, False)
-    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command goes on from there"
+    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command resumes from there"
     assert "overwrite_output_dir=false" in stop_signals.what_is_saved(tmp_path, True)

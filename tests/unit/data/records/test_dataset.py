@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erniekit.config.schema_data import DATASET_TYPES
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
+from erniekit.data.records.formats import ALIASES, FORMATS
+from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.sampler import Sampler, permutation
 from erniekit.utils.errors import DataError
@@ -317,34 +320,23 @@ def test_dataset_numbers_the_records_of_its_sources_through(tmp_path):
 
 
 def test_read_specs():
-    specs = read_specs("a.jsonl, b.jsonl", "erniekit,chatml", "3,1", "train")
+    specs = read_specs(("a.jsonl", "b.jsonl"), ("erniekit", "chatml"), (3.0, 1.0), "train")
     assert specs == [SourceSpec("a.jsonl", "erniekit", 0.75), SourceSpec("b.jsonl", "messages", 0.25)]
-    assert read_specs(["a", "b"], None, None, "eval") == [
+    assert read_specs(("a", "b"), (), (), "eval") == [
         SourceSpec("a", "erniekit", 0.5),
         SourceSpec("b", "erniekit", 0.5),
     ]
-    quoted = read_specs('"dir, a/x.jsonl",b.jsonl', "erniekit,alpaca", None, "train")
-    assert [spec.path for spec in quoted] == ["dir, a/x.jsonl", "b.jsonl"]
-    assert read_specs("a", "erniekit", "1.0", "train", "PT") == [SourceSpec("a", "text", 1.0)]
+    assert read_specs(("a",), ("erniekit",), (1.0,), "train", "PT") == [SourceSpec("a", "text", 1.0)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ((None, None, None, "eval"), "eval_dataset_path is not set"),
-        (
-            ("a,b", "erniekit", "1,1", "train"),
-            "train_dataset_path has 2 entries, train_dataset_type 1 and train_dataset_prob 2",
-        ),
-        (("a", "ernikit", "1", "train"), "unknown type 'ernikit'. Hint: the types are erniekit"),
-        (("a,b", None, "1,0", "train"), "'0' is not a positive number"),
-        (("a", None, "x", "train"), "'x' is not a positive number"),
-        (("a", "alpaca", None, "train", "PT"), "stage PT reads pretraining text"),
-    ],
-)
-def test_read_specs_errors(arguments, reason):
-    with pytest.raises(DataError, match=reason):
-        read_specs(*arguments)
+def test_a_split_without_data_says_which_key_is_missing():
+    with pytest.raises(DataError, match="eval_dataset_path is not set"):
+        read_specs((), (), (), "eval")
+
+
+def test_the_types_of_data_are_those_that_the_configuration_knows():
+    assert {*FORMATS, *ALIASES} == set(DATASET_TYPES)
+    assert {f"{ALIASES.get(name, name)} (DPO)" for name in DATASET_TYPES if name != "text"} == set(PREFERENCE_FORMATS)
 
 
 def test_permutation_is_one_and_depends_on_every_part_of_its_key():

@@ -56,19 +56,19 @@ def test_a_document_agrees_with_the_processor(encode, processor, tmp_path):
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": "fine"}]
     served = processor(messages)
     np.testing.assert_array_equal(document.ids, served["input_ids"][0])
-    np.testing.assert_array_equal(document.media.modality, served["moe_mm_token_type_ids"][0])
-    np.testing.assert_array_equal(document.media.positions, served["position_ids"][:, 0].T)
-    np.testing.assert_array_equal(document.media.grid, served["image_grid_thw"])
-    first = document.media.first_tokens
+    np.testing.assert_array_equal(document.pictures.modality, served["moe_mm_token_type_ids"][0])
+    np.testing.assert_array_equal(document.pictures.positions, served["position_ids"][:, 0].T)
+    np.testing.assert_array_equal(document.pictures.grid, served["image_grid_thw"])
+    first = document.pictures.first_tokens
     placeholder = processor.tokenizer.token_id("<|IMAGE_PLACEHOLDER|>")
     assert (document.ids[first] == placeholder).all() and (document.ids[first - 1] != placeholder).all()
-    assert (document.media.modality[first] == Modality.IMAGE).all()
-    assert all(len(p.patches()) == p.geometry.patches for p in document.media.sources)
+    assert (document.pictures.modality[first] == Modality.IMAGE).all()
+    assert all(len(p.patches()) == p.geometry.patches for p in document.pictures.sources)
 
 
 def test_media_carry_no_loss(encode):
     [document] = encode(rounds("small.png")).documents
-    vision = np.flatnonzero(document.media.modality)
+    vision = np.flatnonzero(document.pictures.modality)
     assert (document.labels[vision] == IGNORE).all() and (document.labels[vision - 1] == IGNORE).all()
     assert (document.labels != IGNORE).any()
 
@@ -88,7 +88,7 @@ def test_rounds_that_do_not_fit_are_left_out_with_their_pictures(encode):
     for limit, count in ((lengths[2], 3), (lengths[2] - 1, 2), (lengths[1] - 1, 1), (lengths[0], 1)):
         encoded = encode(three, max_seq_len=limit)
         [document] = encoded.documents
-        assert len(document.media.sources) == count and len(document.ids) == lengths[count - 1]
+        assert len(document.pictures.sources) == count and len(document.ids) == lengths[count - 1]
         assert encoded.cut == (count < 3)
 
 
@@ -113,7 +113,7 @@ def test_pictures_are_shrunk_to_fit(encode):
     encoded = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, overflow="shrink")
     [document] = encoded.documents
     assert encoded.shrunk and not encoded.cut
-    big, small = document.media.sources
+    big, small = document.pictures.sources
     assert 60 <= big.geometry.tokens <= 80 and small.geometry.tokens == 4  # no more than is needed
     assert len(document.ids) <= length - 20
     again = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, overflow="shrink")
@@ -128,10 +128,10 @@ def test_videos_lose_pixels_and_then_frames(encode, tmp_path):
         "videos": ["clip"],
     }
     [document] = encode(record).documents
-    assert document.media.grid.tolist() == [[16, 20, 20]]
-    fewer = encode(record, max_seq_len=300, overflow="shrink").documents[0].media
+    assert document.pictures.grid.tolist() == [[16, 20, 20]]
+    fewer = encode(record, max_seq_len=300, overflow="shrink").documents[0].pictures
     assert fewer.grid[0, 0] == 16 and fewer.grid.prod() // 8 <= 300
-    [thinned] = encode(record, max_seq_len=45, overflow="shrink").documents[0].media.sources
+    [thinned] = encode(record, max_seq_len=45, overflow="shrink").documents[0].pictures.sources
     assert thinned.thinned and thinned.frames in (2, 4, 8) and len(thinned.patches()) == thinned.geometry.patches
 
 
@@ -139,7 +139,7 @@ def test_labels_choose_the_answers(encode):
     record = {**rounds("small.png", "small.png"), "label": [1, 0]}
     [document] = encode(record).documents
     trained = np.flatnonzero(document.labels != IGNORE)
-    assert trained.max() < document.media.first_tokens[1]
+    assert trained.max() < document.pictures.first_tokens[1]
     assert encode({**record, "label": [0, 0]}).dropped.startswith("no answer to learn")
 
 
@@ -147,7 +147,7 @@ def test_text_records_have_no_media(encode):
     [document] = encode(
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     ).documents
-    assert document.media is None
+    assert document.pictures is None
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def steps(loader):
 def assert_equal(ours, theirs):
     for name in COLUMNS:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-    for name in ("pixels", "grid", "first_tokens", "documents"):
-        np.testing.assert_array_equal(getattr(ours.media, name), getattr(theirs.media, name))
+    for name in ("patches", "grid", "first_tokens", "documents"):
+        np.testing.assert_array_equal(getattr(ours.pictures, name), getattr(theirs.pictures, name))
     assert ours.sources == theirs.sources
 
 
@@ -71,9 +71,9 @@ def test_batches_hold_the_patches_of_their_pictures(data, tokenizer):
     placeholders = {tokenizer.token_id(f"<|{kind}_PLACEHOLDER|>") for kind in ("IMAGE", "VIDEO")}
     pictures = videos = 0
     for batch in (batch for step in steps(build(data, tokenizer)) for batch in step):
-        media = batch.media
-        assert media.is_decoded and not media.sources
-        assert media.pixels.shape == (media.grid.prod(axis=1).sum(), 588) if len(media) else True
+        media = batch.pictures
+        assert len(media.patches) == media.num_patches and not media.sources
+        assert media.patches.shape == (media.grid.prod(axis=1).sum(), 588) if len(media) else True
         inside = np.isin(batch.input_ids, list(placeholders))
         merged = np.where(batch.modality[media.first_tokens] == Modality.VIDEO, 8, 4)
         assert inside.sum() == (media.grid.prod(axis=1) // merged).sum()
@@ -105,7 +105,7 @@ def test_ranks_share_the_rows_and_decode_their_own(data, tokenizer):
     ]
     np.testing.assert_array_equal(whole[0].input_ids, np.concatenate([part.input_ids for part in parts]))
     np.testing.assert_array_equal(
-        whole[0].media.pixels, np.concatenate([part.media.pixels for part in parts if len(part.media)])
+        whole[0].pictures.patches, np.concatenate([part.pictures.patches for part in parts if len(part.pictures)])
     )
 
 
@@ -152,7 +152,7 @@ def test_a_broken_picture_ends_the_run_or_loses_its_loss(data, tokenizer, tmp_pa
     number = next(i for i, source in enumerate(batch.sources) if source.endswith(":5"))
     assert (batch.labels[batch.segment_ids == number] == IGNORE).all()
     assert (batch.labels[batch.segment_ids != number] != IGNORE).any()
-    assert batch.media.is_decoded
+    assert len(batch.pictures.patches) == batch.pictures.num_patches
 
 
 def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
@@ -165,5 +165,5 @@ def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
 
 
 def test_other_types_are_named(data, tokenizer):
-    with pytest.raises(DataError, match="stage VL-SFT reads conversations, not text"):
+    with pytest.raises(DataError, match="stage VL-SFT reads conversations, not type text"):
         build(data, tokenizer, train_dataset_type="text")

@@ -1,0 +1,66 @@
+"""fp32 tensors on disk that belong to a training state, whole or in pieces that several ranks wrote."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from erniekit.checkpoint.safetensors import Reader
+from erniekit.models.weights import Shape
+from erniekit.utils.errors import CheckpointError
+
+_ROWS = re.compile(r"(.+)\[([0-9]{1,18}):([0-9]{1,18})\]")
+
+
+def piece_name(name: str, rows: tuple[int, int] | None) -> str:
+    """The name in files of rows [begin, end) of a tensor; None: of the whole tensor."""
+    return name if rows is None else f"{name}[{rows[0]}:{rows[1]}]"
+
+
+class StoredState:
+    """Tensors on disk, some of them in several pieces "name[begin:end]" along their first axis."""
+
+    def __init__(self, directory: Path) -> None:
+        """CheckpointError if the pieces of a tensor do not make a whole."""
+        self.reader = Reader(directory)
+        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
+        for stored in self.reader.keys():  # noqa: SIM118 no mapping
+            match = _ROWS.fullmatch(stored)
+            if self.reader.info(stored).dtype != "F32":
+                raise CheckpointError(f"{directory}: {stored} is not float32. Resume from an older checkpoint.")
+            if match:
+                self._pieces.setdefault(match[1], []).append((int(match[2]), int(match[3]), stored))
+        for name, pieces in self._pieces.items():
+            pieces.sort()
+            ends = [0, *(end for _, end, _ in pieces)]
+            shapes = [self.reader.info(stored).shape for _, _, stored in pieces]
+            rows = [(end - begin, *shapes[0][1:]) for begin, end, _ in pieces]
+            if [begin for begin, _, _ in pieces] != ends[:-1] or shapes != rows or name in self.reader:
+                raise CheckpointError(
+                    f"{directory}: the pieces of {name} leave gaps or overlap: {', '.join(p[2] for p in pieces)}. "
+                    "Resume from an older checkpoint."
+                )
+
+    def keys(self) -> list[str]:
+        """Names of the tensors as wholes."""
+        return list(dict.fromkeys(match[1] if (match := _ROWS.fullmatch(n)) else n for n in self.reader.keys()))  # noqa: SIM118
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.info(name).shape
+        return (pieces[-1][1], *self.reader.info(pieces[0][2]).shape[1:])
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor, or rows [begin, end) of its first axis; no other rows are read."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self.reader.read(name, rows=rows)
+        first, last = rows or (0, pieces[-1][1])
+        parts = [
+            self.reader.read(stored, rows=(max(first, begin) - begin, min(last, end) - begin))
+            for begin, end, stored in pieces
+            if begin < last and end > first
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

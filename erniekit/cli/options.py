@@ -1,0 +1,74 @@
+"""Options of a command that are not keys of a configuration: `name=value`, `--name=value` or `--name value`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from erniekit.cli.commands import COMMANDS
+from erniekit.config.paths import expand
+from erniekit.utils.errors import ConfigError
+
+# Option -> how its text is read: a ValueError says what is wrong with it.
+Readers = Mapping[str, Callable[[str], Any]]
+
+
+def read(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options of `command`, and the other words as they stand.
+
+    Raises:
+        ConfigError: an option has no value, or one that its reader does not accept.
+    """
+    values: dict[str, Any] = {}
+    others: list[str] = []
+    words = iter(args)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if name not in readers or not (equals or word.startswith("--")):
+            others.append(word)
+            continue
+        if not equals:
+            text = next(words, "")
+        if not text:
+            raise _wrong(command, f"{name}: a value is missing")
+        try:
+            values[name] = readers[name](text)
+        except ValueError as error:
+            raise _wrong(command, f"{name}={text}: {error}") from None
+    return values, others
+
+
+def read_with_paths(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
+    """As `read`, for a command whose other words are paths.
+
+    Raises:
+        ConfigError: also where another word is an option that the command does not have.
+    """
+    values, words = read(command, args, readers)
+    for word in words:
+        if word.startswith("--") or ("=" in word and not Path(word).exists()):
+            raise _wrong(command, f"{word}: the options of `erniekit {command}` are {', '.join(readers)}")
+    try:
+        return values, [expand(word) for word in words]
+    except ValueError as error:
+        raise _wrong(command, str(error)) from None
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """The reader of an option with a few possible words."""
+
+    def read_word(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return read_word
+
+
+def require(command: str, condition: object, message: str) -> None:
+    """Raise ConfigError with `message` and the usage of `command` unless `condition` holds."""
+    if not condition:
+        raise _wrong(command, message)
+
+
+def _wrong(command: str, message: str) -> ConfigError:
+    return ConfigError(f"{message}\nusage: {COMMANDS[command].syntax}")

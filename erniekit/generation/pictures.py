@@ -1,0 +1,61 @@
+"""Images and videos of prompts, step by step: a row's tables, as the slices that each pass of the model takes.
+
+Legend: B rows, W tokens of the widest row of a step.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+
+from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import EncodedPictures
+from erniekit.models.pictures import PictureTables
+
+
+class Step(NamedTuple):
+    """What models.decoder.CausalLM.extend takes beside tokens: position_ids int64 [B, W, 3], modality int64 [B, W], and
+    the features of the pictures among the tokens.
+    """
+
+    position_ids: np.ndarray
+    modality: np.ndarray
+    pictures: EncodedPictures | None
+
+
+class PromptPictures:
+    """The images and videos of the tokens that a stepper is fed, one entry a row; None: a row of text alone. Encoded
+    once, however many passes the tokens take.
+    """
+
+    def __init__(self, model: CausalLM, rows: Sequence[PictureTables | None]) -> None:
+        self._rows = rows
+        self._encoded = [_encode(model, row) for row in rows]
+
+    def step(self, start: int, counts_B: np.ndarray, next_positions_B: np.ndarray) -> Step:
+        """The tokens [start, start + counts[b]) of each row b, which has been fed all before them; text alone counts on
+        from next_positions.
+        """
+        width = int(counts_B.max())
+        positions = np.repeat((next_positions_B[:, None] + np.arange(width))[:, :, None], 3, axis=2)
+        modality = np.zeros(positions.shape[:2], np.int64)
+        features, places = [], []
+        for b, (row, encoded, count) in enumerate(zip(self._rows, self._encoded, counts_B.tolist(), strict=True)):
+            if row is None:
+                continue
+            positions[b, :count] = row.positions[start : start + count]
+            modality[b, :count] = row.modality[start : start + count]
+            if encoded is not None:
+                own = np.flatnonzero((encoded.places >= start) & (encoded.places < start + count))
+                if len(own):
+                    features.append(paddle.gather(encoded.features, paddle.to_tensor(own)))
+                    places.append(encoded.places[own] - start + b * width)
+        pictures = EncodedPictures(paddle.concat(features), np.concatenate(places)) if features else None
+        return Step(positions, modality, pictures)
+
+
+@paddle.no_grad()
+def _encode(model: CausalLM, row: PictureTables | None) -> EncodedPictures | None:
+    pictures = None if row is None else row.on_device()
+    return None if pictures is None else model.model.encode(pictures)

@@ -1,0 +1,40 @@
+"""Options of commands that read no configuration, or have more than its keys."""
+
+from pathlib import Path
+
+import pytest
+
+from erniekit.cli import options
+from erniekit.config.values import to_bool
+from erniekit.utils.errors import ConfigError
+
+READERS = {"strict": to_bool, "command": options.one_of("train", "eval")}
+
+
+@pytest.mark.parametrize("words", [["strict=true"], ["--strict=true"], ["--strict", "true"]])
+def test_three_ways_to_write_an_option(words: list[str]):
+    assert options.read("check", ["x.yaml", *words, "seed=3"], READERS) == ({"strict": True}, ["x.yaml", "seed=3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["strict=perhaps"], "strict=perhaps: expected True or False"),
+        (["command=trian"], "command=trian: expected one of train, eval"),
+        (["x.yaml", "--strict"], "strict: a value is missing"),
+        (["strict="], "strict: a value is missing"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_usage(words: list[str], message: str):
+    with pytest.raises(ConfigError) as raised:
+        options.read("check", words, READERS)
+    assert message in str(raised.value) and "usage: erniekit check CONFIG.yaml" in str(raised.value)
+
+
+def test_a_path_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a=b").mkdir()
+    monkeypatch.setenv("HOME", "/h")
+    assert options.read_with_paths("convert", ["a=b", "~/c"], READERS) == ({}, ["a=b", "/h/c"])
+    with pytest.raises(ConfigError, match="a=c: the options of `erniekit convert` are strict, command"):
+        options.read_with_paths("convert", ["a=c"], READERS)
