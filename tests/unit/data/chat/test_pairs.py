@@ -325,6 +325,6 @@ def test_each_side_is_what_fine_tuning_on_that_answer_would_see(name):
     begins = (pair.prompt, pair.prompt + pair.chosen)
     for begin, length, (answer,) in zip(begins, pair[1:3], record["response"], strict=True):
         single = {"src": record["src"], "tgt": [*record["tgt"], answer], "label": [0, 1]}
-        ((alone, alone_labels, _),) = encoder("erniekit", json.dumps(single).encode(), "a:1").documents
+        ((alone, alone_labels, *_),) = encoder("erniekit", json.dumps(single).encode(), "a:1").documents
         assert [*ids[: pair.prompt], *ids[begin : begin + length]] == alone.tolist()
         assert labels[begin : begin + length].tolist() == alone_labels[pair.prompt :].tolist()
