@@ -139,16 +139,20 @@ def _checked_order(order: Any, counts: dict[str, int]) -> tuple[list[str], list[
         raise BadRecord(
             "'order' must have two lists of one length", 'write {"type": ["image", ...], "index": [0, ...]}'
         )
-    unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in counts]
-    if unknown:
-        raise BadRecord(f"'order' has the type {unknown[0]!r}", "the types are text, image and video")
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in counts:
+            raise BadRecord(f"'order' has the type {kind!r}", "the types are text, image and video")
     for kind, count in counts.items():
-        given = [index for k, index in zip(kinds, indices, strict=True) if k == kind]
-        if not all(type(index) is int for index in given) or sorted(given) != list(range(count)):
-            raise BadRecord(f"'order' names the items {given} of {_KINDS[kind]}, which has {count}", "name each once")
-        if kind == "text" and given != sorted(given):
-            raise BadRecord(f"'order' puts the texts into the order {given}", "leave them in theirs")
+        _check_indices([index for k, index in zip(kinds, indices, strict=True) if k == kind], kind, count)
     return kinds, indices
+
+
+def _check_indices(given: list[Any], kind: str, count: int) -> None:
+    """Each of `count` items of one kind is named once, and texts are in their order."""
+    if not all(type(index) is int for index in given) or sorted(given) != list(range(count)):
+        raise BadRecord(f"'order' names the items {given} of {_KINDS[kind]}, which has {count}", "name each once")
+    if kind == "text" and given != sorted(given):
+        raise BadRecord(f"'order' puts the texts into the order {given}", "leave them in theirs")
 
 
 def _grouped(items: Sequence[tuple[str, dict[str, Any]]]) -> list[Part]:
