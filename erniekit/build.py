@@ -116,8 +116,7 @@ def training_options(cfg: Config) -> ModelOptions:
             overrides_of(cfg),
             min_positions=cfg.max_seq_len,
             capacity_factor=cfg.moe_capacity_factor,
-            # Preference losses have no term for tokens further ahead (see config.support).
-            mtp_depths=0 if cfg.stage == "DPO" else cfg.num_nextn_predict_layers,
+            mtp_depths=cfg.mtp_depths,
         ),
         adapter=adapter,
         recompute=_recompute_options(cfg) if cfg.recompute else None,

@@ -83,14 +83,20 @@ def test_every_key_is_documented_in_a_line():
 
 
 def keys_read() -> set[str]:
-    """Every `cfg.name` and `self.cfg.name` in the package outside config."""
-    found: set[str] = set()
-    for module in read_package(REPOSITORY).values():
+    """Every `cfg.name` and `self.cfg.name` in the package outside config, and what the properties of Config among them
+    read.
+    """
+    package, found = read_package(REPOSITORY), set[str]()
+    for module in package.values():
         for node in ast.walk(module.tree) if module.unit != "config" else ():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if owner.lstrip("_") == "cfg":
                     found.add(node.attr)
+    for node in ast.walk(package["erniekit.config.schema"].tree):
+        if isinstance(node, ast.FunctionDef) and node.name in found:
+            names = (inner for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+            found |= {name.attr for name in names if isinstance(name.value, ast.Name) and name.value.id == "self"}
     return found
 
 

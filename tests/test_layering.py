@@ -27,7 +27,6 @@ ROOT = ("", "api", "__main__")
 SIDEWAYS = {("config", "utils")}
 # The chain allows these, a design decision forbids them.
 FORBIDDEN = {
-    ("evaluate", "training"): "evaluation does not need the trainer",
     ("serve", "training"): "serving does not need the trainer",
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",

@@ -51,6 +51,7 @@ class Step:
         from erniekit.losses.lm import linear_cross_entropy
         from erniekit.models.weights import our_shapes
         from erniekit.parallel.grad_sync import GradientSync
+        from erniekit.parallel.zero import ShardedParameters
         from erniekit.precision.quantized_weight import QuantizedWeights
         from erniekit.precision.weight_only import SCHEMES
         from erniekit.training.adamw import AdamW, parameter_rules
@@ -65,11 +66,15 @@ class Step:
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
         rules = parameter_rules(model, Config(weight_decay=0.01))
-        self.optimizer = AdamW(GradientSync.single(named), rules, 0.9, 0.999, 1e-8)
+        parameters = ShardedParameters.single(named)
+        self.sync = GradientSync(parameters)
+        self.optimizer = AdamW(parameters, rules, 0.9, 0.999, 1e-8)
         self.trained = sum(int(np.prod(p.shape)) for _, p in named)
 
     def run(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> None:
         from erniekit.models.inputs import packed_inputs
+        from erniekit.parallel.grad_clip import clip_, global_norm
+        from erniekit.parallel.process_group import ALONE
 
         paddle = self.paddle
         hidden = self.model.model(packed_inputs(self.model, ids_BS, np.ones_like(ids_BS)))
@@ -77,9 +82,10 @@ class Step:
         head = self.model.output_head()
         loss, *_ = self.loss_of(hidden.normed, head, paddle.to_tensor(labels_BS.reshape(-1)), weights)
         loss.backward()
-        self.optimizer.sync.clip(self.optimizer.sync.global_norm(), 1.0)
-        self.optimizer.step(1e-4)
-        self.optimizer.clear_grad()
+        gradients = self.sync.finish()
+        clip_(gradients, global_norm(gradients, self.sync.parameters.entries, ALONE), 1.0)
+        self.optimizer.step(gradients, 1e-4)
+        self.sync.clear()
 
     def checkpoint_bytes(self) -> int:
         """Weights or adapter as saved, and the optimizer's state."""

@@ -27,6 +27,7 @@ from erniekit.checkpoint.reshard import Shares  # noqa: E402
 from erniekit.models.config import ModelConfig  # noqa: E402
 from erniekit.models.decoder import CausalLM  # noqa: E402
 from erniekit.parallel.grad_sync import GradientSync  # noqa: E402
+from erniekit.parallel.zero import ShardedParameters  # noqa: E402
 from erniekit.training.adamw import AdamW, ParamRule  # noqa: E402
 from erniekit.training.state import optimizer_rank_files  # noqa: E402
 
@@ -53,7 +54,9 @@ def main() -> None:
     paddle.seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     rules = {name: ParamRule(1.0, 0.0) for name, _ in model.named_parameters()}
-    optimizer = AdamW(GradientSync.single(model.named_parameters()), rules, 0.9, 0.95, 1e-8)
+    parameters = ShardedParameters.single(model.named_parameters())
+    sync = GradientSync(parameters)
+    optimizer = AdamW(parameters, rules, 0.9, 0.95, 1e-8)
     count = sum(p.size for p in model.parameters())
     print(f"{count / 1e6:.0f} M parameters, {3 * 4 * count / 1e9:.2f} GB a checkpoint")
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -63,8 +66,8 @@ def main() -> None:
             """Seconds blocked, and until all was on disk."""
             tokens = np.random.default_rng(step).integers(0, 32000, (4, 512))
             model(tokens).sum().backward()
-            optimizer.step(1e-6)
-            optimizer.clear_grad()
+            optimizer.step(sync.finish(), 1e-6)
+            sync.clear()
             began = time.perf_counter()
             portions = [model_rank_files(model, Shares.alone(), "pt"), optimizer_rank_files(optimizer, Shares.alone())]
             path = manager.save(step, lambda _: None, portions, background=background)

@@ -93,6 +93,7 @@ class _Ours:
         from erniekit.models.decoder import CausalLM
         from erniekit.models.inputs import packed_inputs
         from erniekit.parallel.grad_sync import GradientSync
+        from erniekit.parallel.zero import ShardedParameters
         from erniekit.training.adamw import AdamW, parameter_rules
 
         self.threads = runtime.set_threads(job["threads"])
@@ -102,12 +103,17 @@ class _Ours:
         self.model = model = CausalLM(config)
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
         rules = parameter_rules(self.model, Config(weight_decay=0.01))
-        self.optimizer = AdamW(GradientSync.single(named), rules, 0.9, 0.999, 1e-8)
+        parameters = ShardedParameters.single(named)
+        self.sync = GradientSync(parameters)
+        self.optimizer = AdamW(parameters, rules, 0.9, 0.999, 1e-8)
         self.head = model.output_head()
         self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)
         self.segments = np.tile(documents_in_row(job["seq"], job["documents"]), (job["batch"], 1))
 
     def step(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> tuple[float, list[float]]:
+        from erniekit.parallel.grad_clip import clip_, global_norm
+        from erniekit.parallel.process_group import ALONE
+
         paddle = self.paddle
         times = [time.perf_counter()]
         # The plan of who sees whom belongs to a batch, so it belongs to the step.
@@ -117,9 +123,10 @@ class _Ours:
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
-        self.optimizer.sync.clip(self.optimizer.sync.global_norm(), 1.0)
-        self.optimizer.step(1e-4)
-        self.optimizer.clear_grad()
+        gradients = self.sync.finish()
+        clip_(gradients, global_norm(gradients, self.sync.parameters.entries, ALONE), 1.0)
+        self.optimizer.step(gradients, 1e-4)
+        self.sync.clear()
         times.append(time.perf_counter())
         return loss.item(), times
 

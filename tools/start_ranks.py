@@ -87,11 +87,11 @@ def work() -> None:
     import numpy as np
     import paddle
 
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend, comm
 
-    world = comm.init(TIMEOUT / 2)
+    world = backend.init(TIMEOUT / 2)
     everyone = tuple(range(world.size))
-    groups = comm.groups([everyone, *combinations(everyone, 2)])
+    groups = backend.groups([everyone, *combinations(everyone, 2)])
     for number in range(ROUNDS):
         for ranks, group in groups.items():
             total = comm.all_reduce_(paddle.full([10000], world.rank + number, "float32"), group)

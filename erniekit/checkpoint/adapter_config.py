@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: every option is honoured, known to be harmless here, or refused by name."""
+"""PEFT's adapter_config.json: every option is supported, known to be harmless here, or rejected by name."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -49,7 +49,7 @@ _HONOURED = frozenset(
         "init_lora_weights",
     )
 )
-# Notes, and how factors began that have been trained since.
+# Notes, and the initialisation of factors that have been trained since.
 _HARMLESS = frozenset(
     (
         "auto_mapping",
@@ -74,8 +74,8 @@ _MAX_REPEATS = 3  # of its unbounded repetitions
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter_config.json says. `alphas` holds PEFT's patterns with the alpha of each. `targets`, a pattern or
-    names of modules, is None where the file does not say plainly what is adapted.
+    """The options in an adapter_config.json. `alphas` are PEFT's patterns with the alpha of each. `targets`, a pattern
+    or names of modules, is None where the file does not list plainly what is adapted.
     """
 
     base: str | None
@@ -91,21 +91,21 @@ class AdapterConfig:
     saved: tuple[str, ...]
 
     def scaling(self, name: str, rank: int) -> float:
-        """s of W + s A B for a projection by PEFT's name."""
+        """The factor s in W + s A B for a projection by PEFT's name."""
         forms = (name, f"{name}.weight")
-        found = (alpha for pattern, alpha in self.alphas if any(pattern.match(form) for form in forms))
-        return next(found, self.alpha) / (rank**0.5 if self.rslora else rank)
+        matching = (alpha for pattern, alpha in self.alphas if any(pattern.match(form) for form in forms))
+        return next(matching, self.alpha) / (rank**0.5 if self.rslora else rank)
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """adapter_config.json in the directory `path`. CheckpointError names the file and the option."""
+    """Read adapter_config.json in the directory `path`. A CheckpointError names the file and the option."""
     if not is_adapter(path):
         raise CheckpointError(f"{path} holds no adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE} are needed.")
     file = path / ADAPTER_CONFIG_FILE
     content = JsonObject(read_json_object(file, CheckpointError), str(file), CheckpointError)
     _check_options(content)
     alphas = content.get_object("alpha_pattern")
-    ranks = content.get_object("rank_pattern")  # the shapes of the factors say the ranks
+    ranks = content.get_object("rank_pattern")  # the ranks follow from the shapes of the factors
     for name in ranks.values:
         ranks.get_int(name, None, 1, _MAX_RANK)
     return AdapterConfig(
@@ -163,7 +163,7 @@ def _names(content: JsonObject, key: str) -> tuple[str, ...]:
 
 
 def _is_limited(content: JsonObject) -> bool:
-    """Whether other options take away some of what the targets name."""
+    """Whether other options exclude some of the modules that the targets name."""
     return content.values.get("layers_to_transform") is not None or bool(content.values.get("exclude_modules"))
 
 
@@ -179,8 +179,9 @@ def _targets(content: JsonObject) -> re.Pattern[str] | tuple[str, ...] | None:
 
 
 def _pattern(text: str, where: str, ending: bool = False) -> re.Pattern[str]:
-    """A regular expression from a file of unknown origin; with `ending`, for the end of a name, as PEFT's patterns are
-    meant. Matching has no time limit, so what could take for ever is refused: repeated groups, and many repetitions.
+    """Compile a regular expression from a file of unknown origin; with `ending`, for the end of a name, as PEFT matches
+    its patterns. Matching has no time limit, so patterns that could take very long are rejected: repeated groups, and
+    many repetitions.
     """
     plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", text)  # without escapes and classes of characters
     repeats = len(re.findall(r"[*+{]", plain))
@@ -196,5 +197,5 @@ def _pattern(text: str, where: str, ending: bool = False) -> re.Pattern[str]:
 
 
 def ends(name: str, targets: Iterable[str]) -> bool:
-    """Whether PEFT takes `name` for one of the short names `targets`."""
+    """Whether PEFT matches `name` by one of the short names `targets`."""
     return any(name == target or name.endswith(f".{target}") for target in targets)

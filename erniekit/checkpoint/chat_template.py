@@ -1,4 +1,4 @@
-"""The chat template beside the weights, so that everyone who loads them asks as training did."""
+"""The chat template among the files of a model, so that inference formats conversations as training did."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,10 @@ _PROCESSOR_FILE = "chat_template.json"
 
 
 def write_chat_template(directory: Path, source: str, end_ids: Sequence[int]) -> None:
-    """Write a template as chat_template.jinja into a directory that holds copies of a model's companion files.
-
-    A template in tokenizer_config.json or chat_template.json is taken out: with two, it depends on the reader which one
-    counts. generation_config.json, where there is one, learns the `end_ids` that it lacks: with another template an
-    answer may end with another token than the base model's, and servers stop at those that this file names.
+    """Write a template as chat_template.jinja into a directory with copies of a model's companion files. A template in
+    tokenizer_config.json or chat_template.json is removed: with two, it depends on the reader which one counts. Missing
+    `end_ids` are added to generation_config.json, where there is one: with another template an answer may end with
+    another token than the base model's, and servers stop at the tokens that this file names.
     """
     (directory / CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8", newline="")
     (directory / _PROCESSOR_FILE).unlink(missing_ok=True)

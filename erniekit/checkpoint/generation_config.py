@@ -1,4 +1,4 @@
-"""generation_config.json: its end tokens and padding are the model's; how tokens are chosen is for the run to say."""
+"""generation_config.json: its end tokens and padding belong to the model; sampling is chosen by the run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "diversity_penalty": 0.0,
     "guidance_scale": 1.0,
 }
-# Where they are kept while tokens are made, what is returned beside them, and choices among beams.
+# Caches, additional outputs, and choices among beams.
 _HARMLESS = frozenset(
     (
         "_from_model_config",
@@ -82,8 +82,8 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What the model's files say about generating. `end_ids` end an answer, `fill_id` fills rows that ended. `settings`
-    are the other values of `file` that would change what is generated; they are not used.
+    """What the model's files specify about generation. `end_ids` end an answer, `fill_id` fills rows that have ended.
+    `settings` are the other values of `file` that would change what is generated; they are not used.
     """
 
     file: Path
@@ -93,9 +93,8 @@ class GenerationConfig:
 
 
 def read_generation_config(directory: str | Path, config: ModelConfig) -> GenerationConfig:
-    """generation_config.json in `directory`; what it does not say, and without such a file all, is as in `config`.
-
-    CheckpointError names the file and the key.
+    """Read generation_config.json in `directory`; values that it lacks, or all without such a file, are those of
+    `config`. A CheckpointError names the file and the key.
     """
     file = Path(directory) / GENERATION_CONFIG_FILE
     try:
@@ -117,17 +116,17 @@ def read_generation_config(directory: str | Path, config: ModelConfig) -> Genera
     )
 
 
-def not_used(found: GenerationConfig, run: Mapping[str, Any]) -> str | None:
-    """A line that names the settings of generation_config.json whose value is not the run's; None if there is none.
-    `run`: transformers' name -> value of each that a run has a key for.
+def not_used(stored: GenerationConfig, run: Mapping[str, Any]) -> str | None:
+    """A line that names the settings of generation_config.json whose value differs from the run's; None if there is
+    none. `run`: transformers' name -> the run's value, for each setting that a run has a key for.
     """
-    differing = {key: value for key, value in found.settings.items() if key not in run or value != run[key]}
-    if not run.get("do_sample", True):  # the likeliest token is the same, however the others are weighed
+    differing = {key: value for key, value in stored.settings.items() if key not in run or value != run[key]}
+    if not run.get("do_sample", True):  # greedy search: the most probable token does not depend on these
         differing = {key: value for key, value in differing.items() if key not in ("temperature", "top_p", "top_k")}
     if not differing:
         return None
     named = ", ".join(f"{key} {_shown(value)}" for key, value in sorted(differing.items()))
-    return f"{found.file}: {named}: not used; the keys of the run decide how tokens are chosen"
+    return f"{stored.file}: {named}: not used; the keys of the run decide how tokens are chosen"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Model directories as a whole: complete or not there, found again, and the files beside the weights."""
+"""Model directories: written completely or not at all, found again, and the files beside the weights."""
 
 import functools
 import os
@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from erniekit.checkpoint.run_record import read_record
-from erniekit.checkpoint.safetensors import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    WEIGHT_FILE,
-    replace_weights,
-    write_error,
-)
+from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
+from erniekit.checkpoint.safetensors_write import replace_weights, write_error
 from erniekit.models.config import CONFIG_FILE, Format, ModelConfig
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -38,18 +33,25 @@ COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, "preprocessor_config.jso
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+def checkpoint_dir(output_dir: Path, step: int) -> Path:
+    """The directory in which a run saves step `step`."""
+    return output_dir / f"checkpoint-{step}"
+
+
 def checkpoint_step(path: Path) -> int | None:
-    """N of .../checkpoint-N, None for another name."""
+    """The N of .../checkpoint-N; None for another name."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Those that the run has set aside lie deeper and are not among them."""
+    """The checkpoints of a run, oldest first. Those that the run has abandoned are in directories of their own and are
+    not among them.
+    """
     if not output_dir.is_dir():
         return []
-    found = [(checkpoint_step(p), p) for p in output_dir.iterdir() if p.is_dir()]
-    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+    steps = [(checkpoint_step(p), p) for p in output_dir.iterdir() if p.is_dir()]
+    return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
 
 
 def holds_model(directory: Path) -> bool:
@@ -58,8 +60,8 @@ def holds_model(directory: Path) -> bool:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files of the model or adapter in a directory, whole or not. The first ones make it one: without them it is no
-    model any more. Notices (LICENSE, README.md) are not among them: they may be the user's.
+    """The files of the model or adapter in a directory, complete or not. Without the first ones it is no longer
+    recognised as a model. Notices (LICENSE, README.md) are not among them: they may be the user's.
     """
     first = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
     others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
@@ -96,8 +98,8 @@ def require_weights(directory: Path) -> None:
 
 
 def find_checkpoint(output_dir: str | Path) -> Path:
-    """The model or the adapter of a run: the newest `checkpoint-N` of a run under way, the final one in `output_dir` of
-    a finished run; a log line where both are there and the checkpoint is meant.
+    """The model or the adapter of a run: the newest `checkpoint-N` of an unfinished run, the final one in `output_dir`
+    of a finished run; a log line where both are there and the checkpoint is used.
 
     Raises CheckpointError where there is neither.
     """
@@ -126,10 +128,10 @@ def find_checkpoint(output_dir: str | Path) -> Path:
 
 
 def _newer_than_final(root: Path, newest: Path) -> str | None:
-    """Why a checkpoint stands for the run although there is a final model; None where the final model does."""
+    """Why a checkpoint is used although there is a final model; None where the final model is used."""
     record = read_record(root)
     step = checkpoint_step(newest)
-    if record is None or step is None:  # another tool's directory: it says nothing of its order
+    if record is None or step is None:  # another tool's directory, whose order is unknown
         return None
     final = record.final_model
     if final is None:
@@ -137,17 +139,17 @@ def _newer_than_final(root: Path, newest: Path) -> str | None:
     if final.branch != record.branch:
         return "the run went back to an earlier checkpoint since it wrote that model, and is not finished"
     if final.step < step:
-        return f"that model is of step {final.step}, and the run has gone on since"
+        return f"that model is of step {final.step}, and the run has continued since"
     return None
 
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """A temporary directory to write into; on success its files move to `directory`, on an error they are removed.
+    """A temporary directory to write into; on success its files are moved to `directory`, on an error they are removed.
 
-    A new directory appears by one rename. In an existing one the temporary directory lies inside (on the same file
-    system) and files are renamed one by one, the weights' index last; other files stay. What a crash left of an earlier
-    attempt is removed first. OSErrors become CheckpointErrors.
+    A new directory appears by one rename. In an existing one the temporary directory is inside (on the same file
+    system) and files are renamed one by one, the weights' index last; other files stay. What an earlier attempt left
+    when it was killed is removed first. OSErrors become CheckpointErrors.
     """
     target = Path(directory).resolve()
     staging = staging_of(target)
@@ -169,14 +171,14 @@ def staging_of(target: Path) -> Path:
 
 
 def move_staged(staging: Path, target: Path) -> None:
-    """Move what was written into the temporary directory `staging` to `target`, as `staged` says."""
+    """Move the files of the temporary directory `staging` to `target`, as described in `staged`."""
     if not os.path.lexists(target):
         os.rename(staging, target)
         atomic.sync_directory(target.parent)
         return
     files = {file.name: file for file in sorted(staging.iterdir())}
     weights = {name: file for name, file in files.items() if WEIGHT_FILE.fullmatch(name)}
-    if weights:  # from here to the end the directory is no model: never one's weights with another's configuration
+    if weights:  # without an index the directory is no model: weights never meet another configuration
         for name in (INDEX_FILE, SINGLE_FILE):
             (target / name).unlink(missing_ok=True)
     for name, file in files.items():
@@ -189,7 +191,7 @@ def move_staged(staging: Path, target: Path) -> None:
 
 
 def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
-    """config.json in `format`, and generation_config.json where there is none yet."""
+    """Write config.json in `format`, and generation_config.json where there is none yet."""
     atomic.write_json(directory / CONFIG_FILE, config.to_dict(format))
     generation = directory / GENERATION_CONFIG_FILE
     if not generation.exists():
@@ -204,7 +206,8 @@ def copy_companions(
     """Copy a model directory's tokenizer, chat template, generation settings and notices; returns the names copied.
 
     A symbolic link is followed within the model's directory and within a cache of the Hub, which consists of links. One
-    that leads elsewhere is left out, with a warning: nobody may plant a private file in what is passed on.
+    that leads elsewhere is not copied, with a warning: otherwise a link could bring a private file into what is
+    published.
     """
     copied = []
     for name in names:
@@ -221,7 +224,7 @@ def copy_companions(
 
 
 def _why_not_copied(file: Path) -> str | None:
-    """None for a regular file of the model, also through a link."""
+    """The reason why a file is not copied; None for a regular file of the model, also through a link."""
     if not file.is_file():
         return "a link to nothing" if file.is_symlink() and not file.exists() else "not a regular file"
     if leads_outside(file):
@@ -239,7 +242,7 @@ def leads_outside(file: Path) -> bool:
 
 
 def say_links(source: str | Path) -> None:
-    """A log line for each weight or configuration file that is read through a link to elsewhere."""
+    """Log each weight or configuration file that is read through a link to elsewhere."""
     for file in sorted(Path(source).iterdir()):
         if (WEIGHT_FILE.fullmatch(file.name) or file.name == CONFIG_FILE) and leads_outside(file):
             log.info(f"{file} is a link to {file.resolve()}, outside the model's directory; it is read from there")
@@ -247,12 +250,12 @@ def say_links(source: str | Path) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """For what every save of a run would say again."""
+    """Log a warning that every save of a run would repeat."""
     log.warning(message)
 
 
 def not_copied(source: str | Path) -> list[str]:
-    """Files of a model directory that are neither weights nor config nor companions, for a command to name."""
+    """The files of a model directory that are neither weights nor config nor companions, for a command to name."""
     known = {CONFIG_FILE, *COMPANIONS}
     names = (file.name for file in Path(source).iterdir() if file.is_file() and not file.name.startswith("."))
     return sorted(name for name in names if name not in known and not WEIGHT_FILE.fullmatch(name))

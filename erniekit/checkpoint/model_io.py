@@ -1,4 +1,4 @@
-"""Models from and to directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
+"""Loads and saves models: directories with config.json and safetensors, in the "-PT" or the "-Paddle" layout."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -40,14 +40,14 @@ def fill_weights(
     rounded_to: str | None = None,
     into: Mapping[str, paddle.Tensor] | None = None,
 ) -> None:
-    """Set every parameter and persistent buffer that an open directory has, one at a time; the model's dtypes stay. A
-    model that is one part of several takes its share of each. A product that holds its weight is filled while the
-    weight is read, experts one by one.
+    """Set every parameter and persistent buffer from an open directory, one at a time; the model's dtypes stay. A
+    sharded model reads its shard of each. A product that stores its weight is filled while the weight is read, experts
+    one by one.
 
     `rounded_to`: the values are first rounded to this dtype ("bfloat16"). `into`: see `load_weights`.
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
-    tensors = held_tensors(model) if into is None else into
+    tensors = named_tensors(model) if into is None else into
     held = held_weights(model) if into is None else {}
     shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
@@ -84,7 +84,7 @@ def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray
 def _read(
     source: ModelReader, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
 ) -> Iterator[np.ndarray]:
-    """A share (index, count) of one parameter as float32, whole, or expert by expert: only those wanted are read."""
+    """Read a shard (index, count) of one parameter as float32, whole or expert by expert, and nothing else."""
 
     def whole(logical: Logical) -> np.ndarray:
         array = source.read(logical, as_fp32=True)
@@ -98,8 +98,8 @@ def _read(
             whole(logicals[0]) if spec is None else np.ascontiguousarray(shard(whole(logicals[0]), spec, index, count))
         )
         return
-    held = len(logicals) // count
-    for logical in logicals[index * held : (index + 1) * held]:
+    num_local = len(logicals) // count
+    for logical in logicals[index * num_local : (index + 1) * num_local]:
         yield whole(logical)
 
 
@@ -118,12 +118,12 @@ def save_model(
     """
     if held_weights(model):
         raise CheckpointError(
-            "the weights of this model are quantised, and no file of weights can be made from them: save its adapter, "
-            "and merge it into the weights that the model was loaded from."
+            "the weights of this model are quantised, and no weight file is made from them: save its adapter and merge "
+            "it into the weights that the model was loaded from."
         )
     if state_of(model) is not None:
         raise CheckpointError(
-            "this model has an adapter, which files of weights cannot hold: make it part of the weights first "
+            "this model has an adapter, which weight files cannot contain: merge it into the weights first "
             "(erniekit.lora.merge), or save the adapter (erniekit.checkpoint.peft_attach.save_adapter)."
         )
     if format not in FORMATS:
@@ -146,10 +146,10 @@ def model_rank_files(
     directory: str = "",
     header: str = "F32",
 ) -> RankFiles:
-    """This rank's share of a model's weight files, in `directory` below a checkpoint. `tensors` stand in for the
-    parameters and buffers of `model` (an average). `header`: dtype of the files, as in `save_model`.
+    """This rank's weight files of a model, in `directory` below a checkpoint. `tensors` replace the parameters and
+    buffers of `model` (an average). `header`: dtype of the files, as in `save_model`.
     """
-    values = held_tensors(model) if tensors is None else tensors
+    values = named_tensors(model) if tensors is None else tensors
     units: dict[str, list[Logical]] = {}
     for param, logicals in groupby(logical_tensors(model.config), key=lambda logical: logical.param):
         if param in values:
@@ -174,7 +174,7 @@ def model_rank_files(
 
 
 def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format, header: str = "F32") -> None:
-    """config.json and generation_config.json beside the weights of `model`; `header`: the dtype of their files."""
+    """Write config.json and generation_config.json for the weights of `model`; `header` is the dtype of their files."""
     _write_configs(model, directory, header, format)
 
 
@@ -186,6 +186,6 @@ def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format:
         atomic.write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 
-def held_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
-    """Parameters and persistent buffers by name."""
+def named_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
+    """The parameters and persistent buffers of a model by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
-from erniekit.checkpoint.safetensors import Plan, Reader, TensorInfo
+from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import (
     EMBEDDINGS,
@@ -21,22 +23,21 @@ from erniekit.models.weights import (
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
-# What readers of each side expect in the header: transformers wants "pt", Paddle's loaders "np".
+# What readers of each layout expect in the header: transformers wants "pt", Paddle's loaders "np".
 METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"format": "np"}}
-_SHOWN = 8  # names of each kind in an error
 
 
 class ModelReader:
     """A model directory opened for reading: its tensors by piece name, and the configuration that they really have.
 
-    `config` is config.json's, corrected where the weights say otherwise, each time with a log line: a tied model whose
-    file has another head is not tied (as in transformers), a file without multi-token prediction is a model without.
-    `logicals` are its units; with `keep_mtp`, also the multi-token prediction that `config` does not speak of.
-    Raises CheckpointError with every missing, unexpected and misshapen tensor.
+    `config` is config.json's, corrected where the weights differ, each time with a log line: a tied model whose file
+    has another head is not tied (as in transformers), a file without multi-token prediction is a model without.
+    `logicals` are its units; with `keep_mtp`, also the multi-token prediction that `config` does not mention. Raises
+    CheckpointError with every missing, unexpected and misshapen tensor.
     """
 
     def __init__(self, path: str | Path, config: ModelConfig | None = None, keep_mtp: bool = False) -> None:
-        """`config`: what the caller needs the directory to hold, instead of its config.json."""
+        """`config`: what the caller expects in the directory, instead of its config.json."""
         self.path = Path(path)
         self.reader = Reader(self.path, u16_is_bf16=True)
         names = self.reader.keys()
@@ -60,25 +61,25 @@ class ModelReader:
         return self.reader.info(self._stored[name])
 
     def stored_name(self, name: str) -> str:
-        """The file's name of the piece called `name` in the table."""
+        """The name in the file of the piece called `name` in the table."""
         return self._stored[name]
 
     def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
-        """One unit of the model in our layout; as stored (bfloat16 as uint16 bits), or widened to float32."""
+        """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32."""
         names = [self._stored[piece.name] for piece in logical.pieces(self.format)]
         stored = {self.reader.info(name).dtype for name in names}
-        if as_fp32 and len(stored) == 1:  # widened last: half the bytes to transpose
+        if as_fp32 and len(stored) == 1:  # widened last, so that half the bytes are transposed
             whole = logical.from_file((self.reader.read(name) for name in names), self.format)
             return to_fp32(whole, stored.pop())
         return logical.from_file((self.reader.read(name, as_fp32) for name in names), self.format)
 
     def dtype_of(self, logical: Logical) -> str:
-        """Header dtype of a unit; CheckpointError if its pieces differ."""
-        found = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
-        if len(found) > 1:
+        """The header dtype of a unit; CheckpointError if its pieces differ."""
+        dtypes = {self.info(piece.name).dtype for piece in logical.pieces(self.format)}
+        if len(dtypes) > 1:
             names = ", ".join(piece.name for piece in logical.pieces(self.format))
-            raise CheckpointError(f"{self.path}: {names} have different dtypes ({', '.join(sorted(found))}).")
-        return found.pop()
+            raise CheckpointError(f"{self.path}: {names} have different dtypes ({', '.join(sorted(dtypes))}).")
+        return dtypes.pop()
 
     def _with_stored_head(self, config: ModelConfig, adapt: bool) -> ModelConfig:
         if not config.tie_word_embeddings or HEAD not in self.reader:
@@ -92,23 +93,23 @@ class ModelReader:
         return config
 
     def _mtp_depths(self, adapt: bool, keep: bool) -> int:
-        """Depths of multi-token prediction to read; `self.config` is made to agree, or told to stay as it is."""
-        asked = self.config.num_nextn_predict_layers
+        """The number of multi-token-prediction depths to read; `self.config` is adapted to the file if `adapt`."""
+        expected = self.config.num_nextn_predict_layers
         depth_of = {name: mtp_depth(name) for name in self.reader.keys()}  # noqa: SIM118 - a Reader is not iterable
         stored = {name: depth for name, depth in depth_of.items() if depth is not None}
-        if stored and not asked:
+        if stored and not expected:
             if keep:
                 return 1 + max(stored.values())
             count = len(stored)
             log.info(f"{self.path}: {count} multi-token-prediction tensors left out (num_nextn_predict_layers is 0)")
             self.left_out.update(stored)
-        elif asked and not stored and adapt:
+        elif expected and not stored and adapt:
             log.info(
-                f"{self.path}: config.json has num_nextn_predict_layers {asked}, the weights have none: taken as 0"
+                f"{self.path}: config.json has num_nextn_predict_layers {expected}, the weights have none: taken as 0"
             )
             self.config = dataclasses.replace(self.config, num_nextn_predict_layers=0)
             return 0
-        return asked
+        return expected
 
     def _head_repeats_embeddings(self) -> bool:
         embeddings = EMBEDDINGS[self.format]
@@ -116,15 +117,11 @@ class ModelReader:
             return False
         same_type = self.reader.info(HEAD).dtype == self.reader.info(embeddings).dtype
         head, table = (self.reader.read(name, as_fp32=not same_type) for name in (HEAD, embeddings))
-        # A tied head of a -Paddle file lies as the embeddings do; an untied one is transposed. Accept both.
+        # A tied head of a -Paddle file has the layout of the embeddings; an untied one is transposed. Accept both.
         return np.array_equal(head, table) or (self.format == "paddle" and np.array_equal(head.T, table))
 
     def _complain(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-        lines = []
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-            if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+        lines = mismatch_lines({"missing": missing, "unexpected": unexpected, "of another shape": misshapen})
         if not lines:
             return
         advice = "The weights and the configuration are of different models: compare config.json with its source."
@@ -143,7 +140,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def plan_for(logicals: list[Logical], format: Format, dtype: str) -> Plan:
-    """What a file of `format` holds if all tensors have header dtype `dtype`, but for those that stay float32."""
+    """The contents of a file of `format` whose tensors have header dtype `dtype`, or float32 if they must stay so."""
     return [
         (piece.name, "F32" if logical.keep_fp32 else dtype, piece.shape)
         for logical in logicals

@@ -1,4 +1,6 @@
-"""The shape of the model that a run trains: config.json's, the YAML's, or the first changed by the second."""
+"""The shape of the model that a run trains: that of config.json, that of the YAML, or config.json with changes from the
+YAML.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +17,8 @@ _HINT = "Change these keys in the YAML"
 
 
 def directories(cfg: Config) -> tuple[Path, Path]:
-    """Where the model's files and the tokenizer's are; both are downloaded if they are names. The model's are the
-    tokenizer's where the YAML alone describes the model.
+    """The directories of the model's files and of the tokenizer's; both are downloaded if they are names. They are the
+    same where the YAML alone describes the model.
     """
     model = None
     if cfg.model_name_or_path:
@@ -29,7 +31,7 @@ def directories(cfg: Config) -> tuple[Path, Path]:
 
 
 def given_shape(cfg: Config) -> dict[str, Any]:
-    """The keys of the shape that the YAML gives."""
+    """The keys of the model's shape that the YAML sets."""
     values = {
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,
@@ -53,10 +55,10 @@ def given_shape(cfg: Config) -> dict[str, Any]:
 
 
 def model_config(cfg: Config, directory: Path) -> ModelConfig:
-    """The model's configuration, before anything is built or a weight is looked at. `directory`: the model's, or the
+    """The model's configuration, before anything is built or a weight is read. `directory`: the model's, or the
     tokenizer's where there is no model.
 
-    ConfigError names the keys of a shape that is not whole, contradicts itself, or is not that of the weights.
+    A ConfigError names the keys of a shape that is incomplete, contradicts itself, or differs from that of the weights.
     """
     given = given_shape(cfg)
     if not cfg.model_name_or_path:
@@ -83,7 +85,7 @@ def _require_same(given: Mapping[str, Any], stored: ModelConfig, directory: Path
 
 
 def _changed(stored: ModelConfig, given: Mapping[str, Any], directory: Path) -> ModelConfig:
-    """config.json with the YAML's keys in their place."""
+    """config.json with the values of the YAML's keys."""
     values = stored.to_dict("pt")
     if stored.moe_layer_end_index == stored.num_hidden_layers - 1:
         values["moe_layer_end_index"] = -1  # the last of all, however many there are
@@ -93,13 +95,13 @@ def _changed(stored: ModelConfig, given: Mapping[str, Any], directory: Path) -> 
 
 
 def _from_yaml(cfg: Config, given: Mapping[str, Any], tokenizer_dir: Path) -> ModelConfig:
-    """A shape from the YAML alone; its tokens' roles are the tokenizer's."""
+    """A shape from the YAML alone; its special tokens are those of the tokenizer."""
     tokenizer = load_tokenizer(tokenizer_dir)
     heads = given["num_attention_heads"]
     if given["vocab_size"] < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size: {given['vocab_size']}: the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} token "
-            "ids. Give at least so many."
+            "ids. Give at least that many."
         )
     values = {
         "num_key_value_heads": heads,
@@ -116,7 +118,7 @@ def _from_yaml(cfg: Config, given: Mapping[str, Any], tokenizer_dir: Path) -> Mo
 
 
 def _set_kind(values: dict[str, Any]) -> None:
-    """Dense or sparse, as moe_num_experts says."""
+    """Set the model type, dense or sparse, from moe_num_experts."""
     if values.get("moe_num_experts"):
         values["model_type"] = "ernie4_5_moe"
         missing = [key for key in NEEDED_OF_EXPERTS if key not in values]

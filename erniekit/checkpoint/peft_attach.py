@@ -1,4 +1,4 @@
-"""Adapters of a model in memory, from and to directories."""
+"""Attaches adapters from directories to models in memory, and saves them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ from erniekit.utils.errors import CheckpointError
 
 
 def attach_stored(model: CausalLM, stored: StoredAdapter, dropout: float | None = None) -> LoraState:
-    """Attach an adapter that was read (see `read_adapter`) to `model`, a plain one with its weights. Only the adapter
-    is trained from here on, with `dropout`, or the adapter's own.
+    """Attach an adapter that was read (see `read_adapter`) to `model`, which has its weights and no adapter. Afterwards
+    only the adapter is trained, with `dropout`, or the adapter's own.
     """
     options = stored.options if dropout is None else dataclasses.replace(stored.options, dropout=dropout)
     state = attach_slots(model, options, stored.slots, stored.saved)
@@ -44,19 +44,19 @@ def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, padd
 
 
 def _essence(state: LoraState) -> object:
-    """What must be equal for one adapter's tensors to be another's. Scalings went through a file as alpha."""
+    """What must be equal for one adapter's tensors to fit another. Scalings were stored as alpha, and are rounded."""
     slots = {(m, p): (s.rank, round(s.scaling, 5)) for m, parts in state.slots.items() for p, s in parts.items()}
     return slots, set(state.saved), state.options.dora
 
 
 def fill(model: CausalLM, stored: StoredAdapter, into: Mapping[str, paddle.Tensor] | None = None) -> None:
-    """Set the parameters of `model` (or `into`) that an adapter holds; a part of a model takes its share."""
+    """Set the parameters of `model` (or `into`) from an adapter; a sharded model sets its shards."""
     parameters, shard_specs = dict(model.named_parameters()) if into is None else into, named_shard_specs(model)
     for name, array in stored.tensors.items():
         if name in parameters:
             spec = shard_specs.get(name)
-            share = array if spec is None else np.ascontiguousarray(shard(array, spec, *model.shard.share(spec)))
-            parameters[name].set_value(paddle.to_tensor(share).astype(parameters[name].dtype))
+            local = array if spec is None else np.ascontiguousarray(shard(array, spec, *model.shard.share(spec)))
+            parameters[name].set_value(paddle.to_tensor(local).astype(parameters[name].dtype))
 
 
 def save_adapter(model: CausalLM, directory: str | Path) -> None:

@@ -1,5 +1,5 @@
-"""Reads adapters in PEFT's format: those of adapter.py, PEFT's own, and the older form with a module an expert. What
-does not fit the model is refused with the difference.
+"""Reads adapters in PEFT's format: those of peft_write.py, PEFT's own, and the older form with a module for each
+expert. An adapter that does not fit the model is rejected with the differences.
 """
 
 import re
@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter_config
+from erniekit.checkpoint.fingerprint import fingerprint
+from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
-from erniekit.checkpoint.peft_write import PREFIX, fingerprint, is_parameter, part_sizes
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.hub import local_path, resolve_model
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import parameter_name
@@ -23,12 +25,11 @@ from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
 _EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
-_SHOWN = 6
 
 
 @dataclass
 class StoredAdapter:
-    """An adapter read from a directory and found to fit a model. `tensors`: our parameter name -> fp32 array, of the
+    """An adapter that was read from a directory and fits a model. `tensors`: our parameter name -> fp32 array, of the
     adapters and of the parameters saved whole.
     """
 
@@ -40,10 +41,11 @@ class StoredAdapter:
 
 
 def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Path | None = None) -> StoredAdapter:
-    """The adapter in `directory`, for the model of `config`; with `model_dir`, also checked against its weights.
+    """Read the adapter in `directory` for the model of `config`; with `model_dir`, it is also compared with its
+    weights.
 
-    Raises CheckpointError: not an adapter, an option of PEFT that is not known here, or an adapter for another base,
-    with what differs.
+    Raises CheckpointError: not an adapter, an unknown option of PEFT, or an adapter for another base, with the
+    differences.
     """
     path = Path(directory)
     content = read_adapter_config(path)
@@ -60,7 +62,9 @@ def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Pa
 
 def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
     """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or the local directory that
-    the adapter itself names. Raises CheckpointError if neither is there: a file does not decide what is asked of a Hub.
+    the adapter itself names.
+
+    Raises CheckpointError if neither exists: a file does not decide what is downloaded from a Hub.
     """
     if named:
         return resolve_model(named, hub)
@@ -79,7 +83,7 @@ def base_of(directory: str | Path, named: str | None, hub: str | None = None) ->
 
 
 class _Reading:
-    """Reads one adapter: finds each tensor's place, then checks that all are there and fit."""
+    """Reads one adapter: assigns each tensor to a parameter, then checks that all are there and fit."""
 
     def __init__(self, path: Path, content: AdapterConfig, reader: Reader, config: ModelConfig) -> None:
         self.path, self.content, self.reader, self.config = path, content, reader, config
@@ -112,16 +116,16 @@ class _Reading:
         return StoredAdapter(self.path, self._options(), slots, tuple(self.saved), self.tensors)
 
     def _read_factor(self, name: str, module: str, kind: str) -> None:
-        shape, found = self.reader.info(name).shape, self._factors_of(module)
-        if found is None or kind in found:  # not in this model, or there twice under two spellings
+        shape, factors = self.reader.info(name).shape, self._factors_of(module)
+        if factors is None or kind in factors:  # not in this model, or present under two names
             self.unexpected.append(name)
         elif not all(shape) or len(shape) > 2 or (kind != "magnitude" and len(shape) != 2):
             self.misshapen.append(f"{name} {list(shape)}")
         else:
-            found[kind] = self.reader.read(name, as_fp32=True)
+            factors[kind] = self.reader.read(name, as_fp32=True)
 
     def _factors_of(self, module: str) -> dict[str, np.ndarray] | None:
-        """What was found so far of one adapter, by PEFT's name of its module; None for a module that is not here."""
+        """The factors read so far of one adapter, by PEFT's module name; None for a module that the model lacks."""
         expert = _EXPERT.fullmatch(module)
         if expert:
             of_half = self.experts.setdefault((expert["prefix"], expert["half"]), {})
@@ -131,21 +135,23 @@ class _Reading:
         return self.factors.setdefault(self.by_hf[module], {}) if module in self.by_hf else None
 
     def _take_stacked(self) -> None:
-        """PEFT's names do not say which of the two stacked parameters an adapter belongs to: its sizes do."""
-        for module, found in self.stacked.items():
+        """Assign an adapter of stacked experts by its sizes: PEFT's names do not tell which of the two stacked
+        parameters it belongs to.
+        """
+        for module, factors in self.stacked.items():
             prefix = module.removesuffix(".base_layer")
             keys = [(f"{prefix}.{leaf}", "") for leaf in ("up_gate_proj", "down_proj")]
-            fitting = [key for key in keys if key in self.sizes and self._fits(key, found)]
+            fitting = [key for key in keys if key in self.sizes and self._fits(key, factors)]
             if keys[0] not in self.sizes:
                 self.unexpected.append(module)
             else:
                 nested = f"{prefix}.base_layer" in self.stacked
                 inner = module.endswith(".base_layer") or not nested
-                self.factors[fitting[0] if fitting else keys[0 if inner else 1]] = found
+                self.factors[fitting[0] if fitting else keys[0 if inner else 1]] = factors
 
-    def _fits(self, key: tuple[str, str], found: dict[str, np.ndarray]) -> bool:
+    def _fits(self, key: tuple[str, str], factors: dict[str, np.ndarray]) -> bool:
         _, num_in, num_out = self.sizes[key]
-        return set(found) == {"A", "B"} and found["A"].shape[1] == num_in and found["B"].shape[0] == num_out
+        return set(factors) == {"A", "B"} and factors["A"].shape[1] == num_in and factors["B"].shape[0] == num_out
 
     def _take_saved(self, name: str, bare: str) -> None:
         bare = bare.replace(".modules_to_save.default", "")
@@ -163,7 +169,7 @@ class _Reading:
                 self._require_tied()
 
     def _not_saved(self) -> Iterator[str]:
-        """Modules that should be in the file as a whole (modules_to_save) and are not."""
+        """The modules that should be in the file as a whole (modules_to_save) and are not."""
         inside = [name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in self.reader.keys()]  # noqa: SIM118
         for name in self.content.saved:
             wanted = [piece.rpartition(".")[0] for piece in self.logicals if ends(piece.rpartition(".")[0], (name,))]
@@ -183,31 +189,33 @@ class _Reading:
             )
 
     def _stack(self) -> None:
-        """Older files have a module an expert: gate and up side by side become one adapter of the stacked projection,
-        on a block diagonal.
+        """Combine the adapters of older files, which have a module for each expert: those of gate and up become one
+        adapter of the fused stacked projection, with a block-diagonal B.
         """
         for prefix in dict.fromkeys(prefix for prefix, _ in self.experts):
             for leaf, halves in (("up_gate_proj", ("gate", "up")), ("down_proj", ("down",))):
-                found = {half: self.experts[prefix, half] for half in halves if (prefix, half) in self.experts}
+                by_half = {half: self.experts[prefix, half] for half in halves if (prefix, half) in self.experts}
                 num_experts = self.sizes.get((f"{prefix}.{leaf}", ""), (0,))[0]
-                if len(found) == len(halves) and _fit_together(list(found.values()), num_experts):
-                    self._stack_one(prefix, leaf, found)
-                elif found:
-                    numbers = sorted(number for one in found.values() for number in one)
-                    self.unexpected.append(f"{prefix}: {'/'.join(found)}_proj of experts {numbers[0]}..{numbers[-1]}")
+                if len(by_half) == len(halves) and _fit_together(list(by_half.values()), num_experts):
+                    self._stack_one(prefix, leaf, by_half)
+                elif by_half:
+                    numbers = sorted(number for one in by_half.values() for number in one)
+                    self.unexpected.append(f"{prefix}: {'/'.join(by_half)}_proj of experts {numbers[0]}..{numbers[-1]}")
 
-    def _stack_one(self, prefix: str, leaf: str, found: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
-        numbers = range(len(next(iter(found.values()))))
-        scales = [self.content.scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in found.items()]
-        a = np.stack([np.concatenate([one[e]["A"] for one in found.values()]) for e in numbers])
-        parts = list(zip(found.values(), scales, strict=True))
+    def _stack_one(self, prefix: str, leaf: str, by_half: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
+        numbers = range(len(next(iter(by_half.values()))))
+        scales = [
+            self.content.scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in by_half.items()
+        ]
+        a = np.stack([np.concatenate([one[e]["A"] for one in by_half.values()]) for e in numbers])
+        parts = list(zip(by_half.values(), scales, strict=True))
         b = np.stack([_block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in parts]) for e in numbers])
         key = (f"{prefix}.{leaf}", "")
         self.scales[key] = scales[0]
         self.factors[key] = {"A": a.reshape(-1, a.shape[2]), "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}
 
     def _place(self, key: tuple[str, str], slots: dict[str, dict[str, Slot]]) -> None:
-        """Check one adapter's shapes and bring it into our layout."""
+        """Check the shapes of one adapter and convert it to our layout."""
         module, part = key
         experts, num_in, num_out = self.sizes[key]
         factors = self.factors[key]
@@ -240,7 +248,7 @@ class _Reading:
             self.tensors[name + parameter_name("magnitude", part)] = magnitude.reshape(-1)
 
     def _targeted(self) -> Iterator[tuple[str, str]]:
-        """What PEFT would adapt in this model, as far as the configuration says it plainly."""
+        """The projections that PEFT would adapt in this model, as far as the configuration lists them plainly."""
         modules, parameters = self.content.targets, self.content.target_parameters
         if modules is None and not parameters:
             return
@@ -259,15 +267,9 @@ class _Reading:
         return LoraOptions(content.rank, content.alpha, content.dropout, content.rslora, content.dora)
 
     def _complain(self, missing: list[str]) -> None:
-        lines = []
-        for what, names in (
-            ("missing", missing),
-            ("not in this model", self.unexpected),
-            ("of another size", self.misshapen),
-        ):
-            if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {'; '.join(names[:_SHOWN])}{more}")
+        lines = mismatch_lines(
+            {"missing": missing, "not in this model": self.unexpected, "of another size": self.misshapen}
+        )
         if lines or not self.factors:
             base = self.content.base
             lines = lines or ["  it has no factors at all"]
@@ -286,7 +288,7 @@ def _fit_together(halves: list[dict[int, dict[str, np.ndarray]]], num_experts: i
     """Whether every half has all experts, with factors A and B of one rank and of the same shapes."""
     inputs = set()
     for experts in halves:
-        shapes = {tuple((kind, found[kind].shape) for kind in sorted(found)) for found in experts.values()}
+        shapes = {tuple((kind, factors[kind].shape) for kind in sorted(factors)) for factors in experts.values()}
         if sorted(experts) != list(range(num_experts)) or len(shapes) != 1 or set(experts[0]) != {"A", "B"}:
             return False
         inputs.add(experts[0]["A"].shape[1])

@@ -1,12 +1,11 @@
-"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Writes adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Written so that PEFT with transformers 5 computes the same: dense projections are `target_modules`; in a mixture of
-experts, where PEFT takes the names gate_proj, up_proj and down_proj for the stacked experts, feed-forward weights are
-`target_parameters`. The header's metadata carries a fingerprint of the base, which PEFT ignores. Reading:
-adapter_read.py.
+PEFT with transformers 5 computes the same from them: dense projections are `target_modules`; in a mixture of experts,
+where PEFT takes the names gate_proj, up_proj and down_proj for the stacked experts, feed-forward weights are
+`target_parameters`. The header's metadata contains a fingerprint of the base, which PEFT ignores. Reading:
+peft_read.py.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from erniekit.checkpoint.safetensors import SINGLE_FILE, Reader, Writer
+from erniekit.checkpoint.safetensors_header import SINGLE_FILE
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
 from erniekit.lora.layers import parameter_name
 from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
@@ -28,20 +27,6 @@ from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
 from erniekit.utils import atomic
 
 PREFIX = "base_model.model."
-
-
-def fingerprint(model_dir: str | Path) -> str:
-    """Of a model's weights: first and last layer's attention output, rounded to bfloat16, so that layouts (-PT,
-    -Paddle) and copies in fp32 or bf16 have the same.
-    """
-    reader = Reader(model_dir, u16_is_bf16=True)
-    pattern = re.compile(r"(model|ernie)\.layers\.([0-9]{1,6})\.self_attn\.o_proj\.weight")
-    found = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
-    state = hashlib.blake2b(digest_size=8)
-    for _, name in found[:1] + found[-1:]:
-        bits = dtypes.convert(reader.read(name), reader.info(name).dtype, "BF16")
-        state.update(np.ascontiguousarray(bits if name.startswith("model.") else bits.T).data)
-    return state.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -54,8 +39,8 @@ class AdapterEntry:
     saved: Logical | None = None
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """Our array as PEFT has it: A [r, in], B [out, r]; of E experts A [E*r, in], expert by expert, and B
-        [out, r*E], the experts running fastest.
+        """Convert our array to PEFT's layout: A [r, in], B [out, r]; of E experts A [E*r, in], expert by expert, and B
+        [out, r*E], where the index of the expert varies fastest.
         """
         if self.saved is not None:
             return self.saved.to_file(array, "pt")[0]
@@ -67,7 +52,7 @@ class AdapterEntry:
 
 
 def adapter_parameters(state: LoraState) -> list[str]:
-    """Names of the whole model's parameters that a file holds, in its order."""
+    """The names of the whole model's parameters that a file contains, in its order."""
     names = []
     for module, slots in state.slots.items():
         for part in slots:
@@ -88,7 +73,7 @@ def write_adapter(
     entries = adapter_entries(state, config)
     metadata = {"format": "pt"} | ({"base_fingerprint": state.base_fingerprint} if state.base_fingerprint else {})
     plan = [(entry.name, "F32", entry.shape) for entry in entries]
-    staging = directory / ".adapter"  # the writer knows one name of file
+    staging = directory / ".adapter"  # the writer always uses the same file name
     with Writer(staging, plan, max_shard_size="1000TB", metadata=metadata) as writer:
         for (_, group), array in zip(groupby(entries, key=lambda entry: entry.param), tensors, strict=True):
             for entry in group:
@@ -107,11 +92,11 @@ def adapter_entries(state: LoraState, config: ModelConfig) -> list[AdapterEntry]
             logical = logicals[param]
             piece = logical.pt[0]
             entries.append(AdapterEntry(param, PREFIX + piece.name, piece.shape, logical))
-            if _ties_head(param, config):  # PEFT looks for both names
+            if _ties_head(param, config):  # PEFT reads both names
                 entries.append(AdapterEntry(param, PREFIX + "lm_head.weight", piece.shape, logical))
             continue
-        module, _, own = param.partition(".adapter.")
-        kind, _, part = own.partition("_")
+        module, _, factor = param.partition(".adapter.")
+        kind, _, part = factor.partition("_")
         rank = state.slots[module][part].rank
         experts, num_in, num_out = part_sizes(config)[module, part]
         shape: Shape = {"A": (experts * rank, num_in), "B": (num_out, rank * experts), "magnitude": (num_out,)}[kind]
@@ -121,7 +106,9 @@ def adapter_entries(state: LoraState, config: ModelConfig) -> list[AdapterEntry]
 
 
 def _peft_module(module: str, part: str, state: LoraState) -> str:
-    """Where PEFT keeps the adapter: that of gate and up of the experts lies inside that of down, if both are there."""
+    """The module in which PEFT stores the adapter: that of gate and up of the experts is inside that of down, if both
+    exist.
+    """
     if not is_stacked(module):
         return hf_name(module, part)
     prefix, _, leaf = module.rpartition(".")
@@ -130,7 +117,7 @@ def _peft_module(module: str, part: str, state: LoraState) -> str:
 
 
 def part_sizes(config: ModelConfig) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """(projection, part) -> (experts, in, out) of the whole model; 1 expert where there are none."""
+    """(projection, part) -> (experts, in, out) of the whole model; 1 expert for dense projections."""
     sizes = {}
     shapes = our_shapes(config)
     widths = {
@@ -158,7 +145,7 @@ def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0 if parameters else options.dropout,  # PEFT refuses it for parameters
+        "lora_dropout": 0.0 if parameters else options.dropout,  # PEFT rejects it for parameters
         "use_rslora": options.rslora,
         "use_dora": options.dora,
         "bias": "none",
@@ -206,6 +193,6 @@ def is_parameter(module: str, config: ModelConfig) -> bool:
 
 
 def _target(module: str, part: str, config: ModelConfig) -> str:
-    """How PEFT's configuration names a part: a module, or a parameter."""
+    """PEFT's name of a part in its configuration: a module, or a parameter."""
     name = hf_name(module, part)
     return f"{name}.weight" if is_parameter(module, config) and not is_stacked(module) else name

@@ -1,7 +1,7 @@
-"""A rank's share of a model and the whole of it: which tensors a rank writes, and how it gets them together.
+"""From the shards of a run to whole tensors: which tensors a rank writes, and how they are gathered.
 
-A checkpoint holds whole tensors whatever the layout of the run. Of each pipeline stage, one rank (the first data rank,
-first tensor rank) writes what is not an expert; the ranks that hold the experts for the first time write theirs.
+A checkpoint contains whole tensors whatever the layout of the run. Of each pipeline stage, one rank (the first data
+rank, first tensor rank) writes everything but experts; of the ranks with the same experts, the first one writes these.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from erniekit.parallel.mesh import Mesh
 
 
 class Shares:
-    """The tensors that a process holds among those of all."""
+    """The tensors of one process among those of all."""
 
     def __init__(
         self,
@@ -27,33 +27,33 @@ class Shares:
         shard_specs: Mapping[str, ShardSpec],
         embeddings: frozenset[str] = frozenset(),
     ) -> None:
-        """`shard_specs`: of the parameters that can be divided, by name. `embeddings`: the names of Role.EMBEDDING,
-        which the last stage repeats where the head is tied to it or looks ahead.
+        """`shard_specs`: those of the parameters that can be sharded. `embeddings`: the names with Role.EMBEDDING,
+        which the last stage repeats for a tied head and for multi-token prediction.
         """
         self.mesh, self.shard, self.shard_specs, self.embeddings = mesh, part, shard_specs, embeddings
 
     @classmethod
     def of(cls, model: CausalLM, mesh: Mesh) -> "Shares":
-        """Those of `model`, this process's part."""
+        """The tensors of `model`, which is sharded over `mesh`."""
         embeddings = frozenset(name for name, role in named_roles(model).items() if role is Role.EMBEDDING)
         return cls(mesh, model.shard, named_shard_specs(model), embeddings)
 
     @classmethod
     def alone(cls) -> "Shares":
-        """One process that holds everything."""
+        """The tensors of a single process, which has all of them."""
         return cls(Mesh.single(), WHOLE, {})
 
     def spec(self, name: str) -> ShardSpec | None:
-        """How a tensor is divided; None if every rank of its stage holds all of it."""
+        """How a tensor is sharded; None if every rank of its stage has all of it."""
         spec = self.shard_specs.get(name)
         return None if spec is None or self.shard.share(spec)[1] == 1 else spec
 
     def is_repeated(self, name: str) -> bool:
-        """Whether an earlier stage holds the tensor, too, and writes it."""
+        """Whether an earlier stage has the tensor, too, and writes it."""
         return name in self.embeddings and not self.shard.has_embedding
 
     def writes(self, name: str) -> bool:
-        """Whether this rank writes the tensor; of divided experts, its own rows."""
+        """Whether this rank writes the tensor; of sharded experts, its own rows."""
         spec, mesh = self.spec(name), self.mesh
         if self.is_repeated(name):
             return False
@@ -62,18 +62,18 @@ class Shares:
         return mesh.data == 0 and mesh.tensor == 0
 
     def rows(self, name: str, shape: Iterable[int]) -> tuple[int, int] | None:
-        """[begin, end) of the experts that this rank holds of a stack, whose share has `shape`; None if it is not
-        divided by experts.
+        """[begin, end) of this rank's experts in a stack, whose shard has `shape`; None if it is not sharded by
+        experts.
         """
         spec = self.spec(name)
         if spec is None or spec.over != "experts":
             return None
         assert spec.axis == 0, (name, spec)
-        held, (index, _) = next(iter(shape)), self.shard.share(spec)
-        return index * held, (index + 1) * held
+        num_local, (index, _) = next(iter(shape)), self.shard.share(spec)
+        return index * num_local, (index + 1) * num_local
 
     def whole_shape(self, name: str, shape: Iterable[int]) -> Shape:
-        """Of the tensor whose share here has `shape`."""
+        """The shape of the whole tensor whose shard has `shape`."""
         sizes, spec = list(shape), self.spec(name)
         if spec is not None:
             sizes[spec.axis] *= self.shard.share(spec)[1]
@@ -81,8 +81,9 @@ class Shares:
 
     @paddle.no_grad()
     def gather(self, name: str, share: paddle.Tensor | np.ndarray) -> np.ndarray | None:
-        """A share -> what `writes` says, fp32 on the host: the whole tensor, or the rows of this rank's experts; None
-        where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same order.
+        """Gather what this rank `writes` of a tensor, fp32 on the host: the whole tensor, or the rows of this rank's
+        experts; None where another rank writes it. The tensor ranks of a stage call it for the same tensors in the same
+        order.
         """
         spec = self.spec(name)
         if spec is None or spec.over == "experts":
@@ -95,7 +96,7 @@ class Shares:
         return unshard(list(shares), spec) if self.writes(name) else None
 
     def shard_of(self, name: str, whole: np.ndarray) -> np.ndarray:
-        """This rank's share of a whole tensor; of stacked experts, `whole` is already its rows."""
+        """This rank's shard of a whole tensor; of stacked experts, `whole` already consists of its rows."""
         spec = self.spec(name)
         if spec is None or spec.over == "experts":
             return whole
@@ -103,23 +104,25 @@ class Shares:
 
     @paddle.no_grad()
     def collect(self, tensors: Mapping[str, paddle.Tensor], names: Iterable[str]) -> Iterator[np.ndarray]:
-        """The whole tensors `names` in this order, fp32, one at a time on every rank: for what is small (an adapter)
-        and written by one. `tensors`: this rank's; all ranks iterate together, to the end.
+        """Iterate over the whole tensors `names` in this order, fp32, one at a time on every rank: for small ones (an
+        adapter) that one rank writes. `tensors` are this rank's; all ranks iterate together, to the end.
         """
         world = self.mesh.world_group
         for name in names:
             tensor = tensors.get(name)
-            mine = None if tensor is None else self.gather(name, tensor)
+            local = None if tensor is None else self.gather(name, tensor)
             if world.size == 1:
-                assert mine is not None, name
-                yield mine
+                assert local is not None, name
+                yield local
                 continue
-            rows = None if mine is None else self.rows(name, mine.shape)
-            told = comm.gather_objects(None if mine is None else [rows and rows[0], list(mine.shape)], world)
+            rows = None if local is None else self.rows(name, local.shape)
+            everywhere = comm.gather_objects(None if local is None else [rows and rows[0], list(local.shape)], world)
             pieces = []
-            for rank, (first, shape) in ((rank, said) for rank, said in enumerate(told) if said is not None):
-                here = rank == world.index
-                piece = paddle.to_tensor(mine) if here else paddle.empty(shape, dtype="float32")
+            for rank, header in enumerate(everywhere):
+                if header is None:
+                    continue
+                first, shape = header
+                piece = paddle.to_tensor(local) if rank == world.index else paddle.empty(shape, dtype="float32")
                 pieces.append((first or 0, comm.broadcast_(piece, rank, world).numpy()))
             pieces.sort(key=lambda piece: piece[0])
             yield pieces[0][1] if len(pieces) == 1 else np.concatenate([array for _, array in pieces])

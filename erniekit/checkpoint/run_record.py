@@ -1,4 +1,4 @@
-"""run.json: who a run is, in its output directory. It tells the run's own files from another's."""
+"""run.json: the identity of a run, in its output directory. It distinguishes the run's own files from another run's."""
 
 import secrets
 import socket
@@ -45,7 +45,7 @@ class RunRecord:
     final_model: FinalModel | None = None
 
     def begin(self, step: int) -> None:
-        """A process begins to train after `step`."""
+        """Record that a process begins to train after `step`."""
         here = {"host": socket.gethostname(), "pid": getpid(), "time": time.strftime("%F %T")}
         self.start = {"id": secrets.token_hex(8), "after_step": step} | here
 
@@ -84,7 +84,9 @@ def read_record(output_dir: Path) -> RunRecord | None:
 
 
 def start_id(output_dir: Path) -> str | None:
-    """Of the last start of the run in a directory: another one afterwards means that a process began to train."""
+    """The id of the last start of the run in a directory: a different one later means that another process began to
+    train.
+    """
     try:
         record = read_record(output_dir)
     except CheckpointError:

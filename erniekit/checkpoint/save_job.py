@@ -1,9 +1,9 @@
-"""One directory that all ranks write: under a temporary name, at once or beside the training, renamed when each rank's
-files are on disk.
+"""Saves one directory that all ranks write: under a temporary name, at once or in the background, and renamed when each
+rank's files are on disk.
 
-Ranks tell one another through files, not through collectives, so that a thread can do it: each leaves a marker beside
-what it wrote, and the first rank waits for all of them. A rank that dies leaves the temporary directory as it is: what
-was there before stays the newest checkpoint.
+Ranks communicate through files, not through collectives, so that a thread can do it: each leaves a marker beside its
+files, and the first rank waits for all of them. When a rank dies, the temporary directory is left as it is, and the
+previous checkpoint stays the newest one.
 """
 
 import errno
@@ -18,11 +18,11 @@ from typing import Any
 
 from erniekit.checkpoint.rank_files import RankFiles, number, write_indexes
 from erniekit.parallel.agree import agree, on_first
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError
 
-MARKER_SECONDS = 1800.0  # the others' time to write, once the first rank has written its own part
+MARKER_SECONDS = 1800.0  # the time that the other ranks have to write, once the first rank has written
 _POLL_SECONDS = 0.05
 
 
@@ -32,9 +32,9 @@ class Save:
     Args:
         name: of the directory, for messages.
         temporary: where it is written.
-        portions: this rank's weight files.
-        add: the first rank writes into the directory what else belongs there.
-        commit: the first rank gives the directory its name.
+        rank_files: this rank's weight files.
+        add: writes the other files into the directory, on the first rank.
+        commit: gives the directory its name, on the first rank.
         group: the ranks that write.
         guard: a context that turns an OSError into a CheckpointError that says what to do.
         limit: seconds that the first rank waits for the others.
@@ -44,45 +44,44 @@ class Save:
         self,
         name: str,
         temporary: Path,
-        portions: Sequence[RankFiles],
+        rank_files: Sequence[RankFiles],
         add: Callable[[Path], None],
         commit: Callable[[], None],
         group: Group,
         guard: Callable[[], AbstractContextManager[None]],
         limit: float = MARKER_SECONDS,
     ) -> None:
-        self.name, self.temporary, self.portions = name, temporary, portions
+        self.name, self.temporary, self.rank_files = name, temporary, rank_files
         self.add, self.commit, self.group, self.guard, self.limit = add, commit, group, guard, limit
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Write now. Raises on every rank what went wrong on any."""
+        """Write now. An error of any rank is raised on every rank."""
         self._begin()
         self._write_all()
         self.settle()
 
     def start(self) -> None:
-        """Copy what is to be written, and write it beside what follows; `settle` has to be called."""
+        """Copy what is to be written, and write it in the background; `settle` has to be called."""
         began = time.monotonic()
         self._begin()
-        held = sum(portion.hold() for portion in self.portions)
-        log.info(
-            f"{self.name}: {held / 2**20:.0f} MiB copied in {time.monotonic() - began:.2f} s; written in the background"
-        )
+        num_bytes = sum(files.copy() for files in self.rank_files)
+        seconds = time.monotonic() - began
+        log.info(f"{self.name}: {num_bytes / 2**20:.0f} MiB copied in {seconds:.2f} s; written in the background")
         # No daemon: a process that ends, even by an error, finishes the checkpoint first.
-        self._thread = threading.Thread(target=self._write_beside, name=self.name)
+        self._thread = threading.Thread(target=self._write_in_background, name=self.name)
         self._thread.start()
 
     def settle(self) -> None:
-        """Wait until it is written. All ranks call it; raises on every rank what went wrong on any."""
+        """Wait until it is written. All ranks call it; an error of any rank is raised on every rank."""
         self.join()
         if self._error is not None and not isinstance(self._error, (CheckpointError, OSError)):
-            raise self._error  # a defect, or a rank is lost: the others cannot be asked
+            raise self._error  # a defect, or a rank is lost: communication is not possible
         agree(self._error, self.group)
 
     def join(self) -> None:
-        """Wait until this rank has written, and ask nobody."""
+        """Wait until this rank has written, without communication."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -94,9 +93,9 @@ class Save:
                 self.temporary.mkdir()  # without parents: an output directory that was removed is an error
 
         on_first(self.group, make)
-        number(self.portions, self.group)
+        number(self.rank_files, self.group)
 
-    def _write_beside(self) -> None:
+    def _write_in_background(self) -> None:
         began = time.monotonic()
         self._write_all()
         if self._error is not None:
@@ -108,37 +107,37 @@ class Save:
         first = self.group.index == 0
         try:
             with self.guard():
-                written = [portion.write(self.temporary) for portion in self.portions]
+                written = [files.write(self.temporary) for files in self.rank_files]
                 if first:
                     write_indexes(self.temporary, written + self._others())
                     self.add(self.temporary)
                     self.commit()
                 else:
-                    self._tell({"written": written})
+                    self._report({"written": written})
         except Exception as error:
             self._error = error
             if first:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             else:
-                self._tell_failure(error)
+                self._report_failure(error)
             if isinstance(error, (CheckpointError, OSError)):
-                for portion in self.portions:  # the other ranks still need this one to put tensors together
-                    portion.drain()
+                for files in self.rank_files:  # the other ranks still gather tensors together with this one
+                    files.drain()
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
-    def _tell(self, content: dict[str, Any]) -> None:
+    def _report(self, content: dict[str, Any]) -> None:
         atomic.write_json(_marker(self.temporary, self.group.index), content)
 
-    def _tell_failure(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         try:
-            self._tell({"error": f"rank {self.group.ranks[self.group.index]}: {error}"})
-        except OSError as again:  # the same full disk: the first rank will miss this one
-            log.warning(f"{self.name}: the first rank could not be told of the failure: {again}")
+            self._report({"error": f"rank {self.group.ranks[self.group.index]}: {error}"})
+        except OSError as again:  # the same full disk: the first rank will notice that this one is missing
+            log.warning(f"{self.name}: the failure could not be reported to the first rank: {again}")
 
     def _others(self) -> list[dict[str, Any]]:
-        """What the other ranks have written, once all have."""
+        """The reports of the other ranks, once all have written."""
         deadline = time.monotonic() + self.limit
         waiting = set(range(1, self.group.size))
         written: dict[int, list[dict[str, Any]]] = {}
@@ -157,12 +156,12 @@ class Save:
             if waiting and time.monotonic() > deadline:
                 missing = ", ".join(str(self.group.ranks[index]) for index in sorted(waiting))
                 raise CheckpointError(
-                    f"{self.name}: rank {missing} did not write its part within {self.limit:.0f} s; the checkpoint is "
-                    "left out. Look at what these ranks say, and at the disk under output_dir."
+                    f"{self.name}: rank {missing} did not write its files within {self.limit:.0f} s; the checkpoint is "
+                    "left out. Look at the logs of these ranks, and at the disk under output_dir."
                 )
             if waiting:
                 time.sleep(_POLL_SECONDS)
-        return [part for index in sorted(written) for part in written[index]]
+        return [report for index in sorted(written) for report in written[index]]
 
 
 def _marker(directory: Path, index: int) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.weights import Shape
 from erniekit.utils.errors import CheckpointError
 

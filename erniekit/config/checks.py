@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
+from erniekit.config.methods import DEFAULT, METHODS, Records
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
@@ -70,8 +71,9 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
         yield f"input_dir: {error}"
     if not 1 <= len(cfg.split) <= 3 or not sum(cfg.split):
         yield 'split: expected shares for training, evaluation and test that are not all 0, as in "998,1,1"'
-    if cfg.stage != "PT":
-        yield f"stage: dataset_type: pretrain is for stage: PT, got {cfg.stage}"
+    if not cfg.method.token_files:
+        readers = " or ".join(name for name, facts in METHODS.items() if facts.token_files)
+        yield f"stage: dataset_type: pretrain is for stage: {readers}, got {cfg.method.name}"
     if cfg.train_dataset_path and command == "train":
         yield "train_dataset_path: dataset_type: pretrain trains on input_dir; remove one of the two"
     if cfg.long_document_weight > 1 and cfg.long_document_min_tokens is None:
@@ -81,17 +83,18 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
     """The formats that a method reads."""
     splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
+    records, stage = cfg.method.records, cfg.method.name
     for split in splits:
         for name in dict.fromkeys(vars(cfg)[f"{split}_dataset_type"]):
-            if cfg.stage == "DPO" and name == "text":
+            if records is Records.PAIRS and name == "text":
                 yield (
-                    f"{split}_dataset_type: stage: DPO reads pairs of answers, not {name}. Use erniekit, messages, "
+                    f"{split}_dataset_type: stage: {stage} reads pairs of answers, not {name}. Use erniekit, messages, "
                     "sharegpt or alpaca"
                 )
-            if cfg.stage == "PT" and name not in ("erniekit", "text"):
+            if records is Records.TEXT and name not in ("erniekit", "text"):
                 yield (
-                    f'{split}_dataset_type: stage: PT reads plain text ({{"text": ...}}), not {name}. Use erniekit or '
-                    "text, or stage: SFT"
+                    f'{split}_dataset_type: stage: {stage} reads plain text ({{"text": ...}}), not {name}. Use '
+                    f"erniekit or text, or stage: {DEFAULT}"
                 )
 
 
@@ -100,7 +103,7 @@ def _answers(cfg: Config) -> Iterator[str]:
         return
     if cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path:
         yield "predict_with_generate: token files have no questions. Set it to False, or give eval_dataset_path"
-    elif cfg.stage == "PT" or "text" in cfg.eval_dataset_type:
+    elif cfg.method.records is Records.TEXT or "text" in cfg.eval_dataset_type:
         yield (
             "predict_with_generate: the evaluation data is plain text, which has no questions. Set it to False, or "
             "evaluate on questions and answers"
@@ -228,7 +231,7 @@ def _lora(cfg: Config) -> Iterator[str]:
 
 
 def _preference(cfg: Config) -> Iterator[str]:
-    if cfg.stage != "DPO":
+    if not cfg.method.reads("loss_type"):
         return
     yield from option_problems(cfg.loss_type, cfg.label_smoothing, cfg.offset_alpha)
     if cfg.offset_alpha:

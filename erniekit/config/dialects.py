@@ -77,11 +77,7 @@ def note(cfg: Config, names: Collection[str], command: str) -> list[str]:
 
 def _matters(cfg: Config, name: str) -> bool:
     """Whether this run reads the key."""
-    if name == "normalize_logps":
-        return cfg.stage == "DPO"
-    if name == "split":
-        return cfg.dataset_type == "pretrain"
-    return True
+    return cfg.method.reads(name) and (name != "split" or cfg.dataset_type == "pretrain")
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from erniekit.config import checks, compat, dialects, peft_keys, read, references, schema, support, synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
+from erniekit.config.methods import DEFAULT, METHODS
 from erniekit.config.schema import Config
 from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
@@ -196,8 +197,8 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
         values["dataset_type"] = "pretrain"
         notes.append("dataset_type: not given, so pretrain, because input_dir is")
     if values.get("dataset_type") == "pretrain" and "stage" not in values:
-        values["stage"] = "PT"
-        notes.append("stage: not given, so PT, because dataset_type is pretrain")
+        values["stage"] = next(name for name, facts in METHODS.items() if facts.token_files)
+        notes.append(f"stage: not given, so {values['stage']}, because dataset_type is pretrain")
 
 
 def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
@@ -221,7 +222,7 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
 def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     """A file that names its training text only under text_dataset_path, beside an empty train_dataset_path."""
     text = state.extras.get("text_dataset_path")
-    if not text or values.get("train_dataset_path") or values.get("stage", "SFT").startswith(("VL", "OCR")):
+    if not text or values.get("train_dataset_path") or METHODS[values.get("stage", DEFAULT)].vision:
         return
     for name in ("path", "prob"):
         given = state.extras.get(f"text_dataset_{name}")

@@ -7,12 +7,14 @@ number left at a default that means off, asks for nothing and is not named.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from erniekit.config.compat import DATA
+from erniekit.config.methods import BUILT, METHODS, MethodFacts
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import MoEArgs
-from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE, PreferenceArgs
+from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ExportArgs, GenerateArgs
 
@@ -98,8 +100,13 @@ def _loss(cfg: Config) -> str:
     return ALIASES.get(cfg.loss_type, cfg.loss_type)
 
 
+def _prefers(cfg: Config) -> bool:
+    """Whether the method has a preference loss."""
+    return cfg.method.reads("loss_type")
+
+
 def _has_no_reference(cfg: Config) -> bool:
-    return cfg.stage == "DPO" and (cfg.reference_free or _loss(cfg) in REFERENCE_FREE)
+    return _prefers(cfg) and (cfg.reference_free or _loss(cfg) in REFERENCE_FREE)
 
 
 def _only_token_files(cfg: Config) -> bool:
@@ -109,7 +116,7 @@ def _only_token_files(cfg: Config) -> bool:
 
 def _is_dpo(loss: str) -> Callable[[Config, Facts], bool]:
     """A preference loss other than `loss`."""
-    return lambda c, f: c.stage == "DPO" and c.loss_type != loss
+    return lambda c, f: _prefers(c) and c.loss_type != loss
 
 
 _DEGREES = (
@@ -164,12 +171,6 @@ _DATA_RULES = [
         "buffer_size",
         lambda c, f: c.packing and not c.greedy_intokens,
         "greedy_intokens: False packs samples in order, as they come",
-        DATA,
-    ),
-    Rule(
-        "truncation",
-        lambda c, f: c.stage == "PT",
-        "stage PT splits a text that is longer than max_seq_len, and loses nothing of it",
         DATA,
     ),
     Rule(
@@ -315,19 +316,32 @@ _MODEL_RULES = [
     ),
 ]
 
+
+def _has_method(method: MethodFacts, cfg: Config, facts: Facts) -> bool:
+    return cfg.method is method
+
+
+def _has_no_options(group: type, cfg: Config, facts: Facts) -> bool:
+    return cfg.method.options is not group
+
+
+def _method_rules() -> list[Rule]:
+    """What the table of methods says: keys that a method leaves unread, and options of other methods."""
+    rules = []
+    for facts in METHODS.values():
+        for key, why in facts.unread.items():
+            rules.append(Rule(key, partial(_has_method, facts), f"stage {facts.name}: {why}", DATA))
+    for group in {facts.options for facts in METHODS.values() if facts.options is not None}:
+        readers = " or ".join(name for name in BUILT if METHODS[name].options is group)
+        other = f"read only with stage: {readers}"
+        rules.append(Rule(_names(group), partial(_has_no_options, group), other, DATA))
+    return rules
+
+
 _PREFERENCE_RULES = [
-    Rule(_names(PreferenceArgs), lambda c, f: c.stage != "DPO", "read only with stage: DPO", DATA),
-    Rule(
-        "num_nextn_predict_layers",
-        lambda c, f: c.stage == "DPO",
-        "stage DPO: preference losses have no part for tokens further ahead",
-        DATA,
-    ),
-    Rule("token_balance_loss", lambda c, f: c.stage == "DPO", "stage DPO: every pair weighs the same", DATA),
-    Rule("z_loss_lambda", lambda c, f: c.stage == "DPO", "stage DPO: it belongs to the next-token loss", DATA),
     Rule(
         "reference_free",
-        lambda c, f: c.stage == "DPO" and _loss(c) in REFERENCE_FREE,
+        lambda c, f: _prefers(c) and _loss(c) in REFERENCE_FREE,
         "loss_type: {loss_type} has no reference by itself",
         DATA,
     ),
@@ -335,7 +349,7 @@ _PREFERENCE_RULES = [
     Rule("dpop_lambda", _is_dpo("dpop"), "read only with loss_type: dpop", DATA),
     Rule(
         "beta",
-        lambda c, f: c.stage == "DPO" and _loss(c) == "or",
+        lambda c, f: _prefers(c) and _loss(c) == "or",
         "loss_type: {loss_type} has none; only the logged rewards are scaled by it",
         DATA,
     ),
@@ -347,13 +361,13 @@ _PREFERENCE_RULES = [
     ),
     Rule(
         "ref_model_update_steps",
-        lambda c, f: c.stage == "DPO" and c.fine_tuning == "LoRA",
+        lambda c, f: _prefers(c) and c.fine_tuning == "LoRA",
         "the reference is the model without its adapter",
         DATA,
     ),
     Rule(
         "normalize_logps",
-        lambda c, f: c.stage == "DPO" and _loss(c) in AVERAGED,
+        lambda c, f: _prefers(c) and _loss(c) in AVERAGED,
         "loss_type: {loss_type} averages over tokens by itself",
         DATA,
     ),
@@ -402,6 +416,7 @@ RULES: list[Rule] = [
     *_RUN_RULES,
     *_OPTIMIZER_RULES,
     *_MODEL_RULES,
+    *_method_rules(),
     *_PREFERENCE_RULES,
     *_RANK_RULES,
     *_USE_RULES,

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from erniekit.config import references
+from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
@@ -45,6 +46,16 @@ class Config(
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def method(self) -> MethodFacts:
+        """What the method that `stage` names reads and leaves unread."""
+        return METHODS[self.stage]
+
+    @property
+    def mtp_depths(self) -> int:
+        """The depths of multi-token prediction that a run trains: none where the method has no loss for them."""
+        return self.num_nextn_predict_layers if self.method.reads("num_nextn_predict_layers") else 0
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every key and its documentation; loading it gives an equal Config."""

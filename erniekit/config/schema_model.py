@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from erniekit.config import methods
 from erniekit.config.fields import key, list_of
 
 
@@ -28,10 +29,9 @@ class ModelArgs:
     )
     continue_training: bool = key(True, "Start from the model's weights; False: a random start from its config.json.")
     stage: str = key(
-        "SFT",
-        "The method: SFT (fine-tuning), PT (pretraining; ernie_pretrain is another word for it) or DPO (pairs of "
-        "answers); VL-SFT, VL-PT, VL-DPO and OCR-VL-SFT are known but not built yet.",
-        choices=("SFT", "PT", "DPO", "VL-SFT", "VL-PT", "OCR-VL-SFT", "VL-DPO"),
+        methods.DEFAULT,
+        methods.stage_doc(),
+        choices=tuple(methods.METHODS),
         words={"ernie_pretrain": "PT", "ocr-sft": "OCR-VL-SFT", "dpo-vl": "VL-DPO", "sft-vl": "VL-SFT"},
     )
     fine_tuning: str = key(

@@ -28,7 +28,9 @@ class TrainArgs:
     eval_steps: int | None = key(
         None, "Steps from one evaluation to the next; not given: logging_steps if that is given, else 500.", ge=1
     )
-    max_evaluate_steps: int = key(-1, "Batches an evaluation takes at most; -1: all.", ge=1, off=-1)
+    max_evaluate_steps: int = key(
+        -1, "Evaluate the first N batches of batch_size rows, counted over all ranks; -1: all.", ge=1, off=-1
+    )
     save_strategy: str = key(
         "steps",
         "Write checkpoints: no, every save_steps (steps), or after each epoch (epoch).",

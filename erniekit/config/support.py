@@ -1,17 +1,11 @@
 """What a configuration asks for that this version cannot do, and what it says that does nothing here."""
 
-from erniekit.config import pointless
+from erniekit.config import methods, pointless
 from erniekit.config.compat import RUN, Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.utils.errors import ConfigError
 
-_STAGES = {
-    "VL-SFT": "vision-language models",
-    "OCR-VL-SFT": "vision-language models",
-    "VL-DPO": "vision-language models",
-    "VL-PT": "vision-language models",
-}
 _COMPUTE = {
     "fp16": "fp16 training with loss scaling",
     "fp8": "FP8",
@@ -21,8 +15,9 @@ _COMPUTE = {
 def unsupported(cfg: Config, command: str = "train") -> list[str]:
     """What cfg asks of `command` that this version cannot do yet: one line each with key, value and feature."""
     found: list[str] = []
-    if cfg.stage in _STAGES and command in ("train", "eval"):
-        found.append(f"stage: {cfg.stage} ({_STAGES[cfg.stage]}); it has SFT, PT and DPO")
+    if cfg.method.later and command in ("train", "eval"):
+        built = f"{', '.join(methods.BUILT[:-1])} and {methods.BUILT[-1]}"
+        found.append(f"stage: {cfg.method.name} ({cfg.method.later}); this version has {built}")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         found.append(

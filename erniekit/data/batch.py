@@ -99,15 +99,19 @@ class PairTable:
     @staticmethod
     def of(entries: Sequence[tuple[int, int, int, float]]) -> "PairTable":
         """The table of (prompt, chosen, rejected, score_delta) of each pair."""
-        segments = np.array([entry[:3] for entry in entries], np.int64).reshape(-1, 3)
-        return PairTable(*segments.T, np.array([entry[3] for entry in entries], np.float32))
+        prompts, chosen, rejected = np.array([entry[:3] for entry in entries], np.int64).reshape(-1, 3).T
+        return PairTable(prompts, chosen, rejected, np.array([entry[3] for entry in entries], np.float32))
 
     @staticmethod
     def join(tables: Sequence["PairTable"], first_segments: np.ndarray) -> "PairTable":
         """One table of several rows' tables, whose segments are counted from `first_segments` on."""
         shifted = [table._shifted(int(first)) for table, first in zip(tables, first_segments, strict=True)]
-        columns = zip(*((t.prompts, t.chosen, t.rejected, t.score_deltas) for t in shifted), strict=True)
-        return PairTable(*(np.concatenate(column) for column in columns))
+        return PairTable(
+            prompts=np.concatenate([table.prompts for table in shifted]),
+            chosen=np.concatenate([table.chosen for table in shifted]),
+            rejected=np.concatenate([table.rejected for table in shifted]),
+            score_deltas=np.concatenate([table.score_deltas for table in shifted]),
+        )
 
     def _shifted(self, first_segment: int) -> "PairTable":
         prompts = np.where(self.prompts == NO_SEGMENT, NO_SEGMENT, self.prompts + first_segment)
@@ -221,9 +225,16 @@ class PackedBatch:
         pairs: PairTable = NO_PAIRS,
     ) -> "PackedBatch":
         """A row of text; the columns may be of any integer type."""
-        columns = (column.astype(np.int64) for column in (input_ids, labels, position_ids, segment_ids))
-        modality = np.full(len(input_ids), Modality.TEXT, np.int8)
-        return PackedBatch(*columns, modality, [len(input_ids)], list(sources), pairs)
+        return PackedBatch(
+            input_ids=input_ids.astype(np.int64),
+            labels=labels.astype(np.int64),
+            position_ids=position_ids.astype(np.int64),
+            segment_ids=segment_ids.astype(np.int64),
+            modality=np.full(len(input_ids), Modality.TEXT, np.int8),
+            row_lengths=[len(input_ids)],
+            sources=list(sources),
+            pairs=pairs,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -267,7 +278,8 @@ class PackedBatch:
         return counts[self.pairs.answers].astype(np.float32)
 
 
-_EMPTY = PackedBatch.text_row(*(np.empty((4, 0), np.int64)), sources=[])
+_NONE = np.empty(0, np.int64)
+_EMPTY = PackedBatch.text_row(_NONE, _NONE, _NONE, _NONE, [])
 
 
 def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBatch:

@@ -7,11 +7,13 @@ record and truncation need no model of their own. What was measured is kept in t
 fingerprint of everything that it depends on.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from erniekit.utils.version import __version__
 
 MEASURED_BYTES = 48 << 20  # some 8 seconds of two cores with ERNIE's tokenizer
 _FEW_BYTES = 2 << 20  # less than this is encoded sooner than a worker has started
-_SLOW_SECONDS = 2.0  # what took longer to measure is kept
+_SLOW_SECONDS = 2.0  # what took longer to measure is kept, as is what workers measured
 _KEPT_FILES = 50
 _MIN_SAMPLES = 64
 _SEED = 7  # of the sample, which need not change with the run's seed
@@ -105,18 +107,38 @@ def measure_lengths(dataset: Dataset, service: EncodingService, max_samples: int
 
 def _measure(dataset: Dataset, service: EncodingService, numbers: np.ndarray) -> Lengths:
     file = _cache_file(dataset, numbers, service.lengths_depend_on())
-    measured = _read(file, numbers)
-    if measured is None:
-        begin = time.monotonic()
-        measured = _encode(dataset, service, numbers)
-        if time.monotonic() - begin > _SLOW_SECONDS:
-            _keep(file, measured)
+    large = int(dataset.record_bytes[numbers].sum()) >= _FEW_BYTES
+    with _one_at_a_time(file) if large else nullcontext():
+        measured = _read(file, numbers)
+        if measured is None:
+            begin = time.monotonic()
+            measured = _encode(service, numbers, num_cores() if large else None)
+            if large or time.monotonic() - begin > _SLOW_SECONDS:
+                _keep(file, measured)
     return _for_all(dataset, measured)
 
 
-def _encode(dataset: Dataset, service: EncodingService, numbers: np.ndarray) -> _Measured:
-    num_bytes = int(dataset.record_bytes[numbers].sum())
-    workers = None if num_bytes < _FEW_BYTES else num_cores()
+@contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait while another process measures the same data, such as another rank of this host: every rank needs the
+    lengths at the same time, and workers of one are enough to occupy all cores. The lock ends with its process.
+    """
+    lock, descriptor = file.with_suffix(".lock"), None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        pass  # this file system has no locks, or nothing can be written: every process measures for itself
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            lock.unlink(missing_ok=True)  # a process that waits has the file open, and finds the lengths kept
+            os.close(descriptor)
+
+
+def _encode(service: EncodingService, numbers: np.ndarray, workers: int | None) -> _Measured:
     counts = np.zeros(len(numbers), np.int32)
     tokens: list[int] = []
     dropped = truncated = 0

@@ -13,12 +13,13 @@ need, the same number on every rank, and a rank that gets no row in one gets a b
 
 import math
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
+from erniekit.config import Config
 from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
 from erniekit.data.prefetch import Prefetcher
@@ -33,7 +34,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """How the stream is shared out."""
+    """How the stream of rows is divided among ranks, steps and microbatches."""
 
     batch_size: int
     accumulation: int
@@ -47,51 +48,50 @@ class Plan:
         return self.batch_size * self.accumulation * self.world
 
 
-class Place(Protocol):
-    """A place between two rows of a feed."""
+class Position(Protocol):
+    """A position between two rows of a feed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The position as plain JSON values."""
         ...
 
 
 class Feed(Protocol):
-    """What a Loader takes its rows from: one global stream of them, the same on every rank. Two threads may ask at a
-    time. `identity` is all that decides which rows it gives, by the names that a user knows; `exact`: rows_left()
-    counts instead of estimating.
+    """Where a Loader gets its rows: one global stream, the same on every rank. Two threads may read it at a time.
+    `identity` is everything that decides which rows it yields, under names that a user knows.
     """
 
     identity: dict[str, Any]
 
     @property
     def exact(self) -> bool:
-        """Whether measure() counts instead of estimating."""
+        """Whether rows_left() counts rows; otherwise it estimates them."""
         ...
 
     def begin(self) -> Any:
-        """The Place before the first row."""
+        """The position before the first row."""
         ...
 
     def read_position(self, state: dict[str, Any]) -> Any:
-        """A Place from what its to_dict() gave."""
+        """The position that to_dict() described."""
         ...
 
     def rows(self, position: Any) -> Generator[tuple[PackedBatch, Any], None, None]:
-        """The rows after a Place, each a batch of one row, with the Place behind it."""
+        """The rows after a position, each as a batch of one row with the position behind it."""
         ...
 
     def rows_left(self, position: Any) -> float:
-        """Rows from a Place to the end of num_train_epochs; may have to measure the data first, and then says what it
-        found.
+        """Rows from a position to the end of num_train_epochs. It may have to measure the data first, and logs the
+        result.
         """
         ...
 
     def epochs_done(self, position: Any) -> int:
-        """Epochs of which every row lies before a Place."""
+        """Epochs of which every row lies before a position."""
         ...
 
     def report(self, position: Any) -> dict[str, Any]:
-        """Counts up to a Place."""
+        """Counts up to a position."""
         ...
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -99,12 +99,12 @@ class Feed(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Wake a thread that waits inside rows(), because it is to end."""
+        """Wake a thread that waits inside rows(), so that it can end."""
         ...
 
 
 class Loader:
-    """Gives the batches of one rank. Made by build_loader; close it (or use it in a `with`) when done.
+    """Yields the batches of one rank. `build_loader` makes it; close it (or use it in a `with`) when done.
 
     The batches are made in a background thread, `prefetch_factor` steps ahead, and encoded in `dataloader_num_workers`
     processes if there are any. All of these end with close(), with the interpreter, and, should the trainer be killed,
@@ -113,10 +113,10 @@ class Loader:
 
     def __init__(self, feed: Feed, plan: Plan):
         self._feed, self._plan = feed, plan
-        self._position: Place = feed.begin()  # behind the last step of next_step()
-        self._reported: Place = self._position  # behind the last step or batch given
-        self._running: list[Prefetcher[tuple[list[PackedBatch], Place]]] = []
-        self._steps: Prefetcher[tuple[list[PackedBatch], Place]] | None = None
+        self._position: Position = feed.begin()  # behind the last step that next_step() returned
+        self._reported: Position = self._position  # behind the last step or batch that was yielded
+        self._running: list[Prefetcher[tuple[list[PackedBatch], Position]]] = []
+        self._steps: Prefetcher[tuple[list[PackedBatch], Position]] | None = None
         # runs when the loader is collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
@@ -130,9 +130,11 @@ class Loader:
         self._reported = self._position
         return batches
 
-    def batches(self) -> Iterator[PackedBatch]:
-        """For evaluation: this rank's batches of one pass over the data. Every rank gets the same number."""
-        steps = self._start(self._feed.begin(), 1)
+    def batches(self, limit: int = -1) -> Generator[PackedBatch, None, None]:
+        """For evaluation: this rank's batches of one pass over the data, or of its first `limit` * batch_size rows if
+        `limit` is positive, however many ranks share them. Every rank gets the same number.
+        """
+        steps = self._start(self._feed.begin(), 1, limit * self._plan.batch_size if limit > 0 else None)
         try:
             while True:
                 try:
@@ -156,16 +158,16 @@ class Loader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides which rows come in which order, by the names that a user knows: of JSON's types."""
+        """Everything that decides which rows come in which order, under names that a user knows, as JSON values."""
         return self._feed.identity
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last step that next_step() gave (not the last one prefetched), as plain JSON values."""
+        """The position after the last step that next_step() returned, which is not the last one prefetched."""
         return {"version": _VERSION, "position": self._position.to_dict(), "data": self._feed.identity}
 
     def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What a saved place depends on and is no longer so, by the names that a user knows: (then, now). What an
-        earlier version of this program did not note cannot be compared.
+        """What a saved position depends on and what has changed since: (then, now) under names that a user knows. What
+        an earlier version of this program did not save cannot be compared.
         """
         then, now = state.get("data"), self._feed.identity
         if state.get("version") != _VERSION or not isinstance(then, dict):
@@ -173,15 +175,15 @@ class Loader:
         return {key: (then[key], now.get(key)) for key in then if then[key] != now.get(key)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved place. Ranks, batch size, accumulation and the number of epochs may have changed; the
-        data and how it is ordered and packed may not (DataError says what did).
+        """Continue from a saved position. Ranks, batch size, accumulation and the number of epochs may have changed;
+        the data and how it is ordered and packed may not (DataError says what did).
         """
         changed = [f"{key} was {then!r} and is now {now!r}" for key, (then, now) in self.changes(state).items()]
         if changed:
             raise DataError(
                 f"the data position was saved for other data: {'; '.join(changed)}. "
-                "Hint: restore these to go on where the run stopped, or set ignore_data_skip: true to begin the data "
-                "anew."
+                "Hint: restore these to continue where the run stopped, or set ignore_data_skip: true to read the data "
+                "from its beginning."
             )
         try:
             position = self._feed.read_position(state["position"])
@@ -193,7 +195,7 @@ class Loader:
         self._position = self._reported = position
 
     def rows_left(self) -> float:
-        """Rows, over all ranks, from the place of state_dict() to the end of num_train_epochs.
+        """Rows, over all ranks, from the position of state_dict() to the end of num_train_epochs.
 
         The first call may encode samples to measure them: all, or, beyond `max_estimate_samples`, that many, and
         extrapolates; `exact` says which, and so does a log line. Token files need no measuring.
@@ -202,7 +204,7 @@ class Loader:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of which every row has been given by next_step()."""
+        """Epochs of which next_step() has returned every row."""
         return self._feed.epochs_done(self._position)
 
     @property
@@ -211,14 +213,14 @@ class Loader:
         return self._feed.exact
 
     def report(self) -> dict[str, Any]:
-        """Counts up to the last step given, over all ranks and since the start of training (a resumed run goes on
-        counting): samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and what else
-        the kind of data has (TextFeed.report, TokenFeed.report).
+        """Counts up to the last step returned, over all ranks and since the start of training, before a resume too:
+        samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and what else the kind of
+        data has (RecordFeed.report, TokenFeed.report).
         """
         return self._feed.report(self._reported)
 
     def close(self) -> None:
-        """End the thread and the workers. The loader may be asked again; it starts them anew."""
+        """End the thread and the workers. A loader that is used again starts them again."""
         self._steps = None
         _stop_all(self._running)
 
@@ -228,14 +230,16 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _start(self, position: Place, accumulation: int) -> Prefetcher[tuple[list[PackedBatch], Place]]:
+    def _start(
+        self, position: Position, accumulation: int, max_rows: int | None = None
+    ) -> Prefetcher[tuple[list[PackedBatch], Position]]:
         # locals: the thread must not keep the loader alive
         feed, plan = self._feed, replace(self._plan, accumulation=accumulation)
-        steps = Prefetcher(lambda: _steps(feed, plan, position), plan.prefetch, feed.interrupt)
+        steps = Prefetcher(lambda: _steps(feed, plan, position, max_rows), plan.prefetch, feed.interrupt)
         self._running.append(steps)
         return steps
 
-    def _stop(self, steps: Prefetcher[tuple[list[PackedBatch], Place]]) -> None:
+    def _stop(self, steps: Prefetcher[tuple[list[PackedBatch], Position]]) -> None:
         if steps in self._running:
             self._running.remove(steps)
         steps.stop()
@@ -246,9 +250,12 @@ def _stop_all(running: list[Prefetcher[Any]]) -> None:
         running.pop().stop()
 
 
-def _steps(feed: Feed, plan: Plan, position: Place) -> Generator[tuple[list[PackedBatch], Place], None, None]:
+def _steps(
+    feed: Feed, plan: Plan, position: Position, max_rows: int | None
+) -> Generator[tuple[list[PackedBatch], Position], None, None]:
     """A rank's microbatches step by step, each with the position behind the step."""
-    with closing(feed.rows(position)) as rows:
+    with closing(feed.rows(position)) as all_rows:
+        rows = islice(all_rows, max_rows)
         while taken := list(islice(rows, plan.rows_per_step)):
             batches = _microbatches([row for row, _ in taken], plan)
             yield feed.decode_media(batches), taken[-1][1]
@@ -262,13 +269,14 @@ def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
 
 
 def build_loader(
-    cfg: Any,
+    cfg: Config,
     tokenizer: Tokenizer,
     split: str = "train",
     rank: int = 0,
     world: int = 1,
     template: Template | None = None,
     inspection: Inspection = EVERY_RECORD,
+    accumulation: int | None = None,
     vision: VisionSpec | None = None,
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
@@ -277,8 +285,9 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records are looked at first; `vision` how those with pictures are read (stage VL-SFT). Raises
-    DataError (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go together.
+    `inspection` is how records are looked at first; `accumulation`: the microbatches of a training step, None:
+    gradient_accumulation_steps; `vision`: how records with pictures are read, None: they are text. Raises DataError
+    (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
     feed: RecordFeed | TokenFeed
@@ -288,7 +297,7 @@ def build_loader(
         feed = open_text(cfg, tokenizer, split, template, inspection, vision)
     plan = Plan(
         batch_size=cfg.batch_size,
-        accumulation=cfg.gradient_accumulation_steps if training else 1,
+        accumulation=(accumulation or cfg.gradient_accumulation_steps) if training else 1,
         rank=rank,
         world=world,
         prefetch=cfg.prefetch_factor,

@@ -19,9 +19,9 @@ from erniekit.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Counts:
-    """What the stream has given so far. `samples` are the records used (so `cut` is a part of them), `dropped` those
-    of which nothing was left; these three are counted when the packer's window takes them, a little before their rows
-    come. `rows`, `tokens` and `supervised_tokens` (those with a label) count the rows given.
+    """What the stream has yielded so far. `samples` counts the records used, `cut` those of them that were shortened,
+    `dropped` the records of which nothing was left; a record is counted when the packer's window reads it, a little
+    before its rows come. `rows`, `tokens` and `supervised_tokens` (those with a label) count the rows yielded.
     """
 
     samples: int = 0
@@ -34,13 +34,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two rows.
+    """A position between two rows.
 
     A window of the order begins in `round` at sample `start`, preceded by the `carried` documents (sample's index in
-    the round, document's index in the sample) of the window before; `emitted` of its rows have been given.
+    the round, document's index in the sample) of the window before; `emitted` of its rows have been yielded.
     `window_counts` were the counts when the window began, `counts` are those of now. To continue from here only the
     window is read again. `stop` is the sample where it ended, `last` whether the round ended with it, `closed` whether
-    all its rows have been given: with another num_train_epochs the round may have become longer or shorter, but this
+    all its rows have been yielded: with another num_train_epochs the round may have become longer or shorter, but this
     window is read as it was.
     """
 
@@ -56,11 +56,11 @@ class Position:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds of which every row has been given."""
+        """Rounds of which every row has been yielded."""
         return self.round + (self.closed and self.last)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The position as plain JSON values."""
         return {**asdict(self), "carried": [list(key) for key in self.carried]}
 
     @classmethod
@@ -91,7 +91,7 @@ class PackedStream:
     """Rows of packed documents from the records that `order` names, encoded by `service`.
 
     `num_rounds` None: without end. A fraction ends within a round: 1.5 rounds are one round and the first half of the
-    next. At the end of a round the packer's open rows are given out, so that an epoch's samples are in the epoch's
+    next. At the end of a round the packer's open rows are yielded, so that an epoch's samples are in the epoch's
     rows.
     """
 

@@ -56,5 +56,5 @@ def greedy(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
     if not last and spaces:
         carried = rows[spaces[-1][1]]
         rows[spaces[-1][1]] = []
-    kept = sorted((row for row in rows if row), key=lambda row: row[0])
-    return [sorted(row) for row in kept], sorted(carried)
+    filled = sorted((row for row in rows if row), key=lambda row: row[0])
+    return [sorted(row) for row in filled], sorted(carried)

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from erniekit.config import Config
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
@@ -17,7 +18,7 @@ from erniekit.data.chat.encode import Encoded, Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
-from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs, with_pictures
 from erniekit.data.sampler import Sampler
 from erniekit.data.vision.decode import MediaDecoder
 from erniekit.data.vision.encode import VisionSpec
@@ -78,15 +79,15 @@ class RecordFeed:
         return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
     def begin(self) -> Position:
-        """The place before the first row."""
+        """The position before the first row."""
         return Position()
 
     def read_position(self, state: dict[str, Any]) -> Position:
-        """A place from what its to_dict() gave."""
+        """The position that to_dict() described."""
         return Position.from_dict(state)
 
     def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
-        """The rows after `position`, each with the place behind it."""
+        """The rows after `position`, each with the position behind it."""
         return self._stream.rows(position)
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -117,7 +118,7 @@ class RecordFeed:
         return self._stream.epochs(position)
 
     def lengths(self) -> Lengths:
-        """The tokens of all samples, measured when asked for the first time (see data.lengths)."""
+        """The numbers of tokens of all samples, measured at the first call (see data.lengths)."""
         if self._lengths is None:
             self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
         return self._lengths
@@ -128,7 +129,7 @@ class RecordFeed:
             return next(encoded)
 
     def epochs_done(self, position: Position) -> int:
-        """Epochs of which every row has been given."""
+        """Epochs of which every row has been yielded."""
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
 
     def rows_left(self, position: Position) -> float:
@@ -142,7 +143,7 @@ class RecordFeed:
         rows, lengths = self._measure()
         if lengths.exact:
             return float(self._stream.rows_left(position, lengths.of))
-        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the error to be expected of so many samples
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the expected error of a sample of this size
         left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
         return max(0.0, left) + rows * epochs * margin
 
@@ -176,14 +177,14 @@ def _how(lengths: Lengths, exact: bool) -> str:
     return f"estimated from {lengths.num_measured} samples"
 
 
-def specs_of(cfg: Any, split: str) -> list[SourceSpec]:
+def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
     """The text data sets that a configuration names for `split` ("train" or "eval")."""
-    asked = _asked(cfg, split)
-    return read_specs(asked.paths, asked.types, asked.probs, split, cfg.stage)
+    keys = _split_keys(cfg, split)
+    return read_specs(keys.paths, keys.types, keys.probs, split, cfg.method)
 
 
 def open_text(
-    cfg: Any,
+    cfg: Config,
     tokenizer: Tokenizer,
     split: str,
     template: Template | None,
@@ -191,13 +192,16 @@ def open_text(
     vision: VisionSpec | None = None,
 ) -> RecordFeed:
     """Open and check the records of `split` ("train" or "eval"); see loader.build_loader."""
-    asked, specs = _asked(cfg, split), specs_of(cfg, split)
+    keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
+    if vision is not None:
+        specs = with_pictures(specs)
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
+        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "another tokenizer comes with its template"
         load = chat.load_template if vision is None else load_vision_template
         template = load(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
@@ -205,16 +209,16 @@ def open_text(
         cfg.max_seq_len,
         cfg.truncation,
         cfg.on_bad_line,
-        cfg.max_prompt_len if cfg.stage == "DPO" else None,
+        cfg.max_prompt_len if cfg.method.reads("max_prompt_len") else None,
         template,
         vision=vision,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
-    order = Sampler(dataset.sizes, [spec.prob for spec in specs], asked.strategy, cfg.seed, asked.shuffle)
-    stream = PackedStream(order, service, packer, window, cfg.max_seq_len, asked.num_epochs)
+    order = Sampler(dataset.sizes, [spec.prob for spec in specs], keys.strategy, cfg.seed, keys.shuffle)
+    stream = PackedStream(order, service, packer, window, cfg.max_seq_len, keys.num_epochs)
     samples = cfg.num_samples_each_epoch if order.endless else None
-    extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, asked.num_epochs, samples)
+    extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, keys.num_epochs, samples)
     identity = _identity(cfg, specs, dataset, packer) | {
         f"content of {split}_dataset_path": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
@@ -236,7 +240,7 @@ def _hash(template: Template | None) -> str | None:
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
-def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
+def training_template(cfg: Config, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
     """The chat template of a run: None where all its data is plain text and no template is named."""
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
@@ -249,8 +253,8 @@ def training_template(cfg: Any, tokenizer: text_tokenizer.Tokenizer) -> chat.Tem
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the configuration asks for a split."""
+class _SplitKeys:
+    """What the configuration says about the data of a split."""
 
     paths: Any
     types: Any
@@ -260,24 +264,24 @@ class _Asked:
     num_epochs: float | None
 
 
-def _asked(cfg: Any, split: str) -> _Asked:
+def _split_keys(cfg: Config, split: str) -> _SplitKeys:
     if split == "train":
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
-        return _Asked(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
+        return _SplitKeys(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)
     paths, types, probs = cfg.eval_dataset_path, cfg.eval_dataset_type, cfg.eval_dataset_prob
-    return _Asked(paths, types, probs, "concat", False, 1.0)
+    return _SplitKeys(paths, types, probs, "concat", False, 1.0)
 
 
-def _packer(cfg: Any) -> tuple[Packer, int]:
-    """The packing that the configuration asks for, and how many samples it is given at a time."""
+def _packer(cfg: Config) -> tuple[Packer, int]:
+    """The packer that the configuration names, and how many samples it packs at a time."""
     if not cfg.packing:
         return no_packing, _WINDOW
     return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)
 
 
-def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
-    """All that decides which rows the stream gives, by the names that a user knows."""
+def _identity(cfg: Config, specs: list[SourceSpec], dataset: Dataset, packer: Packer) -> dict[str, Any]:
+    """Everything that decides which rows the stream yields, under names that a user knows."""
     identity = {
         "seed": cfg.seed,
         "random_shuffle": cfg.random_shuffle,
@@ -290,4 +294,4 @@ def _identity(cfg: Any, specs: list[SourceSpec], dataset: Dataset, packer: Packe
         "packing": packer.__name__,
         "buffer_size": cfg.buffer_size if packer is greedy else None,
     }
-    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.stage == "DPO" else {})
+    return identity | ({"max_prompt_len": cfg.max_prompt_len} if cfg.method.reads("max_prompt_len") else {})

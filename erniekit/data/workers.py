@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from erniekit.data.chat import template as chat
+from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
@@ -32,8 +33,8 @@ _SHOWN_DROPS = 3  # the others are only counted
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an Encoder is made of, in a form that can be sent to a worker. Plain text needs no `template`; with `vision`
-    it is a VisionEncoder.
+    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`; with
+    `vision` they are those of a VisionEncoder.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class EncoderSpec:
             assert isinstance(template, VisionTemplate), "records with pictures need a template that shows them"
             return VisionEncoder(template, self.vision, self.max_seq_len, self.on_bad_line)
         if self.template_text is not None:
+            assert isinstance(self.tokenizer, text_tokenizer.Tokenizer), "a template is made with its tokenizer"
             template = chat.Template(*self.template_text, self.tokenizer)
         return Encoder(
             self.tokenizer, template, self.max_seq_len, self.truncation, self.on_bad_line, self.max_prompt_len
@@ -66,7 +68,7 @@ class EncoderSpec:
 
 
 class Job(Protocol):
-    """What a worker is to do, in a form that can be sent to it. Its class must lie in a module that can be imported."""
+    """The task of a worker, in a form that can be sent to it. Its class must lie in a module that can be imported."""
 
     def make(self) -> Callable[..., Any]:
         """The function that the worker calls with each record's parts."""
@@ -152,20 +154,20 @@ def serve() -> None:
 
 @dataclass
 class _Chunk:
-    """Some consecutive numbers of a stream: what of them is encoded, and the worker that has the rest."""
+    """Consecutive record numbers of a stream: `encoded` are done, and `worker` encodes the `missing` ones."""
 
     numbers: list[int]
-    found: dict[int, Encoded]
+    encoded: dict[int, Encoded]
     missing: list[int]
     worker: Worker | None = None
     error: Exception | None = None
 
     def hand_on(self) -> Iterator[Encoded]:
         for number in self.numbers:
-            if number not in self.found:
+            if number not in self.encoded:
                 assert self.error is not None
                 raise self.error
-            yield self.found[number]
+            yield self.encoded[number]
 
 
 class EncodingService:
@@ -183,7 +185,7 @@ class EncodingService:
 
     def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """The encoded records in the order of `numbers`, which may be endless: it is read only a little ahead. Close
-        the generator to end its workers. `num_workers`: at least so many for this stream.
+        the generator to end its workers. `num_workers`: the least number of workers for this stream.
         """
         workers = max(self._num_workers, num_workers or 0)
         if workers:
@@ -196,7 +198,7 @@ class EncodingService:
             yield encoded
 
     def lengths_depend_on(self) -> dict[str, Any]:
-        """What decides, beside a record itself, how many tokens it has; plain JSON."""
+        """Everything but a record itself that decides how many tokens it has, as plain JSON values."""
         spec, template = self._spec, self._encoder.template
         return {
             "tokenizer": spec.tokenizer.fingerprint,
@@ -247,8 +249,8 @@ class EncodingService:
 
     def _next_chunk(self, numbers: Iterator[int]) -> _Chunk | None:
         chunk = list(islice(numbers, _CHUNK))
-        found = {number: self._cache[number] for number in chunk if number in self._cache}
-        return _Chunk(chunk, found, [n for n in dict.fromkeys(chunk) if n not in found]) if chunk else None
+        encoded = {number: self._cache[number] for number in chunk if number in self._cache}
+        return _Chunk(chunk, encoded, [n for n in dict.fromkeys(chunk) if n not in encoded]) if chunk else None
 
     def _collect(self, chunk: _Chunk) -> Worker:
         """Wait for a chunk's answer; its worker is free then."""
@@ -256,7 +258,7 @@ class EncodingService:
         assert worker is not None
         done, chunk.error = worker.receive()
         for number, encoded in zip(chunk.missing, done, strict=False):
-            chunk.found[number] = self._keep(number, encoded)
+            chunk.encoded[number] = self._keep(number, encoded)
         return worker
 
     def _keep(self, number: int, encoded: Encoded) -> Encoded:

@@ -1,25 +1,29 @@
 """`erniekit eval`: measure, print a table, write eval_results.json."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from erniekit.build import PreparedModel
 from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
-from erniekit.evaluate.pairs import find_reference, score_pairs
+from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import Opened, find_model
-from erniekit.models.scoring import LARGEST_EXPONENT, score_batches
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.evaluators import EvaluatedModel
+from erniekit.training.evaluators import score as score_data
+from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.methods import method_of
+from erniekit.training.reference import PairScorer
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import make_directory
-from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_json_object
 
 RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
@@ -52,12 +56,12 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """Evaluate the model that `cfg` names (see generation.load.find_model) on eval_dataset_path, or, with dataset_type:
     pretrain and without it, on the second part of `split` of input_dir.
 
-    `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential),
+    The scores are those of the method's evaluator (training/evaluators.py), as evaluations during training report them:
+    for most methods `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential) and
     `token_accuracy` (share of supervised tokens that are the model's first choice). With predict_with_generate the
     model also answers the last question of each sample and those whose answers call tools, choosing tokens as
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
-    those of tool_metrics too. At stage DPO the first three are evaluate.pairs.score_pairs instead, and
-    answers are compared with the chosen response.
+    those of tool_metrics too. In pairs of answers, the model's is compared with the chosen one.
 
     Returns what it writes to `eval_output` or `output_dir`: eval_results.json, and with answers eval_predictions.jsonl,
     a line each. Prints a table. Raises UserError that names the key, file or line.
@@ -65,13 +69,12 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     started = time.monotonic()
     target = _target(cfg)
     found = find_model(cfg)
-    reference = find_reference(cfg, found) if cfg.stage == "DPO" else None
+    reference = find_reference(cfg, found)
     predictions: Sequence[Prediction] = ()
     with build_loader(cfg, found.tokenizer, "eval", template=found.template) as loader:
         questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
         opened = found.load()  # keys and data are checked: from here on weights are read
-        scores = score_pairs(cfg, opened, loader, reference) if cfg.stage == "DPO" else _loss(opened, loader, cfg)
-        results = {"model": str(opened.path), **scores}
+        results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
         if cfg.predict_with_generate:
             predictions = answer_questions(cfg, opened, questions)
             results |= score(predictions)
@@ -96,28 +99,15 @@ def print_table(results: dict[str, Any]) -> None:
     print(text.get(), end="", flush=True)
 
 
-def _loss(opened: Opened, loader: Loader, cfg: Config) -> dict[str, Any]:
-    with closing(loader.batches()) as batches:
-        found, num_samples = score_batches(opened.model, batches, cfg.max_evaluate_steps)
-    if not found.num_tokens:
-        raise DataError(
-            "eval_dataset_path: no token of the evaluation data carries loss. "
-            "Give samples with answers (label 1), or raise max_seq_len."
-        )
-    metrics = found.metrics()
-    loss = metrics["loss"]
-    if not math.isfinite(loss):
-        raise CheckpointError(
-            f"{opened.path}: the loss of this model is {loss}: its weights are not finite, or too large. "
-            "Evaluate an earlier checkpoint (checkpoint: ...)."
-        )
-    if loss > LARGEST_EXPONENT:
-        log.warning(f"perplexity: exp({loss:.1f}) has no float; exp({LARGEST_EXPONENT:.0f}) is reported")
-    return {
-        "num_samples": num_samples,
-        "num_dropped": loader.report()["dropped"],
-        "num_tokens": found.num_tokens,
-    } | metrics
+def _scores(cfg: Config, opened: Opened, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
+    """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
+    model = opened.model
+    forward = ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))])
+    compared_with = open_reference(cfg, model, reference, PairScorer(forward, cfg.loss_subbatch_seqlen))
+    evaluated = EvaluatedModel(str(opened.path), cfg, model, forward, compared_with)
+    cure = "Evaluate an earlier checkpoint (checkpoint: ...)."
+    scores = score_data(method_of(cfg).evaluator, evaluated, loader, cure)
+    return scores.counts | {"num_dropped": loader.report()["dropped"]} | scores.metrics
 
 
 def _target(cfg: Config) -> Path:

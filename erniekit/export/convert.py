@@ -17,7 +17,8 @@ from erniekit.build import Overrides
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
-from erniekit.checkpoint.safetensors import Plan, Writer
+from erniekit.checkpoint.safetensors_header import Plan
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.target import model_target
 from erniekit.models.config import FORMATS, Format
 from erniekit.models.weights import Logical

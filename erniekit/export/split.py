@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from erniekit.checkpoint.model_dir import copy_companions, is_adapter
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.config import Config
 from erniekit.export.convert import Report, digest, require_apart, tell_not_copied
 from erniekit.export.export import OVERWRITE, checkpoint_of, output_of

@@ -8,7 +8,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at once on a CPU: 64 MB in fp32
 _GPU_CHUNK_ELEMENTS = 1 << 28  # on a GPU, where few rows would be slow: 1 GB in fp32

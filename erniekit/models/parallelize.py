@@ -8,9 +8,9 @@ from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import Linear
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import RankShard, Shardable, ShardSpec, named_shard_specs
-from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.placement import Placement
+from erniekit.parallel.process_group import Group
 from erniekit.parallel.tensor import TensorRanks
 
 

@@ -10,7 +10,7 @@ from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, describe, plan
-from erniekit.parallel.pipeline_split import cut, layer_costs
+from erniekit.parallel.pipeline_split import layer_costs, split_layers
 from erniekit.utils.errors import ConfigError
 
 if TYPE_CHECKING:  # the agent plans a job without Paddle
@@ -26,7 +26,7 @@ def cut_layers(cfg: Config, model_config: ModelConfig, stages: int) -> list[list
     """The layers of each chunk of each stage: piece c * stages + s of the model is chunk c of stage s."""
     chunks = max(cfg.virtual_pp_degree, 1)
     costs = layer_costs(model_config, cfg.max_seq_len // 2)
-    pieces = cut(model_config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
+    pieces = split_layers(model_config.num_hidden_layers, stages * chunks, cfg.pp_seg_method, costs)
     return [[pieces[c * stages + s] for c in range(chunks)] for s in range(stages)]
 
 

@@ -1,8 +1,6 @@
 """How well a model predicts the labels of a batch: loss and accuracy, and log-probabilities of pairs of answers."""
 
-import itertools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +10,6 @@ from erniekit.data.batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import batch_inputs
 
 LARGEST_EXPONENT = 700.0
 
@@ -39,30 +36,14 @@ class Score(NamedTuple):
         }
 
 
-def score_batches(model: CausalLM, batches: Iterable[PackedBatch], most: int = -1) -> tuple[Score, int]:
-    """The score of the batches, and the number of their samples; of the first `most` batches if that is positive."""
-    total, num_samples = Score(), 0
-    for batch in itertools.islice(batches, most if most > 0 else None):
-        total += batch_nll(model, batch)
-        num_samples += batch.num_samples
-    return total, num_samples
-
-
-@paddle.no_grad()
-def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
-    """Score a batch. Logits exist only where labels are, a chunk at a time. Logits that are not finite give a NaN."""
-    places = batch.supervised
-    if not len(places):
-        return Score()
-    return score_hidden(model, model.model(batch_inputs(model, batch)).normed, places, batch.labels)
-
-
 @paddle.no_grad()
 def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, labels_T: np.ndarray) -> Score:
     """Score the token numbers `places`, which have labels, from the hidden states of all tokens behind the final norm
-    [T, D].
+    [T, D]. Logits exist a chunk at a time. Logits that are not finite give a NaN.
     """
     score = Score()
+    if not len(places):
+        return score
     for chunk in chunks_of(hidden_TD, model.config.vocab_size, len(places)):
         rows = places[chunk]
         targets = paddle.to_tensor(labels_T[rows].astype(np.int64))

@@ -1,9 +1,9 @@
-"""Experts divided over ranks: tokens travel to them and back (Lepikhin et al. 2020, arXiv 2006.16668, section 3).
+"""Expert parallelism: all-to-all dispatch and combine (Lepikhin et al. 2020, arXiv 2006.16668, section 3).
 
-A layer's experts form one share for each (expert rank, tensor rank), in this order. Every tensor rank sees the same
-tokens and takes the (token, expert) pairs of its own column of shares; these go by all-to-all to the expert rank that
-holds the expert. So a tensor rank's output is a partial sum. Legend: E experts, L experts of one share, N expert ranks,
-R rows.
+A layer's experts are divided into one shard for each (expert rank, tensor rank), in this order. Every tensor rank has
+the same tokens and processes the (token, expert) pairs of the shards with its tensor index; an all-to-all sends these
+to the expert rank that has the expert. The output of a tensor rank is therefore a partial sum. Legend: E experts, L
+experts of one shard, N expert ranks, R rows.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from paddle.autograd import PyLayer
 from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 
 @dataclass(frozen=True)
 class ExpertRanks:
-    """The ranks that share the experts of a layer. `sequence`: outside the layer, tensor ranks also share the
-    tokens.
+    """The ranks over which the experts of a layer are sharded. `sequence`: outside the layer, the tokens are divided
+    over the tensor ranks, too.
     """
 
     tensor: Group
@@ -30,37 +30,37 @@ class ExpertRanks:
     sequence: bool = False
 
     def enter(self, x_TD: paddle.Tensor) -> paddle.Tensor:
-        """The tokens of every tensor rank, for the router: each rank computes the same from them, and its gradient is
-        the whole one.
+        """Gather the tokens of every tensor rank for the router: each rank computes the same from them, so that its
+        gradient is complete.
         """
         return comm.gather_rows_replicated(x_TD, self.tensor) if self.sequence else x_TD
 
     def agree(self, experts_TK: paddle.Tensor) -> paddle.Tensor:
-        """The first tensor rank's choice of experts."""
+        """Replace the choice of experts by that of the first tensor rank."""
         return comm.broadcast_(experts_TK, 0, self.tensor)
 
     def copy(self, x: paddle.Tensor) -> paddle.Tensor:
-        """What only this rank's experts use: the gradients of all tensor ranks add up."""
+        """The identity for an input of this rank's experts alone; its gradient is summed over the tensor ranks."""
         return comm.copy_to(x, self.tensor)
 
     def leave(self, y_TD: paddle.Tensor) -> paddle.Tensor:
-        """The tensor ranks' partial sums, added up."""
+        """Sum the partial results of the tensor ranks."""
         return (comm.scatter_rows if self.sequence else comm.reduce_from)(y_TD, self.tensor)
 
-    def own_pairs(self, experts_TK: np.ndarray, num_local: int) -> np.ndarray:
-        """Which (token, expert) pairs this tensor rank takes [T, K]."""
+    def local_pairs(self, experts_TK: np.ndarray, num_local: int) -> np.ndarray:
+        """Which (token, expert) pairs this tensor rank processes [T, K]."""
         return experts_TK // num_local % self.tensor.size == self.tensor.index
 
     def start(
         self, experts: Experts, rows: paddle.Tensor, assignment: Assignment, num_tokens: int
     ) -> Callable[[], paddle.Tensor]:
-        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the experts, wherever these are; the function
-        that is returned gives what the experts made of them [R, D], in the same order. What is computed before it is
-        called runs beside the journey where the backend allows.
+        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the ranks of their experts. The function that
+        is returned gives the experts' outputs [R, D], in the same order. Where the backend allows, the rows are sent
+        while the caller computes something else before calling it.
         """
         num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
-        by_share = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
-        counts_NL = by_share[:, self.tensor.index]
+        by_shard = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
+        counts_NL = by_shard[:, self.tensor.index]
         if self.expert.size == 1:
             return lambda: experts(rows, counts_NL[0].tolist())
         # Each rank also sends how many tokens it has: where no rank has any, the experts do not run and have no
@@ -82,13 +82,15 @@ class ExpertRanks:
 
 
 def expert_major(counts_NL: np.ndarray) -> np.ndarray:
-    """Rows that lie by source and then by expert, in the order by expert and then by source [R]. counts [N, L]."""
+    """The permutation [R] that takes rows sorted by source and then expert to the order by expert and then source.
+    counts [N, L].
+    """
     expert = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in counts_NL])
     return np.argsort(expert, kind="stable")
 
 
 class _Permute(PyLayer):
-    """A gather whose adjoint is a gather, too."""
+    """A gather of all rows, whose adjoint is the gather by the inverse permutation."""
 
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:

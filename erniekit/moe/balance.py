@@ -1,4 +1,4 @@
-"""Loss-free load balancing: move the correction bias against each expert's load, once an optimizer step."""
+"""Loss-free load balancing: once an optimizer step, the correction biases of overloaded experts are lowered."""
 
 from collections.abc import Mapping
 
@@ -18,23 +18,19 @@ def update_biases(
     Args:
         layers: sparse layers by number.
         usages: by (layer, modality) the tokens that chose each expert [E], over all microbatches and data ranks of the
-            step. A frozen router is left alone.
+            step. The bias of a frozen router does not change.
 
     Returns:
-        What was added to the bias [modalities, E] of each layer, fp32.
+        The change of the bias [modalities, E] of each layer, fp32.
     """
-    changes = {number: np.zeros(_bias(layer).shape, np.float32) for number, layer in layers.items()}
+    changes = {number: np.zeros(layer.correction_bias.shape, np.float32) for number, layer in layers.items()}
     for (number, modality), usage_E in usages.items():
-        if not layers[number].gate.matrix(modality).stop_gradient:
+        if not layers[number].router_of(modality).stop_gradient:
             direction = np.sign(usage_E.mean() - usage_E).astype(np.float32)
             changes[number][modality] = direction * np.float32(step_size)
     if any(change.any() for change in changes.values()):
         uploaded = paddle.to_tensor(np.concatenate([change.reshape(-1) for change in changes.values()]))
-        parts = paddle.split(uploaded, [change.size for change in changes.values()])
-        for layer, part in zip(layers.values(), parts, strict=True):
-            _bias(layer).add_(part.reshape(_bias(layer).shape))
+        layer_changes = paddle.split(uploaded, [change.size for change in changes.values()])
+        for layer, change in zip(layers.values(), layer_changes, strict=True):
+            layer.correction_bias.add_(change.reshape(layer.correction_bias.shape))
     return changes
-
-
-def _bias(layer: MoELayer) -> paddle.Tensor:
-    return layer.moe_statics.e_score_correction_bias

@@ -1,4 +1,4 @@
-"""Move tokens to their experts and back: sorted by expert, one contiguous stretch each."""
+"""Dispatch tokens to experts and combine the outputs: rows are sorted by expert, one contiguous span for each."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from paddle.autograd import PyLayer
 
 @dataclass(frozen=True)
 class Assignment:
-    """R <= T*K (token, expert) pairs sorted by expert; R < T*K where experts were full. `source` [R] is each sorted
+    """R <= T*K (token, expert) pairs sorted by expert; R < T*K where pairs were dropped. `source` [R] is each sorted
     row's token, `rank` (K of them) [T] the sorted row of each token's k-th pair (R for a dropped one), `order` [R] the
     pair t*K + k of each row, `counts` the number of rows of each expert [E] on the host.
     """
@@ -44,7 +44,7 @@ def _copy_out(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
 
 
 def _with_zero_row(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
-    """Where a dropped pair points to."""
+    """Append the row that dropped pairs refer to."""
     if not assignment.num_dropped:
         return rows
     return paddle.concat([rows, paddle.zeros([1, rows.shape[-1]], dtype=rows.dtype)])
@@ -60,8 +60,8 @@ def _sum_back(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
 
 
 class _Dispatch(PyLayer):
-    """Copy each token to its K rows; the adjoint sums the K rows. Both are gathers, so neither scatters or needs
-    atomics.
+    """Copy each token to its K rows; the adjoint sums the K rows. Both are gathers: neither needs
+    atomic additions.
     """
 
     @staticmethod
@@ -82,20 +82,20 @@ class _Combine(PyLayer):
         weights_R1 = paddle.gather(weights_TK.reshape([-1]), assignment.order).unsqueeze(-1)
         ctx.save_for_backward(rows, weights_R1)
         ctx.assignment = assignment
-        ctx.wanted = not rows.stop_gradient, not weights_TK.stop_gradient
+        ctx.needs_gradient = not rows.stop_gradient, not weights_TK.stop_gradient
         return _sum_back(rows * weights_R1.astype(rows.dtype), assignment)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         rows, weights_R1 = ctx.saved_tensor()
-        rows_wanted, weights_wanted = ctx.wanted
+        rows_need_gradient, weights_need_gradient = ctx.needs_gradient
         copied = _copy_out(dy_TD, ctx.assignment)
         dweights_TK = None
-        if weights_wanted:
+        if weights_need_gradient:
             product = copied.astype("float32") * rows.astype("float32")
             dweights_R1 = _with_zero_row(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
             dweights_TK = paddle.concat([paddle.gather(dweights_R1, rank_T) for rank_T in ctx.assignment.rank], axis=1)
-        return copied * weights_R1.astype(copied.dtype) if rows_wanted else None, dweights_TK
+        return copied * weights_R1.astype(copied.dtype) if rows_need_gradient else None, dweights_TK
 
 
 def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
@@ -104,5 +104,5 @@ def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
 
 
 def combine(rows: paddle.Tensor, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
-    """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A dropped pair adds nothing."""
+    """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A dropped pair contributes nothing."""
     return _Combine.apply(rows, weights_TK, assignment)

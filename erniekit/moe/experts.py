@@ -1,5 +1,5 @@
-"""The routed experts: SwiGLU blocks whose weights are stacked over experts, one product an expert on its stretch of
-sorted rows.
+"""The routed experts: SwiGLU blocks whose weights are stacked over experts, with one product for each expert on
+its span of sorted rows.
 """
 
 import paddle
@@ -13,8 +13,8 @@ from erniekit.nn.shard import ShardSpec
 
 
 class StackedLinear(Projection):
-    """E projections of one shape: weight [E, in, out], E those of this process. `product` and `adapter` are
-    called with the rows and the counts.
+    """E projections of one shape: weight [E, in, out], where E counts the experts of this process. `product` and
+    `adapter` are called with the rows and the counts.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
@@ -27,7 +27,7 @@ class StackedLinear(Projection):
         self.adapter = None
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Whole experts are divided."""
+        """The stack is sharded by whole experts."""
         return {"weight": ShardSpec(0, over="experts")}
 
     def roles(self) -> dict[str, Role]:

@@ -1,7 +1,7 @@
 """The sparse feed-forward layer: router, dispatch, experts, combine, shared experts; for one modality or for two.
 
 With two modalities (ERNIE 4.5 technical report, "modality-isolated routing") a token's modality decides its router and
-its group of experts; no token crosses. Shared experts serve both. Legend: T tokens, D model, E experts.
+its group of experts. Shared experts serve both modalities. Legend: T tokens, D model, E experts.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ Finish = Callable[[], paddle.Tensor]
 
 @dataclass(frozen=True)
 class MoESizes:
-    """Plain sizes of a sparse layer.
+    """The sizes of a sparse layer.
 
     `intermediate_sizes`: the width of one expert, for text and, where there is a second entry, for vision.
-    `num_shared` experts of the text width see every token; 0 means none. These are the whole layer's; this process
-    holds one of `expert_shares` of the experts and of `tensor_degree` of the shared ones.
+    `num_shared` experts of the text width process every token; 0 means none. These are the whole layer's; this process
+    has one of `expert_shares` shards of the experts and one of `tensor_degree` shards of the shared ones.
     """
 
     hidden_size: int
@@ -43,21 +43,21 @@ class MoESizes:
 
     @property
     def num_local_experts(self) -> int:
-        """Experts that this process holds."""
+        """The number of experts of this process."""
         return self.num_experts // self.expert_shares
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """What a sparse layer needs to know of T tokens: `row_lengths` (sums to T) of the packed rows, the unit that load
-    and capacity are counted over; `modality` [T], 0 text and 1 vision, None for all text.
+    """What a sparse layer needs to know about T tokens: `row_lengths` (sums to T) of the packed rows, over which load
+    and capacity are counted; `modality` [T], 0 text and 1 vision, None for all text.
     """
 
     row_lengths: list[int]
     modality: np.ndarray | None = None
 
-    def part(self, modality: int) -> tuple[np.ndarray, list[int]]:
-        """Token numbers of a modality, and how many of them each row has (rows without any left out)."""
+    def of_modality(self, modality: int) -> tuple[np.ndarray, list[int]]:
+        """The numbers of a modality's tokens, and how many each row has (rows without any are left out)."""
         assert self.modality is not None
         chosen = self.modality == modality
         rows = np.repeat(np.arange(len(self.row_lengths)), self.row_lengths)
@@ -65,8 +65,8 @@ class TokenInfo:
 
 
 class Routed(NamedTuple):
-    """A router's decision with what was counted on the host: `usage` [E] tokens that chose each expert, `dropped` pairs
-    that found no room, `row_lengths` of the tokens routed.
+    """A router's decision with what was counted on the host: `usage` [E], the number of tokens that chose each expert;
+    `dropped`, the pairs beyond the capacity; `row_lengths` of the routed tokens.
     """
 
     routing: Routing
@@ -84,7 +84,7 @@ class MoELayer(nn.Layer):
         modalities = len(sizes.intermediate_sizes)
         self.gate = Gate(sizes.hidden_size, sizes.num_experts, modalities, sizes.init_std)
         self.moe_statics = RouterStatics(modalities, sizes.num_experts)
-        self.ranks: ExpertRanks | None = None  # attached from outside where several processes hold the experts
+        self.ranks: ExpertRanks | None = None  # set by parallelize() where the experts are sharded over processes
         widths = sizes.intermediate_sizes
         self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:
@@ -94,6 +94,19 @@ class MoELayer(nn.Layer):
         if sizes.num_shared:
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
+
+    @property
+    def correction_bias(self) -> paddle.Tensor:
+        """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
+        return self.moe_statics.e_score_correction_bias
+
+    def bias_of(self, modality: int) -> paddle.Tensor:
+        """The correction bias [E] of a modality's router."""
+        return self.correction_bias[modality]
+
+    def router_of(self, modality: int) -> paddle.Tensor:
+        """The matrix [D, E] of a modality's router."""
+        return self.gate.matrix(modality)
 
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what each modality's router decided)."""
@@ -105,7 +118,7 @@ class MoELayer(nn.Layer):
             decisions = {TEXT: routed}
         else:
             finish, decisions = self._by_modality(all_TD, tokens)
-        # Between start and finish: the shared experts work while tokens travel to the routed ones.
+        # The shared experts run between start and finish, while tokens are sent to the routed ones.
         shared = None if self.shared_experts is None else self.shared_experts(x_TD)
         y = finish()
         if num_rows != num_tokens:
@@ -115,16 +128,16 @@ class MoELayer(nn.Layer):
         return y if shared is None else y + shared, decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
-        """Each modality's tokens through its own router and experts. A modality without tokens does not run, unless
+        """Run each modality's tokens through its own router and experts. A modality without tokens is skipped, unless
         other ranks may need its experts.
         """
         finishes, places, decisions = [], [], {}
         needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
-            where, row_lengths = tokens.part(modality)
+            where, row_lengths = tokens.of_modality(modality)
             if len(where) or needed or (modality == TEXT and not x_TD.shape[0]):
-                part = paddle.gather(x_TD, paddle.to_tensor(where))
-                finish, routed = self._start(part, modality, row_lengths)
+                selected = paddle.gather(x_TD, paddle.to_tensor(where))
+                finish, routed = self._start(selected, modality, row_lengths)
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
@@ -133,13 +146,12 @@ class MoELayer(nn.Layer):
         return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
 
     def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
-        """Route the tokens and send them off; the experts' weighted sum [T, D] comes when it is asked for."""
+        """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""
         num_experts = self.sizes.num_experts
-        bias = self.moe_statics.e_score_correction_bias[modality]
         agree = None if self.ranks is None else self.ranks.agree
         # Without tokens the router has no gradient, as where it does not run at all.
         logits = self.gate(x_TD, modality) if x_TD.shape[0] else paddle.zeros([0, num_experts])
-        routing = route(logits, bias, self.options, agree)
+        routing = route(logits, self.bias_of(modality), self.options, agree)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
@@ -150,8 +162,8 @@ class MoELayer(nn.Layer):
         experts = self.experts if modality == TEXT else self.vision_experts
         weights = routing.weights
         if self.ranks is not None:
-            own = self.ranks.own_pairs(chosen, self.sizes.num_local_experts)
-            keep = own if keep is None else keep & own
+            local = self.ranks.local_pairs(chosen, self.sizes.num_local_experts)
+            keep = local if keep is None else keep & local
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)

@@ -1,7 +1,8 @@
 """Router losses: each one function, and the only definition of it in this project.
 
-Every function takes real tokens only (padding has been dropped) and gives a sum over tokens or a plain value, so that
-microbatches, ranks and recomputation add up to the same number. Legend: T tokens, E experts, K experts a token.
+Every function gets real tokens only (padding has been dropped) and returns a sum over tokens, or a value that does not
+depend on tokens, so that microbatches and ranks add up to the same number. Legend: T tokens, E experts, K experts of a
+token.
 """
 
 import paddle
@@ -13,7 +14,7 @@ def load_balance_loss(probs_TE: paddle.Tensor, options: RouterOptions, row_lengt
     """sum over rows r of n_r * E * sum_e f_re * P_re: f_re = share of row r's n_r tokens that choose expert e by
     the unbiased probabilities (no gradient), P_re = mean probability. Divided by all tokens it is K when balanced.
 
-    Load is counted over each packed row, the unit that no split into microbatches or ranks cuts (sequence-wise balance,
+    Load is counted over each packed row, which no split into microbatches or ranks divides (sequence-wise balance,
     DeepSeek-V3, arXiv 2412.19437, eq. 17-20; Fedus et al. 2021, arXiv 2101.03961, eq. 4, for one row). probs [T, E]
     fp32, `row_lengths` sums to T.
     """
@@ -39,7 +40,7 @@ def router_orthogonal_loss(gate_weight_DE: paddle.Tensor, num_groups: int = 1) -
     """Mean squared entry of W W^T - I, W [E, D] the experts' gate vectors scaled to length 1; with groups of E /
     num_groups experts, the mean over the groups.
 
-    ERNIE 4.5 technical report, "router orthogonalization loss". A plain value: it does not depend on tokens.
+    ERNIE 4.5 technical report, "router orthogonalization loss". It does not depend on tokens.
     """
     unit_ED = paddle.nn.functional.normalize(gate_weight_DE.astype("float32").t(), axis=-1)
     num_experts, size = unit_ED.shape

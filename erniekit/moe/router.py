@@ -1,4 +1,4 @@
-"""Top-k routing with a correction bias that steers the choice and never the weights.
+"""Top-k routing with a correction bias that influences the choice of experts and never their weights.
 
 Legend: T tokens, D model, E experts, K experts a token.
 """
@@ -16,11 +16,11 @@ from erniekit.nn.roles import Component, DeclaresRoles, Role
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How a router decides.
+    """How a router chooses experts and weighs them.
 
-    `act`: probabilities by softmax over all experts, or by a sigmoid each. `grouped`: experts stand in `top_k` groups
-    of E / top_k, and each group gives its best one. `capacity`: each expert takes at most ceil(capacity * n * K / E) of
-    the n tokens of a packed row, earlier tokens first; None drops nothing.
+    `act`: probabilities by softmax over all experts, or by a sigmoid each. `grouped`: experts form `top_k` groups of E
+    / top_k, and the best one of each group is chosen. `capacity`: each expert takes at most ceil(capacity * n * K / E)
+    of the n tokens of a packed row, earlier tokens first; None drops nothing.
     """
 
     top_k: int
@@ -53,8 +53,8 @@ def choose(scores_TE: paddle.Tensor, options: RouterOptions) -> paddle.Tensor:
 
 
 def _softmax(logits_TE: paddle.Tensor) -> paddle.Tensor:
-    """Probabilities. Paddle's CPU kernel takes no logit for more than 64 below the largest: experts beyond that would
-    be equal, and the choice among them wrong.
+    """Softmax over experts. Paddle's CPU kernel treats every logit as at most 64 below the largest: experts beyond that
+    would have equal scores, and the choice among them would be wrong.
     """
     if not logits_TE.place.is_cpu_place():
         return nn.functional.softmax(logits_TE, axis=-1)
@@ -69,7 +69,7 @@ def route(
     agree: Callable[[paddle.Tensor], paddle.Tensor] | None = None,
 ) -> Routing:
     """Choose on score + bias; weigh by the unbiased scores, renormalised by max(sum, norm_min). Ranks that all route
-    the same tokens `agree` on the choice, which hangs on the last bit where two scores are close.
+    the same tokens `agree` on the choice, which depends on the last bit where two scores are close.
 
     The bias chooses and gets no gradient (Wang et al. 2024, arXiv 2408.15664, eq. 3); gradient reaches the router
     through the weights.
@@ -87,8 +87,8 @@ def route(
 
 
 def within_capacity(experts_TK: np.ndarray, num_experts: int, capacity: float, row_lengths: list[int]) -> np.ndarray:
-    """Which (token, expert) pairs an expert has room for [T, K]: see RouterOptions.capacity. Rows are counted apart, so
-    that no split into microbatches changes what is dropped.
+    """Which (token, expert) pairs are within the experts' capacity [T, K]: see RouterOptions.capacity. Rows are counted
+    separately, so that no split into microbatches changes what is dropped.
     """
     keep = np.empty(experts_TK.shape, dtype=bool)
     start = 0
@@ -105,7 +105,7 @@ def within_capacity(experts_TK: np.ndarray, num_experts: int, capacity: float, r
 
 
 class RouterStatics(DeclaresRoles):
-    """State of the routers that no gradient trains: correction biases [modalities, E], fp32."""
+    """State of the routers that is not trained by gradients: correction biases [modalities, E], fp32."""
 
     def __init__(self, num_modalities: int, num_experts: int) -> None:
         super().__init__()

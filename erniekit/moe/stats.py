@@ -1,5 +1,5 @@
-"""What is known of a router over one step: load, entropy, losses, dropped tokens. Sums, so that microbatches and ranks
-add up.
+"""Statistics of a router over one step: load, entropy, losses, dropped pairs. They are sums, so that microbatches and
+ranks add up.
 """
 
 from dataclasses import dataclass, field
@@ -36,14 +36,14 @@ class RouterStats:
         )
 
     def set_sum(self, name: str, value: float) -> None:
-        """Set the entropy or a router loss, which `measure` leaves on the device."""
+        """Set the entropy or a router loss, which `measure` returns as tensors on the device."""
         if name == ENTROPY:
             self.entropy = value
         else:
             self.losses[name] = value
 
     def to_vector(self) -> np.ndarray:
-        """All sums as float64, for adding up over ranks."""
+        """All sums as one float64 array, to be added up over ranks."""
         rest = [self.entropy, self.dropped, self.num_tokens, *self.losses.values()]
         return np.concatenate([self.usage.astype(np.float64), np.array(rest, np.float64)])
 
@@ -55,7 +55,7 @@ class RouterStats:
         return RouterStats(usage, entropy, int(dropped), int(num_tokens), dict(zip(self.losses, losses, strict=True)))
 
     def record(self, bias_E: np.ndarray) -> dict[str, float]:
-        """Means a token, the busiest expert's load over the mean load, and the range of the correction bias."""
+        """Means over tokens, the largest load of an expert over the mean load, and the range of the correction bias."""
         tokens = max(self.num_tokens, 1)
         return {
             "load_max_over_mean": float(self.usage.max() / max(self.usage.mean(), 1e-9)),

@@ -1,1 +1,1 @@
-"""Every form of parallelism, and recomputation, applied to a model from outside."""
+"""Ranks, their groups and communication, and every form of parallelism as arithmetic and plans."""

@@ -1,4 +1,4 @@
-"""What the ranks of a run decide together: one acts, all succeed, or all fail with the same words."""
+"""Run something on one rank or on all; if any rank fails, every rank raises the same error."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError, UserError
 
-# Attributes of a directory may be cached on a network file system (NFS: up to 60 s; new files are asked for sooner).
+# A network file system may cache attributes of a directory (NFS: up to 60 s); new files are usually visible sooner.
 _VISIBLE_SECONDS = 10.0
 
 
 def agree(error: Exception | None, group: Group) -> None:
     """Raise this rank's error, or else a CheckpointError with that of another. All ranks call it."""
-    said = comm.gather_objects(None if error is None else str(error) or type(error).__name__, group)
+    messages = comm.gather_objects(None if error is None else str(error) or type(error).__name__, group)
     if error is not None:
         raise error
-    for rank, text in enumerate(said):
+    for rank, text in enumerate(messages):
         if text is not None:
             raise CheckpointError(text if text.startswith("rank ") else f"rank {group.ranks[rank]}: {text}")
 
 
 @contextmanager
 def all_or_none(group: Group) -> Iterator[None]:
-    """A block that each rank runs by itself (nothing in it may wait for other ranks): an error of one is one of all."""
+    """Run a block on each rank (nothing in it may wait for other ranks); if it fails on one, every rank raises."""
     error: Exception | None = None
     try:
         yield
@@ -49,20 +49,22 @@ def require_shared(directory: Path, group: Group) -> None:
     if group.size == 1:
         return
 
-    def leave_sign() -> str:
-        sign = directory / f".shared-{time.time_ns()}"
-        sign.touch()
-        return sign.name
+    def make_marker() -> str:
+        marker = directory / f".shared-{time.time_ns()}"
+        marker.touch()
+        return marker.name
 
-    sign = directory / on_first(group, leave_sign)
+    marker = directory / on_first(group, make_marker)
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not (seen := sign.exists()) and time.monotonic() < deadline:
+    while not (visible := marker.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [group.ranks[i] for i, visible in enumerate(comm.gather_objects(seen, group)) if not visible]
-    on_first(group, lambda: sign.unlink())
-    if blind:
+    everywhere = comm.gather_objects(visible, group)
+    without = [group.ranks[i] for i, is_visible in enumerate(everywhere) if not is_visible]
+    on_first(group, lambda: marker.unlink())
+    if without:
         raise CheckpointError(
-            f"output_dir: {directory} of rank {group.ranks[0]} is not seen by rank {', '.join(map(str, blind))}: every "
-            "rank writes its part of a checkpoint there. Choose a directory that all hosts share (NFS, Lustre, ...), "
-            "under the same path."
+            f"output_dir: {directory} of rank {group.ranks[0]} is not visible to "
+            f"rank {', '.join(map(str, without))}: "
+            "every rank writes its shards of a checkpoint there. Choose a directory that all hosts share (NFS, "
+            "Lustre, ...), under the same path."
         )

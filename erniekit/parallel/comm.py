@@ -1,18 +1,14 @@
-"""What ranks say to one another; nothing else in the package calls a collective.
+"""Collective communication. The only module that calls collectives; those that a model's graph contains come with their
+adjoints (transposed maps).
 
-A group is a list of ranks; a group of one rank costs nothing: every function is then the identity. On a CPU the ranks
-talk over `links` (TCP); on GPUs over NCCL through `paddle.distributed`, which has never been run here.
-
-Traffic is counted by formula in bytes of the tensor's own dtype, n ranks, x of B bytes on this rank before the call:
-all_reduce 2 (n-1)/n B, reduce_scatter (n-1)/n B, all_gather (n-1) B, broadcast B at the source; all_to_all the rows for
-other ranks, send B. That is what ring and pairwise algorithms send, the least possible.
+A group is a list of ranks; in a group of one rank every function is the identity. What carries the bytes (TCP on CPUs,
+NCCL on GPUs) is chosen in parallel/backend.py. Every function counts what it sends by the formulas of
+parallel/traffic_counter.py.
 """
 
-import atexit
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +17,20 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 
-from erniekit.parallel import tcp_collectives, tcp_transport
-from erniekit.parallel.process_group import Group, Ranks, World
-from erniekit.parallel.tcp_transport import Links
-from erniekit.parallel.traffic import Traffic
-from erniekit.utils import runtime
+from erniekit.parallel import backend, tcp_collectives, tcp_transport
+from erniekit.parallel.process_group import Group
+from erniekit.parallel.traffic_counter import Traffic, all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+
+traffic = Traffic()
 
 
 @dataclass
 class Work:
-    """A communication under way. `wait` returns its result; not before may anyone read it or change its input."""
+    """A communication under way. Its result may not be read, nor its input changed, before `wait` has returned it."""
 
     result: paddle.Tensor
     task: Any = None
-    source: paddle.Tensor | None = None  # what is being sent stays alive
+    source: paddle.Tensor | None = None  # keeps the tensor that is being sent alive
 
     def wait(self) -> paddle.Tensor:
         if self.task is not None:
@@ -43,91 +39,9 @@ class Work:
         return self.result
 
 
-traffic = Traffic()
-# Told what this rank waits for, in words, and None when the wait is over (a heartbeat's hook).
-on_wait: Callable[[str | None], None] | None = None
-
-_world = World(0, 1, ("localhost:0",))
-_links: Links | None = None
-_groups: dict[tuple[str, Ranks], Group] = {}
-_channels: dict[tuple[int, int], Any] = {}  # NCCL only: (from, to) -> group
-
-
-def init(timeout_seconds: float = 600) -> World:
-    """Join the processes that a launcher started (PADDLE_TRAINER_ID, PADDLE_TRAINERS_NUM, PADDLE_TRAINER_ENDPOINTS).
-    Without a launcher this process is the whole world. Calling it again does nothing.
-
-    Args:
-        timeout_seconds: how long to wait for all ranks to come.
-
-    Raises:
-        TrainError: ranks did not come in time (the message names them), or a port is taken.
-        ConfigError: several hosts have no job token.
-    """
-    global _world, _links
-    env = dist.ParallelEnv()
-    if env.world_size < 2 or _world.size > 1:
-        return _world
-    world = World(env.rank, env.world_size, tuple(env.trainer_endpoints))
-    token = runtime.job_token_of([endpoint.rpartition(":")[0] for endpoint in world.endpoints])
-    if paddle.get_device().startswith("gpu"):
-        tcp_transport.roll_call(world, token, timeout_seconds)
-        dist.init_parallel_env()
-    else:
-        _links = tcp_transport.connect(world, token, timeout_seconds)
-        atexit.register(_links.close)
-    _world = world
-    return _world
-
-
-def world() -> World:
-    """Who this process is."""
-    return _world
-
-
-def groups(rank_lists: Sequence[Ranks], role: str = "") -> dict[Ranks, Group]:
-    """Create the groups that do not exist yet; returns those that this rank is in. All ranks call it with the same
-    lists in the same order (NCCL needs that).
-
-    Groups of the same ranks but another `role` have communicators of their own over NCCL: what one of them carries
-    neither waits for the other nor needs to be started in an order with it.
-    """
-    for ranks in rank_lists:
-        if (role, ranks) not in _groups:
-            handle = dist.new_group(list(ranks)) if _links is None and len(ranks) > 1 else None
-            _groups[role, ranks] = Group(ranks, ranks.index(_world.rank) if _world.rank in ranks else -1, handle)
-    return {ranks: _groups[role, ranks] for ranks in rank_lists if _world.rank in ranks}
-
-
-def world_group() -> Group:
-    """All ranks."""
-    ranks = tuple(range(_world.size))
-    return groups([ranks])[ranks]
-
-
-def channels(pairs: Sequence[tuple[int, int]]) -> None:
-    """Prepare `send` and `recv` along these (from, to) pairs; all ranks call it with the same pairs. NCCL gets a
-    communicator for each direction, else a send that crosses another would wait for ever; TCP needs nothing.
-    """
-    for pair in pairs:
-        if _links is None and pair not in _channels:
-            _channels[pair] = dist.new_group(sorted(pair))
-
-
-@contextmanager
-def _waiting(kind: str, x: paddle.Tensor, ranks: Ranks) -> Iterator[None]:
-    """Tell the heartbeat what is waited for. Not that it is over if it fails: then a peer is to blame."""
-    if on_wait is None:
-        yield
-        return
-    on_wait(f"{kind} of {_num_bytes(x)} bytes with ranks {', '.join(map(str, ranks))}")
-    yield
-    on_wait(None)
-
-
 def _on_host(x: paddle.Tensor, group: Group) -> np.ndarray:
-    """The values of a communication's result. Over NCCL it is here, not at its start, that the host waits."""
-    with _waiting("host values", x, group.ranks):
+    """The values of a communication's result. Over NCCL the host waits here, not at the start."""
+    with backend.waiting("host values", _num_bytes(x), group.ranks):
         return x.numpy()
 
 
@@ -146,11 +60,6 @@ def _dtype(x: paddle.Tensor) -> str:
     return str(x.dtype).removeprefix("paddle.")
 
 
-def _tcp() -> Links:
-    assert _links is not None, "comm.init() comes first"
-    return _links
-
-
 # Not differentiable.
 
 
@@ -162,16 +71,16 @@ def all_reduce_(x: paddle.Tensor, group: Group, op: str = "sum") -> paddle.Tenso
 
 
 def start_all_reduce(x: paddle.Tensor, group: Group, op: str = "sum") -> Work:
-    """`all_reduce_` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`all_reduce_` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     assert op in ("sum", "max")
     if group.size == 1 or not _num_bytes(x):
         return Work(x)
-    traffic.add("all_reduce", 2 * (group.size - 1) / group.size * _num_bytes(x))
-    with _waiting("all_reduce", x, group.ranks), paddle.no_grad():
+    traffic.add("all_reduce", all_reduce_bytes(_num_bytes(x), group.size))
+    with backend.waiting("all_reduce", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
             return Work(x, dist.all_reduce(x, kind, group=group.handle, sync_op=False))
-        tcp_collectives.all_reduce(_tcp(), group, _bytes(x), _dtype(x), op)
+        tcp_collectives.all_reduce(backend.tcp_links(), group, _bytes(x), _dtype(x), op)
         return Work(x)
 
 
@@ -181,14 +90,14 @@ def all_gather(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 
 
 def _gather(x: paddle.Tensor, group: Group, kind: str) -> paddle.Tensor:
-    traffic.add(kind, (group.size - 1) * _num_bytes(x))
+    traffic.add(kind, all_gather_bytes(_num_bytes(x), group.size))
     x = x.detach().contiguous()
-    with _waiting(kind, x, group.ranks), paddle.no_grad():
+    with backend.waiting(kind, _num_bytes(x), group.ranks), paddle.no_grad():
         out = paddle.empty([group.size * x.shape[0], *x.shape[1:]], dtype=x.dtype)
         if group.handle is not None:
             dist.stream.all_gather(out, x, group=group.handle, sync_op=True)
         else:
-            tcp_collectives.gather(_tcp(), kind, group, _bytes(x), _bytes(out))
+            tcp_collectives.gather(backend.tcp_links(), kind, group, _bytes(x), _bytes(out))
         return out
 
 
@@ -198,18 +107,18 @@ def reduce_scatter(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 
 
 def start_reduce_scatter(x: paddle.Tensor, group: Group) -> Work:
-    """`reduce_scatter` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`reduce_scatter` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     if group.size == 1:
         return Work(x)
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows do not divide by {group.size} ranks"
-    traffic.add("reduce_scatter", (group.size - 1) / group.size * _num_bytes(x))
+    traffic.add("reduce_scatter", reduce_scatter_bytes(_num_bytes(x), group.size))
     x = x.detach().contiguous()
     out = paddle.empty([x.shape[0] // group.size, *x.shape[1:]], dtype=x.dtype)
-    with _waiting("reduce_scatter", x, group.ranks), paddle.no_grad():
+    with backend.waiting("reduce_scatter", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             task = dist.stream.reduce_scatter(out, x, dist.ReduceOp.SUM, group=group.handle, sync_op=False)
             return Work(out, task, x)
-        tcp_collectives.reduce_scatter(_tcp(), group, _bytes(x), _bytes(out), _dtype(x))
+        tcp_collectives.reduce_scatter(backend.tcp_links(), group, _bytes(x), _bytes(out), _dtype(x))
         return Work(out)
 
 
@@ -221,7 +130,7 @@ def all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequen
 
 
 def start_all_to_all(x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group) -> Work:
-    """`all_to_all` that runs beside what follows where the backend allows (NCCL); over TCP it runs at once."""
+    """`all_to_all` that runs in the background where the backend allows it (NCCL); over TCP it runs at once."""
     return Work(x) if group.size == 1 else _start_exchange(x, send_counts, recv_counts, group, "all_to_all")
 
 
@@ -234,33 +143,33 @@ def _start_exchange(
     out = paddle.empty([sum(received), *x.shape[1:]], dtype=x.dtype)
     row_bytes = x.element_size() * math.prod(x.shape[1:])
     traffic.add(kind, (x.shape[0] - sent[group.index]) * row_bytes)
-    with _waiting(kind, x, group.ranks):
+    with backend.waiting(kind, _num_bytes(x), group.ranks):
         if group.handle is not None:
             sizes = {"in_split_sizes": sent, "out_split_sizes": received}
             task = dist.alltoall_single(out_tensor=out, in_tensor=x, **sizes, group=group.handle, sync_op=False)
             return Work(out, task, x)
         outgoing, incoming = (
-            tcp_collectives.cut(_bytes(x), sent, row_bytes),
-            tcp_collectives.cut(_bytes(out), received, row_bytes),
+            tcp_collectives.split(_bytes(x), sent, row_bytes),
+            tcp_collectives.split(_bytes(out), received, row_bytes),
         )
         incoming[group.index][:] = outgoing[group.index]
-        tcp_collectives.exchange(_tcp(), kind, group, outgoing, incoming)
+        tcp_collectives.exchange(backend.tcp_links(), kind, group, outgoing, incoming)
         return Work(out)
 
 
 def broadcast_(x: paddle.Tensor, source_index: int, group: Group) -> paddle.Tensor:
-    """x (contiguous) becomes what it is on the rank at `source_index` of the group."""
+    """x (contiguous) gets the values that it has on the rank at `source_index` of the group."""
     if group.size == 1 or not _num_bytes(x):
         return x
     is_source = group.index == source_index
     traffic.add("broadcast", _num_bytes(x) if is_source else 0)
-    with _waiting("broadcast", x, group.ranks), paddle.no_grad():
+    with backend.waiting("broadcast", _num_bytes(x), group.ranks), paddle.no_grad():
         if group.handle is not None:
             dist.broadcast(x, group.ranks[source_index], group=group.handle)
             return x
         data = _bytes(x)
         outgoing = [(group.ranks[i], data) for i in group.others()] if is_source else []
-        _tcp().exchange("broadcast", outgoing, [] if is_source else [(group.ranks[source_index], data)])
+        backend.tcp_links().exchange("broadcast", outgoing, [] if is_source else [(group.ranks[source_index], data)])
         return x
 
 
@@ -270,24 +179,26 @@ def send(x: paddle.Tensor, peer_rank: int) -> None:
     """
     x = x.detach().contiguous()
     traffic.add("send", _num_bytes(x))
-    if _links is None:
-        dist.isend(x, peer_rank, group=_channels[_world.rank, peer_rank])
+    channel = backend.channel(backend.world().rank, peer_rank)
+    if channel is not None:
+        dist.isend(x, peer_rank, group=channel)
     else:
-        _links.post(peer_rank, "send", _bytes(x))
+        backend.tcp_links().post(peer_rank, "send", _bytes(x))
 
 
 def recv(shape: Sequence[int], dtype: Any, peer_rank: int) -> paddle.Tensor:
     """Wait for the next tensor that a rank of the world sends; both sides know shape and dtype."""
     x = paddle.empty(list(shape), dtype=dtype)
-    with _waiting("recv", x, (peer_rank,)):
-        if _links is None:
-            dist.recv(x, peer_rank, group=_channels[peer_rank, _world.rank])
+    with backend.waiting("recv", _num_bytes(x), (peer_rank,)):
+        channel = backend.channel(peer_rank, backend.world().rank)
+        if channel is not None:
+            dist.recv(x, peer_rank, group=channel)
         else:
-            _links.receive(peer_rank, "send", _bytes(x))
+            backend.tcp_links().receive(peer_rank, "send", _bytes(x))
     return x
 
 
-# Host values. Their traffic is counted as "host", apart from what a model's tensors cost.
+# Host values. Their traffic is counted as "host", separately from that of a model's tensors.
 
 
 def sum_floats(values: np.ndarray, group: Group) -> np.ndarray:
@@ -311,7 +222,7 @@ def exchange_counts(counts: np.ndarray, group: Group) -> np.ndarray:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """What every rank of the group has to say, in its order; values that JSON knows."""
+    """The values of every rank of the group, in its order; they must be of JSON's types."""
     if group.size == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -322,33 +233,28 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 
-def barrier(group: Group) -> None:
-    """Wait until every rank of the group is here."""
-    sum_floats(np.zeros(1), group)
-
-
 # Differentiable: each is a linear map over the group's ranks, and its backward pass is the transposed map.
 
 
 def copy_to(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """The identity, entering a part where each rank computes with its share of the weights; the gradients add up."""
+    """Enter a tensor-parallel region (Megatron-LM's f): the identity forward, an all-reduce backward."""
     return x if group.size == 1 else _CopyTo.apply(x, group)
 
 
 def reduce_from(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """Sum over the group, leaving such a part; the gradient, equal on all ranks, passes as it is."""
+    """Leave a tensor-parallel region (Megatron-LM's g): an all-reduce forward, the identity backward."""
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
 def gather_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """[n, ...] -> [size * n, ...] for use in a part where each rank has its share of the weights: gradients of the
-    whole are summed over the ranks, each gets its rows.
+    """[n, ...] -> [size * n, ...], entering a tensor-parallel region with sequence parallelism: an all-gather forward,
+    a reduce-scatter backward.
     """
     return x if group.size == 1 else _GatherRows.apply(x, group)
 
 
 def gather_rows_replicated(x: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """[n, ...] -> [size * n, ...] for use that is the same on all ranks: each takes its rows of the gradient."""
+    """[n, ...] -> [size * n, ...] for a computation that is the same on all ranks: backward, each takes its rows."""
     return x if group.size == 1 else _GatherRowsReplicated.apply(x, group)
 
 
@@ -360,28 +266,30 @@ def scatter_rows(x: paddle.Tensor, group: Group) -> paddle.Tensor:
 def exchange_rows(
     x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
 ) -> paddle.Tensor:
-    """`all_to_all` whose gradient goes back the same ways. [sum(send_counts), ...] -> [sum(recv_counts), ...]."""
+    """`all_to_all` whose gradient is sent back by the transposed all-to-all. [sum(send_counts), ...] ->
+    [sum(recv_counts), ...].
+    """
     return x if group.size == 1 else _ExchangeRows.apply(x, send_counts, recv_counts, group)
 
 
 def start_exchange_rows(
     x: paddle.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], group: Group
 ) -> Callable[[], paddle.Tensor]:
-    """`exchange_rows` whose rows travel, where the backend allows, beside what is computed until the function that it
-    returns is called for them. So do their gradients, from where they are asked back.
+    """`exchange_rows` in the background: where the backend allows it, the rows are sent while the caller computes
+    something else before calling the function that is returned. The same holds for their gradients.
     """
     if group.size == 1:
         return lambda: x
-    journey = _Journey((send_counts, recv_counts), group)
-    ticket = _Depart.apply(x, journey)
-    return lambda: _Arrive.apply(ticket, journey)
+    transfer = _Transfer((send_counts, recv_counts), group)
+    ticket = _Depart.apply(x, transfer)
+    return lambda: _Arrive.apply(ticket, transfer)
 
 
 class _CopyTo(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: paddle.Tensor, group: Group) -> paddle.Tensor:
         ctx.group = group
-        return x.clone()  # Paddle takes a shared buffer for an in-place operation, which a leaf refuses
+        return x.clone()  # Paddle treats a shared buffer as an in-place operation, which a leaf refuses
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
@@ -447,8 +355,8 @@ class _ExchangeRows(PyLayer):
 
 
 @dataclass
-class _Journey:
-    """Rows under way, and later their gradients."""
+class _Transfer:
+    """An exchange of rows under way, and later that of their gradients."""
 
     counts: tuple[Sequence[int], Sequence[int]]
     group: Group
@@ -461,27 +369,27 @@ class _Journey:
 
 
 class _Depart(PyLayer):
-    """Gives a ticket [1], whose only use is that the backward pass comes here after `_Arrive`."""
+    """Starts the exchange. Its output, a ticket [1], only makes the backward pass come here after `_Arrive`."""
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
-        ctx.journey = journey
-        journey.work = start_all_to_all(x, *journey.counts, journey.group)
+    def forward(ctx: Any, x: paddle.Tensor, transfer: _Transfer) -> paddle.Tensor:
+        ctx.transfer = transfer
+        transfer.work = start_all_to_all(x, *transfer.counts, transfer.group)
         return paddle.zeros([1], dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dticket: paddle.Tensor) -> paddle.Tensor:
-        return ctx.journey.wait()
+        return ctx.transfer.wait()
 
 
 class _Arrive(PyLayer):
     @staticmethod
-    def forward(ctx: Any, ticket: paddle.Tensor, journey: _Journey) -> paddle.Tensor:
-        ctx.journey = journey
-        return journey.wait()
+    def forward(ctx: Any, ticket: paddle.Tensor, transfer: _Transfer) -> paddle.Tensor:
+        ctx.transfer = transfer
+        return transfer.wait()
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> paddle.Tensor:
-        sent, received = ctx.journey.counts
-        ctx.journey.work = start_all_to_all(dy, received, sent, ctx.journey.group)
+        sent, received = ctx.transfer.counts
+        ctx.transfer.work = start_all_to_all(dy, received, sent, ctx.transfer.group)
         return paddle.zeros([1], dtype=dy.dtype)

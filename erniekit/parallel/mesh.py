@@ -1,20 +1,21 @@
-"""How many ranks each form of parallelism gets, which of them this process is, and with whom it talks.
+"""The degrees of each form of parallelism, the coordinates of this process, and the groups that it is in.
 
-Axes: pipeline P, data D, tensor T; rank = (p * D + d) * T + t. Experts are spread over E adjacent data ranks (and over
-the tensor ranks). Sharding cuts optimizer state over S adjacent data ranks.
+Axes: pipeline P, data D, tensor T; rank = (p * D + d) * T + t. Experts are sharded over E adjacent data ranks (and over
+the tensor ranks). Optimizer state is divided over S adjacent data ranks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from erniekit.config.schema import Config
+from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.parallel.process_group import ALONE, Group, Ranks
 from erniekit.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the axes. `data` counts all data ranks: those that shard, and those that share experts, are among them.
+    """Sizes of the axes. `data` counts all data ranks, of which sharding and expert ranks are groups.
 
     Raises:
         ConfigError: a degree does not divide the data ranks.
@@ -41,14 +42,14 @@ class ParallelDims:
         return self.pipeline * self.data * self.tensor
 
     @classmethod
-    def from_config(cls, cfg: Any, world: int | None = None) -> "ParallelDims":
-        """Degrees that a configuration asks for; 1 and -1 mean "not asked".
+    def from_config(cls, cfg: Config, world: int | None = None) -> "ParallelDims":
+        """The degrees in a configuration; 1 and -1 mean that the key was not given.
 
         Args:
-            cfg: has pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
+            cfg: its pipeline_, tensor_, sharding_, data_ and expert_parallel_degree. A sharding_parallel_degree of -1
                 stands for all data ranks.
-            world: the processes there are, over which the data ranks spread where data_parallel_degree does not say
-                how many; None: as many processes as the degrees ask for.
+            world: the number of processes, from which the number of data ranks follows where data_parallel_degree is
+                not given; None: as many processes as the degrees multiply to.
 
         Raises:
             ConfigError: the degrees do not multiply to `world`, or one does not divide the data ranks.
@@ -69,31 +70,31 @@ class ParallelDims:
         return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
 
 
-def check_model(degrees: ParallelDims, config: Any) -> None:
-    """Refuse degrees that do not divide a model.
+def check_model(degrees: ParallelDims, model: ModelSizes) -> None:
+    """Raise where degrees do not divide a model.
 
     Args:
-        config: has the sizes of `models.config.ModelConfig`.
+        model: its configuration.
 
     Raises:
         ConfigError: names the degree and the size, with the division.
     """
-    if config.num_hidden_layers < degrees.pipeline:
+    if model.num_hidden_layers < degrees.pipeline:
         raise ConfigError(
             f"pipeline_parallel_degree: {degrees.pipeline} stages need a layer each, but the model has "
-            f"{config.num_hidden_layers}."
+            f"{model.num_hidden_layers}."
         )
-    if degrees.expert > 1 and not config.moe_num_experts:
+    if degrees.expert > 1 and not model.moe_num_experts:
         raise ConfigError(f"expert_parallel_degree: {degrees.expert}, but the model has no experts. Leave it out.")
     tensor = ("tensor_parallel_degree", degrees.tensor)
     both = ("expert_parallel_degree * tensor_parallel_degree", degrees.expert * degrees.tensor)
     for (key, degree), size, what in (
-        (tensor, config.num_attention_heads, "attention heads"),
-        (tensor, config.num_key_value_heads, "key-value heads"),
-        (tensor, config.vocab_size, "entries of the vocabulary"),
-        (tensor, config.intermediate_size, "features of intermediate_size"),
-        (tensor, config.moe_intermediate_size * config.moe_num_shared_experts, "features of the shared experts"),
-        (both, config.moe_num_experts, "experts"),
+        (tensor, model.num_attention_heads, "attention heads"),
+        (tensor, model.num_key_value_heads, "key-value heads"),
+        (tensor, model.vocab_size, "entries of the vocabulary"),
+        (tensor, model.intermediate_size, "features of intermediate_size"),
+        (tensor, model.moe_intermediate_size * model.moe_num_shared_experts, "features of the shared experts"),
+        (both, model.moe_num_experts, "experts"),
     ):
         if size % degree:
             raise ConfigError(
@@ -139,14 +140,14 @@ class Mesh:
 
     @property
     def blocking_sends(self) -> bool:
-        """Whether a pipeline's transfers need one order that all ranks keep: NCCL demands it of communicators used side
-        by side. Over TCP a send never waits.
+        """Whether all ranks must start a pipeline's transfers in one order, which NCCL requires of communicators that
+        are used at the same time. Over TCP a send never waits.
         """
         return self.pipe_group.handle is not None
 
     @staticmethod
     def single() -> "Mesh":
-        """One process alone, whatever the world it may be in."""
+        """The mesh of a single process, whatever its world."""
         return Mesh(ParallelDims(), 0, 0, 0, 0, 0, *[ALONE] * len(group_names()))
 
 
@@ -172,7 +173,7 @@ def rank_lists(degrees: ParallelDims, rank: int) -> dict[str, Ranks]:
 
     all_data = range(num_data)
     same_experts = range(data % num_expert, num_data, num_expert)
-    # Optimizer state of expert weights is cut over the ranks of a sharding group that hold the same experts.
+    # Optimizer state of expert weights is divided over the ranks of a sharding group with the same experts.
     expert_sharding = 1 if degrees.sharding % num_expert else degrees.sharding // num_expert
     stages = range(degrees.pipeline)
     along_pipe = tuple((stage * num_data + data) * degrees.tensor + tensor for stage in stages)
@@ -193,13 +194,13 @@ def rank_lists(degrees: ParallelDims, rank: int) -> dict[str, Ranks]:
 
 
 def _block(ranks: range, place: int, length: int) -> range:
-    """The stretch of `length` adjacent entries that `place` lies in."""
+    """The block of `length` adjacent entries that contains `place`."""
     start = place // length * length
     return ranks[start : start + length]
 
 
 def pipe_pairs(degrees: ParallelDims) -> Iterator[tuple[int, int]]:
-    """(from, to) of every pair of neighbours along a pipeline, both directions, the ends being neighbours too."""
+    """(sender, receiver) of all neighbours along a pipeline, in both directions; the ends are neighbours, too."""
     for rank in range(degrees.world):
         stages = rank_lists(degrees, rank)["pipe_group"]
         place = stages.index(rank)
@@ -209,29 +210,29 @@ def pipe_pairs(degrees: ParallelDims) -> Iterator[tuple[int, int]]:
 
 
 def build_mesh(degrees: ParallelDims) -> Mesh:
-    """Create the groups. All ranks call it, after `comm.init()`, with the same degrees.
+    """Create the groups. All ranks call it, after `backend.init()`, with the same degrees.
 
     Raises:
-        ConfigError: the processes that were started are not as many as the degrees need.
+        ConfigError: another number of processes was started than the degrees multiply to.
     """
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
 
-    world = comm.world()
+    world = backend.world()
     if world.size != degrees.world:
         raise ConfigError(
             f"The degrees need {degrees.pipeline} (pipeline) * {degrees.data} (data) * {degrees.tensor} (tensor) = "
             f"{degrees.world} processes, but {world.size} were started."
         )
-    comm.channels(list(dict.fromkeys(pipe_pairs(degrees))))
-    mine = rank_lists(degrees, world.rank)
-    # Tokens travel to experts within a pass, gradients whenever they are complete: never on one communicator, even
-    # where the ranks are the same.
-    roles = {name: "experts" if name == "expert_group" else "" for name in mine}
+    backend.open_channels(list(dict.fromkeys(pipe_pairs(degrees))))
+    local_lists = rank_lists(degrees, world.rank)
+    # Tokens are sent to experts within a pass, gradients as soon as they are complete: they need communicators of
+    # their own, even where the ranks are the same.
+    roles = {name: "experts" if name == "expert_group" else "" for name in local_lists}
     lists: dict[str, dict[Ranks, None]] = {role: {} for role in sorted(set(roles.values()))}
     for rank in range(degrees.world):
         for name, ranks in rank_lists(degrees, rank).items():
             lists[roles[name]][ranks] = None
-    groups = {role: comm.groups(list(every), role) for role, every in lists.items()}
+    groups = {role: backend.groups(list(every), role) for role, every in lists.items()}
     pipe, data, tensor = coordinates(degrees, world.rank)
-    own = {name: groups[roles[name]][ranks] for name, ranks in mine.items()}
-    return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **own)
+    by_name = {name: groups[roles[name]][ranks] for name, ranks in local_lists.items()}
+    return Mesh(degrees, world.rank, pipe, data, tensor, data % degrees.expert, **by_name)

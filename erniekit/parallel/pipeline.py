@@ -15,7 +15,7 @@ Place = tuple[int, int]  # chunk, microbatch
 
 
 class Stage(Protocol):
-    """A stage's part of the model together with its microbatches, which every stage has."""
+    """The chunks of the model on one stage, together with the microbatches, which every stage has."""
 
     def forward(
         self, chunk: int, microbatch: int, x: paddle.Tensor | None
@@ -23,27 +23,27 @@ class Stage(Protocol):
         """(y, loss) of one chunk.
 
         Args:
-            x: what the piece before made; None for the first piece of the model.
+            x: the output of the chunk before; None for the first chunk of the model.
 
         Returns:
-            y: what the next piece gets; None for the last piece.
-            loss: a scalar, this chunk's own share of the loss (router losses, on the last piece also the head's), or
-                None if it has none.
+            y: the input of the next chunk; None for the last chunk of the model.
+            loss: a scalar, the terms of the loss that this chunk computes (router losses, on the last chunk also the
+                head's), or None if there are none.
         """
         ...
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[Sequence[int], Any]:
-        """Shape and dtype of x. Each stage works them out by itself: nothing but activations is exchanged."""
+        """Shape and dtype of x. Each stage derives them by itself: nothing but activations is exchanged."""
         ...
 
     def after_backward(self, chunk: int, microbatch: int) -> None:
-        """Called after each chunk's backward pass, before its gradient is sent on."""
+        """Called after each chunk's backward pass, before the gradient of its input is sent."""
         ...
 
 
 @dataclass
-class _Kept:
-    """What a backward pass starts from, and the input whose gradient it leaves."""
+class _Activations:
+    """The outputs from which a backward pass starts, and the input for which it computes a gradient."""
 
     x: paddle.Tensor | None
     y: paddle.Tensor | None
@@ -54,29 +54,29 @@ def run(actions: Sequence[Action], stage: Stage, ranks: Sequence[int]) -> int:
     """Train on one step's microbatches: gradients are added to the parameters'.
 
     Args:
-        actions: this stage's list of `schedule.plan`, or of `schedule.forward_plan` (nothing is then recorded).
+        actions: this stage's list of `pipeline_schedule.plan`, or of `forward_plan` (nothing is then recorded).
         ranks: the rank of each stage, as in `mesh.pipe_group.ranks`.
 
     Returns:
-        The most chunks whose activations were kept at one time; `schedule.peak_live` tells it beforehand.
+        The largest number of chunks whose activations were stored at one time: `pipeline_schedule.peak_live`.
     """
     trains = any(isinstance(action, Backward) for action in actions)
     with paddle.set_grad_enabled(trains):
         executor = _Executor(stage, ranks, trains)
         for action in actions:
             executor.execute(action)
-    assert not executor.kept and not executor.received and not executor.made, "an activation that nobody used"
+    assert not executor.live and not executor.received and not executor.outputs, "an activation was not used"
     return executor.peak
 
 
 class _Executor:
-    """What is under way on one stage. Everything is dropped by the action that uses it last."""
+    """Executes the actions of one stage. Each tensor is dropped by the action that uses it last."""
 
-    def __init__(self, stage: Stage, ranks: Sequence[int], trains: bool) -> None:
-        self.stage, self.ranks, self.trains = stage, ranks, trains
-        self.kept: dict[Place, _Kept] = {}
+    def __init__(self, pp_stage: Stage, ranks: Sequence[int], trains: bool) -> None:
+        self.pp_stage, self.ranks, self.trains = pp_stage, ranks, trains
+        self.live: dict[Place, _Activations] = {}
         self.received: dict[tuple[str, Place], paddle.Tensor] = {}
-        self.made: dict[tuple[str, Place], paddle.Tensor] = {}
+        self.outputs: dict[tuple[str, Place], paddle.Tensor] = {}
         self.peak = 0
 
     def execute(self, action: Action) -> None:
@@ -86,15 +86,15 @@ class _Executor:
         elif isinstance(action, Backward):
             self._backward(place)
         elif isinstance(action, Send):
-            comm.send(self.made.pop((action.what, place)), self.ranks[action.peer])
+            comm.send(self.outputs.pop((action.what, place)), self.ranks[action.peer])
         else:
             self.received[action.what, place] = self._receive(action, place)
 
     def _receive(self, action: Recv, place: Place) -> paddle.Tensor:
         if action.what == "activation":
-            shape, dtype = self.stage.input_shape(*place)
+            shape, dtype = self.pp_stage.input_shape(*place)
         else:
-            y = self.kept[place].y
+            y = self.live[place].y
             assert y is not None
             shape, dtype = y.shape, y.dtype
         return comm.recv(shape, dtype, self.ranks[action.peer])
@@ -103,22 +103,26 @@ class _Executor:
         x = self.received.pop(("activation", place), None)
         if x is not None:
             x.stop_gradient = not self.trains
-        y, loss = self.stage.forward(*place, x)
+        y, loss = self.pp_stage.forward(*place, x)
         if y is not None:
-            self.made["activation", place] = y.detach()
+            self.outputs["activation", place] = y.detach()
         if self.trains:
-            self.kept[place] = _Kept(x, y, loss)
-            self.peak = max(self.peak, len(self.kept))
+            self.live[place] = _Activations(x, y, loss)
+            self.peak = max(self.peak, len(self.live))
 
     def _backward(self, place: Place) -> None:
-        kept = self.kept.pop(place)
+        activations = self.live.pop(place)
         dy = self.received.pop(("gradient", place), None)
-        # Without a trainable weight so far (LoRA on later layers only), there is no graph to go back through.
-        roots = [(t, dt) for t, dt in ((kept.y, dy), (kept.loss, None)) if t is not None and not t.stop_gradient]
+        # Without a trainable weight so far (LoRA on later layers only), there is no graph.
+        roots = [
+            (t, dt)
+            for t, dt in ((activations.y, dy), (activations.loss, None))
+            if t is not None and not t.stop_gradient
+        ]
         if roots:
             tensors, gradients = zip(*roots)
             paddle.autograd.backward(list(tensors), list(gradients))
-        self.stage.after_backward(*place)
-        if kept.x is not None:
-            dx = kept.x.grad
-            self.made["gradient", place] = paddle.zeros_like(kept.x) if dx is None else dx
+        self.pp_stage.after_backward(*place)
+        if activations.x is not None:
+            dx = activations.x.grad
+            self.outputs["gradient", place] = paddle.zeros_like(activations.x) if dx is None else dx

@@ -1,24 +1,24 @@
 """Pipeline schedules as plain lists of actions, one list for each stage. Nothing here computes or communicates.
 
-Legend: p stages, v chunks on each stage, m microbatches. The model is cut into p*v pieces; piece c*p + s is chunk c of
-stage s. Three schedules, all with as little idle time as their pieces allow:
+Legend: p stages, v chunks on each stage, m microbatches. The model is divided into p*v chunks;
+model chunk c*p + s is chunk c of stage s. There are three schedules, all with the smallest possible bubble:
 
 * `1f1b` (Narayanan et al. 2021, arXiv 2104.04473, section 2.2): v = 1.
 * `interleaved` (the same, section 2.2.2): v > 1, a bubble v times smaller for v times the transfers.
 * `memory_efficient`: interleaved with a shorter warm-up: one microbatch more than the next stage instead of two, as in
-  1F1B. The bubble stays, p - 1 - s chunks fewer are kept on stage s (see `peak_live`). The price is slack: a transfer
-  has no spare forward pass to hide behind, so `interleaved` is the faster one where transfers are slow.
+  1F1B. The bubble is the same, and p - 1 - s chunks fewer are stored on stage s (see `peak_live`). In return a transfer
+  does not overlap with a forward pass, so `interleaved` is faster where transfers are slow.
 
 Microbatches of interleaved schedules go in groups: chunk 0 for the whole group, then chunk 1, ... A group needs at
-least p microbatches to keep every stage busy, so m are divided into m // p groups whose sizes differ by at most one; m
-need not be a multiple of p. Fewer than p make one group.
+least p microbatches to keep every stage busy, so the m microbatches are divided into m // p groups whose sizes differ
+by at most one; m need not be a multiple of p. Fewer than p make one group.
 
-Transfers stand in the lists in one of two ways. Where a send does not wait (`comm.send`), it stands right behind the
-computation, so that it travels while the stage computes on; a receive stands where its tensor is needed. Messages from
+Transfers are placed in the lists in one of two ways. Where a send does not wait (`comm.send`), it follows its
+computation at once, so that it overlaps with the next one; a receive comes where its tensor is needed. Messages from
 one stage to another are received in the order sent. Where a send waits for its receiver, that could deadlock; then
-(`blocking_sends`) all actions of all stages stand in one total order, in which a transfer is one element, and each
-stage's list is its part of that order. The first element not yet executed always has all it needs: nothing can
-deadlock.
+(`blocking_sends`) all actions of all stages have one total order, in which a transfer is one element, and each stage's
+list is the subsequence of its own actions. The first element that is not yet executed always has its inputs, so there
+is no deadlock.
 """
 
 from collections import deque
@@ -40,7 +40,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """The backward pass of the same."""
+    """Run the backward pass of chunk `chunk` on microbatch `microbatch`."""
 
     chunk: int
     microbatch: int
@@ -48,7 +48,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Send:
-    """Give stage `peer` what this stage's `chunk` made: its output ("activation") or its input's gradient."""
+    """Send to stage `peer` the output of this stage's `chunk` ("activation") or the gradient of its input."""
 
     what: Payload
     chunk: int
@@ -58,7 +58,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Recv:
-    """Take from stage `peer` what this stage's `chunk` needs: its input ("activation") or its output's gradient."""
+    """Receive from stage `peer` the input of this stage's `chunk` ("activation") or the gradient of its output."""
 
     what: Payload
     chunk: int
@@ -87,18 +87,19 @@ def forward_plan(stages: int, microbatches: int, chunks: int = 1, blocking_sends
 
 
 def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The part of a step that a stage stands idle, transfers taken as free and all pieces as equally long.
+    """The fraction of a step in which a stage is idle, if transfers take no time and all chunks take the same.
 
-    Every schedule here takes max(v m + p - 1, v p + m - 1) times the time of one piece's forward and backward, whatever
-    the ratio of the two, and v m of them are work. So for m >= p the bubble is (p - 1) / (v m + p - 1). Where sends
-    wait for their receivers that holds if a backward pass is as long as a forward pass, and is a lower bound otherwise.
+    Every schedule here takes max(v m + p - 1, v p + m - 1) times the time of one chunk's forward and backward pass,
+    whatever the ratio of the two, and v m of them are work. So for m >= p the bubble is (p - 1) / (v m + p - 1). Where
+    sends wait for their receivers that holds if a backward pass is as long as a forward pass, and is a lower bound
+    otherwise.
     """
     work = chunks * microbatches
     return 1 - work / max(work + stages - 1, chunks * stages + microbatches - 1)
 
 
 def peak_live(schedule: str, stage: int, stages: int, microbatches: int, chunks: int = 1) -> int:
-    """The most chunk inputs whose activations a stage keeps at one time; each is 1 / v of the stage's layers.
+    """The largest number of chunks whose activations a stage stores at one time; each is 1 / v of the stage's layers.
 
     With groups of at most g microbatches, g = ceil(m / max(m // p, 1)) (that is p where p divides m):
     1f1b min(p - s, m); memory_efficient min(p - s + (v - 1) g, v m); interleaved min(2 (p - s) - 1 + (v - 1) g, v m).
@@ -107,23 +108,23 @@ def peak_live(schedule: str, stage: int, stages: int, microbatches: int, chunks:
 
 
 def describe(schedule: str, microbatches: int, layers: Sequence[Sequence[Sequence[int]]]) -> str:
-    """One line for the log. `layers[s][c]`: the layer numbers of chunk c of stage s."""
+    """One line for the log. `layers[s][c]` are the layer numbers of chunk c of stage s."""
     stages, chunks = len(layers), len(layers[0])
     bubble = bubble_fraction(stages, microbatches, chunks)
     peaks = [peak_live(schedule, s, stages, microbatches, chunks) for s in range(stages)]
-    shown = " | ".join("+".join(_layer_range(piece) for piece in pieces) for pieces in layers)
+    shown = " | ".join("+".join(_layer_range(chunk) for chunk in of_stage) for of_stage in layers)
     return (
         f"pipeline: {schedule}, {stages} stages x {chunks} chunks, {microbatches} microbatches, bubble {bubble:.1%}, "
-        f"chunk activations kept at most {', '.join(map(str, peaks))}; layers {shown}"
+        f"at most {', '.join(map(str, peaks))} chunk activations stored; layers {shown}"
     )
 
 
-def _layer_range(piece: Sequence[int]) -> str:
-    return str(piece[0]) if len(piece) == 1 else f"{piece[0]}-{piece[-1]}"
+def _layer_range(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 def _group_sizes(stages: int, microbatches: int) -> list[int]:
-    """Sizes that differ by at most one, larger ones first: a later, larger group would find too short a warm-up."""
+    """Sizes that differ by at most one, larger ones first: for a later, larger group the warm-up would be too short."""
     count = max(microbatches // stages, 1)
     return [microbatches // count + (i < microbatches % count) for i in range(count)]
 
@@ -155,7 +156,7 @@ def _compute_order(schedule: str, stage: int, stages: int, microbatches: int, ch
 
 @dataclass(frozen=True)
 class _Transfer:
-    """What one stage's action makes and the same action on the next piece, on another stage, needs."""
+    """The output of one stage's action, which the same action on the next chunk, on another stage, needs."""
 
     source: int
     made_by: Compute
@@ -176,21 +177,21 @@ class _Transfer:
 
 
 def _transfers(orders: list[list[Compute]]) -> list[_Transfer]:
-    """All of a step, those of one source in the order in which they are made."""
+    """All transfers of a step, those of one source in the order in which they are computed."""
     stages = len(orders)
-    num_pieces = stages * (1 + max(action.chunk for action in orders[0]))
-    found = []
+    num_model_chunks = stages * (1 + max(action.chunk for action in orders[0]))
+    transfers = []
     for stage, order in enumerate(orders):
         for action in order:
-            piece = action.chunk * stages + stage + (1 if isinstance(action, Forward) else -1)
-            if 0 <= piece < num_pieces:
-                used_by = type(action)(piece // stages, action.microbatch)
-                found.append(_Transfer(stage, action, piece % stages, used_by))
-    return found
+            model_chunk = action.chunk * stages + stage + (1 if isinstance(action, Forward) else -1)
+            if 0 <= model_chunk < num_model_chunks:
+                used_by = type(action)(model_chunk // stages, action.microbatch)
+                transfers.append(_Transfer(stage, action, model_chunk % stages, used_by))
+    return transfers
 
 
 def _sent_at_once(orders: list[list[Compute]]) -> list[list[Action]]:
-    """Each send right behind its computation; each receive as late as its use and the order of sending allow."""
+    """Each send follows its computation; each receive comes as late as its use and the order of sending allow."""
     transfers = _transfers(orders)
     sends = {(t.source, t.made_by): t.send for t in transfers}
     needs = {(t.target, t.used_by): t.recv for t in transfers}
@@ -215,7 +216,7 @@ def _sent_at_once(orders: list[list[Compute]]) -> list[list[Action]]:
 
 
 def _in_one_order(orders: list[list[Compute]]) -> list[list[Action]]:
-    """Each stage's part of one total order: by time, and a transfer stands at the time when its receiver needs it."""
+    """Each stage's actions in one total order: by time, where a transfer has the time when its receiver needs it."""
     transfers, stages = _transfers(orders), len(orders)
     start = _unit_clock(orders, transfers)
     events: list[tuple[tuple[int, ...], list[tuple[int, Action]]]] = []
@@ -229,8 +230,8 @@ def _in_one_order(orders: list[list[Compute]]) -> list[list[Action]]:
         events.append((key, [(source, transfer.send), (target, transfer.recv)]))
     lists: list[list[Action]] = [[] for _ in orders]
     for _, actions in sorted(events, key=lambda event: event[0]):
-        for stage, part in actions:
-            lists[stage].append(part)
+        for stage, ordered in actions:
+            lists[stage].append(ordered)
     return lists
 
 

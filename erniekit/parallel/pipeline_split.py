@@ -1,14 +1,14 @@
-"""Cutting the decoder layers into the pieces of a pipeline: pure arithmetic on sizes.
+"""Splits the decoder layers into the model chunks of a pipeline: arithmetic on sizes alone.
 
-A piece is a tuple of consecutive layer numbers; the first piece also holds the embedding, the last one the final norm,
-the head and the blocks for multi-token prediction. With p stages, piece i is chunk i // p of stage i % p.
+A model chunk is a tuple of consecutive layer numbers; the first one also has the embedding, the last one the final
+norm, the head and the blocks for multi-token prediction. With p stages, model chunk i is chunk i // p of stage i % p.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
+from erniekit.parallel.model_sizes import ModelSizes
 from erniekit.utils.errors import ConfigError
 
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
@@ -17,21 +17,21 @@ ITEMS_BEFORE_LAYERS, ITEMS_BESIDE_LAYERS = 1, 3
 
 @dataclass(frozen=True)
 class Costs:
-    """Any one unit: of each layer, of what the first piece holds besides layers, and the last."""
+    """Relative costs, in any unit: of each layer, and of what the first and the last chunk have besides layers."""
 
     layers: tuple[float, ...]
     first: float = 0.0
     last: float = 0.0
 
-    def of(self, piece: Sequence[int]) -> float:
-        """The cost of a piece (consecutive layers, not empty)."""
-        ends = (self.first if piece[0] == 0 else 0.0) + (self.last if piece[-1] == len(self.layers) - 1 else 0.0)
-        return ends + sum(self.layers[piece[0] : piece[-1] + 1])
+    def of(self, chunk: Sequence[int]) -> float:
+        """The cost of a model chunk (consecutive layers, at least one)."""
+        ends = (self.first if chunk[0] == 0 else 0.0) + (self.last if chunk[-1] == len(self.layers) - 1 else 0.0)
+        return ends + sum(self.layers[chunk[0] : chunk[-1] + 1])
 
 
-def layer_costs(model_config: Any, mean_context: int) -> Costs:
-    """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. The token sees `mean_context`
-    tokens: half of a document's length.
+def layer_costs(model_config: ModelSizes, mean_context: int) -> Costs:
+    """Multiply-adds of the forward pass for one token, from the sizes in a ModelConfig. A token attends to
+    `mean_context` tokens: half of a document's length.
 
     With D = hidden size, H and K = heads times head size of queries and of keys, I = intermediate size:
       attention   2 D (H + K) + 2 H mean_context
@@ -55,30 +55,30 @@ def layer_costs(model_config: Any, mean_context: int) -> Costs:
     return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
 
 
-def cut(
-    num_layers: int, pieces: int, method: str | Sequence[int] = "", costs: Costs | None = None
+def split_layers(
+    num_layers: int, num_chunks: int, method: str | Sequence[int] = "", costs: Costs | None = None
 ) -> list[tuple[int, ...]]:
-    """The layer numbers of each piece, in order. `method` is the YAML's pp_seg_method:
+    """The layer numbers of each model chunk, in order. `method` is the YAML's pp_seg_method:
 
-    "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first pieces have one more
-    "balanced"                    the most expensive piece is as cheap as possible (needs `costs`)
-    (0, 29, 57)                   where each piece starts, and the end: in layers (the end is num_layers), or as
+    "", "uniform" or "layer:..."  as many layers each; where that does not divide, the first chunks have one more
+    "balanced"                    the most expensive chunk is as cheap as possible (needs `costs`)
+    (0, 29, 57)                   where each chunk starts, and the end: in layers (the end is num_layers), or as
                                   ERNIEKit counts, with the embedding, the final norm and the head (num_layers + 3)
 
-    Raises ConfigError for fewer layers than pieces, and for a list that does not fit.
+    Raises ConfigError for fewer layers than chunks, and for a list that does not fit.
     """
-    if num_layers < pieces:
+    if num_layers < num_chunks:
         raise ConfigError(
-            f"{num_layers} layers cannot be cut into {pieces} pieces (pipeline_parallel_degree x virtual_pp_degree), "
-            "each needs at least one. Lower one of the two"
+            f"{num_layers} layers cannot be split into {num_chunks} chunks (pipeline_parallel_degree x "
+            "virtual_pp_degree), each needs at least one. Lower one of the two"
         )
     if not isinstance(method, str):
-        return _by_list(num_layers, pieces, list(method))
+        return _by_list(num_layers, num_chunks, list(method))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
-        return _balanced(pieces, costs)
+        return _balanced(num_chunks, costs)
     assert method in ("", "uniform") or method.startswith("layer:"), method  # config/checks.py refuses others
-    sizes = [num_layers // pieces + (i < num_layers % pieces) for i in range(pieces)]
+    sizes = [num_layers // num_chunks + (i < num_layers % num_chunks) for i in range(num_chunks)]
     return _between([0, *accumulate(sizes)])
 
 
@@ -86,12 +86,12 @@ def _between(bounds: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(range(start, end)) for start, end in pairwise(bounds)]
 
 
-def _by_list(num_layers: int, pieces: int, numbers: list[int]) -> list[tuple[int, ...]]:
+def _by_list(num_layers: int, num_chunks: int, numbers: list[int]) -> list[tuple[int, ...]]:
     where = f"pp_seg_method: {numbers}"
-    if len(numbers) != pieces + 1:
+    if len(numbers) != num_chunks + 1:
         raise ConfigError(
-            f"{where} names {len(numbers) - 1} pieces, but pipeline_parallel_degree x virtual_pp_degree is {pieces}, "
-            f"which takes {pieces + 1} numbers"
+            f"{where} names {len(numbers) - 1} chunks, but pipeline_parallel_degree x virtual_pp_degree is "
+            f"{num_chunks}, which takes {num_chunks + 1} numbers"
         )
     if numbers[0] != 0 or numbers[-1] not in (num_layers, num_layers + ITEMS_BESIDE_LAYERS):
         raise ConfigError(
@@ -101,19 +101,19 @@ def _by_list(num_layers: int, pieces: int, numbers: list[int]) -> list[tuple[int
     if numbers[-1] != num_layers:
         numbers = [min(max(number - ITEMS_BEFORE_LAYERS, 0), num_layers) for number in numbers]
     result = _between(numbers)
-    empty = [i for i, piece in enumerate(result) if not piece]
+    empty = [i for i, chunk in enumerate(result) if not chunk]
     if empty:
-        raise ConfigError(f"{where} leaves piece {empty[0]} without a layer: the numbers must grow from piece to piece")
+        raise ConfigError(f"{where} leaves chunk {empty[0]} without a layer: the numbers must grow from chunk to chunk")
     return result
 
 
-def _balanced(pieces: int, costs: Costs) -> list[tuple[int, ...]]:
-    """Dynamic programming over (pieces used, layers used): smallest maximum; of equal ones, the smaller sum of squares
-    as far as it can be told piece by piece.
+def _balanced(num_chunks: int, costs: Costs) -> list[tuple[int, ...]]:
+    """Dynamic programming over (chunks used, layers used): the smallest maximum; among equal ones, the smaller sum of
+    squares of the chunks so far.
     """
     num_layers = len(costs.layers)
     best: list[tuple[float, float, list[int]] | None] = [(0.0, 0.0, [0])] + [None] * num_layers
-    for _ in range(pieces):
+    for _ in range(num_chunks):
         following: list[tuple[float, float, list[int]] | None] = [None] * (num_layers + 1)
         for end in range(1, num_layers + 1):
             options = []
@@ -123,6 +123,6 @@ def _balanced(pieces: int, costs: Costs) -> list[tuple[int, ...]]:
                     options.append((max(before[0], cost), before[1] + cost**2, [*before[2], end]))
             following[end] = min(options, default=None)
         best = following
-    found = best[num_layers]
-    assert found is not None, "as many layers as pieces at least"
-    return _between(found[2])
+    solution = best[num_layers]
+    assert solution is not None, "as many layers as chunks at least"
+    return _between(solution[2])

@@ -2,22 +2,22 @@
 
 from dataclasses import dataclass
 
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one local parameter.
+    """How one local parameter is sharded and replicated.
 
     Attributes:
         gradient: ranks whose gradients of this parameter add up (all data ranks, or the expert-data ranks for experts).
         shard: ranks over which its optimizer state is divided (one rank: not divided); a subgroup of `gradient`.
-        replica: ranks that hold the same shard (gradient = shard x replica).
+        replica: ranks with the same shard (gradient = shard x replica).
         partial: tensor ranks over which its gradient is still a partial sum (one rank: none).
-        share: what this rank's gradient counts for in that sum: 1 / size where each of these ranks has computed the
+        share: the weight of this rank's gradient in that sum: 1 / size where each of these ranks has computed the
             whole gradient; their last bits may differ, and their copies of the parameter must not.
         ends: first and last stage for a shared embedding, else one rank.
-        copies: ranks in the world that hold these same values.
+        copies: the number of ranks in the world with these same values.
     """
 
     gradient: Group

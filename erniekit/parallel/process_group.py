@@ -1,4 +1,4 @@
-"""Which process this is among all, and lists of processes that talk to one another."""
+"""The processes of a job, and groups of them that communicate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,21 +8,21 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is: `rank` of `size`, and every rank's "host:port" under which the others reach it."""
+    """The rank of this process, the number of ranks, and the "host:port" at which each rank is reached."""
 
     rank: int
     size: int
     endpoints: tuple[str, ...]
 
     def name(self, rank: int) -> str:
-        """A rank as messages name it."""
+        """The name of a rank in messages."""
         return f"rank {rank} ({self.endpoints[rank]})"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk to one another. `index`: the place of this rank among `ranks`, -1 if it is not one of them;
-    `handle`: NCCL's group, None over TCP and where there is nobody to talk to.
+    """Ranks that communicate. `index`: the position of this rank in `ranks`, -1 if it is not one of them; `handle`:
+    NCCL's group, None over TCP and in a group of one.
     """
 
     ranks: Ranks
@@ -31,11 +31,11 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return len(self.ranks)
 
     def others(self) -> list[int]:
-        """Places of the other ranks, this rank's successor first, so that not all turn to the same one at a time."""
+        """The positions of the other ranks, beginning after this one, so that not all send to one rank at once."""
         return [(self.index + step) % self.size for step in range(1, self.size)]
 
 

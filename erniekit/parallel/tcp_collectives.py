@@ -11,22 +11,22 @@ import numpy as np
 
 from erniekit.parallel.process_group import Group
 from erniekit.parallel.tcp_transport import Links
+from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
 
 # Up to this many bytes an all-reduce sends its tensor whole to everyone: one round of messages instead of two.
 WHOLE_BYTES = 32 << 10
 _UFUNCS = {"sum": np.add, "max": np.maximum}
 
 
-def cut(data: memoryview, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
-    """Stretches of counts[i] units."""
-    bounds = accumulate(counts, initial=0)
-    return [data[start * unit_bytes : end * unit_bytes] for start, end in pairwise(bounds)]
+def split(data: memoryview, counts: Sequence[int], unit_bytes: int) -> list[memoryview]:
+    """Consecutive spans of counts[i] units."""
+    return [data[start * unit_bytes : end * unit_bytes] for start, end in pairwise(accumulate(counts, initial=0))]
 
 
 def exchange(
     links: Links, kind: str, group: Group, outgoing: Sequence[memoryview], incoming: Sequence[memoryview]
 ) -> None:
-    """outgoing[i] goes to rank i of the group, incoming[i] comes from it. This rank's own entries are left alone, and
+    """Send outgoing[i] to rank i of the group and receive incoming[i] from it. This rank's entries are ignored, and
     empty ones are not sent: both sides know their lengths.
     """
     others = group.others()
@@ -38,10 +38,10 @@ def exchange(
 
 
 def gather(links: Links, kind: str, group: Group, data: memoryview, out: memoryview) -> None:
-    """`out` is every rank's `data`, all of one length, one after the other."""
-    parts = cut(out, [1] * group.size, len(data))
-    parts[group.index][:] = data
-    exchange(links, kind, group, [data] * group.size, parts)
+    """`out` becomes the `data` of every rank, all of one length, one after the other."""
+    chunks = split(out, [1] * group.size, len(data))
+    chunks[group.index][:] = data
+    exchange(links, kind, group, [data] * group.size, chunks)
 
 
 def all_reduce(links: Links, group: Group, data: memoryview, dtype: str, op: str) -> None:
@@ -49,37 +49,37 @@ def all_reduce(links: Links, group: Group, data: memoryview, dtype: str, op: str
     if len(data) <= WHOLE_BYTES:
         rows = np.empty(group.size * len(data), np.uint8).data
         gather(links, "all_reduce", group, data, rows)
-        _write(data, dtype, _combined(cut(rows, [1] * group.size, len(data)), dtype, op))
+        _write(data, dtype, _combined(split(rows, [1] * group.size, len(data)), dtype, op))
         return
     item_bytes = _item_bytes(dtype)
-    bounds = [part * (len(data) // item_bytes) // group.size for part in range(group.size + 1)]
-    parts = cut(data, [end - start for start, end in pairwise(bounds)], item_bytes)
-    _reduce_parts(links, "all_reduce", group, parts, parts[group.index], dtype, op)
-    exchange(links, "all_reduce", group, [parts[group.index]] * group.size, parts)
+    bounds = [rank * (len(data) // item_bytes) // group.size for rank in range(group.size + 1)]
+    chunks = split(data, [end - start for start, end in pairwise(bounds)], item_bytes)
+    _reduce_chunks(links, "all_reduce", group, chunks, chunks[group.index], dtype, op)
+    exchange(links, "all_reduce", group, [chunks[group.index]] * group.size, chunks)
 
 
 def reduce_scatter(links: Links, group: Group, data: memoryview, out: memoryview, dtype: str) -> None:
-    """`out` becomes this rank's of `size` equal parts of the sum of `data`."""
-    _reduce_parts(links, "reduce_scatter", group, cut(data, [1] * group.size, len(out)), out, dtype, "sum")
+    """`out` becomes this rank's chunk of the sum of `data`, which is divided into `size` equal chunks."""
+    _reduce_chunks(links, "reduce_scatter", group, split(data, [1] * group.size, len(out)), out, dtype, "sum")
 
 
-def _reduce_parts(
-    links: Links, kind: str, group: Group, parts: list[memoryview], out: memoryview, dtype: str, op: str
+def _reduce_chunks(
+    links: Links, kind: str, group: Group, chunks: list[memoryview], out: memoryview, dtype: str, op: str
 ) -> None:
-    """`out` becomes the combination of every rank's parts[index of this rank]."""
-    own = parts[group.index]
-    pieces = [own if i == group.index else np.empty(len(own), np.uint8).data for i in range(group.size)]
-    exchange(links, kind, group, parts, pieces)
-    _write(out, dtype, _combined(pieces, dtype, op))
+    """`out` becomes the sum or maximum of every rank's chunks[index of this rank]."""
+    local = chunks[group.index]
+    received = [local if i == group.index else np.empty(len(local), np.uint8).data for i in range(group.size)]
+    exchange(links, kind, group, chunks, received)
+    _write(out, dtype, _combined(received, dtype, op))
 
 
-def _combined(pieces: list[memoryview], dtype: str, op: str) -> np.ndarray:
+def _combined(inputs: list[memoryview], dtype: str, op: str) -> np.ndarray:
     assert op == "max" or dtype != "bool", "a sum of truth values has no meaning; cast to int32"
     function = _UFUNCS[op]
-    first, second, *rest = (_read(piece, dtype) for piece in pieces)
+    first, second, *rest = (_read(data, dtype) for data in inputs)
     total = function(first, second)
-    for piece in rest:
-        function(total, piece, out=total)
+    for values in rest:
+        function(total, values, out=total)
     return total
 
 
@@ -88,9 +88,9 @@ def _item_bytes(dtype: str) -> int:
 
 
 def _read(data: memoryview, dtype: str) -> np.ndarray:
-    """Numbers to calculate with: a view, for 16-bit floats float32."""
+    """The numbers to compute with: a view, or for 16-bit floats a float32 copy."""
     if dtype == "bfloat16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return bf16_to_fp32(np.frombuffer(data, np.uint16))
     if dtype == "float16":
         return np.frombuffer(data, np.float16).astype(np.float32)
     return np.frombuffer(data, dtype)
@@ -99,9 +99,7 @@ def _read(data: memoryview, dtype: str) -> np.ndarray:
 def _write(data: memoryview, dtype: str, values: np.ndarray) -> None:
     """The opposite of `_read`, rounding to the nearest, halves to even."""
     if dtype == "bfloat16":
-        bits = values.view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        np.frombuffer(data, np.uint16)[:] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+        np.frombuffer(data, np.uint16)[:] = fp32_to_bf16(values)
     else:
         with np.errstate(over="ignore"):  # float16: infinity, as everywhere
             np.frombuffer(data, dtype)[:] = values

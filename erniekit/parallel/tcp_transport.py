@@ -6,9 +6,9 @@ created near one another read each other's addresses; sends inside a group of mo
 because a message's tag is the number of operations its sender has done; reduce-scatter, all-to-all and asynchronous
 sends are missing, sums of float16 are wrong, float8 ends the process; a small all-reduce takes 1 ms, here a tenth.
 
-Here nothing can collide (a group is a list of ranks), waiting has no limit of its own, and a peer that has died is
-named at once. Sends never wait for the receiver: what the kernel does not take at once is written by a thread, so
-every order of sends and receives in which each message is received somewhere comes to its end.
+Here nothing can collide (a group is a list of ranks), waiting has no time limit, and a peer that has died is named
+at once. Sends never wait for the receiver: what the kernel does not take at once is written by a thread, so
+every order of sends and receives in which each message is received somewhere completes.
 """
 
 import ctypes
@@ -61,14 +61,14 @@ class Links:
         """Wait for the next message of `peer`.
 
         Raises:
-            TrainError: the peer is gone, or sends something else than this rank expects.
+            TrainError: the peer's process has ended, or it sends something else than this rank expects.
         """
         self._peers[peer].receive(kind, into)
 
     def exchange(
         self, kind: str, outgoing: Sequence[tuple[int, memoryview]], incoming: Sequence[tuple[int, memoryview]]
     ) -> None:
-        """Send to and receive from several peers at once; returns when all of it has been read and written."""
+        """Send to and receive from several peers at once; returns when everything has been read and written."""
         for peer, data in outgoing:
             self._peers[peer].post(kind, data, copy=False)
         for peer, into in incoming:
@@ -77,13 +77,13 @@ class Links:
             self._peers[peer].flush()
 
     def close(self) -> None:
-        """Write out what is still to be sent and close; what cannot be sent any more is given up."""
+        """Send what is still queued and close the connections; data that cannot be sent any more is dropped."""
         for peer in self._peers.values():
             peer.close()
 
 
 class _Peer:
-    """One connection. The caller's thread reads; writes that would block go through a thread of their own."""
+    """One connection. The caller's thread reads; writes that would block are done by another thread."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.settimeout(None)
@@ -160,7 +160,7 @@ class _Peer:
 
 
 def connect(world: World, token: str, timeout_seconds: float) -> Links:
-    """Connect every rank with every other. All ranks call it; it returns when all are there.
+    """Connect every rank with every other. All ranks call it; it returns when all are connected.
 
     Raises:
         TrainError: an address is taken, ranks did not come in time, or have another token; the message names them.
@@ -195,7 +195,7 @@ def roll_call(world: World, token: str, timeout_seconds: float) -> None:
 
 
 def _roll_call(world: World, token: str, door: Door | None, timeout_seconds: float) -> dict[int, socket.socket]:
-    """Rank 0 hears every rank and tells all of them who is missing, so that each ends with the same message."""
+    """Every rank calls rank 0, which replies with the missing ranks, so that all raise the same error."""
     deadline = time.monotonic() + timeout_seconds
     sockets: dict[int, socket.socket] = {}
     if door is not None and world.rank == 0:
@@ -207,7 +207,7 @@ def _roll_call(world: World, token: str, door: Door | None, timeout_seconds: flo
         absent = [rank for rank in range(1, world.size) if rank not in sockets]
         message = ",".join(map(str, absent)).encode()
         for sock in sockets.values():
-            with suppress(OSError):  # a rank that has died meanwhile is found when it is needed
+            with suppress(OSError):  # a rank that has died since then is noticed when it is needed
                 sock.sendall(_LENGTH.pack(len(message)) + message)
     else:
         sock = _call(world, token, 0, deadline)
@@ -233,7 +233,7 @@ def _missing(world: World, absent: list[int], waited: float) -> TrainError:
 
 
 def _digest(world: World) -> bytes:
-    """Tells a rank of this job from one of another job of the same token that still calls an old address."""
+    """Identifies the job: another job with the same token may still call an old address."""
     return hashlib.sha256(",".join(world.endpoints).encode()).digest()[:16]
 
 
@@ -244,9 +244,9 @@ def _split(endpoint: str) -> tuple[str, int]:
 
 def _listen(world: World) -> socket.socket:
     host, port = _split(world.endpoints[world.rank])
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit < world.size + _OTHER_FILES <= most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < world.size + _OTHER_FILES <= hard_limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     backlog = max(128, world.size)
     try:
         try:
@@ -254,7 +254,7 @@ def _listen(world: World) -> socket.socket:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-            # The others reach this rank under an address that is not this host's own, but translated to it.
+            # The address under which the others reach this rank may be translated and not belong to this host.
             return socket.create_server(("", port), backlog=backlog)
     except OSError as error:
         raise TrainError(
@@ -264,7 +264,7 @@ def _listen(world: World) -> socket.socket:
 
 
 def _call(world: World, token: str, rank: int, deadline: float) -> socket.socket:
-    """Connect to a rank, which may not listen yet, and say who calls."""
+    """Connect to a rank, which may not listen yet, and send this rank's number."""
     address = _split(world.endpoints[rank])
     reason = "no answer"
     started = time.monotonic()
@@ -272,7 +272,9 @@ def _call(world: World, token: str, rank: int, deadline: float) -> socket.socket
         sock = None
         try:
             sock = socket.create_connection(address, timeout=left)
-            if sock.getsockname() == sock.getpeername():  # nobody listens, and the system chose that port for us
+            if (
+                sock.getsockname() == sock.getpeername()
+            ):  # no process listens, and the system chose that very port for this end
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
             sock.settimeout(min(left, PROOF_SECONDS))
             prove(sock, token, _PURPOSE)
@@ -313,8 +315,8 @@ def _answer(world: World, door: Door, deadline: float) -> tuple[socket.socket | 
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = sock.recv(count - len(data))
-        if not piece:
+        received = sock.recv(count - len(data))
+        if not received:
             raise ConnectionResetError("closed")
-        data += piece
+        data += received
     return data

@@ -1,20 +1,138 @@
-"""What ranks send to one another: bytes, counted by kind of operation."""
+"""Bytes that one rank sends in a step, by formula from sizes alone: no tensor and no Paddle. What a rank really sends
+is counted by parallel/traffic_counter.py; the memory it needs is in parallel/memory.py.
+
+Bytes of several operations come as a Counter by kind of operation. Host values (counts, norms, messages) are counted as
+"host" and left out of the formulas unless they are named.
+
+Legend: n ranks, D hidden size, K experts of a token; of a microbatch t tokens (filling included), r real tokens and m
+tokens with loss; b bytes of an element of the activations.
+"""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from erniekit.parallel.buckets import Bucket, is_eager, item_bytes
+from erniekit.parallel.traffic_counter import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+
+FLOAT32, INT64, FLOAT64 = 4, 8, 8  # bytes of an element
 
 
-@dataclass
-class Traffic:
-    """Bytes this rank sent, by kind of operation."""
+# Data parallelism and ZeRO
 
-    sent: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, num_bytes: float) -> None:
-        self.sent[kind] += int(num_bytes)
+def gradient_sync_bytes(
+    buckets: Iterable[Bucket], zero_stage: int, num_microbatches: int, master_grad: bool, num_ranks: int
+) -> Counter[str]:
+    """Gradients, their norm and parameters in one step. ZeRO stage 2 reduce-scatters every bucket after every
+    microbatch, the other stages once a step; stages 1 and 2 all-gather the updated chunks (Rajbhandari et al. 2020,
+    arXiv 1910.02054, section 7). Ranks that hold the same chunk all-reduce it.
 
-    def take(self) -> dict[str, int]:
-        """What was counted since the last call; counting starts at 0 again."""
-        taken = dict(self.sent)
-        self.sent.clear()
-        return taken
+    `master_grad`: gradients of 16-bit parameters are sent in fp32. The norm is one fp64 number of each of `num_ranks`.
+    """
+    sent: Counter[str] = Counter(host=all_gather_bytes(FLOAT64, num_ranks))
+    for bucket in buckets:
+        p = bucket.placement
+        row = bucket.width * item_bytes(bucket.gradient_dtype(master_grad))
+        times = num_microbatches if is_eager(p, zero_stage) else 1
+        sent["reduce_scatter"] += times * reduce_scatter_bytes(p.shard.size * row, p.shard.size)
+        for group in (p.replica, p.partial, p.ends):
+            sent["all_reduce"] += all_reduce_bytes(row, group.size)
+        sent["all_gather"] += all_gather_bytes(bucket.columns * item_bytes(bucket.entries[0].dtype), p.shard.size)
+    return sent
+
+
+# Tensor and sequence parallelism
+
+
+@dataclass(frozen=True)
+class StageLayers:
+    """What one pipeline stage holds: `dense` and `sparse` layers, `shared` of the sparse ones with shared experts, the
+    embedding, the head.
+    """
+
+    dense: int
+    sparse: int = 0
+    shared: int = 0
+    has_embedding: bool = True
+    has_head: bool = True
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of one microbatch: `total` with the filling, `real` without it, `supervised` those with a label."""
+
+    total: int
+    real: int
+    supervised: int
+
+
+def tensor_parallel_bytes(
+    layers: StageLayers,
+    tokens: TokenCounts,
+    num_ranks: int,
+    index: int,
+    hidden_size: int,
+    top_k: int = 0,
+    sequence_parallel: bool = False,
+    element_bytes: int = FLOAT32,
+) -> Counter[str]:
+    """Forward and backward pass of one microbatch over n tensor ranks, of which this is number `index` (Shoeybi et al.
+    2019, arXiv 1909.08053, section 3; Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
+
+    A column-split projection needs whole rows and adds up their gradients, a row-split one adds up its results: two
+    exchanges of [t, D] for each of the two such pairs of a layer (attention; dense feed-forward or shared experts). The
+    embedding is one more, the head another (where a token has loss), with 3 fp32 numbers a token of loss for the
+    softmax over a divided vocabulary. Routed experts exchange their result [t, D], the gradients of their input [r, D]
+    and of the weights [r, K] fp32; the first rank broadcasts which experts it chose.
+
+    Without sequence parallelism every exchange of [t, D] is an all-reduce. With it each is an all-gather one way and a
+    reduce-scatter the other, and the routers gather their input as well.
+    """
+    if num_ranks == 1:
+        return Counter()
+    row = hidden_size * element_bytes
+    pairs = 2 * layers.dense + layers.sparse + layers.shared
+    ends = layers.has_embedding + (layers.has_head and tokens.supervised > 0)
+    softmax = 3 * FLOAT32 * tokens.supervised * layers.has_head
+    routed = layers.sparse * tokens.real * (row + top_k * FLOAT32)
+    chosen = layers.sparse * tokens.real * top_k * INT64
+    sent: Counter[str] = Counter(broadcast=chosen if index == 0 else 0)
+    exchanged = (2 * pairs + layers.sparse + ends) * tokens.total * row
+    if not sequence_parallel:
+        sent["all_reduce"] = all_reduce_bytes(exchanged + routed + softmax, num_ranks)
+        return sent
+    for_routers = layers.sparse * tokens.total * row
+    sent["all_gather"] = all_gather_bytes((exchanged + for_routers) // num_ranks, num_ranks)
+    sent["reduce_scatter"] = reduce_scatter_bytes(exchanged, num_ranks)
+    sent["all_reduce"] = all_reduce_bytes(routed + softmax, num_ranks)
+    return sent
+
+
+# Expert parallelism
+
+
+def expert_parallel_bytes(
+    rows_sent: int, rows_received: int, hidden_size: int, recomputed: bool = False, element_bytes: int = FLOAT32
+) -> int:
+    """All-to-all of one sparse layer's forward and backward pass (Lepikhin et al. 2020, arXiv 2006.16668, section 3).
+    A token's row goes to its expert and comes back, and its gradient goes the same ways: a pass sends the rows that are
+    for other ranks, and returns those that came from them. A recomputed layer has a second forward pass.
+    """
+    passes = 3 if recomputed else 2
+    return passes * (rows_sent + rows_received) * hidden_size * element_bytes
+
+
+# Pipeline parallelism
+
+
+def pipeline_bytes(
+    stage: int, num_stages: int, num_chunks: int, num_tokens: int, hidden_size: int, element_bytes: int = FLOAT32
+) -> int:
+    """Sends of one microbatch: [t, D] goes forward from every chunk of the model but the last, its gradient back from
+    every chunk but the first (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). `num_tokens`: those of one tensor
+    rank, t / n with sequence parallelism.
+    """
+    chunks = [chunk * num_stages + stage for chunk in range(num_chunks)]
+    crossings = sum((chunk < num_stages * num_chunks - 1) + (chunk > 0) for chunk in chunks)
+    return crossings * num_tokens * hidden_size * element_bytes

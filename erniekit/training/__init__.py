@@ -1,1 +1,1 @@
-"""One trainer, one step, one build order; a method is a recipe."""
+"""Training: one trainer for all methods, each of which is a row of methods.py."""

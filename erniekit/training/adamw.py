@@ -1,5 +1,6 @@
-"""AdamW with its state in plain sight."""
+"""AdamW, whose state is stored under the names of the parameters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,7 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.roles import Role, named_roles
-from erniekit.parallel.buckets import gradient_bytes, state_bytes
-from erniekit.parallel.grad_sync import GradientSync
-from erniekit.utils import log
+from erniekit.parallel.zero import ShardedParameters
 
 # Fields of the state that are one number a parameter.
 POWERS = ("beta1_pow", "beta2_pow")
@@ -52,35 +51,33 @@ class AdamW:
 
     State is fp32: the two moments, the powers of the betas, and, for 16-bit parameters, a master copy. `state` maps
     parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the names of
-    `model.named_parameters()`. Where `sync` divides a parameter's state over ranks, moments and master copy are this
+    `model.named_parameters()`. Where a parameter's state is divided over ranks, moments and master copy are this
     rank's chunk [c], flat (parallel/buckets.py).
 
     Args:
-        sync: the parameters and their gradients.
-        rules: of each parameter.
+        parameters: the trainable parameters.
+        rules: the rule of each parameter.
     """
 
     def __init__(
         self,
-        sync: GradientSync,
+        parameters: ShardedParameters,
         rules: dict[str, ParamRule],
         beta1: float,
         beta2: float,
         epsilon: float,
     ) -> None:
-        self.sync, self.parameters = sync, sync.parameters
+        self.parameters = parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self.reset()
-        if sync.world.size > 1:
-            log.info(self.memory_line())
 
     def reset(self) -> None:
-        """Begin anew with the parameters as they are now: their values go into the master copies."""
-        self.state = {name: self._new_state(name) for name in self.parameters}
+        """Reset the state. The master copies take the values that the parameters have now."""
+        self.state = {name: self._new_state(name) for name in self.parameters.tensors}
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
-        own = self.sync.own(name)
+        own = self.parameters.local_chunk(name)
         state = {
             "moment1": paddle.zeros(own.shape, dtype="float32"),
             "moment2": paddle.zeros(own.shape, dtype="float32"),
@@ -102,33 +99,23 @@ class AdamW:
         ranks of the parameter's shard group have to call this together.
         """
         chunk = self.state.get(name, {}).get("master")
-        return None if chunk is None else self.sync.whole(name, chunk)
+        return None if chunk is None else self.parameters.whole(name, chunk)
 
     def state_bytes(self) -> int:
-        """Bytes of the state on this rank, counted over its tensors; the formula is parallel.buckets.state_bytes."""
+        """Bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""
         return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
 
-    def memory_line(self) -> str:
-        """What the optimizer holds on this rank, beside what it would hold undivided."""
-        sync, entries = self.sync, self.sync.entries.values()
-        undivided = state_bytes(entries, divided=False)
-        gradients = gradient_bytes(entries, sync.stage, sync.master_grad)
-        return (
-            f"optimizer state: {_mib(self.state_bytes())} on this rank, {_mib(undivided)} if it were not divided; "
-            f"gradients {_mib(gradients)}, sent in {len(sync.buckets)} buckets (sharding stage {sync.stage})"
-        )
-
     @paddle.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter that has a gradient. A parameter without one on any rank (an expert no token reached
-        has a zero gradient, not none) is left alone.
+    def step(self, gradients: Mapping[str, paddle.Tensor], learning_rate: float) -> None:
+        """Update every parameter that has a gradient (see `GradientSync.finish`). A parameter without one on any rank
+        (an expert no token reached has a zero gradient, not none) is left alone.
         """
         updated = {}
         # Filled on the device, one for each distinct rate: nothing is uploaded.
-        ratios = {self.rules[name].lr_ratio for name in self.parameters}
+        ratios = {self.rules[name].lr_ratio for name in self.parameters.tensors}
         rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
-        for name, gradient in self.sync.gradients().items():
-            parameter, rule, state = self.sync.own(name), self.rules[name], self.state[name]
+        for name, gradient in gradients.items():
+            parameter, rule, state = self.parameters.local_chunk(name), self.rules[name], self.state[name]
             updated[name] = parameter
             paddle._C_ops.adamw_(
                 parameter,
@@ -155,24 +142,20 @@ class AdamW:
                 False,  # amsgrad
             )
             parameter._bump_inplace_version()  # the kernel does not, and products rely on it (nn/product.py)
-        self.sync.publish(updated)
-
-    def clear_grad(self) -> None:
-        """Forget the gradients and free their memory."""
-        self.sync.clear()
+        self.parameters.publish(updated)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""
         return {f"{name}/{field}": self._shape(name, field) for name, fields in self.state.items() for field in fields}
 
     def _shape(self, name: str, field: str) -> tuple[int, ...]:
-        return (1,) if field in POWERS else self.sync.entries[name].shape
+        return (1,) if field in POWERS else self.parameters.entries[name].shape
 
     def state_array(self, key: str) -> np.ndarray:
         """One entry of the state, whole, fp32. All ranks of the parameter's shard group have to call it together."""
         name, field = key.rsplit("/", 1)
         tensor = self.state[name][field]
-        return tensor.numpy() if field in POWERS else self.sync.gather(name, tensor)
+        return tensor.numpy() if field in POWERS else self.parameters.gather(name, tensor)
 
     def load_state_array(self, key: str, array: np.ndarray) -> None:
         """Set one entry of the state from the whole array. KeyError if the optimizer has no such entry, ValueError if
@@ -182,8 +165,4 @@ class AdamW:
         tensor, shape = self.state[name][field], self._shape(name, field)
         if array.shape != shape:
             raise ValueError(f"{key}: shape {array.shape}, not {shape}")
-        tensor.set_value(array if field in POWERS else self.sync.scatter(name, array))
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+        tensor.set_value(array if field in POWERS else self.parameters.scatter(name, array))

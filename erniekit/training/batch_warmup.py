@@ -24,6 +24,11 @@ def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0
     return step - done + -(-max(num_microbatches - used, 0) // full)
 
 
+def microbatches_per_read(cfg: Config) -> int:
+    """Microbatches that the loader gives at a time: those of a step, or one while the steps still grow."""
+    return 1 if cfg.batch_size_warmup_steps else cfg.gradient_accumulation_steps
+
+
 def last_step(cfg: Config, loader: Loader, data_ranks: int, done: int = 0) -> int:
     """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
     whose next rows are the loader's next.

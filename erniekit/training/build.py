@@ -2,7 +2,6 @@
 built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
-import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit import lora
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
 from erniekit.checkpoint.model_shape import directories, model_config
@@ -21,7 +19,6 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.losses.preference import wants_reference
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
@@ -37,15 +34,15 @@ from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
+from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, parameter_rules
-from erniekit.training.batch_warmup import last_step
+from erniekit.training.batch_warmup import last_step, microbatches_per_read
+from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
+from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.lr_scheduler import Schedule, build_schedule
-from erniekit.training.recipes.base import Recipe
-from erniekit.training.recipes.causal import CausalRecipe
-from erniekit.training.recipes.preference import PreferenceRecipe
-from erniekit.training.reference import AdapterOff, ForwardPass, Reference, SecondModel
-from erniekit.training.reference_cache import prepare_cache
+from erniekit.training.methods import Method, method_of
+from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.same_run import require_same_files
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
@@ -53,24 +50,27 @@ from erniekit.utils import log
 
 @dataclass
 class Run:
-    """A run ready to start."""
+    """A run ready to start. `best`: compares evaluations; None where nothing is evaluated."""
 
     cfg: Config
+    method: Method
     output_dir: Path
     model_dir: Path
     tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
-    chunks: list[tuple[int, ...]]
+    forward: ForwardPass
     actions: Callable[[int], list[Action]]
     tokenizer: Tokenizer
     template: Template | None
     recipe: Recipe
+    sync: GradientSync
     optimizer: AdamW
     schedule: Schedule
     max_steps: int
     loader: Loader
     eval_loader: Loader | None
+    best: BestModel | None
     update_router_bias: bool
     average: WeightAverage | None
 
@@ -104,13 +104,15 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
-def build_run(cfg: Config, mesh: Mesh) -> Run:
-    """Build this process's part in the order of the module's title. ConfigError, DataError and CheckpointError name
-    what the user can mend.
+def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
+    """Build what this process needs, in the order of the module's docstring. `method`: None stands for the one that the
+    configuration names.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can fix.
     """
     assert cfg.output_dir, "config.load requires it to train"
-    if cfg.stage == "DPO":
-        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)  # config.support says so
+    method = method_of(cfg) if method is None else method
     seed_everything(cfg.seed)
     model_dir, tokenizer_dir = directories(cfg)
     require_model(model_dir)
@@ -129,65 +131,45 @@ def build_run(cfg: Config, mesh: Mesh) -> Run:
         describe_lora(model, cfg, model_dir)
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
-    mtp_depths = train_mtp(model, cfg)
-    sync = GradientSync(
-        model.named_parameters(),
-        placements(model, mesh, bool(cfg.sharding)),
-        mesh.world_group,
-        stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
-        master_grad=cfg.amp_master_grad,
-        parts=parameter_chunks(model, chunks),
+    freeze_untrained_mtp(model, cfg)
+    parameters = ShardedParameters(
+        model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
     )
-    optimizer = AdamW(sync, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    sync = GradientSync(
+        parameters,
+        zero_stage={"": 0, "stage1": 1, "stage2": 2}[cfg.sharding],
+        master_grad=cfg.amp_master_grad,
+        overlap=mesh.world_group.handle is not None,
+    )
+    optimizer = AdamW(parameters, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    if mesh.world > 1:
+        log.info(sync.memory_line())
+    forward = ForwardPass(mesh, chunks)
     return Run(
         cfg=cfg,
+        method=method,
         output_dir=Path(cfg.output_dir),
         model_dir=model_dir,
         tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
-        chunks=chunks,
+        forward=forward,
         actions=partial(
             plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.blocking_sends, mesh.pipe
         ),
         tokenizer=tokenizer,
         template=template,
-        recipe=_recipe(cfg, prepared, model, chunks, mesh, tokenizer, mtp_depths),
+        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, forward, tokenizer)),
+        sync=sync,
         optimizer=optimizer,
         schedule=schedule,
         max_steps=max_steps,
         loader=loader,
         eval_loader=eval_loader,
+        best=None if eval_loader is None else BestModel(cfg, eval_loader.identity),
         update_router_bias=_wants_bias_update(cfg, model.config),
         average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
     )
-
-
-def _recipe(
-    cfg: Config,
-    prepared: PreparedModel,
-    model: CausalLM,
-    chunks: list[tuple[int, ...]],
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    mtp_depths: int,
-) -> Recipe:
-    """The method that `stage` names. `model` has its first weights: it is still its own reference."""
-    if cfg.stage != "DPO":
-        return CausalRecipe(cfg, mtp_depths)
-    forward = ForwardPass(mesh, chunks, cfg.loss_subbatch_seqlen)
-    adapted = lora.state_of(model) is not None
-    reference: Reference | None = None
-    if wants_reference(cfg) and cfg.ref_logps_cache:
-        log_probs = AdapterOff(model, forward).log_probs if adapted else partial(forward.log_probs, model)
-        reference = prepare_cache(cfg, prepared.path, model, mesh, tokenizer, log_probs)
-    elif wants_reference(cfg) and adapted:
-        reference = AdapterOff(model, forward)
-        log.info("reference: the model without its adapter")
-    elif wants_reference(cfg):
-        reference = SecondModel(prepared.build(mesh, chunks), forward)
-        log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
-    return PreferenceRecipe(cfg, model, forward, reference)
 
 
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
@@ -204,15 +186,12 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
 def _open_data(
     cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh
 ) -> tuple[Template | None, Loader, Loader | None]:
-    """The chat template, the training data, and those of evaluations if there are any; the same on every rank. While
-    the batch still grows, the training data come one microbatch at a time.
-    """
-    growing = dataclasses.replace(cfg, gradient_accumulation_steps=1) if cfg.batch_size_warmup_steps else cfg
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank."""
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
         template = training_template(cfg, tokenizer)
         build = partial(build_loader, tokenizer=tokenizer, rank=mesh.data, world=mesh.degrees.data, template=template)
-        loader = build(growing, split="train")
+        loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
@@ -221,21 +200,19 @@ def _open_data(
     return template, loader, eval_loader
 
 
-def train_mtp(model: CausalLM, cfg: Config) -> int:
-    """Depths of multi-token prediction that are trained. Blocks the model has beyond that are kept as they are,
-    frozen.
-    """
-    kept = model.config.num_nextn_predict_layers - cfg.num_nextn_predict_layers
-    if kept > 0:
-        log.info(
-            f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: {kept} of the model's multi-token-prediction "
-            "blocks are kept, not trained"
-        )
-        decoder = model.model
-        for depth in range(cfg.num_nextn_predict_layers, len(decoder.mtp_block)):
-            for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
-                parameter.stop_gradient = True
-    return cfg.num_nextn_predict_layers
+def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
+    """Freeze the blocks of multi-token prediction that the model has beyond those that the run trains."""
+    trained, decoder = cfg.mtp_depths, model.model
+    frozen = model.config.num_nextn_predict_layers - trained
+    if frozen <= 0:
+        return
+    log.info(
+        f"num_nextn_predict_layers: {trained}: {frozen} of the model's multi-token-prediction blocks are kept, not "
+        "trained"
+    )
+    for depth in range(trained, len(decoder.mtp_block)):
+        for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
+            parameter.stop_gradient = True
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:

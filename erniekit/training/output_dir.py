@@ -2,7 +2,7 @@
 
 `claim` takes the lock and refuses whatever can be refused before a weight is read; nothing but the directory itself and
 the lock is made. `begin` changes the directory, when the run is known to start. A kill at any moment in it leaves a
-directory that the same command goes on with.
+directory from which the same command resumes.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from erniekit.checkpoint.manager import ABANDONED, CheckpointManager
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord, read_record
 from erniekit.parallel.agree import on_first, require_shared
 from erniekit.config.schema import Config
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import copy_lines
@@ -140,14 +140,14 @@ class OutputDir:
         if not source.is_dir():
             raise CheckpointError(
                 f"resume_from_checkpoint: there is no directory {str(source)!r} (looked in {Path.cwd()}). Name a "
-                "checkpoint directory, or leave the key out to go on from the newest one in output_dir."
+                "checkpoint directory, or leave the key out to resume from the newest one in output_dir."
             )
         inside = source.resolve().is_relative_to(here)
         if inside and self.cfg.overwrite_output_dir:
             raise ConfigError(
                 f"overwrite_output_dir: true removes the run in {self.path}, and resume_from_checkpoint: {source} is "
-                "part of it. Leave out overwrite_output_dir to go on from that checkpoint (later ones are set aside), "
-                "or leave out resume_from_checkpoint to start anew."
+                "part of it. Leave out overwrite_output_dir to resume from that checkpoint (later ones are set aside), "
+                "or leave out resume_from_checkpoint to start from scratch."
             )
         below = list_checkpoints(source)
         if below and not (source / STATE_FILE).is_file():
@@ -191,7 +191,7 @@ class OutputDir:
         return any(sign.exists() for sign in signs)
 
     def _check_content(self, record: RunRecord | None) -> tuple[Path | None, FinalModel | None]:
-        """The checkpoint to go on from, and the final model of this run."""
+        """The checkpoint to resume from, and the final model of this run."""
         checkpoints, has_final = list_checkpoints(self.path), holds_model(self.path)
         if checkpoints:
             self._refuse_without_resuming("checkpoints")
@@ -228,11 +228,11 @@ class OutputDir:
         for path in reversed(checkpoints):
             if (path / STATE_FILE).is_file() and holds_model(path):
                 return path
-            log.warning(f"{path} is not whole (a delete or a copy was interrupted): it is passed over")
+            log.warning(f"{path} is not whole (a delete or a copy was interrupted): it is skipped")
         if checkpoints and self._explicit() is None:
             raise CheckpointError(
                 f"output_dir: none of the checkpoints in {self.path} is whole: {', '.join(p.name for p in checkpoints)} "
-                f"lack {STATE_FILE} or weights. Set overwrite_output_dir: true to start anew, or choose another "
+                f"lack {STATE_FILE} or weights. Set overwrite_output_dir: true to start from scratch, or choose another "
                 "output_dir."
             )
         return None
@@ -297,7 +297,7 @@ class OutputDir:
 
     def _old_run(self) -> list[Path]:
         """What overwrite_output_dir removes, in this order: what can be made again first, then checkpoints from the
-        oldest on, so that a removal that is interrupted leaves a run which can go on.
+        oldest on, so that a removal that is interrupted leaves a run that can be resumed.
         """
         if not self.path.is_dir() or not self._holds_run():
             return []

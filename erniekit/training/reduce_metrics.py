@@ -1,4 +1,4 @@
-"""One step's numbers, from what each rank saw to what all ranks saw together."""
+"""Reduce the counts, losses and router statistics of a step over all ranks."""
 
 import numpy as np
 

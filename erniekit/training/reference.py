@@ -14,8 +14,7 @@ from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
-from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_backward import forward_pass
+from erniekit.training.forward_pass import ForwardPass, final_norm
 
 
 class Reference(Protocol):
@@ -27,38 +26,42 @@ class Reference(Protocol):
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """How this run's models are run: their chunks on this process, and how many tokens' logits may exist at a time."""
+class PairScorer:
+    """Log-probabilities of answers, by passes without gradients; at most `max_logit_tokens` tokens' logits exist at a
+    time.
+    """
 
-    mesh: Mesh
-    chunks: Sequence[Sequence[int]]
-    most: int
+    forward: ForwardPass
+    max_logit_tokens: int
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, of `model` as it is, in eval mode."""
         log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
-            hidden = model.enter_head(model.model.norm(x_TD))
+            hidden = model.enter_head(final_norm(model, x_TD))
             if len(microbatches[number].pairs):
-                sums = pair_log_probs(model, hidden, microbatches[number], self.most)
+                sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
+                # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
+                # are made of is NaN.
+                sums += (hidden.sum() + model.output_head().weight.sum()).astype("float32") * 0
                 log_probs[number] = sums.detach().reshape([2, -1])
 
-        forward_pass(model, self.mesh, self.chunks, microbatches, note)
+        self.forward.run(model, microbatches, note)
         return log_probs
 
 
 class SecondModel:
     """A frozen model of its own, which may follow the policy from time to time (`update`)."""
 
-    def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
-        self.model, self._forward = model, forward
+    def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
+        self.model, self._scorer = model, scorer
         for parameter in model.parameters():
             parameter.stop_gradient = True
 
     def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
-        return self._forward.log_probs(self.model, microbatches)
+        return self._scorer.log_probs(self.model, microbatches)
 
     @paddle.no_grad()
     def update(self, policy: CausalLM) -> None:
@@ -71,10 +74,10 @@ class SecondModel:
 class AdapterOff:
     """The trained model without its adapter."""
 
-    def __init__(self, model: CausalLM, forward: ForwardPass) -> None:
-        self._model, self._forward = model, forward
+    def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
+        self._model, self._scorer = model, scorer
 
     def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """See Reference."""
         with lora.disabled(self._model):
-            return self._forward.log_probs(self._model, microbatches)
+            return self._scorer.log_probs(self._model, microbatches)

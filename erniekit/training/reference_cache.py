@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.schema import Config
 from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -55,8 +55,8 @@ class CachedReference:
         if unknown:
             where = batch.sources[unknown[0]] if unknown[0] < len(batch.sources) else "a pair"
             raise CheckpointError(
-                f"ref_logps_cache: {self._path} knows nothing of {where}: the data changed while the run went on. "
-                "Start the run again: it goes on from the newest checkpoint and computes what is missing."
+                f"ref_logps_cache: {self._path} knows nothing of {where}: the data changed during the run. "
+                "Start the run again: it resumes from the newest checkpoint and computes what is missing."
             )
         return paddle.to_tensor(np.array([self._table[key] for key in keys], np.float32).reshape(-1, 2).T)
 
@@ -163,18 +163,18 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
         if log_probs.dtype != np.float32 or log_probs.shape != (len(keys), 2) or not np.isfinite(log_probs).all():
             raise ValueError("log-probabilities that are no pairs of numbers")
     except UserError as error:
-        raise CheckpointError(f"ref_logps_cache: {error} Remove it to compute it anew.") from None
+        raise CheckpointError(f"ref_logps_cache: {error} Remove it to compute it again.") from None
     # All that zipfile and numpy raise for an archive that is damaged.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
         raise CheckpointError(
-            f"ref_logps_cache: {path} cannot be read: {error}. Remove it to compute it anew."
+            f"ref_logps_cache: {path} cannot be read: {error}. Remove it to compute it again."
         ) from None
     wanted = now | {"version": str(_VERSION)}
     changed = [f"{name} was {then.get(name)}, is {value}" for name, value in wanted.items() if then.get(name) != value]
     if changed:
         raise CheckpointError(
             f"ref_logps_cache: {path} holds the log-probabilities of another reference: {'; '.join(changed)}. "
-            "Name another file, or remove this one to compute it anew."
+            "Name another file, or remove this one to compute it again."
         )
     return {bytes(key).hex(): (float(c), float(r)) for key, (c, r) in zip(keys, log_probs, strict=True)}
 

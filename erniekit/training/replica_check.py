@@ -10,8 +10,8 @@ import paddle
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.shard import named_shard_specs
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import TrainError
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint was made with, held against what the run that continues from it has.
+"""What a checkpoint was made with, compared with what the run that continues from it has.
 
 DECISIONS says of every key what a difference means. What keys only name is compared by its content: the base model's
 config.json and weights here, data, tokenizer and chat template by the loader (`Loader.changes`).
@@ -11,12 +11,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_shape import model_config
-from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.config.fields import from_saved
+from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.data.loader import Loader
-from erniekit.training.evaluation import metric_of
 from erniekit.training.lr_scheduler import build_schedule
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
@@ -60,7 +60,7 @@ _KEYS = {
         attention_probs_dropout_prob dropout_warmup_steps
     """,
     # The shape is compared as the base model's config.json, the tokenizer by its content.
-    # The degrees are said as the layout; recomputation, stages and sharding change no result.
+    # The degrees are logged as the layout; recomputation, stages and sharding change no result.
     Decision.IGNORE: """
         hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
@@ -82,8 +82,7 @@ _KEYS = {
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
 
-_LORA = set(GROUPS["LoRA"].__dataclass_fields__)
-_PREFERENCE = set(GROUPS["preference"].__dataclass_fields__)
+_LORA = set(option_names(GROUPS["LoRA"]))
 _TOKEN_FILES = {"input_dir", "split", "isolate_documents", "long_document_min_tokens", "long_document_weight"}
 _TEXT = {
     "train_dataset_path",
@@ -96,7 +95,6 @@ _TEXT = {
 }
 _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
     (_LORA, lambda cfg: cfg.fine_tuning == "LoRA"),
-    (_PREFERENCE, lambda cfg: cfg.stage == "DPO"),
     (_TOKEN_FILES, lambda cfg: cfg.dataset_type == "pretrain"),
     (_TEXT, lambda cfg: cfg.dataset_type != "pretrain"),
     ({"train_dataset_prob"}, lambda cfg: cfg.mix_strategy != "concat"),
@@ -108,7 +106,7 @@ _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
 
 def is_read(key: str, cfg: Config) -> bool:
     """Whether a run of this method and kind of data reads the key at all."""
-    return all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
+    return cfg.method.reads(key) and all(condition(cfg) for keys, condition in _CONDITIONS if key in keys)
 
 
 def noted(cfg: Config) -> dict[str, Any]:
@@ -222,7 +220,8 @@ def check(state: TrainState, now: Present, where: Path) -> None:
     """
     if not state.data and not now.cfg.ignore_data_skip:
         raise CheckpointError(
-            f"{where} does not say how far in the data it is. Set ignore_data_skip: true to begin the data anew."
+            f"{where} does not say how far in the data it is. Set ignore_data_skip: true to read the data from the "
+            "beginning."
         )
     _refuse(differences(state, now), now.cfg, where)
 
@@ -247,7 +246,7 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
 
 
 def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
-    """What is to be said of the differences that are no reason to refuse."""
+    """Log lines about the differences that are no reason to refuse."""
     said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
     unknown = [key for key in noted(now.cfg) if key not in state.identity]
     lines = []
@@ -282,38 +281,3 @@ def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
         f"learning rate of step {state.step + 1}: {planned:.4g} -> {after:.4g}{over} ({end}; the schedule is computed "
         "from step 1 with the values given now)"
     )
-
-
-def best_basis(cfg: Config, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What the best value of an evaluation can be compared under; `identity` is that of the evaluation data."""
-    name, greater = metric_of(cfg)
-    basis: dict[str, Any] = {"metric_for_best_model": name, "greater_is_better": greater}
-    basis["max_evaluate_steps"] = cfg.max_evaluate_steps
-    of_training = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}  # an evaluation reads in file order
-    if cfg.max_evaluate_steps > 0:
-        basis["batch_size"] = cfg.batch_size
-    if cfg.stage == "DPO":
-        unread = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}
-        basis |= {key: value for key, value in asdict(cfg).items() if key in _PREFERENCE - unread}
-    return basis | {key: value for key, value in identity.items() if key not in of_training}
-
-
-def forget_best(state: TrainState, basis: dict[str, Any]) -> str | None:
-    """Drop the best value, and the count of evaluations without a better one, if they were measured otherwise than
-    `basis`; the line that says so.
-    """
-    if state.best_metric is None or state.best_of == basis:
-        return None
-    changed = [
-        f"{key}: {state.best_of.get(key)} -> {basis.get(key)}"
-        for key in {**state.best_of, **basis}
-        if state.best_of.get(key) != basis.get(key)
-    ]
-    why = "; ".join(changed) if state.best_of else "its version did not note what it was measured on"
-    line = (
-        f"the best evaluation so far ({state.best_metric:.6g} at step {state.best_step}) cannot be compared with those "
-        f"to come and is forgotten, and with it the count of early_stopping_patience: {why}"
-    )
-    state.best_metric = state.best_step = None
-    state.evaluations_since_best = 0
-    return line

@@ -7,7 +7,7 @@ from typing import Any
 from paddle import nn
 
 from erniekit.config.schema import Config
-from erniekit.parallel import comm
+from erniekit.parallel import backend
 from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
 from erniekit.precision import policy
 from erniekit.training.build import build_run
@@ -37,11 +37,10 @@ class _History(Callback):
 
 def join(cfg: Config) -> Mesh:
     """This process's place among those that a launcher started; alone without one."""
-    comm.on_wait = heartbeat.waiting
     heartbeat.waiting("the gathering of all ranks")
-    world = comm.init(cfg.rendezvous_timeout)
+    world = backend.init(cfg.rendezvous_timeout, on_wait=heartbeat.waiting)
     heartbeat.waiting(None)
-    require_same_configuration(cfg, comm.world_group())
+    require_same_configuration(cfg, backend.world_group())
     return build_mesh(ParallelDims.from_config(cfg, world.size))
 
 
@@ -52,11 +51,11 @@ def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
 
 
 def train(cfg: Config) -> TrainResult:
-    """Train as `cfg` says. Raises UserError for anything that the user can mend; nothing saved before is lost."""
+    """Train as `cfg` says. Raises UserError for anything that the user can fix; nothing saved before is lost."""
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.
-    callbacks = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
+    callbacks: list[Callback] = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
     with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:

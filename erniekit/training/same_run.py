@@ -13,21 +13,22 @@ from typing import Any
 
 import paddle
 
-from erniekit.checkpoint.safetensors import WEIGHT_FILE
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
+from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
 from erniekit.models.config import CONFIG_FILE
 from erniekit.parallel import comm
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
-# Keys whose values hosts may have for themselves. Files may lie elsewhere on each: their content is compared instead.
+# Keys whose values may differ between hosts. Files may have another path on each: their content is compared instead.
 PER_HOST = {
     *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
     *("chat_template", "ref_logps_cache", "logging_dir"),
     *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in ("generation", "evaluation", "export") for name in GROUPS[group].__dataclass_fields__),
+    *(name for group in ("generation", "evaluation", "export") for name in option_names(GROUPS[group])),
 }
 
 

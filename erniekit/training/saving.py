@@ -7,6 +7,7 @@ from pathlib import Path
 import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
+from erniekit.checkpoint.model_dir import checkpoint_dir
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
@@ -68,7 +69,7 @@ class Saver:
         self.output.begin(record, state.step, trains=state.step < self.run.max_steps)
 
     def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
-        """Of a run that saved nothing but its final model: it is complete, or cannot go on."""
+        """The state of a run that saved nothing but its final model: it is complete, or cannot be resumed."""
         then, where = None, self.output_dir / RUN_FILE
         if record is not None and record.data:
             then = TrainState(identity=record.identity, base=record.base, data=record.data)
@@ -76,8 +77,8 @@ class Saver:
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
-                f"checkpoint to go on from to step {self.run.max_steps}. Set overwrite_output_dir: true to train anew, "
-                "or choose another output_dir (and model_name_or_path: that model, to train it further)."
+                f"checkpoint to resume from to step {self.run.max_steps}. Set overwrite_output_dir: true to train from "
+                "scratch, or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
         for line in [] if then is None else resume.changed_lines(then, self.present, where, complete=True):
             log.info(line)
@@ -92,7 +93,7 @@ class Saver:
         return state.step >= self.run.max_steps or stopped_early or data_ended
 
     def _layout(self) -> dict[str, int]:
-        """How the run is divided, and the rows of a step; a run may go on under another layout."""
+        """How the run is divided, and the rows of a step; a run may be resumed under another layout."""
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
 
@@ -116,7 +117,7 @@ class Saver:
             key = "max_steps" if self.cfg.max_steps > 0 else "num_train_epochs"
             log.info(
                 f"the run is complete: {key} is {vars(self.cfg)[key]:g}, and {state.step} steps are done. Raise it to "
-                "train more, or set overwrite_output_dir: true to begin anew"
+                "train more, or set overwrite_output_dir: true to train from scratch"
             )
         else:
             self._load_optimizer(state, source)
@@ -125,8 +126,8 @@ class Saver:
         rate = resume.rate_line(state, self.cfg, run.max_steps)
         if rate is not None:
             log.info(rate)
-        if run.eval_loader is not None:
-            forgotten = resume.forget_best(state, resume.best_basis(self.cfg, run.eval_loader.identity))
+        if run.best is not None:
+            forgotten = run.best.forget_incomparable(state)
             if forgotten is not None:
                 log.warning(forgotten)
         return state
@@ -141,7 +142,7 @@ class Saver:
     def _load_optimizer(self, state: TrainState, source: Path) -> None:
         if self.cfg.ignore_load_lr_and_optim:
             self.run.optimizer.reset()
-            log.info("ignore_load_lr_and_optim: the optimizer's state begins anew")
+            log.info("ignore_load_lr_and_optim: the optimizer's state is reset")
         elif _holds(source, OPTIMIZER_DIR, bool(state.has_optimizer)):
             load_optimizer(source, self.run.optimizer, self.shares)
         else:
@@ -164,7 +165,7 @@ class Saver:
             if not self.run.loader.rows_left():
                 return
             self.run.loader.load_state_dict(begin)
-        log.info(f"ignore_data_skip: the data begin anew after step {state.step} of {source.name}")
+        log.info(f"ignore_data_skip: the data start again after step {state.step} of {source.name}")
 
     def _say_layout(self, before: dict[str, int], source: Path) -> None:
         now = self._layout()
@@ -174,7 +175,7 @@ class Saver:
         if before.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"]:
             log.warning(
                 f"batch_size * gradient_accumulation_steps * data ranks: a step now takes {now['rows_per_step']} rows, "
-                f"before {before['rows_per_step']}. Change gradient_accumulation_steps to go on as before"
+                f"before {before['rows_per_step']}. Change gradient_accumulation_steps to continue as before"
             )
 
     def save(self, state: TrainState) -> Path:
@@ -195,7 +196,7 @@ class Saver:
             for add in adds:
                 add(checkpoint)
 
-        best = None if state.best_step is None else self.output_dir / f"checkpoint-{state.best_step}"
+        best = None if state.best_step is None else checkpoint_dir(self.output_dir, state.best_step)
         return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
@@ -204,7 +205,7 @@ class Saver:
         """
         self.manager.wait()
         if self.cfg.load_best_model_at_end and state.best_step not in (None, state.step):
-            best = self.output_dir / f"checkpoint-{state.best_step}"
+            best = checkpoint_dir(self.output_dir, state.best_step)
             if on_first(self.ranks, best.is_dir):
                 log.info(
                     f"the final model is that of {best.name}: {self.cfg.metric_for_best_model or 'loss'} "
@@ -232,7 +233,7 @@ class Saver:
             self.run.model,
             tensors,
             self.shares,
-            self.cfg.save_format,
+            "paddle" if self.cfg.save_format == "paddle" else "pt",
             (self.run.model_dir, self.run.tokenizer_dir),
             self.run.template,
             directory=below,

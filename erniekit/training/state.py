@@ -12,7 +12,7 @@ import numpy as np
 
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.safetensors import Plan
+from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.stored_state import StoredState, piece_name
 from erniekit.config.schema import Config
 from erniekit.models.weights import Shape
@@ -30,7 +30,7 @@ OPTIMIZER_DIR = "optimizer"
 class TrainState:
     """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
 
-    `best_of` is what best_metric was measured under (resume.best_basis), `identity` the configuration that the run had
+    `best_of` is what best_metric was measured under (best.BestModel), `identity` the configuration that the run had
     (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
     whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
     """
@@ -84,7 +84,7 @@ def optimizer_rank_files(optimizer: AdamW, shares: Shares) -> RankFiles:
 def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
     """Whether this rank writes an entry; the powers of the betas, equal for all rows of experts, go with the first."""
     name, _, key = entry.rpartition("/")
-    rows = shares.rows(name, optimizer.parameters[name].shape)
+    rows = shares.rows(name, optimizer.parameters.tensors[name].shape)
     return shares.writes(name) and (key not in POWERS or rows is None or rows[0] == 0)
 
 
@@ -93,7 +93,7 @@ def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None
     name, _, key = entry.rpartition("/")
     if key in POWERS:
         return optimizer.state_array(entry) if _writes(shares, entry, optimizer) else None
-    if shares.is_repeated(name) or optimizer.sync.entries[name].placement.replica.index > 0:
+    if shares.is_repeated(name) or optimizer.parameters.entries[name].placement.replica.index > 0:
         return None
     return shares.gather(name, optimizer.state_array(entry))
 
@@ -175,8 +175,8 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
         raise CheckpointError(
-            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to go "
-            "on with the weights alone."
+            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to "
+            "continue with the weights alone."
         )
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")

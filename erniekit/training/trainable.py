@@ -1,4 +1,4 @@
-"""What of a model a run trains and saves: all weights, or adapters beside frozen ones (fine_tuning: LoRA)."""
+"""Which parameters of a model a run trains and saves: all, or adapters beside frozen ones (fine_tuning: LoRA)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +8,11 @@ import paddle
 
 from erniekit import lora
 from erniekit.checkpoint.chat_template import write_chat_template
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
-from erniekit.checkpoint.model_io import held_tensors, load_weights, model_rank_files, write_model_configs
+from erniekit.checkpoint.model_io import load_weights, model_rank_files, named_tensors, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
-from erniekit.checkpoint.peft_write import adapter_parameters, fingerprint, write_adapter
+from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
 from erniekit.checkpoint.product_state import load_product_state, product_rank_files
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
@@ -47,7 +48,7 @@ def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
     """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter and of
     the products.
     """
-    state, tensors = lora.state_of(model), held_tensors(model)
+    state, tensors = lora.state_of(model), named_tensors(model)
     if state is None:
         return tensors
     return {name: tensors[name] for name in (*adapter_parameters(state), *product_state(model)) if name in tensors}

@@ -13,16 +13,16 @@ from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
+from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
 from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
-from erniekit.training.evaluation import evaluate, metric_of
+from erniekit.training.evaluation import evaluate
 from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
-from erniekit.training.resume import best_basis
 from erniekit.training.saving import Saver
 from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
@@ -103,7 +103,7 @@ class Trainer:
             return {"steps": self.state.step, "total_tokens": self.state.num_tokens}
 
     def _train_to_the_end(self) -> None:
-        """Step after step, until all are done, the data has ended, or somebody wants it to stop."""
+        """Run steps until all are done, the data has ended, or a signal asks the run to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
             if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
                 return
@@ -119,7 +119,7 @@ class Trainer:
         )
 
     def _advance(self) -> bool:
-        """One step with all that hangs on it. False when the data has ended."""
+        """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
         epochs = self.run.loader.epochs_done
         try:
             batches = self._next_batches()
@@ -164,14 +164,13 @@ class Trainer:
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         microbatches = self.run.recipe.prepare(batches)
-        stage = self._forward_backward(microbatches)
-        sync = self.run.optimizer.sync
-        sums, norm, biases = self._fetch(stage)
-        self._require_finite(sums.loss, norm, sync.gradients(), microbatches)
-        sync.clip(norm, self.cfg.max_grad_norm)
+        stage, gradients = self._forward_backward(microbatches)
+        sums, norm, biases = self._fetch(stage, gradients)
+        self._require_finite(sums.loss, norm, gradients, microbatches)
+        clip_(gradients, norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
-        self.run.optimizer.step(learning_rate)
-        self.run.optimizer.clear_grad()
+        self.run.optimizer.step(gradients, learning_rate)
+        self.run.sync.clear()
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -196,35 +195,36 @@ class Trainer:
             sent=comm.traffic.take(),
         )
 
-    def _forward_backward(self, microbatches: list[PackedBatch]) -> TrainStage:
+    def _forward_backward(self, microbatches: list[PackedBatch]) -> tuple[TrainStage, dict[str, paddle.Tensor]]:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
         run, mesh = self.run, self.run.mesh
         counts = global_counts(run.recipe, microbatches, mesh)
-        sync = run.optimizer.sync
+        sync = run.sync
         dropout = attention_dropout(self.cfg, self.state.step)
         stage = TrainStage(
-            self.cfg, run.model, run.recipe, run.chunks, microbatches, counts, sync.after_backward, dropout
+            self.cfg, run.model, run.recipe, run.forward.chunks, microbatches, counts, sync.after_backward, dropout
         )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
-        sync.finish()
-        return stage
+        return stage, sync.finish()
 
-    def _fetch(self, stage: TrainStage) -> tuple[StepSums, float, dict[int, np.ndarray]]:
+    def _fetch(
+        self, stage: TrainStage, gradients: dict[str, paddle.Tensor]
+    ) -> tuple[StepSums, float, dict[int, np.ndarray]]:
         """The step's sums over all ranks, the gradients' norm, and the correction bias of each sparse layer's routers.
 
         This is the host's only wait for what the step computed (beside what dropless experts and several ranks need):
         between the backward pass and the optimizer, because a loss or a norm that is not finite must stop the run
         before the update.
         """
-        sync = self.run.optimizer.sync
-        stage.on_device.add(_SQUARES, sync.squared_norms())
+        stage.on_device.add(_SQUARES, squared_norms(gradients))
         for number, layer in self._sparse_layers().items():
-            stage.on_device.add(_Bias(number), layer.moe_statics.e_score_correction_bias)
+            stage.on_device.add(_Bias(number), layer.correction_bias)
         fetched = stage.on_device.fetch()
         biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
         sums = global_sums(stage.sums(fetched), self.run.mesh)
-        return sums, sync.global_norm(fetched[_SQUARES]), biases
+        entries, world = self.run.sync.parameters.entries, self.run.mesh.world_group
+        return sums, global_norm(gradients, entries, world, fetched[_SQUARES]), biases
 
     def _sparse_layers(self) -> dict[int, MoELayer]:
         """The sparse layers of this process by number."""
@@ -267,33 +267,16 @@ class Trainer:
         return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
     def _evaluate(self) -> bool:
-        """Score the evaluation data. True if this is the best so far by metric_for_best_model."""
+        """Score the evaluation data. True if this is the best so far, and to be saved."""
         with heartbeat.phase("an evaluation"):
-            metrics = evaluate(self.run)
+            metrics = evaluate(self.run, self.state.step)
         for callback in self.callbacks:
             callback.on_evaluate(self.state.step, metrics)
-        name, greater = metric_of(self.cfg)
-        if name not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {name}")
-        value, best = metrics[name], self.state.best_metric
-        better = best is None or (value > best if greater else value < best)
-        if better:
-            self.state.best_metric, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
-            assert self.run.eval_loader is not None
-            self.state.best_of = best_basis(self.cfg, self.run.eval_loader.identity)
-        else:
-            self.state.evaluations_since_best += 1
-        return better and self.cfg.save_strategy != "no"
+        assert self.run.best is not None
+        return self.run.best.note(self.state, metrics) and self.cfg.save_strategy != "no"
 
     def _stopped_early(self) -> bool:
-        patience = self.cfg.early_stopping_patience
-        stop = patience is not None and self.state.evaluations_since_best >= patience
-        if stop:
-            log.info(
-                f"early stopping after step {self.state.step}: no better evaluation since step {self.state.best_step}"
-            )
-        return stop
+        return self.run.best is not None and self.run.best.stops_early(self.state)
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
@@ -330,19 +313,19 @@ class Trainer:
             )
 
     def _finish(self) -> dict[str, Any]:
-        """Last evaluation, last checkpoint, final model."""
+        """Last checkpoint, last evaluation, final model."""
         done = self.state.step
         self._say_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
+        if self.cfg.save_strategy != "no" and self._saved_step != done:
+            self._save()  # first: an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
-            metrics = evaluate(self.run)
+            metrics = evaluate(self.run, done)
             for callback in self.callbacks:
                 callback.on_evaluate(done, metrics)
             if self._must_stop():
                 return self._pause()
             summary |= metrics
-        if self.cfg.save_strategy != "no" and self._saved_step != done:
-            self._save()
         path = self.saver.save_final(self.state, self._data_ended)
         for callback in self.callbacks:
             callback.on_save(done, path)
@@ -365,7 +348,7 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
 
 
 def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
-    """What every rank found, in words: the first bad weight or gradient, and the samples of the batch."""
+    """What every rank found, as a sentence: the first bad weight or gradient, and the samples of the batch."""
     weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
     if weights:
         where = f"the weight {weights[0]} is not finite"

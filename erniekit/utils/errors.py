@@ -25,5 +25,9 @@ class CheckpointError(UserError):
     """A model directory, a weight file or a training checkpoint is wrong."""
 
 
+class EvaluationError(UserError):
+    """An evaluation gives no number."""
+
+
 class TrainError(UserError):
     """Training cannot continue: a non-finite loss, an output directory of another run, a full disk."""

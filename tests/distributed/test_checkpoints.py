@@ -1,4 +1,4 @@
-"""A checkpoint does not tell which layout wrote it, and any layout goes on from it."""
+"""A checkpoint does not depend on the layout that wrote it, and any layout resumes from it."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from support import equality
 from support.worlds import RankError, World
 
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.utils.errors import CheckpointError
 
 CLOSE = 1e-5  # sums of float32 in another order, as in test_equality
@@ -92,7 +92,7 @@ def alone(tmp_path_factory):
     return directory, fit(keys_of(directory, "one", {}))
 
 
-def write_and_go_on(world, alone, layout, name):
+def save_and_resume(world, alone, layout, name):
     """Train under a layout from the start; then go on under it from the checkpoint of one process."""
     directory, steps = alone
     out = name.replace(" ", "")
@@ -108,16 +108,16 @@ def write_and_go_on(world, alone, layout, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS_2)
-def test_two_ranks_write_as_one_and_go_on_from_one(name, world2, alone):
-    write_and_go_on(world2, alone, LAYOUTS_2[name], name)
+def test_two_ranks_save_and_resume_like_one_process(name, world2, alone):
+    save_and_resume(world2, alone, LAYOUTS_2[name], name)
 
 
 @pytest.mark.parametrize("name", LAYOUTS_4)
-def test_four_ranks_write_as_one_and_go_on_from_one(name, world4, alone):
-    write_and_go_on(world4, alone, LAYOUTS_4[name], name)
+def test_four_ranks_save_and_resume_like_one_process(name, world4, alone):
+    save_and_resume(world4, alone, LAYOUTS_4[name], name)
 
 
-def test_from_two_ranks_to_four_and_to_one(world2, world4, alone):
+def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(world2, world4, alone):
     """tp2 -> pp2 x ep2 -> one process, each going on from the one before."""
     directory, steps = alone
     keys = keys_of(directory, "a", LAYOUTS_2["tp2"], 2, save_steps=1, max_steps=STEPS)
@@ -129,7 +129,7 @@ def test_from_two_ranks_to_four_and_to_one(world2, world4, alone):
     assert_same_steps(fit(keys_of(directory, "c", {}, resume_from_checkpoint=source)), steps[2:])
 
 
-def test_a_save_beside_the_training_writes_the_same(world2, alone):
+def test_an_asynchronous_save_writes_the_same(world2, alone):
     directory, steps = alone
     keys = keys_of(directory, "async", LAYOUTS_2["ep2"], 2, use_async_save=True, save_total_limit=1, save_steps=1)
     for history in world2.run(fit, keys=keys):
@@ -144,12 +144,12 @@ def fail_beside(keys):
     import errno
 
     from erniekit.checkpoint.rank_files import RankFiles
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
 
     real = RankFiles.write
 
     def write(self, root):
-        if comm.world().rank == 1:
+        if backend.world().rank == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, root)
 
@@ -163,7 +163,7 @@ def fail_beside(keys):
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_rank_that_cannot_write_fails_all_with_the_same_words(beside, world2, alone):
+def test_a_rank_that_cannot_write_fails_all_ranks_with_one_message(beside, world2, alone):
     directory, _ = alone
     keys = keys_of(directory, f"full-{beside}", LAYOUTS_2["pp2"], 2, use_async_save=beside)
     for said in world2.run(fail_beside, keys=keys):
@@ -174,12 +174,12 @@ def test_a_rank_that_cannot_write_fails_all_with_the_same_words(beside, world2, 
 def die_while_saving(keys):
     """As `fit`, with a second rank that is killed when it writes its part of the last checkpoint."""
     from erniekit.checkpoint.rank_files import RankFiles
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
 
     real = RankFiles.write
 
     def write(self, root):
-        if comm.world().rank == 1 and root.name == f".checkpoint-{STEPS}.new.tmp":
+        if backend.world().rank == 1 and root.name == f".checkpoint-{STEPS}.new.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, root)
 
@@ -217,7 +217,7 @@ def adapted(alone):
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "ep2"])
-def test_an_adapter_is_whole_whatever_wrote_it(name, world2, alone, adapted):
+def test_an_adapter_saved_by_any_layout_is_whole(name, world2, alone, adapted):
     directory, _ = alone
     world2.run(fit, keys=keys_of(directory, f"lora-{name}", LAYOUTS_2[name], 2, **adapted))
     source = str(directory / "lora" / f"checkpoint-{SAVED}")

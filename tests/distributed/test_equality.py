@@ -113,6 +113,17 @@ def test_two_ranks_evaluate_as_one(world2: World, directory: Path, case: str):
     assert alone["eval_loss"] > 1
 
 
+def test_two_data_ranks_evaluate_the_same_first_batches_as_one(world2: World, directory: Path):
+    """max_evaluate_steps counts batches of all ranks together: 3 of 2 rows, of which one rank has two."""
+    model, keys = TWO["moe-dp2"]
+    limit = {"max_evaluate_steps": 3, "packing": False}
+    alone = evaluate_some(keys_for(str(directory), model, rows=2, **limit))
+    for metrics in world2.run(evaluate_some, keys=keys_for(str(directory), model, 2, rows=2, **keys | limit)):
+        assert metrics == pytest.approx(alone, rel=1e-6)
+    everything = evaluate_some(keys_for(str(directory), model, rows=2, packing=False))
+    assert abs(everything["eval_loss"] - alone["eval_loss"]) > 1e-4
+
+
 @pytest.mark.parametrize("case", FOUR)
 def test_four_ranks_train_as_one(world4: World, directory: Path, case: str):
     losses, parameters = check(world4, directory, *FOUR[case])

@@ -20,7 +20,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("microbatches", [2, 4])
-def test_a_pipeline_stage(world2: World, directory: Path, microbatches: int):
+def test_host_reads_of_a_pipeline_stage(world2: World, directory: Path, microbatches: int):
     """The stages' terms and their routers' records (a length and a value each), and the norm."""
     keys = keys_for(str(directory), "moe", rows=8 // microbatches, pipeline_parallel_degree=2)
     ranks = world2.run(of_a_step, keys=keys)
@@ -29,7 +29,7 @@ def test_a_pipeline_stage(world2: World, directory: Path, microbatches: int):
         assert found["uploads"]["parallel/comm.py"] == 5 and "parallel/grad_sync.py" not in found["uploads"]
 
 
-def test_data_ranks(world2: World, directory: Path):
+def test_host_reads_of_data_ranks(world2: World, directory: Path):
     """Counts before the step, sums and the norm after it."""
     keys = keys_for(str(directory), "dense", 2, rows=2, sharding="stage1", sharding_parallel_degree=2)
     for found in world2.run(of_a_step, keys=keys):

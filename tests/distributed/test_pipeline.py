@@ -12,10 +12,10 @@ import paddle
 import pytest
 from support.worlds import World
 
-from erniekit.parallel import comm
+from erniekit.parallel import backend, comm
 from erniekit.parallel.pipeline import run
 from erniekit.parallel.pipeline_schedule import Action, forward_plan, peak_live, plan
-from erniekit.parallel.pipeline_split import cut
+from erniekit.parallel.pipeline_split import split_layers
 
 NUM_LAYERS, WIDTH = 9, 6
 FROZEN_INPUT = tuple(range(5))  # layers: the first stages have nothing to train, whichever way the model is cut
@@ -34,7 +34,7 @@ class Toy:
         own_losses: bool = True,
         without_target: Sequence[int] = (),
     ) -> None:
-        pieces = cut(NUM_LAYERS, stages * chunks)
+        pieces = split_layers(NUM_LAYERS, stages * chunks)
         self.pieces = [pieces[chunk * stages + stage] for chunk in range(chunks)]
         self.own_losses, self.without_target = own_losses, without_target
         self.weights = {}
@@ -82,9 +82,9 @@ def gradients(toy: Toy) -> dict[int, np.ndarray]:
 
 def on_a_rank(lists: list[list[Action]], chunks: int, **options: Any) -> dict[str, Any]:
     """One rank of a pipeline through all ranks."""
-    ranks = comm.world_group().ranks
-    stage = comm.world().rank
-    comm.channels([(a, b) for a in ranks for b in ranks if a != b])
+    ranks = backend.world_group().ranks
+    stage = backend.world().rank
+    backend.open_channels([(a, b) for a in ranks for b in ranks if a != b])
     toy = Toy(stage, len(ranks), chunks, **options)
     peak = run(lists[stage], toy, ranks)
     return {
@@ -141,7 +141,7 @@ def test_stages_equal_one_process(
 
 
 @pytest.mark.parametrize("own_losses", [True, False])
-def test_stages_without_trainable_weights_take_part(world4: World, own_losses: bool):
+def test_stages_without_trainable_weights(world4: World, own_losses: bool):
     options = {"frozen": FROZEN_INPUT, "own_losses": own_losses}
     results = world4.run(on_a_rank, lists=plan("1f1b", 4, 5), chunks=1, **options)
     compare(results, 5, **options)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.equality import compare, keys_for, prepare, train_some
+from support.equality import compare, evaluate_some, keys_for, prepare, train_some
 from support.worlds import World
 
 TOLERANCE = 1e-5  # as in test_equality
@@ -60,6 +60,20 @@ def test_two_ranks_equal_one(world2: World, directory: Path, layout: str):
     ranks = world2.run(train_some, keys=keys_for(str(directory), model, data_ranks, **keys, **degrees))
     numbers, weights = compare(*without_ties(ranks, alone[name]))
     assert numbers < TOLERANCE and weights < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"data_parallel_degree": 2}, PIPE2 | {"virtual_pp_degree": 1}], ids=["data", "pipe"]
+)
+def test_two_ranks_evaluate_as_one(world2: World, directory: Path, degrees: dict[str, int]):
+    """A loss with means over all pairs, of the first batches; the reference has the trained model's start."""
+    keys = {"stage": "DPO", "max_evaluate_steps": 4} | KTO
+    alone = evaluate_some(keys_for(str(directory), "dense", rows=2, **keys))
+    data_ranks = degrees.get("data_parallel_degree", 1)
+    for metrics in world2.run(evaluate_some, keys=keys_for(str(directory), "dense", data_ranks, 2, **keys, **degrees)):
+        del metrics["eval_reward_accuracy"]  # margins are 0 but for the order of sums
+        assert metrics == pytest.approx({name: alone[name] for name in metrics}, rel=1e-5, abs=1e-6)
+    assert alone["eval_logp_chosen"] < -1
 
 
 def without_ties(ranks, one):

@@ -2,7 +2,7 @@
 
 import paddle
 import pytest
-from support.tiny_models import MOE
+from support.tiny_sizes import MOE
 from support.worlds import World
 
 from erniekit.models.config import ModelConfig

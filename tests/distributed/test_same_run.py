@@ -24,12 +24,12 @@ def start(keys, other):
     """A run as far as its first step, on the second rank with `other` keys; what it ended with."""
     from erniekit import config
     from erniekit.build import PreparedModel
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.training import build
     from erniekit.training.run import join
     from erniekit.utils.errors import UserError
 
-    cfg = config.load(None, keys | (other if comm.world().rank else {}), "train")
+    cfg = config.load(None, keys | (other if backend.world().rank else {}), "train")
     models = []
     real = PreparedModel.build
     PreparedModel.build = lambda *args: models.append(args) or real(*args)

@@ -6,13 +6,17 @@ import numpy as np
 import paddle
 import pytest
 from support.optimizer_state import state_arrays
+from support.traffic import stored_gradient_bytes
 from support.worlds import World
 
-from erniekit.parallel import comm
-from erniekit.parallel.buckets import gradient_bytes, state_bytes, step_traffic
-from erniekit.parallel.comm import Group
+from erniekit.parallel import backend, comm
+from erniekit.parallel.grad_clip import clip_, global_norm
 from erniekit.parallel.grad_sync import GradientSync
+from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.placement import Placement
+from erniekit.parallel.process_group import ALONE, Group
+from erniekit.parallel.traffic import gradient_sync_bytes
+from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule
 
 # Numbers of size 1, five steps; a rank adds gradients in another order than one process.
@@ -47,73 +51,72 @@ def backward(parameters: dict[str, paddle.Tensor], gradients: dict[str, np.ndarr
     paddle.add_n(terms).backward()
 
 
-def adamw(sync: GradientSync) -> AdamW:
-    rules = {name: ParamRule(1.0, 0.0 if name == "b" else 0.1) for name in sync.parameters}
-    return AdamW(sync, rules, 0.9, 0.95, 1e-8)
+def adamw(parameters: ShardedParameters) -> AdamW:
+    rules = {name: ParamRule(1.0, 0.0 if name == "b" else 0.1) for name in parameters.tensors}
+    return AdamW(parameters, rules, 0.9, 0.95, 1e-8)
 
 
-def finish_step(optimizer: AdamW) -> float:
-    sync = optimizer.sync
-    sync.finish()
-    norm = sync.global_norm()
-    sync.clip(norm, MAX_NORM)
-    optimizer.step(LR)
-    optimizer.clear_grad()
+def finish_step(sync: GradientSync, optimizer: AdamW, world: Group) -> float:
+    gradients = sync.finish()
+    norm = global_norm(gradients, sync.parameters.entries, world)
+    clip_(gradients, norm, MAX_NORM)
+    optimizer.step(gradients, LR)
+    sync.clear()
     return norm
 
 
 def group(ranks: list[int]) -> Group:
-    return Group(tuple(ranks), ranks.index(comm.world().rank))
+    return Group(tuple(ranks), ranks.index(backend.world().rank))
 
 
 def data_placement(ranks: list[int], shard: int) -> Placement:
     """Data ranks that cut a parameter's state over `shard` adjacent ones (as many as there are)."""
-    alone, shard = group([comm.world().rank]), min(shard, len(ranks))
-    place = ranks.index(comm.world().rank)
+    alone, shard = group([backend.world().rank]), min(shard, len(ranks))
+    place = ranks.index(backend.world().rank)
     first = place // shard * shard
     replicas = ranks[place % shard :: shard]
     cut = group(ranks[first : first + shard])
     return Placement(group(ranks), cut, group(replicas), alone, alone, copies=len(ranks))
 
 
-def sharded_optimizer(stage: int, shard: int, overlap: bool) -> AdamW:
-    rank, world = comm.world().rank, list(range(comm.world().size))
+def sharded_parameters(shard: int) -> ShardedParameters:
+    rank, world = backend.world().rank, list(range(backend.world().size))
     experts = data_placement([r for r in world if r % 2 == rank % 2], shard)
     placements = dict.fromkeys(SHAPES, data_placement(world, shard)) | {"experts": experts}
     names = {name: f"experts{rank % 2}" if name == "experts" else name for name in SHAPES}
     parameters = [(name, parameter(start_of(stored))) for name, stored in names.items()]
     # limit 16: several buckets, and one parameter ("a") that fills one
-    return adamw(GradientSync(parameters, placements, group(world), stage, limit=16, overlap=overlap))
+    return ShardedParameters(parameters, placements, limit=16)
 
 
 def train(stage: int, shard: int, overlap: bool, state: dict[str, np.ndarray] | None, first: int) -> dict:
     """The steps first .. STEPS on every rank."""
-    rank, optimizer = comm.world().rank, sharded_optimizer(stage, shard, overlap)
-    sync = optimizer.sync
-    entries = list(sync.entries.values())
+    rank, parameters = backend.world().rank, sharded_parameters(shard)
+    sync, optimizer = GradientSync(parameters, stage, overlap=overlap), adamw(parameters)
+    entries = list(parameters.entries.values())
     if state is not None:
         mine = {key.replace(f"experts{rank % 2}", "experts"): array for key, array in state.items()}
         for key in optimizer.state_shapes():
             optimizer.load_state_array(key, mine[key])
-        for name, p in sync.parameters.items():
+        for name, p in parameters.tensors.items():
             p.set_value(mine[name])
-    norms, held, sent = [], [], []
+    norms, stored, sent = [], [], []
     comm.traffic.take()
     for step in range(first, STEPS):
         sync.begin(MICROBATCHES)
         for microbatch in range(MICROBATCHES):
-            backward(sync.parameters, {name: gradient(rank, step, microbatch, name) for name in SHAPES})
+            backward(parameters.tensors, {name: gradient(rank, step, microbatch, name) for name in SHAPES})
             sync.after_backward()
-            held.append(sync.held_bytes())
-        norms.append(finish_step(optimizer))
+            stored.append(stored_gradient_bytes(sync))
+        norms.append(finish_step(sync, optimizer, backend.world_group()))
         sent.append(comm.traffic.take())
-    formula = step_traffic(sync.buckets, stage, MICROBATCHES, True, comm.world().size)
+    formula = gradient_sync_bytes(parameters.buckets, stage, MICROBATCHES, True, backend.world().size)
     return {
-        "parameters": {name: p.numpy() for name, p in sync.parameters.items()},
+        "parameters": {name: p.numpy() for name, p in parameters.tensors.items()},
         "norms": norms,
         "state": state_arrays(optimizer),
         "state bytes": (optimizer.state_bytes(), state_bytes(entries)),
-        "gradient bytes": (max(held), gradient_bytes(entries, stage, True)),
+        "gradient bytes": (max(stored), gradient_bytes(entries, stage, True)),
         "sent": (sent, [{kind: n for kind, n in formula.items() if n}] * len(sent)),
     }
 
@@ -121,7 +124,8 @@ def train(stage: int, shard: int, overlap: bool, state: dict[str, np.ndarray] | 
 def train_alone(ranks: int, until: int = STEPS) -> tuple[dict[str, np.ndarray], list[float], dict[str, np.ndarray]]:
     """One process with the sum of all ranks' gradients: parameters, norms, state."""
     names = [name for name in SHAPES if name != "experts"] + ["experts0", "experts1"]
-    optimizer = adamw(GradientSync.single([(name, parameter(start_of(name))) for name in names]))
+    parameters = ShardedParameters.single([(name, parameter(start_of(name))) for name in names])
+    sync, optimizer = GradientSync(parameters), adamw(parameters)
     norms = []
     for step in range(until):
         total: dict[str, np.ndarray] = {}
@@ -132,9 +136,9 @@ def train_alone(ranks: int, until: int = STEPS) -> tuple[dict[str, np.ndarray], 
                     if part is not None:
                         key = f"experts{rank % 2}" if name == "experts" else name
                         total[key] = total.get(key, np.float64(0.0)) + part.astype(np.float64)
-        backward(optimizer.sync.parameters, {name: sums.astype(np.float32) for name, sums in total.items()})
-        norms.append(finish_step(optimizer))
-    return {name: p.numpy() for name, p in optimizer.sync.parameters.items()}, norms, state_arrays(optimizer)
+        backward(parameters.tensors, {name: sums.astype(np.float32) for name, sums in total.items()})
+        norms.append(finish_step(sync, optimizer, ALONE))
+    return {name: p.numpy() for name, p in parameters.tensors.items()}, norms, state_arrays(optimizer)
 
 
 def check_equal(results: list[dict], ranks: int, norms_from: int = 0) -> None:
@@ -180,20 +184,21 @@ def test_stage_2_keeps_chunks_only(world4: World):
 
 
 @pytest.mark.parametrize(("stage", "shard"), [(0, 1), (1, 4), (2, 2)])
-def test_four_ranks_go_on_from_the_state_of_one(world4: World, stage: int, shard: int):
+def test_four_ranks_load_the_optimizer_state_of_one_process(world4: World, stage: int, shard: int):
     """The state of one process after two steps, taken apart over the ranks, and three more steps."""
     parameters, _, state = train_alone(4, until=2)
     check_equal(world4.run(train, stage=stage, shard=shard, overlap=False, state=parameters | state, first=2), 4, 2)
 
 
 def misshapen(stage: int) -> str:
-    optimizer = sharded_optimizer(stage, 2, overlap=False)
+    parameters = sharded_parameters(2)
+    optimizer = adamw(parameters)
     with pytest.raises(ValueError, match=r"a/moment1: shape \(8,\), not \(3, 5\)"):
         optimizer.load_state_array("a/moment1", np.zeros(8, np.float32))
-    return optimizer.memory_line()
+    return GradientSync(parameters, stage).memory_line()
 
 
-def test_a_chunk_is_no_whole_array(world2: World):
+def test_a_chunk_is_refused_as_optimizer_state(world2: World):
     assert all("sharding stage 1" in line for line in world2.run(misshapen, stage=1))
 
 
@@ -202,7 +207,7 @@ def test_a_chunk_is_no_whole_array(world2: World):
 
 def mixed(stage: int) -> tuple[dict[str, np.ndarray], float, float]:
     """World of 4 as data x tensor (rank = 2 d + t): which placements there are besides plain data parallelism."""
-    rank = comm.world().rank
+    rank = backend.world().rank
     d, t = divmod(rank, 2)
     alone, data, tensor = group([rank]), group([t, 2 + t]), group([2 * d, 2 * d + 1])
     shard, replica = (data, alone) if stage else (alone, data)
@@ -214,7 +219,8 @@ def mixed(stage: int) -> tuple[dict[str, np.ndarray], float, float]:
         "lone partial": Placement(alone, alone, alone, tensor, alone, copies=2),  # no data ranks, copies on two
     }
     parameters = {name: parameter(np.zeros(5, np.float32)) for name in placements}
-    sync = GradientSync(parameters.items(), placements, group([0, 1, 2, 3]), stage)
+    sharded = ShardedParameters(parameters.items(), placements)
+    sync = GradientSync(sharded, stage)
     sync.begin(1)
     names = list(placements)
     for i, name in enumerate(names):
@@ -222,10 +228,9 @@ def mixed(stage: int) -> tuple[dict[str, np.ndarray], float, float]:
         parameters[name].grad = paddle.to_tensor(np.random.default_rng(seed).normal(size=5).astype(np.float32))
     given = {name: p.grad.numpy() for name, p in parameters.items()}
     sync.after_backward()
-    sync.finish()
-    total = {name: sync.gather(name, g) for name, g in sync.gradients().items()}
-    norm = sync.global_norm()
-    return given, total, norm
+    gradients = sync.finish()
+    total = {name: sharded.gather(name, g) for name, g in gradients.items()}
+    return given, total, global_norm(gradients, sharded.entries, group([0, 1, 2, 3]))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -259,39 +264,39 @@ def test_partial_sums_and_shared_ends_are_added_up_and_counted_once(world4: Worl
 
 
 def interleaved(stage: int) -> tuple[dict[str, np.ndarray], dict[str, int], list[list[str]]]:
-    """Two parts of a model whose backward passes alternate, as the chunks of a pipeline stage do."""
-    world = list(range(comm.world().size))
+    """Two chunks of a model whose backward passes alternate, as those of a pipeline stage do."""
+    world = list(range(backend.world().size))
     names = ["x0", "y0", "x1", "y1"]
     parameters = {name: parameter(np.ones(3, np.float32)) for name in names}
     placements = dict.fromkeys(names, data_placement(world, 2))
-    parts = {name: int(name[1]) for name in names}
-    sync = GradientSync(parameters.items(), placements, group(world), stage, parts=parts, overlap=True)
+    chunks = {name: int(name[1]) for name in names}
+    sharded = ShardedParameters(parameters.items(), placements, chunks)
+    sync = GradientSync(sharded, stage, overlap=True)
     early = []
     for _ in range(2):
         comm.traffic.take()
         sync.begin(2)
-        for part in (1, 0, 1, 0):
-            backward(parameters, {f"{x}{part}": np.full(3, 1.0 + part, np.float32) for x in "xy"})
-            early.append([name for name in names if parts[name] == part and parameters[name].grad is None])
-            sync.after_backward(part)
-        sync.finish()
-        whole = {name: sync.gather(name, g) for name, g in sync.gradients().items()}
+        for chunk in (1, 0, 1, 0):
+            backward(parameters, {f"{x}{chunk}": np.full(3, 1.0 + chunk, np.float32) for x in "xy"})
+            early.append([name for name in names if chunks[name] == chunk and parameters[name].grad is None])
+            sync.after_backward(chunk)
+        whole = {name: sharded.gather(name, g) for name, g in sync.finish().items()}
         sent = comm.traffic.take()
         sync.clear()
     return whole, sent, early
 
 
 @pytest.mark.parametrize(("stage", "times"), [(1, 1), (2, 2)])
-def test_parts_are_sent_by_their_own_passes_during_backward(world2: World, stage: int, times: int):
+def test_model_chunks_are_sent_by_their_own_passes_during_backward(world2: World, stage: int, times: int):
     for whole, sent, early in world2.run(interleaved, stage=stage):
         for name, values in whole.items():
             assert values.tolist() == [2 * 2 * (1.0 + int(name[1]))] * 3
-        # two buckets (parts) of 2 x (2 + 2 elements, 2 flags); gathered by the test itself: 4 times 2 elements
+        # two buckets (chunks) of 2 x (2 + 2 elements, 2 flags); gathered by the test itself: 4 times 2 elements
         assert sent == {"reduce_scatter": times * 2 * 6 * 4, "all_gather": 4 * 2 * 4}
         always = [["x1", "y1"], ["x0", "y0"]]
         if stage == 2:  # every pass sends, once the first has shown how many gradients there are
             assert early == [[], [], *always, *always, *always]
-        else:  # only the last pass of each part
+        else:  # only the last pass of each chunk
             assert early == [[], [], *always, [], [], *always]
 
 
@@ -300,7 +305,7 @@ def shared_by_recomputed_blocks() -> tuple[np.ndarray, int]:
     from paddle.distributed.fleet.utils import recompute
 
     w, world = parameter(np.eye(3, dtype=np.float32)), [0, 1]
-    sync = GradientSync([("w", w)], {"w": data_placement(world, 1)}, group(world), overlap=True)
+    sync = GradientSync(ShardedParameters([("w", w)], {"w": data_placement(world, 1)}), overlap=True)
     x = paddle.ones([1, 3])
     x.stop_gradient = False
     for _ in range(3):
@@ -310,8 +315,8 @@ def shared_by_recomputed_blocks() -> tuple[np.ndarray, int]:
         y.sum().backward()
         sent = w.grad is None
         sync.after_backward()
-        sync.finish()
-    return sync.gradients()["w"].numpy(), sent
+        gradients = sync.finish()
+    return gradients["w"].numpy(), sent
 
 
 def test_a_bucket_waits_for_all_pieces_of_a_gradient(world2: World):
@@ -324,14 +329,13 @@ def in_16_bit(master_grad: bool) -> tuple[float, int, str]:
     """1 from rank 0 and 2^-9 from rank 1: bf16 keeps 8 bits of their sum, fp32 all."""
     world = [0, 1]
     p = paddle.create_parameter([3], "bfloat16", default_initializer=paddle.nn.initializer.Constant(1.0))
-    sync = GradientSync([("w", p)], {"w": data_placement(world, 2)}, group(world), 1, master_grad)
-    optimizer = adamw(sync)
+    parameters = ShardedParameters([("w", p)], {"w": data_placement(world, 2)})
+    sync, optimizer = GradientSync(parameters, 1, master_grad), adamw(parameters)
     sync.begin(1)
-    p.grad = paddle.full([3], [1.0, 2.0**-9][comm.world().rank]).astype("bfloat16")
+    p.grad = paddle.full([3], [1.0, 2.0**-9][backend.world().rank]).astype("bfloat16")
     sync.after_backward()
     comm.traffic.take()
-    sync.finish()
-    whole = sync.gather("w", sync.gradients()["w"].astype("float32"))
+    whole = parameters.gather("w", sync.finish()["w"].astype("float32"))
     return whole.tolist(), optimizer.state["w"]["master"].shape, optimizer.state_bytes()
 
 
@@ -344,9 +348,9 @@ def test_16_bit_gradients_add_up_in_fp32_if_asked(world2: World, master_grad: bo
 
 def different_models() -> str:
     world = [0, 1]
-    name = f"w{comm.world().rank}"
+    name = f"w{backend.world().rank}"
     with pytest.raises(AssertionError, match="hold different parameters") as caught:
-        GradientSync([(name, parameter(np.zeros(2, np.float32)))], {name: data_placement(world, 1)}, group(world))
+        ShardedParameters([(name, parameter(np.zeros(2, np.float32)))], {name: data_placement(world, 1)})
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Bytes, memory and waiting of a step equal the formulas of tests/support/traffic.py, byte for byte."""
+"""Bytes, memory and waiting of a step equal the formulas of erniekit/parallel, byte for byte."""
 
 from pathlib import Path
 

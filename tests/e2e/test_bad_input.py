@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import erniekit
-from erniekit.checkpoint import safetensors
+from erniekit.checkpoint import safetensors_write
 from erniekit.cli.main import main
 
 
@@ -124,8 +124,8 @@ def test_overwriting_another_run_is_said(workspace, capfd):
 
 
 def test_full_disk_during_a_save(fail, workspace, monkeypatch):
-    """The second save finds the disk full: the first one is whole, and the same command goes on from it."""
-    real, written = safetensors._write_all, []
+    """The second save finds the disk full: the first one is complete, and the same command resumes from it."""
+    real, written = safetensors_write._write_all, []
 
     def almost_full(file, data):
         written.append(len(data))
@@ -133,7 +133,7 @@ def test_full_disk_during_a_save(fail, workspace, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, data)
 
-    monkeypatch.setattr(safetensors, "_write_all", almost_full)
+    monkeypatch.setattr(safetensors_write, "_write_all", almost_full)
     message = fail()
     assert "checkpoint-4" in message and "full" in message
     names = sorted(p.name for p in (workspace / "out").iterdir() if "checkpoint" in p.name)

@@ -12,7 +12,7 @@ import pytest
 from support import fake_job, launched
 
 import erniekit
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import erniekit
 from erniekit import config
 from erniekit.checkpoint.model_dir import is_adapter
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.evaluate.run import evaluate
 from erniekit.export.export import export
 from erniekit.models.config import ModelConfig

@@ -8,7 +8,7 @@ import pytest
 
 import erniekit
 from erniekit import lora
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.cli.main import main
 from erniekit.models.weights import export_tensors
 

@@ -42,7 +42,7 @@ def test_a_job_whose_directory_vanishes_ends(workspace):
     launched.wait_for(workspace / "out" / "checkpoint-2", process)
     (workspace / "out").rename(workspace / "moved")
     code, said = launched.finish(process, timeout=60)
-    assert code == 1 and "was removed or renamed while the run was going on" in said, said
+    assert code == 1 and "was removed or renamed during the run" in said, said
     shutil.rmtree(workspace / "moved")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import erniekit
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config import load
 from erniekit.evaluate.run import evaluate
 from erniekit.utils.errors import CheckpointError, ConfigError

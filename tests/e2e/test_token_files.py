@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import erniekit
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 
 ROOT = Path(__file__).resolve().parents[2]
 

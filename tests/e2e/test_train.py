@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import erniekit
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 
 STEP_KEYS = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"}
 

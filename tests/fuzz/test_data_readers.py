@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.token_files import write_token_files
 
 from erniekit.data.chat.encode import Encoder
 from erniekit.data.chat.template import load_template
@@ -25,7 +26,7 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.records.dataset import Source, SourceSpec
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.tokens.build import build_token_files
-from erniekit.data.tokens.files import TokenFile, write_token_files
+from erniekit.data.tokens.files import TokenFile
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 

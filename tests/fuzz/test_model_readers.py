@@ -27,7 +27,8 @@ from erniekit.checkpoint.generation_config import not_used, read_generation_conf
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.peft_read import base_of, read_adapter
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.checkpoint.stored_state import StoredState
 from erniekit.models.config import ModelConfig
 from erniekit.training.reference_cache import read_cache, write_cache

@@ -154,6 +154,7 @@ def average_of_small_steps() -> tuple[float, float]:
     from support.tiny_models import tiny_model
 
     from erniekit.parallel.grad_sync import GradientSync
+    from erniekit.parallel.zero import ShardedParameters
     from erniekit.precision import policy
     from erniekit.training.adamw import AdamW, ParamRule
     from erniekit.training.ema import WeightAverage
@@ -161,17 +162,18 @@ def average_of_small_steps() -> tuple[float, float]:
     model = tiny_model("dense")
     policy.apply(model, policy.Policy("bfloat16"))
     named = list(model.named_parameters())
-    optimizer = AdamW(GradientSync.single(named), {name: ParamRule(1.0, 0.0) for name, _ in named}, 0.9, 0.9, 1e-8)
+    parameters = ShardedParameters.single(named)
+    sync = GradientSync(parameters)
+    optimizer = AdamW(parameters, {name: ParamRule(1.0, 0.0) for name, _ in named}, 0.9, 0.9, 1e-8)
     average, name, decay = WeightAverage(model, 0.5, optimizer), "model.norm.weight", 0.5
     expected = optimizer.state[name]["master"].numpy().copy()
     for _ in range(4):
         gradient = paddle.ones(dict(named)[name].shape, dtype="bfloat16")
         dict(named)[name].grad = gradient
-        optimizer.sync.begin(1)
-        optimizer.sync.after_backward()
-        optimizer.sync.finish()
-        optimizer.step(1e-4)
-        optimizer.clear_grad()
+        sync.begin(1)
+        sync.after_backward()
+        optimizer.step(sync.finish(), 1e-4)
+        sync.clear()
         average.update()
         expected = decay * expected + (1 - decay) * optimizer.state[name]["master"].numpy()
     return float(average.average[name].numpy()[0]), float(expected[0])

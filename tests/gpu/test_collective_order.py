@@ -13,7 +13,7 @@ import pytest
 from support.equality import keys_for, prepare
 from support.worlds import World
 
-from erniekit.parallel import comm, mesh
+from erniekit.parallel import backend, mesh
 from erniekit.parallel.process_group import World as Ranks
 
 STAGES = ("stage1", "stage2")
@@ -45,27 +45,34 @@ def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
     """
     from support import equality
 
-    from erniekit.parallel import grad_sync
+    from erniekit.parallel import grad_sync, zero
     from erniekit.training.forward_backward import TrainStage
 
     heard: list[str] = []
     empty: Counter[str] = Counter()
-    init, forward = grad_sync.GradientSync.__init__, TrainStage.forward
+    sync_init, divide, forward = grad_sync.GradientSync.__init__, zero.ShardedParameters.__init__, TrainStage.forward
 
     def overlapping(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **(kwargs | {"overlap": True, "limit": 3000}))
+        sync_init(self, *args, **(kwargs | {"overlap": True}))
+
+    def in_small_buckets(self: Any, *args: Any, **kwargs: Any) -> None:
+        divide(self, *args, **(kwargs | {"limit": 3000}))
 
     def watched(self: Any, chunk: int, microbatch: int, x: Any) -> Any:
         empty["empty"] += not len(self.microbatches[microbatch].supervised)
         return forward(self, chunk, microbatch, x)
 
-    grad_sync.GradientSync.__init__, TrainStage.forward = overlapping, watched  # type: ignore[method-assign]
-    comm.on_wait = lambda what: heard.append(what.split(" of ")[0]) if what else None
+    grad_sync.GradientSync.__init__ = overlapping  # type: ignore[method-assign]
+    zero.ShardedParameters.__init__ = in_small_buckets  # type: ignore[method-assign]
+    TrainStage.forward = watched  # type: ignore[method-assign]
+    backend.init(on_wait=lambda what: heard.append(what.split(" of ")[0]) if what else None)
     try:
         equality.train_some(keys)
     finally:
-        grad_sync.GradientSync.__init__, TrainStage.forward = init, forward  # type: ignore[method-assign]
-        comm.on_wait = None
+        grad_sync.GradientSync.__init__ = sync_init  # type: ignore[method-assign]
+        zero.ShardedParameters.__init__ = divide  # type: ignore[method-assign]
+        TrainStage.forward = forward  # type: ignore[method-assign]
+        backend.init()
     return heard, empty["empty"]
 
 
@@ -92,10 +99,9 @@ def test_experts_have_a_communicator_of_their_own(monkeypatch: pytest.MonkeyPatc
         created.append(members)
         return SimpleNamespace(number=len(created))
 
-    monkeypatch.setattr(comm, "_world", Ranks(0, 8, tuple(f"h:{i}" for i in range(8))))
-    monkeypatch.setattr(comm, "_links", None)
-    monkeypatch.setattr(comm, "_groups", {})
-    monkeypatch.setattr(comm.dist, "new_group", new_group)
+    world = Ranks(0, 8, tuple(f"h:{i}" for i in range(8)))
+    monkeypatch.setattr(backend, "_backend", backend._Backend(world))
+    monkeypatch.setattr(backend.dist, "new_group", new_group)
     built = mesh.build_mesh(mesh.ParallelDims(data=8, expert=8, sharding=8))
     assert built.expert_group.ranks == built.shard_group.ranks == tuple(range(8))
     assert built.expert_group.handle is not built.shard_group.handle

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 from support.packed import packed
-from support.whole_model import all_terms
+from support.whole_model import train_stage
 
 from erniekit.config.schema import Config
 from erniekit.data.batch import IGNORE
@@ -47,6 +47,6 @@ def training_loss(model: CausalLM, item: Item, mtp_factor: float = 0.0) -> paddl
     )
     recipe = CausalRecipe(config, model.config.num_nextn_predict_layers if mtp_factor else 0)
     batch = packed(item["input_ids"], item["labels"], item["position_ids"], item["segment_ids"])
-    counts = recipe.counts(batch)
-    terms = all_terms(config, model, recipe, batch).values()
-    return sum(term.weight * term.total / counts[term.divisor] for term in terms)
+    _, loss = train_stage(config, model, recipe, [batch]).forward(0, 0, None)
+    assert loss is not None
+    return loss

@@ -1,48 +1,25 @@
 """Running the data loader in tests: a configuration, data files, and what came out of it."""
 
 import json
-from types import SimpleNamespace
+import random
 
 import numpy as np
 
-from erniekit.config import schema
+from erniekit.config import Config, schema
 from erniekit.config.fields import coerce
 from erniekit.data.loader import build_loader
 from support.fake_text import FakeTemplate, FakeTokenizer
 
-DEFAULTS = {
-    "dataset_type": "iterable",
-    "input_dir": None,
-    "split": "998,1,1",
-    "isolate_documents": True,
-    "long_document_min_tokens": None,
-    "long_document_weight": 1,
-    "train_dataset_path": None,
+# What tests of data need to be small; everything else is as the schema has it.
+SMALL = {
     "train_dataset_type": "erniekit",
-    "train_dataset_prob": None,
-    "eval_dataset_path": None,
-    "eval_dataset_type": None,
-    "eval_dataset_prob": None,
-    "stage": "SFT",
-    "seed": 42,
     "max_seq_len": 64,
     "packing": True,
-    "greedy_intokens": True,
     "buffer_size": 10,
-    "mix_strategy": "concat",
-    "random_shuffle": True,
     "num_samples_each_epoch": 100,
-    "on_bad_line": "error",
-    "truncation": "drop",
-    "dataloader_num_workers": 0,
-    "prefetch_factor": 2,
     "max_estimate_samples": 1000,
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 1.0,
-    "max_steps": -1,
-    "download_hub": None,
-    "chat_template": None,
 }
 PACKINGS = [{"packing": False}, {"packing": True, "greedy_intokens": False}, {"packing": True, "greedy_intokens": True}]
 
@@ -52,12 +29,19 @@ def write(path, records):
     return path
 
 
+def numbered_conversations(directory):
+    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
+    rng = random.Random(0)
+    records = [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)]
+    return write(directory / "train.jsonl", records)
+
+
 def config(path, **keys):
-    values = {**DEFAULTS, "train_dataset_path": str(path), **keys}
+    values = {**SMALL, "train_dataset_path": str(path), **keys}
     for name, field in schema.fields().items():
         if name in values and "item" in field.metadata:
             values[name] = () if values[name] is None else coerce(field, values[name])
-    return SimpleNamespace(**values)
+    return Config(**values)
 
 
 def build(path, rank=0, world=1, split="train", **keys):

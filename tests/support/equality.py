@@ -11,16 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from support import tiny_sizes
+
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.1,
-}
+SIZES = tiny_sizes.SIZES | {"num_hidden_layers": 4, "initializer_range": 0.1}
 SPARSE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_end_index": 3}
 ROUTERS = {
     "moe_use_aux_free": True,
@@ -98,13 +92,13 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
     """
     from erniekit import config
     from erniekit.nn.shard import named_shard_specs
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
-    mesh = build_mesh(ParallelDims.from_config(cfg, comm.world().size))
+    mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     steps, sent = [], []
@@ -128,13 +122,13 @@ def train_some(keys: dict[str, Any]) -> dict[str, Any]:
 def evaluate_some(keys: dict[str, Any]) -> dict[str, float]:
     """The evaluation's metrics on this rank, before any training."""
     from erniekit import config
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.evaluation import evaluate
 
     cfg = config.load(None, keys | {"do_eval": True, "eval_dataset_path": keys["train_dataset_path"]}, "train")
-    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, comm.world().size)))
+    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, backend.world().size)))
     try:
         return evaluate(run)
     finally:

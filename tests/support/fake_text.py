@@ -13,7 +13,6 @@ FIRST = 10  # id of chr(0)
 
 class FakeTokenizer:
     eos_id = EOS
-    pad_id = PAD
     vocab_size = FIRST + 0x110000
     fingerprint = "fake"
 

@@ -81,13 +81,13 @@ def of_a_step(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     needs, and "uploads" by file, without those of the inputs.
     """
     from erniekit import config
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
-    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, comm.world().size)))
+    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, backend.world().size)))
     trainer = Trainer(run, [])
     trainer.train_step(run.loader.next_step())
     with counted() as transfers:

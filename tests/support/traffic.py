@@ -1,97 +1,60 @@
-"""What a rank sends in one optimizer step, counted and by formula; and its memory and its waiting likewise.
+"""Measures what a rank sends in one optimizer step, stores and waits for, beside the formulas of the product
+(parallel/traffic.py, parallel/memory.py, parallel/pipeline_schedule.py).
 
-`measure(keys)` is a job for every rank of a world (tests/support/worlds.py): one step of the real trainer, and what
-`expected_bytes` derives from sizes alone, given how many rows the routers sent where. It covers text models in fp32
-without adapters or multi-token prediction, and recomputation of whole layers with expert parallelism only.
-
-Legend: D hidden size; of a microbatch t tokens (those of the filling included) and m tokens with loss; n tensor ranks;
-bytes as `parallel.comm` counts them: an all-reduce of B bytes 2 (n-1)/n B, a reduce-scatter of B bytes (n-1)/n B, an
-all-gather that makes B bytes (n-1)/n B, a broadcast B at the source.
+`measure(keys)` is a job for every rank of a world (tests/support/worlds.py): one step of the real trainer. It covers
+text models in fp32 without adapters or multi-token prediction, and recomputation of whole layers with expert
+parallelism only.
 """
 
-from collections import Counter
 from typing import Any
-
-FLOAT, INT = 4, 8  # bytes of float32 and of int64
 
 
 def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]]) -> dict[str, int]:
     """Bytes by kind, host messages left out. `away`: of each dispatch to experts, the rows for other ranks and those
     from other ranks.
     """
-    from erniekit.parallel.buckets import step_traffic
+    from erniekit.models.inputs import padded_length
+    from erniekit.parallel import traffic
 
-    sync = run.optimizer.sync
-    sent = Counter(step_traffic(sync.buckets, sync.stage, len(microbatches), sync.master_grad, run.mesh.world))
+    mesh, config, shard = run.mesh, run.model.config, run.model.shard
+    degrees, numbers = mesh.degrees, run.model.model.layers.numbers
+    sparse = sum(config.is_moe_layer(number) for number in numbers)
+    layers = traffic.StageLayers(
+        dense=len(numbers) - sparse,
+        sparse=sparse,
+        shared=sparse if config.moe_num_shared_experts else 0,
+        has_embedding=shard.has_embedding,
+        has_head=shard.has_head,
+    )
+    divides_tokens = run.cfg.sequence_parallel and degrees.tensor > 1
+    buckets = run.sync.parameters.buckets
+    sent = traffic.gradient_sync_bytes(
+        buckets, run.sync.zero_stage, len(microbatches), run.sync.master_grad, mesh.world
+    )
     del sent["host"]
     for batch in microbatches:
-        sent += tensor_bytes(run, batch)
-        sent += pipeline_bytes(run, batch)
-    sent += expert_bytes(run, away)
+        size = padded_length(run.model, batch)
+        tokens = traffic.TokenCounts(size, batch.num_tokens, len(batch.supervised))
+        sent += traffic.tensor_parallel_bytes(
+            layers, tokens, degrees.tensor, mesh.tensor, config.hidden_size, config.moe_k, divides_tokens
+        )
+        num_tokens = size // run.model.token_multiple
+        sent["send"] += traffic.pipeline_bytes(
+            mesh.pipe, degrees.pipeline, len(run.forward.chunks), num_tokens, config.hidden_size
+        )
+    # A recomputed layer dispatches the same rows a second time.
+    recomputed = run.cfg.recompute and run.cfg.recompute_granularity == "full"
+    dispatches = 2 if recomputed else 1
+    out, back = (sum(rows) // dispatches for rows in zip(*away)) if away else (0, 0)
+    sent["all_to_all"] += traffic.expert_parallel_bytes(out, back, config.hidden_size, recomputed)
     return dict(sent)
 
 
-def expert_bytes(run: Any, away: list[tuple[int, int]]) -> Counter[str]:
-    """Expert parallelism. A token's row goes to its expert and comes back, its gradient goes the same ways: a pass
-    sends what is for others and returns what came from others, forward and backward alike. A layer that is recomputed
-    dispatches twice (and `away` has both); its backward pass is still one.
-    """
-    recomputed = run.cfg.recompute and run.cfg.recompute_granularity == "full"
-    rows = sum(out + back for out, back in away)
-    return Counter(all_to_all=(rows + rows // (2 if recomputed else 1)) * run.model.config.hidden_size * FLOAT)
-
-
-def pipeline_bytes(run: Any, batch: Any) -> Counter[str]:
-    """Pipeline. [t, D] goes forward from every piece of the model but the last, its gradient back from every piece but
-    the first. With sequence parallelism each tensor rank sends its stretch of t / n tokens.
-    """
-    from erniekit.models.inputs import padded_length
-
-    stages, stage = run.mesh.degrees.pipeline, run.mesh.pipe
-    pieces = [chunk * stages + stage for chunk in range(len(run.chunks))]
-    crossings = sum((piece < stages * len(pieces) - 1) + (piece > 0) for piece in pieces)
-    tokens = padded_length(run.model, batch) // run.model.token_multiple
-    return Counter(send=crossings * tokens * run.model.config.hidden_size * FLOAT)
-
-
-def tensor_bytes(run: Any, batch: Any) -> Counter[str]:
-    """Tensor parallelism. A column-split projection needs whole rows and adds up their gradients, a row-split one adds
-    up its results: two exchanges of [t, D] for each of the two such pairs of a layer (attention; dense feed-forward or
-    shared experts). The embedding is one more, the head another (where a token has loss), with 3 numbers a token of
-    loss for the softmax over a divided vocabulary. Routed experts: their result, and the gradients of their input
-    [tokens, D] and of the weights [tokens, K]; the first rank tells the others which experts it chose.
-
-    Without sequence parallelism every exchange is an all-reduce. With it each is an all-gather one way and a
-    reduce-scatter the other, and the routers gather their input on top.
-    """
-    from erniekit.models.inputs import padded_length
-    from erniekit.moe.layer import MoELayer
-
-    n, config, model = run.mesh.degrees.tensor, run.model.config, run.model
-    if n == 1:
-        return Counter()
-    size, hidden, supervised = padded_length(model, batch), config.hidden_size * FLOAT, len(batch.supervised)
-    sparse = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoELayer)]
-    dense = len(model.model.layers.numbers) - len(sparse)
-    pairs = 2 * dense + len(sparse) + sum(layer.shared_experts is not None for layer in sparse)
-    ends = model.shard.has_embedding + (model.shard.has_head and supervised > 0)
-    softmax = 3 * FLOAT * supervised * model.shard.has_head
-    weights = len(sparse) * batch.num_tokens * config.moe_k * FLOAT
-    chosen = len(sparse) * batch.num_tokens * config.moe_k * INT
-    sent = Counter(broadcast=chosen if run.mesh.tensor == 0 else 0)
-    of_rows = batch.num_tokens * hidden * len(sparse)
-    if not shares_tokens(run):
-        reduced = (2 * pairs + len(sparse) + ends) * size * hidden + of_rows + softmax + weights
-        return sent + Counter(all_reduce=2 * (n - 1) * reduced // n)
-    ways = (2 * pairs + 2 * len(sparse) + ends, 2 * pairs + len(sparse) + ends)  # the routers' all-gather has no other
-    gathered, scattered = ((n - 1) * count * size * hidden // n for count in ways)
-    reduced = of_rows + softmax + weights
-    return sent + Counter(all_gather=gathered, reduce_scatter=scattered, all_reduce=2 * (n - 1) * reduced // n)
-
-
-def shares_tokens(run: Any) -> bool:
-    """Whether tensor ranks share the tokens between projections."""
-    return run.model.tensor is not None and run.model.tensor.sequence
+def stored_gradient_bytes(sync: Any) -> int:
+    """Bytes of gradients that a rank stores now, counted over its tensors."""
+    stored = [p.grad for p in sync.parameters.tensors.values() if p.grad is not None]
+    stored += [*sync._fp32_sums.values(), *sync._rows.values(), *(matrix for *_, matrix in sync._in_flight)]
+    return sum(tensor.size * tensor.element_size() for tensor in stored)
 
 
 def measure(keys: dict[str, Any]) -> dict[str, Any]:
@@ -102,15 +65,15 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
 
     from erniekit import config
     from erniekit.models.pipeline_layout import schedule_of
-    from erniekit.parallel import comm, pipeline
-    from erniekit.parallel.buckets import state_bytes
+    from erniekit.parallel import backend, comm, pipeline
+    from erniekit.parallel.memory import state_bytes
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.parallel.pipeline_schedule import peak_live
     from erniekit.training.build import build_run
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
-    mesh = build_mesh(ParallelDims.from_config(cfg, comm.world().size))
+    mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
     batches = run.loader.next_step()
@@ -129,7 +92,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         peaks.append(run_pipeline(*args))
         return peaks[-1]
 
-    comm.traffic.take()  # building it all is no part of a step
+    comm.traffic.take()  # what was sent while the run was built
     comm.exchange_counts, pipeline.run = spy_on_counts, spy_on_peak
     try:
         sent = trainer.train_step(batches).sent
@@ -137,8 +100,8 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         comm.exchange_counts, pipeline.run = exchange_counts, run_pipeline
         run.close()
     host = sent.pop("host", 0)
-    entries = list(run.optimizer.sync.entries.values())
-    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.chunks))
+    entries = list(run.sync.parameters.entries.values())
+    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.forward.chunks))
     return {
         "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away))),
         "host": host,

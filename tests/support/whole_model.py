@@ -1,15 +1,34 @@
-"""The terms of the loss of one batch through a whole model, as the trainer's only stage computes them."""
+"""A training step of a whole model in one process, as the product's only pipeline stage computes it."""
+
+from collections.abc import Sequence
 
 from erniekit.config import Config
 from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import batch_inputs
-from erniekit.training.recipes.base import Recipe, Term
-from erniekit.training.recipes.routers import router_terms
+from erniekit.parallel import pipeline
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.pipeline_schedule import plan
+from erniekit.training.forward_backward import StepSums, TrainStage
+from erniekit.training.recipes.base import Recipe
+from erniekit.training.reduce_metrics import global_counts
 
 
-def all_terms(cfg: Config, model: CausalLM, recipe: Recipe, batch: PackedBatch) -> dict[str, Term]:
-    """Every term by name."""
-    inputs = batch_inputs(model, batch)
-    hidden = model.model(inputs)
-    return recipe.head_terms(model, hidden.last, inputs, batch) | router_terms(cfg, model, hidden.routings)[0]
+def train_stage(
+    cfg: Config,
+    model: CausalLM,
+    recipe: Recipe,
+    microbatches: Sequence[PackedBatch],
+    chunks: Sequence[Sequence[int]] | None = None,
+) -> TrainStage:
+    """The stage of a step that the trainer would make for these microbatches. `chunks`: None: one with all layers."""
+    prepared = recipe.prepare(microbatches)
+    counts = global_counts(recipe, prepared, Mesh.single())
+    layers = [tuple(range(model.config.num_hidden_layers))] if chunks is None else chunks
+    return TrainStage(cfg, model, recipe, layers, prepared, counts, lambda chunk: None)
+
+
+def run_step(cfg: Config, model: CausalLM, recipe: Recipe, microbatches: Sequence[PackedBatch]) -> StepSums:
+    """What the microbatches of a step add up to; the gradients are added to the parameters'."""
+    stage = train_stage(cfg, model, recipe, microbatches)
+    pipeline.run(plan("1f1b", 1, len(microbatches))[0], stage, (0,))
+    return stage.sums(stage.on_device.fetch())

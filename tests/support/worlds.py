@@ -6,7 +6,7 @@ A test takes the fixture `world2` or `world4` (tests/distributed/conftest.py) an
 
 with a function at the top level of a file under tests/ or of the package:
 
-    def job(size):                              # runs on every rank, comm.init() already done
+    def job(size):                              # runs on every rank, backend.init() already done
         mesh = build_mesh(Degrees(tensor=2))    # groups are kept from job to job: cheap
         return comm.all_reduce_(paddle.ones([size]), mesh.tensor_group).numpy()
 
@@ -173,10 +173,10 @@ def _serve(connection: Connection) -> None:
     import numpy as np
     import paddle
 
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend
 
     runtime.set_threads(1)
-    _answer(connection, lambda: comm.init(START_SECONDS) and None)
+    _answer(connection, lambda: backend.init(START_SECONDS) and None)
     while True:
         try:
             path, module, name, kwargs = pickle.loads(connection.recv_bytes())
@@ -189,10 +189,10 @@ def _serve(connection: Connection) -> None:
 
 
 def _run(path: str, module: str, name: str, kwargs: dict[str, Any]) -> Any:
-    from erniekit.parallel import comm
+    from erniekit.parallel import backend, comm
 
     result = _function(path, module, name)(**kwargs)
-    comm.barrier(comm.world_group())  # fails where a message lies unread
+    comm.gather_objects(None, backend.world_group())  # fails where a message was not received
     return result
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
-from support.tiny_models import MOE
+from support.tiny_sizes import MOE
 
 from erniekit import build, lora
 from erniekit.build import ModelOptions, Overrides, load_model, prepare_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
-from erniekit.evaluate.pairs import find_reference
+from erniekit.evaluate.reference import find_reference
 from erniekit.evaluate.run import evaluate
 from erniekit.export.export import export
 from erniekit.generation.load import find_model, open_model

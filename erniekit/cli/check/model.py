@@ -111,7 +111,7 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
             f"max_seq_len: {cfg.max_seq_len} is more than the model's max_position_embeddings "
             f"{stored.max_position_embeddings}: it has not seen such positions",
         )
-    depths = max(cfg.num_nextn_predict_layers, stored.num_nextn_predict_layers)
+    depths = max(cfg.mtp_depths, stored.num_nextn_predict_layers)
     return replace(stored, num_nextn_predict_layers=depths)
 
 

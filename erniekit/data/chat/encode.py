@@ -16,10 +16,9 @@ from erniekit.utils.errors import DataError, UserError
 
 
 class Tokenizer(Protocol):
-    """What this layer asks of a tokenizer. `fingerprint`: equal for tokenizers that give equal ids."""
+    """The methods of a tokenizer that this layer calls. `fingerprint` is equal for tokenizers that give equal ids."""
 
     eos_id: int
-    pad_id: int
     vocab_size: int
 
     @property
@@ -29,8 +28,8 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """What this layer asks of a chat template (data.template.Template): the training sequences of a conversation as
-    segments, and a sequence's ids and shifted labels. `source` is its text.
+    """The methods of a chat template (chat.template.Template) that this layer calls: the training sequences of a
+    conversation as segments, and a sequence's ids and shifted labels. `source` is its text.
     """
 
     source: str
@@ -140,11 +139,11 @@ class Encoder:
         return not self._prompt_too_long(documents) and all(len(d.ids) <= self._max_seq_len for d in documents)
 
     def _prompt_too_long(self, documents: list[Document]) -> bool:
-        most = self._max_prompt_len
-        return most is not None and any(d.pair is not None and d.pair.prompt + 1 > most for d in documents)
+        limit = self._max_prompt_len
+        return limit is not None and any(d.pair is not None and d.pair.prompt + 1 > limit for d in documents)
 
     def _excess(self, documents: list[Document]) -> tuple[str, str]:
-        """What of a last turn does not fit, and the key that says how much may."""
+        """(what is too long in the last turn, the key that limits it)."""
         if self._prompt_too_long(documents):
             prompt = max(document.pair.prompt + 1 for document in documents if document.pair is not None)
             return (
@@ -159,16 +158,16 @@ class Encoder:
         never have more tokens, so this can bisect. Of a pair only the prompt's turns are left out.
         """
         turns = [i for i, message in enumerate(sample.messages) if message["role"] == "user"]
-        # leaving out `fewest` turns fits, once found; leaving out less than `low` does not
-        low, fewest, found = 1, len(turns), None
+        # leaving out `fewest` turns fits, once there is a `best`; leaving out less than `low` does not
+        low, fewest, best = 1, len(turns), None
         while low < fewest:
             middle = (low + fewest) // 2
             tried = self._documents(_from_message(sample, turns[0], turns[middle]))
             if self._fits(tried):
-                fewest, found = middle, tried
+                fewest, best = middle, tried
             else:
                 low = middle + 1
-        return found or self._documents(_from_message(sample, turns[0], turns[-1]))
+        return best or self._documents(_from_message(sample, turns[0], turns[-1]))
 
     def _documents(self, sample: Sample) -> list[Document]:
         if sample.answers is None:

@@ -1,6 +1,6 @@
 """How much work and memory one rendering of a chat template may take, and what each operation takes of it.
 
-A template is a program by whoever published the model. One operation of Python's that is written in C (a string
+A template is a program by those who published the model. One operation of Python's that is written in C (a string
 multiplied, a format width, two lists compared) cannot be interrupted, so its cost is estimated and taken from an
 allowance before it begins. A unit is about a byte of memory or a nanosecond of work, whichever the operation takes
 more of.
@@ -45,7 +45,7 @@ class Meter:
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def spend(self, units: int) -> None:
-        """Take `units` from the allowance. Raises LimitExceeded where it has not so many."""
+        """Take `units` from the allowance. Raises LimitExceeded where fewer are left."""
         self._left -= units
         if self._left < self._check_below:
             self._check()
@@ -135,10 +135,10 @@ class Meter:
             return
         old, new = args[:2]
         self.spend(STEP + 2 * len(text))
-        found = text.count(old)
+        count = text.count(old)
         if len(args) > 2 and isinstance(args[2], int) and args[2] >= 0:
-            found = min(found, args[2])
-        self.spend(found * max(0, len(new) - len(old)))
+            count = min(count, args[2])
+        self.spend(count * max(0, len(new) - len(old)))
 
     def spend_percent(self, text: str, values: Any) -> None:
         """Take what text % values costs."""
@@ -220,13 +220,13 @@ def _size(value: Any, limit: int | None) -> int:
 
 
 def _count_pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """At most so many pieces does text.split(...) make."""
+    """An upper bound of the number of pieces that text.split(...) makes."""
     if name == "splitlines":
         return 1 + sum(text.count(end) for end in _LINE_ENDS)
     separator = args[0] if args else kwargs.get("sep")
-    most = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
+    max_splits = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
     pieces = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
-    return min(pieces, most + 1) if isinstance(most, int) and most >= 0 else pieces
+    return min(pieces, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else pieces
 
 
 def _check_format(text: str) -> None:

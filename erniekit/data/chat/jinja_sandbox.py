@@ -226,8 +226,8 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
             node.expr = _filtered(node.expr, " walked")
         for operand in node.ops:
             if not _is_constant(operand.expr):
-                found = operand.op in ("in", "notin") and _is_constant(node.expr)
-                operand.expr = _filtered(operand.expr, " scanned" if found else " walked")
+                searched = operand.op in ("in", "notin") and _is_constant(node.expr)
+                operand.expr = _filtered(operand.expr, " scanned" if searched else " walked")
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -424,7 +424,7 @@ def _environment() -> _Environment:
     for name in _LEFT_OUT:
         del environment.filters[name]
     del environment.globals["lipsum"]  # as long as one likes, and at random
-    own: dict[str, Any] = {
+    added: dict[str, Any] = {
         "sum": _summed,
         " step": _step,
         " walked": _walked,
@@ -432,7 +432,7 @@ def _environment() -> _Environment:
         " spread": _spread,
         " joined": _joined,
     }
-    environment.filters.update(own)
+    environment.filters.update(added)
     environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -11,7 +11,7 @@ from erniekit.utils.errors import DataError
 
 
 def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
-    """The conversation that goes on with one answer of a pair; its prompt carries no loss."""
+    """The conversation that continues with one answer of a pair; its prompt carries no loss."""
     counts = [sum(message["role"] == "assistant" for message in part) for part in (sample.messages, answer)]
     label = [0] * counts[0] + [1] * counts[1]
     return replace(sample, kind="chat", messages=sample.messages + answer, label=label, answers=None)
@@ -46,20 +46,20 @@ def answers_are_equal(document: Document) -> bool:
     return np.array_equal(document.ids[prompt : prompt + chosen], document.ids[prompt + chosen :][:rejected])
 
 
-def cut_document(document: Document, most: int) -> Document:
-    """At most `most` tokens: a document loses its end; of a pair the longer answer is shortened first. A pair whose
-    prompt leaves no room comes back without labels.
+def cut_document(document: Document, max_tokens: int) -> Document:
+    """At most `max_tokens` tokens: a document loses its end; of a pair the longer answer is shortened first. A pair
+    whose prompt leaves no room comes back without labels.
     """
     if document.pair is None:
-        return Document(document.ids[:most], document.labels[:most])
+        return Document(document.ids[:max_tokens], document.labels[:max_tokens])
     prompt, chosen, rejected, score_delta = document.pair
-    room = most - prompt
+    room = max_tokens - prompt
     if room < 2:
         return Document(document.ids, np.full_like(document.labels, IGNORE))
     shorter = min(chosen, rejected, room // 2)
     longer = min(max(chosen, rejected), room - shorter)
-    kept = (longer, shorter) if chosen >= rejected else (shorter, longer)
+    lengths = (longer, shorter) if chosen >= rejected else (shorter, longer)
     ids, labels = (
-        np.concatenate([array[: prompt + kept[0]], array[prompt + chosen :][: kept[1]]]) for array in document[:2]
+        np.concatenate([array[: prompt + lengths[0]], array[prompt + chosen :][: lengths[1]]]) for array in document[:2]
     )
-    return Document(ids, labels, PairLayout(prompt, *kept, score_delta))
+    return Document(ids, labels, PairLayout(prompt, *lengths, score_delta))

@@ -76,7 +76,7 @@ class Template:
             self._jinja = BoundedTemplate(source)
         except TemplateFault as error:
             raise ConfigError(
-                f"chat template {name}: not valid jinja: {error}. Mend it, or choose another: `chat_template: text`."
+                f"chat template {name}: not valid jinja: {error}. Fix it, or choose another: `chat_template: text`."
             ) from None
         written = [
             text
@@ -247,16 +247,16 @@ class Template:
             prompt = self._render(messages[:i], tools, True, variables)
             full = self._render(messages[: i + 1], tools, False, variables)
             rest = full[len(prompt) :] if full.startswith(prompt) else ""
-            found = [(rest.find(end), end) for end in self._ends if end in rest]
-            if not found and not strict:
+            ends = [(rest.find(end), end) for end in self._ends if end in rest]
+            if not ends and not strict:
                 continue
-            if not found:
+            if not ends:
                 raise DataError(
                     f"chat template {self.name}: answer {number + 1} does not continue the prompt that generation "
                     "would get, or has no end token, so it cannot be trained. If the prompt opens a thought, give "
                     "one as <think>...</think> in the answer; or choose another template (`template: text`)."
                 )
-            position, end = min(found)
+            position, end = min(ends)
             if not past or not prompt.startswith(past):
                 past = ""
                 sequences.append([])
@@ -313,14 +313,14 @@ def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | 
     says so. Raises ConfigError for an unknown name and for a built-in template whose special tokens the tokenizer
     lacks.
     """
-    own = tokenizer.chat_template
+    model_template = tokenizer.chat_template
     if beside is not None:
-        own = read_chat_template(beside) or own
-    if name is None and own is not None:
-        return Template(own.file, own.source, tokenizer)
+        model_template = read_chat_template(beside) or model_template
+    if name is None and model_template is not None:
+        return Template(model_template.file, model_template.source, tokenizer)
     template = _named_template(tokenizer, name or "text")
-    if name is not None and own is not None and own.source != template.source:
-        log.info(f"chat_template: {template.name} is used; the model's own, {own.file}, differs from it")
+    if name is not None and model_template is not None and model_template.source != template.source:
+        log.info(f"chat_template: {template.name} is used; the model's own, {model_template.file}, differs from it")
     return template
 
 

@@ -201,8 +201,8 @@ def _byte_of(piece: str, path: Path) -> bytes:
 
 def _space_bytes(engine: _Engine) -> list[int] | None:
     """The byte pieces that spell the visible space; None if the vocabulary has no byte pieces."""
-    found = [engine.find(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-    return None if None in found else [i for i in found if i is not None]
+    tokens = [engine.find(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+    return None if None in tokens else [i for i in tokens if i is not None]
 
 
 class Tokenizer:
@@ -236,14 +236,14 @@ class Tokenizer:
     def _role(self, role: str, settings: dict[str, Any]) -> int | None:
         named = settings.get(role)
         text = named.get("content") if isinstance(named, dict) else named
-        found = self._engine.find(text or ROLES[role])
-        if text and found is None:
+        token_id = self._engine.find(text or ROLES[role])
+        if text and token_id is None:
             raise CheckpointError(
                 f"{self.directory}: tokenizer_config.json or special_tokens_map.json names {text!r} as {role}, "
                 "but the vocabulary does not have it. "
                 "Copy all tokenizer files from one model."
             )
-        return found
+        return token_id
 
     @cached_property
     def fingerprint(self) -> str:
@@ -303,12 +303,12 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Id of a piece that must be there."""
-        found = self.find_id(token)
-        if found is None:
+        token_id = self.find_id(token)
+        if token_id is None:
             raise CheckpointError(
                 f"{self.directory}: the tokenizer has no token {token!r}. Use the tokenizer of the model that needs it."
             )
-        return found
+        return token_id
 
 
 class StreamDecoder:

@@ -48,7 +48,7 @@ def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
     older added_tokens.json.
     """
     older, newer = read_optional(directory / "added_tokens.json"), config.get_object("added_tokens_decoder")
-    found: dict[int, Added] = {}
+    tokens: dict[int, Added] = {}
     for name in newer.values:
         if not re.fullmatch("[0-9]{1,9}", name):
             raise CheckpointError(f"{newer.where}: {name[:40]!r} is no id. {COPY}")
@@ -56,31 +56,31 @@ def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
         text = item.get_text("content", None)
         if text is None:
             raise CheckpointError(f"{item.where}: it names no content. {COPY}")
-        _declare(found, Added(text, int(name), item.get_bool("special", False)), newer.where)
-    known = set(found)
+        _declare(tokens, Added(text, int(name), item.get_bool("special", False)), newer.where)
+    known = set(tokens)
     for text in older.values:
         i = older.get_int(text, None, 0, MAX_IDS - 1)
         if i is None:
             raise CheckpointError(f"{older.where}: {text!r} has no id. {COPY}")
-        if i not in known or found[i].text != text:
-            _declare(found, Added(text, i, bool(MARKUP.fullmatch(text))), older.where)
-    texts = [item.text for item in found.values()]
+        if i not in known or tokens[i].text != text:
+            _declare(tokens, Added(text, i, bool(MARKUP.fullmatch(text))), older.where)
+    texts = [item.text for item in tokens.values()]
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
         raise CheckpointError(f"{directory}: the added token {twice!r} has two ids. {COPY}")
-    return sorted(found.values(), key=lambda item: item.id)
+    return sorted(tokens.values(), key=lambda item: item.id)
 
 
-def _declare(found: dict[int, Added], item: Added, where: str) -> None:
-    """Add an added token to those found; CheckpointError if it cannot be one."""
+def _declare(tokens: dict[int, Added], item: Added, where: str) -> None:
+    """Add an added token to `tokens`; CheckpointError if it cannot be one."""
     if item.id >= MAX_IDS:
         raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {COPY}")
     if not 0 < len(item.text) <= LONGEST:
         length = f"has {len(item.text):,} characters; at most {LONGEST}" if item.text else "is empty"
         raise CheckpointError(f"{where}: the token with id {item.id} {length}. {COPY}")
-    if item.id in found:
-        raise CheckpointError(f"{where}: {found[item.id].text!r} and {item.text!r} have the same id {item.id}. {COPY}")
-    found[item.id] = item
+    if item.id in tokens:
+        raise CheckpointError(f"{where}: {tokens[item.id].text!r} and {item.text!r} have the same id {item.id}. {COPY}")
+    tokens[item.id] = item
 
 
 def check_roles(file: JsonObject) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from erniekit.utils.errors import DataError
 
-Raw = bytes | dict[str, Any]  # a record as it is sent to whoever parses it: JSON text, or already an object
+Raw = bytes | dict[str, Any]  # a record before it is parsed: JSON text, or an object
 DIGEST_BYTES = 8
 
 

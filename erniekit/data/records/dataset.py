@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from erniekit import hub
+from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
@@ -43,34 +44,41 @@ class SourceSpec:
 
 
 def read_specs(
-    paths: Sequence[str], types: Sequence[str], shares: Sequence[float], split: str, stage: str = "SFT"
+    paths: Sequence[str],
+    types: Sequence[str],
+    shares: Sequence[float],
+    split: str,
+    method: MethodFacts = METHODS[DEFAULT],
 ) -> list[SourceSpec]:
     """The sources of {split}_dataset_path/type/prob, which config/checks.py has compared.
 
-    No type means erniekit; at stage PT that is the pretraining type `text`, at stage DPO every type is that of
-    preference_formats, at stage VL-SFT that of vision.formats. No share means equal shares; shares are divided by their
-    sum.
+    No type means erniekit. A method that reads text takes it as the type `text`; one that reads pairs of answers takes
+    each type as that of preference_formats. No share means equal shares; shares are divided by their sum.
     """
     if not paths:
         key = f"{split}_dataset_path"
         raise DataError(f"{key} is not set. Hint: give the data file, a directory of data files, or a Hub name.")
     types, shares = types or ["erniekit"] * len(paths), shares or [1.0] * len(paths)
     return [
-        SourceSpec(path, _type(name, stage), share / sum(shares))
+        SourceSpec(path, _type(name, method), share / sum(shares))
         for path, name, share in zip(paths, types, shares, strict=True)
     ]
 
 
-def _type(name: str, stage: str) -> str:
-    if stage == "PT":
+def _type(name: str, method: MethodFacts) -> str:
+    if method.records is Records.TEXT:
         return "text"
     name = ALIASES.get(name, name)
-    if stage == "VL-SFT":
-        if name not in VISION_FORMATS:
+    return f"{name} (DPO)" if method.records is Records.PAIRS else name
+
+
+def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
+    """The same sources with each type as that of vision.formats, whose records may hold pictures."""
+    for spec in specs:
+        if spec.type not in VISION_FORMATS:
             types = ", ".join(VISION_FORMATS)
-            raise DataError(f"stage VL-SFT reads conversations, not type {name}. Hint: use one of {types}.")
-        return name + VISION_TYPE
-    return f"{name} (DPO)" if stage == "DPO" else name
+            raise DataError(f"{spec.path}: type {spec.type} cannot hold pictures. Hint: use one of {types}.")
+    return [replace(spec, type=spec.type + VISION_TYPE) for spec in specs]
 
 
 class Source:
@@ -148,7 +156,7 @@ class Source:
     def _on_bad(self, error: DataError) -> None:
         self._notes = Notes()  # a record that is skipped is not reported on
         if self._on_bad_line == "error":
-            raise DataError(f"{error} (on_bad_line: skip passes over such lines)")
+            raise DataError(f"{error} (on_bad_line: skip ignores such lines)")
         self.bad_lines += 1
         if self.bad_lines <= _SHOWN_BAD_LINES:
             self.faults.append(str(error))
@@ -162,7 +170,7 @@ class Source:
         return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
     def _say_notes(self, file: DataFile) -> None:
-        """What was passed over, or taken with a doubt, in the records of one file: each once, with its count."""
+        """What was ignored, or read with a doubt, in the records of one file: each once, with its count."""
         if self._unused:
             ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])

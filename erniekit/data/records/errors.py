@@ -20,7 +20,7 @@ class BadRecord(Exception):
 
 
 class BadLine(DataError):
-    """A record is wrong, with its place: `on_bad_line: skip` passes over it."""
+    """A record is wrong, with its place: `on_bad_line: skip` ignores it."""
 
 
 class reading:
@@ -56,5 +56,5 @@ def _raise_placed(error: BaseException, where: str) -> None:
         raise BadLine(
             f"{where}: this record cannot be read ({type(error).__name__}: {str(error)[:200]}, in "
             f"{os.path.basename(frame.filename)}:{frame.lineno}). "
-            "Hint: remove or mend it; a message as bare as this one is worth a report to erniekit."
+            "Hint: remove or fix it; a message as bare as this one is worth a report to erniekit."
         ) from error

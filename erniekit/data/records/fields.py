@@ -1,7 +1,7 @@
-"""Which fields of a record are read, which are passed over, and which are refused.
+"""Which fields of a record are read, which are ignored, and which are refused.
 
-A field that a format does not know is passed over and counted, as data sets carry ids, sources and scores. It is
-refused where passing over it would change what is trained in silence: its name is that of a known field with a typing
+A field that a format does not know is ignored and counted, as data sets carry ids, sources and scores. It is
+refused where ignoring it would change what is trained in silence: its name is that of a known field with a typing
 mistake in it, or it is a field by which other formats and tools say what is learnt. Fields without content (null, "",
 [] and {}) say nothing, whatever their name; only typing mistakes are refused even then.
 """
@@ -18,7 +18,7 @@ from erniekit.data.records.errors import BadRecord
 
 @dataclass
 class Notes:
-    """What the file's report says of records that were read: fields that were passed over ("'id'", "'timestamp' of a
+    """What the file's report says of records that were read: fields that were ignored ("'id'", "'timestamp' of a
     message"), and what was taken with a doubt, as sentences.
     """
 
@@ -75,7 +75,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def check_fields(
     values: Mapping[str, Any], known: tuple[str, ...], what: str, decisive: Mapping[str, str], notes: Notes
 ) -> None:
-    """Look at the fields of a record or a message that are not `known`; BadRecord for one that must not be passed over,
+    """Look at the fields of a record or a message that are not `known`; BadRecord for one that must not be ignored,
     a note for each other that says something. `what` has the fields: "type alpaca", "a message".
     """
     for name, value in values.items():

@@ -62,17 +62,17 @@ def _check_file(path: Path, extensions: Sequence[str]) -> None:
 
 
 def _walk(path: Path) -> list[Path]:
-    """All that lies below a directory and is none itself; hidden files and directories are left out."""
+    """Every file below a directory but hidden ones and those in hidden directories."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}. Hint: check its permissions.")
 
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # not followed, but named
-        found += [Path(folder, name) for name in [*files, *links] if not name.startswith(".")]
-    return sorted(found)
+        paths += [Path(folder, name) for name in [*files, *links] if not name.startswith(".")]
+    return sorted(paths)
 
 
 def is_for_people(path: Path) -> bool:

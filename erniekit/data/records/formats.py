@@ -2,7 +2,7 @@
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
 ...} or {"tgt": [...]}; at stage PT the type `erniekit` means this one). At stage DPO the first four mean pairs of
-answers, see preference_formats. What happens to fields that a type does not know is said in `fields`.
+answers, see preference_formats. `fields` describes what happens to fields that a type does not know.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def parse_record(record: Any, type_name: str, where: str = "record", notes: Note
     """Check a record and turn it into a Sample.
 
     `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias; `where` ("file:line") opens the message of the
-    DataError that a wrong record raises. To `notes` is added what was passed over or taken with a doubt.
+    DataError that a wrong record raises. What was ignored or read with a doubt is added to `notes`.
     """
     format = _ALL[ALIASES.get(type_name, type_name)]
     notes = Notes() if notes is None else notes

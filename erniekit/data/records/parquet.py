@@ -11,10 +11,12 @@ from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.records.errors import BadLine, reading
 from erniekit.utils.errors import DataError
 
+_BLOCK_BYTES = 1 << 20  # of the file, hashed at a time
+
 
 class ParquetFile(DataFile):
     """The rows of a file as objects. Nulls are absent fields; a map is an object. Values that JSON does not have
-    (dates, bytes, decimals) are left as they are, for whoever needs the field to refuse.
+    (dates, bytes, decimals) are left as they are; a format that needs such a field refuses it.
     """
 
     def __init__(self, path: Path):
@@ -49,8 +51,10 @@ class ParquetFile(DataFile):
             except BadLine as error:
                 on_bad(error)
         self._rows = np.array(good, np.int64)
+        state = hashlib.blake2b(digest_size=DIGEST_BYTES)
         with open(self.path, "rb") as file:
-            state = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+            while block := file.read(_BLOCK_BYTES):
+                state.update(block)
         state.update(self._rows.tobytes())
         self.digest = state.hexdigest()
 
@@ -102,9 +106,9 @@ def _as_json(value: Any, kind: Any) -> Any:
         return {key: _as_json(item, inner[key]) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         if pyarrow.types.is_map(kind):
-            found = {str(key): _as_json(item, kind.item_type) for key, item in value if item is not None}
+            entries = {str(key): _as_json(item, kind.item_type) for key, item in value if item is not None}
             if len({str(key) for key, _ in value}) < len(value):
                 raise ValueError("a map has a key twice")
-            return found
+            return entries
         return [_as_json(item, kind.value_type) for item in value]
     return value

@@ -77,8 +77,8 @@ def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
         raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
     if "question" in record and "instruction" in record:
         raise BadRecord("both 'question' and 'instruction' are given", "keep one of them")
-    answers = [_answer(record, side, ("role", "content"), notes) for side in ("chosen", "rejected")]
-    return _pair(alpaca_prompt(record, name), *answers, notes)
+    chosen, rejected = (_answer(record, side, ("role", "content"), notes) for side in ("chosen", "rejected"))
+    return _pair(alpaca_prompt(record, name), chosen, rejected, notes)
 
 
 def _messages(record: dict[str, Any], notes: Notes) -> Sample:
@@ -109,7 +109,8 @@ def _conversations(
         turns = [{"role": "user", "content": text_of(prompt, repr(given[0]))}]
     else:
         turns = turns_of(record, given[0], keys, notes)
-    return _pair(system + turns, *sides, notes, tools)
+    chosen, rejected = sides
+    return _pair(system + turns, chosen, rejected, notes, tools)
 
 
 def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> Turns:

@@ -1,6 +1,6 @@
 """Data files opened as numbered records that are read when they are asked for.
 
-.jsonl and .txt hold one JSON object a line (blank lines are passed over), .json a list of objects (each form is read
+.jsonl and .txt hold one JSON object a line (blank lines are ignored), .json a list of objects (each form is read
 under the other's name, too), .csv a header line and one record a row. Of these only the place of each record is
 kept in memory, 16 bytes a record. A .json list or .csv file that breaks off within its own syntax is always an error,
 since what follows cannot be told apart; a single wrong record is the caller's to judge. .parquet (extra `parquet`) is
@@ -50,7 +50,7 @@ def load_record(raw: Raw, where: str) -> Any:
         return parse_json(text, where, BadLine)
     except BadLine as error:
         if "not JSON" not in str(error):
-            raise BadLine(f"{error} Hint: mend or remove this record.") from None
+            raise BadLine(f"{error} Hint: fix or remove this record.") from None
         raise BadLine(
             f"{str(error).removesuffix('.')} of a line that begins {text[:40].strip()!r}. "
             "Hint: one JSON object per line."
@@ -163,11 +163,12 @@ class _JsonFile(_TextFile):
             try:
                 _, end = decoder.raw_decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
-                is_syntax = isinstance(error, json.JSONDecodeError)
-                place, why = (error.lineno, error.msg) if is_syntax else (line, "nested too deeply")
+                place, why = line, "nested too deeply"
+                if isinstance(error, json.JSONDecodeError):
+                    place, why = error.lineno, error.msg
                 raise DataError(
                     f"{self.path}:{place}: the list cannot be read as JSON: {why}. "
-                    "Hint: mend it, or write one object per line (.jsonl)."
+                    "Hint: fix it, or write one object per line (.jsonl)."
                 ) from None
             yield at, line, data[at:end]
             at = _skip_space(text, end)

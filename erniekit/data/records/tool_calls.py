@@ -114,14 +114,14 @@ def _results(
         if known is not None and called not in known:
             raise BadRecord(
                 f"{name} calls {called!r}, which is not in 'tools'; the nearest there is {nearest(called, known)!r}",
-                "describe it in 'tools', or mend the call",
+                "describe it in 'tools', or fix the call",
             )
     if len(results) > len(calls):
         raise BadRecord(f"{name} has {len(calls)} calls and {len(results)} results", "give one result for each call")
     for result in results:
         if result.get("name", names[0]) not in names:
             raise BadRecord(
-                f"{name} calls {', '.join(names)} and gets a result of {result['name']!r}", "mend the result's name"
+                f"{name} calls {', '.join(names)} and gets a result of {result['name']!r}", "fix the result's name"
             )
     ids, given = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
     if not any(ids) or not any(given):

@@ -2,7 +2,7 @@
 
 Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}, as for stage PT) and each whole .txt file is a document.
 What has been written is noted beside the output (prefix.progress.json) after it has reached the disk; a run that finds
-the note goes on behind it. Documents are written in the order of the input whatever the number of workers, so the files
+the note resumes behind it. Documents are written in the order of the input whatever the number of workers, so the files
 come out the same byte for byte.
 """
 
@@ -89,7 +89,7 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
     """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted. In a directory a text
     for people (README.txt) is left out.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file or directory. Hint: check the path.")
@@ -97,8 +97,8 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
         if others:
             names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
             log.info(f"{path}: {len(others)} files there are not read ({names})")
-        found += chosen
-    return found
+        files += chosen
+    return files
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
             yield from _line_chunks(path, number, start, line, read)
             if path.stat().st_size != size:
                 raise DataError(
-                    f"{path}: changed while it was read. Hint: begin anew when it is whole (overwrite=true)."
+                    f"{path}: changed while it was read. Hint: start again when it is complete (overwrite=true)."
                 )
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
@@ -220,15 +220,15 @@ class _Note:
         except FileNotFoundError:
             return None
         except DataError as error:
-            raise DataError(f"{error} Hint: begin anew (overwrite=true).") from None
+            raise DataError(f"{error} Hint: start from scratch (overwrite=true).") from None
         if not counts.values:
-            raise DataError(f"{self.path}: says nothing of a build. Hint: begin anew (overwrite=true).")
+            raise DataError(f"{self.path}: says nothing of a build. Hint: start from scratch (overwrite=true).")
         then = noted.get_object("job").values
         changed = [name for name in {**then, **self._job} if then.get(name) != self._job.get(name)]
         if changed:
             raise DataError(
                 f"{self.path}: an unfinished build of something else: different {', '.join(changed)}. "
-                "Hint: repeat its command to finish it, or begin anew (overwrite=true)."
+                "Hint: repeat its command to finish it, or start from scratch (overwrite=true)."
             )
         return progress
 
@@ -252,10 +252,10 @@ def build_token_files(
     overwrite: bool = False,
     note_every: float = 5.0,
 ) -> Progress:
-    """Write the documents of `inputs` as prefix.bin and prefix.idx, or go on with a build that was broken off.
+    """Write the documents of `inputs` as prefix.bin and prefix.idx, or resume a build that was interrupted.
 
     num_workers: processes that tokenise; 0: this one. on_bad_line: "error" stops at a record that is not pretraining
-    text, with its file and line; "skip" passes over it and counts it. overwrite: replace what is there. note_every:
+    text, with its file and line; "skip" ignores it and counts it. overwrite: replace what is there. note_every:
     seconds from one note of the progress to the next. Returns the final counts. Raises DataError.
     """
     sizes = [path.stat().st_size for path in inputs]
@@ -267,7 +267,7 @@ def build_token_files(
         assert progress is not None
         return progress
     if begin.read:
-        log.info(f"{prefix}: going on behind {begin.documents} documents ({begin.read / 1e6:.1f} MB of text)")
+        log.info(f"{prefix}: resuming behind {begin.documents} documents ({begin.read / 1e6:.1f} MB of text)")
     writer = TokenWriter(prefix, dtype_for(tokenizer.vocab_size), begin.documents, begin.tokens)
     job = EncodeJob(tokenizer, append_eos, on_bad_line == "skip")
     skipped, done, noted_at = begin.skipped, begin, time.monotonic()
@@ -295,7 +295,7 @@ def build_token_files(
         writer.finish()
     except OSError as error:
         raise DataError(
-            f"{prefix}: cannot be written: {error.strerror}. Hint: make room; the same command then goes on."
+            f"{prefix}: cannot be written: {error.strerror}. Hint: make room; the same command then resumes."
         ) from None
     finally:
         writer.close()
@@ -324,7 +324,7 @@ def _say_bad(reason: str, number: int) -> None:
 
 
 def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:
-    """All that decides the output, by names for messages."""
+    """Everything that decides the output, under the names that messages use."""
     stats = [(path, path.stat()) for path in inputs]
     return {
         "input files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],

@@ -1,4 +1,4 @@
-"""Rows cut from token files (`dataset_type: pretrain`).
+"""Rows of token files (`dataset_type: pretrain`).
 
 **A source** is one entry of input_dir, and of it the documents of the split. An epoch of a source is all these
 documents in a random order (in the file's order with random_shuffle: false; long documents may come several times, see
@@ -8,7 +8,7 @@ read twice. The rows that begin in an epoch come in a random order too (not with
 is not made of one long document; only the last of them, which leads into the next epoch, keeps its place.
 
 **Mixing.** Rows come in blocks of 65,536. Of each block a source gives 65,536 * weight rows (largest remainders, at
-least one), in an order drawn anew for each block. So weights hold to 1/65,536 in every block, and which row of which
+least one), in an order drawn for each block. So weights hold to 1/65,536 in every block, and which row of which
 source is row n follows from n alone: a position is a number.
 
 **Ends.** An epoch of the training is as many tokens as all sources hold in one epoch. Without max_steps the training is
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from erniekit.config import Config
 from erniekit.config.token_files import weighted_prefixes
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
@@ -78,8 +79,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class RowNumber:
-    """A place between two rows: those before `row` have been given, and the first `into` tokens of `row` itself where
-    the training ended within it: with more epochs it is longer. The counts only count.
+    """A position in the stream: `row` rows have been yielded, and the first `into` tokens of the next one where
+    training ended within it (with more epochs that row is longer). `counts` is for reporting only.
     """
 
     row: int = 0
@@ -162,15 +163,15 @@ class TokenFeed:
         self._said = False
 
     def begin(self) -> RowNumber:
-        """The place before the first row."""
+        """The position before the first row."""
         return RowNumber()
 
     def read_position(self, state: dict[str, Any]) -> RowNumber:
-        """A place from what its to_dict() gave."""
+        """The position that to_dict() described."""
         return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
 
     def rows(self, position: RowNumber) -> Generator[tuple[PackedBatch, RowNumber], None, None]:
-        """The rows after `position`, each with the place behind it. Nothing before them is read."""
+        """The rows after `position`, each with the position behind it. Nothing before them is read."""
         walks = [source.walk() for source in self._sources]
         number, counts, into = position.row, position.counts, position.into
         while self._schedule.num_rows is None or number < self._schedule.num_rows:
@@ -210,7 +211,7 @@ class TokenFeed:
         return float(end - position.row - (position.into >= count))
 
     def epochs_done(self, position: RowNumber) -> int:
-        """Epochs of which every label has been given: the first token of all is none."""
+        """Epochs of which every label has been yielded; the very first token is no label."""
         return (position.counts.tokens + 1) // self._epoch_tokens
 
     def report(self, position: RowNumber) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class TokenFeed:
         """Nothing here waits."""
 
 
-def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
+def open_token_files(cfg: Config, tokenizer: Tokenizer, split: str) -> TokenFeed:
     """Open and check the files of cfg.input_dir for `split` ("train" or "eval"); see loader.build_loader."""
     entries = [Weighted(strip_suffix(prefix), weight) for weight, prefix in weighted_prefixes(cfg.input_dir)]
     if split == "train":
@@ -276,11 +277,11 @@ def open_token_files(cfg: Any, tokenizer: Tokenizer, split: str) -> TokenFeed:
     return TokenFeed(sources, schedule, cfg.max_seq_len, cfg.isolate_documents, long_tokens, identity)
 
 
-def _shares(cfg: Any) -> str:
+def _shares(cfg: Config) -> str:
     return ",".join(f"{share:g}" for share in cfg.split)
 
 
-def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
+def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
     """The sources of `entries`; a file that is named twice is opened once. DataError if there is nothing to read."""
     files = {entry.prefix: TokenFile(entry.prefix, tokenizer.vocab_size) for entry in entries}
     sources = [_source(cfg, files[entry.prefix], number, split) for number, entry in enumerate(entries)]
@@ -295,7 +296,7 @@ def _open_sources(cfg: Any, tokenizer: Tokenizer, split: str, entries: list[Weig
     return sources
 
 
-def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
+def _training_schedule(cfg: Config, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
     """The schedule, and the weights that sum to 1."""
     tokens = [source.epoch_tokens for source in sources]
     given = [float(entry.weight or size) for entry, size in zip(entries, tokens, strict=True)]
@@ -304,7 +305,7 @@ def _training_schedule(cfg: Any, entries: list[Weighted], sources: list[Source])
     return Mixed(sources, weights, cfg.seed, cfg.max_seq_len, end), weights
 
 
-def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
+def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
     """Entry `number` of input_dir: its documents of `split`; those for training shuffled and repeated as cfg says."""
     first, last = split_documents(cfg.split, file.num_documents)[split]
     key, repeats, more = None, None, ""
@@ -313,7 +314,7 @@ def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
         repeats = _repeats(cfg, file, first, last)
         more = f", {int(repeats.sum()) - (last - first)} repeats of long ones included" if repeats is not None else ""
     source = Source(file, first, last, key, repeats)
-    empty = f", {source.empty} of them empty and passed over" if source.empty else ""
+    empty = f", {source.empty} of them empty and ignored" if source.empty else ""
     log.info(
         f"{split} data: {file.prefix}: {source.num_documents} of its {file.num_documents} documents{empty}; "
         f"{source.epoch_tokens} tokens{more}"
@@ -321,7 +322,7 @@ def _source(cfg: Any, file: TokenFile, number: int, split: str) -> Source:
     return source
 
 
-def _repeats(cfg: Any, file: TokenFile, first: int, last: int) -> np.ndarray | None:
+def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray | None:
     """How often each document comes in an epoch, int64 [n]; None: once."""
     if cfg.long_document_min_tokens is None:
         return None

@@ -21,7 +21,7 @@ lets a truncated or exchanged file be told from its sizes.
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,7 +122,7 @@ class TokenFile:
         raise DataError(
             f"{self.bin_path}: document {document}, token {start + bad - int(self.starts[document])}: id {ids[bad]} "
             f"is not in the tokenizer's vocabulary of {self._vocab_size}. "
-            "Hint: the file was made with another tokenizer; make it anew with the model's own."
+            "Hint: the file was made with another tokenizer; build it again with the model's own."
         )
 
     def _read_index(self) -> np.ndarray:
@@ -195,7 +195,7 @@ class TokenFile:
         if size < wanted:
             raise DataError(
                 f"{self.bin_path}: truncated: {size} of the {wanted} bytes that {self.idx_path.name} describes. "
-                "Hint: copy it again, or make it anew."
+                "Hint: copy it again, or build it again."
             )
         if size > wanted:
             raise DataError(
@@ -203,7 +203,9 @@ class TokenFile:
                 "Hint: the two files do not belong together."
             )
 
-    def _refused(self, reason: str, hint: str = "it is damaged, or no index of token files; make it anew") -> DataError:
+    def _refused(
+        self, reason: str, hint: str = "it is damaged, or no index of token files; build it again"
+    ) -> DataError:
         return DataError(f"{self.idx_path}: {reason}. Hint: {hint}.")
 
 
@@ -215,9 +217,9 @@ def _check_there(prefix: Path, bin_path: Path, idx_path: Path) -> None:
     if old.is_file():
         hint = f"{old.name} is PaddleNLP's older form, which is not read; make {prefix.name}.bin and .idx from the text"
     else:
-        found = sorted(str(path)[: -len(".idx")] for path in prefix.parent.glob("*.idx"))
-        found += sorted(str(path)[: -len(".idx")] for path in prefix.glob("*.idx"))
-        hint = f"there are {', '.join(found[:5])}" if found else "`erniekit tokenize` makes them from text"
+        prefixes = sorted(str(path)[: -len(".idx")] for path in prefix.parent.glob("*.idx"))
+        prefixes += sorted(str(path)[: -len(".idx")] for path in prefix.glob("*.idx"))
+        hint = f"there are {', '.join(prefixes[:5])}" if prefixes else "`erniekit tokenize` makes them from text"
     raise DataError(f"{missing[0]}: no such file. Hint: {hint}.")
 
 
@@ -231,7 +233,7 @@ class TokenWriter:
     """Writes a pair of files piece by piece, under temporary names until finish().
 
     Of a build that was broken off, the first `documents` documents with `tokens` tokens are kept and what was written
-    behind them is cut off; with 0 it begins anew. add() takes what has reached the disk only after sync().
+    behind them is cut off; with 0 it starts from scratch. add() takes what has reached the disk only after sync().
     """
 
     def __init__(self, prefix: Path, dtype: str, documents: int = 0, tokens: int = 0):
@@ -304,15 +306,9 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     """The file opened for appending behind its first `size` bytes; what follows them is cut off."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
-        raise DataError(f"{path}: {there} bytes, but {size} had been written. Hint: begin anew (overwrite=true).")
+        raise DataError(
+            f"{path}: {there} bytes, but {size} had been written. Hint: start from scratch (overwrite=true)."
+        )
     file = open(path, "ab")  # noqa: SIM115 - the writer keeps it open
     file.truncate(size)
     return file
-
-
-def write_token_files(prefix: Path, documents: Iterable[np.ndarray], dtype: str) -> None:
-    """Write documents, each ids [n], as prefix.bin and prefix.idx."""
-    writer = TokenWriter(prefix, dtype)
-    for ids in documents:
-        writer.add(ids)
-    writer.finish()

@@ -70,7 +70,7 @@ class Walk:
 
     def pieces(self, start: int, count: int) -> list[Piece]:
         """The parts of documents that make up tokens start..start+count-1 of the source."""
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         while count:
             epoch, at = divmod(start, self._source.epoch_tokens)
             if epoch != self._epoch:
@@ -82,10 +82,10 @@ class Walk:
                 begin, end = int(starts[place]), int(starts[place + 1])
                 upto = min(end, stop)
                 if upto > at:
-                    found.append(Piece(int(documents[place]), at - begin, upto - begin, upto == end))
+                    pieces.append(Piece(int(documents[place]), at - begin, upto - begin, upto == end))
                     start, count, at = start + upto - at, count - (upto - at), upto
                 place += 1
-        return found
+        return pieces
 
     def row(self, start: int, count: int, isolate: bool) -> tuple[PackedBatch, list[Piece]]:
         """Tokens start..start+count-1 of the source with their labels, and what they are made of."""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -122,7 +122,8 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
     with reader.open(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warning of large pictures: the bound below is ours
         try:
-            with Image.open(cast(BinaryIO, _Timed(file, options.max_seconds)), formats=FORMATS) as image:
+            timed: Any = _Timed(file, options.max_seconds)  # it has all that Pillow calls of a file
+            with Image.open(timed, formats=FORMATS) as image:
                 _check_size(image, options, name)
                 yield image
         except UnidentifiedImageError:

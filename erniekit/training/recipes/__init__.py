@@ -1,1 +1,1 @@
-"""A method is a loss and what it divides by."""
+"""Recipes: the loss of each method, and what its terms are divided by."""

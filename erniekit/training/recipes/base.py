@@ -1,14 +1,19 @@
 """What a recipe gives the trainer: named sums, and the counts that each is divided by."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import paddle
 
+from erniekit.build import PreparedModel
+from erniekit.config.schema import Config
 from erniekit.data.batch import PackedBatch
+from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
+from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -24,52 +29,50 @@ class Term:
     weight: float | None = 1.0
 
 
-class Recipe(Protocol):
-    """A method. `counts` is known before any model runs, so that every microbatch is divided by the step's global
-    count. The layers' own terms (router losses) are added by the stage that runs them, whatever the recipe.
+class Recipe(ABC):
+    """The loss of a method. `counts` is known before any model runs, so that every microbatch is divided by the step's
+    global count. The layers' own terms (router losses) are added by the stage that runs them, whatever the recipe.
+
+    `reference`: the model that the loss compares with, or None.
     """
 
-    reports_terms: bool  # whether an evaluation reports the recipe's terms, or the labels' loss and accuracy
+    reference: Reference | None = None
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """A step's microbatches with what the recipe needs to know of them before any model is trained on them. Every
-        rank asks at the same time, so passes through the model are possible.
+        rank calls it at the same time, so passes through the model are possible.
         """
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Optimizer step number `step` is done."""
-        ...
-
-    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
-        """Weights that a run needs to go on beside those it trains, under the model's names, by the directory of a
-        checkpoint that holds them.
-        """
-        ...
-
-    def counts(self, batch: PackedBatch) -> dict[str, float]:
-        """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
-        ...
-
-    def head_terms(
-        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
-    ) -> dict[str, Term]:
-        """The terms that the last layer's output [T, D], before the final norm, gives; asked of the last stage only."""
-        ...
-
-
-class PlainSteps:
-    """For recipes that need nothing before or after a step."""
-
-    reports_terms = False
-
-    def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The microbatches as they are."""
         return list(microbatches)
 
     def after_step(self, step: int) -> None:
-        """Nothing to do."""
+        """Called when optimizer step number `step` is done."""
+        return
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
-        """None."""
+        """Weights that a run needs, beside those it trains, to be resumed: under the model's names, by the directory of
+        a checkpoint that holds them.
+        """
         return {}
+
+    @abstractmethod
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
+        """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
+
+    @abstractmethod
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
+    ) -> dict[str, Term]:
+        """The terms that the last layer's output [T, D], before the final norm, gives. Only the last stage calls it."""
+
+
+@dataclass(frozen=True)
+class RecipeContext:
+    """What a recipe may be built from. `model` has its first weights, so it is still its own reference; `prepared` can
+    build a second copy of it. `forward`: passes without gradients through models that are divided as this one is.
+    """
+
+    cfg: Config
+    prepared: PreparedModel
+    model: CausalLM
+    forward: ForwardPass
+    tokenizer: Tokenizer

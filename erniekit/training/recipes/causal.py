@@ -12,11 +12,12 @@ from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention_plan import next_in_document
-from erniekit.training.recipes.base import PlainSteps, Term
+from erniekit.training.forward_pass import final_norm
+from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 
 
 @dataclass(frozen=True)
-class CausalRecipe(PlainSteps):
+class CausalRecipe(Recipe):
     """Cross-entropy of the next token, multi-token prediction.
 
     With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
@@ -26,6 +27,11 @@ class CausalRecipe(PlainSteps):
 
     cfg: Config
     mtp_depths: int
+
+    @classmethod
+    def build(cls, context: RecipeContext) -> "CausalRecipe":
+        """The recipe of a run."""
+        return cls(context.cfg, context.cfg.mtp_depths)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Supervised tokens (or samples that have some), all tokens, and the labels that each MTP depth predicts."""
@@ -43,7 +49,7 @@ class CausalRecipe(PlainSteps):
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "lm", and if asked for "head_z" and "mtp_d"."""
-        hidden = Hidden(x_TD, model.model.norm(x_TD))
+        hidden = Hidden(x_TD, final_norm(model, x_TD))
         terms = self._lm_terms(model, hidden.normed, batch)
         return terms | self._mtp_terms(model, hidden, inputs, batch) if self.mtp_depths else terms
 

@@ -2,26 +2,43 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import paddle
 
+from erniekit import lora
 from erniekit.config.schema import Config
 from erniekit.data.batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
-from erniekit.losses.preference import METRICS, log_ratios, options_of, pair_metrics, preference_loss, sft_ratio_of
+from erniekit.losses.preference import (
+    METRICS,
+    log_ratios,
+    options_of,
+    pair_metrics,
+    preference_loss,
+    sft_ratio_of,
+    wants_reference,
+)
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
 from erniekit.parallel import comm
-from erniekit.training.recipes.base import Term
-from erniekit.training.reference import ForwardPass, Reference, SecondModel
+from erniekit.training.forward_pass import final_norm
+from erniekit.training.recipes.base import Recipe, RecipeContext, Term
+from erniekit.training.reference import (
+    AdapterOff,
+    PairScorer,
+    Reference,
+    SecondModel,
+)
+from erniekit.training.reference_cache import prepare_cache
 from erniekit.training.trainable import trained_tensors
 from erniekit.utils import log
 from erniekit.utils.device_sums import DeviceSums
 
 
-class PreferenceRecipe:
+class PreferenceRecipe(Recipe):
     """pref_loss_ratio * mean over pairs of the preference loss + sft_loss_ratio * mean over the chosen answers' tokens
     of -log p.
 
@@ -30,10 +47,8 @@ class PreferenceRecipe:
     kto_pair's loss contains means over the whole step; the policy is run once more, without gradients, to know them.
     """
 
-    reports_terms = True  # an evaluation gives these terms, not loss, perplexity and accuracy of the labels
-
-    def __init__(self, cfg: Config, policy: CausalLM, forward: ForwardPass, reference: Reference | None) -> None:
-        self.cfg, self._policy, self._forward, self.reference = cfg, policy, forward, reference
+    def __init__(self, cfg: Config, policy: CausalLM, scorer: PairScorer, reference: Reference | None) -> None:
+        self.cfg, self._policy, self._scorer, self.reference = cfg, policy, scorer, reference
         self._metrics = [name for name in METRICS if reference is not None or name != "kl"]
         self._kl: tuple[paddle.Tensor, paddle.Tensor] | None = None
         self._sft_ratio = sft_ratio_of(cfg)
@@ -44,6 +59,28 @@ class PreferenceRecipe:
                 "normalize_logps: True: log-probabilities are scaled to the mean length of their pair, so this is not "
                 f"{cfg.loss_type} as published"
             )
+
+    @classmethod
+    def build(cls, context: RecipeContext) -> "PreferenceRecipe":
+        """The recipe of a run, with its reference: the model without its adapter, log-probabilities from a file, or a
+        second copy of the model.
+        """
+        cfg, model = context.cfg, context.model
+        scorer = PairScorer(context.forward, cfg.loss_subbatch_seqlen)
+        has_adapter = lora.state_of(model) is not None
+        reference: Reference | None = None
+        if wants_reference(cfg) and cfg.ref_logps_cache:
+            log_probs = AdapterOff(model, scorer).log_probs if has_adapter else partial(scorer.log_probs, model)
+            path, mesh = context.prepared.path, context.forward.mesh
+            reference = prepare_cache(cfg, path, model, mesh, context.tokenizer, log_probs)
+        elif wants_reference(cfg) and has_adapter:
+            reference = AdapterOff(model, scorer)
+            log.info("reference: the model without its adapter")
+        elif wants_reference(cfg):
+            second = context.prepared.build(context.forward.mesh, context.forward.chunks)
+            reference = SecondModel(second, scorer)
+            log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
+        return cls(cfg, model, scorer, reference)
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The step's microbatches with what the loss compares with; nothing here has gradients."""
@@ -68,8 +105,9 @@ class PreferenceRecipe:
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
         """A reference that moves; one that does not is loaded from model_name_or_path."""
-        moves = self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel)
-        return {"reference": trained_tensors(self.reference.model)} if moves else {}
+        if self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel):
+            return {"reference": trained_tensors(self.reference.model)}
+        return {}
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Pairs, the chosen answers' labels, all tokens."""
@@ -81,14 +119,14 @@ class PreferenceRecipe:
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
         """Terms "pref" and, if asked for, "sft"; the metrics are only reported."""
-        normed_TD = model.enter_head(model.model.norm(x_TD))
+        normed_TD = model.enter_head(final_norm(model, x_TD))
         weights = {"pref": ("pairs", self.cfg.pref_loss_ratio)}
         if self._sft_ratio:
             weights["sft"] = ("chosen_tokens", self._sft_ratio)
         if not len(batch.pairs):
             sums = dict.fromkeys(weights, _nothing(model, normed_TD)) | dict.fromkeys(self._metrics, paddle.zeros([]))
         else:
-            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._forward.most), batch)
+            sums = self._sums(pair_log_probs(model, normed_TD, batch, self._scorer.max_logit_tokens), batch)
         terms = {name: Term(sums[name], divisor, weight) for name, (divisor, weight) in weights.items()}
         return terms | {name: Term(sums[name], "pairs", None) for name in self._metrics}
 
@@ -99,7 +137,7 @@ class PreferenceRecipe:
             _reference(batch),
             _halves(paddle.to_tensor(batch.answer_labels)),
         )
-        loss, *rewards = preference_loss(
+        loss, *sides = preference_loss(
             *policy,
             *reference,
             **options_of(self.cfg),
@@ -108,19 +146,22 @@ class PreferenceRecipe:
             score_deltas=paddle.to_tensor(batch.pairs.score_deltas),
             kl=self._kl,
         )
-        metrics = pair_metrics(policy, rewards, self.cfg.beta)
+        metrics = pair_metrics(policy, (sides[0], sides[1]), self.cfg.beta)
         return {"pref": loss.sum(), "sft": -policy[0].sum()} | {name: value.sum() for name, value in metrics.items()}
 
     def _measure_kl(self, microbatches: Sequence[PackedBatch]) -> tuple[paddle.Tensor, paddle.Tensor]:
         """max(0, mean over all the step's pairs of log(policy / reference)) of the chosen and the rejected answers."""
         sums, num_pairs = DeviceSums(), 0
-        for batch, found in zip(microbatches, self._forward.log_probs(self._policy, microbatches), strict=True):
+        for batch, found in zip(microbatches, self._scorer.log_probs(self._policy, microbatches), strict=True):
             if not len(batch.pairs):
                 continue
             lengths = _halves(paddle.to_tensor(batch.answer_labels))
+            reference = _reference(batch)
             ratios = log_ratios(
-                *found,
-                *_reference(batch),
+                found[0],
+                found[1],
+                reference[0],
+                reference[1],
                 loss_type=self.cfg.loss_type,
                 reference_free=self.cfg.reference_free,
                 normalize_logps=self.cfg.normalize_logps,
@@ -132,7 +173,7 @@ class PreferenceRecipe:
         # A read before the step's passes: every rank's pairs are needed for what their loss contains.
         fetched = sums.fetch()
         totals = np.array([fetched.get("chosen", 0.0), fetched.get("rejected", 0.0), num_pairs], np.float64)
-        chosen, rejected, count = comm.sum_floats(totals, self._forward.mesh.data_group).tolist()
+        chosen, rejected, count = comm.sum_floats(totals, self._scorer.forward.mesh.data_group).tolist()
         kl_chosen, kl_rejected = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
         return paddle.full([], kl_chosen, "float32"), paddle.full([], kl_rejected, "float32")
 

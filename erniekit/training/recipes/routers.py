@@ -22,7 +22,7 @@ def router_terms(
     stats = {}
     for (layer, modality), routed in routings.items():
         mlp = model.model.layers[layer].mlp
-        gate = mlp.gate.matrix(modality)
+        gate = mlp.router_of(modality)
         losses = {} if gate.stop_gradient else _losses(cfg, routed, gate, mlp.options)
         for name, loss in losses.items():
             totals.setdefault(name, []).append(loss)

@@ -1,4 +1,4 @@
-"""What the trainer tells its callbacks."""
+"""What the trainer passes to its callbacks."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,10 +62,10 @@ class StepMetrics:
 
 
 class Callback:
-    """Hears what happens in a run. The methods here do nothing; only the first rank of a run has callbacks."""
+    """Receives the events of a run. The methods here do nothing; only the first rank of a run has callbacks."""
 
     def on_start(self, run: RunInfo) -> None:
-        """The run begins, or goes on after `run.start_step`."""
+        """The run begins, or resumes after `run.start_step`."""
 
     def on_step(self, metrics: StepMetrics) -> None:
         """An optimizer step is done."""

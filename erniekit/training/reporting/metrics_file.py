@@ -15,8 +15,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, each with its step; lines that a killed process left incomplete are passed
-    over.
+    """The records of a file of JSON lines, each with its step; lines that a killed process left incomplete are
+    skipped.
     """
     with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -26,8 +26,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl. It holds numbers and null, so whoever adds them up need not look at each; a line
-    with anything else is passed over.
+    """The records of metrics.jsonl. They hold numbers and null, so that sums need no check of each value; a line
+    with anything else is skipped.
     """
     return (record for record in read_records(path) if _is_metrics(record))
 
@@ -142,17 +142,15 @@ class MetricsFile(Callback):
             pass
         if not self._path.parent.is_dir():
             raise TrainError(
-                f"output_dir: {self._path.parent} was removed or renamed while the run was going on, so nothing can be "
-                "saved. Put it back and run the same command again: it goes on from the newest checkpoint there."
+                f"output_dir: {self._path.parent} was removed or renamed during the run, so nothing can be "
+                "saved. Put it back and run the same command again: it resumes from the newest checkpoint there."
             )
-        log.warning(
-            f"{self._path} was removed or replaced while the run was going on; the record goes on in a new file"
-        )
+        log.warning(f"{self._path} was removed or replaced during the run; the record continues in a new file")
         file.close()
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 open for the run
 
     def _failure(self, error: OSError) -> TrainError:
         return TrainError(
             f"{self._path}: cannot be written ({error.strerror}). Make room or give another output_dir, then run the "
-            "same command again: it goes on from the newest checkpoint."
+            "same command again: it resumes from the newest checkpoint."
         )

@@ -93,7 +93,7 @@ class ProgressReport(Callback):
         log.info(f"step {step}: evaluation: {_metrics(metrics)}")
 
     def on_save(self, step: int, path: Path) -> None:
-        """Say where the checkpoint is, or will be once it is written beside the training."""
+        """Say where the checkpoint is, or will be once it is written in the background."""
         log.info(f"step {step}: {'saved' if path.is_dir() else 'saving'} {path}")
 
     def on_end(self, summary: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from erniekit.training.reporting.metrics_file import read_records
 from erniekit.utils import atomic, log
 
 FILE_NAME = "routers.jsonl"
-_SHOWN_STEPS = 50  # the picture's loads are means over so many last steps
+_SHOWN_STEPS = 50  # the loads in the picture are means over the last N steps
 
 
 class RouterLog(Callback):

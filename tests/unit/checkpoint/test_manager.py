@@ -9,7 +9,7 @@ import time
 import pytest
 
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
-from erniekit.checkpoint.safetensors import write_error
+from erniekit.checkpoint.safetensors_write import write_error
 from erniekit.utils.errors import CheckpointError
 
 
@@ -122,7 +122,7 @@ def test_other_files_in_the_directory_are_not_touched(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.tmp", "checkpoint-5", "checkpoint-x", "notes.txt"]
 
 
-def test_what_is_set_aside_no_longer_counts(tmp_path):
+def test_abandoned_checkpoints_do_not_count(tmp_path):
     manager = CheckpointManager(tmp_path, 1)
     for step in (2, 6):
         manager.save(step, writer(str(step)))

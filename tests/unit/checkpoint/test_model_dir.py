@@ -181,7 +181,7 @@ def test_weights_that_are_read_from_elsewhere_are_named(tmp_path, said):
     ],
     ids=["finished", "made longer", "gone back", "not of this run"],
 )
-def test_which_model_a_run_means(tmp_path, said, final, branch, meant):
+def test_find_checkpoint_chooses_between_final_model_and_checkpoint(tmp_path, said, final, branch, meant):
     make_model(tmp_path)
     make_model(tmp_path / "checkpoint-9")
     make_model(tmp_path / "abandoned-1" / "checkpoint-20")

@@ -12,14 +12,15 @@ from safetensors.numpy import load_file, save_file
 from support.tiny_models import tiny_model
 
 from erniekit.build import load_model
-from erniekit.checkpoint import safetensors
-from erniekit.checkpoint.dtypes import bf16_to_fp32, fp32_to_bf16
+from erniekit.checkpoint import safetensors_write
 from erniekit.checkpoint.model_io import load_weights, read_config, save_model
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import export_tensors
 from erniekit.utils import log
+from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
 from erniekit.utils.errors import CheckpointError
 
 
@@ -225,7 +226,7 @@ def test_a_full_disk_keeps_the_earlier_model(tmp_path, monkeypatch):
     save_model(model, tmp_path / "m")
     before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     model.model.norm.weight.set_value(paddle.zeros_like(model.model.norm.weight))
-    real, written = safetensors._write_all, []
+    real, written = safetensors_write._write_all, []
 
     def write_all(file, data):
         written.append(len(data))
@@ -233,7 +234,7 @@ def test_a_full_disk_keeps_the_earlier_model(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, data)
 
-    monkeypatch.setattr(safetensors, "_write_all", write_all)
+    monkeypatch.setattr(safetensors_write, "_write_all", write_all)
     with pytest.raises(CheckpointError, match="is full"):
         save_model(model, tmp_path / "m")
     assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before

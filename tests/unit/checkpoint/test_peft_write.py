@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.adapters import attach_random
 from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_dir import find_checkpoint
 from erniekit.checkpoint.peft_attach import attach_stored, load_adapter, save_adapter
 from erniekit.checkpoint.peft_read import base_of, read_adapter
-from erniekit.checkpoint.peft_write import fingerprint
 from erniekit.models.decoder import CausalLM
 from erniekit.utils.errors import CheckpointError
 
@@ -29,14 +30,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def adapted(kind: str, **options: Any) -> CausalLM:
     """A tiny model with a random adapter."""
-    model = tiny_model(kind)
-    lora.attach(model, lora.LoraOptions(**{"rank": 3, "alpha": 4.0} | options), tied=True)
-    rng = np.random.default_rng(0)
-    for parameter in model.parameters():
-        if not parameter.stop_gradient:
-            noise = rng.standard_normal(parameter.shape, dtype=np.float32) * np.float32(0.2)
-            parameter.set_value(parameter.numpy() + noise)
-    return model
+    return attach_random(tiny_model(kind), **options)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def test_written_and_read(tmp_path: Path, kind: str, options: dict[str, Any]) ->
     assert np.array_equal(model(IDS).numpy(), again(IDS).numpy())
 
 
-def test_the_file_says_it_briefly(tmp_path: Path) -> None:
+def test_adapter_config_has_short_names_where_layers_are_alike(tmp_path: Path) -> None:
     """Short names where all layers are alike, as a person would have written them for PEFT."""
     save_adapter(adapted("dense"), tmp_path / "dense")
     content = json.loads((tmp_path / "dense" / "adapter_config.json").read_text())
@@ -137,7 +131,7 @@ def test_options_that_change_nothing_here(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_factors_that_are_none(tmp_path: Path, change: Callable[..., None], message: str) -> None:
+def test_damaged_factors_are_refused(tmp_path: Path, change: Callable[..., None], message: str) -> None:
     model = adapted("dense")
     save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -199,7 +193,7 @@ def test_other_weights_of_the_same_size_are_refused(tmp_path: Path) -> None:
     assert base_of(tmp_path / "adapter", None) == tmp_path / "base"
 
 
-def test_going_on_with_another_adapter_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_another_adapter_is_refused(tmp_path: Path) -> None:
     save_adapter(adapted("dense"), tmp_path)
     with pytest.raises(CheckpointError, match=r"rank 3, scaling 1.33333.*\n.*rank 2, scaling 1.33333"):
         load_adapter(adapted("dense", rank=2, alpha=8 / 3), tmp_path)

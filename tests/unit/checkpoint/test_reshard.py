@@ -4,18 +4,18 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
-from support.tiny_models import DENSE, MOE
+from support.tiny_sizes import DENSE, MOE
 
-from erniekit.checkpoint.model_io import held_tensors, model_rank_files
+from erniekit.checkpoint.model_io import model_rank_files, named_tensors
 from erniekit.checkpoint.model_reader import plan_for
 from erniekit.checkpoint.reshard import Shares
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import rank_shard_of
 from erniekit.models.weights import logical_tensors, our_shapes
-from erniekit.parallel.comm import Group
 from erniekit.parallel.mesh import Mesh, ParallelDims, coordinates, rank_lists
-from erniekit.parallel.pipeline_split import cut
+from erniekit.parallel.pipeline_split import split_layers
+from erniekit.parallel.process_group import Group
 from erniekit.training.state import optimizer_rank_files
 
 pytest.importorskip("hypothesis")
@@ -32,7 +32,7 @@ def mesh_of(degrees, rank):
 def part_of(config, degrees, rank):
     """A rank's part of the model, without memory, and its shares."""
     mesh = mesh_of(degrees, rank)
-    stages = cut(config.num_hidden_layers, degrees.pipeline, "layer:DecoderLayer", [])
+    stages = split_layers(config.num_hidden_layers, degrees.pipeline, "layer:DecoderLayer", [])
     with paddle.LazyGuard():
         model = CausalLM(config, rank_shard_of(mesh, [stages[mesh.pipe]]))
     return model, Shares.of(model, mesh)
@@ -77,7 +77,9 @@ def test_each_row_of_the_optimizers_state_is_written_by_one_rank(layout):
         parameters = dict(model.named_parameters())
         shapes = {f"{name}/moment1": tuple(p.shape) for name, p in parameters.items()}
         shapes |= {f"{name}/beta1_pow": (1,) for name in parameters}
-        optimizer = SimpleNamespace(state_shapes=lambda shapes=shapes: shapes, parameters=parameters)
+        optimizer = SimpleNamespace(
+            state_shapes=lambda shapes=shapes: shapes, parameters=SimpleNamespace(tensors=parameters)
+        )
         plans += optimizer_rank_files(optimizer, shares).plan
     names = [name for name, _, _ in plans]
     assert len(set(names)) == len(names)
@@ -110,7 +112,7 @@ def test_the_writers_of_experts_share_the_work():
 def test_one_process_writes_everything():
     model = CausalLM(ModelConfig.from_dict(MOE))
     shares = Shares.alone()
-    for name, tensor in held_tensors(model).items():
+    for name, tensor in named_tensors(model).items():
         assert shares.writes(name) and shares.rows(name, tensor.shape) is None
         assert shares.whole_shape(name, tensor.shape) == tuple(tensor.shape)
         assert shares.gather(name, tensor).tobytes() == tensor.numpy().tobytes()

@@ -11,9 +11,9 @@ import pytest
 from erniekit.checkpoint import save_job
 from erniekit.checkpoint.manager import CheckpointManager, list_checkpoints
 from erniekit.checkpoint.rank_files import RankFiles
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel import agree
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError
 
 
@@ -39,7 +39,7 @@ def names(directory):
     return [path.name for path in list_checkpoints(directory)]
 
 
-def test_it_writes_what_was_there_when_it_began(tmp_path):
+def test_an_asynchronous_save_writes_the_values_at_its_start(tmp_path):
     manager, gate = CheckpointManager(tmp_path, None), threading.Event()
     weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
     manager.save(1, nothing, [portion(weights, gate)], background=True)
@@ -63,7 +63,7 @@ def full(directory):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_failure_is_said_at_once_and_raised_by_the_next_save(tmp_path, monkeypatch):
+def test_a_failed_save_is_logged_at_once_and_raised_by_the_next_save(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(save_job.log, "warning", lines.append)
     manager = CheckpointManager(tmp_path, None)
@@ -78,16 +78,16 @@ def test_a_failure_is_said_at_once_and_raised_by_the_next_save(tmp_path, monkeyp
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
 
 
-def test_a_failure_is_raised_by_what_comes_last(tmp_path):
+def test_a_failed_save_is_raised_at_the_end_of_the_run(tmp_path):
     manager = CheckpointManager(tmp_path, None)
     manager.save(1, full, background=True)
     with pytest.raises(CheckpointError, match="checkpoint-1"):
         manager.save_into(tmp_path / "final", nothing, [])
 
 
-def test_memory_is_counted_and_given_back_while_writing():
+def test_copies_are_counted_and_freed_while_writing():
     held = portion({"a": np.zeros(1000, np.float32), "b": np.zeros(10, np.float32)})
-    assert held.hold() == 4040
+    assert held.copy() == 4040
     assert [name for name, _ in held.tensors] == ["a", "b"]
     assert list(held.tensors) == []
 
@@ -109,7 +109,7 @@ def save(tmp_path, group, limit=0.3):
 
 def test_the_first_rank_names_who_did_not_write(tmp_path, first_of_two, monkeypatch):
     monkeypatch.setattr(save_job, "number", lambda portions, group: None)
-    with pytest.raises(CheckpointError, match=r"checkpoint-1: rank 1 did not write its part within 0"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: rank 1 did not write its files within 0"):
         save(tmp_path, first_of_two).run()
     assert list(tmp_path.iterdir()) == []
 
@@ -132,7 +132,7 @@ def test_the_first_rank_waits_for_the_others_and_makes_the_index(tmp_path, first
     assert reader.keys() == ["a", "b"] and reader.read("b").tolist() == [1, 1, 1]
 
 
-def test_what_another_rank_could_not_write_is_said_in_its_words(tmp_path, first_of_two, monkeypatch):
+def test_an_error_of_another_rank_is_raised_with_its_message(tmp_path, first_of_two, monkeypatch):
     def number(portions, group):
         (tmp_path / ".tmp" / ".written-1").write_text(json.dumps({"error": "rank 1: the disk is full"}))
 
@@ -141,7 +141,7 @@ def test_what_another_rank_could_not_write_is_said_in_its_words(tmp_path, first_
         save(tmp_path, first_of_two, limit=30).run()
 
 
-def test_a_directory_that_others_do_not_see_is_refused(tmp_path, monkeypatch):
+def test_a_directory_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     said = iter([[None, None], None, [True, False], [None, None], [None, None]])
 
     def gather(value, group):
@@ -149,6 +149,6 @@ def test_a_directory_that_others_do_not_see_is_refused(tmp_path, monkeypatch):
         return [value, value] if answer is None else answer
 
     monkeypatch.setattr(agree.comm, "gather_objects", gather)
-    with pytest.raises(CheckpointError, match=r"of rank 0 is not seen by rank 1: .*all hosts share"):
+    with pytest.raises(CheckpointError, match=r"of rank 0 is not visible to rank 1: .*all hosts share"):
         agree.require_shared(tmp_path, Group((0, 1), 0))
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,11 @@
 """How many tokens each record has: measured by workers, estimated beyond a number of bytes, kept for the next start."""
 
+import errno
 import math
 import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -86,6 +89,37 @@ def test_lengths_are_kept_until_file_tokenizer_or_a_length_changes(tmp_path, mon
     for file in cache.iterdir():
         file.write_bytes(b"broken")
     assert measure()[1] == 100 and "cannot be read" in caplog.text
+
+
+def test_ranks_of_a_host_measure_large_data_once(tmp_path, monkeypatch, encoded, cache):
+    """All of them ask at the same time; one measures, the others wait for it."""
+    data = write(tmp_path / "a.jsonl", records(300, 40))
+    monkeypatch.setattr(lengths, "_FEW_BYTES", 0)
+    monkeypatch.setattr(lengths, "num_cores", lambda: 0)  # in this process, so that it can be counted
+    together = threading.Barrier(3)
+
+    def rows_left(rank):
+        with build(data, rank=rank, world=3) as loader:
+            together.wait()
+            return loader.rows_left()
+
+    with ThreadPoolExecutor(3) as ranks:
+        found = list(ranks.map(rows_left, range(3)))
+    assert len(set(found)) == 1 and len(encoded) == 300
+    assert [file.suffix for file in cache.iterdir()] == [".npz"], "no lock is left behind"
+
+
+def test_large_data_is_measured_without_locks_too(tmp_path, monkeypatch, encoded):
+    data = write(tmp_path / "a.jsonl", records(20, 40))
+    monkeypatch.setattr(lengths, "_FEW_BYTES", 0)
+    monkeypatch.setattr(lengths, "num_cores", lambda: 0)
+
+    def no_lock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lengths.fcntl, "flock", no_lock)
+    with build(data) as loader:
+        assert loader.rows_left() and len(encoded) == 20
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path, monkeypatch, caplog):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.data_runs import PACKINGS, build, lines_of, rows_of, run, same, steps, write
+from support.data_runs import PACKINGS, build, lines_of, numbered_conversations, rows_of, run, same, steps, write
 
 from erniekit.data.chat.encode import Encoder
 from erniekit.utils.errors import DataError
@@ -17,11 +17,7 @@ from erniekit.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write(path, [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)])
-    return path
+    return numbered_conversations(tmp_path_factory.mktemp("data"))
 
 
 # --- one global stream
@@ -305,6 +301,20 @@ def test_evaluation_reads_everything_once_in_order_as_often_as_asked(data, packi
             ranks.append(list(loader.batches()))
     assert len({len(rank) for rank in ranks}) == 1
     assert rows_of([batch for together in zip(*ranks, strict=True) for batch in together]) == rows_of(passes[0])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_limited_evaluation_reads_the_same_rows_whatever_the_ranks(data, world):
+    """The first 5 * batch_size rows; the ranks make the same number of batches of them."""
+    keys = {"eval_dataset_path": str(data), "packing": False, "batch_size": 2}
+    with build(None, split="eval", **keys) as loader:
+        expected = rows_of(list(loader.batches()))[:10]
+    ranks = []
+    for rank in range(world):
+        with build(None, rank=rank, world=world, split="eval", **keys) as loader:
+            ranks.append(list(loader.batches(5)))
+    assert {len(batches) for batches in ranks} == {math.ceil(5 / world)}
+    assert rows_of([batch for together in zip(*ranks, strict=True) for batch in together]) == expected
 
 
 def test_segments_never_mix_documents(data):

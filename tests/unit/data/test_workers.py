@@ -1,6 +1,5 @@
 import gc
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.data_runs import build, config, run, same, steps, write
+from support.data_runs import build, config, numbered_conversations, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 
 from erniekit.data.loader import build_loader
@@ -18,11 +17,7 @@ from erniekit.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 conversations whose question is their number, with answers of 1 to 40 characters."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write(path, [{"src": f"{i:02d}", "tgt": chr(200 + i) * rng.randint(1, 40)} for i in range(60)])
-    return path
+    return numbered_conversations(tmp_path_factory.mktemp("data"))
 
 
 def pid_of_workers(parent):
@@ -140,14 +135,13 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(long_data):
 
 SCRIPT = """
 import sys
-sys.path[:] = {path!r}
-from types import SimpleNamespace
+sys.path[:] = {sys_path!r}
 from support.data_runs import PACKINGS, build, config, lines_of, rows_of, run, same, steps, write
 from support.fake_text import FakeTemplate, FakeTokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
-loader = build_loader(SimpleNamespace(**{keys!r}), FakeTokenizer(), template=FakeTemplate())
+loader = build_loader(config({path!r}, **{keys!r}), FakeTokenizer(), template=FakeTemplate())
 for _ in range(3):
     loader.next_step()
 print("ready", "paddle" in sys.modules, flush=True)
@@ -156,8 +150,8 @@ print("ready", "paddle" in sys.modules, flush=True)
 
 
 def start_trainer(path, then):
-    keys = vars(config(path, dataloader_num_workers=2, max_steps=10**6, max_estimate_samples=1))
-    script = SCRIPT.format(path=sys.path, keys=keys, then=then)
+    keys = {"dataloader_num_workers": 2, "max_steps": 10**6, "max_estimate_samples": 1}
+    script = SCRIPT.format(sys_path=sys.path, path=str(path), keys=keys, then=then)
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None and trainer.stdout.readline() == "ready False\n"
     return trainer

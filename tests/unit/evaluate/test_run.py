@@ -17,7 +17,7 @@ from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import evaluate
 from erniekit.evaluate.run import print_table
-from erniekit.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from erniekit.utils.errors import CheckpointError, ConfigError, DataError, EvaluationError, UserError
 
 QUESTIONS = ["25加16等于几？", "Sort ascending: 35 28 1", "三千零二十一写成数字", "What is 4 plus 15?", "6加14等于几？"]
 
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     model = load_model(broken)
     model.model.norm.weight.set_value(np.full(model.model.norm.weight.shape, np.nan, dtype=np.float32))
     save_model(model, broken)
-    with pytest.raises(CheckpointError, match="nan"):
+    with pytest.raises(EvaluationError, match=r"broken: the loss on the evaluation data is nan.*earlier checkpoint"):
         evaluate(settings(broken, tmp_path, samples(list("abcde"))))
 
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.adapters import attach_random
 from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.peft_attach import save_adapter
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.export.export import export_checkpoint
 from erniekit.export.split import split_checkpoint
 from erniekit.utils.errors import CheckpointError
@@ -29,12 +30,7 @@ def make(tmp_path: Path, kind: str, options: dict[str, Any], dtype: str = "float
     """A base and an adapter on disk; the model in memory."""
     erniekit.save_model(tiny_model(kind), tmp_path / "base", dtype=dtype)
     model = erniekit.load_model(tmp_path / "base")
-    lora.attach(model, lora.LoraOptions(**{"rank": 3, "alpha": 4.0} | options), tied=True)
-    rng = np.random.default_rng(0)
-    for parameter in model.parameters():
-        if not parameter.stop_gradient:
-            noise = rng.standard_normal(parameter.shape, dtype=np.float32) * np.float32(0.2)
-            parameter.set_value(parameter.numpy() + noise)
+    attach_random(model, **options)
     save_adapter(model, tmp_path / "adapter")
     return model
 

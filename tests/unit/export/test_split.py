@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from erniekit import config
-from erniekit.checkpoint.dtypes import fp32_to_bf16
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.split import split, split_checkpoint
+from erniekit.utils.bfloat16 import fp32_to_bf16
 from erniekit.utils.errors import CheckpointError, ConfigError
 
 
@@ -32,7 +33,7 @@ def test_tensors_types_and_config_stay(tmp_path):
     assert reader.metadata == {"format": "np"} and set(reader.keys()) == set(tensors)
     for name, array in tensors.items():
         assert reader.info(name) == ("U16", (10, 10)) and np.array_equal(reader.read(name), array)
-        assert reader.file_of(name).stat().st_size < 1000
+    assert all(file.stat().st_size < 1000 for file in (tmp_path / "b").glob("*.safetensors"))
     assert (tmp_path / "b" / "config.json").read_text() == '{"anything": 1}'
     assert (tmp_path / "b" / "tokenizer.model").read_text() == "t"
     split_checkpoint(tmp_path / "b", tmp_path / "c")

@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import paddle
 import pytest
+from support.adapters import randomize
 from support.tiny_models import tiny_model
 
 from erniekit import lora
 from erniekit.lora.layers import LinearAdapter, Slot
-from erniekit.models.decoder import CausalLM
 from erniekit.nn.linear import Linear
 from erniekit.nn.norm import RMSNorm
 from erniekit.utils.errors import ConfigError
@@ -20,14 +20,6 @@ IDS = np.arange(20).reshape(2, 10) * 3 % 61
 @pytest.fixture(params=["dense", "moe"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def randomize(model: CausalLM) -> None:
-    rng = np.random.default_rng(0)
-    for parameter in model.parameters():
-        if not parameter.stop_gradient:
-            noise = rng.standard_normal(parameter.shape, dtype=np.float32) * np.float32(0.2)
-            parameter.set_value(parameter.numpy() + noise)
 
 
 def largest(array: np.ndarray) -> float:

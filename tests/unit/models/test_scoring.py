@@ -6,37 +6,22 @@ import numpy as np
 import paddle
 import pytest
 from support.packed import packed
+from support.tiny_models import tiny_model
+from support.tiny_sizes import DENSE
 
+from erniekit.data.batch import PackedBatch
 from erniekit.losses import lm
 from erniekit.losses.log_probs import token_log_probs
-from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.scoring import Score, batch_nll, score_hidden
+from erniekit.models.inputs import batch_inputs
+from erniekit.models.scoring import Score, score_hidden
 
-V = 61
-VALUES = {
-    "model_type": "ernie4_5",
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
+V = DENSE["vocab_size"]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def model(request: pytest.FixtureRequest) -> CausalLM:
-    paddle.seed(3)
-    values = dict(VALUES)
-    if request.param == "moe":
-        values |= {"model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}
-        values |= {"moe_num_shared_experts": 1, "moe_layer_start_index": 1}
-    built = CausalLM(ModelConfig.from_dict(values))
-    built.eval()
-    return built
+    return tiny_model(request.param)
 
 
 def rows() -> dict[str, np.ndarray]:
@@ -55,6 +40,11 @@ def by_formula(model: CausalLM, ids: np.ndarray, labels: np.ndarray) -> Score:
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = np.flatnonzero(labels != -100)
     return Score(-log_p[at, labels[at]].sum(), len(at), int((logits.argmax(-1)[at] == labels[at]).sum()))
+
+
+def batch_nll(model: CausalLM, batch: PackedBatch) -> Score:
+    hidden = model.model(batch_inputs(model, batch)).normed
+    return score_hidden(model, hidden, batch.supervised, batch.labels)
 
 
 def test_a_packed_batch_scores_as_its_documents_alone(model: CausalLM):
@@ -98,7 +88,7 @@ def test_nothing_to_score_is_zero_not_nan(model: CausalLM):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_not_hidden(value: float):
-    broken = CausalLM(ModelConfig.from_dict(VALUES))
+    broken = tiny_model()
     weight = broken.model.norm.weight
     weight.set_value(np.full(weight.shape, value, dtype=np.float32))
     assert np.isnan(batch_nll(broken, packed(**rows())).sum_nll)

@@ -20,7 +20,7 @@ def choice(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_rows_stand_by_expert_and_tokens_in_order_within_one(name: str):
+def test_rows_are_sorted_by_expert_and_then_by_token(name: str):
     experts = choice(name)
     assignment = assign(experts, 4)
     assert assignment.counts == [int((experts == e).sum()) for e in range(4)]
@@ -29,7 +29,7 @@ def test_rows_stand_by_expert_and_tokens_in_order_within_one(name: str):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_trip_through_identity_experts_is_the_weighted_sum_with_its_gradients(name: str):
+def test_dispatch_and_combine_with_identity_experts_are_the_weighted_sum(name: str):
     random = np.random.default_rng(0)
     experts = choice(name)
     tokens, top_k = experts.shape
@@ -52,7 +52,7 @@ def test_a_trip_through_identity_experts_is_the_weighted_sum_with_its_gradients(
 
 
 @pytest.mark.parametrize("frozen", ["rows", "weights"])
-def test_what_is_frozen_gets_no_gradient_and_the_other_still_does(frozen: str):
+def test_only_the_trainable_input_of_combine_gets_a_gradient(frozen: str):
     assignment = assign(choice("spread"), 4)
     tensors = {"rows": paddle.ones([10, 3]), "weights": paddle.full([5, 2], 0.5)}
     for name, value in tensors.items():
@@ -61,7 +61,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_still_does(frozen: str):
     assert {name for name, value in tensors.items() if value.grad is None} == {frozen}
 
 
-def test_inputs_are_left_alone():
+def test_dispatch_does_not_change_its_inputs():
     experts = choice("spread")
     x = paddle.to_tensor(np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32), stop_gradient=False)
     weights = paddle.full([5, 2], 0.5)

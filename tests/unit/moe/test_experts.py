@@ -12,7 +12,7 @@ COUNTS = [[2, 3, 1], [0, 6, 0], [6, 0, 0], [0, 0, 6], [3, 0, 3]]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_an_expert_is_a_gated_block(counts: list[int]):
+def test_an_expert_is_a_swiglu_block(counts: list[int]):
     paddle.seed(0)
     experts = Experts(3, 4, 5, init_std=0.5)
     random = np.random.default_rng(1)

@@ -30,7 +30,7 @@ def test_a_sigmoid_gate_scores_each_expert_by_itself():
     np.testing.assert_allclose(routing.probs.numpy().sum(-1), 1.0, rtol=1e-5)
 
 
-def test_groups_give_their_best_one_each():
+def test_grouped_routing_chooses_the_best_expert_of_each_group():
     scores = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
     assert choose(tensor(scores), RouterOptions(2)).numpy().tolist() == [[0, 1], [3, 2]]
     assert choose(tensor(scores), RouterOptions(2, grouped=True)).numpy().tolist() == [[0, 2], [1, 3]]
@@ -100,12 +100,12 @@ def test_text_alone_runs_nothing_of_vision(two: MoELayer):
 
 def test_each_modality_has_its_own_bias(two: MoELayer):
     update_biases({0: two}, {(0, 1): np.array([9, 1, 1, 1])}, 0.01)
-    bias = two.moe_statics.e_score_correction_bias.numpy()
+    bias = two.correction_bias.numpy()
     assert not bias[0].any()
     np.testing.assert_allclose(bias[1], [-0.01, 0.01, 0.01, 0.01])
 
 
-def test_what_is_logged_of_a_router():
+def test_router_record():
     moe = layer(RouterOptions(2))
     _, decided = moe(tensor(RNG.normal(size=(10, 6))), TokenInfo([10]))
     (first, on_device), (second, more) = (

@@ -92,7 +92,7 @@ def test_the_bias_moves_against_the_load():
     moe = layer()
     usages = {(3, 0): np.array([10, 2, 6, 6])}
     first, second = (update_biases({3: moe}, usages, 0.001) for _ in range(2))
-    bias = moe.moe_statics.e_score_correction_bias.numpy()
+    bias = moe.correction_bias.numpy()
     np.testing.assert_allclose(bias[0], [-0.002, 0.002, 0, 0], atol=1e-9)
     assert (first[3] + second[3]).tobytes() == bias.tobytes()
 
@@ -101,7 +101,7 @@ def test_a_frozen_router_keeps_its_bias():
     moe = layer()
     moe.gate.weight.stop_gradient = True
     assert not update_biases({3: moe}, {(3, 0): np.array([10, 2, 6, 6])}, 0.001)[3].any()
-    assert not moe.moe_statics.e_score_correction_bias.numpy().any()
+    assert not moe.correction_bias.numpy().any()
 
 
 def test_the_bias_balances_a_skewed_router():

@@ -40,7 +40,7 @@ def test_weights_and_the_routers_gradient(top_k: int, norm_min: float):
     np.testing.assert_allclose(logits_t.grad.numpy(), numeric, rtol=1e-3, atol=1e-5)
 
 
-def test_the_bias_chooses_and_does_not_weigh():
+def test_the_correction_bias_changes_the_choice_and_not_the_weights():
     logits = np.zeros((3, 4))
     logits[:, 0] = 2.0
     bias = np.array([0.0, 0.0, 5.0, 3.0], dtype=np.float32)
@@ -75,7 +75,7 @@ def test_the_sparse_layer_is_the_sum_over_chosen_and_shared_experts(num_shared: 
     paddle.seed(0)
     layer = MoELayer(MoESizes(6, (5,), 4, num_shared, bias=False, init_std=0.5), RouterOptions(2))
     random = np.random.default_rng(3)
-    layer.moe_statics.e_score_correction_bias.set_value(random.normal(size=(1, 4)).astype(np.float32) * 0.1)
+    layer.correction_bias.set_value(random.normal(size=(1, 4)).astype(np.float32) * 0.1)
     weights = {name: np.float64(value.numpy()) for name, value in layer.state_dict().items()}
     x, upstream = random.normal(size=(7, 6)), random.normal(size=(7, 6))
 
@@ -105,7 +105,7 @@ def test_the_sparse_layer_is_the_sum_over_chosen_and_shared_experts(num_shared: 
     np.testing.assert_allclose(x_t.grad.numpy(), numeric_gradient(formula, [x], 0, upstream), rtol=1e-3, atol=1e-4)
 
 
-def test_experts_far_behind_the_best_keep_their_order_and_their_weights():
+def test_experts_with_small_logits_keep_their_order_and_weights():
     """Paddle's CPU softmax takes no logit for more than 64 below the largest: those would be equal."""
     logits = paddle.to_tensor([[100.0, 0.0, -10.0, 30.0], [0.0, -70.0, -90.0, -66.0]], stop_gradient=False)
     routing = route(logits, paddle.zeros([4]), RouterOptions(top_k=2))

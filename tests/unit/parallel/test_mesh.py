@@ -1,10 +1,13 @@
 """Degrees from a configuration, refusals with their arithmetic, and who is in which group."""
 
+import dataclasses
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
+from support.tiny_sizes import MOE
 
+from erniekit.config import Config
+from erniekit.models.config import ModelConfig
 from erniekit.parallel.mesh import Mesh, ParallelDims, check_model, coordinates, pipe_pairs, rank_lists
 from erniekit.utils.errors import ConfigError
 
@@ -17,8 +20,8 @@ DEGREES = [
 ]
 
 
-def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT_ASKED) -> SimpleNamespace:
-    return SimpleNamespace(
+def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT_ASKED) -> Config:
+    return Config(
         pipeline_parallel_degree=pipeline,
         tensor_parallel_degree=tensor,
         sharding_parallel_degree=sharding,
@@ -43,7 +46,7 @@ def _config(pipeline=1, tensor=1, sharding=NOT_ASKED, data=NOT_ASKED, expert=NOT
         (_config(expert=2, tensor=2), 8, ParallelDims(tensor=2, data=4, expert=2, sharding=4)),
     ],
 )
-def test_degrees_of_a_configuration(config: SimpleNamespace, world: int | None, expected: ParallelDims):
+def test_degrees_of_a_configuration(config: Config, world: int | None, expected: ParallelDims):
     degrees = ParallelDims.from_config(config, world)
     assert degrees == expected
     assert world in (None, degrees.world)
@@ -68,15 +71,15 @@ def test_degrees_that_cannot_be_are_refused_with_the_arithmetic(config, world, m
         ParallelDims.from_config(config, world)
 
 
-MODEL = SimpleNamespace(
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=96,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    moe_num_shared_experts=2,
-    moe_num_experts=8,
+MODEL = ModelConfig.from_dict(
+    MOE
+    | {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "vocab_size": 96,
+        "moe_num_shared_experts": 2,
+        "moe_num_experts": 8,
+    }
 )
 
 
@@ -100,7 +103,7 @@ MODEL = SimpleNamespace(
 )
 def test_models_that_do_not_divide_are_refused(degrees: ParallelDims, changes: dict[str, int], message: str):
     with pytest.raises(ConfigError, match=message):
-        check_model(degrees, SimpleNamespace(**{**vars(MODEL), **changes}))
+        check_model(degrees, dataclasses.replace(MODEL, **changes))
 
 
 def test_a_model_that_divides_passes():
@@ -108,7 +111,7 @@ def test_a_model_that_divides_passes():
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
-def test_groups_cut_the_world_as_their_names_say(degrees: ParallelDims):
+def test_groups_have_the_ranks_of_their_axes(degrees: ParallelDims):
     of_rank = [rank_lists(degrees, rank) for rank in range(degrees.world)]
     places = [coordinates(degrees, rank) for rank in range(degrees.world)]
     assert places == sorted(places) and len(set(places)) == degrees.world  # rank = (p * D + d) * T + t
@@ -142,13 +145,13 @@ def test_groups_cut_the_world_as_their_names_say(degrees: ParallelDims):
         assert len(held) * len(lists["expert_shard_replica_group"]) == len(lists["expert_data_group"])
 
 
-def test_neighbours_along_a_pipeline_talk_in_both_directions():
+def test_pipeline_neighbours_are_connected_in_both_directions():
     assert list(pipe_pairs(ParallelDims(data=2))) == []
     assert set(pipe_pairs(ParallelDims(pipeline=2, tensor=2))) == {(0, 2), (2, 0), (1, 3), (3, 1)}
     assert set(pipe_pairs(ParallelDims(pipeline=3))) == {(0, 1), (1, 0), (1, 2), (2, 1), (2, 0), (0, 2)}
 
 
-def test_a_process_alone_is_a_mesh():
+def test_mesh_of_a_single_process():
     mesh = Mesh.single()
     assert (mesh.world, mesh.rank, mesh.is_first_stage, mesh.is_last_stage) == (1, 0, True, True)
     assert {vars(mesh)[name].size for name in vars(mesh) if name.endswith("_group")} == {1}

@@ -125,7 +125,7 @@ def buffered_time(lists: list[list[Action]], forward: int, backward: int) -> int
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_sends_that_wait_do_not_deadlock_and_cost_nothing_at_unit_costs(case):
+def test_blocking_sends_do_not_deadlock_and_cost_nothing_at_unit_costs(case):
     schedule, stages, microbatches, chunks = case
     lists = plan(schedule, stages, microbatches, chunks, blocking_sends=True)
     check_each_list(lists, chunks, microbatches)
@@ -229,5 +229,5 @@ def test_two_stages_by_hand():
 def test_description():
     assert describe("interleaved", 8, [[(0, 1), (4, 5)], [(2, 3), (6,)]]) == (
         "pipeline: interleaved, 2 stages x 2 chunks, 8 microbatches, bubble 5.9%, "
-        "chunk activations kept at most 5, 3; layers 0-1+4-5 | 2-3+6"
+        "at most 5, 3 chunk activations stored; layers 0-1+4-5 | 2-3+6"
     )

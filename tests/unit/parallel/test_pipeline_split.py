@@ -6,37 +6,20 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_sizes import DENSE, MOE
 
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.pipeline_split import Costs, cut, layer_costs
+from erniekit.parallel.pipeline_split import Costs, layer_costs, split_layers
 from erniekit.utils.errors import ConfigError
 
-DENSE = {
-    "model_type": "ernie4_5",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-MOE_MTP = DENSE | {
-    "model_type": "ernie4_5_moe",
-    "moe_num_experts": 4,
-    "moe_k": 2,
-    "moe_intermediate_size": 16,
-    "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1,
-    "num_nextn_predict_layers": 1,
-}
+MOE_MTP = MOE | {"num_nextn_predict_layers": 1}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 20), st.sampled_from(["", "uniform", "layer:DecoderLayer", "balanced"]))
-def test_pieces_hold_every_layer_once_in_order(pieces: int, more: int, method: str):
+def test_chunks_hold_every_layer_once_in_order(pieces: int, more: int, method: str):
     layers = pieces + more
-    found = cut(layers, pieces, method, Costs((1.0,) * layers))
+    found = split_layers(layers, pieces, method, Costs((1.0,) * layers))
     assert [layer for piece in found for layer in piece] == list(range(layers))
     assert len(found) == pieces and all(found)
     if method != "balanced":
@@ -48,22 +31,22 @@ def lengths(pieces: list[tuple[int, ...]]) -> list[int]:
     return [len(piece) for piece in pieces]
 
 
-def test_even_cuts():
-    assert cut(4, 2) == [(0, 1), (2, 3)]
-    assert lengths(cut(7, 3)) == [3, 2, 2]
-    assert lengths(cut(3, 3)) == [1, 1, 1]
+def test_uniform_split():
+    assert split_layers(4, 2) == [(0, 1), (2, 3)]
+    assert lengths(split_layers(7, 3)) == [3, 2, 2]
+    assert lengths(split_layers(3, 3)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("method", [(0, 1, 4), (0, 2, 7)])
-def test_a_list_counts_layers_or_as_erniekit_does_all_parts(method):
+def test_a_list_counts_layers_or_also_embedding_norm_and_head(method):
     # [0, 2, 7] of 4 layers: embedding and layer 0 | layers 1 to 3, norm, head.
-    assert cut(4, 2, method) == [(0,), (1, 2, 3)]
+    assert split_layers(4, 2, method) == [(0,), (1, 2, 3)]
 
 
 def test_lists_of_published_configurations():
-    assert lengths(cut(54, 2, (0, 29, 57))) == [28, 26]
+    assert lengths(split_layers(54, 2, (0, 29, 57))) == [28, 26]
     fourteen = (0, 7, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 53, 57)
-    assert lengths(cut(54, 14, fourteen)) == [6, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 2]
+    assert lengths(split_layers(54, 14, fourteen)) == [6, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 2]
 
 
 @settings(max_examples=80, deadline=None)
@@ -80,19 +63,23 @@ def test_balanced_has_the_smallest_maximum_of_all_cuts(data):
         sums[-1] += costs.last
         return max(sums)
 
-    found = cut(len(prices), pieces, "balanced", costs)
+    found = split_layers(len(prices), pieces, "balanced", costs)
     assert max(costs.of(piece) for piece in found) == min(
         price(bounds) for bounds in combinations(range(1, len(prices)), pieces - 1)
     )
 
 
-def test_balanced_minds_the_maximum_first_and_evenness_second():
-    assert cut(4, 3, "balanced", Costs((5.0, 3.0, 9.0, 1.0))) == [(0, 1), (2,), (3,)]  # 8 | 9 | 1, not 5 | 3 | 10
-    assert sorted(lengths(cut(9, 4, "balanced", Costs((1.0,) * 9)))) == [2, 2, 2, 3]
+def test_balanced_prefers_the_smallest_maximum_then_evenness():
+    assert split_layers(4, 3, "balanced", Costs((5.0, 3.0, 9.0, 1.0))) == [
+        (0, 1),
+        (2,),
+        (3,),
+    ]  # 8 | 9 | 1, not 5 | 3 | 10
+    assert sorted(lengths(split_layers(9, 4, "balanced", Costs((1.0,) * 9)))) == [2, 2, 2, 3]
 
 
 def test_a_large_head_takes_layers_off_the_last_stage():
-    assert lengths(cut(9, 3, "balanced", Costs((1.0,) * 9, last=3.0))) == [4, 4, 1]
+    assert lengths(split_layers(9, 3, "balanced", Costs((1.0,) * 9, last=3.0))) == [4, 4, 1]
 
 
 @pytest.mark.parametrize("sizes", [DENSE, MOE_MTP], ids=["dense", "moe with mtp"])
@@ -112,15 +99,15 @@ def test_costs_are_the_weights_that_a_token_meets_plus_attention(sizes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 4), "3 layers cannot be cut into 4 pieces"),
-        ((4, 2, (0, 1, 2, 4)), "names 3 pieces, but pipeline_parallel_degree x virtual_pp_degree is 2"),
+        ((3, 4), "3 layers cannot be split into 4 chunks"),
+        ((4, 2, (0, 1, 2, 4)), "names 3 chunks, but pipeline_parallel_degree x virtual_pp_degree is 2"),
         ((4, 2, (0, 2, 5)), "must run from 0 to 4 (the layers), or to 7 (embedding, 4 layers, norm and head)"),
         ((4, 2, (1, 2, 4)), "must run from 0"),
-        ((4, 2, (0, 4, 4)), "leaves piece 1 without a layer"),
-        ((4, 2, (0, 1, 7)), "leaves piece 0 without a layer"),
-        ((4, 3, (0, 3, 2, 4)), "leaves piece 1 without a layer"),
+        ((4, 2, (0, 4, 4)), "leaves chunk 1 without a layer"),
+        ((4, 2, (0, 1, 7)), "leaves chunk 0 without a layer"),
+        ((4, 3, (0, 3, 2, 4)), "leaves chunk 1 without a layer"),
     ],
 )
 def test_refusals(arguments, message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        cut(*arguments)
+        split_layers(*arguments)

@@ -119,7 +119,7 @@ def _listens(host: str, port: int) -> bool:
     return False
 
 
-def test_strangers_learn_nothing_and_delay_nobody(capfd: pytest.CaptureFixture[str]):
+def test_connections_without_the_token_are_refused_without_delay(capfd: pytest.CaptureFixture[str]):
     """Junk is refused and counted in one line; the silent are passed by."""
     began = time.monotonic()
     with ExitStack() as stack, _rank_0_waits(_endpoints(2)) as address:
@@ -128,7 +128,8 @@ def test_strangers_learn_nothing_and_delay_nobody(capfd: pytest.CaptureFixture[s
         for junk in (b"GET / HTTP/1.1\r\nHost: here\r\n".ljust(64), b"\0" * 5000, b"short"):
             with socket.create_connection(address) as stranger:
                 stranger.sendall(junk)
-                stranger.shutdown(socket.SHUT_WR)
+                with suppress(OSError):  # the rank may have closed the connection already
+                    stranger.shutdown(socket.SHUT_WR)
                 said = b""
                 with suppress(ConnectionResetError):
                     while piece := stranger.recv(4096):
@@ -162,14 +163,14 @@ def test_a_peer_that_has_ended_is_named():
                 c.exchange("host", [(1, _shown(bytes(8 << 20)))], [])
 
 
-def test_ranks_that_do_different_things_are_told():
+def test_ranks_in_different_operations_raise():
     with _linked(2) as (a, b):
         a.post(1, "all_reduce", _shown(b"1234"))
         with pytest.raises(TrainError, match="sends 4 bytes of all_reduce, this rank expects 8 bytes of send"):
             b.receive(0, "send", _shown(bytes(8)))
 
 
-def test_a_kind_that_nobody_knows_is_told_too(monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_kind_of_message_raises(monkeypatch: pytest.MonkeyPatch):
     with _linked(2) as (a, b):
         monkeypatch.setattr(links_module, "KINDS", (*links_module.KINDS, "news"))
         a.post(1, "news", _shown(b"1234"))

@@ -7,6 +7,8 @@ from support.tiny_models import tiny_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
+from erniekit.moe.layer import MoELayer, MoESizes
+from erniekit.moe.router import RouterOptions
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
 
@@ -64,3 +66,17 @@ def test_fp32_says_so():
     model = tiny_model("dense")
     policy.apply(model, Policy("float32"))
     assert policy.describe(model, has_masters=False) == "weights float32"
+
+
+def test_the_routers_of_both_modalities_stay_in_float32():
+    with policy.default_dtype(Policy("bfloat16")):
+        layer = MoELayer(MoESizes(8, (6, 4), 4, 1, bias=False, init_std=0.02), RouterOptions(2))
+    policy.apply(layer, Policy("bfloat16"))
+    wide = {name for name, tensor in layer.named_parameters() if tensor.dtype == paddle.float32}
+    assert wide == {"gate.weight", "gate.weight_1"}
+    assert all(buffer.dtype == paddle.float32 for _, buffer in layer.named_buffers())
+    cast = tiny_model("moe")
+    cast.model.layers[1].mlp = MoELayer(MoESizes(8, (6, 4), 4, 1, bias=False, init_std=0.02), RouterOptions(2))
+    policy.apply(cast, Policy("bfloat16"))
+    assert cast.model.layers[1].mlp.gate.weight_1.dtype == paddle.float32
+    assert dtypes(cast) == ({paddle.float32}, {paddle.bfloat16})

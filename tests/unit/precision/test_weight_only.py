@@ -37,9 +37,9 @@ def test_each_weight_is_within_half_a_gap_of_itself(scheme: Scheme, weight: np.n
     """
     codes, scales = quantise(weight, scheme)
     back = dequantise(codes, scales, scheme, weight.shape[0])
+    half_gap = np.diff(scheme.levels).max() / 2
     for channel in range(weight.shape[1]):
         step = np.repeat(scales[channel], scheme.group or weight.shape[0])[: weight.shape[0]].astype(np.float64)
-        half_gap = float(np.diff(scheme.levels).max()) / 2
         rounding = step * (half_gap + 1e-6 * scheme.levels[-1]) + 1e-37
         assert (np.abs(back[:, channel].astype(np.float64) - weight[:, channel]) <= rounding).all()
 

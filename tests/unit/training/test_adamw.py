@@ -9,7 +9,9 @@ from support.tiny_models import tiny_model
 
 from erniekit.config import Config
 from erniekit.lora import LoraOptions, attach
-from erniekit.parallel.grad_sync import GradientSync
+from erniekit.moe.layer import MoELayer, MoESizes
+from erniekit.moe.router import RouterOptions
+from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule, parameter_rules
 
 
@@ -20,7 +22,7 @@ def parameter(values):
 
 
 def adamw(p, rules):
-    return AdamW(GradientSync.single([("w", p)]), rules, 0.9, 0.95, 1e-8)
+    return AdamW(ShardedParameters.single([("w", p)]), rules, 0.9, 0.95, 1e-8)
 
 
 def give_gradient(p, gradient):
@@ -46,7 +48,7 @@ def test_steps_match_the_published_algorithm(ratio, decay):
     optimizer = adamw(p, {"w": ParamRule(ratio, decay)})
     for gradient in gradients:
         give_gradient(p, gradient)
-        optimizer.step(1e-2)
+        optimizer.step({"w": p.grad}, 1e-2)
     # fp32 against fp64: a few units in the last place of numbers of size 1
     np.testing.assert_allclose(p.numpy(), reference_adamw(start, gradients, 1e-2 * ratio, decay), atol=2e-6)
 
@@ -57,7 +59,7 @@ def test_a_step_is_seen_by_what_is_derived_from_the_parameter():
     optimizer = adamw(p, {"w": ParamRule(1.0, 0.0)})
     give_gradient(p, [1.0, 1.0])
     before = p.inplace_version
-    optimizer.step(0.1)
+    optimizer.step({"w": p.grad}, 0.1)
     assert p.inplace_version > before
 
 
@@ -71,7 +73,7 @@ def test_state_goes_out_and_back_in_bit_for_bit():
     for gradient in gradients[:2]:
         for p, optimizer in ((whole, one), (first, two)):
             give_gradient(p, gradient)
-            optimizer.step(1e-2)
+            optimizer.step({"w": p.grad}, 1e-2)
     second = parameter(first.numpy())
     three = adamw(second, rules)
     for key, array in state_arrays(two).items():
@@ -79,7 +81,7 @@ def test_state_goes_out_and_back_in_bit_for_bit():
     for gradient in gradients[2:]:
         for p, optimizer in ((whole, one), (second, three)):
             give_gradient(p, gradient)
-            optimizer.step(1e-2)
+            optimizer.step({"w": p.grad}, 1e-2)
     assert whole.numpy().tobytes() == second.numpy().tobytes()
 
 
@@ -94,7 +96,7 @@ def test_state_of_another_shape_is_refused():
 
 def test_a_parameter_without_gradient_is_left_alone():
     p = parameter([1.0, 2.0])
-    adamw(p, {"w": ParamRule(1.0, 0.5)}).step(0.1)
+    adamw(p, {"w": ParamRule(1.0, 0.5)}).step({}, 0.1)
     assert p.numpy().tolist() == [1.0, 2.0]
 
 
@@ -167,7 +169,7 @@ def test_routers_and_second_factors_have_their_own_rates():
 def test_rates_of_one_ratio_are_one_tensor_a_step_and_nothing_is_uploaded():
     parameters = [(name, parameter([1.0, 2.0])) for name in "abc"]
     optimizer = AdamW(
-        GradientSync.single(parameters),
+        ShardedParameters.single(parameters),
         {name: ParamRule(0.5 if name == "c" else 1.0, 0.0) for name in "abc"},
         0.9,
         0.95,
@@ -176,5 +178,14 @@ def test_rates_of_one_ratio_are_one_tensor_a_step_and_nothing_is_uploaded():
     for _, p in parameters:
         give_gradient(p, [1.0, -1.0])
     with counted() as transfers:
-        optimizer.step(1e-2)
+        optimizer.step({name: p.grad for name, p in parameters}, 1e-2)
     assert not transfers.reads and not transfers.uploads
+
+
+def test_the_routers_of_both_modalities_have_the_routers_rate():
+    model = tiny_model("moe")
+    model.model.layers[1].mlp = MoELayer(MoESizes(8, (6, 4), 4, 1, bias=False, init_std=0.02), RouterOptions(2))
+    found = parameter_rules(model, Config(moe_gate_lr_ratio=0.01))
+    slow = {name for name, rule in found.items() if rule.lr_ratio == 0.01}
+    assert slow == {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight_1"}
+    assert "model.layers.1.mlp.vision_experts.down_proj.weight" in found

@@ -8,6 +8,7 @@ import paddle
 import pytest
 from support.packed import packed
 from support.tiny_models import tiny_model
+from support.whole_model import train_stage
 
 from erniekit.config import Config
 from erniekit.data.batch import PackedBatch
@@ -15,7 +16,7 @@ from erniekit.models import inputs as model_inputs
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.rotary import Rotary
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_backward import TrainStage, forward_pass
+from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.recipes.causal import CausalRecipe
 
 CFG = Config(neftune=True, multi_token_pred_lambda=0.3)
@@ -61,11 +62,7 @@ def four_layers() -> CausalLM:
 def train(chunks: list[list[int]]) -> tuple[float, np.ndarray]:
     """Loss and the embedding's gradient of one step whose layers are these chunks of one process."""
     model, recipe, batches = four_layers(), CausalRecipe(CFG, 2), microbatches()
-    counts: dict[str, float] = {}
-    for batch in batches:
-        for name, count in recipe.counts(batch).items():
-            counts[name] = counts.get(name, 0.0) + count
-    stage = TrainStage(CFG, model, recipe, chunks, batches, counts, lambda chunk: None)
+    stage = train_stage(CFG, model, recipe, batches, chunks)
     passing: dict[int, paddle.Tensor | None] = dict.fromkeys(range(MICROBATCHES))
     losses = []
     paddle.seed(5)
@@ -91,9 +88,8 @@ def test_a_microbatch_has_one_plan_and_one_rotation_for_all_chunks_layers_and_de
 
 def test_a_pass_without_gradients_makes_them_once_a_microbatch(made):
     model, seen = four_layers(), []
-    forward_pass(
-        model, Mesh.single(), [[0, 1, 2, 3]], microbatches(), lambda number, x_TD, inputs: seen.append((number, inputs))
-    )
+    passes = ForwardPass(Mesh.single(), [[0, 1, 2, 3]])
+    passes.run(model, microbatches(), lambda number, x_TD, inputs: seen.append((number, inputs)))
     assert [number for number, _ in seen] == list(range(MICROBATCHES))
     assert len(made["plans"]) == len(made["rotations"]) == MICROBATCHES
     assert len({id(inputs) for _, inputs in seen}) == MICROBATCHES

@@ -10,7 +10,7 @@ from support.equality import keys_for, prepare
 from support.host_reads import counted, of_a_step, write_pairs
 
 from erniekit import config
-from erniekit.parallel import comm
+from erniekit.parallel import backend
 from erniekit.parallel.mesh import ParallelDims, build_mesh
 from erniekit.training.build import build_run
 from erniekit.training.trainer import Trainer
@@ -97,7 +97,7 @@ def test_every_way_to_read_a_tensor_counts():
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(directory: Path):
     cfg = config.load(None, keys_for(str(directory), "dense", rows=2), "train")
-    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, comm.world().size)))
+    run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, backend.world().size)))
     trainer = Trainer(run, [])
     with paddle.no_grad():
         run.model.model.norm.weight[3] = float("nan")

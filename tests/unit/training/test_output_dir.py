@@ -10,7 +10,7 @@ import pytest
 from erniekit import config
 from erniekit.checkpoint.model_dir import find_checkpoint, list_checkpoints
 from erniekit.checkpoint.run_record import FinalModel, RunRecord, read_record
-from erniekit.parallel.comm import Group
+from erniekit.parallel.process_group import Group
 from erniekit.training import output_dir as module
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.resume import noted

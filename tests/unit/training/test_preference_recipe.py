@@ -6,14 +6,15 @@ import numpy as np
 import paddle
 import pytest
 from support.tiny_models import tiny_model
+from support.whole_model import run_step
 
 from erniekit.config import Config
 from erniekit.data.batch import IGNORE, Document, PairLayout, join_rows, make_row
 from erniekit.models.decoder import CausalLM
-from erniekit.models.inputs import batch_inputs
 from erniekit.parallel.mesh import Mesh
+from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.recipes.preference import PreferenceRecipe
-from erniekit.training.reference import ForwardPass, SecondModel
+from erniekit.training.reference import PairScorer, SecondModel
 from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
 from erniekit.utils.errors import CheckpointError
 
@@ -38,14 +39,14 @@ def batch_of(*rows):
     return join_rows([make_row([DOCUMENTS[i] for i in row], [f"a:{i}" for i in row]) for row in rows])
 
 
-def forward_of(model):
-    return ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))], 100)
+def scorer_of(model):
+    return PairScorer(ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))]), 100)
 
 
 def recipe_of(model, reference=None, **keys):
-    forward = forward_of(model)
-    second = None if reference is None else SecondModel(reference, forward)
-    return PreferenceRecipe(Config(stage="DPO", **keys), model, forward, second)
+    scorer = scorer_of(model)
+    second = None if reference is None else SecondModel(reference, scorer)
+    return PreferenceRecipe(Config(stage="DPO", moe_aux_loss_lambda=0.0, **keys), model, scorer, second)
 
 
 def written_out(model, number):
@@ -62,26 +63,9 @@ def written_out(model, number):
 
 
 def step(recipe, model, batches):
-    """(loss, metrics) of a step over these microbatches, divided as the trainer divides; gradients accumulate."""
-    counts, loss, metrics = {}, 0.0, {}
-    prepared = recipe.prepare(batches)
-    for batch in prepared:
-        for name, count in recipe.counts(batch).items():
-            counts[name] = counts.get(name, 0.0) + count
-    for batch in prepared:
-        inputs = batch_inputs(model, batch)
-        x_TD = model.model(inputs).last
-        shares = []
-        for name, term in recipe.head_terms(model, x_TD, inputs, batch).items():
-            mean = term.total / max(counts[term.divisor], 1.0)
-            if term.weight is None:
-                metrics[name] = metrics.get(name, 0.0) + float(mean)
-            else:
-                shares.append(mean * term.weight)
-        total = paddle.add_n(shares)
-        total.backward()
-        loss += float(total)
-    return loss, metrics, counts
+    """(loss, metrics, counts) of a step over these microbatches; gradients accumulate."""
+    sums = run_step(recipe.cfg, model, recipe, batches)
+    return sums.loss, sums.metrics, sums.counts
 
 
 def gradients_of(model):
@@ -198,7 +182,7 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     for arrays in ({"keys": np.zeros((2, 16), np.uint8)}, {"log_probs": np.full((2, 2), np.nan, np.float32)}, {}):
         content = {"model": np.array('{"weights": "x"}'), "keys": np.zeros((1, 16), np.uint8)} | arrays
         np.savez(path, **content)
-        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it anew"):
+        with pytest.raises(CheckpointError, match=r"ref_logps_cache: .*Remove it to compute it again"):
             read_cache(path, {"weights": "x"})
     reference = CachedReference(table, path)
     (found,) = reference.log_probs([batch_of([2], [0])])

@@ -11,7 +11,7 @@ from support import equality
 
 from erniekit import config
 from erniekit.checkpoint.manager import list_checkpoints
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config.schema import fields
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import resume
@@ -125,7 +125,7 @@ def test_with_a_growing_batch_epochs_end_there_too(fit):
 def test_ignore_data_skip_begins_the_data_anew_and_ends_once(fit, said):
     assert len(fit(num_train_epochs=2, max_steps=3)) == 12
     assert Counter(fit(num_train_epochs=2, ignore_data_skip=True)) == dict.fromkeys(range(1, ROWS + 1), 2)
-    assert any("the data begin anew after step 3" in line for line in said)
+    assert any("the data start again after step 3" in line for line in said)
     assert fit(num_train_epochs=2, ignore_data_skip=True) == []
 
 

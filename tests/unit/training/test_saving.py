@@ -15,7 +15,7 @@ from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
-from erniekit.checkpoint.safetensors import Reader
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel.mesh import Mesh
 from erniekit.training import build, saving
 from erniekit.training.build import build_run
@@ -159,7 +159,7 @@ def test_a_run_that_was_killed_before_its_final_model_ends_without_repeating_its
 
 def test_a_run_without_checkpoints_cannot_be_made_longer(directory):
     fit(directory, "short", save_strategy="no", max_steps=1)
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from to step 2"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from to step 2"):
         fit(directory, "short", save_strategy="no", max_steps=2)
 
 
@@ -208,7 +208,7 @@ def test_an_output_directory_that_is_removed_ends_the_run(directory, beside):
             if metrics.step == 2:
                 shutil.rmtree(directory / "gone")
 
-    with pytest.raises(UserError, match="was removed or renamed while the run was going on"):
+    with pytest.raises(UserError, match="was removed or renamed during the run"):
         fit(directory, "gone", callbacks=True, more=[Remove()], use_async_save=beside)
     assert not (directory / "gone").exists()
 

@@ -9,9 +9,10 @@ from support.optimizer_state import state_arrays
 from support.tiny_models import tiny_model
 
 from erniekit.checkpoint.reshard import Shares
-from erniekit.checkpoint.safetensors import Reader, Writer
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.checkpoint.stored_state import StoredState
-from erniekit.parallel.grad_sync import GradientSync
+from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, ParamRule
 from erniekit.training.state import OPTIMIZER_DIR, load_optimizer, optimizer_rank_files, read_state
 from erniekit.utils.errors import CheckpointError
@@ -21,7 +22,7 @@ EXPERTS = "model.layers.1.mlp.experts.down_proj.weight/moment1"
 
 def optimizer_of(model, value=None):
     rules = dict.fromkeys((name for name, _ in model.named_parameters()), ParamRule(1.0, 0.0))
-    optimizer = AdamW(GradientSync.single(model.named_parameters()), rules, 0.9, 0.95, 1e-8)
+    optimizer = AdamW(ShardedParameters.single(model.named_parameters()), rules, 0.9, 0.95, 1e-8)
     if value is not None:
         rng = np.random.default_rng(value)
         for key, array in state_arrays(optimizer).items():

@@ -8,6 +8,7 @@ import pytest
 from support.data_runs import PACKINGS, build, rows_of, run, same, steps, write
 from support.fake_text import ASSISTANT, EOS, FIRST, SYSTEM, USER, FakeTemplate, FakeTokenizer
 
+from erniekit.config.methods import METHODS
 from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.encode import Encoder
 from erniekit.data.chat.pairs import cut_document
@@ -123,7 +124,7 @@ def test_wrong_messages_are_refused(record, message):
 
 
 def test_the_stage_decides_what_a_type_means():
-    assert read_specs(("a",), ("chatml",), (), "train", "DPO")[0].type == "messages (DPO)"
+    assert read_specs(("a",), ("chatml",), (), "train", METHODS["DPO"])[0].type == "messages (DPO)"
     with pytest.raises(DataError, match="stage DPO"):
         parse_record(erniekit(), "erniekit")
 

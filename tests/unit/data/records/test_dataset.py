@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erniekit.config.methods import METHODS
 from erniekit.config.schema_data import DATASET_TYPES
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
 from erniekit.data.records.formats import ALIASES, FORMATS
@@ -326,7 +327,7 @@ def test_read_specs():
         SourceSpec("a", "erniekit", 0.5),
         SourceSpec("b", "erniekit", 0.5),
     ]
-    assert read_specs(("a",), ("erniekit",), (1.0,), "train", "PT") == [SourceSpec("a", "text", 1.0)]
+    assert read_specs(("a",), ("erniekit",), (1.0,), "train", METHODS["PT"]) == [SourceSpec("a", "text", 1.0)]
 
 
 def test_a_split_without_data_says_which_key_is_missing():

@@ -111,7 +111,7 @@ def noted_documents(prefix):
 @settings(max_examples=25)
 @given(stops=st.lists(st.integers(1, 25), max_size=4), noted=st.sampled_from([0.0, 1e9]))
 def test_a_build_broken_off_anywhere_comes_out_the_same(corpus, tokenizer, whole, tmp_path_factory, stops, noted):
-    """With notes after each chunk it goes on; without any it begins anew."""
+    """With notes after each chunk it resumes; without any it starts from scratch."""
     prefix = tmp_path_factory.mktemp("broken") / "x"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_build, "_CHUNK_BYTES", 500)
@@ -168,7 +168,7 @@ def test_a_killed_command_goes_on_and_leaves_no_worker(tokenizer, tmp_path):
         time.sleep(0.01)
     assert not any(map(_alive, children))
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "going on behind" in second.stderr and "150 documents" in second.stdout
+    assert "resuming behind" in second.stderr and "150 documents" in second.stdout
     build_token_files([tmp_path / "in.jsonl"], tmp_path / "y", tokenizer, 0)
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
 

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.data_runs import config, rows_of, same, steps
 from support.fake_text import EOS, FakeTokenizer
+from support.token_files import write_token_files
 
 from erniekit.data.batch import IGNORE
 from erniekit.data.loader import build_loader
 from erniekit.data.tokens import rows
-from erniekit.data.tokens.files import TokenFile, write_token_files
+from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import DataError
 
 KEYS = {"dataset_type": "pretrain", "stage": "PT", "max_seq_len": 16, "split": "1"}
@@ -435,7 +436,7 @@ def test_what_is_read_is_said(one, tmp_path, caplog):
     documents = [np.array([20, 21]), np.array([], np.int64), np.array([22, EOS])]
     write_token_files(tmp_path / "x", documents, "<u2")
     run(str(tmp_path / "x"))
-    assert "x: 3 of its 3 documents, 1 of them empty and passed over; 4 tokens" in caplog.text
+    assert "x: 3 of its 3 documents, 1 of them empty and ignored; 4 tokens" in caplog.text
     assert f"x: 1 of 2 documents looked at do not end with the end token (id {EOS})" in caplog.text
     caplog.clear()
     run(one[0])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.token_files import write_token_files
 
-from erniekit.data.tokens.files import TokenFile, TokenWriter, dtype_for, strip_suffix, write_token_files
+from erniekit.data.tokens.files import TokenFile, TokenWriter, dtype_for, strip_suffix
 from erniekit.utils.errors import DataError
 
 CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H", 9: "I", 10: "Q"}

@@ -44,7 +44,7 @@ def data(tmp_path):
 
 
 def build(path, tokenizer, rank=0, world=1, **keys):
-    keys = {"stage": "VL-SFT", "train_dataset_type": "messages", "max_seq_len": 200, "chat_template": "vl", **keys}
+    keys = {"train_dataset_type": "messages", "max_seq_len": 200, "chat_template": "vl", **keys}
     keys = {"gradient_accumulation_steps": 1, **keys}
     return build_loader(config(path, **keys), tokenizer, "train", rank, world, vision=SPEC)
 
@@ -135,7 +135,7 @@ def test_what_a_saved_place_depends_on(data, tokenizer):
     with build(data, tokenizer) as loader:
         state = loader.state_dict()
     other = replace(SPEC, settings=replace(SPEC.settings, images=PixelLimits(56 * 56, 200 * 200)))
-    keys = {"stage": "VL-SFT", "train_dataset_type": "messages", "max_seq_len": 200, "chat_template": "vl"}
+    keys = {"train_dataset_type": "messages", "max_seq_len": 200, "chat_template": "vl"}
     changed = build_loader(config(data, **keys), tokenizer, vision=other)
     with changed, pytest.raises(DataError, match="pictures was"):
         changed.load_state_dict(state)
@@ -165,5 +165,5 @@ def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
 
 
 def test_other_types_are_named(data, tokenizer):
-    with pytest.raises(DataError, match="stage VL-SFT reads conversations, not type text"):
+    with pytest.raises(DataError, match="type text cannot hold pictures"):
         build(data, tokenizer, train_dataset_type="text")

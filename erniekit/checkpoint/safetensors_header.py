@@ -1,19 +1,30 @@
-"""What safetensors files and their index say of the tensors: read and checked before a tensor is.
+"""Headers and indexes of safetensors files, read and checked before any tensor is read.
 
 The format (huggingface/safetensors, "Format"): 8 bytes little-endian length of the header, the header as JSON
-`{name: {dtype, shape, data_offsets}}` with an optional `__metadata__` of strings, then the tensors, without gaps.
+`{name: {dtype, shape, data_offsets}}` with an optional `__metadata__` of strings, then the tensors, without gaps. A
+model that needs more than one file has `model.safetensors.index.json` with `{"weight_map": {name: file}}`.
 """
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from erniekit.checkpoint.dtypes import STORAGE
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import kind, open_regular, parse_json, read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+# The tensors of the files to write: (name, header dtype, shape), in their order.
+Plan = list[tuple[str, str, tuple[int, ...]]]
 
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _MAX_INDEX = 1 << 28
@@ -23,7 +34,7 @@ _MAX_NAME = 255  # bytes of a file name
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor; `dtype` is the header's name (F32, BF16, ...)."""
+    """Type and shape of a tensor in a header; `dtype` is the header's name (F32, BF16, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,7 +42,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: `size` bytes from `start` in `file`."""
+    """The place of a tensor: `size` bytes from `start` in `file`."""
 
     file: Path
     info: TensorInfo
@@ -39,8 +50,13 @@ class Entry:
     size: int
 
 
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
+
+
 def read_index(file: Path) -> dict[str, str]:
-    """Tensor name -> name of the file beside the index that holds it. CheckpointError names the file."""
+    """Read an index: tensor name -> name of the file beside the index. CheckpointError names the file."""
     weight_map = read_json_object(file, CheckpointError, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -50,7 +66,7 @@ def read_index(file: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_beside(shard):
             raise CheckpointError(
-                f"{file}: {name!r:.99} is said to be in {shard!r:.99}, which is not a safetensors file beside it."
+                f"{file}: {name!r:.99} is listed in {shard!r:.99}, which is not a safetensors file beside it."
             )
     return weight_map
 
@@ -124,7 +140,7 @@ def _entry_of(path: Path, name: str, value: Any, base: int, bad: Callable[[str],
 
 
 def _natural(text: str) -> int:
-    """A natural number; -1 for every other one (-0 too, which int() takes), as a header has no place for them."""
+    """A natural number; -1 for every other one (also -0, which int() accepts), because none is valid in a header."""
     return int(text) if text.isdigit() else -1
 
 

@@ -1,0 +1,50 @@
+"""The reference that a model is evaluated against: what the policy was before training."""
+
+from erniekit import lora
+from erniekit.build import PreparedModel, inference_options, prepare_model
+from erniekit.checkpoint.model_dir import has_weights
+from erniekit.checkpoint.model_shape import model_config
+from erniekit.config import Config
+from erniekit.generation.load import FoundModel
+from erniekit.hub import resolve_model
+from erniekit.models.decoder import CausalLM
+from erniekit.training.methods import method_of
+from erniekit.training.reference import AdapterOff, PairScorer, Reference, SecondModel
+from erniekit.utils import log
+
+
+def find_reference(cfg: Config, model: FoundModel) -> PreparedModel | None:
+    """The model that `model_name_or_path` names, checked but not read, as the reference for another one; None where the
+    loss wants none, or there is no other.
+    """
+    if not method_of(cfg).wants_reference(cfg):
+        return None
+    if cfg.model_name_or_path is None or model.prepared.options.adapter is not None:
+        return None
+    base = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    if base.resolve() == model.path.resolve():
+        return None
+    random_start = not cfg.continue_training
+    if not random_start and not has_weights(base):
+        return None
+    shape = model_config(cfg, base) if random_start else None
+    return prepare_model(base, inference_options(cfg, random_start=random_start), shape)
+
+
+def open_reference(cfg: Config, model: CausalLM, found: PreparedModel | None, scorer: PairScorer) -> Reference | None:
+    """What the loss compares `model` with: the model without its adapter, or `found` (see `find_reference`). Where the
+    loss wants a reference and there is none, a warning says so.
+    """
+    if not method_of(cfg).wants_reference(cfg):
+        return None
+    if lora.state_of(model) is not None:
+        log.info("reference: the model without its adapter")
+        return AdapterOff(model, scorer)
+    if found is not None:
+        log.info(f"reference: {found.path}")
+        return SecondModel(found.build(), scorer)
+    log.warning(
+        "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
+        "log-probabilities alone"
+    )
+    return None

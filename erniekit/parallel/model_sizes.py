@@ -1,0 +1,47 @@
+"""What the arithmetic of parallel layouts needs to know of a model."""
+
+from typing import Protocol
+
+
+class ModelSizes(Protocol):
+    """The sizes in a `models.config.ModelConfig`, which lies in a layer above; see there what they mean."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def moe_num_experts(self) -> int: ...
+
+    @property
+    def moe_k(self) -> int: ...
+
+    @property
+    def moe_intermediate_size(self) -> int: ...
+
+    @property
+    def moe_num_shared_experts(self) -> int: ...
+
+    @property
+    def num_nextn_predict_layers(self) -> int: ...
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) has experts."""
+        ...

@@ -1,0 +1,123 @@
+"""Trainable parameters whose optimizer state is divided over ranks (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054):
+which chunk of each parameter this rank updates, and how the updated chunks become parameters again.
+
+Where a parameter's state is not divided (`placement.shard` of one rank), its only chunk is the parameter itself.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import paddle
+
+from erniekit.parallel import comm
+from erniekit.parallel.buckets import DEFAULT_LIMIT, Entry, join_chunks, plan_buckets, take_chunk
+from erniekit.parallel.placement import Placement
+from erniekit.parallel.process_group import ALONE
+
+
+class ShardedParameters:
+    """The trainable parameters of this rank, and the chunks and buckets into which they are divided.
+
+    Args:
+        parameters: this rank's parameters by name, in the model's order; frozen ones are left out.
+        placements: the placement of each trainable parameter.
+        model_chunks: the chunk of the pipeline stage that a parameter belongs to; 0 where it is not named.
+        limit: elements of a bucket.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, paddle.Tensor]],
+        placements: Mapping[str, Placement],
+        model_chunks: Mapping[str, int] | None = None,
+        limit: int = DEFAULT_LIMIT,
+    ) -> None:
+        self.tensors = {name: p for name, p in parameters if not p.stop_gradient}
+        model_chunks = model_chunks or {}
+        self.entries = {
+            name: Entry(name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0))
+            for name, p in self.tensors.items()
+        }
+        self.buckets = plan_buckets(list(self.entries.values()), limit)
+        self._check_plan()
+
+    @classmethod
+    def single(cls, parameters: Iterable[tuple[str, paddle.Tensor]]) -> "ShardedParameters":
+        """The parameters of one process, of which nothing is divided."""
+        named = list(parameters)
+        placement = Placement(ALONE, ALONE, ALONE, ALONE, ALONE, copies=1)
+        return cls(named, {name: placement for name, _ in named})
+
+    def _check_plan(self) -> None:
+        """Ranks that exchange gradients must have planned the same buckets, otherwise they would add up gradients of
+        different parameters.
+        """
+        groups = {bucket.placement.gradient.ranks: bucket.placement.gradient for bucket in self.buckets}
+        for ranks, group in groups.items():
+            local_plan = [
+                [bucket.width, *(entry.name for entry in bucket.entries)]
+                for bucket in self.buckets
+                if bucket.placement.gradient.ranks == ranks
+            ]
+            plans = comm.gather_objects(local_plan, group)
+            assert all(plan == plans[0] for plan in plans), f"ranks {ranks} hold different parameters"
+
+    @paddle.no_grad()
+    def local_chunk(self, name: str) -> paddle.Tensor:
+        """What this rank updates of a parameter: the parameter itself, or where the state is divided this
+        rank's chunk [c], a copy padded with zeros.
+        """
+        entry, parameter = self.entries[name], self.tensors[name]
+        shard = entry.placement.shard
+        if shard.size == 1:
+            return parameter
+        begin = min(shard.index * entry.chunk, entry.size)
+        end = min(begin + entry.chunk, entry.size)
+        padding = paddle.zeros([entry.chunk - (end - begin)], dtype=parameter.dtype)
+        return paddle.concat([parameter.reshape([-1])[begin:end], padding])
+
+    @paddle.no_grad()
+    def publish(self, updated: Mapping[str, paddle.Tensor]) -> None:
+        """Gather the updated chunks of all ranks into the parameters. A parameter that `updated` does not name keeps
+        its values.
+        """
+        for bucket in self.buckets:
+            shard = bucket.placement.shard
+            if shard.size == 1:
+                continue
+            chunks = [updated[e.name] if e.name in updated else self.local_chunk(e.name) for e in bucket.entries]
+            matrix = comm.all_gather(paddle.concat(chunks), shard).reshape([shard.size, bucket.columns])
+            for entry, rows in zip(bucket.entries, paddle.split(matrix, bucket.sections[:-1], axis=1), strict=True):
+                paddle.assign(_whole(rows, entry.shape), self.tensors[entry.name])
+
+    @paddle.no_grad()
+    def whole(self, name: str, chunk: paddle.Tensor) -> paddle.Tensor:
+        """A tensor of a parameter's shape from the chunks [c] of all ranks, on the device. Every rank of the
+        parameter's shard group has to call it. Where nothing is divided, `chunk` as it is.
+        """
+        entry = self.entries[name]
+        if entry.placement.shard.size == 1:
+            return chunk
+        return _whole(comm.all_gather(chunk, entry.placement.shard), entry.shape)
+
+    def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
+        """The same as `whole`, on the host."""
+        entry = self.entries[name]
+        if entry.placement.shard.size == 1:
+            return chunk.numpy()
+        return join_chunks(comm.all_gather(chunk, entry.placement.shard).numpy(), entry.shape)
+
+    def scatter(self, name: str, whole: np.ndarray) -> np.ndarray:
+        """This rank's chunk [c] of a tensor of a parameter's shape; the whole tensor where nothing is divided."""
+        shard = self.entries[name].placement.shard
+        return whole if shard.size == 1 else take_chunk(whole, shard.index, shard.size)
+
+
+def _whole(rows: paddle.Tensor, shape: tuple[int, ...]) -> paddle.Tensor:
+    """[S, c] as a tensor of `shape`, without the padding."""
+    return rows.reshape([-1])[: math.prod(shape)].reshape(shape)
+
+
+def _dtype(parameter: paddle.Tensor) -> str:
+    return str(parameter.dtype).removeprefix("paddle.")

@@ -1,0 +1,91 @@
+"""The best evaluation so far, and when a run without a better one stops early.
+
+The numbers are fields of TrainState, so that a checkpoint keeps them, together with what they were measured under.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from erniekit.config.methods import option_names
+from erniekit.config.schema import Config
+from erniekit.training.state import TrainState
+from erniekit.utils import log
+from erniekit.utils.errors import TrainError
+
+_OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}  # an evaluation reads in file order
+_NOT_OF_SCORES = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}  # of data, or of how it is computed
+
+
+@dataclass(frozen=True)
+class BestModel:
+    """Compares evaluations by metric_for_best_model. `data`: the identity of the evaluation data."""
+
+    cfg: Config
+    data: Mapping[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """The metric's name, as an evaluation reports it."""
+        return "eval_" + (self.cfg.metric_for_best_model or "loss").removeprefix("eval_")
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        given = self.cfg.greater_is_better
+        return not self.metric.endswith(("loss", "perplexity")) if given is None else given
+
+    def measured_under(self) -> dict[str, Any]:
+        """What the values of two evaluations must have in common to be comparable."""
+        cfg, options = self.cfg, self.cfg.method.options
+        basis: dict[str, Any] = {"metric_for_best_model": self.metric, "greater_is_better": self.greater_is_better}
+        basis["max_evaluate_steps"] = cfg.max_evaluate_steps
+        if cfg.max_evaluate_steps > 0:
+            basis["batch_size"] = cfg.batch_size
+        if options is not None:
+            values = asdict(cfg)
+            basis |= {name: values[name] for name in option_names(options) if name not in _NOT_OF_SCORES}
+        return basis | {key: value for key, value in self.data.items() if key not in _OF_TRAINING}
+
+    def note(self, state: TrainState, metrics: Mapping[str, float]) -> bool:
+        """Take the metrics of an evaluation after `state.step` into the state. True if they are the best so far."""
+        if self.metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {self.metric}")
+        value, best = metrics[self.metric], state.best_metric
+        is_better = best is None or (value > best if self.greater_is_better else value < best)
+        if is_better:
+            state.best_metric, state.best_step, state.best_of = value, state.step, self.measured_under()
+            state.evaluations_since_best = 0
+        else:
+            state.evaluations_since_best += 1
+        return is_better
+
+    def stops_early(self, state: TrainState) -> bool:
+        """Whether early_stopping_patience evaluations in a row were not better; a log line says so."""
+        patience = self.cfg.early_stopping_patience
+        stops = patience is not None and state.evaluations_since_best >= patience
+        if stops:
+            log.info(f"early stopping after step {state.step}: no better evaluation since step {state.best_step}")
+        return stops
+
+    def forget_incomparable(self, state: TrainState) -> str | None:
+        """Drop the best value, and the count of evaluations without a better one, if they were measured under something
+        else; the line that says so.
+        """
+        before, now = state.best_of, self.measured_under()
+        if state.best_metric is None or before == now:
+            return None
+        changed = [
+            f"{key}: {before.get(key)} -> {now.get(key)}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+        ]
+        why = "; ".join(changed) if before else "its version did not note what it was measured on"
+        line = (
+            f"the best evaluation so far ({state.best_metric:.6g} at step {state.best_step}) cannot be compared with "
+            f"those to come and is forgotten, and with it the count of early_stopping_patience: {why}"
+        )
+        state.best_metric = state.best_step = None
+        state.evaluations_since_best = 0
+        return line

@@ -1,0 +1,171 @@
+"""How the methods are evaluated. Evaluations during training and `erniekit eval` run the same evaluators.
+
+An evaluator takes a model, in one process or divided over many, and its evaluation data, and returns Scores. Every rank
+runs it at the same time and gets the same numbers.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.batch import PackedBatch
+from erniekit.data.loader import Loader
+from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of
+from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import ModelInputs
+from erniekit.models.scoring import LARGEST_EXPONENT, Score, score_hidden
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.forward_pass import ForwardPass, final_norm
+from erniekit.training.reference import PairScorer, Reference
+from erniekit.utils import log
+from erniekit.utils.errors import DataError, EvaluationError
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model to evaluate, as this process holds it.
+
+    name: what messages call it. forward: the passes through it. reference: what it is compared with, or None.
+    """
+
+    name: str
+    cfg: Config
+    model: CausalLM
+    forward: ForwardPass
+    reference: Reference | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks that share the model and the data."""
+        return self.forward.mesh
+
+
+@dataclass(frozen=True)
+class Scores:
+    """metrics: "loss" and what else the method reports. counts: "num_samples" and, where it is known, "num_tokens"."""
+
+    metrics: dict[str, float]
+    counts: dict[str, int]
+
+
+Evaluator = Callable[[EvaluatedModel, Iterable[Sequence[PackedBatch]]], Scores]
+
+
+def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure: str) -> Scores:
+    """Run an evaluator over the evaluation data: all of them, or the first max_evaluate_steps batches.
+
+    Raises:
+        DataError: the data hold nothing to evaluate on.
+        EvaluationError: a metric is not finite; `cure` is what the user can do about it.
+    """
+    scores = evaluator(evaluated, _microbatch_groups(evaluated, loader))
+    for name, value in scores.metrics.items():
+        if not math.isfinite(value):
+            raise EvaluationError(
+                f"{evaluated.name}: the {name} on the evaluation data is {value}: the weights are not finite, or too "
+                f"large. {cure}"
+            )
+    return scores
+
+
+def _microbatch_groups(evaluated: EvaluatedModel, loader: Loader) -> Iterator[list[PackedBatch]]:
+    """The evaluation data, as many microbatches at a time as keep every pipeline stage busy."""
+    stages = evaluated.mesh.degrees.pipeline
+    with closing(loader.batches(evaluated.cfg.max_evaluate_steps)) as batches:
+        while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
+            yield group
+
+
+def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+    """Loss (nats a token), perplexity and accuracy of the labels."""
+    model, mesh = evaluated.model, evaluated.mesh
+    total, num_samples = Score(), 0
+
+    def add(batches: Sequence[PackedBatch], number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
+        nonlocal total
+        hidden_TD, batch = model.enter_head(final_norm(model, x_TD)), batches[number]
+        total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
+
+    for microbatches in groups:
+        num_samples += sum(batch.num_samples for batch in microbatches)
+        evaluated.forward.run(model, microbatches, partial(add, microbatches))
+    of_all_stages = comm.sum_floats(np.array(total, np.float64), mesh.pipe_group)
+    sums = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
+    score = Score(sums[0], int(sums[1]), int(sums[2]))
+    if not score.num_tokens:
+        raise DataError(
+            "eval_dataset_path: no token of the evaluation data carries loss. "
+            "Give samples with answers (label 1), or raise max_seq_len."
+        )
+    metrics = score.metrics()
+    if metrics["loss"] > LARGEST_EXPONENT:
+        log.warning(f"perplexity: exp({metrics['loss']:.1f}) has no float; exp({LARGEST_EXPONENT:.0f}) is reported")
+    return Scores(metrics, {"num_samples": int(sums[3]), "num_tokens": score.num_tokens})
+
+
+@dataclass(frozen=True)
+class _PairTable:
+    """What the loss of N pairs is computed from, fp32: the policy's and the reference's log-probabilities and the
+    lengths of the chosen and the rejected answers [2, N], and the differences of their scores [N].
+    """
+
+    policy: np.ndarray
+    reference: np.ndarray
+    lengths: np.ndarray
+    score_deltas: np.ndarray
+
+
+def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+    """The preference loss that the configuration asks for, and the means of losses.preference.pair_metrics.
+
+    The loss is computed from all pairs together, because some losses contain means over them: how the pairs are batched
+    and divided over ranks changes nothing. Without a reference its log-probabilities count as 0.
+    """
+    cfg, has_reference = evaluated.cfg, evaluated.reference is not None
+    table = _table_of_all_ranks(evaluated, groups)
+    policy, reference, lengths, score_deltas = (paddle.to_tensor(array) for array in vars(table).values())
+    loss, *rewards = preference_loss(
+        *policy,
+        *(reference if has_reference else (None, None)),
+        **(options_of(cfg) | {"reference_free": not has_reference}),
+        pref_loss_ratio=cfg.pref_loss_ratio,
+        sft_loss_ratio=sft_ratio_of(cfg),
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+        score_deltas=score_deltas,
+    )
+    metrics = {"loss": loss} | pair_metrics((policy[0], policy[1]), (rewards[0], rewards[1]), cfg.beta)
+    if not has_reference:
+        del metrics["kl"]  # there is nothing that the policy could be far from
+    return Scores({name: float(value.mean()) for name, value in metrics.items()}, {"num_samples": len(score_deltas)})
+
+
+def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> _PairTable:
+    """The pairs of all data ranks, on every rank. DataError if there are none."""
+    mesh, reference = evaluated.mesh, evaluated.reference
+    scorer = PairScorer(evaluated.forward, evaluated.cfg.loss_subbatch_seqlen)
+    tables: list[_PairTable] = []
+    for microbatches in groups:
+        policy = scorer.log_probs(evaluated.model, microbatches)
+        other = policy if reference is None else reference.log_probs(microbatches)
+        for batch, of_policy, of_reference in zip(microbatches, policy, other, strict=True):
+            if len(batch.pairs):
+                lengths = batch.answer_labels.reshape([2, -1])
+                tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
+    # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
+    holds_results = mesh.is_last_stage and mesh.tensor == 0
+    columns = [[column.tolist() for column in vars(table).values()] for table in tables if holds_results]
+    gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]
+    if not gathered:
+        raise DataError("eval_dataset_path: no pair of answers is left to evaluate. Hint: raise max_seq_len.")
+    return _PairTable(
+        *(np.concatenate([np.array(x, np.float32) for x in column], axis=-1) for column in zip(*gathered, strict=True))
+    )

@@ -1,0 +1,120 @@
+"""The layers that a process holds, run on microbatches; and whole passes without gradients.
+
+The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one process alone is a pipeline of one
+stage.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import paddle
+
+from erniekit.data.batch import PackedBatch
+from erniekit.models.decoder import CausalLM, Routings
+from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
+from erniekit.nn.dropout import DropoutStep
+from erniekit.parallel import pipeline
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.pipeline_schedule import forward_plan
+
+
+class ChunkRunner:
+    """Runs the chunks of layers that this process holds (one, or several where the pipeline is interleaved) on a step's
+    microbatches. The inputs of a microbatch are made for its first chunk, and dropped with its last.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        chunks: Sequence[Sequence[int]],
+        microbatches: Sequence[PackedBatch],
+        neftune_alpha: float = 0.0,
+        dropout: DropoutStep | None = None,
+    ) -> None:
+        self.model, self.chunks, self.microbatches = model, chunks, microbatches
+        self._neftune_alpha, self._dropout = neftune_alpha, dropout
+        self._inputs: dict[int, ModelInputs] = {}
+
+    def run(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor, Routings, ModelInputs]:
+        """The output of a chunk's layers, what their routers chose, and the inputs of the microbatch. The chunks of a
+        microbatch come in order.
+
+        Args:
+            x_TD: the output of the chunk before; None for the first chunk of the model, which embeds the tokens.
+        """
+        decoder, inputs = self.model.model, self._inputs_of(chunk, microbatch)
+        x_TD, routings = decoder.run(decoder.embed(inputs) if x_TD is None else x_TD, self.chunks[chunk], inputs)
+        return x_TD, routings, inputs
+
+    def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
+        if microbatch not in self._inputs:
+            batch = self.microbatches[microbatch]
+            self._inputs[microbatch] = batch_inputs(
+                self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
+            )
+        is_last = chunk == len(self.chunks) - 1
+        return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
+
+    def input_shape(self, microbatch: int) -> tuple[list[int], paddle.dtype]:
+        """Shape and dtype of what a stage sends to the next: the dtype of what the layers add up."""
+        model = self.model
+        rows = padded_length(model, self.microbatches[microbatch]) // model.token_multiple
+        first = model.model.layers[model.model.layers.numbers[0]]
+        return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
+
+    def reaches_head(self, chunk: int) -> bool:
+        """Whether the head comes after this chunk."""
+        return self.model.shard.has_head and chunk == len(self.chunks) - 1
+
+
+# Takes a microbatch's number, the last layer's output [T, D], and the inputs of the pass.
+AtHead = Callable[[int, paddle.Tensor, ModelInputs], None]
+
+
+class _ForwardStage:
+    """A stage of the pipeline that hands the last layer's output to `at_head`."""
+
+    def __init__(self, runner: ChunkRunner, at_head: AtHead) -> None:
+        self._runner, self._at_head = runner, at_head
+
+    def forward(
+        self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
+    ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        x_TD, _, inputs = self._runner.run(chunk, microbatch, x_TD)
+        if not self._runner.reaches_head(chunk):
+            return x_TD, None
+        self._at_head(microbatch, x_TD, inputs)
+        return None, None
+
+    def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
+        return self._runner.input_shape(microbatch)
+
+    def after_backward(self, chunk: int, microbatch: int) -> None:
+        raise AssertionError("a pass without gradients has no backward")
+
+
+def final_norm(model: CausalLM, x_TD: paddle.Tensor) -> paddle.Tensor:
+    """The last layer's output behind the final norm. Only the last stage has one."""
+    assert model.model.norm is not None
+    return model.model.norm(x_TD)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Passes without gradients through all stages of a model. `chunks`: the layers that this process holds."""
+
+    mesh: Mesh
+    chunks: Sequence[Sequence[int]]
+
+    def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
+        """Run microbatches in eval mode. Every rank has to call this at the same time."""
+        mesh, num_chunks = self.mesh, len(self.chunks)
+        was_training = model.training
+        model.eval()
+        actions = forward_plan(mesh.degrees.pipeline, len(microbatches), num_chunks, mesh.blocking_sends)[mesh.pipe]
+        stage = _ForwardStage(ChunkRunner(model, self.chunks, microbatches), at_head)
+        pipeline.run(actions, stage, mesh.pipe_group.ranks)
+        if was_training:
+            model.train()

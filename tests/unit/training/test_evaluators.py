@@ -1,0 +1,121 @@
+"""Evaluations during training and `erniekit eval` are one implementation: the same numbers, the same refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_directories import model_directory, write_lines
+from support.tiny_models import tiny_model
+
+import erniekit
+from erniekit.build import load_model
+from erniekit.checkpoint.model_io import save_model
+from erniekit.config import Config, load
+from erniekit.evaluate import evaluate
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.build import build_run
+from erniekit.training.evaluation import evaluate as evaluate_in_training
+from erniekit.training.evaluators import EvaluatedModel, Evaluator, label_scores, pair_scores
+from erniekit.training.forward_pass import ForwardPass
+from erniekit.utils.errors import DataError, EvaluationError
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluators")
+    model_directory(path / "model", num_nextn_predict_layers=1)
+    questions = [{"src": [f"{a}加{b}等于几？"], "tgt": [str(a + b) * (1 + a % 3)]} for a in range(4) for b in range(6)]
+    pairs = [
+        {"src": row["src"], "tgt": [], "response": [["答案是" + row["tgt"][0]], [row["tgt"][0] * 2]], "sort": [2, 1]}
+        for row in questions
+    ]
+    texts = [{"text": row["src"][0] * (2 + number % 3)} for number, row in enumerate(questions)]
+    for name, rows in (("questions", questions), ("pairs", pairs), ("texts", texts)):
+        write_lines(path / f"{name}.jsonl", rows[:16])
+        write_lines(path / f"{name}_eval.jsonl", rows[9:])
+    return path
+
+
+def keys_of(workspace: Path, tmp_path: Path, data: str, **keys: Any) -> dict[str, Any]:
+    values = {
+        "model_name_or_path": workspace / "model",
+        "train_dataset_path": workspace / f"{data}.jsonl",
+        "train_dataset_type": "erniekit",
+        "eval_dataset_path": workspace / f"{data}_eval.jsonl",
+        "eval_dataset_type": "erniekit",
+        "output_dir": tmp_path / "out",
+        "max_seq_len": 96,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 3e-3,
+        "save_strategy": "no",
+        "compute_type": "fp32",
+        "disable_tqdm": True,
+    }
+    return {name: str(value) for name, value in (values | keys).items()}
+
+
+DPO = {"stage": "DPO", "data": "pairs"}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {"data": "questions", "packing": True},
+    "sft with prediction ahead": {"data": "questions", "num_nextn_predict_layers": 1},
+    "lora": {"data": "questions", "fine_tuning": "LoRA", "lora_rank": 4},
+    "pretraining": {"data": "texts", "stage": "PT", "packing": True},
+    "first batches": {"data": "questions", "max_evaluate_steps": 3},
+    "dpo": DPO | {"packing": True, "batch_size": 1},
+    "dpo with an sft loss": DPO | {"sft_loss_ratio": 0.5, "pref_loss_ratio": 0.7},
+    "dpo with lora": DPO | {"fine_tuning": "LoRA", "lora_rank": 4, "max_evaluate_steps": 4},
+    "means over all pairs": DPO | {"loss_type": "kto_pair"},
+    "no reference": DPO | {"loss_type": "orpo"},
+    "first pairs": DPO | {"loss_type": "ipo", "max_evaluate_steps": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_reports_of_the_final_model_what_training_reported(workspace: Path, tmp_path: Path, case: str):
+    keys = keys_of(workspace, tmp_path, **CASES[case])
+    trained = erniekit.train(None, **keys, do_eval=True, evaluation_strategy="steps", eval_steps=3)
+    in_training = {name: value for name, value in read_metrics(trained.output_dir) if name.startswith("eval_")}
+    by_command = evaluate(load(None, keys, "eval"))
+    assert in_training.keys() >= {"eval_loss"}
+    for name, value in in_training.items():
+        # The same float32 sums; only the weights went through a file between.
+        assert by_command[name.removeprefix("eval_")] == pytest.approx(value, rel=1e-6, abs=1e-7), name
+    if "stage" in keys and "loss_type" not in keys and keys["stage"] == "DPO":
+        assert in_training["eval_kl"] != 0.0, "otherwise the reference would be the trained model"
+
+
+def read_metrics(output_dir: Path) -> list[tuple[str, float]]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [item for line in lines if "eval_loss" in line for item in line.items()]
+
+
+@pytest.mark.parametrize("data", ["questions", "pairs"])
+def test_weights_that_are_not_finite_are_named_in_both(workspace: Path, tmp_path: Path, data: str):
+    broken = model_directory(tmp_path / "broken")
+    model = load_model(broken)
+    model.model.norm.weight.set_value(np.full(model.model.norm.weight.shape, np.nan, np.float32))
+    save_model(model, broken)
+    stage = {"questions": "SFT", "pairs": "DPO"}[data]
+    keys = keys_of(workspace, tmp_path, data, stage=stage, model_name_or_path=str(broken))
+    with pytest.raises(EvaluationError, match=r"broken: the loss .*is nan.*Evaluate an earlier checkpoint"):
+        evaluate(load(None, keys, "eval"))
+    run = build_run(load(None, keys | {"do_eval": "true"}, "train"), Mesh.single())
+    try:
+        with pytest.raises(EvaluationError, match=r"after step 7: the loss .*is nan.*Lower learning_rate"):
+            evaluate_in_training(run, 7)
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "message"), [(label_scores, "no token .*carries loss"), (pair_scores, "no pair of answers")]
+)
+def test_data_without_anything_to_score_are_named_in_the_words_of_the_method(evaluator: Evaluator, message: str):
+    model = tiny_model()
+    forward = ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))])
+    with pytest.raises(DataError, match=message):
+        evaluator(EvaluatedModel("m", Config(), model, forward), [])
