@@ -7,6 +7,8 @@ from typing import Literal
 from erniekit.models.decoder import Decoder, DecoderLayer
 from erniekit.nn.checkpointed import recomputed
 
+Granularity = Literal["full", "full_attn", "core_attn", "moe"]
+
 
 @dataclass(frozen=True)
 class RecomputeOptions:
@@ -16,7 +18,7 @@ class RecomputeOptions:
     nn/checkpointed.py.
     """
 
-    granularity: Literal["full", "full_attn", "core_attn", "moe"] = "full"
+    granularity: Granularity = "full"
     sparse: bool = False
     mtp: bool = False
     not_in: Collection[int] = ()

@@ -31,6 +31,7 @@ from erniekit.models.inputs import (
 )
 from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
+from erniekit.models.stages import run_stages
 from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
@@ -41,6 +42,7 @@ from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
@@ -218,6 +220,9 @@ class CausalLM(nn.Layer):
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
+        # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
+        self.mesh = Mesh.single()
+        self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias
         self.lm_head: Linear | HeadBias | None = None
@@ -240,6 +245,11 @@ class CausalLM(nn.Layer):
         places += [(behind + 1, self.lm_head)]
         depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
         return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
+
+    @property
+    def residual_dtype(self) -> paddle.dtype:
+        """The dtype of what the layers add up."""
+        return self.model.layers[self.model.layers.numbers[0]].input_layernorm.weight.dtype
 
     @property
     def token_multiple(self) -> int:
@@ -327,7 +337,7 @@ class CausalLM(nn.Layer):
         return _host_ids(axes, "position_ids", shape)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` conversations."""
+        """An empty cache for `batch_size` conversations, of the layers and heads that this process holds."""
         return new_cache(self, batch_size)
 
     @paddle.no_grad()
@@ -339,15 +349,21 @@ class CausalLM(nn.Layer):
         position_ids: np.ndarray | None = None,
         modality: np.ndarray | None = None,
         pictures: EncodedPictures | None = None,
-    ) -> paddle.Tensor:
+    ) -> paddle.Tensor | None:
         """Feed the next tokens [B, S] (right-padded; row b has num_new_B[b] real ones) -> logits after each row's last
         real token [B, V]. position_ids, modality and pictures as in models.inputs.cached_inputs.
+
+        All ranks of a pipeline and of a tensor group call it with the same tokens. The last stage has the logits, those
+        of the whole vocabulary; the other stages get None. Ranks that share experts: see models.stages.run_stages.
         """
         batch, width = input_ids_BS.shape
-        hidden = self.model(cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures))
+        inputs = cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures)
+        normed_TD = run_stages(self, inputs)
         cache.end_step(num_new_B)
+        if normed_TD is None:
+            return None
         last = np.arange(batch) * width + np.asarray(num_new_B) - 1
-        return self.head(paddle.gather(hidden.normed, paddle.to_tensor(last)))
+        return self.head(paddle.gather(normed_TD, paddle.to_tensor(last)))
 
 
 def _host_ids(values: HostIds, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
