@@ -80,9 +80,9 @@ METHODS: dict[str, MethodFacts] = {
                 "z_loss_lambda": "it belongs to the next-token loss",
             },
         ),
-        MethodFacts("VL-SFT", "", Records.CONVERSATIONS, vision=True, later=_VISION),
+        MethodFacts("VL-SFT", "fine-tuning on conversations with pictures", Records.CONVERSATIONS, vision=True),
         MethodFacts("VL-PT", "", Records.TEXT, vision=True, later=_VISION),
-        MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later=_VISION),
+        MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
         MethodFacts("VL-DPO", "", Records.PAIRS, vision=True, options=PreferenceArgs, later=_VISION),
     )
 }

@@ -191,7 +191,7 @@ def test_each_command_needs_only_its_own_keys():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"stage": "VL-SFT"}, "stage: VL-SFT (vision-language models)"),
+        ({"stage": "OCR-VL-SFT"}, "stage: OCR-VL-SFT (PaddleOCR-VL)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
@@ -222,7 +222,7 @@ def test_values_that_ask_for_nothing_are_not_refused(given):
 
 
 def test_refusals_are_of_the_command():
-    given = {"tensor_parallel_degree": 8, "stage": "VL-SFT", "hf_hub_id": "me/model"}
+    given = {"tensor_parallel_degree": 8, "stage": "OCR-VL-SFT", "hf_hub_id": "me/model"}
     asked = cfg("export", **given)
     assert [line.partition(":")[0] for line in unsupported(asked, "export")] == ["hf_hub_id"]
     assert any(note.startswith("tensor_parallel_degree: no effect: `export`") for note in asked.notes)
