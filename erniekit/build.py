@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import paddle
 
@@ -25,7 +26,7 @@ from erniekit.checkpoint.product_state import load_product_state
 from erniekit.config.schema import Config
 from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
-from erniekit.models.activation_checkpoint import RecomputeOptions
+from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
@@ -55,7 +56,7 @@ class Overrides:
 
     def apply(self, model_config: ModelConfig) -> ModelConfig:
         """The configuration with these changes, each with a log line."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
             before = f"{model_config.rope_theta:g}"
             log.info(f"rope_theta: {before} in the model's config.json, {self.rope_theta:g} from here on")
@@ -135,6 +136,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         seed=cfg.seed,
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
+        sequence_parallel=cfg.sequence_parallel,
     )
 
 
@@ -173,7 +175,7 @@ def check_lora(cfg: Config, model_config: ModelConfig) -> None:
 
 def _recompute_options(cfg: Config) -> RecomputeOptions:
     return RecomputeOptions(
-        cfg.recompute_granularity,
+        cast(Granularity, cfg.recompute_granularity),
         cfg.use_recompute_moe,
         cfg.use_recompute_mtp,
         set(cfg.no_recompute_layers),
@@ -221,7 +223,7 @@ class PreparedModel:
         policy.apply(model, precision)
         if precision.product is not None:
             log.info(f"{self.path}: {describe(model)}")
-        parallelize(model, mesh, options.sequence_parallel)
+        parallelize(model, mesh, options.sequence_parallel, layers)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)

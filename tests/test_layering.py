@@ -16,7 +16,7 @@ LAYERS = (
     ("moe", "losses", "data"),
     ("models",),
     ("checkpoint",),
-    ("build",),
+    ("build", "join"),
     ("export", "generation"),
     ("training",),
     ("evaluate", "serve"),

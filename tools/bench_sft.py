@@ -177,7 +177,7 @@ def tokenise(samples: Path, model: Path, max_seq_len: int) -> dict[str, list[lis
     encode = Encoder(tokenizer, load_template(tokenizer), max_seq_len)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for number, line in enumerate(samples.read_bytes().splitlines(), 1):
-        for ids, labels, _ in encode("erniekit", line, f"{samples.name}:{number}").documents:
+        for ids, labels, *_ in encode("erniekit", line, f"{samples.name}:{number}").documents:
             # Our labels are shifted: the last one is the token after the document's last.
             columns["input_ids"].append([*ids.tolist(), int(labels[-1])] if labels[-1] >= 0 else ids.tolist())
             shifted = [-100, *labels.tolist()]

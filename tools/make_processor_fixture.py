@@ -1,5 +1,5 @@
-"""Rebuild tests/parity/fixtures/vl_processor.npz from Hugging Face transformers' processor of ERNIE 4.5 VL (needs torch,
-torchvision and transformers).
+"""Rebuild tests/parity/fixtures/vl_processor.npz from transformers' processor of ERNIE 4.5 VL (needs torch, torchvision
+and transformers).
 
     python tools/make_processor_fixture.py [--out FILE]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, ADAPTER_FILE, is_adapter
+from erniekit.hub import local_path, resolve_model
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object
 
@@ -199,3 +200,25 @@ def _pattern(text: str, where: str, ending: bool = False) -> re.Pattern[str]:
 def ends(name: str, targets: Iterable[str]) -> bool:
     """Whether PEFT matches `name` by one of the short names `targets`."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
+    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or the local directory that
+    the adapter itself names.
+
+    Raises CheckpointError if neither exists: a file does not decide what is downloaded from a Hub.
+    """
+    if named:
+        return resolve_model(named, hub)
+    base = read_adapter_config(Path(directory)).base
+    if not base:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
+        )
+    path = local_path(base)
+    if path is None:
+        raise CheckpointError(
+            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is no directory here. Set "
+            "model_name_or_path to a copy of that model, or to its name on a Hub to have it downloaded."
+        )
+    return path

@@ -64,6 +64,11 @@ def model_config(cfg: Config, directory: Path) -> ModelConfig:
     if not cfg.model_name_or_path:
         return _from_yaml(cfg, given, directory)
     stored = ModelConfig.from_dir(directory)
+    if given and stored.vision is not None:
+        raise ConfigError(
+            f"{', '.join(given)}: the shape of a vision-language model cannot be given here. Change config.json in "
+            f"{directory}."
+        )
     if cfg.continue_training:
         _require_same(given, stored, directory)
         return stored

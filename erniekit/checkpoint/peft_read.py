@@ -15,7 +15,6 @@ from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
 from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes
 from erniekit.checkpoint.safetensors_read import Reader
-from erniekit.hub import local_path, resolve_model
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import parameter_name
 from erniekit.lora.targets import SAVEABLE, hf_name, is_stacked
@@ -58,28 +57,6 @@ def read_adapter(directory: str | Path, config: ModelConfig, model_dir: str | Pa
             "model it was trained on."
         )
     return _Reading(path, content, reader, config).result()
-
-
-def base_of(directory: str | Path, named: str | None, hub: str | None = None) -> Path:
-    """The directory of the model that an adapter belongs to: `named` (model_name_or_path), or the local directory that
-    the adapter itself names.
-
-    Raises CheckpointError if neither exists: a file does not decide what is downloaded from a Hub.
-    """
-    if named:
-        return resolve_model(named, hub)
-    base = read_adapter_config(Path(directory)).base
-    if not base:
-        raise CheckpointError(
-            f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
-        )
-    path = local_path(base)
-    if path is None:
-        raise CheckpointError(
-            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is no directory here. Set "
-            "model_name_or_path to a copy of that model, or to its name on a Hub to have it downloaded."
-        )
-    return path
 
 
 class _Reading:

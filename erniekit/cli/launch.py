@@ -1,7 +1,8 @@
 """What stands between the command line and the library: the configuration, and the processes to run it in.
 
-`erniekit train` in a shell is either the one process that trains, or the agent of this host, which starts the workers
-and watches them (erniekit/cluster). Which of the two follows from the degrees, before Paddle is imported. A process
+`erniekit train`, `eval` or `chat` in a shell is either the one process that does the work, or the agent of this host,
+which starts the workers and watches them (erniekit/cluster). Which of the two follows from the degrees, before Paddle
+is imported. The other commands read and write files tensor by tensor and run in one process. A process
 that PADDLE_TRAINERS_NUM counts and PADDLE_TRAINER_ID names is a worker: of such an agent, or of
 `python -m paddle.distributed.launch`.
 """
@@ -16,12 +17,14 @@ from pathlib import Path
 
 from erniekit import config
 from erniekit.checkpoint.model_dir import list_checkpoints
+from erniekit.checkpoint.model_files import model_files
 from erniekit.checkpoint.model_shape import directories, model_config
 from erniekit.checkpoint.run_record import start_id
 from erniekit.cluster import net
 from erniekit.cluster.job import Job, Layout, Limits, Master
 from erniekit.config import Config
-from erniekit.models.pipeline_layout import check_layout
+from erniekit.hub import resolve_tokenizer
+from erniekit.models.pipeline_layout import check_layout, chunks_to_use
 from erniekit.parallel.mesh import ParallelDims
 from erniekit.utils import heartbeat, job_token, log, runtime
 from erniekit.utils.directory_lock import DirectoryLock, make_directory
@@ -31,6 +34,8 @@ from erniekit.utils.version import __version__
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
 # Where schedulers that start one process a host say which host this is.
 _NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
+# Commands that run on as many processes as the degrees of their configuration ask for.
+ON_RANKS = ("train", "eval", "chat")
 _AGENT = "ERNIEKIT_AGENT"  # "process id:file descriptor of the heartbeat's memory", from an agent to its workers
 
 
@@ -46,13 +51,13 @@ def configure(args: list[str], command: str) -> Config:
     Raises:
         ConfigError: the arguments, the file or a key is wrong, or asks for what this version cannot do.
     """
-    if command == "train" and is_worker():
+    if command in ON_RANKS and is_worker():
         _begin_worker(os.environ)
     path, overrides = read_arguments(args)
     cfg = config.load(path, overrides, command, allow_extra=allows_extra())
     log_notes(cfg)
     config.require_supported(cfg, command)
-    if command != "train":
+    if command not in ON_RANKS:
         _require_one_process(os.environ, f"`erniekit {command}`")
     return cfg
 
@@ -71,7 +76,7 @@ def check(cfg: Config, command: str) -> None:
         ConfigError: names what is not possible.
     """
     config.require_supported(cfg, command)
-    if not is_worker() and job_of(cfg, []) is not None:
+    if not is_worker() and job_of(cfg, [], command) is not None:
         raise ConfigError(
             "erniekit.train trains in the process that calls it, and this configuration needs several. Use the command "
             f"`erniekit train {cfg.source or 'FILE.yaml'}`, which starts them."
@@ -88,14 +93,26 @@ def is_supervised() -> bool:
     return _AGENT in os.environ
 
 
-def degrees_of(cfg: Config) -> ParallelDims:
-    """The degrees of the whole job, on the GPUs of all hosts if there are any.
+def degrees_of(cfg: Config, command: str = "train") -> ParallelDims:
+    """The degrees of the whole job, on the GPUs of all hosts if there are any. A conversation needs one copy of the
+    model, whatever the number of GPUs.
 
     Raises:
-        ConfigError: they do not multiply to the number of processes, or one does not divide the data ranks.
+        ConfigError: they do not multiply to the number of processes, there are fewer GPUs, or one does not divide the
+            data ranks.
     """
     devices = _devices(os.environ)
-    return ParallelDims.from_config(cfg, _count(os.environ, "NNODES") * len(devices) if devices else None)
+    num_gpus = _count(os.environ, "NNODES") * len(devices)
+    if command != "chat":
+        return ParallelDims.from_config(cfg, num_gpus if devices else None)
+    degrees = ParallelDims.of_one_copy(cfg)
+    if devices and degrees.world > num_gpus:
+        raise ConfigError(
+            f"pipeline_parallel_degree {degrees.pipeline} * expert_parallel_degree {degrees.expert} * "
+            f"tensor_parallel_degree {degrees.tensor} = {degrees.world} processes, but there are {num_gpus} GPUs. "
+            "Lower a degree, or start on more hosts (NNODES)."
+        )
+    return degrees
 
 
 def has_gpus() -> bool:
@@ -113,11 +130,11 @@ def allows_extra() -> bool:
     return _is_on(os.environ.get("ALLOW_EXTRA_ARGS", ""))
 
 
-def job_of(cfg: Config, args: list[str]) -> Job | None:
-    """What this host has to start to train as `cfg` says; None if this process is enough.
+def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
+    """What this host has to start to do what `command` does as `cfg` says; None if this process is enough.
 
     Args:
-        args: what follows `train` on the command line, for the workers.
+        args: what follows the command on the command line, for the workers.
 
     Raises:
         ConfigError: the degrees, the model and the hosts do not fit together, or the environment is wrong.
@@ -125,7 +142,7 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
     """
     environ = os.environ
     hosts, devices = _count(environ, "NNODES"), _devices(environ)
-    degrees = degrees_of(cfg)
+    degrees = degrees_of(cfg, command)
     if degrees.world == 1 and hosts == 1:
         return None
     slots, rest = divmod(degrees.world, hosts)
@@ -135,23 +152,32 @@ def job_of(cfg: Config, args: list[str]) -> Job | None:
             f"{degrees.data} * tensor {degrees.tensor}) evenly: {degrees.world} / {hosts} = "
             f"{degrees.world / hosts:.2f}. Change a degree (data_parallel_degree adds processes), or NNODES."
         )
-    _check_model(cfg, degrees)
+    _check_model(cfg, degrees, command)
     master = _master(environ, hosts)
-    assert cfg.output_dir, "config.load requires it to train"
+    trains, output_dir = command == "train", Path(cfg.output_dir or "")
+    restarts = (cfg.max_restarts, cfg.elastic) if trains else (0, False)
     return Job(
-        command=runtime.python_command("from erniekit.cli.main import main; sys.exit(main())", "train", *args),
+        command=runtime.python_command("from erniekit.cli.main import main; sys.exit(main())", command, *args),
         environ=dict(environ),
         hosts=hosts,
         slots=slots,
-        layouts=_layouts(cfg, degrees),
-        limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, cfg.max_restarts, cfg.elastic),
+        layouts=_layouts(cfg, degrees) if trains else (Layout(degrees.world),),
+        limits=Limits(cfg.distributed_timeout, cfg.rendezvous_timeout, *restarts),
         token=_token(environ, master),
-        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or f"{cfg.output_dir}/logs").expanduser(),
+        logs=Path(environ.get("ERNIEKIT_DIST_LOG") or _logs(cfg, command)).expanduser(),
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),
-        again=partial(_go_on, Path(cfg.output_dir), start_id(Path(cfg.output_dir))),
+        again=partial(_go_on, output_dir, start_id(output_dir)) if trains else list,
+        reads_terminal=command == "chat",
     )
+
+
+def _logs(cfg: Config, command: str) -> Path:
+    """The directory of the other ranks' logs; those of training stay."""
+    output = (cfg.eval_output if command == "eval" else None) or cfg.output_dir
+    parent = runtime.cache_directory() if output is None else Path(output)
+    return parent / "logs" if command == "train" else parent / "logs" / command
 
 
 def require_free(cfg: Config) -> None:
@@ -161,10 +187,14 @@ def require_free(cfg: Config) -> None:
     DirectoryLock(Path(cfg.output_dir)).require_free()
 
 
-def _check_model(cfg: Config, degrees: ParallelDims) -> None:
+def _check_model(cfg: Config, degrees: ParallelDims, command: str) -> None:
     """Download the model once for all workers of this host, and see whether it can be divided."""
-    directory, _ = directories(cfg)
-    check_layout(cfg, degrees, model_config(cfg, directory))
+    if command == "train":
+        check_layout(cfg, degrees, model_config(cfg, directories(cfg)[0]))
+        return
+    if cfg.tokenizer_name_or_path:
+        resolve_tokenizer(cfg.tokenizer_name_or_path, cfg.download_hub)
+    chunks_to_use(cfg, model_files(cfg).config(cfg), degrees, stage=0)
 
 
 def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:

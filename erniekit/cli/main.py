@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in _LISTENING:
         stop_signals.listen(signals=(signal.SIGINT,))
-    if argv is None and name == "train":  # until it listens, so that no thread of numpy's can take it instead
+    if argv is None and name in ("train", "eval"):  # until it listens, so that no thread of numpy's can take it instead
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         code = _dispatch(name, args[1:])
@@ -109,7 +109,19 @@ def _dispatch(name: str, args: list[str]) -> int:
     from erniekit.cli import launch
 
     cfg = launch.configure(args, name)  # before the command is imported: a mistake shows at once, Paddle takes seconds
-    _function(command)(cfg)
+    if name in launch.ON_RANKS and not launch.is_worker():
+        job = launch.job_of(cfg, args, name)
+        if job is not None:
+            from erniekit.cluster import agent
+
+            stop_signals.listen()
+            return agent.run(job)
+    function = _function(command)
+    if name == "eval":  # only now: Paddle puts handlers of its own in the place of ours
+        stop_signals.listen()
+    elif launch.is_worker():  # its agent has blocked the signals, and Python keeps Ctrl-C
+        stop_signals.listen(signals=(signal.SIGTERM, signal.SIGHUP))
+    function(cfg)
     return 0
 
 

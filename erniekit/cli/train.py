@@ -17,7 +17,7 @@ def run(args: list[str]) -> int:
             f"{', '.join(ignored)}: no effect: the parallel degrees in the configuration decide how many processes "
             "train (NNODES, MASTER_ADDR and PADDLE_NODE_RANK describe several hosts)"
         )
-    job = None if launch.is_worker() else launch.job_of(cfg, args)
+    job = None if launch.is_worker() else launch.job_of(cfg, args, "train")
     if job is not None:
         from erniekit.cluster import agent
 

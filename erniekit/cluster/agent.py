@@ -81,7 +81,14 @@ class _Agent:
             self._show(reply)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Hand the wish on; the workers agree on a step, save and end. A second Ctrl-C ends the job at once."""
+        """Hand the wish on; the workers agree on a step, save and end. A second Ctrl-C ends the job at once. Where rank
+        0 reads the terminal, it alone says what a Ctrl-C means.
+        """
+        if self._job.reads_terminal and number == signal.SIGINT:
+            for worker in self._workers:
+                if worker.rank == 0:
+                    worker.send_signal(number)
+            return
         now = time.monotonic()
         if self._stopped_by is not None:
             if number == signal.SIGINT and now - self._stopped_at > stop_signals.TWICE:
@@ -183,6 +190,8 @@ class _Agent:
 
     def _end(self, verdict: Message) -> int:
         signalled = self._stopped_by
+        if self._job.reads_terminal and verdict["code"] == stop_signals.EXIT_INTERRUPTED:
+            signalled = signal.SIGINT
         if verdict["code"] == 0:
             if self._is_spare:
                 log.info("the job has ended well; this host had no ranks in it")

@@ -56,6 +56,7 @@ class Job:
     token: what the job's processes know and strangers do not.
     config: what must be equal on all hosts.
     again: the arguments that make a restarted worker resume from the last checkpoint.
+    reads_terminal: rank 0 reads the agent's standard input, and Ctrl-C goes to rank 0 instead of ending the job.
     """
 
     command: tuple[str, ...]
@@ -70,3 +71,4 @@ class Job:
     master: Master | None = None
     config: Mapping[str, str] | None = None
     again: Callable[[], list[str]] = list
+    reads_terminal: bool = False

@@ -1,9 +1,10 @@
 """Find the rank that hangs, from the last signs of life of all ranks. Pure functions."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from erniekit.utils.heartbeat import TRAINING
+from erniekit.utils.heartbeat import ASKING, TRAINING
 
 # Starting, saving and evaluating take long with good reason, and one rank may wait for another all that time.
 PATIENCE = 60
@@ -67,4 +68,6 @@ def _holding_up(late: list[Sign], nobody_moves: bool) -> tuple[int, str] | None:
 
 
 def _allowed(sign: Sign, limit: float) -> float:
+    if sign.phase == ASKING:
+        return math.inf
     return max(limit, SLOWER * sign.longest) if sign.phase == TRAINING else limit * PATIENCE

@@ -56,6 +56,7 @@ class Worker:
     def __init__(self, job: Job, start: Message, local: int, cores: int) -> None:
         self.rank: int = start["first"] + local
         self._memory = heartbeat.new_memory()
+        self._reads_terminal = job.reads_terminal and self.rank == 0
         self._path = _log_path(job.logs, self.rank, start["attempt"])
         self.log = None if self.rank == 0 else self._path
         words = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
@@ -78,7 +79,7 @@ class Worker:
             self.process = subprocess.Popen(
                 words,
                 env=environ,
-                stdin=subprocess.DEVNULL,
+                stdin=None if self._reads_terminal else subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

@@ -377,8 +377,14 @@ _RANK_RULES = [
     Rule(
         _DEGREES,
         lambda c, f: True,
-        "`{command}` runs in one process, and one device holds the model",
-        ("eval", "chat", "export", "split"),
+        "`{command}` streams tensor by tensor in one process, degrees of the YAML are not needed",
+        ("export", "split"),
+    ),
+    Rule(
+        "data_parallel_degree sharding_parallel_degree",
+        lambda c, f: True,
+        "a conversation needs one copy of the model",
+        ("chat",),
     ),
     Rule("sequence_parallel", lambda c, f: c.tensor_parallel_degree <= 1, "tensor_parallel_degree is 1"),
     Rule(

@@ -17,7 +17,7 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     found: list[str] = []
     if cfg.method.later and command in ("train", "eval"):
         built = f"{', '.join(methods.BUILT[:-1])} and {methods.BUILT[-1]}"
-        found.append(f"stage: {cfg.method.name} ({cfg.method.later}); this version has {built}")
+        found.append(f"stage: {cfg.method.name} ({cfg.method.later}); it has {built}")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         found.append(

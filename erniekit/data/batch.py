@@ -7,7 +7,7 @@ Legend: T tokens, R rows, N entries of a side table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -37,14 +37,38 @@ class PairLayout(NamedTuple):
     score_delta: float
 
 
+class DocumentPictures(NamedTuple):
+    """The N images and videos of a document of n tokens, in the order of their placeholders.
+
+    `modality` int8 [n]; `positions` int64 [n, 3] (time, height, width); `grid` int64 [N, 3]; `first_tokens` int64 [N];
+    `sources` [N]: what decodes each of them (vision.plan.MediaPlan).
+    """
+
+    modality: np.ndarray
+    positions: np.ndarray
+    grid: np.ndarray
+    first_tokens: np.ndarray
+    sources: tuple[Any, ...]
+
+
 class Document(NamedTuple):
     """What is packed: `ids` and `labels` int32 [n], labels[t] the target of position t or -100; for a pair of answers
-    its layout.
+    its layout; its images and videos.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     pair: PairLayout | None = None
+    pictures: DocumentPictures | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory its arrays take, and pictures that are in the record itself."""
+        size = self.ids.nbytes + self.labels.nbytes
+        if self.pictures is not None:
+            size += self.pictures.modality.nbytes + self.pictures.positions.nbytes
+            size += sum(source.num_bytes for source in self.pictures.sources)
+        return size
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,9 @@ class PairTable:
 NO_PAIRS = PairTable.of([])
 
 
+_NO_NUMBERS = np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True)
 class PictureTable:
     """The N images and videos of a batch, in the order of their placeholders.
@@ -106,29 +133,55 @@ class PictureTable:
     `patches` [P, channels * size * size], uint8 pixels or normalised floats, of one picture after another; `grid` int64
     [N, 3], the frames, rows and columns of patches of each (one frame: an image); `first_tokens` int64 [N], the token
     number of the first placeholder of each.
+
+    Only the rank that trains on a batch decodes its pictures. Until then `patches` is empty, `sources` [N] is what
+    decodes them, and `documents` int64 [N] is the number of each one's document among the batch's.
     """
 
     patches: np.ndarray
     grid: np.ndarray
     first_tokens: np.ndarray
+    documents: np.ndarray = field(default_factory=_NO_NUMBERS.copy)
+    sources: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid)
 
+    @property
+    def num_patches(self) -> int:
+        """P, also before they are decoded."""
+        return int(self.grid.prod(axis=1).sum())
+
     @staticmethod
-    def join(tables: Sequence["PictureTable"], first_tokens: np.ndarray) -> "PictureTable":
-        """One table of several rows' tables, whose tokens are counted from `first_tokens` on."""
-        filled = [(table, first) for table, first in zip(tables, first_tokens.tolist(), strict=True) if len(table)]
+    def of(documents: Sequence[Document]) -> "PictureTable":
+        """The table of documents that are laid one after another."""
+        filled = [(i, document.pictures) for i, document in enumerate(documents) if document.pictures is not None]
+        starts = _starts([len(document.ids) for document in documents])
+        return PictureTable(
+            NO_PICTURES.patches,
+            np.concatenate([pictures.grid for _, pictures in filled]),
+            np.concatenate([pictures.first_tokens + starts[i] for i, pictures in filled]),
+            np.concatenate([np.full(len(pictures.grid), i, np.int64) for i, pictures in filled]),
+            tuple(source for _, pictures in filled for source in pictures.sources),
+        )
+
+    @staticmethod
+    def join(tables: Sequence["PictureTable"], first_tokens: np.ndarray, first_documents: np.ndarray) -> "PictureTable":
+        """One table of several rows' tables, whose tokens and documents are counted from the given numbers on."""
+        filled = [i for i, table in enumerate(tables) if len(table)]
         if not filled:
             return NO_PICTURES
+        patches = [tables[i].patches for i in filled if len(tables[i].patches)]
         return PictureTable(
-            np.concatenate([table.patches for table, _ in filled]),
-            np.concatenate([table.grid for table, _ in filled]),
-            np.concatenate([table.first_tokens + first for table, first in filled]),
+            np.concatenate(patches) if patches else NO_PICTURES.patches,
+            np.concatenate([tables[i].grid for i in filled]),
+            np.concatenate([tables[i].first_tokens + first_tokens[i] for i in filled]),
+            np.concatenate([tables[i].documents + first_documents[i] for i in filled]),
+            tuple(source for i in filled for source in tables[i].sources),
         )
 
 
-NO_PICTURES = PictureTable(np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.int64), np.zeros(0, np.int64))
+NO_PICTURES = PictureTable(np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.int64), _NO_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -244,7 +297,7 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         spans += [(0, prompt)] if prompt else []
         spans += [(prompt, chosen), (prompt, rejected)]
         pairs.append((first if prompt else NO_SEGMENT, len(spans) - 2, len(spans) - 1, score_delta))
-    return PackedBatch.text_row(
+    row = PackedBatch.text_row(
         np.concatenate([document.ids for document in documents]),
         np.concatenate([document.labels for document in documents]),
         np.concatenate([np.arange(first, first + length) for first, length in spans]),
@@ -252,6 +305,20 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         sources,
         PairTable.of(pairs),
     )
+    return _with_pictures(row, documents) if any(document.pictures for document in documents) else row
+
+
+def _with_pictures(row: PackedBatch, documents: Sequence[Document]) -> PackedBatch:
+    """The row of documents of which some have pictures."""
+    positions, modality = _on_three_axes(row.position_ids), row.modality.copy()
+    end = 0
+    for document in documents:
+        start, end = end, end + len(document.ids)
+        if document.pictures is not None:
+            assert document.pair is None, "the positions of a pair with pictures are not defined"
+            positions[start:end] = document.pictures.positions
+            modality[start:end] = document.pictures.modality
+    return replace(row, position_ids=positions, modality=modality, pictures=PictureTable.of(documents))
 
 
 def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
@@ -273,15 +340,24 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([part.pairs for part in parts], first_segments),
-        pictures=PictureTable.join([part.pictures for part in parts], _starts([part.num_tokens for part in parts])),
+        pictures=PictureTable.join(
+            [part.pictures for part in parts],
+            _starts([part.num_tokens for part in parts]),
+            _starts([part.num_samples for part in parts]),
+        ),
     )
 
 
 def _join_positions(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[T], or [T, 3] where a part has three axes: text has the same position on all of them."""
+    """[T], or [T, 3] where a part has three axes."""
     if all(part.ndim == 1 for part in parts):
         return np.concatenate(parts)
-    return np.concatenate([part if part.ndim == 2 else np.repeat(part[:, None], 3, axis=1) for part in parts])
+    return np.concatenate([_on_three_axes(part) for part in parts])
+
+
+def _on_three_axes(positions: np.ndarray) -> np.ndarray:
+    """Positions as [T, 3]: text has the same position on all of them."""
+    return positions if positions.ndim == 2 else np.repeat(positions[:, None], 3, axis=1)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

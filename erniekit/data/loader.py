@@ -13,7 +13,7 @@ need, the same number on every rank, and a rank that gets no row in one gets a b
 
 import math
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,6 +26,7 @@ from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
 from erniekit.data.tokens.feed import TokenFeed, open_token_files
+from erniekit.data.vision.encode import VisionSpec
 from erniekit.utils.errors import DataError
 
 _VERSION = 1
@@ -91,6 +92,10 @@ class Feed(Protocol):
 
     def report(self, position: Any) -> dict[str, Any]:
         """Counts up to a position."""
+        ...
+
+    def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with what is only loaded for the rank that trains on them: the patches of pictures."""
         ...
 
     def interrupt(self) -> None:
@@ -252,7 +257,8 @@ def _steps(
     with closing(feed.rows(position)) as all_rows:
         rows = islice(all_rows, max_rows)
         while taken := list(islice(rows, plan.rows_per_step)):
-            yield _microbatches([row for row, _ in taken], plan), taken[-1][1]
+            batches = _microbatches([row for row, _ in taken], plan)
+            yield feed.decode_media(batches), taken[-1][1]
 
 
 def _microbatches(rows: list[PackedBatch], plan: Plan) -> list[PackedBatch]:
@@ -271,6 +277,7 @@ def build_loader(
     template: Template | None = None,
     inspection: Inspection = EVERY_RECORD,
     accumulation: int | None = None,
+    vision: VisionSpec | None = None,
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
 
@@ -278,16 +285,16 @@ def build_loader(
     evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
     own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
     random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records of text are looked at first. `accumulation`: the microbatches of a training step; None:
-    gradient_accumulation_steps. Raises DataError (file:line, reason, hint) for data that
-    cannot be read and ConfigError for keys that do not go together.
+    `inspection` is how records are looked at first; `accumulation`: the microbatches of a training step, None:
+    gradient_accumulation_steps; `vision`: how records with pictures are read, None: they are text. Raises DataError
+    (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go together.
     """
     training = split == "train"
     feed: RecordFeed | TokenFeed
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:
-        feed = open_text(cfg, tokenizer, split, template, inspection)
+        feed = open_text(cfg, tokenizer, split, template, inspection, vision)
     plan = Plan(
         batch_size=cfg.batch_size,
         accumulation=(accumulation or cfg.gradient_accumulation_steps) if training else 1,

@@ -5,7 +5,7 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 
 import hashlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,8 +18,11 @@ from erniekit.data.chat.encode import Encoded, Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
-from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs, with_pictures
 from erniekit.data.sampler import Sampler
+from erniekit.data.vision.decode import MediaDecoder
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.template import load_vision_template
 from erniekit.data.workers import EncoderSpec, EncodingService
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
@@ -56,9 +59,15 @@ class RecordFeed:
     """The rows of text records, for a Loader (see loader.Feed)."""
 
     def __init__(
-        self, dataset: Dataset, stream: PackedStream, service: EncodingService, extent: Extent, identity: dict[str, Any]
+        self,
+        dataset: Dataset,
+        stream: PackedStream,
+        service: EncodingService,
+        extent: Extent,
+        identity: dict[str, Any],
+        decoder: MediaDecoder,
     ):
-        self.dataset, self.identity = dataset, identity
+        self.dataset, self.identity, self._decoder = dataset, identity, decoder
         self._stream, self._service, self._extent = stream, service, extent
         self._lengths: Lengths | None = None
         self._measured: tuple[float, Lengths] | None = None
@@ -81,9 +90,14 @@ class RecordFeed:
         """The rows after `position`, each with the position behind it."""
         return self._stream.rows(position)
 
+    def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with the pixels of their pictures."""
+        return self._decoder.decode(batches)
+
     def interrupt(self) -> None:
         """End the workers of every stream, also while another thread waits for them."""
         self._service.stop()
+        self._decoder.stop()
 
     def report(self, position: Position) -> dict[str, Any]:
         """samples (used), cut, dropped, bad_lines (skipped when the files were checked), rows, tokens,
@@ -170,18 +184,26 @@ def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
 
 
 def open_text(
-    cfg: Config, tokenizer: Tokenizer, split: str, template: Template | None, inspection: Inspection = EVERY_RECORD
+    cfg: Config,
+    tokenizer: Tokenizer,
+    split: str,
+    template: Template | None,
+    inspection: Inspection = EVERY_RECORD,
+    vision: VisionSpec | None = None,
 ) -> RecordFeed:
-    """Open and check the text data of `split` ("train" or "eval"); see loader.build_loader."""
+    """Open and check the records of `split` ("train" or "eval"); see loader.build_loader."""
     keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
+    if vision is not None:
+        specs = with_pictures(specs)
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
-    dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every) for spec in specs])
+    dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
         assert isinstance(tokenizer, text_tokenizer.Tokenizer), "another tokenizer comes with its template"
-        template = chat.load_template(tokenizer, cfg.chat_template)
+        load = chat.load_template if vision is None else load_vision_template
+        template = load(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
         tokenizer,
         cfg.max_seq_len,
@@ -189,6 +211,7 @@ def open_text(
         cfg.on_bad_line,
         cfg.max_prompt_len if cfg.method.reads("max_prompt_len") else None,
         template,
+        vision=vision,
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
@@ -201,7 +224,10 @@ def open_text(
         "tokenizer": tokenizer.fingerprint,
         "chat template": None if _is_plain(specs) else _hash(template),
     }
-    return RecordFeed(dataset, stream, service, extent, identity)
+    if vision is not None:
+        identity["pictures"] = repr(vision)
+    decoder = MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
+    return RecordFeed(dataset, stream, service, extent, identity, decoder)
 
 
 def _is_plain(specs: list[SourceSpec]) -> bool:

@@ -21,6 +21,8 @@ from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Encoder, Template, Tokenizer
 from erniekit.data.records.dataset import Dataset
+from erniekit.data.vision.encode import VisionEncoder, VisionSpec
+from erniekit.data.vision.template import VisionTemplate
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import DataError, UserError
 
@@ -31,7 +33,9 @@ _SHOWN_DROPS = 3  # the others are only counted
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`."""
+    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`; with
+    `vision` they are those of a VisionEncoder.
+    """
 
     tokenizer: Tokenizer
     max_seq_len: int
@@ -40,17 +44,21 @@ class EncoderSpec:
     max_prompt_len: int | None = None
     template: Template | None = None
     template_text: tuple[str, str] | None = None
+    vision: VisionSpec | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A compiled template cannot be pickled: its name and text go in its place."""
         state = dict(vars(self))
-        if isinstance(self.template, chat.Template):
+        if isinstance(self.template, chat.Template) and self.vision is None:
             state |= {"template": None, "template_text": (self.template.name, self.template.source)}
         return state
 
-    def make(self) -> Encoder:
-        """An Encoder."""
+    def make(self) -> Encoder | VisionEncoder:
+        """The encoder."""
         template = self.template
+        if self.vision is not None:
+            assert isinstance(template, VisionTemplate), "records with pictures need a template that shows them"
+            return VisionEncoder(template, self.vision, self.max_seq_len, self.on_bad_line)
         if self.template_text is not None:
             assert isinstance(self.tokenizer, text_tokenizer.Tokenizer), "a template is made with its tokenizer"
             template = chat.Template(*self.template_text, self.tokenizer)
@@ -199,6 +207,7 @@ class EncodingService:
             "truncation": spec.truncation,
             "on_bad_line": spec.on_bad_line,
             "max_prompt_len": spec.max_prompt_len,
+            "pictures": None if spec.vision is None else repr(spec.vision),
         }
 
     def stop(self) -> None:
@@ -261,7 +270,7 @@ class EncodingService:
                     + (" (further ones are only counted)" if self._drops == _SHOWN_DROPS else "")
                 )
         # 600: about what the objects around the arrays take
-        size = 600 + sum(document.ids.nbytes + document.labels.nbytes for document in encoded.documents)
+        size = 600 + sum(document.num_bytes for document in encoded.documents)
         if size <= self._room:
             self._room -= size
             self._cache[number] = encoded

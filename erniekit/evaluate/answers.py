@@ -16,7 +16,7 @@ from erniekit.data.records.sample import Sample
 from erniekit.evaluate import text_metrics
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.decode import decode
-from erniekit.generation.load import FoundModel, Opened, sampling_of
+from erniekit.generation.load import ChatModel, PreparedChatModel, sampling_of
 from erniekit.generation.thinking import opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.utils import log
@@ -65,7 +65,7 @@ class Prediction:
         return {**found, "exact_match": correct, "stop": self.stop, "source": self.question.where}
 
 
-def read_questions(cfg: Config, dataset: Dataset, found: FoundModel) -> list[Question]:
+def read_questions(cfg: Config, dataset: Dataset, found: PreparedChatModel) -> list[Question]:
     """The last question of each sample, and before it, with what came before, every one whose answer calls tools. In
     the order of the files; of as many samples as max_evaluate_steps batches hold.
     """
@@ -93,7 +93,7 @@ def read_questions(cfg: Config, dataset: Dataset, found: FoundModel) -> list[Que
     return questions
 
 
-def _questions(found: FoundModel, sample: Sample, where: str) -> list[Question]:
+def _questions(found: PreparedChatModel, sample: Sample, where: str) -> list[Question]:
     """A sample's questions: the last, and those whose answers call tools."""
     tokenizer, template, messages = found.tokenizer, found.template, sample.messages
     has_tools = bool(sample.tools) or any("tool_calls" in message for message in messages)
@@ -111,7 +111,7 @@ def _questions(found: FoundModel, sample: Sample, where: str) -> list[Question]:
     return questions
 
 
-def answer_questions(cfg: Config, opened: Opened, questions: Sequence[Question]) -> list[Prediction]:
+def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Question]) -> list[Prediction]:
     """The model's answers. A question too long for its context is not asked and has the answer "": it counts as wrong,
     and a line says how many there are.
     """
@@ -138,7 +138,7 @@ def answer_questions(cfg: Config, opened: Opened, questions: Sequence[Question])
             limits,
             sampling,
             batch_size=_BATCH,
-            on_answer=lambda row, answer: progress.advance(task),
+            on_answer=lambda row, answer: progress.advance(task, opened.model.mesh.degrees.data),
         )
     for i, answer in zip(asked, answers, strict=True):
         thought, text = split_thought(opened.tokenizer.decode(answer.ids), questions[i].in_thought)

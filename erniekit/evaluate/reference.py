@@ -5,7 +5,7 @@ from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
-from erniekit.generation.load import FoundModel
+from erniekit.generation.load import PreparedChatModel
 from erniekit.hub import resolve_model
 from erniekit.models.decoder import CausalLM
 from erniekit.training.methods import method_of
@@ -13,7 +13,7 @@ from erniekit.training.reference import AdapterOff, PairScorer, Reference, Secon
 from erniekit.utils import log
 
 
-def find_reference(cfg: Config, model: FoundModel) -> PreparedModel | None:
+def find_reference(cfg: Config, model: PreparedChatModel) -> PreparedModel | None:
     """The model that `model_name_or_path` names, checked but not read, as the reference for another one; None where the
     loss wants none, or there is no other.
     """
@@ -42,7 +42,7 @@ def open_reference(cfg: Config, model: CausalLM, found: PreparedModel | None, sc
         return AdapterOff(model, scorer)
     if found is not None:
         log.info(f"reference: {found.path}")
-        return SecondModel(found.build(), scorer)
+        return SecondModel(found.build(model.mesh, model.chunks), scorer)
     log.warning(
         "no reference: model_name_or_path names no other model with weights, so rewards are beta times the "
         "log-probabilities alone"

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
 from erniekit.evaluate.reference import find_reference, open_reference
-from erniekit.generation.load import Opened, find_model
-from erniekit.parallel.mesh import Mesh
+from erniekit.generation.load import ChatModel, find_model
+from erniekit.join import GENERATION, join, require_same_files
+from erniekit.models.pipeline_layout import chunks_to_use
+from erniekit.parallel.agree import all_or_none
 from erniekit.training.evaluators import EvaluatedModel
 from erniekit.training.evaluators import score as score_data
 from erniekit.training.forward_pass import ForwardPass
@@ -63,24 +66,38 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
     those of tool_metrics too. In pairs of answers, the model's is compared with the chosen one.
 
-    Returns what it writes to `eval_output` or `output_dir`: eval_results.json, and with answers eval_predictions.jsonl,
-    a line each. Prints a table. Raises UserError that names the key, file or line.
+    The model and the data are divided over the ranks of the job as the degrees in `cfg` say; the numbers are those of
+    one process, and every rank has them. The first rank writes them to `eval_output` or `output_dir` and prints a
+    table: eval_results.json, and with answers eval_predictions.jsonl, a line each.
+
+    Returns what is in eval_results.json. Raises UserError that names the key, file or line, on every rank.
     """
     started = time.monotonic()
-    target = _target(cfg)
-    found = find_model(cfg)
-    reference = find_reference(cfg, found)
+    mesh = join(cfg, also_compared=GENERATION)
+    world, reports = mesh.world_group, mesh.rank == 0
     predictions: Sequence[Prediction] = ()
-    with build_loader(cfg, found.tokenizer, "eval", template=found.template) as loader:
-        questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
-        opened = found.load()  # keys and data are checked: from here on weights are read
+    with ExitStack() as stack:
+        with all_or_none(world):
+            target = _target(cfg) if reports else None
+            found = find_model(cfg)
+            chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
+            reference = find_reference(cfg, found)
+            loader = stack.enter_context(
+                build_loader(cfg, found.tokenizer, "eval", mesh.data, mesh.degrees.data, found.template)
+            )
+            questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
+        require_same_files(found.prepared.path, loader.identity, world)
+        opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
         results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
         if cfg.predict_with_generate:
             predictions = answer_questions(cfg, opened, questions)
             results |= score(predictions)
     results["seconds"] = round(time.monotonic() - started, 2)
-    _write(target, results, predictions if cfg.predict_with_generate else None)
-    print_table(results)
+    with all_or_none(world):
+        if target is not None:
+            _write(target, results, predictions if cfg.predict_with_generate else None)
+    if reports:
+        print_table(results)
     return results
 
 
@@ -99,10 +116,10 @@ def print_table(results: dict[str, Any]) -> None:
     print(text.get(), end="", flush=True)
 
 
-def _scores(cfg: Config, opened: Opened, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
+def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
     """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
     model = opened.model
-    forward = ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))])
+    forward = ForwardPass(model.mesh, model.chunks)
     compared_with = open_reference(cfg, model, reference, PairScorer(forward, cfg.loss_subbatch_seqlen))
     evaluated = EvaluatedModel(str(opened.path), cfg, model, forward, compared_with)
     cure = "Evaluate an earlier checkpoint (checkpoint: ...)."

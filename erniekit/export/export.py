@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from erniekit.build import Overrides, overrides_of
+from erniekit.checkpoint.adapter_config import base_of
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.model_dir import (
     TOKENIZER_FILES,
@@ -11,7 +12,7 @@ from erniekit.checkpoint.model_dir import (
     is_adapter,
 )
 from erniekit.checkpoint.model_reader import ModelReader
-from erniekit.checkpoint.peft_read import base_of, read_adapter
+from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.config import Config
 from erniekit.data.chat.template import load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import load_tokenizer

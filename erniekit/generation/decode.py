@@ -1,7 +1,11 @@
-"""The decoding loop: prompts in, tokens out, with the KV cache; finished rows leave the batch."""
+"""The decoding loop: prompts in, tokens out, with the KV cache; finished rows leave the batch.
+
+Several ranks may share the model, in any layout of its mesh (models/stages.py): each of them runs the loop.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,14 +13,19 @@ import numpy as np
 import paddle
 
 from erniekit.generation.pictures import PromptPictures
+from erniekit.generation.ranks import chooses, from_chooser
 from erniekit.generation.sampling import Sampling, choose
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pictures import PictureTables
-from erniekit.utils import log
+from erniekit.models.stages import finish_passes
+from erniekit.parallel import comm
+from erniekit.parallel.process_group import Group
+from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import CheckpointError, UserError
 
 _PREFILL_TOKENS = 16384  # tokens of prompts that go through the model at once
 _PREFILL_STEP = 2048  # of a single long prompt
+_NOT_FINITE = -1  # in the place of a token: the scores have no meaning
 
 OnToken = Callable[[int, int], None]  # (row of the prompt, token), as each token is chosen
 
@@ -63,9 +72,10 @@ class Stepper(Protocol):
 
     def feed(
         self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
-    ) -> paddle.Tensor:
-        """Append tokens to each row (at least one each) -> scores after each row's last token [B, V]. `pictures`: the
-        images and videos among these tokens, one entry a row; None: there are none.
+    ) -> paddle.Tensor | None:
+        """Append tokens to each row (at least one each) -> scores after each row's last token [B, V]; None on all
+        pipeline stages but the last. `pictures`: the images and videos among these tokens, one entry a row; None: there
+        are none.
         """
         ...
 
@@ -83,7 +93,7 @@ class CachedStepper:
 
     def feed(
         self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
-    ) -> paddle.Tensor:
+    ) -> paddle.Tensor | None:
         """See Stepper."""
         # A long prompt goes in pieces: its activations are then never whole. Rows of a batch are short (see _batches),
         # so that only a single row needs it.
@@ -94,18 +104,22 @@ class CachedStepper:
         return self._extend(tokens, prompt, start)
 
     def keep(self, rows: Sequence[int]) -> None:
+        """See Stepper."""
         self.cache.keep(rows)
 
-    def _extend(self, tokens: Sequence[Sequence[int]], prompt: PromptPictures | None, start: int) -> paddle.Tensor:
+    def _extend(
+        self, tokens: Sequence[Sequence[int]], prompt: PromptPictures | None, start: int
+    ) -> paddle.Tensor | None:
         lengths = np.array([len(row) for row in tokens])
         step = () if prompt is None else prompt.step(start, lengths, self.cache.next_position)
         return self.model.extend(pad_right(tokens, 0), lengths, self.cache, *step)
 
 
 class UncachedStepper:
-    """Runs the whole of every row at each step. Slow: it is there to check the cache against."""
+    """Runs the whole of every row at each step, in one process. Slow: it is there to check the cache against."""
 
     def __init__(self, model: CausalLM, batch_size: int) -> None:
+        assert model.mesh.degrees.world == 1, "without a cache one process has the whole model"
         self.model = model
         self.rows: list[list[int]] = [[] for _ in range(batch_size)]
 
@@ -125,6 +139,7 @@ class UncachedStepper:
         return paddle.gather(logits.reshape([batch * width, vocab]), paddle.to_tensor(np.arange(batch) * width + last))
 
     def keep(self, rows: Sequence[int]) -> None:
+        """See Stepper."""
         self.rows = [self.rows[row] for row in rows]
 
 
@@ -143,7 +158,7 @@ def _of_rows(
 
 
 def _ignore(row: int, what: object) -> None:
-    """The listener of those who do not listen."""
+    """The default callback: nobody listens."""
 
 
 def decode(
@@ -159,52 +174,80 @@ def decode(
     pictures: Sequence[PictureTables | None] | None = None,
 ) -> list[Answer]:
     """Answer each prompt (token ids, at least one each). The result is in the order of the prompts and does not depend
-    on how they share batches.
+    on how they share batches, nor on the ranks that hold the model.
 
     Prompts of similar length share a batch of up to `batch_size`; a row that has ended leaves it. Row i draws from its
     own random generator, made of (sampling.seed, i). on_token sees each token as it is chosen, the end token too;
     on_answer each finished answer. `pictures`: the images and videos of each prompt. Raises UserError for a prompt that
     does not fit the model.
+
+    Every rank of the model's mesh calls it with the same arguments and gets all answers. Data ranks share the prompts:
+    on_token and on_answer see those of this rank. A model in training mode answers in eval mode.
     """
     check_prompts(model, prompts)
-    work = _Work(model, prompts, limits, sampling)
-    for rows in _batches([len(prompt) for prompt in prompts], batch_size):
-        stepper: Stepper = (CachedStepper if use_cache else UncachedStepper)(model, len(rows))
-        tokens: list[Sequence[int]] = [prompts[row] for row in rows]
-        new_pictures = _of_rows(pictures, rows)
-        while rows:
-            chosen = work.step(stepper.feed(tokens, new_pictures), rows)
-            new_pictures = None
-            for row, token in zip(rows, chosen, strict=True):
-                on_token(row, token)
-                if work.answers[row].stop:
-                    on_answer(row, work.answers[row])
-            going = [place for place, row in enumerate(rows) if not work.answers[row].stop]
-            if going and len(going) < len(rows):
-                stepper.keep(going)
-            rows, tokens = [rows[place] for place in going], [[chosen[place]] for place in going]
-    _report_full(work.answers, model)
-    return work.answers
+    mesh, work = model.mesh, _Work(model, prompts, limits, sampling)
+    by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    share = by_length[mesh.data :: mesh.degrees.data]
+    with _eval_mode(model):
+        for rows in _batches(share, [len(prompt) for prompt in prompts], batch_size):
+            stepper: Stepper = (CachedStepper if use_cache else UncachedStepper)(model, len(rows))
+            tokens: list[Sequence[int]] = [prompts[row] for row in rows]
+            new_pictures = _of_rows(pictures, rows)
+            while rows:
+                chosen = work.step(stepper.feed(tokens, new_pictures), rows)
+                new_pictures = None
+                for row, token in zip(rows, chosen, strict=True):
+                    on_token(row, token)
+                    if work.answers[row].stop:
+                        on_answer(row, work.answers[row])
+                going = [place for place, row in enumerate(rows) if not work.answers[row].stop]
+                if going and len(going) < len(rows):
+                    stepper.keep(going)
+                rows, tokens = [rows[place] for place in going], [[chosen[place]] for place in going]
+        finish_passes(model)
+    answers = _from_data_ranks(work.answers, share, mesh.data_group)
+    _report_full(answers, model)
+    return answers
+
+
+@contextmanager
+def _eval_mode(model: CausalLM) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    yield
+    if was_training:
+        model.train()
+
+
+def _from_data_ranks(answers: list[Answer], share: Sequence[int], data_group: Group) -> list[Answer]:
+    """All answers, of which each data rank has made those of its `share`."""
+    if data_group.size == 1:
+        return answers
+    mine = [(row, answers[row].ids, answers[row].stop, answers[row].stop_id) for row in share]
+    for part in comm.gather_objects(mine, data_group):
+        for row, ids, stop, stop_id in part:
+            answers[row] = Answer(ids, stop, stop_id)
+    return answers
 
 
 def decode_one(
     model: CausalLM,
     prompt: Sequence[int],
     stepper: Stepper,
-    fed: int,
+    num_cached: int,
     limits: Limits,
     sampling: Sampling,
     turn: int = 0,
 ) -> Iterator[Answer]:
     """Answer one prompt token by token: yields the growing answer after each token, the last time with `stop` set.
 
-    `stepper` (of one row) has been fed the first `fed` tokens of the prompt, which are not all of it. The random
-    generator is made of (sampling.seed, turn).
+    `stepper` (of one row) has cached the first `num_cached` tokens of the prompt, which are not all of it. The random
+    generator is made of (sampling.seed, turn). All ranks of one copy of the model call it alike.
     """
     check_prompts(model, [prompt])
     work = _Work(model, [prompt], limits, sampling, turn)
     answer = work.answers[0]
-    new = prompt[fed:]
+    new = prompt[num_cached:]
     while not answer.stop:
         new = work.step(stepper.feed([new]), [0])
         yield answer
@@ -220,20 +263,28 @@ class _Work:
         """`first`: the number by which the first prompt's random generator is made; the others' follow."""
         self.prompts, self.limits, self.sampling = prompts, limits, sampling
         self.answers = [Answer() for _ in prompts]
+        self._mesh = model.mesh
         self._context = model.config.max_position_embeddings
         self._generators = [_generator(sampling.seed, first + row) for row in range(len(prompts))]
 
-    def step(self, scores_BV: paddle.Tensor, rows: Sequence[int]) -> list[int]:
-        """Choose the next token of each of `rows` and append it to its answer, or end that.
+    def step(self, scores_BV: paddle.Tensor | None, rows: Sequence[int]) -> list[int]:
+        """Choose the next token of each of `rows` and append it to its answer, or end that. The scores are read on the
+        rank that chooses; every rank gets its tokens.
 
         Raises CheckpointError for scores that are not finite: any token chosen from them would be noise.
         """
-        if not math.isfinite(float(scores_BV.astype("float32").sum())):
+        heartbeat.waiting(None)
+        chosen = [_NOT_FINITE] * len(rows)
+        if chooses(self._mesh):
+            assert scores_BV is not None, "the last stage has the scores"
+            if math.isfinite(float(scores_BV.astype("float32").sum())):
+                chosen = self._choose(scores_BV, rows)
+        chosen = from_chooser(np.array(chosen, dtype=np.int64), self._mesh).tolist()
+        if _NOT_FINITE in chosen:
             raise CheckpointError(
                 "the model gives scores that are not finite, so its weights are not, or are too large. "
                 "Use an earlier checkpoint."
             )
-        chosen = self._choose(scores_BV, rows)
         for row, token in zip(rows, chosen, strict=True):
             self._advance(row, token)
         return chosen
@@ -287,12 +338,12 @@ def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers by length, longest first (what does not fit in memory fails at once), cut into batches of at most
-    batch_size rows and _PREFILL_TOKENS tokens.
+def _batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers, given longest first (what does not fit in memory fails at once), in batches of at most batch_size
+    rows and _PREFILL_TOKENS tokens. `lengths` are those of all rows.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for row in rows:
         room = (
             batches
             and len(batches[-1]) < batch_size

@@ -1,6 +1,7 @@
 """`model.generate`: the public way to continue prompts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     stream: Callable[[int, int], None] | None = None,
+    position_ids: Any = None,
     **pictures: Any,
 ) -> paddle.Tensor:
     """Continue prompts, token by token.
@@ -51,6 +53,7 @@ def generate(
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
+        position_ids: (time, height, width) [3, B, S] of prompts with images or videos (default: by position_rule).
         pictures: images and videos in the prompts of a vision-language model (pixel_values, image_grid_thw, ...), see
             models.pictures.PictureArguments.
 
@@ -86,9 +89,9 @@ def generate(
         seed,
     )
     prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    listener = {} if stream is None else {"on_token": stream}
-    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures))
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, pictures=rows, **listener)
+    on_token = (lambda row, token: None) if stream is None else stream
+    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures), position_ids)
+    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, on_token=on_token, pictures=rows)
     new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
@@ -96,10 +99,18 @@ def generate(
 
 
 def _picture_rows(
-    model: CausalLM, ids: np.ndarray, mask: np.ndarray, arguments: PictureArguments
+    model: CausalLM, ids: np.ndarray, mask: np.ndarray, arguments: PictureArguments, position_ids: Any
 ) -> list[PictureTables] | None:
     """The images and videos of each prompt; None where there are none."""
     tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
+    if position_ids is not None:
+        axes = _host(position_ids)
+        if tables is None or axes.shape != (3, *ids.shape):
+            raise UserError(
+                f"position_ids: expected [3, batch, seq] beside images or videos, got {list(axes.shape)}. Positions of "
+                "text alone are counted."
+            )
+        tables = replace(tables, positions=np.moveaxis(axes, 0, -1))
     if tables is None or model.config.vision is None:
         return None
     return rows_of(tables, mask, model.config.vision.spatial_merge_size)

@@ -57,5 +57,7 @@ class PromptPictures:
 
 @paddle.no_grad()
 def _encode(model: CausalLM, row: PictureTables | None) -> EncodedPictures | None:
-    pictures = None if row is None else row.on_device()
+    if row is None or not model.shard.has_embedding:  # other pipeline stages get hidden states
+        return None
+    pictures = row.on_device()
     return None if pictures is None else model.model.encode(pictures)

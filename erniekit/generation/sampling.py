@@ -53,13 +53,13 @@ class Sampling:
         )
 
 
-def penalise_repetition(scores_V: np.ndarray, seen: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:
-    """Scores of `seen` tokens are divided by the penalty where positive and multiplied where negative (CTRL, Keskar et
-    al. 2019, arXiv 1909.05858, section 4.1, with the sign rule that makes it a penalty for negative scores too).
+def penalise_repetition(scores_V: np.ndarray, previous: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:
+    """Scores of `previous` tokens are divided by the penalty where positive and multiplied where negative (CTRL, Keskar
+    et al. 2019, arXiv 1909.05858, section 4.1, with the sign rule that makes it a penalty for negative scores too).
     """
     scores_V = scores_V.copy()
-    if penalty != 1 and len(seen):
-        tokens = np.unique(seen)
+    if penalty != 1 and len(previous):
+        tokens = np.unique(previous)
         old = scores_V[tokens]
         scores_V[tokens] = np.where(old < 0, old * penalty, old / penalty)
     return scores_V
@@ -95,10 +95,10 @@ def keep_top_p(scores_V: np.ndarray, p: float) -> np.ndarray:
     rest = np.flatnonzero(probabilities * len(scores_V) >= 1 - p)
     order = rest[np.argsort(scores_V[rest], kind="stable")]  # ascending
     below = np.cumsum(probabilities[order]) + (1 - probabilities[rest].sum())
-    kept = order[below > 1 - p]
-    kept = kept if len(kept) else order[-1:]
+    nucleus = order[below > 1 - p]
+    nucleus = nucleus if len(nucleus) else order[-1:]
     filtered = np.full_like(scores_V, -np.inf)
-    filtered[kept] = scores_V[kept]
+    filtered[nucleus] = scores_V[nucleus]
     return filtered
 
 

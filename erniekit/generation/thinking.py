@@ -41,11 +41,11 @@ class ThoughtParser:
     def _step(self, pieces: list[tuple[Part, str]]) -> bool:
         """Deal with the beginning of the buffer. True if there may be more to do."""
         if self._state == "start":
-            begun = self._buffer.lstrip()
-            if OPEN.startswith(begun) and begun != OPEN:
+            stripped = self._buffer.lstrip()
+            if OPEN.startswith(stripped) and stripped != OPEN:
                 return False
-            if begun.startswith(OPEN):
-                self._state, self._buffer = "thought", begun[len(OPEN) :]
+            if stripped.startswith(OPEN):
+                self._state, self._buffer = "thought", stripped[len(OPEN) :]
             else:
                 self._state = "plain"
             return True

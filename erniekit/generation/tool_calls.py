@@ -26,10 +26,10 @@ def read_calls(answer: str) -> Answer:
     while (start := answer.find(OPEN, at)) >= 0:
         texts.append(answer[at:start])
         begin = start + len(OPEN)
-        found = _read(answer, begin)
-        if found:
-            calls.append(found[0])
-            at = found[1]
+        block = _read(answer, begin)
+        if block:
+            calls.append(block[0])
+            at = block[1]
         else:
             unreadable += 1
             closing, opening = answer.find(CLOSE, begin), answer.find(OPEN, begin)
@@ -38,7 +38,7 @@ def read_calls(answer: str) -> Answer:
     return Answer("".join([*texts, answer[at:]]).strip(), calls, unreadable)
 
 
-def shown(call: dict[str, Any]) -> str:
+def format_call(call: dict[str, Any]) -> str:
     """A call as people write one: convert(value=3, unit="km")."""
     arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items())
     return f"{call['name']}({', '.join(arguments)})"

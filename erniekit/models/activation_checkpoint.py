@@ -7,6 +7,8 @@ from typing import Literal
 from erniekit.models.decoder import Decoder, DecoderLayer
 from erniekit.nn.checkpointed import recomputed
 
+Granularity = Literal["full", "full_attn", "core_attn", "moe"]
+
 
 @dataclass(frozen=True)
 class RecomputeOptions:
@@ -16,7 +18,7 @@ class RecomputeOptions:
     nn/checkpointed.py.
     """
 
-    granularity: Literal["full", "full_attn", "core_attn", "moe"] = "full"
+    granularity: Granularity = "full"
     sparse: bool = False
     mtp: bool = False
     not_in: Collection[int] = ()
@@ -24,7 +26,12 @@ class RecomputeOptions:
 
 
 def apply(decoder: Decoder, options: RecomputeOptions) -> None:
-    """Let the chosen parts of the layers recompute themselves."""
+    """Let the chosen parts of the layers recompute themselves, and with whole layers the blocks of the vision
+    transformer.
+    """
+    if options.granularity == "full" and decoder.vision_model is not None:
+        for block in decoder.vision_model.blocks:
+            block.forward = recomputed(block.forward)
     layers = [decoder.layers[number] for number in decoder.layers.numbers if number not in options.not_in]
     for layer in [*layers, *(decoder.mtp_block if options.mtp else [])]:
         _apply_to(layer, options)

@@ -6,6 +6,7 @@ attention knows documents through its plan. Legend: B batch, S sequence, T token
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ from erniekit.models.inputs import (
 )
 from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
+from erniekit.models.stages import run_stages
 from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
@@ -40,6 +42,7 @@ from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
+from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
@@ -169,7 +172,9 @@ class Decoder(nn.Layer):
         if isinstance(pictures, EncodedPictures):
             return pictures
         assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"
-        features_PC = self.vision_model(pictures.patches, pictures.grid)
+        frozen = all(parameter.stop_gradient for parameter in self.vision_model.parameters())
+        with paddle.no_grad() if frozen else nullcontext():  # a frozen one keeps nothing for the backward pass
+            features_PC = self.vision_model(pictures.patches, pictures.grid)
         return EncodedPictures(self.resampler_model(features_PC, pictures.grid), pictures.places)
 
     def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
@@ -215,6 +220,9 @@ class CausalLM(nn.Layer):
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
+        # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
+        self.mesh = Mesh.single()
+        self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias
         self.lm_head: Linear | HeadBias | None = None
@@ -237,6 +245,11 @@ class CausalLM(nn.Layer):
         places += [(behind + 1, self.lm_head)]
         depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
         return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
+
+    @property
+    def residual_dtype(self) -> paddle.dtype:
+        """The dtype of what the layers add up."""
+        return self.model.layers[self.model.layers.numbers[0]].input_layernorm.weight.dtype
 
     @property
     def token_multiple(self) -> int:
@@ -265,6 +278,7 @@ class CausalLM(nn.Layer):
         position_ids: HostIds | None = None,
         segment_ids: HostIds | None = None,
         *,
+        attention_mask: HostIds | None = None,
         pixel_values: HostArray | None = None,
         image_grid_thw: HostArray | None = None,
         pixel_values_videos: HostArray | None = None,
@@ -277,8 +291,9 @@ class CausalLM(nn.Layer):
 
         position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
         width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
-        together in a row, 0 is meant for padding; default, each row is one document. The others are of a
-        vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
+        together in a row, 0 is meant for padding; default, each row is one document. attention_mask [B, S], as
+        transformers calls it: the same for rows of one document, 1 for its tokens and 0 for padding. The others are of
+        a vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
         pictures that do not fit their placeholders.
         """
         ids = _host_ids(input_ids, "input_ids", None)
@@ -286,7 +301,11 @@ class CausalLM(nn.Layer):
             raise ValueError(
                 f"input_ids: {ids.min()}..{ids.max()} is outside the vocabulary 0..{self.config.vocab_size - 1}"
             )
-        segments = np.ones_like(ids) if segment_ids is None else _host_ids(segment_ids, "segment_ids", ids.shape)
+        if segment_ids is not None and attention_mask is not None:
+            raise ValueError("segment_ids and attention_mask: give one of them, both say which tokens are padding")
+        segments = np.ones_like(ids)
+        for name, given in (("segment_ids", segment_ids), ("attention_mask", attention_mask)):
+            segments = segments if given is None else _host_ids(given, name, ids.shape)
         pictures = PictureArguments(
             pixel_values,
             image_grid_thw,
@@ -318,7 +337,7 @@ class CausalLM(nn.Layer):
         return _host_ids(axes, "position_ids", shape)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` conversations."""
+        """An empty cache for `batch_size` conversations, of the layers and heads that this process holds."""
         return new_cache(self, batch_size)
 
     @paddle.no_grad()
@@ -330,15 +349,21 @@ class CausalLM(nn.Layer):
         position_ids: np.ndarray | None = None,
         modality: np.ndarray | None = None,
         pictures: EncodedPictures | None = None,
-    ) -> paddle.Tensor:
+    ) -> paddle.Tensor | None:
         """Feed the next tokens [B, S] (right-padded; row b has num_new_B[b] real ones) -> logits after each row's last
         real token [B, V]. position_ids, modality and pictures as in models.inputs.cached_inputs.
+
+        All ranks of a pipeline and of a tensor group call it with the same tokens. The last stage has the logits, those
+        of the whole vocabulary; the other stages get None. Ranks that share experts: see models.stages.run_stages.
         """
         batch, width = input_ids_BS.shape
-        hidden = self.model(cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures))
+        inputs = cached_inputs(self, input_ids_BS, cache, position_ids, modality, pictures)
+        normed_TD = run_stages(self, inputs)
         cache.end_step(num_new_B)
+        if normed_TD is None:
+            return None
         last = np.arange(batch) * width + np.asarray(num_new_B) - 1
-        return self.head(paddle.gather(hidden.normed, paddle.to_tensor(last)))
+        return self.head(paddle.gather(normed_TD, paddle.to_tensor(last)))
 
 
 def _host_ids(values: HostIds, name: str, shape: tuple[int, ...] | None) -> np.ndarray:

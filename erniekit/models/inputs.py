@@ -193,8 +193,11 @@ def pictures_of(model: Built, batch: PackedBatch) -> Pictures | None:
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
-    """An empty cache for `batch_size` conversations with a whole model."""
-    return KVCache(model.config.num_hidden_layers, batch_size, head_layout(model.config), _rotary(model.config))
+    """An empty cache for `batch_size` conversations: of the heads that this process has, and of the layers that it
+    runs, whose buffers are made when they are first needed.
+    """
+    heads = head_layout(model.config, model.shard)
+    return KVCache(model.config.num_hidden_layers, batch_size, heads, _rotary(model.config))
 
 
 def cached_inputs(
@@ -208,11 +211,13 @@ def cached_inputs(
     """The inputs of the next S tokens of each of a cache's conversations. The caller ends the step that this begins.
 
     position_ids: [B, S] or (time, height, width) [B, S, 3]; by default they count on from the cache's next position.
-    modality [B, S] and pictures as in packed_inputs.
+    modality [B, S] and pictures as in packed_inputs. Where tensor ranks share tokens, tokens whose results nobody reads
+    are added up to a multiple of these ranks.
     """
     cache.begin_step(input_ids_BS.shape[1], position_ids)
     tokens = token_info(model.config, [input_ids_BS.size], modality)
-    return ModelInputs(paddle.to_tensor(input_ids_BS.reshape(-1)), cache, tokens, pictures=pictures)
+    ids_T = np.pad(input_ids_BS.reshape(-1), (0, -input_ids_BS.size % model.token_multiple))
+    return ModelInputs(paddle.to_tensor(ids_T), cache, tokens, pictures=pictures)
 
 
 def _rotary(config: ModelConfig) -> Rotary:

@@ -29,9 +29,16 @@ def rank_shard_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> RankShard:
     )
 
 
-def parallelize(model: CausalLM, mesh: Mesh, sequence_parallel: bool) -> None:
-    """Attach communication to projections, embedding, head and sparse layers."""
+def parallelize(
+    model: CausalLM, mesh: Mesh, sequence_parallel: bool, chunks: Sequence[Sequence[int]] | None = None
+) -> None:
+    """Attach communication to projections, embedding, head and sparse layers. `chunks`: the layers of each chunk of
+    this pipeline stage; None: one chunk with all layers that the process has.
+    """
     degrees = mesh.degrees
+    model.mesh = mesh
+    if chunks is not None:
+        model.chunks = tuple(tuple(layers) for layers in chunks)
     sequence = sequence_parallel and degrees.tensor > 1
     ranks = TensorRanks(mesh.tensor_group, sequence) if degrees.tensor > 1 else None
     for layer in model.sublayers():

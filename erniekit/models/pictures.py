@@ -81,8 +81,7 @@ def picture_tables(
     )
     kinds = _types("mm_token_type_ids", arguments.mm_token_type_ids, input_ids_BS.shape)
     if kinds is None:
-        kinds = np.where(input_ids_BS == vision.image_token_id, IMAGE, 0)
-        kinds[input_ids_BS == vision.video_token_id] = VIDEO
+        kinds = _kinds(vision, input_ids_BS, len(images[1]) > 0, len(videos[1]) > 0)
     modality = _types("moe_mm_token_type_ids", arguments.moe_mm_token_type_ids, input_ids_BS.shape)
     if modality is None:
         modality = np.where(np.isin(input_ids_BS, vision.around), IMAGE, kinds)
@@ -104,6 +103,19 @@ def picture_tables(
         modality=modality,
         positions=positions.reshape(*input_ids_BS.shape, 3),
     )
+
+
+def _kinds(vision: VisionConfig, input_ids_BS: np.ndarray, has_images: bool, has_videos: bool) -> np.ndarray:
+    """mm_token_type_ids from the token ids. Some tokenizers have one placeholder for both kinds."""
+    if vision.image_token_id != vision.video_token_id:
+        kinds = np.where(input_ids_BS == vision.image_token_id, IMAGE, 0)
+        return np.where(input_ids_BS == vision.video_token_id, VIDEO, kinds)
+    if has_images and has_videos:
+        raise ValueError(
+            f"mm_token_type_ids: needed beside images and videos, as token {vision.image_token_id} stands for both "
+            "in this model"
+        )
+    return np.where(input_ids_BS == vision.image_token_id, VIDEO if has_videos else IMAGE, 0)
 
 
 def _joined(images: np.ndarray, videos: np.ndarray) -> np.ndarray:

@@ -39,6 +39,16 @@ def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) 
     cut_layers(cfg, model_config, degrees.pipeline)
 
 
+def chunks_to_use(cfg: Config, model_config: ModelConfig, degrees: ParallelDims, stage: int) -> list[tuple[int, ...]]:
+    """The layers of each chunk of a stage where the model is used without training: keys that only training reads are
+    not looked at. ConfigError, with the arithmetic, for degrees that do not divide the model.
+    """
+    check_model(degrees, model_config)
+    if degrees.pipeline == 1:
+        return [tuple(range(model_config.num_hidden_layers))]
+    return cut_layers(cfg, model_config, degrees.pipeline)[stage]
+
+
 def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:
     strange = sorted(number for number in set(cfg.no_recompute_layers) if number >= model_config.num_hidden_layers)
     if strange:

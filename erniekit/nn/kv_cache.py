@@ -29,7 +29,7 @@ class _Block:
 
 class KVCache:
     """Cached attention for B conversations that grow together: `begin_step`, then `attend` in each layer, then
-    `end_step`.
+    `end_step`. `heads` are those of this process: where tensor ranks share a model, each caches its own.
 
     Rows may differ in length: a step brings n tokens to each row, right-padded, of which `num_new[b]` are real. What
     padding wrote is hidden from every real query and overwritten by the row's next token. `lengths` int64 [B] counts
@@ -98,10 +98,12 @@ class KVCache:
 
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [B*n, (H+2G)*d] of the step's tokens -> context [B*n, H*d] over all cached tokens and the step's own up
-        to each query.
+        to each query. Further tokens behind them, which fill up what tensor ranks share, get a context of zeros.
         """
         heads, batch, n = self.heads, self.batch_size, self._num_tokens
         g, r, d = heads.num_kv_heads, heads.repeat, heads.dim
+        num_filling = qkv.shape[0] - batch * n
+        qkv = qkv[: batch * n] if num_filling else qkv
         z = self._rotation.apply(qkv.reshape([batch * n, heads.total, d]))
         q, k, v = z.split([heads.num_heads, g, g], axis=1)
         all_keys, all_values = self._store(self.keys, layer, k), self._store(self.values, layer, v)
@@ -110,7 +112,10 @@ class KVCache:
         parts = [self._attend_block(q, all_keys, all_values, block) for block in self._blocks]
         out = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=2)
         out = out.reshape([batch, g, n, r, d]).transpose([0, 2, 1, 3, 4])
-        return out.reshape([batch * n, heads.num_heads * d])
+        out = out.reshape([batch * n, heads.num_heads * d])
+        if num_filling:
+            out = paddle.concat([out, paddle.zeros([num_filling, out.shape[1]], dtype=out.dtype)])
+        return out
 
     def truncate(self, length: int) -> None:
         """Forget every row's tokens but its first `length`."""

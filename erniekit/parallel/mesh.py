@@ -69,6 +69,14 @@ class ParallelDims:
             )
         return cls(pipeline, data, tensor, expert, data if cfg.sharding_parallel_degree == -1 else sharding)
 
+    @classmethod
+    def of_one_copy(cls, cfg: Config) -> "ParallelDims":
+        """The ranks that one copy of the model needs: as `from_config`, with no data ranks but those that share
+        experts.
+        """
+        expert = max(cfg.expert_parallel_degree, 1)
+        return cls(max(cfg.pipeline_parallel_degree, 1), expert, max(cfg.tensor_parallel_degree, 1), expert)
+
 
 def check_model(degrees: ParallelDims, model: ModelSizes) -> None:
     """Raise where degrees do not divide a model.

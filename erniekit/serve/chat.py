@@ -3,19 +3,25 @@
 In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is generated; `clear` forgets the conversation,
 `exit` or Ctrl-D leaves, Ctrl-C stops an answer, and pressed twice leaves. Through a pipe each line is a question;
 standard output gets the answers and nothing else.
+
+Where several ranks hold the model, rank 0 has the terminal and the conversation, and the others follow it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from erniekit.config import Config
 from erniekit.data.chat.tokenizer import StreamDecoder
-from erniekit.generation.load import Opened, open_model, sampling_of
-from erniekit.generation.session import Session
+from erniekit.generation.load import ChatModel, find_model, sampling_of
+from erniekit.generation.session import Session, follow
 from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
-from erniekit.generation.tool_calls import read_calls, shown
-from erniekit.utils import log, streams
+from erniekit.generation.tool_calls import format_call, read_calls
+from erniekit.join import GENERATION, join, require_same_files
+from erniekit.models.pipeline_layout import chunks_to_use
+from erniekit.parallel.agree import all_or_none
+from erniekit.parallel.mesh import Mesh, ParallelDims
+from erniekit.utils import heartbeat, log, streams
 from erniekit.utils.errors import UserError
 
 CLEAR, EXIT = "clear", "exit"
@@ -29,20 +35,39 @@ def chat(cfg: Config) -> None:
     the penalties and seed choose the tokens, `stream` prints them as they come. Raises UserError for a model that
     cannot be loaded and, where questions come through a pipe, for one that cannot be asked.
     """
-    conversation = Conversation(cfg, open_model(cfg))
-    screen = Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream)
+    mesh = join(cfg, ParallelDims.of_one_copy(cfg), also_compared=GENERATION)
+    chat_model = _open(cfg, mesh)
+    if mesh.rank:
+        return follow(chat_model.model)
+    conversation = Conversation(cfg, chat_model)
+    _talk(conversation, Screen(sys.stdin.isatty(), sys.stdout.isatty(), cfg.stream))
+    conversation.session.close()
+
+
+def _open(cfg: Config, mesh: Mesh) -> ChatModel:
+    """This rank's share of the model. What one rank refuses, all refuse."""
+    with all_or_none(mesh.world_group):
+        model = find_model(cfg)
+        chunks = chunks_to_use(cfg, model.prepared.config, mesh.degrees, mesh.pipe)
+    require_same_files(model.prepared.path, {}, mesh.world_group)
+    return model.load(mesh, chunks)
+
+
+def _talk(conversation: "Conversation", screen: "Screen") -> None:
+    """Questions and answers, until the questions end."""
     if screen.interactive:
         screen.note(f"{CLEAR}: forget the conversation; {EXIT} or Ctrl-D: leave; Ctrl-C: stop an answer")
     interrupted = False
     while True:
-        try:
-            question = screen.ask()
-        except KeyboardInterrupt:
-            if interrupted or not screen.interactive:
-                return
-            interrupted = True
-            screen.note(f"Ctrl-C again or {EXIT} leaves")
-            continue
+        with heartbeat.phase(heartbeat.ASKING):
+            try:
+                question = screen.ask()
+            except KeyboardInterrupt:
+                if interrupted or not screen.interactive:
+                    return
+                interrupted = True
+                screen.note(f"Ctrl-C again or {EXIT} leaves")
+                continue
         if question is None or question.strip() == EXIT:
             return
         interrupted = False
@@ -69,36 +94,37 @@ def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bo
         return False
     calls = [] if conversation.messages is before else read_calls(conversation.messages[-1]["content"]).calls
     if calls:
-        screen.note(f"the model calls {', '.join(map(shown, calls))}; tools are not run here")
+        screen.note(f"the model calls {', '.join(map(format_call, calls))}; tools are not run here")
     return False
 
 
 class Conversation:
     """What was said, and the model that answers."""
 
-    def __init__(self, cfg: Config, opened: Opened) -> None:
-        self._cfg, self._opened = cfg, opened
-        self._limits, self._sampling = opened.limits(cfg), sampling_of(cfg)
+    def __init__(self, cfg: Config, chat_model: ChatModel) -> None:
+        self._cfg, self._chat_model = cfg, chat_model
+        self._limits, self._sampling = chat_model.limits(cfg), sampling_of(cfg)
+        self.session = Session(chat_model.model)
         self.clear()
 
     def clear(self) -> None:
         """Forget the conversation. With a seed the next one draws as this one did."""
         self.messages: list[dict[str, str]] = []
-        self.session = Session(self._opened.model)
+        self.session.clear()
         self._turn = 0
 
-    def ask(self, question: str) -> Iterator[tuple[Part, str]]:
+    def ask(self, question: str) -> Generator[tuple[Part, str], None, None]:
         """Pieces of the thought, if there is one, and of the answer, as they come; none ends inside a character.
 
         Question and answer join the conversation at the end, also where the caller stops early, unless nothing was
-        answered; a thought is not kept. Raises UserError for what cannot be asked; the conversation is then as before.
+        answered; a thought is dropped. Raises UserError for what cannot be asked; the conversation is then as before.
         """
-        asked = [*self.messages, {"role": "user", "content": question}]
-        prompt_ids = self._opened.template.prompt_ids(asked, enable_thinking=self._opened.enable_thinking)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt_ids = self._chat_model.template.prompt_ids(messages, enable_thinking=self._chat_model.enable_thinking)
         answers = self.session.answer(prompt_ids, self._limits, self._sampling, self._turn)
-        parser = ThoughtParser(opens_thought(self._opened.tokenizer.decode(prompt_ids[-_TAIL:])))
-        decoder = StreamDecoder(self._opened.tokenizer)
-        said = ""
+        parser = ThoughtParser(opens_thought(self._chat_model.tokenizer.decode(prompt_ids[-_TAIL:])))
+        decoder = StreamDecoder(self._chat_model.tokenizer)
+        answer_text = ""
         self._turn += 1
         try:
             for answer in answers:
@@ -107,26 +133,28 @@ class Conversation:
                 if answer.stop:
                     pieces += [*parser.push(decoder.flush()), *parser.flush()]
                 for part, text in pieces:
-                    said += text if part == "answer" else ""
+                    answer_text += text if part == "answer" else ""
                     yield part, text
                 if answer.stop == "length":
-                    log.info(f"the answer was cut at max_new_tokens: {self._cfg.max_new_tokens}")
+                    log.info(f"the answer was truncated at max_new_tokens: {self._cfg.max_new_tokens}")
         finally:
-            if said:
-                self.messages = [*asked, {"role": "assistant", "content": said}]
+            if answer_text:
+                self.messages = [*messages, {"role": "assistant", "content": answer_text}]
 
 
 class Screen:
     """Where questions come from and answers go. `interactive`: somebody types the questions."""
 
-    def __init__(self, typed: bool, shown: bool, stream: bool = True) -> None:
-        """`typed`, `shown`: standard input, standard output is a terminal. `stream`: show text as it comes."""
-        self.interactive = typed
-        self._typed_and_shown = typed and shown
+    def __init__(self, stdin_is_terminal: bool, stdout_is_terminal: bool, stream: bool = True) -> None:
+        """`stdin_is_terminal`: somebody types the questions; `stdout_is_terminal`: somebody reads the answers.
+        `stream`: show text as it comes.
+        """
+        self.interactive = stdin_is_terminal
+        self._is_terminal = stdin_is_terminal and stdout_is_terminal
         self._stream = stream
         # Between people and model everything goes one way; answers that go to a file or a program go there alone.
-        self._labels = sys.stdout if self._typed_and_shown else sys.stderr
-        if self._typed_and_shown:
+        self._labels = sys.stdout if self._is_terminal else sys.stderr
+        if self._is_terminal:
             try:
                 import readline  # noqa: F401  gives input() its line editing and history
             except ImportError:
@@ -134,7 +162,7 @@ class Screen:
 
     def ask(self) -> str | None:
         """The next question; None when there is none."""
-        if self._typed_and_shown:
+        if self._is_terminal:
             try:
                 return streams.decode(input("User: "))
             except EOFError:
@@ -163,7 +191,7 @@ class Screen:
                 if part != last and part == "thought":
                     self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
                 elif part != last:
-                    self._label("\n\nanswer:\n" if self._typed_and_shown else "\n")
+                    self._label("\n\nanswer:\n" if self._is_terminal else "\n")
                 print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
                 last = part
         finally:

@@ -19,6 +19,7 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
+from erniekit.join import require_same_files
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.parallelize import placements
@@ -43,7 +44,6 @@ from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.recipes.base import Recipe, RecipeContext
-from erniekit.training.same_run import require_same_files
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 

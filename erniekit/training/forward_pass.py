@@ -12,10 +12,12 @@ import paddle
 from erniekit.data.batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
 from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
+from erniekit.models.stages import stage_input
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
+from erniekit.utils import heartbeat
 
 
 class ChunkRunner:
@@ -58,11 +60,8 @@ class ChunkRunner:
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 
     def input_shape(self, microbatch: int) -> tuple[list[int], paddle.dtype]:
-        """Shape and dtype of what a stage sends to the next: the dtype of what the layers add up."""
-        model = self.model
-        rows = padded_length(model, self.microbatches[microbatch]) // model.token_multiple
-        first = model.model.layers[model.model.layers.numbers[0]]
-        return [rows, model.config.hidden_size], first.input_layernorm.weight.dtype
+        """Shape and dtype of what a stage sends to the next."""
+        return stage_input(self.model, padded_length(self.model, self.microbatches[microbatch]))
 
     def reaches_head(self, chunk: int) -> bool:
         """Whether the head comes after this chunk."""
@@ -110,6 +109,7 @@ class ForwardPass:
 
     def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""
+        heartbeat.waiting(None)  # data ranks alone exchange nothing until the end of an evaluation of hours
         mesh, num_chunks = self.mesh, len(self.chunks)
         was_training = model.training
         model.eval()

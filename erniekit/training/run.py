@@ -7,15 +7,14 @@ from typing import Any
 from paddle import nn
 
 from erniekit.config.schema import Config
-from erniekit.parallel import backend
-from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
+from erniekit.join import join
+from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, StepMetrics, build_callbacks
 from erniekit.training.output_dir import OutputDir
-from erniekit.training.same_run import require_same_configuration
 from erniekit.training.trainer import Trainer
-from erniekit.utils import heartbeat, log, runtime
+from erniekit.utils import log, runtime
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,6 @@ class _History(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics.record())
-
-
-def join(cfg: Config) -> Mesh:
-    """This process's place among those that a launcher started; alone without one."""
-    heartbeat.waiting("the gathering of all ranks")
-    world = backend.init(cfg.rendezvous_timeout, on_wait=heartbeat.waiting)
-    heartbeat.waiting(None)
-    require_same_configuration(cfg, backend.world_group())
-    return build_mesh(ParallelDims.from_config(cfg, world.size))
 
 
 def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 START, TRAINING = "start", "training"
+ASKING = "waiting for the user"  # as long as the user likes
 INTERVAL = 1.0  # seconds from one record to the next
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -62,6 +62,7 @@ def one_step(
     from erniekit.parallel import pipeline
     from erniekit.parallel.grad_sync import GradientSync
     from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
+    from erniekit.parallel.zero import ShardedParameters
     from erniekit.training.forward_backward import TrainStage
     from erniekit.training.recipes.causal import CausalRecipe
     from erniekit.training.reduce_metrics import global_counts, global_sums
@@ -86,16 +87,16 @@ def one_step(
     mine = range(mesh.data, len(microbatches), mesh.degrees.data)
     batches = [packed_row(microbatches[number], number) for number in mine]
     parts = parameter_chunks(model, own_chunks)
-    sync = GradientSync(model.named_parameters(), placements(model, mesh, False), mesh.world_group, parts=parts)
+    sync = GradientSync(ShardedParameters(model.named_parameters(), placements(model, mesh, False), parts))
     counts = global_counts(recipe, batches, mesh)
     stage = TrainStage(cfg, model, recipe, own_chunks, batches, counts, sync.after_backward)
     sync.begin(len(batches))
     stages = mesh.degrees.pipeline
     actions = plan_actions(schedule_of(cfg), stages, len(own_chunks), mesh.blocking_sends, mesh.pipe, len(batches))
     pipeline.run(actions, stage, mesh.pipe_group.ranks)
-    sync.finish()
+    found = sync.finish()
     sums = global_sums(stage.sums(stage.on_device.fetch()), mesh)
-    specs, found = named_shard_specs(model), sync.gradients()
+    specs = named_shard_specs(model)
     gradients = {}
     for name, parameter in model.named_parameters():
         spec = specs.get(name)

@@ -256,7 +256,7 @@ def encode_all(path, kind, skip, encoder):
     for i in range(len(source)):
         encoded = encoder(kind, *source.record(i))
         assert bool(encoded.documents) != bool(encoded.dropped)
-        for ids, labels, pair in encoded.documents:
+        for ids, labels, pair, _ in encoded.documents:
             assert len(ids) == len(labels) and (kind not in PREFERENCE_FORMATS or pair is not None)
 
 

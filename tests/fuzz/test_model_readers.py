@@ -23,10 +23,11 @@ from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
+from erniekit.checkpoint.adapter_config import base_of
 from erniekit.checkpoint.generation_config import not_used, read_generation_config
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
-from erniekit.checkpoint.peft_read import base_of, read_adapter
+from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.checkpoint.stored_state import StoredState

@@ -36,7 +36,7 @@ def write_picture(path: Path, width: int = 64, height: int = 48, seed: int = 0, 
 
 
 def vision_directory(directory: Path, min_pixels: int = 56 * 56, max_pixels: int = 84 * 84) -> Path:
-    """A directory with the demo's tokenizer, which has the tokens of pictures, and processor files with small limits."""
+    """A directory with the demo's tokenizer, which knows pictures, and processor files whose limits are small."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(DEMO_MODEL / name, directory / name)

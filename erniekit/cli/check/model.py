@@ -21,7 +21,7 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.record_feed import training_template
 from erniekit.models.config import ModelConfig
-from erniekit.models.pipeline_layout import check_layout, layout_lines
+from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_lines
 from erniekit.models.weights import num_parameters
 from erniekit.parallel.mesh import ParallelDims
 
@@ -46,6 +46,8 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
             facts.model_config = _model_config(section, cfg, directory, command)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
+    elif command in launch.ON_RANKS:
+        _layout_to_use(report.section("layout"), cfg, facts, command)
     if tokenizer is not None and command in ("train", "eval", "chat"):
         _tokenizer(report.section("tokenizer and template"), cfg, tokenizer, command, facts)
     return facts
@@ -131,6 +133,16 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             section.add("ok", f"one process; a step takes {rows}: {microbatches} of {count_of(cfg.batch_size, 'row')}")
         for line in layout_lines(cfg, facts.model_config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)
+
+
+def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: str) -> None:
+    """How the ranks divide a model that is not trained."""
+    with section.collecting():
+        degrees, known = launch.degrees_of(cfg, command), "; whether they divide the model is not known"
+        if facts.model_config is not None:
+            chunks_to_use(cfg, facts.model_config, degrees, stage=0)
+            known = ""
+        section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{known}")
 
 
 def _adapters(section: Section, cfg: Config, model_config: ModelConfig) -> None:

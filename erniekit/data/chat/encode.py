@@ -46,13 +46,15 @@ class Encoded:
     """The documents that a record became: one for a conversation (one per answer if the chat template rewrites earlier
     turns) or a pair of answers, one or more for a pretraining text, none if it was dropped.
 
-    `cut` says that part of it was left out; `dropped` says why there is nothing of it.
+    `cut` says that part of it was left out, `shrunk` that its pictures were made smaller to fit; `dropped` says why
+    there is nothing of it.
     """
 
     where: str
     documents: list[Document] = field(default_factory=list)
     cut: bool = False
     dropped: str = ""
+    shrunk: bool = False
 
 
 class _Refused(Exception):

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -18,8 +18,11 @@ from erniekit.config.methods import DEFAULT, METHODS, MethodFacts, Records
 from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
-from erniekit.data.records.formats import ALIASES, parse_record
+from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.readers import load_record, open_file
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.formats import FORMATS as VISION_FORMATS
+from erniekit.data.vision.formats import parse_vision_record
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -69,11 +72,20 @@ def _type(name: str, method: MethodFacts) -> str:
     return f"{name} (DPO)" if method.records is Records.PAIRS else name
 
 
+def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
+    """The same sources with each type as that of vision.formats, whose records may hold pictures."""
+    for spec in specs:
+        if spec.type not in VISION_FORMATS:
+            types = ", ".join(VISION_FORMATS)
+            raise DataError(f"{spec.path}: type {spec.type} cannot hold pictures. Hint: use one of {types}.")
+    return [replace(spec, type=spec.type + VISION_TYPE) for spec in specs]
+
+
 class Source:
     """The valid records of one data set. `bad_lines` counts those that were skipped, `faults` are the first of them.
 
     on_bad_line: error, skip, or gather: as skip, but without a log line. With check_every = n only each n-th record is
-    looked at; the others are taken to be valid.
+    looked at; the others are taken to be valid. `vision` is how records with pictures are read.
     """
 
     def __init__(
@@ -83,8 +95,10 @@ class Source:
         on_bad_line: str = "error",
         download_hub: str | None = None,
         check_every: int = 1,
+        vision: VisionSpec | None = None,
     ):
         self.spec, self.bad_lines = spec, 0
+        self._vision = vision
         self.faults: list[str] = []
         self.check_every = check_every
         self._on_bad_line = on_bad_line
@@ -128,7 +142,12 @@ class Source:
         if self._checked % 1000 == 0 and time.monotonic() > self._note_at:
             log.info(f"{self.spec.path}: checking records, {self._checked} so far (now at {where})")
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        parse_record(load_record(raw, where), self.spec.type, where, self._notes)
+        record = load_record(raw, where)
+        if self.spec.type.endswith(VISION_TYPE):
+            assert self._vision is not None, "whoever opens such data says how"
+            parse_vision_record(record, self.spec.type, where, self._vision.formats(where), self._notes)
+        else:
+            parse_record(record, self.spec.type, where, self._notes)
         if self._notes.unused or self._notes.doubts:
             self._unused.update(self._notes.unused)
             self._doubts.update(self._notes.doubts)

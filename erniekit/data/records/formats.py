@@ -22,6 +22,7 @@ from erniekit.data.records.sample import (
 from erniekit.data.records.values import kind_of, text_of, texts_of
 
 ALIASES = {"chatml": "messages"}
+VISION_TYPE = " (VL)"  # behind the name of a type whose records may hold pictures (data/vision/formats.py)
 
 _SIGNATURES = {  # field -> the type that a record with it probably is
     "messages": "messages",

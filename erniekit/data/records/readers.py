@@ -1,7 +1,7 @@
 """Data files opened as numbered records that are read when they are asked for.
 
-.jsonl and .txt hold one JSON object a line (blank lines are ignored), .json a list of objects (or, if it does not
-begin with "[", the same as .jsonl), .csv a header line and one record a row. Of these only the place of each record is
+.jsonl and .txt hold one JSON object a line (blank lines are ignored), .json a list of objects (each form is read
+under the other's name, too), .csv a header line and one record a row. Of these only the place of each record is
 kept in memory, 16 bytes a record. A .json list or .csv file that breaks off within its own syntax is always an error,
 since what follows cannot be told apart; a single wrong record is the caller's to judge. .parquet (extra `parquet`) is
 held in memory in Arrow's form.
@@ -274,13 +274,23 @@ def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[D
     }
     check_regular(path)
     try:
-        file = kinds.get(path.suffix.lower(), _TextFile)(path)
+        kind = kinds.get(path.suffix.lower(), _TextFile)
+        file = (_JsonFile if kind is _TextFile and _is_list_of_objects(path) else kind)(path)
         file.scan(check, on_bad)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}. Hint: check the path and its permissions."
         ) from None
     return file
+
+
+def _is_list_of_objects(path: Path) -> bool:
+    """Whether a file begins with "[" and "{", as one JSON list does. ERNIEKit's own demo data is such a list in a file
+    called .jsonl.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(4096).removeprefix(_BOM)
+    return b"".join(begin.split())[:2] == b"[{"
 
 
 class _Handles:

@@ -239,6 +239,10 @@ class TokenFeed:
             "epoch": round(counts.tokens / self._epoch_tokens, 4),
         }
 
+    def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches as they are: token files hold no pictures."""
+        return list(batches)
+
     def interrupt(self) -> None:
         """Nothing here waits."""
 

@@ -4,6 +4,7 @@ Videos come as files, or as frames that somebody extracted: then all of them are
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class FrameOptions:
     assumed_rate: float | None = None
 
 
+TRAINING_CHOICE = FrameOptions()  # the defaults of ERNIE's training code
+
+
 def choose_frames(count: int, rate: float, options: FrameOptions) -> list[int]:
     """The indices of the frames to use of a video of `count` frames, `rate` a second. None is there twice."""
     if options.target_frames is not None:
@@ -60,7 +64,7 @@ def pick_from_intervals(count: int, wanted: int, sample: str) -> list[int]:
     bounds = np.linspace(0, count, wanted + 1).astype(int).tolist()
     if sample == "leading":
         return bounds[:-1]
-    return [(start + end - 1) // 2 for start, end in zip(bounds, bounds[1:])]
+    return [(start + end - 1) // 2 for start, end in itertools.pairwise(bounds)]
 
 
 def time_text(seconds: float) -> str:
@@ -97,5 +101,6 @@ def _font(height: int) -> ImageFont.FreeTypeFont:
     except (OSError, ImportError) as error:
         raise DataError(
             f"the font that draws the time on frames cannot be loaded from {FONT} ({error}). "
-            "Install erniekit again, or set render_timestamp: false, which departs from what the models were trained on."
+            "Install erniekit again, or set render_timestamp: false, which departs from what the models were trained "
+            "on."
         ) from None

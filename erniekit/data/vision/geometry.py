@@ -129,7 +129,7 @@ def _smallest_max(width: int, height: int, limits: PixelLimits, factor: int) -> 
     """
     bound = limits.max_pixels
     while True:
-        new_width, new_height = _resize(width, height, PixelLimits(1, bound), factor)
+        new_width, new_height = _resize(width, height, PixelLimits(limits.min_pixels, bound), factor)
         if new_width * new_height <= bound:
             return bound
         bound = new_width * new_height

@@ -1,4 +1,4 @@
-"""Pictures: bytes -> uint8 pixels -> patches, with the arithmetic of ERNIE 4.5's training code (Pillow, bicubic, uint8).
+"""Pictures: bytes -> uint8 pixels -> patches, with the arithmetic of ERNIE 4.5's training code (Pillow, bicubic).
 
 Transparent pixels become white, 16-bit grey is divided by 256, an orientation tag is ignored unless asked for. The
 model normalises uint8 patches itself; `normalise` gives the values that transformers' processor returns.
@@ -42,10 +42,10 @@ class ImageOptions:
     max_seconds: float = 30.0
 
 
-DEFAULT_OPTIONS = ImageOptions()
+IMAGE_OPTIONS = ImageOptions()
 
 
-def image_size(source: Any, reader: MediaReader, options: ImageOptions = DEFAULT_OPTIONS) -> tuple[int, int]:
+def image_size(source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS) -> tuple[int, int]:
     """(width, height) of a picture as `load_image` would return it, from its header alone."""
     if isinstance(source, np.ndarray):
         return check_array(source).shape[1], source.shape[0]
@@ -56,7 +56,7 @@ def image_size(source: Any, reader: MediaReader, options: ImageOptions = DEFAULT
 
 
 def load_image(
-    source: Any, reader: MediaReader, options: ImageOptions = DEFAULT_OPTIONS, notes: Notes | None = None
+    source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS, notes: Notes | None = None
 ) -> np.ndarray:
     """The pixels of a picture, uint8 [height, width, 3]. `source`: see MediaReader, or a PIL image, or such an array.
 

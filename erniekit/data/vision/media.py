@@ -1,4 +1,4 @@
-"""Where the bytes of a picture or video are: a file, a member of an archive, a data URI, a URL, or the record itself."""
+"""Where the bytes of a picture or video are: a file, a member of an archive, a data URI, a URL, or the record."""
 
 import base64
 import binascii
@@ -62,16 +62,21 @@ class MediaReader:
         source = unwrap(source)
         if not isinstance(source, str) or source[:5].lower() == "data:":
             return None
+        if not source.strip() or "\0" in source:
+            raise BadRecord("the path of a picture or video is empty", "give the path, or remove the entry")
         if source.lower().startswith("file://"):
             return Path(unquote(urlsplit(source).path))
-        return None if "://" in source[:10] else self.directory / Path(source).expanduser()
+        if "://" in source[:10]:
+            return None
+        try:
+            return self.directory / Path(source).expanduser()
+        except RuntimeError as error:
+            raise BadRecord(f"{source[:100]!r} is no path: {error}", "write the directory instead of ~") from None
 
     def _open_path(self, source: str, limit: int) -> BinaryIO:
         path = self.local_path(source)
         assert path is not None
-        if not source.strip() or "\0" in source:
-            raise BadRecord("the path of a picture or video is empty", "give the path, or remove the entry")
-        if path.exists():
+        if kind_of_file(path):
             return _open_file(path, limit)
         inside = _split_archive(path)
         if inside is None:
@@ -95,6 +100,17 @@ class MediaReader:
                 return _bounded(answer.read(limit + 1), limit, url[:100])
         except (OSError, ValueError, urllib.error.URLError) as error:
             raise BadRecord(f"{url[:100]} cannot be downloaded: {error}", "check the address") from None
+
+
+def kind_of_file(path: Path) -> str:
+    """ "file" (of any kind), "directory", or "" if nothing is there. BadRecord for what the system cannot look at."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise BadRecord(f"{str(path)[:200]}: {error.strerror}", "check the path and its permissions") from None
+    return "directory" if stat.S_ISDIR(mode) else "file"
 
 
 def unwrap(source: Any) -> Any:
@@ -166,7 +182,7 @@ def _split_archive(path: Path) -> tuple[Path, str] | None:
     for count in range(len(parts) - 1, 0, -1):
         archive = Path(*parts[:count])
         name = archive.name.lower()
-        if not archive.is_file():
+        if kind_of_file(archive) != "file":
             continue
         if name.endswith(_COMPRESSED_TARS):
             raise BadRecord(

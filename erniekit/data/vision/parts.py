@@ -1,5 +1,5 @@
-"""Content of messages as parts: {"type": "text", "text"}, {"type": "image", "image": source}, {"type": "video", "video":
-source}, from the forms in which OpenAI's API, transformers and data sets write them.
+"""Content of messages as parts: {"type": "text", "text"}, {"type": "image", "image": source} and {"type": "video",
+"video": source}, from the forms in which OpenAI's API, transformers and data sets write them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,27 +42,34 @@ def content_parts(content: Sequence[Any], name: str) -> list[dict[str, Any]]:
 def _part(part: Any, name: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": text_of(part, name, empty_ok=True)}
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = _type_of(part)
     if kind in _TEXT:
         return {"type": "text", "text": text_of(part.get("text"), f"{name}.text", empty_ok=True)}
-    if kind is None and isinstance(part, dict):  # Qwen's form: {"image": ...} or {"text": ...}
-        kind = next((kind for kind in ("text", "image", "video") if kind in part), None)
-        if kind is not None:
-            return _part({"type": kind, **part}, name)
     if not isinstance(kind, str) or kind not in _KINDS:
         what = f"a part of type {kind!r}" if isinstance(part, dict) else kind_of(part)
         raise BadRecord(f"{name} is {what}", "the parts are text, image (or image_url) and video (or video_url)")
-    what, keys = _KINDS[kind]
-    sources = [part[key] for key in keys if key in part and part[key] is not None]
-    if len(sources) > 1:
-        raise BadRecord(f"{name} names {len(sources)} sources ({', '.join(k for k in keys if k in part)})", "keep one")
-    result = {"type": what, what: sources[0] if sources else None}
-    for key, value in part.items():
-        if key in _OPTIONS[what]:
-            result[key] = value
-        elif key not in (*keys, "type", *_HARMLESS) and has_content(value):
-            raise BadRecord(f"{name} has the unknown field {key!r}", f"the options of a part are {_OPTIONS[what]}")
-    return result
+    return _medium(part, name, *_KINDS[kind])
+
+
+def _type_of(part: Any) -> Any:
+    """The type of a part; in Qwen's form, {"image": ...} or {"text": ...}, its only key is the type."""
+    if not isinstance(part, dict) or part.get("type") is not None:
+        return part["type"] if isinstance(part, dict) else None
+    return next((kind for kind in ("text", "image", "video") if kind in part), None)
+
+
+def _medium(part: dict[str, Any], name: str, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A picture or video, whose source one of `keys` names."""
+    given = [key for key in keys if part.get(key) is not None]
+    if len(given) > 1:
+        raise BadRecord(f"{name} names {len(given)} sources ({', '.join(given)})", "keep one")
+    options = {key: value for key, value in part.items() if key in _OPTIONS[what]}
+    known = (*keys, *options, "type", *_HARMLESS)
+    unknown = next((key for key, value in part.items() if key not in known and has_content(value)), None)
+    if unknown is not None:
+        known_options = ", ".join(_OPTIONS[what])
+        raise BadRecord(f"{name} has the unknown field {unknown!r}", f"the options of a part are {known_options}")
+    return {"type": what, what: part[given[0]] if given else None, **options}
 
 
 def media_of(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

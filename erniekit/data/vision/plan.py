@@ -1,61 +1,82 @@
 """Pictures and videos of one sample: measured from their headers, decoded when the sample is used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from erniekit.data.batch import Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.geometry import Geometry, Patching, PixelLimits, measure
+from erniekit.data.vision.geometry import TOKEN_AREA, Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.images import image_size, load_image, patchify, resize
-from erniekit.data.vision.media import MediaReader, describe
+from erniekit.data.vision.media import MediaReader, describe, unwrap
 from erniekit.data.vision.processor_files import ProcessorSettings
-from erniekit.data.vision.sequence import IMAGE, VIDEO
-from erniekit.data.vision.video import Video, VideoOptions, open_video
+from erniekit.data.vision.video import VideoOptions, open_video
 from erniekit.utils.errors import DataError
+
+_SMALLEST = 4 * TOKEN_AREA  # pixels that no picture is shrunk below
 
 
 @dataclass(frozen=True)
 class MediaPlan:
-    """A picture or a video of a sample: what it will be resized to, and how to decode it. `frames` is None for a
-    picture.
+    """A picture or a video of a sample: its size, what it will be resized to, and how to decode it. It can be sent to
+    another process.
+
+    `frames` is the number of frames that are used, None for a picture. `thinned`: only some of the frames that were
+    chosen are used, so that the sample fits.
     """
 
     part: dict[str, Any]
     width: int
     height: int
+    frames: int | None
     limits: PixelLimits
     geometry: Geometry
     reader: MediaReader
     options: VideoOptions
-    video: Video | None = None
+    patching: Patching
+    thinned: bool = False
 
     @property
-    def modality(self) -> int:
-        return IMAGE if self.video is None else VIDEO
+    def modality(self) -> Modality:
+        """Picture or video."""
+        return Modality.IMAGE if self.frames is None else Modality.VIDEO
 
     @property
     def name(self) -> str:
         """What it is, for messages."""
         return describe(self.part[self.part["type"]])
 
-    def within(self, limits: PixelLimits, patching: Patching) -> "MediaPlan":
-        """The same medium under other limits."""
-        frames = None if self.video is None else len(self.video.times)
-        geometry = measured(self.name, self.width, self.height, frames, limits, patching)
-        values = vars(self) | {"limits": limits, "geometry": geometry}
-        return MediaPlan(**values)
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory it takes: more than a little only where the record holds the picture itself."""
+        source = self.part[self.part["type"]]
+        return 1000 + sum(_size(item) for item in (source if isinstance(source, list | tuple) else [source]))
 
-    def patches(self, patching: Patching, notes: Notes | None = None) -> np.ndarray:
-        """Decode it: uint8 patches [P, 3 * patch * patch]."""
-        if self.video is not None:
-            frames = self.video.frames(self.geometry, self.options.choice.draw_time, notes)
-        else:
+    def at_most(self, max_pixels: int, frames: int | None = None) -> "MediaPlan":
+        """The same with a smaller bound of pixels, and for a video of fewer frames. A picture too long for so few
+        pixels stays as it is.
+        """
+        limits = PixelLimits(min(self.limits.min_pixels, max_pixels), min(self.limits.max_pixels, max_pixels))
+        count = self.frames if frames is None or self.frames is None else min(self.frames, frames)
+        try:
+            geometry = measure(self.width, self.height, count, limits, self.patching)
+        except DataError:
+            return self
+        thinned = self.thinned or count != self.frames
+        return replace(self, limits=limits, geometry=geometry, frames=count, thinned=thinned)
+
+    def patches(self, notes: Notes | None = None) -> np.ndarray:
+        """Decode it: uint8 patches [P, 3 * patch * patch]. BadRecord for what cannot be decoded."""
+        if self.frames is None:
             pixels = load_image(self.part["image"], self.reader, self.options.images, notes)
-            frames = resize(pixels, self.geometry)[None]
-        return patchify(frames, patching)
+            return patchify(resize(pixels, self.geometry)[None], self.patching)
+        video = open_video(self.part, self.reader, self.options)
+        if self.thinned:
+            video = video.thinned(self.frames)
+        return patchify(video.frames(self.geometry, self.options.choice.draw_time, notes), self.patching)
 
 
 def plan_media(
@@ -68,24 +89,67 @@ def plan_media(
     """Measure pictures and videos. A part's own min_pixels and max_pixels come first. BadRecord for what cannot be."""
     plans = []
     for part in parts:
-        video = open_video(part, reader, options, notes) if part["type"] == "video" else None
-        size = image_size(part["image"], reader, options.images) if video is None else (video.width, video.height)
-        limits = _limits(part, settings.images if video is None else settings.videos)
-        name = describe(part[part["type"]])
-        frames = None if video is None else len(video.times)
-        geometry = measured(name, *size, frames, limits, settings.patching)
-        plans.append(MediaPlan(part, *size, limits, geometry, reader, options, video))
+        frames = None
+        if part["type"] == "video":
+            video = open_video(part, reader, options, notes)
+            width, height, frames = video.width, video.height, len(video.times)
+        else:
+            width, height = image_size(part["image"], reader, options.images)
+        limits = _limits(part, settings.images if frames is None else settings.videos)
+        try:
+            geometry = measure(width, height, frames, limits, settings.patching)
+        except DataError as error:
+            name = describe(part[part["type"]])
+            raise BadRecord(f"{name}: {error}", "change the limits, or leave it out") from None
+        plans.append(MediaPlan(part, width, height, frames, limits, geometry, reader, options, settings.patching))
     return plans
 
 
-def measured(
-    name: str, width: int, height: int, frames: int | None, limits: PixelLimits, patching: Patching
-) -> Geometry:
-    """geometry.measure, whose error becomes the record's."""
+def tokens_of(plans: Sequence[MediaPlan]) -> int:
+    """Tokens of all placeholders."""
+    return sum(plan.geometry.tokens for plan in plans)
+
+
+def shrink(plans: Sequence[MediaPlan], budget: int) -> list[MediaPlan] | None:
+    """Pictures and videos that together have at most `budget` tokens: one bound of pixels for all, as large as
+    possible; where the smallest is not small enough, videos lose frames, half of them at a time, down to two. None if
+    that is not enough either.
+    """
+    most = None
+    while True:
+        bound = largest_bound(plans, budget, most)
+        if bound is not None:
+            return [plan.at_most(bound, most) for plan in plans]
+        longest = max((plan.frames or 0 for plan in plans), default=0)
+        most = (longest if most is None else most) // 2
+        if most < 2:
+            return None
+
+
+def largest_bound(plans: Sequence[MediaPlan], budget: int, most_frames: int | None = None) -> int | None:
+    """The largest max_pixels, a whole number of tokens, with which the media have at most `budget` tokens; None if
+    there is none.
+    """
+    low, high = _SMALLEST // TOKEN_AREA, max((plan.limits.max_pixels // TOKEN_AREA for plan in plans), default=0)
+    best = None
+    while low <= high:
+        middle = (low + high) // 2
+        if tokens_of([plan.at_most(middle * TOKEN_AREA, most_frames) for plan in plans]) <= budget:
+            best, low = middle * TOKEN_AREA, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _size(source: Any) -> int:
+    """Of the bytes or the text that a source consists of."""
     try:
-        return measure(width, height, frames, limits, patching)
-    except DataError as error:
-        raise BadRecord(f"{name}: {error}", "change the limits, or leave it out") from None
+        source = unwrap(source)
+    except BadRecord:
+        return 0
+    if isinstance(source, np.ndarray):
+        return source.nbytes
+    return len(source) if isinstance(source, str | bytes | bytearray | memoryview) else 0
 
 
 def _limits(part: dict[str, Any], default: PixelLimits) -> PixelLimits:
@@ -93,8 +157,6 @@ def _limits(part: dict[str, Any], default: PixelLimits) -> PixelLimits:
     for key, value in default._asdict().items():
         own = part.get(key, value)
         if not isinstance(own, int) or isinstance(own, bool) or own < 1:
-            raise BadRecord(f"{key} of a picture or video must be a positive integer, not {own!r}", "mend or remove it")
+            raise BadRecord(f"{key} of a picture or video must be a positive integer, not {own!r}", "fix or remove it")
         limits.append(own)
-    if limits[0] > limits[1]:
-        limits[0] = limits[1]
-    return PixelLimits(*limits)
+    return PixelLimits(min(limits), limits[1])

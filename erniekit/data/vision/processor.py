@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
@@ -16,7 +17,7 @@ from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import content_parts, media_of
 from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.data.vision.processor_files import ProcessorSettings, read_settings, write_settings
-from erniekit.data.vision.sequence import IMAGE, VIDEO, MediaTokens, expand
+from erniekit.data.vision.sequence import Expanded, MediaTokens, expand
 from erniekit.data.vision.template import VisionTemplate, load_vision_template
 from erniekit.data.vision.video import VideoOptions
 from erniekit.utils import log
@@ -73,16 +74,16 @@ class Processor:
         reader = MediaReader(Path(directory), self._allow_urls)
         try:
             plans = self.plan(messages, reader, notes)
-            patches = [plan.patches(self.settings.patching, notes) for plan in plans]
+            patches = [plan.patches(notes) for plan in plans]
         except BadRecord as error:
             raise DataError(f"{error.reason}. Hint: {error.hint}.") from None
         for doubt in sorted(notes.doubts):
             log.warning(doubt)
-        sequence = expand(ids, [0] * len(ids), [plan.geometry.tokens for plan in plans], self._tokens)
-        result = self._sequence(sequence.ids, sequence.modality, plans, position_rule)
+        sequence = expand(ids, [IGNORE] * len(ids), [plan.geometry.tokens for plan in plans], self._tokens)
+        result = self._sequence(sequence, plans, position_rule)
         for kind, pixels, grid in (
-            (IMAGE, "pixel_values", "image_grid_thw"),
-            (VIDEO, "pixel_values_videos", "video_grid_thw"),
+            (Modality.IMAGE, "pixel_values", "image_grid_thw"),
+            (Modality.VIDEO, "pixel_values_videos", "video_grid_thw"),
         ):
             which = [i for i, plan in enumerate(plans) if plan.modality == kind]
             if which:
@@ -103,19 +104,16 @@ class Processor:
         write_settings(directory, self.settings)
         (directory / "chat_template.jinja").write_text(self.template.source, "utf-8")
 
-    def _sequence(
-        self, ids: np.ndarray, modality: np.ndarray, plans: Sequence[MediaPlan], rule: Rule
-    ) -> dict[str, np.ndarray]:
+    def _sequence(self, sequence: Expanded, plans: Sequence[MediaPlan], rule: Rule) -> dict[str, np.ndarray]:
         """The arrays of one sequence of S tokens."""
-        inside = np.isin(ids, (self._tokens.image, self._tokens.video)) & (modality > 0)
-        kinds = np.where(inside, modality, 0)
+        kinds = np.where(sequence.is_placeholder(self._tokens), sequence.modality, 0)
         grid = np.array([plan.geometry.grid for plan in plans], np.int64).reshape(-1, 3)
         places = positions.token_positions(kinds, grid, rule=rule, merge_size=self.settings.patching.spatial_merge)
         return {
-            "input_ids": ids.astype(np.int64)[None],
-            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "input_ids": sequence.ids.astype(np.int64)[None],
+            "attention_mask": np.ones((1, len(kinds)), np.int64),
             "mm_token_type_ids": kinds.astype(np.int64)[None],
-            "moe_mm_token_type_ids": modality.astype(np.int64)[None],
+            "moe_mm_token_type_ids": sequence.modality.astype(np.int64)[None],
             "position_ids": places.T.astype(np.int64)[:, None],
         }
 

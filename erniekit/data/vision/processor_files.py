@@ -1,8 +1,8 @@
 """The JSON files beside a vision-language model that say how pictures and videos are prepared.
 
 Read: transformers' (`processor_config.json` with inner objects, or `preprocessor_config.json` and
-`video_preprocessor_config.json`) and Baidu's (`preprocessor_config.json` alone). Written: transformers' three files, the
-font, and in the first two the keys that Baidu's code reads.
+`video_preprocessor_config.json`) and Baidu's (`preprocessor_config.json` alone). Written: transformers' three files,
+the font, and in the first of them the keys that Baidu's code reads.
 """
 
 import json
@@ -28,6 +28,7 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 FILES = (IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE, FONT.name)
 _RATE_OF_FRAMES = 24.0  # what transformers assumes of frames that come without times
 _MAX_SIDE = 1024
+SERVING_CHOICE = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ProcessorSettings:
     patching: Patching = PUBLISHED
     images: PixelLimits = IMAGE_LIMITS
     videos: PixelLimits = VIDEO_LIMITS
-    choice: FrameOptions = FrameOptions(max_frames=180, sample="leading", assumed_rate=_RATE_OF_FRAMES)
+    choice: FrameOptions = SERVING_CHOICE
     mean: np.ndarray = field(default_factory=MEAN.copy)
     std: np.ndarray = field(default_factory=STD.copy)
 

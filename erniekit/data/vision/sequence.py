@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.vision.template import PLACEHOLDERS, TAGS
-
-TEXT, IMAGE, VIDEO = 0, 1, 2  # the modality of a token
-MODALITY = {"image": IMAGE, "video": VIDEO}
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,18 @@ class MediaTokens:
 
 
 class Expanded(NamedTuple):
-    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T], 0 text, 1 picture, 2 video, of
-    placeholders and of the tags around them.
+    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T] (see batch.Modality), also of the tags
+    around placeholders; `first_tokens` int64 [N]: where the placeholders of each picture or video begin.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     modality: np.ndarray
+    first_tokens: np.ndarray
+
+    def is_placeholder(self, media: MediaTokens) -> np.ndarray:
+        """Which tokens are inside the tags [T]."""
+        return np.isin(self.ids, (media.image, media.video)) & (self.modality != Modality.TEXT)
 
 
 def expand(ids: Sequence[int], labels: Sequence[int], tokens: Sequence[int], media: MediaTokens) -> Expanded:
@@ -56,10 +59,12 @@ def expand(ids: Sequence[int], labels: Sequence[int], tokens: Sequence[int], med
     is_video = (short == media.video) & (before == media.video_start)
     is_media = is_video | ((short == media.image) & (before == media.image_start))
     assert is_media.sum() == len(tokens), "the template shows every picture once"
-    kinds = np.where(is_video, VIDEO, IMAGE)[is_media]
+    assert (targets[is_media] == IGNORE).all(), "media are part of prompts"
+    kinds = np.where(is_video, Modality.VIDEO, Modality.IMAGE)[is_media]
     modality = np.zeros(len(short), np.int8)
     for offset in (-1, 0, 1):
         modality[np.flatnonzero(is_media) + offset] = kinds
     counts = np.ones(len(short), np.int64)
     counts[is_media] = tokens
-    return Expanded(np.repeat(short, counts), np.repeat(targets, counts), np.repeat(modality, counts))
+    first_tokens = (np.cumsum(counts) - counts)[is_media]
+    return Expanded(np.repeat(short, counts), np.repeat(targets, counts), np.repeat(modality, counts), first_tokens)

@@ -1,4 +1,4 @@
-"""Videos: a file that PyAV decodes, a directory of frames, or a list of frames -> uint8 frames at the size for the model.
+"""Videos: a file that PyAV decodes, a directory or a list of frames -> uint8 frames at the size for the model.
 
 Sizes are known from headers (`open_video`), before anything is decoded (`Video.frames`).
 """
@@ -6,7 +6,7 @@ Sizes are known from headers (`open_video`), before anything is decoded (`Video.
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from PIL import Image
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.frames import FrameOptions, choose_frames, draw_time, pick_from_intervals
+from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions, choose_frames, draw_time, pick_from_intervals
 from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching, PixelLimits, measure
-from erniekit.data.vision.images import FORMATS, ImageOptions, image_size, load_image, resize
-from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, unwrap
+from erniekit.data.vision.images import FORMATS, IMAGE_OPTIONS, ImageOptions, image_size, load_image, resize
+from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, kind_of_file, unwrap
 
 _MAX_FRAMES = 2_000_000  # of a file: 18 hours at 30 frames a second
 _NEARBY = 10  # frames: how far from a damaged frame another one may stand in for it
@@ -30,8 +30,8 @@ class VideoOptions:
     video may take.
     """
 
-    choice: FrameOptions = FrameOptions()
-    images: ImageOptions = ImageOptions()
+    choice: FrameOptions = TRAINING_CHOICE
+    images: ImageOptions = IMAGE_OPTIONS
     max_seconds: float = 300.0
 
 
@@ -51,6 +51,16 @@ class Video:
     def measure(self, limits: PixelLimits | None = None, patching: Patching = PUBLISHED) -> Geometry:
         """The geometry of the chosen frames."""
         return measure(self.width, self.height, len(self.times), limits, patching)
+
+    def thinned(self, keep: int) -> "Video":
+        """The same video with `keep` of its frames: the first, the last, and others at equal steps between them."""
+        kept = np.linspace(0, len(self.times) - 1, keep).round().astype(int).tolist()
+
+        def decode(notes: Notes | None) -> Iterator[np.ndarray]:
+            wanted = set(kept)
+            yield from (frame for index, frame in enumerate(self.decode(notes)) if index in wanted)
+
+        return replace(self, times=[self.times[index] for index in kept], decode=decode)
 
     def frames(self, geometry: Geometry, draw: bool = True, notes: Notes | None = None) -> np.ndarray:
         """The decoded frames uint8 [frames of the grid, H, W, 3]: the time is drawn, then they are resized, then the
@@ -82,7 +92,7 @@ def open_video(
     if isinstance(source, list | tuple):
         return _from_list(list(source), part, reader, options, notes)
     directory = reader.local_path(source)
-    if directory is not None and directory.is_dir():
+    if directory is not None and kind_of_file(directory) == "directory":
         return _from_list(_pictures_in(directory), part, reader, options, notes)
     return _from_file(source, part, reader, options)
 

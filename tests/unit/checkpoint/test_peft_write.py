@@ -13,10 +13,11 @@ from support.tiny_models import tiny_model
 
 import erniekit
 from erniekit import lora
+from erniekit.checkpoint.adapter_config import base_of
 from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_dir import find_checkpoint
 from erniekit.checkpoint.peft_attach import attach_stored, load_adapter, save_adapter
-from erniekit.checkpoint.peft_read import base_of, read_adapter
+from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.models.decoder import CausalLM
 from erniekit.utils.errors import CheckpointError
 

@@ -230,7 +230,7 @@ def test_other_commands(given, tmp_path):
         [f"model_name_or_path={DENSE}", f"eval_dataset_path={tmp_path}/eval.jsonl", "output_dir=o"], "eval"
     )
     titles = [section.title for section in report.sections]
-    assert "eval data" in titles and "layout" not in titles and "output directory" not in titles
+    assert "eval data" in titles and "layout" in titles and "output directory" not in titles
 
 
 @pytest.mark.parametrize(
@@ -244,3 +244,14 @@ def test_other_commands(given, tmp_path):
 def test_wrong_options(args, expected):
     with pytest.raises(ConfigError, match=expected):
         check.run(args)
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_the_ranks_that_a_model_is_used_on(given, command):
+    def said(level: str, **degrees: int) -> str:
+        return findings(given(do_eval=None, **degrees), level, command)
+
+    assert "2 processes" in said("ok", tensor_parallel_degree=2)
+    refused = said("error", tensor_parallel_degree=3)
+    assert "tensor_parallel_degree: 3 does not divide the model's 4 attention heads" in refused
+    assert ("2 processes" in said("ok", data_parallel_degree=2)) == (command == "eval")

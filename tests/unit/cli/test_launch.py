@@ -107,7 +107,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setenv(name, value)
         needed = {"model_name_or_path": f"{ROOT}/examples/models/{model}", "output_dir": str(tmp_path / "out")}
         cfg = config.load(None, needed | {"train_dataset_path": "x.jsonl", "max_steps": 1} | keys)
-        return launch.job_of(cfg, ["x.yaml", "seed=1"])
+        return launch.job_of(cfg, ["x.yaml", "seed=1"], "train")
 
     return make
 
@@ -225,7 +225,7 @@ def test_planning_a_job_leaves_paddle_out(tmp_path: Path):
         "import sys; from erniekit import config; from erniekit.cli import launch; from erniekit.cluster import agent;"
         f"cfg = config.load(None, dict(model_name_or_path='{ROOT}/examples/models/tiny-moe', output_dir='out',"
         "train_dataset_path='x', max_steps=1, data_parallel_degree=2));"
-        "assert launch.job_of(cfg, []).slots == 2; assert 'paddle' not in sys.modules"
+        "assert launch.job_of(cfg, [], 'train').slots == 2; assert 'paddle' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

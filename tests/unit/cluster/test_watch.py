@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from erniekit.cluster.watch import PATIENCE, Sign, diagnose
-from erniekit.utils.heartbeat import START, TRAINING
+from erniekit.utils.heartbeat import ASKING, START, TRAINING
 
 LIMIT = 20.0
 
@@ -64,3 +64,10 @@ def test_all_wait_for_one_another_and_the_one_behind_is_named():
         [sign(0, waiting="all_reduce", idle=30.0), sign(1, step=6, waiting="receive", idle=21.0)], LIMIT
     )
     assert rank == 1 and "all ranks wait for one another" in why and "rank 0 has been waiting in all_reduce" in why
+
+
+def test_the_user_may_think_for_hours():
+    others = [sign(rank, phase=START, waiting="broadcast", idle=LIMIT * PATIENCE * 2) for rank in (1, 2)]
+    asking = sign(0, phase=ASKING, idle=LIMIT * PATIENCE * 2)
+    assert diagnose([asking, *others], LIMIT) is None
+    assert diagnose([dataclasses.replace(asking, phase=START), *others], LIMIT) is not None

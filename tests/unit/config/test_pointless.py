@@ -94,6 +94,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
+    ("chat", {"data_parallel_degree": 2}, {}, None),
     ("chat", {"top_p": 0.9, "top_k": 4}, {"temperature": 0}, {}),
 ]
 

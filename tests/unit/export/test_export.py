@@ -112,3 +112,12 @@ def test_transformers_loads_it_and_computes_the_same(name, changes, tmp_path):
         logits = model(paddle.to_tensor(ids)).numpy()
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
+
+
+def test_degrees_of_the_yaml_change_nothing_and_are_named(tmp_path, caplog):
+    """One process streams tensor by tensor (test_merge.py and test_convert.py bound its memory)."""
+    trained(tmp_path / "checkpoint-1", "tiny-dense")
+    cfg = load({"output_dir": str(tmp_path), "tensor_parallel_degree": 8, "pipeline_parallel_degree": 4})
+    streams = "`export` streams tensor by tensor in one process, degrees of the YAML are not needed"
+    assert any(note.startswith("tensor_parallel_degree") and streams in note for note in cfg.notes)
+    assert export(cfg).num_files == 1

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.adapters import attach_random
+from support.streaming import model_of_many_tensors, peak_bytes
 from support.tiny_models import tiny_model
 
 import erniekit
@@ -70,3 +71,16 @@ def test_the_base_stays_and_splitting_an_adapter_is_refused(tmp_path: Path) -> N
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
     with pytest.raises(CheckpointError, match="`erniekit export` merges it"):
         split_checkpoint(tmp_path / "adapter", tmp_path / "split")
+
+
+def test_memory_holds_a_few_tensors_and_the_adapter_whatever_the_model(tmp_path: Path) -> None:
+    """So an export needs no ranks: the base is never whole in memory."""
+    total, largest = model_of_many_tensors(tmp_path / "base")
+    model = erniekit.load_model(tmp_path / "base")
+    lora.attach(model, lora.LoraOptions(rank=2, alpha=4.0), tied=True)
+    save_adapter(model, tmp_path / "adapter")
+    adapter = sum(parameter.size * 4 for parameter in model.parameters() if not parameter.stop_gradient)
+    del model
+    target = tmp_path / "merged"
+    peak = peak_bytes(lambda: export_checkpoint(tmp_path / "base", target, adapter_dir=tmp_path / "adapter"))
+    assert total > 4 * largest and peak < 2.2 * largest + 2 * adapter, (peak, largest, adapter, total)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from support.streaming import model_of_many_tensors, peak_bytes
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
@@ -63,3 +64,9 @@ def test_refusals(tmp_path):
         split(config.load(None, {"output_dir": str(tmp_path)}, "split"))
     with pytest.raises(ConfigError, match="output_dir"):
         split(config.load(None, {"max_shard_size": 1}, "split"))
+
+
+def test_memory_holds_about_two_tensors_whatever_the_model(tmp_path):
+    total, largest = model_of_many_tensors(tmp_path / "a")
+    peak = peak_bytes(lambda: split_checkpoint(tmp_path / "a", tmp_path / "b", max_shard_size="2MB"))
+    assert total > 4 * largest and peak < 2.2 * largest, (peak, largest, total)

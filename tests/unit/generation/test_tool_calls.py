@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniekit.generation.tool_calls import read_calls, shown
+from erniekit.generation.tool_calls import format_call, read_calls
 
 ADD, MAP = (
     {"name": "add", "arguments": {"a": 1, "b": 2}},
@@ -66,4 +66,4 @@ def test_what_the_templates_write_is_read_back(calls):
 
 
 def test_a_call_as_people_write_it():
-    assert shown(MAP) == '地图(市="北京", at=[1.5, null])'
+    assert format_call(MAP) == '地图(市="北京", at=[1.5, null])'

@@ -79,6 +79,15 @@ def test_each_modality_trains_its_own_experts(model: CausalLM) -> None:
     assert "model.layers.1.mlp.vision_experts.down_proj.weight" in both and "model.layers.1.mlp.gate.weight_1" in both
 
 
+def test_a_frozen_vision_transformer_leaves_the_resampler_to_train() -> None:
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    for parameter in model.model.vision_model.parameters():
+        parameter.stop_gradient = True
+    hidden_of(model, packed_row(DOCUMENTS)).square().sum().backward()
+    assert all(parameter.grad is None for parameter in model.model.vision_model.parameters())
+    assert all(parameter.grad is not None for parameter in model.model.resampler_model.parameters())
+
+
 def test_placeholders_without_pictures_are_refused(model: CausalLM) -> None:
     batch = packed_row(DOCUMENTS)
     table = batch.pictures

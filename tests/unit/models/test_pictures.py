@@ -43,6 +43,7 @@ def model() -> CausalLM:
             {"pixel_values": PIXELS, "image_grid_thw": GRID, "mm_token_type_ids": ZERO[:, 1:]},
             "mm_token_type_ids: shape",
         ),
+        ({"segment_ids": ZERO + 1, "attention_mask": ZERO + 1}, "segment_ids and attention_mask: give one"),
         ({"pixel_values": PIXELS, "image_grid_thw": GRID, "position_rule": "mrope"}, "position_rule: expected one of"),
     ],
 )
@@ -74,6 +75,24 @@ def test_text_alone_is_the_same_with_and_without_types(model: CausalLM):
         plain = model(ids).numpy()
         typed = model(ids, mm_token_type_ids=np.zeros_like(ids), moe_mm_token_type_ids=np.zeros_like(ids)).numpy()
     np.testing.assert_allclose(plain, typed, rtol=0, atol=1e-6)
+
+
+def test_one_placeholder_for_both_kinds():
+    model = CausalLM(ModelConfig.from_dict(CONFIG | {"video_token_id": IMAGE}))
+    init_weights(model, 5)
+    ids = np.array([[START, IMAGE, START + 1, START + 2, IMAGE, START + 3, 7]])
+    both = {
+        "pixel_values": PIXELS[:4],
+        "image_grid_thw": np.array([[1, 2, 2]]),
+        "pixel_values_videos": PIXELS,
+        "video_grid_thw": np.array([[2, 2, 2]]),
+    }
+    with pytest.raises(ValueError, match="mm_token_type_ids: needed"):
+        model(ids, **both)
+    with paddle.no_grad():
+        assert model(ids, mm_token_type_ids=np.array([[0, 1, 0, 0, 2, 0, 0]]), **both).shape == [1, 7, 64]
+        alone = model(ids[:, 3:], pixel_values_videos=PIXELS, video_grid_thw=np.array([[2, 2, 2]]))
+    assert alone.shape == [1, 4, 64]
 
 
 def test_a_row_by_itself_has_its_own_pictures(model: CausalLM):

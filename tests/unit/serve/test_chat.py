@@ -2,18 +2,15 @@
 
 import io
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.terminal import PATIENCE, Terminal
 from support.tiny_directories import model_directory
 
 from erniekit.config import Config, load
@@ -25,7 +22,6 @@ from erniekit.utils import streams
 from erniekit.utils.errors import UserError
 
 CLI = [sys.executable, "-m", "erniekit", "chat"]
-PATIENCE = 60.0  # seconds after which a process that says nothing has failed the test
 
 
 @pytest.fixture(scope="module")
@@ -221,49 +217,6 @@ class TestPipe:
         captured = capsys.readouterr()
         assert captured.out == "\n"
         assert "thinking process:" in captured.err
-
-
-class Terminal:
-    """A process on a terminal of its own, as a person has it."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.process_id, self._file = pty.fork()
-        if self.process_id == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(command[0], command)
-        self.text = ""
-
-    def expect(self, wanted: str) -> None:
-        """Read until `wanted` has come, after what was expected before."""
-        until = time.monotonic() + PATIENCE
-        while wanted not in self.text:
-            ready, _, _ = select.select([self._file], [], [], max(0.0, until - time.monotonic()))
-            assert ready, f"waited for {wanted!r}, got {self.text!r}"
-            try:
-                self.text += os.read(self._file, 4096).decode(errors="replace")
-            except OSError:  # the other side is closed
-                assert wanted in self.text, f"ended before {wanted!r}: {self.text!r}"
-        self.text = self.text.partition(wanted)[2]
-
-    def type(self, text: str) -> None:
-        os.write(self._file, text.encode())
-
-    def exit_code(self) -> int:
-        until = time.monotonic() + PATIENCE
-        while True:
-            done, status = os.waitpid(self.process_id, os.WNOHANG)
-            if done:
-                os.close(self._file)
-                return os.waitstatus_to_exitcode(status)
-            assert time.monotonic() < until, "the process did not end"
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        try:
-            os.kill(self.process_id, signal.SIGKILL)
-            os.waitpid(self.process_id, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
 
 
 @pytest.fixture

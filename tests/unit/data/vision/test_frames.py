@@ -71,7 +71,7 @@ def test_without_its_font_nothing_is_drawn_in_silence(monkeypatch, tmp_path):
     monkeypatch.setattr(frames, "FONT", tmp_path / "none.ttf")
     frames._font.cache_clear()
     try:
-        with pytest.raises(DataError, match="font that draws the time.*none.ttf"):
+        with pytest.raises(DataError, match=r"font that draws the time.*none.ttf"):
             draw_time(blocks(50, 50), 0)
     finally:
         frames._font.cache_clear()

@@ -81,6 +81,9 @@ def test_a_shape_that_fits_no_limit_names_the_limit_that_would():
     with pytest.raises(DataError, match=r"5600 x 28.*max_pixels 3136: the smallest max_pixels .* is 155232"):
         measure(5600, 28, limits=PixelLimits(TOKEN_AREA, 4 * TOKEN_AREA))
     assert measure(5600, 28, limits=PixelLimits(TOKEN_AREA, 155232)).tokens == 198
+    with pytest.raises(DataError, match="the smallest max_pixels for its shape is 6272"):
+        measure(30, 80, limits=PixelLimits(3136, 4000))  # enlarged to min_pixels it is larger than max_pixels
+    assert measure(30, 80, limits=PixelLimits(3136, 6272)).grid == (1, 8, 4)
     with pytest.raises(DataError, match="min_pixels to at most 2352"):
         measure(100, 33, limits=PixelLimits(3000, 3100))
 

@@ -269,7 +269,7 @@ def test_a_text_model_has_no_tokens_for_pictures(tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         text = (DEMO_MODEL / file).read_text("utf-8").replace("<|VIDEO_START|>", "<|OTHER|>")
         (tmp_path / file).write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match="no token <.VIDEO_START.>, so this is no vision-language model"):
+    with pytest.raises(ConfigError, match=r"no token <.VIDEO_START.>, so this is no vision-language model"):
         load_vision_template(load_tokenizer(tmp_path))
 
 

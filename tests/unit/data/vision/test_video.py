@@ -65,13 +65,13 @@ class TestFiles:
         (tmp_path / "text.mp4").write_bytes(b"no video " * 100)
         with pytest.raises(BadRecord, match=r"text.mp4 cannot be decoded"):
             open_video(video("text.mp4"), reader)
-        with pytest.raises(BadRecord, match="no file .*none.mp4"):
+        with pytest.raises(BadRecord, match=r"no file .*none.mp4"):
             open_video(video("none.mp4"), reader)
 
     def test_a_file_that_breaks_off(self, reader, tmp_path):
         data = write_video(tmp_path / "a.avi", frames=100, width=256, height=256).read_bytes()
         (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
-        with pytest.raises(BadRecord, match="can be decoded|cannot be decoded|has no frames"):
+        with pytest.raises(BadRecord, match=r"can be decoded|cannot be decoded|has no frames"):
             brightness(open_video(video("a.avi"), reader, options(fps=10)))
 
     def test_decoding_has_a_time_limit(self, reader, tmp_path):
@@ -136,5 +136,5 @@ def test_frames_that_are_no_video(reader, tmp_path):
     with pytest.raises(BadRecord, match=r"frame 1 .* has 48 x 64 pixels, the first one 64 x 48"):
         list(opened.decode(None))
     write_picture(tmp_path / "a.png")
-    with pytest.raises(BadRecord, match="no file .*b.png"):
+    with pytest.raises(BadRecord, match=r"no file .*b.png"):
         list(open_video(video(["a.png", "b.png"]), reader).decode(None))

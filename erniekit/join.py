@@ -1,4 +1,5 @@
-"""All ranks of a run must have been started as one: what they train together depends on every one of them.
+"""How a process joins the ranks of its job. All of them must have been started as one: what they compute together
+depends on every one of them.
 
 Ranks (and hosts) may be started by hand, each with a command line of its own. Before any weight is read they compare
 their configuration, code and data, and on a difference all of them end with the same message.
@@ -6,7 +7,7 @@ their configuration, code and data, and on a difference all of them end with the
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import paddle
 
 from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.config.methods import option_names
-from erniekit.config.schema import GROUPS, Config, fields
+from erniekit.config.schema import Config, fields
+from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
 from erniekit.models.config import CONFIG_FILE
-from erniekit.parallel import comm
+from erniekit.parallel import backend, comm
+from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
 from erniekit.parallel.process_group import Group
+from erniekit.utils import heartbeat
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
@@ -28,16 +32,34 @@ PER_HOST = {
     *("chat_template", "ref_logps_cache", "logging_dir"),
     *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
-    *(name for group in ("generation", "evaluation", "export") for name in option_names(GROUPS[group])),
+    *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in option_names(group)),
 }
 
 
-def require_same_configuration(cfg: Config, group: Group) -> None:
+# Of these, what decides how many steps the ranks of an evaluation or a conversation run together.
+GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
+
+
+def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:
+    """This process's place among those that a launcher started; alone without one.
+
+    Args:
+        degrees: by default those that `cfg` asks for.
+        also_compared: keys of PER_HOST that must be the same on all ranks for what they are going to do.
+    """
+    heartbeat.waiting("the gathering of all ranks")
+    world = backend.init(cfg.rendezvous_timeout, on_wait=heartbeat.waiting)
+    heartbeat.waiting(None)
+    require_same_configuration(cfg, backend.world_group(), also_compared)
+    return build_mesh(ParallelDims.from_config(cfg, world.size) if degrees is None else degrees)
+
+
+def require_same_configuration(cfg: Config, group: Group, also_compared: Iterable[str] = ()) -> None:
     """Raises ConfigError on every rank if the ranks of `group` have different keys, code or Paddle."""
     if group.size == 1:
         return
-    values = asdict(cfg)
-    mine = {key: values[key] for key in fields() if key not in PER_HOST}
+    values, per_host = asdict(cfg), PER_HOST.difference(also_compared)
+    mine = {key: values[key] for key in fields() if key not in per_host}
     mine |= {"erniekit": f"{__version__} ({_code()})", "paddle": paddle.__version__}
     require_same(mine, group, "Start all ranks with the same configuration and the same code.")
 
@@ -77,7 +99,7 @@ def _ranges(ranks: list[int]) -> str:
 
 def _code() -> str:
     """A hash of this package's source."""
-    root, state = Path(__file__).parents[1], hashlib.blake2b(digest_size=6)
+    root, state = Path(__file__).parent, hashlib.blake2b(digest_size=6)
     for file in sorted(root.rglob("*.py")):
         state.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return state.hexdigest()

@@ -1,0 +1,79 @@
+"""Which directory has the model that a command uses. Nothing is read of it but its configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from erniekit.checkpoint.adapter_config import base_of
+from erniekit.checkpoint.model_dir import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    find_checkpoint,
+    is_adapter,
+    require_model,
+)
+from erniekit.checkpoint.model_shape import directories, given_shape, model_config
+from erniekit.config.schema import Config
+from erniekit.hub import resolve_model
+from erniekit.models.config import ModelConfig
+from erniekit.utils.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """`path`: the directory that a command uses. `base`: the same, or the model that the adapter in `path` belongs to.
+    `is_start`: a run with this configuration starts from it; `random_start`: without its weights. `note`: what the user
+    should know about the choice, or "".
+    """
+
+    path: Path
+    base: Path
+    is_start: bool
+    random_start: bool
+    note: str = ""
+
+    def config(self, cfg: Config) -> ModelConfig:
+        """The configuration of the model."""
+        return model_config(cfg, self.base) if self.random_start else ModelConfig.from_dir(self.base)
+
+
+def model_files(cfg: Config) -> ModelFiles:
+    """The model that `cfg` names: `checkpoint`; else the final or newest one in `output_dir`; else
+    `model_name_or_path`, with the adapter `lora_path` if there is one. The base of an adapter is `model_name_or_path`,
+    else the local directory that it names itself. Raises CheckpointError or ConfigError that names the key.
+    """
+    path, is_start, note = _directory(cfg)
+    base = base_of(path, cfg.model_name_or_path, cfg.download_hub) if is_adapter(path) else path
+    return ModelFiles(path, base, is_start, is_start and not cfg.continue_training, note)
+
+
+def _directory(cfg: Config) -> tuple[Path, bool, str]:
+    """`path`, `is_start` and `note` of ModelFiles."""
+    if cfg.checkpoint is not None:
+        path = Path(cfg.checkpoint).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
+        return find_checkpoint(path), False, ""
+    missing = ""
+    shaped = not (cfg.model_name_or_path or cfg.continue_training) and bool(given_shape(cfg))
+    if cfg.output_dir is not None:
+        try:
+            return find_checkpoint(cfg.output_dir), False, ""
+        except CheckpointError as error:
+            missing = str(error)
+            if cfg.model_name_or_path is None and cfg.lora_path is None and not shaped:
+                raise
+    if cfg.lora_path is not None:
+        if not is_adapter(cfg.lora_path):
+            raise CheckpointError(
+                f"lora_path: {cfg.lora_path} holds no adapter ({ADAPTER_CONFIG_FILE}, {ADAPTER_FILE})."
+            )
+        return Path(cfg.lora_path), False, ""
+    if shaped:
+        return directories(cfg)[0], True, ""
+    if cfg.model_name_or_path is None:
+        raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
+    path = resolve_model(cfg.model_name_or_path, cfg.download_hub)
+    require_model(path)
+    ModelConfig.from_dir(path)  # a directory of something else is named as such
+    note = f"output_dir: {cfg.output_dir} holds no model yet; using model_name_or_path" if missing else ""
+    return path, True, note

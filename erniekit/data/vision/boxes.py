@@ -1,0 +1,67 @@
+"""Boxes in data: checked, and brought to ERNIE's convention, whole numbers from 0 to 1000 relative to the full picture.
+
+A data set says what its numbers are: "relative" (already so), "pixels" of the file, or "fraction" (0 to 1).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.values import kind_of
+
+CONVENTIONS = ("relative", "pixels", "fraction")
+SCALE = 1000
+_KEY = "bbox_2d"
+_NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_FOUR = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
+_IN_TEXT = re.compile(rf'("{_KEY}"\s*:\s*)({_FOUR.pattern}|\[(?:\s*{_FOUR.pattern}\s*,?)+\s*\])')
+
+Size = Callable[[], tuple[int, int]]  # of the picture that a box is in: width and height, read when needed
+
+
+def relative_box(values: Sequence[Any], convention: str, size: Size, name: str) -> list[int | float]:
+    """Points of a picture [x, y, x, y, ...] in the relative convention; a box has its upper left and its lower right
+    corner. BadRecord for corners outside the picture or in the wrong order.
+    """
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise BadRecord(f"{name} must hold numbers, not {kind_of(value)}", "write [x1, y1, x2, y2]")
+    if convention == "relative":
+        width = height = SCALE
+    else:
+        width, height = size() if convention == "pixels" else (1, 1)
+    for i, value in enumerate(values):
+        limit = (width, height)[i % 2]
+        if not 0 <= value <= limit:
+            raise BadRecord(
+                f"{name} {list(values)} lies outside the picture: {'xy'[i % 2]} is {value}, the range is 0 to {limit} "
+                f"({convention})",
+                "check the box, or say what its numbers are (box_coordinates: relative, pixels or fraction)",
+            )
+    if len(values) == 4 and (values[0] > values[2] or values[1] > values[3]):
+        raise BadRecord(f"{name} {list(values)} has its corners swapped", "write [left, top, right, bottom]")
+    if convention == "relative":
+        return list(values)
+    return [round(value / (width, height)[i % 2] * SCALE) for i, value in enumerate(values)]
+
+
+def convert_text(text: str, convention: str, size: Size, name: str) -> str:
+    """A text in which the boxes after `"bbox_2d":` are in the relative convention."""
+    if _KEY not in text:
+        return text
+
+    def one(match: re.Match[str]) -> str:
+        values = [float(value) if re.search(r"[.eE]", value) else int(value) for value in match.groups()]
+        converted = relative_box(values, convention, size, f"{_KEY} of {name}")
+        return match[0] if convention == "relative" else str(converted)
+
+    return _IN_TEXT.sub(lambda match: match[1] + _FOUR.sub(one, match[2]), text)
+
+
+def convert_arguments(arguments: dict[str, Any], convention: str, size: Size, name: str) -> dict[str, Any]:
+    """The arguments of a call whose `bbox_2d`, if it has one, is in the relative convention."""
+    box = arguments.get(_KEY)
+    if not isinstance(box, list) or len(box) != 4:
+        return arguments
+    return {**arguments, _KEY: relative_box(box, convention, size, f"{_KEY} of {name}")}

@@ -1,0 +1,193 @@
+"""A record with pictures -> documents of tokens, within max_seq_len. Nothing is decoded: sizes come from headers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from erniekit.data.batch import IGNORE, Document, DocumentPictures
+from erniekit.data.chat.encode import Encoded
+from erniekit.data.records.data_file import Raw
+from erniekit.data.records.errors import BadLine, BadRecord, reading
+from erniekit.data.records.readers import load_record
+from erniekit.data.records.sample import Sample
+from erniekit.data.vision import positions
+from erniekit.data.vision.formats import parse_vision_record
+from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
+from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.parts import media_of
+from erniekit.data.vision.plan import MediaPlan, largest_bound, plan_media, shrink, tokens_of
+from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.sequence import MediaTokens, expand
+from erniekit.data.vision.tags import FormatOptions
+from erniekit.data.vision.template import VisionTemplate
+from erniekit.data.vision.video import VideoOptions
+from erniekit.utils.errors import DataError, UserError
+
+OVERFLOWS = ("drop", "shrink", "error")
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """How records with pictures are read, in a form that can be sent to a worker. `overflow`: what happens to a sample
+    whose first round does not fit (see VisionEncoder).
+    """
+
+    settings: ProcessorSettings = field(default_factory=ProcessorSettings)
+    overflow: str = "drop"
+    boxes: str = "relative"
+    missing_tags: str = "error"
+    allow_urls: bool = False
+    images: ImageOptions = IMAGE_OPTIONS
+    video_seconds: float = 300.0
+    position_rule: positions.PositionRule = "training"
+
+    def formats(self, where: str) -> FormatOptions:
+        """The options for a record at "file:line", whose media are relative to the file's directory."""
+        reader = MediaReader(Path(where.rpartition(":")[0] or where).parent, self.allow_urls)
+        return FormatOptions(reader, self.boxes, self.missing_tags, self.images)
+
+    def __repr__(self) -> str:
+        """All that decides what records become, as text."""
+        settings = {key: np.asarray(value).tolist() if key in ("mean", "std") else value
+                    for key, value in vars(self.settings).items()}  # fmt: skip
+        return f"{settings} {[value for key, value in vars(self).items() if key != 'settings']}"
+
+
+class _Sequence(NamedTuple):
+    """Ids with one placeholder for each of the first `media` media, and shifted labels."""
+
+    ids: list[int]
+    labels: list[int]
+    media: int
+
+
+class VisionEncoder:
+    """Encodes records with pictures; what it does depends on nothing but the record and the sizes of its pictures, so
+    that any process may do it.
+
+    A conversation longer than `max_seq_len` tokens loses its last whole rounds (a round is a user's message and all
+    that answers it) and the pictures in them, never a part of a picture: later rounds speak of earlier pictures, not
+    the other way round. With the overflow "shrink" pictures are made smaller before rounds are left out. If the first
+    round alone does not fit, the overflow says what happens: "drop" it, or "error"; "shrink" drops it too.
+    """
+
+    def __init__(self, template: VisionTemplate, spec: VisionSpec, max_seq_len: int, on_bad_line: str = "error"):
+        self.template = template
+        self._spec, self._max_seq_len, self._skip_bad = spec, max_seq_len, on_bad_line == "skip"
+        self._tokens = MediaTokens.of(template.tokenizer)
+        self._video = VideoOptions(spec.settings.choice, spec.images, spec.video_seconds)
+
+    def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
+        """Encode one record of a file; DataError "file:line: ..." if it is wrong, or a dropped record where such lines
+        are skipped.
+        """
+        try:
+            with reading(where):
+                options = self._spec.formats(where)
+                sample = parse_vision_record(load_record(raw, where), type_name, where, options)
+                plans = plan_media(list(media_of(sample.messages)), options.reader, self._spec.settings, self._video)
+                return self._fitted(sample, plans, where)
+        except BadLine as error:
+            if not self._skip_bad:
+                raise
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
+
+    def _fitted(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
+        """The documents of the most rounds that fit."""
+        ends = _round_ends(sample.messages)
+        whole = self._sequences(sample, ends[-1])
+        sequences, fitted = whole, self._fit(whole, plans)
+        if fitted is None:
+            sequences, fitted = self._first_rounds(sample, plans, ends)
+        if fitted is None:
+            reason, hint = self._excess(sequences, plans)
+            if self._spec.overflow == "error":
+                raise DataError(f"{where}: {reason}. Hint: {hint}")
+            return Encoded(where, dropped=f"{reason} ({hint})")
+        documents = [self._document(sequence, fitted) for sequence in sequences]
+        documents = [document for document in documents if (document.labels != IGNORE).any()]
+        if not documents:
+            return Encoded(where, dropped="no answer to learn is left: its label says 0")
+        return Encoded(where, documents, cut=sequences is not whole, shrunk=fitted is not plans)
+
+    def _first_rounds(
+        self, sample: Sample, plans: list[MediaPlan], ends: Sequence[int]
+    ) -> tuple[list[_Sequence], list[MediaPlan] | None]:
+        """The sequences of the most first rounds that fit, by bisection; those of the first round and None if none
+        does.
+        """
+        fits, too_many = 0, len(ends)
+        best: tuple[list[_Sequence], list[MediaPlan]] | None = None
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            sequences = self._sequences(sample, ends[middle - 1])
+            fitted = self._fit(sequences, plans)
+            if fitted is None:
+                too_many = middle
+            else:
+                fits, best = middle, (sequences, fitted)
+        return best or (self._sequences(sample, ends[0]), None)
+
+    def _sequences(self, sample: Sample, end: int) -> list[_Sequence]:
+        """The training sequences of a conversation's messages before `end`."""
+        messages = sample.messages[:end]
+        label = sample.label
+        if label is not None:
+            label = label[: sum(message["role"] == "assistant" for message in messages)]
+        try:
+            pairs = [self.template.labels(s) for s in self.template.encode_all(messages, sample.tools, label)]
+        except UserError as error:
+            raise BadRecord(str(error).removesuffix("."), "fix the row, or choose another chat_template") from None
+        inside = (self._tokens.image, self._tokens.video)
+        return [_Sequence(ids, labels, sum(i in inside for i in ids)) for ids, labels in pairs]
+
+    def _fit(self, sequences: Sequence[_Sequence], plans: list[MediaPlan]) -> list[MediaPlan] | None:
+        """The plans with which all sequences fit: the given ones if possible, smaller ones if that is allowed."""
+        if all(self._length(sequence, plans) <= self._max_seq_len for sequence in sequences):
+            return plans
+        if self._spec.overflow != "shrink":
+            return None
+        count = max(sequence.media for sequence in sequences)
+        budget = self._max_seq_len - max(len(sequence.ids) - sequence.media for sequence in sequences)
+        smaller = shrink(plans[:count], budget) if count and budget > 0 else None
+        return None if smaller is None else smaller + plans[count:]
+
+    @staticmethod
+    def _length(sequence: _Sequence, plans: Sequence[MediaPlan]) -> int:
+        return len(sequence.ids) - sequence.media + tokens_of(plans[: sequence.media])
+
+    def _excess(self, sequences: Sequence[_Sequence], plans: Sequence[MediaPlan]) -> tuple[str, str]:
+        """What does not fit, and the smallest change that would make it fit."""
+        longest = max(sequences, key=lambda sequence: self._length(sequence, plans))
+        length, media = self._length(longest, plans), plans[: longest.media]
+        reason = (
+            f"its first round alone has {length} tokens, {tokens_of(media)} of them of {len(media)} pictures and "
+            f"videos, more than max_seq_len {self._max_seq_len}"
+        )
+        bound = largest_bound(media, self._max_seq_len - (length - tokens_of(media))) if media else None
+        hint = f"set max_seq_len to {length}"
+        return reason, hint + (f", or max_pixels to {bound} (for videos video_max_pixels)" if bound else "")
+
+    def _document(self, sequence: _Sequence, plans: Sequence[MediaPlan]) -> Document:
+        used = plans[: sequence.media]
+        ids, labels = sequence.ids, sequence.labels
+        if not used:
+            return Document(np.array(ids, np.int32), np.array(labels, np.int32))
+        expanded = expand(ids, labels, [plan.geometry.tokens for plan in used], self._tokens)
+        kinds = np.where(expanded.is_placeholder(self._tokens), expanded.modality, 0)
+        grid = np.array([plan.geometry.grid for plan in used], np.int64)
+        merge = self._spec.settings.patching.spatial_merge
+        places = positions.token_positions(kinds, grid, rule=self._spec.position_rule, merge_size=merge)
+        pictures = DocumentPictures(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
+        return Document(expanded.ids, expanded.labels, pictures=pictures)
+
+
+def _round_ends(messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Where each round ends: before a user's message that follows an answer, and at the end."""
+    inner = [
+        i for i in range(1, len(messages)) if messages[i]["role"] == "user" and messages[i - 1]["role"] == "assistant"
+    ]
+    return [*inner, len(messages)]

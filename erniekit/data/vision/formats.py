@@ -1,0 +1,154 @@
+"""Records with pictures and videos -> samples whose messages have content parts. Pure functions but for the sizes of
+pictures, which boxes in pixels need.
+
+Types: `erniekit` (text_info, image_info, video_info), `messages` (also `chatml`), `sharegpt` and `alpaca` with `images`
+and `videos` and the tags <image> and <video>, OpenAI's content lists, and ms-swift's `objects` and agent roles. A
+record without pictures is a sample of text.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from erniekit.data.records.errors import BadRecord, reading
+from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.formats import ALIASES, VISION_TYPE
+from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
+from erniekit.data.records.tool_calls import match_calls, tools_of
+from erniekit.data.records.values import kind_of, list_of, text_of
+from erniekit.data.vision.boxes import convert_arguments, convert_text
+from erniekit.data.vision.erniekit_format import read_erniekit
+from erniekit.data.vision.images import image_size
+from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
+from erniekit.data.vision.turns import read_turn
+
+_MEDIA = ("images", "image", "videos", "video", "objects")
+_ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
+_READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
+
+
+def parse_vision_record(
+    record: Any, type_name: str, where: str, options: FormatOptions, notes: Notes | None = None
+) -> Sample:
+    """Check a record and turn it into a Sample of kind "chat"; the content of a message is text or a list of parts (see
+    `parts`).
+
+    `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the
+    message of the DataError that a wrong record raises. To `notes` is added what was skipped or doubtful.
+    """
+    notes = Notes() if notes is None else notes
+    with reading(where):
+        if not isinstance(record, dict):
+            raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
+        name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
+        likely = _likely_type(record)
+        if likely is not None and likely != name:
+            raise BadRecord(f"this record is of type {likely}, not {type_name}", f"set the dataset type to {likely}")
+        read, fields = FORMATS[name]
+        other = ("image_info and video_info", "erniekit") if name == "erniekit" else ("images and videos", name)
+        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {other[1]} has {other[0]}")
+        decisive |= dict.fromkeys(("audio", "audios"), "sound is not known: remove it, or the record")
+        check_fields(record, fields, f"type {type_name}", decisive, notes)
+        return _with_relative_boxes(read(record, options, notes), options)
+
+
+def _likely_type(record: dict[str, Any]) -> str | None:
+    signatures = {
+        "text_info": "erniekit",
+        "messages": "messages",
+        "conversations": "sharegpt",
+        "instruction": "alpaca",
+    }
+    return next((name for field, name in signatures.items() if field in record), None)
+
+
+def _messages(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    return _of_turns(record, "messages", ("role", "content"), options, notes)
+
+
+def _sharegpt(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    return _of_turns(record, "conversations", ("from", "value"), options, notes)
+
+
+def _of_turns(record: dict[str, Any], name: str, keys: tuple[str, str], options: FormatOptions, notes: Notes) -> Sample:
+    turns = [read_turn(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
+    if turns[0]["role"] == "system" and not turns[0]["content"]:
+        notes.doubts.add("an empty system message is left out")
+        del turns[0]
+    return _finished(record, system_messages(record) + turns, name, options, notes)
+
+
+def _alpaca(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    for name in ("instruction", "output"):
+        if name not in record:
+            raise BadRecord(f"field {name!r} is missing", "every alpaca record needs 'instruction' and 'output'")
+    answer = {"role": "assistant", "content": text_of(record["output"], "'output'")}
+    return _finished(record, [*alpaca_prompt(record, "instruction"), answer], "instruction", options, notes)
+
+
+def _finished(
+    record: dict[str, Any], turns: list[dict[str, Any]], name: str, options: FormatOptions, notes: Notes
+) -> Sample:
+    """The sample of turns whose tags and sourceless parts are filled from the record's media."""
+    check_order(turns, name)
+    turns = fill_tags(turns, RecordMedia.of(record, notes), options, notes)
+    tools = tools_of(record, notes)
+    label = label_of(record, sum(turn["role"] == "assistant" for turn in turns))
+    return Sample(match_calls(turns, tools, name, notes), tools=tools, label=label)
+
+
+def _erniekit(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    turns = system_messages(record) + read_erniekit(record, notes)
+    check_order(turns, "text_info")
+    tools = tools_of(record, notes)
+    return Sample(match_calls(turns, tools, "text_info", notes), tools=tools)
+
+
+def _with_relative_boxes(sample: Sample, options: FormatOptions) -> Sample:
+    """The boxes of answers and calls, checked and in the relative convention. A box is in the picture that `img_idx`
+    names, or in the one before it.
+    """
+    pictures: list[Any] = []
+    messages = []
+    for i, message in enumerate(sample.messages):
+        if message["role"] == "assistant":
+            message = _converted(message, pictures, f"answer {i}", options)
+        elif isinstance(message["content"], list):
+            pictures += [part["image"] for part in message["content"] if part["type"] == "image"]
+        messages.append(message)
+    return replace(sample, messages=messages)
+
+
+def _converted(message: dict[str, Any], pictures: list[Any], name: str, options: FormatOptions) -> dict[str, Any]:
+    def size_of(index: Any) -> tuple[int, int]:
+        is_number = isinstance(index, int) and not isinstance(index, bool)
+        if not pictures or (is_number and not 0 <= index < len(pictures)):
+            raise BadRecord(f"{name} has a box in pixels, but its picture is not there", "put the picture before it")
+        return image_size(pictures[index if is_number else -1], options.reader, options.images)
+
+    result = dict(message)
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            result[key] = convert_text(message[key], options.boxes, lambda: size_of(None), name)
+    if "tool_calls" in message:
+        result["tool_calls"] = [
+            _converted_call(call, size_of, f"the call in {name}", options.boxes) for call in message["tool_calls"]
+        ]
+    return result
+
+
+def _converted_call(
+    call: dict[str, Any], size_of: Callable[[Any], tuple[int, int]], name: str, convention: str
+) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    converted = convert_arguments(arguments, convention, lambda: size_of(arguments.get("img_idx")), name)
+    return {**call, "function": {**function, "arguments": converted}}
+
+
+FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
+    "erniekit": (_erniekit, ("text_info", "image_info", "video_info", "order", "system", "is_system", "tools")),
+    "messages": (_messages, ("messages", "tools", "label", "system", *_MEDIA)),
+    "sharegpt": (_sharegpt, ("conversations", "system", "tools", "label", *_MEDIA)),
+    "alpaca": (_alpaca, ("instruction", "input", "output", "history", "system", *_MEDIA)),
+}
