@@ -128,8 +128,8 @@ class MoELayer(nn.Layer):
         return y if shared is None else y + shared, decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
-        """Run each modality's tokens through its own router and experts. Vision is skipped where no token is of it, unless
-        other ranks may need its experts.
+        """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
+        unless other ranks may need its experts.
         """
         finishes, places, decisions = [], [], {}
         needed = self.ranks is not None and self.ranks.expert.size > 1

@@ -119,6 +119,15 @@ def test_how_rows_are_split_changes_nothing(loss_type, monkeypatch):
             np.testing.assert_allclose(gradient, results[0][2][name], rtol=0, atol=1e-5 * np.abs(gradient).max())
 
 
+def test_divisors_of_a_joined_batch_are_those_of_its_rows_added():
+    recipe = recipe_of(tiny_model())
+    parts = [[0, 1], [2], [1]]
+    joined = recipe.counts(batch_of(*parts))
+    of_rows = [recipe.counts(batch_of(part)) for part in parts]
+    assert joined == {name: sum(counts[name] for counts in of_rows) for name in joined}
+    assert joined["pairs"] == 4 and all(joined.values())
+
+
 def test_a_batch_without_tokens_reaches_every_parameter_and_adds_nothing():
     model = tiny_model()
     recipe = recipe_of(model, tiny_model(seed=4), sft_loss_ratio=1.0)
