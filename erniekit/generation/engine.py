@@ -69,18 +69,8 @@ def generate(
     padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)
     limits = Limits(max_new_tokens, min_new_tokens, model.end_ids if eos_token_id is None else _as_ids(eos_token_id))
-    if do_sample is None:
-        do_sample = temperature != 0 and any(value is not None for value in (temperature, top_p, top_k))
-    if not do_sample:
-        temperature = 0.0
-    elif temperature is None:
-        temperature = 1.0
-    elif temperature == 0:
-        raise UserError(
-            "temperature: 0 always takes the likeliest token, which do_sample=True excludes. Give one of them."
-        )
     sampling = Sampling(
-        temperature,
+        _temperature(do_sample, temperature, draws=top_p is not None or top_k is not None),
         top_k or 0,
         1.0 if top_p is None else top_p,
         repetition_penalty,
@@ -96,6 +86,19 @@ def generate(
     for row, answer in zip(new, answers, strict=True):
         row[: len(answer.all_ids)] = answer.all_ids
     return paddle.to_tensor(np.concatenate([ids, new], axis=1))
+
+
+def _temperature(do_sample: bool | None, temperature: float | None, draws: bool) -> float:
+    """The temperature of sampling; 0 always takes the likeliest token. draws: another argument asks for drawing."""
+    if do_sample is None:
+        do_sample = temperature != 0 and (temperature is not None or draws)
+    if not do_sample:
+        return 0.0
+    if temperature == 0:
+        raise UserError(
+            "temperature: 0 always takes the likeliest token, which do_sample=True excludes. Give one of them."
+        )
+    return 1.0 if temperature is None else temperature
 
 
 def _picture_rows(

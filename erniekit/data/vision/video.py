@@ -171,7 +171,7 @@ def _choice(part: dict[str, Any], options: VideoOptions) -> FrameOptions:
     own = {field: part[name] for name, field in names.items() if part.get(name) is not None}
     for name, value in own.items():
         if not _is_number(value) or value <= 0:
-            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "mend or remove it")
+            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "fix or remove it")
     whole = {name: value if name == "fps" else int(value) for name, value in own.items()}
     return FrameOptions(**{**vars(options.choice), **whole})
 
