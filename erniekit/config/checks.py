@@ -81,7 +81,9 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
-    """The formats that a method reads."""
+    """The formats that a method reads. A method that this version does not have is refused by its name alone."""
+    if cfg.method.later:
+        return
     splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
     records, stage = cfg.method.records, cfg.method.name
     for split in splits:

@@ -51,7 +51,8 @@ def recipe_of(model, reference=None, **keys):
 
 def written_out(model, number):
     """Log-probabilities of the two answers of a pair, each as a row of its own, by a plain log-softmax."""
-    ids, labels, (prompt, chosen, _, _) = DOCUMENTS[number]
+    document = DOCUMENTS[number]
+    ids, labels, prompt, chosen = document.ids, document.labels, document.pair.prompt, document.pair.chosen
     sums = []
     for part in (slice(prompt, prompt + chosen), slice(prompt + chosen, None)):
         row = np.concatenate([ids[:prompt], ids[part]]).astype(np.int64)
