@@ -108,7 +108,8 @@ def _pictures_in(directory: Path) -> list[str]:
         words = re.findall(r"\d+|\D+", path.name)
         return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
 
-    return [str(path) for path in sorted(files, key=by_number)]
+    # absolute: relative paths are relative to the data file, whose directory `directory` has already
+    return [str(path.absolute()) for path in sorted(files, key=by_number)]
 
 
 def _from_list(
