@@ -13,7 +13,7 @@ BOX_COORDINATES = ("relative", "pixels", "fraction")
 class VisionArgs:
     """How pictures and videos are read and prepared. Read only where the method has pictures (stage: VL-SFT).
 
-    data/vision/spec.py hands these to the data pipeline. Sizes and frames that are not given come from the files
+    data/vision/options.py hands these to the data pipeline. Sizes and frames that are not given come from the files
     beside the model (preprocessor_config.json), but for the choice of frames in training, which is the training code's.
     """
 

@@ -8,9 +8,9 @@ from support.pictures import vision_directory, write_picture
 from erniekit.config import load
 from erniekit.data.vision.encode import VisionEncoder
 from erniekit.data.vision.geometry import PixelLimits
+from erniekit.data.vision.options import processor_settings, vision_spec
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import ProcessorSettings
-from erniekit.data.vision.spec import processor_settings, training_spec, vision_spec
 from erniekit.utils.errors import ConfigError, DataError
 
 FILES = ProcessorSettings()  # what a published model's directory says
@@ -22,7 +22,7 @@ def cfg(**given):
 
 
 def test_training_chooses_frames_as_ernies_training_code_and_all_else_as_the_model_says():
-    spec = training_spec(cfg(), FILES)
+    spec = vision_spec(cfg(), FILES)
     choice = spec.settings.choice
     assert (choice.fps, choice.min_frames, choice.max_frames, choice.sample) == (2.0, 16, 480, "middle")
     assert choice.target_frames is None and choice.draw_time and choice.assumed_rate is None
@@ -52,7 +52,7 @@ def test_every_key_arrives():
         video_decode_seconds=5,
         position_rule="transformers",
     )
-    spec = training_spec(given, FILES)
+    spec = vision_spec(given, FILES)
     assert (spec.settings.images, spec.settings.videos) == (PixelLimits(3136, 78400), PixelLimits(1568, 15680))
     choice = spec.settings.choice
     assert (choice.fps, choice.min_frames, choice.max_frames, choice.target_frames) == (0.5, 2, 8, 6)
@@ -78,7 +78,7 @@ def test_minus_one_takes_back_the_number_of_frames_of_the_model():
 )
 def test_a_bound_that_contradicts_the_model(given, expected):
     with pytest.raises(ConfigError, match=expected):
-        training_spec(cfg(**given), FILES)
+        vision_spec(cfg(**given), FILES)
 
 
 def test_the_keys_decide_what_a_record_becomes(tmp_path):
@@ -88,7 +88,7 @@ def test_the_keys_decide_what_a_record_becomes(tmp_path):
     record, where = {"messages": messages, "images": ["big.png"]}, f"{tmp_path}/train.jsonl:3"
 
     def pictures(max_seq_len=1000, **given):
-        encoder = VisionEncoder(processor.template, training_spec(cfg(**given), processor.settings), max_seq_len)
+        encoder = VisionEncoder(processor.template, vision_spec(cfg(**given), processor.settings), max_seq_len)
         encoded = encoder("messages (VL)", record, where)
         return [document.pictures.grid.tolist() for document in encoded.documents]
 
@@ -98,10 +98,3 @@ def test_the_keys_decide_what_a_record_becomes(tmp_path):
     assert pictures(60, truncation="shrink")[0][0][1] < 16
     with pytest.raises(DataError, match="more than max_seq_len 60"):
         pictures(60, truncation="error")
-
-
-def test_the_method_and_the_directory_decide(tmp_path):
-    directory = vision_directory(tmp_path / "vl", 3136, 784 * 100)
-    spec = vision_spec(cfg(max_pixels=784 * 50), directory)
-    assert spec is not None and spec.settings.images == PixelLimits(3136, 784 * 50)
-    assert vision_spec(cfg(stage="SFT"), directory) is None

@@ -1,28 +1,20 @@
-"""How a run reads records with pictures: the processor files of its model, and the keys of its configuration."""
+"""The keys of the configuration that concern pictures and videos, as the data pipeline takes them."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from erniekit.config.schema import Config
+from erniekit.config import Config
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions
 from erniekit.data.vision.geometry import PixelLimits
-from erniekit.data.vision.images import IMAGE_OPTIONS
-from erniekit.data.vision.processor_files import ProcessorSettings, read_settings
+from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
+from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.utils.errors import ConfigError
 
 
-def vision_spec(cfg: Config, model_dir: Path) -> VisionSpec | None:
-    """How the run's method reads pictures; None for a method of text. CheckpointError for processor files that cannot
-    be read, ConfigError for keys that contradict them.
-    """
-    return training_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None
-
-
-def training_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
-    """How a training run reads records with pictures for a model with these settings. What the configuration leaves
-    open about frames is as in ERNIE's training code.
+def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
+    """How the records of a training run with pictures are read. `settings`: what the model's directory says
+    (`read_settings`). What the configuration leaves open about frames is as in ERNIE's training code.
     """
     return VisionSpec(
         settings=processor_settings(cfg, replace(settings, choice=TRAINING_CHOICE)),
@@ -30,7 +22,7 @@ def training_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
         boxes=cfg.box_coordinates,
         missing_tags=cfg.missing_media_tags,
         allow_urls=cfg.allow_urls,
-        images=replace(IMAGE_OPTIONS, apply_exif=cfg.apply_exif, max_pixels_decoded=cfg.max_decoded_pixels),
+        images=image_options(cfg),
         video_seconds=cfg.video_decode_seconds,
         position_rule="transformers" if cfg.position_rule == "transformers" else "training",
     )
@@ -50,6 +42,11 @@ def processor_settings(cfg: Config, settings: ProcessorSettings) -> ProcessorSet
         ),
         choice=_choice(cfg, settings.choice),
     )
+
+
+def image_options(cfg: Config) -> ImageOptions:
+    """How pictures are decoded."""
+    return replace(IMAGE_OPTIONS, apply_exif=cfg.apply_exif, max_pixels_decoded=cfg.max_decoded_pixels)
 
 
 def _limits(settings: ProcessorSettings, base: PixelLimits, given: dict[str, int | None]) -> PixelLimits:
