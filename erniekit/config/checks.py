@@ -90,7 +90,9 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
-    """The formats that a method reads."""
+    """The formats that a method reads. A method that this version does not have is refused by its name alone."""
+    if cfg.method.later:
+        return
     splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
     records, stage = cfg.method.records, cfg.method.name
     for split in splits:
@@ -245,9 +247,9 @@ def _lora(cfg: Config) -> Iterator[str]:
         return
     if not cfg.continue_training:
         yield "continue_training: fine_tuning: LoRA adapts trained weights; with a random start use fine_tuning: Full"
-    if cfg.num_nextn_predict_layers:
+    if cfg.mtp_depths:
         yield (
-            f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: fine_tuning: LoRA does not train multi-token "
+            f"num_nextn_predict_layers: {cfg.mtp_depths}: fine_tuning: LoRA does not train multi-token "
             "prediction: set it to 0 (the model's own blocks are kept as they are)"
         )
     if cfg.use_dora and cfg.tensor_parallel_degree > 1:

@@ -401,6 +401,12 @@ _RANK_RULES = [
         "pipeline_parallel_degree is 1",
     ),
     Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
+    Rule(
+        "max_restarts elastic",
+        lambda c, f: True,
+        "`{command}` has no checkpoints to start again from",
+        ("eval", "chat"),
+    ),
     Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
         "check_replicas_steps distributed_timeout rendezvous_timeout",

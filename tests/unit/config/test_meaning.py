@@ -351,6 +351,10 @@ def test_values_that_ask_for_nothing():
             {"stage": "DPO", "fine_tuning": "LoRA", "ref_model_update_steps": 5},
             ["ref_model_update_steps: no effect: the reference is the model without its adapter"],
         ),
+        (
+            {"stage": "DPO", "fine_tuning": "LoRA", "num_nextn_predict_layers": 1},
+            ["num_nextn_predict_layers: no effect: stage DPO: prefer"],
+        ),
         ({"stage": "DPO", "num_comparisons": 6}, ["num_comparisons: no effect: a record of preference data has two"]),
     ],
 )

@@ -91,6 +91,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"sequence_parallel": True}, {}, {"tensor_parallel_degree": 2}),
     ("train", {"pipeline_schedule": "1f1b"}, {}, {"pipeline_parallel_degree": 2}),
     ("train", {"elastic": True}, {}, {"max_restarts": 1}),
+    ("eval", {"max_restarts": 1, "elastic": True}, EVAL, None),
+    ("chat", {"max_restarts": 1}, {}, None),
     ("train", {"sharding": "stage1"}, {"facts": Facts(data_ranks=1)}, {"facts": Facts(data_ranks=2)}),
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
