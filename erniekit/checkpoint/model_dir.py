@@ -29,7 +29,14 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE_FILE,
     "chat_template.json",
 )
-COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, "preprocessor_config.json", "LICENSE", "README.md")
+# What a vision-language model's processor reads: its files, and the font that draws the time on frames.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "Roboto-Regular.ttf",
+)
+COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, *PROCESSOR_FILES, "LICENSE", "README.md")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -23,7 +23,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
-        rules += [_token_files(cfg, command), _dataset_types(cfg, command)]
+        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
     if command == "train":
@@ -98,6 +98,20 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
                     f'{split}_dataset_type: stage: {stage} reads plain text ({{"text": ...}}), not {name}. Use '
                     f"erniekit or text, or stage: {DEFAULT}"
                 )
+
+
+def _pictures(cfg: Config) -> Iterator[str]:
+    for prefix in ("", "video_"):
+        least, most = (vars(cfg)[f"{prefix}{bound}_pixels"] for bound in ("min", "max"))
+        if least is not None and most is not None and least > most:
+            yield f"{prefix}min_pixels: {least} is more than {prefix}max_pixels: {most}"
+    fewest, most = cfg.video_min_frames, cfg.video_max_frames
+    if fewest is not None and most is not None and fewest > most:
+        yield f"video_min_frames: {fewest} is more than video_max_frames: {most}"
+    wrong, instead = ("cut", "shrink") if cfg.method.vision else ("shrink", "cut")
+    if cfg.truncation == wrong:
+        what = "pictures are never cut" if cfg.method.vision else "there are no pictures to make smaller"
+        yield f"truncation: {wrong}: with stage: {cfg.method.name} {what}. Use drop, {instead} or error"
 
 
 def _answers(cfg: Config) -> Iterator[str]:

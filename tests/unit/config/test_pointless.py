@@ -30,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"greedy_intokens": True, "buffer_size": 500}, {}, {"packing": True}),
     ("train", {"buffer_size": 5}, {"packing": True, "greedy_intokens": False}, {"packing": True}),
     ("train", {"truncation": "cut"}, {"stage": "PT"}, {}),
+    ("train", {"max_pixels": 784, "video_target_frames": 3}, {}, {"stage": "VL-SFT"}),
     ("train", {"max_estimate_samples": 9}, {"max_steps": 5}, {"max_steps": 5, "save_strategy": "epoch"}),
     ("train", {"num_train_epochs": 1}, {"max_steps": 5}, {}),
     ("train", {"eval_steps": 5}, EVALUATED, {**EVAL, "evaluation_strategy": "steps"}),
