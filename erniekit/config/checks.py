@@ -27,7 +27,16 @@ def problems(cfg: Config, command: str) -> list[str]:
     if command == "eval":
         rules += [_answers(cfg)]
     if command == "train":
-        rules += [_training(cfg), _shape(cfg), _pipeline(cfg), _low_bit(cfg), _lora(cfg), _preference(cfg), _best(cfg)]
+        rules += [
+            _training(cfg),
+            _shape(cfg),
+            _pipeline(cfg),
+            _low_bit(cfg),
+            _expressions(cfg),
+            _lora(cfg),
+            _preference(cfg),
+            _best(cfg),
+        ]
     return [problem for rule in rules for problem in rule]
 
 
@@ -219,12 +228,16 @@ def _low_bit(cfg: Config) -> Iterator[str]:
         )
 
 
+def _expressions(cfg: Config) -> Iterator[str]:
+    for key in ("lora_target_modules", "frozen_parameters"):
+        for entry in vars(cfg)[key]:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                yield f"{key}: {entry!r} is not a valid regular expression: {error}"
+
+
 def _lora(cfg: Config) -> Iterator[str]:
-    for target in cfg.lora_target_modules:
-        try:
-            re.compile(target)
-        except re.error as error:
-            yield f"lora_target_modules: {target!r} is not a valid regular expression: {error}"
     if cfg.fine_tuning != "LoRA":
         if cfg.lora_path:
             yield (

@@ -12,6 +12,7 @@ from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
+from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -28,6 +29,7 @@ class Config(
     PreferenceArgs,
     TrainArgs,
     OptimArgs,
+    PartsArgs,
     ParallelArgs,
     MoEArgs,
     ShapeArgs,

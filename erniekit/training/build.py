@@ -43,6 +43,7 @@ from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
 from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.freezing import check_frozen, freeze
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.recipes.base import Recipe, RecipeContext
@@ -128,6 +129,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
+    check_frozen(cfg, prepared.config)
     # Nothing that the configuration says is left to check: from here on weights are read.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
@@ -136,6 +138,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     freeze_untrained_mtp(model, cfg)
+    freeze(model, cfg)
     parameters = ShardedParameters(
         model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
     )
