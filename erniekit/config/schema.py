@@ -15,7 +15,7 @@ from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
-from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Config(
     MoEArgs,
     ShapeArgs,
     GenerateArgs,
+    ChatArgs,
     EvalArgs,
     ExportArgs,
 ):
