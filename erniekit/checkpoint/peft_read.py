@@ -23,7 +23,7 @@ from erniekit.models.weights import logical_tensors
 from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
-_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
+_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.(?:vision_)?experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
 
 
 @dataclass
