@@ -124,6 +124,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     _require_pictures(cfg, prepared.config, model_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision is not None)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
+    loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)

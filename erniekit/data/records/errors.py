@@ -23,6 +23,12 @@ class BadLine(DataError):
     """A record is wrong, with its place: `on_bad_line: skip` ignores it."""
 
 
+class MissingPackage(DataError):
+    """The data need a Python package that is not installed: no fault of a record, so `on_bad_line: skip` does not
+    ignore it.
+    """
+
+
 class reading:
     """Whatever reading one record raises becomes a BadLine that begins with `where`, its "file:line".
 
@@ -48,6 +54,8 @@ def _raise_placed(error: BaseException, where: str) -> None:
     """Raise the BadLine of what reading a record raised; return if it is no fault of the record."""
     if isinstance(error, BadRecord):
         raise BadLine(f"{where}: {error.reason}. Hint: {error.hint}.") from None
+    if isinstance(error, MissingPackage):
+        return
     if isinstance(error, UserError):
         if not str(error).startswith(where):
             raise BadLine(f"{where}: {error}") from error

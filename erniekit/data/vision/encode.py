@@ -93,7 +93,7 @@ class VisionEncoder:
         except BadLine as error:
             if not self._skip_bad:
                 raise
-            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _fitted(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
         """The documents of the most rounds that fit."""
