@@ -263,7 +263,7 @@ class PackedStream:
             pending = [sizes[i] for i in carried]
 
     def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
-        """The number of rows after `position` to the end of a training that has one, as count_rows()."""
+        """The number of rows after `position` to the end of a training that has one, as many as rows() gives."""
         number, start, emitted, rows = position.round, position.start, position.emitted, 0
         if self._is_beyond(position):
             return 0
