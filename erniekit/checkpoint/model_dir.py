@@ -61,6 +61,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
 
 
+def what_is_saved(output_dir: Path, overwrite: bool) -> str:
+    """Which checkpoint a run leaves behind, and how to resume from it, in a few words. overwrite: the command would
+    remove it.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return "no checkpoint has been saved"
+    how = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
+    return f"the newest checkpoint is {checkpoints[-1]}; {how} resumes from there"
+
+
 def holds_model(directory: Path) -> bool:
     """Whether a directory holds a complete model or adapter."""
     return has_weights(directory) or is_adapter(directory)

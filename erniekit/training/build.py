@@ -19,7 +19,8 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
-from erniekit.data.vision.spec import vision_spec
+from erniekit.data.vision.options import vision_spec
+from erniekit.data.vision.processor_files import read_settings
 from erniekit.join import require_same_files
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -211,7 +212,7 @@ def _open_data(
             rank=mesh.data,
             world=mesh.degrees.data,
             template=template,
-            vision=vision_spec(cfg, model_dir),
+            vision=vision_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None,
         )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None

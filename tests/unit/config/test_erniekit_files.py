@@ -177,9 +177,7 @@ def test_fine_tuning_runs_as_it_is_and_names_what_does_nothing(read):
 
 def test_vision_language_is_refused_by_name(read):
     cfg = read(VISION)
-    assert keys(unsupported(cfg)) == {
-        *("multimodal", "freeze_config"),
-    }
+    assert keys(unsupported(cfg)) == {"freeze_config"}
     assert cfg.continue_training is True and cfg.amp_master_grad is True
 
 
