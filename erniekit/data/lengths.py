@@ -239,9 +239,7 @@ def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
     return _Measured(numbers, counts, tokens, patches, *(int(total) for total in totals))
 
 
-def _is_possible(
-    counts: np.ndarray, tokens: np.ndarray, patches: np.ndarray, totals: np.ndarray, size: int
-) -> bool:
+def _is_possible(counts: np.ndarray, tokens: np.ndarray, patches: np.ndarray, totals: np.ndarray, size: int) -> bool:
     """Whether these can be the lengths of `size` records. A file may be damaged, or another program's."""
     if any(array.dtype != np.int32 for array in (counts, tokens, patches)) or totals.dtype != np.int64:
         return False
@@ -256,9 +254,7 @@ def _keep(file: Path, measured: _Measured) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         totals = np.array([measured.num_dropped, measured.num_truncated, measured.num_shrunk], np.int64)
         with atomic.new_file(file) as temporary, open(temporary, "wb") as out:
-            np.savez(
-                out, counts=measured.counts, tokens=measured.tokens, patches=measured.patches, totals=totals
-            )
+            np.savez(out, counts=measured.counts, tokens=measured.tokens, patches=measured.patches, totals=totals)
         _remove_oldest(sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime))
     except OSError as error:
         log.info(

@@ -47,7 +47,8 @@ class Encoded:
     turns) or a pair of answers, one or more for a pretraining text, none if it was dropped.
 
     `cut` says that part of it was left out, `shrunk` that its pictures were made smaller to fit; `dropped` says why
-    there is nothing of it, and `bad` whether that is because the record is wrong.
+    there is nothing of it, `bad` whether that is because the record is wrong, and `needed` the max_seq_len that a
+    conversation with pictures needs.
     """
 
     where: str
@@ -56,6 +57,7 @@ class Encoded:
     dropped: str = ""
     shrunk: bool = False
     bad: bool = False
+    needed: int = 0
 
 
 class _Refused(Exception):

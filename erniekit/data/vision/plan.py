@@ -73,7 +73,7 @@ class MediaPlan:
         if self.frames is None:
             picture = load_image(self.part["image"], self.reader, self.options.images, notes)
             return resize(picture, self.geometry)[None]
-        video = open_video(self.part, self.reader, self.options)
+        video = open_video(self.part, self.reader, self.options, notes)
         if self.thinned:
             video = video.thinned(self.frames)
         return video.frames(self.geometry, self.options.choice.draw_time, notes)
