@@ -14,12 +14,14 @@ from erniekit.config import Config
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.record_feed import RecordFeed
 from erniekit.data.vision.decode import MediaDecoder
+from erniekit.data.vision.geometry import MAX_RATIO
 from erniekit.data.vision.plan import MediaPlan
+from erniekit.utils import log
 from erniekit.utils.progress import track
 from erniekit.utils.runtime import num_cores
 
 _FEW_RECORDS = 400  # are encoded sooner than workers have started
-_SHOWN = 5  # of the records with one kind of fault; the others are only counted
+_SHOWN = 10  # of the records with one kind of fault; the others are only counted
 _DECODED_AT_ONCE = 64  # pictures that are sent to the workers at a time
 
 
@@ -54,6 +56,8 @@ class Survey:
     videos: int = 0
     frames: int = 0
     made_smaller: int = 0
+    too_narrow: int = 0
+    first_too_narrow: str = ""
     vision_tokens: int = 0
 
     def add(self, record: Encoded) -> None:
@@ -87,6 +91,9 @@ class Survey:
             self.videos += plan.frames is not None
             self.frames += plan.frames or 0
             self.made_smaller += plan.width * plan.height > plan.limits.max_pixels
+            if max(plan.width, plan.height) > MAX_RATIO * min(plan.width, plan.height):
+                self.too_narrow += 1
+                self.first_too_narrow = self.first_too_narrow or f"{record.where}: {plan.name}"
             self.vision_tokens += plan.geometry.tokens
 
 
@@ -103,7 +110,16 @@ def media_of(record: Encoded) -> list[MediaPlan]:
 def inspect(section: Section, cfg: Config, feed: RecordFeed, decode: bool) -> None:
     """Add what is found in all records of a feed; with `decode` also what decoding every picture and video finds."""
     survey, decoding = Survey(), Decoding()
-    size = len(feed.dataset)
+    with log.captured():  # what the loader says of records that are left out is reported here
+        _look(feed, survey, decoding if decode else None)
+    _report(section, cfg, survey)
+    if decode:
+        decoding.report(section, _level(cfg))
+
+
+def _look(feed: RecordFeed, survey: Survey, decoding: "Decoding | None") -> None:
+    """Encode all records, and decode their media if that is wanted."""
+    size, decode = len(feed.dataset), decoding is not None
     decoder = MediaDecoder(num_cores() if decode else 0, "skip", keep=False)
     try:
         with closing(feed.encode(range(size), num_cores() if size > _FEW_RECORDS else None)) as records:
@@ -111,13 +127,10 @@ def inspect(section: Section, cfg: Config, feed: RecordFeed, decode: bool) -> No
             while some := list(islice(shown, _DECODED_AT_ONCE)):
                 for record in some:
                     survey.add(record)
-                if decode:
+                if decoding is not None:
                     decoding.add(some, decoder)
     finally:
         decoder.stop()
-    _report(section, cfg, survey)
-    if decode:
-        decoding.report(section, _level(cfg))
 
 
 def _level(cfg: Config) -> Level:
@@ -156,6 +169,12 @@ def _report(section: Section, cfg: Config, survey: Survey) -> None:
     if not survey.pictures + survey.videos:
         section.add("note", "no record has a picture")
         return
+    if survey.too_narrow:
+        section.add(
+            "warning",
+            f"{survey.too_narrow} of the pictures are more than {MAX_RATIO} times as long as wide, and are compressed "
+            f"to that; the first is {survey.first_too_narrow}",
+        )
     share = survey.vision_tokens / max(int(tokens.sum()), 1)
     section.add(
         "ok",

@@ -18,6 +18,11 @@ class BadRecord(Exception):
         super().__init__(reason)
         self.reason, self.hint = reason, hint
 
+    @property
+    def message(self) -> str:
+        """Both as sentences."""
+        return f"{self.reason}. Hint: {self.hint}{'' if self.hint.endswith(('?', '.')) else '.'}"
+
 
 class BadLine(DataError):
     """A record is wrong, with its place: `on_bad_line: skip` ignores it."""
@@ -53,7 +58,7 @@ class reading:
 def _raise_placed(error: BaseException, where: str) -> None:
     """Raise the BadLine of what reading a record raised; return if it is no fault of the record."""
     if isinstance(error, BadRecord):
-        raise BadLine(f"{where}: {error.reason}. Hint: {error.hint}.") from None
+        raise BadLine(f"{where}: {error.message}") from None
     if isinstance(error, MissingPackage):
         return
     if isinstance(error, UserError):

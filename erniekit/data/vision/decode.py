@@ -49,7 +49,7 @@ class DecodeJob:
         try:
             patches = plan.patches(notes)
         except BadRecord as error:
-            return Decoded(None, f"{error.reason}. Hint: {error.hint}.", ())
+            return Decoded(None, error.message, ())
         if len(patches) != plan.geometry.patches:
             return Decoded(None, f"{plan.name} changed since its size was read", ())
         return Decoded(patches if self.keep else patches[:0], "", tuple(sorted(notes.doubts)))
