@@ -171,7 +171,7 @@ class RecordFeed:
         if lengths.num_dropped == lengths.num_measured:
             raise DataError(
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
-                "Hint: raise max_seq_len, or set truncation: cut."
+                f"Hint: raise max_seq_len, or set truncation: {'cut' if self._decoder is None else 'shrink'}."
             )
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)

@@ -74,15 +74,15 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
             ranks = 1 if facts.degrees is None else facts.degrees.data
             loader = _open(cfg, split, facts, ranks)
             with closing(loader):
-                feed = loader.feed
+                feed, usable = loader.feed, True
                 if isinstance(feed, RecordFeed):
                     opened[split] = feed.dataset
                     _faults(section, cfg, feed.dataset)
                     if facts.vision is None:
                         _lengths(section, feed.lengths(), cfg)
                     else:
-                        survey.inspect(section, cfg, feed, wishes.decode)
-                if split == "train":
+                        usable = survey.inspect(section, cfg, feed, wishes.decode)
+                if split == "train" and usable:
                     _steps(section, cfg, loader, ranks, steps)
         if isinstance(feed, RecordFeed) and (wishes.preview or not report.count("error")):
             tiles += preview.inspect(report, feed, facts.tokenizer, split, wishes.preview or 1)

@@ -107,14 +107,17 @@ def media_of(record: Encoded) -> list[MediaPlan]:
     return list({id(plan): plan for table in tables for plan in table.sources}.values())
 
 
-def inspect(section: Section, cfg: Config, feed: RecordFeed, decode: bool) -> None:
-    """Add what is found in all records of a feed; with `decode` also what decoding every picture and video finds."""
+def inspect(section: Section, cfg: Config, feed: RecordFeed, decode: bool) -> bool:
+    """Add what is found in all records of a feed; with `decode` also what decoding every picture and video finds.
+    Whether there is a sample to train on.
+    """
     survey, decoding = Survey(), Decoding()
     with log.captured():  # what the loader says of records that are left out is reported here
         _look(feed, survey, decoding if decode else None)
     _report(section, cfg, survey)
     if decode:
         decoding.report(section, _level(cfg))
+    return survey.samples > 0
 
 
 def _look(feed: RecordFeed, survey: Survey, decoding: "Decoding | None") -> None:

@@ -71,6 +71,7 @@ class MediaDecoder:
         self._workers: list[Worker] = []
         self._pool: ThreadPoolExecutor | None = None
         self.failures = 0
+        self._said = 0  # how many of them stop() has reported
         self.doubts: Counter[str] = Counter()
 
     def decode(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -87,6 +88,9 @@ class MediaDecoder:
             pool, self._pool = self._pool, None
             workers, self._workers = self._workers, []
             self._free = queue.Queue()
+            if self.failures > max(self._said, _SHOWN_FAILURES):
+                self._said = self.failures
+                log.warning(f"{self.failures} pictures and videos could not be decoded so far")
         for worker in workers:
             worker.stop()
         if pool is not None:
