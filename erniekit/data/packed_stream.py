@@ -243,7 +243,8 @@ class PackedStream:
         if counts.rows == 0:
             raise DataError(
                 f"all {counts.dropped} samples were dropped, nothing is left to read. "
-                "Hint: raise max_seq_len, or set truncation: cut (with pictures shrink); the lines above give the reasons."
+                "Hint: raise max_seq_len, or set truncation: cut (with pictures: shrink); the lines above give the "
+                "reasons."
             )
 
     def row_sizes(self, number: int, lengths: Lengths, limit: int | None = None) -> Iterator[tuple[int, int]]:
