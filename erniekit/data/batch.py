@@ -257,6 +257,13 @@ class PackedBatch:
         return np.bincount(self.segment_ids, minlength=self.num_segments)
 
     @property
+    def segment_modality(self) -> np.ndarray:
+        """Of each segment: video if it has one, else image if it has one, else text; int8 [num_segments]."""
+        kinds = np.full(self.num_segments, Modality.TEXT, np.int8)
+        np.maximum.at(kinds, self.segment_ids, self.modality)
+        return kinds
+
+    @property
     def supervised(self) -> np.ndarray:
         """Numbers of the tokens that carry loss, ascending."""
         return np.flatnonzero(self.labels != IGNORE)
