@@ -20,6 +20,13 @@ _SAME: dict[str, str] = {
     "max_new_tokens": "max_tokens max_completion_length max_target_length max_gen_len",
     "dataloader_num_workers": "num_workers preprocessing_num_workers num_proc",
     "random_shuffle": "shuffle data_shuffle shuffle_dataset train_dataloader_shuffle",
+    "min_pixels": "image_min_pixels min_image_pixels",
+    "max_pixels": "image_max_pixels max_image_pixels image_resolution",
+    "video_max_pixels": "video_resolution",
+    "video_fps": "fps",
+    "video_min_frames": "fps_min_frames min_frames",
+    "video_max_frames": "video_maxlen fps_max_frames max_frames",
+    "video_target_frames": "nframes num_frames",
     "packing": "neat_packing sample_packing zero_padding",
     "chat_template": "prompt_template conversation_template template_type",
     "continue_training": "load_weights",
@@ -111,19 +118,24 @@ _OTHERWISE: dict[str, str] = {
     "enable_liger_kernel use_unsloth use_liger_kernel": "remove it: fused kernels are used where the device has them",
     "disable_gradient_checkpointing": "recompute: False is the default",
     "train_from_scratch": "continue_training: False starts from random weights",
-    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules": (
-        "freezing parts of the model is not built; fine_tuning takes Full or LoRA"
+    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_parameters": (
+        "frozen_parameters names what is not trained"
     ),
+    "freeze_vision_tower freeze_vit": "freeze_config: freeze_vision leaves the vision transformer as it is",
+    "freeze_language_model freeze_llm": "freeze_config: freeze_lm leaves the decoder as it is",
+    "freeze_multi_modal_projector freeze_aligner": "frozen_parameters: resampler leaves the resampler as it is",
+    "vit_lr aligner_lr": "vit_lr_ratio and resampler_lr_ratio are shares of learning_rate",
+    "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "exporting quantised weights is not built",
-    "reward_model ref_model_adapters": "stage takes SFT, PT or DPO; reward models and PPO are not built",
+    "reward_model ref_model_adapters": "stage takes SFT, PT, DPO or VL-SFT; reward models and PPO are not built",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",
     "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
-    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT or DPO",
+    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT, DPO or VL-SFT",
     "ref_model ref_model_name_or_path reference_model": (
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),

@@ -66,8 +66,8 @@ def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
         return
     if "text_info" in record or "image_info" in record:
         raise BadRecord(
-            f"this looks like vision-language data (stage VL-SFT), not type {type_name}",
-            "this version cannot train on it",
+            f"this looks like data with pictures (it has text_info), not type {type_name} of text alone",
+            "set stage: VL-SFT, with a vision-language model",
         )
     likely = [what for name, what in _SIGNATURES.items() if name in record]
     _check_stage(record, type_name, likely[0] if likely else "")
