@@ -99,7 +99,8 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
         with section.collecting():
             require_weights(directory)
     if wants_weights and has_weights(directory):
-        stored = read_config(directory)  # opens the files and compares every name and shape
+        of_weights = read_config(directory)  # opens the files and compares every name and shape
+        stored = stored if command == "train" and cfg.vision_config_path else of_weights
     experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
     start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
