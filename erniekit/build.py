@@ -23,6 +23,7 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.product_state import load_product_state
+from erniekit.checkpoint.vision_start import TextWeights, VisionStart
 from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
@@ -88,13 +89,15 @@ class AdapterDirectory:
 class ModelOptions:
     """How a model is built.
 
-    `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `adapter`: a new one,
+    `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
+    directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
     returned in.
     """
 
     precision: Policy
     random_start: bool = False
+    vision_start: VisionStart | None = None
     seed: int = 42
     overrides: Overrides = Overrides()
     adapter: lora.LoraOptions | AdapterDirectory | None = None
@@ -186,14 +189,14 @@ def _recompute_options(cfg: Config) -> RecomputeOptions:
 class PreparedModel:
     """A model that can be built: nothing but reading its weights is left to do.
 
-    `config`: of the model as it will be. `reader`: the open directory; None for a random start. `adapter`: the saved
+    `config`: of the model as it will be. `reader`: the weights; None for a random start. `adapter`: the saved
     adapter, read. `generation`: the directory's generation_config.json.
     """
 
     path: Path
     options: ModelOptions
     config: ModelConfig
-    reader: ModelReader | None
+    reader: ModelReader | TextWeights | None
     adapter: StoredAdapter | None
     generation: GenerationConfig
 
@@ -214,7 +217,7 @@ class PreparedModel:
             model = CausalLM(self.config, rank_shard_of(mesh, layers))
         if precision.product is not None:
             attach_products(model, precision.product)
-        stored = set() if self.reader is None else set(our_shapes(self.reader.config))
+        stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
         init_weights(model, options.seed, lambda name: name not in stored)
         if self.reader is not None:
             fill_weights(model, self.reader, precision.rounded_to)
@@ -254,11 +257,13 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
         ConfigError: an option does not fit the model.
     """
     path = Path(model_dir)
+    reader: ModelReader | TextWeights | None
     if options.random_start:
         stored, reader = ModelConfig.from_dir(path) if shape is None else shape, None
         log.info(f"continue_training: false: {path} starts at random (seed {options.seed})")
     else:
-        reader = ModelReader(path)
+        text = ModelReader(path)
+        reader = text if options.vision_start is None else TextWeights(text, options.vision_start)
         stored = reader.config
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import paddle
@@ -25,6 +26,15 @@ from erniekit.utils.errors import CheckpointError
 __all__ = ["fill_weights", "load_weights", "model_rank_files", "read_config", "save_model"]
 
 
+class WeightSource(Protocol):
+    """Weights that can be read: `logicals` are the units that there are."""
+
+    logicals: list[Logical]
+
+    def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
+        """See ModelReader.read."""
+
+
 def load_weights(model: paddle.nn.Layer, path: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
     """Fill `model` (with a `.config`) from the directory `path`, whose tensors must be all of the model's. `into`:
     tensors that are filled instead of the model's, under its names (an average).
@@ -36,7 +46,7 @@ def load_weights(model: paddle.nn.Layer, path: str | Path, into: Mapping[str, pa
 
 def fill_weights(
     model: paddle.nn.Layer,
-    source: ModelReader,
+    source: WeightSource,
     rounded_to: str | None = None,
     into: Mapping[str, paddle.Tensor] | None = None,
 ) -> None:
@@ -82,7 +92,7 @@ def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray
 
 
 def _read(
-    source: ModelReader, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
+    source: WeightSource, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
 ) -> Iterator[np.ndarray]:
     """Read a shard (index, count) of one parameter as float32, whole or expert by expert, and nothing else."""
 

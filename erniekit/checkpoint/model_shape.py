@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.vision_start import VisionStart, config_directory, joined_config
 from erniekit.config.schema import Config
 from erniekit.config.schema_shape import NEEDED_OF_EXPERTS
 from erniekit.data.chat.tokenizer import load_tokenizer
@@ -54,6 +55,20 @@ def given_shape(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def vision_start(cfg: Config, shape: ModelConfig) -> VisionStart | None:
+    """How vision is added to the text model that the configuration names; None where it is not. `shape`: see
+    `model_config`.
+    """
+    if not cfg.vision_config_path or not cfg.method.vision:
+        return None
+    return VisionStart(shape, cfg.vision_experts_from_text, cfg.vision_experts_down_scale)
+
+
+def processor_directory(cfg: Config, model_dir: Path) -> Path:
+    """The directory of the files that say how pictures are prepared."""
+    return config_directory(cfg.vision_config_path) if cfg.vision_config_path else model_dir
+
+
 def model_config(cfg: Config, directory: Path) -> ModelConfig:
     """The model's configuration, before anything is built or a weight is read. `directory`: the model's, or the
     tokenizer's where there is no model.
@@ -64,6 +79,9 @@ def model_config(cfg: Config, directory: Path) -> ModelConfig:
     if not cfg.model_name_or_path:
         return _from_yaml(cfg, given, directory)
     stored = ModelConfig.from_dir(directory)
+    if cfg.vision_config_path and cfg.method.vision:
+        _require_same(given, stored, directory)
+        return joined_config(stored, directory, cfg.vision_config_path)
     if given and stored.vision is not None:
         raise ConfigError(
             f"{', '.join(given)}: the shape of a vision-language model cannot be given here. Change config.json in "

@@ -23,7 +23,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
-        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
+        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
     if command == "chat":
@@ -123,6 +123,18 @@ def _pictures(cfg: Config) -> Iterator[str]:
     if cfg.truncation == wrong:
         what = "pictures are never cut" if cfg.method.vision else "there are no pictures to make smaller"
         yield f"truncation: {wrong}: with stage: {cfg.method.name} {what}. Use drop, {instead} or error"
+
+
+def _vision_start(cfg: Config) -> Iterator[str]:
+    if cfg.vision_config_path is None:
+        return
+    if not cfg.model_name_or_path or not cfg.continue_training:
+        yield (
+            "vision_config_path: it adds vision to the weights of a text model, so it needs model_name_or_path and "
+            "continue_training: true. For a random start set model_name_or_path to the directory of that config.json"
+        )
+    if cfg.fine_tuning == "LoRA":
+        yield "vision_config_path: fine_tuning: LoRA would not train the new vision part; use fine_tuning: Full"
 
 
 def _answers(cfg: Config) -> Iterator[str]:

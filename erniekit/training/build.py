@@ -2,6 +2,7 @@
 built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import paddle
 
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
-from erniekit.checkpoint.model_shape import directories, model_config, require_pictures
+from erniekit.checkpoint.model_shape import (
+    directories,
+    model_config,
+    processor_directory,
+    require_pictures,
+    vision_start,
+)
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -185,7 +192,8 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
         shape = model_config(cfg, model_dir)
         if cfg.continue_training:
             require_weights(model_dir)
-        prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
+        options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
+        prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
 
@@ -205,7 +213,7 @@ def _open_data(
             rank=mesh.data,
             world=mesh.degrees.data,
             template=template,
-            vision=vision_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None,
+            vision=vision_spec(cfg, read_settings(processor_directory(cfg, model_dir))) if cfg.method.vision else None,
         )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None

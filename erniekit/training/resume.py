@@ -35,6 +35,7 @@ class Decision(Enum):
 _KEYS = {
     Decision.REFUSE: """
         continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        vision_experts_from_text vision_experts_down_scale
         freeze_config frozen_parameters
         lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
     """,
@@ -70,6 +71,7 @@ _KEYS = {
         hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
         moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval tokenizer_name_or_path
+        vision_config_path
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache

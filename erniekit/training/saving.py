@@ -8,6 +8,7 @@ import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.model_dir import checkpoint_dir
+from erniekit.checkpoint.model_shape import processor_directory
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
@@ -234,7 +235,7 @@ class Saver:
             tensors,
             self.shares,
             "paddle" if self.cfg.save_format == "paddle" else "pt",
-            (self.run.model_dir, self.run.tokenizer_dir),
+            (self.run.model_dir, self.run.tokenizer_dir, processor_directory(self.cfg, self.run.model_dir)),
             self.run.template,
             directory=below,
         )

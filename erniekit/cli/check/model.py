@@ -13,7 +13,7 @@ from erniekit.checkpoint.model_dir import (
     require_weights,
 )
 from erniekit.checkpoint.model_reader import read_config
-from erniekit.checkpoint.model_shape import model_config, require_pictures
+from erniekit.checkpoint.model_shape import model_config, processor_directory, require_pictures
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
@@ -50,7 +50,7 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
             facts.model_config = _model_config(section, cfg, directory, command)
             if command == "train" and cfg.method.vision:
                 require_pictures(cfg, facts.model_config, directory)
-                facts.vision = vision_spec(cfg, read_settings(directory))
+                facts.vision = vision_spec(cfg, read_settings(processor_directory(cfg, directory)))
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     elif command in launch.ON_RANKS:
@@ -106,7 +106,8 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
         with section.collecting():
             require_weights(directory)
     if wants_weights and has_weights(directory):
-        stored = read_config(directory)  # opens the files and compares every name and shape
+        of_weights = read_config(directory)  # opens the files and compares every name and shape
+        stored = stored if command == "train" and cfg.vision_config_path else of_weights
     experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
     start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
