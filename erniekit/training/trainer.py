@@ -280,7 +280,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop_signals.asked() == number for number in stop_signals.SIGNALS], np.float64)
+        asked = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
         counts = comm.sum_floats(asked, self.run.mesh.world_group)
         self._stopped_by = next(
             (number for number, count in zip(stop_signals.SIGNALS, counts, strict=True) if count), None

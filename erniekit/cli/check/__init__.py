@@ -1,4 +1,4 @@
-"""`erniekit check`: what a run would find wrong, and what it would do, in seconds and without a GPU or weights."""
+"""`erniekit check`: reports in seconds what is wrong with a run and what it would do, without a GPU or weights."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ from erniekit.utils import atomic
 
 
 def run(args: list[str]) -> int:
-    """Check a configuration, print what was found and return the exit code."""
-    values, rest = read_options(args)
+    """Check a configuration, print the findings and return the exit code."""
+    values, command_args = read_options(args)
     strict = values["strict"]
-    report = inspect(rest, values["command"])
+    report = inspect(command_args, values["command"])
     print(report.to_text())
     if values["json"]:
         text = json.dumps(report.to_dict(strict), ensure_ascii=False, indent=2) + "\n"
@@ -32,9 +32,9 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: an option has a value that it does not accept, or there is nothing to check.
     """
-    values, rest = options.read("check", args, _OPTIONS)
-    options.require("check", rest, "Missing configuration files. Give a YAML or JSON file, or --key value.")
-    return {"command": "train", "strict": False, "json": ""} | values, rest
+    values, command_args = options.read("check", args, _OPTIONS)
+    options.require("check", command_args, "Missing configuration files. Give a YAML or JSON file, or --key value.")
+    return {"command": "train", "strict": False, "json": ""} | values, command_args
 
 
 _OPTIONS: options.Readers = {
@@ -45,7 +45,7 @@ _OPTIONS: options.Readers = {
 
 
 def inspect(args: list[str], command: str = "train") -> Report:
-    """What can be said about a command line of `command` before it runs."""
+    """The report on a command line of `command`, made without running it."""
     report = Report(command)
     cfg = _load(report, args, command)
     if cfg is None:
