@@ -1,5 +1,5 @@
-"""Which projections are adapted: translates names or patterns, ours or Hugging Face's, to parts of projections. It uses
-no tensors.
+"""Selects the projections to adapt: translates names and patterns, ours or Hugging Face's, to parts of projections. It
+uses no tensors.
 
 In memory q|k|v and gate|up are fused; Hugging Face has q_proj, k_proj, v_proj, gate_proj and up_proj. A fused
 projection has an adapter for each part that is targeted, so that PEFT's files map one to one. Routed experts are one
@@ -13,14 +13,14 @@ from collections.abc import Iterable, Sequence
 from erniekit.utils.errors import ConfigError
 
 FUSED = {"qkv_proj": ("q", "k", "v"), "up_gate_proj": ("gate", "up")}
-DEFAULT_TARGETS = ("qkv_proj", "o_proj", "up_gate_proj", "down_proj")  # ERNIEKit's; not the router, not the head
+DEFAULT_TARGETS = ("qkv_proj", "o_proj", "up_gate_proj", "down_proj")  # ERNIEKit's choice, without router and head
 _LEAVES = (*FUSED, "o_proj", "down_proj")
 _KNOWN = (*_LEAVES, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
 # Modules that modules_to_save can name: whole parameters outside the projections and the routers.
 SAVEABLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
 _PLAIN = re.compile(r"[\w.]+")
 
-# Module name of a projection -> its parts that are adapted; ("",) where it has no parts.
+# Module name of a projection -> its adapted parts; ("",) if it has no parts.
 Chosen = dict[str, tuple[str, ...]]
 
 
@@ -36,7 +36,7 @@ def adaptable(names: Iterable[str]) -> list[str]:
 
 
 def parts_of(module: str) -> tuple[str, ...]:
-    """The parts of a projection that have an adapter each."""
+    """The parts of a projection, each of which may have an adapter."""
     return ("",) if is_stacked(module) else FUSED.get(module.rpartition(".")[2], ("",))
 
 
@@ -51,7 +51,7 @@ def hf_name(module: str, part: str) -> str:
 
 
 def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
-    """The parts that `targets` mean among the projections `names` (the whole model's).
+    """The parts that `targets` select among the projections `names` (of the whole model).
 
     An entry of letters, digits, _ and . is the end of a name ("q_proj", "mlp.down_proj"); anything else is a regular
     expression for a whole name. Both are compared with our names and with Hugging Face's ("experts.0.gate_proj" stands
@@ -62,7 +62,7 @@ def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
     chosen: set[tuple[str, str]] = set()
     halves: set[tuple[str, str]] = set()  # ("...experts.up_gate_proj", "gate")
     for target in targets:
-        hits = {(module, part) for module in modules for part in parts_of(module) if _means(target, module, part)}
+        hits = {(module, part) for module in modules for part in parts_of(module) if _selects(target, module, part)}
         half_hits = _halves(target, modules)
         if not hits and not half_hits:
             raise ConfigError(_unknown(target, modules))
@@ -93,7 +93,7 @@ def _halves(target: str, modules: Iterable[str]) -> set[tuple[str, str]]:
     }
 
 
-def _means(target: str, module: str, part: str) -> bool:
+def _selects(target: str, module: str, part: str) -> bool:
     names = [module, hf_name(module, part)]
     if is_stacked(module) and module.endswith("down_proj"):
         names.append(f"{module.rpartition('.')[0]}.0.down_proj")
@@ -103,7 +103,7 @@ def _means(target: str, module: str, part: str) -> bool:
 def _matches(target: str, names: Iterable[str]) -> bool:
     if _PLAIN.fullmatch(target):
         return any(name == target or name.endswith(f".{target}") for name in names)
-    return any(re.fullmatch(target, name) for name in names)  # config/checks.py compiles it
+    return any(re.fullmatch(target, name) for name in names)  # config/checks.py has checked that it compiles
 
 
 def _unknown(target: str, modules: Sequence[str]) -> str:

@@ -265,7 +265,7 @@ class Tokenizer:
         return self.encode_parts(self.cut_special(text))
 
     def cut_special(self, text: str, keep: Container[str] = ()) -> list[str]:
-        """Splits `text` so that no part contains a special token, except those in `keep`. The parts joined are `text`."""
+        """Splits `text` so that no part has a special token, except those in `keep`. The parts joined are `text`."""
         cuts = [match.start() + 1 for match in self._special_start.finditer(text) if match.group(1) not in keep]
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 

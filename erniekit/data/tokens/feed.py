@@ -39,7 +39,7 @@ from erniekit.config.token_files import weighted_prefixes
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
 from erniekit.data.tokens.files import TokenFile, strip_suffix
-from erniekit.data.tokens.rows import Mix, DocumentPart, RowOrder, Source
+from erniekit.data.tokens.rows import DocumentPart, Mix, RowOrder, Source
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
