@@ -16,7 +16,7 @@ from typing import Any
 
 from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 # Commands whose Ctrl-C is handled here. `train` installs its own handlers, `chat` uses Python's.
@@ -170,16 +170,16 @@ def _explain(name: str, error: Exception) -> str | None:
     if reason is not None:
         return OUT_OF_MEMORY.format(reason=reason, cure=_LOWER.get(name, "Use a smaller model."))
     if isinstance(error, OSError):
-        location = f": {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DISK_FULL.format(where=location)
+        where = f": {error.filename}" if error.filename else ""
+        if disk_is_full(error):
+            return DISK_FULL.format(where=where)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return NOT_ALLOWED.format(where=location)
+            return NOT_ALLOWED.format(where=where)
     return None
 
 
 def _memory_ran_out(error: Exception) -> str | None:
-    """One line about the failed allocation; None if the error is of another kind."""
+    """One line about the failed alwhere; None if the error is of another kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if any(sign in line for sign in _MEMORY_SIGNS)]
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -50,7 +50,7 @@ class EncoderSpec:
     def __getstate__(self) -> dict[str, Any]:
         """The picklable state: a compiled template is replaced by its name and text."""
         state = dict(vars(self))
-        if isinstance(self.template, chat.Template) and self.vision is None:
+        if isinstance(self.template, chat.Template) and not isinstance(self.template, VisionTemplate):
             state |= {"template": None, "template_text": (self.template.name, self.template.source)}
         return state
 

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 
 from erniekit.utils import heartbeat
@@ -89,21 +88,6 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferring = False
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint with the highest step, or None. Saving ends with a rename, so a checkpoint is always complete."""
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(checkpoints, key=lambda path: int(path.name[11:]), default=None)
-
-
-def what_is_saved(output_dir: Path, overwrite: bool) -> str:
-    """A description of the newest checkpoint and how to resume. overwrite: whether the same command would remove it."""
-    newest = newest_checkpoint(output_dir)
-    if newest is None:
-        return "no checkpoint has been saved"
-    command = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
-    return f"the newest checkpoint is {newest}; {command} resumes from there"
 
 
 def interrupted(number: int) -> str:
