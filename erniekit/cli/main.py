@@ -179,7 +179,7 @@ def _explain(name: str, error: Exception) -> str | None:
 
 
 def _memory_ran_out(error: Exception) -> str | None:
-    """One line about the failed alwhere; None if the error is of another kind."""
+    """One line about the failed allocation; None if the error is of another kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if any(sign in line for sign in _MEMORY_SIGNS)]
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
