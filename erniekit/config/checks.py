@@ -26,6 +26,8 @@ def problems(cfg: Config, command: str) -> list[str]:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
+    if command == "chat":
+        rules += [_chat_tools(cfg)]
     if command == "train":
         rules += [
             _training(cfg),
@@ -133,6 +135,11 @@ def _answers(cfg: Config) -> Iterator[str]:
             "predict_with_generate: the evaluation data is plain text, which has no questions. Set it to False, or "
             "evaluate on questions and answers"
         )
+
+
+def _chat_tools(cfg: Config) -> Iterator[str]:
+    if "image_search" in cfg.chat_tools and cfg.image_search_dir is None:
+        yield "image_search_dir: needed with chat_tools: image_search; a directory of pictures"
 
 
 def _pipeline(cfg: Config) -> Iterator[str]:

@@ -16,7 +16,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
-from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -34,6 +34,7 @@ class Config(
     MoEArgs,
     ShapeArgs,
     GenerateArgs,
+    ChatArgs,
     EvalArgs,
     ExportArgs,
 ):

@@ -62,6 +62,11 @@ class Document(NamedTuple):
     pictures: DocumentPictures | None = None
 
     @property
+    def num_patches(self) -> int:
+        """Patches of its images and videos."""
+        return 0 if self.pictures is None else int(self.pictures.grid.prod(axis=1).sum())
+
+    @property
     def num_bytes(self) -> int:
         """About how much memory its arrays take, and pictures that are in the record itself."""
         size = self.ids.nbytes + self.labels.nbytes
