@@ -91,7 +91,7 @@ class MixedFeed:
         left = self._pictures.rows_left(position.pictures)
         if not left:
             return 0.0
-        total, turn, done = 0.0, position.turns, position.rows
+        total, turn, done = 0.0, position.turns, float(position.rows)
         of_cycle, cycle = self._ratio[0] * self._block, sum(self._ratio)
         whole = max(0, math.ceil(left / of_cycle) - 2)  # cycles that need no look at their turns
         left, total = left - whole * of_cycle, total + whole * cycle * self._block
@@ -100,7 +100,7 @@ class MixedFeed:
             if self._has_pictures(turn):
                 rows = min(rows, left)
                 left -= rows
-            total, turn, done = total + rows, turn + 1, 0
+            total, turn, done = total + rows, turn + 1, 0.0
         return total
 
     def epochs_done(self, position: MixedPosition) -> int:

@@ -15,6 +15,7 @@ EVAL = {"eval_dataset_path": "e.jsonl"}
 EVALUATED = {**EVAL, "evaluation_strategy": "epoch"}
 TWO = {"train_dataset_path": "a,b", "max_steps": 1}
 DPO: dict[str, Any] = {"stage": "DPO"}
+VISION: dict[str, Any] = {"stage": "VL-SFT"}
 LORA = {"fine_tuning": "LoRA"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
@@ -81,6 +82,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"num_nextn_predict_layers": 1}, DPO, {}),
     ("train", {"token_balance_loss": "row"}, DPO, {}),
     ("train", {"z_loss_lambda": 0.1}, DPO, {}),
+    ("train", {"modality_ratio": "2,1"}, VISION, {**VISION, "text_dataset_path": "t"}),
+    ("train", {"text_dataset_path": "t"}, {}, VISION),
+    ("train", {"text_dataset_prob": "0.5,0.5"}, {**VISION, "text_dataset_path": "t,u"}, None),
+    ("train", {"max_prompt_len": 100, "num_nextn_predict_layers": 1}, {"stage": "VL-DPO"}, None),
+    ("train", {"token_balance_loss": "row", "z_loss_lambda": 0.1}, {"stage": "VL-DPO"}, None),
+    ("train", {"text_dataset_path": "t"}, {"stage": "VL-DPO"}, VISION),
     ("train", {"simpo_gamma": 0.2}, DPO, {**DPO, "loss_type": "simpo"}),
     ("train", {"dpop_lambda": 0.2}, DPO, {**DPO, "loss_type": "dpop"}),
     ("train", {"beta": 0.2}, {**DPO, "loss_type": "orpo"}, DPO),
