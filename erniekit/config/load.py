@@ -221,18 +221,14 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
 
 def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     """Use text_dataset_path as training data where train_dataset_path is given but empty."""
-    text = state.extras.get("text_dataset_path")
+    text = values.get("text_dataset_path")
     if not text or values.get("train_dataset_path") or METHODS[values.get("stage", DEFAULT)].vision:
         return
-    for name in ("path", "prob"):
-        given = state.extras.get(f"text_dataset_{name}")
-        if given and given.value and f"train_dataset_{name}" not in values:
-            try:
-                values[f"train_dataset_{name}"] = coerce(_FIELDS[f"train_dataset_{name}"], given.value)
-            except ValueError as error:
-                state.problems.append(f"text_dataset_{name}: {error} ({given.place})")
-    if values.get("train_dataset_path"):
-        state.notes.append(f"train_dataset_path: empty, so {text.value}, because text_dataset_path is given")
+    for part in ("path", "type", "prob"):
+        if f"text_dataset_{part}" in values and not values.get(f"train_dataset_{part}"):
+            values[f"train_dataset_{part}"] = values.pop(f"text_dataset_{part}")
+    given = shortened(", ".join(text))
+    state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_vision import VisionArgs
 
@@ -93,7 +94,7 @@ OPTIONS_OF_METHODS = frozenset(
 )
 
 
-OPTIONS_OF_VISION = frozenset(option_names(VisionArgs))
+OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureArgs)])
 
 
 def stage_doc() -> str:

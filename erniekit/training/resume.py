@@ -45,9 +45,9 @@ _KEYS = {
         max_prompt_len seed
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
-        position_rule
+        position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave
     """,
-    Decision.CONTENT: "model_name_or_path train_dataset_path input_dir chat_template",
+    Decision.CONTENT: "model_name_or_path train_dataset_path text_dataset_path input_dir chat_template",
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
@@ -168,6 +168,7 @@ def differences(state: TrainState, now: Present) -> list[Difference]:
     same_content = {
         "model_name_or_path": bool(state.base),
         "train_dataset_path": "content of train_dataset_path" in known,
+        "text_dataset_path": "text: content of train_dataset_path" in known,
         "input_dir": "content of each file" in known,
         "chat_template": "chat template" in known,
     }

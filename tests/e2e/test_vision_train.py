@@ -123,3 +123,32 @@ def weights_of_adapter(directory: Path) -> list[str]:
 
     with safe_open(directory / "adapter_model.safetensors", "np") as file:
         return list(file.keys())
+
+
+def test_text_is_mixed_in_and_each_modality_has_its_loss_and_its_router(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Steps of pictures and of text by turns; resuming in the middle of the cycle changes nothing."""
+    yaml, _ = trained
+    lines = [{"src": [f"{i}?"], "tgt": [f"={i}"]} for i in range(8)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    keys = {
+        "text_dataset_path": str(tmp_path / "text.jsonl"),
+        "modality_ratio": "[2,1]",
+        "modality_interleave": "batch",
+        "moe_use_aux_free": True,
+        "freeze_config": "freeze_lm",
+        "packing": False,
+        "max_steps": 7,
+        "save_steps": 4,
+    }
+    whole = erniekit.train(str(yaml), output_dir=str(tmp_path / "whole"), **keys).history
+    of_text = [set(record) & {"loss_text", "loss_image", "loss_video"} == {"loss_text"} for record in whole]
+    assert of_text == [False, False, True, False, False, True, False]
+    routers = [json.loads(line)["layers"] for line in (tmp_path / "whole" / "routers.jsonl").read_text().splitlines()]
+    assert [sum(layers["1.vision"]["load"]) == 0 for layers in routers] == of_text
+    erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-7")
+    rest = erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys).history
+    assert [record["loss"] for record in rest] == [record["loss"] for record in whole[4:]]
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
