@@ -26,7 +26,8 @@ class Notes:
     doubts: set[str] = field(default_factory=set)
 
 
-_MEDIA = "this version trains text only: remove it, or the record"
+_MEDIA = "it is for vision-language models (stage: VL-SFT): set that stage, or remove the field or the record"
+_SOUND = "sound is not known: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
 _PAIRS = "this looks like preference data (stage DPO): set stage: DPO, or remove it"
 # fields of a record by which some format or tool decides what is trained -> what to do about one
@@ -42,7 +43,8 @@ DECISIVE = {
     "kto_tag": "training on single judged answers is not known: remove it",
     **dict.fromkeys(("weight", "loss_weight", "sample_weight", "loss_mask"), _SAMPLE_WEIGHT),
     "text_info": "this looks like vision-language data (stage VL-SFT); remove it to train text only",
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_info", "video_info"), _MEDIA),
+    **dict.fromkeys(("image", "images", "video", "videos", "image_info", "video_info"), _MEDIA),
+    **dict.fromkeys(("audio", "audios"), _SOUND),
 }
 # those of them that are fields of this package's formats, so that a misspelt one is refused with any type
 _OURS = ("system", "history", "tools", "label", "is_system", "response", "sort", "chosen", "rejected")
@@ -55,7 +57,8 @@ DECISIVE_IN_MESSAGES = {
     "refusal": "write the refusal as the content, or remove the record",
     "function_call": 'write it as tool_calls: [{"function": {"name": ..., "arguments": ...}}]',
     **dict.fromkeys(("tools", "functions"), "move it out of the message, into the record's 'tools'"),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("audio", "audios"), _SOUND),
 }
 
 
