@@ -163,14 +163,7 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
     """The model's answers. A question too long for its context is not asked and has the answer "": it counts as wrong,
     and a line says how many there are.
     """
-    context = opened.model.config.max_position_embeddings
-    asked = [i for i, question in enumerate(questions) if len(question.prompt_ids) < context]
-    if len(asked) < len(questions):
-        too_long = [question.where for question in questions if len(question.prompt_ids) >= context]
-        log.warning(
-            f"{len(too_long)} of {len(questions)} questions fill the model's context of {context} tokens and are "
-            f"counted as wrong ({', '.join(too_long[:_SHOWN])}{', ...' if len(too_long) > _SHOWN else ''})"
-        )
+    asked = _that_fit(questions, opened.model.config.max_position_embeddings)
     predictions = [Prediction(question, "", "", "prompt too long") for question in questions]
     pictures = QuestionPictures(
         [questions[i].pictures for i in asked], [questions[i].where for i in asked], cfg.on_bad_line == "skip"
@@ -187,6 +180,17 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
     if cut:
         log.info(f"{cut} of {len(answers)} answers were cut at max_new_tokens: {cfg.max_new_tokens}")
     return predictions
+
+
+def _that_fit(questions: Sequence[Question], context: int) -> list[int]:
+    """The numbers of the questions that leave room for an answer. A line says how many do not."""
+    too_long = [question.where for question in questions if len(question.prompt_ids) >= context]
+    if too_long:
+        log.warning(
+            f"{len(too_long)} of {len(questions)} questions fill the model's context of {context} tokens and are "
+            f"counted as wrong ({', '.join(too_long[:_SHOWN])}{', ...' if len(too_long) > _SHOWN else ''})"
+        )
+    return [i for i, question in enumerate(questions) if len(question.prompt_ids) < context]
 
 
 def _decode(
