@@ -1,12 +1,11 @@
-"""Rows made of text records: conversations and pretraining text, tokenised while training.
+"""Yields rows made from text records: conversations and pretraining text, tokenised during training.
 
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
 """
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,24 +27,25 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
+_GLANCED = 2_000  # samples measured where max_steps decides the end, only to know their sizes
 _WINDOW = 64  # samples read at a time where the packer does not care
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How long the stream is. `num_epochs` None: max_steps decides, the stream has no end."""
+    """The length of the stream. `num_epochs` None: max_steps decides, and the stream is endless."""
 
     max_seq_len: int
     max_estimate_samples: int
     num_epochs: float | None
-    # of the strategy `random`, whose epochs are a matter of definition; None: an epoch is a round of the order
+    # the size of an epoch of the strategy `random`, which has no natural one; None: an epoch is a round of the order
     samples_per_epoch: int | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """How records are looked at when their files are opened: each `every`-th of them. With `gather_faults` bad lines
-    are gathered (Source.faults), whatever on_bad_line says.
+    """How records are checked when their files are opened: every `every`-th record. With `gather_faults` the errors of
+    bad lines are collected (Source.faults), whatever on_bad_line says.
     """
 
     every: int = 1
@@ -56,7 +56,7 @@ EVERY_RECORD = Inspection()
 
 
 class RecordFeed:
-    """The rows of text records, for a Loader (see loader.Feed)."""
+    """The feed of rows from text records, for a Loader (see loader.Feed)."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RecordFeed:
         service: EncodingService,
         extent: Extent,
         identity: dict[str, Any],
-        decoder: MediaDecoder,
+        decoder: MediaDecoder | None,
     ):
         self.dataset, self.identity, self._decoder = dataset, identity, decoder
         self._stream, self._service, self._extent = stream, service, extent
@@ -74,7 +74,7 @@ class RecordFeed:
 
     @property
     def exact(self) -> bool:
-        """Whether `rows_left` counts; otherwise it estimates."""
+        """Whether `rows_left` is exact; otherwise it is an estimate."""
         measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
         return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
@@ -83,30 +83,36 @@ class RecordFeed:
         return Position()
 
     def read_position(self, state: dict[str, Any]) -> Position:
-        """The position that to_dict() described."""
+        """The position that to_dict() has saved."""
         return Position.from_dict(state)
 
     def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
-        """The rows after `position`, each with the position behind it."""
+        """Yields the rows after `position`, each with the position after it."""
         return self._stream.rows(position)
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with the pixels of their pictures."""
-        return self._decoder.decode(batches)
+        return list(batches) if self._decoder is None else self._decoder.decode(batches)
 
     def interrupt(self) -> None:
         """End the workers of every stream, also while another thread waits for them."""
         self._service.stop()
-        self._decoder.stop()
+        if self._decoder is not None:
+            self._decoder.stop()
 
     def report(self, position: Position) -> dict[str, Any]:
         """samples (used), cut, dropped, bad_lines (skipped when the files were checked), rows, tokens,
-        supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch.
+        supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch. With pictures also shrunk, pictures and
+        patches (see packed_stream.Counts); and of those that this process has decoded, undecodable and the notes about
+        them with how often each was true (such as frames that were repeated).
         """
-        counts = position.counts
-        fill_rate = counts.tokens / (counts.rows * self._extent.max_seq_len) if counts.rows else 0.0
+        counts = asdict(position.counts)
+        fill_rate = counts["tokens"] / (counts["rows"] * self._extent.max_seq_len) if counts["rows"] else 0.0
+        pictures = {name: counts.pop(name) for name in ("shrunk", "pictures", "patches")}
+        if self._decoder is not None:
+            counts |= pictures | {"undecodable": self._decoder.failures, "media_notes": dict(self._decoder.doubts)}
         return {
-            **asdict(counts),
+            **counts,
             "bad_lines": self.dataset.bad_lines,
             "fill_rate": round(fill_rate, 4),
             "epoch": round(self._epoch(position), 4),
@@ -120,35 +126,45 @@ class RecordFeed:
     def lengths(self) -> Lengths:
         """The numbers of tokens of all samples, measured at the first call (see data.lengths)."""
         if self._lengths is None:
-            self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
+            most = self._extent.max_estimate_samples
+            if self._extent.num_epochs is None:
+                most = min(most, _GLANCED)
+            self._lengths = measure_lengths(self.dataset, self._service, most)
         return self._lengths
 
-    def encode(self, number: int) -> Encoded:
-        """The documents that record `number` becomes."""
-        with closing(self._service.stream([number])) as encoded:
-            return next(encoded)
+    def encode(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
+        """The documents that records become; `num_workers`: the least number of processes that encode."""
+        return self._service.stream(numbers, num_workers)
+
+    def announce(self) -> None:
+        """Log, before training, what rows_left() would log, for data with pictures: how large its largest row is
+        decides whether a step fits into memory. Where max_steps decides the end, of a few samples only.
+        """
+        if self._decoder is not None:
+            self._measure()
 
     def epochs_done(self, position: Position) -> int:
-        """Epochs of which every row has been yielded."""
+        """The number of epochs of which every row has been yielded."""
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
 
     def rows_left(self, position: Position) -> float:
-        """Rows from `position` to the end of num_train_epochs. Where the lengths are estimated it is a little more than
-        the estimate, so that the training ends with the data and reads all of it.
+        """The number of rows from `position` to the end of num_train_epochs. If the lengths are estimated, a margin is
+        added, so that the training reads all data and ends where the data does.
         """
         epochs = self._extent.num_epochs
-        assert epochs is not None, "max_steps decides where this training ends"
+        assert epochs is not None, "rows_left is not needed if max_steps decides the end"
         if self._stream.is_at_end(position):
             return 0.0
         rows, lengths = self._measure()
         if lengths.exact:
             return float(self._stream.rows_left(position, lengths.of))
-        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the expected error of a sample of this size
+        # larger than the expected error with a sample of this size
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)
         left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
         return max(0.0, left) + rows * epochs * margin
 
     def _measure(self) -> tuple[float, Lengths]:
-        """Rows of the first epoch, and the lengths of all samples (see data.lengths); says what was found."""
+        """The rows of the first epoch and the lengths of all samples (see data.lengths); the result is logged."""
         if self._measured is not None:
             return self._measured
         stream, extent = self._stream, self._extent
@@ -156,22 +172,31 @@ class RecordFeed:
         if lengths.num_dropped == lengths.num_measured:
             raise DataError(
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
-                "Hint: raise max_seq_len, or set truncation: cut."
+                f"Hint: raise max_seq_len, or set truncation: {'cut' if self._decoder is None else 'shrink'}."
             )
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
-        rows = stream.count_rows(0, lengths.of, limit) * epoch_samples / limit
+        sizes = list(stream.row_sizes(0, lengths, limit))
+        rows = len(sizes) * epoch_samples / limit
+        shrunk = f", {lengths.num_shrunk} with smaller pictures" if lengths.num_shrunk else ""
+        estimated = "" if lengths.exact else " (estimated)"
         log.info(
             f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
-            f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
+            f"cut{shrunk}), {lengths.total_tokens} tokens{estimated}; an epoch is "
+            f"{epoch_samples} samples in {round(rows)} rows ({_basis_of_estimate(lengths, self.exact)})"
         )
+        if self._decoder is not None and sizes:
+            tokens, patches = (max(size[i] for size in sizes) for i in (0, 1))
+            log.info(
+                f"data: the largest rows of an epoch have {tokens:,} tokens and {patches:,} patches of "
+                f"pictures{estimated}"
+            )
         self._measured = rows, lengths
         return self._measured
 
 
-def _how(lengths: Lengths, exact: bool) -> str:
+def _basis_of_estimate(lengths: Lengths, exact: bool) -> str:
     if lengths.exact:
         return "exact" if exact else "estimated from all samples"
     return f"estimated from {lengths.num_measured} samples"
@@ -201,7 +226,7 @@ def open_text(
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
-        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "another tokenizer comes with its template"
+        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "other tokenizers are passed together with a template"
         load = chat.load_template if vision is None else load_vision_template
         template = load(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
@@ -226,7 +251,7 @@ def open_text(
     }
     if vision is not None:
         identity["pictures"] = repr(vision)
-    decoder = MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
+    decoder = None if vision is None else MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
     return RecordFeed(dataset, stream, service, extent, identity, decoder)
 
 
@@ -236,15 +261,15 @@ def _is_plain(specs: list[SourceSpec]) -> bool:
 
 
 def _hash(template: Template | None) -> str | None:
-    """Of a template's text."""
+    """The hash of a template's text; None without a template."""
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 def training_template(
     cfg: Config, tokenizer: text_tokenizer.Tokenizer, sees_pictures: bool = False
 ) -> chat.Template | None:
-    """The chat template of a run: None where all its data is plain text and no template is named. `sees_pictures`: the
-    model is a vision-language model, which has one template for conversations with and without pictures.
+    """The chat template of a run; None if all data is plain text and no template is named. `sees_pictures`: the model
+    is a vision-language model, which has one template for conversations with and without pictures.
     """
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
@@ -259,7 +284,7 @@ def training_template(
 
 @dataclass(frozen=True)
 class _SplitKeys:
-    """What the configuration says about the data of a split."""
+    """The keys of the configuration about the data of a split."""
 
     paths: Any
     types: Any
@@ -279,7 +304,7 @@ def _split_keys(cfg: Config, split: str) -> _SplitKeys:
 
 
 def _packer(cfg: Config) -> tuple[Packer, int]:
-    """The packer that the configuration names, and how many samples it packs at a time."""
+    """The packer that the configuration selects, and the number of samples in its window."""
     if not cfg.packing:
         return no_packing, _WINDOW
     return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)

@@ -204,14 +204,15 @@ def _in_json(text: str) -> list[tuple[list[float], str | None]] | None:
     except (ValueError, RecursionError):
         return None
     items = value if isinstance(value, list) and not _is_four(value) else [value]
-    return [pair for item in items for pair in _labelled(item)] or None
+    found = [box for item in items for box in _of_item(item)]
+    return found or None
 
 
-def _labelled(item: Any) -> list[tuple[list[float], str | None]]:
-    """The boxes of an item of JSON: an object with one or several, or a box by itself."""
-    values, label = item, None
+def _of_item(item: Any) -> list[tuple[list[float], str | None]]:
+    """The boxes of one item of a JSON list, each with its label."""
+    label, values = None, item
     if isinstance(item, dict):
-        values, label = next((item[key] for key in _KEYS if key in item), None), item.get("label")
+        label, values = item.get("label"), next((item[key] for key in _KEYS if key in item), None)
     name = label.strip().casefold() if isinstance(label, str) else None
     several = values if isinstance(values, list) and not _is_four(values) else [values]
     return [([float(number) for number in four], name) for four in several if _is_four(four)]
