@@ -331,7 +331,6 @@ def _with_pictures(row: PackedBatch, documents: Sequence[Document]) -> PackedBat
     for document in documents:
         start, end = end, end + len(document.ids)
         if document.pictures is not None:
-            assert document.pair is None, "the positions of a pair with pictures are not defined"
             positions[start:end] = document.pictures.positions
             modality[start:end] = document.pictures.modality
     return replace(row, position_ids=positions, modality=modality, pictures=PictureTable.of(documents))
