@@ -83,7 +83,7 @@ _KEYS = {
         distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking
-        predict_with_generate eval_output checkpoint
+        predict_with_generate eval_output checkpoint chat_tools image_search_dir max_tool_rounds
         format max_shard_size copy_tokenizer
     """,
 }
