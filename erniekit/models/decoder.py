@@ -8,6 +8,7 @@ attention knows documents through its plan. Legend: B batch, S sequence, T token
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -218,6 +219,7 @@ class CausalLM(nn.Layer):
         super().__init__()
         self.config, self.shard = config, part
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
+        self.directory: Path | None = None  # that it was loaded from
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
