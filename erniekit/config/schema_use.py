@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+
+# What `chat` can execute for a model that sees pictures (serve/image_tools.py).
+CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,25 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatArgs:
+    """What `erniekit chat` does for a model that thinks with images."""
+
+    group: ClassVar[str] = "chat"
+
+    chat_tools: tuple[str, ...] = list_of(
+        str,
+        "Tools that `chat` offers to a vision-language model and executes: image_zoom_in_tool, image_search.",
+        choices=CHAT_TOOLS,
+    )
+    image_search_dir: str | None = key(
+        None, "The directory of pictures in which the tool image_search looks for similar ones.", path=True
+    )
+    max_tool_rounds: int = key(8, "How often a model may call tools before it has to answer a question.", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """What `erniekit eval` does beside the loss."""
+    """What `erniekit eval` does in addition to the loss."""
 
     group: ClassVar[str] = "evaluation"
 
@@ -40,7 +60,7 @@ class EvalArgs:
     eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(
         None,
-        "The model directory that eval, export, split and chat take; not given: the newest in output_dir.",
+        "The model directory that eval, export, split and chat read; not given: the newest in output_dir.",
         path=True,
     )
 

@@ -15,7 +15,7 @@ from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
 from erniekit.evaluate.reference import find_reference, open_reference
-from erniekit.generation.load import ChatModel, find_model
+from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
 from erniekit.join import GENERATION, join, require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
@@ -31,7 +31,7 @@ from erniekit.utils.user_files import read_json_object
 
 RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
 
-# metric -> how the table calls and shows it
+# metric -> (its name in the table, its format)
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
@@ -87,6 +87,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
         with all_or_none(world):
             target = _target(cfg) if reports else None
             found = find_model(cfg)
+            _require_pictures(cfg, found)
             chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
             reference = find_reference(cfg, found)
             loader = stack.enter_context(
@@ -125,6 +126,15 @@ def print_table(results: dict[str, Any]) -> None:
     print(text.get(), end="", flush=True)
 
 
+def _require_pictures(cfg: Config, found: PreparedChatModel) -> None:
+    """ConfigError where the method has data with pictures and the model cannot see them."""
+    if cfg.method.vision and found.vision is None:
+        raise ConfigError(
+            f"stage: {cfg.method.name}: {found.path} is a model of text alone. Name a vision-language model, or choose "
+            "a stage for text."
+        )
+
+
 def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
     """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
     model = opened.model
@@ -149,7 +159,7 @@ def _target(cfg: Config) -> Path:
 
 
 def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction] | None) -> None:
-    """Write the files, each whole or as it was; predictions first: results stand for a finished evaluation."""
+    """Write the files atomically; predictions first, since the results mark a finished evaluation."""
     _say_replaced(target / RESULTS_FILE, results["model"])
     files = {RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"}
     if predictions is not None:
@@ -166,7 +176,7 @@ def _write(target: Path, results: dict[str, Any], predictions: Sequence[Predicti
 
 
 def _say_replaced(file: Path, model: str) -> None:
-    """Say so where the results of another model are replaced."""
+    """Log if the results of another model are replaced."""
     try:
         before = read_json_object(file, UserError).get("model")
     except (FileNotFoundError, UserError):

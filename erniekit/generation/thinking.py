@@ -20,10 +20,10 @@ class ThoughtParser:
         """`opened`: the prompt ends inside a thought."""
         self._state: Literal["start", "thought", "after", "plain"] = "thought" if opened else "start"
         self._buffer = ""
-        self._fresh = True  # nothing of the current part was given yet
+        self._fresh = True  # no text of the current part has been returned yet
 
     def push(self, text: str) -> list[tuple[Part, str]]:
-        """The pieces that are certain after this text; what may yet be a tag waits."""
+        """Add text and return the pieces that are certain; text that may become a tag is kept back."""
         self._buffer += text
         pieces: list[tuple[Part, str]] = []
         while self._step(pieces):
@@ -39,7 +39,7 @@ class ThoughtParser:
         return [(part, text)] if text else []
 
     def _step(self, pieces: list[tuple[Part, str]]) -> bool:
-        """Deal with the beginning of the buffer. True if there may be more to do."""
+        """Process the beginning of the buffer. Returns whether there may be more to process."""
         if self._state == "start":
             stripped = self._buffer.lstrip()
             if OPEN.startswith(stripped) and stripped != OPEN:
@@ -57,7 +57,7 @@ class ThoughtParser:
         part: Part = "thought" if self._state == "thought" else "answer"
         place, tag = min(((self._buffer.find(tag), tag) for tag in tags if tag in self._buffer), default=(-1, ""))
         if not tag:
-            certain = len(self._buffer) - _unsure(self._buffer, tags)
+            certain = len(self._buffer) - num_unsure(self._buffer, tags)
             self._give(pieces, part, self._buffer[:certain].lstrip() if self._fresh else self._buffer[:certain])
             self._buffer = self._buffer[certain:]
             return False
@@ -88,7 +88,7 @@ def opens_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPEN)
 
 
-def _unsure(text: str, tags: Sequence[str]) -> int:
+def num_unsure(text: str, tags: Sequence[str]) -> int:
     """Length of the end of `text` that may be blank space before a tag, or the beginning of one."""
     for start in range(max(0, len(text) - max(map(len, tags)) + 1), len(text)):
         if any(tag.startswith(text[start:]) for tag in tags):

@@ -1,7 +1,8 @@
-"""From a configuration to everything a run needs: first the model's keys and the data are checked, then the model is
-built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
+"""Builds everything that a run needs from a configuration: first the model's keys and the data are checked, then the
+model is built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import paddle
 
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
-from erniekit.checkpoint.model_shape import directories, model_config, require_pictures
+from erniekit.checkpoint.model_shape import (
+    directories,
+    model_config,
+    processor_directory,
+    require_pictures,
+    vision_start,
+)
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -43,6 +50,7 @@ from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
 from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.freezing import check_frozen, freeze
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.recipes.base import Recipe, RecipeContext
@@ -52,7 +60,7 @@ from erniekit.utils import log
 
 @dataclass
 class Run:
-    """A run ready to start. `best`: compares evaluations; None where nothing is evaluated."""
+    """A run that is ready to start. `best` compares evaluations; None if nothing is evaluated."""
 
     cfg: Config
     method: Method
@@ -77,7 +85,9 @@ class Run:
     average: WeightAverage | None
 
     def plan_steps(self, done: int) -> None:
-        """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
+        """Set the last step and the schedule for a run that has done `done` steps and continues at its
+        loader's position.
+        """
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
@@ -128,7 +138,8 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
-    # Nothing that the configuration says is left to check: from here on weights are read.
+    check_frozen(cfg, prepared.config)
+    # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
     if cfg.fine_tuning == "LoRA":
@@ -136,6 +147,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     freeze_untrained_mtp(model, cfg)
+    freeze(model, cfg)
     parameters = ShardedParameters(
         model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
     )
@@ -177,12 +189,13 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
 
 
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
-    """The model of a run, checked but not built. An error on one rank is raised on all."""
+    """Prepare the model of a run, with all checks. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
         shape = model_config(cfg, model_dir)
         if cfg.continue_training:
             require_weights(model_dir)
-        prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
+        options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
+        prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
 
@@ -202,7 +215,7 @@ def _open_data(
             rank=mesh.data,
             world=mesh.degrees.data,
             template=template,
-            vision=vision_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None,
+            vision=vision_spec(cfg, read_settings(processor_directory(cfg, model_dir))) if cfg.method.vision else None,
         )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None
@@ -214,7 +227,7 @@ def _open_data(
 
 
 def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
-    """Freeze the blocks of multi-token prediction that the model has beyond those that the run trains."""
+    """Freeze the model's blocks of multi-token prediction that the run does not train."""
     trained, decoder = cfg.mtp_depths, model.model
     frozen = model.config.num_nextn_predict_layers - trained
     if frozen <= 0:
@@ -229,6 +242,6 @@ def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:
-    """moe_use_aux_free, or what the model's config.json says where the key is not set."""
+    """Whether to use loss-free balancing: moe_use_aux_free, or the model's config.json if the key is not set."""
     asked = bool(config.extra.get("moe_use_aux_free", False)) if cfg.moe_use_aux_free is None else cfg.moe_use_aux_free
     return asked and config.moe_num_experts > 0

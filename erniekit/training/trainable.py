@@ -1,4 +1,4 @@
-"""Which parameters of a model a run trains and saves: all, or adapters beside frozen ones (fine_tuning: LoRA)."""
+"""Which parameters of a model are trained and saved: all of them, or adapters only (fine_tuning: LoRA)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import paddle
 from erniekit import lora
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.fingerprint import fingerprint
-from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
+from erniekit.checkpoint.model_dir import PROCESSOR_FILES, TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import load_weights, model_rank_files, named_tensors, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
@@ -45,7 +45,7 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
 
 
 def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
-    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter and of
+    """This process's tensors that belong into a checkpoint: all parameters and buffers, or those of the adapter and of
     the products.
     """
     state, tensors = lora.state_of(model), named_tensors(model)
@@ -68,22 +68,22 @@ def prepare_save(
     tensors: Mapping[str, paddle.Tensor],
     shares: Shares,
     format: Format,
-    sources: tuple[Path, Path],
+    sources: tuple[Path, Path, Path],
     template: Template | None,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
-    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own. All ranks
-    call it.
+    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model, of the
+    tokenizer and of the processor of pictures. The chat template is `template`, if conversations are trained, or else
+    the tokenizer's own. All ranks call it.
     """
 
     def add_template(checkpoint: Path) -> None:
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
-    model_dir, tokenizer_dir = sources
+    model_dir, tokenizer_dir, processor_dir = sources
     state, products = lora.state_of(model), product_rank_files(model, tensors, shares, directory)
     if state is None:
         header = _header_of(model, tensors)
@@ -93,6 +93,7 @@ def prepare_save(
             write_model_configs(model, checkpoint / directory, format, header)
             copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
             copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
+            copy_companions(processor_dir, checkpoint / directory, names=PROCESSOR_FILES)
             add_template(checkpoint)
 
         return [weights, products], add_files

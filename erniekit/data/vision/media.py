@@ -99,7 +99,7 @@ class MediaReader:
             raise BadRecord(f"media cannot be read from {scheme}: addresses", "use a path, http, https or a data URI")
         if not self.allow_urls:
             raise BadRecord(
-                f"the row names the address {url[:100]}, and downloading while training is off",
+                f"{url[:100]} is an address, and downloading is off",
                 "download the files and give their paths, or set allow_urls: true",
             )
         try:

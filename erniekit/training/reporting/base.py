@@ -1,4 +1,4 @@
-"""What the trainer passes to its callbacks."""
+"""The interface of callbacks, and the data that the trainer passes to them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,9 @@ from erniekit.config.schema import Config
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run as it begins: `start_step` is the step it resumes after (0: from the beginning), `max_steps` its last."""
+    """The facts about a run at its start: `start_step` is the step after which it resumes (0: none),
+    `max_steps` the last.
+    """
 
     output_dir: Path
     max_steps: int
@@ -23,7 +25,8 @@ class RunInfo:
 class StepMetrics:
     """One optimizer step, summed over its microbatches and all data ranks.
 
-    `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time.
+    `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time,
+    `data_seconds` the time before it that this rank waited for its batches.
     `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer; `sent` the
     bytes that this rank sent to others, by kind of operation.
     """
@@ -38,6 +41,7 @@ class StepMetrics:
     parts: dict[str, float] = field(default_factory=dict)
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
+    data_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,6 +59,7 @@ class StepMetrics:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "num_supervised": self.num_supervised,
             "seconds": round(self.seconds, 4),
+            "data_seconds": round(self.data_seconds, 4),
         }
         clash = own.keys() & self.parts.keys()
         assert not clash, f"parts named as a step's own numbers: {clash}"

@@ -10,6 +10,7 @@ from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
 from erniekit.utils import atomic, log
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
+_MODALITIES = {"text": "#0f766e", "image": "#9333ea", "video": "#b45309"}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -30,7 +31,7 @@ def _column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
 
 def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
-    # Not at the top: matplotlib takes half a second to import. No pyplot: a figure of our own needs no display.
+    # Imported late, since matplotlib takes half a second to import. Without pyplot, a figure needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -43,6 +44,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper, lower = panels[0], panels[-1]
     _draw_train(upper, *_column(records, "loss"), _TRAIN, "train")
+    _draw_modalities(upper, records)
     _draw_eval(upper, *_column(records, "eval_loss"))
     upper.set_ylabel("preference loss (mean over pairs)" if has_rewards else "loss (nats per token)")
     upper.set_title(title, loc="left", fontsize=11)
@@ -75,13 +77,22 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    """Every step; a long run's faintly, under their moving average."""
+    """Draws every step; in long runs faintly, under the moving average."""
     is_long = len(steps) >= 60
     marker = "o" if len(steps) == 1 else None
     name = f"{label}, each step"
     axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1, marker=marker, label=name)
     if is_long:
         axes.plot(steps, smooth(values), color=color, linewidth=2, label=f"{label}, smoothed")
+
+
+def _draw_modalities(axes: Any, records: list[dict[str, Any]]) -> None:
+    """The losses of text, images and videos, where the data have more than one of them; each is drawn where it was."""
+    columns = {name: _column(records, f"loss_{name}") for name in _MODALITIES}
+    if sum(len(steps) > 0 for steps, _ in columns.values()) > 1:
+        for name, (steps, values) in columns.items():
+            if len(steps):
+                axes.plot(steps, smooth(values), color=_MODALITIES[name], linewidth=1, linestyle="--", label=name)
 
 
 def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
@@ -96,11 +107,11 @@ class LossPlot(Callback):
         self._directory: Path | None = None
 
     def on_start(self, run: RunInfo) -> None:
-        """Remember where the run is."""
+        """Remember the run's directory."""
         self._directory = run.output_dir
 
     def on_save(self, step: int, path: Path) -> None:
-        """Draw what there is so far."""
+        """Draw the run so far."""
         self._draw()
 
     def on_end(self, summary: dict[str, Any]) -> None:
@@ -117,5 +128,5 @@ class LossPlot(Callback):
                 return
             with atomic.new_file(path) as temporary:
                 draw(records, temporary, self._directory.name)
-        except Exception as error:  # whatever a drawing library may raise: no plot is worth a run
+        except Exception as error:  # any error of the drawing library: a plot must not end a run
             log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")
