@@ -59,13 +59,22 @@ def image_size(source: Any, reader: MediaReader, options: ImageOptions = IMAGE_O
 def load_image(
     source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS, notes: Notes | None = None
 ) -> np.ndarray:
-    """The pixels of a picture, uint8 [height, width, 3]. `source`: see MediaReader, or a PIL image, or such an array.
+    """The pixels of a picture, uint8 [height, width, 3]; see load_picture."""
+    if isinstance(source, np.ndarray):
+        return check_array(source)
+    return np.asarray(load_picture(source, reader, options, notes))
+
+
+def load_picture(
+    source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS, notes: Notes | None = None
+) -> Image.Image:
+    """A decoded picture in RGB. `source`: see MediaReader, or a PIL image, or an array uint8 [height, width, 3].
 
     BadRecord for what cannot be decoded; to `notes` is added what was decided: an ignored orientation tag, frames of an
     animation after the first.
     """
     if isinstance(source, np.ndarray):
-        return check_array(source)
+        return Image.fromarray(check_array(source))
     with _opened(source, reader, options) as image:
         if _count_frames(image) > 1 and notes is not None:
             notes.doubts.add("an animated picture: only its first frame is used")
@@ -77,7 +86,9 @@ def load_image(
                     "a picture has an orientation tag, which is ignored as in ERNIE's training code "
                     "(apply_exif: true turns the picture)"
                 )
-        return np.asarray(to_rgb(image))
+        picture = to_rgb(image)
+        picture.load()  # before its file is closed
+        return picture
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -177,12 +188,16 @@ class _Timed(io.BufferedIOBase):
         return True
 
 
-def resize(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] at the size of a geometry, by Pillow's bicubic filter."""
+def resize(picture: Image.Image | np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture in RGB, or its pixels uint8 [H, W, 3], as pixels at the size of a geometry, by Pillow's bicubic
+    filter.
+    """
     size = (geometry.width, geometry.height)
-    if (pixels.shape[1], pixels.shape[0]) == size:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    if isinstance(picture, np.ndarray):
+        if (picture.shape[1], picture.shape[0]) == size:
+            return picture
+        picture = Image.fromarray(picture)
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
 
 
 def patchify(frames: np.ndarray, patching: Patching = PUBLISHED) -> np.ndarray:

@@ -108,7 +108,7 @@ def test_limits_of_one_picture_and_of_all(directory, processor):
     [
         (image("none.png"), "there is no file .*none.png"),
         (image(b"no picture"), "no picture of a known format"),
-        (image("https://localhost/a.png"), "downloading while training is off"),
+        (image("https://localhost/a.png"), "downloading is off"),
         (image(None), "names no source"),
         (image(blocks(64, 48), max_pixels="big"), "max_pixels of a picture"),
         (image(blocks(64, 48), zoom=2), "unknown field 'zoom'"),
