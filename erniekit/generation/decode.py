@@ -164,7 +164,7 @@ def _of_rows(pictures: PromptTables | None, rows: Sequence[int]) -> Sequence[Pic
 
 
 def _ignore(row: int, what: object) -> None:
-    """The default callback: nobody listens."""
+    """The default callback, which ignores the event."""
 
 
 def decode(
