@@ -76,7 +76,7 @@ class PromptTables(Protocol):
 
 
 class Stepper(Protocol):
-    """What gives next-token scores for rows that grow."""
+    """Computes next-token scores for growing rows."""
 
     def feed(
         self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None

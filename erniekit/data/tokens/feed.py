@@ -89,7 +89,7 @@ class RowNumber:
     into: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The position as plain JSON values."""
         return asdict(self)
 
 

@@ -51,7 +51,7 @@ class VisionSpec:
 
     @property
     def video(self) -> VideoOptions:
-        """How videos are read."""
+        """The options for reading videos."""
         return VideoOptions(self.settings.choice, self.images, self.video_seconds)
 
     def __repr__(self) -> str:
