@@ -1,6 +1,6 @@
 """The vision transformer of ERNIE 4.5's vision-language models: packed images and video frames of any resolution.
 
-All patches of a batch are one stretch [P, C]. Attention is full within a frame and nowhere else. Legend: P patches, N
+All patches of a batch are one sequence [P, C]. Attention is full within a frame and nowhere else. Legend: P patches, N
 images and videos, C features of a patch, H heads, d head size.
 """
 

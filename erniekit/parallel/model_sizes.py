@@ -1,4 +1,4 @@
-"""What the arithmetic of parallel layouts needs to know of a model."""
+"""The sizes of a model that the arithmetic of parallel layouts needs."""
 
 from typing import Protocol
 

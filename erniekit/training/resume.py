@@ -264,7 +264,7 @@ def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) 
     if unknown or not state.base:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
-            "what of it has changed since cannot be said"
+            "changes in these cannot be detected"
         )
     return lines
 
