@@ -58,18 +58,18 @@ def fill_weights(
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
     tensors = named_tensors(model) if into is None else into
-    held = held_weights(model) if into is None else {}
+    stored_product = held_weights(model) if into is None else {}
     shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
-        if tensor is None and param not in held:
+        if tensor is None and param not in stored_product:
             assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
             continue
         spec = shard_specs.get(param)
         units = list(logicals)
         pieces = _read(source, units, spec, (0, 1) if spec is None else part.share(spec), through)
         if tensor is None:
-            _fill(held[param][1], pieces, param)
+            _fill(stored_product[param][1], pieces, param)
             continue
         array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
@@ -170,10 +170,10 @@ def model_rank_files(
 
     def encode(param: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         for place, logical in enumerate(units[param]):
-            ours = array if logical.index is None else array[place]
+            in_our_layout = array if logical.index is None else array[place]
             for piece in logical.pieces(format):
                 try:
-                    stored = dtypes.convert(piece.extract(ours), "F32", "F32" if logical.keep_fp32 else header)
+                    stored = dtypes.convert(piece.extract(in_our_layout), "F32", "F32" if logical.keep_fp32 else header)
                 except CheckpointError as error:
                     raise CheckpointError(f"{piece.name}: {error}") from error
                 yield piece.name, stored
@@ -191,11 +191,11 @@ def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format,
 def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format: Format) -> None:
     config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
     write_configs(directory, config, format)
-    if model.end_ids != config.end_ids:  # those of the generation_config.json that it was loaded with
+    if model.end_ids != config.end_ids:  # the model was loaded with a generation_config.json that has other end tokens
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.fill_id}
         atomic.write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 
 def named_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
-    """The parameters and persistent buffers of a model by name."""
+    """The parameters and persistent buffers of a model, by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -1,5 +1,5 @@
-"""The shape of the model that a run trains: that of config.json, that of the YAML, or config.json with changes from the
-YAML.
+"""Determines the shape of the model that a run trains: from config.json, from the YAML, or from config.json with
+changes from the YAML.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ _HINT = "Change these keys in the YAML"
 
 
 def directories(cfg: Config) -> tuple[Path, Path]:
-    """The directories of the model's files and of the tokenizer's; both are downloaded if they are names. They are the
-    same where the YAML alone describes the model.
+    """The directories of the model's files and of the tokenizer's; Hub names are downloaded. They are the same if the
+    YAML gives the model's shape.
     """
     model = None
     if cfg.model_name_or_path:
@@ -120,7 +120,7 @@ def _changed(stored: ModelConfig, given: Mapping[str, Any], directory: Path) -> 
     """config.json with the values of the YAML's keys."""
     values = stored.to_dict("pt")
     if stored.moe_layer_end_index == stored.num_hidden_layers - 1:
-        values["moe_layer_end_index"] = -1  # the last of all, however many there are
+        values["moe_layer_end_index"] = -1  # the last layer, whatever the number of layers
     values |= given
     _set_kind(values)
     return ModelConfig.from_dict(values, source=f"{directory}/config.json with the YAML's keys", hint=_HINT)

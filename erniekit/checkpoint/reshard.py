@@ -1,4 +1,4 @@
-"""From the shards of a run to whole tensors: which tensors a rank writes, and how they are gathered.
+"""Gathers the shards of a run to whole tensors, and decides which rank writes which tensor.
 
 A checkpoint contains whole tensors whatever the layout of the run. Of each pipeline stage, one rank (the first data
 rank, first tensor rank) writes everything but experts; of the ranks with the same experts, the first one writes these.
@@ -18,7 +18,7 @@ from erniekit.parallel.mesh import Mesh
 
 
 class Shares:
-    """The tensors of one process among those of all."""
+    """The tensors of one process, and their relation to the tensors of all processes."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""The methods that `stage` names, as facts: what each one reads, and which keys it leaves unread.
+"""The facts about each method that `stage` names: what data it reads, and which keys it does not read.
 
-This is one half of the table of methods. It is pure data, because configuration and data lie below everything that
-computes; training/methods.py adds to each row what computes, and says how a method is added. A question about a method
-is a question about a fact of its row (`cfg.method.records`), never about its name.
+This is one half of the method table. It is pure data, since the layers `config` and `data` lie below all computation;
+training/methods.py adds the recipe and evaluator of each method and describes how to add one. Code that depends on the
+method tests a fact of its row (`cfg.method.records`), never its name.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from erniekit.config.schema_vision import VisionArgs
 
 
 class Records(Enum):
-    """What the records of a method's data are, in the words of messages."""
+    """The kind of records that a method reads; the values are used in messages."""
 
     CONVERSATIONS = "conversations"
     PAIRS = "pairs of answers"
@@ -27,14 +27,14 @@ _VISION = "vision-language models"
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What the configuration and the data pipeline have to know of a method.
+    """What the configuration and the data pipeline need to know about a method.
 
-    title: what it is, in the documentation of `stage`.
-    records: what its data are made of. vision: the records may hold pictures and videos.
-    token_files: it also trains on token files (dataset_type: pretrain).
-    options: the group of keys that only such methods read.
-    unread: the keys of other groups that it leaves unread, and why.
-    later: the feature without which it cannot be run; empty where it can be.
+    title: its description in the documentation of `stage`.
+    records: the kind of its records. vision: whether records may contain pictures and videos.
+    token_files: whether it also trains on token files (dataset_type: pretrain).
+    options: the group of keys that only this method, and others with the same group, reads.
+    unread: the keys of other groups that it does not read, with the reason.
+    later: the missing feature that it needs; empty if the method is built.
     """
 
     name: str
@@ -47,7 +47,7 @@ class MethodFacts:
     later: str = ""
 
     def reads(self, key: str) -> bool:
-        """Whether the method reads a key of the configuration at all."""
+        """Whether the method reads this key of the configuration."""
         if key in self.unread or (key in OPTIONS_OF_VISION and not self.vision):
             return False
         return key not in OPTIONS_OF_METHODS or (self.options is not None and key in option_names(self.options))

@@ -1,14 +1,14 @@
-"""Names that LLaMA-Factory, TRL, transformers, PEFT, ms-swift, Megatron-LM and PaddleFormers use for what has another
-name here, or no key at all. They are not accepted, for a name should mean one thing; an unknown key is answered with
-them.
+"""Names in LLaMA-Factory, TRL, transformers, PEFT, ms-swift, Megatron-LM and PaddleFormers for settings that have
+another name here, or no key. They are not accepted, since each setting should have one name; the error about an unknown
+key suggests our name instead.
 """
 
 import difflib
 from collections.abc import Iterable
 
-_CLOSE = 0.82  # difflib's ratio from which a name is a typo of another; pref_beta and rope_theta have 0.63
+_CLOSE = 0.82  # from this difflib ratio on, a name counts as a typo of another; pref_beta and rope_theta have 0.63
 
-# Our key -> the other names for it, which take the same values.
+# Our key -> its names elsewhere, with the same values.
 _SAME: dict[str, str] = {
     "model_name_or_path": "model model_name model_path base_model base_model_name_or_path pretrained_model",
     "train_dataset_path": "dataset datasets dataset_path train_dataset train_data train_file train_path data_path data",
@@ -97,7 +97,7 @@ _SAME: dict[str, str] = {
     "moe_z_loss_lambda": "moe_z_loss_coeff",
 }
 
-# Other names for something that is asked for in another way here, or not at all -> what to do.
+# Names of settings that are expressed differently here, or do not exist -> what to do instead.
 _OTHERWISE: dict[str, str] = {
     "deepspeed fsdp zero_stage sharding_stage zero_optimization use_distributed_optimizer": (
         "sharding: stage1 or stage2 divides optimizer state and gradients over ranks"
@@ -166,7 +166,7 @@ _TABLE = {name: f"did you mean {key}?" for key, names in _SAME.items() for name 
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """What to say about an unknown key: our name for it, a known name that it is a typo of, or nothing."""
+    """A suggestion for an unknown key: our name for it, the known name that it resembles, or nothing."""
     name = name.strip().lower().replace("-", "_")
     candidates = list(known)
     if name in candidates:
@@ -180,10 +180,10 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def table() -> dict[str, str]:
-    """Every name here, and the hint about it."""
+    """Every name of this table with its hint."""
     return dict(_TABLE)
 
 
 def same() -> dict[str, str]:
-    """The names that only differ: theirs -> ours."""
+    """The names whose values mean the same: their name -> ours."""
     return {name: key for key, names in _SAME.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""The evaluation questions put to the model, and its answers scored."""
+"""Generates the model's answers to the evaluation questions, and scores them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +31,8 @@ from erniekit.generation.tool_calls import read_calls
 from erniekit.parallel import comm
 from erniekit.utils import log
 
-_BATCH = 128  # questions answered at a time
-_SHOWN = 3  # questions too long for the model that are named; the others are only counted
+_BATCH = 128  # the number of questions that are answered at a time
+_SHOWN = 3  # the number of too long questions that are named; the others are only counted
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which model a command uses, and that model with its tokenizer and chat template."""
+"""Finds and loads the model that a command uses, with its tokenizer and chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class ChatModel:
 
 
 def sampling_of(cfg: Config) -> Sampling:
-    """How the configuration asks tokens to be chosen."""
+    """The sampling settings of the configuration."""
     return Sampling(
         temperature=cfg.temperature,
         top_k=cfg.top_k,
@@ -65,7 +65,7 @@ def sampling_of(cfg: Config) -> Sampling:
 
 
 def _settings_of(cfg: Config) -> dict[str, Any]:
-    """What decides how tokens are chosen, by transformers' names."""
+    """The sampling settings of the configuration, under transformers' names."""
     return {
         "do_sample": cfg.temperature > 0,
         "temperature": cfg.temperature,

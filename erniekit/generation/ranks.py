@@ -1,4 +1,4 @@
-"""What the ranks of one copy of a model tell one another while they generate.
+"""Communication between the ranks of one copy of a model during generation.
 
 The tensor ranks of all pipeline stages share one copy of the model. The last stage has the logits, and its first
 tensor rank chooses the tokens. The tokens are sent, not the logits: that is 8 bytes a row instead of the vocabulary,

@@ -1,5 +1,5 @@
-"""From a configuration to everything a run needs: first the model's keys and the data are checked, then the model is
-built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
+"""Builds everything that a run needs from a configuration: first the model's keys and the data are checked, then the
+model is built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ from erniekit.utils import log
 
 @dataclass
 class Run:
-    """A run ready to start. `best`: compares evaluations; None where nothing is evaluated."""
+    """A run that is ready to start. `best` compares evaluations; None if nothing is evaluated."""
 
     cfg: Config
     method: Method
@@ -86,7 +86,9 @@ class Run:
     average: WeightAverage | None
 
     def plan_steps(self, done: int) -> None:
-        """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
+        """Set the last step and the schedule for a run that has done `done` steps and continues at its
+        loader's position.
+        """
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
@@ -138,7 +140,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
-    # Nothing that the configuration says is left to check: from here on weights are read.
+    # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
     if cfg.fine_tuning == "LoRA":
@@ -188,7 +190,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
 
 
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
-    """The model of a run, checked but not built. An error on one rank is raised on all."""
+    """Prepare the model of a run, with all checks. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
         shape = model_config(cfg, model_dir)
         if cfg.continue_training:
@@ -229,7 +231,7 @@ def _open_data(
 
 
 def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
-    """Freeze the blocks of multi-token prediction that the model has beyond those that the run trains."""
+    """Freeze the model's blocks of multi-token prediction that the run does not train."""
     trained, decoder = cfg.mtp_depths, model.model
     frozen = model.config.num_nextn_predict_layers - trained
     if frozen <= 0:
@@ -244,6 +246,6 @@ def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:
-    """moe_use_aux_free, or what the model's config.json says where the key is not set."""
+    """Whether to use loss-free balancing: moe_use_aux_free, or the model's config.json if the key is not set."""
     asked = bool(config.extra.get("moe_use_aux_free", False)) if cfg.moe_use_aux_free is None else cfg.moe_use_aux_free
     return asked and config.moe_num_experts > 0

@@ -1,6 +1,7 @@
-"""The reference of preference optimisation: what the answers' log-probabilities were before training.
+"""References of preference optimisation, which give the log-probabilities of answers before training.
 
-It is a second model, or the trained one without its adapter, or numbers computed once (reference_cache.py).
+A reference is a second model, or the trained one without its adapter, or numbers that were computed once
+(reference_cache.py).
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class PairScorer:
 
 
 class SecondModel:
-    """A frozen model of its own, which may follow the policy from time to time (`update`)."""
+    """A second, frozen model, which may be set to the policy from time to time (`update`)."""
 
     def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
         self.model, self._scorer = model, scorer
@@ -65,7 +66,7 @@ class SecondModel:
 
     @paddle.no_grad()
     def update(self, policy: CausalLM) -> None:
-        """Become the policy as it is now."""
+        """Copy the present weights of the policy."""
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
             own[name].set_value(tensor)

@@ -1,7 +1,7 @@
-"""What a checkpoint was made with, compared with what the run that continues from it has.
+"""Compares the configuration and data of a checkpoint with those of the run that continues from it.
 
-DECISIONS says of every key what a difference means. What keys only name is compared by its content: the base model's
-config.json and weights here, data, tokenizer and chat template by the loader (`Loader.changes`).
+DECISIONS defines for every key what a difference means. Files that keys name are compared by their content: the base
+model's config.json and weights here; data, tokenizer and chat template by the loader (`Loader.changes`).
 """
 
 import json
@@ -23,7 +23,7 @@ from erniekit.utils.errors import CheckpointError
 
 
 class Decision(Enum):
-    """What happens when a key's value is not the one that the checkpoint was made with."""
+    """What happens if a key's value differs from the one that the checkpoint was saved with."""
 
     REFUSE = "the checkpoint belongs to another run, or its tensors mean something else"
     DATA = "the position in the data means something else: refused, unless ignore_data_skip gives the position up"
@@ -117,25 +117,25 @@ def is_read(key: str, cfg: Config) -> bool:
 
 
 def noted(cfg: Config) -> dict[str, Any]:
-    """The values that a checkpoint keeps to be compared."""
+    """The values that a checkpoint stores for this comparison."""
     values = asdict(cfg)
     kept = {key: values[key] for key in fields() if DECISIONS[key] is not Decision.IGNORE}
     return kept | {"dataset_type": "pretrain" if cfg.dataset_type == "pretrain" else "iterable"}  # map is the same
 
 
 def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
-    """What the base model is, whatever the directory is called: its shape, and a hash of some of its weights."""
+    """The identity of the base model, independent of its path: its shape, and a hash of some of its weights."""
     weights = fingerprint(model_dir) if cfg.continue_training else "random"
     config: dict[str, Any] = json.loads(json.dumps(model_config(cfg, model_dir).to_dict("pt")))
     return {"weights": weights, "config": config}
 
 
-_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of what is known by a hash
+_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # the names of values that are stored as hashes
 
 
 @dataclass(frozen=True)
 class Present:
-    """What the run has now."""
+    """The present values of the run."""
 
     cfg: Config
     base: dict[str, Any]
@@ -144,7 +144,7 @@ class Present:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it was."""
+    """One value that has changed."""
 
     name: str
     then: Any
@@ -161,7 +161,7 @@ class Difference:
 
 
 def differences(state: TrainState, now: Present) -> list[Difference]:
-    """All that differs between the run that saved `state` and this one, each with what it means here."""
+    """All differences between the run that saved `state` and this one, each with its decision."""
     data = now.loader.changes(state.data) if state.data else {}
     data_then = state.data.get("data")
     known = data_then if isinstance(data_then, dict) else {}
@@ -213,7 +213,7 @@ def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
 
 
 def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
-    """`check` as far as the configuration alone can tell, before data and model are opened."""
+    """As `check`, but for the configuration only, before data and model are opened."""
     named = {key: True for key, decision in DECISIONS.items() if decision is Decision.CONTENT}
     found = _of_keys(identity, cfg, named)
     if cfg.ignore_data_skip:
@@ -222,8 +222,8 @@ def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
 
 
 def check(state: TrainState, now: Present, where: Path) -> None:
-    """Refuse to continue from a checkpoint of another run, or at a position that means nothing here, naming what
-    differs. Nothing is changed.
+    """Refuse to continue from a checkpoint of another run, or at a position in other data, with the differences in the
+    message. Nothing is changed.
     """
     if not state.data and not now.cfg.ignore_data_skip:
         raise CheckpointError(
@@ -253,7 +253,7 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
 
 
 def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
-    """Log lines about the differences that are no reason to refuse."""
+    """Log lines about the differences with which the run can continue."""
     said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
     unknown = [key for key in noted(now.cfg) if key not in state.identity]
     lines = []
@@ -278,7 +278,7 @@ def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
     before, after = state.max_steps, build_schedule(cfg, max_steps)(state.step)
     try:
         planned = build_schedule(replace(cfg, **known), before)(state.step)
-    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an odd value in trainer_state.json
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an invalid value in trainer_state.json
         return None
     if planned == after:
         return None

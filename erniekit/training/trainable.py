@@ -1,4 +1,4 @@
-"""Which parameters of a model a run trains and saves: all, or adapters beside frozen ones (fine_tuning: LoRA)."""
+"""Which parameters of a model are trained and saved: all of them, or adapters only (fine_tuning: LoRA)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
 
 
 def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
-    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter and of
+    """This process's tensors that belong into a checkpoint: all parameters and buffers, or those of the adapter and of
     the products.
     """
     state, tensors = lora.state_of(model), named_tensors(model)
