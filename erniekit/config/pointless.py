@@ -57,11 +57,11 @@ def notes(cfg: Config, command: str, facts: Facts | None = None) -> list[str]:
     if facts is None:
         reason_of_key = before
     else:
-        reason_of_key = {name: why for name, why in _reasons(cfg, command, facts).items() if name not in before}
+        reason_of_key = {name: reason for name, reason in _reasons(cfg, command, facts).items() if name not in before}
     reasons: dict[str, list[str]] = {}
-    for name, why in reason_of_key.items():
-        reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(names)}: no effect: {why}" for why, names in reasons.items()]
+    for name, reason in reason_of_key.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: no effect: {reason}" for reason, names in reasons.items()]
 
 
 def _reasons(cfg: Config, command: str, facts: Facts) -> dict[str, str]:

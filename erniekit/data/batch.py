@@ -267,7 +267,9 @@ class PackedBatch:
 
     @property
     def segment_modality(self) -> np.ndarray:
-        """Of each segment: video if it has one, else image if it has one, else text; int8 [num_segments]."""
+        """The modality of each segment: video if it has one, else image if it has one, else text; int8
+        [num_segments].
+        """
         kinds = np.full(self.num_segments, Modality.TEXT, np.int8)
         np.maximum.at(kinds, self.segment_ids, self.modality)
         return kinds

@@ -82,8 +82,8 @@ _KEYS = {
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
-        enable_thinking
-        predict_with_generate eval_output checkpoint chat_tools image_search_dir max_tool_rounds
+        enable_thinking chat_tools image_search_dir max_tool_rounds
+        predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
     """,
 }
@@ -264,7 +264,7 @@ def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) 
     if unknown or not state.base:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
-            "what of it has changed since cannot be said"
+            "changes in these cannot be detected"
         )
     return lines
 

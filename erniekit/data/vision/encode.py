@@ -53,7 +53,7 @@ class VisionSpec:
 
     @property
     def video(self) -> VideoOptions:
-        """How videos are read."""
+        """The options for reading videos."""
         return VideoOptions(self.settings.choice, self.images, self.video_seconds)
 
     def __repr__(self) -> str:
@@ -225,7 +225,7 @@ class VisionEncoder:
         return len(sequence.ids) - sequence.media + tokens_of(plans[: sequence.media])
 
     def _excess(self, sequences: Sequence[_Sequence], plans: Sequence[MediaPlan]) -> tuple[int, str, str]:
-        """The length that does not fit, what of it are pictures, and the smallest change that would make it fit."""
+        """The length that does not fit, the share of pictures in it, and the smallest change that would make it fit."""
         longest = max(sequences, key=lambda sequence: self._length(sequence, plans))
         length, media = self._length(longest, plans), plans[: longest.media]
         text = length - tokens_of(media)

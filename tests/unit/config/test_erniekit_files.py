@@ -267,6 +267,8 @@ def test_text_that_stands_under_the_vision_models_key(read):
     assert any(note.startswith("train_dataset_path: empty, so fc.jsonl") for note in cfg.notes)
     with pytest.raises(ConfigError, match="train_dataset_path: needed"):
         read(empty.replace("stage: SFT", "stage: VL-SFT"))
+    beside = read(SFT.replace("stage: SFT", "stage: VL-SFT") + "text_dataset_path: fc.jsonl\nmodality_ratio: '[3,1]'\n")
+    assert (beside.text_dataset_path, beside.modality_ratio, unsupported(beside)) == (("fc.jsonl",), (3, 1), [])
 
 
 def test_defaults_that_mean_something_else_there_are_named_once(read):
