@@ -84,18 +84,18 @@ def fill_weights(
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _fill(product: Product, pieces: Iterator[np.ndarray], param: str) -> None:
-    for index, piece in enumerate(pieces):
+def _fill(product: Product, matrices: Iterator[np.ndarray], param: str) -> None:
+    for index, matrix in enumerate(matrices):
         try:
-            product.fill(index, piece)
+            product.fill(index, matrix)
         except ValueError as error:
             raise CheckpointError(f"{param}: {error}: it cannot be quantised to {product.name}.") from None
 
 
-def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def _stacked(matrices: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     stack = np.empty(shape, np.float32)
-    for place, piece in enumerate(pieces):
-        stack[place] = piece
+    for index, matrix in enumerate(matrices):
+        stack[index] = matrix
     return stack
 
 

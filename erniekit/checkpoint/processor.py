@@ -31,16 +31,17 @@ def write_processor(directory: Path, config: ModelConfig, settings: ProcessorSet
     """
     vision = config.vision
     if vision is not None:
-        patching = Patching(vision.patch_size, vision.spatial_merge_size, vision.temporal_merge_size)
-        write_settings(directory, replace(settings, patching=patching))
+        write_settings(directory, replace(settings, patching=vision.patching))
 
 
-def settings_of(*directories: Path | None) -> ProcessorSettings:
-    """The settings of the first of some directories that has such files; the published ones if none has."""
+def settings_of(*directories: Path | None, model: Patching | None = None) -> ProcessorSettings:
+    """The settings of the first of some directories that has such files; the published ones if none has. `model`: see
+    read_settings.
+    """
     for directory in directories:
         if directory is not None and any((directory / name).exists() for name in (IMAGE_FILE, PROCESSOR_FILE)):
-            return read_settings(directory)
-    return ProcessorSettings()
+            return read_settings(directory, model)
+    return ProcessorSettings() if model is None else ProcessorSettings(patching=model)
 
 
 def complete_for_transformers(directory: Path, config: ModelConfig) -> None:

@@ -63,7 +63,7 @@ class Prediction:
     stop: str
 
     def record(self) -> dict[str, Any]:
-        """As a line of eval_predictions.jsonl."""
+        """The prediction as a line of eval_predictions.jsonl."""
         found: dict[str, Any] = {
             "prompt": self.question.prompt,
             "reference": self.question.reference,

@@ -127,7 +127,7 @@ def find_model(cfg: Config) -> PreparedChatModel:
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
     vision = None
     if prepared.config.vision is not None:  # an adapter has files of its own where it was trained with other settings
-        vision = inference_spec(cfg, settings_of(path, base))
+        vision = inference_spec(cfg, settings_of(path, base, model=prepared.config.vision.patching))
     template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
     say_if_trained_otherwise(path, template)
     thinking = cfg.enable_thinking
