@@ -77,11 +77,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
                 feed, usable = loader.feed, True
                 if isinstance(feed, RecordFeed):
                     opened[split] = feed.dataset
-                    _faults(section, cfg, feed.dataset)
-                    if facts.vision is None:
-                        _lengths(section, feed.lengths(), cfg)
-                    else:
-                        usable = survey.inspect(section, cfg, feed, wishes.decode)
+                    usable = _records(section, cfg, feed, facts.vision is not None, wishes)
                 if split == "train" and usable:
                     _steps(section, cfg, loader, ranks, steps)
         if isinstance(feed, RecordFeed) and (wishes.preview or not report.count("error")):
@@ -91,6 +87,15 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         report.section("pictures").add("ok", f"{wishes.sheet} shows what of them the model sees")
     _duplicates(report, opened)
     return steps
+
+
+def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool, wishes: Wishes) -> bool:
+    """The records of a split and their lengths; whether one of them can be used, as far as that is known."""
+    _faults(section, cfg, feed.dataset)
+    if has_pictures:
+        return survey.inspect(section, cfg, feed, wishes.decode)
+    _lengths(section, feed.lengths(), cfg)
+    return True
 
 
 def _splits(cfg: Config, command: str) -> list[str]:
