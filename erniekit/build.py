@@ -235,6 +235,7 @@ class PreparedModel:
         if options.recompute is not None:
             activation_checkpoint.apply(model.model, options.recompute)
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
+        model.directory = None if self.reader is None else self.path
         if options.training:
             model.train()
         else:

@@ -82,7 +82,7 @@ def model_files(directory: Path) -> list[Path]:
     directory is not recognised as a model. Notices (LICENSE, README.md) are left out, since they may be the user's.
     """
     first = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
-    others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
+    others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES)
     weights = sorted(entry.name for entry in directory.iterdir() if WEIGHT_FILE.fullmatch(entry.name))
     return [path for name in (*first, *weights, *others) if os.path.lexists(path := directory / name)]
 

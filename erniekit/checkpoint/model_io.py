@@ -10,8 +10,16 @@ import numpy as np
 import paddle
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.model_dir import GENERATION_CONFIG_FILE, staged, write_configs
+from erniekit.checkpoint.model_dir import (
+    GENERATION_CONFIG_FILE,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    copy_companions,
+    staged,
+    write_configs,
+)
 from erniekit.checkpoint.model_reader import METADATA, ModelReader, plan_for, read_config
+from erniekit.checkpoint.processor import settings_of, write_processor
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.lora import state_of
@@ -76,18 +84,18 @@ def fill_weights(
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _fill(product: Product, pieces: Iterator[np.ndarray], param: str) -> None:
-    for index, piece in enumerate(pieces):
+def _fill(product: Product, matrices: Iterator[np.ndarray], param: str) -> None:
+    for index, matrix in enumerate(matrices):
         try:
-            product.fill(index, piece)
+            product.fill(index, matrix)
         except ValueError as error:
             raise CheckpointError(f"{param}: {error}: it cannot be quantised to {product.name}.") from None
 
 
-def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def _stacked(matrices: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     stack = np.empty(shape, np.float32)
-    for place, piece in enumerate(pieces):
-        stack[place] = piece
+    for index, matrix in enumerate(matrices):
+        stack[index] = matrix
     return stack
 
 
@@ -120,7 +128,9 @@ def save_model(
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
 ) -> None:
-    """Write weights, config.json and generation_config.json (kept if there is one) to directory `path`.
+    """Write weights, config.json and generation_config.json to directory `path`; of a model that was loaded from a
+    directory also tokenizer and chat template, and of a vision-language model the processor's files. Of these, files
+    that are there already are kept.
 
     `format`: "pt" (Hugging Face; loads in transformers) or "paddle". `dtype` of the file: float32 unless given; router
     and correction bias are always float32. The directory is complete or as it was before; a full disk is a
@@ -144,8 +154,12 @@ def save_model(
     with staged(path) as staging:
         files.write(staging)
         _write_configs(model, staging, header, format)
-        if (Path(path) / GENERATION_CONFIG_FILE).exists():
-            (staging / GENERATION_CONFIG_FILE).unlink()
+        write_processor(staging, model.config, settings_of(model.directory))
+        if model.directory is not None:
+            copy_companions(model.directory, staging, names=TOKENIZER_FILES)
+        for name in (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES):
+            if (Path(path) / name).exists():
+                (staging / name).unlink(missing_ok=True)
 
 
 def model_rank_files(

@@ -117,12 +117,12 @@ class Shares:
                 continue
             rows = None if local is None else self.rows(name, local.shape)
             everywhere = comm.gather_objects(None if local is None else [rows and rows[0], list(local.shape)], world)
-            pieces = []
+            gathered = []
             for rank, header in enumerate(everywhere):
                 if header is None:
                     continue
                 first, shape = header
-                piece = paddle.to_tensor(local) if rank == world.index else paddle.empty(shape, dtype="float32")
-                pieces.append((first or 0, comm.broadcast_(piece, rank, world).numpy()))
-            pieces.sort(key=lambda piece: piece[0])
-            yield pieces[0][1] if len(pieces) == 1 else np.concatenate([array for _, array in pieces])
+                shard = paddle.to_tensor(local) if rank == world.index else paddle.empty(shape, dtype="float32")
+                gathered.append((first or 0, comm.broadcast_(shard, rank, world).numpy()))
+            gathered.sort(key=lambda shard: shard[0])
+            yield gathered[0][1] if len(gathered) == 1 else np.concatenate([array for _, array in gathered])

@@ -46,8 +46,8 @@ class RunRecord:
 
     def begin(self, step: int) -> None:
         """Record that a process begins to train after `step`."""
-        here = {"host": socket.gethostname(), "pid": getpid(), "time": time.strftime("%F %T")}
-        self.start = {"id": secrets.token_hex(8), "after_step": step} | here
+        process = {"host": socket.gethostname(), "pid": getpid(), "time": time.strftime("%F %T")}
+        self.start = {"id": secrets.token_hex(8), "after_step": step} | process
 
     def write(self, output_dir: Path) -> None:
         """Replace output_dir/run.json."""

@@ -98,8 +98,8 @@ class Reader:
         return TensorInfo(self._alias.get(info.dtype, info.dtype), info.shape)
 
     def read(self, name: str, as_fp32: bool = False, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or `rows` [begin, end) of its first axis; bfloat16 as its uint16 bits. `as_fp32` widens floating
-        types to float32.
+        """Reads a tensor, or `rows` [begin, end) of its first axis; bfloat16 as its uint16 bits. `as_fp32` widens
+        floating types to float32.
         """
         entry = self._entry(name)
         begin, shape = 0, entry.info.shape

@@ -146,7 +146,7 @@ def _unknown(name: str) -> int:
 
 def _report(name: str, error: Exception) -> int:
     """Log an error: one message if the user can fix it, a traceback otherwise. Returns the exit code."""
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
@@ -197,11 +197,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _nobody_reads() -> bool:
+def _stdout_is_closed() -> bool:
     """Whether our own standard output was closed. If so, it is redirected to /dev/null, since Python would otherwise
     report it again at exit. A broken pipe elsewhere (a data worker that died) is another case and must not be silent.
     """
-    gone = streams.is_gone(sys.stdout)
-    if gone:
+    is_closed = streams.is_gone(sys.stdout)
+    if is_closed:
         streams.silence(sys.stdout)
-    return gone
+    return is_closed

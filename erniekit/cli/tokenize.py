@@ -24,11 +24,11 @@ def run(args: list[str]) -> int:
     files = build.find_inputs(inputs)
     tokenizer = load_tokenizer(hub.resolve_model(values.pop("tokenizer"), key="tokenizer"))
     prefix = Path(values.pop("output"))
-    done = build.build_token_files(files, prefix, tokenizer, **values)
-    skipped = f", {done.skipped} bad records skipped" if done.skipped else ""
+    result = build.build_token_files(files, prefix, tokenizer, **values)
+    skipped = f", {result.skipped} bad records skipped" if result.skipped else ""
     print(
-        f"{prefix}.bin and .idx: {done.documents} documents, {done.tokens} tokens{skipped}, from "
-        f"{done.read / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
+        f"{prefix}.bin and .idx: {result.documents} documents, {result.tokens} tokens{skipped}, from "
+        f"{result.read / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
     )
     return 0
 

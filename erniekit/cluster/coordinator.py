@@ -31,7 +31,7 @@ EXIT_USER_ERROR = 1  # as in erniekit.cli.main
 
 @dataclass
 class Host:
-    """The agent of a host that takes part. `order`: the order of first hellos; `seen`: the time of its last message."""
+    """The agent of a host that takes part. `order`: the order of first hellos; `last_message_at`: a time in seconds."""
 
     id: str
     name: str
@@ -41,8 +41,8 @@ class Host:
     node: int | None
     is_master: bool
     ports: list[int]
-    seen: float
-    gone: float | None = None
+    last_message_at: float
+    disconnected_at: float | None = None
     ranks: range = range(0)
     reply: Message = field(default_factory=dict)
     signs: list[Sign] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Host:
     knows_end: bool = False
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """The host's name and address for messages."""
         return f"{self.name} ({self.address})"
 
@@ -71,12 +71,12 @@ class Failure:
     detail: str = ""
 
     @property
-    def place(self) -> tuple[bool, float]:
+    def sort_key(self) -> tuple[bool, float]:
         """Sort key that puts the cause before its consequences: gloo and NCCL abort the process when a peer is gone."""
         return self.by_peer or self.code == -signal.SIGABRT, self.at
 
     @property
-    def mends_itself(self) -> bool:
+    def is_worth_restart(self) -> bool:
         """Whether a restart can help: not against a mistake in the configuration or the data."""
         return self.by_peer or self.code != EXIT_USER_ERROR
 
@@ -107,7 +107,7 @@ class Coordinator:
         with self._lock:
             host = self._hosts.get(message["id"])
             if host is not None:
-                host.seen, host.gone = now, None
+                host.last_message_at, host.disconnected_at = now, None
             if message["kind"] == "hello":
                 return self._hello(message, now)
             if message["kind"] == "leave":
@@ -119,14 +119,18 @@ class Coordinator:
         with self._lock:
             self._spares.pop(host_id, None)
             if host_id in self._hosts:
-                self._hosts[host_id].gone = now
+                self._hosts[host_id].disconnected_at = now
 
     @property
     def all_know_end(self) -> bool:
         """Whether every host has received the end of the job, or is gone."""
         with self._lock:
             hosts = self._hosts.values()
-            return self._over and not self._spares and all(host.knows_end or host.gone is not None for host in hosts)
+            return (
+                self._over
+                and not self._spares
+                and all(host.knows_end or host.disconnected_at is not None for host in hosts)
+            )
 
     # ---- gathering
 
@@ -169,7 +173,7 @@ class Coordinator:
             headline = "it ended before this host could join it; nothing was trained here"
             return {"kind": "stop", "restart": False, "code": EXIT_USER_ERROR, "headline": headline, "detail": ""}
         if self._attempt > self._limits.max_restarts and len(self._hosts) == self._wanted:
-            hosts = ", ".join(host.shown for host in self._hosts.values())
+            hosts = ", ".join(host.label for host in self._hosts.values())
             return {
                 "kind": "refused",
                 "why": f"the job runs already, on {hosts}, and max_restarts leaves no restart at which this host could "
@@ -220,7 +224,7 @@ class Coordinator:
                     "on each host, and give each its own PADDLE_NODE_RANK (or none of them any)."
                 )
         if len(others) >= self._wanted:
-            return f"all {self._wanted} hosts of the job are here already: {', '.join(h.shown for h in others)}"
+            return f"all {self._wanted} hosts of the job are here already: {', '.join(h.label for h in others)}"
         return ""
 
     def _gather(self, now: float) -> None:
@@ -229,7 +233,9 @@ class Coordinator:
         """
         assert self._began is not None
         for host in list(self._hosts.values()):
-            if now - host.seen > self._limits.detect or (host.gone is not None and now - host.gone > GONE):
+            if now - host.last_message_at > self._limits.detect or (
+                host.disconnected_at is not None and now - host.disconnected_at > GONE
+            ):
                 del self._hosts[host.id]
         self._forget_silent_spares(now)
         waited = now - self._began
@@ -257,7 +263,7 @@ class Coordinator:
 
     def _who_is_here(self) -> str:
         hosts = sorted(self._hosts.values(), key=lambda host: host.order)
-        present = ", ".join(f"node {h.node} {h.shown}" if h.node is not None else h.shown for h in hosts)
+        present = ", ".join(f"node {h.node} {h.label}" if h.node is not None else h.label for h in hosts)
         nodes_present = {host.node for host in hosts}
         absent = [str(node) for node in range(self._wanted) if node not in nodes_present]
         missing = f"; missing: node {', '.join(absent[:20])}" if None not in nodes_present and absent else ""
@@ -276,7 +282,7 @@ class Coordinator:
             first = host.ranks.stop
             endpoints += [f"{host.address}:{port}" for port in host.ports[1 : 1 + len(host.ranks)]]
         for node, host in enumerate(hosts):
-            host.signs, host.done, host.gone = [], not host.ranks, None
+            host.signs, host.done, host.disconnected_at = [], not host.ranks, None
             host.reply = {
                 "kind": "start",
                 "attempt": self._attempt,
@@ -338,20 +344,24 @@ class Coordinator:
         for host in self._hosts.values():
             if host.done or host.ranks[0] in failed:
                 continue
-            silent = now - host.seen
-            if host.gone is not None and now - host.gone > GONE:
-                self._failures.append(self._lost(host, "the connection to its agent broke", host.gone))
+            silent = now - host.last_message_at
+            if host.disconnected_at is not None and now - host.disconnected_at > GONE:
+                self._failures.append(self._lost(host, "the connection to its agent broke", host.disconnected_at))
             elif silent > self._limits.detect:
-                self._failures.append(self._lost(host, f"its agent has sent nothing for {silent:.0f} s", host.seen))
+                self._failures.append(
+                    self._lost(host, f"its agent has sent nothing for {silent:.0f} s", host.last_message_at)
+                )
 
     def _decide(self, now: float) -> None:
         """End the attempt once no report of an earlier failure can still arrive."""
-        first = min(self._failures, key=lambda failure: failure.place)
+        # `first` is the most likely cause so far. If every rank is done or has failed, no other report can follow, so
+        # there is nothing to wait for, unless all failures blame a peer whose own report is still missing.
+        first = min(self._failures, key=lambda failure: failure.sort_key)
         since = now - min(failure.at for failure in self._failures)
         ranks = sum(len(host.ranks) for host in self._hosts.values())
         done = sum(len(host.ranks) for host in self._hosts.values() if host.done)
         grace = GRACE if done + len({failure.rank for failure in self._failures}) < ranks else 0.0
-        if since >= (GRACE_FOR_PEERS if first.place[0] else grace):
+        if since >= (GRACE_FOR_PEERS if first.sort_key[0] else grace):
             self._fail(first)
 
     def _find_hanging(self, now: float) -> None:
@@ -378,15 +388,15 @@ class Coordinator:
         what = f"is lost with its host ({ranks}): {reason}"
         host.knows_end = True  # it cannot be reached, so nothing more is sent to it
         rank = host.ranks[0]
-        return Failure(rank, host, at, what, step=step, detail=f"error: rank {rank} on {host.shown} {what}")
+        return Failure(rank, host, at, what, step=step, detail=f"error: rank {rank} on {host.label} {what}")
 
     def _fail(self, first: Failure) -> None:
-        headline = f"rank {first.rank} on {first.host.shown} {first.what}; last finished step: {first.step}"
+        headline = f"rank {first.rank} on {first.host.label} {first.what}; last finished step: {first.step}"
         others = len({failure.rank for failure in self._failures} - {first.rank})
         if others:
             headline += f"; {others} more failed after it"
         restarts_left = self._limits.max_restarts - (self._attempt - 1)
-        restart = restarts_left > 0 and first.mends_itself and not self._stopping
+        restart = restarts_left > 0 and first.is_worth_restart and not self._stopping
         if not restart and restarts_left > 0:
             headline += "; not started again, " + (
                 "the job was asked to stop" if self._stopping else "the same error would occur again"

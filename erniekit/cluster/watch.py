@@ -30,7 +30,7 @@ class Sign:
     at: str = ""
     stopped: bool = False
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         """A clause for messages: what the rank has been doing, where, and for how long."""
         doing = f"been waiting in {self.waiting}" if self.waiting else "been"
         return f"rank {self.rank} has {doing} at {self.at or 'an unknown place'} for {self.idle:.0f} s"
@@ -60,11 +60,11 @@ def _holding_up(late: list[Sign], nobody_moves: bool) -> tuple[int, str] | None:
     waiting = [sign for sign in late if sign.waiting]
     if busy and (waiting or nobody_moves):
         first = max(busy, key=lambda sign: sign.idle)
-        context = f", while {waiting[0].shown()}" if waiting else ", and no rank moves"
-        return first.rank, f"it does not finish its computation: {first.shown()}{context}"
+        context = f", while {waiting[0].describe()}" if waiting else ", and no rank moves"
+        return first.rank, f"it does not finish its computation: {first.describe()}{context}"
     if nobody_moves:
         first = max(late, key=lambda sign: (-sign.step, sign.idle))
-        return first.rank, "all ranks wait for one another: " + ", ".join(sign.shown() for sign in late[:8])
+        return first.rank, "all ranks wait for one another: " + ", ".join(sign.describe() for sign in late[:8])
     return None
 
 

@@ -131,13 +131,13 @@ class Worker:
         step = last_error.get("step", self.sign()["step"])
         log_hint = f"; its log: {self.log}" if self.log else ""
         if code < 0:
-            what = f"was killed by {_signal_name(code)}"
+            description = f"was killed by {_signal_name(code)}"
         else:
-            what = f"ended with exit code {code}"
+            description = f"ended with exit code {code}"
         # A killed process reports no time. It was alive at the last poll, so it sorts before ranks that failed since
         # then.
         at = time.monotonic() - last_error.get("time", self.alive_at)
-        detail = last_error.get("text") or f"{self._tail()}error: rank {self.rank} {what}"
+        detail = last_error.get("text") or f"{self._tail()}error: rank {self.rank} {description}"
         by_peer = last_error.get("by_peer", False)
         if self.log is None and by_peer:  # keep it off the terminal, which shows only the first error
             with contextlib.suppress(OSError):  # best effort: the job ends with a message in any case
@@ -146,7 +146,7 @@ class Worker:
         return {
             "rank": self.rank,
             "at": at,
-            "what": what + log_hint,
+            "what": description + log_hint,
             "code": code,
             "by_peer": by_peer,
             "step": step,

@@ -21,7 +21,7 @@ _SUM_ROOM = 0.02  # tolerance of the sum, so that "0.33,0.33,0.33" is accepted
 
 def problems(cfg: Config, command: str) -> list[str]:
     """Every problem that these checks find in a configuration for `command`."""
-    rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
+    rules = [_schedule(cfg), _datasets(cfg), _mixture(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
     if command == "eval":
@@ -56,14 +56,20 @@ def _schedule(cfg: Config) -> Iterator[str]:
 
 
 def _datasets(cfg: Config) -> Iterator[str]:
-    for split in ("train", "eval"):
+    for split in ("train", "text", "eval"):
         paths, types, shares = (vars(cfg)[f"{split}_dataset_{suffix}"] for suffix in ("path", "type", "prob"))
         if paths and any(values and len(values) != len(paths) for values in (types, shares)):
             counts = f"{len(paths)} paths, {len(shares)} probs, {len(types)} types"
             yield f"{split}_dataset_path: The len of dataset path, prob, type are inconsistent: {counts}"
-        elif shares and split == "train" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
+        elif shares and split != "eval" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
-            yield f"train_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
+            yield f"{split}_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
+
+
+def _mixture(cfg: Config) -> Iterator[str]:
+    if cfg.modality_ratio and len(cfg.modality_ratio) != 2:
+        given = ",".join(map(str, cfg.modality_ratio))
+        yield f"modality_ratio: {given}: give two numbers, the turns of pictures and the turns of text, such as 1,1"
 
 
 def _numbers(cfg: Config) -> Iterator[str]:
@@ -177,8 +183,6 @@ def _pipeline(cfg: Config) -> Iterator[str]:
 def _needed(cfg: Config, command: str) -> Iterator[str]:
     model = cfg.checkpoint or cfg.output_dir or cfg.model_name_or_path
     token_files = cfg.dataset_type == "pretrain"
-    # a key of a stage that is rejected later, by name
-    other_data = any(name == "text_dataset_path" and value for name, value in cfg.extras)
     needs = (
         (
             "train",
@@ -192,7 +196,7 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ),
         ("train export split", cfg.output_dir, "output_dir: needed; where the results go"),
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
-        ("train", cfg.train_dataset_path or token_files or other_data, "train_dataset_path: needed; the training data"),
+        ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
         ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
     )
     for commands, value, message in needs:

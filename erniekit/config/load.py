@@ -49,7 +49,7 @@ class _Given:
     """A converted value of a key, with the text that the user wrote ("from_scratch: 1") and its rank (compat.Alias)."""
 
     value: Any
-    said: str
+    written: str
     place: str
     rank: int = 0
 
@@ -65,7 +65,7 @@ class _State:
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
-    seen: set[str] = dataclasses.field(default_factory=set)  # every name in a layer, including keys that are null
+    mentioned: set[str] = dataclasses.field(default_factory=set)  # every name in a layer, including keys that are null
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
         """Add the entries of one file or one command line. Within one layer a key must not have two
@@ -89,7 +89,7 @@ class _State:
             elif isinstance(rule, compat.Fixed):
                 self._fixed(rule, entry)
             else:
-                self._keep(extras, entry.name, _Given(plain(entry.value), _said(entry), entry.place))
+                self._keep(extras, entry.name, _Given(plain(entry.value), _as_written(entry), entry.place))
         for name in nulls - given.keys():
             self.given.pop(name, None)
         for name in given.keys() & self.given.keys():
@@ -98,21 +98,21 @@ class _State:
         self.extras |= extras
 
     def _note_names(self, entries: Sequence[read.Entry]) -> None:
-        self.seen |= {entry.name for entry in entries}
+        self.mentioned |= {entry.name for entry in entries}
         self.names |= {entry.name for entry in entries if entry.value is not None}
 
     def keys_given(self) -> frozenset[str]:
         """The keys that the user chose to give. For a file with every key, as a run saves it, these are the keys that
         differ from their defaults.
         """
-        if self.seen >= _FIELDS.keys():
+        if self.mentioned >= _FIELDS.keys():
             return frozenset(name for name, given in self.given.items() if given.value != _FIELDS[name].default)
         return frozenset(self.given)
 
     def _note_overruled(self, old: _Given, new: _Given) -> None:
         """Add a note if an override replaces a value that the file gives under another name of the same key."""
-        if old.value != new.value and old.said.partition(":")[0] != new.said.partition(":")[0]:
-            self.notes.append(f"{old.said} ({old.place}): no effect: {new.said} ({new.place}) decides")
+        if old.value != new.value and old.written.partition(":")[0] != new.written.partition(":")[0]:
+            self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
 
     def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
         if rule.asks(entry.value):
@@ -139,8 +139,8 @@ class _State:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
             return
         if self._is_other_word(name, entry, value):
-            self.notes.append(f"{_said(entry)}: read as {value} ({entry.place})")
-        self._keep(given, name, _Given(value, _said(entry), entry.place, rank))
+            self.notes.append(f"{_as_written(entry)}: read as {value} ({entry.place})")
+        self._keep(given, name, _Given(value, _as_written(entry), entry.place, rank))
 
     @staticmethod
     def _is_other_word(name: str, entry: read.Entry, value: Any) -> bool:
@@ -153,12 +153,12 @@ class _State:
         if old is None:
             target[name] = new
         elif old.value != new.value and old.rank == new.rank:
-            both = f"{old.said} ({old.place}) and {new.said} ({new.place})"
+            both = f"{old.written} ({old.place}) and {new.written} ({new.place})"
             self.problems.append(f"{name}: given twice: {both}. Keep one of them.")
         elif old.rank != new.rank:
             winner, loser = (old, new) if old.rank < new.rank else (new, old)
             if winner.value != loser.value:
-                self.notes.append(f"{loser.said} ({loser.place}): no effect: {winner.said} decides")
+                self.notes.append(f"{loser.written} ({loser.place}): no effect: {winner.written} decides")
             target[name] = winner
 
     def _unknown(self, entry: read.Entry) -> None:
@@ -187,7 +187,7 @@ class _State:
             raise ConfigError(message, self.problems)
 
 
-def _said(entry: read.Entry) -> str:
+def _as_written(entry: read.Entry) -> str:
     return shortened(f"{entry.name}: {plain(entry.value)}")
 
 
@@ -221,18 +221,14 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
 
 def _complete_paths(values: dict[str, Any], state: "_State") -> None:
     """Use text_dataset_path as training data where train_dataset_path is given but empty."""
-    text = state.extras.get("text_dataset_path")
+    text = values.get("text_dataset_path")
     if not text or values.get("train_dataset_path") or METHODS[values.get("stage", DEFAULT)].vision:
         return
-    for name in ("path", "prob"):
-        given = state.extras.get(f"text_dataset_{name}")
-        if given and given.value and f"train_dataset_{name}" not in values:
-            try:
-                values[f"train_dataset_{name}"] = coerce(_FIELDS[f"train_dataset_{name}"], given.value)
-            except ValueError as error:
-                state.problems.append(f"text_dataset_{name}: {error} ({given.place})")
-    if values.get("train_dataset_path"):
-        state.notes.append(f"train_dataset_path: empty, so {text.value}, because text_dataset_path is given")
+    for part in ("path", "type", "prob"):
+        if f"text_dataset_{part}" in values and not values.get(f"train_dataset_{part}"):
+            values[f"train_dataset_{part}"] = values.pop(f"text_dataset_{part}")
+    given = shortened(", ".join(text))
+    state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:

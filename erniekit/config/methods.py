@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_vision import VisionArgs
 
@@ -20,9 +21,6 @@ class Records(Enum):
     CONVERSATIONS = "conversations"
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
-
-
-_VISION = "vision-language models"
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,11 @@ def option_names(group: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(group))
 
 
+_UNREAD_BY_PREFERENCES = {
+    "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
+    "token_balance_loss": "every pair weighs the same",
+    "z_loss_lambda": "it belongs to the next-token loss",
+}
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
@@ -74,16 +77,23 @@ METHODS: dict[str, MethodFacts] = {
             "pairs of answers",
             Records.PAIRS,
             options=PreferenceArgs,
-            unread={
-                "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
-                "token_balance_loss": "every pair weighs the same",
-                "z_loss_lambda": "it belongs to the next-token loss",
-            },
+            unread=_UNREAD_BY_PREFERENCES,
         ),
         MethodFacts("VL-SFT", "fine-tuning on conversations with pictures", Records.CONVERSATIONS, vision=True),
-        MethodFacts("VL-PT", "", Records.TEXT, vision=True, later=_VISION),
         MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
-        MethodFacts("VL-DPO", "", Records.PAIRS, vision=True, options=PreferenceArgs, later=_VISION),
+        MethodFacts("VL-PT", "pretraining text with pictures", Records.TEXT, vision=True),
+        MethodFacts(
+            "VL-DPO",
+            "pairs of answers about pictures",
+            Records.PAIRS,
+            vision=True,
+            options=PreferenceArgs,
+            unread=_UNREAD_BY_PREFERENCES
+            | {
+                "max_prompt_len": "a prompt with pictures is not shortened",
+                "text_dataset_path": "pairs without pictures may stand in train_dataset_path",
+            },
+        ),
     )
 }
 DEFAULT = next(iter(METHODS))
@@ -93,12 +103,13 @@ OPTIONS_OF_METHODS = frozenset(
 )
 
 
-OPTIONS_OF_VISION = frozenset(option_names(VisionArgs))
+OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureArgs)])
 
 
 def stage_doc() -> str:
     """The documentation of the key `stage`."""
     built = [f"{name} ({METHODS[name].title})" for name in BUILT]
     later = [name for name in METHODS if name not in BUILT]
-    unbuilt = f"; {', '.join(later[:-1])} and {later[-1]} are known but not built yet" if later else ""
+    names = " and ".join(filter(None, [", ".join(later[:-1]), *later[-1:]]))
+    unbuilt = f"; {names} {'is' if len(later) == 1 else 'are'} known but not built yet" if later else ""
     return f"The method: {', '.join(built[:-1])} or {built[-1]}{unbuilt}."

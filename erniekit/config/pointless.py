@@ -13,6 +13,7 @@ from erniekit.config.compat import DATA
 from erniekit.config.methods import BUILT, METHODS, MethodFacts
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
@@ -56,11 +57,11 @@ def notes(cfg: Config, command: str, facts: Facts | None = None) -> list[str]:
     if facts is None:
         reason_of_key = before
     else:
-        reason_of_key = {name: why for name, why in _reasons(cfg, command, facts).items() if name not in before}
+        reason_of_key = {name: reason for name, reason in _reasons(cfg, command, facts).items() if name not in before}
     reasons: dict[str, list[str]] = {}
-    for name, why in reason_of_key.items():
-        reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(names)}: no effect: {why}" for why, names in reasons.items()]
+    for name, reason in reason_of_key.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: no effect: {reason}" for reason, names in reasons.items()]
 
 
 def _reasons(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
@@ -168,6 +169,16 @@ _DATA_RULES = [
         "read only with mix_strategy: random",
     ),
     Rule("greedy_intokens buffer_size", lambda c, f: not c.packing, "packing is False", DATA),
+    Rule(
+        "text_dataset_type text_dataset_prob modality_ratio modality_interleave",
+        lambda c, f: c.method.vision and not c.text_dataset_path,
+        "text_dataset_path is empty",
+    ),
+    Rule(
+        "text_dataset_prob",
+        lambda c, f: c.mix_strategy == "concat" and len(c.text_dataset_path) > 1,
+        "mix_strategy: concat reads every data set once",
+    ),
     Rule(
         "buffer_size",
         lambda c, f: c.packing and not c.greedy_intokens,
@@ -343,7 +354,9 @@ def _method_rules() -> list[Rule]:
         rules.append(Rule(_names(group), partial(_has_no_options, group), reason, DATA))
     with_pictures = [name for name, facts in METHODS.items() if facts.vision]
     readers = " or ".join([name for name in with_pictures if name in BUILT] or with_pictures)
-    rules.append(Rule(_names(VisionArgs), _has_no_pictures, f"read only with stage: {readers}", DATA))
+    rules.append(
+        Rule(f"{_names(VisionArgs)} {_names(MixtureArgs)}", _has_no_pictures, f"read only with stage: {readers}", DATA)
+    )
     return rules
 
 

@@ -9,7 +9,8 @@ from erniekit.config.schema import GROUPS, fields
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
-        "data,vision,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,mixture of experts",
+        "data,vision,text beside pictures,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
+        "mixture of experts",
         "",
     ),
     "eval": (

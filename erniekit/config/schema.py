@@ -10,6 +10,7 @@ from erniekit.config import references
 from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_parts import PartsArgs
@@ -24,6 +25,7 @@ from erniekit.config.schema_vision import VisionArgs
 class Config(
     DataArgs,
     VisionArgs,
+    MixtureArgs,
     ModelArgs,
     LoraArgs,
     PreferenceArgs,

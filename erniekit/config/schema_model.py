@@ -32,7 +32,13 @@ class ModelArgs:
         methods.DEFAULT,
         methods.stage_doc(),
         choices=tuple(methods.METHODS),
-        words={"ernie_pretrain": "PT", "ocr-sft": "OCR-VL-SFT", "dpo-vl": "VL-DPO", "sft-vl": "VL-SFT"},
+        words={
+            "ernie_pretrain": "PT",
+            "ocr-sft": "OCR-VL-SFT",
+            "dpo-vl": "VL-DPO",
+            "sft-vl": "VL-SFT",
+            "pt-vl": "VL-PT",
+        },
     )
     fine_tuning: str = key(
         "Full",

@@ -1,4 +1,4 @@
-"""Keys about pictures and videos: what is read, what it becomes, and what of it is trained."""
+"""Keys about pictures and videos: which are read, how they are prepared, and which parts of the model are trained."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -267,7 +267,9 @@ class PackedBatch:
 
     @property
     def segment_modality(self) -> np.ndarray:
-        """Of each segment: video if it has one, else image if it has one, else text; int8 [num_segments]."""
+        """The modality of each segment: video if it has one, else image if it has one, else text; int8
+        [num_segments].
+        """
         kinds = np.full(self.num_segments, Modality.TEXT, np.int8)
         np.maximum.at(kinds, self.segment_ids, self.modality)
         return kinds
@@ -331,7 +333,6 @@ def _with_pictures(row: PackedBatch, documents: Sequence[Document]) -> PackedBat
     for document in documents:
         start, end = end, end + len(document.ids)
         if document.pictures is not None:
-            assert document.pair is None, "the positions of a pair with pictures are not defined"
             positions[start:end] = document.pictures.positions
             modality[start:end] = document.pictures.modality
     return replace(row, position_ids=positions, modality=modality, pictures=PictureTable.of(documents))

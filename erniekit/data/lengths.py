@@ -159,9 +159,9 @@ def _encode(service: EncodingService, numbers: np.ndarray, workers: int | None) 
     patches: list[int] = []
     dropped = truncated = shrunk = 0
     with closing(service.stream(numbers.tolist(), workers)) as encoded:
-        shown = track(encoded, len(numbers), "data: measuring samples") if workers else encoded
-        for place, record in enumerate(shown):
-            counts[place] = len(record.documents)
+        tracked = track(encoded, len(numbers), "data: measuring samples") if workers else encoded
+        for index, record in enumerate(tracked):
+            counts[index] = len(record.documents)
             tokens += [len(document.ids) for document in record.documents]
             patches += [document.num_patches for document in record.documents]
             dropped += bool(record.dropped)

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 from erniekit.config import Config
 from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
+from erniekit.data.mixed_feed import MixedFeed
 from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
-from erniekit.data.tokens.feed import TokenFeed, open_token_files
+from erniekit.data.tokens.feed import open_token_files
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.utils.errors import DataError
 
@@ -152,7 +153,7 @@ class Loader:
     @property
     def dataset(self) -> Dataset:
         """The records, in the order of the files. It does not exist for token files."""
-        assert isinstance(self._feed, RecordFeed), "token files have no records"
+        assert isinstance(self._feed, RecordFeed | MixedFeed), "token files have no records"
         return self._feed.dataset
 
     @property
@@ -295,11 +296,13 @@ def build_loader(
     that contradict each other.
     """
     training = split == "train"
-    feed: RecordFeed | TokenFeed
+    feed: Feed
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:
         feed = open_text(cfg, tokenizer, split, template, inspection, vision)
+        if training and vision is not None and cfg.text_dataset_path:
+            feed = _with_text(cfg, feed, open_text(text_keys(cfg), tokenizer, split, template, inspection), world)
     plan = Plan(
         batch_size=cfg.batch_size,
         accumulation=(accumulation or cfg.gradient_accumulation_steps) if training else 1,
@@ -308,3 +311,24 @@ def build_loader(
         prefetch=cfg.prefetch_factor,
     )
     return Loader(feed, plan)
+
+
+def text_keys(cfg: Config) -> Config:
+    """The configuration of the text that text_dataset_path names, as if it were all of the data. It has no end."""
+    return replace(
+        cfg,
+        train_dataset_path=cfg.text_dataset_path,
+        train_dataset_type=cfg.text_dataset_type,
+        train_dataset_prob=cfg.text_dataset_prob,
+        truncation="drop" if cfg.truncation == "shrink" else cfg.truncation,
+        max_steps=max(cfg.max_steps, 1),
+    )
+
+
+def _with_text(cfg: Config, pictures: RecordFeed, text: RecordFeed, world: int) -> MixedFeed:
+    """Rows with pictures and of text by turns."""
+    microbatch = cfg.batch_size * world
+    block = {"acc": microbatch, "batch": microbatch * cfg.gradient_accumulation_steps, "mixed": 1}
+    with_pictures, of_text = cfg.modality_ratio or (1, 1)
+    interleave = cfg.modality_interleave
+    return MixedFeed(pictures, text, (with_pictures, of_text), block[interleave], interleave)

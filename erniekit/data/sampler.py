@@ -64,7 +64,7 @@ class Sampler:
         self._bases = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         self._lock = threading.Lock()  # protects the two caches below, since several threads may ask for rounds
         # for `random`: the number of records used of each source before round r
-        self._taken = [np.zeros(len(sizes), np.int64)]
+        self._num_used = [np.zeros(len(sizes), np.int64)]
         # source -> (key, permutation) of its latest pass
         self._last: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
 
@@ -97,12 +97,12 @@ class Sampler:
     def _random_round(self, number: int) -> np.ndarray:
         # Where a round continues in each source depends on how often earlier rounds picked it. Counting their picks is
         # cheap, and the counts are cached.
-        while len(self._taken) <= number:
-            before = len(self._taken) - 1
+        while len(self._num_used) <= number:
+            before = len(self._num_used) - 1
             picks = self._picks((self._seed,), before * _BLOCK, (before + 1) * _BLOCK)
-            self._taken.append(self._taken[-1] + np.bincount(picks, minlength=len(self._sizes)))
+            self._num_used.append(self._num_used[-1] + np.bincount(picks, minlength=len(self._sizes)))
         picks = self._picks((self._seed,), number * _BLOCK, (number + 1) * _BLOCK)
-        return self._records(picks, self._taken[number], (self._seed,))
+        return self._records(picks, self._num_used[number], (self._seed,))
 
     def _epoch_picks(self, number: int) -> np.ndarray:
         """The sources that the draws of an interleaved epoch pick, up to its end."""

@@ -136,7 +136,7 @@ def _require_pictures(cfg: Config, found: PreparedChatModel) -> None:
 
 
 def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
-    """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
+    """The scores of the method's evaluator, with the numbers of samples, and of those dropped or cut."""
     model = opened.model
     forward = ForwardPass(model.mesh, model.chunks)
     compared_with = open_reference(cfg, model, reference, PairScorer(forward, cfg.loss_subbatch_seqlen))

@@ -13,13 +13,15 @@ from erniekit.checkpoint.model_dir import (
 )
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_read import read_adapter
+from erniekit.checkpoint.processor import settings_of, write_processor
 from erniekit.config import Config
 from erniekit.data.chat.template import load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.vision.template import load_vision_template
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
 from erniekit.export.target import model_target
-from erniekit.models.config import Format
+from erniekit.models.config import Format, ModelConfig
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -103,9 +105,12 @@ def export_checkpoint(
             checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None, overrides
         )
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
+        config, adapter = ModelConfig.from_dir(staging), None if adapter_dir is None else Path(adapter_dir)
+        write_processor(staging, config, settings_of(adapter, Path(checkpoint_dir)))
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
             trained = Path(adapter_dir or checkpoint_dir)
-            template = load_template(load_tokenizer(checkpoint_dir), chat_template, trained)
+            load = load_template if config.vision is None else load_vision_template
+            template = load(load_tokenizer(checkpoint_dir), chat_template, trained)
             say_if_trained_otherwise(trained, template)
             write_chat_template(staging, template.source, template.trained_end_ids)
         elif copy_tokenizer:

@@ -18,7 +18,7 @@ class Merge:
         self._columns: dict[str, dict[str, slice]] = {}
         for (module, part), (_, _, width) in part_sizes(config).items():
             columns = self._columns.setdefault(module, {})
-            begin = max((other.stop for other in columns.values()), default=0)
+            begin = max((previous.stop for previous in columns.values()), default=0)
             columns[part] = slice(begin, begin + width)
 
     def touches(self, logical: Logical) -> bool:

@@ -9,6 +9,7 @@ from erniekit.checkpoint.model_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     GENERATION_CONFIG_FILE,
+    PROCESSOR_FILES,
     TOKENIZER_FILES,
     checkpoint_step,
     list_checkpoints,
@@ -47,7 +48,7 @@ def model_target(
         atomic.write_json(staging / SOURCE_FILE, mark)
         written = {file.name for file in staging.iterdir()}
     if replaced:  # files of the other model would otherwise be taken for files of this one
-        for name in (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
+        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
             if name not in written:
                 (target / name).unlink(missing_ok=True)
 

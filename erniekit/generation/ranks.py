@@ -59,7 +59,7 @@ def _bytes_from_leader(data: bytes, mesh: Mesh) -> bytes:
 
 
 def _broadcast(values: np.ndarray, mesh: Mesh, stage: int) -> np.ndarray:
-    """From the first tensor rank of `stage` to the others of that stage, and from each of them to its pipeline."""
+    """Send values from the first tensor rank of `stage` to the others of that stage, and from each to its pipeline."""
     if mesh.degrees.pipeline * mesh.degrees.tensor == 1:
         return values
     tensor = paddle.to_tensor(values.astype(np.int64))

@@ -70,7 +70,7 @@ class Session:
         return self._answer(prompt_ids, reused, pictures, tables, limits, sampling, turn)
 
     def _num_reused(self, prompt_ids: list[int], pictures: PicturePrompt | None) -> int:
-        """How many tokens of a prompt the cache holds already."""
+        """The number of tokens of a prompt that are already in the cache."""
         pairs = zip(self._ids[: int(self._stepper.cache.lengths[0])], prompt_ids, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         common = min(common, len(prompt_ids) - 1)  # the last token gives the scores of the next one

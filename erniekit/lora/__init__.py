@@ -38,9 +38,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """How a model is adapted. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout`
-    is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in targets.choose
-    and choose_saved; no targets: those of targets.default_targets. `seed` decides the initial values of A.
+    """The options of adapters. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r).
+    `dropout` is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in
+    targets.choose and choose_saved; no targets: those of targets.default_targets. `seed` decides the initial values of
+    A.
     """
 
     rank: int = 8

@@ -160,28 +160,30 @@ class Screen:
         """Print an answer piece by piece; notes go beside it, each in a line of its own."""
         if not self._stream:
             pieces = iter(list(pieces))
-        last, begun, within = "answer", False, False  # within: the cursor is behind a part of a line
+        last, within = "", False  # within: the cursor is behind a part of a line
         try:
             for part, text in pieces:
                 if part == "note":
                     if within:
                         print(file=sys.stdout if last == "answer" else self._labels, flush=True)
                     self.note(text)
-                    last, begun, within = "answer", False, False
-                    continue
-                if self.interactive and not begun:
-                    self._label("Assistant: ")
-                begun = True
-                if part != last and part == "thought":
-                    self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
-                elif part != last:
-                    self._label("\n\nanswer:\n" if self._is_terminal else "\n")
-                print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
-                last, within = part, True
+                else:
+                    self._begin(part, last)
+                    print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
+                last, within = ("", False) if part == "note" else (part, True)
         finally:
-            if self.interactive and not begun:
+            if not within and self.interactive:
                 self._label("Assistant: ")
             print(flush=True)
+
+    def _begin(self, part: str, last: str) -> None:
+        """Label a thought or an answer that follows `last`; "": it is the first of the model's message."""
+        if not last and self.interactive:
+            self._label("Assistant: ")
+        if part == "thought" and last != "thought":
+            self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
+        elif part == "answer" and last == "thought":
+            self._label("\n\nanswer:\n" if self._is_terminal else "\n")
 
     def _label(self, text: str) -> None:
         print(text, end="", file=self._labels, flush=True)

@@ -40,6 +40,7 @@ from erniekit.models.pipeline_layout import (
     plan_actions,
     schedule_of,
 )
+from erniekit.models.vision_config import VisionConfig
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
@@ -132,7 +133,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
-    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision is not None)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
@@ -201,21 +202,24 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
 
 
 def _open_data(
-    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, sees_pictures: bool
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
 ) -> tuple[Template | None, Loader, Loader | None]:
     """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
-    `sees_pictures`: the model is a vision-language model, whose template is used for text, too.
+    `vision`: of the model, whose template is used for text, too; None: a model of text alone.
     """
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
-        template = training_template(cfg, tokenizer, sees_pictures)
+        template = training_template(cfg, tokenizer, vision is not None)
+        spec = None
+        if cfg.method.vision and vision is not None:
+            spec = vision_spec(cfg, read_settings(processor_directory(cfg, model_dir), vision.patching))
         build = partial(
             build_loader,
             tokenizer=tokenizer,
             rank=mesh.data,
             world=mesh.degrees.data,
             template=template,
-            vision=vision_spec(cfg, read_settings(processor_directory(cfg, model_dir))) if cfg.method.vision else None,
+            vision=spec,
         )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None

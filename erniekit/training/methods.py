@@ -47,7 +47,9 @@ METHODS: dict[str, Method] = {
         Method(FACTS["SFT"], CausalRecipe.build, label_scores),
         Method(FACTS["PT"], CausalRecipe.build, label_scores),
         Method(FACTS["VL-SFT"], CausalRecipe.build, label_scores),
+        Method(FACTS["VL-PT"], CausalRecipe.build, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )
 }
 

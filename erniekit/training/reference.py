@@ -36,7 +36,7 @@ class PairScorer:
     max_logit_tokens: int
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """As Reference.log_probs, of `model` as it is, in eval mode."""
+        """As Reference.log_probs, for the present weights of `model`, in eval mode."""
         log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:

@@ -45,9 +45,9 @@ _KEYS = {
         max_prompt_len seed
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
-        position_rule
+        position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave
     """,
-    Decision.CONTENT: "model_name_or_path train_dataset_path input_dir chat_template",
+    Decision.CONTENT: "model_name_or_path train_dataset_path text_dataset_path input_dir chat_template",
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
@@ -82,7 +82,7 @@ _KEYS = {
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
-        enable_thinking
+        enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
     """,
@@ -168,6 +168,7 @@ def differences(state: TrainState, now: Present) -> list[Difference]:
     same_content = {
         "model_name_or_path": bool(state.base),
         "train_dataset_path": "content of train_dataset_path" in known,
+        "text_dataset_path": "text: content of train_dataset_path" in known,
         "input_dir": "content of each file" in known,
         "chat_template": "chat template" in known,
     }
@@ -263,7 +264,7 @@ def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) 
     if unknown or not state.base:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
-            "what of it has changed since cannot be said"
+            "changes in these cannot be detected"
         )
     return lines
 

@@ -9,9 +9,11 @@ import paddle
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.model_dir import checkpoint_dir
 from erniekit.checkpoint.model_shape import processor_directory
+from erniekit.checkpoint.processor import settings_of
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
+from erniekit.data.vision.options import vision_spec
 from erniekit.parallel.agree import all_or_none, on_first
 from erniekit.training import resume
 from erniekit.training.build import Run
@@ -42,6 +44,10 @@ class Saver:
         self.output_dir = run.output_dir
         self.ranks = run.mesh.world_group
         self.shares = Shares.of(run.model, run.mesh)
+        directory = processor_directory(run.cfg, run.model_dir)
+        self.processor = settings_of(directory)
+        if run.cfg.method.vision:
+            self.processor = vision_spec(run.cfg, self.processor).settings
         self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
 
     def resume(self) -> TrainState:
@@ -235,8 +241,9 @@ class Saver:
             tensors,
             self.shares,
             "paddle" if self.cfg.save_format == "paddle" else "pt",
-            (self.run.model_dir, self.run.tokenizer_dir, processor_directory(self.cfg, self.run.model_dir)),
+            (self.run.model_dir, self.run.tokenizer_dir),
             self.run.template,
+            self.processor,
             directory=below,
         )
 

@@ -9,15 +9,17 @@ import paddle
 from erniekit import lora
 from erniekit.checkpoint.chat_template import write_chat_template
 from erniekit.checkpoint.fingerprint import fingerprint
-from erniekit.checkpoint.model_dir import PROCESSOR_FILES, TOKENIZER_FILES, copy_companions
+from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import load_weights, model_rank_files, named_tensors, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
+from erniekit.checkpoint.processor import write_processor
 from erniekit.checkpoint.product_state import load_product_state, product_rank_files
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
+from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.products import num_elements, product_state
@@ -68,22 +70,25 @@ def prepare_save(
     tensors: Mapping[str, paddle.Tensor],
     shares: Shares,
     format: Format,
-    sources: tuple[Path, Path, Path],
+    sources: tuple[Path, Path],
     template: Template | None,
+    processor: ProcessorSettings,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
-    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model, of the
-    tokenizer and of the processor of pictures. The chat template is `template`, if conversations are trained, or else
-    the tokenizer's own. All ranks call it.
+    PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
+    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own;
+    `processor`: how a vision-language model's pictures are prepared. All ranks call it.
     """
 
-    def add_template(checkpoint: Path) -> None:
+    def add_processor(checkpoint: Path) -> None:
+        """The chat template, and how pictures are prepared: a model is used as it was trained."""
+        write_processor(checkpoint / directory, model.config, processor)
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
-    model_dir, tokenizer_dir, processor_dir = sources
+    model_dir, tokenizer_dir = sources
     state, products = lora.state_of(model), product_rank_files(model, tensors, shares, directory)
     if state is None:
         header = _header_of(model, tensors)
@@ -93,8 +98,7 @@ def prepare_save(
             write_model_configs(model, checkpoint / directory, format, header)
             copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
             copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
-            copy_companions(processor_dir, checkpoint / directory, names=PROCESSOR_FILES)
-            add_template(checkpoint)
+            add_processor(checkpoint)
 
         return [weights, products], add_files
     is_first = shares.mesh.world_group.index == 0
@@ -104,7 +108,7 @@ def prepare_save(
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
         copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
-        add_template(checkpoint)
+        add_processor(checkpoint)
 
     return [products], add_adapter
 

@@ -354,7 +354,7 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
 
 
 def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
-    """What every rank found, as a sentence: the first bad weight or gradient, and the samples of the batch."""
+    """A sentence with the first bad weight or gradient on any rank, and the samples of the batch."""
     weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
     if weights:
         where = f"the weight {weights[0]} is not finite"

@@ -74,8 +74,8 @@ def _first_bytes(sock: socket.socket) -> bytes:
     """The bytes of the greeting, or those that another program sends instead."""
     data = b""
     with suppress(TimeoutError):
-        while len(data) < _GREETING_SIZE and (piece := sock.recv(_GREETING_SIZE - len(data))):
-            data += piece
+        while len(data) < _GREETING_SIZE and (received := sock.recv(_GREETING_SIZE - len(data))):
+            data += received
         if not data:
             raise EOFError("it closed the connection")
     return data
@@ -84,10 +84,10 @@ def _first_bytes(sock: socket.socket) -> bytes:
 def _receive(sock: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = sock.recv(count - len(data))
-        if not piece:
+        received = sock.recv(count - len(data))
+        if not received:
             raise EOFError("it closed the connection")
-        data += piece
+        data += received
     return data
 
 
@@ -162,22 +162,24 @@ class Door:
         self._send(caller, greeting(self._purpose) + caller.challenge)
 
     def _read(self, caller: _Caller) -> None:
-        wanted = _NONCE + _PROOF
+        num_expected = _NONCE + _PROOF
         try:
-            piece = caller.sock.recv(wanted - len(caller.received))
+            received = caller.sock.recv(num_expected - len(caller.received))
         except BlockingIOError:
             return
         except OSError:
-            piece = b""
-        caller.received += piece
-        if piece and len(caller.received) < wanted:
+            received = b""
+        caller.received += received
+        if received and len(caller.received) < num_expected:
             return
-        theirs, proof = caller.received[:_NONCE], caller.received[_NONCE:]
-        if not piece:
+        their_challenge, proof = caller.received[:_NONCE], caller.received[_NONCE:]
+        if not received:
             # a port scan that sends nothing is not counted as refused
             self._refuse(caller) if caller.received else self._forget(caller)
-        elif hmac.compare_digest(proof, _digest(self._token, self._purpose, b"caller", caller.challenge, theirs)):
-            answer = _digest(self._token, self._purpose, b"listener", caller.challenge, theirs)
+        elif hmac.compare_digest(
+            proof, _digest(self._token, self._purpose, b"caller", caller.challenge, their_challenge)
+        ):
+            answer = _digest(self._token, self._purpose, b"listener", caller.challenge, their_challenge)
             if self._send(caller, answer):
                 self._forget(caller, close=False)
                 caller.sock.setblocking(True)

@@ -92,9 +92,9 @@ def deferred() -> Iterator[None]:
 
 def interrupted(number: int) -> str:
     """The message about an immediate end."""
-    left = _what_is_left()
+    saved = _what_is_left()
     return f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}" + (
-        f"; {left}" if left else ""
+        f"; {saved}" if saved else ""
     )
 
 

@@ -66,7 +66,7 @@ _OPTIONS: options.Readers = {
 
 
 def inspect(args: list[str], command: str = "train", wishes: data.Wishes = data.NO_WISHES) -> Report:
-    """What can be said about a command line of `command` before it runs."""
+    """The report on a command line of `command`, made without running it."""
     report = Report(command)
     cfg = _load(report, args, command)
     if cfg is None:

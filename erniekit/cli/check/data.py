@@ -84,7 +84,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
             tiles += preview.inspect(report, feed, facts.tokenizer, split, wishes.preview or 1)
     if wishes.preview and tiles:
         write_sheet(tiles, wishes.sheet)
-        report.section("pictures").add("ok", f"{wishes.sheet} shows what of them the model sees")
+        report.section("pictures").add("ok", f"{wishes.sheet} shows them as the model sees them")
     _duplicates(report, opened)
     return steps
 

@@ -50,7 +50,9 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
             facts.model_config = _model_config(section, cfg, directory, command)
             if command == "train" and cfg.method.vision:
                 require_pictures(cfg, facts.model_config, directory)
-                facts.vision = vision_spec(cfg, read_settings(processor_directory(cfg, directory)))
+                assert facts.model_config.vision is not None
+                settings = read_settings(processor_directory(cfg, directory), facts.model_config.vision.patching)
+                facts.vision = vision_spec(cfg, settings)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     elif command in launch.ON_RANKS:

@@ -124,8 +124,8 @@ class Meter:
     def spend_join(self, separator: str, items: Any) -> None:
         """Spend the cost of joining `items`, which must not be an iterator, since this reads them."""
         count = len(items) if isinstance(items, Sized) else 0
-        each = STEP if isinstance(items, str) else 0  # the characters of a text become a list
-        self.spend(STEP + (self.size(separator) + each) * count)
+        cost_per_item = STEP if isinstance(items, str) else 0  # the characters of a text become a list
+        self.spend(STEP + (self.size(separator) + cost_per_item) * count)
         self.spend_walk(items)
 
     def spend_replace(self, text: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -225,8 +225,8 @@ def _count_split_items(text: str, name: str, args: Sequence[Any], kwargs: Mappin
         return 1 + sum(text.count(end) for end in _LINE_ENDS)
     separator = args[0] if args else kwargs.get("sep")
     max_splits = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
-    pieces = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
-    return min(pieces, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else pieces
+    bound = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
+    return min(bound, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else bound
 
 
 def _check_format(text: str) -> None:

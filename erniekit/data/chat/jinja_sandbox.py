@@ -97,11 +97,11 @@ class BoundedTemplate:
 
     def _line(self, error: Exception) -> int | None:
         """The line of the template at which `error` was raised."""
-        line, place = None, error.__traceback__
-        while place is not None:
-            if place.tb_frame.f_globals.get("__jinja_template__") is self._template:
-                line = self._template.get_corresponding_lineno(place.tb_lineno)
-            place = place.tb_next
+        line, entry = None, error.__traceback__
+        while entry is not None:
+            if entry.tb_frame.f_globals.get("__jinja_template__") is self._template:
+                line = self._template.get_corresponding_lineno(entry.tb_lineno)
+            entry = entry.tb_next
         return line
 
 
@@ -343,8 +343,8 @@ def _bounded_filter(name: str) -> Callable[..., Any]:
     def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = context.meter
         if name in _ITEM_FILTERS:
-            each = STEP + sum(map(meter.size, (*args, *kwargs.values())))
-            return meter.draw(_plain().call_filter(name, value, args, kwargs, context), each)
+            item_cost = STEP + sum(map(meter.size, (*args, *kwargs.values())))
+            return meter.draw(_plain().call_filter(name, value, args, kwargs, context), item_cost)
         if isinstance(value, Iterator):
             value = list(meter.draw(value))
         _spend_filter(meter, name, value, args, kwargs)

@@ -229,7 +229,7 @@ class Template:
 
     def shows(self, part: str) -> bool:
         """Whether the template shows or refuses `part` of a conversation: "tools", "tool_calls", "results of tools" or
-        "reasoning_content". What it refuses it does not leave out in silence.
+        "reasoning_content". A template that refuses something does not leave it out silently.
         """
         if part not in self._shows:
             probe, probe_tools = _probe(part)

@@ -277,9 +277,9 @@ class Tokenizer:
                 if self._space_bytes is None or SPACE not in part:
                     ids += self._encode(part)
                     continue
-                for number, stretch in enumerate(part.split(SPACE)):
+                for number, text in enumerate(part.split(SPACE)):
                     ids += self._space_bytes if number else []
-                    ids += self._encode(stretch)
+                    ids += self._encode(text)
         except (TypeError, RuntimeError, UnicodeEncodeError):
             raise DataError(
                 f"text that is not valid Unicode (half of a surrogate pair?) near {part[:40]!a}: "

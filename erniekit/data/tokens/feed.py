@@ -89,7 +89,7 @@ class RowNumber:
     into: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The position as plain JSON values."""
         return asdict(self)
 
 
@@ -161,7 +161,7 @@ class TokenFeed:
         self._sources, self._schedule, self._length = list(sources), schedule, length
         self._isolate, self._long_tokens = isolate, long_tokens
         self._epoch_tokens = sum(source.epoch_tokens for source in sources)
-        self._said = False
+        self._was_logged = False
 
     def begin(self) -> RowNumber:
         """The position before the first row."""
@@ -203,9 +203,9 @@ class TokenFeed:
         end = self._schedule.num_rows
         assert end is not None, "rows_left is not needed if max_steps decides the end"
         epoch = math.ceil((self._epoch_tokens - 1) / self._length)
-        if not self._said:
+        if not self._was_logged:
             log.info(f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}")
-            self._said = True
+            self._was_logged = True
         if position.row >= end:
             return 0.0
         _, _, count = self._schedule.place(position.row)

@@ -110,8 +110,8 @@ class TokenFile:
         """(number of documents that do not end with `eos_id`, number of checked documents) of at most `look_at`
         documents spread over the file. Empty documents are not counted.
         """
-        some = np.unique(np.linspace(0, self.num_documents - 1, min(look_at, self.num_documents)).astype(np.int64))
-        ends = self.starts[some + 1][self.starts[some + 1] > self.starts[some]]
+        sample = np.unique(np.linspace(0, self.num_documents - 1, min(look_at, self.num_documents)).astype(np.int64))
+        ends = self.starts[sample + 1][self.starts[sample + 1] > self.starts[sample]]
         return int((self._ids[ends - 1] != eos_id).sum()), len(ends)
 
     def _check_ids(self, start: int, ids: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Pictures: bytes -> uint8 pixels -> patches, with the arithmetic of ERNIE 4.5's training code (Pillow, bicubic).
 
 Transparent pixels become white, 16-bit grey is divided by 256, an orientation tag is ignored unless asked for. The
-model normalises uint8 patches itself; `normalise` gives the values that transformers' processor returns.
+model normalises uint8 patches itself (pixels.py).
 """
 
 import io
@@ -20,9 +20,6 @@ from erniekit.data.records.fields import Notes
 from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching
 from erniekit.data.vision.media import MediaReader, describe
 
-# CLIP's statistics of the channels red, green, blue, which the vision tower was trained with
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # Formats whose decoders are part of Pillow's wheel and start no other program (EPS would).
 _WANTED = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Image.init()
@@ -210,17 +207,3 @@ def patchify(frames: np.ndarray, patching: Patching = PUBLISHED) -> np.ndarray:
     blocks = frames.reshape(count, rows // merge, merge, side, columns // merge, merge, side, channels)
     ordered = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)
     return np.ascontiguousarray(ordered).reshape(count * rows * columns, channels * side * side)
-
-
-def normalise(patches: np.ndarray, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
-    """uint8 patches [P, 3 * patch * patch] as float32 values (x / 255 - mean) / std by channel.
-
-    Bit-equal to transformers' processor with Pillow, which divides in fp64 and does the rest in fp32.
-    """
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    table = (levels - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]  # [channels, 256]
-    by_channel = patches.reshape(len(patches), len(mean), -1)
-    values = np.empty(by_channel.shape, np.float32)
-    for channel, row in enumerate(table):
-        values[:, channel] = row[by_channel[:, channel]]
-    return values.reshape(patches.shape)

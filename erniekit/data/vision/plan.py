@@ -46,7 +46,7 @@ class MediaPlan:
 
     @property
     def name(self) -> str:
-        """What it is, for messages."""
+        """The name of its kind for messages."""
         return describe(self.part[self.part["type"]])
 
     @property
