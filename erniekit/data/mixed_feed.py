@@ -96,7 +96,7 @@ class MixedFeed:
         whole = max(0, math.ceil(left / of_cycle) - 2)  # cycles that need no look at their turns
         left, total = left - whole * of_cycle, total + whole * cycle * self._block
         while left > 0:
-            rows = self._block - done
+            rows: float = self._block - done
             if self._has_pictures(turn):
                 rows = min(rows, left)
                 left -= rows
