@@ -135,7 +135,9 @@ def _backward(
     """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
     and v.
     """
-    dq, dk, dv = [], None, None
+    dq: list[paddle.Tensor] = []
+    dk: paddle.Tensor = None
+    dv: paddle.Tensor = None
     for number, start in enumerate(range(0, scaled.shape[2], _QUERIES)):
         block = slice(start, start + _QUERIES)
         q, do = scaled[:, :, block], dout[:, :, block]
