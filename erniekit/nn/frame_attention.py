@@ -95,7 +95,8 @@ class _Attention(PyLayer):
         dout_PHd = dout.reshape([dout.shape[0], mixer.num_heads, -1])
         runs = []
         for number, (do,) in enumerate(mixer.by_run(dout_PHd)):
-            grads = _backward(*saved[4 * number : 4 * number + 4], ctx.kept[number], do)
+            scaled, k, v, out = saved[4 * number : 4 * number + 4]
+            grads = _backward(scaled, k, v, out, ctx.kept[number], do)
             runs.append([_joined(each) for each in grads])
         ctx.kept = None
         dq, dk, dv = (parts[0] if len(parts) == 1 else paddle.concat(parts) for parts in map(list, zip(*runs)))
@@ -135,7 +136,7 @@ def _backward(
     """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
     and v.
     """
-    dq, dk, dv = [], None, None
+    dq, dk, dv = [], paddle.zeros_like(k), paddle.zeros_like(v)
     for number, start in enumerate(range(0, scaled.shape[2], _QUERIES)):
         block = slice(start, start + _QUERIES)
         q, do = scaled[:, :, block], dout[:, :, block]
@@ -146,7 +147,7 @@ def _backward(
         ds, p = ds.astype(q.dtype), p.astype(q.dtype)
         dq.append(paddle.matmul(ds, k))
         more_k, more_v = paddle.matmul(ds, q, transpose_x=True), paddle.matmul(p, do, transpose_x=True)
-        dk, dv = (more_k, more_v) if dk is None else (dk.add_(more_k), dv.add_(more_v))
+        dk, dv = dk.add_(more_k), dv.add_(more_v)
     return dq[0] if len(dq) == 1 else paddle.concat(dq, axis=2), dk, dv
 
 
