@@ -136,7 +136,9 @@ def _backward(
     """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
     and v.
     """
-    dq, dk, dv = [], paddle.zeros_like(k), paddle.zeros_like(v)
+    dq: list[paddle.Tensor] = []
+    dk: paddle.Tensor = None
+    dv: paddle.Tensor = None
     for number, start in enumerate(range(0, scaled.shape[2], _QUERIES)):
         block = slice(start, start + _QUERIES)
         q, do = scaled[:, :, block], dout[:, :, block]
@@ -147,7 +149,7 @@ def _backward(
         ds, p = ds.astype(q.dtype), p.astype(q.dtype)
         dq.append(paddle.matmul(ds, k))
         more_k, more_v = paddle.matmul(ds, q, transpose_x=True), paddle.matmul(p, do, transpose_x=True)
-        dk, dv = dk.add_(more_k), dv.add_(more_v)
+        dk, dv = (more_k, more_v) if dk is None else (dk.add_(more_k), dv.add_(more_v))
     return dq[0] if len(dq) == 1 else paddle.concat(dq, axis=2), dk, dv
 
 
