@@ -100,7 +100,7 @@ class MixedFeed:
             if self._has_pictures(turn):
                 rows = min(rows, left)
                 left -= rows
-            total, turn, done = total + rows, turn + 1, 0
+            total, turn, done = total + rows, turn + 1, 0.0
         return total
 
     def announce(self) -> None:
