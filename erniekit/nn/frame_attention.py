@@ -95,7 +95,8 @@ class _Attention(PyLayer):
         dout_PHd = dout.reshape([dout.shape[0], mixer.num_heads, -1])
         runs = []
         for number, (do,) in enumerate(mixer.by_run(dout_PHd)):
-            grads = _backward(*saved[4 * number : 4 * number + 4], ctx.kept[number], do)
+            scaled, k, v, out = saved[4 * number : 4 * number + 4]
+            grads = _backward(scaled, k, v, out, ctx.kept[number], do)
             runs.append([_joined(each) for each in grads])
         ctx.kept = None
         dq, dk, dv = (parts[0] if len(parts) == 1 else paddle.concat(parts) for parts in map(list, zip(*runs)))
@@ -135,7 +136,9 @@ def _backward(
     """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
     and v.
     """
-    dq, dk, dv = [], None, None
+    dq: list[paddle.Tensor] = []
+    dk: paddle.Tensor = None
+    dv: paddle.Tensor = None
     for number, start in enumerate(range(0, scaled.shape[2], _QUERIES)):
         block = slice(start, start + _QUERIES)
         q, do = scaled[:, :, block], dout[:, :, block]
