@@ -37,6 +37,7 @@ CLEAN = (
     "erniekit.data.sampler",
     "erniekit.data.tokens",
     "erniekit.data.workers",
+    "erniekit.data.vision",
     "erniekit.evaluate",
     "erniekit.export",
     "erniekit.generation",

@@ -144,7 +144,7 @@ class Source:
             self._note_at = time.monotonic() + _SECONDS_BETWEEN_NOTES
         record = load_record(raw, where)
         if self.spec.type.endswith(VISION_TYPE):
-            assert self._vision is not None, "records with pictures are read with the options of a vision-language model"
+            assert self._vision is not None, "records with pictures need the options of a vision model"
             parse_vision_record(record, self.spec.type, where, self._vision.formats(where), self._notes)
         else:
             parse_record(record, self.spec.type, where, self._notes)

@@ -33,8 +33,9 @@ _SECONDS = 30.0  # that a server has for each read
 class MediaReader:
     """Opens the media that records name. `directory`: what relative paths are relative to, the data file's directory.
 
-    A source is a path, a path that goes on inside a .tar or .zip file (`pictures.zip/cat.jpg`), a data URI, an http(s)
-    URL if `allow_urls`, bytes, or an object with `bytes`, `path` or `url` as parquet files and OpenAI's format have it.
+    A source is a path, a path that continues inside a .tar or .zip file (`pictures.zip/cat.jpg`), a data URI, an
+    http(s) URL if `allow_urls`, bytes, or an object with `bytes`, `path` or `url` as parquet files and OpenAI's format
+    have it.
     """
 
     directory: Path

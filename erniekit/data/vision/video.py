@@ -108,7 +108,8 @@ def _pictures_in(directory: Path) -> list[str]:
         words = re.findall(r"\d+|\D+", path.name)
         return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
 
-    return [str(path) for path in sorted(files, key=by_number)]
+    # absolute: relative paths are relative to the data file, whose directory `directory` has already
+    return [str(path.absolute()) for path in sorted(files, key=by_number)]
 
 
 def _from_list(
@@ -171,7 +172,7 @@ def _choice(part: dict[str, Any], options: VideoOptions) -> FrameOptions:
     own = {field: part[name] for name, field in names.items() if part.get(name) is not None}
     for name, value in own.items():
         if not _is_number(value) or value <= 0:
-            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "mend or remove it")
+            raise BadRecord(f"{name} of a video must be a positive number, not {value!r}", "fix or remove it")
     whole = {name: value if name == "fps" else int(value) for name, value in own.items()}
     return FrameOptions(**{**vars(options.choice), **whole})
 

@@ -1,5 +1,7 @@
 """Videos as files, directories and lists of frames."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support.pictures import blocks, encoded, write_picture, write_video
@@ -92,6 +94,14 @@ def test_frames_as_a_list_an_array_and_a_directory(reader, tmp_path):
         assert opened.times == [i / 4 for i in range(12)]
         for found, expected in zip(opened.decode(None), pixels, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+def test_a_directory_of_frames_beside_a_data_file_that_is_named_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "clip").mkdir(parents=True)
+    (tmp_path / "data" / "clip" / "0.png").write_bytes(encoded(blocks(64, 48, 0)))
+    monkeypatch.chdir(tmp_path)
+    opened = open_video(video("clip", fps=1), MediaReader(Path("data")))
+    np.testing.assert_array_equal(list(opened.decode(None)), [blocks(64, 48, 0)])
 
 
 def test_times_of_frames(reader):
