@@ -17,7 +17,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     Args:
         path: a directory with config.json and safetensors weights, in the Hugging Face ("-PT") or the Paddle
             ("-Paddle") layout, sharded or not, tied or not.
-        dtype: the type of the parameters, "float32" or "bfloat16" (the router stays in float32).
+        dtype: the type of the parameters, "float32", "bfloat16" or "float16" (the router stays in float32).
         adapter: a directory with a LoRA adapter to apply on top.
 
     Returns:

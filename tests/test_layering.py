@@ -1,5 +1,6 @@
 """Imports go down only. The layers are those of docs/architecture.md, and imports inside functions count."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -117,6 +118,18 @@ def test_importing_the_root_config_and_cli_leaves_paddle_out():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_one_module_pads_what_a_model_takes():
+    """Data, training and losses have whole rows without padding; only the inputs of a model are made longer."""
+    padding = {
+        module.name
+        for module in read_package(REPOSITORY).values()
+        if module.unit in ("data", "models", "training", "losses", "evaluate")
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pad"
+    }
+    assert padding == {"erniekit.models.inputs"}
 
 
 def test_the_architecture_page_shows_these_layers():

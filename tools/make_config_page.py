@@ -6,9 +6,10 @@ python tools/make_config_page.py --check    # exit code 1 if the page is not wha
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+
+from wrap_docs import wrap
 
 from erniekit.config import reference
 from erniekit.config.compat import Alias, Detail, Fixed, Later, NoEffect
@@ -89,13 +90,13 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole page."""
-    return "".join([HEAD, *map(_group, GROUPS), OTHER_NAMES, *_aliases(), *_rules()])
+    """The whole page, wrapped as every document is."""
+    return wrap("".join([HEAD, *map(_group, GROUPS), OTHER_NAMES, *_aliases(), *_rules()]))
 
 
 def _group(name: str) -> str:
     title = name[0].upper() + name[1:]
-    doc = textwrap.fill(" ".join((GROUPS[name].__doc__ or "").split()), 100)
+    doc = " ".join((GROUPS[name].__doc__ or "").split())
     head = f"\n## {title}\n\n{doc}\n\n| key | type | default | limits | what it does | ERNIEKit |\n"
     return head + "| --- | --- | --- | --- | --- | --- |\n" + "".join(map(_row, reference.by_group()[name]))
 

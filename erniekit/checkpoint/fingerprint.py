@@ -1,13 +1,19 @@
-"""Tells whether two model directories hold the same weights, without reading all of them."""
+"""Tells whether two model directories hold the same weights: `fingerprint` without reading all of them, and
+`weights_digest` where numbers were computed from every weight.
+"""
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
 from erniekit.checkpoint.safetensors_read import Reader
+
+_BLOCK = 1 << 24  # bytes that are read at a time
 
 
 def fingerprint(model_dir: str | Path) -> str:
@@ -22,3 +28,21 @@ def fingerprint(model_dir: str | Path) -> str:
         bits = dtypes.convert(reader.read(name), reader.info(name).dtype, "BF16")
         state.update(np.ascontiguousarray(bits if name.startswith("model.") else bits.T).data)
     return state.hexdigest()
+
+
+def weights_digest(model_dir: Path) -> str:
+    """A digest of every byte of a model's weight files. Unlike its fingerprint, it also changes with an adapter that
+    was merged into other projections, or with the dtype.
+    """
+    names = sorted(file.name for file in model_dir.iterdir() if WEIGHT_FILE.fullmatch(file.name))
+    return files_digest(model_dir / name for name in names if not name.endswith(".json"))
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A digest of the content of several files."""
+    state = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                state.update(block)
+    return state.hexdigest()[:32]

@@ -6,7 +6,6 @@ that the next run removes.
 """
 
 import contextlib
-import errno
 import functools
 import os
 import shutil
@@ -19,7 +18,7 @@ from erniekit.checkpoint.save_job import Save
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.process_group import Group
 from erniekit.utils import atomic, log
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, disk_is_full
 
 ABANDONED = "abandoned-"  # directories of checkpoints that a run abandoned when it resumed from an earlier one
 
@@ -48,7 +47,7 @@ def disk_errors(what: str, where: Path, unharmed: str) -> Iterator[None]:
         )  # the writer of weights has its own message
         if not isinstance(cause, OSError):
             raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = disk_is_full(cause)
         reason = "the disk is full" if full else str(cause)
         free = shutil.disk_usage(where).free
         hint = f"Free some space ({free / 1e6:,.1f} MB are left)" if full else "Fix this"

@@ -29,7 +29,14 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE_FILE,
     "chat_template.json",
 )
-COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, "preprocessor_config.json", "LICENSE", "README.md")
+# What a vision-language model's processor reads: its files, and the font that draws the time on frames.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "Roboto-Regular.ttf",
+)
+COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, *PROCESSOR_FILES, "LICENSE", "README.md")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -52,6 +59,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         return []
     steps = [(checkpoint_step(p), p) for p in output_dir.iterdir() if p.is_dir()]
     return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
+
+
+def what_is_saved(output_dir: Path, overwrite: bool) -> str:
+    """Which checkpoint a run leaves behind, and how to resume from it, in a few words. overwrite: the command would
+    remove it.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return "no checkpoint has been saved"
+    how = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
+    return f"the newest checkpoint is {checkpoints[-1]}; {how} resumes from there"
 
 
 def holds_model(directory: Path) -> bool:

@@ -129,10 +129,10 @@ def save_model(
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     header = dtypes.header_name(dtype or "float32")
-    portion = model_rank_files(model, Shares.alone(), format, header=header)
-    portion.max_shard_size = max_shard_size
+    files = model_rank_files(model, Shares.alone(), format, header=header)
+    files.max_shard_size = max_shard_size
     with staged(path) as staging:
-        portion.write(staging)
+        files.write(staging)
         _write_configs(model, staging, header, format)
         if (Path(path) / GENERATION_CONFIG_FILE).exists():
             (staging / GENERATION_CONFIG_FILE).unlink()

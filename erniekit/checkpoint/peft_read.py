@@ -23,7 +23,7 @@ from erniekit.models.weights import logical_tensors
 from erniekit.utils.errors import CheckpointError
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
-_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
+_EXPERT = re.compile(r"(?P<prefix>.+\.mlp\.(?:vision_)?experts)\.(?P<expert>[0-9]{1,6})\.(?P<half>gate|up|down)_proj")
 
 
 @dataclass
@@ -107,7 +107,7 @@ class _Reading:
         if expert:
             of_half = self.experts.setdefault((expert["prefix"], expert["half"]), {})
             return of_half.setdefault(int(expert["expert"]), {})
-        if module.removesuffix(".base_layer").endswith(".mlp.experts"):
+        if is_stacked(f"{module.removesuffix('.base_layer')}.down_proj"):
             return self.stacked.setdefault(module, {})
         return self.factors.setdefault(self.by_hf[module], {}) if module in self.by_hf else None
 

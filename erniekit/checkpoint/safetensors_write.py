@@ -1,6 +1,5 @@
 """Streaming writer of safetensors files: one tensor at a time, in the order of a plan; complete or not there at all."""
 
-import errno
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from erniekit.checkpoint.dtypes import STORAGE, num_bytes
 from erniekit.checkpoint.mismatch import listed
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE, Plan, bytes_of
 from erniekit.utils import atomic
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.errors import CheckpointError, disk_is_full
 
 _HEADER_ALIGNMENT = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -177,7 +176,7 @@ def write_index(path: Path, weight_map: Mapping[str, str], num_bytes: int) -> No
 
 def write_error(error: OSError, directory: Path, needed: int | None = None) -> CheckpointError:
     """The error for a failed write; `needed` is the number of bytes that were to be written, if known."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_is_full(error):
         size = f": these weights need {needed / 1e6:,.1f} MB" if needed else ""
         return CheckpointError(
             f"the disk of {directory} is full{size}. Free some space or choose another output directory; "

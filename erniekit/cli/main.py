@@ -16,7 +16,7 @@ from typing import Any
 
 from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
-from erniekit.utils.errors import UserError
+from erniekit.utils.errors import UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 # Commands for which Ctrl-C is met by us: `train` begins to listen itself, `chat` leaves it to Python.
@@ -169,7 +169,7 @@ def _explain(name: str, error: Exception) -> str | None:
         return OUT_OF_MEMORY.format(reason=reason, cure=_LOWER.get(name, "Use a smaller model."))
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             return DISK_FULL.format(where=where)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return NOT_ALLOWED.format(where=where)

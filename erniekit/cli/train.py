@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+from erniekit.checkpoint.model_dir import what_is_saved
 from erniekit.cli import launch
 from erniekit.utils import log, runtime, stop_signals
 
@@ -10,7 +11,7 @@ from erniekit.utils import log, runtime, stop_signals
 def run(args: list[str]) -> int:
     """Train, in this process or in those that the configuration asks for, and return the exit code."""
     cfg = launch.configure(args, "train")
-    stop_signals.listen(lambda: stop_signals.what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
+    stop_signals.listen(lambda: what_is_saved(Path(cfg.output_dir or ""), cfg.overwrite_output_dir))
     ignored = [] if launch.is_worker() else runtime.ignored_variables()
     if ignored:
         log.info(

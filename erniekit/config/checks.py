@@ -23,7 +23,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     """Everything that cannot be as it stands, for `command`."""
     rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
-        rules += [_token_files(cfg, command), _dataset_types(cfg, command)]
+        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
     if command == "train":
@@ -81,7 +81,9 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
-    """The formats that a method reads."""
+    """The formats that a method reads. A method that this version does not have is refused by its name alone."""
+    if cfg.method.later:
+        return
     splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
     records, stage = cfg.method.records, cfg.method.name
     for split in splits:
@@ -96,6 +98,20 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
                     f'{split}_dataset_type: stage: {stage} reads plain text ({{"text": ...}}), not {name}. Use '
                     f"erniekit or text, or stage: {DEFAULT}"
                 )
+
+
+def _pictures(cfg: Config) -> Iterator[str]:
+    for prefix in ("", "video_"):
+        least, most = (vars(cfg)[f"{prefix}{bound}_pixels"] for bound in ("min", "max"))
+        if least is not None and most is not None and least > most:
+            yield f"{prefix}min_pixels: {least} is more than {prefix}max_pixels: {most}"
+    fewest, most = cfg.video_min_frames, cfg.video_max_frames
+    if fewest is not None and most is not None and fewest > most:
+        yield f"video_min_frames: {fewest} is more than video_max_frames: {most}"
+    wrong, instead = ("cut", "shrink") if cfg.method.vision else ("shrink", "cut")
+    if cfg.truncation == wrong:
+        what = "pictures are never cut" if cfg.method.vision else "there are no pictures to make smaller"
+        yield f"truncation: {wrong}: with stage: {cfg.method.name} {what}. Use drop, {instead} or error"
 
 
 def _answers(cfg: Config) -> Iterator[str]:
@@ -218,9 +234,9 @@ def _lora(cfg: Config) -> Iterator[str]:
         return
     if not cfg.continue_training:
         yield "continue_training: fine_tuning: LoRA adapts trained weights; with a random start use fine_tuning: Full"
-    if cfg.num_nextn_predict_layers:
+    if cfg.mtp_depths:
         yield (
-            f"num_nextn_predict_layers: {cfg.num_nextn_predict_layers}: fine_tuning: LoRA does not train multi-token "
+            f"num_nextn_predict_layers: {cfg.mtp_depths}: fine_tuning: LoRA does not train multi-token "
             "prediction: set it to 0 (the model's own blocks are kept as they are)"
         )
     if cfg.use_dora and cfg.tensor_parallel_degree > 1:

@@ -1,6 +1,6 @@
 """The table of names without a field (see compat.py for the kinds of rule)."""
 
-from erniekit.config import compat, paddleformers_keys
+from erniekit.config import compat, paddleformers_keys, vision_keys
 from erniekit.config.compat import DATA, EVERY, RUN, WRITE, Alias, Detail, Later, NoEffect, Rule
 
 _ALIASES: dict[str, Alias] = {
@@ -122,7 +122,6 @@ _NO_EFFECT: dict[str, str] = {
     "models run in dynamic graphs": "to_static ddp_find_unused_parameters flatten_param_grads past_index",
     "only for jobs in PaddleCloud": "pdc_download_ckpt pdc_download_timeout",
     "environment variables are set in the shell": "env",
-    "its parts come from the model's config.json": "vision_config",
     "what parallel ranks exchange, and when, follows from the degrees": (
         "use_sp_callback fuse_sequence_parallel_allreduce sequence_parallel_config tensor_parallel_config "
         "tensor_parallel_output pipeline_parallel_config disable_pipeline_warmup pp_need_data pp_need_data_degree "
@@ -138,19 +137,6 @@ _DETAILS: dict[str, str] = {
         "actscale_moving_rate fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis "
         "use_fp8_fuse_node fp8_mem_configs fp8_fused_ops_configs"
     ),
-    "stage: VL-SFT": (
-        "dataset_name text_dataset_path text_dataset_prob modality_ratio modality_interleave vit_lr_ratio "
-        "visual_ld trigger_data_prob add_sys_token drop_history_with_k factor example_from_same_task_prob "
-        "pseudo_sampling_prob min_shot max_shot variable_resolution render_timestamp serialize_output "
-        "one_sample_in_one_seq video_fps video_min_frames video_max_frames video_target_frames "
-        "video_frames_sample im_prefix_length use_pic_id image_dtype image_token_len min_pixels max_pixels "
-        "video_min_pixels video_max_pixels spatial_conv_size adaptive_max_imgtoken_option "
-        "adaptive_max_imgtoken_rate corpus_name prompt_dir drop_untrainble_sample sft_shift_by_one "
-        "balanced_image_preprocess vit_second_fwd_batch_size sft_replace_ids sft_image_normalize "
-        "sft_image_rescale packing_size attn_sep depth embed_dim hidden_act in_channels in_chans mlp_ratio "
-        "model_type num_heads patch_size spatial_merge_size spatial_patch_size vit_num_recompute_layers "
-        "moe_use_hard_gate"
-    ),
     "self_constraint_cpt: True": "prob_nums cpt_kl_ratio pt_kl_ratio cpt_ce_ratio pt_ce_ratio",
     "`erniekit server`": (
         "host port metrics_port engine_worker_queue_port max_model_len max_num_seqs use_warmup "
@@ -160,10 +146,6 @@ _DETAILS: dict[str, str] = {
 }
 
 _LATER: dict[str, Later] = {
-    "multimodal": Later("vision-language models", commands=EVERY),
-    "vision_model_name_or_path": Later("vision-language models"),
-    "enable_mm": Later("vision-language models"),
-    "freeze_config": Later("freezing parts of the model", commands=("train",)),
     "train_emb_only": Later("freezing parts of the model", commands=("train",)),
     "train_moe_only": Later("freezing parts of the model", commands=("train",)),
     "device": Later(
@@ -207,13 +189,16 @@ def _table() -> dict[str, Rule]:
         dict(_ALIASES),
         dict(paddleformers_keys.ALIASES),
         dict(paddleformers_keys.FIXED),
+        dict(vision_keys.ALIASES),
+        dict(vision_keys.FIXED),
+        dict(vision_keys.LATER),
         dict(_LATER),
         dict(paddleformers_keys.LATER),
         {name: Later("layers added or left out at the model's end (num_hidden_layers)") for name in _TAIL.split()},
     ]
-    for no_effect in (_NO_EFFECT, paddleformers_keys.NO_EFFECT):
+    for no_effect in (_NO_EFFECT, paddleformers_keys.NO_EFFECT, vision_keys.NO_EFFECT):
         parts.append({name: NoEffect(why) for why, names in no_effect.items() for name in names.split()})
-    for details in (_DETAILS, paddleformers_keys.DETAILS):
+    for details in (_DETAILS, paddleformers_keys.DETAILS, vision_keys.DETAILS):
         parts.append({name: Detail(of) for of, names in details.items() for name in names.split()})
     for degrees in (_DEGREES, paddleformers_keys.DEGREES):
         parts.append({name: Later(feature, safe=(1, -1), commands=RUN) for name, feature in degrees.items()})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_vision import VisionArgs
 
 
 class Records(Enum):
@@ -47,8 +48,9 @@ class MethodFacts:
 
     def reads(self, key: str) -> bool:
         """Whether the method reads a key of the configuration at all."""
-        own = () if self.options is None else option_names(self.options)
-        return key not in self.unread and (key in own or key not in OPTIONS_OF_METHODS)
+        if key in self.unread or (key in OPTIONS_OF_VISION and not self.vision):
+            return False
+        return key not in OPTIONS_OF_METHODS or (self.options is not None and key in option_names(self.options))
 
 
 def option_names(group: type) -> tuple[str, ...]:
@@ -78,9 +80,9 @@ METHODS: dict[str, MethodFacts] = {
                 "z_loss_lambda": "it belongs to the next-token loss",
             },
         ),
-        MethodFacts("VL-SFT", "", Records.CONVERSATIONS, vision=True, later=_VISION),
+        MethodFacts("VL-SFT", "fine-tuning on conversations with pictures", Records.CONVERSATIONS, vision=True),
         MethodFacts("VL-PT", "", Records.TEXT, vision=True, later=_VISION),
-        MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later=_VISION),
+        MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
         MethodFacts("VL-DPO", "", Records.PAIRS, vision=True, options=PreferenceArgs, later=_VISION),
     )
 }
@@ -89,6 +91,9 @@ BUILT = [facts.name for facts in METHODS.values() if not facts.later]
 OPTIONS_OF_METHODS = frozenset(
     name for facts in METHODS.values() if facts.options is not None for name in option_names(facts.options)
 )
+
+
+OPTIONS_OF_VISION = frozenset(option_names(VisionArgs))
 
 
 def stage_doc() -> str:

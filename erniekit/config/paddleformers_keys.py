@@ -100,7 +100,6 @@ DETAILS: dict[str, str] = {
         "replace_with_parallel_cross_entropy dp_allreduce_avg_in_gradinent_scale sp_allreduce_avg_in_gradinent_scale"
     ),
     "make_offline_data: True": "dataset_output_dir packed_idx_cache_dir data_cache",
-    "stage: VL-SFT": "processor_use_fast",
 }
 
 LATER: dict[str, Later] = {

@@ -17,6 +17,7 @@ from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ExportArgs, GenerateArgs
+from erniekit.config.schema_vision import VisionArgs
 
 TRAIN = ("train",)
 
@@ -325,6 +326,10 @@ def _has_no_options(group: type, cfg: Config, facts: Facts) -> bool:
     return cfg.method.options is not group
 
 
+def _has_no_pictures(cfg: Config, facts: Facts) -> bool:
+    return not cfg.method.vision
+
+
 def _method_rules() -> list[Rule]:
     """What the table of methods says: keys that a method leaves unread, and options of other methods."""
     rules = []
@@ -335,6 +340,9 @@ def _method_rules() -> list[Rule]:
         readers = " or ".join(name for name in BUILT if METHODS[name].options is group)
         other = f"read only with stage: {readers}"
         rules.append(Rule(_names(group), partial(_has_no_options, group), other, DATA))
+    with_pictures = [name for name, facts in METHODS.items() if facts.vision]
+    readers = " or ".join([name for name in with_pictures if name in BUILT] or with_pictures)
+    rules.append(Rule(_names(VisionArgs), _has_no_pictures, f"read only with stage: {readers}", DATA))
     return rules
 
 
@@ -393,6 +401,12 @@ _RANK_RULES = [
         "pipeline_parallel_degree is 1",
     ),
     Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
+    Rule(
+        "max_restarts elastic",
+        lambda c, f: True,
+        "`{command}` has no checkpoints to start again from",
+        ("eval", "chat"),
+    ),
     Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
         "check_replicas_steps distributed_timeout rendezvous_timeout",

@@ -8,8 +8,11 @@ from erniekit.config.schema import GROUPS, fields
 
 # Command -> the groups of keys that it reads, and single keys of other groups.
 KEYS: dict[str, tuple[str, str]] = {
-    "train": ("data,model,shape,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
-    "eval": ("data,model,generation,evaluation", "output_dir batch_size seed lora_path loss_type beta reference_free"),
+    "train": ("data,vision,model,shape,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
+    "eval": (
+        "data,vision,model,generation,evaluation",
+        "output_dir batch_size seed lora_path loss_type beta reference_free",
+    ),
     "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
     "export": (
         "export",

@@ -16,11 +16,13 @@ from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_vision import VisionArgs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
     DataArgs,
+    VisionArgs,
     ModelArgs,
     LoraArgs,
     PreferenceArgs,

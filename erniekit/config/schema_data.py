@@ -65,9 +65,9 @@ class DataArgs:
     max_seq_len: int = key(4096, "Length of a row in tokens.", ge=2)
     truncation: str = key(
         "drop",
-        "A sample longer than max_seq_len loses its earliest turns; a last turn that is still too long is dropped "
-        "(drop), cut at its end (cut), or stops the run (error). What was cut or dropped is counted.",
-        choices=("drop", "cut", "error"),
+        "A sample longer than max_seq_len loses its earliest turns (with pictures its last rounds); one that is still "
+        "too long is dropped (drop), cut at its end (cut), gets smaller pictures (shrink), or stops the run (error).",
+        choices=("drop", "cut", "shrink", "error"),
     )
     on_bad_line: str = key(
         "error", "A bad line stops the run (error), or is skipped and counted (skip).", choices=("error", "skip")

@@ -240,8 +240,12 @@ def _hash(template: Template | None) -> str | None:
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
-def training_template(cfg: Config, tokenizer: text_tokenizer.Tokenizer) -> chat.Template | None:
-    """The chat template of a run: None where all its data is plain text and no template is named."""
+def training_template(
+    cfg: Config, tokenizer: text_tokenizer.Tokenizer, sees_pictures: bool = False
+) -> chat.Template | None:
+    """The chat template of a run: None where all its data is plain text and no template is named. `sees_pictures`: the
+    model is a vision-language model, which has one template for conversations with and without pictures.
+    """
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
         specs += specs_of(cfg, "train")
@@ -249,7 +253,8 @@ def training_template(cfg: Config, tokenizer: text_tokenizer.Tokenizer) -> chat.
         specs += specs_of(cfg, "eval")
     if cfg.chat_template is None and _is_plain(specs):
         return None
-    return chat.load_template(tokenizer, cfg.chat_template)
+    load = load_vision_template if sees_pictures else chat.load_template
+    return load(tokenizer, cfg.chat_template)
 
 
 @dataclass(frozen=True)

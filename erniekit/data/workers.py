@@ -49,7 +49,7 @@ class EncoderSpec:
     def __getstate__(self) -> dict[str, Any]:
         """A compiled template cannot be pickled: its name and text go in its place."""
         state = dict(vars(self))
-        if isinstance(self.template, chat.Template) and self.vision is None:
+        if isinstance(self.template, chat.Template) and not isinstance(self.template, VisionTemplate):
             state |= {"template": None, "template_text": (self.template.name, self.template.source)}
         return state
 

@@ -1,6 +1,6 @@
 """The evaluation questions put to the model, and its answers scored."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,17 +8,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from erniekit.config import Config
+from erniekit.data.records.data_file import Raw
 from erniekit.data.records.dataset import Dataset
-from erniekit.data.records.errors import reading
-from erniekit.data.records.formats import parse_record
+from erniekit.data.records.errors import BadLine, reading
+from erniekit.data.records.formats import VISION_TYPE, parse_record
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
+from erniekit.data.vision.formats import parse_vision_record
+from erniekit.data.vision.media import describe, unwrap
+from erniekit.data.vision.parts import media_of
+from erniekit.data.vision.plan import MediaPlan, plan_media
+from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
+from erniekit.data.vision.sequence import MediaTokens
 from erniekit.evaluate import text_metrics
+from erniekit.evaluate.question_pictures import QuestionPictures
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
+from erniekit.evaluate.vision_metrics import answer_score, picture_scores
 from erniekit.generation.decode import decode
 from erniekit.generation.load import ChatModel, PreparedChatModel, sampling_of
-from erniekit.generation.thinking import opens_thought, split_thought
+from erniekit.generation.thinking import CLOSE, opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
+from erniekit.parallel import comm
 from erniekit.utils import log
 
 _BATCH = 128  # questions answered at a time
@@ -29,7 +39,7 @@ _SHOWN = 3  # questions too long for the model that are named; the others are on
 class Question:
     """A question of a sample. `prompt_ids` is what the model continues, `prompt` the same as text; `in_thought` says
     that it ends inside a thought; `reference` is the sample's own answer, `where` its "file:line". `calls` are the
-    calls of that answer; None in a conversation without tools.
+    calls of that answer; None in a conversation without tools. `pictures`: the images and videos of the prompt.
     """
 
     prompt_ids: list[int]
@@ -38,11 +48,14 @@ class Question:
     reference: str
     where: str
     calls: list[dict[str, Any]] | None = None
+    pictures: PicturePrompt | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question with the model's answer. `stop` as in decode.Answer, or "prompt too long"."""
+    """A question with the model's answer. `stop` as in decode.Answer, or "prompt too long" or "picture not readable"
+    where there is none.
+    """
 
     question: Question
     answer: str
@@ -61,6 +74,12 @@ class Prediction:
         if self.question.calls is not None:
             calls = read_calls(self.answer).calls
             found |= {"tool_calls": calls, "tool_call_match": same_calls(calls, self.question.calls)}
+        if self.question.pictures is not None:
+            for kind in ("image", "video"):
+                sources = [plan.part[kind] for plan in self.question.pictures.plans if plan.part["type"] == kind]
+                found |= {f"{kind}s": [_path(source) for source in sources]} if sources else {}
+            kind, value = answer_score(self.answer, self.question.reference)
+            found |= {"reference_kind": kind, "score": value}
         correct = self.answer.strip() == self.question.reference.strip()
         return {**found, "exact_match": correct, "stop": self.stop, "source": self.question.where}
 
@@ -73,16 +92,20 @@ def read_questions(cfg: Config, dataset: Dataset, found: PreparedChatModel) -> l
     if cfg.max_evaluate_steps > 0 and cfg.max_evaluate_steps * cfg.batch_size < count:
         count = cfg.max_evaluate_steps * cfg.batch_size
         log.info(f"max_evaluate_steps: answering the first {count} of {len(dataset)} samples")
-    questions = []
+    questions: list[Question] = []
+    skipped = 0
     for number in range(count):
         type_name, raw, where = dataset.record(number)
-        with reading(where):
-            sample = parse_record(load_record(raw, where), type_name, where)
-        if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
-            sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
-        assert sample.kind == "chat", "config/checks.py refuses plain text"
-        with reading(where):
-            questions += _questions(found, sample, where)
+        try:
+            questions += _questions_of(found, type_name, raw, where)
+        except BadLine as error:
+            if cfg.on_bad_line != "skip":
+                raise
+            skipped += 1
+            if skipped <= _SHOWN:
+                log.warning(f"not asked: {error}")
+    if skipped:
+        log.warning(f"on_bad_line: skip: {skipped} of {count} samples are not asked")
     unread = [q.where for q in questions if q.calls and not same_calls(read_calls(q.reference).calls, q.calls)]
     if unread:
         log.warning(
@@ -93,11 +116,30 @@ def read_questions(cfg: Config, dataset: Dataset, found: PreparedChatModel) -> l
     return questions
 
 
-def _questions(found: PreparedChatModel, sample: Sample, where: str) -> list[Question]:
-    """A sample's questions: the last, and those whose answers call tools."""
+def _questions_of(found: PreparedChatModel, type_name: str, raw: Raw, where: str) -> list[Question]:
+    """The questions of a record. BadLine where it, or the header of one of its pictures, cannot be read."""
+    with reading(where):
+        record = load_record(raw, where)
+        if found.vision is not None and type_name.endswith(VISION_TYPE):
+            options = found.vision.formats(where)
+            sample = parse_vision_record(record, type_name, where, options)
+        else:
+            sample = parse_record(record, type_name, where)
+        if sample.answers is not None:  # a pair: the question's answer is the first turn of the chosen one
+            sample = Sample([*sample.messages, sample.answers[0][0]], tools=sample.tools)
+        assert sample.kind == "chat", "config/checks.py refuses plain text"
+        plans: list[MediaPlan] = []
+        if found.vision is not None:
+            vision = found.vision
+            reader = vision.formats(where).reader
+            plans = plan_media(list(media_of(sample.messages)), reader, vision.settings, vision.video)
+        return list(_questions(found, sample, plans, where))
+
+
+def _questions(found: PreparedChatModel, sample: Sample, plans: list[MediaPlan], where: str) -> Iterator[Question]:
+    """A sample's questions: the last, and those whose answers call tools. `plans`: its pictures and videos."""
     tokenizer, template, messages = found.tokenizer, found.template, sample.messages
     has_tools = bool(sample.tools) or any("tool_calls" in message for message in messages)
-    questions = []
     for i, message in enumerate(messages):
         if i < len(messages) - 1 and "tool_calls" not in message:
             continue
@@ -105,10 +147,16 @@ def _questions(found: PreparedChatModel, sample: Sample, where: str) -> list[Que
         prompt = tokenizer.decode(ids)
         in_thought = opens_thought(prompt)
         target = template.encode_all(messages[: i + 1], sample.tools)[-1][-1].ids[:-1]  # without its end token
-        _, reference = split_thought(tokenizer.decode(target), in_thought)
+        answer = tokenizer.decode(target)
+        # An empty thought is part of the prompt, and the answer then comes without one.
+        _, reference = split_thought(answer, in_thought and CLOSE in answer)
         calls = [call["function"] for call in message.get("tool_calls", [])] if has_tools else None
-        questions.append(Question(ids, prompt, in_thought, reference, where, calls))
-    return questions
+        pictures = None
+        seen = plans[: sum(1 for _ in media_of(messages[:i]))] if plans else []
+        if seen and found.vision is not None:
+            pictures = picture_prompt(ids, seen, MediaTokens.of(tokenizer), found.vision)
+            ids = pictures.ids
+        yield Question(ids, prompt, in_thought, reference, where, calls, pictures)
 
 
 def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Question]) -> list[Prediction]:
@@ -130,6 +178,9 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
     log.info(f"answering {len(asked)} questions with {how}, at most {cfg.max_new_tokens} tokens each")
     prompts = [questions[i].prompt_ids for i in asked]
     predictions = [Prediction(question, "", "", "prompt too long") for question in questions]
+    pictures = QuestionPictures(
+        [questions[i].pictures for i in asked], [questions[i].where for i in asked], cfg.on_bad_line == "skip"
+    )
     with _progress(cfg) as progress:
         task = progress.add_task("answers", total=len(asked))
         answers = decode(
@@ -139,8 +190,13 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
             sampling,
             batch_size=_BATCH,
             on_answer=lambda row, answer: progress.advance(task, opened.model.mesh.degrees.data),
+            pictures=pictures if any(questions[i].pictures for i in asked) else None,
         )
-    for i, answer in zip(asked, answers, strict=True):
+    failed = {row for rows in comm.gather_objects(pictures.failed, opened.model.mesh.data_group) for row in rows}
+    for row, (i, answer) in enumerate(zip(asked, answers, strict=True)):
+        if row in failed:
+            predictions[i] = replace(predictions[i], stop="picture not readable")
+            continue
         thought, text = split_thought(opened.tokenizer.decode(answer.ids), questions[i].in_thought)
         predictions[i] = Prediction(questions[i], text, thought, answer.stop)
     cut = sum(answer.stop == "length" for answer in answers)
@@ -150,7 +206,9 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The metrics of text_metrics over all predictions, and those of tool_metrics over the ones that have tools."""
+    """The metrics of text_metrics over all predictions, those of tool_metrics over the ones that have tools, and those
+    of vision_metrics over the ones that have pictures.
+    """
     found = [prediction.answer for prediction in predictions]
     expected = [prediction.question.reference for prediction in predictions]
     accuracy, macro_f1, num_labels = text_metrics.classification(found, expected)
@@ -161,16 +219,30 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     if with_tools:
         calls = call_scores([a.calls for a in answers], [p.question.calls or [] for p in with_tools])
         calls["num_unreadable_calls"] = sum(answer.unreadable for answer in answers)
-    return {
-        "num_answers": len(predictions),
-        "exact_match": text_metrics.exact_match(found, expected),
-        "accuracy": accuracy,
-        "macro_f1": macro_f1,
-        "num_labels": num_labels,
-        "rouge_l": text_metrics.rouge_l(found, expected),
-        "bleu": bleu,
-        "bleu_tokenization": tokenization,
-    } | calls
+    about_pictures = [prediction for prediction in predictions if prediction.question.pictures is not None]
+    pictures = picture_scores([p.answer for p in about_pictures], [p.question.reference for p in about_pictures])
+    return (
+        {
+            "num_answers": len(predictions),
+            "exact_match": text_metrics.exact_match(found, expected),
+            "accuracy": accuracy,
+            "macro_f1": macro_f1,
+            "num_labels": num_labels,
+            "rouge_l": text_metrics.rouge_l(found, expected),
+            "bleu": bleu,
+            "bleu_tokenization": tokenization,
+        }
+        | calls
+        | pictures
+    )
+
+
+def _path(source: Any) -> Any:
+    """The source of a picture or video as the record names it; a short name of one that the record contains."""
+    if isinstance(source, list | tuple):
+        return [_path(frame) for frame in source]
+    plain = unwrap(source)
+    return plain if isinstance(plain, str) and plain[:5].lower() != "data:" else describe(plain)
 
 
 def _progress(cfg: Config) -> Progress:

@@ -50,6 +50,12 @@ _SHOWN = {
     "num_unreadable_calls": ("calls: unreadable", "{:d}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "macro_f1": ("macro F1", "{:.2%}"),
+    "anls": ("ANLS of texts about pictures", "{:.2%}"),
+    "option_accuracy": ("options: right letter", "{:.2%}"),
+    "box_iou50": ("boxes: F1 at IoU 0.5", "{:.2%}"),
+    "box_mean_iou": ("boxes: mean IoU", "{:.2%}"),
+    "num_boxes_overshooting": ("boxes: beyond 0 to 1000", "{:d}"),
+    "num_boxes_refused": ("boxes: corners swapped", "{:d}"),
     "rouge_l": ("ROUGE-L", "{:.2%}"),
     "bleu": ("BLEU", "{:.2f} of 100"),
 }
@@ -64,7 +70,8 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     `token_accuracy` (share of supervised tokens that are the model's first choice). With predict_with_generate the
     model also answers the last question of each sample and those whose answers call tools, choosing tokens as
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
-    those of tool_metrics too. In pairs of answers, the model's is compared with the chosen one.
+    those of tool_metrics too, and for questions with pictures those of vision_metrics. In pairs of answers, the model's
+    is compared with the chosen one.
 
     The model and the data are divided over the ranks of the job as the degrees in `cfg` say; the numbers are those of
     one process, and every rank has them. The first rank writes them to `eval_output` or `output_dir` and prints a
@@ -83,7 +90,9 @@ def evaluate(cfg: Config) -> dict[str, Any]:
             chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
             reference = find_reference(cfg, found)
             loader = stack.enter_context(
-                build_loader(cfg, found.tokenizer, "eval", mesh.data, mesh.degrees.data, found.template)
+                build_loader(
+                    cfg, found.tokenizer, "eval", mesh.data, mesh.degrees.data, found.template, vision=found.vision
+                )
             )
             questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
         require_same_files(found.prepared.path, loader.identity, world)

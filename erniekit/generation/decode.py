@@ -67,6 +67,14 @@ class Answer:
         return self.ids if self.stop_id is None else [*self.ids, self.stop_id]
 
 
+class PromptTables(Protocol):
+    """The images and videos of prompts by the number of the prompt, None for text alone. They may be decoded when they
+    are asked for: each is, once, for the batch that its prompt is in.
+    """
+
+    def __getitem__(self, row: int, /) -> PictureTables | None: ...
+
+
 class Stepper(Protocol):
     """What gives next-token scores for rows that grow."""
 
@@ -151,9 +159,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     return out
 
 
-def _of_rows(
-    pictures: Sequence[PictureTables | None] | None, rows: Sequence[int]
-) -> Sequence[PictureTables | None] | None:
+def _of_rows(pictures: PromptTables | None, rows: Sequence[int]) -> Sequence[PictureTables | None] | None:
     return None if pictures is None else [pictures[row] for row in rows]
 
 
@@ -171,7 +177,7 @@ def decode(
     use_cache: bool = True,
     on_token: OnToken = _ignore,
     on_answer: Callable[[int, Answer], None] = _ignore,
-    pictures: Sequence[PictureTables | None] | None = None,
+    pictures: PromptTables | None = None,
 ) -> list[Answer]:
     """Answer each prompt (token ids, at least one each). The result is in the order of the prompts and does not depend
     on how they share batches, nor on the ranks that hold the model.
@@ -238,18 +244,21 @@ def decode_one(
     limits: Limits,
     sampling: Sampling,
     turn: int = 0,
+    pictures: PictureTables | None = None,
 ) -> Iterator[Answer]:
     """Answer one prompt token by token: yields the growing answer after each token, the last time with `stop` set.
 
-    `stepper` (of one row) has cached the first `num_cached` tokens of the prompt, which are not all of it. The random
-    generator is made of (sampling.seed, turn). All ranks of one copy of the model call it alike.
+    `stepper` (of one row) has cached the first `num_cached` tokens of the prompt, which are not all of it; `pictures`
+    are the images and videos of the others. The random generator is made of (sampling.seed, turn). All ranks of one
+    copy of the model call it alike.
     """
     check_prompts(model, [prompt])
     work = _Work(model, [prompt], limits, sampling, turn)
     answer = work.answers[0]
-    new = prompt[num_cached:]
+    new, new_pictures = prompt[num_cached:], None if pictures is None else [pictures]
     while not answer.stop:
-        new = work.step(stepper.feed([new]), [0])
+        new = work.step(stepper.feed([new], new_pictures), [0])
+        new_pictures = None
         yield answer
     _report_full([answer], model)
 

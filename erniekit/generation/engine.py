@@ -53,9 +53,8 @@ def generate(
         pad_token_id: fills rows that ended early (default: the model's).
         use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
         stream: called with (row, token) as each token is chosen.
-        position_ids: (time, height, width) [3, B, S] of prompts with images or videos (default: by position_rule).
-        pictures: images and videos in the prompts of a vision-language model (pixel_values, image_grid_thw, ...), see
-            models.pictures.PictureArguments.
+        position_ids: [3, B, S] of prompts with images or videos (default: by position_rule).
+        pictures: the images and videos of prompts, see models.pictures.PictureArguments.
 
     Returns:
         int64 [B, S + N]: the input as given (padded to the longest prompt, S), then the new tokens of each row, its end
@@ -64,7 +63,6 @@ def generate(
     Raises:
         UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
             vocabulary.
-        ValueError: images or videos do not fit their placeholders.
     """
     padding = model.fill_id if pad_token_id is None else pad_token_id
     ids, mask = _prompts(input_ids, attention_mask, padding)

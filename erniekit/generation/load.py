@@ -13,6 +13,9 @@ from erniekit.checkpoint.model_shape import model_config
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.processor_files import read_settings
+from erniekit.data.vision.template import load_vision_template
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model, resolve_tokenizer
@@ -27,7 +30,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 @dataclass(frozen=True)
 class ChatModel:
     """A model in eval mode with what turns text into its tokens. `path` is its directory; `enable_thinking` is
-    passed to the template (None: it is not).
+    passed to the template (None: it is not). `vision`: how pictures and videos are prepared; None: the model reads text
+    alone.
     """
 
     model: CausalLM
@@ -36,6 +40,7 @@ class ChatModel:
     path: Path
     enable_thinking: bool | None
     generation: GenerationConfig
+    vision: VisionSpec | None = None
 
     def limits(self, cfg: Config) -> Limits:
         """When an answer ends: at the template's and the model's end tokens, within the configuration's bounds."""
@@ -82,6 +87,7 @@ class PreparedChatModel:
     template: Template
     path: Path
     enable_thinking: bool | None
+    vision: VisionSpec | None = None
 
     def load(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> ChatModel:
         """Read the weights: those that this process of `mesh` has, with the layers of `chunks`; given no mesh, all."""
@@ -90,7 +96,7 @@ class PreparedChatModel:
             base, adapter = self.prepared.path, f" with the adapter {self.path}"
             log.info(f"model: {base}{'' if base == self.path else adapter}")
         generation = self.prepared.generation
-        return ChatModel(model, self.tokenizer, self.template, self.path, self.enable_thinking, generation)
+        return ChatModel(model, self.tokenizer, self.template, self.path, self.enable_thinking, generation, self.vision)
 
 
 def open_model(cfg: Config) -> ChatModel:
@@ -111,8 +117,6 @@ def find_model(cfg: Config) -> PreparedChatModel:
     if files.note:
         log.info(files.note)
     tokenizer = _tokenizer(cfg, base)
-    template = load_template(tokenizer, cfg.chat_template, path)
-    say_if_trained_otherwise(path, template)
     if not files.random_start and not has_weights(base):
         start = " (or set continue_training: false for a random start)" if files.is_start else ""
         raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
@@ -120,11 +124,14 @@ def find_model(cfg: Config) -> PreparedChatModel:
     options = inference_options(cfg, None if base == path else path, files.random_start)
     prepared = prepare_model(base, options, shape)
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
+    vision = None if prepared.config.vision is None else VisionSpec(read_settings(base))
+    template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
+    say_if_trained_otherwise(path, template)
     thinking = cfg.enable_thinking
     if thinking is not None and "enable_thinking" not in template.source:
         log.info(f"enable_thinking: {thinking}: no effect: chat template {template.name} knows only one mode")
         thinking = None
-    return PreparedChatModel(prepared, tokenizer, template, path, thinking)
+    return PreparedChatModel(prepared, tokenizer, template, path, thinking, vision)
 
 
 def _tokenizer(cfg: Config, path: Path) -> Tokenizer:

@@ -1,14 +1,16 @@
-"""Images and videos of prompts, step by step: a row's tables, as the slices that each pass of the model takes.
+"""Images and videos of prompts: decoded, and step by step as each pass of the model takes them.
 
 Legend: B rows, W tokens of the widest row of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import paddle
 
+from erniekit.data.vision.plan import MediaPlan
+from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import EncodedPictures
 from erniekit.models.pictures import PictureTables
@@ -53,6 +55,38 @@ class PromptPictures:
                     places.append(encoded.places[own] - start + b * width)
         pictures = EncodedPictures(paddle.concat(features), np.concatenate(places)) if features else None
         return Step(positions, modality, pictures)
+
+
+def tables_of(
+    prompt: PicturePrompt, start: int = 0, decode: Callable[[MediaPlan], np.ndarray] = MediaPlan.patches
+) -> PictureTables:
+    """The tokens of a prompt from `start` on, which is not inside a picture, with the pictures among them, decoded by
+    `decode`. BadRecord for one that cannot be.
+    """
+    new = [i for i, first in enumerate(prompt.first_tokens.tolist()) if first >= start]
+    plans = [prompt.plans[i] for i in new]
+    places = [np.arange(prompt.first_tokens[i], prompt.ends[i]) - start for i in new]
+    patches = [decode(plan) for plan in plans]
+    return PictureTables(
+        patches=np.concatenate(patches) if patches else np.zeros((0, 0), np.uint8),
+        grid=np.array([plan.geometry.grid for plan in plans], np.int64).reshape(-1, 3),
+        places=np.concatenate([np.zeros(0, np.int64), *places]),
+        modality=prompt.modality[start:].astype(np.int64),
+        positions=prompt.positions[start:],
+    )
+
+
+def num_shared(before: PicturePrompt | None, now: PicturePrompt, count: int) -> int:
+    """How many of the first `count` token ids, which two prompts of a conversation have in common, also stand for the
+    same pictures. The number never ends inside a picture. None as the prompt before: one of text alone.
+    """
+    earlier = () if before is None else before.plans
+    for i, (first, end) in enumerate(zip(now.first_tokens.tolist(), now.ends.tolist(), strict=True)):
+        if first >= count:
+            break
+        if end > count or i >= len(earlier) or now.plans[i].part is not earlier[i].part:
+            return int(first)
+    return count
 
 
 @paddle.no_grad()

@@ -6,6 +6,7 @@ ranks cannot choose differently, and sampling without a seed needs no agreement 
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,27 @@ def from_leader(value: Any, mesh: Mesh) -> Any:
     """A value of JSON's types from the rank that leads -> the same on every rank of the copy."""
     if mesh.degrees.pipeline * mesh.degrees.tensor == 1:
         return value
-    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) if leads(mesh) else np.empty(0, np.uint8)
+    return json.loads(_bytes_from_leader(json.dumps(value).encode() if leads(mesh) else b"", mesh))
+
+
+def arrays_from_leader(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[np.ndarray]:
+    """Arrays of the rank that leads -> the same on every rank of the copy, of which the others give none."""
+    if mesh.degrees.pipeline * mesh.degrees.tensor == 1:
+        return list(arrays)
+    result: list[np.ndarray] = []
+    for dtype, shape in from_leader([(array.dtype.str, array.shape) for array in arrays], mesh):
+        data = np.ascontiguousarray(arrays[len(result)]).tobytes() if leads(mesh) else b""
+        result.append(np.frombuffer(_bytes_from_leader(data, mesh), dtype).reshape(shape))
+    return result
+
+
+def _bytes_from_leader(data: bytes, mesh: Mesh) -> bytes:
+    """Bytes of the rank that leads -> the same on every rank, eight of them in each integer that is sent."""
     length = int(_broadcast(np.array([len(data)]), mesh, 0)[0])
-    text = _broadcast(data if leads(mesh) else np.zeros(length, np.uint8), mesh, 0)
-    return json.loads(text.astype(np.uint8).tobytes())
+    words = np.zeros(-(-length // 8), np.int64)
+    if leads(mesh):
+        words.view(np.uint8)[:length] = np.frombuffer(data, np.uint8)
+    return _broadcast(words, mesh, 0).tobytes()[:length] if length else b""
 
 
 def _broadcast(values: np.ndarray, mesh: Mesh, stage: int) -> np.ndarray:

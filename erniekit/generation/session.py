@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
 
+import numpy as np
+
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.generation.decode import Answer, CachedStepper, Limits, check_prompts, decode_one
-from erniekit.generation.ranks import from_leader
+from erniekit.generation.pictures import num_shared, tables_of
+from erniekit.generation.ranks import arrays_from_leader, from_leader
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
+from erniekit.models.pictures import PictureTables
 from erniekit.models.stages import finish_passes
 
 
@@ -27,11 +33,13 @@ class Session:
         self._model = model
         self._stepper = CachedStepper(model, 1)
         self._ids: list[int] = []  # the conversation; the cache holds its beginning
+        self._pictures: PicturePrompt | None = None  # of the last prompt
         self.reused = 0
 
     def clear(self) -> None:
         """Forget the conversation."""
         self._ids = []
+        self._pictures = None
         self.reused = 0
 
     def close(self) -> None:
@@ -39,20 +47,47 @@ class Session:
         from_leader(None, self._model.mesh)
         finish_passes(self._model)
 
-    def answer(self, prompt_ids: Sequence[int], limits: Limits, sampling: Sampling, turn: int = 0) -> Iterator[Answer]:
+    def answer(
+        self,
+        prompt: Sequence[int] | PicturePrompt,
+        limits: Limits,
+        sampling: Sampling,
+        turn: int = 0,
+        notes: Notes | None = None,
+    ) -> Iterator[Answer]:
         """Answer token by token: gives the growing answer, the last time with `stop` set. It may be left at any point.
 
-        `turn` makes the random draws of one turn differ from another's. Raises UserError, at once, for a prompt that
-        does not fit the model.
+        `prompt`: token ids, with pictures if there are any. Of pictures only those are decoded that the model has not
+        seen yet; to `notes` is added what was decided then. `turn` makes the random draws of one turn differ from
+        another's. Raises, at once, UserError for a prompt that does not fit the model, and BadRecord for a picture that
+        cannot be decoded.
         """
+        pictures = prompt if isinstance(prompt, PicturePrompt) else None
+        prompt_ids = list(prompt.ids if isinstance(prompt, PicturePrompt) else prompt)
         check_prompts(self._model, [prompt_ids])
-        return self._answer(list(prompt_ids), limits, sampling, turn)
+        reused = self._num_reused(prompt_ids, pictures)
+        tables = None if pictures is None else tables_of(pictures, reused, lambda plan: plan.patches(notes))
+        return self._answer(prompt_ids, reused, pictures, tables, limits, sampling, turn)
 
-    def _answer(self, prompt_ids: list[int], limits: Limits, sampling: Sampling, turn: int) -> Iterator[Answer]:
-        mesh = self._model.mesh
+    def _num_reused(self, prompt_ids: list[int], pictures: PicturePrompt | None) -> int:
+        """How many tokens of a prompt the cache holds already."""
         pairs = zip(self._ids[: int(self._stepper.cache.lengths[0])], prompt_ids, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.reused = min(common, len(prompt_ids) - 1)  # the last token gives the scores of the next one
+        common = min(common, len(prompt_ids) - 1)  # the last token gives the scores of the next one
+        return common if pictures is None else num_shared(self._pictures, pictures, common)
+
+    def _answer(
+        self,
+        prompt_ids: list[int],
+        reused: int,
+        pictures: PicturePrompt | None,
+        tables: PictureTables | None,
+        limits: Limits,
+        sampling: Sampling,
+        turn: int,
+    ) -> Iterator[Answer]:
+        mesh = self._model.mesh
+        self.reused = reused
         with _whole_step(self._model):
             from_leader(
                 {
@@ -61,12 +96,15 @@ class Session:
                     "limits": asdict(limits),
                     "sampling": asdict(sampling),
                     "turn": turn,
+                    "pictures": tables is not None,
                 },
                 mesh,
             )
-        self._ids = list(prompt_ids)
+            if tables is not None:
+                arrays_from_leader(_arrays(tables), mesh)
+        self._ids, self._pictures = list(prompt_ids), pictures
         self._stepper.cache.truncate(self.reused)
-        steps = decode_one(self._model, prompt_ids, self._stepper, self.reused, limits, sampling, turn)
+        steps = decode_one(self._model, prompt_ids, self._stepper, self.reused, limits, sampling, turn, tables)
         ended = False
         try:
             while not ended:
@@ -91,6 +129,7 @@ def follow(model: CausalLM) -> None:
         stepper = CachedStepper(model, 1)
         while (turn := from_leader(None, mesh)) is not None:
             limits, sampling = turn["limits"], turn["sampling"]
+            tables = PictureTables(*arrays_from_leader([], mesh)) if turn["pictures"] else None
             stepper.cache.truncate(turn["reused"])
             steps = decode_one(
                 model,
@@ -100,10 +139,16 @@ def follow(model: CausalLM) -> None:
                 Limits(**limits | {"stop_ids": tuple(limits["stop_ids"])}),
                 Sampling(**sampling),
                 turn["turn"],
+                tables,
             )
             while from_leader(None, mesh) and not next(steps).stop:
                 pass
     finish_passes(model)
+
+
+def _arrays(tables: PictureTables) -> list[np.ndarray]:
+    """The arrays of `tables`, in the order of its fields."""
+    return [tables.patches, tables.grid, tables.places, tables.modality, tables.positions]
 
 
 @contextmanager

@@ -128,14 +128,14 @@ class MoELayer(nn.Layer):
         return y if shared is None else y + shared, decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
-        """Run each modality's tokens through its own router and experts. A modality without tokens is skipped, unless
-        other ranks may need its experts.
+        """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
+        unless other ranks may need its experts.
         """
         finishes, places, decisions = [], [], {}
         needed = self.ranks is not None and self.ranks.expert.size > 1
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
-            if len(where) or needed or (modality == TEXT and not x_TD.shape[0]):
+            if modality == TEXT or len(where) or needed:
                 selected = paddle.gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths)
                 finishes.append(finish)
@@ -149,8 +149,10 @@ class MoELayer(nn.Layer):
         """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""
         num_experts = self.sizes.num_experts
         agree = None if self.ranks is None else self.ranks.agree
-        # Without tokens the router has no gradient, as where it does not run at all.
-        logits = self.gate(x_TD, modality) if x_TD.shape[0] else paddle.zeros([0, num_experts])
+        # The text router always runs: a rank without tokens has the graph of the others, and gradients of zero. The
+        # vision router has no gradient without tokens, as in a process that skips it.
+        runs = modality == TEXT or x_TD.shape[0] > 0
+        logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
         routing = route(logits, self.bias_of(modality), self.options, agree)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
         chosen = routing.experts.numpy()

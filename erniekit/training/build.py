@@ -19,6 +19,8 @@ from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
 from erniekit.data.record_feed import training_template
+from erniekit.data.vision.options import vision_spec
+from erniekit.data.vision.processor_files import read_settings
 from erniekit.join import require_same_files
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -46,6 +48,7 @@ from erniekit.training.methods import Method, method_of
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -119,7 +122,8 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     prepared = prepare(cfg, model_dir, mesh)
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
-    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh)
+    _require_pictures(cfg, prepared.config, model_dir)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision is not None)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
@@ -172,6 +176,15 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     )
 
 
+def _require_pictures(cfg: Config, config: ModelConfig, model_dir: Path) -> None:
+    """ConfigError where the method trains on pictures and the model cannot see them."""
+    if cfg.method.vision and config.vision is None:
+        raise ConfigError(
+            f"stage: {cfg.method.name}: {model_dir} is a model of text alone ({config.model_type}), which has no use "
+            "for pictures. Set model_name_or_path to a vision-language model, or choose a stage for text."
+        )
+
+
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
     """The model of a run, checked but not built. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
@@ -184,13 +197,22 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
 
 
 def _open_data(
-    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, sees_pictures: bool
 ) -> tuple[Template | None, Loader, Loader | None]:
-    """The chat template, the training data, and those of evaluations if there are any; the same on every rank."""
+    """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
+    `sees_pictures`: the model is a vision-language model, whose template is used for text, too.
+    """
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
-        template = training_template(cfg, tokenizer)
-        build = partial(build_loader, tokenizer=tokenizer, rank=mesh.data, world=mesh.degrees.data, template=template)
+        template = training_template(cfg, tokenizer, sees_pictures)
+        build = partial(
+            build_loader,
+            tokenizer=tokenizer,
+            rank=mesh.data,
+            world=mesh.degrees.data,
+            template=template,
+            vision=vision_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None,
+        )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None
     data = {f"training data: {name}": value for name, value in loader.identity.items()}

@@ -46,6 +46,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(FACTS["SFT"], CausalRecipe.build, label_scores),
         Method(FACTS["PT"], CausalRecipe.build, label_scores),
+        Method(FACTS["VL-SFT"], CausalRecipe.build, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
+from erniekit.checkpoint.fingerprint import files_digest, weights_digest
 from erniekit.config.schema import Config
 from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -34,7 +34,6 @@ from erniekit.utils.user_files import open_regular, parse_json
 
 _VERSION = 1
 _KEY_BYTES = 16
-_READ = 1 << 24  # bytes of a weight file hashed at a time
 Table = dict[str, tuple[float, float]]  # a pair's hash -> log-probabilities of chosen and rejected
 LogProbs = Callable[[Sequence[PackedBatch]], list[paddle.Tensor]]  # see reference.Reference
 
@@ -76,27 +75,14 @@ def pair_keys(batch: PackedBatch) -> list[str]:
     return keys
 
 
-def fingerprint(cfg: Config, model_dir: Path, config: ModelConfig) -> dict[str, str]:
+def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig) -> dict[str, str]:
     """What the numbers are of: the reference's weights and config.json, or its random start, and how it computes."""
-    names = sorted(file.name for file in model_dir.iterdir() if WEIGHT_FILE.fullmatch(file.name))
-    weights = f"random start, seed {cfg.seed}"
-    if cfg.continue_training:
-        weights = _hash_files([model_dir / name for name in names if not name.endswith(".json")])
     return {
-        "weights": weights,
-        CONFIG_FILE: _hash_files([model_dir / CONFIG_FILE]),
+        "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
+        CONFIG_FILE: files_digest([model_dir / CONFIG_FILE]),
         "rope_theta": f"{config.rope_theta:g}",
         "compute_type": cfg.compute_type,
     }
-
-
-def _hash_files(paths: Sequence[Path]) -> str:
-    state = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(_READ):
-                state.update(block)
-    return state.hexdigest()[:32]
 
 
 def prepare_cache(
@@ -107,7 +93,7 @@ def prepare_cache(
     """
     assert cfg.ref_logps_cache is not None
     path = Path(cfg.ref_logps_cache)
-    now = on_first(mesh.world_group, lambda: fingerprint(cfg, model_dir, model.config))
+    now = on_first(mesh.world_group, lambda: describe_reference(cfg, model_dir, model.config))
     table = on_first(mesh.world_group, lambda: read_cache(path, now))
     known = len(table)
     for microbatches in _all_pairs(cfg, tokenizer, mesh):

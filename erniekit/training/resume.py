@@ -41,9 +41,13 @@ _KEYS = {
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
         max_prompt_len seed
+        min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
+        video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
+        position_rule
     """,
     Decision.CONTENT: "model_name_or_path train_dataset_path input_dir chat_template",
     Decision.SAY: """
+        allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
         compute_type amp_master_grad loss_subbatch_seqlen z_loss_lambda multi_token_pred_lambda
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef

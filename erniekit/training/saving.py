@@ -182,14 +182,14 @@ class Saver:
         """Write checkpoint-N (whole or not at all), then remove the oldest beyond save_total_limit. With
         use_async_save it is only copied when this returns; what goes wrong later is raised by the next save.
         """
-        portions: list[RankFiles] = []
+        files: list[RankFiles] = []
         adds = []
         for directory, tensors in (self._weights() | self.run.recipe.extra_weights()).items():
             more, add = self._prepare_save(tensors, below=directory)
-            portions += more
+            files += more
             adds.append(add)
         if not self.cfg.ignore_save_lr_and_optim:
-            portions.append(optimizer_rank_files(self.run.optimizer, self.shares))
+            files.append(optimizer_rank_files(self.run.optimizer, self.shares))
         adds.append(state_writer(self.cfg, state))  # last, so that a directory without it is not a training checkpoint
 
         def add_all(checkpoint: Path) -> None:
@@ -197,7 +197,7 @@ class Saver:
                 add(checkpoint)
 
         best = None if state.best_step is None else checkpoint_dir(self.output_dir, state.best_step)
-        return self.manager.save(state.step, add_all, portions, keep=best, background=self.cfg.use_async_save)
+        return self.manager.save(state.step, add_all, files, keep=best, background=self.cfg.use_async_save)
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with
@@ -216,8 +216,8 @@ class Saver:
             else:
                 log.warning(f"load_best_model_at_end: {best.name} was not saved; the final model is the last step's")
         for directory, tensors in self._weights().items():
-            portions, add = self._prepare_save(tensors)
-            self.manager.save_into(self.output_dir / directory, add, portions)
+            files, add = self._prepare_save(tensors)
+            self.manager.save_into(self.output_dir / directory, add, files)
         self.output.record_final(FinalModel(state.step, 1, self.run.max_steps, data_ended))
         return self.output_dir
 

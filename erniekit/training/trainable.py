@@ -87,7 +87,7 @@ def prepare_save(
     state, products = lora.state_of(model), product_rank_files(model, tensors, shares, directory)
     if state is None:
         header = _header_of(model, tensors)
-        portion = model_rank_files(model, shares, format, tensors, directory, header)
+        weights = model_rank_files(model, shares, format, tensors, directory, header)
 
         def add_files(checkpoint: Path) -> None:
             write_model_configs(model, checkpoint / directory, format, header)
@@ -95,7 +95,7 @@ def prepare_save(
             copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
             add_template(checkpoint)
 
-        return [portion, products], add_files
+        return [weights, products], add_files
     is_first = shares.mesh.world_group.index == 0
     whole = [array if is_first else None for array in shares.collect(tensors, adapter_parameters(state))]
 

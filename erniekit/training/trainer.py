@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
+from erniekit.checkpoint.model_dir import what_is_saved
 from erniekit.data.batch import PackedBatch
 from erniekit.models.weights import num_parameters
 from erniekit.moe.balance import update_biases
@@ -88,7 +89,7 @@ class Trainer:
             self.run.close()
         if self._stopped_by is not None:
             by = "interrupted by Ctrl-C" if self._stopped_by == signal.SIGINT else f"stopped by {self._stopped_by.name}"
-            saved = stop_signals.what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
+            saved = what_is_saved(self.run.output_dir, self.cfg.overwrite_output_dir)
             log.info(f"{by} after step {self.state.step}; {saved}")
         return summary
 

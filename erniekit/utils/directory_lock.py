@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
+from erniekit.utils.errors import ConfigError, disk_is_full
 
 LOCK_FILE = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -42,7 +42,7 @@ def make_directory(directory: Path, key: str) -> None:
 
 
 def _unusable(directory: Path, key: str, error: OSError) -> ConfigError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_is_full(error):
         cure = "Free some space, or choose a directory on another disk."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "Change its permissions, or choose another directory."

@@ -2,6 +2,7 @@
 traceback.
 """
 
+import errno
 from collections.abc import Sequence
 
 
@@ -31,3 +32,8 @@ class EvaluationError(UserError):
 
 class TrainError(UserError):
     """Training cannot continue: a non-finite loss, an output directory of another run, a full disk."""
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed because no space was left, or because the user's quota was used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 
 from erniekit.utils import heartbeat
@@ -89,21 +88,6 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferring = False
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the highest step; None without one. Saving renames, so what has the name is whole."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
-
-
-def what_is_saved(output_dir: Path, overwrite: bool) -> str:
-    """Which checkpoint there is, and how to resume from it. overwrite: the command would remove it."""
-    newest = newest_checkpoint(output_dir)
-    if newest is None:
-        return "no checkpoint has been saved"
-    how = "the same command with overwrite_output_dir=false" if overwrite else "the same command"
-    return f"the newest checkpoint is {newest}; {how} resumes from there"
 
 
 def interrupted(number: int) -> str:

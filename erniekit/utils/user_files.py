@@ -98,8 +98,10 @@ def parse_json(
     try:
         content = (_DECODER if number is None and strict else _decoder(number, strict)).decode(text)
     except json.JSONDecodeError as problem:
-        line = f"line {problem.lineno}, " if "\n" in text.strip() else ""
-        raise error(f"{where}: not JSON: {problem.msg} at {line}column {problem.colno}.") from None
+        # A text that ends too early is wrong behind its last character, not behind the line break that follows.
+        at = min(problem.pos, len(text.rstrip()))
+        line = f"line {text.count(chr(10), 0, at) + 1}, " if "\n" in text.strip() else ""
+        raise error(f"{where}: not JSON: {problem.msg} at {line}column {at - text.rfind(chr(10), 0, at)}.") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
     except ValueError as problem:  # of ours, or Python's limit on the digits of an integer

@@ -162,7 +162,7 @@ def test_infinite_loss_names_step_and_parameter(fail, workspace):
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("stage=VL-SFT", "VL-SFT"),
+        ("stage=OCR-VL-SFT", "OCR-VL-SFT"),
         ("context_parallel_degree=2", "context parallelism"),
         ("compute_type=fp8", "fp8"),
     ],

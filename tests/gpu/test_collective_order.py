@@ -59,7 +59,7 @@ def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
         divide(self, *args, **(kwargs | {"limit": 3000}))
 
     def watched(self: Any, chunk: int, microbatch: int, x: Any) -> Any:
-        empty["empty"] += not len(self.microbatches[microbatch].supervised)
+        empty["empty"] += not len(self._runner.microbatches[microbatch].supervised)
         return forward(self, chunk, microbatch, x)
 
     grad_sync.GradientSync.__init__ = overlapping  # type: ignore[method-assign]

@@ -1,20 +1,15 @@
 """A picture from the processor through the model and its exported directory, as a user has it."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import paddle
 import pytest
-from support.pictures import blocks, vision_directory
-from support.tiny_vision import CONFIG
+from support.pictures import blocks
+from support.tiny_directories import vision_model_directory
 
 import erniekit
-from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.vision.processor import Processor, load_processor
-from erniekit.models.config import ModelConfig
-from erniekit.models.decoder import CausalLM
-from erniekit.models.init import init_weights
 
 QUESTION = [
     {
@@ -30,22 +25,7 @@ QUESTION = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with tokenizer, processor files and random weights of patches of 14 x 14 pixels."""
-    path = vision_directory(tmp_path_factory.mktemp("use") / "vl")
-    tokenizer = load_tokenizer(path)
-    names = {
-        f"{kind.lower()}_{which.lower()}_token_id": f"<|{kind}_{which}|>"
-        for kind in ("IMAGE", "VIDEO")
-        for which in ("START", "END")
-    }
-    names |= {f"{kind.lower()}_token_id": f"<|{kind}_PLACEHOLDER|>" for kind in ("IMAGE", "VIDEO")}
-    ids: dict[str, Any] = {key: tokenizer.token_id(token) for key, token in names.items()}
-    text = CONFIG["text_config"] | {"vocab_size": 576}
-    vision = CONFIG["vision_config"] | {"patch_size": 14}
-    model = CausalLM(ModelConfig.from_dict(CONFIG | ids | {"text_config": text, "vision_config": vision}))
-    init_weights(model, 3)
-    erniekit.save_model(model, path)
-    return path
+    return vision_model_directory(tmp_path_factory.mktemp("use") / "vl")
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,11 @@ class VisionSpec:
         reader = MediaReader(Path(where.rpartition(":")[0] or where).parent, self.allow_urls)
         return FormatOptions(reader, self.boxes, self.missing_tags, self.images)
 
+    @property
+    def video(self) -> VideoOptions:
+        """How videos are read."""
+        return VideoOptions(self.settings.choice, self.images, self.video_seconds)
+
     def __repr__(self) -> str:
         """All that decides what records become, as text."""
         settings = {key: np.asarray(value).tolist() if key in ("mean", "std") else value
@@ -78,7 +83,6 @@ class VisionEncoder:
         self.template = template
         self._spec, self._max_seq_len, self._skip_bad = spec, max_seq_len, on_bad_line == "skip"
         self._tokens = MediaTokens.of(template.tokenizer)
-        self._video = VideoOptions(spec.settings.choice, spec.images, spec.video_seconds)
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
         """Encode one record of a file; DataError "file:line: ..." if it is wrong, or a dropped record where such lines
@@ -88,7 +92,9 @@ class VisionEncoder:
             with reading(where):
                 options = self._spec.formats(where)
                 sample = parse_vision_record(load_record(raw, where), type_name, where, options)
-                plans = plan_media(list(media_of(sample.messages)), options.reader, self._spec.settings, self._video)
+                plans = plan_media(
+                    list(media_of(sample.messages)), options.reader, self._spec.settings, self._spec.video
+                )
                 return self._fitted(sample, plans, where)
         except BadLine as error:
             if not self._skip_bad:

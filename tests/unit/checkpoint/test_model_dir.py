@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -201,3 +202,12 @@ def test_replacing_a_single_file_never_pairs_old_weights_with_a_new_configuratio
     with pytest.raises(KeyboardInterrupt), staged(target) as staging:
         make_model(staging)
     assert not has_weights(target)
+
+
+def test_what_is_saved(tmp_path: Path):
+    assert model_dir.what_is_saved(tmp_path, False) == "no checkpoint has been saved"
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".checkpoint-11.tmp"):
+        (tmp_path / name).mkdir()
+    said = model_dir.what_is_saved(tmp_path, False)
+    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command resumes from there"
+    assert "overwrite_output_dir=false" in model_dir.what_is_saved(tmp_path, True)

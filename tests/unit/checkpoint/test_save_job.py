@@ -17,7 +17,7 @@ from erniekit.parallel.process_group import Group
 from erniekit.utils.errors import CheckpointError
 
 
-def portion(values, gate=None, directory=""):
+def weight_files(values, gate=None, directory=""):
     """`values` as one tensor each; writing waits for `gate`."""
 
     def encode(name, array):
@@ -42,7 +42,7 @@ def names(directory):
 def test_an_asynchronous_save_writes_the_values_at_its_start(tmp_path):
     manager, gate = CheckpointManager(tmp_path, None), threading.Event()
     weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    manager.save(1, nothing, [portion(weights, gate)], background=True)
+    manager.save(1, nothing, [weight_files(weights, gate)], background=True)
     assert names(tmp_path) == []
     weights["w"] += 100
     gate.set()
@@ -54,7 +54,9 @@ def test_the_next_save_waits_and_the_limit_holds(tmp_path):
     manager, gate = CheckpointManager(tmp_path, 2), threading.Event()
     threading.Timer(0.2, gate.set).start()
     for step in (1, 2, 3, 4):
-        manager.save(step, nothing, [portion({"w": np.ones(2, np.float32)}, gate)], tmp_path / "checkpoint-1", True)
+        manager.save(
+            step, nothing, [weight_files({"w": np.ones(2, np.float32)}, gate)], tmp_path / "checkpoint-1", True
+        )
     manager.wait()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
 
@@ -86,7 +88,7 @@ def test_a_failed_save_is_raised_at_the_end_of_the_run(tmp_path):
 
 
 def test_copies_are_counted_and_freed_while_writing():
-    held = portion({"a": np.zeros(1000, np.float32), "b": np.zeros(10, np.float32)})
+    held = weight_files({"a": np.zeros(1000, np.float32), "b": np.zeros(10, np.float32)})
     assert held.copy() == 4040
     assert [name for name, _ in held.tensors] == ["a", "b"]
     assert list(held.tensors) == []
@@ -100,7 +102,7 @@ def first_of_two(monkeypatch):
 
 
 def save(tmp_path, group, limit=0.3):
-    mine = portion({"a": np.zeros(2, np.float32)})
+    mine = weight_files({"a": np.zeros(2, np.float32)})
     mine.numbered = (0, 2)
     temporary, done = tmp_path / ".tmp", tmp_path / "done"
     commit = lambda: temporary.rename(done)  # noqa: E731
@@ -108,15 +110,15 @@ def save(tmp_path, group, limit=0.3):
 
 
 def test_the_first_rank_names_who_did_not_write(tmp_path, first_of_two, monkeypatch):
-    monkeypatch.setattr(save_job, "number", lambda portions, group: None)
+    monkeypatch.setattr(save_job, "number", lambda files, group: None)
     with pytest.raises(CheckpointError, match=r"checkpoint-1: rank 1 did not write its files within 0"):
         save(tmp_path, first_of_two).run()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_rank_waits_for_the_others_and_makes_the_index(tmp_path, first_of_two, monkeypatch):
-    def number(portions, group):  # the other rank writes while this one begins
-        other = portion({"b": np.ones(3, np.float32)})
+    def number(files, group):  # the other rank writes while this one begins
+        other = weight_files({"b": np.ones(3, np.float32)})
         other.numbered = (1, 2)
         written = [other.write(tmp_path / ".tmp")]
         (tmp_path / ".tmp" / ".written-1").write_text(json.dumps({"written": written}))
@@ -133,7 +135,7 @@ def test_the_first_rank_waits_for_the_others_and_makes_the_index(tmp_path, first
 
 
 def test_an_error_of_another_rank_is_raised_with_its_message(tmp_path, first_of_two, monkeypatch):
-    def number(portions, group):
+    def number(files, group):
         (tmp_path / ".tmp" / ".written-1").write_text(json.dumps({"error": "rank 1: the disk is full"}))
 
     monkeypatch.setattr(save_job, "number", number)

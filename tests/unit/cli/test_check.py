@@ -106,7 +106,7 @@ def test_a_degree_is_not_compared_with_a_model_that_is_not_here(given):
     ("keys", "expected"),
     [
         ({"device": "npu"}, "this version does not have device: npu (this version runs on CUDA GPUs"),
-        ({"stage": "VL-SFT"}, "this version does not have stage: VL-SFT (vision-language models); it has SFT, PT"),
+        ({"stage": "OCR-VL-SFT"}, "this version does not have stage: OCR-VL-SFT (PaddleOCR-VL); it has SFT, PT"),
         ({"stage": "SFTT"}, "got 'SFTT'; did you mean SFT?"),
     ],
 )

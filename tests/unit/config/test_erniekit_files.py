@@ -177,9 +177,7 @@ def test_fine_tuning_runs_as_it_is_and_names_what_does_nothing(read):
 
 def test_vision_language_is_refused_by_name(read):
     cfg = read(VISION)
-    assert keys(unsupported(cfg)) == {
-        *("stage", "multimodal", "freeze_config"),
-    }
+    assert keys(unsupported(cfg)) == {"freeze_config"}
     assert cfg.continue_training is True and cfg.amp_master_grad is True
 
 
@@ -266,7 +264,7 @@ def test_text_that_stands_under_the_vision_models_key(read):
     assert (cfg.train_dataset_path, cfg.train_dataset_prob, unsupported(cfg)) == (("fc.jsonl",), (1.0,), [])
     assert any(note.startswith("train_dataset_path: empty, so fc.jsonl") for note in cfg.notes)
     vision = read(empty.replace("stage: SFT", "stage: VL-SFT"))
-    assert vision.train_dataset_path == () and keys(unsupported(vision)) == {"stage"}
+    assert vision.train_dataset_path == () and unsupported(vision) == []
 
 
 def test_defaults_that_mean_something_else_there_are_named_once(read):

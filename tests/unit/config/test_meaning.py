@@ -108,6 +108,16 @@ def test_evaluation_follows_from_its_strategy():
         ({**TOKENS, "stage": "SFT"}, "stage: dataset_type: pretrain is for stage: PT, got SFT"),
         ({**TOKENS, "train_dataset_path": "a"}, "train_dataset_path: dataset_type: pretrain trains on input_dir"),
         ({**TOKENS, "long_document_weight": 2}, "long_document_min_tokens: needed with long_document_weight: 2"),
+        ({"min_pixels": 9000, "max_pixels": 3136, "stage": "VL-SFT"}, "min_pixels: 9000 is more than max_pixels: 3136"),
+        ({"video_min_pixels": 9, "video_max_pixels": 8}, "video_min_pixels: 9 is more than video_max_pixels: 8"),
+        ({"video_min_frames": 9, "video_max_frames": 8}, "video_min_frames: 9 is more than video_max_frames: 8"),
+        ({"truncation": "cut", "stage": "VL-SFT"}, "truncation: cut: with stage: VL-SFT pictures are never cut"),
+        ({"truncation": "shrink"}, "truncation: shrink: with stage: SFT there are no pictures to make smaller"),
+        ({"video_fps": 0}, "video_fps: must be more than 0 and at most 1000, got 0.0"),
+        ({"video_frames_sample": "rand"}, "video_frames_sample: expected one of middle, leading, got 'rand'"),
+        ({"box_coordinates": "pixel"}, "did you mean pixels?"),
+        ({"variable_resolution": 0}, "variable_resolution: 0: pictures always keep their shape"),
+        ({"use_pic_id": False}, "use_pic_id: False: the chat template writes `Picture 1:`"),
     ],
 )
 def test_checks_over_several_keys(given, expected):
@@ -181,7 +191,7 @@ def test_each_command_needs_only_its_own_keys():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"stage": "VL-SFT"}, "stage: VL-SFT (vision-language models)"),
+        ({"stage": "OCR-VL-SFT"}, "stage: OCR-VL-SFT (PaddleOCR-VL)"),
         ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
@@ -212,7 +222,7 @@ def test_values_that_ask_for_nothing_are_not_refused(given):
 
 
 def test_refusals_are_of_the_command():
-    given = {"tensor_parallel_degree": 8, "stage": "VL-SFT", "hf_hub_id": "me/model"}
+    given = {"tensor_parallel_degree": 8, "stage": "OCR-VL-SFT", "hf_hub_id": "me/model"}
     asked = cfg("export", **given)
     assert [line.partition(":")[0] for line in unsupported(asked, "export")] == ["hf_hub_id"]
     assert any(note.startswith("tensor_parallel_degree: no effect: `export`") for note in asked.notes)
@@ -340,6 +350,10 @@ def test_values_that_ask_for_nothing():
         (
             {"stage": "DPO", "fine_tuning": "LoRA", "ref_model_update_steps": 5},
             ["ref_model_update_steps: no effect: the reference is the model without its adapter"],
+        ),
+        (
+            {"stage": "DPO", "fine_tuning": "LoRA", "num_nextn_predict_layers": 1},
+            ["num_nextn_predict_layers: no effect: stage DPO: prefer"],
         ),
         ({"stage": "DPO", "num_comparisons": 6}, ["num_comparisons: no effect: a record of preference data has two"]),
     ],

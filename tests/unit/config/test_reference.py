@@ -1,19 +1,16 @@
 """The words about keys: `erniekit help` and docs/config.md, which is made from the schema."""
 
-import importlib.util
-
-from support.source_tree import REPOSITORY
+import make_config_page as tool
+import wrap_docs
 
 from erniekit.config import reference, schema
 from erniekit.config.compat_keys import RULES
 
-SPEC = importlib.util.spec_from_file_location("make_config_page", REPOSITORY / "tools" / "make_config_page.py")
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
-
 
 def test_the_page_is_current():
-    assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run python tools/make_config_page.py"
+    page = tool.page()
+    assert tool.PAGE.read_text(encoding="utf-8") == page, "run python tools/make_config_page.py"
+    assert wrap_docs.wrap(page) == page
 
 
 def test_the_page_has_every_key_and_every_other_name_once():

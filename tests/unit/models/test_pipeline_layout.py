@@ -2,7 +2,7 @@
 
 import paddle
 import pytest
-from support import tiny_models
+from support import tiny_sizes
 from support.source_tree import REPOSITORY
 
 from erniekit.build import check_lora
@@ -32,7 +32,7 @@ FIRST, LAST = [(0, 1), (4, 5)], [(2, 3), (6, 7)]  # two stages of two chunks
 def test_a_parameter_belongs_to_the_chunk_whose_backward_pass_reaches_it(name, chunks, chunk):
     layers = tuple(layer for held in chunks for layer in held)
     config = ModelConfig.from_dict(
-        tiny_models.MOE | {"num_hidden_layers": 8, "tie_word_embeddings": "embed" in name and chunks == LAST}
+        tiny_sizes.MOE | {"num_hidden_layers": 8, "tie_word_embeddings": "embed" in name and chunks == LAST}
     )
     shard = RankShard(layers=layers, has_embedding=0 in layers, has_head=7 in layers)
     with paddle.LazyGuard():

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from erniekit.checkpoint.safetensors import Reader
 from support import equality
 from support.scaled_product import ScaledProduct, scaled
 from support.tiny_models import tiny_model
@@ -16,6 +15,7 @@ from erniekit.build import load_model
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.product_state import load_product_state, product_rank_files
 from erniekit.checkpoint.reshard import Shares
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.decoder import CausalLM
 from erniekit.models.products import attach_products, describe, held_weights, product_state, products
 from erniekit.nn.shard import RankShard

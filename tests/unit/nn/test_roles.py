@@ -105,8 +105,14 @@ def test_components_follow_the_layers_that_declare_them():
     assert named_roles(whole)["tower.blocks.0.weight"] is Role.NORM
 
 
-# Modules that describe files: the table of a model's weights, and the names and patterns of PEFT's files.
-DESCRIBE_FILES = ("models.weights", "checkpoint.peft_read", "checkpoint.peft_write", "checkpoint.adapter_config")
+# Modules that describe files: the table of a model's weights, the names of two of them, those of PEFT's files.
+DESCRIBE_FILES = (
+    "models.weights",
+    "checkpoint.fingerprint",
+    "checkpoint.peft_read",
+    "checkpoint.peft_write",
+    "checkpoint.adapter_config",
+)
 ASKS_ABOUT_TEXT = {"startswith", "endswith", "removeprefix", "removesuffix", "compile", "match", "fullmatch", "search"}
 
 

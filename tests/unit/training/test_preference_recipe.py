@@ -51,7 +51,8 @@ def recipe_of(model, reference=None, **keys):
 
 def written_out(model, number):
     """Log-probabilities of the two answers of a pair, each as a row of its own, by a plain log-softmax."""
-    ids, labels, (prompt, chosen, _, _) = DOCUMENTS[number]
+    document = DOCUMENTS[number]
+    ids, labels, prompt, chosen = document.ids, document.labels, document.pair.prompt, document.pair.chosen
     sums = []
     for part in (slice(prompt, prompt + chosen), slice(prompt + chosen, None)):
         row = np.concatenate([ids[:prompt], ids[part]]).astype(np.int64)
@@ -117,6 +118,15 @@ def test_how_rows_are_split_changes_nothing(loss_type, monkeypatch):
         assert metrics == pytest.approx(results[0][1], rel=1e-4)
         for name, gradient in gradients.items():
             np.testing.assert_allclose(gradient, results[0][2][name], rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_divisors_of_a_joined_batch_are_those_of_its_rows_added():
+    recipe = recipe_of(tiny_model())
+    parts = [[0, 1], [2], [1]]
+    joined = recipe.counts(batch_of(*parts))
+    of_rows = [recipe.counts(batch_of(part)) for part in parts]
+    assert joined == {name: sum(counts[name] for counts in of_rows) for name in joined}
+    assert joined["pairs"] == 4 and all(joined.values())
 
 
 def test_a_batch_without_tokens_reaches_every_parameter_and_adds_nothing():

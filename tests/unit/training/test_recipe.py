@@ -110,8 +110,18 @@ def test_token_balance_divides_each_sample_by_its_length():
     assert got == pytest.approx(want / samples, rel=1e-5)
 
 
+@pytest.mark.parametrize("balance", [False, True])
+def test_divisors_of_a_joined_batch_are_those_of_its_rows_added(balance):
+    recipe = CausalRecipe(Config(token_balance_loss=balance, num_nextn_predict_layers=2), mtp_depths=2)
+    batch = rows(4)
+    of_rows = [recipe.counts(row) for row in batch]
+    joined = recipe.counts(join_rows(batch))
+    assert joined == {name: sum(counts[name] for counts in of_rows) for name in joined}
+    assert all(joined.values()) and not any(recipe.counts(join_rows([])).values())
+
+
 def test_a_batch_without_tokens_has_zero_loss_and_zero_gradients():
     cfg = Config(moe_aux_loss_lambda=0.0)
     loss, got = gradients([join_rows([])], cfg)
     assert loss == 0.0
-    assert all(not g.any() for name, g in got.items() if g is not None and "mtp" not in name)
+    assert all(not gradient.any() for name, gradient in got.items() if "mtp" not in name)

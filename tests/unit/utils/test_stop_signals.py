@@ -2,11 +2,8 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-from erniekit.utils import stop_signals
 
 BEGIN = """
 import os, signal, time
@@ -59,12 +56,3 @@ def test_what_is_ignored_or_somebody_elses_stays_so():
     code = "signal.signal(signal.SIGHUP, signal.SIG_IGN); signal.signal(signal.SIGTERM, lambda *_: print('theirs'))"
     done = run(f"{code}; stop_signals.listen(); send('SIGHUP'); send('SIGTERM'); print(stop_signals.asked())")
     assert (done.returncode, done.stdout) == (0, "theirs\nNone\n"), done.stderr
-
-
-def test_what_is_saved(tmp_path: Path):
-    assert stop_signals.what_is_saved(tmp_path, False) == "no checkpoint has been saved"
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".checkpoint-11.tmp"):
-        (tmp_path / name).mkdir()
-    said = stop_signals.what_is_saved(tmp_path, False)
-    assert said == f"the newest checkpoint is {tmp_path}/checkpoint-10; the same command resumes from there"
-    assert "overwrite_output_dir=false" in stop_signals.what_is_saved(tmp_path, True)

@@ -25,6 +25,9 @@ from erniekit.utils.user_files import JsonObject, parse_json, read_json, read_js
         ('{"\\uD800": 1}', "half of a pair"),
         ("{'a': 1}", "quotes at column 2"),
         ("", "not JSON"),
+        ('{"a": 1\n', "delimiter at column 8."),
+        ('{"a": 1 2}\r\n', "delimiter at column 9."),
+        ('{"a": 1,\n"b": 2\n\n', "delimiter at line 2, column 7."),
     ],
 )
 def test_json_that_python_settles_in_silence_is_refused_with_the_place(text, says):

@@ -219,11 +219,11 @@ def test_a_file_that_grows_while_it_is_scanned(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", gzip.compress(b'{"src": "a", "tgt": "b"}'), "compressed with gzip"),
+        ("a.jsonl", gzip.compress(b'{"src": "a", "tgt": "b"}', mtime=0), "compressed with gzip"),
         ("a.json", b"PK\x03\x04...", "a zip archive"),
         ("a.csv", "src,tgt\na,b".encode("utf-16"), "UTF-16 text"),
         ("a.txt", b"PAR1....", "a parquet file. whatever its name says. Hint: name it .parquet"),
-        ("a.jsonl.gz", gzip.compress(b""), "a data file ends in .*Hint: unpack it first"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a data file ends in .*Hint: unpack it first"),
         ("a.jsonl", b"\x00" * 100, "a.jsonl:1: not JSON"),
         ("a.jsonl", '{"src": "问", "tgt": "b"}'.encode("gbk"), "a.jsonl:1: not UTF-8 text"),
         ("a.jsonl", b"", "no record to read"),

@@ -1,0 +1,76 @@
+"""The keys of the configuration that concern pictures and videos, as the data pipeline takes them."""
+
+from dataclasses import replace
+from typing import Any
+
+from erniekit.config import Config
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions
+from erniekit.data.vision.geometry import PixelLimits
+from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
+from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.utils.errors import ConfigError
+
+
+def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
+    """How the records of a training run with pictures are read. `settings`: what the model's directory says
+    (`read_settings`). What the configuration leaves open about frames is as in ERNIE's training code.
+    """
+    return VisionSpec(
+        settings=processor_settings(cfg, replace(settings, choice=TRAINING_CHOICE)),
+        overflow=cfg.truncation,
+        boxes=cfg.box_coordinates,
+        missing_tags=cfg.missing_media_tags,
+        allow_urls=cfg.allow_urls,
+        images=image_options(cfg),
+        video_seconds=cfg.video_decode_seconds,
+        position_rule="transformers" if cfg.position_rule == "transformers" else "training",
+    )
+
+
+def processor_settings(cfg: Config, settings: ProcessorSettings) -> ProcessorSettings:
+    """The settings of a model's directory with what the configuration gives in their place. ConfigError where a bound
+    that is given contradicts the one of the directory.
+    """
+    return replace(
+        settings,
+        images=_limits(settings, settings.images, {"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels}),
+        videos=_limits(
+            settings,
+            settings.videos,
+            {"video_min_pixels": cfg.video_min_pixels, "video_max_pixels": cfg.video_max_pixels},
+        ),
+        choice=_choice(cfg, settings.choice),
+    )
+
+
+def image_options(cfg: Config) -> ImageOptions:
+    """How pictures are decoded."""
+    return replace(IMAGE_OPTIONS, apply_exif=cfg.apply_exif, max_pixels_decoded=cfg.max_decoded_pixels)
+
+
+def _limits(settings: ProcessorSettings, base: PixelLimits, given: dict[str, int | None]) -> PixelLimits:
+    """`base` with the bounds that are given, (least, greatest), by key."""
+    (least, low), (most, high) = given.items()
+    limits = PixelLimits(low or base.min_pixels, high or base.max_pixels)
+    smallest = settings.patching.factor**2
+    if high is not None and high < smallest:
+        raise ConfigError(f"{most}: {high} is too small: a picture has at least {smallest} pixels, which are one token")
+    if limits.min_pixels > limits.max_pixels:  # one of them is the directory's: load() compared what was given
+        name, value, other = (least, low, most) if high is None else (most, high, least)
+        theirs = limits.max_pixels if high is None else limits.min_pixels
+        raise ConfigError(f"{name}: {value} contradicts the model's own {other}: {theirs}. Give {other}, too")
+    return limits
+
+
+def _choice(cfg: Config, base: FrameOptions) -> FrameOptions:
+    given: dict[str, Any] = {
+        "fps": cfg.video_fps,
+        "min_frames": cfg.video_min_frames,
+        "max_frames": cfg.video_max_frames,
+        "target_frames": cfg.video_target_frames,
+        "sample": cfg.video_frames_sample,
+        "draw_time": cfg.render_timestamp,
+    }
+    choice = replace(base, **{name: value for name, value in given.items() if value is not None})
+    return replace(choice, target_frames=None) if cfg.video_target_frames == -1 else choice

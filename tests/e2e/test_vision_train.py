@@ -1,0 +1,124 @@
+"""VL-SFT as a user starts it: what it writes, resuming, LoRA, and models that do not fit their data."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.vision_directories import vision_workspace
+
+import erniekit
+from erniekit import config
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.export.export import export
+from erniekit.utils.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A workspace whose YAML has been run for 12 steps with an evaluation, and the result."""
+    yaml = vision_workspace(tmp_path_factory.mktemp("vl"))
+    return yaml, erniekit.train(str(yaml), max_steps=12, save_steps=5, do_eval=True)
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    reader = Reader(path)
+    return {name: reader.read(name).tobytes() for name in reader.keys()}  # noqa: SIM118 no mapping
+
+
+def test_the_loss_falls_and_the_directory_is_a_vision_model(trained: tuple[Path, Any]) -> None:
+    yaml, result = trained
+    losses = [record["loss"] for record in result.history]
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    out = yaml.parent / "out"
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert 0 < summary["eval_loss"] < losses[0] and summary["num_tokens"] > 0
+    for directory in (out, out / "checkpoint-10"):
+        names = {path.name for path in directory.iterdir()}
+        assert {"preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json"} <= names
+        assert "<|IMAGE_START|>" in (directory / "chat_template.jinja").read_text("utf-8")
+    processor, model = erniekit.load_processor(out), erniekit.load_model(out)
+    record = json.loads((yaml.parent / "train.jsonl").read_text("utf-8").splitlines()[1])
+    picture = {"type": "image", "image": str(yaml.parent / record["images"][0])}
+    inputs = processor([{"role": "user", "content": [picture, {"type": "text", "text": "1?"}]}])
+    logits = model(**{name: value for name, value in inputs.items() if name != "attention_mask"})
+    assert logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("keys", [{}, {"dataloader_num_workers": 1, "ema_decay": 0.9, "moe_use_aux_free": True}])
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path, keys: dict[str, Any]) -> None:
+    yaml = vision_workspace(tmp_path)
+    whole = erniekit.train(str(yaml), output_dir=str(tmp_path / "whole"), **keys)
+    erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    (tmp_path / "parts" / "checkpoint-4").rename(tmp_path / "aside")
+    rest = erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys)
+    assert [record["step"] for record in rest.history] == [3, 4, 5, 6]
+    for name in ("loss", "grad_norm", "num_tokens"):
+        assert [record[name] for record in rest.history] == [record[name] for record in whole.history[2:]]
+    for below in ("", "checkpoint-6/optimizer"):
+        assert weights(tmp_path / "parts" / below) == weights(tmp_path / "whole" / below)
+
+
+def test_pictures_on_a_model_of_text_are_refused_before_a_weight_is_read(trained: tuple[Path, Any]) -> None:
+    yaml, _ = trained
+    text = Path(__file__).parents[2] / "examples" / "models" / "tiny-dense"
+    with pytest.raises(ConfigError, match=r"stage: VL-SFT: .*tiny-dense is a model of text alone"):
+        erniekit.train(str(yaml), model_name_or_path=str(text), output_dir=str(yaml.parent / "refused"))
+    assert not (yaml.parent / "refused" / "config.json").exists()
+
+
+def test_text_on_a_vision_model_trains_the_text_part_alone(trained: tuple[Path, Any]) -> None:
+    yaml, _ = trained
+    directory = yaml.parent
+    lines = [{"src": [f"{i}?"], "tgt": [f"={i}"]} for i in range(8)]
+    (directory / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    erniekit.train(
+        str(yaml),
+        stage="SFT",
+        model_name_or_path=str(directory / "out"),
+        continue_training=True,
+        train_dataset_type="erniekit",
+        train_dataset_path=str(directory / "text.jsonl"),
+        output_dir=str(directory / "text"),
+        max_steps=2,
+        moe_use_aux_free=True,
+        dataloader_num_workers=1,
+    )
+    before, after = weights(directory / "out"), weights(directory / "text")
+    changed = {name for name in before if before[name] != after[name]}
+    untouched = {name for name in before if "vision" in name or "resampler" in name}
+    assert untouched and not changed & untouched, sorted(changed & untouched)
+    assert any("experts" in name for name in changed)
+    assert "<|IMAGE_START|>" in (directory / "text" / "chat_template.jinja").read_text("utf-8")
+
+
+@pytest.mark.parametrize("compute_type", ["fp32", "wint8"])
+def test_lora_trains_adapters_of_both_groups_of_experts_and_exports(
+    trained: tuple[Path, Any], tmp_path: Path, compute_type: str
+) -> None:
+    yaml, _ = trained
+    keys = {
+        "model_name_or_path": str(yaml.parent / "out"),
+        "continue_training": True,
+        "fine_tuning": "LoRA",
+        "output_dir": str(tmp_path / "lora"),
+        "lora_rank": 4,
+        "max_steps": 4,
+    }
+    erniekit.train(str(yaml), compute_type=compute_type, **keys)
+    names = weights_of_adapter(tmp_path / "lora")
+    assert any(".mlp.experts." in name for name in names) and any(".mlp.vision_experts." in name for name in names)
+    export(config.load(str(yaml), keys, "export"))
+    before, after = weights(yaml.parent / "out"), weights(tmp_path / "lora" / "export")
+    changed = {name for name in before if before[name] != after[name]}
+    assert any("experts" in name for name in changed)
+    assert not any("vision_model" in name or "resampler" in name or "norm" in name for name in changed)
+
+
+def weights_of_adapter(directory: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(directory / "adapter_model.safetensors", "np") as file:
+        return list(file.keys())
