@@ -24,7 +24,6 @@ from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.product_state import load_product_state
 from erniekit.config.schema import Config
-from erniekit.lora.targets import DEFAULT_TARGETS
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
@@ -151,7 +150,7 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         dropout=cfg.lora_dropout,
         rslora=cfg.rslora,
         dora=cfg.use_dora,
-        targets=cfg.lora_target_modules or DEFAULT_TARGETS,
+        targets=cfg.lora_target_modules,
         modules_to_save=cfg.modules_to_save,
         seed=cfg.seed,
     )

@@ -57,8 +57,47 @@ SIZES = {
         "moe_layer_start_index": 3,
     },
 }
+# Baidu's spelling: the text's numbers and the vision part's beside each other; two numbers are (text, vision).
+_VISION = {
+    "model_type": "ernie4_5_moe_vl",
+    "moe_num_experts": [64, 64],
+    "moe_layer_start_index": [1, 1],
+    "moe_layer_end_index": [27, 27],
+    "moe_intermediate_size": [1536, 512],
+    "num_nextn_predict_layers": 0,
+    "rope_3d": True,
+    "freq_allocation": 20,
+    "moe_use_hard_gate": True,
+    "use_temporal_conv": True,
+    "spatial_conv_size": 2,
+    "temporal_conv_size": 2,
+    "pixel_hidden_size": 1280,
+    "im_patch_id": 100295,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 1280,
+        "num_heads": 16,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+        "hidden_act": "quick_gelu",
+        "in_channels": 3,
+        "spatial_merge_size": 2,
+    },
+}
+SIZES |= {
+    "VL-28B-A3B": _21B | _VISION,
+    "VL-28B-A3B-Thinking": _21B | _VISION,
+    "VL-424B-A47B": SIZES["300B-A47B"]
+    | _VISION
+    | {
+        "moe_layer_start_index": [3, 3],
+        "moe_layer_end_index": [53, 53],
+        "moe_intermediate_size": [3584, 1194],  # about a third: the second number is not known for certain
+    },
+}
 
-# ERNIEKit's files of LoRA, of a low-bit base, of DPO and of function calls: model, name, lengths.
+# ERNIEKit's files of LoRA, of a low-bit base, of DPO, of function calls and with pictures: model, name, lengths.
 ADAPTED_AND_PREFERRED = """
 0.3B sft/run_sft_lora 8k,32k,128k
 0.3B sft/run_sft_wint8mix_lora 8k,32k
@@ -80,6 +119,14 @@ ADAPTED_AND_PREFERRED = """
 300B-A47B dpo/run_dpo 8k,32k,128k
 300B-A47B dpo/run_dpo_lora 8k,32k,128k
 300B-A47B dpo/run_dpo_wint8mix_lora 8k,32k,128k
+VL-28B-A3B sft/run_sft 8k,32k,128k
+VL-28B-A3B sft/run_sft_lora 8k,32k,128k
+VL-28B-A3B-Thinking sft/run_sft 8k,32k,128k
+VL-28B-A3B-Thinking sft/run_sft_lora 8k,32k,128k
+VL-28B-A3B-Thinking sft_function_call/run_sft 8k,32k,128k
+VL-28B-A3B-Thinking sft_function_call/run_sft_lora 8k,32k,128k
+VL-424B-A47B sft/run_sft_lora 8k,32k
+VL-424B-A47B sft/run_sft_wint8mix_lora 8k,32k,128k
 """.strip().splitlines()
 
 # Directories that the demos leave for the next file.
@@ -99,7 +146,7 @@ def header(name: str) -> str:
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
-def test_the_text_models_have_erniekits_files():
+def test_the_models_have_erniekits_files():
     wanted = {f"tiny/sft/run_sft_{name}.yaml" for name in ("dense", "moe", "fc")}
     for model in TEXT_MODELS:
         names = ["run_chat", "run_eval", "run_export", *(f"sft/run_sft_{length}" for length in ("8k", "32k", "128k"))]
@@ -107,6 +154,8 @@ def test_the_text_models_have_erniekits_files():
     for name in ADAPTED_AND_PREFERRED:
         model, kind, lengths = name.split()
         wanted |= {f"ERNIE-4.5-{model}/{kind}_{length}.yaml" for length in lengths.split(",")}
+    uses = ("run_chat", "run_eval", "run_export")
+    wanted |= {f"ERNIE-4.5-{model}/{use}.yaml" for model in SIZES if model.startswith("VL") for use in uses}
     wanted |= {f"ERNIE-4.5-{model}/pt/run_pt_8k.yaml" for model in ("0.3B", "21B-A3B", "300B-A47B")}
     wanted |= {"ERNIE-4.5-0.3B/pt/run_pt_8k_offline_data.yaml", "tiny/dpo/run_dpo.yaml", "tiny/dpo/run_dpo_lora.yaml"}
     assert wanted <= set(FILES)
@@ -194,7 +243,10 @@ def test_it_is_named_after_its_model_and_length(name):
     length = re.search(r"_(\d+)k\.yaml", name)
     if length:
         assert cfg.max_seq_len == int(length.group(1)) * 1024
-    assert cfg.stage == {"pt": "PT", "pretrain": "PT", "dpo": "DPO"}.get(name.split("/")[1], "SFT")
+    stage = {"pt": "PT", "pretrain": "PT", "dpo": "DPO"}.get(name.split("/")[1], "SFT")
+    if "-VL-" in name and command_of(name) in ("train", "eval"):
+        stage = f"VL-{stage}"
+    assert cfg.stage == stage
     assert (cfg.fine_tuning == "LoRA") == ("_lora" in name) and (cfg.compute_type == "wint4/8") == ("wint8mix" in name)
 
 

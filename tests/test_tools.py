@@ -26,6 +26,7 @@ FAST = {
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
+    "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
     "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",
 }
 SLOW = {

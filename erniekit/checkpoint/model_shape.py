@@ -75,6 +75,15 @@ def model_config(cfg: Config, directory: Path) -> ModelConfig:
     return _changed(stored, given, directory) if given else stored
 
 
+def require_pictures(cfg: Config, config: ModelConfig, directory: Path) -> None:
+    """ConfigError where the method trains on pictures and the model cannot see them."""
+    if cfg.method.vision and config.vision is None:
+        raise ConfigError(
+            f"stage: {cfg.method.name}: {directory} is a model of text alone ({config.model_type}), which has no use "
+            "for pictures. Set model_name_or_path to a vision-language model, or choose a stage for text."
+        )
+
+
 def _require_same(given: Mapping[str, Any], stored: ModelConfig, directory: Path) -> None:
     last = {"moe_layer_end_index": stored.num_hidden_layers - 1}
     wrong = [

@@ -13,7 +13,7 @@ from erniekit.checkpoint.adapter_config import AdapterConfig, ends, read_adapter
 from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.mismatch import mismatch_lines
 from erniekit.checkpoint.model_dir import ADAPTER_FILE
-from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes
+from erniekit.checkpoint.peft_write import PREFIX, is_parameter, part_sizes, peft_path
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.lora import LoraOptions, Slot
 from erniekit.lora.layers import parameter_name
@@ -65,8 +65,10 @@ class _Reading:
     def __init__(self, path: Path, content: AdapterConfig, reader: Reader, config: ModelConfig) -> None:
         self.path, self.content, self.reader, self.config = path, content, reader, config
         self.sizes = part_sizes(config)
-        self.by_hf = {hf_name(*key): key for key in self.sizes}
-        self.logicals = {logical.pt[0].name: logical for logical in logical_tensors(config)}
+        self.by_path = {self._path(key): key for key in self.sizes}
+        stacks = {key[0].rpartition(".")[0] for key in self.sizes if is_stacked(key[0])}
+        self.stacks = {peft_path(prefix, config): prefix for prefix in stacks}
+        self.logicals = {peft_path(logical.pt[0].name, config): logical for logical in logical_tensors(config)}
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         self.factors: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -75,6 +77,10 @@ class _Reading:
         self.scales: dict[tuple[str, str], float] = {}
         self.tensors: dict[str, np.ndarray] = {}
         self.saved: list[str] = []
+
+    def _path(self, key: tuple[str, str]) -> str:
+        """PEFT's name of a projection's part."""
+        return peft_path(hf_name(*key), self.config)
 
     def result(self) -> StoredAdapter:
         for name in self.reader.keys():  # noqa: SIM118 - a Reader is not iterable
@@ -89,7 +95,7 @@ class _Reading:
         slots: dict[str, dict[str, Slot]] = {}
         for key in [key for key in self.sizes if key in self.factors]:
             self._place(key, slots)
-        self._complain([*(hf_name(*key) for key in self._targeted() if key not in self.factors), *self._not_saved()])
+        self._complain([*(self._path(key) for key in self._targeted() if key not in self.factors), *self._not_saved()])
         return StoredAdapter(self.path, self._options(), slots, tuple(self.saved), self.tensors)
 
     def _read_factor(self, name: str, module: str, kind: str) -> None:
@@ -107,22 +113,23 @@ class _Reading:
         if expert:
             of_half = self.experts.setdefault((expert["prefix"], expert["half"]), {})
             return of_half.setdefault(int(expert["expert"]), {})
-        if is_stacked(f"{module.removesuffix('.base_layer')}.down_proj"):
+        bare = module.removesuffix(".base_layer")
+        if bare in self.stacks or bare.endswith(".mlp.experts"):
             return self.stacked.setdefault(module, {})
-        return self.factors.setdefault(self.by_hf[module], {}) if module in self.by_hf else None
+        return self.factors.setdefault(self.by_path[module], {}) if module in self.by_path else None
 
     def _take_stacked(self) -> None:
         """Assign an adapter of stacked experts by its sizes: PEFT's names do not tell which of the two stacked
         parameters it belongs to.
         """
         for module, factors in self.stacked.items():
-            prefix = module.removesuffix(".base_layer")
-            keys = [(f"{prefix}.{leaf}", "") for leaf in ("up_gate_proj", "down_proj")]
+            path = module.removesuffix(".base_layer")
+            keys = [(f"{self.stacks.get(path, path)}.{leaf}", "") for leaf in ("up_gate_proj", "down_proj")]
             fitting = [key for key in keys if key in self.sizes and self._fits(key, factors)]
             if keys[0] not in self.sizes:
                 self.unexpected.append(module)
             else:
-                nested = f"{prefix}.base_layer" in self.stacked
+                nested = f"{path}.base_layer" in self.stacked
                 inner = module.endswith(".base_layer") or not nested
                 self.factors[fitting[0] if fitting else keys[0 if inner else 1]] = factors
 
@@ -154,7 +161,7 @@ class _Reading:
                 yield f"{name} (modules_to_save)"
 
     def _check_tied_head(self, name: str) -> None:
-        embeddings = name.replace("lm_head", "model.embed_tokens")
+        embeddings = name.replace("lm_head", peft_path("model.embed_tokens", self.config))
         if embeddings not in self.reader or not np.array_equal(self.reader.read(name), self.reader.read(embeddings)):
             raise CheckpointError(f"{self.path} has a head of its own, but this model's head is its embeddings.")
 
@@ -198,17 +205,17 @@ class _Reading:
         factors = self.factors[key]
         a, b, magnitude = factors.get("A"), factors.get("B"), factors.get("magnitude")
         if a is None or b is None or (magnitude is None) == self.content.dora:
-            self.misshapen.append(f"{hf_name(*key)}: has only {', '.join(sorted(factors))}")
+            self.misshapen.append(f"{self._path(key)}: has only {', '.join(sorted(factors))}")
             return
         rank = a.shape[0] // experts
         width = num_out if magnitude is None else magnitude.size
         if not rank or a.shape != (rank * experts, num_in) or b.shape != (width, rank * experts) or width != num_out:
             self.misshapen.append(
-                f"{hf_name(*key)}: A {list(a.shape)}, B {list(b.shape)}; here {num_in} in, {num_out} out"
+                f"{self._path(key)}: A {list(a.shape)}, B {list(b.shape)}; here {num_in} in, {num_out} out"
                 + (f", {experts} experts" if experts > 1 else "")
             )
             return
-        scaling = self.scales.get(key) or self.content.scaling(hf_name(*key), rank)
+        scaling = self.scales.get(key) or self.content.scaling(self._path(key), rank)
         slots.setdefault(module, {})[part] = Slot(rank, scaling)
         name = f"{module}.adapter."
         if is_stacked(module):
@@ -230,7 +237,7 @@ class _Reading:
         if modules is None and not parameters:
             return
         for key, (experts, *_) in self.sizes.items():
-            name = hf_name(*key)
+            name = self._path(key)
             if isinstance(modules, re.Pattern):
                 hit = modules.fullmatch(name) is not None
             else:

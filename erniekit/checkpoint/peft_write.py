@@ -2,8 +2,8 @@
 
 PEFT with transformers 5 computes the same from them: dense projections are `target_modules`; in a mixture of experts,
 where PEFT takes the names gate_proj, up_proj and down_proj for the stacked experts, feed-forward weights are
-`target_parameters`. The header's metadata contains a fingerprint of the base, which PEFT ignores. Reading:
-peft_read.py.
+`target_parameters`. Names are the paths in transformers' model. The header's metadata contains a fingerprint of the
+base, which PEFT ignores. Reading: peft_read.py.
 """
 
 import re
@@ -21,12 +21,13 @@ from erniekit.checkpoint.safetensors_header import SINGLE_FILE
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.lora import LoraOptions, LoraState, Slot
 from erniekit.lora.layers import parameter_name
-from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of
+from erniekit.lora.targets import adaptable, hf_name, is_stacked, parts_of, vision_language_path
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical, Shape, logical_tensors, our_shapes
 from erniekit.utils import atomic
 
 PREFIX = "base_model.model."
+_IN_LAYER = re.compile(r"^model\.(language_model\.layers|vision_tower\.blocks|layers)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def adapter_entries(state: LoraState, config: ModelConfig) -> list[AdapterEntry]
         if param in state.saved:
             logical = logicals[param]
             piece = logical.pt[0]
-            entries.append(AdapterEntry(param, PREFIX + piece.name, piece.shape, logical))
+            entries.append(AdapterEntry(param, PREFIX + peft_path(piece.name, config), piece.shape, logical))
             if _ties_head(param, config):  # PEFT reads both names
                 entries.append(AdapterEntry(param, PREFIX + "lm_head.weight", piece.shape, logical))
             continue
@@ -101,19 +102,24 @@ def adapter_entries(state: LoraState, config: ModelConfig) -> list[AdapterEntry]
         experts, num_in, num_out = part_sizes(config)[module, part]
         shape: Shape = {"A": (experts * rank, num_in), "B": (num_out, rank * experts), "magnitude": (num_out,)}[kind]
         name = "lora_magnitude_vector" if kind == "magnitude" else f"lora_{kind}.weight"
-        entries.append(AdapterEntry(param, f"{PREFIX}{_peft_module(module, part, state)}.{name}", shape))
+        entries.append(AdapterEntry(param, f"{PREFIX}{_peft_module(module, part, state, config)}.{name}", shape))
     return entries
 
 
-def _peft_module(module: str, part: str, state: LoraState) -> str:
+def peft_path(name: str, config: ModelConfig) -> str:
+    """The path, in transformers' model, of a module or parameter that has `name` in files."""
+    return name if config.vision is None else vision_language_path(name)
+
+
+def _peft_module(module: str, part: str, state: LoraState, config: ModelConfig) -> str:
     """The module in which PEFT stores the adapter: that of gate and up of the experts is inside that of down, if both
     exist.
     """
     if not is_stacked(module):
-        return hf_name(module, part)
+        return peft_path(hf_name(module, part), config)
     prefix, _, leaf = module.rpartition(".")
     both = leaf == "up_gate_proj" and f"{prefix}.down_proj" in state.slots
-    return f"{prefix}.base_layer" if both else prefix
+    return peft_path(prefix, config) + (".base_layer" if both else "")
 
 
 def part_sizes(config: ModelConfig) -> dict[tuple[str, str], tuple[int, int, int]]:
@@ -157,7 +163,7 @@ def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
         "alpha_pattern": {
             name: _alpha(slot, options) for name, (slot, _) in named.items() if _alpha(slot, options) != alpha
         },
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in state.saved}) or None,
+        "modules_to_save": sorted({peft_path(name.rpartition(".")[0], config) for name in state.saved}) or None,
         "ensure_weight_tying": any(_ties_head(param, config) for param in state.saved),
     }
 
@@ -169,7 +175,7 @@ def _named_targets(state: LoraState, config: ModelConfig) -> dict[str, tuple[Slo
     targets = {(module, part): slot for module, slots in state.slots.items() for part, slot in slots.items()}
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in part_sizes(config):
-        groups.setdefault(re.sub(r"^model\.layers\.\d+\.", "", _target(*key, config)), []).append(key)
+        groups.setdefault(_IN_LAYER.sub("", _target(*key, config)), []).append(key)
     named = {}
     for short, keys in groups.items():
         present = [key for key in keys if key in targets]
@@ -189,10 +195,13 @@ def _alpha(slot: Slot, options: LoraOptions) -> float:
 
 
 def is_parameter(module: str, config: ModelConfig) -> bool:
-    return config.moe_num_experts > 0 and ".mlp." in module
+    """Whether PEFT adapts the parameter and not the module. Of a vision-language model these are the stacked experts
+    alone, since PEFT takes no other names for them.
+    """
+    return is_stacked(module) if config.vision is not None else config.moe_num_experts > 0 and ".mlp." in module
 
 
 def _target(module: str, part: str, config: ModelConfig) -> str:
     """PEFT's name of a part in its configuration: a module, or a parameter."""
-    name = hf_name(module, part)
+    name = peft_path(hf_name(module, part), config)
     return f"{name}.weight" if is_parameter(module, config) and not is_stacked(module) else name

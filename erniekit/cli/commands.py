@@ -24,11 +24,15 @@ COMMANDS = {
         "erniekit.cli.check:run",
         "say what is wrong with a YAML and its data, without training",
         "erniekit check sft.yaml max_seq_len=8192",
-        "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]",
+        "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]\n"
+        "       [decode=true] [preview=N] [sheet=OUT.png]",
         (
             "command=train: the command that the file is for: train, eval, export, split or chat",
             "strict=false: true: warnings alone make the exit code 3 (errors make it 1)",
             "json=FILE: also write the report to this file",
+            "decode=false: true: also decode every picture and video, which takes as long as reading all of them",
+            "preview=1: show this number of records as the model gets them",
+            "sheet=preview.png: where preview draws their pictures, resized and with the boxes of the answers",
         ),
     ),
     "eval": Command(

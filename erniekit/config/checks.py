@@ -26,8 +26,19 @@ def problems(cfg: Config, command: str) -> list[str]:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
+    if command == "chat":
+        rules += [_chat_tools(cfg)]
     if command == "train":
-        rules += [_training(cfg), _shape(cfg), _pipeline(cfg), _low_bit(cfg), _lora(cfg), _preference(cfg), _best(cfg)]
+        rules += [
+            _training(cfg),
+            _shape(cfg),
+            _pipeline(cfg),
+            _low_bit(cfg),
+            _expressions(cfg),
+            _lora(cfg),
+            _preference(cfg),
+            _best(cfg),
+        ]
     return [problem for rule in rules for problem in rule]
 
 
@@ -126,6 +137,11 @@ def _answers(cfg: Config) -> Iterator[str]:
         )
 
 
+def _chat_tools(cfg: Config) -> Iterator[str]:
+    if "image_search" in cfg.chat_tools and cfg.image_search_dir is None:
+        yield "image_search_dir: needed with chat_tools: image_search; a directory of pictures"
+
+
 def _pipeline(cfg: Config) -> Iterator[str]:
     stages, chunks = max(cfg.pipeline_parallel_degree, 1), max(cfg.virtual_pp_degree, 1)
     if chunks > 1 and stages == 1:
@@ -219,12 +235,16 @@ def _low_bit(cfg: Config) -> Iterator[str]:
         )
 
 
+def _expressions(cfg: Config) -> Iterator[str]:
+    for key in ("lora_target_modules", "frozen_parameters"):
+        for entry in vars(cfg)[key]:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                yield f"{key}: {entry!r} is not a valid regular expression: {error}"
+
+
 def _lora(cfg: Config) -> Iterator[str]:
-    for target in cfg.lora_target_modules:
-        try:
-            re.compile(target)
-        except re.error as error:
-            yield f"lora_target_modules: {target!r} is not a valid regular expression: {error}"
     if cfg.fine_tuning != "LoRA":
         if cfg.lora_path:
             yield (

@@ -16,7 +16,7 @@ from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
-from erniekit.config.schema_use import ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
 
 TRAIN = ("train",)
@@ -231,6 +231,7 @@ _RUN_RULES = [
         ("train", "export", "split"),
     ),
     Rule("predict_with_generate", lambda c, f: True, "read only by eval", ("chat",)),
+    Rule(_names(ChatArgs), lambda c, f: True, "read only by chat", ("train", "eval", "export", "split")),
     Rule("eval_output", lambda c, f: True, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", lambda c, f: True, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), lambda c, f: True, "read only by export and split", ("train", "eval", "chat")),
@@ -423,6 +424,14 @@ _USE_RULES = [
         ("eval",),
     ),
     Rule("stream", lambda c, f: True, "`eval` prints no answers", ("eval",)),
+    Rule(
+        "image_search_dir",
+        lambda c, f: "image_search" not in c.chat_tools,
+        "chat_tools does not have image_search",
+        ("chat",),
+    ),
+    Rule("box_coordinates missing_media_tags", lambda c, f: True, "`chat` reads no records", ("chat",)),
+    Rule("max_tool_rounds", lambda c, f: not c.chat_tools, "chat_tools is empty", ("chat",)),
     Rule(
         "top_p top_k",
         lambda c, f: c.temperature == 0,

@@ -8,7 +8,10 @@ from erniekit.config.schema import GROUPS, fields
 
 # Command -> the groups of keys that it reads, and single keys of other groups.
 KEYS: dict[str, tuple[str, str]] = {
-    "train": ("data,vision,model,shape,LoRA,preference,train,optimizer,parallel,mixture of experts", ""),
+    "train": (
+        "data,vision,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,mixture of experts",
+        "",
+    ),
     "eval": (
         "data,vision,model,generation,evaluation",
         "output_dir batch_size seed lora_path loss_type beta reference_free",

@@ -12,10 +12,11 @@ from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
+from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
-from erniekit.config.schema_use import EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -28,10 +29,12 @@ class Config(
     PreferenceArgs,
     TrainArgs,
     OptimArgs,
+    PartsArgs,
     ParallelArgs,
     MoEArgs,
     ShapeArgs,
     GenerateArgs,
+    ChatArgs,
     EvalArgs,
     ExportArgs,
 ):

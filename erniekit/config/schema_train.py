@@ -126,6 +126,10 @@ class OptimArgs:
     )
     neftune: bool = key(False, "Noise on the input embeddings while training (NEFTune).")
     neftune_noise_alpha: float = key(5.0, "Strength of that noise.", ge=0)
-    token_balance_loss: bool = key(
-        False, "Divide the loss by all tokens of the samples, so that those with little supervised text weigh less."
+    token_balance_loss: str = key(
+        "none",
+        "What a sample's token losses are divided by: all supervised tokens of the step (none), its own length, then "
+        "samples are averaged (sample), or in the gradient max_seq_len of each row (row, ERNIEKit's true).",
+        choices=("none", "sample", "row"),
+        words=dict.fromkeys(("true", "yes", "on", "1"), "row") | dict.fromkeys(("false", "no", "off", "0"), "none"),
     )

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+
+# What `chat` can execute for a model that sees pictures (serve/image_tools.py).
+CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,23 @@ class GenerateArgs:
     enable_thinking: bool | None = key(
         None, "Whether a model that can think before it answers does so; null: as its template does by itself."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArgs:
+    """What `erniekit chat` does for a model that thinks with images."""
+
+    group: ClassVar[str] = "chat"
+
+    chat_tools: tuple[str, ...] = list_of(
+        str,
+        "Tools that `chat` offers to a vision-language model and executes: image_zoom_in_tool, image_search.",
+        choices=CHAT_TOOLS,
+    )
+    image_search_dir: str | None = key(
+        None, "The directory of pictures in which the tool image_search looks for similar ones.", path=True
+    )
+    max_tool_rounds: int = key(8, "How often a model may call tools before it has to answer a question.", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ NO_EFFECT: dict[str, str] = {
 # What must be asked for first -> the keys that only that reads.
 DETAILS: dict[str, str] = {
     "stage: VL-SFT": (
-        "text_dataset_path text_dataset_prob modality_ratio modality_interleave vit_lr_ratio visual_ld "
+        "text_dataset_path text_dataset_prob modality_ratio modality_interleave "
         "balanced_image_preprocess vit_second_fwd_batch_size"
     ),
     "stage: OCR-VL-SFT": "sft_replace_ids",
@@ -46,7 +46,6 @@ LATER: dict[str, Later] = {
     "vision_model_name_or_path": Later("a vision transformer from a directory of its own", commands=EVERY),
     "adaptive_max_imgtoken_option": Later("bounds of a picture's tokens that are drawn at random (max_pixels is one)"),
     "adaptive_max_imgtoken_rate": Later("bounds of a picture's tokens that are drawn at random (max_pixels is one)"),
-    "freeze_config": Later("freezing parts of the model", commands=("train",)),
 }
 
 FIXED: dict[str, Fixed] = {

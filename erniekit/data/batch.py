@@ -62,6 +62,11 @@ class Document(NamedTuple):
     pictures: DocumentPictures | None = None
 
     @property
+    def num_patches(self) -> int:
+        """Patches of its images and videos."""
+        return 0 if self.pictures is None else int(self.pictures.grid.prod(axis=1).sum())
+
+    @property
     def num_bytes(self) -> int:
         """About how much memory its arrays take, and pictures that are in the record itself."""
         size = self.ids.nbytes + self.labels.nbytes
@@ -255,6 +260,13 @@ class PackedBatch:
     def segment_lengths(self) -> np.ndarray:
         """Tokens of each segment [num_segments]."""
         return np.bincount(self.segment_ids, minlength=self.num_segments)
+
+    @property
+    def segment_modality(self) -> np.ndarray:
+        """Of each segment: video if it has one, else image if it has one, else text; int8 [num_segments]."""
+        kinds = np.full(self.num_segments, Modality.TEXT, np.int8)
+        np.maximum.at(kinds, self.segment_ids, self.modality)
+        return kinds
 
     @property
     def supervised(self) -> np.ndarray:

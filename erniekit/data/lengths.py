@@ -34,24 +34,29 @@ MEASURED_BYTES = 48 << 20  # some 8 seconds of two cores with ERNIE's tokenizer
 _FEW_BYTES = 2 << 20  # less than this is encoded sooner than a worker has started
 _SLOW_SECONDS = 2.0  # what took longer to measure is kept, as is what workers measured
 _KEPT_FILES = 50
+_FORMAT = 2  # of a kept file
 _MIN_SAMPLES = 64
 _SEED = 7  # of the sample, which need not change with the run's seed
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts of the documents of all N records. Record n has tokens[starts[n] : starts[n] + counts[n]].
+    """Token counts of the documents of all N records. Record n has tokens[starts[n] : starts[n] + counts[n]], and so
+    for the patches of their pictures.
 
-    starts int64 [N], counts int32 [N], tokens int32 [M]. `num_measured` of the records were encoded, `num_dropped` of
-    these gave no document and `num_truncated` lost a part.
+    starts int64 [N], counts int32 [N], tokens int32 [M], patches int32 [M]. `num_measured` of the records were encoded,
+    `num_dropped` of these gave no document, `num_truncated` lost a part, and of `num_shrunk` pictures were made smaller
+    to fit.
     """
 
     starts: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray
+    patches: np.ndarray
     num_measured: int
     num_dropped: int
     num_truncated: int
+    num_shrunk: int
 
     @property
     def exact(self) -> bool:
@@ -69,16 +74,25 @@ class Lengths:
         start = self.starts[number]
         return self.tokens[start : start + self.counts[number]].tolist()
 
+    def patches_of(self, number: int) -> list[int]:
+        """The patches of each document of a record."""
+        start = self.starts[number]
+        return self.patches[start : start + self.counts[number]].tolist()
+
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of the encoded records: their numbers int64 [K], documents each int32 [K], and those documents' tokens [M]."""
+    """Of the encoded records: their numbers int64 [K], documents each int32 [K], and those documents' tokens and
+    patches [M].
+    """
 
     numbers: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray
+    patches: np.ndarray
     num_dropped: int
     num_truncated: int
+    num_shrunk: int
 
 
 def choose_sample(dataset: Dataset, max_samples: int) -> np.ndarray:
@@ -141,15 +155,19 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 def _encode(service: EncodingService, numbers: np.ndarray, workers: int | None) -> _Measured:
     counts = np.zeros(len(numbers), np.int32)
     tokens: list[int] = []
-    dropped = truncated = 0
+    patches: list[int] = []
+    dropped = truncated = shrunk = 0
     with closing(service.stream(numbers.tolist(), workers)) as encoded:
         shown = track(encoded, len(numbers), "data: measuring samples") if workers else encoded
         for place, record in enumerate(shown):
             counts[place] = len(record.documents)
             tokens += [len(document.ids) for document in record.documents]
+            patches += [document.num_patches for document in record.documents]
             dropped += bool(record.dropped)
             truncated += record.cut
-    return _Measured(numbers, counts, np.array(tokens, np.int32), dropped, truncated)
+            shrunk += record.shrunk
+    sizes = np.array(tokens, np.int32), np.array(patches, np.int32)
+    return _Measured(numbers, counts, *sizes, dropped, truncated, shrunk)
 
 
 def _for_all(dataset: Dataset, measured: _Measured) -> Lengths:
@@ -171,9 +189,11 @@ def _for_all(dataset: Dataset, measured: _Measured) -> Lengths:
         first[which],
         measured.counts[which],
         measured.tokens,
+        measured.patches,
         len(measured.numbers),
         measured.num_dropped,
         measured.num_truncated,
+        measured.num_shrunk,
     )
 
 
@@ -194,7 +214,7 @@ def _cache_file(dataset: Dataset, numbers: np.ndarray, depends_on: dict[str, Any
         for data in source.files:
             status = data.path.stat()
             files.append([source.spec.type, str(data.path.resolve()), status.st_size, status.st_mtime_ns, len(data)])
-    everything = [__version__, files, depends_on, len(numbers)]
+    everything = [_FORMAT, __version__, files, depends_on, len(numbers)]
     digest = hashlib.sha256(json.dumps(everything, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     return cache_directory() / "lengths" / f"{digest[:32]}.npz"
 
@@ -203,7 +223,7 @@ def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
     """What was kept; None if there is nothing, or nothing that can be used."""
     try:
         with open_regular(file, DataError) as opened, np.load(opened, allow_pickle=False) as archive:
-            counts, tokens, totals = (archive[name] for name in ("counts", "tokens", "totals"))
+            counts, tokens, patches, totals = (archive[name] for name in ("counts", "tokens", "patches", "totals"))
     except FileNotFoundError:
         return None
     except DataError as error:
@@ -212,29 +232,29 @@ def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
     except Exception as error:  # zipfile, numpy and the system each raise their own for a broken file
         log.warning(f"{file}: kept lengths cannot be read ({error}); measuring again")
         return None
-    if not _is_possible(counts, tokens, totals, len(numbers)):
+    if not _is_possible(counts, tokens, patches, totals, len(numbers)):
         log.warning(f"{file}: kept lengths are not those of {len(numbers):,} samples; measuring again")
         return None
     log.info(f"data: lengths of {len(numbers):,} samples, measured earlier, are in {file}")
-    return _Measured(numbers, counts, tokens, int(totals[0]), int(totals[1]))
+    return _Measured(numbers, counts, tokens, patches, *(int(total) for total in totals))
 
 
-def _is_possible(counts: np.ndarray, tokens: np.ndarray, totals: np.ndarray, size: int) -> bool:
+def _is_possible(counts: np.ndarray, tokens: np.ndarray, patches: np.ndarray, totals: np.ndarray, size: int) -> bool:
     """Whether these can be the lengths of `size` records. A file may be damaged, or another program's."""
-    if counts.dtype != np.int32 or tokens.dtype != np.int32 or totals.dtype != np.int64:
+    if any(array.dtype != np.int32 for array in (counts, tokens, patches)) or totals.dtype != np.int64:
         return False
-    if counts.shape != (size,) or tokens.ndim != 1 or totals.shape != (2,):
+    if counts.shape != (size,) or tokens.ndim != 1 or patches.shape != tokens.shape or totals.shape != (3,):
         return False
-    signs = counts.min(initial=0) >= 0 and tokens.min(initial=1) > 0 and totals.min() >= 0
+    signs = min(counts.min(initial=0), patches.min(initial=0), totals.min()) >= 0 and tokens.min(initial=1) > 0
     return bool(signs) and int(counts.sum(dtype=np.int64)) == len(tokens) and int(totals.max()) <= size
 
 
 def _keep(file: Path, measured: _Measured) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        totals = np.array([measured.num_dropped, measured.num_truncated], np.int64)
+        totals = np.array([measured.num_dropped, measured.num_truncated, measured.num_shrunk], np.int64)
         with atomic.new_file(file) as temporary, open(temporary, "wb") as out:
-            np.savez(out, counts=measured.counts, tokens=measured.tokens, totals=totals)
+            np.savez(out, counts=measured.counts, tokens=measured.tokens, patches=measured.patches, totals=totals)
         _remove_oldest(sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime))
     except OSError as error:
         log.info(

@@ -202,6 +202,11 @@ class Loader:
         """
         return self._feed.rows_left(self._position)
 
+    def announce(self) -> None:
+        """Log how large the rows of data with pictures are; rows_left() logs it, too."""
+        if isinstance(self._feed, RecordFeed):
+            self._feed.announce()
+
     @property
     def epochs_done(self) -> int:
         """Epochs of which next_step() has returned every row."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from erniekit.data.batch import Document, PackedBatch, make_row
 from erniekit.data.chat.encode import Encoded
+from erniekit.data.lengths import Lengths
 from erniekit.data.packing import Packer
 from erniekit.data.sampler import Sampler
 from erniekit.data.workers import EncodingService
@@ -20,8 +21,9 @@ from erniekit.utils.errors import DataError
 @dataclass(frozen=True)
 class Counts:
     """What the stream has yielded so far. `samples` counts the records used, `cut` those of them that were shortened,
-    `dropped` the records of which nothing was left; a record is counted when the packer's window reads it, a little
-    before its rows come. `rows`, `tokens` and `supervised_tokens` (those with a label) count the rows yielded.
+    `shrunk` those whose pictures were made smaller to fit, `dropped` the records of which nothing was left; a record is
+    counted when the packer's window reads it, a little before its rows come. `rows`, `tokens`, `supervised_tokens`
+    (those with a label), `pictures` (images and videos) and their `patches` count the rows yielded.
     """
 
     samples: int = 0
@@ -30,6 +32,9 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    shrunk: int = 0
+    pictures: int = 0
+    patches: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,20 +221,20 @@ class PackedStream:
     def _take(encoded: Iterator[Encoded], start: int, stop: int, counts: Counts) -> tuple[Counts, list[_Placed]]:
         """The documents of the next samples of the order, and the counts with these samples."""
         documents: list[_Placed] = []
-        samples = cut = dropped = 0
+        samples = cut = shrunk = dropped = 0
         for index in range(start, stop):
             record = next(encoded)
             samples += not record.dropped
             dropped += bool(record.dropped)
             cut += record.cut
+            shrunk += record.shrunk
             documents += [_Placed((index, j), record.where, document) for j, document in enumerate(record.documents)]
-        now = Counts(
-            counts.samples + samples,
-            counts.cut + cut,
-            counts.dropped + dropped,
-            counts.rows,
-            counts.tokens,
-            counts.supervised_tokens,
+        now = replace(
+            counts,
+            samples=counts.samples + samples,
+            cut=counts.cut + cut,
+            shrunk=counts.shrunk + shrunk,
+            dropped=counts.dropped + dropped,
         )
         return now, documents
 
@@ -238,25 +243,28 @@ class PackedStream:
         if counts.rows == 0:
             raise DataError(
                 f"all {counts.dropped} samples were dropped, nothing is left to read. "
-                "Hint: raise max_seq_len, or set truncation: cut; the lines above give the reasons."
+                "Hint: raise max_seq_len, or set truncation: cut (with pictures: shrink); the lines above give the "
+                "reasons."
             )
 
-    def count_rows(self, number: int, lengths_of: Callable[[int], Sequence[int]], limit: int | None = None) -> int:
-        """The number of rows of a round (of its first `limit` samples), from the lengths of each record's documents:
-        what rows() gives, without reading anything.
+    def row_sizes(self, number: int, lengths: Lengths, limit: int | None = None) -> Iterator[tuple[int, int]]:
+        """The tokens and the patches of each row of a round (of its first `limit` samples): what rows() gives, without
+        reading anything.
         """
         ids = self.ids(number)[:limit]
-        rows, pending = 0, list[int]()
+        pending: list[tuple[int, int]] = []
         for start in range(0, len(ids), self._window):
             stop = min(start + self._window, len(ids))
-            lengths = pending + [length for n in ids[start:stop].tolist() for length in lengths_of(n)]
-            groups, carried = self._packer(lengths, self._max_seq_len, stop == len(ids))
-            rows += len(groups)
-            pending = [lengths[i] for i in carried]
-        return rows
+            sizes = list(pending)
+            for n in ids[start:stop].tolist():
+                sizes += zip(lengths.of(n), lengths.patches_of(n), strict=True)
+            groups, carried = self._packer([tokens for tokens, _ in sizes], self._max_seq_len, stop == len(ids))
+            for group in groups:
+                yield sum(sizes[i][0] for i in group), sum(sizes[i][1] for i in group)
+            pending = [sizes[i] for i in carried]
 
     def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
-        """The number of rows after `position` to the end of a training that has one, as count_rows()."""
+        """The number of rows after `position` to the end of a training that has one, as many as rows() gives."""
         number, start, emitted, rows = position.round, position.start, position.emitted, 0
         if self._is_beyond(position):
             return 0
@@ -277,5 +285,11 @@ class PackedStream:
 
 
 def _count_row(counts: Counts, row: PackedBatch) -> Counts:
-    tokens, supervised = counts.tokens + row.num_tokens, counts.supervised_tokens + len(row.supervised)
-    return Counts(counts.samples, counts.cut, counts.dropped, counts.rows + 1, tokens, supervised)
+    return replace(
+        counts,
+        rows=counts.rows + 1,
+        tokens=counts.tokens + row.num_tokens,
+        supervised_tokens=counts.supervised_tokens + len(row.supervised),
+        pictures=counts.pictures + len(row.pictures),
+        patches=counts.patches + row.pictures.num_patches,
+    )

@@ -5,8 +5,7 @@ files and sources (checked at the start) -> order (shuffled, mixed) -> encode (t
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _COUNTED = 100_000  # samples of an epoch that are packed to estimate its rows
+_GLANCED = 2_000  # samples measured where max_steps decides the end, only to know their sizes
 _WINDOW = 64  # samples read at a time where the packer does not care
 
 
@@ -65,7 +65,7 @@ class RecordFeed:
         service: EncodingService,
         extent: Extent,
         identity: dict[str, Any],
-        decoder: MediaDecoder,
+        decoder: MediaDecoder | None,
     ):
         self.dataset, self.identity, self._decoder = dataset, identity, decoder
         self._stream, self._service, self._extent = stream, service, extent
@@ -92,21 +92,27 @@ class RecordFeed:
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with the pixels of their pictures."""
-        return self._decoder.decode(batches)
+        return list(batches) if self._decoder is None else self._decoder.decode(batches)
 
     def interrupt(self) -> None:
         """End the workers of every stream, also while another thread waits for them."""
         self._service.stop()
-        self._decoder.stop()
+        if self._decoder is not None:
+            self._decoder.stop()
 
     def report(self, position: Position) -> dict[str, Any]:
         """samples (used), cut, dropped, bad_lines (skipped when the files were checked), rows, tokens,
-        supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch.
+        supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch. With pictures also shrunk, pictures and
+        patches (see packed_stream.Counts); and of those that this process has decoded, undecodable and the notes about
+        them with how often each was true (such as frames that were repeated).
         """
-        counts = position.counts
-        fill_rate = counts.tokens / (counts.rows * self._extent.max_seq_len) if counts.rows else 0.0
+        counts = asdict(position.counts)
+        fill_rate = counts["tokens"] / (counts["rows"] * self._extent.max_seq_len) if counts["rows"] else 0.0
+        pictures = {name: counts.pop(name) for name in ("shrunk", "pictures", "patches")}
+        if self._decoder is not None:
+            counts |= pictures | {"undecodable": self._decoder.failures, "media_notes": dict(self._decoder.doubts)}
         return {
-            **asdict(counts),
+            **counts,
             "bad_lines": self.dataset.bad_lines,
             "fill_rate": round(fill_rate, 4),
             "epoch": round(self._epoch(position), 4),
@@ -120,13 +126,22 @@ class RecordFeed:
     def lengths(self) -> Lengths:
         """The numbers of tokens of all samples, measured at the first call (see data.lengths)."""
         if self._lengths is None:
-            self._lengths = measure_lengths(self.dataset, self._service, self._extent.max_estimate_samples)
+            most = self._extent.max_estimate_samples
+            if self._extent.num_epochs is None:
+                most = min(most, _GLANCED)
+            self._lengths = measure_lengths(self.dataset, self._service, most)
         return self._lengths
 
-    def encode(self, number: int) -> Encoded:
-        """The documents that record `number` becomes."""
-        with closing(self._service.stream([number])) as encoded:
-            return next(encoded)
+    def encode(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
+        """The documents that records become; `num_workers`: the least number of processes that encode."""
+        return self._service.stream(numbers, num_workers)
+
+    def announce(self) -> None:
+        """Log, before training, what rows_left() would log, for data with pictures: how large its largest row is
+        decides whether a step fits into memory. Where max_steps decides the end, of a few samples only.
+        """
+        if self._decoder is not None:
+            self._measure()
 
     def epochs_done(self, position: Position) -> int:
         """Epochs of which every row has been yielded."""
@@ -156,17 +171,26 @@ class RecordFeed:
         if lengths.num_dropped == lengths.num_measured:
             raise DataError(
                 f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
-                "Hint: raise max_seq_len, or set truncation: cut."
+                f"Hint: raise max_seq_len, or set truncation: {'cut' if self._decoder is None else 'shrink'}."
             )
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)
         epoch_samples = extent.samples_per_epoch or stream.round_length(0)
-        rows = stream.count_rows(0, lengths.of, limit) * epoch_samples / limit
+        sizes = list(stream.row_sizes(0, lengths, limit))
+        rows = len(sizes) * epoch_samples / limit
+        shrunk = f", {lengths.num_shrunk} with smaller pictures" if lengths.num_shrunk else ""
+        estimated = "" if lengths.exact else " (estimated)"
         log.info(
             f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
-            f"cut), {lengths.total_tokens} tokens{'' if lengths.exact else ' (estimated)'}; an epoch is "
+            f"cut{shrunk}), {lengths.total_tokens} tokens{estimated}; an epoch is "
             f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
         )
+        if self._decoder is not None and sizes:
+            tokens, patches = (max(size[i] for size in sizes) for i in (0, 1))
+            log.info(
+                f"data: the largest rows of an epoch have {tokens:,} tokens and {patches:,} patches of "
+                f"pictures{estimated}"
+            )
         self._measured = rows, lengths
         return self._measured
 
@@ -226,7 +250,7 @@ def open_text(
     }
     if vision is not None:
         identity["pictures"] = repr(vision)
-    decoder = MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
+    decoder = None if vision is None else MediaDecoder(cfg.dataloader_num_workers, cfg.on_bad_line)
     return RecordFeed(dataset, stream, service, extent, identity, decoder)
 
 

@@ -159,18 +159,22 @@ def _questions(found: PreparedChatModel, sample: Sample, plans: list[MediaPlan],
         yield Question(ids, prompt, in_thought, reference, where, calls, pictures)
 
 
-def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Question]) -> list[Prediction]:
-    """The model's answers. A question too long for its context is not asked and has the answer "": it counts as wrong,
-    and a line says how many there are.
-    """
-    context = opened.model.config.max_position_embeddings
-    asked = [i for i, question in enumerate(questions) if len(question.prompt_ids) < context]
-    if len(asked) < len(questions):
-        too_long = [question.where for question in questions if len(question.prompt_ids) >= context]
+def _within_context(questions: Sequence[Question], context: int) -> list[int]:
+    """The numbers of the questions that leave room for an answer; a line names the others."""
+    too_long = [question.where for question in questions if len(question.prompt_ids) >= context]
+    if too_long:
         log.warning(
             f"{len(too_long)} of {len(questions)} questions fill the model's context of {context} tokens and are "
             f"counted as wrong ({', '.join(too_long[:_SHOWN])}{', ...' if len(too_long) > _SHOWN else ''})"
         )
+    return [i for i, question in enumerate(questions) if len(question.prompt_ids) < context]
+
+
+def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Question]) -> list[Prediction]:
+    """The model's answers. A question too long for its context is not asked and has the answer "": it counts as wrong,
+    and a line says how many there are.
+    """
+    asked = _within_context(questions, opened.model.config.max_position_embeddings)
     limits, sampling = opened.limits(cfg), sampling_of(cfg)
     how = "the likeliest token (temperature: 0)"
     if not sampling.greedy:

@@ -35,7 +35,7 @@ class QuestionPictures:
         try:
             tables = tables_of(prompt, decode=lambda plan: plan.patches(notes))
         except BadRecord as error:
-            message = f"{self._where[row]}: {error.reason}. Hint: {error.hint}."
+            message = f"{self._where[row]}: {error.message}"
             if not self._skip_bad:
                 raise DataError(f"{message} (on_bad_line: skip counts such questions as wrong)") from None
             log.warning(f"counted as wrong: {message}")

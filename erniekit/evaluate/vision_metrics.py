@@ -36,7 +36,7 @@ _STANDING = re.compile(
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes of a text, in its order, within 0 to SCALE. `labels`: what each is called, None where nothing is said.
+    """The boxes of a text, in its order, within 0 to SCALE. `labels`: what each is called, None where it has no name.
     `overshoots`: boxes that reached beyond 0 to SCALE and were clamped. `refused`: boxes with swapped corners, which
     are not among `boxes`.
     """
@@ -204,14 +204,18 @@ def _in_json(text: str) -> list[tuple[list[float], str | None]] | None:
     except (ValueError, RecursionError):
         return None
     items = value if isinstance(value, list) and not _is_four(value) else [value]
-    found = []
-    for item in items:
-        values = next((item[key] for key in _KEYS if key in item), None) if isinstance(item, dict) else item
-        label = item.get("label") if isinstance(item, dict) else None
-        name = label.strip().casefold() if isinstance(label, str) else None
-        several = values if isinstance(values, list) and not _is_four(values) else [values]
-        found += [([float(number) for number in four], name) for four in several if _is_four(four)]
+    found = [box for item in items for box in _of_item(item)]
     return found or None
+
+
+def _of_item(item: Any) -> list[tuple[list[float], str | None]]:
+    """The boxes of one item of a JSON list, each with its label."""
+    label, values = None, item
+    if isinstance(item, dict):
+        label, values = item.get("label"), next((item[key] for key in _KEYS if key in item), None)
+    name = label.strip().casefold() if isinstance(label, str) else None
+    several = values if isinstance(values, list) and not _is_four(values) else [values]
+    return [([float(number) for number in four], name) for four in several if _is_four(four)]
 
 
 def _is_four(value: Any) -> TypeGuard[list[float]]:

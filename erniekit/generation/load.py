@@ -14,7 +14,8 @@ from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.data.vision.processor_files import read_settings
+from erniekit.data.vision.options import inference_spec
+from erniekit.data.vision.processor_files import IMAGE_FILE, read_settings
 from erniekit.data.vision.template import load_vision_template
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
@@ -124,7 +125,9 @@ def find_model(cfg: Config) -> PreparedChatModel:
     options = inference_options(cfg, None if base == path else path, files.random_start)
     prepared = prepare_model(base, options, shape)
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
-    vision = None if prepared.config.vision is None else VisionSpec(read_settings(base))
+    vision = None
+    if prepared.config.vision is not None:  # an adapter has files of its own where it was trained with other settings
+        vision = inference_spec(cfg, read_settings(path if (path / IMAGE_FILE).exists() else base))
     template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
     say_if_trained_otherwise(path, template)
     thinking = cfg.enable_thinking

@@ -57,7 +57,7 @@ class ThoughtParser:
         part: Part = "thought" if self._state == "thought" else "answer"
         place, tag = min(((self._buffer.find(tag), tag) for tag in tags if tag in self._buffer), default=(-1, ""))
         if not tag:
-            certain = len(self._buffer) - _unsure(self._buffer, tags)
+            certain = len(self._buffer) - num_unsure(self._buffer, tags)
             self._give(pieces, part, self._buffer[:certain].lstrip() if self._fresh else self._buffer[:certain])
             self._buffer = self._buffer[certain:]
             return False
@@ -88,7 +88,7 @@ def opens_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPEN)
 
 
-def _unsure(text: str, tags: Sequence[str]) -> int:
+def num_unsure(text: str, tags: Sequence[str]) -> int:
     """Length of the end of `text` that may be blank space before a tag, or the beginning of one."""
     for start in range(max(0, len(text) - max(map(len, tags)) + 1), len(text)):
         if any(tag.startswith(text[start:]) for tag in tags):

@@ -1,9 +1,11 @@
 """Function calls in what a model writes: <tool_call> {"name": ..., "arguments": {...}} </tool_call>, as ERNIE's chat
-templates show them. No tool is run here.
+templates show them.
 """
 
 import json
 from typing import Any, NamedTuple, NoReturn
+
+from erniekit.generation.thinking import num_unsure
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -36,6 +38,31 @@ def read_calls(answer: str) -> Answer:
             ends = [closing + len(CLOSE)] * (closing >= 0) + [opening] * (opening >= 0)
             at = min(ends, default=len(answer))
     return Answer("".join([*texts, answer[at:]]).strip(), calls, unreadable)
+
+
+class CallFilter:
+    """The text of a streamed answer before its first call. `hides`: whether calls are left out at all."""
+
+    def __init__(self, hides: bool) -> None:
+        self._hides, self._buffer, self._ended = hides, "", False
+
+    def push(self, text: str) -> str:
+        """What is certain to stand before a call; what may yet be the tag of one waits."""
+        if not self._hides or self._ended:
+            return "" if self._ended else text
+        self._buffer += text
+        before, tag, _ = self._buffer.partition(OPEN)
+        if tag:
+            self._buffer, self._ended = "", True
+            return before.rstrip()
+        certain = len(before) - num_unsure(before, (OPEN,))
+        self._buffer = before[certain:]
+        return before[:certain]
+
+    def flush(self) -> str:
+        """The rest."""
+        text, self._buffer = self._buffer, ""
+        return text
 
 
 def format_call(call: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import paddle
 from paddle import nn
 
 from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, mergeable_weight, parameter_name
-from erniekit.lora.targets import DEFAULT_TARGETS, adaptable, choose, choose_saved, is_stacked
+from erniekit.lora.targets import adaptable, choose, choose_saved, default_targets, is_stacked, short_name
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
@@ -40,7 +40,7 @@ __all__ = [
 class LoraOptions:
     """How a model is adapted. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout`
     is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in targets.choose
-    and choose_saved. `seed` decides the initial values of A.
+    and choose_saved; no targets: those of targets.default_targets. `seed` decides the initial values of A.
     """
 
     rank: int = 8
@@ -48,7 +48,7 @@ class LoraOptions:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    targets: tuple[str, ...] = DEFAULT_TARGETS
+    targets: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     seed: int = 42
 
@@ -114,7 +114,7 @@ def choose_slots(
     """
     known = list(names)
     slot = Slot(options.rank, options.scaling)
-    chosen = choose(known, options.targets)
+    chosen = choose(known, options.targets or default_targets(known))
     saved = choose_saved(known, options.modules_to_save, tied)
     slots = {module: dict.fromkeys(parts, slot) for module, parts in chosen.items()}
     if options.dora:
@@ -162,7 +162,7 @@ def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> Non
 def describe(state: LoraState) -> str:
     """A short text for the log: adapted projections by kind, rank, scaling, and what is trained whole."""
     slots = [slot for parts in state.slots.values() for slot in parts.values()]
-    leaves = sorted({name.rpartition(".")[2] for name in state.slots})
+    leaves = sorted({short_name(name) for name in state.slots})
     ranks = ", ".join(str(rank) for rank in sorted({slot.rank for slot in slots}))
     scalings = ", ".join(f"{scaling:g}" for scaling in sorted({slot.scaling for slot in slots}))
     dora = ", DoRA" if state.options.dora else ""

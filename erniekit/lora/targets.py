@@ -13,12 +13,28 @@ from collections.abc import Iterable, Sequence
 from erniekit.utils.errors import ConfigError
 
 FUSED = {"qkv_proj": ("q", "k", "v"), "up_gate_proj": ("gate", "up")}
-DEFAULT_TARGETS = ("qkv_proj", "o_proj", "up_gate_proj", "down_proj")  # ERNIEKit's; not the router, not the head
+# ERNIEKit's: not the router, not the head; of a vision-language model the resampler, too, not the vision transformer.
+_DEFAULT_TARGETS = ("qkv_proj", "o_proj", "up_gate_proj", "down_proj")
+_RESAMPLER_TARGETS = ("spatial_linear.0", "spatial_linear.2", "temporal_linear.0", "temporal_linear.2")
 _LEAVES = (*FUSED, "o_proj", "down_proj")
 _KNOWN = (*_LEAVES, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
 # Modules that modules_to_save can name: whole parameters outside the projections and the routers.
 SAVEABLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
 _PLAIN = re.compile(r"[\w.]+")
+# The projections of the vision transformer and of the resampler.
+_VISUAL = re.compile(
+    r"model\.vision_model\.(patch_embed\.proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]))"
+    r"|model\.resampler_model\.((spatial|temporal)_linear\.[02]|mlp)"
+)
+# Names in files of vision-language models, and the paths of the same modules in transformers' model.
+_VISION_LANGUAGE_PATHS = (
+    (re.compile(r"^model\.(?=(layers|embed_tokens|norm)\b)"), "model.language_model."),
+    (re.compile(r"\.mlp\.experts(?=\.|$)"), ".mlp.text_moe.experts"),
+    (re.compile(r"\.mlp\.vision_experts(?=\.|$)"), ".mlp.vision_moe.experts"),
+    (re.compile(r"^model\.vision_model\."), "model.vision_tower."),
+    (re.compile(r"(?<=_linear\.)0(?=\.|$)"), "fc1"),
+    (re.compile(r"(?<=_linear\.)2(?=\.|$)"), "fc2"),
+)
 
 # Module name of a projection -> its parts that are adapted; ("",) where it has no parts.
 Chosen = dict[str, tuple[str, ...]]
@@ -30,9 +46,31 @@ def is_stacked(module: str) -> bool:
 
 
 def adaptable(names: Iterable[str]) -> list[str]:
-    """The projections among module or weight names: attention and feed-forward, not multi-token prediction."""
+    """The projections among module or weight names: attention and feed-forward, those of the vision transformer and
+    the resampler, not multi-token prediction.
+    """
     modules = dict.fromkeys(name.removesuffix(".weight") for name in names)
-    return [name for name in modules if name.rpartition(".")[2] in _LEAVES and ".mtp_" not in name]
+    return [
+        name
+        for name in modules
+        if (name.rpartition(".")[2] in _LEAVES and ".mtp_" not in name) or _VISUAL.fullmatch(name)
+    ]
+
+
+def has_vision(names: Iterable[str]) -> bool:
+    """Whether modules or weights of these names are those of a vision-language model."""
+    return any(name.startswith("model.resampler_model.") for name in names)
+
+
+def default_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """What is adapted of a model with weights of these names where nothing is given."""
+    return _DEFAULT_TARGETS + (_RESAMPLER_TARGETS if has_vision(names) else ())
+
+
+def short_name(module: str) -> str:
+    """The end of a projection's name that says what it is: "qkv_proj", "spatial_linear.0"."""
+    prefix, _, leaf = module.rpartition(".")
+    return leaf if leaf in _LEAVES else f"{prefix.rpartition('.')[2]}.{leaf}"
 
 
 def parts_of(module: str) -> tuple[str, ...]:
@@ -50,19 +88,31 @@ def hf_name(module: str, part: str) -> str:
     return f"{prefix}.gate_up_proj" if leaf == "up_gate_proj" else module
 
 
+def vision_language_path(name: str) -> str:
+    """The path in transformers' vision-language model of a module or parameter that has `name` in files or here. PEFT
+    uses these paths, not the names in files.
+    """
+    for pattern, path in _VISION_LANGUAGE_PATHS:
+        name = pattern.sub(path, name)
+    return name
+
+
 def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
     """The parts that `targets` mean among the projections `names` (the whole model's).
 
     An entry of letters, digits, _ and . is the end of a name ("q_proj", "mlp.down_proj"); anything else is a regular
     expression for a whole name. Both are compared with our names and with Hugging Face's ("experts.0.gate_proj" stands
-    for all experts). Raises ConfigError for an entry that matches nothing (with the nearest name), an invalid
-    expression, and gate without up in routed experts.
+    for all experts), of a vision-language model also with the paths in transformers' model. Raises ConfigError for an
+    entry that matches nothing (with the nearest name), an invalid expression, and gate without up in routed experts.
     """
     modules = adaptable(names)
+    vision = has_vision(modules)
     chosen: set[tuple[str, str]] = set()
     halves: set[tuple[str, str]] = set()  # ("...experts.up_gate_proj", "gate")
     for target in targets:
-        hits = {(module, part) for module in modules for part in parts_of(module) if _means(target, module, part)}
+        hits = {
+            (module, part) for module in modules for part in parts_of(module) if _means(target, module, part, vision)
+        }
         half_hits = _halves(target, modules)
         if not hits and not half_hits:
             raise ConfigError(_unknown(target, modules))
@@ -93,8 +143,10 @@ def _halves(target: str, modules: Iterable[str]) -> set[tuple[str, str]]:
     }
 
 
-def _means(target: str, module: str, part: str) -> bool:
+def _means(target: str, module: str, part: str, vision: bool) -> bool:
     names = [module, hf_name(module, part)]
+    if vision:
+        names.append(vision_language_path(names[1]))
     if is_stacked(module) and module.endswith("down_proj"):
         names.append(f"{module.rpartition('.')[0]}.0.down_proj")
     return _matches(target, names)

@@ -2,30 +2,30 @@
 
 In a terminal, `User: ` asks and the answer follows `Assistant: ` as it is generated; `clear` forgets the conversation,
 `exit` or Ctrl-D leaves, Ctrl-C stops an answer, and pressed twice leaves. Through a pipe each line is a question;
-standard output gets the answers and nothing else.
+standard output gets the answers and nothing else. A vision-language model is shown the files of `<image>path</image>`
+and `<video>path</video>` in a question, and of lines `/image path` and `/video path` before it.
 
 Where several ranks hold the model, rank 0 has the terminal and the conversation, and the others follow it.
 """
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 from erniekit.config import Config
-from erniekit.data.chat.tokenizer import StreamDecoder
-from erniekit.generation.load import ChatModel, find_model, sampling_of
-from erniekit.generation.session import Session, follow
-from erniekit.generation.thinking import Part, ThoughtParser, opens_thought
+from erniekit.generation.load import ChatModel, find_model
+from erniekit.generation.session import follow
 from erniekit.generation.tool_calls import format_call, read_calls
 from erniekit.join import GENERATION, join, require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh, ParallelDims
-from erniekit.utils import heartbeat, log, streams
+from erniekit.serve.conversation import Conversation, Piece
+from erniekit.serve.typed_media import command_of, has_media
+from erniekit.utils import heartbeat, streams
 from erniekit.utils.errors import UserError
 
 CLEAR, EXIT = "clear", "exit"
-_TAIL = 16  # last tokens of a prompt, among which it may open a thought
 
 
 def chat(cfg: Config) -> None:
@@ -53,10 +53,14 @@ def _open(cfg: Config, mesh: Mesh) -> ChatModel:
     return model.load(mesh, chunks)
 
 
-def _talk(conversation: "Conversation", screen: "Screen") -> None:
+def _talk(conversation: Conversation, screen: "Screen") -> None:
     """Questions and answers, until the questions end."""
     if screen.interactive:
         screen.note(f"{CLEAR}: forget the conversation; {EXIT} or Ctrl-D: leave; Ctrl-C: stop an answer")
+        if conversation.sees_pictures:
+            screen.note(
+                "pictures: <image>path</image> in a question, or /image path before it; <video> and /video likewise"
+            )
     interrupted = False
     while True:
         with heartbeat.phase(heartbeat.ASKING):
@@ -74,13 +78,29 @@ def _talk(conversation: "Conversation", screen: "Screen") -> None:
         if question.strip() == CLEAR:
             conversation.clear()
             screen.note("the conversation is forgotten")
+        elif command_of(question) is not None:
+            _add_medium(conversation, screen, question)
         elif question.strip():
             interrupted = _answer(conversation, screen, question)
 
 
-def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bool:
+def _add_medium(conversation: Conversation, screen: "Screen", line: str) -> None:
+    """Show the model the picture or video that a line `/image path` or `/video path` names."""
+    command = command_of(line)
+    assert command is not None
+    try:
+        screen.note(conversation.add(*command))
+    except UserError as error:
+        if not screen.interactive:
+            raise
+        screen.note(str(error))
+
+
+def _answer(conversation: Conversation, screen: "Screen", question: str) -> bool:
     """Print the answer to a question. True if Ctrl-C stopped it."""
     before = conversation.messages
+    if has_media(question) and not conversation.sees_pictures:
+        screen.note("this is a model of text alone: <image> and <video> are read as text")
     try:
         with closing(conversation.ask(question)) as pieces:
             screen.show(pieces)
@@ -92,54 +112,11 @@ def _answer(conversation: "Conversation", screen: "Screen", question: str) -> bo
             raise
         screen.note(f"{error} ({CLEAR} starts a new conversation)")
         return False
-    calls = [] if conversation.messages is before else read_calls(conversation.messages[-1]["content"]).calls
-    if calls:
-        screen.note(f"the model calls {', '.join(map(format_call, calls))}; tools are not run here")
+    if conversation.messages is not before and not conversation.has_tools:
+        calls = read_calls(conversation.messages[-1]["content"]).calls
+        if calls:
+            screen.note(f"the model calls {', '.join(map(format_call, calls))}; tools are not run here")
     return False
-
-
-class Conversation:
-    """What was said, and the model that answers."""
-
-    def __init__(self, cfg: Config, chat_model: ChatModel) -> None:
-        self._cfg, self._chat_model = cfg, chat_model
-        self._limits, self._sampling = chat_model.limits(cfg), sampling_of(cfg)
-        self.session = Session(chat_model.model)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the conversation. With a seed the next one draws as this one did."""
-        self.messages: list[dict[str, str]] = []
-        self.session.clear()
-        self._turn = 0
-
-    def ask(self, question: str) -> Generator[tuple[Part, str], None, None]:
-        """Pieces of the thought, if there is one, and of the answer, as they come; none ends inside a character.
-
-        Question and answer join the conversation at the end, also where the caller stops early, unless nothing was
-        answered; a thought is dropped. Raises UserError for what cannot be asked; the conversation is then as before.
-        """
-        messages = [*self.messages, {"role": "user", "content": question}]
-        prompt_ids = self._chat_model.template.prompt_ids(messages, enable_thinking=self._chat_model.enable_thinking)
-        answers = self.session.answer(prompt_ids, self._limits, self._sampling, self._turn)
-        parser = ThoughtParser(opens_thought(self._chat_model.tokenizer.decode(prompt_ids[-_TAIL:])))
-        decoder = StreamDecoder(self._chat_model.tokenizer)
-        answer_text = ""
-        self._turn += 1
-        try:
-            for answer in answers:
-                text = decoder.push(answer.ids[-1]) if answer.stop_id is None else ""
-                pieces = parser.push(text)
-                if answer.stop:
-                    pieces += [*parser.push(decoder.flush()), *parser.flush()]
-                for part, text in pieces:
-                    answer_text += text if part == "answer" else ""
-                    yield part, text
-                if answer.stop == "length":
-                    log.info(f"the answer was truncated at max_new_tokens: {self._cfg.max_new_tokens}")
-        finally:
-            if answer_text:
-                self.messages = [*messages, {"role": "assistant", "content": answer_text}]
 
 
 class Screen:
@@ -179,22 +156,31 @@ class Screen:
         """Say something that is not part of the conversation."""
         print(f"[{text}]", file=sys.stderr, flush=True)
 
-    def show(self, pieces: Iterator[tuple[Part, str]]) -> None:
-        """Print an answer piece by piece."""
+    def show(self, pieces: Iterator[Piece]) -> None:
+        """Print an answer piece by piece; notes go beside it, each in a line of its own."""
         if not self._stream:
             pieces = iter(list(pieces))
-        if self.interactive:
-            self._label("Assistant: ")
-        last: Part = "answer"
+        last, begun, within = "answer", False, False  # within: the cursor is behind a part of a line
         try:
             for part, text in pieces:
+                if part == "note":
+                    if within:
+                        print(file=sys.stdout if last == "answer" else self._labels, flush=True)
+                    self.note(text)
+                    last, begun, within = "answer", False, False
+                    continue
+                if self.interactive and not begun:
+                    self._label("Assistant: ")
+                begun = True
                 if part != last and part == "thought":
                     self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
                 elif part != last:
                     self._label("\n\nanswer:\n" if self._is_terminal else "\n")
                 print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
-                last = part
+                last, within = part, True
         finally:
+            if self.interactive and not begun:
+                self._label("Assistant: ")
             print(flush=True)
 
     def _label(self, text: str) -> None:

@@ -8,7 +8,7 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM
-from erniekit.nn.roles import Role, named_roles
+from erniekit.nn.roles import Component, Role, named_components, named_roles
 from erniekit.parallel.zero import ShardedParameters
 
 # Fields of the state that are one number a parameter.
@@ -29,20 +29,40 @@ NOT_DECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALE, Role.QUANTIZER})
 def parameter_rules(model: CausalLM, cfg: Config) -> dict[str, ParamRule]:
     """The rule of each parameter by name. Norms, biases, scales and quantisers are not decayed. With
     layerwise_lr_decay_bound b < 1 the rate of a model of n layers is b + (1 - b) * depth / (n + 2); routers have
-    moe_gate_lr_ratio, an adapter's B lora_plus_scale (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
+    moe_gate_lr_ratio (all of them; ERNIEKit's code applies it to none), an adapter's B lora_plus_scale (LoRA+: Hayou et
+    al. 2024, arXiv 2402.12354), and the parts of a vision-language model what `_vision_ratios` gives.
     """
     roles, depths = named_roles(model), model.parameter_depths()
     bound, num_depths = cfg.layerwise_lr_decay_bound, model.config.num_hidden_layers + 2
     ratios = {Role.ADAPTER_B: cfg.lora_plus_scale}
     if cfg.moe_gate_lr_ratio is not None:
         ratios[Role.ROUTER] = cfg.moe_gate_lr_ratio
+    vision = _vision_ratios(model, cfg)
     return {
         name: ParamRule(
-            (bound + (1.0 - bound) * depth / num_depths) * ratios.get(roles[name], 1.0),
+            (bound + (1.0 - bound) * depth / num_depths) * ratios.get(roles[name], 1.0) * vision.get(name, 1.0),
             0.0 if roles[name] in NOT_DECAYED else cfg.weight_decay,
         )
         for name, depth in depths.items()
     }
+
+
+def _vision_ratios(model: CausalLM, cfg: Config) -> dict[str, float]:
+    """vit_lr_ratio r: block i of the vision transformer's n has r^(n-1-i), the patch embedding as block 0, and the
+    final norm 1. resampler_lr_ratio: of all of the resampler. By name of the parameter; others have 1.
+    """
+    ratios: dict[str, float] = {}
+    transformer = model.model.vision_model
+    decay = cfg.visual_ld if cfg.vit_lr_ratio is None else cfg.vit_lr_ratio
+    if transformer is not None and decay is not None:
+        last = transformer.config.depth - 1
+        depths = transformer.parameter_depths()
+        ratios |= {f"model.vision_model.{name}": decay ** max(last - depth, 0) for name, depth in depths.items()}
+    if cfg.resampler_lr_ratio is not None:
+        components = named_components(model)
+        resampler = [name for name, component in components.items() if component is Component.RESAMPLER]
+        ratios |= dict.fromkeys(resampler, cfg.resampler_lr_ratio)
+    return ratios
 
 
 class AdamW:

@@ -13,7 +13,7 @@ import paddle
 
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
-from erniekit.checkpoint.model_shape import directories, model_config
+from erniekit.checkpoint.model_shape import directories, model_config, require_pictures
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -43,12 +43,12 @@ from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
 from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.freezing import check_frozen, freeze
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -122,12 +122,14 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     prepared = prepare(cfg, model_dir, mesh)
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
-    _require_pictures(cfg, prepared.config, model_dir)
+    require_pictures(cfg, prepared.config, model_dir)
     template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision is not None)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
+    loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
+    check_frozen(cfg, prepared.config)
     # Nothing that the configuration says is left to check: from here on weights are read.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
@@ -136,6 +138,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     elif cfg.continue_training and prepared.config.dtype not in (None, saved := prepared.options.precision.param_dtype):
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     freeze_untrained_mtp(model, cfg)
+    freeze(model, cfg)
     parameters = ShardedParameters(
         model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
     )
@@ -174,15 +177,6 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         update_router_bias=_wants_bias_update(cfg, model.config),
         average=None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay, optimizer),
     )
-
-
-def _require_pictures(cfg: Config, config: ModelConfig, model_dir: Path) -> None:
-    """ConfigError where the method trains on pictures and the model cannot see them."""
-    if cfg.method.vision and config.vision is None:
-        raise ConfigError(
-            f"stage: {cfg.method.name}: {model_dir} is a model of text alone ({config.model_type}), which has no use "
-            "for pictures. Set model_name_or_path to a vision-language model, or choose a stage for text."
-        )
 
 
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:

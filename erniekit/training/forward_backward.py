@@ -115,6 +115,9 @@ class TrainStage:
         for name, term in terms.items():
             mean = term.total / max(self.counts[term.divisor], 1.0)
             self.on_device.add(_TermMean(name, is_loss=term.weight is not None), mean)
+            if term.gradient_divisor is not None:
+                zero = term.total - term.total.detach()  # its gradient alone
+                mean = mean.detach() + zero / max(self.counts[term.gradient_divisor], 1.0)
             if term.weight is not None:
                 shares.append(mean * term.weight)
         if not shares:

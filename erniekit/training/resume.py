@@ -35,6 +35,7 @@ class Decision(Enum):
 _KEYS = {
     Decision.REFUSE: """
         continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        freeze_config frozen_parameters
         lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
     """,
     Decision.DATA: """
@@ -51,7 +52,7 @@ _KEYS = {
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
         compute_type amp_master_grad loss_subbatch_seqlen z_loss_lambda multi_token_pred_lambda
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
-        moe_capacity_factor moe_gate_lr_ratio
+        moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,14 +122,15 @@ class Trainer:
 
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
-        epochs = self.run.loader.epochs_done
+        epochs, asked = self.run.loader.epochs_done, time.perf_counter()
         try:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
             return False
-        metrics = self.train_step(batches)
+        waited = time.perf_counter() - asked
+        metrics = replace(self.train_step(batches), data_seconds=waited)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
         every = self.cfg.check_replicas_steps
@@ -341,7 +343,8 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
     over layers.
     """
     parts = {f"loss_{name}": value for name, value in sums.terms.items()} if len(sums.terms) > 1 else {}
-    parts |= sums.metrics
+    # A metric that has a count of its own, such as the loss of a modality, is nothing where that is 0.
+    parts |= {name: value for name, value in sums.metrics.items() if sums.counts.get(name) != 0.0}
     if routers:
         parts["expert_load_max_over_mean"] = float(np.mean([r["load_max_over_mean"] for r in routers.values()]))
         parts["dropped_pairs"] = float(sum(r["dropped"] for r in routers.values()))

@@ -54,13 +54,12 @@ def captured() -> Iterator[list[tuple[bool, str]]]:
     lines: list[tuple[bool, str]] = []
     kept = _Kept(lines)
     once.cache_clear()
-    _logger.removeHandler(_handler)
-    _logger.addHandler(kept)
+    before = list(_logger.handlers)  # not always `_handler`: one capture may be inside another
+    _logger.handlers[:] = [kept]
     try:
         yield lines
     finally:
-        _logger.removeHandler(kept)
-        _logger.addHandler(_handler)
+        _logger.handlers[:] = before
 
 
 @functools.cache

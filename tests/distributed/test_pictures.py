@@ -157,3 +157,10 @@ def test_a_step_of_text_alone_leaves_vision_without_gradients(world2: World, cas
     assert any(name.startswith("model.vision_model.") for name in without)
     ranks = world2.run(one_step, microbatches=text, **TWO[case])
     assert compare(ranks, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["dp2", "ep2", "ep2-recompute"])
+def test_a_rank_without_rows_takes_part(world2: World, case: str) -> None:
+    """The data of the second rank has ended: its last microbatch has no tokens, that of the first has pictures."""
+    ranks = world2.run(one_step, microbatches=[*MICROBATCHES[:5], []], **TWO[case])
+    assert compare(ranks, one_step(MICROBATCHES[:5])) < TOLERANCE

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parity.support import VISION_CASE, read_fixture
+from parity.test_vision_parity import logits_of
 
 import erniekit
 from erniekit import lora
@@ -26,3 +28,20 @@ def test_peft_adapters(name: str, tmp_path: Path) -> None:
     export_checkpoint(directory / "base", tmp_path / "merged", adapter_dir=directory / "adapter")
     merged = erniekit.load_model(tmp_path / "merged")
     assert np.abs(merged(arrays["ids"]).numpy() - arrays["logits"]).max() < bound
+
+
+def test_a_peft_adapter_of_a_vision_language_model(tmp_path: Path) -> None:
+    """On experts of both modalities, attention, shared experts, the resampler and the vision transformer."""
+    fixture = read_fixture(VISION_CASE)
+    adapter, expected = FIXTURES / "vl_moe" / "adapter", np.load(FIXTURES / "vl_moe" / "logits.npz")
+    export_checkpoint(fixture.path, tmp_path / "merged", adapter_dir=adapter)
+    attached, merged = erniekit.load_model(fixture.path, adapter=adapter), erniekit.load_model(tmp_path / "merged")
+    for name, logits in expected.items():
+        item = fixture.item(name)
+        real = item["attention_mask"] != 0
+        plain, bound = item["logits"][real], TOLERANCE * np.abs(logits).max()
+        assert np.abs(logits[real] - plain).max() > 1e3 * bound
+        for model in (attached, merged):
+            assert np.abs(logits_of(model, item).numpy()[real] - logits[real]).max() < 2 * bound
+        with lora.disabled(attached):
+            assert np.abs(logits_of(attached, item).numpy()[real] - plain).max() < 2 * bound

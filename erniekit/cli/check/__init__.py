@@ -13,12 +13,15 @@ from erniekit.config.paths import expand
 from erniekit.config.values import to_bool
 from erniekit.utils import atomic
 
+MOST_PREVIEWED = 1000
+
 
 def run(args: list[str]) -> int:
     """Check a configuration, print what was found and return the exit code."""
     values, rest = read_options(args)
     strict = values["strict"]
-    report = inspect(rest, values["command"])
+    wishes = data.Wishes(values["decode"], values["preview"], Path(values["sheet"]))
+    report = inspect(rest, values["command"], wishes)
     print(report.to_text())
     if values["json"]:
         text = json.dumps(report.to_dict(strict), ensure_ascii=False, indent=2) + "\n"
@@ -34,24 +37,35 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     """
     values, rest = options.read("check", args, _OPTIONS)
     options.require("check", rest, "Missing configuration files. Give a YAML or JSON file, or --key value.")
-    return {"command": "train", "strict": False, "json": ""} | values, rest
+    defaults = {"command": "train", "strict": False, "json": "", "decode": False, "preview": 0, "sheet": "preview.png"}
+    return defaults | values, rest
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() else -1
+    if not 0 <= count <= MOST_PREVIEWED:
+        raise ValueError(f"expected a number of records from 0 to {MOST_PREVIEWED}")
+    return count
 
 
 _OPTIONS: options.Readers = {
     "command": options.one_of("train", "eval", "export", "split", "chat"),
     "strict": to_bool,
     "json": expand,
+    "decode": to_bool,
+    "preview": _count,
+    "sheet": expand,
 }
 
 
-def inspect(args: list[str], command: str = "train") -> Report:
+def inspect(args: list[str], command: str = "train", wishes: data.Wishes = data.NO_WISHES) -> Report:
     """What can be said about a command line of `command` before it runs."""
     report = Report(command)
     cfg = _load(report, args, command)
     if cfg is None:
         return report
     facts = model.inspect(report, cfg, command)
-    steps = data.inspect(report, cfg, command, facts)
+    steps = data.inspect(report, cfg, command, facts, wishes)
     if command == "train":
         output.inspect(report, cfg, facts, steps)
     return report

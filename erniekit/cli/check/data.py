@@ -6,22 +6,24 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
 from erniekit import hub
+from erniekit.cli.check import preview, survey
+from erniekit.cli.check.contact_sheet import Tile, write_sheet
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, Document
-from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Feed, Loader, build_loader
 from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
-from erniekit.data.records.dataset import Dataset, Source, SourceSpec
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.readers import load_record
+from erniekit.data.vision.options import vision_spec
+from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.training.batch_warmup import last_step
 from erniekit.utils.errors import UserError
 
@@ -30,7 +32,21 @@ CHECKED_BYTES = 64 << 20  # records are parsed and validated at some 20 MB a sec
 MEASURED_SAMPLES = 5_000  # tokenised for their lengths
 COMPARED_RECORDS = 100_000  # of each split, for duplicates
 _MANY_EPOCHS = 50
-_SHOWN_CHARACTERS = 600  # of each stretch of the example
+_WITHOUT_ERROR = {"error": "drop"}  # samples that are too long are counted, and then called errors
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a check is to do beside the usual: decode every picture, and show `preview` records as the model gets them,
+    with their pictures in the file `sheet`.
+    """
+
+    decode: bool = False
+    preview: int = 0
+    sheet: Path = Path("preview.png")
+
+
+NO_WISHES = Wishes()
 
 
 @dataclass
@@ -41,8 +57,9 @@ class Steps:
     per_epoch: int | None = None
 
 
-def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Steps:
-    """Add a section for each split that `command` reads, one for duplicates and one with an example."""
+def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes: Wishes = NO_WISHES) -> Steps:
+    """Add a section for each split that `command` reads, one for duplicates and one with examples."""
+    tiles: list[Tile] = []
     steps = Steps(total=cfg.max_steps if cfg.max_steps > 0 else None)
     opened: dict[str, Dataset] = {}
     for split in _splits(cfg, command):
@@ -57,15 +74,21 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts) -> Ste
             ranks = 1 if facts.degrees is None else facts.degrees.data
             loader = _open(cfg, split, facts, ranks)
             with closing(loader):
-                feed = loader.feed
+                feed, usable = loader.feed, True
                 if isinstance(feed, RecordFeed):
                     opened[split] = feed.dataset
                     _faults(section, cfg, feed.dataset)
-                    _lengths(section, feed.lengths(), cfg)
-                if split == "train":
+                    if facts.vision is None:
+                        _lengths(section, feed.lengths(), cfg)
+                    else:
+                        usable = survey.inspect(section, cfg, feed, wishes.decode)
+                if split == "train" and usable:
                     _steps(section, cfg, loader, ranks, steps)
-        if isinstance(feed, RecordFeed) and not report.count("error"):
-            _example(report, feed, facts.tokenizer, split)
+        if isinstance(feed, RecordFeed) and (wishes.preview or not report.count("error")):
+            tiles += preview.inspect(report, feed, facts.tokenizer, split, wishes.preview or 1)
+    if wishes.preview and tiles:
+        write_sheet(tiles, wishes.sheet)
+        report.section("pictures").add("ok", f"{wishes.sheet} shows what of them the model sees")
     _duplicates(report, opened)
     return steps
 
@@ -108,10 +131,13 @@ def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
     """The training's own loader, which measures a sample at most; lines that cannot be used are skipped."""
     assert facts.tokenizer is not None
     once = replace(_counted(cfg), max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
+    if facts.vision is not None:  # every record is encoded, and what is wrong is gathered
+        once = replace(once, on_bad_line="skip")
     if not _reads_text(cfg, split):
         return build_loader(once, facts.tokenizer, split, 0, ranks)
     inspection = _inspection(specs_of(cfg, split), split)
-    return build_loader(once, facts.tokenizer, split, 0, ranks, facts.template, inspection)
+    vision = facts.vision and replace(facts.vision, overflow=_WITHOUT_ERROR.get(cfg.truncation, cfg.truncation))
+    return build_loader(once, facts.tokenizer, split, 0, ranks, facts.template, inspection, vision=vision)
 
 
 def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, Dataset]) -> None:
@@ -121,7 +147,10 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
     with section.collecting():
         specs = specs_of(cfg, split)
         inspection = _inspection(specs, split)
-        sources = [Source(spec, split, "gather", cfg.download_hub, inspection.every) for spec in specs]
+        vision = None
+        if cfg.method.vision:
+            specs, vision = with_pictures(specs), vision_spec(cfg, ProcessorSettings())
+        sources = [Source(spec, split, "gather", cfg.download_hub, inspection.every, vision) for spec in specs]
         opened[split] = Dataset(sources)
         sizes = ", ".join(f"{spec.path} ({len(source)})" for spec, source in zip(specs, sources, strict=True))
         section.add("ok", f"{len(opened[split])} records from {sizes}")
@@ -231,25 +260,3 @@ def _digests(dataset: Dataset) -> Iterator[tuple[bytes, str]]:
         except UserError:  # a record between those that were checked
             continue
         yield hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest(), where
-
-
-def _example(report: Report, feed: RecordFeed, tokenizer: Tokenizer, split: str) -> None:
-    """The first record as the model gets it."""
-    section = report.section(f"the first {split} record as the model gets it")
-    with section.collecting():
-        encoded = feed.encode(0)
-        if encoded.dropped:
-            section.add("note", f"{encoded.where}: dropped: {encoded.dropped}")
-        for document in encoded.documents[:1]:
-            for is_trained, text in _stretches(document, tokenizer):
-                shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-                section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
-
-
-def _stretches(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
-    """The text of a document in stretches of which all is trained or nothing. labels [n] are those of ids [n] shifted
-    by one: a token is trained where the token before it has it as its label.
-    """
-    trained = np.concatenate([[False], document.labels[:-1] != IGNORE])
-    for is_trained, group in groupby(zip(document.ids, trained, strict=True), key=lambda pair: bool(pair[1])):
-        yield is_trained, tokenizer.decode([int(number) for number, _ in group])

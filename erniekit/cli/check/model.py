@@ -13,13 +13,16 @@ from erniekit.checkpoint.model_dir import (
     require_weights,
 )
 from erniekit.checkpoint.model_reader import read_config
-from erniekit.checkpoint.model_shape import model_config
+from erniekit.checkpoint.model_shape import model_config, require_pictures
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.record_feed import training_template
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.options import vision_spec
+from erniekit.data.vision.processor_files import read_settings
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_lines
 from erniekit.models.weights import num_parameters
@@ -34,6 +37,7 @@ class ModelFacts:
     tokenizer: Tokenizer | None = None
     template: Template | None = None
     degrees: ParallelDims | None = None
+    vision: VisionSpec | None = None
 
 
 def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
@@ -44,6 +48,9 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
     if directory is not None:
         with section.collecting():
             facts.model_config = _model_config(section, cfg, directory, command)
+            if command == "train" and cfg.method.vision:
+                require_pictures(cfg, facts.model_config, directory)
+                facts.vision = vision_spec(cfg, read_settings(directory))
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     elif command in launch.ON_RANKS:
@@ -166,7 +173,7 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
             check_fits(tokenizer, facts.model_config.vocab_size, str(directory))
         if command == "chat":
             return
-        template = facts.template = training_template(cfg, tokenizer)
+        template = facts.template = training_template(cfg, tokenizer, _sees_pictures(facts))
         if template is None:
             section.add("ok", "no chat template: the data is plain text")
             return
@@ -174,6 +181,10 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
         section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
     if section.has_errors:
         facts.tokenizer = None  # nothing can be encoded, and the data says so only once
+
+
+def _sees_pictures(facts: ModelFacts) -> bool:
+    return facts.model_config is not None and facts.model_config.vision is not None
 
 
 def _named(tokenizer: Tokenizer, number: int) -> str:

@@ -47,7 +47,8 @@ class Encoded:
     turns) or a pair of answers, one or more for a pretraining text, none if it was dropped.
 
     `cut` says that part of it was left out, `shrunk` that its pictures were made smaller to fit; `dropped` says why
-    there is nothing of it.
+    there is nothing of it, `bad` whether that is because the record is wrong, and `needed` the max_seq_len that a
+    conversation with pictures needs.
     """
 
     where: str
@@ -55,6 +56,8 @@ class Encoded:
     cut: bool = False
     dropped: str = ""
     shrunk: bool = False
+    bad: bool = False
+    needed: int = 0
 
 
 class _Refused(Exception):
@@ -101,7 +104,7 @@ class Encoder:
         except BadLine as error:
             if not self._skip_bad:
                 raise
-            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _text(self, text: str, where: str) -> Encoded:
         tokens = np.array([*self._tokenizer.encode_plain(text), self._tokenizer.eos_id], np.int32)

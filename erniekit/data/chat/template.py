@@ -221,17 +221,23 @@ class Template:
                 present[part] = present.get(part) or bool(message.get(part))
             present["results of tools"] = present.get("results of tools") or message["role"] == "tool"
         for part in (part for part, there in present.items() if there):
-            if part not in self._shows:
-                probe, probe_tools = _probe(part)
-                try:
-                    self._shows[part] = _PROBE in self._render(probe, probe_tools, False, {})
-                except DataError:  # what it refuses it does not leave out in silence
-                    self._shows[part] = True
-            if not self._shows[part]:
+            if not self.shows(part):
                 raise DataError(
                     f"chat template {self.name} does not show {part}: they would be lost. Choose one that does "
                     "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."
                 )
+
+    def shows(self, part: str) -> bool:
+        """Whether the template shows or refuses `part` of a conversation: "tools", "tool_calls", "results of tools" or
+        "reasoning_content". What it refuses it does not leave out in silence.
+        """
+        if part not in self._shows:
+            probe, probe_tools = _probe(part)
+            try:
+                self._shows[part] = _PROBE in self._render(probe, probe_tools, False, {})
+            except DataError:
+                self._shows[part] = True
+        return self._shows[part]
 
     def _sequences(self, messages: Messages, tools: Any, variables: dict[str, Any], strict: bool) -> list[list[Turn]]:
         """The answers, grouped so that within a group each prompt continues what the answer before it ended with.

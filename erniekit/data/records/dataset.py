@@ -23,6 +23,8 @@ from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.formats import FORMATS as VISION_FORMATS
 from erniekit.data.vision.formats import parse_vision_record
+from erniekit.data.vision.parts import media_of
+from erniekit.data.vision.video import require_decoder
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -145,7 +147,9 @@ class Source:
         record = load_record(raw, where)
         if self.spec.type.endswith(VISION_TYPE):
             assert self._vision is not None, "records with pictures need the options of a vision model"
-            parse_vision_record(record, self.spec.type, where, self._vision.formats(where), self._notes)
+            options = self._vision.formats(where)
+            sample = parse_vision_record(record, self.spec.type, where, options, self._notes)
+            require_decoder(media_of(sample.messages), options.reader)
         else:
             parse_record(record, self.spec.type, where, self._notes)
         if self._notes.unused or self._notes.doubts:

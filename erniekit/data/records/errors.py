@@ -18,9 +18,20 @@ class BadRecord(Exception):
         super().__init__(reason)
         self.reason, self.hint = reason, hint
 
+    @property
+    def message(self) -> str:
+        """Both as sentences."""
+        return f"{self.reason}. Hint: {self.hint}{'' if self.hint.endswith(('?', '.')) else '.'}"
+
 
 class BadLine(DataError):
     """A record is wrong, with its place: `on_bad_line: skip` ignores it."""
+
+
+class MissingPackage(DataError):
+    """The data need a Python package that is not installed: no fault of a record, so `on_bad_line: skip` does not
+    ignore it.
+    """
 
 
 class reading:
@@ -47,7 +58,9 @@ class reading:
 def _raise_placed(error: BaseException, where: str) -> None:
     """Raise the BadLine of what reading a record raised; return if it is no fault of the record."""
     if isinstance(error, BadRecord):
-        raise BadLine(f"{where}: {error.reason}. Hint: {error.hint}.") from None
+        raise BadLine(f"{where}: {error.message}") from None
+    if isinstance(error, MissingPackage):
+        return
     if isinstance(error, UserError):
         if not str(error).startswith(where):
             raise BadLine(f"{where}: {error}") from error

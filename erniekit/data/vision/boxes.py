@@ -65,3 +65,12 @@ def convert_arguments(arguments: dict[str, Any], convention: str, size: Size, na
     if not isinstance(box, list) or len(box) != 4:
         return arguments
     return {**arguments, _KEY: relative_box(box, convention, size, f"{_KEY} of {name}")}
+
+
+def boxes_in(text: str) -> list[list[float]]:
+    """The boxes after `"bbox_2d":` in a text, as they stand there."""
+    return [
+        [float(value) for value in four.groups()]
+        for found in _IN_TEXT.finditer(text)
+        for four in _FOUR.finditer(found[2])
+    ]

@@ -2,10 +2,11 @@
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,13 @@ class Decoded(NamedTuple):
     doubts: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class DecodeJob:
-    """What a worker does with each plan that it is sent."""
+    """What a worker does with each plan that it is sent. With `keep` false the pixels are thrown away once decoding
+    has succeeded: what is wanted is only whether it does.
+    """
+
+    keep: bool = True
 
     def make(self) -> "DecodeJob":
         """Itself: nothing has to be built."""
@@ -43,10 +49,10 @@ class DecodeJob:
         try:
             patches = plan.patches(notes)
         except BadRecord as error:
-            return Decoded(None, f"{error.reason}. Hint: {error.hint}.", ())
+            return Decoded(None, error.message, ())
         if len(patches) != plan.geometry.patches:
             return Decoded(None, f"{plan.name} changed since its size was read", ())
-        return Decoded(patches, "", tuple(sorted(notes.doubts)))
+        return Decoded(patches if self.keep else patches[:0], "", tuple(sorted(notes.doubts)))
 
 
 class MediaDecoder:
@@ -54,24 +60,26 @@ class MediaDecoder:
 
     A picture that cannot be decoded raises DataError with its record's place; with on_bad_line "skip" the document
     keeps its place in the row, without loss and with black pictures, so that the rows are those of an undamaged run.
+    `failures` counts such pictures and videos, `doubts` those of which something was decided, by what it was.
     """
 
-    def __init__(self, num_workers: int = 0, on_bad_line: str = "error"):
+    def __init__(self, num_workers: int = 0, on_bad_line: str = "error", keep: bool = True):
         self._skip_bad, self._num_workers = on_bad_line == "skip", num_workers
-        self._job = DecodeJob()
+        self._job = DecodeJob(keep)
         self._lock = threading.Lock()  # a run and its evaluation may both begin
         self._free: queue.Queue[Worker] = queue.Queue()
         self._workers: list[Worker] = []
         self._pool: ThreadPoolExecutor | None = None
-        self._said: set[str] = set()
         self.failures = 0
+        self._said = 0  # how many of them stop() has reported
+        self.doubts: Counter[str] = Counter()
 
     def decode(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with the patches of their pictures."""
         plans = [plan for batch in batches for plan in batch.pictures.sources]
         if not plans:
             return list(batches)
-        results = iter(self._results(plans))
+        results = iter(self.results(plans))
         return [self._with_patches(batch, results) for batch in batches]
 
     def stop(self) -> None:
@@ -80,13 +88,16 @@ class MediaDecoder:
             pool, self._pool = self._pool, None
             workers, self._workers = self._workers, []
             self._free = queue.Queue()
+            if self.failures > max(self._said, _SHOWN_FAILURES):
+                self._said = self.failures
+                log.warning(f"{self.failures} pictures and videos could not be decoded so far")
         for worker in workers:
             worker.stop()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _results(self, plans: Sequence[MediaPlan]) -> Iterator[Decoded]:
-        """In the order of the plans, whichever is ready first."""
+    def results(self, plans: Sequence[MediaPlan]) -> Iterator[Decoded]:
+        """What each plan became, in the order of the plans, whichever is ready first."""
         if not self._num_workers:
             return map(self._job, plans)
         with self._lock:
@@ -138,9 +149,9 @@ class MediaDecoder:
     def _say(self, decoded: Decoded, where: str) -> None:
         """Report a failure, and each doubt once."""
         for doubt in decoded.doubts:
-            if doubt not in self._said:
-                self._said.add(doubt)
-                log.warning(f"{where}: {doubt} (said once)")
+            self.doubts[doubt] += 1
+            if self.doubts[doubt] == 1:
+                log.warning(f"{where}: {doubt} (further ones are only counted)")
         if decoded.patches is not None:
             return
         if not self._skip_bad:

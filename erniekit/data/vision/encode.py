@@ -99,7 +99,7 @@ class VisionEncoder:
         except BadLine as error:
             if not self._skip_bad:
                 raise
-            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "))
+            return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _fitted(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
         """The documents of the most rounds that fit."""
@@ -109,10 +109,10 @@ class VisionEncoder:
         if fitted is None:
             sequences, fitted = self._first_rounds(sample, plans, ends)
         if fitted is None:
-            reason, hint = self._excess(sequences, plans)
+            length, reason, hint = self._excess(sequences, plans)
             if self._spec.overflow == "error":
                 raise DataError(f"{where}: {reason}. Hint: {hint}")
-            return Encoded(where, dropped=f"{reason} ({hint})")
+            return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
         documents = [self._document(sequence, fitted) for sequence in sequences]
         documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
@@ -165,17 +165,28 @@ class VisionEncoder:
     def _length(sequence: _Sequence, plans: Sequence[MediaPlan]) -> int:
         return len(sequence.ids) - sequence.media + tokens_of(plans[: sequence.media])
 
-    def _excess(self, sequences: Sequence[_Sequence], plans: Sequence[MediaPlan]) -> tuple[str, str]:
-        """What does not fit, and the smallest change that would make it fit."""
+    def _excess(self, sequences: Sequence[_Sequence], plans: Sequence[MediaPlan]) -> tuple[int, str, str]:
+        """The length that does not fit, what of it are pictures, and the smallest change that would make it fit."""
         longest = max(sequences, key=lambda sequence: self._length(sequence, plans))
         length, media = self._length(longest, plans), plans[: longest.media]
+        text = length - tokens_of(media)
+        limit, hint = self._max_seq_len, f"set max_seq_len to {length}"
+        if text >= limit or not media:
+            return (
+                length,
+                f"its first round alone has {length} tokens, {text} of them text: max_seq_len is {limit}",
+                hint,
+            )
+        kinds = [f"{n} {name}" for n, name in _counts(media) if n]
         reason = (
-            f"its first round alone has {length} tokens, {tokens_of(media)} of them of {len(media)} pictures and "
-            f"videos, more than max_seq_len {self._max_seq_len}"
+            f"its first round alone has {length} tokens, {length - text} of them of {' and '.join(kinds)}: max_seq_len "
+            f"is {limit}"
         )
-        bound = largest_bound(media, self._max_seq_len - (length - tokens_of(media))) if media else None
-        hint = f"set max_seq_len to {length}"
-        return reason, hint + (f", or max_pixels to {bound} (for videos video_max_pixels)" if bound else "")
+        bound = largest_bound(media, limit - text)
+        if bound is not None:
+            keys = [key for (n, _), key in zip(_counts(media), ("max_pixels", "video_max_pixels"), strict=True) if n]
+            hint += f", or {' and '.join(keys)} to {bound}, or truncation to shrink"
+        return length, reason, hint
 
     def _document(self, sequence: _Sequence, plans: Sequence[MediaPlan]) -> Document:
         used = plans[: sequence.media]
@@ -189,6 +200,13 @@ class VisionEncoder:
         places = positions.token_positions(kinds, grid, rule=self._spec.position_rule, merge_size=merge)
         pictures = DocumentPictures(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
         return Document(expanded.ids, expanded.labels, pictures=pictures)
+
+
+def _counts(media: Sequence[MediaPlan]) -> list[tuple[int, str]]:
+    """How many pictures and how many videos there are."""
+    videos = sum(plan.frames is not None for plan in media)
+    pictures = len(media) - videos
+    return [(pictures, "picture" if pictures == 1 else "pictures"), (videos, "video" if videos == 1 else "videos")]
 
 
 def _round_ends(messages: Sequence[dict[str, Any]]) -> list[int]:

@@ -43,7 +43,10 @@ def parse_vision_record(
         name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
         likely = _likely_type(record)
         if likely is not None and likely != name:
-            raise BadRecord(f"this record is of type {likely}, not {type_name}", f"set the dataset type to {likely}")
+            raise BadRecord(
+                f"this record is of type {likely}, not {type_name.removesuffix(VISION_TYPE)}",
+                f"set the dataset type to {likely}",
+            )
         read, fields = FORMATS[name]
         other = ("image_info and video_info", "erniekit") if name == "erniekit" else ("images and videos", name)
         decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {other[1]} has {other[0]}")

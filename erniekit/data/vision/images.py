@@ -27,6 +27,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _WANTED = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # Pillow may be built without some of them
+_VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")  # what is most often meant by them
 _ORIENTATION = 0x0112
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -127,9 +128,10 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
                 _check_size(image, options, name)
                 yield image
         except UnidentifiedImageError:
-            raise BadRecord(
-                f"{name} is no picture of a known format", f"the formats are {', '.join(FORMATS)}"
-            ) from None
+            hint = f"the formats are {', '.join(FORMATS)}"
+            if name.lower().endswith(_VIDEOS):
+                hint = "a video stands among the videos of a record, and its tag is <video>"
+            raise BadRecord(f"{name} is no picture of a known format", hint) from None
         except Image.DecompressionBombError as error:
             raise BadRecord(f"{name} is too large to be decoded: {error}", "make the picture smaller") from None
         except TimeoutError:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.values import kind_of
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import open_regular
 
@@ -50,7 +51,7 @@ class MediaReader:
             return _bounded(bytes(source), limit, "the bytes in the record")
         if not isinstance(source, str):
             raise BadRecord(
-                f"a media source must be a path, a URL or bytes, not {type(source).__name__}", "see the row"
+                f"a media source must be a path, a URL or bytes, not {kind_of(source)}", "write the path as text"
             )
         if source[:5].lower() == "data:":
             return _bounded(_decode_data_uri(source, limit), limit, "the data URI")
@@ -77,7 +78,12 @@ class MediaReader:
     def _open_path(self, source: str, limit: int) -> BinaryIO:
         path = self.local_path(source)
         assert path is not None
-        if kind_of_file(path):
+        kind = kind_of_file(path)
+        if kind == "directory":
+            raise BadRecord(
+                f"{path} is a directory", "give the file of a picture; only a video may be a directory, of its frames"
+            )
+        if kind:
             return _open_file(path, limit)
         inside = _split_archive(path)
         if inside is None:
@@ -93,7 +99,7 @@ class MediaReader:
             raise BadRecord(f"media cannot be read from {scheme}: addresses", "use a path, http, https or a data URI")
         if not self.allow_urls:
             raise BadRecord(
-                f"the row names the address {url[:100]}, and downloading while training is off",
+                f"{url[:100]} is an address, and downloading is off",
                 "download the files and give their paths, or set allow_urls: true",
             )
         try:

@@ -16,8 +16,13 @@ def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
     """How the records of a training run with pictures are read. `settings`: what the model's directory says
     (`read_settings`). What the configuration leaves open about frames is as in ERNIE's training code.
     """
+    return inference_spec(cfg, replace(settings, choice=TRAINING_CHOICE))
+
+
+def inference_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
+    """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says."""
     return VisionSpec(
-        settings=processor_settings(cfg, replace(settings, choice=TRAINING_CHOICE)),
+        settings=processor_settings(cfg, settings),
         overflow=cfg.truncation,
         boxes=cfg.box_coordinates,
         missing_tags=cfg.missing_media_tags,

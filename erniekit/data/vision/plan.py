@@ -68,15 +68,19 @@ class MediaPlan:
         thinned = self.thinned or count != self.frames
         return replace(self, limits=limits, geometry=geometry, frames=count, thinned=thinned)
 
-    def patches(self, notes: Notes | None = None) -> np.ndarray:
-        """Decode it: uint8 patches [P, 3 * patch * patch]. BadRecord for what cannot be decoded."""
+    def pixels(self, notes: Notes | None = None) -> np.ndarray:
+        """Decode and resize it: uint8 [frames of the grid, H, W, 3]. BadRecord for what cannot be decoded."""
         if self.frames is None:
-            pixels = load_image(self.part["image"], self.reader, self.options.images, notes)
-            return patchify(resize(pixels, self.geometry)[None], self.patching)
-        video = open_video(self.part, self.reader, self.options)
+            picture = load_image(self.part["image"], self.reader, self.options.images, notes)
+            return resize(picture, self.geometry)[None]
+        video = open_video(self.part, self.reader, self.options, notes)
         if self.thinned:
             video = video.thinned(self.frames)
-        return patchify(video.frames(self.geometry, self.options.choice.draw_time, notes), self.patching)
+        return video.frames(self.geometry, self.options.choice.draw_time, notes)
+
+    def patches(self, notes: Notes | None = None) -> np.ndarray:
+        """As `pixels`, as uint8 patches [P, 3 * patch * patch]."""
+        return patchify(self.pixels(notes), self.patching)
 
 
 def plan_media(

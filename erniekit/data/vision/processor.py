@@ -76,7 +76,7 @@ class Processor:
             plans = self.plan(messages, reader, notes)
             patches = [plan.patches(notes) for plan in plans]
         except BadRecord as error:
-            raise DataError(f"{error.reason}. Hint: {error.hint}.") from None
+            raise DataError(error.message) from None
         for doubt in sorted(notes.doubts):
             log.warning(doubt)
         sequence = expand(ids, [IGNORE] * len(ids), [plan.geometry.tokens for plan in plans], self._tokens)
@@ -147,7 +147,7 @@ def _with_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             try:
                 parts = content_parts(content, f"messages[{number}].content")
             except BadRecord as error:
-                raise DataError(f"{error.reason}. Hint: {error.hint}.") from None
+                raise DataError(error.message) from None
             for part in parts:
                 if part["type"] != "text" and part[part["type"]] is None:
                     raise DataError(f"messages[{number}]: a part of type {part['type']} names no source")

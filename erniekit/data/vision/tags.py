@@ -82,7 +82,9 @@ def fill_tags(
             hint = f"write <{kind}> once for each, where it belongs"
             if not places:
                 hint += ", or set missing_media_tags: front"
-            raise BadRecord(f"{places} <{kind}> tags for {len(sources)} {kind}s", hint)
+            raise BadRecord(
+                f"{places} <{kind}> tag{'s' * (places != 1)} for {len(sources)} {kind}{'s' * (len(sources) != 1)}", hint
+            )
         for part, source in zip(_places(result, kind), sources, strict=True):
             part[kind] = source
     pictures = [part["image"] for turn in result for part in _parts(turn) if part["type"] == "image"]

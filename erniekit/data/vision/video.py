@@ -5,8 +5,9 @@ Sizes are known from headers (`open_video`), before anything is decoded (`Video.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,24 @@ def open_video(
     if directory is not None and kind_of_file(directory) == "directory":
         return _from_list(_pictures_in(directory), part, reader, options, notes)
     return _from_file(source, part, reader, options)
+
+
+def require_decoder(parts: Iterable[dict[str, Any]], reader: MediaReader) -> None:
+    """MissingPackage if one of the parts is a video file and nothing is installed that decodes it."""
+    if find_spec("av") is not None:
+        return
+    for part in parts:
+        if part["type"] == "video" and _is_file(part["video"], reader):
+            from erniekit.data.vision import video_file  # noqa: F401 - raises it
+
+
+def _is_file(source: Any, reader: MediaReader) -> bool:
+    """Whether a video is neither a directory nor a list of frames."""
+    source = source if isinstance(source, list | tuple | np.ndarray) else unwrap(source)
+    if isinstance(source, list | tuple | np.ndarray):
+        return False
+    directory = reader.local_path(source)
+    return directory is None or kind_of_file(directory) != "directory"
 
 
 def _pictures_in(directory: Path) -> list[str]:

@@ -8,14 +8,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.errors import BadRecord, MissingPackage
 from erniekit.data.records.fields import Notes
-from erniekit.utils.errors import DataError
 
 try:
     import av
 except ImportError as missing:
-    raise DataError(
+    raise MissingPackage(
         "reading video files needs PyAV. Hint: pip install 'erniekit[video]', or give videos as directories of frames."
     ) from missing
 

@@ -21,12 +21,14 @@ class Term:
     """One part of the loss: `weight * total / count`, where the count named `divisor` is summed over the whole step.
 
     `total` is a scalar sum over this microbatch. The trainer logs `total / count` as "loss_" and the term's name; a
-    term without weight is no part of the loss and only logged, under its name alone.
+    term without weight is no part of the loss and only logged, under its name alone. `gradient_divisor`: the count that
+    the gradient is divided by, where it is not that of the logged value.
     """
 
     total: paddle.Tensor
     divisor: str
     weight: float | None = 1.0
+    gradient_divisor: str | None = None
 
 
 class Recipe(ABC):

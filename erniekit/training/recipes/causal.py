@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE, PackedBatch
+from erniekit.data.batch import IGNORE, Modality, PackedBatch
 from erniekit.losses.lm import linear_cross_entropy
 from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
@@ -20,29 +20,37 @@ from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 class CausalRecipe(Recipe):
     """Cross-entropy of the next token, multi-token prediction.
 
-    With `token_balance_loss` each sample's loss is divided by all its tokens and samples are averaged:
-    (1/N) sum_i sum_t nll_it / length_i, so that samples with little supervised text do not dominate (ERNIE 4.5
-    technical report, "multimodal token-balanced loss"). Otherwise every supervised token weighs the same.
+    `token_balance_loss` keeps samples with little supervised text from dominating. "sample": each sample's loss is
+    divided by all its tokens and samples are averaged, (1/N) sum_i sum_t nll_it / length_i (ERNIE 4.5 technical report,
+    "multimodal token-balanced loss"). "row": the gradient is that of the sum over max_seq_len of each row, full or not,
+    and the reported loss stays the mean over supervised tokens, as in ERNIE's training code. "none": every supervised
+    token of the step weighs the same.
     """
 
     cfg: Config
     mtp_depths: int
+    by_modality: bool = False
 
     @classmethod
     def build(cls, context: RecipeContext) -> "CausalRecipe":
         """The recipe of a run."""
-        return cls(context.cfg, context.cfg.mtp_depths)
+        return cls(context.cfg, context.cfg.mtp_depths, context.cfg.method.vision)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Supervised tokens (or samples that have some), all tokens, and the labels that each MTP depth predicts."""
         supervised = batch.supervised
-        if self.cfg.token_balance_loss:
+        if self.cfg.token_balance_loss == "sample":
             lm = float(len(np.unique(batch.segment_ids[supervised])))
         else:
             lm = float(len(supervised))
         counts = {"lm": lm, "tokens": float(batch.num_tokens)}
+        if self.cfg.token_balance_loss == "row":
+            counts["row_capacity"] = float(self.cfg.max_seq_len * len(batch.row_lengths))
         for depth in range(self.mtp_depths):
             counts[f"mtp_{depth}"] = float((_labels_ahead(batch, depth) != IGNORE).sum())
+        if self.by_modality:
+            kinds = batch.segment_modality[batch.segment_ids[supervised]]
+            counts |= {f"loss_{m.name.lower()}": float((kinds == m).sum()) for m in Modality}
         return counts
 
     def head_terms(
@@ -57,16 +65,30 @@ class CausalRecipe(Recipe):
         """The next-token loss, and the head's z-loss if asked for. One node gives both gradients; the second term
         carries its value alone.
         """
-        total, z_sum = self._cross_entropy(
+        total, z_sum, losses_T = self._cross_entropy(
             model, normed_TD, batch, batch.supervised, batch.labels, self.cfg.z_loss_lambda
         )
+        terms = self._of_modalities(batch, losses_T) if self.by_modality else {}
+        gradient_divisor = "row_capacity" if self.cfg.token_balance_loss == "row" else None
         if not self.cfg.z_loss_lambda:
-            return {"lm": Term(total, "lm")}
+            return {"lm": Term(total, "lm", gradient_divisor=gradient_divisor)} | terms
         value = z_sum.detach()
         return {
-            "lm": Term(total - self.cfg.z_loss_lambda * value, "lm"),
+            "lm": Term(total - self.cfg.z_loss_lambda * value, "lm", gradient_divisor=gradient_divisor),
             "head_z": Term(value, "lm", self.cfg.z_loss_lambda),
-        }
+        } | terms
+
+    @staticmethod
+    def _of_modalities(batch: PackedBatch, losses_T: paddle.Tensor) -> dict[str, Term]:
+        """Metrics "loss_text", "loss_image" and "loss_video": the mean -log p of the labels in documents of text alone,
+        with images, and with videos.
+        """
+        kinds = batch.segment_modality[batch.segment_ids[batch.supervised]]
+        kinds = kinds if len(kinds) else np.full(1, -1)  # the head ran on one token that weighs nothing
+        of_modality = np.stack([kinds == modality for modality in Modality]).astype(np.float32)
+        sums = paddle.mv(paddle.to_tensor(of_modality), losses_T)
+        names = [f"loss_{modality.name.lower()}" for modality in Modality]
+        return {name: Term(sums[i], name, None) for i, name in enumerate(names)}
 
     def _cross_entropy(
         self,
@@ -76,12 +98,12 @@ class CausalRecipe(Recipe):
         places: np.ndarray,
         labels_T: np.ndarray,
         z_weight: float = 0.0,
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Weighted sums over the token numbers `places` of -log p + z_weight * z^2, and of z^2; the head runs there
-        only.
+    ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        """Weighted sums over the token numbers `places` of -log p + z_weight * z^2, and of z^2; and each -log p. The
+        head runs there only.
         """
         weights = np.ones(len(places), dtype=np.float32)
-        if self.cfg.token_balance_loss:
+        if self.cfg.token_balance_loss == "sample":
             weights /= batch.segment_lengths[batch.segment_ids[places]]
         if len(places) == 0:
             # Nothing to learn here. The head still runs, on one token that weighs nothing: ranks whose graphs differ
@@ -90,17 +112,17 @@ class CausalRecipe(Recipe):
         normed_TD = model.enter_head(normed_TD)
         rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
         labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
-        loss, _, z_squared_T = linear_cross_entropy(
+        loss, losses_T, z_squared_T = linear_cross_entropy(
             rows, model.output_head(), labels, weights_T, self.cfg.loss_subbatch_seqlen, z_weight
         )
-        return loss, (z_squared_T * weights_T).sum()
+        return loss, (z_squared_T * weights_T).sum(), losses_T
 
     def _mtp_terms(self, model: CausalLM, hidden: Hidden, inputs: ModelInputs, batch: PackedBatch) -> dict[str, Term]:
         terms = {}
         for number, depth in enumerate(predict_ahead(model.model, hidden, inputs)):
             labels = _labels_ahead(batch, number)
             places = np.flatnonzero(labels != IGNORE)
-            total, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
+            total, _, _ = self._cross_entropy(model, depth.normed, batch, places, labels)
             weight = self.cfg.multi_token_pred_lambda / self.mtp_depths
             terms[f"mtp_{number}"] = Term(total, f"mtp_{number}", weight)
         return terms

@@ -23,7 +23,8 @@ class RunInfo:
 class StepMetrics:
     """One optimizer step, summed over its microbatches and all data ranks.
 
-    `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time.
+    `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time,
+    `data_seconds` the time before it that this rank waited for its batches.
     `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer; `sent` the
     bytes that this rank sent to others, by kind of operation.
     """
@@ -38,6 +39,7 @@ class StepMetrics:
     parts: dict[str, float] = field(default_factory=dict)
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
+    data_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,6 +57,7 @@ class StepMetrics:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "num_supervised": self.num_supervised,
             "seconds": round(self.seconds, 4),
+            "data_seconds": round(self.data_seconds, 4),
         }
         clash = own.keys() & self.parts.keys()
         assert not clash, f"parts named as a step's own numbers: {clash}"

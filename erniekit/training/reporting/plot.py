@@ -10,6 +10,7 @@ from erniekit.training.reporting.metrics_file import FILE_NAME, read_metrics
 from erniekit.utils import atomic, log
 
 _TRAIN, _EVAL, _RATE, _QUIET = "#2563c9", "#d9480f", "#4b5563", "#9ca3af"
+_MODALITIES = {"text": "#0f766e", "image": "#9333ea", "video": "#b45309"}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -43,6 +44,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper, lower = panels[0], panels[-1]
     _draw_train(upper, *_column(records, "loss"), _TRAIN, "train")
+    _draw_modalities(upper, records)
     _draw_eval(upper, *_column(records, "eval_loss"))
     upper.set_ylabel("preference loss (mean over pairs)" if has_rewards else "loss (nats per token)")
     upper.set_title(title, loc="left", fontsize=11)
@@ -82,6 +84,15 @@ def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, la
     axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1, marker=marker, label=name)
     if is_long:
         axes.plot(steps, smooth(values), color=color, linewidth=2, label=f"{label}, smoothed")
+
+
+def _draw_modalities(axes: Any, records: list[dict[str, Any]]) -> None:
+    """The losses of text, images and videos, where the data have more than one of them; each is drawn where it was."""
+    columns = {name: _column(records, f"loss_{name}") for name in _MODALITIES}
+    if sum(len(steps) > 0 for steps, _ in columns.values()) > 1:
+        for name, (steps, values) in columns.items():
+            if len(steps):
+                axes.plot(steps, smooth(values), color=_MODALITIES[name], linewidth=1, linestyle="--", label=name)
 
 
 def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:

@@ -35,6 +35,12 @@ def _rewards(parts: dict[str, float]) -> str:
     return f"  reward margin {parts['reward_margin']:.3f}  accuracy {parts['reward_accuracy']:.0%}"
 
 
+def _modalities(parts: dict[str, float]) -> str:
+    """The losses by modality, where the data have more than one."""
+    losses = {name: parts[f"loss_{name}"] for name in ("text", "image", "video") if f"loss_{name}" in parts}
+    return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})" if len(losses) > 1 else ""
+
+
 def _metrics(values: dict[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
 
@@ -79,8 +85,8 @@ class ProgressReport(Callback):
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the bar, or write a line if it is time for one."""
         self._recent.append((metrics.num_tokens, metrics.seconds))
-        rewards = _rewards(metrics.parts)
-        numbers = f"loss {metrics.loss:.4f}{rewards}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
+        loss = f"loss {metrics.loss:.4f}{_modalities(metrics.parts)}{_rewards(metrics.parts)}"
+        numbers = f"{loss}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, numbers=numbers)
             return

@@ -35,7 +35,8 @@ def _plain(value: Any) -> Any:
 class Summary(Callback):
     """Writes output_dir/summary.json at the end and says the most important of it.
 
-    Losses, token counts and step_seconds are of the whole run, over all its resumptions. wall_seconds and the speeds
+    Losses, token counts, step_seconds and data_wait_share (the time spent waiting for batches over that and
+    step_seconds) are of the whole run, over all its resumptions. wall_seconds and the speeds
     are of this process alone; tokens_per_second is tokens over wall time, evaluations and saves included.
     """
 
@@ -70,7 +71,9 @@ class Summary(Callback):
             end = "stopped" if "stopped" in summary else "done"
             log.info(
                 f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
-                f"{numbers['tokens_per_second']:.0f} tokens/s, peak memory {numbers['peak_memory_mb']:.0f} MB; "
+                f"{numbers['tokens_per_second']:.0f} tokens/s, "
+                f"{numbers['data_wait_share']:.1%} of the step time waiting for data, "
+                f"peak memory {numbers['peak_memory_mb']:.0f} MB; "
                 f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
             )
 
@@ -80,6 +83,7 @@ class Summary(Callback):
         scores = [(record["eval_loss"], record["step"]) for record in records if record.get("eval_loss") is not None]
         best_loss, best_step = min(scores, default=(None, None))
         wall = time.monotonic() - self._begin
+        busy, waited = (sum(record.get(name) or 0 for record in steps) for name in ("seconds", "data_seconds"))
         return {
             "steps": steps[-1]["step"] if steps else run.start_step,
             "max_steps": run.max_steps,
@@ -89,7 +93,8 @@ class Summary(Callback):
             "best_eval_step": best_step,
             "num_tokens": sum(record.get("num_tokens") or 0 for record in steps),
             "num_supervised_tokens": sum(record.get("num_supervised") or 0 for record in steps),
-            "step_seconds": round(sum(record.get("seconds") or 0 for record in steps), 3),
+            "step_seconds": round(busy, 3),
+            "data_wait_share": round(waited / (waited + busy), 4) if waited + busy > 0 else 0.0,
             "wall_seconds": round(wall, 3),
             "tokens_per_second": round(self._tokens / wall, 1) if wall > 0 else 0.0,
             "median_step_tokens_per_second": round(statistics.median(self._speeds), 1) if self._speeds else 0.0,

@@ -175,9 +175,10 @@ def test_fine_tuning_runs_as_it_is_and_names_what_does_nothing(read):
     }
 
 
-def test_vision_language_is_refused_by_name(read):
+def test_vision_language_is_honoured(read):
     cfg = read(VISION)
-    assert keys(unsupported(cfg)) == {"freeze_config"}
+    assert unsupported(cfg) == []
+    assert cfg.freeze_config == ("freeze_vision",)
     assert cfg.continue_training is True and cfg.amp_master_grad is True
 
 

@@ -196,7 +196,6 @@ def test_each_command_needs_only_its_own_keys():
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),
-        ({"freeze_config": "freeze_vision"}, "freeze_config: freeze_vision (freezing parts of the model)"),
         ({"ckpt_quant_stage": "O1"}, "ckpt_quant_stage: O1 (quantised optimizer state"),
     ],
 )

@@ -172,7 +172,7 @@ WRONG_KEPT = {
     "another shape": lambda kept: kept | {"counts": kept["counts"].reshape(-1, 1)},
     "negative counts": lambda kept: kept | {"counts": kept["counts"] + np.array([-2, 2] + [0] * 298, np.int32)},
     "too few": lambda kept: kept | {"counts": kept["counts"][:-1], "tokens": kept["tokens"][:-1]},
-    "more dropped than there are": lambda kept: kept | {"totals": np.array([10**9, 0])},
+    "more dropped than there are": lambda kept: kept | {"totals": np.array([10**9, 0, 0])},
 }
 
 

@@ -1,19 +1,20 @@
 """`evaluate` asks questions about pictures and videos, and keeps their paths beside the answers."""
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.pictures import blocks, write_picture
-from support.tiny_directories import vision_model_directory, write_lines
+from support.pictures import blocks, encoded, write_picture
+from support.tiny_directories import model_directory, vision_model_directory, write_lines
 
 import erniekit
 from erniekit.config import Config, load
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import evaluate
-from erniekit.utils.errors import DataError, UserError
+from erniekit.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def record(question: str, answer: str, **media: list[str]) -> dict[str, Any]:
 def settings(model_dir: Path, tmp_path: Path, records: list[dict[str, Any]], **keys: object) -> Config:
     values: dict[str, object] = {
         "model_name_or_path": str(model_dir),
+        "stage": "VL-SFT",
         "eval_dataset_path": str(write_lines(tmp_path / "eval.jsonl", records)),
         "eval_dataset_type": "messages",
         "eval_output": str(tmp_path / "results"),
@@ -142,10 +144,6 @@ def test_a_damaged_picture_stops_the_evaluation_or_counts_as_wrong(
 
 
 def test_pictures_in_a_record_are_named_shortly(model_dir: Path, tmp_path: Path):
-    from base64 import b64encode
-
-    from support.pictures import encoded
-
     source = "data:image/png;base64," + b64encode(encoded(blocks(56, 56))).decode()
     evaluate(settings(model_dir, tmp_path, [record("<image>?", "x", images=[source])]))
     (line,) = predictions(tmp_path)
@@ -154,10 +152,11 @@ def test_pictures_in_a_record_are_named_shortly(model_dir: Path, tmp_path: Path)
 
 
 def test_a_text_model_refuses_records_with_pictures(tmp_path: Path, records: list[dict[str, Any]]):
-    from support.tiny_directories import model_directory
-
-    with pytest.raises(UserError, match="images"):
-        evaluate(settings(model_directory(tmp_path / "text"), tmp_path, records))
+    text = model_directory(tmp_path / "text")
+    with pytest.raises(ConfigError, match=r"stage: VL-SFT: .* text alone"):
+        evaluate(settings(text, tmp_path, records))
+    with pytest.raises(DataError, match="VL-SFT"):
+        evaluate(settings(text, tmp_path, records, stage="SFT"))
 
 
 def test_answers_of_a_batch_do_not_depend_on_their_neighbours(

@@ -101,7 +101,7 @@ def fake_decode(model_dir, texts):
     """A model that says these texts in turn."""
     tokenizer = load_tokenizer(model_dir)
 
-    def decode(model, prompts, limits, sampling, batch_size, on_answer):
+    def decode(model, prompts, limits, sampling, batch_size, on_answer, pictures=None):
         assert len(prompts) == len(texts)
         return [Answer(tokenizer.encode(text), "end", None) for text in texts]
 

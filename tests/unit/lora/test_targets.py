@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniekit.lora.targets import choose, choose_saved, hf_name
+from erniekit.lora.targets import choose, choose_saved, default_targets, hf_name, vision_language_path
 from erniekit.utils.errors import ConfigError
 
 ATTENTION = [f"model.layers.{i}.self_attn.{leaf}.weight" for i in range(2) for leaf in ("qkv_proj", "o_proj")]
@@ -24,7 +24,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 
 def test_the_default_is_everything_but_the_router_and_multi_token_prediction():
-    chosen = choose(NAMES, ("qkv_proj", "o_proj", "up_gate_proj", "down_proj"))
+    chosen = choose(NAMES, default_targets(NAMES))
     assert len(chosen) == 10
     assert chosen["model.layers.0.self_attn.qkv_proj"] == ("q", "k", "v")
     assert chosen["model.layers.0.mlp.up_gate_proj"] == ("gate", "up")
@@ -93,3 +93,62 @@ def test_modules_to_save():
     for wrong, right in (("embed_token", "did you mean embed_tokens"), ("q_proj", "projections are adapted")):
         with pytest.raises(ConfigError, match=right):
             choose_saved(NAMES, (wrong,), tied=True)
+
+
+VISUAL = [
+    *NAMES,
+    "model.layers.1.mlp.gate.weight_1",
+    "model.layers.1.mlp.vision_experts.up_gate_proj.weight",
+    "model.layers.1.mlp.vision_experts.down_proj.weight",
+    "model.vision_model.patch_embed.proj.weight",
+    *(
+        f"model.vision_model.blocks.{i}.{leaf}.weight"
+        for i in range(2)
+        for leaf in ("attn.qkv", "attn.proj", "mlp.fc1")
+    ),
+    "model.vision_model.blocks.0.norm1.weight",
+    *(f"model.resampler_model.{name}_linear.{i}.weight" for name in ("spatial", "temporal") for i in (0, 2, 3)),
+    "model.resampler_model.mlp.weight",
+]
+
+
+def test_the_default_of_a_vision_language_model_adds_vision_experts_and_resampler():
+    """As in ERNIEKit; not the vision transformer, not the resampler's last projection."""
+    added = choose(VISUAL, default_targets(VISUAL)).keys() - choose(NAMES, default_targets(NAMES)).keys()
+    assert added == {
+        "model.layers.1.mlp.vision_experts.up_gate_proj",
+        "model.layers.1.mlp.vision_experts.down_proj",
+        *(f"model.resampler_model.{name}_linear.{i}" for name in ("spatial", "temporal") for i in (0, 2)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (r"model\.vision_model\..*", 7),
+        (r"model\.vision_tower\.blocks\..*", 6),
+        ("attn.qkv", 2),
+        ("vision_moe.experts.gate_up_proj", 1),
+        ("experts.down_proj", 2),  # as the path ends in transformers; not the shared experts
+        ("fc1", 4),
+        (r"model\.language_model\.layers\.\d+\.self_attn\.q_proj", 2),
+        ("model.layers.0.self_attn.q_proj", 1),
+    ],
+)
+def test_a_target_of_a_vision_language_model(target: str, expected: int):
+    """Names of ours, of files and of transformers' model."""
+    assert len(choose(VISUAL, (target,))) == expected
+
+
+def test_paths_of_a_vision_language_model():
+    paths = {
+        "model.layers.3.self_attn.q_proj": "model.language_model.layers.3.self_attn.q_proj",
+        "model.layers.3.mlp.experts.down_proj": "model.language_model.layers.3.mlp.text_moe.experts.down_proj",
+        "model.layers.3.mlp.vision_experts": "model.language_model.layers.3.mlp.vision_moe.experts",
+        "model.layers.3.mlp.shared_experts.up_proj": "model.language_model.layers.3.mlp.shared_experts.up_proj",
+        "model.norm.weight": "model.language_model.norm.weight",
+        "model.vision_model.blocks.0.attn.qkv": "model.vision_tower.blocks.0.attn.qkv",
+        "model.resampler_model.temporal_linear.2": "model.resampler_model.temporal_linear.fc2",
+        "lm_head.weight": "lm_head.weight",
+    }
+    assert {name: vision_language_path(name) for name in paths} == paths

@@ -98,6 +98,19 @@ def test_text_alone_runs_nothing_of_vision(two: MoELayer):
     assert set(decided) == set(decided_typed) == {0}
 
 
+@pytest.mark.parametrize("modality", [None, np.zeros(0, np.int64)], ids=["text model", "two modalities"])
+def test_without_tokens_text_has_gradients_of_zero_and_vision_has_none(two: MoELayer, modality: np.ndarray | None):
+    """A batch without tokens is one row on the device, which no router sees."""
+    x = tensor(RNG.normal(size=(1, 6)))
+    x.stop_gradient = False
+    two(x, TokenInfo([], modality))[0].sum().backward()
+    gradients = {name: parameter.grad for name, parameter in two.named_parameters()}
+    without = {name for name, gradient in gradients.items() if gradient is None}
+    assert without == {"gate.weight_1", *(name for name in gradients if name.startswith("vision_experts."))}
+    routed = [gradients[name] for name in gradients.keys() - without if not name.startswith("shared_experts.")]
+    assert len(routed) == 3 and not any(gradient.numpy().any() for gradient in routed)
+
+
 def test_each_modality_has_its_own_bias(two: MoELayer):
     update_biases({0: two}, {(0, 1): np.array([9, 1, 1, 1])}, 0.01)
     bias = two.correction_bias.numpy()

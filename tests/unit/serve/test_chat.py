@@ -17,7 +17,8 @@ from erniekit.config import Config, load
 from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation import decode
 from erniekit.generation.load import open_model
-from erniekit.serve.chat import Conversation, Screen, chat
+from erniekit.serve.chat import Screen, chat
+from erniekit.serve.conversation import Conversation
 from erniekit.utils import streams
 from erniekit.utils.errors import UserError
 

@@ -6,9 +6,12 @@ import pytest
 from support.host_reads import counted
 from support.optimizer_state import state_arrays
 from support.tiny_models import tiny_model
+from support.vision_directories import vision_config
 
 from erniekit.config import Config
 from erniekit.lora import LoraOptions, attach
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
 from erniekit.moe.layer import MoELayer, MoESizes
 from erniekit.moe.router import RouterOptions
 from erniekit.parallel.zero import ShardedParameters
@@ -189,3 +192,28 @@ def test_the_routers_of_both_modalities_have_the_routers_rate():
     slow = {name for name, rule in found.items() if rule.lr_ratio == 0.01}
     assert slow == {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight_1"}
     assert "model.layers.1.mlp.vision_experts.down_proj.weight" in found
+
+
+def vision_rates(**keys: object) -> dict[str, float]:
+    model = CausalLM(ModelConfig.from_dict(vision_config()))
+    return {name: rule.lr_ratio for name, rule in parameter_rules(model, Config(**keys)).items()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "first"),
+    [({"vit_lr_ratio": 0.5}, 0.5), ({"visual_ld": 0.25}, 0.25), ({"vit_lr_ratio": 0.5, "visual_ld": 0.25}, 0.5)],
+)
+def test_the_vision_transformers_rate_decays_by_block(keys, first):
+    """Two blocks: the last has the whole rate, and so has the norm behind it."""
+    rates = vision_rates(**keys)
+    for name, rate in rates.items():
+        below = ("model.vision_model.blocks.0.", "model.vision_model.patch_embed.")
+        assert rate == (first if name.startswith(below) else 1.0), name
+
+
+def test_the_resampler_and_every_router_have_rates_of_their_own():
+    rates = vision_rates(resampler_lr_ratio=0.3, moe_gate_lr_ratio=0.01)
+    resampler = {name for name, rate in rates.items() if rate == 0.3}
+    assert resampler == {name for name in rates if name.startswith("model.resampler_model.")}
+    routers = {name for name, rate in rates.items() if rate == 0.01}
+    assert routers == {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight_1"}

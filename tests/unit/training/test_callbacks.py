@@ -413,3 +413,31 @@ def test_the_plot_names_its_loss_and_shows_rewards(tmp_path: Path, monkeypatch: 
 def test_a_line_whose_values_are_no_numbers_is_no_record(tmp_path, line):
     (tmp_path / "m").write_text(line + '\n{"step": 2, "loss": null, "seconds": 0.5}\n')
     assert list(read_metrics(tmp_path / "m")) == [{"step": 2, "loss": None, "seconds": 0.5}]
+
+
+def test_the_share_of_time_that_a_run_waits_for_data_is_in_the_summary(tmp_path: Path, messages: list[str]):
+    """Of both of its processes: steps of 0.5 s, of which the last four waited 0.25 s each."""
+    play([MetricsFile(), Summary()], run_info(tmp_path), range(1, 5))
+    late = [MetricsFile(), Summary()]
+    for callback in late:
+        callback.on_start(run_info(tmp_path, start_step=4))
+        for step in range(5, 9):
+            callback.on_step(step_metrics(step, data_seconds=0.25))
+        callback.on_end({})
+    assert json.loads((tmp_path / "summary.json").read_text())["data_wait_share"] == 0.2
+    assert "20.0% of the step time waiting for data" in messages[-1]
+
+
+def test_losses_of_modalities_are_shown_and_drawn_where_there_are_several(tmp_path: Path, messages: list[str]):
+    parts = {"loss_text": 2.0, "loss_image": 3.0}
+    callbacks = [ProgressReport(1, True), MetricsFile(), LossPlot()]
+    for callback in callbacks:
+        callback.on_start(run_info(tmp_path))
+    for step in (1, 2):
+        for callback in callbacks:
+            callback.on_step(step_metrics(step, parts=parts if step == 1 else {"loss_text": 2.5}))
+    for callback in callbacks:
+        callback.on_end({})
+    shown = [line for line in messages if line.startswith("step ")]
+    assert "(text 2.0000, image 3.0000)" in shown[0] and "(" not in shown[1]
+    assert (tmp_path / "loss.png").stat().st_size > 10_000

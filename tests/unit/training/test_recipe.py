@@ -1,8 +1,12 @@
 """The law of the trainer: how rows are split into microbatches changes neither loss nor gradient."""
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 import pytest
+from support.tiny_vision import CONFIG as VISION
+from support.tiny_vision import packed_row
 from support.whole_model import run_step
 
 from erniekit.config import Config
@@ -66,7 +70,7 @@ def gradients(batches, cfg):
     return sums.loss, {n: p.grad.numpy() for n, p in m.named_parameters()}
 
 
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("balance", ["none", "sample", "row"])
 def test_loss_is_independent_of_accumulation(balance):
     cfg = Config(**{**ALL_LOSSES, "token_balance_loss": balance})
     parts = rows(4)
@@ -92,7 +96,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_its_terms():
 
 def test_token_balance_divides_each_sample_by_its_length():
     """(1/N) sum_i sum_t nll_it / length_i against the same numbers taken one document at a time."""
-    cfg = Config(token_balance_loss=True, moe_aux_loss_lambda=0.0)
+    cfg = Config(token_balance_loss="sample", moe_aux_loss_lambda=0.0)
     m, recipe = model(), CausalRecipe(cfg, mtp_depths=0)
     batch = join_rows(rows(3))
     got = run_step(cfg, m, recipe, [batch]).terms["lm"]
@@ -110,7 +114,7 @@ def test_token_balance_divides_each_sample_by_its_length():
     assert got == pytest.approx(want / samples, rel=1e-5)
 
 
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("balance", ["none", "sample", "row"])
 def test_divisors_of_a_joined_batch_are_those_of_its_rows_added(balance):
     recipe = CausalRecipe(Config(token_balance_loss=balance, num_nextn_predict_layers=2), mtp_depths=2)
     batch = rows(4)
@@ -125,3 +129,32 @@ def test_a_batch_without_tokens_has_zero_loss_and_zero_gradients():
     loss, got = gradients([join_rows([])], cfg)
     assert loss == 0.0
     assert all(not gradient.any() for name, gradient in got.items() if "mtp" not in name)
+
+
+def test_token_balance_by_row_scales_the_gradient_and_not_the_reported_loss():
+    batch = join_rows(rows(3))
+    plain = Config(max_seq_len=40, moe_aux_loss_lambda=0.0)
+    losses, found = [], []
+    for cfg in (plain, replace(plain, token_balance_loss="row")):
+        m = model()
+        losses.append(run_step(cfg, m, CausalRecipe(cfg, mtp_depths=0), [batch]).loss)
+        found.append({name: p.grad.numpy() for name, p in m.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    scale = len(batch.supervised) / (3 * 40)
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(found[1][name], scale * gradient, atol=3e-7, err_msg=name)
+
+
+def test_the_losses_of_modalities_are_means_over_their_documents():
+    """By the same step over the documents of one modality alone; a modality that is not there is not counted."""
+    cfg = Config(max_seq_len=64, moe_aux_loss_lambda=0.0)
+    seen = CausalLM(ModelConfig.from_dict(VISION))
+    documents = {"text": [9], "image": [3, (1, 4, 2), 5], "video": [2, (4, 2, 4), 4, (1, 2, 2), 3]}
+    recipe = CausalRecipe(cfg, 0, by_modality=True)
+    sums = run_step(cfg, seen, recipe, [packed_row([document], i) for i, document in enumerate(documents.values())])
+    for i, (name, document) in enumerate(documents.items()):
+        alone = run_step(cfg, seen, recipe, [packed_row([document], i)])
+        assert sums.metrics[f"loss_{name}"] == pytest.approx(alone.loss, rel=1e-5)
+        assert {key for key, count in alone.counts.items() if key.startswith("loss_") and count} == {f"loss_{name}"}
+    total = sum(sums.counts[f"loss_{name}"] * sums.metrics[f"loss_{name}"] for name in documents)
+    assert sums.loss == pytest.approx(total / sums.counts["lm"], rel=1e-5)

@@ -154,7 +154,7 @@ def test_text_records_have_no_media(encode):
     ("record", "message"),
     [
         (rounds("none.png"), "there is no file"),
-        ({**rounds("small.png"), "images": []}, "1 <image> tags for 0 images"),
+        ({**rounds("small.png"), "images": []}, "1 <image> tag for 0 images"),
         (rounds("small.png", answer="<think>\nx\n</think>\n\ny"), "no place for thoughts"),
         (b'{"messages": ', "not JSON"),
     ],

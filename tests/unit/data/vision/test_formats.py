@@ -131,15 +131,15 @@ def test_bytes_of_parquet_files(options):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": TALK}, "1 <image> tags for 0 images"),
-        ({"messages": TALK, "images": ["a.png", "b.png"]}, "1 <image> tags for 2 images"),
-        ({"messages": TALK, "images": ["a.png"], "videos": ["c.mp4"]}, "0 <video> tags for 1 videos"),
+        ({"messages": TALK}, "1 <image> tag for 0 images"),
+        ({"messages": TALK, "images": ["a.png", "b.png"]}, "1 <image> tag for 2 images"),
+        ({"messages": TALK, "images": ["a.png"], "videos": ["c.mp4"]}, "0 <video> tags for 1 video"),
         ({"messages": TALK, "images": ["a.png"], "image": "b.png"}, "both 'images' and 'image'"),
         ({"messages": TALK, "images": ["a.png"], "audios": ["a.wav"]}, "sound is not known"),
         ({"messages": [{"role": "user", "content": "<audio>?"}, answer("x")]}, "<audio> tag"),
         ({"messages": [user(text("q")), {"role": "assistant", "content": [image("a.png")]}]}, "model writes text only"),
         ({"messages": [user({"type": "zoom"}), answer("x")]}, "a part of type 'zoom'"),
-        ({"messages": [user({"type": "image"}), answer("x")]}, "1 <image> tags for 0 images"),
+        ({"messages": [user({"type": "image"}), answer("x")]}, "1 <image> tag for 0 images"),
         ({"messages": [{"role": "user", "content": "q", "images": ["a.png"]}, answer("x")]}, "images of its own"),
         ({"messages": [user(image("a.png"))]}, "ends with the role 'user'"),
         ({"messages": TALK, "images": ["a.png"], "imags": ["b.png"]}, "the nearest known one is 'images'"),
@@ -162,7 +162,7 @@ def test_missing_tags_may_be_put_in_front(options):
     sample, notes = parse("messages", record, options, missing_tags="front")
     assert sample.messages[0]["content"] == [image("a.png"), image("b.png"), text("Count.")]
     assert any("put in front" in doubt for doubt in notes.doubts)
-    with pytest.raises(BadLine, match="1 <image> tags for 2 images"):  # some tags are there: which one is missing?
+    with pytest.raises(BadLine, match="1 <image> tag for 2 images"):  # some tags are there: which one is missing?
         parse("messages", {"messages": TALK, "images": ["a.png", "b.png"]}, options, missing_tags="front")
 
 

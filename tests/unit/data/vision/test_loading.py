@@ -158,7 +158,7 @@ def test_a_broken_picture_ends_the_run_or_loses_its_loss(data, tokenizer, tmp_pa
 def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
     with data.open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]}\n')
-    with pytest.raises(DataError, match=r"train.jsonl:25: 1 <image> tags for 0 images"):
+    with pytest.raises(DataError, match=r"train.jsonl:25: 1 <image> tag for 0 images"):
         build(data, tokenizer)
     with build(data, tokenizer, on_bad_line="skip") as loader:
         assert loader.report()["bad_lines"] == 1

@@ -1,0 +1,110 @@
+"""Records as the model gets them: what is trained, and which pictures in which size."""
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import groupby
+
+import numpy as np
+
+from erniekit.cli.check.contact_sheet import Tile
+from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.data.batch import IGNORE, Document
+from erniekit.data.chat.encode import Encoded
+from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.record_feed import RecordFeed
+from erniekit.data.vision.boxes import boxes_in
+from erniekit.data.vision.plan import MediaPlan
+from erniekit.data.vision.template import PLACEHOLDERS
+
+_SHOWN_CHARACTERS = 600  # of each stretch of text
+_RUN = re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in PLACEHOLDERS.values()))
+
+
+def inspect(report: Report, feed: RecordFeed, tokenizer: Tokenizer, split: str, count: int) -> list[Tile]:
+    """Add a section for each of the first `count` records; their pictures, to be drawn."""
+    tiles: list[Tile] = []
+    numbers = range(min(count, len(feed.dataset)))
+    with closing(feed.encode(numbers)) as records:
+        for number in numbers:
+            which = f"the first {split} record" if number == 0 else f"{split} record {number + 1}"
+            section = report.section(f"{which} as the model gets it")
+            with section.collecting():
+                tiles += _record(section, next(records), tokenizer, count > 1)
+    return tiles
+
+
+def _record(section: Section, record: Encoded, tokenizer: Tokenizer, is_preview: bool) -> list[Tile]:
+    """Add one record, and return its pictures."""
+    if record.dropped:
+        section.add("note", f"{record.where}: dropped: {record.dropped}")
+    tiles: list[Tile] = []
+    for number, document in enumerate(record.documents):
+        if number and not is_preview:
+            break
+        section.add("ok", _sizes(record, document, number))
+        media = document.pictures.sources if document.pictures is not None else ()
+        boxes: list[list[list[float]]] = [[] for _ in media]
+        for is_trained, text, start in _stretches(document, tokenizer):
+            shown = _RUN.sub(_shortened, text)
+            shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+            section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
+            before = _num_before(document, start)
+            if is_trained and before and '"img_idx"' not in text:
+                boxes[before - 1] += boxes_in(text)
+        for place, plan in enumerate(media, 1):
+            section.add("ok", f"{place}: {describe(plan)}")
+        if not number:
+            tiles = [Tile(record.where, plan, found) for plan, found in zip(media, boxes, strict=True)]
+    return tiles
+
+
+def _sizes(record: Encoded, document: Document, number: int) -> str:
+    """The place of a record, and how much of it is what."""
+    trained = int((document.labels != IGNORE).sum())
+    parts = [count_of(len(document.ids), "token"), f"{trained} of them trained"]
+    if document.pictures is not None:
+        parts.append(f"{int((document.pictures.modality > 0).sum())} of pictures and videos")
+    if record.cut:
+        parts.append("too long: rounds are left out")
+    if record.shrunk:
+        parts.append("pictures are made smaller to fit")
+    which = f", sequence {number + 1} of {len(record.documents)}" if len(record.documents) > 1 else ""
+    return f"{record.where}{which}: {', '.join(parts)}"
+
+
+def describe(plan: MediaPlan) -> str:
+    """A picture or video: its name, its size in the file and for the model, and its tokens."""
+    size = plan.geometry
+    frames = ""
+    if plan.frames is not None:
+        repeated = " and the last one again" if size.grid[0] > plan.frames else ""
+        frames = f"{count_of(plan.frames, 'frame')}{repeated}, "
+    return (
+        f"{plan.name}: {frames}{plan.width} x {plan.height} pixels -> {size.width} x {size.height}, "
+        f"{count_of(size.tokens, 'token')}"
+    )
+
+
+def _shortened(run: re.Match[str]) -> str:
+    token = next(token for token in PLACEHOLDERS.values() if run[0].startswith(token))
+    return f"{token} x {len(run[0]) // len(token)}"
+
+
+def _num_before(document: Document, start: int) -> int:
+    """The number of pictures and videos that begin before a token."""
+    return 0 if document.pictures is None else int((document.pictures.first_tokens < start).sum())
+
+
+def _stretches(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str, int]]:
+    """The text of a document in stretches of which all is trained or nothing, with the number of its first token. A
+    token is trained where the token before it has a label, which is shown in its place: after an answer the model
+    learns to write another token than the conversation goes on with.
+    """
+    trained = np.concatenate([[False], document.labels[:-1] != IGNORE])
+    shown = np.where(trained, np.concatenate([document.ids[:1], document.labels[:-1]]), document.ids)
+    start = 0
+    for is_trained, group in groupby(zip(shown.tolist(), trained.tolist(), strict=True), key=lambda pair: pair[1]):
+        ids = [number for number, _ in group]
+        yield is_trained, tokenizer.decode(ids), start
+        start += len(ids)

@@ -1,0 +1,94 @@
+"""Parameters that a run leaves as they are: freeze_config and frozen_parameters.
+
+A frozen parameter asks for no gradient, so it is not among the parameters that are synchronised, clipped, decayed and
+updated, and the correction bias of a frozen router does not move (moe/balance.py).
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.config.schema_parts import FREEZE_LM, FREEZE_VISION
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.nn.roles import Component, named_components
+from erniekit.nn.shard import WHOLE
+from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
+
+# The words of freeze_config. As in ERNIE's training code, freeze_vision leaves the resampler and the vision experts
+# trainable, and freeze_lm the vision experts, too.
+_CONFIG = {FREEZE_VISION: Component.VISION_TRANSFORMER, FREEZE_LM: Component.LANGUAGE}
+_WORDS = {component.name.lower(): component for component in Component}
+
+
+def frozen_names(cfg: Config, components: Mapping[str, Component]) -> set[str]:
+    """The parameters that are not trained, of those that `components` names with the part that each belongs to.
+
+    ConfigError for an entry that means none of them.
+    """
+    found: set[str] = set()
+    for key, entry in _entries(cfg):
+        hits = {name for name, component in components.items() if _means(key, entry, name, component)}
+        if not hits:
+            parts = ", ".join(word for word, component in _WORDS.items() if component in components.values())
+            raise ConfigError(
+                f"{key}: {entry} means no parameter of this model, whose parts are {parts}. Use one of these, or a "
+                "regular expression for whole names such as model.layers.0.input_layernorm.weight."
+            )
+        found |= hits
+    return found
+
+
+def _entries(cfg: Config) -> Iterator[tuple[str, str]]:
+    """(key, entry) of all that is to be frozen."""
+    for entry in cfg.freeze_config:
+        yield "freeze_config", entry
+    for entry in cfg.frozen_parameters:
+        yield "frozen_parameters", entry
+
+
+def _means(key: str, entry: str, name: str, component: Component) -> bool:
+    """Whether an entry means a parameter of this name and component."""
+    if key == "freeze_config":
+        return _CONFIG[entry] is component
+    return _WORDS[entry] is component if entry in _WORDS else re.fullmatch(entry, name) is not None
+
+
+def check_frozen(cfg: Config, config: ModelConfig) -> None:
+    """ConfigError where an entry names no parameter of a model of this configuration, or all are frozen. The model is
+    made without its weights.
+    """
+    if not cfg.freeze_config and not cfg.frozen_parameters:
+        return
+    with paddle.LazyGuard():
+        components = named_components(CausalLM(config))
+    if len(frozen_names(cfg, components)) == len(components):
+        raise ConfigError("freeze_config, frozen_parameters: every parameter is frozen, so nothing is left to train.")
+
+
+def freeze(model: CausalLM, cfg: Config) -> None:
+    """Freeze what the configuration names of the parameters that this process holds, and say what is left."""
+    if not cfg.freeze_config and not cfg.frozen_parameters:
+        return
+    components, parameters = named_components(model), dict(model.named_parameters())
+    frozen = {
+        name
+        for name, component in components.items()
+        if any(_means(key, entry, name, component) for key, entry in _entries(cfg))
+    }
+    for name in frozen:
+        parameters[name].stop_gradient = True
+    trained = [parameter for parameter in parameters.values() if not parameter.stop_gradient]
+    here = "" if model.shard == WHOLE else " on this rank"
+    log.info(
+        f"frozen: {_size(parameters[name] for name in frozen):,} parameters in {len(frozen)} tensors{here}; "
+        f"{_size(trained):,} are trained"
+    )
+
+
+def _size(parameters: Iterable[paddle.Tensor]) -> int:
+    return sum(int(np.prod(parameter.shape)) for parameter in parameters)
