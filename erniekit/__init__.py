@@ -17,7 +17,8 @@ import signal
 
 _as_command = _as_module or "".join(sys.argv[:1]).endswith("/erniekit")
 if _as_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command listens, Ctrl-C ends it without a traceback
+    # until the command installs its handlers, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from typing import TYPE_CHECKING, Any
 

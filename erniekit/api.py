@@ -1,4 +1,4 @@
-"""The public functions of the root package; `erniekit.load_model` and the others are these."""
+"""The public functions of the root package, such as `erniekit.load_model`."""
 
 import types
 from typing import Any
@@ -31,7 +31,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     from erniekit.generation import engine
 
     model = build.load_model(path, dtype=dtype, adapter=adapter)
-    # Generation lies above the models, which therefore cannot define the method themselves.
+    # `generation` is a layer above `models`, so the model class cannot define this method itself.
     model.generate = types.MethodType(engine.generate, model)
     return model
 
@@ -54,6 +54,6 @@ def train(yaml_path: str, **overrides: Any) -> Any:
     cfg = config.load(yaml_path, overrides, command="train")
     launch.log_notes(cfg)
     launch.check(cfg, "train")
-    from erniekit.training import run  # a model is loaded and saved without the trainer
+    from erniekit.training import run  # imported late, since loading and saving a model do not need the trainer
 
     return run.train(cfg)

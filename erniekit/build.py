@@ -1,10 +1,10 @@
-"""From a model directory to a model in memory: the only place that knows the order of the steps.
+"""Builds a model from a model directory. This is the only place that defines the order of the steps:
 
-Lazy model -> products -> random draw or file -> precision -> parallelize -> adapter -> activation
-checkpointing: the same for training, evaluation, generation, reference models and `erniekit.load_model`.
+lazy model -> products -> random initialisation or weight files -> precision -> parallelize -> adapter -> activation
+checkpointing. The order is the same for training, evaluation, generation, reference models and `erniekit.load_model`.
 
-`prepare_model` opens the directory and checks everything that can be checked without its weights, so that a mistake in
-a key costs seconds, however large the model is. `PreparedModel.build` reads the weights.
+`prepare_model` opens the directory and checks everything that can be checked without reading weights, so that a wrong
+key is found within seconds, however large the model is. `PreparedModel.build` reads the weights.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import attach_stored
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.product_state import load_product_state
+from erniekit.checkpoint.vision_start import TextWeights, VisionStart
 from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
@@ -41,10 +42,10 @@ from erniekit.utils import log, runtime
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a configuration changes of a model's config.json. The defaults change nothing.
+    """The changes that a configuration makes to a model's config.json. The defaults change nothing.
 
-    `min_positions`: max_position_embeddings is raised to it. `mtp_depths`: at least so many blocks of multi-token
-    prediction; those that the weights lack start at random.
+    `min_positions`: max_position_embeddings is raised to this value. `mtp_depths`: the minimum number of blocks of
+    multi-token prediction; blocks that the weights lack are initialised at random.
     """
 
     rope_theta: float | None = None
@@ -54,7 +55,7 @@ class Overrides:
     mtp_depths: int = 0
 
     def apply(self, model_config: ModelConfig) -> ModelConfig:
-        """The configuration with these changes, each with a log line."""
+        """The model's configuration with these changes, each of which is logged."""
         changes: dict[str, Any] = {}
         if self.rope_theta is not None and self.rope_theta != model_config.rope_theta:
             before = f"{model_config.rope_theta:g}"
@@ -78,7 +79,7 @@ class Overrides:
 
 @dataclass(frozen=True)
 class AdapterDirectory:
-    """A saved adapter to attach. `dropout` while training; None: the adapter's own."""
+    """A saved adapter to attach. `dropout`: the dropout in training; None: as saved with the adapter."""
 
     path: Path
     dropout: float | None = None
@@ -86,15 +87,17 @@ class AdapterDirectory:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is built.
+    """The options of building a model.
 
-    `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `adapter`: a new one,
+    `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
+    directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
     returned in.
     """
 
     precision: Policy
     random_start: bool = False
+    vision_start: VisionStart | None = None
     seed: int = 42
     overrides: Overrides = Overrides()
     adapter: lora.LoraOptions | AdapterDirectory | None = None
@@ -104,7 +107,7 @@ class ModelOptions:
 
 
 def training_options(cfg: Config) -> ModelOptions:
-    """How `erniekit train` builds its model. Raises ConfigError."""
+    """The options with which `erniekit train` builds its model. Raises ConfigError."""
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     if cfg.fine_tuning == "LoRA":
         adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
@@ -126,8 +129,8 @@ def training_options(cfg: Config) -> ModelOptions:
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
-    """How evaluation and generation build the model that `erniekit train` with the same configuration starts from, or
-    has trained.
+    """The options with which evaluation and generation build the model that `erniekit train` starts from, or has
+    trained, with the same configuration.
     """
     return ModelOptions(
         precision=policy.choose(cfg.compute_type, paddle.get_device()),
@@ -157,17 +160,17 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
 
 
 def overrides_of(cfg: Config) -> Overrides:
-    """What the configuration changes of the model that it names, wherever that model is used."""
+    """The changes that the configuration makes to its model, in every command that uses the model."""
     return Overrides(
         rope_theta=cfg.rope_theta,
-        # Left out, max_seq_len is the length of a training row and says nothing of the model's context.
+        # The default of max_seq_len is just the length of a training row, so it must not change the model's context.
         min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
         group_experts=cfg.moe_group_experts,
     )
 
 
 def check_lora(cfg: Config, model_config: ModelConfig) -> None:
-    """ConfigError where lora_target_modules or modules_to_save name what the model does not have."""
+    """Raise ConfigError if lora_target_modules or modules_to_save name modules that the model does not have."""
     if cfg.fine_tuning == "LoRA" and not cfg.lora_path:
         lora.choose_slots(our_shapes(model_config), lora_options(cfg), model_config.tie_word_embeddings)
 
@@ -184,21 +187,21 @@ def _recompute_options(cfg: Config) -> RecomputeOptions:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that can be built: nothing but reading its weights is left to do.
+    """A model that is ready to be built: only its weights have not been read.
 
-    `config`: of the model as it will be. `reader`: the open directory; None for a random start. `adapter`: the saved
+    `config`: of the model as it will be. `reader`: the weights; None for a random start. `adapter`: the saved
     adapter, read. `generation`: the directory's generation_config.json.
     """
 
     path: Path
     options: ModelOptions
     config: ModelConfig
-    reader: ModelReader | None
+    reader: ModelReader | TextWeights | None
     adapter: StoredAdapter | None
     generation: GenerationConfig
 
     def build(self, mesh: Mesh | None = None, chunks: Sequence[Sequence[int]] | None = None) -> CausalLM:
-        """The part of the model that this process holds: given no mesh, all of it.
+        """Build the part of the model that belongs to this process; without a mesh, the whole model.
 
         Args:
             mesh: the ranks that share the model.
@@ -208,13 +211,13 @@ class PreparedModel:
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
-        # The lazy model takes no memory and draws no values before the weights arrive, and then only the dtype it
-        # keeps.
+        # The lazy model has no memory and no initial values. Each parameter is allocated when its weight is read, and
+        # directly in its final dtype.
         with policy.default_dtype(precision), paddle.LazyGuard():
             model = CausalLM(self.config, rank_shard_of(mesh, layers))
         if precision.product is not None:
             attach_products(model, precision.product)
-        stored = set() if self.reader is None else set(our_shapes(self.reader.config))
+        stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
         init_weights(model, options.seed, lambda name: name not in stored)
         if self.reader is not None:
             fill_weights(model, self.reader, precision.rounded_to)
@@ -232,6 +235,7 @@ class PreparedModel:
         if options.recompute is not None:
             activation_checkpoint.apply(model.model, options.recompute)
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
+        model.directory = None if self.reader is None else self.path
         if options.training:
             model.train()
         else:
@@ -240,25 +244,27 @@ class PreparedModel:
 
 
 def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConfig | None = None) -> PreparedModel:
-    """Open a model directory and check the options against it. No weight of the model is read, but for those by which
-    an adapter recognises its base and a tied head is compared.
+    """Open a model directory and check the options against it. No weights are read, except those by which an adapter
+    identifies its base, and those that are compared to check a tied head.
 
     Args:
         model_dir: a directory with config.json and, unless the start is random, weights.
         options: how the model is built.
-        shape: of a random start, instead of the directory's config.json.
+        shape: the model's configuration for a random start, instead of the directory's config.json.
 
     Raises:
-        CheckpointError: the directory, or that of the adapter, is not what the options need (see `ModelReader` and
+        CheckpointError: the directory, or the adapter's, does not fit the options (see `ModelReader` and
             `read_adapter`).
         ConfigError: an option does not fit the model.
     """
     path = Path(model_dir)
+    reader: ModelReader | TextWeights | None
     if options.random_start:
         stored, reader = ModelConfig.from_dir(path) if shape is None else shape, None
         log.info(f"continue_training: false: {path} starts at random (seed {options.seed})")
     else:
-        reader = ModelReader(path)
+        text = ModelReader(path)
+        reader = text if options.vision_start is None else TextWeights(text, options.vision_start)
         stored = reader.config
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers

@@ -1,4 +1,4 @@
-"""A name or a path -> a local directory. A local path always wins; anything else is a name on a model hub."""
+"""Resolves a name or path to a local directory. An existing local path is preferred; other texts are names on a hub."""
 
 import re
 from collections.abc import Callable
@@ -21,21 +21,21 @@ _DATA_FILES = ["*.json", "*.jsonl", "*.txt", "*.csv", "*.parquet"]
 
 
 def resolve_model(name_or_path: str, download_hub: str | None = None, key: str = "model_name_or_path") -> Path:
-    """The local directory of a model; a Hub name is downloaded (weights, tokenizer, configuration). CheckpointError
-    names the YAML `key`.
+    """The local directory of a model. For a Hub name, weights, tokenizer and configuration are downloaded. Raises
+    CheckpointError that names the YAML `key`.
     """
     return _resolve(name_or_path, download_hub, key, "model", _MODEL_FILES, CheckpointError)
 
 
 def resolve_tokenizer(name_or_path: str, download_hub: str | None = None) -> Path:
-    """The local directory of a tokenizer; of a Hub name only the tokenizer's files are downloaded."""
+    """The local directory of a tokenizer. For a Hub name, only the tokenizer's files are downloaded."""
     key = "tokenizer_name_or_path"
     return _resolve(name_or_path, download_hub, key, "model", _TOKENIZER_FILES, CheckpointError)
 
 
 def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str = "train_dataset_path") -> Path:
-    """The local file or directory of a data set; a Hub name is downloaded (its data files). DataError names the YAML
-    `key`.
+    """The local file or directory of a data set. For a Hub name, its data files are downloaded. Raises DataError that
+    names the YAML `key`.
     """
     return _resolve(name_or_path, download_hub, key, "dataset", _DATA_FILES, DataError)
 
@@ -56,16 +56,16 @@ def find_dataset(name_or_path: str, key: str = "train_dataset_path") -> Path | N
 
 
 def local_path(name: str) -> Path | None:
-    """The file or directory that a text names (~ is the home directory), or None where there is none."""
+    """The existing file or directory that a text names (~ is the home directory), or None."""
     try:
         path = Path(name).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+    except (OSError, RuntimeError, ValueError):  # the name is too long, has an unknown user, or contains a NUL
         return None
 
 
 def _find(name: str, key: str, kind: str, patterns: list[str], error_type: type[UserError]) -> Path | None:
-    """The local path; None for what may be a Hub name."""
+    """The local path; None if the text may be a Hub name."""
     path = local_path(name)
     if path is not None:
         return path
@@ -92,7 +92,8 @@ def _resolve(name: str, hub: str | None, key: str, kind: str, patterns: list[str
             f"{key}: {name!r} is no local path, and download_hub: {hub} needs the extra `hubs` ({error}). "
             "Hint: pip install 'erniekit[hubs]', or leave out download_hub to use the Hugging Face Hub."
         ) from error
-    # offline, unknown name, no access, no space: the libraries and their HTTP clients share no base class
+    # No connection, unknown name, no access, no disk space: the libraries and their HTTP clients have no common base
+    # class.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise error_type(
@@ -120,8 +121,8 @@ def _from_aistudio(name: str, kind: str, patterns: list[str]) -> str:
     return snapshot_download(repo_id=name, repo_type=kind, allow_patterns=patterns)
 
 
-# What download_hub names: the hub's name as text, and how a name of it becomes a local directory. The last two come
-# with the extra `hubs`, and were tried against stand-ins for their packages only, never against their servers.
+# The values of download_hub: the hub's name for messages, and the function that downloads from it. The last two need
+# the extra `hubs`. They have been tested with stand-ins for their packages only, not with the real servers.
 _HUBS: dict[str, tuple[str, Callable[[str, str, list[str]], str]]] = {
     "huggingface": ("the Hugging Face Hub", _from_hugging_face),
     "modelscope": ("ModelScope", _from_modelscope),

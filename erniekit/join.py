@@ -1,8 +1,7 @@
-"""How a process joins the ranks of its job. All of them must have been started as one: what they compute together
-depends on every one of them.
+"""Joins a process to the ranks of its job, and checks that all ranks were started alike.
 
-Ranks (and hosts) may be started by hand, each with a command line of its own. Before any weight is read they compare
-their configuration, code and data, and on a difference all of them end with the same message.
+Ranks and hosts may be started by hand, each with a separate command line. Before any weight is read, they compare their
+configuration, code and data; if there is a difference, all ranks end with the same message.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from erniekit.utils import heartbeat
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
-# Keys whose values may differ between hosts. Files may have another path on each: their content is compared instead.
+# Keys whose values may differ between hosts. Files may have different paths; their content is compared instead.
 PER_HOST = {
     *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
     *("chat_template", "ref_logps_cache", "logging_dir"),
@@ -36,16 +35,16 @@ PER_HOST = {
 }
 
 
-# Of these, what decides how many steps the ranks of an evaluation or a conversation run together.
+# Keys among these that decide how many steps the ranks of an evaluation or a conversation run together.
 GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
 
 
 def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:
-    """This process's place among those that a launcher started; alone without one.
+    """The mesh of the ranks that a launcher started, with this process's place in it; without a launcher, one rank.
 
     Args:
-        degrees: by default those that `cfg` asks for.
-        also_compared: keys of PER_HOST that must be the same on all ranks for what they are going to do.
+        degrees: the parallel degrees, by default those of `cfg`.
+        also_compared: keys of PER_HOST that must be equal on all ranks for this task.
     """
     heartbeat.waiting("the gathering of all ranks")
     world = backend.init(cfg.rendezvous_timeout, on_wait=heartbeat.waiting)
@@ -59,35 +58,36 @@ def require_same_configuration(cfg: Config, group: Group, also_compared: Iterabl
     if group.size == 1:
         return
     values, per_host = asdict(cfg), PER_HOST.difference(also_compared)
-    mine = {key: values[key] for key in fields() if key not in per_host}
-    mine |= {"erniekit": f"{__version__} ({_code()})", "paddle": paddle.__version__}
-    require_same(mine, group, "Start all ranks with the same configuration and the same code.")
+    local_values = {key: values[key] for key in fields() if key not in per_host}
+    local_values |= {"erniekit": f"{__version__} ({_code()})", "paddle": paddle.__version__}
+    require_same(local_values, group, "Start all ranks with the same configuration and the same code.")
 
 
 def require_same_files(model_dir: Path, data: Mapping[str, Any], group: Group) -> None:
     """Raises ConfigError on every rank if the ranks of `group` read another model or other data."""
     if group.size == 1:
         return
-    mine = {f"model_name_or_path: {name}": value for name, value in _model_files(model_dir).items()}
-    require_same(mine | dict(data), group, "Give all hosts the same files.")
+    local_values = {f"model_name_or_path: {name}": value for name, value in _model_files(model_dir).items()}
+    require_same(local_values | dict(data), group, "Give all hosts the same files.")
 
 
-def require_same(mine: Mapping[str, Any], group: Group, cure: str) -> None:
-    """Raises ConfigError on every rank, with the same words, that names each differing key, its values and ranks."""
-    everywhere = comm.gather_objects({key: json.dumps(value) for key, value in mine.items()}, group)
+def require_same(local_values: Mapping[str, Any], group: Group, cure: str) -> None:
+    """Raises the same ConfigError on every rank, with each differing key, its values and their ranks."""
+    everywhere = comm.gather_objects({key: json.dumps(value) for key, value in local_values.items()}, group)
     lines = []
     for key in dict.fromkeys(key for values in everywhere for key in values):
         ranks: dict[str, list[int]] = {}
         for rank, values in zip(group.ranks, everywhere, strict=True):
             ranks.setdefault(values.get(key, "nothing"), []).append(rank)
         if len(ranks) > 1:
-            lines.append(f"  {key}: " + ", ".join(f"{value} on rank {_ranges(of)}" for value, of in ranks.items()))
+            differences = (f"{value} on rank {_ranges(numbers)}" for value, numbers in ranks.items())
+            lines.append(f"  {key}: " + ", ".join(differences))
     if lines:
         raise ConfigError("the ranks were not started alike:\n" + "\n".join(lines) + f"\n{cure}")
 
 
 def _ranges(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+    """Rank numbers as text: [0, 1, 2, 5] -> "0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -106,7 +106,7 @@ def _code() -> str:
 
 
 def _model_files(model_dir: Path) -> dict[str, Any]:
-    """What can be told of a model without reading its weights."""
+    """The facts by which two model directories are compared without reading their weights."""
     config = hashlib.blake2b((model_dir / CONFIG_FILE).read_bytes(), digest_size=8).hexdigest()
     sizes = {file.name: file.stat().st_size for file in sorted(model_dir.iterdir()) if WEIGHT_FILE.fullmatch(file.name)}
     return {CONFIG_FILE: config, "weight files and their bytes": sizes}

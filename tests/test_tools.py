@@ -22,6 +22,7 @@ FAST = {
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
     "make_config_page": "make_config_page.py --check",
     "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",
+    "bench_data, pictures": "bench_data.py --pictures 2 --size 90x60 --rounds 1",
     "make_doc_tables": "make_doc_tables.py --check",
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",

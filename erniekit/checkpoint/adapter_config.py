@@ -12,8 +12,7 @@ from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object
 
 _OFF: tuple[Any, ...] = (False, {}, [])
-# PEFT's options that change what the factors mean, with the values (beside null) under which they mean what they do
-# here.
+# PEFT's options that change the meaning of the factors, with the values (in addition to null) that leave it unchanged.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_bias": _OFF,
@@ -50,7 +49,7 @@ _HONOURED = frozenset(
         "init_lora_weights",
     )
 )
-# Notes, and the initialisation of factors that have been trained since.
+# Options without influence on the result: notes, and the initialisation of factors that have been trained since.
 _HARMLESS = frozenset(
     (
         "auto_mapping",
@@ -67,7 +66,8 @@ _HARMLESS = frozenset(
         "task_type",
     )
 )
-_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")  # starts that also change the base's weights
+# initialisations that also change the base's weights
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 _MAX_RANK = 1 << 16
 _MAX_PATTERN = 1000  # characters of one regular expression
 _MAX_REPEATS = 3  # of its unbounded repetitions
@@ -75,8 +75,8 @@ _MAX_REPEATS = 3  # of its unbounded repetitions
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The options in an adapter_config.json. `alphas` are PEFT's patterns with the alpha of each. `targets`, a pattern
-    or names of modules, is None where the file does not list plainly what is adapted.
+    """The options in an adapter_config.json. `alphas` are PEFT's patterns with the alpha of each. `targets` is a
+    pattern or a tuple of module names; None if the file does not list the adapted modules explicitly.
     """
 
     base: str | None
@@ -184,7 +184,7 @@ def _pattern(text: str, where: str, ending: bool = False) -> re.Pattern[str]:
     its patterns. Matching has no time limit, so patterns that could take very long are rejected: repeated groups, and
     many repetitions.
     """
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", text)  # without escapes and classes of characters
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", text)  # remove escapes and character classes
     repeats = len(re.findall(r"[*+{]", plain))
     if len(text) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", plain):
         raise CheckpointError(
@@ -213,12 +213,12 @@ def base_of(directory: str | Path, named: str | None, hub: str | None = None) ->
     base = read_adapter_config(Path(directory)).base
     if not base:
         raise CheckpointError(
-            f"model_name_or_path: {directory} is an adapter and does not say of which model: name its base."
+            f"model_name_or_path: {directory} is an adapter that does not name its base model. Name it here."
         )
     path = local_path(base)
     if path is None:
         raise CheckpointError(
-            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is no directory here. Set "
+            f"model_name_or_path: {directory} is an adapter for {base!r:.200}, which is not a directory here. Set "
             "model_name_or_path to a copy of that model, or to its name on a Hub to have it downloaded."
         )
     return path

@@ -10,7 +10,7 @@ from erniekit.models.config import ModelConfig, token_ids
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object
 
-# Settings of transformers that change what is generated, with the values (beside null) that do nothing.
+# Settings of transformers that change the generated text, with the values (in addition to null) that have no effect.
 _NEUTRAL: Mapping[str, Any] = {
     "do_sample": False,
     "max_new_tokens": None,
@@ -121,7 +121,7 @@ def not_used(stored: GenerationConfig, run: Mapping[str, Any]) -> str | None:
     none. `run`: transformers' name -> the run's value, for each setting that a run has a key for.
     """
     differing = {key: value for key, value in stored.settings.items() if key not in run or value != run[key]}
-    if not run.get("do_sample", True):  # greedy search: the most probable token does not depend on these
+    if not run.get("do_sample", True):  # the result of greedy search does not depend on these
         differing = {key: value for key, value in differing.items() if key not in ("temperature", "top_p", "top_k")}
     if not differing:
         return None

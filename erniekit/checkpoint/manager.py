@@ -36,7 +36,7 @@ def sync_tree(directory: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, where: Path, unharmed: str) -> Iterator[None]:
-    """Turn an operating-system error while writing into one message that also names what is still there."""
+    """Turn an operating-system error during a write into a message that also says what is still intact."""
     try:
         yield
     except (OSError, CheckpointError) as error:
@@ -58,7 +58,7 @@ def disk_errors(what: str, where: Path, unharmed: str) -> Iterator[None]:
 
 
 def removed(what: str, output_dir: Path) -> CheckpointError:
-    """The error of a run whose output directory is no longer there."""
+    """The error of a run whose output directory no longer exists."""
     return CheckpointError(
         f"output_dir: {output_dir} was removed or renamed during the run: {what} cannot be written "
         "there. Put the directory back and run the same command again."
@@ -91,7 +91,7 @@ class CheckpointManager:
         count: neither as the newest, nor for save_total_limit.
         """
         for path in reversed(checkpoints):
-            if path.is_symlink():  # a relative link would lead elsewhere from there
+            if path.is_symlink():  # a relative link would point elsewhere after the move
                 (aside / path.name).symlink_to(path.resolve(), target_is_directory=True)
                 path.unlink()
             else:
@@ -147,7 +147,7 @@ class CheckpointManager:
         guard = functools.partial(disk_errors, target.name, self.output_dir, "The checkpoints are unharmed.")
 
         def commit() -> None:
-            if not self.output_dir.is_dir():  # the model alone, without the run, would appear in its place
+            if not self.output_dir.is_dir():  # otherwise a directory with the model alone would be created in its place
                 raise removed("the final model", self.output_dir)
             move_staged(staging, target)
             shutil.rmtree(staging, ignore_errors=True)

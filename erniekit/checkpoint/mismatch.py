@@ -1,8 +1,8 @@
-"""How error messages list tensors that are missing, unexpected or of another shape."""
+"""Formats lists of missing, unexpected and misshapen tensors for error messages."""
 
 from collections.abc import Iterable, Mapping
 
-_SHOWN = 8  # names of each kind
+_SHOWN = 8  # names listed of each kind
 
 
 def listed(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:

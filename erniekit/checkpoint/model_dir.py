@@ -1,4 +1,4 @@
-"""Model directories: written completely or not at all, found again, and the files beside the weights."""
+"""Model directories: writes them atomically, finds them again, and handles the files that accompany the weights."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ from erniekit.utils.errors import CheckpointError, ConfigError
 GENERATION_CONFIG_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Everything a tokenizer may consist of, for either side.
+# All files that a tokenizer may consist of, with transformers or with PaddleNLP.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -46,7 +46,7 @@ def checkpoint_dir(output_dir: Path, step: int) -> Path:
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """The N of .../checkpoint-N; None for another name."""
+    """The step N of a directory .../checkpoint-N; None for another name."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
@@ -78,11 +78,11 @@ def holds_model(directory: Path) -> bool:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files of the model or adapter in a directory, complete or not. Without the first ones it is no longer
-    recognised as a model. Notices (LICENSE, README.md) are not among them: they may be the user's.
+    """The files of the model or adapter in a directory, complete or not. The first files are those without which the
+    directory is not recognised as a model. Notices (LICENSE, README.md) are left out, since they may be the user's.
     """
     first = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
-    others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
+    others = (ADAPTER_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES)
     weights = sorted(entry.name for entry in directory.iterdir() if WEIGHT_FILE.fullmatch(entry.name))
     return [path for name in (*first, *weights, *others) if os.path.lexists(path := directory / name)]
 
@@ -99,7 +99,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 def require_model(directory: Path) -> None:
-    """Raises CheckpointError where model_name_or_path is an adapter."""
+    """Raises CheckpointError if model_name_or_path is an adapter."""
     if is_adapter(directory) and not has_weights(directory):
         raise CheckpointError(
             f"model_name_or_path: {directory} is an adapter: set lora_path to it, and model_name_or_path to the model "
@@ -108,7 +108,7 @@ def require_model(directory: Path) -> None:
 
 
 def require_weights(directory: Path) -> None:
-    """Raises ConfigError where training is to start from weights and model_name_or_path has none."""
+    """Raises ConfigError if training is to start from weights and model_name_or_path has none."""
     if not has_weights(directory):
         raise ConfigError(
             f"model_name_or_path: {directory} holds no weights. Set continue_training: false for a random start."
@@ -116,15 +116,15 @@ def require_weights(directory: Path) -> None:
 
 
 def find_checkpoint(output_dir: str | Path) -> Path:
-    """The model or the adapter of a run: the newest `checkpoint-N` of an unfinished run, the final one in `output_dir`
-    of a finished run; a log line where both are there and the checkpoint is used.
+    """The model or adapter of a run: the newest `checkpoint-N` of an unfinished run, or the final model in `output_dir`
+    of a finished run. If both exist and the checkpoint is used, this is logged.
 
-    Raises CheckpointError where there is neither.
+    Raises CheckpointError if neither exists.
     """
     root = Path(output_dir)
     if has_weights(root) and is_adapter(root):
         raise CheckpointError(
-            f"{root} holds both a model and an adapter, so it is not clear which is meant: move one of them elsewhere."
+            f"{root} holds both a model and an adapter, so it is not clear which to use: move one of them elsewhere."
         )
     newest = None
     for directory in reversed(list_checkpoints(root)):
@@ -136,7 +136,7 @@ def find_checkpoint(output_dir: str | Path) -> Path:
         reason = None if newest is None else _newer_than_final(root, newest)
         if newest is None or reason is None:
             return root
-        log.info(f"{newest.name} of {root} is meant, not the final model beside it: {reason}")
+        log.info(f"using {newest.name} of {root}, not the final model there: {reason}")
     if newest is not None:
         return newest
     raise CheckpointError(
@@ -146,7 +146,7 @@ def find_checkpoint(output_dir: str | Path) -> Path:
 
 
 def _newer_than_final(root: Path, newest: Path) -> str | None:
-    """Why a checkpoint is used although there is a final model; None where the final model is used."""
+    """The reason why a checkpoint is used although there is a final model; None if the final model is used."""
     record = read_record(root)
     step = checkpoint_step(newest)
     if record is None or step is None:  # another tool's directory, whose order is unknown
@@ -196,7 +196,8 @@ def move_staged(staging: Path, target: Path) -> None:
         return
     files = {file.name: file for file in sorted(staging.iterdir())}
     weights = {name: file for name, file in files.items() if WEIGHT_FILE.fullmatch(name)}
-    if weights:  # without an index the directory is no model: weights never meet another configuration
+    # without an index the directory is not a model, so weights are never combined with another configuration
+    if weights:
         for name in (INDEX_FILE, SINGLE_FILE):
             (target / name).unlink(missing_ok=True)
     for name, file in files.items():
@@ -209,7 +210,7 @@ def move_staged(staging: Path, target: Path) -> None:
 
 
 def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
-    """Write config.json in `format`, and generation_config.json where there is none yet."""
+    """Write config.json in `format`, and generation_config.json if there is none yet."""
     atomic.write_json(directory / CONFIG_FILE, config.to_dict(format))
     generation = directory / GENERATION_CONFIG_FILE
     if not generation.exists():
@@ -260,7 +261,7 @@ def leads_outside(file: Path) -> bool:
 
 
 def say_links(source: str | Path) -> None:
-    """Log each weight or configuration file that is read through a link to elsewhere."""
+    """Log each weight or configuration file that is a link to a file outside the model's directory."""
     for file in sorted(Path(source).iterdir()):
         if (WEIGHT_FILE.fullmatch(file.name) or file.name == CONFIG_FILE) and leads_outside(file):
             log.info(f"{file} is a link to {file.resolve()}, outside the model's directory; it is read from there")
@@ -268,12 +269,12 @@ def say_links(source: str | Path) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Log a warning that every save of a run would repeat."""
+    """Log a warning once, which every save of a run would otherwise repeat."""
     log.warning(message)
 
 
 def not_copied(source: str | Path) -> list[str]:
-    """The files of a model directory that are neither weights nor config nor companions, for a command to name."""
+    """The files of a model directory that are not copied: neither weights nor configuration nor companion files."""
     known = {CONFIG_FILE, *COMPANIONS}
     names = (file.name for file in Path(source).iterdir() if file.is_file() and not file.name.startswith("."))
     return sorted(name for name in names if name not in known and not WEIGHT_FILE.fullmatch(name))

@@ -1,4 +1,4 @@
-"""Which directory has the model that a command uses. Nothing is read of it but its configuration."""
+"""Finds the directory of the model that a command uses. Only its configuration is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from erniekit.utils.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`path`: the directory that a command uses. `base`: the same, or the model that the adapter in `path` belongs to.
-    `is_start`: a run with this configuration starts from it; `random_start`: without its weights. `note`: what the user
-    should know about the choice, or "".
+    """The directories of a model. `path`: the directory that a command uses. `base`: the same, or the model to which
+    the adapter in `path` belongs. `is_start`: whether a training with this configuration starts from it;
+    `random_start`: whether without its weights. `note`: a remark for the user about the choice, or "".
     """
 
     path: Path
@@ -71,9 +71,9 @@ def _directory(cfg: Config) -> tuple[Path, bool, str]:
     if shaped:
         return directories(cfg)[0], True, ""
     if cfg.model_name_or_path is None:
-        raise ConfigError("model_name_or_path: no model is named. Give checkpoint, output_dir or model_name_or_path.")
+        raise ConfigError("model_name_or_path: no model is given. Set checkpoint, output_dir or model_name_or_path.")
     path = resolve_model(cfg.model_name_or_path, cfg.download_hub)
     require_model(path)
-    ModelConfig.from_dir(path)  # a directory of something else is named as such
+    ModelConfig.from_dir(path)  # raises the proper error if the directory is not a model
     note = f"output_dir: {cfg.output_dir} holds no model yet; using model_name_or_path" if missing else ""
     return path, True, note

@@ -4,13 +4,22 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import paddle
 
 from erniekit.checkpoint import dtypes
-from erniekit.checkpoint.model_dir import GENERATION_CONFIG_FILE, staged, write_configs
+from erniekit.checkpoint.model_dir import (
+    GENERATION_CONFIG_FILE,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    copy_companions,
+    staged,
+    write_configs,
+)
 from erniekit.checkpoint.model_reader import METADATA, ModelReader, plan_for, read_config
+from erniekit.checkpoint.processor import settings_of, write_processor
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.lora import state_of
@@ -25,6 +34,15 @@ from erniekit.utils.errors import CheckpointError
 __all__ = ["fill_weights", "load_weights", "model_rank_files", "read_config", "save_model"]
 
 
+class WeightSource(Protocol):
+    """Weights that can be read: `logicals` are the units that there are."""
+
+    logicals: list[Logical]
+
+    def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
+        """See ModelReader.read."""
+
+
 def load_weights(model: paddle.nn.Layer, path: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:
     """Fill `model` (with a `.config`) from the directory `path`, whose tensors must be all of the model's. `into`:
     tensors that are filled instead of the model's, under its names (an average).
@@ -36,7 +54,7 @@ def load_weights(model: paddle.nn.Layer, path: str | Path, into: Mapping[str, pa
 
 def fill_weights(
     model: paddle.nn.Layer,
-    source: ModelReader,
+    source: WeightSource,
     rounded_to: str | None = None,
     into: Mapping[str, paddle.Tensor] | None = None,
 ) -> None:
@@ -48,41 +66,41 @@ def fill_weights(
     """
     through = None if rounded_to is None else dtypes.header_name(rounded_to)
     tensors = named_tensors(model) if into is None else into
-    held = held_weights(model) if into is None else {}
+    stored_product = held_weights(model) if into is None else {}
     shard_specs, part = named_shard_specs(model), model.shard
     for param, logicals in groupby(source.logicals, key=lambda logical: logical.param):
         tensor = tensors.get(param)
-        if tensor is None and param not in held:
+        if tensor is None and param not in stored_product:
             assert part != WHOLE, f"the model has no {param}, which its configuration asks for"
             continue
         spec = shard_specs.get(param)
         units = list(logicals)
         pieces = _read(source, units, spec, (0, 1) if spec is None else part.share(spec), through)
         if tensor is None:
-            _fill(held[param][1], pieces, param)
+            _fill(stored_product[param][1], pieces, param)
             continue
         array = next(pieces) if units[0].index is None else _stacked(pieces, tuple(tensor.shape))
         assert tuple(tensor.shape) == array.shape, (param, tensor.shape, array.shape)
         tensor.set_value(paddle.to_tensor(array).astype(tensor.dtype) if tensor.dtype != paddle.float32 else array)
 
 
-def _fill(product: Product, pieces: Iterator[np.ndarray], param: str) -> None:
-    for index, piece in enumerate(pieces):
+def _fill(product: Product, matrices: Iterator[np.ndarray], param: str) -> None:
+    for index, matrix in enumerate(matrices):
         try:
-            product.fill(index, piece)
+            product.fill(index, matrix)
         except ValueError as error:
             raise CheckpointError(f"{param}: {error}: it cannot be quantised to {product.name}.") from None
 
 
-def _stacked(pieces: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def _stacked(matrices: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     stack = np.empty(shape, np.float32)
-    for place, piece in enumerate(pieces):
-        stack[place] = piece
+    for index, matrix in enumerate(matrices):
+        stack[index] = matrix
     return stack
 
 
 def _read(
-    source: ModelReader, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
+    source: WeightSource, logicals: list[Logical], spec: ShardSpec | None, share: tuple[int, int], through: str | None
 ) -> Iterator[np.ndarray]:
     """Read a shard (index, count) of one parameter as float32, whole or expert by expert, and nothing else."""
 
@@ -110,7 +128,9 @@ def save_model(
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
 ) -> None:
-    """Write weights, config.json and generation_config.json (kept if there is one) to directory `path`.
+    """Write weights, config.json and generation_config.json to directory `path`; of a model that was loaded from a
+    directory also tokenizer and chat template, and of a vision-language model the processor's files. Of these, files
+    that are there already are kept.
 
     `format`: "pt" (Hugging Face; loads in transformers) or "paddle". `dtype` of the file: float32 unless given; router
     and correction bias are always float32. The directory is complete or as it was before; a full disk is a
@@ -134,8 +154,12 @@ def save_model(
     with staged(path) as staging:
         files.write(staging)
         _write_configs(model, staging, header, format)
-        if (Path(path) / GENERATION_CONFIG_FILE).exists():
-            (staging / GENERATION_CONFIG_FILE).unlink()
+        write_processor(staging, model.config, settings_of(model.directory))
+        if model.directory is not None:
+            copy_companions(model.directory, staging, names=TOKENIZER_FILES)
+        for name in (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES):
+            if (Path(path) / name).exists():
+                (staging / name).unlink(missing_ok=True)
 
 
 def model_rank_files(
@@ -160,10 +184,10 @@ def model_rank_files(
 
     def encode(param: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         for place, logical in enumerate(units[param]):
-            ours = array if logical.index is None else array[place]
+            in_our_layout = array if logical.index is None else array[place]
             for piece in logical.pieces(format):
                 try:
-                    stored = dtypes.convert(piece.extract(ours), "F32", "F32" if logical.keep_fp32 else header)
+                    stored = dtypes.convert(piece.extract(in_our_layout), "F32", "F32" if logical.keep_fp32 else header)
                 except CheckpointError as error:
                     raise CheckpointError(f"{piece.name}: {error}") from error
                 yield piece.name, stored
@@ -181,11 +205,11 @@ def write_model_configs(model: paddle.nn.Layer, directory: Path, format: Format,
 def _write_configs(model: paddle.nn.Layer, directory: Path, header: str, format: Format) -> None:
     config = dataclasses.replace(model.config, dtype=dtypes.LONG_NAMES[header])
     write_configs(directory, config, format)
-    if model.end_ids != config.end_ids:  # those of the generation_config.json that it was loaded with
+    if model.end_ids != config.end_ids:  # the model was loaded with a generation_config.json that has other end tokens
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(model.end_ids), "pad_token_id": model.fill_id}
         atomic.write_json(directory / GENERATION_CONFIG_FILE, ids)
 
 
 def named_tensors(model: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
-    """The parameters and persistent buffers of a model by name."""
+    """The parameters and persistent buffers of a model, by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

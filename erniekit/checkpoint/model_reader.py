@@ -1,4 +1,4 @@
-"""A model directory opened for reading: which tensors it has, checked against the table of weights. numpy only."""
+"""Opens model directories for reading and checks their tensors against the table of weights. It uses numpy only."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ METADATA: dict[Format, dict[str, str]] = {"pt": {"format": "pt"}, "paddle": {"fo
 
 
 class ModelReader:
-    """A model directory opened for reading: its tensors by piece name, and the configuration that they really have.
+    """A model directory opened for reading: its tensors, and the configuration that they really have.
 
     `config` is config.json's, corrected where the weights differ, each time with a log line: a tied model whose file
     has another head is not tied (as in transformers), a file without multi-token prediction is a model without.
@@ -57,18 +57,18 @@ class ModelReader:
         self._complain(match.missing, match.unexpected, misshapen)
 
     def info(self, name: str) -> TensorInfo:
-        """(header dtype, shape) of the piece called `name` in the table."""
+        """(header dtype, shape) of the tensor that the table of weights calls `name`."""
         return self.reader.info(self._stored[name])
 
     def stored_name(self, name: str) -> str:
-        """The name in the file of the piece called `name` in the table."""
+        """The name in the file of the tensor that the table of weights calls `name`."""
         return self._stored[name]
 
     def read(self, logical: Logical, as_fp32: bool = False) -> np.ndarray:
         """Read one unit of the model in our layout: as stored (bfloat16 as uint16 bits), or widened to float32."""
         names = [self._stored[piece.name] for piece in logical.pieces(self.format)]
         stored = {self.reader.info(name).dtype for name in names}
-        if as_fp32 and len(stored) == 1:  # widened last, so that half the bytes are transposed
+        if as_fp32 and len(stored) == 1:  # widened last, so that only half as many bytes are transposed
             whole = logical.from_file((self.reader.read(name) for name in names), self.format)
             return to_fp32(whole, stored.pop())
         return logical.from_file((self.reader.read(name, as_fp32) for name in names), self.format)

@@ -1,11 +1,12 @@
-"""The shape of the model that a run trains: that of config.json, that of the YAML, or config.json with changes from the
-YAML.
+"""Determines the shape of the model that a run trains: from config.json, from the YAML, or from config.json with
+changes from the YAML.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint.vision_start import VisionStart, config_directory, joined_config
 from erniekit.config.schema import Config
 from erniekit.config.schema_shape import NEEDED_OF_EXPERTS
 from erniekit.data.chat.tokenizer import load_tokenizer
@@ -17,8 +18,8 @@ _HINT = "Change these keys in the YAML"
 
 
 def directories(cfg: Config) -> tuple[Path, Path]:
-    """The directories of the model's files and of the tokenizer's; both are downloaded if they are names. They are the
-    same where the YAML alone describes the model.
+    """The directories of the model's files and of the tokenizer's; Hub names are downloaded. They are the same if the
+    YAML gives the model's shape.
     """
     model = None
     if cfg.model_name_or_path:
@@ -54,6 +55,20 @@ def given_shape(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def vision_start(cfg: Config, shape: ModelConfig) -> VisionStart | None:
+    """How vision is added to the text model that the configuration names; None where it is not. `shape`: see
+    `model_config`.
+    """
+    if not cfg.vision_config_path or not cfg.method.vision:
+        return None
+    return VisionStart(shape, cfg.vision_experts_from_text, cfg.vision_experts_down_scale)
+
+
+def processor_directory(cfg: Config, model_dir: Path) -> Path:
+    """The directory of the files that say how pictures are prepared."""
+    return config_directory(cfg.vision_config_path) if cfg.vision_config_path else model_dir
+
+
 def model_config(cfg: Config, directory: Path) -> ModelConfig:
     """The model's configuration, before anything is built or a weight is read. `directory`: the model's, or the
     tokenizer's where there is no model.
@@ -64,6 +79,9 @@ def model_config(cfg: Config, directory: Path) -> ModelConfig:
     if not cfg.model_name_or_path:
         return _from_yaml(cfg, given, directory)
     stored = ModelConfig.from_dir(directory)
+    if cfg.vision_config_path and cfg.method.vision:
+        _require_same(given, stored, directory)
+        return joined_config(stored, directory, cfg.vision_config_path)
     if given and stored.vision is not None:
         raise ConfigError(
             f"{', '.join(given)}: the shape of a vision-language model cannot be given here. Change config.json in "
@@ -102,7 +120,7 @@ def _changed(stored: ModelConfig, given: Mapping[str, Any], directory: Path) -> 
     """config.json with the values of the YAML's keys."""
     values = stored.to_dict("pt")
     if stored.moe_layer_end_index == stored.num_hidden_layers - 1:
-        values["moe_layer_end_index"] = -1  # the last of all, however many there are
+        values["moe_layer_end_index"] = -1  # the last layer, whatever the number of layers
     values |= given
     _set_kind(values)
     return ModelConfig.from_dict(values, source=f"{directory}/config.json with the YAML's keys", hint=_HINT)

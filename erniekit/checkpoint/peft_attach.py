@@ -34,17 +34,19 @@ def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, padd
     state = state_of(model)
     assert state is not None, "the model has no adapter"
     stored = read_adapter(directory, model.config)
-    theirs = LoraState(stored.options, stored.slots, stored.saved)
-    if _essence(theirs) != _essence(state):
+    stored_state = LoraState(stored.options, stored.slots, stored.saved)
+    if _essence(stored_state) != _essence(state):
         raise CheckpointError(
-            f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(theirs)}\n  Asked "
-            f"for: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
+            f"{directory} holds another adapter than the configuration asks for.\n  There: {describe(stored_state)}\n"
+            f"  Expected: {describe(state)}\nSet the LoRA keys as they were, or give this run another output_dir."
         )
     fill(model, stored, into)
 
 
 def _essence(state: LoraState) -> object:
-    """What must be equal for one adapter's tensors to fit another. Scalings were stored as alpha, and are rounded."""
+    """The facts that must be equal for an adapter's tensors to fit another. Scalings are rounded, as files
+    store alpha.
+    """
     slots = {(m, p): (s.rank, round(s.scaling, 5)) for m, parts in state.slots.items() for p, s in parts.items()}
     return slots, set(state.saved), state.options.dora
 

@@ -156,8 +156,8 @@ class _Reading:
         """The modules that should be in the file as a whole (modules_to_save) and are not."""
         inside = [name.removeprefix(PREFIX).replace(".modules_to_save.default", "") for name in self.reader.keys()]  # noqa: SIM118
         for name in self.content.saved:
-            wanted = [piece.rpartition(".")[0] for piece in self.logicals if ends(piece.rpartition(".")[0], (name,))]
-            if wanted and not any(f"{module}.weight" in inside for module in wanted):
+            expected = [piece.rpartition(".")[0] for piece in self.logicals if ends(piece.rpartition(".")[0], (name,))]
+            if expected and not any(f"{module}.weight" in inside for module in expected):
                 yield f"{name} (modules_to_save)"
 
     def _check_tied_head(self, name: str) -> None:
@@ -183,17 +183,18 @@ class _Reading:
                 if len(by_half) == len(halves) and _fit_together(list(by_half.values()), num_experts):
                     self._stack_one(prefix, leaf, by_half)
                 elif by_half:
-                    numbers = sorted(number for one in by_half.values() for number in one)
+                    numbers = sorted(number for adapters in by_half.values() for number in adapters)
                     self.unexpected.append(f"{prefix}: {'/'.join(by_half)}_proj of experts {numbers[0]}..{numbers[-1]}")
 
     def _stack_one(self, prefix: str, leaf: str, by_half: dict[str, dict[int, dict[str, np.ndarray]]]) -> None:
         numbers = range(len(next(iter(by_half.values()))))
         scales = [
-            self.content.scaling(f"{prefix}.0.{half}_proj", one[0]["A"].shape[0]) for half, one in by_half.items()
+            self.content.scaling(f"{prefix}.0.{half}_proj", adapters[0]["A"].shape[0])
+            for half, adapters in by_half.items()
         ]
-        a = np.stack([np.concatenate([one[e]["A"] for one in by_half.values()]) for e in numbers])
-        parts = list(zip(by_half.values(), scales, strict=True))
-        b = np.stack([_block_diagonal([one[e]["B"] * (s / scales[0]) for one, s in parts]) for e in numbers])
+        a = np.stack([np.concatenate([adapters[e]["A"] for adapters in by_half.values()]) for e in numbers])
+        halves = list(zip(by_half.values(), scales, strict=True))
+        b = np.stack([_block_diagonal([adapters[e]["B"] * (s / scales[0]) for adapters, s in halves]) for e in numbers])
         key = (f"{prefix}.{leaf}", "")
         self.scales[key] = scales[0]
         self.factors[key] = {"A": a.reshape(-1, a.shape[2]), "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1)}

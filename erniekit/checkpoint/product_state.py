@@ -56,9 +56,9 @@ def load_product_state(model: CausalLM, directory: Path, into: Mapping[str, padd
         tensor = tensors[name]
         whole = shares.whole_shape(name, tensor.shape)
         if name not in known or stored.shape(name) != whole:
-            found = f"has shape {list(stored.shape(name))}" if name in known else "is missing"
+            problem = f"has shape {list(stored.shape(name))}" if name in known else "is missing"
             raise CheckpointError(
-                f"{source}: {name} {found}, expected {list(whole)}. The model was saved with other products."
+                f"{source}: {name} {problem}, expected {list(whole)}. The model was saved with other products."
             )
         share = shares.shard_of(name, stored.read(name, shares.rows(name, tensor.shape)))
         tensor.set_value(np.ascontiguousarray(share))

@@ -1,4 +1,4 @@
-"""From the shards of a run to whole tensors: which tensors a rank writes, and how they are gathered.
+"""Gathers the shards of a run to whole tensors, and decides which rank writes which tensor.
 
 A checkpoint contains whole tensors whatever the layout of the run. Of each pipeline stage, one rank (the first data
 rank, first tensor rank) writes everything but experts; of the ranks with the same experts, the first one writes these.
@@ -18,7 +18,7 @@ from erniekit.parallel.mesh import Mesh
 
 
 class Shares:
-    """The tensors of one process among those of all."""
+    """The tensors of one process, and their relation to the tensors of all processes."""
 
     def __init__(
         self,
@@ -117,12 +117,12 @@ class Shares:
                 continue
             rows = None if local is None else self.rows(name, local.shape)
             everywhere = comm.gather_objects(None if local is None else [rows and rows[0], list(local.shape)], world)
-            pieces = []
+            gathered = []
             for rank, header in enumerate(everywhere):
                 if header is None:
                     continue
                 first, shape = header
-                piece = paddle.to_tensor(local) if rank == world.index else paddle.empty(shape, dtype="float32")
-                pieces.append((first or 0, comm.broadcast_(piece, rank, world).numpy()))
-            pieces.sort(key=lambda piece: piece[0])
-            yield pieces[0][1] if len(pieces) == 1 else np.concatenate([array for _, array in pieces])
+                shard = paddle.to_tensor(local) if rank == world.index else paddle.empty(shape, dtype="float32")
+                gathered.append((first or 0, comm.broadcast_(shard, rank, world).numpy()))
+            gathered.sort(key=lambda shard: shard[0])
+            yield gathered[0][1] if len(gathered) == 1 else np.concatenate([array for _, array in gathered])

@@ -17,8 +17,8 @@ RUN_FILE = "run.json"
 
 @dataclass
 class FinalModel:
-    """The end of a run that wrote the final model: after which step, of which branch, of how many steps, and whether
-    the data ended before them.
+    """The end of a run that wrote the final model: its last step, its branch, the planned number of steps, and whether
+    the data ended before it.
     """
 
     step: int
@@ -29,10 +29,10 @@ class FinalModel:
 
 @dataclass
 class RunRecord:
-    """A run: its id, when it began, what identifies it (its configuration, base model and data, as a checkpoint's
-    TrainState has them), its branch and its last start.
+    """A run: its id, its start time, its identity (configuration, base model and data, as in a checkpoint's
+    TrainState), its branch and its last start.
 
-    A branch begins where a run goes back to an older checkpoint; the later checkpoints belong to the branch before.
+    A new branch begins when a run goes back to an older checkpoint; the later checkpoints belong to the old branch.
     """
 
     identity: dict[str, Any]
@@ -46,8 +46,8 @@ class RunRecord:
 
     def begin(self, step: int) -> None:
         """Record that a process begins to train after `step`."""
-        here = {"host": socket.gethostname(), "pid": getpid(), "time": time.strftime("%F %T")}
-        self.start = {"id": secrets.token_hex(8), "after_step": step} | here
+        process = {"host": socket.gethostname(), "pid": getpid(), "time": time.strftime("%F %T")}
+        self.start = {"id": secrets.token_hex(8), "after_step": step} | process
 
     def write(self, output_dir: Path) -> None:
         """Replace output_dir/run.json."""
@@ -84,9 +84,7 @@ def read_record(output_dir: Path) -> RunRecord | None:
 
 
 def start_id(output_dir: Path) -> str | None:
-    """The id of the last start of the run in a directory: a different one later means that another process began to
-    train.
-    """
+    """The id of the last start of the run in a directory. If it changes, another process has begun to train."""
     try:
         record = read_record(output_dir)
     except CheckpointError:

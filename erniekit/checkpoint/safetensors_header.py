@@ -23,13 +23,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
-# The tensors of the files to write: (name, header dtype, shape), in their order.
+# The tensors to write, in order: (name, header dtype, shape).
 Plan = list[tuple[str, str, tuple[int, ...]]]
 
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _MAX_INDEX = 1 << 28
 _MAX_AXES = 32  # numpy's oldest limit
-_MAX_BYTES = 1 << 62  # of one tensor, leaving out axes of length 0; numpy counts bytes in 63 bits
+_MAX_BYTES = 1 << 62  # of one tensor, without axes of length 0; numpy counts bytes in 63 bits
 _MAX_NAME = 255  # bytes of a file name
 
 

@@ -33,7 +33,7 @@ class Reader:
         self.path = Path(path)
         self._entries: dict[str, Entry] = {}
         self._alias = {"U16": "BF16"} if u16_is_bf16 else {}
-        self.metadata: dict[str, str] = {}  # the header's; of several files, the first one's
+        self.metadata: dict[str, str] = {}  # the metadata of the header; for several files, of the first one
         if self.path.is_dir():
             self._open_directory()
         elif not self.path.exists():
@@ -98,8 +98,8 @@ class Reader:
         return TensorInfo(self._alias.get(info.dtype, info.dtype), info.shape)
 
     def read(self, name: str, as_fp32: bool = False, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or `rows` [begin, end) of its first axis; bfloat16 as its uint16 bits. `as_fp32` widens floating
-        types to float32.
+        """Reads a tensor, or `rows` [begin, end) of its first axis; bfloat16 as its uint16 bits. `as_fp32` widens
+        floating types to float32.
         """
         entry = self._entry(name)
         begin, shape = 0, entry.info.shape
@@ -124,9 +124,9 @@ class Reader:
 
 
 def _read_exactly(file: Any, target: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(target):
-        count = file.readinto(target[done:])
+    num_read = 0
+    while num_read < len(target):
+        count = file.readinto(target[num_read:])
         if not count:
             raise CheckpointError(f"{path} ended while it was read; it was changed or truncated. Copy the file again.")
-        done += count
+        num_read += count

@@ -1,4 +1,4 @@
-"""Streaming writer of safetensors files: one tensor at a time, in the order of a plan; complete or not there at all."""
+"""Streaming writer of safetensors files: one tensor at a time, in the order of a plan. Files are written atomically."""
 
 import json
 import os
@@ -114,7 +114,7 @@ class Writer:
             raise AssertionError(f"{len(missing)} planned tensors were not written: {listed(missing)}")
         try:
             for shard in range(max(self._open_shard, 0), len(self._shards)):
-                self._switch_to(shard)  # the last, or shards of a plan without tensors
+                self._switch_to(shard)  # finish the last file, or create those of a plan without tensors
             self._finish_file()
             ready = {name: self._temporary(name) for name in self._names}
             if not self._whole:
@@ -125,7 +125,7 @@ class Writer:
                     ready[INDEX_FILE] = self._temporary(INDEX_FILE)
                     write_index(ready[INDEX_FILE], self.weight_map, self.num_bytes)
                 replace_weights(self.directory, ready)
-        except BaseException as error:  # an interrupt as well: no temporary file stays
+        except BaseException as error:  # also for an interrupt, so that no temporary file is left
             self.abort()
             if isinstance(error, OSError):
                 raise self._explain(error) from error
@@ -138,7 +138,7 @@ class Writer:
             try:
                 self._file.close()
             except OSError:
-                pass  # closing flushes nothing here, and a full disk must not hide the error that led to this
+                pass  # closing flushes nothing here, and a full disk must not hide the original error
             self._file = None
         if not self._finished:
             for name in [*self._names, INDEX_FILE]:
@@ -180,7 +180,7 @@ def write_error(error: OSError, directory: Path, needed: int | None = None) -> C
         size = f": these weights need {needed / 1e6:,.1f} MB" if needed else ""
         return CheckpointError(
             f"the disk of {directory} is full{size}. Free some space or choose another output directory; "
-            "what was there before has not been changed."
+            "existing files have not been changed."
         )
     return CheckpointError(f"cannot write to {directory}: {error}.")
 
@@ -205,9 +205,9 @@ def replace_weights(directory: Path, ready: Mapping[str, Path]) -> None:
 
 
 def _write_all(file: Any, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += file.write(data[done : done + (1 << 30)])
+    written = 0
+    while written < len(data):
+        written += file.write(data[written : written + (1 << 30)])
 
 
 def plan_shards(plan: Plan, max_shard_size: int | str) -> list[Plan]:

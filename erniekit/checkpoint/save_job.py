@@ -30,8 +30,8 @@ class Save:
     """A directory being written.
 
     Args:
-        name: of the directory, for messages.
-        temporary: where it is written.
+        name: the directory's name for messages.
+        temporary: the directory's path while it is being written.
         rank_files: this rank's weight files.
         add: writes the other files into the directory, on the first rank.
         commit: gives the directory its name, on the first rank.
@@ -57,27 +57,27 @@ class Save:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Write now. An error of any rank is raised on every rank."""
+        """Write synchronously. An error of any rank is raised on every rank."""
         self._begin()
         self._write_all()
         self.settle()
 
     def start(self) -> None:
-        """Copy what is to be written, and write it in the background; `settle` has to be called."""
+        """Copy the tensors and write them in the background. `settle` must be called later."""
         began = time.monotonic()
         self._begin()
         num_bytes = sum(files.copy() for files in self.rank_files)
         seconds = time.monotonic() - began
         log.info(f"{self.name}: {num_bytes / 2**20:.0f} MiB copied in {seconds:.2f} s; written in the background")
-        # No daemon: a process that ends, even by an error, finishes the checkpoint first.
+        # Not a daemon thread: a process that ends, even with an error, finishes the checkpoint first.
         self._thread = threading.Thread(target=self._write_in_background, name=self.name)
         self._thread.start()
 
     def settle(self) -> None:
-        """Wait until it is written. All ranks call it; an error of any rank is raised on every rank."""
+        """Wait until all files are written. All ranks call it; an error of any rank is raised on every rank."""
         self.join()
         if self._error is not None and not isinstance(self._error, (CheckpointError, OSError)):
-            raise self._error  # a defect, or a rank is lost: communication is not possible
+            raise self._error  # a defect, or a lost rank: the ranks cannot communicate
         agree(self._error, self.group)
 
     def join(self) -> None:
@@ -90,7 +90,7 @@ class Save:
         def make() -> None:
             with self.guard():
                 shutil.rmtree(self.temporary, ignore_errors=True)
-                self.temporary.mkdir()  # without parents: an output directory that was removed is an error
+                self.temporary.mkdir()  # no parents are created, so that a removed output directory is an error
 
         on_first(self.group, make)
         number(self.rank_files, self.group)
@@ -121,7 +121,7 @@ class Save:
             else:
                 self._report_failure(error)
             if isinstance(error, (CheckpointError, OSError)):
-                for files in self.rank_files:  # the other ranks still gather tensors together with this one
+                for files in self.rank_files:  # the other ranks still need this one to gather tensors
                     files.drain()
         except BaseException:
             shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""fp32 tensors on disk that belong to a training state, whole or in pieces that several ranks wrote."""
+"""Reads fp32 tensors of a training state from disk, each whole or in pieces that several ranks wrote."""
 
 import re
 from pathlib import Path
@@ -42,11 +42,11 @@ class StoredState:
                 )
 
     def keys(self) -> list[str]:
-        """Names of the tensors as wholes."""
+        """The names of the whole tensors."""
         return list(dict.fromkeys(match[1] if (match := _ROWS.fullmatch(n)) else n for n in self.reader.keys()))  # noqa: SIM118
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         pieces = self._pieces.get(name)
         if pieces is None:
             return self.reader.info(name).shape

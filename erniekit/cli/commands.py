@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """Where a sub-command lives and how `help` shows it."""
+    """A sub-command: the function that runs it, and its texts for `help`."""
 
-    target: str  # "module:function"; it takes the remaining arguments and returns the exit code, or see takes_config
+    target: str  # "module:function": takes the arguments and returns the exit code, unless takes_config is set
     summary: str
     example: str
-    syntax: str = ""  # empty: a configuration file and key=value, as most commands
-    options: tuple[str, ...] = ()  # "name=DEFAULT: what it does", of those that are not keys
-    takes_config: bool = False  # the function takes the Config that the arguments make; what it returns is not used
+    syntax: str = ""  # empty: a configuration file and key=value, as for most commands
+    options: tuple[str, ...] = ()  # options that are not keys, as "name=DEFAULT: what it does"
+    takes_config: bool = False  # the function takes the Config made from the arguments; its result is ignored
 
 
 COMMANDS = {
@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "check": Command(
         "erniekit.cli.check:run",
-        "say what is wrong with a YAML and its data, without training",
+        "report what is wrong with a YAML and its data, without training",
         "erniekit check sft.yaml max_seq_len=8192",
         "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]\n"
         "       [decode=true] [preview=N] [sheet=OUT.png]",
@@ -74,10 +74,10 @@ COMMANDS = {
             "tokenizer: a model directory, or a Hub name",
             "output: the files are PREFIX.bin and PREFIX.idx",
             "workers=1: processes that tokenize; 0: this process alone",
-            "append_eos=true: put the tokenizer's end token behind each document",
+            "append_eos=true: put the tokenizer's end token after each document",
             "on_bad_line=error: skip: leave bad records out and count them",
             "overwrite=false: true: replace other token files",
-            "note_every=5: seconds between two lines about the progress",
+            "note_every=5: seconds between progress lines",
         ),
     ),
     "chat": Command(
@@ -102,7 +102,7 @@ COMMANDS = {
 
 ALIASES = {"-h": "help", "--help": "help", "-v": "version", "-V": "version", "--version": "version"}
 
-# Commands of ERNIEKit that this version does not have, and what to use in their place.
+# Commands of ERNIEKit that this version does not have, with the message that says what to use instead.
 NOT_HERE = {
     "server": (
         "`erniekit server` is not in this version; it is planned for a later one. To serve a model, write it with "

@@ -1,4 +1,4 @@
-"""`erniekit help` and `erniekit version`: without Paddle, to answer at once and where nothing else works."""
+"""`erniekit help` and `erniekit version`: they do not import Paddle, so they answer at once and without it."""
 
 import textwrap
 from pathlib import Path
@@ -30,13 +30,13 @@ erniekit {name} CONFIG.yaml [key=value ...]
 
 
 def help(args: list[str]) -> int:
-    """Print the general usage, or that of the one command named in `args`."""
+    """Print the general usage, or the usage of the command named in `args`."""
     print(usage(args[0]) if args else usage())
     return 0
 
 
 def usage(name: str | None = None) -> str:
-    """The usage text, of all commands or of one.
+    """The usage text of all commands, or of one.
 
     Raises:
         ConfigError: there is no command of that name.
@@ -59,7 +59,7 @@ def usage(name: str | None = None) -> str:
 
 
 def nearest(name: str) -> str | None:
-    """The command that was probably meant."""
+    """The command whose name is most similar to `name`; None if there is no similar one."""
     import difflib
 
     return next(iter(difflib.get_close_matches(name, COMMANDS, n=1)), None)
@@ -67,7 +67,7 @@ def nearest(name: str) -> str | None:
 
 def keys(command: str) -> str:
     """The keys that a command reads, by group, each with its default, its limits and its documentation."""
-    from erniekit.config import reference  # PyYAML comes with it, which the general usage does without
+    from erniekit.config import reference  # imported late: it needs PyYAML, the general usage does not
 
     lines = []
     for group, entries in reference.by_group(command).items():
@@ -92,7 +92,7 @@ def version(args: list[str]) -> int:
 
 
 def commit() -> str:
-    """The commit of the checkout this package runs from, with ".dirty" if tracked files differ; else "unknown"."""
+    """The commit of the checkout that contains this package, with ".dirty" if tracked files differ; else "unknown"."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
@@ -100,7 +100,7 @@ def commit() -> str:
 
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return completed.stdout.strip() or "unknown"

@@ -1,10 +1,9 @@
-"""What stands between the command line and the library: the configuration, and the processes to run it in.
+"""Prepares a command: loads its configuration and decides which processes run it.
 
-`erniekit train`, `eval` or `chat` in a shell is either the one process that does the work, or the agent of this host,
-which starts the workers and watches them (erniekit/cluster). Which of the two follows from the degrees, before Paddle
-is imported. The other commands read and write files tensor by tensor and run in one process. A process
-that PADDLE_TRAINERS_NUM counts and PADDLE_TRAINER_ID names is a worker: of such an agent, or of
-`python -m paddle.distributed.launch`.
+`erniekit train`, `eval` or `chat` in a shell either does the work in this one process, or acts as the agent of this
+host, which starts and supervises worker processes (erniekit/cluster). The parallel degrees decide which, before Paddle
+is imported. The other commands process files tensor by tensor in one process. A process with PADDLE_TRAINERS_NUM and
+PADDLE_TRAINER_ID in its environment is a worker, started by such an agent or by `python -m paddle.distributed.launch`.
 """
 
 import ipaddress
@@ -32,17 +31,17 @@ from erniekit.utils.errors import ConfigError
 from erniekit.utils.version import __version__
 
 _PROCESS_COUNTS = ("NNODES", "PADDLE_TRAINERS_NUM")
-# Where schedulers that start one process a host say which host this is.
+# The variables in which schedulers that start one process per host give the host's number.
 _NODE_RANKS = ("PADDLE_NODE_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
-# Commands that run on as many processes as the degrees of their configuration ask for.
+# Commands that run on several processes if the degrees of their configuration require it.
 ON_RANKS = ("train", "eval", "chat")
-_AGENT = "ERNIEKIT_AGENT"  # "process id:file descriptor of the heartbeat's memory", from an agent to its workers
+_AGENT = "ERNIEKIT_AGENT"  # from the agent to its workers: "process id:file descriptor of the heartbeat's memory"
 
 
 def configure(args: list[str], command: str) -> Config:
-    """Read the configuration that a command line asks for, say once what has no effect, refuse what cannot be done.
+    """Load the configuration of a command line, log the keys that have no effect, and refuse what is not possible.
 
-    The commands import what they call only after this: a mistake in the file shows at once, Paddle takes seconds.
+    Commands import Paddle, which takes seconds, only after this, so that a mistake in the file is reported at once.
 
     Args:
         args: what follows the sub-command: a YAML or JSON file and key=value, or --key value.
@@ -63,8 +62,8 @@ def configure(args: list[str], command: str) -> Config:
 
 
 def log_notes(cfg: Config) -> None:
-    """Log once a run which keys of the configuration have no effect, and why."""
-    if not is_supervised():  # else the agent has logged it
+    """Log once per run which keys of the configuration have no effect, and why."""
+    if not is_supervised():  # otherwise the agent has logged it
         for note in cfg.notes:
             log.info(note)
 
@@ -89,12 +88,12 @@ def is_worker() -> bool:
 
 
 def is_supervised() -> bool:
-    """Whether an agent of ours started this process and watches it."""
+    """Whether erniekit's own agent started this process and supervises it."""
     return _AGENT in os.environ
 
 
 def degrees_of(cfg: Config, command: str = "train") -> ParallelDims:
-    """The degrees of the whole job, on the GPUs of all hosts if there are any. A conversation needs one copy of the
+    """The parallel degrees of the whole job, on the GPUs of all hosts if there are any. `chat` uses one copy of the
     model, whatever the number of GPUs.
 
     Raises:
@@ -116,7 +115,7 @@ def degrees_of(cfg: Config, command: str = "train") -> ParallelDims:
 
 
 def has_gpus() -> bool:
-    """Whether workers would train on GPUs."""
+    """Whether workers would run on GPUs."""
     return bool(_devices(os.environ))
 
 
@@ -126,12 +125,12 @@ def read_arguments(args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def allows_extra() -> bool:
-    """Whether the environment lets unknown keys through."""
+    """Whether an environment variable allows unknown keys."""
     return _is_on(os.environ.get("ALLOW_EXTRA_ARGS", ""))
 
 
 def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
-    """What this host has to start to do what `command` does as `cfg` says; None if this process is enough.
+    """The job that this host has to start for `command`; None if this process suffices.
 
     Args:
         args: what follows the command on the command line, for the workers.
@@ -168,27 +167,29 @@ def job_of(cfg: Config, args: list[str], command: str) -> Job | None:
         devices=devices,
         master=master,
         config=_comparable(cfg, slots),
-        again=partial(_go_on, output_dir, start_id(output_dir)) if trains else list,
+        again=partial(_resume_arguments, output_dir, start_id(output_dir)) if trains else list,
         reads_terminal=command == "chat",
     )
 
 
 def _logs(cfg: Config, command: str) -> Path:
-    """The directory of the other ranks' logs; those of training stay."""
+    """The directory for the logs of ranks other than 0; a training's logs are kept in output_dir."""
     output = (cfg.eval_output if command == "eval" else None) or cfg.output_dir
     parent = runtime.cache_directory() if output is None else Path(output)
     return parent / "logs" if command == "train" else parent / "logs" / command
 
 
 def require_free(cfg: Config) -> None:
-    """ConfigError if output_dir cannot be made, or a job runs in it, whose logs those of new workers would replace."""
+    """Raise ConfigError if output_dir cannot be created, or if a running job uses it: new workers would overwrite its
+    logs.
+    """
     assert cfg.output_dir, "config.load requires it to train"
     make_directory(Path(cfg.output_dir), "output_dir")
     DirectoryLock(Path(cfg.output_dir)).require_free()
 
 
 def _check_model(cfg: Config, degrees: ParallelDims, command: str) -> None:
-    """Download the model once for all workers of this host, and see whether it can be divided."""
+    """Download the model once for all workers of this host, and check that the degrees divide it."""
     if command == "train":
         check_layout(cfg, degrees, model_config(cfg, directories(cfg)[0]))
         return
@@ -198,8 +199,8 @@ def _check_model(cfg: Config, degrees: ParallelDims, command: str) -> None:
 
 
 def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
-    """The whole job, and the smaller ones that an elastic job may become, which see the same batches: as many rows a
-    step, over fewer data ranks in more accumulation steps.
+    """The layout of the whole job, and the smaller layouts that an elastic job may shrink to. All have the same number
+    of rows per step: a smaller one has fewer data ranks and more accumulation steps.
     """
     layouts = [Layout(degrees.world)]
     if not cfg.elastic:
@@ -213,38 +214,40 @@ def _layouts(cfg: Config, degrees: ParallelDims) -> tuple[Layout, ...]:
         if data % degrees.expert or batches % data:
             continue
         accumulation = batches // data
-        # A degree of 1 or -1 needs no word: nobody shards, or all data ranks do, however many they are.
+        # A degree of 1 or -1 needs no override: either nothing is sharded, or it is over all data ranks.
         sharding = math.gcd(cfg.sharding_parallel_degree, data) if cfg.sharding_parallel_degree > 1 else 1
-        words = [f"--data_parallel_degree={data // sharding}", f"--gradient_accumulation_steps={accumulation}"]
+        overrides = [f"--data_parallel_degree={data // sharding}", f"--gradient_accumulation_steps={accumulation}"]
         if cfg.sharding_parallel_degree > 1:
-            words.append(f"--sharding_parallel_degree={sharding}")
+            overrides.append(f"--sharding_parallel_degree={sharding}")
         note = (
             f"elastic: {data} data ranks instead of {degrees.data}, gradient_accumulation_steps {accumulation} instead "
             f"of {cfg.gradient_accumulation_steps}: still {batches * cfg.batch_size} rows a step, and slower steps"
         )
-        layouts.append(Layout(degrees.pipeline * data * degrees.tensor, tuple(words), note))
+        layouts.append(Layout(degrees.pipeline * data * degrees.tensor, tuple(overrides), note))
     return tuple(layouts)
 
 
 def _comparable(cfg: Config, slots: int) -> dict[str, str]:
-    """What has to be the same on every host."""
+    """The settings that must be equal on all hosts."""
     values = {name: repr(value) for name, value in vars(cfg).items() if name not in ("given", "notes", "source")}
     return values | {"erniekit's version": __version__, "processes a host": str(slots)}
 
 
-def _go_on(output_dir: Path, start: str | None) -> list[str]:
-    """The additional arguments of a restarted worker. Once a process has begun to train (run.json names another start
-    than `start`, that of a run before): keep what was saved, and resume from it. Until then there are none: what the
-    configuration asks of output_dir has not been done.
+def _resume_arguments(output_dir: Path, start: str | None) -> list[str]:
+    """The additional arguments of a restarted worker.
+
+    Once a worker has begun to train (run.json then names another start than `start`, which an earlier run left), a
+    restarted worker keeps what was saved and resumes from it. Before that there are no additional arguments, since the
+    configuration's own settings for output_dir, such as overwrite_output_dir, have not been carried out yet.
     """
     if start_id(output_dir) == start:
         return []
-    words = ["--overwrite_output_dir=false"]
-    return [*words, "--resume_from_checkpoint=auto"] if list_checkpoints(output_dir) else words
+    arguments = ["--overwrite_output_dir=false"]
+    return [*arguments, "--resume_from_checkpoint=auto"] if list_checkpoints(output_dir) else arguments
 
 
 def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
-    """Where the hosts meet, and which of them this is."""
+    """The address at which the hosts meet, and this host's number."""
     if hosts == 1:
         return None
     name = environ.get("MASTER_ADDR", "").strip()
@@ -260,7 +263,7 @@ def _master(environ: Mapping[str, str], hosts: int) -> Master | None:
 
 
 def _token(environ: Mapping[str, str], master: Master | None) -> str:
-    """The user's for several hosts; on one host the agent makes one, and its workers inherit it."""
+    """The job's token: the user gives it for several hosts; on one host the agent makes it for its workers."""
     if master is None:
         return job_token.new()
     on_this_machine = ipaddress.ip_address(master.address).is_loopback
@@ -276,13 +279,13 @@ def _node_rank(environ: Mapping[str, str], hosts: int) -> int | None:
     if not text.isdigit() or int(text) >= hosts:
         raise ConfigError(
             f"{name}={text}, but with NNODES={hosts} the hosts are numbered from 0 to {hosts - 1}. Start one "
-            "`erniekit` a host; PADDLE_NODE_RANK overrules what the scheduler says."
+            "`erniekit` a host; PADDLE_NODE_RANK takes precedence over the scheduler's number."
         )
     return int(text)
 
 
 def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The GPUs that the workers get, one each; none where Paddle was built for the CPU. Never run with GPUs."""
+    """The GPUs for the workers, one each; empty if Paddle was built for the CPU. Not yet run on a machine with GPUs."""
     try:
         metadata.distribution("paddlepaddle-gpu")
     except metadata.PackageNotFoundError:
@@ -294,7 +297,7 @@ def _devices(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _begin_worker(environ: Mapping[str, str]) -> None:
-    """Name the log lines, and beat for the agent if there is one."""
+    """Put the rank into the log lines, and start the heartbeat if an agent supervises this process."""
     rank = environ.get("PADDLE_TRAINER_ID", "").strip()
     if not rank.isdigit() or int(rank) >= _count(environ, "PADDLE_TRAINERS_NUM"):
         raise ConfigError(
@@ -308,17 +311,17 @@ def _begin_worker(environ: Mapping[str, str]) -> None:
         heartbeat.start(int(beat), int(agent), streams=rank == "0")
 
 
-def _require_one_process(environ: Mapping[str, str], what: str) -> None:
+def _require_one_process(environ: Mapping[str, str], command: str) -> None:
     for name in _PROCESS_COUNTS:
         if _count(environ, name) > 1:
             raise ConfigError(
-                f"{name}={environ[name]} is set in the environment, but {what} runs in one process. "
+                f"{name}={environ[name]} is set in the environment, but {command} runs in one process. "
                 f"Unset {name}, or set it to 1."
             )
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:
-    """A number of hosts or processes; 1 if it is not set."""
+    """The number of hosts or processes in a variable; 1 if it is not set."""
     text = environ.get(name, "").strip()
     if text in ("", "0"):
         return 1
@@ -328,7 +331,7 @@ def _count(environ: Mapping[str, str], name: str) -> int:
 
 
 def _is_file(arg: str) -> bool:
-    """True if the argument names a configuration file (there or not) and is no option."""
+    """Whether the argument is a configuration file's name (the file need not exist) and not an option."""
     return not arg.startswith("--") and ("=" not in arg or Path(arg).is_file())
 
 

@@ -1,7 +1,7 @@
-"""The `erniekit` command: finds the sub-command, runs it, and turns what went wrong into one message and an exit code.
+"""The `erniekit` command: finds the sub-command, runs it, and turns an error into one message and an exit code.
 
-Only the standard library is imported here, and a sub-command's module only when it is asked for, so that
-`erniekit help` answers at once and without Paddle.
+This module imports only the standard library, and a sub-command's module only to run it, so that `erniekit help`
+answers at once and without Paddle.
 
 Exit codes: 0 done; 1 something that the user can fix (erniekit.utils.errors, a full disk, Paddle not installed);
 2 no such command; 3 `check` with strict=true found warnings and no error; 70 a defect of erniekit itself;
@@ -19,7 +19,7 @@ from erniekit.utils import heartbeat, runtime, stop_signals, streams
 from erniekit.utils.errors import UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
-# Commands for which Ctrl-C is met by us: `train` begins to listen itself, `chat` leaves it to Python.
+# Commands whose Ctrl-C is handled here. `train` installs its own handlers, `chat` uses Python's.
 _LISTENING = ("eval", "export", "split", "convert")
 
 NEEDS_PADDLE = (
@@ -50,8 +50,8 @@ _LOWER = {
     "export": "Lower max_shard_size.",
     "split": "Lower max_shard_size.",
 }
-# How libraries say it in other exceptions than MemoryError: Paddle (the last one inside a backward pass), the dynamic
-# linker while Paddle is imported, and Python's threads.
+# Texts by which a lack of memory is recognised in exceptions other than MemoryError: Paddle's (the last one inside a
+# backward pass), the dynamic linker's while Paddle is imported, and those of Python's threads.
 _MEMORY_SIGNS = (
     "(ResourceExhausted)",
     "MemoryError",
@@ -74,23 +74,24 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if argv is None and name in _LISTENING:
         stop_signals.listen(signals=(signal.SIGINT,))
-    if argv is None and name in ("train", "eval"):  # until it listens, so that no thread of numpy's can take it instead
+    # blocked until handlers are installed, so that numpy's threads inherit the blocked signals
+    if argv is None and name in ("train", "eval"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        if argv is None:  # the process ends: the next Ctrl-C ends it without a word
+        if argv is None:  # the process is ending: a further Ctrl-C ends it silently
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _interrupted(error)
     except Exception as error:
-        # Native code makes other exceptions of what a signal raises in Python code that it calls.
+        # A signal may raise in Python code called from native code, which turns the exception into another one.
         return _interrupted(stop_signals.raised()) if stop_signals.raised() else _report(name, error)
 
 
 def _interrupted(error: BaseException | None) -> int:
-    """One line, whatever was under way."""
+    """Log one line about the interruption and return the exit code."""
     number = error.number if isinstance(error, stop_signals.Stopped) else signal.SIGINT
     return _fail(stop_signals.interrupted(number), 128 + number)
 
@@ -108,7 +109,8 @@ def _dispatch(name: str, args: list[str]) -> int:
         return code
     from erniekit.cli import launch
 
-    cfg = launch.configure(args, name)  # before the command is imported: a mistake shows at once, Paddle takes seconds
+    # before the command is imported: Paddle takes seconds, and a mistake in the file is reported at once
+    cfg = launch.configure(args, name)
     if name in launch.ON_RANKS and not launch.is_worker():
         job = launch.job_of(cfg, args, name)
         if job is not None:
@@ -117,16 +119,16 @@ def _dispatch(name: str, args: list[str]) -> int:
             stop_signals.listen()
             return agent.run(job)
     function = _function(command)
-    if name == "eval":  # only now: Paddle puts handlers of its own in the place of ours
+    if name == "eval":  # only now, since importing Paddle replaces signal handlers
         stop_signals.listen()
-    elif launch.is_worker():  # its agent has blocked the signals, and Python keeps Ctrl-C
+    elif launch.is_worker():  # its agent has started it with blocked signals
         stop_signals.listen(signals=(signal.SIGTERM, signal.SIGHUP))
     function(cfg)
     return 0
 
 
 def _function(command: Command) -> Callable[..., Any]:
-    """The function that carries a command out."""
+    """The function that runs a command."""
     import importlib
 
     module_name, _, function_name = command.target.partition(":")
@@ -143,8 +145,8 @@ def _unknown(name: str) -> int:
 
 
 def _report(name: str, error: Exception) -> int:
-    """Say what went wrong: one block for what the user can fix, a traceback for everything else."""
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+    """Log an error: one message if the user can fix it, a traceback otherwise. Returns the exit code."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         return EXIT_BROKEN_PIPE
     message = _explain(name, error)
     if message is not None:
@@ -159,7 +161,7 @@ def _report(name: str, error: Exception) -> int:
 
 
 def _explain(name: str, error: Exception) -> str | None:
-    """What to tell the user about an error that they can fix; None if it is not one."""
+    """The message about an error that the user can fix; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == "paddle":
@@ -177,12 +179,12 @@ def _explain(name: str, error: Exception) -> str | None:
 
 
 def _memory_ran_out(error: Exception) -> str | None:
-    """What could not be allocated, in one line; None for an error of another kind."""
+    """One line about the failed allocation; None if the error is of another kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if any(sign in line for sign in _MEMORY_SIGNS)]
+    reasons = [line for line in lines if any(sign in line for sign in _MEMORY_SIGNS)]
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        said = said or lines or ["no block of memory was left"]
-    return f"{said[0]:.200}" if said else None
+        reasons = reasons or lines or ["no block of memory was left"]
+    return f"{reasons[0]:.200}" if reasons else None
 
 
 def _fail(message: str, code: int) -> int:
@@ -190,16 +192,16 @@ def _fail(message: str, code: int) -> int:
     if not heartbeat.fail(message):
         try:
             print(message, file=sys.stderr, flush=True)
-        except OSError:  # nobody reads it; the exit code has to do
+        except OSError:  # standard error is closed; only the exit code is left
             streams.silence(sys.stderr)
     return code
 
 
-def _nobody_reads() -> bool:
-    """Whether it is our own output that was closed; it is then pointed at nothing, or Python would complain about it
-    once more at exit. A broken pipe elsewhere (a data worker that died) is not this case and must not be silent.
+def _stdout_is_closed() -> bool:
+    """Whether our own standard output was closed. If so, it is redirected to /dev/null, since Python would otherwise
+    report it again at exit. A broken pipe elsewhere (a data worker that died) is another case and must not be silent.
     """
-    gone = streams.is_gone(sys.stdout)
-    if gone:
+    is_closed = streams.is_gone(sys.stdout)
+    if is_closed:
         streams.silence(sys.stdout)
-    return gone
+    return is_closed

@@ -8,23 +8,23 @@ from erniekit.cli.commands import COMMANDS
 from erniekit.config.paths import expand
 from erniekit.utils.errors import ConfigError
 
-# Option -> how its text is read: a ValueError says what is wrong with it.
+# Option -> function that parses its text; a ValueError says what is wrong with the text.
 Readers = Mapping[str, Callable[[str], Any]]
 
 
 def read(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
-    """The values of the options of `command`, and the other words as they stand.
+    """The values of the options of `command`, and the other arguments unchanged.
 
     Raises:
         ConfigError: an option has no value, or one that its reader does not accept.
     """
     values: dict[str, Any] = {}
-    others: list[str] = []
+    arguments: list[str] = []
     words = iter(args)
     for word in words:
         name, equals, text = word.removeprefix("--").partition("=")
         if name not in readers or not (equals or word.startswith("--")):
-            others.append(word)
+            arguments.append(word)
             continue
         if not equals:
             text = next(words, "")
@@ -34,27 +34,27 @@ def read(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any
             values[name] = readers[name](text)
         except ValueError as error:
             raise _wrong(command, f"{name}={text}: {error}") from None
-    return values, others
+    return values, arguments
 
 
 def read_with_paths(command: str, args: list[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
-    """As `read`, for a command whose other words are paths.
+    """Like `read`, for a command whose other arguments are paths.
 
     Raises:
-        ConfigError: also where another word is an option that the command does not have.
+        ConfigError: as for `read`, and for an option that the command does not have.
     """
-    values, words = read(command, args, readers)
-    for word in words:
+    values, paths = read(command, args, readers)
+    for word in paths:
         if word.startswith("--") or ("=" in word and not Path(word).exists()):
             raise _wrong(command, f"{word}: the options of `erniekit {command}` are {', '.join(readers)}")
     try:
-        return values, [expand(word) for word in words]
+        return values, [expand(word) for word in paths]
     except ValueError as error:
         raise _wrong(command, str(error)) from None
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """The reader of an option with a few possible words."""
+    """A parser for an option with a fixed set of values."""
 
     def read_word(text: str) -> str:
         if text not in choices:

@@ -1,8 +1,8 @@
-"""`erniekit tokenize`: text becomes token files (prefix.bin and prefix.idx) for `dataset_type: pretrain`.
+"""`erniekit tokenize`: turns text into token files (prefix.bin and prefix.idx) for `dataset_type: pretrain`.
 
-A record of a .jsonl file ({"text": ...} or {"tgt": [...]}) and a whole .txt file is a document; the tokenizer's end
-token is put behind each. Stopped or killed, the same command continues where it was, and the files come out the same,
-byte for byte, as in one go and with any number of workers.
+Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}) and each .txt file becomes a document, followed by the
+tokenizer's end token. After an interruption the same command continues where it stopped. The files are the same, byte
+for byte, with or without interruptions and for any number of workers.
 """
 
 import time
@@ -24,11 +24,11 @@ def run(args: list[str]) -> int:
     files = build.find_inputs(inputs)
     tokenizer = load_tokenizer(hub.resolve_model(values.pop("tokenizer"), key="tokenizer"))
     prefix = Path(values.pop("output"))
-    done = build.build_token_files(files, prefix, tokenizer, **values)
-    skipped = f", {done.skipped} bad records skipped" if done.skipped else ""
+    result = build.build_token_files(files, prefix, tokenizer, **values)
+    skipped = f", {result.skipped} bad records skipped" if result.skipped else ""
     print(
-        f"{prefix}.bin and .idx: {done.documents} documents, {done.tokens} tokens{skipped}, from "
-        f"{done.read / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
+        f"{prefix}.bin and .idx: {result.documents} documents, {result.tokens} tokens{skipped}, from "
+        f"{result.read / 1e6:.1f} MB in {time.monotonic() - started:.1f} s"
     )
     return 0
 

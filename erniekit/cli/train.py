@@ -22,7 +22,7 @@ def run(args: list[str]) -> int:
     if job is not None:
         from erniekit.cluster import agent
 
-        if job.master is None:  # a spare host may come while the job runs
+        if job.master is None:  # with several hosts, a spare host may join while the job runs
             launch.require_free(cfg)
         return agent.run(job)
     if cfg.max_restarts and not launch.is_supervised():
@@ -35,6 +35,6 @@ def run(args: list[str]) -> int:
 
         stop_signals.listen()
     result = training.train(cfg)
-    # Ranks end well, their agent knows of the Ctrl-C itself.
+    # Ranks exit with 0; their agent has received the Ctrl-C too.
     interrupted = result.summary.get("stopped") == signal.SIGINT.name and not launch.is_supervised()
     return stop_signals.EXIT_INTERRUPTED if interrupted else 0

@@ -1,1 +1,1 @@
-"""A job of many processes: how it is started on one host or many, watched, ended, and started again. No Paddle here."""
+"""Starts, supervises, ends and restarts a job of many processes on one or more hosts. Nothing here imports Paddle."""

@@ -1,6 +1,6 @@
-"""The agent of a host: starts the workers, watches them, and does what the job's hosts have agreed on.
+"""The agent of a host: starts the worker processes, supervises them, and follows the coordinator's decisions.
 
-It never imports Paddle, so it takes next to no memory and cannot hang in what its workers hang in.
+It never imports Paddle, so it needs very little memory and cannot hang in a library that makes its workers hang.
 """
 
 import signal
@@ -17,9 +17,9 @@ from erniekit.cluster.worker import Worker
 from erniekit.utils import log, runtime, stop_signals
 from erniekit.utils.errors import ConfigError, TrainError
 
-_POLL = 0.1  # seconds from one look at the workers to the next
-_REPORT = 0.5  # seconds from one report to the next, when nothing has happened
-_SAY_WAITING = 30.0  # seconds from one line about missing hosts to the next, when nothing has changed
+_POLL = 0.1  # seconds between checks of the workers
+_REPORT = 0.5  # seconds between reports while nothing happens
+_LOG_WAITING = 30.0  # seconds between log lines about missing hosts while nothing changes
 
 
 def run(job: Job) -> int:
@@ -35,7 +35,7 @@ def run(job: Job) -> int:
         agent = _Agent(job, exchange, about)
         before = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # nohup
+            if handler is not signal.SIG_IGN:  # started with nohup, which ignores it
                 signal.signal(number, agent.on_signal)
         try:
             return agent.run()
@@ -63,7 +63,7 @@ class _Agent:
         self._is_spare = False
 
     def run(self) -> int:
-        """Attempt after attempt, until one ends well or is the last."""
+        """Run attempts until one succeeds or no restart is left. Returns the exit code."""
         attempt = 1
         while True:
             reply = self._join()
@@ -81,8 +81,8 @@ class _Agent:
             self._show(reply)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Hand the wish on; the workers agree on a step, save and end. A second Ctrl-C ends the job at once. Where rank
-        0 reads the terminal, it alone says what a Ctrl-C means.
+        """Pass the signal on to the workers, which agree on a step, save and exit. A second Ctrl-C ends the job at
+        once. If rank 0 reads the terminal, it alone handles Ctrl-C.
         """
         if self._job.reads_terminal and number == signal.SIGINT:
             for worker in self._workers:
@@ -98,25 +98,25 @@ class _Agent:
         for worker in self._workers:
             worker.send_signal(number)
 
-    def leave(self, why: str) -> None:
-        """Tell the other hosts that this one goes."""
+    def leave(self, reason: str) -> None:
+        """Report to the coordinator that this host leaves the job."""
         try:
-            self._exchange({"kind": "leave", "id": self._about["id"], "why": why})
+            self._exchange({"kind": "leave", "id": self._about["id"], "why": reason})
         except TrainError:
-            pass  # there is nobody left to tell
+            pass  # the coordinator is gone already
 
     def kill(self) -> None:
-        """No process of ours outlives this."""
+        """Kill all workers and their children."""
         for worker in self._workers:
             worker.kill()
         if any(worker.rank == 0 and worker.process.returncode < 0 for worker in self._workers):
-            stop_signals.restore_terminal()  # its progress bar could not
+            stop_signals.restore_terminal()  # a killed worker's progress bar could not do it
         self._workers = []
 
     def _join(self) -> Message:
         """Wait for the other hosts. Returns `start`, or the `stop` of a job that is over."""
         ports = net.free_ports(1 + self._job.slots)
-        said, said_at = "", 0.0
+        logged_reason, logged_at = "", 0.0
         while True:
             reply = self._exchange({**self._about, "kind": "hello", "ports": ports})
             if reply["kind"] == "refused":
@@ -127,9 +127,9 @@ class _Agent:
                 self.leave(f"stopped by {self._stopped_by.name}")
                 return {"restart": False, "code": 128 + self._stopped_by, "headline": "", "detail": "", "kind": "stop"}
             now = time.monotonic()
-            if reply["why"] != said or now - said_at > _SAY_WAITING:
+            if reply["why"] != logged_reason or now - logged_at > _LOG_WAITING:
                 log.info(f"waiting: {reply['why']}")
-                said, said_at = reply["why"], now
+                logged_reason, logged_at = reply["why"], now
             time.sleep(_REPORT)
 
     def _start(self, start: Message) -> None:
@@ -143,13 +143,13 @@ class _Agent:
         cores = runtime.num_cores()
         for local in range(count):
             self._workers.append(Worker(self._job, start, local, cores))
-        if self._stopped_by is not None:  # the signal came while they started
+        if self._stopped_by is not None:  # the signal arrived while the workers were starting
             for worker in self._workers:
                 worker.send_signal(self._stopped_by)
         self._is_spare = not count
 
     def _watch(self, attempt: int) -> Message:
-        """Look after the workers until the coordinator says stop."""
+        """Supervise the workers until the coordinator ends the attempt."""
         reported_at = 0.0
         while True:
             news = self._look()
@@ -162,7 +162,7 @@ class _Agent:
             time.sleep(_POLL)
 
     def _look(self) -> bool:
-        """Note who has ended. True if somebody has."""
+        """Record the workers that have exited. Returns whether there are any new ones."""
         news = False
         for worker in self._workers:
             running = worker.process.returncode is None
@@ -204,11 +204,11 @@ class _Agent:
         return int(verdict["code"])
 
     def _ended_untrained(self, code: int) -> bool:
-        """Whether the signal came before the workers could meet it by saving."""
+        """Whether the signal arrived before the workers had handlers that save."""
         codes = {failure["code"] for failure in self._failures.values()} | {code}
         return any(128 + number in codes for number in stop_signals.SIGNALS)
 
     def _show(self, verdict: Message) -> None:
-        """The first failing rank's own words: on its host, and where rank 0 streams."""
+        """Print the error of the rank that failed first, on its host and on the host that shows rank 0's output."""
         if verdict["detail"] and (self._about["master"] or verdict.get("host") == self._about["id"]):
             print(verdict["detail"], file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What an agent needs to know about its job."""
+"""The description of a job that an agent starts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """A number of processes that the job can run with, and the key=value words that make a worker do so.
+    """A number of processes that the job can run on, with the key=value overrides for its workers.
 
-    note: what changes with it, for the user.
+    note: a message to the user about the differences from the configuration.
     """
 
     world: int
@@ -19,7 +19,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Master:
-    """Where the agents of several hosts meet, and this host's place among them if the scheduler has told it."""
+    """The address at which the agents of several hosts meet, and this host's number if the scheduler gives one."""
 
     address: str
     port: int
@@ -28,10 +28,10 @@ class Master:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, and a number of restarts.
+    """Time limits in seconds, and the number of restarts.
 
-    fault: within this time a rank that died or hangs ends the job. rendezvous: how long hosts wait for one another.
-    elastic: after a fault the job continues without the hosts that do not come back.
+    fault: a rank that died or hangs ends the job within this time. rendezvous: how long hosts wait for one another.
+    elastic: after a failure the job continues without the hosts that do not come back.
     """
 
     fault: float
@@ -41,7 +41,7 @@ class Limits:
 
     @property
     def detect(self) -> float:
-        """When a rank counts as hanging; what is left of `fault` is for agreeing on it and ending."""
+        """The time after which a rank counts as hanging; the rest of `fault` is for ending the job."""
         return self.fault * 2 / 3
 
 
@@ -49,12 +49,12 @@ class Limits:
 class Job:
     """One host's part of a job.
 
-    command: what a worker is started with; `Layout.overrides` and `again()` are appended to it.
+    command: the command line of a worker; `Layout.overrides` and `again()` are appended to it.
     environ: the environment that workers inherit.
-    slots: worker processes a host. devices: the GPUs for them, one each; empty on a CPU.
-    layouts: from the whole job to the smallest one that an elastic job may shrink to.
-    token: what the job's processes know and strangers do not.
-    config: what must be equal on all hosts.
+    slots: worker processes per host. devices: the GPUs for them, one each; empty on a CPU.
+    layouts: the layouts that the job may run in, from the whole job to the smallest of an elastic job.
+    token: the shared secret by which the job's processes recognise one another.
+    config: the settings that must be equal on all hosts.
     again: the arguments that make a restarted worker resume from the last checkpoint.
     reads_terminal: rank 0 reads the agent's standard input, and Ctrl-C goes to rank 0 instead of ending the job.
     """

@@ -28,17 +28,17 @@ def is_local(address: str) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses at this moment."""
+    """Ports of this host that are free at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for sock in sockets:
+            sock.bind(("", 0))
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 def call(address: tuple[str, int], timeout: float) -> socket.socket:
-    """Connect. While nobody listens at a port of this host, the system may pick that very port for the caller, which
-    then is connected to itself: that counts as nobody.
+    """Connect to an address. While no program listens at a local port, the system may choose that same port for the
+    caller, which is then connected to itself; this counts as a refused connection.
     """
     sock = socket.create_connection(address, timeout=timeout)
     if sock.getsockname() == sock.getpeername():

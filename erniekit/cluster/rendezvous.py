@@ -1,7 +1,7 @@
-"""The agents of several hosts talk to the coordinator over TCP: a line of JSON there, a line back.
+"""Connects the agents of several hosts to the coordinator over TCP, with one line of JSON for each message and reply.
 
-The master is node 0, or, without node ranks, the first host that owns MASTER_ADDR and binds MASTER_PORT. Nothing is
-read from a connection that has not proved that it knows the job's token (erniekit.utils.handshake).
+The master is node 0 or, without node ranks, the first host that owns MASTER_ADDR and binds MASTER_PORT. A connection
+must prove that it knows the job's token before any message is read from it (erniekit.utils.handshake).
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from erniekit.utils.errors import ConfigError, TrainError
 _PURPOSE = "rendezvous"
 _LINE_BYTES = 16 << 20  # a message has a few kilobytes, the list of all ranks' addresses a few hundred
 _RETRY = 0.2  # seconds
-_PATIENCE_WITH_MASTER = 5.0  # seconds a running job does without its master
-_LINGER = 5.0  # seconds in which the other hosts may hear that the job is over
+_PATIENCE_WITH_MASTER = 5.0  # seconds that a running job tolerates without its master
+_LINGER = 5.0  # seconds that the master stays so that other hosts receive the end of the job
 _PATIENCE_WITH_NODE_0 = 15.0  # seconds after which another node that owns MASTER_ADDR becomes the master
 
 Exchange = Callable[[Message], Message]
 
 
 class Server:
-    """The master's side: a thread that lets agents in, and one for each agent."""
+    """The master's side: one thread accepts agents, and each agent is served by a thread of its own."""
 
     def __init__(self, address: tuple[str, int], coordinator: Coordinator, token: str) -> None:
         self.coordinator = coordinator
@@ -42,13 +42,13 @@ class Server:
         self._thread.start()
 
     def linger(self) -> None:
-        """Wait until every host knows how the job ended."""
+        """Wait until every host has received the end of the job."""
         deadline = time.monotonic() + _LINGER
-        while not self.coordinator.all_told and time.monotonic() < deadline:
+        while not self.coordinator.all_know_end and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop accepting agents."""
         self._closing.set()
         self._thread.join()
         self._door.close()
@@ -61,7 +61,7 @@ class Server:
                 threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
 
     def _converse(self, sock: socket.socket) -> None:
-        """Answer one agent line by line until it hangs up."""
+        """Answer the messages of one agent until it closes the connection."""
         agent = ""
         with sock, sock.makefile("rb") as lines:
             try:
@@ -71,7 +71,7 @@ class Server:
                     reply = self.coordinator.handle(message, time.monotonic())
                     sock.sendall(json.dumps(reply).encode() + b"\n")
             except (OSError, EOFError, ValueError, KeyError, TypeError):
-                pass  # it died, or is of another version: its silence is judged
+                pass  # it died or has another version: the coordinator will judge its silence
         self.coordinator.disconnect(agent, time.monotonic())
 
 
@@ -83,7 +83,7 @@ def _read_line(lines: IO[bytes]) -> bytes:
 
 
 class Client:
-    """An agent's connection to the master, made again when it breaks."""
+    """An agent's connection to the master, which is renewed when it breaks."""
 
     def __init__(self, master: Master, limits: Limits, token: str) -> None:
         self._master = master
@@ -93,21 +93,21 @@ class Client:
         self._socket: socket.socket | None = None
 
     def exchange(self, message: Message) -> Message:
-        """Send, and wait for the answer. TrainError if the master cannot be reached for some time."""
-        gathering, said = message["kind"] == "hello", False
-        where = f"{self._master.address}:{self._master.port}"
+        """Send a message and return the reply. Raises TrainError if the master cannot be reached for some time."""
+        gathering, was_logged = message["kind"] == "hello", False
+        address = f"{self._master.address}:{self._master.port}"
         deadline = time.monotonic() + (self._patience if gathering else _PATIENCE_WITH_MASTER)
         while True:
             try:
                 return self._once(message)
             except (OSError, EOFError) as error:
                 self.close()
-                if gathering and not said:
-                    log.info(f"waiting for the first host at MASTER_ADDR:MASTER_PORT = {where} ({error})")
-                    said = True
+                if gathering and not was_logged:
+                    log.info(f"waiting for the first host at MASTER_ADDR:MASTER_PORT = {address} ({error})")
+                    was_logged = True
                 if time.monotonic() > deadline:
                     raise TrainError(
-                        f"the first host cannot be reached at MASTER_ADDR:MASTER_PORT = {where}: {error}. "
+                        f"the first host cannot be reached at MASTER_ADDR:MASTER_PORT = {address}: {error}. "
                         "Is the command running there, and can this host reach it?"
                     ) from None
                 time.sleep(_RETRY)
@@ -126,20 +126,19 @@ class Client:
         return reply
 
     def _connect(self) -> None:
-        address = self._master.address, self._master.port
-        sock = net.call(address, self._answer_time)
-        where = f"{address[0]}:{address[1]}"
+        sock = net.call((self._master.address, self._master.port), self._answer_time)
+        address = f"{self._master.address}:{self._master.port}"
         try:
             handshake.prove(sock, self._token, _PURPOSE)
         except handshake.NotOurs as other:
             raise ConfigError(
-                f"MASTER_PORT: the program that listens at {where} is not an erniekit job (it answers "
-                f"{other.said or 'nothing'!r}). Choose a free port, the same on every host."
+                f"MASTER_PORT: the program that listens at {address} is not an erniekit job (it answers "
+                f"{other.received or 'nothing'!r}). Choose a free port, the same on every host."
             ) from None
         except handshake.WrongToken:
             raise ConfigError(
-                f"{job_token.VARIABLE}: the job at MASTER_ADDR:MASTER_PORT = {where} has another token than this host. "
-                "Give all hosts of a job the same one, and two jobs with one first host two MASTER_PORTs."
+                f"{job_token.VARIABLE}: the job at MASTER_ADDR:MASTER_PORT = {address} has another token than this "
+                "host. Give all hosts of a job the same one, and two jobs with one first host two MASTER_PORTs."
             ) from None
         self._socket, self._lines = sock, sock.makefile("rb")
 
@@ -152,7 +151,7 @@ class Client:
 
 @contextlib.contextmanager
 def connect(job: Job) -> Iterator[tuple[Exchange, Message]]:
-    """How to talk to the coordinator, and what a hello says about this host; while the context lasts.
+    """A context with the function that exchanges messages with the coordinator, and this host's `hello`.
 
     Raises ConfigError if the port cannot be used.
     """
@@ -182,7 +181,7 @@ def connect(job: Job) -> Iterator[tuple[Exchange, Message]]:
 
 
 def _serve(master: Master, coordinator: Coordinator, token: str) -> Server | None:
-    """The server if this host is to be the master; None if another is."""
+    """The server if this host is the master; None if another host is."""
     address = master.address
     local = net.is_local(address)
     if master.node not in (None, 0) and not (local and _nobody_listens(master)):
@@ -190,7 +189,7 @@ def _serve(master: Master, coordinator: Coordinator, token: str) -> Server | Non
     if not local:
         if master.node != 0:
             return None
-        address = ""  # behind a translated address: whatever comes in at that port
+        address = ""  # the address is translated (NAT), so listen at that port on all addresses
     try:
         return Server((address, master.port), coordinator, token)
     except PermissionError:
@@ -198,14 +197,14 @@ def _serve(master: Master, coordinator: Coordinator, token: str) -> Server | Non
             f"MASTER_PORT={master.port}: only root may listen there. Choose one from 1024 to 65535."
         ) from None
     except OSError:
-        return None  # another agent of this host was first, or a stranger: its greeting tells
+        return None  # another agent of this host, or another program, has the port; the handshake will show which
 
 
 def _nobody_listens(master: Master) -> bool:
-    """Whether node 0 does not come, although this host owns MASTER_ADDR: node numbers are wrong, or in another order.
-    This host then becomes the master, so that the hosts meet and learn who has which number.
+    """Waits for node 0, and returns True if it does not come although this host owns MASTER_ADDR. The node numbers are
+    then wrong, and this host becomes the master, so that the hosts meet and can report their numbers.
     """
-    deadline, said = time.monotonic() + _PATIENCE_WITH_NODE_0, False
+    deadline, was_logged = time.monotonic() + _PATIENCE_WITH_NODE_0, False
     while time.monotonic() < deadline:
         try:
             net.call((master.address, master.port), 1.0).close()
@@ -213,12 +212,12 @@ def _nobody_listens(master: Master) -> bool:
         except TimeoutError:
             return False
         except OSError:
-            if not said:
+            if not was_logged:
                 log.info(
                     f"waiting for node 0 at MASTER_ADDR:MASTER_PORT = {master.address}:{master.port}; this is node "
                     f"{master.node}"
                 )
-                said = True
+                was_logged = True
             time.sleep(_RETRY)
     log.warning(f"node 0 has not come to MASTER_ADDR, which belongs to this host: node {master.node} takes its place")
     return True

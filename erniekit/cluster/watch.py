@@ -1,4 +1,4 @@
-"""Find the rank that hangs, from the last signs of life of all ranks. Pure functions."""
+"""Finds the rank that hangs from the last signs of life of all ranks. These are pure functions."""
 
 import math
 from collections.abc import Iterable
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from erniekit.utils.heartbeat import ASKING, TRAINING
 
-# Starting, saving and evaluating take long with good reason, and one rank may wait for another all that time.
+# Starting, saving and evaluating may take long, and other ranks may wait all that time, without a fault.
 PATIENCE = 60
-# A rank may compute, or wait, this many times as long as it ever did before.
+# A rank may compute or wait for up to this multiple of its longest time so far.
 SLOWER = 3
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank showed last; times in seconds before now.
+    """The last sign of life of a rank, with times in seconds.
 
-    silent: since its last record. idle: since it last began or ended a wait or a step. longest: the longest it was ever
-    idle while training. stopped: the system says that the process is stopped.
+    silent: time since its last record. idle: time since it last began or ended a wait or a step. longest: its longest
+    idle time so far while training. stopped: whether the process is stopped (SIGSTOP), according to the system.
     """
 
     rank: int
@@ -30,40 +30,41 @@ class Sign:
     at: str = ""
     stopped: bool = False
 
-    def shown(self) -> str:
-        """A clause for a message: what the rank has been doing, where, and for how long."""
+    def describe(self) -> str:
+        """A clause for messages: what the rank has been doing, where, and for how long."""
         doing = f"been waiting in {self.waiting}" if self.waiting else "been"
         return f"rank {self.rank} has {doing} at {self.at or 'an unknown place'} for {self.idle:.0f} s"
 
 
 def diagnose(signs: Iterable[Sign], limit: float) -> tuple[int, str] | None:
-    """The rank that holds up the others and why we think so; None as long as all is well.
+    """The rank that blocks the others, with the reason; None while no rank hangs.
 
     limit: seconds. A rank hangs if
-    * no record has come from it for longer than that: it is stopped, or its interpreter is;
-    * it neither waits nor moves for longer than that, while another waits for longer than that, or while nobody moves;
-    * all ranks wait for longer than that: each for another.
+    * it has sent no record for longer than the limit: the process or its interpreter is stopped;
+    * it has neither waited nor progressed for longer than the limit, while another rank has waited that long or no rank
+      makes progress;
+    * all ranks have been waiting for one another for longer than the limit.
     """
     signs = list(signs)
     for sign in signs:
         if sign.silent > (limit if sign.phase == TRAINING or sign.stopped else limit * PATIENCE):
-            why = "it is stopped (SIGSTOP, or a debugger)" if sign.stopped else f"it was at {sign.at}"
-            return sign.rank, f"it has shown no sign of life for {sign.silent:.0f} s; {why}"
+            reason = "it is stopped (SIGSTOP, or a debugger)" if sign.stopped else f"it was at {sign.at}"
+            return sign.rank, f"it has shown no sign of life for {sign.silent:.0f} s; {reason}"
     late = [sign for sign in signs if sign.idle > _allowed(sign, limit)]
     return _holding_up(late, nobody_moves=len(late) == len(signs)) if late else None
 
 
 def _holding_up(late: list[Sign], nobody_moves: bool) -> tuple[int, str] | None:
-    """Who of those that have not moved for too long is to blame."""
+    """The rank that blocks the others, among those without progress for too long."""
     busy = [sign for sign in late if not sign.waiting]
     waiting = [sign for sign in late if sign.waiting]
     if busy and (waiting or nobody_moves):
         first = max(busy, key=lambda sign: sign.idle)
-        others = f", while {waiting[0].shown()}" if waiting else ", and no rank moves"
-        return first.rank, f"it does not finish its computation: {first.shown()}{others}"
+        context = f", while {waiting[0].describe()}" if waiting else ", and no rank moves"
+        return first.rank, f"it does not finish its computation: {first.describe()}{context}"
     if nobody_moves:
         first = max(late, key=lambda sign: (-sign.step, sign.idle))
-        return first.rank, "all ranks wait for one another: " + ", ".join(sign.shown() for sign in late[:8])
+        return first.rank, "all ranks wait for one another: " + ", ".join(sign.describe() for sign in late[:8])
     return None
 
 

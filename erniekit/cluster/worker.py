@@ -1,4 +1,4 @@
-"""One worker process as its agent sees it: how it is started, what it shows, how it ended."""
+"""A worker process from its agent's side: start, signs of life, exit and failure report."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ _SIGNAL_HINTS = {
 
 
 def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, str]:
-    """What Paddle expects of a process that its own launcher started, for the local-th worker of this host.
+    """The environment of the local-th worker of this host, as Paddle's own launcher would set it.
 
-    start: the coordinator's reply. cores: what this host's workers share.
+    start: the coordinator's `start` message. cores: the CPU cores that the workers of this host share.
     """
     rank = start["first"] + local
     variables = {
@@ -39,11 +39,11 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
         "PADDLE_NNODES": str(start["hosts"]),
     }
     environ = {**job.environ, **variables, job_token.VARIABLE: job.token}
-    # Paddle would take them for the address of its own store, which has a port of its own.
+    # Paddle would use these as the address of its own store, which has a separate port.
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         environ.pop(name, None)
     if job.devices:
-        # What CUDA_VISIBLE_DEVICES shows is counted from 0 again.
+        # Devices are numbered from 0 within CUDA_VISIBLE_DEVICES.
         return environ | {"FLAGS_selected_gpus": str(local)}
     if not (environ.get("ERNIEKIT_NUM_THREADS") or environ.get("OMP_NUM_THREADS")):
         environ["ERNIEKIT_NUM_THREADS"] = str(max(1, cores // start["count"]))
@@ -51,7 +51,7 @@ def environment(job: Job, start: Message, local: int, cores: int) -> dict[str, s
 
 
 class Worker:
-    """A process of its own session, so that Ctrl-C reaches the agent alone and the agent reaches all its children."""
+    """A worker in a session of its own: Ctrl-C reaches only the agent, and the agent can kill all its children."""
 
     def __init__(self, job: Job, start: Message, local: int, cores: int) -> None:
         self.rank: int = start["first"] + local
@@ -59,25 +59,25 @@ class Worker:
         self._reads_terminal = job.reads_terminal and self.rank == 0
         self._path = _log_path(job.logs, self.rank, start["attempt"])
         self.log = None if self.rank == 0 else self._path
-        words = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
+        arguments = [*job.command, *start["overrides"], *(job.again() if start["attempt"] > 1 else [])]
         environ = environment(job, start, local, cores) | {"ERNIEKIT_AGENT": f"{os.getpid()}:{self._memory}"}
         if self.log is None:
-            self._start(words, environ, None)
+            self._start(arguments, environ, None)
         else:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "wb") as file:
                 file.write(f"rank {self.rank}, attempt {start['attempt']}, {time.strftime('%F %T')}\n".encode())
                 file.flush()
-                self._start(words, environ, file)
+                self._start(arguments, environ, file)
         self.began = self.alive_at = time.monotonic()
         self._last: dict[str, Any] = {}
 
-    def _start(self, words: list[str], environ: dict[str, str], output: Any) -> None:
-        # The child keeps what is blocked when it is made: a signal waits until stop_signals.listen in the child.
+    def _start(self, arguments: list[str], environ: dict[str, str], output: Any) -> None:
+        # The child inherits the blocked signals; they stay pending until it calls stop_signals.listen.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)
         try:
             self.process = subprocess.Popen(
-                words,
+                arguments,
                 env=environ,
                 stdin=None if self._reads_terminal else subprocess.DEVNULL,
                 stdout=output,
@@ -89,14 +89,14 @@ class Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def poll(self) -> int | None:
-        """Its exit code, as subprocess gives it; None while it runs."""
+        """The exit code, as subprocess gives it; None while the process runs."""
         code = self.process.poll()
         if code is None:
             self.alive_at = time.monotonic()
         return code
 
     def sign(self) -> dict[str, Any]:
-        """Its last record as a Sign's fields."""
+        """The last heartbeat record as the fields of a Sign."""
         now = time.monotonic()
         self._last = heartbeat.last_record(self._memory) or self._last
         last = self._last
@@ -127,25 +127,26 @@ class Worker:
 
     def failure(self, code: int) -> dict[str, Any]:
         """A Failure's fields for a process that ended with `code`; `at` is in seconds before now."""
-        said = heartbeat.last_error(self._memory) or {}
-        step = said.get("step", self.sign()["step"])
-        where = f"; its log: {self.log}" if self.log else ""
+        last_error = heartbeat.last_error(self._memory) or {}
+        step = last_error.get("step", self.sign()["step"])
+        log_hint = f"; its log: {self.log}" if self.log else ""
         if code < 0:
-            what = f"was killed by {_signal_name(code)}"
+            description = f"was killed by {_signal_name(code)}"
         else:
-            what = f"ended with exit code {code}"
-        # It was alive at the last poll: a rank that reports when it failed did so later than one killed since then.
-        at = time.monotonic() - said.get("time", self.alive_at)
-        detail = said.get("text") or f"{self._tail()}error: rank {self.rank} {what}"
-        by_peer = said.get("by_peer", False)
-        if self.log is None and by_peer:  # not for the terminal, which shows the first error alone
-            with contextlib.suppress(OSError):  # the job ends anyway, and says why
+            description = f"ended with exit code {code}"
+        # A killed process reports no time. It was alive at the last poll, so it sorts before ranks that failed since
+        # then.
+        at = time.monotonic() - last_error.get("time", self.alive_at)
+        detail = last_error.get("text") or f"{self._tail()}error: rank {self.rank} {description}"
+        by_peer = last_error.get("by_peer", False)
+        if self.log is None and by_peer:  # keep it off the terminal, which shows only the first error
+            with contextlib.suppress(OSError):  # best effort: the job ends with a message in any case
                 self._path.parent.mkdir(exist_ok=True)
                 self._path.write_text(detail + "\n", encoding="utf-8")
         return {
             "rank": self.rank,
             "at": at,
-            "what": what + where,
+            "what": description + log_hint,
             "code": code,
             "by_peer": by_peer,
             "step": step,
@@ -153,34 +154,34 @@ class Worker:
         }
 
     def _tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of the worker's log."""
         if self.log is None:
             return ""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(self.log.stat().st_size - _TAIL_BYTES, 0))
                 lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-        except OSError:  # somebody has removed the directory
+        except OSError:  # the directory has been removed
             return ""
         return "".join(f"{line}\n" for line in lines)
 
     def send_signal(self, number: int) -> None:
-        """Ask it to stop after its step. Not its children: it still needs them."""
+        """Ask the worker to stop after its step. Its children get no signal, since it still needs them."""
         if self.process.returncode is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End it and all that it started, now."""
+        """Kill the worker and all its children at once."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # none is left; macOS says the latter of zombies
+        except (ProcessLookupError, PermissionError):  # no process is left; macOS raises PermissionError for zombies
             pass
         self.process.wait()
         os.close(self._memory)
 
 
 def _log_path(logs: Path, rank: int, attempt: int) -> Path:
-    """A restart does not overwrite the log that tells why it was needed."""
+    """The log file of a rank and attempt: a restart does not overwrite the log that shows why it was needed."""
     return logs / (f"rank-{rank}.log" if attempt == 1 else f"rank-{rank}.attempt-{attempt}.log")
 
 

@@ -1,4 +1,4 @@
-"""The configuration: a YAML file and overrides become one checked, frozen, flat object. Nothing here imports Paddle."""
+"""The configuration: a YAML file with overrides becomes a checked, frozen, flat object. Nothing here imports Paddle."""
 
 from erniekit.config.load import load
 from erniekit.config.schema import Config

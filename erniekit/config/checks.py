@@ -1,6 +1,6 @@
-"""Checks over several keys at once: what no single key can say about itself.
+"""Checks that involve several keys, or that a field's own limits cannot express.
 
-Each yields its complaints as "key: what is wrong, and what to do".
+Each check yields its problems in the form "key: what is wrong, and what to do".
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from erniekit.config.token_files import weighted_prefixes
 
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
-_SUM_ROOM = 0.02  # so that "0.33,0.33,0.33" will do
+_SUM_ROOM = 0.02  # tolerance of the sum, so that "0.33,0.33,0.33" is accepted
 
 
 def problems(cfg: Config, command: str) -> list[str]:
-    """Everything that cannot be as it stands, for `command`."""
-    rules = [_schedule(cfg), _datasets(cfg), _numbers(cfg), _needed(cfg, command)]
+    """Every problem that these checks find in a configuration for `command`."""
+    rules = [_schedule(cfg), _datasets(cfg), _mixture(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
-        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg)]
+        rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
     if command == "eval":
         rules += [_answers(cfg)]
     if command == "chat":
@@ -56,14 +56,20 @@ def _schedule(cfg: Config) -> Iterator[str]:
 
 
 def _datasets(cfg: Config) -> Iterator[str]:
-    for split in ("train", "eval"):
-        paths, types, shares = (vars(cfg)[f"{split}_dataset_{part}"] for part in ("path", "type", "prob"))
-        if paths and any(given and len(given) != len(paths) for given in (types, shares)):
+    for split in ("train", "text", "eval"):
+        paths, types, shares = (vars(cfg)[f"{split}_dataset_{suffix}"] for suffix in ("path", "type", "prob"))
+        if paths and any(values and len(values) != len(paths) for values in (types, shares)):
             counts = f"{len(paths)} paths, {len(shares)} probs, {len(types)} types"
             yield f"{split}_dataset_path: The len of dataset path, prob, type are inconsistent: {counts}"
-        elif shares and split == "train" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
+        elif shares and split != "eval" and cfg.mix_strategy != "concat" and abs(sum(shares) - 1) > _SUM_ROOM:
             total = f"they sum to {sum(shares):g}"
-            yield f"train_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
+            yield f"{split}_dataset_prob: shares must sum to 1 with mix_strategy: {cfg.mix_strategy}, {total}"
+
+
+def _mixture(cfg: Config) -> Iterator[str]:
+    if cfg.modality_ratio and len(cfg.modality_ratio) != 2:
+        given = ",".join(map(str, cfg.modality_ratio))
+        yield f"modality_ratio: {given}: give two numbers, the turns of pictures and the turns of text, such as 1,1"
 
 
 def _numbers(cfg: Config) -> Iterator[str]:
@@ -92,7 +98,7 @@ def _token_files(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
-    """The formats that a method reads. A method that this version does not have is refused by its name alone."""
+    """Checks that the method reads the formats of the data sets. An unbuilt method is refused by its name alone."""
     if cfg.method.later:
         return
     splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
@@ -123,6 +129,18 @@ def _pictures(cfg: Config) -> Iterator[str]:
     if cfg.truncation == wrong:
         what = "pictures are never cut" if cfg.method.vision else "there are no pictures to make smaller"
         yield f"truncation: {wrong}: with stage: {cfg.method.name} {what}. Use drop, {instead} or error"
+
+
+def _vision_start(cfg: Config) -> Iterator[str]:
+    if cfg.vision_config_path is None:
+        return
+    if not cfg.model_name_or_path or not cfg.continue_training:
+        yield (
+            "vision_config_path: it adds vision to the weights of a text model, so it needs model_name_or_path and "
+            "continue_training: true. For a random start set model_name_or_path to the directory of that config.json"
+        )
+    if cfg.fine_tuning == "LoRA":
+        yield "vision_config_path: fine_tuning: LoRA would not train the new vision part; use fine_tuning: Full"
 
 
 def _answers(cfg: Config) -> Iterator[str]:
@@ -165,7 +183,6 @@ def _pipeline(cfg: Config) -> Iterator[str]:
 def _needed(cfg: Config, command: str) -> Iterator[str]:
     model = cfg.checkpoint or cfg.output_dir or cfg.model_name_or_path
     token_files = cfg.dataset_type == "pretrain"
-    other_data = any(name == "text_dataset_path" and value for name, value in cfg.extras)  # of a refused stage
     needs = (
         (
             "train",
@@ -179,7 +196,7 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ),
         ("train export split", cfg.output_dir, "output_dir: needed; where the results go"),
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
-        ("train", cfg.train_dataset_path or token_files or other_data, "train_dataset_path: needed; the training data"),
+        ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
         ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
     )
     for commands, value, message in needs:
@@ -194,8 +211,8 @@ def _training(cfg: Config) -> Iterator[str]:
         yield "max_steps: mix_strategy: random has no end, so max_steps must be more than 0 (or mix_strategy: concat)"
     if cfg.do_eval and not cfg.eval_dataset_path and cfg.dataset_type != "pretrain":
         strategy = cfg.evaluation_strategy
-        asked = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
-        yield f"eval_dataset_path: needed with {asked}"
+        reason = "do_eval: True" if strategy == "no" else f"evaluation_strategy: {strategy}"
+        yield f"eval_dataset_path: needed with {reason}"
 
 
 def shape_given(cfg: Config) -> dict[str, int | float | bool]:
@@ -205,7 +222,7 @@ def shape_given(cfg: Config) -> dict[str, int | float | bool]:
 
 
 def _shape(cfg: Config) -> Iterator[str]:
-    """A model that the YAML alone describes."""
+    """Checks a model whose shape the YAML gives, without a model directory."""
     given = shape_given(cfg)
     if cfg.model_name_or_path or not given:
         return
@@ -281,11 +298,11 @@ def _preference(cfg: Config) -> Iterator[str]:
 
 
 def _best(cfg: Config) -> Iterator[str]:
-    wants = {
+    needs_evaluation = {
         "load_best_model_at_end": cfg.load_best_model_at_end,
         "early_stopping_patience": cfg.early_stopping_patience is not None,
     }
-    for name, wanted in wants.items():
+    for name, wanted in needs_evaluation.items():
         if wanted and cfg.evaluation_strategy == "no":
             yield f"{name}: needs evaluations to compare: set evaluation_strategy to steps or epoch"
     if cfg.load_best_model_at_end and cfg.save_strategy == "no":

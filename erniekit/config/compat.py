@@ -1,8 +1,9 @@
-"""Names that ERNIEKit and its relatives use and that have no field here: what each one means for us.
+"""Rules for keys that ERNIEKit and related toolkits have and that are no fields of our schema.
 
-Five kinds of rule. An Alias is another name of a key. NoEffect is accepted and named at start-up with the reason.
-Detail belongs to a feature that is not built yet and is harmless by itself (apply_hadamard without FP8). Later asks for
-such a feature, unless its value asks for nothing. Fixed has one value here, and any other is a mistake.
+There are five kinds of rule. An Alias is another name of a key. A NoEffect key is accepted and reported at start-up
+with the reason. A Detail key is an option of a feature that is not built yet, and harmless without that feature
+(apply_hadamard without FP8). A Later key requests such a feature, unless its value switches it off. A Fixed key has one
+supported value, and any other is an error.
 """
 
 import math
@@ -22,9 +23,9 @@ WRITE = ("export", "split")
 class Alias:
     """Another name of the key `to`.
 
-    `convert` gives (value, rank), or None when the value says nothing. Rank 0 is as good as the key itself and may not
-    contradict it; a higher rank gives way to a lower one, the key itself to a negative one. `without_effect`: what of
-    the value does nothing here and why, as text. `remark`: what a user should know about the two names.
+    `convert` returns (value, rank), or None when the value sets nothing. The key itself has rank 0, and the lowest rank
+    wins; two values of the same rank must not contradict each other. `without_effect` returns a text that names the
+    parts of the value that have no effect here, with the reason. `remark` is a note about the two names for the user.
     """
 
     to: str
@@ -35,24 +36,24 @@ class Alias:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Accepted; `why` says in plain words why it does nothing here."""
+    """A key that is accepted without an effect; `why` is the reason that the user reads."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Detail:
-    """Read only once `of` is asked for, which this version cannot do yet."""
+    """An option of the feature `of`, which this version does not have; without that feature it has no effect."""
 
     of: str
 
 
 @dataclass(frozen=True)
 class Later:
-    """Asks for `feature`, which this version does not have, unless the value is null, off, or one of `safe`.
+    """A key that requests `feature`, which this version does not have, unless its value is null, off or one of `safe`.
 
-    commands: the commands that the feature matters to. otherwise: why a value that does not ask for it, but is given,
-    has no effect; empty where that goes without saying.
+    commands: the commands for which the feature matters. otherwise: why a value that does not request the feature has
+    no effect; empty where that is obvious.
     """
 
     feature: str
@@ -61,19 +62,19 @@ class Later:
     otherwise: str = ""
 
     def asks(self, value: Any) -> bool:
-        """Whether `value` wants the feature."""
+        """Whether `value` requests the feature."""
         return _plain(value) not in (None, "", 0, False, [], {}, *self.safe)
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting that has one value here: `only`, or null, or nothing (empty); `why` says what to do about another."""
+    """A key that supports the values `only`, null and empty; `why` tells the user what to do about any other value."""
 
     only: tuple[Any, ...]
     why: str
 
     def asks(self, value: Any) -> bool:
-        """Whether a value asks for something else."""
+        """Whether `value` is one that is not supported."""
         value = plain(value)
         if isinstance(value, str):
             value = value.lower()
@@ -89,29 +90,29 @@ def negated(value: Any) -> tuple[Any, int]:
 
 
 def lora_flag(value: Any) -> tuple[Any, int] | None:
-    """lora: True means fine_tuning: LoRA; False says nothing (fine_tuning does)."""
+    """lora: True means fine_tuning: LoRA; False sets nothing (fine_tuning decides)."""
     return ("LoRA", 0) if to_bool(value) else None
 
 
 def weak(value: Any) -> tuple[Any, int]:
-    """A value that gives way to the key itself."""
+    """Returns the value with a rank that the key itself overrides."""
     return value, 1
 
 
 def weaker(value: Any) -> tuple[Any, int]:
-    """A value that gives way to the key itself and to a weak one."""
+    """Returns the value with a rank that the key itself and a weak alias override."""
     return value, 2
 
 
 def bf16_flag(value: Any) -> tuple[Any, int]:
-    """bf16: True is compute_type: bf16 and False is fp32, if nothing else says better: upstream it only switches mixed
-    precision on, and compute_type says in how many bits the weights are held.
+    """bf16: True means compute_type: bf16 and False means fp32, unless compute_type is given: in ERNIEKit, bf16 only
+    switches mixed precision on, and compute_type sets the precision of the stored weights.
     """
     return ("bf16" if to_bool(value) else "fp32"), 1
 
 
 def fp16_flag(value: Any) -> tuple[Any, int] | None:
-    """fp16: True is compute_type: fp16; fp16: False says nothing."""
+    """fp16: True means compute_type: fp16; fp16: False sets nothing."""
     return ("fp16", 0) if to_bool(value) else None
 
 
@@ -124,24 +125,24 @@ _QUANTISATIONS = {
 
 
 def quantisation(value: Any) -> tuple[Any, int] | None:
-    """How a base is quantised says more than the bf16 of its products: it decides over the key itself."""
+    """The quantisation of the base as a compute_type. It overrides compute_type, which names the products' type."""
     if not isinstance(value, str) or value not in _QUANTISATIONS:
         raise ValueError(f"expected one of {', '.join(_QUANTISATIONS)}, got {plain(value)!r}")
     return _QUANTISATIONS[value], -1
 
 
 def unless_zero(value: Any) -> tuple[Any, int] | None:
-    """A coefficient whose 0 means off."""
+    """Returns a coefficient, or None for 0, which switches it off."""
     return None if to_float(value) == 0.0 else (value, 0)
 
 
 def async_save(value: Any) -> tuple[Any, int] | None:
-    """The one word of unified_checkpoint_config that asks for something here."""
+    """use_async_save, if async_save is among the words of unified_checkpoint_config; no other word has an effect."""
     return (True, 1) if "async_save" in _words(value) else None
 
 
 def other_words(value: Any) -> str:
-    """What the other words of unified_checkpoint_config do."""
+    """A note on the other words of unified_checkpoint_config, which have no effect."""
     rest = [word for word in _words(value) if word != "async_save"]
     return f"{', '.join(rest)}: checkpoints are always whole tensors in safetensors" if rest else ""
 
@@ -153,22 +154,22 @@ def _words(value: Any) -> list[str]:
 
 
 def is_given(value: Any) -> tuple[Any, int]:
-    """A choice of what is recomputed, where there is only recomputed or not."""
+    """A choice of what to recompute in a block that is recomputed as a whole: any choice switches recomputation on."""
     return bool(_plain(value)), 0
 
 
 def every_module(value: Any) -> tuple[Any, int] | None:
-    """PEFT's all-linear and LLaMA-Factory's all are what is adapted when no names are given."""
+    """PEFT's all-linear and LLaMA-Factory's all mean the same as giving no names."""
     return None if str(value).strip().lower() in ("all", "all-linear") else (value, 0)
 
 
 def truncation(value: Any) -> tuple[Any, int]:
-    """PaddleFormers' truncation_strategy: delete is our drop."""
+    """PaddleFormers' truncation_strategy: its delete is our drop."""
     return ("drop" if str(value).lower() == "delete" else value), 0
 
 
 def _plain(value: Any) -> Any:
-    """Text that stands for nothing, a switch or a number, as that; all else as it is."""
+    """Converts a text that means null, a truth value or a number; returns any other value unchanged."""
     if isinstance(value, str | Scalar):
         text = str(value).strip().lower()
         if text in ("", "none", "null"):

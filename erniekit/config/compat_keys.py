@@ -1,4 +1,4 @@
-"""The table of names without a field (see compat.py for the kinds of rule)."""
+"""The rules of all keys without a field (compat.py describes the kinds of rule)."""
 
 from erniekit.config import compat, paddleformers_keys, vision_keys
 from erniekit.config.compat import DATA, EVERY, RUN, WRITE, Alias, Detail, Later, NoEffect, Rule
@@ -130,7 +130,7 @@ _NO_EFFECT: dict[str, str] = {
     ),
 }
 
-# What must be asked for first -> the keys that only that reads.
+# A feature that is not built -> the keys that are options of that feature only.
 _DETAILS: dict[str, str] = {
     "compute_type: fp8": (
         "apply_hadamard hadamard_block_size quant_input_grad quant_weight_grad apply_online_actscale_step "
@@ -209,5 +209,5 @@ def _table() -> dict[str, Rule]:
     return joined
 
 
-# Every name without a field, and its rule; a name stands in one place only.
+# The rule of every key that has no field. Each name appears in one table only.
 RULES = _table()

@@ -1,7 +1,7 @@
-"""Which toolkit a file was written for, and what keys that it leaves out mean there and not here.
+"""Finds out which toolkit a file was written for, and reports defaults that differ between that toolkit and this one.
 
-The rule: a file that gives a key of PaddleFormers' alone (paddleformers_keys.MARKS) was written for PaddleFormers; else
-one that gives a key of ERNIEKit's alone (MARKS) was written for ERNIEKit; all others for nobody in particular.
+A file with a key that only PaddleFormers has (paddleformers_keys.MARKS) was written for PaddleFormers. Otherwise a file
+with a key that only ERNIEKit has (MARKS) was written for ERNIEKit. Nothing is concluded about any other file.
 """
 
 from collections.abc import Collection
@@ -29,7 +29,7 @@ _LLAMA_FACTORY = (
 
 
 def advice(unknown: Collection[str]) -> str:
-    """Where to read on about unknown keys of a toolkit whose files do not load; empty where they are nobody's."""
+    """Names the migration page for unknown keys of LLaMA-Factory; empty if the keys are not LLaMA-Factory's."""
     known = [name for name in unknown if name in _LLAMA_FACTORY]
     if len(known) < 2:
         return ""
@@ -41,7 +41,7 @@ def advice(unknown: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """A toolkit ("ERNIEKit's"), the keys that only its files give, and its defaults that are other ones here."""
+    """A toolkit ("ERNIEKit's"), the keys that only its files have, and those of its defaults that differ from ours."""
 
     owner: str
     marks: Collection[str]
@@ -56,22 +56,22 @@ _DIALECTS = (
 
 
 def note(cfg: Config, names: Collection[str], command: str) -> list[str]:
-    """One line, or none, about defaults that matter to this run. `names`: every key that was given, as it was given or
-    as the key that it stands for.
+    """One line about the defaults that differ and affect this run; none if there are no such defaults. `names`: every
+    key that was given, under the name in the file and under our name.
     """
     for dialect in _DIALECTS:
         mark = next((mark for mark in dialect.marks if mark in names), None)
         if mark is not None and command == "train":
-            others = [
-                f"{name} {there} (here {_shown(vars(cfg)[name])})"
-                for name, there in dialect.defaults.items()
+            differences = [
+                f"{name} {default} (here {_shown(vars(cfg)[name])})"
+                for name, default in dialect.defaults.items()
                 if name not in names and _matters(cfg, name)
             ]
             line = (
                 f"defaults: this file looks like one of {dialect.owner} (it has {mark}), where keys that it leaves "
-                f"out mean something else: {', '.join(others)}"
+                f"out mean something else: {', '.join(differences)}"
             )
-            return [line] if others else []
+            return [line] if differences else []
     return []
 
 

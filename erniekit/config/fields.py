@@ -1,4 +1,4 @@
-"""How one key is declared, and how a value from YAML, JSON or the command line becomes that key's type."""
+"""Declares keys, and converts values from YAML, JSON or the command line to the type of their key."""
 
 import dataclasses
 import difflib
@@ -31,9 +31,9 @@ def key(
 ) -> Any:
     """One key of the configuration: its default, its one-line documentation and the values it takes.
 
-    choices: the words allowed (upper and lower case are the same). ge, gt, le, lt: bounds of a number.
-    off: one number outside the bounds that is allowed all the same, because it switches the key off (ERNIEKit's -1).
-    path: the key is a path (see config.paths). words: other words for a value ({"true": "auto"}), in small letters.
+    choices: the words that are allowed, in upper or lower case. ge, gt, le, lt: bounds of a number.
+    off: a number outside the bounds that is allowed because it switches the key off (ERNIEKit's -1).
+    path: the key is a path (see config.paths). words: other words for a value ({"true": "auto"}), in lower case.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -61,8 +61,8 @@ def list_of(
 ) -> Any:
     """A key whose value is a list, of the type `tuple[kind, ...]`; kind is int, float or str.
 
-    It is given as a list of YAML, or as text, which `split` takes apart; without it, commas separate the items.
-    or_word: a word that begins with neither a digit nor a bracket is a value of its own (`str | tuple[kind, ...]`).
+    The user gives it as a YAML list, or as text, which `split` divides into items (by default at commas).
+    or_word: the value may also be one word that begins with neither a digit nor a bracket (`str | tuple[kind, ...]`).
     path: every item is a path. choices: the words allowed as items. ge, gt: bounds of each number.
     """
     split = split or (split_list if kind is str else split_numbers)
@@ -72,22 +72,22 @@ def list_of(
 
 
 def is_null(field: "dataclasses.Field[Any]", value: Any) -> bool:
-    """Whether a value says that the key is not given: null, nothing, or the word None or null where that word is not a
-    value of the key itself.
+    """Whether a value means that the key is not given: null, empty text, or the word None or null, unless that word is
+    a valid value of the key.
     """
     if value is None:
         return True
     if not isinstance(value, str) or value.strip().lower() not in _NULL:
         return False
     kind, optional = _kind(field.type)
-    own = (*field.metadata["choices"], *field.metadata["words"])
-    return optional or kind is not str or not (own and value.strip().lower() in own)
+    choices = (*field.metadata["choices"], *field.metadata["words"])
+    return optional or kind is not str or not (choices and value.strip().lower() in choices)
 
 
 def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """`value`, which is not null, as the field's type.
+    """Converts `value`, which is not null, to the field's type.
 
-    Raises ValueError whose text follows "key: " ("expected an integer, got 'abc'").
+    Raises ValueError with a text to put after "key: ", such as "expected an integer, got 'abc'".
     """
     if "item" in field.metadata:
         return _list(field, value)
@@ -102,7 +102,7 @@ def coerce(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 
 def from_saved(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """A value that a run wrote to a JSON file, as the field's type: JSON has no tuples, and earlier versions wrote
+    """Converts a value that a run saved as JSON to the field's type: JSON has no tuples, and earlier versions saved
     lists as text.
     """
     if "item" not in field.metadata:
@@ -153,12 +153,12 @@ def _chosen(choices: Sequence[str], text: str) -> str:
 
 
 def _only(value: Any) -> Any:
-    """The item of a list of one (ERNIEKit's report_to is a list)."""
+    """Unwraps a list with a single item (ERNIEKit's report_to is a list)."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _scalar(value: Any, wanted: str) -> str:
-    if isinstance(value, os.PathLike):  # of a caller in Python
+    if isinstance(value, os.PathLike):  # from a caller in Python
         value = os.fspath(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Scalar):
         raise ValueError(f"expected {wanted}, got {shown(value)}")
@@ -166,7 +166,7 @@ def _scalar(value: Any, wanted: str) -> str:
     if "\0" in text:
         raise ValueError("expected text without NUL characters")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"expected text, got bytes that are not UTF-8 ({text!a}). Rename what is called so")
+        raise ValueError(f"expected text, got bytes that are not UTF-8 ({text!a}). Rename the file or key")
     return text
 
 
@@ -188,14 +188,14 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 def limits(field: "dataclasses.Field[Any]") -> str:
-    """The values that a number may have, as text ("at least 1 (or -1)"); empty where any will do."""
+    """The limits of a number as text, such as "at least 1 (or -1)"; empty if there are none."""
     off = field.metadata["off"]
-    wanted = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
-    return wanted + (f" (or {off:g})" if wanted and off is not None else "")
+    bounds = " and ".join(f"{_BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
+    return bounds + (f" (or {off:g})" if bounds and off is not None else "")
 
 
 def type_name(field: "dataclasses.Field[Any]") -> str:
-    """What a key takes, in a word or two."""
+    """The type of a key's values as users read it, such as "list of numbers"."""
     if "item" in field.metadata:
         items = "paths" if field.metadata["path"] else _ITEMS[field.metadata["item"]]
         return f"list of {items}" + (" or word" if field.metadata["or_word"] else "")

@@ -1,4 +1,4 @@
-"""From a file and overrides to one checked, frozen Config."""
+"""Loads a file and overrides into one checked, frozen Config."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ def load(
     command: str = "train",
     allow_extra: bool = False,
 ) -> Config:
-    """The configuration of a YAML or JSON file with overrides on top.
+    """Loads a YAML or JSON file, with overrides that replace its values.
 
-    overrides: words `key=value` or `--key value`, or a mapping. command: the sub-command it is for (train, eval,
-    export, split, chat ...), which decides the keys that are needed. allow_extra: unknown keys are noted, not an error.
-    Raises ConfigError with every problem found: key, place, what is wrong, what to do.
+    overrides: words `key=value` or `--key value`, or a mapping. command: the command that will use it (train, eval,
+    export, split, chat ...), which decides what is required. allow_extra: unknown keys are reported, not rejected.
+    Raises ConfigError that lists every problem: the key, its place, what is wrong and what to do.
     """
     if path is None and not overrides:
         raise ConfigError("Missing configuration files. Give a YAML or JSON file, or --key value.")
@@ -36,40 +36,40 @@ def load(
 
 
 def is_known(name: str) -> bool:
-    """Whether a key has a field or a rule."""
+    """Whether a name is a key of the schema or has a compatibility rule."""
     return name in _FIELDS or name in RULES
 
 
 _FIELDS = schema.fields()
-_MOST_PROBLEMS = 50  # that a message lists
+_MAX_PROBLEMS = 50  # listed in one message
 
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A key's value, of its type; `said` is what the user wrote ("from_scratch: 1"), `rank` as in compat.Alias."""
+    """A converted value of a key, with the text that the user wrote ("from_scratch: 1") and its rank (compat.Alias)."""
 
     value: Any
-    said: str
+    written: str
     place: str
     rank: int = 0
 
 
 @dataclasses.dataclass
 class _State:
-    """What has been gathered so far; the last layer wins."""
+    """The values, problems and notes collected while layers (a file, then overrides) are added; the last layer wins."""
 
     allow_extra: bool
     given: dict[str, _Given] = dataclasses.field(default_factory=dict)
     extras: dict[str, _Given] = dataclasses.field(default_factory=dict)
-    names: set[str] = dataclasses.field(default_factory=set)  # every key with a value, as it was written
+    names: set[str] = dataclasses.field(default_factory=set)  # every name that has a value, as the user wrote it
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
-    seen: set[str] = dataclasses.field(default_factory=set)  # every name that stands in a layer, also of null keys
+    mentioned: set[str] = dataclasses.field(default_factory=set)  # every name in a layer, including keys that are null
 
     def add_layer(self, entries: Sequence[read.Entry]) -> None:
-        """Add the entries of one file or one command line; within it a key may not contradict itself. A key that is
-        null here is as if no layer before had given it.
+        """Add the entries of one file or one command line. Within one layer a key must not have two
+        different values. A key that is null here removes the value of earlier layers.
         """
         given: dict[str, _Given] = {}
         extras: dict[str, _Given] = {}
@@ -89,7 +89,7 @@ class _State:
             elif isinstance(rule, compat.Fixed):
                 self._fixed(rule, entry)
             else:
-                self._keep(extras, entry.name, _Given(plain(entry.value), _said(entry), entry.place))
+                self._keep(extras, entry.name, _Given(plain(entry.value), _as_written(entry), entry.place))
         for name in nulls - given.keys():
             self.given.pop(name, None)
         for name in given.keys() & self.given.keys():
@@ -98,21 +98,21 @@ class _State:
         self.extras |= extras
 
     def _note_names(self, entries: Sequence[read.Entry]) -> None:
-        self.seen |= {entry.name for entry in entries}
+        self.mentioned |= {entry.name for entry in entries}
         self.names |= {entry.name for entry in entries if entry.value is not None}
 
     def keys_given(self) -> frozenset[str]:
-        """The keys that the user chose to give. A file with every key, as a run saves it, says nothing of that: there
-        it is those that differ from their defaults.
+        """The keys that the user chose to give. For a file with every key, as a run saves it, these are the keys that
+        differ from their defaults.
         """
-        if self.seen >= _FIELDS.keys():
+        if self.mentioned >= _FIELDS.keys():
             return frozenset(name for name, given in self.given.items() if given.value != _FIELDS[name].default)
         return frozenset(self.given)
 
     def _note_overruled(self, old: _Given, new: _Given) -> None:
-        """Overrides replace a file's values without a word, unless the key has another name there."""
-        if old.value != new.value and old.said.partition(":")[0] != new.said.partition(":")[0]:
-            self.notes.append(f"{old.said} ({old.place}): no effect: {new.said} ({new.place}) decides")
+        """Add a note if an override replaces a value that the file gives under another name of the same key."""
+        if old.value != new.value and old.written.partition(":")[0] != new.written.partition(":")[0]:
+            self.notes.append(f"{old.written} ({old.place}): no effect: {new.written} ({new.place}) decides")
 
     def _fixed(self, rule: compat.Fixed, entry: read.Entry) -> None:
         if rule.asks(entry.value):
@@ -139,13 +139,13 @@ class _State:
             self.problems.append(f"{entry.name}: {error} ({entry.place})")
             return
         if self._is_other_word(name, entry, value):
-            self.notes.append(f"{_said(entry)}: read as {value} ({entry.place})")
-        self._keep(given, name, _Given(value, _said(entry), entry.place, rank))
+            self.notes.append(f"{_as_written(entry)}: read as {value} ({entry.place})")
+        self._keep(given, name, _Given(value, _as_written(entry), entry.place, rank))
 
     @staticmethod
     def _is_other_word(name: str, entry: read.Entry, value: Any) -> bool:
-        """Whether a key was given in another toolkit's word for its value."""
-        written = str(entry.value).lower()  # of a bare word as it was written: no, not False
+        """Whether the user wrote the value in another toolkit's word for it."""
+        written = str(entry.value).lower()  # a bare word keeps its spelling: "no" is not False
         return written in _FIELDS[name].metadata["words"] and written != str(value).lower()
 
     def _keep(self, target: dict[str, _Given], name: str, new: _Given) -> None:
@@ -153,12 +153,12 @@ class _State:
         if old is None:
             target[name] = new
         elif old.value != new.value and old.rank == new.rank:
-            both = f"{old.said} ({old.place}) and {new.said} ({new.place})"
+            both = f"{old.written} ({old.place}) and {new.written} ({new.place})"
             self.problems.append(f"{name}: given twice: {both}. Keep one of them.")
         elif old.rank != new.rank:
             winner, loser = (old, new) if old.rank < new.rank else (new, old)
             if winner.value != loser.value:
-                self.notes.append(f"{loser.said} ({loser.place}): no effect: {winner.said} decides")
+                self.notes.append(f"{loser.written} ({loser.place}): no effect: {winner.written} decides")
             target[name] = winner
 
     def _unknown(self, entry: read.Entry) -> None:
@@ -168,31 +168,31 @@ class _State:
             )
             return
         self.unknown.append(entry.name)
-        # To compare names takes a millisecond, and nobody reads the fiftieth hint.
-        hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MOST_PROBLEMS else ""
+        # Searching for a similar name takes a millisecond, and nobody reads the fiftieth hint.
+        hint = synonyms.hint(entry.name, [*_FIELDS, *RULES]) if len(self.problems) < _MAX_PROBLEMS else ""
         self.problems.append(f"{shortened(entry.name)}: unknown key{hint and f'; {hint}'} ({entry.place})")
 
     def raise_problems(self, path: str | None) -> None:
-        """Raise one ConfigError with every problem found so far."""
+        """Raise one ConfigError that lists every problem, if there are any."""
         advice = dialects.advice(self.unknown)
         if advice:
             self.problems.append(advice)
         if len(self.problems) == 1:
             raise ConfigError(self.problems[0])
         if self.problems:
-            lines = "".join(f"\n  {problem}" for problem in self.problems[:_MOST_PROBLEMS])
-            if len(self.problems) > _MOST_PROBLEMS:
-                lines += f"\n  and {len(self.problems) - _MOST_PROBLEMS} more"
+            lines = "".join(f"\n  {problem}" for problem in self.problems[:_MAX_PROBLEMS])
+            if len(self.problems) > _MAX_PROBLEMS:
+                lines += f"\n  and {len(self.problems) - _MAX_PROBLEMS} more"
             message = f"{path or 'the command line'}: {len(self.problems)} problems:{lines}"
             raise ConfigError(message, self.problems)
 
 
-def _said(entry: read.Entry) -> str:
+def _as_written(entry: read.Entry) -> str:
     return shortened(f"{entry.name}: {plain(entry.value)}")
 
 
 def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
-    """ERNIE's pretraining files need not say it: token files ask for their type of data, and that for its stage."""
+    """Complete ERNIE's pretraining files: input_dir implies dataset_type: pretrain, which implies the stage."""
     if values.get("input_dir") and "dataset_type" not in values and not values.get("train_dataset_path"):
         values["dataset_type"] = "pretrain"
         notes.append("dataset_type: not given, so pretrain, because input_dir is")
@@ -202,7 +202,7 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
 
 
 def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
-    """rslora_plus stands for three keys."""
+    """Expand rslora_plus into the three keys that it stands for."""
     if values.get("rslora_plus"):
         given = {"rslora": True, "lora_plus_scale": 4.0, "lora_alpha": 4.0} | values
         values |= {name: given[name] for name in ("lora_plus_scale", "lora_alpha")} | {"rslora": True}
@@ -212,7 +212,7 @@ def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
 
 
 def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str]) -> None:
-    """PaddleFormers has no switch: to say what is recomputed is to ask for it."""
+    """Switch recomputation on where recompute_granularity is given: PaddleFormers has no separate switch."""
     asked = names & {"recompute_method", "recompute_num_layers", "recompute_modules"}
     if "recompute" not in values and "recompute_granularity" in values and asked:
         values["recompute"] = True
@@ -220,25 +220,21 @@ def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str
 
 
 def _complete_paths(values: dict[str, Any], state: "_State") -> None:
-    """A file that names its training text only under text_dataset_path, beside an empty train_dataset_path."""
-    text = state.extras.get("text_dataset_path")
+    """Use text_dataset_path as training data where train_dataset_path is given but empty."""
+    text = values.get("text_dataset_path")
     if not text or values.get("train_dataset_path") or METHODS[values.get("stage", DEFAULT)].vision:
         return
-    for name in ("path", "prob"):
-        given = state.extras.get(f"text_dataset_{name}")
-        if given and given.value and f"train_dataset_{name}" not in values:
-            try:
-                values[f"train_dataset_{name}"] = coerce(_FIELDS[f"train_dataset_{name}"], given.value)
-            except ValueError as error:
-                state.problems.append(f"text_dataset_{name}: {error} ({given.place})")
-    if values.get("train_dataset_path"):
-        state.notes.append(f"train_dataset_path: empty, so {text.value}, because text_dataset_path is given")
+    for part in ("path", "type", "prob"):
+        if f"text_dataset_{part}" in values and not values.get(f"train_dataset_{part}"):
+            values[f"train_dataset_{part}"] = values.pop(f"text_dataset_{part}")
+    given = shortened(", ".join(text))
+    state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
-        values.setdefault("temperature", 0.0)  # chance has no place in a score unless it is asked for
+        values.setdefault("temperature", 0.0)  # scores are deterministic unless the user sets a temperature
     if values.get("evaluation_strategy", "no") != "no":
         if values.get("do_eval") is False:
             strategy = values["evaluation_strategy"]

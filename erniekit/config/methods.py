@@ -1,8 +1,8 @@
-"""The methods that `stage` names, as facts: what each one reads, and which keys it leaves unread.
+"""The facts about each method that `stage` names: what data it reads, and which keys it does not read.
 
-This is one half of the table of methods. It is pure data, because configuration and data lie below everything that
-computes; training/methods.py adds to each row what computes, and says how a method is added. A question about a method
-is a question about a fact of its row (`cfg.method.records`), never about its name.
+This is one half of the method table. It is pure data, since the layers `config` and `data` lie below all computation;
+training/methods.py adds the recipe and evaluator of each method and describes how to add one. Code that depends on the
+method tests a fact of its row (`cfg.method.records`), never its name.
 """
 
 import dataclasses
@@ -10,31 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
 class Records(Enum):
-    """What the records of a method's data are, in the words of messages."""
+    """The kind of records that a method reads; the values are used in messages."""
 
     CONVERSATIONS = "conversations"
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
 
 
-_VISION = "vision-language models"
-
-
 @dataclass(frozen=True)
 class MethodFacts:
-    """What the configuration and the data pipeline have to know of a method.
+    """What the configuration and the data pipeline need to know about a method.
 
-    title: what it is, in the documentation of `stage`.
-    records: what its data are made of. vision: the records may hold pictures and videos.
-    token_files: it also trains on token files (dataset_type: pretrain).
-    options: the group of keys that only such methods read.
-    unread: the keys of other groups that it leaves unread, and why.
-    later: the feature without which it cannot be run; empty where it can be.
+    title: its description in the documentation of `stage`.
+    records: the kind of its records. vision: whether records may contain pictures and videos.
+    token_files: whether it also trains on token files (dataset_type: pretrain).
+    options: the group of keys that only this method, and others with the same group, reads.
+    unread: the keys of other groups that it does not read, with the reason.
+    later: the missing feature that it needs; empty if the method is built.
     """
 
     name: str
@@ -47,7 +45,7 @@ class MethodFacts:
     later: str = ""
 
     def reads(self, key: str) -> bool:
-        """Whether the method reads a key of the configuration at all."""
+        """Whether the method reads this key of the configuration."""
         if key in self.unread or (key in OPTIONS_OF_VISION and not self.vision):
             return False
         return key not in OPTIONS_OF_METHODS or (self.options is not None and key in option_names(self.options))
@@ -58,6 +56,11 @@ def option_names(group: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(group))
 
 
+_UNREAD_BY_PREFERENCES = {
+    "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
+    "token_balance_loss": "every pair weighs the same",
+    "z_loss_lambda": "it belongs to the next-token loss",
+}
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
@@ -74,16 +77,23 @@ METHODS: dict[str, MethodFacts] = {
             "pairs of answers",
             Records.PAIRS,
             options=PreferenceArgs,
-            unread={
-                "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
-                "token_balance_loss": "every pair weighs the same",
-                "z_loss_lambda": "it belongs to the next-token loss",
-            },
+            unread=_UNREAD_BY_PREFERENCES,
         ),
         MethodFacts("VL-SFT", "fine-tuning on conversations with pictures", Records.CONVERSATIONS, vision=True),
-        MethodFacts("VL-PT", "", Records.TEXT, vision=True, later=_VISION),
         MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),
-        MethodFacts("VL-DPO", "", Records.PAIRS, vision=True, options=PreferenceArgs, later=_VISION),
+        MethodFacts("VL-PT", "pretraining text with pictures", Records.TEXT, vision=True),
+        MethodFacts(
+            "VL-DPO",
+            "pairs of answers about pictures",
+            Records.PAIRS,
+            vision=True,
+            options=PreferenceArgs,
+            unread=_UNREAD_BY_PREFERENCES
+            | {
+                "max_prompt_len": "a prompt with pictures is not shortened",
+                "text_dataset_path": "pairs without pictures may stand in train_dataset_path",
+            },
+        ),
     )
 }
 DEFAULT = next(iter(METHODS))
@@ -93,12 +103,13 @@ OPTIONS_OF_METHODS = frozenset(
 )
 
 
-OPTIONS_OF_VISION = frozenset(option_names(VisionArgs))
+OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureArgs)])
 
 
 def stage_doc() -> str:
     """The documentation of the key `stage`."""
     built = [f"{name} ({METHODS[name].title})" for name in BUILT]
     later = [name for name in METHODS if name not in BUILT]
-    unbuilt = f"; {', '.join(later[:-1])} and {later[-1]} are known but not built yet" if later else ""
+    names = " and ".join(filter(None, [", ".join(later[:-1]), *later[-1:]]))
+    unbuilt = f"; {names} {'is' if len(later) == 1 else 'are'} known but not built yet" if later else ""
     return f"The method: {', '.join(built[:-1])} or {built[-1]}{unbuilt}."

@@ -1,5 +1,5 @@
-"""The names that only PaddleFormers uses (ERNIEKit's successor, with Megatron-LM's words): see compat.py for the kinds
-of rule.
+"""The rules of keys that only PaddleFormers has (ERNIEKit's successor, with Megatron-LM's names); compat.py describes
+the kinds of rule.
 """
 
 from erniekit.config import compat
@@ -22,7 +22,7 @@ ALIASES: dict[str, Alias] = {
     "recompute_mtp_granularity": Alias("use_recompute_mtp", compat.is_given),
 }
 
-# Reason -> the keys that have no effect for that reason; a reason of compat_keys.py is continued here.
+# Reason -> the keys that have no effect for that reason. Keys of a reason in compat_keys.py are added to its own.
 NO_EFFECT: dict[str, str] = {
     "attention kernels are chosen by what the device has": (
         "_attn_implementation attn_impl fa_version use_attn_mask_startend_row_indices"
@@ -85,7 +85,7 @@ NO_EFFECT: dict[str, str] = {
     "Paddle's flags are set in the environment": "FLAGS_use_stride_kernel",
 }
 
-# What must be asked for first -> the keys that only that reads.
+# A feature that is not built -> the keys that are options of that feature only.
 DETAILS: dict[str, str] = {
     "compute_type: fp8": "offload_fp8_expert_master_weight",
     "context_parallel_degree": "cp_balance_mode cp_comm_type",
@@ -133,7 +133,7 @@ FIXED: dict[str, Fixed] = {
     "sharded_model_from_ema": Fixed((False,), "averaged weights are in ema/: give it as model_name_or_path"),
 }
 
-# Those of them that no other toolkit has: a file that gives one was written for PaddleFormers.
+# The keys that no other toolkit has: a file that gives one was written for PaddleFormers.
 MARKS = (
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "expert_model_parallel_size sharding_parallel_size _attn_implementation attn_impl save_checkpoint_format "

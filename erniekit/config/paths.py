@@ -1,4 +1,4 @@
-"""The one place that makes paths of the keys that are paths."""
+"""Expands the values of keys that are paths; no other module does."""
 
 import os
 import re
@@ -10,8 +10,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def expand(path: str) -> str:
     """The path with ~ and ~user replaced by home directories.
 
-    ValueError for what cannot be meant as a path: a home directory that does not exist, an unbraced $NAME, a URL, a
-    line break.
+    Raises ValueError for a text that cannot be intended as a path: a home directory that does not exist, an unbraced
+    $NAME, a URL, a line break.
     """
     if any(ord(character) < 32 or ord(character) == 127 for character in path):
         raise ValueError(f"a path without line breaks and control characters is needed, got {path!r}")

@@ -1,4 +1,4 @@
-"""PEFT's and PaddleNLP's names of adapter settings, in a block such as `lora_config:` and nowhere else."""
+"""PEFT's and PaddleNLP's names of adapter settings, which are accepted only in a block such as `lora_config:`."""
 
 from erniekit.config.compat import Alias, Fixed, every_module
 
@@ -29,12 +29,12 @@ _RULES: dict[str, Alias | Fixed] = {
     "fan_in_fan_out": Fixed((False,), "no weight of ERNIE is stored transposed"),
     "loftq_config": Fixed((), "the base keeps its own values"),
     "peft_type": Fixed(("lora",), "only LoRA and its variants"),
-    # What follows from other keys.
+    # Settings that follow from other keys.
     "task_type": Fixed(("causal_lm",), "stage says what is trained; only CAUSAL_LM"),
     "inference_mode": Fixed((False,), "`train` trains adapters; only inference_mode: False"),
 }
 
 
 def rule_of(name: str, block: str) -> Alias | Fixed | None:
-    """What a key means in a block; None where it means nothing of its own there."""
+    """The rule of a key in this block; None if the block gives it no special meaning."""
     return _RULES.get(name) if block in BLOCKS else None

@@ -1,7 +1,7 @@
-"""Keys that another key, or the model, makes pointless: one table of (keys, condition, reason).
+"""Reports keys that another key, or the model, makes pointless: one table of (keys, condition, reason).
 
-Only keys that the user gave are named, one line for all keys that have the same reason. A switch that is off, or a
-number left at a default that means off, asks for nothing and is not named.
+Only keys that the user gave are reported, in one line for all keys with the same reason. A switch that is off, or a
+number at a default that means off, requests nothing and is not reported.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from erniekit.config.compat import DATA
 from erniekit.config.methods import BUILT, METHODS, MethodFacts
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
@@ -24,10 +25,10 @@ TRAIN = ("train",)
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides beside the configuration and is known later: None as long as it is not.
+    """Facts about the model and the job, which become known after the configuration; None until then.
 
-    num_experts: of the model's config.json. aux_free: whether that file asks for loss-free balance. data_ranks, ranks:
-    of the job.
+    num_experts: as in the model's config.json. aux_free: whether that file switches loss-free balancing on. data_ranks,
+    ranks: their numbers in the job.
     """
 
     num_experts: int | None = None
@@ -38,8 +39,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rule:
-    """`keys` (separated by spaces) do nothing in `commands` where `when` holds; `why` may name other keys' values, as
-    in "max_steps: {max_steps} decides".
+    """States that `keys` (separated by spaces) have no effect in `commands` if the condition `when` is true. The reason
+    `why` may contain values of other keys, as in "max_steps: {max_steps} decides".
     """
 
     keys: str
@@ -49,34 +50,34 @@ class Rule:
 
 
 def notes(cfg: Config, command: str, facts: Facts | None = None) -> list[str]:
-    """A line for each reason for which keys that were given do nothing in `command`. With `facts`, only the lines that
-    these add.
+    """One line per reason, with the given keys that have no effect in `command` for that reason. With `facts`, only the
+    lines that follow from these facts.
     """
-    before = _found(cfg, command, Facts())
+    before = _reasons(cfg, command, Facts())
     if facts is None:
-        found = before
+        reason_of_key = before
     else:
-        found = {name: why for name, why in _found(cfg, command, facts).items() if name not in before}
+        reason_of_key = {name: reason for name, reason in _reasons(cfg, command, facts).items() if name not in before}
     reasons: dict[str, list[str]] = {}
-    for name, why in found.items():
-        reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(names)}: no effect: {why}" for why, names in reasons.items()]
+    for name, reason in reason_of_key.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: no effect: {reason}" for reason, names in reasons.items()]
 
 
-def _found(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
-    """Key -> reason; the first rule that holds gives it."""
-    found: dict[str, str] = {}
+def _reasons(cfg: Config, command: str, facts: Facts) -> dict[str, str]:
+    """Each pointless key with its reason; the first rule that applies gives the reason."""
+    reason_of_key: dict[str, str] = {}
     for rule in RULES:
         if command in rule.commands and rule.when(cfg, facts):
             why = rule.why.format_map(vars(cfg) | {"command": command})
             for name in rule.keys.split():
                 if asks(cfg, name):
-                    found.setdefault(name, why)
-    return found
+                    reason_of_key.setdefault(name, why)
+    return reason_of_key
 
 
 def asks(cfg: Config, name: str) -> bool:
-    """Whether the user gave a key, and a value that asks for something."""
+    """Whether the user gave a key with a value that requests something."""
     field, value = _FIELDS[name], vars(cfg)[name]
     is_off = value in (None, False, "", (), 0, field.metadata["off"]) or (name in _DEGREES.split() and value == 1)
     return name in cfg.given and not (is_off and value == field.default)
@@ -111,12 +112,12 @@ def _has_no_reference(cfg: Config) -> bool:
 
 
 def _only_token_files(cfg: Config) -> bool:
-    """Token files, and no text for the evaluation beside them."""
+    """Whether all data, including that of the evaluation, comes from token files."""
     return cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path
 
 
-def _is_dpo(loss: str) -> Callable[[Config, Facts], bool]:
-    """A preference loss other than `loss`."""
+def _has_other_loss(loss: str) -> Callable[[Config, Facts], bool]:
+    """A condition: the method has a preference loss, and it is not `loss`."""
     return lambda c, f: _prefers(c) and c.loss_type != loss
 
 
@@ -136,7 +137,7 @@ _DATA_RULES = [
     Rule(
         "dataloader_num_workers",
         lambda c, f: _only_token_files(c),
-        "token files need no encoding, a thread reads them",
+        "token files need no encoding; a thread reads them",
         DATA,
     ),
     Rule(
@@ -168,6 +169,16 @@ _DATA_RULES = [
         "read only with mix_strategy: random",
     ),
     Rule("greedy_intokens buffer_size", lambda c, f: not c.packing, "packing is False", DATA),
+    Rule(
+        "text_dataset_type text_dataset_prob modality_ratio modality_interleave",
+        lambda c, f: c.method.vision and not c.text_dataset_path,
+        "text_dataset_path is empty",
+    ),
+    Rule(
+        "text_dataset_prob",
+        lambda c, f: c.mix_strategy == "concat" and len(c.text_dataset_path) > 1,
+        "mix_strategy: concat reads every data set once",
+    ),
     Rule(
         "buffer_size",
         lambda c, f: c.packing and not c.greedy_intokens,
@@ -332,18 +343,20 @@ def _has_no_pictures(cfg: Config, facts: Facts) -> bool:
 
 
 def _method_rules() -> list[Rule]:
-    """What the table of methods says: keys that a method leaves unread, and options of other methods."""
+    """The rules that follow from the method table: keys that a method does not read, and options of other methods."""
     rules = []
     for facts in METHODS.values():
         for key, why in facts.unread.items():
             rules.append(Rule(key, partial(_has_method, facts), f"stage {facts.name}: {why}", DATA))
     for group in {facts.options for facts in METHODS.values() if facts.options is not None}:
         readers = " or ".join(name for name in BUILT if METHODS[name].options is group)
-        other = f"read only with stage: {readers}"
-        rules.append(Rule(_names(group), partial(_has_no_options, group), other, DATA))
+        reason = f"read only with stage: {readers}"
+        rules.append(Rule(_names(group), partial(_has_no_options, group), reason, DATA))
     with_pictures = [name for name, facts in METHODS.items() if facts.vision]
     readers = " or ".join([name for name in with_pictures if name in BUILT] or with_pictures)
-    rules.append(Rule(_names(VisionArgs), _has_no_pictures, f"read only with stage: {readers}", DATA))
+    rules.append(
+        Rule(f"{_names(VisionArgs)} {_names(MixtureArgs)}", _has_no_pictures, f"read only with stage: {readers}", DATA)
+    )
     return rules
 
 
@@ -354,8 +367,8 @@ _PREFERENCE_RULES = [
         "loss_type: {loss_type} has no reference by itself",
         DATA,
     ),
-    Rule("simpo_gamma", _is_dpo("simpo"), "read only with loss_type: simpo", DATA),
-    Rule("dpop_lambda", _is_dpo("dpop"), "read only with loss_type: dpop", DATA),
+    Rule("simpo_gamma", _has_other_loss("simpo"), "read only with loss_type: simpo", DATA),
+    Rule("dpop_lambda", _has_other_loss("dpop"), "read only with loss_type: dpop", DATA),
     Rule(
         "beta",
         lambda c, f: _prefers(c) and _loss(c) == "or",
@@ -386,7 +399,7 @@ _RANK_RULES = [
     Rule(
         _DEGREES,
         lambda c, f: True,
-        "`{command}` streams tensor by tensor in one process, degrees of the YAML are not needed",
+        "`{command}` streams tensor by tensor in one process and needs no parallel degrees",
         ("export", "split"),
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Reads what the user wrote (a YAML or JSON file, key=value, --key value) into entries that know where they stand."""
+"""Reads a YAML or JSON file, and key=value or --key value words, into entries that record where each key was given."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ _OVERRIDE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_.]*)=", re.ASCII)
 
 @dataclass(frozen=True)
 class Entry:
-    """One key as given: its value, where ("x.yaml:12", "command line"), and the block that it stands in, if any.
+    """One key as the user gave it: its value, its place ("x.yaml:12", "command line") and its block, if any.
 
     A value is None, text, a Scalar (a number or truth value as written), a number or truth value (from Python or JSON),
     or a list or dict of these.
@@ -39,7 +39,7 @@ def is_block(name: str, known: Callable[[str], bool]) -> bool:
 
 
 def read_file(path: str, known: Callable[[str], bool]) -> list[Entry]:
-    """The entries of a .yaml, .yml or .json file, blocks flattened. Raises ConfigError with the line and the fault."""
+    """The entries of a .yaml, .yml or .json file, with blocks flattened. Raises ConfigError with the line number."""
     try:
         file = Path(expand(path))
     except ValueError as error:
@@ -86,7 +86,7 @@ def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str
                 values.append(words[position])
                 position += 1
             if not values:
-                yield name, True  # a switch: --packing
+                yield name, True  # a switch without a value: --packing
             else:
                 yield name, _value(values[0]) if len(values) == 1 else [_value(item) for item in values]
         elif "=" in word:
@@ -97,11 +97,11 @@ def _words(words: list[str], known: Callable[[str], bool]) -> Iterable[tuple[str
 
 
 def _begins(word: str, has_value: bool, known: Callable[[str], bool]) -> bool:
-    """Whether a word behind `--key` begins another key. Its first value may look like key=value (`--output_dir a=b`),
+    """Whether a word after `--key` begins another key. Its first value may look like key=value (`--output_dir a=b`),
     unless there is a key of that name.
     """
-    found = _OVERRIDE.match(word)
-    return word.startswith("--") or bool(found and (has_value or known(found["name"].rpartition(".")[2])))
+    match = _OVERRIDE.match(word)
+    return word.startswith("--") or bool(match and (has_value or known(match["name"].rpartition(".")[2])))
 
 
 def _value(text: str) -> Any:
@@ -113,7 +113,7 @@ def _value(text: str) -> Any:
 
 
 def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Entry:
-    """training_args.seed=3 is seed=3; fp8_mem_configs.x=1 is a mapping under the key fp8_mem_configs."""
+    """The entry of a dotted name: training_args.seed=3 means seed=3, and fp8_mem_configs.x=1 is a mapping."""
     first, *rest = name.split(".")
     block = ""
     while rest and is_block(first, known):
@@ -154,7 +154,7 @@ def _json_pairs(path: str, text: str) -> Pairs:
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """The line of each key of a JSON text; 0 for one that stands in several objects."""
+    """The line of each key of a JSON text; 0 for a key that occurs in several objects."""
     lines: dict[str, int] = {}
     line, position = 1, 0
     for key in _JSON_KEY.finditer(text):

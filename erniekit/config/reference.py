@@ -1,4 +1,4 @@
-"""What `erniekit help` and docs/config.md say about keys: both are made from this."""
+"""The reference entries of all keys, from which `erniekit help` and docs/config.md are made."""
 
 import dataclasses
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 from erniekit.config.fields import limits, type_name
 from erniekit.config.schema import GROUPS, fields
 
-# Command -> the groups of keys that it reads, and single keys of other groups.
+# Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
-        "data,vision,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,mixture of experts",
+        "data,vision,text beside pictures,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
+        "mixture of experts",
         "",
     ),
     "eval": (
@@ -27,7 +28,7 @@ KEYS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class KeyEntry:
-    """One key as text. `limits` is empty where any value of the type will do."""
+    """The texts of one key. `limits` is empty if every value of the type is allowed."""
 
     name: str
     type: str
@@ -37,7 +38,7 @@ class KeyEntry:
 
 
 def entry(field: "dataclasses.Field[Any]") -> KeyEntry:
-    """The words about one key."""
+    """The reference entry of one key."""
     choices = ", ".join(choice or "nothing" for choice in field.metadata["choices"])
     return KeyEntry(field.name, type_name(field), _default(field), choices or limits(field), field.metadata["doc"])
 
@@ -52,7 +53,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:
-    """All keys, or those that a command reads, by group in the order of the schema; single ones under "others"."""
+    """The keys by group in the schema's order: all, or those that a command reads (single keys under "others")."""
     names, single = (",".join(GROUPS), "") if command is None else KEYS[command]
     groups = {name: [entry(field) for field in dataclasses.fields(GROUPS[name])] for name in names.split(",") if name}
     if single:

@@ -1,9 +1,8 @@
-"""${...} in values, as OmegaConf's users write it.
+"""Replaces ${...} in values, in OmegaConf's syntax.
 
-`${oc.env:NAME}` and `${env:NAME}` are the environment variable NAME, `${oc.env:NAME,text}` is `text` where it is not
-set, `${key}` is the value of another key that is given, else the environment variable of that name. `$${` is a literal
-`${`.
-Anything else is refused with key and place: no directory is called ${NAME} by intention.
+`${oc.env:NAME}` and `${env:NAME}` are the environment variable NAME; `${oc.env:NAME,text}` is `text` if it is not set.
+`${key}` is the value of another key that is given, otherwise the environment variable of that name. `$${` is a literal
+`${`. Anything else is an error that names the key and its place, since nobody names a directory ${NAME} on purpose.
 """
 
 import re
@@ -16,19 +15,19 @@ from erniekit.config.values import Scalar
 from erniekit.utils import runtime
 from erniekit.utils.errors import ConfigError
 
-_LONGEST = 100_000  # characters of a resolved value: keys that repeat one another grow exponentially
+_MAX_LENGTH = 100_000  # characters of a resolved value; keys that repeat one another grow exponentially
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _RESOLVER = re.compile(r"(?P<resolver>[A-Za-z_][\w.]*):(?P<rest>.*)", re.ASCII | re.DOTALL)
 _LITERAL = "For a literal ${ write $${"
 
 
 def escape(text: str) -> str:
-    """The text as a YAML of ours has to hold it."""
+    """Escapes a text for a YAML file that this module reads again."""
     return text.replace("${", "$${")
 
 
 def resolve(layers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-    """The entries with every ${...} replaced. A later layer's value of a key is the one that ${key} means."""
+    """The entries with every ${...} replaced. ${key} refers to the value in the last layer that gives the key."""
     given: dict[str, Entry] = {entry.name: entry for entries in layers for entry in entries}
     resolver = _Resolver(given)
     return [[replace(entry, value=resolver.value(entry)) for entry in entries] for entries in layers]
@@ -40,11 +39,11 @@ class _Resolver:
     def __init__(self, given: Mapping[str, Entry]):
         self._given = given
         self._done: dict[str, Any] = {}
-        self._open: list[str] = []  # keys on the way to the one being resolved
-        self._entry = Entry("", None, "")  # whose value is being resolved, for messages
+        self._open: list[str] = []  # the chain of keys being resolved, to detect cycles
+        self._entry = Entry("", None, "")  # the entry being resolved, for messages
 
     def value(self, entry: Entry) -> Any:
-        """The entry's value without references."""
+        """The entry's value with all references replaced."""
         outer, self._entry = self._entry, entry
         self._open.append(entry.name)
         try:
@@ -61,12 +60,12 @@ class _Resolver:
         return {name: self._tree(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
     def _text(self, text: str) -> Any:
-        """The text with its references replaced; the other key's own value where the text is nothing but ${key}."""
-        pieces: list[Any] = []
+        """The text with its references replaced; if the text is just ${key}, that key's value with its type."""
+        resolved: list[Any] = []
         position = 0
         while (start := text.find("${", position)) >= 0:
             if start > position and text[start - 1] == "$":
-                pieces += [text[position : start - 1], "${"]
+                resolved += [text[position : start - 1], "${"]
                 position = start + 2
                 continue
             if start > position and text[start - 1] == "\\":
@@ -76,12 +75,14 @@ class _Resolver:
             if start == 0 and end == len(text) - 1:
                 return value
             if not isinstance(value, str | int | float | Scalar) or isinstance(value, bool):
-                self._refuse(text[start : end + 1], "its value is no text that could stand inside another text")
-            pieces += [text[position:start], str(value)]
+                self._refuse(
+                    text[start : end + 1], "its value is not a text or number, so it cannot be put into another text"
+                )
+            resolved += [text[position:start], str(value)]
             position = end + 1
-        whole = "".join([*pieces, text[position:]])
-        if len(whole) > _LONGEST:
-            self._refuse(text[:60], f"more than {_LONGEST:,} characters once it is replaced")
+        whole = "".join([*resolved, text[position:]])
+        if len(whole) > _MAX_LENGTH:
+            self._refuse(text[:60], f"more than {_MAX_LENGTH:,} characters once it is replaced")
         return whole
 
     def _closing(self, text: str, start: int) -> int:
@@ -98,18 +99,18 @@ class _Resolver:
         self._refuse(text, f"the closing }} is missing. {_LITERAL}")
 
     def _reference(self, whole: str, inner: str) -> Any:
-        """What one ${...} stands for."""
+        """The value of one ${...}."""
         if len(self._open) > 50 or inner.count("${") > 50:
             self._refuse(whole[:60], "more than 50 references inside one another")
         if "${" in inner:
             inner = str(self._text(inner))
-        found = _RESOLVER.fullmatch(inner.strip())
-        if found:
-            if found["resolver"] not in ("oc.env", "env"):
-                self._refuse(whole, f"unknown resolver {found['resolver']}: only oc.env is known. {_LITERAL}")
-            name, comma, default = found["rest"].partition(",")
+        match = _RESOLVER.fullmatch(inner.strip())
+        if match:
+            if match["resolver"] not in ("oc.env", "env"):
+                self._refuse(whole, f"unknown resolver {match['resolver']}: only oc.env is known. {_LITERAL}")
+            name, comma, default = match["rest"].partition(",")
             return self._variable(whole, name.strip(), default.strip() if comma else None)
-        name = inner.strip().rpartition(".")[2]  # a key is the same inside and outside its block
+        name = inner.strip().rpartition(".")[2]  # a key has the same name inside and outside its block
         if not _NAME.fullmatch(name):
             self._refuse(whole, f"neither a key nor ${{oc.env:NAME}}. {_LITERAL}")
         if name not in self._given:
@@ -122,7 +123,7 @@ class _Resolver:
 
     def _variable(self, whole: str, name: str, default: str | None) -> str:
         if not _NAME.fullmatch(name):
-            self._refuse(whole, f"{name!r} is no name of an environment variable. {_LITERAL}")
+            self._refuse(whole, f"{name!r} is not a valid name of an environment variable. {_LITERAL}")
         value = runtime.environment_variable(name)
         if value is None:
             value = default

@@ -1,4 +1,4 @@
-"""The whole configuration: one flat, frozen object."""
+"""The configuration object: all keys in one flat, frozen class."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from erniekit.config import references
 from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_lora import LoraArgs
+from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_parts import PartsArgs
@@ -24,6 +25,7 @@ from erniekit.config.schema_vision import VisionArgs
 class Config(
     DataArgs,
     VisionArgs,
+    MixtureArgs,
     ModelArgs,
     LoraArgs,
     PreferenceArgs,
@@ -38,13 +40,13 @@ class Config(
     EvalArgs,
     ExportArgs,
 ):
-    """Every key as `cfg.name`, checked and frozen; made by `erniekit.config.load`. The bases are the groups of keys, in
-    the order in which config.yaml has them.
+    """All keys as attributes, checked and frozen; `erniekit.config.load` makes it. The base classes are the groups of
+    keys in the order of config.yaml.
 
-    extras: keys given that have no field (no effect here, or not built yet), as (name, value).
+    extras: given keys that have no field (no effect here, or not built yet), as (name, value).
     given: the keys that the user gave, under their own or another name, as opposed to those left at their defaults.
-    notes: one line per accepted key that does nothing here.
-    source: the file it was read from, for messages.
+    notes: one line for each accepted key that has no effect.
+    source: the file that was loaded, for messages.
     """
 
     extras: tuple[tuple[str, Any], ...] = ()
@@ -54,12 +56,12 @@ class Config(
 
     @property
     def method(self) -> MethodFacts:
-        """What the method that `stage` names reads and leaves unread."""
+        """The facts about the method that `stage` names."""
         return METHODS[self.stage]
 
     @property
     def mtp_depths(self) -> int:
-        """The depths of multi-token prediction that a run trains: none where the method has no loss for them."""
+        """The depth of multi-token prediction that a run trains; 0 if the method has no loss for it."""
         return self.num_nextn_predict_layers if self.method.reads("num_nextn_predict_layers") else 0
 
     def to_yaml(self) -> str:
@@ -87,9 +89,9 @@ def fields() -> dict[str, "dataclasses.Field[Any]"]:
 
 def _yaml_line(name: str, value: Any) -> str:
     written = {name: _escaped(value)}
-    # PyYAML does not escape these three line breaks by itself, and reads them back as a space.
+    # PyYAML does not escape these three line breaks, and would read them back as a space.
     readable = not any(character in str(value) for character in "\x85\u2028\u2029")
-    flow = None if isinstance(value, tuple) else False  # a list of a key stands in one line
+    flow = None if isinstance(value, tuple) else False  # lists are written in one line
     text = yaml.safe_dump(written, allow_unicode=readable, sort_keys=False, width=10**6, default_flow_style=flow)
     return text.rstrip("\n")
 

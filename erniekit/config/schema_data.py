@@ -6,13 +6,13 @@ from typing import ClassVar
 from erniekit.config.fields import key, list_of
 from erniekit.config.values import split_shares, split_words
 
-# What a source's records may be (data/records/formats.py reads them), and other names for the same.
+# The formats of a source's records (data/records/formats.py reads them), and other names of the formats.
 DATASET_TYPES = ("erniekit", "messages", "sharegpt", "alpaca", "text", "chatml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What is read, and how it is mixed, truncated, packed and loaded."""
+    """The data sources, and how their records are mixed, truncated, packed and loaded."""
 
     group: ClassVar[str] = "data"
 
@@ -75,21 +75,21 @@ class DataArgs:
     mix_strategy: str = key(
         "concat",
         "How sources are mixed: concat (each once, shares unused), random (drawn by share, needs max_steps), "
-        "interleave_under (until the first ends), interleave_over (until all were seen).",
+        "interleave_under (until the first source ends), interleave_over (until every source has ended).",
         choices=("concat", "random", "interleave_under", "interleave_over"),
     )
     num_samples_each_epoch: int = key(6_000_000, "mix_strategy random: samples drawn in an epoch.", ge=1)
     random_shuffle: bool = key(True, "Shuffle the training samples, by the seed; evaluation keeps the file's order.")
     packing: bool = key(False, "Put several samples into one row; they do not attend to one another.")
     greedy_intokens: bool = key(
-        True, "Packing chooses samples from a buffer so that rows are full; False: in the order of the data."
+        True, "Packing chooses samples from a buffer to fill rows well; False: it takes them in the order of the data."
     )
     buffer_size: int = key(500, "Samples that greedy packing chooses from.", ge=1)
     max_estimate_samples: int = key(
         100_000, "The largest number of samples that is measured to estimate how many rows an epoch has.", ge=1
     )
     dataloader_num_workers: int = key(
-        0, "Processes that encode samples; 0: none, the loader's own thread does it.", ge=0
+        0, "Worker processes that encode samples; 0: a thread of the training process does it.", ge=0
     )
     prefetch_factor: int = key(2, "Steps of batches prepared ahead of the trainer.", ge=1)
     chat_template: str | None = key(

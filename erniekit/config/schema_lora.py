@@ -26,7 +26,7 @@ class LoraArgs:
     use_dora: bool = key(False, "Train the magnitude of each column separately from its direction (DoRA).")
     lora_target_modules: tuple[str, ...] = list_of(
         str,
-        "What is adapted: names (qkv_proj, or Hugging Face's q_proj; mlp.down_proj) or regular expressions; empty: "
+        "Modules to adapt: names (qkv_proj, or Hugging Face's q_proj; mlp.down_proj) or regular expressions; empty: "
         "attention, feed-forward and all experts, not routers or head.",
         split=split_patterns,
     )
@@ -38,7 +38,7 @@ class LoraArgs:
     )
     lora_path: str | None = key(
         None,
-        "An adapter directory, PEFT's or ours: train continues it (its rank, scaling and targets hold); eval, chat "
+        "An adapter directory, PEFT's or ours: train continues it (with its rank, scaling and targets); eval, chat "
         "and export apply it to model_name_or_path where neither checkpoint nor output_dir has a model.",
         path=True,
     )

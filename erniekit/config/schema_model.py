@@ -1,4 +1,4 @@
-"""Keys about the model, its numbers and its experts."""
+"""Keys about the model, its precision and its experts."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +32,13 @@ class ModelArgs:
         methods.DEFAULT,
         methods.stage_doc(),
         choices=tuple(methods.METHODS),
-        words={"ernie_pretrain": "PT", "ocr-sft": "OCR-VL-SFT", "dpo-vl": "VL-DPO", "sft-vl": "VL-SFT"},
+        words={
+            "ernie_pretrain": "PT",
+            "ocr-sft": "OCR-VL-SFT",
+            "dpo-vl": "VL-DPO",
+            "sft-vl": "VL-SFT",
+            "pt-vl": "VL-PT",
+        },
     )
     fine_tuning: str = key(
         "Full",
@@ -51,7 +57,7 @@ class ModelArgs:
     )
     recompute_granularity: str = key(
         "full",
-        "What is recomputed of a layer: all of it (full), attention with its projections (full_attn), attention "
+        "What is recomputed in each layer: all of it (full), attention with its projections (full_attn), attention "
         "without them (core_attn), or only sparse feed-forward layers (moe).",
         choices=("full", "full_attn", "core_attn", "moe"),
         words={"selective": "core_attn"},
@@ -63,7 +69,7 @@ class ModelArgs:
     )
     attention_probs_dropout_prob: float = key(
         0.0,
-        "Training: share of attention weights that is dropped in the last layer; layer i of n drops i/n of it.",
+        "Training: probability of dropping an attention weight in the last layer; layer i of n has i/n of it.",
         ge=0,
         lt=1,
     )
@@ -83,7 +89,7 @@ class ModelArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """Router losses and balancing; they do nothing in a dense model."""
+    """Router losses and balancing; they have no effect in a dense model."""
 
     group: ClassVar[str] = "mixture of experts"
 

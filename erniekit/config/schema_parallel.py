@@ -8,7 +8,7 @@ from erniekit.config.fields import key, list_of
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs:
-    """Over how many processes the model and the data are divided. A degree of -1 is a degree that is not given."""
+    """The parallel degrees: over how many processes the model and the data are divided. -1 means not given."""
 
     group: ClassVar[str] = "parallel"
 
@@ -19,7 +19,8 @@ class ParallelArgs:
         off=-1,
     )
     sequence_parallel: bool = key(
-        False, "Between their projections, tensor-parallel ranks also share the tokens: less memory for activations."
+        False,
+        "Sequence parallelism: tensor-parallel ranks shard the tokens between projections; less activation memory.",
     )
     pipeline_parallel_degree: int = key(1, "Pipeline stages that the layers are divided into.", ge=1, off=-1)
     virtual_pp_degree: int = key(
@@ -42,7 +43,7 @@ class ParallelArgs:
     )
     data_parallel_degree: int = key(
         -1,
-        "Data ranks that each keep all of the optimizer's state; -1: what the number of processes leaves.",
+        "Data ranks that each hold the whole optimizer state; -1: computed from the number of processes.",
         ge=1,
         off=-1,
     )

@@ -10,14 +10,14 @@ from erniekit.config.fields import key
 ALIASES = {"orpo": "or", "exo": "exo_pair", "apo": "apo_zero"}
 AVERAGED = ("ipo", "simpo", "or")  # defined on log-probabilities per token
 REFERENCE_FREE = ("simpo", "or")  # defined without a reference
-SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # that read label_smoothing
+SMOOTHED = ("sigmoid", "simpo", "dpop", "robust", "exo_pair")  # the losses that read label_smoothing
 LOSS_TYPES = (
     "sigmoid hinge ipo simpo or orpo dpop kto_pair sppo_hard nca_pair robust exo exo_pair apo apo_zero apo_down"
 ).split()
 
 
 def option_problems(loss_type: str, label_smoothing: float, offset_alpha: float) -> Iterator[str]:
-    """What does not go with a loss, each as "key: what is wrong". `loss_type` is one of LOSS_TYPES."""
+    """The options that do not fit a loss, each as "key: what is wrong". `loss_type` is one of LOSS_TYPES."""
     name = ALIASES.get(loss_type, loss_type)
     if label_smoothing and name not in SMOOTHED:
         yield f"label_smoothing: loss_type: {loss_type} has no label smoothing; these have: {', '.join(SMOOTHED)}"
@@ -41,14 +41,14 @@ class PreferenceArgs:
     )
     beta: float = key(0.1, "stage DPO: how strongly the policy is kept near the reference.", gt=0)
     label_smoothing: float = key(
-        0.0, "stage DPO: share of pairs believed to be labelled the wrong way round.", ge=0, lt=0.5
+        0.0, "stage DPO: assumed share of pairs whose answers are labelled the wrong way round.", ge=0, lt=0.5
     )
     pref_loss_ratio: float = key(1.0, "stage DPO: weight of the preference loss.", ge=0)
     sft_loss_ratio: float = key(0.0, "stage DPO: weight of the chosen answers' next-token loss (orpo: 1).", ge=0)
     offset_alpha: float = key(
-        0.0, "stage DPO, sigmoid: demand more margin where the two `sort` scores differ more (ODPO).", ge=0
+        0.0, "stage DPO, sigmoid: require a larger margin where the two `sort` scores differ more (ODPO).", ge=0
     )
-    simpo_gamma: float = key(0.5, "stage DPO, simpo: the margin demanded.", ge=0)
+    simpo_gamma: float = key(0.5, "stage DPO, simpo: the target margin.", ge=0)
     dpop_lambda: float = key(50.0, "stage DPO, dpop: penalty on a chosen answer that becomes less likely.", ge=0)
     normalize_logps: bool = key(
         False,

@@ -10,8 +10,8 @@ _NULL = "not given: as in the model's config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeArgs:
-    """The sizes that a model's config.json has. With continue_training: false they replace it, or stand for it; with
-    weights to start from they can only repeat it.
+    """The sizes in a model's config.json. With continue_training: false they override that file, or replace it if there
+    is none; a run that starts from weights may give them only with the same values.
     """
 
     group: ClassVar[str] = "shape"
@@ -47,6 +47,6 @@ class ShapeArgs:
     )
 
 
-# What a shape without a config.json must say; an expert's sizes where moe_num_experts is above 0.
+# The keys that a shape without a config.json must give; an expert's sizes too if moe_num_experts is above 0.
 NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
 NEEDED_OF_EXPERTS = "moe_k moe_intermediate_size".split()

@@ -13,8 +13,8 @@ class TrainArgs:
     group: ClassVar[str] = "train"
 
     do_train: bool = key(True, "Train (ERNIEKit's default is False, with which `train` would do nothing).")
-    do_eval: bool = key(False, "Evaluate at the end; True by itself when evaluation_strategy is steps or epoch.")
-    seed: int = key(42, "Seed of the random start, the order of the data, and dropout-like noise.", ge=0, lt=2**32)
+    do_eval: bool = key(False, "Evaluate at the end; implied when evaluation_strategy is steps or epoch.")
+    seed: int = key(42, "Seed of the initial weights, the order of the data, dropout and noise.", ge=0, lt=2**32)
     batch_size: int = key(1, "Micro-batch size: rows per device and forward pass, in training and in evaluation.", ge=1)
     gradient_accumulation_steps: int = key(1, "Micro-batches that are accumulated for one optimizer step.", ge=1)
     num_train_epochs: float = key(1.0, "Epochs: how often the training data is read, when max_steps is -1.", gt=0)
@@ -26,7 +26,7 @@ class TrainArgs:
         words={"false": "no"},
     )
     eval_steps: int | None = key(
-        None, "Steps from one evaluation to the next; not given: logging_steps if that is given, else 500.", ge=1
+        None, "Steps between evaluations; not given: logging_steps if that is given, else 500.", ge=1
     )
     max_evaluate_steps: int = key(
         -1, "Evaluate the first N batches of batch_size rows, counted over all ranks; -1: all.", ge=1, off=-1
@@ -37,7 +37,7 @@ class TrainArgs:
         choices=("no", "steps", "epoch"),
         words={"false": "no"},
     )
-    save_steps: int = key(500, "Steps from one checkpoint to the next.", ge=1)
+    save_steps: int = key(500, "Steps between checkpoints.", ge=1)
     save_total_limit: int | None = key(None, "Checkpoints kept: the newest, and the best one; null: all.", ge=1)
     save_format: str = key("pt", "Layout of saved weights: pt (Hugging Face) or paddle.", choices=("pt", "paddle"))
     use_async_save: bool = key(
@@ -49,7 +49,9 @@ class TrainArgs:
     early_stopping_patience: int | None = key(
         None, "Stop after this many evaluations without a new best; null: never.", ge=1
     )
-    logging_steps: int = key(1, "Steps from one log line to the next (ERNIEKit: 500, silent in short runs).", ge=1)
+    logging_steps: int = key(
+        1, "Steps between log lines (ERNIEKit's default is 500, which logs nothing in short runs).", ge=1
+    )
     logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path=True)
     report_to: str = key(
         "none",
@@ -70,9 +72,7 @@ class TrainArgs:
         words=dict.fromkeys(("auto", "true", "yes", "on"), "auto")
         | dict.fromkeys(("none", "false", "no", "off"), "none"),
     )
-    ignore_load_lr_and_optim: bool = key(
-        False, "Resume with the weights only: the optimizer's state starts from scratch."
-    )
+    ignore_load_lr_and_optim: bool = key(False, "Resume with the weights only; the optimizer starts with empty state.")
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )
@@ -81,7 +81,7 @@ class TrainArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimArgs:
-    """The optimizer, the learning rate over time, and what is added to the loss."""
+    """The optimizer, the learning-rate schedule, and regularisation."""
 
     group: ClassVar[str] = "optimizer"
 
@@ -101,7 +101,7 @@ class OptimArgs:
     decay_steps: int | None = key(None, "Step at which the schedule has ended; not given: the last step.", ge=1)
     warmup_steps: int = key(0, "Steps of linear warm-up.", ge=0)
     warmup_ratio: float = key(0.0, "Warm-up as a share of all steps, when warmup_steps is 0.", ge=0, le=1)
-    num_cycles: float = key(0.5, "Waves of the cosine schedule: 0.5 goes down once.", gt=0)
+    num_cycles: float = key(0.5, "Cycles of the cosine schedule: 0.5 decays once.", gt=0)
     power: float = key(1.0, "Exponent of the polynomial schedule.", gt=0)
     lr_end: float = key(1e-7, "Last learning rate of the polynomial schedule.", ge=0)
     weight_decay: float = key(0.0, "Decoupled weight decay; not applied to norms and biases.", ge=0)
@@ -111,7 +111,7 @@ class OptimArgs:
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: never.", ge=0)
     layerwise_lr_decay_bound: float = key(
         1.0,
-        "Layer-wise learning rate decay: multiplier of the lowest layer, rising linearly to 1 at the top; 1: none.",
+        "Layer-wise learning rate decay: multiplier at the lowest layer, rising linearly to 1 at the top; 1: none.",
         gt=0,
         le=1,
     )

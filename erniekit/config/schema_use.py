@@ -50,7 +50,7 @@ class ChatArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """What `erniekit eval` does beside the loss."""
+    """What `erniekit eval` does in addition to the loss."""
 
     group: ClassVar[str] = "evaluation"
 
@@ -60,7 +60,7 @@ class EvalArgs:
     eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(
         None,
-        "The model directory that eval, export, split and chat take; not given: the newest in output_dir.",
+        "The model directory that eval, export, split and chat read; not given: the newest in output_dir.",
         path=True,
     )
 

@@ -1,4 +1,4 @@
-"""Keys about pictures and videos: what is read, what it becomes, and what of it is trained."""
+"""Keys about pictures and videos: which are read, how they are prepared, and which parts of the model are trained."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +19,21 @@ class VisionArgs:
 
     group: ClassVar[str] = "vision"
 
+    vision_config_path: str | None = key(
+        None,
+        "config.json of a vision-language model, or its directory: the text model with experts at model_name_or_path "
+        "becomes such a model; its vision transformer, resampler and vision routers start at random, its processor's "
+        "files come from there.",
+        path=True,
+    )
+    vision_experts_from_text: bool = key(
+        True,
+        "With vision_config_path: make each vision expert of the first channels of the text expert with its number; "
+        "False: start vision experts at random.",
+    )
+    vision_experts_down_scale: float = key(
+        1.0, "With vision_experts_from_text: factor of the second projection (down_proj) of vision experts.", gt=0
+    )
     min_pixels: int | None = key(
         None, "Smallest area of a picture after resizing, in pixels; not given: the model's own files.", ge=1
     )

@@ -1,14 +1,14 @@
-"""Names that LLaMA-Factory, TRL, transformers, PEFT, ms-swift, Megatron-LM and PaddleFormers use for what has another
-name here, or no key at all. They are not accepted, for a name should mean one thing; an unknown key is answered with
-them.
+"""Names in LLaMA-Factory, TRL, transformers, PEFT, ms-swift, Megatron-LM and PaddleFormers for settings that have
+another name here, or no key. They are not accepted, since each setting should have one name; the error about an unknown
+key suggests our name instead.
 """
 
 import difflib
 from collections.abc import Iterable
 
-_CLOSE = 0.82  # difflib's ratio from which a name is a typo of another; pref_beta and rope_theta have 0.63
+_CLOSE = 0.82  # from this difflib ratio on, a name counts as a typo of another; pref_beta and rope_theta have 0.63
 
-# Our key -> the other names for it, which take the same values.
+# Our key -> its names elsewhere, with the same values.
 _SAME: dict[str, str] = {
     "model_name_or_path": "model model_name model_path base_model base_model_name_or_path pretrained_model",
     "train_dataset_path": "dataset datasets dataset_path train_dataset train_data train_file train_path data_path data",
@@ -20,6 +20,13 @@ _SAME: dict[str, str] = {
     "max_new_tokens": "max_tokens max_completion_length max_target_length max_gen_len",
     "dataloader_num_workers": "num_workers preprocessing_num_workers num_proc",
     "random_shuffle": "shuffle data_shuffle shuffle_dataset train_dataloader_shuffle",
+    "min_pixels": "image_min_pixels min_image_pixels",
+    "max_pixels": "image_max_pixels max_image_pixels image_resolution",
+    "video_max_pixels": "video_resolution",
+    "video_fps": "fps",
+    "video_min_frames": "fps_min_frames min_frames",
+    "video_max_frames": "video_maxlen fps_max_frames max_frames",
+    "video_target_frames": "nframes num_frames",
     "packing": "neat_packing sample_packing zero_padding",
     "chat_template": "prompt_template conversation_template template_type",
     "continue_training": "load_weights",
@@ -90,7 +97,7 @@ _SAME: dict[str, str] = {
     "moe_z_loss_lambda": "moe_z_loss_coeff",
 }
 
-# Other names for something that is asked for in another way here, or not at all -> what to do.
+# Names of settings that are expressed differently here, or do not exist -> what to do instead.
 _OTHERWISE: dict[str, str] = {
     "deepspeed fsdp zero_stage sharding_stage zero_optimization use_distributed_optimizer": (
         "sharding: stage1 or stage2 divides optimizer state and gradients over ranks"
@@ -111,19 +118,24 @@ _OTHERWISE: dict[str, str] = {
     "enable_liger_kernel use_unsloth use_liger_kernel": "remove it: fused kernels are used where the device has them",
     "disable_gradient_checkpointing": "recompute: False is the default",
     "train_from_scratch": "continue_training: False starts from random weights",
-    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules": (
-        "freezing parts of the model is not built; fine_tuning takes Full or LoRA"
+    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_parameters": (
+        "frozen_parameters names what is not trained"
     ),
+    "freeze_vision_tower freeze_vit": "freeze_config: freeze_vision leaves the vision transformer as it is",
+    "freeze_language_model freeze_llm": "freeze_config: freeze_lm leaves the decoder as it is",
+    "freeze_multi_modal_projector freeze_aligner": "frozen_parameters: resampler leaves the resampler as it is",
+    "vit_lr aligner_lr": "vit_lr_ratio and resampler_lr_ratio are shares of learning_rate",
+    "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "exporting quantised weights is not built",
-    "reward_model ref_model_adapters": "stage takes SFT, PT or DPO; reward models and PPO are not built",
+    "reward_model ref_model_adapters": "stage takes SFT, PT, DPO or VL-SFT; reward models and PPO are not built",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",
     "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
-    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT or DPO",
+    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT, DPO or VL-SFT",
     "ref_model ref_model_name_or_path reference_model": (
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),
@@ -154,7 +166,7 @@ _TABLE = {name: f"did you mean {key}?" for key, names in _SAME.items() for name 
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """What to say about an unknown key: our name for it, a known name that it is a typo of, or nothing."""
+    """A suggestion for an unknown key: our name for it, the known name that it resembles, or nothing."""
     name = name.strip().lower().replace("-", "_")
     candidates = list(known)
     if name in candidates:
@@ -168,10 +180,10 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def table() -> dict[str, str]:
-    """Every name here, and the hint about it."""
+    """Every name of this table with its hint."""
     return dict(_TABLE)
 
 
 def same() -> dict[str, str]:
-    """The names that only differ: theirs -> ours."""
+    """The names whose values mean the same: their name -> ours."""
     return {name: key for key, names in _SAME.items() for name in names.split()}

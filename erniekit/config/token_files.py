@@ -1,4 +1,4 @@
-"""What input_dir says: which token files are read, and how much of each."""
+"""Parses input_dir: the token files and the weight of each."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def weighted_prefixes(words: Sequence[str]) -> list[tuple[float | None, str]]:
     """("0.4", "a", "0.6", "b") -> (0.4, "a"), (0.6, "b"); prefixes alone have no weight.
 
-    Raises ValueError, whose text follows "input_dir: ".
+    Raises ValueError with a text to put after "input_dir: ".
     """
     if any(word.endswith("::CPT") for word in words):
         raise ValueError("::CPT marks data for self_constraint_cpt, which this version does not have. Remove it")

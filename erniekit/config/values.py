@@ -1,8 +1,8 @@
-"""Values as the user wrote them, and what a number or a switch is.
+"""Parses numbers, truth values and lists from the text that the user wrote.
 
-YAML 1.1 reads 2024_06_01 as 20240601, 010 as 8, 1:30 as 90 and 0x10 as 16. Here a value without quotes keeps its text:
-keys that are text take it as it stands, keys that are numbers read it by one rule, the same in YAML, in JSON and on the
-command line: decimal digits, which underscores may group (1_000), no leading zero, an optional fraction and exponent.
+YAML 1.1 reads 2024_06_01 as 20240601, 010 as 8, 1:30 as 90 and 0x10 as 16. Here a value without quotes keeps its text.
+Text keys use that text unchanged. Number keys parse it by one rule in YAML, in JSON and on the command line: decimal
+digits, which underscores may group (1_000), without a leading zero, with an optional fraction and exponent.
 """
 
 import math
@@ -15,19 +15,19 @@ _TRUE = {"true", "yes", "on", "y", "1"}
 _FALSE = {"false", "no", "off", "n", "0"}
 _NUMBER = re.compile(r"[-+]?(?P<whole>\d+(_\d+)*)?(?P<fraction>\.(\d+(_\d+)*)?)?(?P<exponent>[eE][-+]?\d+)?", re.ASCII)
 _OTHER_NOTATION = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[bB][01_]+|0[oO]?[0-9_]+|\d[\d_]*(:[0-5]?\d)+)", re.ASCII)
-_MAX_DIGITS = 400  # no number of a configuration is longer; Python refuses integers of more than 4300 digits
-_LARGEST_INT = 2**63 - 1  # what NumPy and Paddle hold
+_MAX_DIGITS = 400  # more than any real value needs; Python refuses integers of more than 4300 digits
+_LARGEST_INT = 2**63 - 1  # the largest int64, the integer type of NumPy and Paddle
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number, True or False without quotes: the text as written, for keys that are text."""
+    """A number or truth value written without quotes. It keeps the text as written, for keys that are text."""
 
     text: str
 
     @property
     def value(self) -> Any:
-        """The number, the truth value, or, where this is neither by the rule above, the text."""
+        """The number or truth value; the text if it is neither by the rule above."""
         word = self.text.lower()
         if word in _TRUE | _FALSE and not word.isdigit():
             return word in _TRUE
@@ -42,7 +42,7 @@ class Scalar:
 
 
 def plain(value: Any) -> Any:
-    """The value without the texts of its scalars, as keys take it that have no type here."""
+    """The value with every Scalar converted, for keys that have no declared type."""
     if isinstance(value, Scalar):
         return value.value
     if isinstance(value, dict):
@@ -51,30 +51,30 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: as Python writes it, or its beginning."""
+    """A value for a message: its Python notation, shortened if it is long."""
     return shortened(repr(plain(value)) if not isinstance(value, Scalar) else value.text)
 
 
 def shortened(text: str) -> str:
-    """A text of the user's for a message, which nobody wants a page of."""
+    """A user's text for a message, shortened if it is long."""
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def parse_number(text: str) -> int | float:
-    """The decimal number that `text` is. ValueError says what else it looks like."""
+    """Parses a decimal number. The ValueError names the other notation that the text looks like."""
     text = text.strip()
-    found = _NUMBER.fullmatch(text)
-    whole, fraction = (found["whole"] or "", found["fraction"] or "") if found else ("", "")
-    if found is None or not (whole or len(fraction) > 1) or len(text) > _MAX_DIGITS:
-        other = " in decimal digits (2, not 0b10 or 0:02)" if _OTHER_NOTATION.fullmatch(text) else ""
-        raise ValueError(other)
+    match = _NUMBER.fullmatch(text)
+    whole, fraction = (match["whole"] or "", match["fraction"] or "") if match else ("", "")
+    if match is None or not (whole or len(fraction) > 1) or len(text) > _MAX_DIGITS:
+        hint = " in decimal digits (2, not 0b10 or 0:02)" if _OTHER_NOTATION.fullmatch(text) else ""
+        raise ValueError(hint)
     if len(whole) > 1 and whole[0] == "0":
         raise ValueError(" without a leading 0, which means octal to some readers of YAML and decimal to others")
-    return float(text) if fraction or found["exponent"] else int(text)
+    return float(text) if fraction or match["exponent"] else int(text)
 
 
 def to_bool(value: Any) -> bool:
-    """True, 1, "True", "yes", "on" and their opposites; anything else raises ValueError."""
+    """Converts True, 1, "True", "yes", "on" and their opposites; raises ValueError for anything else."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float) and value in (0, 1):
@@ -85,7 +85,7 @@ def to_bool(value: Any) -> bool:
 
 
 def to_int(value: Any) -> int:
-    """An integer, also from "10" and from a number without fraction (1e5); anything else raises ValueError."""
+    """Converts to an integer, also "10" and numbers without fraction (1e5); raises ValueError for anything else."""
     number = _number(value, "an integer")
     if isinstance(number, float) and number != math.floor(number):
         raise ValueError(f"expected an integer, got {shown(value)}")
@@ -95,7 +95,7 @@ def to_int(value: Any) -> int:
 
 
 def to_float(value: Any) -> float:
-    """A finite number, also from "1e-5" (which YAML 1.1 reads as text); anything else raises ValueError."""
+    """Converts to a finite float, also "1e-5" (text in YAML 1.1); raises ValueError for anything else."""
     return float(_number(value, "a number"))
 
 
@@ -112,17 +112,17 @@ def _number(value: Any, wanted: str) -> int | float:
     try:
         if math.isfinite(number):
             return number
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer that is too large for a float
         pass
     raise ValueError(f"expected {wanted}{hint}, got {shown(value)}")
 
 
 def split_list(text: str) -> list[str]:
-    """The texts between commas, without blank ones; one that has a comma itself stands in double quotes, inside which
-    quotes are doubled.
+    """The texts between commas, without empty ones. A text that contains a comma must be in double quotes, within which
+    a quote is written twice.
     """
-    found = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text)
-    items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in found)
+    match = re.findall(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)|([^,]*)(?:,|$)', text)
+    items = (quoted.replace('""', '"') if quoted else plain for quoted, plain in match)
     return [item.strip() for item in items if item.strip()]
 
 
@@ -145,7 +145,7 @@ def split_shares(text: str) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, separated by white space or commas; a word that has one of them stands in quotes."""
+    """The words of a text, separated by white space or commas; a word that contains either must be quoted."""
     words = shlex.shlex(text, posix=True)
     words.whitespace += ","
     words.whitespace_split = True

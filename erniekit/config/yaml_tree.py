@@ -1,8 +1,8 @@
-"""YAML read into keys that know their line and scalars that keep their text, within limits.
+"""Reads YAML into keys that record their line and scalars that keep their text, within limits.
 
-PyYAML's parser is read event by event, which needs neither recursion nor its constructors: no tag can make an object,
-and depth, aliases and the number of values are bounded here. (Nested aliases of a few hundred bytes stand for more
-values than any memory holds.)
+It consumes PyYAML's parser events instead of using its constructors: no tag can create an object, and depth, aliases
+and the number of values are limited. (A few hundred bytes of nested aliases can expand to more values than fit into
+memory.)
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from erniekit.config.values import Scalar
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import MAX_DEPTH
 
-MAX_VALUES = 20_000  # of one file, each use of an alias counted again
+MAX_VALUES = 20_000  # in one file; each use of an alias counts all its values again
 _TAG = "tag:yaml.org,2002:"
 _TEXT = ("!", f"{_TAG}str")
 _PLAIN = tuple(_TAG + name for name in ("int", "float", "bool"))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: `output_dir: 2025-11-21` is text."""
+    """A YAML loader without dates: in `output_dir: 2025-11-21` the value is text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as the class above declares it)
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -35,7 +35,7 @@ _RESOLVER = _Loader("")
 
 @dataclass(frozen=True)
 class Pairs:
-    """A mapping whose keys know their place: (key, value, place). A mapping as value is a Pairs too."""
+    """A mapping as a list of (key, value, place). Nested mappings are Pairs too."""
 
     items: list[tuple[str, Any, str]]
 
@@ -73,7 +73,7 @@ class _Reader:
     def __init__(self, text: str, path: str):
         self._path = path
         self._text = text
-        # Value, number of values and levels of each &name; None while it is being read.
+        # &name -> (value, number of values, depth) of what it labels; None while that is being read.
         self._anchors: dict[str, tuple[Any, int, int] | None] = {}
         self._count = self._deepest = 0
         self._line = 0
@@ -183,7 +183,7 @@ class _Reader:
         return self._refuse(f"the tag {_short(tag)} is not taken here. Write the plain value")
 
     def _mapping(self, depth: int) -> Pairs:
-        own: dict[str, tuple[str, Any, str]] = {}
+        local_items: dict[str, tuple[str, Any, str]] = {}
         lines: dict[str | None, int] = {}
         merged: list[Pairs] = []
         for event in self._until(yaml.MappingEndEvent):
@@ -198,16 +198,16 @@ class _Reader:
             if name is None:
                 merged = self._to_merge(value, line)
             else:
-                own[name] = (name, value, f"{self._path}:{line}")
+                local_items[name] = (name, value, f"{self._path}:{line}")
         if not merged:
-            return Pairs(list(own.values()))
+            return Pairs(list(local_items.values()))
         items: dict[str, tuple[str, Any, str]] = {}
         for pairs in reversed(merged):  # the first of several wins
             items |= {item[0]: item for item in pairs.items}
-        return Pairs(list((items | own).values()))
+        return Pairs(list((items | local_items).values()))
 
     def _key(self, event: Any) -> str | None:
-        """A key's text as written; None for the merge key."""
+        """A key's text as the user wrote it; None for the merge key <<."""
         if isinstance(event, yaml.AliasEvent):
             value = self._alias(event.anchor, 0)
             if isinstance(value, str | Scalar):

@@ -1,7 +1,8 @@
-"""One batch from the packer to the model: PackedBatch. Plain numpy; nothing here knows of Paddle or of ranks.
+"""PackedBatch, the one form of a batch between the packer and the model. It is plain numpy, without Paddle or ranks.
 
-The packer makes rows, batches of one row (`make_row`); the loader joins a microbatch's rows (`join_rows`). Nothing is
-padded: where a device needs more tokens, models.inputs.batch_inputs appends them when it makes the tensors.
+The packer makes rows, which are batches of one row (`make_row`), and the loader joins the rows of a microbatch
+(`join_rows`). There is no padding here: if a device needs more tokens, models.inputs.batch_inputs appends them when it
+makes the tensors.
 
 Legend: T tokens, R rows, N entries of a side table.
 """
@@ -13,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-IGNORE = -100  # a label with no loss
-NO_SEGMENT = -1  # in a column of segment numbers
+IGNORE = -100  # a label without loss
+NO_SEGMENT = -1  # "none" in a column of segment numbers
 
 
 class Modality(IntEnum):
-    """What a token stands for."""
+    """The modality of a token."""
 
     TEXT = 0
     IMAGE = 1
@@ -26,9 +27,9 @@ class Modality(IntEnum):
 
 
 class PairLayout(NamedTuple):
-    """How a pair of answers lies in a document: `prompt` tokens of the prompt but its last, then `chosen` tokens, then
-    `rejected` tokens. Both answers begin with the prompt's last token, which predicts the first of their own: it is
-    there twice, so that every token has one label. `score_delta` > 0: how much better the chosen answer is.
+    """The layout of a pair of answers in a document: `prompt` tokens of the prompt without its last token, then
+    `chosen` tokens, then `rejected` tokens. Both answers begin with the prompt's last token, which predicts their first
+    token; it occurs twice so that every token has one label. `score_delta` > 0: how much better the chosen answer is.
     """
 
     prompt: int
@@ -41,7 +42,7 @@ class DocumentPictures(NamedTuple):
     """The N images and videos of a document of n tokens, in the order of their placeholders.
 
     `modality` int8 [n]; `positions` int64 [n, 3] (time, height, width); `grid` int64 [N, 3]; `first_tokens` int64 [N];
-    `sources` [N]: what decodes each of them (vision.plan.MediaPlan).
+    `sources` [N]: the objects that decode them (vision.plan.MediaPlan).
     """
 
     modality: np.ndarray
@@ -52,8 +53,8 @@ class DocumentPictures(NamedTuple):
 
 
 class Document(NamedTuple):
-    """What is packed: `ids` and `labels` int32 [n], labels[t] the target of position t or -100; for a pair of answers
-    its layout; its images and videos.
+    """A tokenised document: `ids` and `labels` int32 [n], with labels[t] the target of position t or -100; the layout
+    of a pair of answers; images and videos.
     """
 
     ids: np.ndarray
@@ -68,7 +69,7 @@ class Document(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """About how much memory its arrays take, and pictures that are in the record itself."""
+        """The approximate memory of its arrays, and of pictures that are in the record itself."""
         size = self.ids.nbytes + self.labels.nbytes
         if self.pictures is not None:
             size += self.pictures.modality.nbytes + self.pictures.positions.nbytes
@@ -78,13 +79,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class PairTable:
-    """The N pairs of answers of a batch, one entry of each column for each pair.
+    """The N pairs of answers in a batch; each column has one entry per pair.
 
-    `prompts`, `chosen` and `rejected` int64 [N] are segment numbers of the batch. An answer sees its prompt's segment
-    and its own; `prompts` is NO_SEGMENT where a prompt has no segment, as it consists of one token. `score_deltas`
+    `prompts`, `chosen` and `rejected` int64 [N] are segment numbers in the batch. An answer attends to its prompt's
+    segment and to its own; `prompts` is NO_SEGMENT for a prompt of one token, which has no segment. `score_deltas`
     float32 [N]. `reference` fp32 [2, N]: log-probabilities of the chosen and the rejected answers under the reference
-    model, None until a recipe computes them. It is an array of the library that computed it, because numbers of a
-    reference model stay on the device.
+    model, None until a recipe computes them. A reference model's numbers stay on the device, so this array may be a
+    Paddle tensor.
     """
 
     prompts: np.ndarray
@@ -109,7 +110,9 @@ class PairTable:
 
     @staticmethod
     def join(tables: Sequence["PairTable"], first_segments: np.ndarray) -> "PairTable":
-        """One table of several rows' tables, whose segments are counted from `first_segments` on."""
+        """Joins the tables of several rows; the segments of each are renumbered from its entry in
+        `first_segments` on.
+        """
         shifted = [table._shifted(int(first)) for table, first in zip(tables, first_segments, strict=True)]
         return PairTable(
             prompts=np.concatenate([table.prompts for table in shifted]),
@@ -139,8 +142,8 @@ class PictureTable:
     [N, 3], the frames, rows and columns of patches of each (one frame: an image); `first_tokens` int64 [N], the token
     number of the first placeholder of each.
 
-    Only the rank that trains on a batch decodes its pictures. Until then `patches` is empty, `sources` [N] is what
-    decodes them, and `documents` int64 [N] is the number of each one's document among the batch's.
+    Only the rank that trains on a batch decodes its pictures. Until then `patches` is empty, `sources` [N] has the
+    objects that decode them, and `documents` int64 [N] the number of each picture's document in the batch.
     """
 
     patches: np.ndarray
@@ -154,12 +157,12 @@ class PictureTable:
 
     @property
     def num_patches(self) -> int:
-        """P, also before they are decoded."""
+        """P, also before the pictures are decoded."""
         return int(self.grid.prod(axis=1).sum())
 
     @staticmethod
     def of(documents: Sequence[Document]) -> "PictureTable":
-        """The table of documents that are laid one after another."""
+        """The table of concatenated documents."""
         filled = [(i, document.pictures) for i, document in enumerate(documents) if document.pictures is not None]
         starts = _starts([len(document.ids) for document in documents])
         return PictureTable(
@@ -172,7 +175,7 @@ class PictureTable:
 
     @staticmethod
     def join(tables: Sequence["PictureTable"], first_tokens: np.ndarray, first_documents: np.ndarray) -> "PictureTable":
-        """One table of several rows' tables, whose tokens and documents are counted from the given numbers on."""
+        """Joins the tables of several rows; their tokens and documents are renumbered from the given numbers on."""
         filled = [i for i, table in enumerate(tables) if len(table)]
         if not filled:
             return NO_PICTURES
@@ -191,23 +194,24 @@ NO_PICTURES = PictureTable(np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.int64
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The T tokens of R rows, one row after another, without padding. A row holds whole documents, or the parts of
-    documents that fit; a batch of one row is what the packer makes.
+    """The T tokens of R rows, concatenated without padding. A row has whole documents, or parts of documents for token
+    files.
 
     Columns [T]: `input_ids` and `labels` int64, labels[t] being the target of token t or IGNORE; `position_ids` int64,
     which restart at 0 in each document, [T, 3] (time, height, width) where a row has pictures; `segment_ids` int64;
-    `modality` int8 (see Modality; the start and end tokens of a picture have the picture's). Segments are stretches of
-    tokens that attend to themselves, and are numbered 0, 1, ... through the whole batch. A document is one segment, a
-    pair of answers up to three: prompt, chosen, rejected. The positions of both answers continue the prompt's.
+    `modality` int8 (see Modality; the start and end tokens of a picture have the picture's). Segments are consecutive
+    tokens that attend only to one another, and are numbered 0, 1, ... over the whole batch. A document is one segment,
+    a pair of answers up to three: prompt, chosen and rejected. The positions of both answers continue the prompt's.
 
-    `row_lengths` [R] are the rows' numbers of tokens, and add up to T. `sources` names each document's place,
-    "file:line", for messages about a step that went wrong. `pairs` are the pairs of answers, `pictures` the images and
-    videos; other data has none.
+    `row_lengths` [R] are the numbers of tokens of the rows, with the sum T. `sources` has each document's place,
+    "file:line", for error messages about a step. `pairs` are the pairs of answers, `pictures` the images and videos;
+    they are empty for other data.
 
-    A side table, as `pairs` and `pictures` are, has a column for each fact and numbers what it points to through the
-    whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts their numbers;
-    (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward is a column of
-    the table of what it is given for; a weight of each token's loss is one more column [T].
+    A side table such as `pairs` or `pictures` has one column per fact, and refers to tokens or segments by their
+    numbers in the whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts
+    their numbers; (2) a field below, empty by default, which `make_row` fills; (3) one line in `join_rows`. A reward
+    would be a column of the table of the objects that are rewarded; a weight for each token's loss would be one more
+    column [T].
     """
 
     input_ids: np.ndarray
@@ -229,7 +233,7 @@ class PackedBatch:
         sources: Sequence[str],
         pairs: PairTable = NO_PAIRS,
     ) -> "PackedBatch":
-        """A row of text; the columns may be of any integer type."""
+        """Makes a row of text; the columns may have any integer type."""
         return PackedBatch(
             input_ids=input_ids.astype(np.int64),
             labels=labels.astype(np.int64),
@@ -248,34 +252,36 @@ class PackedBatch:
 
     @property
     def num_segments(self) -> int:
-        """Segments are numbered below this."""
+        """The number of segments."""
         return int(self.segment_ids[-1]) + 1 if len(self.segment_ids) else 0
 
     @property
     def num_samples(self) -> int:
-        """Documents (a pair of answers is one), or parts of documents."""
+        """The number of documents (a pair of answers is one), or of parts of documents."""
         return len(self.sources)
 
     @property
     def segment_lengths(self) -> np.ndarray:
-        """Tokens of each segment [num_segments]."""
+        """The number of tokens of each segment [num_segments]."""
         return np.bincount(self.segment_ids, minlength=self.num_segments)
 
     @property
     def segment_modality(self) -> np.ndarray:
-        """Of each segment: video if it has one, else image if it has one, else text; int8 [num_segments]."""
+        """The modality of each segment: video if it has one, else image if it has one, else text; int8
+        [num_segments].
+        """
         kinds = np.full(self.num_segments, Modality.TEXT, np.int8)
         np.maximum.at(kinds, self.segment_ids, self.modality)
         return kinds
 
     @property
     def supervised(self) -> np.ndarray:
-        """Numbers of the tokens that carry loss, ascending."""
+        """The numbers of the tokens that carry loss, ascending."""
         return np.flatnonzero(self.labels != IGNORE)
 
     @property
     def prefixes(self) -> np.ndarray | None:
-        """For each segment, the segment whose tokens it also sees, or NO_SEGMENT; None where no segment does."""
+        """For each segment, the segment that it also attends to, or NO_SEGMENT; None if there is no such segment."""
         if not len(self.pairs):
             return None
         prefixes = np.full(self.num_segments, NO_SEGMENT)
@@ -285,7 +291,7 @@ class PackedBatch:
 
     @property
     def answer_labels(self) -> np.ndarray:
-        """How many labels each answer has, the chosen and then the rejected ones: fp32 [2N]."""
+        """The number of labels of each answer, first the chosen and then the rejected ones: fp32 [2N]."""
         counts = np.bincount(self.segment_ids[self.supervised], minlength=self.num_segments)
         return counts[self.pairs.answers].astype(np.float32)
 
@@ -295,10 +301,10 @@ _EMPTY = PackedBatch.text_row(_NONE, _NONE, _NONE, _NONE, [])
 
 
 def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBatch:
-    """Lay documents one after another. Positions restart and the segment number rises at each; the answers of a pair
-    are segments of their own, whose positions continue their prompt's.
+    """Makes a row by concatenating documents. Each document starts a new segment with positions from 0. The answers of
+    a pair are separate segments, whose positions continue their prompt's.
     """
-    spans: list[tuple[int, int]] = []  # of each segment: its first position, its length
+    spans: list[tuple[int, int]] = []  # (first position, length) of each segment
     pairs: list[tuple[int, int, int, float]] = []
     for document in documents:
         if document.pair is None:
@@ -321,57 +327,56 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
 
 
 def _with_pictures(row: PackedBatch, documents: Sequence[Document]) -> PackedBatch:
-    """The row of documents of which some have pictures."""
+    """The row with the pictures of its documents."""
     positions, modality = _on_three_axes(row.position_ids), row.modality.copy()
     end = 0
     for document in documents:
         start, end = end, end + len(document.ids)
         if document.pictures is not None:
-            assert document.pair is None, "the positions of a pair with pictures are not defined"
             positions[start:end] = document.pictures.positions
             modality[start:end] = document.pictures.modality
     return replace(row, position_ids=positions, modality=modality, pictures=PictureTable.of(documents))
 
 
 def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
-    """One batch of all rows, whose segments and side tables share one numbering.
+    """Joins rows into one batch, and renumbers their segments and side tables.
 
-    No row at all gives a batch without tokens: it lets a rank that has no data in a short last step take part in it
-    with a loss of zero.
+    Without rows the batch has no tokens. With such a batch a rank without data takes part in a short last step, with a
+    loss of zero.
     """
-    parts = [_EMPTY, *rows]
-    first_segments = _starts([part.num_segments for part in parts])
+    batches = [_EMPTY, *rows]
+    first_segments = _starts([row.num_segments for row in batches])
     return PackedBatch(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        position_ids=_join_positions([part.position_ids for part in parts]),
+        input_ids=np.concatenate([row.input_ids for row in batches]),
+        labels=np.concatenate([row.labels for row in batches]),
+        position_ids=_join_positions([row.position_ids for row in batches]),
         segment_ids=np.concatenate(
-            [part.segment_ids + first for part, first in zip(parts, first_segments, strict=True)]
+            [row.segment_ids + first for row, first in zip(batches, first_segments, strict=True)]
         ),
-        modality=np.concatenate([part.modality for part in parts]),
+        modality=np.concatenate([row.modality for row in batches]),
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
-        pairs=PairTable.join([part.pairs for part in parts], first_segments),
+        pairs=PairTable.join([row.pairs for row in batches], first_segments),
         pictures=PictureTable.join(
-            [part.pictures for part in parts],
-            _starts([part.num_tokens for part in parts]),
-            _starts([part.num_samples for part in parts]),
+            [row.pictures for row in batches],
+            _starts([row.num_tokens for row in batches]),
+            _starts([row.num_samples for row in batches]),
         ),
     )
 
 
-def _join_positions(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[T], or [T, 3] where a part has three axes."""
-    if all(part.ndim == 1 for part in parts):
-        return np.concatenate(parts)
-    return np.concatenate([_on_three_axes(part) for part in parts])
+def _join_positions(positions: Sequence[np.ndarray]) -> np.ndarray:
+    """The positions of all rows: [T], or [T, 3] if any row has three axes."""
+    if all(part.ndim == 1 for part in positions):
+        return np.concatenate(positions)
+    return np.concatenate([_on_three_axes(part) for part in positions])
 
 
 def _on_three_axes(positions: np.ndarray) -> np.ndarray:
-    """Positions as [T, 3]: text has the same position on all of them."""
+    """Converts positions to [T, 3]; text has the same position on all three axes."""
     return positions if positions.ndim == 2 else np.repeat(positions[:, None], 3, axis=1)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
-    """Where each of several stretches begins that follow one another: int64 [number of stretches]."""
+    """The start of each of several consecutive ranges with these lengths: int64 [number of ranges]."""
     return np.cumsum([0, *counts[:-1]], dtype=np.int64)

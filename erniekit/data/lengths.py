@@ -1,10 +1,10 @@
-"""How many tokens each record of a data set has: what the number of rows, and so of steps, is counted from.
+"""Measures how many tokens each record of a data set has, from which the number of rows and steps is computed.
 
-Up to MEASURED_BYTES of records are all encoded, by worker processes, and the counts are exact. Of more data a sample
-is encoded, spread evenly over the files; every other record is then taken to have the documents of the measured record
-of its source that comes next to it in size (hot-deck imputation), so that dropped records, several documents of one
-record and truncation need no model of their own. What was measured is kept in the user's cache directory, under a
-fingerprint of everything that it depends on.
+Up to MEASURED_BYTES of records are all encoded, by worker processes, and the counts are exact. For more data, a sample
+spread evenly over the files is encoded. Every other record is then assumed to have the same documents as the measured
+record of its source that is closest in bytes (hot-deck imputation). In this way dropped records, truncation and records
+with several documents need no separate models. Measurements are cached in the user's cache directory, under a
+fingerprint of everything that they depend on.
 """
 
 import fcntl
@@ -30,13 +30,13 @@ from erniekit.utils.runtime import cache_directory, num_cores
 from erniekit.utils.user_files import open_regular
 from erniekit.utils.version import __version__
 
-MEASURED_BYTES = 48 << 20  # some 8 seconds of two cores with ERNIE's tokenizer
-_FEW_BYTES = 2 << 20  # less than this is encoded sooner than a worker has started
-_SLOW_SECONDS = 2.0  # what took longer to measure is kept, as is what workers measured
+MEASURED_BYTES = 48 << 20  # about 8 seconds on two cores with ERNIE's tokenizer
+_FEW_BYTES = 2 << 20  # smaller data is encoded before a worker would have started
+_SLOW_SECONDS = 2.0  # a measurement is cached if it took longer than this, or used workers
 _KEPT_FILES = 50
 _FORMAT = 2  # of a kept file
 _MIN_SAMPLES = 64
-_SEED = 7  # of the sample, which need not change with the run's seed
+_SEED = 7  # the seed of the sample, which does not depend on the run's seed
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Lengths:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all records, estimated where not exact."""
+        """The number of tokens of all records; an estimate unless `exact`."""
         sums = np.concatenate([[0], np.cumsum(self.tokens, dtype=np.int64)])
         return int((sums[self.starts + self.counts] - sums[self.starts]).sum())
 
     def of(self, number: int) -> list[int]:
-        """The tokens of each document of a record."""
+        """The number of tokens of each document of a record."""
         start = self.starts[number]
         return self.tokens[start : start + self.counts[number]].tolist()
 
@@ -96,21 +96,21 @@ class _Measured:
 
 
 def choose_sample(dataset: Dataset, max_samples: int) -> np.ndarray:
-    """The numbers of the records to encode, ascending: all of them, or as many as are allowed, one from each of equal
-    stretches of the data set.
+    """The numbers of the records to encode, ascending: all of them, or as many as allowed. The data set is divided into
+    that many equal parts, and one record is drawn from each (stratified sampling).
     """
     size, total_bytes = len(dataset), int(dataset.record_bytes.sum())
     share = min(1.0, MEASURED_BYTES / max(total_bytes, 1))
-    wanted = min(max_samples, max(int(size * share), _MIN_SAMPLES))
-    if wanted >= size:
+    sample_size = min(max_samples, max(int(size * share), _MIN_SAMPLES))
+    if sample_size >= size:
         return np.arange(size)
-    inside = (random_bits((_SEED,), 0, wanted) >> np.uint64(11)) * 2.0**-53
-    return np.unique(((np.arange(wanted) + inside) * (size / wanted)).astype(np.int64))
+    offsets = (random_bits((_SEED,), 0, sample_size) >> np.uint64(11)) * 2.0**-53
+    return np.unique(((np.arange(sample_size) + offsets) * (size / sample_size)).astype(np.int64))
 
 
 def measure_lengths(dataset: Dataset, service: EncodingService, max_samples: int) -> Lengths:
-    """The lengths of all records, read from the cache or measured now. Where no record of the sample can be used, all
-    are measured: others may be usable.
+    """The lengths of all records, read from the cache or measured now. If the whole sample was dropped, all records are
+    measured, since others may be usable.
     """
     lengths = _measure(dataset, service, choose_sample(dataset, max_samples))
     if lengths.exact or len(lengths.tokens):
@@ -134,8 +134,9 @@ def _measure(dataset: Dataset, service: EncodingService, numbers: np.ndarray) ->
 
 @contextmanager
 def _one_at_a_time(file: Path) -> Iterator[None]:
-    """Wait while another process measures the same data, such as another rank of this host: every rank needs the
-    lengths at the same time, and workers of one are enough to occupy all cores. The lock ends with its process.
+    """A context that waits while another process measures the same data, such as another rank of this host: all ranks
+    need the lengths at the same time, and the workers of one rank already occupy all cores. The lock ends with its
+    process.
     """
     lock, descriptor = file.with_suffix(".lock"), None
     try:
@@ -143,12 +144,12 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
-        pass  # this file system has no locks, or nothing can be written: every process measures for itself
+        pass  # without locks, or without write permission, every process measures for itself
     try:
         yield
     finally:
         if descriptor is not None:
-            lock.unlink(missing_ok=True)  # a process that waits has the file open, and finds the lengths kept
+            lock.unlink(missing_ok=True)  # a waiting process has the file open, and will find the lengths in the cache
             os.close(descriptor)
 
 
@@ -158,9 +159,9 @@ def _encode(service: EncodingService, numbers: np.ndarray, workers: int | None) 
     patches: list[int] = []
     dropped = truncated = shrunk = 0
     with closing(service.stream(numbers.tolist(), workers)) as encoded:
-        shown = track(encoded, len(numbers), "data: measuring samples") if workers else encoded
-        for place, record in enumerate(shown):
-            counts[place] = len(record.documents)
+        tracked = track(encoded, len(numbers), "data: measuring samples") if workers else encoded
+        for index, record in enumerate(tracked):
+            counts[index] = len(record.documents)
             tokens += [len(document.ids) for document in record.documents]
             patches += [document.num_patches for document in record.documents]
             dropped += bool(record.dropped)
@@ -171,23 +172,23 @@ def _encode(service: EncodingService, numbers: np.ndarray, workers: int | None) 
 
 
 def _for_all(dataset: Dataset, measured: _Measured) -> Lengths:
-    """Every record's documents: its own, or those of the measured record that stands for it."""
+    """The lengths of all records: measured, or copied from the measured record that represents the record."""
     first = np.concatenate([[0], np.cumsum(measured.counts, dtype=np.int64)])[:-1]
-    which = np.empty(len(dataset), np.int64)  # the measured record that stands for each record
+    representative = np.empty(len(dataset), np.int64)  # the index of the measured record that represents each record
     begin = 0
     for size in dataset.sizes:
         end = begin + size
         low, high = np.searchsorted(measured.numbers, (begin, end))
-        if low == high:  # a tiny source of which the sample has nothing
+        if low == high:  # a small source without a measured record uses those of all sources
             low, high = 0, len(measured.numbers)
-        which[begin:end] = low + _nearest(
+        representative[begin:end] = low + _nearest(
             dataset.record_bytes[measured.numbers[low:high]], dataset.record_bytes[begin:end]
         )
         begin = end
-    which[measured.numbers] = np.arange(len(measured.numbers))
+    representative[measured.numbers] = np.arange(len(measured.numbers))
     return Lengths(
-        first[which],
-        measured.counts[which],
+        first[representative],
+        measured.counts[representative],
         measured.tokens,
         measured.patches,
         len(measured.numbers),
@@ -197,15 +198,17 @@ def _for_all(dataset: Dataset, measured: _Measured) -> Lengths:
     )
 
 
-def _nearest(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each of `wanted` the index of the nearest of `known`; of several equal ones each has its turn."""
+def _nearest(known: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """For each of `targets`, the index of the nearest value in `known`. If several known values equal a target, they
+    are used in turn, so that many records of one size do not all copy the same measured record.
+    """
     order = np.argsort(known, kind="stable")
     values = known[order]
-    left, right = np.searchsorted(values, wanted, "left"), np.searchsorted(values, wanted, "right")
-    turn = left + np.arange(len(wanted)) % np.maximum(right - left, 1)
-    below, above = np.maximum(left - 1, 0), np.minimum(left, len(values) - 1)
-    nearer = np.where(wanted - values[below] <= values[above] - wanted, below, above)
-    return order[np.where(right > left, turn, nearer)]
+    first_equal, behind_equal = np.searchsorted(values, targets, "left"), np.searchsorted(values, targets, "right")
+    turn = first_equal + np.arange(len(targets)) % np.maximum(behind_equal - first_equal, 1)
+    below, above = np.maximum(first_equal - 1, 0), np.minimum(first_equal, len(values) - 1)
+    nearer = np.where(targets - values[below] <= values[above] - targets, below, above)
+    return order[np.where(behind_equal > first_equal, turn, nearer)]
 
 
 def _cache_file(dataset: Dataset, numbers: np.ndarray, depends_on: dict[str, Any]) -> Path:
@@ -220,17 +223,17 @@ def _cache_file(dataset: Dataset, numbers: np.ndarray, depends_on: dict[str, Any
 
 
 def _read(file: Path, numbers: np.ndarray) -> _Measured | None:
-    """What was kept; None if there is nothing, or nothing that can be used."""
+    """The cached measurement; None if there is none that can be used."""
     try:
         with open_regular(file, DataError) as opened, np.load(opened, allow_pickle=False) as archive:
             counts, tokens, patches, totals = (archive[name] for name in ("counts", "tokens", "patches", "totals"))
     except FileNotFoundError:
         return None
     except DataError as error:
-        log.warning(f"kept lengths are not used, measuring again: {error}")
+        log.warning(f"cached lengths are not used, measuring again: {error}")
         return None
-    except Exception as error:  # zipfile, numpy and the system each raise their own for a broken file
-        log.warning(f"{file}: kept lengths cannot be read ({error}); measuring again")
+    except Exception as error:  # zipfile, numpy and the system raise different errors for a broken file
+        log.warning(f"{file}: cached lengths cannot be read ({error}); measuring again")
         return None
     if not _is_possible(counts, tokens, patches, totals, len(numbers)):
         log.warning(f"{file}: kept lengths are not those of {len(numbers):,} samples; measuring again")
@@ -258,7 +261,7 @@ def _keep(file: Path, measured: _Measured) -> None:
         _remove_oldest(sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime))
     except OSError as error:
         log.info(
-            f"data: measured lengths cannot be kept in {file.parent} ({error.strerror}); a new start measures again"
+            f"data: measured lengths cannot be cached in {file.parent} ({error.strerror}); the next run measures again"
         )
 
 

@@ -1,14 +1,14 @@
 """The data pipeline from end to end: build_loader(cfg, ...) -> Loader, which gives each rank its microbatches step by
 step.
 
-files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows) ->
+files and sources (checked at the start) -> sampler (shuffles, mixes) -> encoder (tokens, labels) -> packing (rows) ->
 batches (data/batch.py).
 
-Rows form one global stream. A step takes G = batch_size * accumulation * world of them; microbatch m of rank r takes
-rows (m * world + r) * batch_size + [0, batch_size) of the step, so that layouts with the same G give the same rows to
-the same step. Nothing is padded away or left out at the end of an epoch: a step may hold the last rows of one epoch and
-the first of the next. Only at the very end of training may a step be short: it has as many microbatches as its rows
-need, the same number on every rank, and a rank that gets no row in one gets a batch without tokens.
+Rows form one global stream. A step consists of G = batch_size * accumulation * world rows. Microbatch m of rank r has
+rows (m * world + r) * batch_size + [0, batch_size) of the step, so layouts with the same G have the same rows in the
+same step. Nothing is padded or left out at the end of an epoch: a step may contain the last rows of one epoch and the
+first rows of the next. Only the last step of a training may have fewer rows. It has as many microbatches as its rows
+need, the same number on every rank; a rank without a row in one of them gets a batch without tokens.
 """
 
 import math
@@ -22,10 +22,11 @@ from typing import Any, Protocol
 from erniekit.config import Config
 from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
+from erniekit.data.mixed_feed import MixedFeed
 from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset
-from erniekit.data.tokens.feed import TokenFeed, open_token_files
+from erniekit.data.tokens.feed import open_token_files
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.utils.errors import DataError
 
@@ -44,7 +45,7 @@ class Plan:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that next_step() takes over all ranks."""
+        """The number of rows in a step, over all ranks."""
         return self.batch_size * self.accumulation * self.world
 
 
@@ -57,15 +58,15 @@ class Position(Protocol):
 
 
 class Feed(Protocol):
-    """Where a Loader gets its rows: one global stream, the same on every rank. Two threads may read it at a time.
-    `identity` is everything that decides which rows it yields, under names that a user knows.
+    """The source of a Loader's rows: one global stream, the same on every rank, which two threads may read at the same
+    time. `identity` has everything that its rows depend on, under names that a user knows.
     """
 
     identity: dict[str, Any]
 
     @property
     def exact(self) -> bool:
-        """Whether rows_left() counts rows; otherwise it estimates them."""
+        """Whether rows_left() is exact; otherwise it is an estimate."""
         ...
 
     def begin(self) -> Any:
@@ -73,29 +74,29 @@ class Feed(Protocol):
         ...
 
     def read_position(self, state: dict[str, Any]) -> Any:
-        """The position that to_dict() described."""
+        """The position that to_dict() has saved."""
         ...
 
     def rows(self, position: Any) -> Generator[tuple[PackedBatch, Any], None, None]:
-        """The rows after a position, each as a batch of one row with the position behind it."""
+        """Yields the rows after a position, each as a batch of one row, with the position after it."""
         ...
 
     def rows_left(self, position: Any) -> float:
-        """Rows from a position to the end of num_train_epochs. It may have to measure the data first, and logs the
-        result.
+        """The number of rows from a position to the end of num_train_epochs. The first call may have to measure the
+        data, and logs the result.
         """
         ...
 
     def epochs_done(self, position: Any) -> int:
-        """Epochs of which every row lies before a position."""
+        """The number of epochs of which every row is before a position."""
         ...
 
     def report(self, position: Any) -> dict[str, Any]:
-        """Counts up to a position."""
+        """The counts up to a position."""
         ...
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches with what is only loaded for the rank that trains on them: the patches of pictures."""
+        """Load the parts of batches that only the rank that trains on them needs: the patches of pictures."""
         ...
 
     def interrupt(self) -> None:
@@ -106,23 +107,22 @@ class Feed(Protocol):
 class Loader:
     """Yields the batches of one rank. `build_loader` makes it; close it (or use it in a `with`) when done.
 
-    The batches are made in a background thread, `prefetch_factor` steps ahead, and encoded in `dataloader_num_workers`
-    processes if there are any. All of these end with close(), with the interpreter, and, should the trainer be killed,
-    with it.
+    A background thread makes the batches, `prefetch_factor` steps ahead, and `dataloader_num_workers` processes encode
+    the records. They all end with close(), at the exit of the interpreter, and if the trainer is killed.
     """
 
     def __init__(self, feed: Feed, plan: Plan):
         self._feed, self._plan = feed, plan
-        self._position: Position = feed.begin()  # behind the last step that next_step() returned
-        self._reported: Position = self._position  # behind the last step or batch that was yielded
+        self._position: Position = feed.begin()  # after the last step that next_step() returned
+        self._reported: Position = self._position  # after the last step or batch that was yielded
         self._running: list[Prefetcher[tuple[list[PackedBatch], Position]]] = []
         self._steps: Prefetcher[tuple[list[PackedBatch], Position]] | None = None
-        # runs when the loader is collected, or at the interpreter's exit
+        # runs when the loader is garbage-collected, or at the interpreter's exit
         self._finalizer = weakref.finalize(self, _stop_all, self._running)
 
     def next_step(self) -> list[PackedBatch]:
-        """This rank's microbatches of the next step. StopIteration at the end of training; DataError names the file and
-        line of a sample that cannot be read.
+        """This rank's microbatches of the next step. Raises StopIteration at the end of the training, or DataError with
+        file and line for a sample that cannot be read.
         """
         if self._steps is None:
             self._steps = self._start(self._position, self._plan.accumulation)
@@ -131,8 +131,8 @@ class Loader:
         return batches
 
     def batches(self, limit: int = -1) -> Generator[PackedBatch, None, None]:
-        """For evaluation: this rank's batches of one pass over the data, or of its first `limit` * batch_size rows if
-        `limit` is positive, however many ranks share them. Every rank gets the same number.
+        """Yields this rank's batches of an evaluation: one pass over the data, or its first `limit` * batch_size rows
+        over all ranks if `limit` is positive. Every rank gets the same number of batches.
         """
         steps = self._start(self._feed.begin(), 1, limit * self._plan.batch_size if limit > 0 else None)
         try:
@@ -147,27 +147,27 @@ class Loader:
 
     @property
     def feed(self) -> Feed:
-        """Where the rows come from."""
+        """The source of the rows."""
         return self._feed
 
     @property
     def dataset(self) -> Dataset:
-        """The records that are read, in the order of the files; token files have none."""
-        assert isinstance(self._feed, RecordFeed), "token files have no records"
+        """The records, in the order of the files. It does not exist for token files."""
+        assert isinstance(self._feed, RecordFeed | MixedFeed), "token files have no records"
         return self._feed.dataset
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides which rows come in which order, under names that a user knows, as JSON values."""
+        """Everything that the rows and their order depend on, as JSON values under names that a user knows."""
         return self._feed.identity
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step that next_step() returned, which is not the last one prefetched."""
+        """The position after the last step that next_step() returned; prefetched steps do not count."""
         return {"version": _VERSION, "position": self._position.to_dict(), "data": self._feed.identity}
 
     def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What a saved position depends on and what has changed since: (then, now) under names that a user knows. What
-        an earlier version of this program did not save cannot be compared.
+        """The changes since a position was saved, among the things that it depends on: (then, now) under names that a
+        user knows. Values that an earlier version did not save are not compared.
         """
         then, now = state.get("data"), self._feed.identity
         if state.get("version") != _VERSION or not isinstance(then, dict):
@@ -175,8 +175,8 @@ class Loader:
         return {key: (then[key], now.get(key)) for key in then if then[key] != now.get(key)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position. Ranks, batch size, accumulation and the number of epochs may have changed;
-        the data and how it is ordered and packed may not (DataError says what did).
+        """Continue from a saved position. Ranks, batch size, accumulation and the number of epochs may have changed.
+        Raises DataError if the data, or its order or packing, has changed.
         """
         changed = [f"{key} was {then!r} and is now {now!r}" for key, (then, now) in self.changes(state).items()]
         if changed:
@@ -195,10 +195,10 @@ class Loader:
         self._position = self._reported = position
 
     def rows_left(self) -> float:
-        """Rows, over all ranks, from the position of state_dict() to the end of num_train_epochs.
+        """The number of rows, over all ranks, from the position of state_dict() to the end of num_train_epochs.
 
-        The first call may encode samples to measure them: all, or, beyond `max_estimate_samples`, that many, and
-        extrapolates; `exact` says which, and so does a log line. Token files need no measuring.
+        The first call may encode samples to measure them: all, or at most `max_estimate_samples`, from which it then
+        extrapolates. `exact` and a log line say which. Token files need no measurement.
         """
         return self._feed.rows_left(self._position)
 
@@ -209,23 +209,23 @@ class Loader:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of which next_step() has returned every row."""
+        """The number of epochs of which next_step() has returned every row."""
         return self._feed.epochs_done(self._position)
 
     @property
     def exact(self) -> bool:
-        """Whether rows_left counts rows; otherwise it estimates them."""
+        """Whether rows_left is exact; otherwise it is an estimate."""
         return self._feed.exact
 
     def report(self) -> dict[str, Any]:
-        """Counts up to the last step returned, over all ranks and since the start of training, before a resume too:
-        samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and what else the kind of
-        data has (RecordFeed.report, TokenFeed.report).
+        """The counts up to the last returned step, over all ranks and since the start of the training, also before a
+        resume: samples, cut, dropped, bad_lines, rows, tokens, supervised_tokens, fill_rate, epoch, and further counts
+        of the kind of data (RecordFeed.report, TokenFeed.report).
         """
         return self._feed.report(self._reported)
 
     def close(self) -> None:
-        """End the thread and the workers. A loader that is used again starts them again."""
+        """End the thread and the workers. They start again if the loader is used again."""
         self._steps = None
         _stop_all(self._running)
 
@@ -238,7 +238,7 @@ class Loader:
     def _start(
         self, position: Position, accumulation: int, max_rows: int | None = None
     ) -> Prefetcher[tuple[list[PackedBatch], Position]]:
-        # locals: the thread must not keep the loader alive
+        # use locals only: a reference to self in the thread would keep the loader alive
         feed, plan = self._feed, replace(self._plan, accumulation=accumulation)
         steps = Prefetcher(lambda: _steps(feed, plan, position, max_rows), plan.prefetch, feed.interrupt)
         self._running.append(steps)
@@ -258,7 +258,7 @@ def _stop_all(running: list[Prefetcher[Any]]) -> None:
 def _steps(
     feed: Feed, plan: Plan, position: Position, max_rows: int | None
 ) -> Generator[tuple[list[PackedBatch], Position], None, None]:
-    """A rank's microbatches step by step, each with the position behind the step."""
+    """Yields a rank's microbatches step by step, with the position after each step."""
     with closing(feed.rows(position)) as all_rows:
         rows = islice(all_rows, max_rows)
         while taken := list(islice(rows, plan.rows_per_step)):
@@ -286,20 +286,23 @@ def build_loader(
 ) -> Loader:
     """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
 
-    `cfg` has the configuration's data keys. With dataset_type: pretrain the rows come from token files (input_dir), for
-    evaluation unless eval_dataset_path is given; otherwise from text. `template` is only for a chat template of one's
-    own; None loads the one that cfg.chat_template and the tokenizer's directory name. Training follows mix_strategy,
-    random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set once, in the order of the files.
-    `inspection` is how records are looked at first; `accumulation`: the microbatches of a training step, None:
-    gradient_accumulation_steps; `vision`: how records with pictures are read, None: they are text. Raises DataError
-    (file:line, reason, hint) for data that cannot be read and ConfigError for keys that do not go together.
+    `cfg` has the configuration's data keys. With dataset_type: pretrain, training rows come from token files
+    (input_dir), and so do evaluation rows unless eval_dataset_path is given; otherwise rows come from text. `template`
+    is for a custom chat template; None loads the one that cfg.chat_template and the tokenizer's directory select.
+    Training follows mix_strategy, random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set
+    once, in the order of the files. `inspection`: how records are checked first. `accumulation`: the microbatches of a
+    training step, by default gradient_accumulation_steps. `vision`: the options for records with pictures; None: all
+    records are text. Raises DataError (file:line, reason, hint) for data that cannot be read and ConfigError for keys
+    that contradict each other.
     """
     training = split == "train"
-    feed: RecordFeed | TokenFeed
+    feed: Feed
     if cfg.dataset_type == "pretrain" and (training or not cfg.eval_dataset_path):
         feed = open_token_files(cfg, tokenizer, split)
     else:
         feed = open_text(cfg, tokenizer, split, template, inspection, vision)
+        if training and vision is not None and cfg.text_dataset_path:
+            feed = _with_text(cfg, feed, open_text(text_keys(cfg), tokenizer, split, template, inspection), world)
     plan = Plan(
         batch_size=cfg.batch_size,
         accumulation=(accumulation or cfg.gradient_accumulation_steps) if training else 1,
@@ -308,3 +311,24 @@ def build_loader(
         prefetch=cfg.prefetch_factor,
     )
     return Loader(feed, plan)
+
+
+def text_keys(cfg: Config) -> Config:
+    """The configuration of the text that text_dataset_path names, as if it were all of the data. It has no end."""
+    return replace(
+        cfg,
+        train_dataset_path=cfg.text_dataset_path,
+        train_dataset_type=cfg.text_dataset_type,
+        train_dataset_prob=cfg.text_dataset_prob,
+        truncation="drop" if cfg.truncation == "shrink" else cfg.truncation,
+        max_steps=max(cfg.max_steps, 1),
+    )
+
+
+def _with_text(cfg: Config, pictures: RecordFeed, text: RecordFeed, world: int) -> MixedFeed:
+    """Rows with pictures and of text by turns."""
+    microbatch = cfg.batch_size * world
+    block = {"acc": microbatch, "batch": microbatch * cfg.gradient_accumulation_steps, "mixed": 1}
+    with_pictures, of_text = cfg.modality_ratio or (1, 1)
+    interleave = cfg.modality_interleave
+    return MixedFeed(pictures, text, (with_pictures, of_text), block[interleave], interleave)

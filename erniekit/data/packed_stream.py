@@ -1,4 +1,4 @@
-"""The one global stream of rows: the same whatever the number of ranks, workers or microbatches, and able to begin at
+"""The global stream of packed rows. It is the same for any number of ranks, workers and microbatches, and can start at
 any row.
 """
 
@@ -41,12 +41,12 @@ class Counts:
 class Position:
     """A position between two rows.
 
-    A window of the order begins in `round` at sample `start`, preceded by the `carried` documents (sample's index in
-    the round, document's index in the sample) of the window before; `emitted` of its rows have been yielded.
-    `window_counts` were the counts when the window began, `counts` are those of now. To continue from here only the
-    window is read again. `stop` is the sample where it ended, `last` whether the round ended with it, `closed` whether
-    all its rows have been yielded: with another num_train_epochs the round may have become longer or shorter, but this
-    window is read as it was.
+    The current packing window begins in `round` at sample `start`. It also contains the documents that the previous
+    window `carried` over, as (index of the sample in the round, index of the document in the sample). `emitted` of its
+    rows have been yielded. `window_counts` are the counts at the beginning of the window, `counts` the present ones. To
+    continue from here, only this window is read again. `stop` is the sample at which the window ended, `last` whether
+    the round ended with it, `closed` whether all its rows have been yielded. They are saved because another
+    num_train_epochs may change the length of the round, while this window must be read as before.
     """
 
     round: int = 0
@@ -61,7 +61,7 @@ class Position:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds of which every row has been yielded."""
+        """The number of rounds of which every row has been yielded."""
         return self.round + (self.closed and self.last)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Position:
             state["start"],
             tuple((int(i), int(j)) for i, j in state["carried"]),
             state["emitted"],
-            stop=state.get("stop", 0),  # positions of earlier versions have none
+            stop=state.get("stop", 0),  # positions saved by earlier versions do not have it
             last=state.get("last", False),
             closed=state.get("closed", False),
             **counts,
@@ -93,11 +93,10 @@ class _Placed:
 
 
 class PackedStream:
-    """Rows of packed documents from the records that `order` names, encoded by `service`.
+    """The rows packed from the documents of records, which `order` selects and `service` encodes.
 
-    `num_rounds` None: without end. A fraction ends within a round: 1.5 rounds are one round and the first half of the
-    next. At the end of a round the packer's open rows are yielded, so that an epoch's samples are in the epoch's
-    rows.
+    `num_rounds`: None if the stream is endless; a fraction ends within a round: 1.5 rounds are one round and the first
+    half of the next. At the end of a round the packer's open rows are yielded, so that rows do not mix epochs.
     """
 
     def __init__(
@@ -112,13 +111,15 @@ class PackedStream:
         self._order, self._service, self._packer = order, service, packer
         self._window, self._max_seq_len, self._num_rounds = window, max_seq_len, num_rounds
         self._recent: dict[int, np.ndarray] = {}
-        self._lengths: dict[int, int] = {}  # of whole rounds
+        self._lengths: dict[int, int] = {}  # round -> number of samples in the whole round
 
     def ids(self, number: int) -> np.ndarray:
-        """The record numbers of a round, int64 [N]; fewer in a round that is only used in part, none after the last."""
+        """The record numbers of a round, int64 [N]; fewer if only a part of the round is used, none after the
+        last round.
+        """
         if number not in self._recent:
-            # Two are kept: the encoding service reads ahead into the next round. `pop` and not `del`: another thread
-            # may do the same.
+            # Two rounds are cached, since the encoding service reads ahead into the next one. `pop` instead of `del`,
+            # since another thread may do the same at this moment.
             for old in sorted(self._recent)[:-1]:
                 self._recent.pop(old, None)
             ids = self._order.round(number)
@@ -130,7 +131,7 @@ class PackedStream:
         return self._recent[number]
 
     def round_length(self, number: int) -> int:
-        """Samples in a whole round, also where num_rounds ends within it."""
+        """The number of samples in a whole round, even if num_rounds ends within it."""
         self.ids(number)
         return self._lengths[number]
 
@@ -138,11 +139,11 @@ class PackedStream:
         return self._num_rounds is None or number < math.ceil(self._num_rounds)
 
     def _is_beyond(self, position: Position) -> bool:
-        """Whether the training ends before `position`, which a run with more epochs has reached."""
+        """Whether this training ends before `position`, which a run with more epochs has reached."""
         return not self._more(position.round) or len(self.ids(position.round)) < max(position.start, position.stop)
 
     def epochs(self, position: Position) -> float:
-        """How many rounds have been read at `position`, the current window counted as a whole."""
+        """The number of rounds that have been read at `position`; the current window counts as read."""
         if not self._more(position.round):
             return float(position.round)
         length = len(self.ids(position.round))
@@ -150,16 +151,18 @@ class PackedStream:
         return position.round + min(end, length) / self.round_length(position.round)
 
     def is_at_end(self, position: Position) -> bool:
-        """Whether no row comes after `position`, as far as that is known without reading."""
+        """Whether there is no row after `position`, as far as this is known without reading."""
         if self._num_rounds is None or self._is_beyond(position):
             return self._num_rounds is not None
         whole = position.closed and position.stop == len(self.ids(position.round))
         return whole and not self._more(position.round + 1)
 
     def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
-        """The rows after `position`, each with the position behind it. Close the generator to end the workers that it
-        may have started.
+        """Yields the rows after `position`, each with the position after it. Close the generator to end the workers
+        that it may have started.
         """
+        # One iteration per packing window. The window is packed again from its beginning, also when the stream resumes
+        # within it: packing is deterministic, so the rows that were already yielded are just skipped.
         if self._is_beyond(position):
             return
         encoded = self._service.stream(self._numbers(position))
@@ -171,17 +174,18 @@ class PackedStream:
                 stop, last = self._window_end(start, length, position if emitted else None)
                 if start == stop and not pending:
                     return
+                # The position at the beginning of this window, from which the window can be read and packed again.
                 began = Position(number, start, tuple(placed.key for placed in pending), 0, counts, counts, stop, last)
                 counts, new = self._take(encoded, start, stop, counts)
                 documents = pending + new
                 groups, carried = self._packer(
                     [len(placed.document.ids) for placed in documents], self._max_seq_len, last
                 )
-                for done, group in enumerate(groups, 1):
+                for num_done, group in enumerate(groups, 1):
                     row = make_row([documents[i].document for i in group], [documents[i].where for i in group])
                     counts = _count_row(counts, row)
-                    if done > emitted:
-                        yield row, replace(began, emitted=done, counts=counts, closed=done == len(groups))
+                    if num_done > emitted:
+                        yield row, replace(began, emitted=num_done, counts=counts, closed=num_done == len(groups))
                 emitted = 0
                 pending = [documents[i] for i in carried]
                 start = stop
@@ -192,8 +196,8 @@ class PackedStream:
             encoded.close()
 
     def _window_end(self, start: int, length: int, resumed: Position | None) -> tuple[int, bool]:
-        """The sample where a window that begins at `start` ends, and whether its round of `length` samples ends there;
-        for the window that `resumed` lies in, as they were.
+        """The sample at which a window that begins at `start` ends, and whether its round of `length` samples ends
+        there. The window of a `resumed` position keeps its saved values.
         """
         if resumed is not None and resumed.stop:
             return resumed.stop, resumed.last
@@ -201,7 +205,7 @@ class PackedStream:
         return stop, stop == length
 
     def _numbers(self, position: Position) -> Iterator[int]:
-        """The record numbers to encode from `position` on: those of the carried documents, then the order."""
+        """The record numbers to encode from `position` on: those with carried documents, then those in order."""
         ids = self.ids(position.round) if self._more(position.round) else np.empty(0, np.int64)
         for index in dict.fromkeys(index for index, _ in position.carried):
             yield int(ids[index])
@@ -219,7 +223,7 @@ class PackedStream:
 
     @staticmethod
     def _take(encoded: Iterator[Encoded], start: int, stop: int, counts: Counts) -> tuple[Counts, list[_Placed]]:
-        """The documents of the next samples of the order, and the counts with these samples."""
+        """The documents of the next samples, and the counts including these samples."""
         documents: list[_Placed] = []
         samples = cut = shrunk = dropped = 0
         for index in range(start, stop):
@@ -264,7 +268,7 @@ class PackedStream:
             pending = [sizes[i] for i in carried]
 
     def rows_left(self, position: Position, lengths_of: Callable[[int], Sequence[int]]) -> int:
-        """The number of rows after `position` to the end of a training that has one, as many as rows() gives."""
+        """The number of rows from `position` to the end of a training that is not endless (see count_rows)."""
         number, start, emitted, rows = position.round, position.start, position.emitted, 0
         if self._is_beyond(position):
             return 0

@@ -1,8 +1,8 @@
-"""Which documents share a row. Pure functions of the documents' lengths.
+"""Decides which documents share a row, by pure functions of the documents' lengths.
 
-A window of documents is packed at a time. pack(lengths, capacity, last) -> (rows, carried): each row lists indices into
-`lengths`, in rising order, that together have at most `capacity` tokens; `carried` are those left for the next window,
-which begins with them. With `last` nothing is carried. Every index is in exactly one row or carried.
+Documents are packed in windows. pack(lengths, capacity, last) -> (rows, carried): each row is an ascending list of
+indices into `lengths` with at most `capacity` tokens in total. The documents in `carried` are left for the next window,
+which begins with them; with `last` there are none. Every index is in exactly one row or in `carried`.
 """
 
 from bisect import bisect_left, insort
@@ -13,13 +13,13 @@ Packer = Callable[[Sequence[int], int, bool], Packed]
 
 
 def no_packing(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
-    """A row for each document."""
+    """Puts every document into a row of its own."""
     return [[i] for i in range(len(lengths))], []
 
 
 def sequential(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
-    """In order: a row takes documents until the next one does not fit. The open row is carried, so the size of the
-    window does not matter.
+    """Fills rows in order: a row ends when the next document does not fit. The open row is carried, so the result does
+    not depend on the size of the window.
     """
     rows: list[list[int]] = []
     free = -1
@@ -34,11 +34,12 @@ def sequential(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
 
 
 def greedy(lengths: Sequence[int], capacity: int, last: bool) -> Packed:
-    """Best fit decreasing (Johnson 1974, at most 11/9 of the fewest rows): the longest document first, each into the
-    fullest row it fits.
+    """Best fit decreasing (Johnson 1974, at most 11/9 of the optimal number of rows): documents are placed from the
+    longest to the shortest, each into the fullest row that has room for it.
 
-    O(n log n) comparisons. The emptiest row is carried, so that a window does not end with a row half full. Rows come
-    in the order of their longest documents in the window, so that rows of long and of short documents stay mixed.
+    It needs O(n log n) comparisons. The emptiest row is carried, so that a window does not end with a half-full row.
+    Rows are in the order of the positions of their longest documents in the window, so that rows of long and of short
+    documents stay mixed.
     """
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted

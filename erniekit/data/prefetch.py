@@ -1,4 +1,4 @@
-"""A background thread that keeps a few items ready."""
+"""Prefetching: a background thread that keeps a few items ready."""
 
 import queue
 import threading
@@ -9,14 +9,14 @@ Item = TypeVar("Item")
 
 
 class _End(Exception):
-    """The producer has nothing more."""
+    """Marks the end of the producer's items."""
 
 
 class Prefetcher(Generic[Item]):
-    """Runs `produce()` in a daemon thread, at most `depth` items ahead. What it raises is raised by next(), after the
-    items before it.
+    """Runs `produce()` in a daemon thread, at most `depth` items ahead. next() raises exceptions of the thread after
+    the items that came before them.
 
-    `interrupt`, if given, is called by stop() to wake a producer that waits for something else than this queue.
+    stop() calls `interrupt`, if given, to wake a producer that waits for something other than this queue.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Prefetcher(Generic[Item]):
                 if not self._put(item):
                     return
             self._put(_End())
-        except BaseException as error:  # whatever it is, it belongs to the thread that asks for the next item
+        except BaseException as error:  # any exception is passed on to the thread that calls next()
             self._put(error)
         finally:
             if items is not None:
@@ -56,7 +56,7 @@ class Prefetcher(Generic[Item]):
         return False
 
     def next(self) -> Item:
-        """The next item; StopIteration at the end, and whatever the producer raised, again and again."""
+        """The next item. Raises StopIteration at the end, or the producer's exception, on this and every later call."""
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, BaseException):
@@ -67,7 +67,7 @@ class Prefetcher(Generic[Item]):
         raise self._failure
 
     def stop(self) -> None:
-        """End the thread and forget the items. May be called more than once."""
+        """End the thread and discard the items. It may be called more than once."""
         self._stopping.set()
         self._failure = self._failure or _End()
         if self._interrupt is not None:

@@ -1,4 +1,4 @@
-"""Rows made of text records: conversations and pretraining text, tokenised while training.
+"""Yields rows made from text records: conversations and pretraining text, tokenised during training.
 
 files and sources (checked at the start) -> order (shuffled, mixed) -> encode (tokens, labels) -> packing (rows).
 """
@@ -33,19 +33,19 @@ _WINDOW = 64  # samples read at a time where the packer does not care
 
 @dataclass(frozen=True)
 class Extent:
-    """How long the stream is. `num_epochs` None: max_steps decides, the stream has no end."""
+    """The length of the stream. `num_epochs` None: max_steps decides, and the stream is endless."""
 
     max_seq_len: int
     max_estimate_samples: int
     num_epochs: float | None
-    # of the strategy `random`, whose epochs are a matter of definition; None: an epoch is a round of the order
+    # the size of an epoch of the strategy `random`, which has no natural one; None: an epoch is a round of the order
     samples_per_epoch: int | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """How records are looked at when their files are opened: each `every`-th of them. With `gather_faults` bad lines
-    are gathered (Source.faults), whatever on_bad_line says.
+    """How records are checked when their files are opened: every `every`-th record. With `gather_faults` the errors of
+    bad lines are collected (Source.faults), whatever on_bad_line says.
     """
 
     every: int = 1
@@ -56,7 +56,7 @@ EVERY_RECORD = Inspection()
 
 
 class RecordFeed:
-    """The rows of text records, for a Loader (see loader.Feed)."""
+    """The feed of rows from text records, for a Loader (see loader.Feed)."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class RecordFeed:
 
     @property
     def exact(self) -> bool:
-        """Whether `rows_left` counts; otherwise it estimates."""
+        """Whether `rows_left` is exact; otherwise it is an estimate."""
         measured = choose_sample(self.dataset, self._extent.max_estimate_samples)
         return len(measured) == len(self.dataset) and self._extent.samples_per_epoch is None
 
@@ -83,11 +83,11 @@ class RecordFeed:
         return Position()
 
     def read_position(self, state: dict[str, Any]) -> Position:
-        """The position that to_dict() described."""
+        """The position that to_dict() has saved."""
         return Position.from_dict(state)
 
     def rows(self, position: Position) -> Generator[tuple[PackedBatch, Position], None, None]:
-        """The rows after `position`, each with the position behind it."""
+        """Yields the rows after `position`, each with the position after it."""
         return self._stream.rows(position)
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -144,26 +144,27 @@ class RecordFeed:
             self._measure()
 
     def epochs_done(self, position: Position) -> int:
-        """Epochs of which every row has been yielded."""
+        """The number of epochs of which every row has been yielded."""
         return position.rounds_done if self._extent.samples_per_epoch is None else int(self._epoch(position))
 
     def rows_left(self, position: Position) -> float:
-        """Rows from `position` to the end of num_train_epochs. Where the lengths are estimated it is a little more than
-        the estimate, so that the training ends with the data and reads all of it.
+        """The number of rows from `position` to the end of num_train_epochs. If the lengths are estimated, a margin is
+        added, so that the training reads all data and ends where the data does.
         """
         epochs = self._extent.num_epochs
-        assert epochs is not None, "max_steps decides where this training ends"
+        assert epochs is not None, "rows_left is not needed if max_steps decides the end"
         if self._stream.is_at_end(position):
             return 0.0
         rows, lengths = self._measure()
         if lengths.exact:
             return float(self._stream.rows_left(position, lengths.of))
-        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)  # above the expected error of a sample of this size
+        # larger than the expected error with a sample of this size
+        margin = 0.005 + 0.25 / math.sqrt(lengths.num_measured)
         left = rows * (epochs - self._stream.epochs(replace(position, emitted=0))) - position.emitted
         return max(0.0, left) + rows * epochs * margin
 
     def _measure(self) -> tuple[float, Lengths]:
-        """Rows of the first epoch, and the lengths of all samples (see data.lengths); says what was found."""
+        """The rows of the first epoch and the lengths of all samples (see data.lengths); the result is logged."""
         if self._measured is not None:
             return self._measured
         stream, extent = self._stream, self._extent
@@ -183,7 +184,7 @@ class RecordFeed:
         log.info(
             f"data: {lengths.num_measured} samples measured ({lengths.num_dropped} dropped, {lengths.num_truncated} "
             f"cut{shrunk}), {lengths.total_tokens} tokens{estimated}; an epoch is "
-            f"{epoch_samples} samples in {round(rows)} rows ({_how(lengths, self.exact)})"
+            f"{epoch_samples} samples in {round(rows)} rows ({_basis_of_estimate(lengths, self.exact)})"
         )
         if self._decoder is not None and sizes:
             tokens, patches = (max(size[i] for size in sizes) for i in (0, 1))
@@ -195,7 +196,7 @@ class RecordFeed:
         return self._measured
 
 
-def _how(lengths: Lengths, exact: bool) -> str:
+def _basis_of_estimate(lengths: Lengths, exact: bool) -> str:
     if lengths.exact:
         return "exact" if exact else "estimated from all samples"
     return f"estimated from {lengths.num_measured} samples"
@@ -225,7 +226,7 @@ def open_text(
     log.info(f"{split} data: {len(dataset)} samples from {sizes}")
     packer, window = _packer(cfg)
     if template is None and not _is_plain(specs):
-        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "another tokenizer comes with its template"
+        assert isinstance(tokenizer, text_tokenizer.Tokenizer), "other tokenizers are passed together with a template"
         load = chat.load_template if vision is None else load_vision_template
         template = load(tokenizer, cfg.chat_template)
     spec = EncoderSpec(
@@ -260,15 +261,15 @@ def _is_plain(specs: list[SourceSpec]) -> bool:
 
 
 def _hash(template: Template | None) -> str | None:
-    """Of a template's text."""
+    """The hash of a template's text; None without a template."""
     return None if template is None else hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
 
 
 def training_template(
     cfg: Config, tokenizer: text_tokenizer.Tokenizer, sees_pictures: bool = False
 ) -> chat.Template | None:
-    """The chat template of a run: None where all its data is plain text and no template is named. `sees_pictures`: the
-    model is a vision-language model, which has one template for conversations with and without pictures.
+    """The chat template of a run; None if all data is plain text and no template is named. `sees_pictures`: the model
+    is a vision-language model, which has one template for conversations with and without pictures.
     """
     specs: list[SourceSpec] = []
     if cfg.dataset_type != "pretrain":
@@ -283,7 +284,7 @@ def training_template(
 
 @dataclass(frozen=True)
 class _SplitKeys:
-    """What the configuration says about the data of a split."""
+    """The keys of the configuration about the data of a split."""
 
     paths: Any
     types: Any
@@ -303,7 +304,7 @@ def _split_keys(cfg: Config, split: str) -> _SplitKeys:
 
 
 def _packer(cfg: Config) -> tuple[Packer, int]:
-    """The packer that the configuration names, and how many samples it packs at a time."""
+    """The packer that the configuration selects, and the number of samples in its window."""
     if not cfg.packing:
         return no_packing, _WINDOW
     return (greedy, cfg.buffer_size) if cfg.greedy_intokens else (sequential, _WINDOW)

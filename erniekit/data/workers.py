@@ -1,8 +1,9 @@
-"""Encoding records by number: from memory, in this process, or in worker processes.
+"""Encodes records by number: from a cache, in this process, or in worker processes.
 
-A worker is a plain Python child that talks over its standard input and output. It does not import the parent's main
-module (as multiprocessing's would, and with it paddle), needs no `if __name__ == "__main__"` guard in the user's
-script, and ends by itself when its parent does, however that ends, because its input then closes.
+A worker is a Python child process that communicates over its standard input and output. Unlike a worker of
+multiprocessing it does not import the parent's main module (and with it Paddle), and it needs no
+`if __name__ == "__main__"` guard in the user's script. It always ends with its parent, because its input is then
+closed.
 """
 
 import os
@@ -27,14 +28,14 @@ from erniekit.utils import log, runtime
 from erniekit.utils.errors import DataError, UserError
 
 CACHE_BYTES = 256 * 2**20
-_CHUNK = 32  # records that a worker gets at a time
+_CHUNK = 32  # records per message to a worker
 _SHOWN_DROPS = 3  # the others are only counted
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The arguments of an Encoder, in a form that can be sent to a worker. Plain text needs no `template`; with
-    `vision` they are those of a VisionEncoder.
+    """The arguments of an Encoder, or with `vision` of a VisionEncoder, in a form that can be sent to a worker. Plain
+    text needs no `template`.
     """
 
     tokenizer: Tokenizer
@@ -47,7 +48,7 @@ class EncoderSpec:
     vision: VisionSpec | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A compiled template cannot be pickled: its name and text go in its place."""
+        """The picklable state: a compiled template is replaced by its name and text."""
         state = dict(vars(self))
         if isinstance(self.template, chat.Template) and not isinstance(self.template, VisionTemplate):
             state |= {"template": None, "template_text": (self.template.name, self.template.source)}
@@ -68,22 +69,22 @@ class EncoderSpec:
 
 
 class Job(Protocol):
-    """The task of a worker, in a form that can be sent to it. Its class must lie in a module that can be imported."""
+    """The task of a worker, in a form that can be sent to it. Its class must be in a module that can be imported."""
 
     def make(self) -> Callable[..., Any]:
-        """The function that the worker calls with each record's parts."""
+        """The function that the worker calls with the arguments of each record."""
         ...
 
 
 class Worker:
-    """One child process. It is sent a chunk only when its last answer has been read, so neither side can block on a
-    full pipe while the other does.
+    """A worker process. It is sent a chunk only after its previous answer was read, so that both sides can never block
+    on full pipes at the same time.
     """
 
     def __init__(self, spec: Job):
         command = runtime.python_command("from erniekit.data.workers import serve; serve()")
-        # A scheduler's SIGTERM to all processes is for the trainer, which still needs its workers to end the step. The
-        # child keeps what is blocked when it is made, so there is no moment at which the signal could end it.
+        # If a scheduler sends SIGTERM to all processes, the trainer still needs its workers to finish the step. The
+        # child inherits the blocked signals, so the signal cannot end it at any moment of its start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -92,16 +93,16 @@ class Worker:
         self.send(spec)
 
     def send(self, message: Any) -> None:
-        """Give it a chunk: a list of records, each the arguments of one call."""
+        """Send a chunk: a list of records, each as the arguments of one call."""
         assert self.process.stdin is not None
         try:
             pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self.process.stdin.flush()
         except (BrokenPipeError, ValueError):  # ValueError: closed by stop()
-            pass  # it has ended; receive() says so
+            pass  # the worker has ended; receive() will raise the error
 
     def receive(self) -> tuple[list[Any], Exception | None]:
-        """The results of the records of the chunk, up to the first wrong one, and that one's error."""
+        """The results for the records of the chunk up to the first wrong record, and the error of that record."""
         assert self.process.stdout is not None
         try:
             return pickle.load(self.process.stdout)
@@ -113,7 +114,7 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """End the process now; a receive() that waits in another thread returns."""
+        """Kill the process; a receive() that waits in another thread returns."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -121,16 +122,16 @@ class Worker:
                 if pipe is not None:
                     pipe.close()
             except OSError:
-                pass  # what was buffered for it is of no use any more
+                pass  # data that is still buffered for it is discarded
 
 
 def serve() -> None:
-    """The life of a worker: read the job, then chunks of records; answer each with the results up to the first wrong
-    record, and that one's error.
+    """The main function of a worker: reads the job, then chunks of records, and answers each chunk with the results up
+    to the first wrong record and the error of that record.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the trainer, which then ends its workers
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # a stray print must not get between the answers
+    sys.stdout = sys.stderr  # printed text must not get into the stream of answers
     encoder: Callable[..., Any] | None = None
     try:
         spec: Job = pickle.load(source)
@@ -149,12 +150,14 @@ def serve() -> None:
             pickle.dump((done, error), sink, protocol=pickle.HIGHEST_PROTOCOL)
             sink.flush()
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # the parent is gone or wants no more; a normal exit would try to flush the broken pipe
+        os._exit(0)  # the parent has closed the pipes; a normal exit would try to flush the broken pipe
 
 
 @dataclass
 class _Chunk:
-    """Consecutive record numbers of a stream: `encoded` are done, and `worker` encodes the `missing` ones."""
+    """Consecutive record numbers of a stream: `encoded` has finished records, and `worker` encodes the
+    `missing` ones.
+    """
 
     numbers: list[int]
     encoded: dict[int, Encoded]
@@ -171,8 +174,8 @@ class _Chunk:
 
 
 class EncodingService:
-    """Encodes the records of a data set by number. With `remember`, what was encoded is kept in memory up to
-    CACHE_BYTES, so that a later epoch need not encode it again.
+    """Encodes the records of a data set by number. With `remember`, encoded records are cached in memory up to
+    CACHE_BYTES, so that later epochs need not encode them again.
     """
 
     def __init__(self, dataset: Dataset, spec: EncoderSpec, num_workers: int = 0, remember: bool = False):
@@ -184,8 +187,8 @@ class EncodingService:
         self._drops = 0
 
     def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
-        """The encoded records in the order of `numbers`, which may be endless: it is read only a little ahead. Close
-        the generator to end its workers. `num_workers`: the least number of workers for this stream.
+        """Yields the encoded records in the order of `numbers`, which may be endless, since it is read only a little
+        ahead. Close the generator to end its workers. `num_workers`: the minimum number of workers for this stream.
         """
         workers = max(self._num_workers, num_workers or 0)
         if workers:
@@ -198,7 +201,7 @@ class EncodingService:
             yield encoded
 
     def lengths_depend_on(self) -> dict[str, Any]:
-        """Everything but a record itself that decides how many tokens it has, as plain JSON values."""
+        """Everything except the record itself that its number of tokens depends on, as plain JSON values."""
         spec, template = self._spec, self._encoder.template
         return {
             "tokenizer": spec.tokenizer.fingerprint,
@@ -211,13 +214,13 @@ class EncodingService:
         }
 
     def stop(self) -> None:
-        """End the workers of every stream, also while another thread waits for them."""
+        """End the workers of all streams, even while another thread waits for them."""
         for worker in list(self._workers):
             worker.stop()
 
     def _stream_from_workers(self, numbers: Iterator[int], num_workers: int) -> Generator[Encoded, None, None]:
-        """Chunks go to the workers in turn; answers are taken in the order of the chunks, so the stream is the same for
-        any number of workers.
+        """Sends chunks to free workers, and collects the answers in the order of the chunks, so that the stream is the
+        same for any number of workers.
         """
         mine: list[Worker] = []
         free: list[Worker] = []
@@ -235,7 +238,7 @@ class EncodingService:
                     chunk.worker = free.pop()
                     chunk.worker.send([self._dataset.record(number) for number in chunk.missing])
                 if len(waiting) > 2 * num_workers and waiting[0].worker is not None:
-                    free.append(self._collect(waiting[0]))  # do not run ahead through chunks that need no worker
+                    free.append(self._collect(waiting[0]))  # limit how far chunks that need no worker run ahead
                 while waiting and waiting[0].worker is None:
                     yield from waiting.popleft().hand_on()
             while waiting:
@@ -253,7 +256,7 @@ class EncodingService:
         return _Chunk(chunk, encoded, [n for n in dict.fromkeys(chunk) if n not in encoded]) if chunk else None
 
     def _collect(self, chunk: _Chunk) -> Worker:
-        """Wait for a chunk's answer; its worker is free then."""
+        """Wait for the answer to a chunk, and return its worker, which is then free."""
         worker, chunk.worker = chunk.worker, None
         assert worker is not None
         done, chunk.error = worker.receive()
@@ -269,7 +272,7 @@ class EncodingService:
                     f"{encoded.where}: sample dropped: {encoded.dropped}"
                     + (" (further ones are only counted)" if self._drops == _SHOWN_DROPS else "")
                 )
-        # 600: about what the objects around the arrays take
+        # 600: about the bytes of the objects around the arrays
         size = 600 + sum(document.num_bytes for document in encoded.documents)
         if size <= self._room:
             self._room -= size

@@ -1,4 +1,4 @@
-"""`erniekit eval`: loss, perplexity and accuracy on an evaluation set, and how well its questions are answered."""
+"""`erniekit eval`: loss, perplexity and accuracy on an evaluation set, and scores of generated answers."""
 
 from erniekit.evaluate.run import evaluate
 

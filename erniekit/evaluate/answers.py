@@ -1,4 +1,4 @@
-"""The evaluation questions put to the model, and its answers scored."""
+"""Generates the model's answers to the evaluation questions, and scores them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,15 +24,15 @@ from erniekit.evaluate import text_metrics
 from erniekit.evaluate.question_pictures import QuestionPictures
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.evaluate.vision_metrics import answer_score, picture_scores
-from erniekit.generation.decode import decode
+from erniekit.generation.decode import Answer, decode
 from erniekit.generation.load import ChatModel, PreparedChatModel, sampling_of
 from erniekit.generation.thinking import CLOSE, opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.parallel import comm
 from erniekit.utils import log
 
-_BATCH = 128  # questions answered at a time
-_SHOWN = 3  # questions too long for the model that are named; the others are only counted
+_BATCH = 128  # the number of questions that are answered at a time
+_SHOWN = 3  # the number of too long questions that are named; the others are only counted
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Prediction:
     stop: str
 
     def record(self) -> dict[str, Any]:
-        """As a line of eval_predictions.jsonl."""
+        """The prediction as a line of eval_predictions.jsonl."""
         found: dict[str, Any] = {
             "prompt": self.question.prompt,
             "reference": self.question.reference,
@@ -175,27 +175,11 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
     and a line says how many there are.
     """
     asked = _within_context(questions, opened.model.config.max_position_embeddings)
-    limits, sampling = opened.limits(cfg), sampling_of(cfg)
-    how = "the likeliest token (temperature: 0)"
-    if not sampling.greedy:
-        how = f"drawn tokens (temperature: {cfg.temperature}, seed: {cfg.seed})"
-    log.info(f"answering {len(asked)} questions with {how}, at most {cfg.max_new_tokens} tokens each")
-    prompts = [questions[i].prompt_ids for i in asked]
     predictions = [Prediction(question, "", "", "prompt too long") for question in questions]
     pictures = QuestionPictures(
         [questions[i].pictures for i in asked], [questions[i].where for i in asked], cfg.on_bad_line == "skip"
     )
-    with _progress(cfg) as progress:
-        task = progress.add_task("answers", total=len(asked))
-        answers = decode(
-            opened.model,
-            prompts,
-            limits,
-            sampling,
-            batch_size=_BATCH,
-            on_answer=lambda row, answer: progress.advance(task, opened.model.mesh.degrees.data),
-            pictures=pictures if any(questions[i].pictures for i in asked) else None,
-        )
+    answers = _decode(cfg, opened, [questions[i] for i in asked], pictures)
     failed = {row for rows in comm.gather_objects(pictures.failed, opened.model.mesh.data_group) for row in rows}
     for row, (i, answer) in enumerate(zip(asked, answers, strict=True)):
         if row in failed:
@@ -207,6 +191,28 @@ def answer_questions(cfg: Config, opened: ChatModel, questions: Sequence[Questio
     if cut:
         log.info(f"{cut} of {len(answers)} answers were cut at max_new_tokens: {cfg.max_new_tokens}")
     return predictions
+
+
+def _decode(
+    cfg: Config, opened: ChatModel, questions: Sequence[Question], pictures: QuestionPictures
+) -> Sequence[Answer]:
+    """Generate the answers, with a progress bar."""
+    limits, sampling = opened.limits(cfg), sampling_of(cfg)
+    how = "the likeliest token (temperature: 0)"
+    if not sampling.greedy:
+        how = f"drawn tokens (temperature: {cfg.temperature}, seed: {cfg.seed})"
+    log.info(f"answering {len(questions)} questions with {how}, at most {cfg.max_new_tokens} tokens each")
+    with _progress(cfg) as progress:
+        task = progress.add_task("answers", total=len(questions))
+        return decode(
+            opened.model,
+            [question.prompt_ids for question in questions],
+            limits,
+            sampling,
+            batch_size=_BATCH,
+            on_answer=lambda row, answer: progress.advance(task, opened.model.mesh.degrees.data),
+            pictures=pictures if any(question.pictures for question in questions) else None,
+        )
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:

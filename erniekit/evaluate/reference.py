@@ -1,4 +1,4 @@
-"""The reference that a model is evaluated against: what the policy was before training."""
+"""Opens the reference with which a model is compared: the policy before training."""
 
 from erniekit import lora
 from erniekit.build import PreparedModel, inference_options, prepare_model

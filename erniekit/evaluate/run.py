@@ -31,7 +31,7 @@ from erniekit.utils.user_files import read_json_object
 
 RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
 
-# metric -> how the table calls and shows it
+# metric -> (its name in the table, its format)
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
@@ -136,7 +136,7 @@ def _require_pictures(cfg: Config, found: PreparedChatModel) -> None:
 
 
 def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
-    """What the method's evaluator reports, with the number of samples and of what had no room in a row."""
+    """The scores of the method's evaluator, with the numbers of samples, and of those dropped or cut."""
     model = opened.model
     forward = ForwardPass(model.mesh, model.chunks)
     compared_with = open_reference(cfg, model, reference, PairScorer(forward, cfg.loss_subbatch_seqlen))
@@ -159,7 +159,7 @@ def _target(cfg: Config) -> Path:
 
 
 def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction] | None) -> None:
-    """Write the files, each whole or as it was; predictions first: results stand for a finished evaluation."""
+    """Write the files atomically; predictions first, since the results mark a finished evaluation."""
     _say_replaced(target / RESULTS_FILE, results["model"])
     files = {RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"}
     if predictions is not None:
@@ -176,7 +176,7 @@ def _write(target: Path, results: dict[str, Any], predictions: Sequence[Predicti
 
 
 def _say_replaced(file: Path, model: str) -> None:
-    """Say so where the results of another model are replaced."""
+    """Log if the results of another model are replaced."""
     try:
         before = read_json_object(file, UserError).get("model")
     except (FileNotFoundError, UserError):

@@ -1,4 +1,4 @@
-"""How close generated answers come to reference answers: exact match, labels, ROUGE-L, BLEU. Plain Python on strings.
+"""Compares generated answers with reference answers: exact match, labels, ROUGE-L, BLEU. Plain Python on strings.
 
 BLEU and ROUGE-L are written out here, because the libraries that define their usual form (sacrebleu, rouge-score) would
 bring fifteen packages; the tests hold both to those libraries' numbers.

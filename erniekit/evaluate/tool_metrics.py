@@ -1,4 +1,4 @@
-"""How well a model calls tools. Calls are {"name": str, "arguments": dict}; plain Python."""
+"""Scores a model's calls of tools. Calls are {"name": str, "arguments": dict}; plain Python."""
 
 import json
 from collections import Counter

@@ -1,8 +1,8 @@
-"""Model directories from one layout to the other, or to the same in another dtype or shard size, tensor by tensor.
+"""Converts model directories to the other layout, or to another dtype or shard size, tensor by tensor.
 
-Nothing is computed in floating point unless a dtype is asked for: -PT -> -Paddle -> -PT gives the same bits. Every
-tensor is read again from the finished files and compared. Neither paddle nor torch is needed; memory holds about two
-tensors at a time.
+Values are not changed unless a dtype is given: -PT -> -Paddle -> -PT gives the same bits. Every tensor is read again
+from the finished files and compared. Neither Paddle nor PyTorch is needed, and about two tensors are in memory at a
+time.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from erniekit.build import Overrides
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
+from erniekit.checkpoint.processor import settings_of, write_processor
 from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.target import model_target
-from erniekit.models.config import FORMATS, Format
+from erniekit.models.config import FORMATS, Format, ModelConfig
 from erniekit.models.weights import Logical
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -28,7 +29,7 @@ from erniekit.utils.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was written, read again and found equal: tensors, their bytes, and weight files."""
+    """The numbers of tensors, bytes and weight files that were written and verified."""
 
     num_tensors: int
     num_bytes: int
@@ -48,8 +49,8 @@ def convert(
 ) -> Report:
     """Write the model of `source_dir` (its layout is recognised by its names) to `target_dir` in `format`.
 
-    `dtype` of the target (router and correction bias become float32); None keeps every tensor's own.
-    Multi-token-prediction tensors, tokenizer and chat template come along; files that do not are named in a log line.
+    `dtype`: the type of the target's weights (router and correction bias become float32); None keeps each tensor's own.
+    Multi-token-prediction tensors, tokenizer and chat template are copied; other files are named in a log line.
     Another model in `target_dir` is replaced only with `overwrite`. Raises CheckpointError: unknown, missing or
     misshapen tensors (all listed), a full disk, a damaged file.
     """
@@ -57,33 +58,34 @@ def convert(
     with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)
+        write_processor(staging, ModelConfig.from_dir(staging), settings_of(Path(source_dir)))
     tell_not_copied(source_dir)
     log.info(f"{target_dir}: {report}, layout {format}; read again and equal to {source_dir}")
     return report
 
 
 def require_apart(source_dir: str | Path, target_dir: str | Path) -> None:
-    """Raise CheckpointError if the target is the source: the source would be gone if something went wrong."""
+    """Raise CheckpointError if the target is the source, which an error could otherwise destroy."""
     if Path(source_dir).resolve() == Path(target_dir).resolve():
         raise CheckpointError(f"source and target are the same directory, {source_dir}. Choose another target.")
 
 
 def tell_not_copied(source_dir: str | Path) -> None:
-    """One log line with the files that stay behind."""
-    left = not_copied(source_dir)
-    if left:
-        log.info(f"{source_dir}: not copied (neither weights nor tokenizer): {', '.join(left)}")
+    """Log one line with the files that are not copied."""
+    names = not_copied(source_dir)
+    if names:
+        log.info(f"{source_dir}: not copied (neither weights nor tokenizer): {', '.join(names)}")
 
 
 class Edit(Protocol):
-    """A change of some units of the weights on their way (see export.merge.Merge)."""
+    """A change of some weights during the conversion (see export.merge.Merge)."""
 
     def touches(self, logical: Logical) -> bool:
-        """Whether a unit changes."""
+        """Whether the edit changes this weight."""
         ...
 
     def apply(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
-        """fp32 in our layout -> the same."""
+        """The changed weight; both are fp32 in our layout."""
         ...
 
 
@@ -96,31 +98,31 @@ def rewrite(
     edit: Callable[[ModelReader], Edit] | None = None,
     overrides: Overrides | None = None,
 ) -> Report:
-    """Weights, config.json and, where there is none, generation_config.json; then compare (see `convert`). `edit`: what
-    changes on the way, for an opened source. `overrides`: what changes in config.json.
+    """Write weights, config.json and, if there is none, generation_config.json; then verify them (see `convert`).
+    `edit` makes the change of weights for an opened source. `overrides` are changes of config.json.
     """
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     source = ModelReader(source_dir, keep_mtp=True)
     editor = None if edit is None else edit(source)
     edited: dict[str, bytes] = {}
-    wanted = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}
+    target_dtype = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}
     plan: Plan = [
-        (piece.name, wanted[id(logical)], piece.shape)
+        (piece.name, target_dtype[id(logical)], piece.shape)
         for logical in source.logicals
         for piece in logical.pieces(format)
     ]
     with Writer(target_dir, plan, max_shard_size, METADATA[format]) as writer:
         for logical in source.logicals:
             touched = editor is not None and editor.touches(logical)
-            array = _read_as(source, logical, wanted[id(logical)], editor if touched else None)
+            array = _read_as(source, logical, target_dtype[id(logical)], editor if touched else None)
             for piece in logical.pieces(format):
                 stored = piece.extract(array)
                 writer.write(piece.name, stored)
                 if touched:
                     edited[piece.name] = digest(stored)
                 del stored
-            del array  # neither is held while the next one is read
+            del array  # free both before the next weight is read
     model_config = source.config if overrides is None else overrides.apply(source.config)
     write_configs(target_dir, dataclasses.replace(model_config, dtype=_config_dtype(source, dtype)), format)
     _verify(source, target_dir, edited)
@@ -134,7 +136,7 @@ def _target_dtype(source: ModelReader, logical: Logical, dtype: str | None) -> s
 
 
 def _config_dtype(source: ModelReader, dtype: str | None) -> str | None:
-    """What config.json says: the dtype asked for, or the source's, or else that of its first tensor, the embeddings."""
+    """The dtype for config.json: the requested one, or the source's, or that of its first tensor, the embeddings."""
     if dtype is not None:
         return dtypes.LONG_NAMES[dtypes.header_name(dtype)]
     return source.config.dtype or dtypes.LONG_NAMES.get(source.dtype_of(source.logicals[0]))
@@ -151,27 +153,27 @@ def _read_as(source: ModelReader, logical: Logical, dtype: str, editor: Edit | N
 
 
 def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, bytes]) -> None:
-    """Read every tensor of the target, bring it back to the source's layout, and compare it with the source, bitwise;
-    or with what was written, where it was edited (digests by name in the target).
+    """Read every tensor of the target, convert it back to the source's layout, and compare it with the source bit for
+    bit. Edited tensors are compared with the digests of what was written, by their names in the target.
 
-    Digests stand for the two sides, so that they need not be in memory together.
+    Digests are compared, so that both sides need not be in memory at the same time.
     """
     target = ModelReader(target_dir, keep_mtp=True)
     assert len(target.logicals) == len(source.logicals)
     for logical in source.logicals:
-        ours = target.read(logical)
+        in_our_layout = target.read(logical)
         dtype = target.dtype_of(logical)
         if any(piece.name in edited for piece in logical.pieces(target.format)):
             for piece in logical.pieces(target.format):
-                if digest(piece.extract(ours)) != edited[piece.name]:
+                if digest(piece.extract(in_our_layout)) != edited[piece.name]:
                     raise _misread(piece.name, source, target_dir)
             continue
         for piece in logical.pieces(source.format):
-            written = digest(piece.extract(ours))
+            written = digest(piece.extract(in_our_layout))
             original = source.reader.read(source.stored_name(piece.name))
             if digest(dtypes.convert(original, source.info(piece.name).dtype, dtype)) != written:
                 raise _misread(piece.name, source, target_dir)
-        del ours
+        del in_our_layout
 
 
 def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointError:
@@ -182,5 +184,5 @@ def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointErro
 
 
 def digest(array: np.ndarray) -> bytes:
-    """Of the bits of a contiguous array."""
+    """A digest of the bits of a contiguous array."""
     return hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=16).digest()

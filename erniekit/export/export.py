@@ -1,4 +1,4 @@
-"""A trained checkpoint as a model directory that others can load: weights, configuration, tokenizer, chat template."""
+"""Exports a trained checkpoint as a model directory for other tools: weights, configuration, tokenizer, template."""
 
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from erniekit.checkpoint.model_dir import (
 )
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_read import read_adapter
+from erniekit.checkpoint.processor import settings_of, write_processor
 from erniekit.config import Config
 from erniekit.data.chat.template import load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.vision.template import load_vision_template
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
 from erniekit.export.target import model_target
-from erniekit.models.config import Format
+from erniekit.models.config import Format, ModelConfig
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -38,20 +40,21 @@ def export(cfg: Config) -> Report:
         copy_tokenizer=cfg.copy_tokenizer,
         adapter_dir=adapter,
         overwrite=cfg.overwrite_output_dir,
-        # A whole model has them in its config.json; an adapter was trained on its base as the configuration changes it.
+        # A full model has the overrides in its config.json already; an adapter was trained on its base with the
+        # overrides.
         overrides=None if adapter is None else overrides_of(cfg),
     )
 
 
 def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:
-    """(model, None), or (base, adapter) where the checkpoint is an adapter."""
+    """(model, None), or (base, adapter) if the checkpoint is an adapter."""
     if not is_adapter(checkpoint):
         return checkpoint, None
     return base_of(checkpoint, cfg.model_name_or_path, cfg.download_hub), checkpoint
 
 
 def output_of(cfg: Config) -> Path:
-    """`output_dir`, which these commands write below."""
+    """The directory `output_dir`, below which these commands write."""
     assert cfg.output_dir, "config/checks.py requires it"
     return Path(cfg.output_dir)
 
@@ -82,12 +85,12 @@ def export_checkpoint(
     overwrite: bool = False,
     overrides: Overrides | None = None,
 ) -> Report:
-    """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and compare.
+    """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and verify it.
 
-    `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype` of the weights: None keeps the
-    checkpoint's. `chat_template`: a built-in one's name, or a .jinja file; None takes that of the adapter or the
-    checkpoint, else `text`. Another model in `target_dir` is replaced only with `overwrite`. `overrides`: what changes
-    in config.json. Raises CheckpointError for a checkpoint that is not whole or a full disk.
+    `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype`: the type of the weights; None
+    keeps the checkpoint's. `chat_template`: the name of a built-in template, or a .jinja file; None uses that of the
+    adapter or of the checkpoint, otherwise `text`. Another model in `target_dir` is replaced only with `overwrite`.
+    `overrides`: changes of config.json. Raises CheckpointError for an incomplete checkpoint or a full disk.
     """
 
     def merge(source: ModelReader) -> Merge:
@@ -102,9 +105,12 @@ def export_checkpoint(
             checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None, overrides
         )
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
+        config, adapter = ModelConfig.from_dir(staging), None if adapter_dir is None else Path(adapter_dir)
+        write_processor(staging, config, settings_of(adapter, Path(checkpoint_dir)))
         if set(copied) & {"tokenizer.json", "tokenizer.model"}:
             trained = Path(adapter_dir or checkpoint_dir)
-            template = load_template(load_tokenizer(checkpoint_dir), chat_template, trained)
+            load = load_template if config.vision is None else load_vision_template
+            template = load(load_tokenizer(checkpoint_dir), chat_template, trained)
             say_if_trained_otherwise(trained, template)
             write_chat_template(staging, template.source, template.trained_end_ids)
         elif copy_tokenizer:

@@ -1,4 +1,4 @@
-"""An adapter made part of its base's weights, tensor by tensor in fp32: W + s A B, with DoRA rescaled by columns."""
+"""Merges an adapter into its base's weights, tensor by tensor in fp32: W + s A B, rescaled by columns with DoRA."""
 
 import numpy as np
 
@@ -10,23 +10,23 @@ from erniekit.models.weights import Logical
 
 
 class Merge:
-    """What an adapter changes in the units of its base's weights."""
+    """The changes that an adapter makes to its base's weights."""
 
     def __init__(self, adapter: StoredAdapter, config: ModelConfig) -> None:
-        """`config`: of the base."""
+        """`config` is the base's configuration."""
         self.adapter = adapter
         self._columns: dict[str, dict[str, slice]] = {}
         for (module, part), (_, _, width) in part_sizes(config).items():
             columns = self._columns.setdefault(module, {})
-            begin = max((other.stop for other in columns.values()), default=0)
+            begin = max((previous.stop for previous in columns.values()), default=0)
             columns[part] = slice(begin, begin + width)
 
     def touches(self, logical: Logical) -> bool:
-        """Whether a unit of the weights changes."""
+        """Whether the adapter changes this weight."""
         return logical.param in self.adapter.saved or logical.param.removesuffix(".weight") in self.adapter.slots
 
     def apply(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
-        """A unit of the base, fp32 in our layout -> that of the merged model; `weight` itself may be changed."""
+        """The merged weight for a weight of the base, fp32 in our layout. `weight` itself may be modified."""
         if logical.param in self.adapter.saved:
             return self.adapter.tensors[logical.param]
         module, tensors = logical.param.removesuffix(".weight"), self.adapter.tensors

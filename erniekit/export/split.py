@@ -1,4 +1,4 @@
-"""A model directory again with weight files of another size; names, layout and bits stay."""
+"""Writes a model directory again with weight files of another size; names, layout and bits stay the same."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def split_checkpoint(
     copy_tokenizer: bool = True,
     overwrite: bool = False,
 ) -> Report:
-    """Copy every tensor of `source_dir` as it is, one at a time, and compare what was written. Another model in
+    """Copy every tensor of `source_dir` unchanged, one at a time, and verify the files. Another model in
     `target_dir` is replaced only with `overwrite`.
 
     Raises CheckpointError: a damaged source, a full disk.

@@ -1,4 +1,4 @@
-"""The directory that a command writes a model to: a new one, or one that holds what it wrote there before."""
+"""The directory that a command writes a model to: a new one, or one that the same command wrote before."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from erniekit.checkpoint.model_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     GENERATION_CONFIG_FILE,
+    PROCESSOR_FILES,
     TOKENIZER_FILES,
     checkpoint_step,
     list_checkpoints,
@@ -29,10 +30,12 @@ SOURCE_FILE = ".erniekit_source.json"
 def model_target(
     target_dir: str | Path, command: str, sources: Sequence[str | Path], overwrite: bool, cure: str
 ) -> Iterator[Path]:
-    """A temporary directory whose files move to `target_dir` on success (see checkpoint.folder.staged).
+    """A context with a temporary directory whose files move to `target_dir` on success (see
+    checkpoint.model_dir.staged).
 
-    A model that is there is replaced only if `command` wrote it from the same `sources`, directories of models or of
-    runs, or with `overwrite`. Otherwise CheckpointError, before anything is read; `cure` says how to ask for it.
+    An existing model is replaced only with `overwrite`, or if `command` wrote it from the same `sources`, which are
+    directories of models or of runs. Otherwise CheckpointError is raised before anything is read; `cure` is the option
+    that it names.
     """
     target = Path(target_dir)
     mark = _mark(command, sources)
@@ -44,14 +47,14 @@ def model_target(
         yield staging
         atomic.write_json(staging / SOURCE_FILE, mark)
         written = {file.name for file in staging.iterdir()}
-    if replaced:  # what belonged to the other model would be taken for a part of this one
-        for name in (*TOKENIZER_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
+    if replaced:  # files of the other model would otherwise be taken for files of this one
+        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
             if name not in written:
                 (target / name).unlink(missing_ok=True)
 
 
 def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: str | Path, cure: str) -> bool:
-    """Whether another model is in the target and may be replaced."""
+    """Whether the target has another model that may be replaced; an error if it may not."""
     if not target.is_dir():
         return False
     if (target / RUN_FILE).exists() or list_checkpoints(target):
@@ -70,8 +73,8 @@ def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: st
 
 
 def _mark(command: str, sources: Sequence[str | Path]) -> dict[str, str]:
-    """Which command wrote a directory, from what: a hash, since directories of models are passed on to others. All
-    checkpoints of a run are one source.
+    """The mark of a directory: the command that wrote it, and a hash of its sources (a hash, since model directories
+    are passed on to others). All checkpoints of a run count as one source.
     """
     roots = []
     for source in sources:

@@ -76,7 +76,7 @@ class PromptTables(Protocol):
 
 
 class Stepper(Protocol):
-    """What gives next-token scores for rows that grow."""
+    """Computes next-token scores for growing rows."""
 
     def feed(
         self, tokens: Sequence[Sequence[int]], pictures: Sequence[PictureTables | None] | None = None
@@ -164,7 +164,7 @@ def _of_rows(pictures: PromptTables | None, rows: Sequence[int]) -> Sequence[Pic
 
 
 def _ignore(row: int, what: object) -> None:
-    """The default callback: nobody listens."""
+    """The default callback, which ignores the event."""
 
 
 def decode(

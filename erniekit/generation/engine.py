@@ -140,7 +140,7 @@ def _prompts(input_ids: Any, attention_mask: Any, padding: int) -> tuple[np.ndar
 
 
 def _pad_left(lists: Sequence[Any], padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of different lengths as one array [B, longest], and what of it is theirs."""
+    """Pads lists of different lengths on the left: (array [B, longest], mask of their own tokens)."""
     rows = [np.asarray(row) if len(row) else np.empty(0, dtype=np.int64) for row in lists]
     width = max(len(row) for row in rows)
     ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in rows])

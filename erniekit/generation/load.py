@@ -1,4 +1,4 @@
-"""Which model a command uses, and that model with its tokenizer and chat template."""
+"""Finds and loads the model that a command uses, with its tokenizer and chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from erniekit.checkpoint.generation_config import GenerationConfig, not_used
 from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_files import model_files
 from erniekit.checkpoint.model_shape import model_config
+from erniekit.checkpoint.processor import settings_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.options import inference_spec
-from erniekit.data.vision.processor_files import IMAGE_FILE, read_settings
 from erniekit.data.vision.template import load_vision_template
 from erniekit.generation.decode import Limits
 from erniekit.generation.sampling import Sampling
@@ -52,7 +52,7 @@ class ChatModel:
 
 
 def sampling_of(cfg: Config) -> Sampling:
-    """How the configuration asks tokens to be chosen."""
+    """The sampling settings of the configuration."""
     return Sampling(
         temperature=cfg.temperature,
         top_k=cfg.top_k,
@@ -65,7 +65,7 @@ def sampling_of(cfg: Config) -> Sampling:
 
 
 def _settings_of(cfg: Config) -> dict[str, Any]:
-    """What decides how tokens are chosen, by transformers' names."""
+    """The sampling settings of the configuration, under transformers' names."""
     return {
         "do_sample": cfg.temperature > 0,
         "temperature": cfg.temperature,
@@ -127,7 +127,7 @@ def find_model(cfg: Config) -> PreparedChatModel:
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
     vision = None
     if prepared.config.vision is not None:  # an adapter has files of its own where it was trained with other settings
-        vision = inference_spec(cfg, read_settings(path if (path / IMAGE_FILE).exists() else base))
+        vision = inference_spec(cfg, settings_of(path, base, model=prepared.config.vision.patching))
     template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
     say_if_trained_otherwise(path, template)
     thinking = cfg.enable_thinking

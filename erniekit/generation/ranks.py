@@ -1,4 +1,4 @@
-"""What the ranks of one copy of a model tell one another while they generate.
+"""Communication between the ranks of one copy of a model during generation.
 
 The tensor ranks of all pipeline stages share one copy of the model. The last stage has the logits, and its first
 tensor rank chooses the tokens. The tokens are sent, not the logits: that is 8 bytes a row instead of the vocabulary,
@@ -59,7 +59,7 @@ def _bytes_from_leader(data: bytes, mesh: Mesh) -> bytes:
 
 
 def _broadcast(values: np.ndarray, mesh: Mesh, stage: int) -> np.ndarray:
-    """From the first tensor rank of `stage` to the others of that stage, and from each of them to its pipeline."""
+    """Send values from the first tensor rank of `stage` to the others of that stage, and from each to its pipeline."""
     if mesh.degrees.pipeline * mesh.degrees.tensor == 1:
         return values
     tensor = paddle.to_tensor(values.astype(np.int64))

@@ -1,4 +1,4 @@
-"""From next-token scores to a token: penalties, filters and the draw. Plain numpy on one row of scores [V].
+"""Chooses a token from next-token scores: penalties, filters and the draw. Plain numpy on one row of scores [V].
 
 The order is that of Hugging Face transformers: repetition penalty, frequency and presence penalties, the ban on early
 end tokens, then, when sampling, temperature, top-k, top-p, and the draw. Greedy choice obeys the penalties too.
@@ -14,7 +14,7 @@ from erniekit.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The defaults choose the likeliest token.
+    """The settings for choosing the next token. The defaults choose the likeliest token.
 
     temperature: the scores are divided by it; 0 is greedy. top_k: draw among the k likeliest tokens, 0 is all. top_p:
     draw among the likeliest tokens that together reach this probability. repetition_penalty: see `penalise_repetition`;

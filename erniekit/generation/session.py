@@ -1,4 +1,4 @@
-"""A conversation whose keys and values stay cached from answer to answer."""
+"""A conversation session that keeps keys and values cached between answers."""
 
 import signal
 import threading
@@ -43,7 +43,7 @@ class Session:
         self.reused = 0
 
     def close(self) -> None:
-        """Let the ranks that follow end."""
+        """End the session on the ranks that follow."""
         from_leader(None, self._model.mesh)
         finish_passes(self._model)
 
@@ -70,7 +70,7 @@ class Session:
         return self._answer(prompt_ids, reused, pictures, tables, limits, sampling, turn)
 
     def _num_reused(self, prompt_ids: list[int], pictures: PicturePrompt | None) -> int:
-        """How many tokens of a prompt the cache holds already."""
+        """The number of tokens of a prompt that are already in the cache."""
         pairs = zip(self._ids[: int(self._stepper.cache.lengths[0])], prompt_ids, strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         common = min(common, len(prompt_ids) - 1)  # the last token gives the scores of the next one
@@ -153,7 +153,7 @@ def _arrays(tables: PictureTables) -> list[np.ndarray]:
 
 @contextmanager
 def _whole_step(model: CausalLM) -> Iterator[None]:
-    """Ctrl-C waits for the end of the block where other ranks take part in it: half a message would be left."""
+    """A context that delays Ctrl-C if other ranks take part, since an interrupt could leave half of a message."""
     if model.mesh.degrees.world == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return

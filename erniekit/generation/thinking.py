@@ -20,10 +20,10 @@ class ThoughtParser:
         """`opened`: the prompt ends inside a thought."""
         self._state: Literal["start", "thought", "after", "plain"] = "thought" if opened else "start"
         self._buffer = ""
-        self._fresh = True  # nothing of the current part was given yet
+        self._fresh = True  # no text of the current part has been returned yet
 
     def push(self, text: str) -> list[tuple[Part, str]]:
-        """The pieces that are certain after this text; what may yet be a tag waits."""
+        """Add text and return the pieces that are certain; text that may become a tag is kept back."""
         self._buffer += text
         pieces: list[tuple[Part, str]] = []
         while self._step(pieces):
@@ -39,7 +39,7 @@ class ThoughtParser:
         return [(part, text)] if text else []
 
     def _step(self, pieces: list[tuple[Part, str]]) -> bool:
-        """Deal with the beginning of the buffer. True if there may be more to do."""
+        """Process the beginning of the buffer. Returns whether there may be more to process."""
         if self._state == "start":
             stripped = self._buffer.lstrip()
             if OPEN.startswith(stripped) and stripped != OPEN:

@@ -1,7 +1,7 @@
-"""LoRA: small trained factors beside frozen weights, attached to a model from outside.
+"""LoRA: small trained factors in addition to frozen weights, attached to an existing model.
 
-`attach(model, options)` attaches adapters to the projections and freezes everything else; `disabled(model)` gives the
-base model for the length of a `with` block; `merge(model)` adds the adapters to the weights. Their files are written by
+`attach(model, options)` attaches adapters to the projections and freezes everything else; `disabled(model)` is a
+context with the base model; `merge(model)` adds the adapters to the weights. Their files are written by
 erniekit/checkpoint/peft_write.py.
 """
 
@@ -38,9 +38,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """How a model is adapted. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r). `dropout`
-    is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in targets.choose
-    and choose_saved; no targets: those of targets.default_targets. `seed` decides the initial values of A.
+    """The options of adapters. `rank` r and `alpha` give the scaling alpha / r, with `rslora` alpha / sqrt(r).
+    `dropout` is applied to the adapters' input while training. `targets` and `modules_to_save` are explained in
+    targets.choose and choose_saved; no targets: those of targets.default_targets. `seed` decides the initial values of
+    A.
     """
 
     rank: int = 8
@@ -74,7 +75,7 @@ class LoraState:
     base_fingerprint: str | None = None
 
 
-_STATE = "lora_state"  # a plain attribute of the model
+_STATE = "lora_state"  # the name of a plain attribute of the model
 _Share = Callable[[ShardSpec], tuple[int, int]]
 
 

@@ -154,7 +154,7 @@ class LinearAdapter(Adapter):
     def __init__(self, linear: Linear, slots: dict[str, Slot], dropout: float, dora: bool, dtype: paddle.dtype) -> None:
         super().__init__(slots, dropout)
         self.split, self.dora = linear.split, dora
-        self._linear = [linear]  # in a list: it is not a sub-layer
+        self._linear = [linear]  # in a list, so that Paddle does not register it as a sub-layer
         ends, begin = {}, 0
         for part, width in (linear.parts or {"": linear.out_features}).items():
             ends[part] = (begin, begin + width)
@@ -165,14 +165,14 @@ class LinearAdapter(Adapter):
             self._add("A", part, [linear.in_features, slot.rank], dtype)
             self._add("B", part, [slot.rank, width], dtype)
             if dora:
-                # A length that is off by one rounding to 16 bits would change the model before it is trained.
+                # Rounded to 16 bits, the magnitude would differ from |W| and change the model before training.
                 self._add("magnitude", part, [width], paddle.float32)
         self._squares: paddle.Tensor | None = None
         if dora:
             self.reset_magnitude()
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Shardable. As the projection's weight is sharded: B by outputs, or A by inputs."""
+        """See Shardable. They follow the projection's weight: B is sharded by outputs, or A by inputs."""
         if self.split == "row":
             return {parameter_name("A", part): ShardSpec(0) for part in self.slots}
         if self.split is None:
@@ -292,7 +292,7 @@ class StackedAdapter(Adapter):
         self._add("B", "", [stacked.num_experts, slot.rank, stacked.out_features], dtype)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """See Shardable. Whole experts are divided."""
+        """See Shardable. The stack is sharded by whole experts."""
         return {"A": ShardSpec(0, over="experts"), "B": ShardSpec(0, over="experts")}
 
     def forward(self, rows: paddle.Tensor, counts: list[int], y: paddle.Tensor) -> paddle.Tensor:
@@ -309,7 +309,7 @@ class StackedAdapter(Adapter):
 
 
 def mergeable_weight(layer: Projection, name: str) -> paddle.Tensor:
-    """The parameter that an adapter is merged into. UserError where a product holds the weight."""
+    """The parameter that an adapter is merged into. Raises UserError if a product holds the weight."""
     if layer.weight is None:
         raise UserError(
             f"{name}: the weight is quantised, and an adapter cannot be merged into it. Export the adapter: it is "

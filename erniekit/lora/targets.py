@@ -1,5 +1,5 @@
-"""Which projections are adapted: translates names or patterns, ours or Hugging Face's, to parts of projections. It uses
-no tensors.
+"""Selects the projections to adapt: translates names and patterns, ours or Hugging Face's, to parts of projections. It
+uses no tensors.
 
 In memory q|k|v and gate|up are fused; Hugging Face has q_proj, k_proj, v_proj, gate_proj and up_proj. A fused
 projection has an adapter for each part that is targeted, so that PEFT's files map one to one. Routed experts are one
@@ -36,7 +36,7 @@ _VISION_LANGUAGE_PATHS = (
     (re.compile(r"(?<=_linear\.)2(?=\.|$)"), "fc2"),
 )
 
-# Module name of a projection -> its parts that are adapted; ("",) where it has no parts.
+# Module name of a projection -> its adapted parts; ("",) if it has no parts.
 Chosen = dict[str, tuple[str, ...]]
 
 
@@ -74,7 +74,7 @@ def short_name(module: str) -> str:
 
 
 def parts_of(module: str) -> tuple[str, ...]:
-    """The parts of a projection that have an adapter each."""
+    """The parts of a projection, each of which may have an adapter."""
     return ("",) if is_stacked(module) else FUSED.get(module.rpartition(".")[2], ("",))
 
 
@@ -98,7 +98,7 @@ def vision_language_path(name: str) -> str:
 
 
 def choose(names: Iterable[str], targets: Sequence[str]) -> Chosen:
-    """The parts that `targets` mean among the projections `names` (the whole model's).
+    """The parts that `targets` select among the projections `names` (of the whole model).
 
     An entry of letters, digits, _ and . is the end of a name ("q_proj", "mlp.down_proj"); anything else is a regular
     expression for a whole name. Both are compared with our names and with Hugging Face's ("experts.0.gate_proj" stands
@@ -155,7 +155,7 @@ def _means(target: str, module: str, part: str, vision: bool) -> bool:
 def _matches(target: str, names: Iterable[str]) -> bool:
     if _PLAIN.fullmatch(target):
         return any(name == target or name.endswith(f".{target}") for name in names)
-    return any(re.fullmatch(target, name) for name in names)  # config/checks.py compiles it
+    return any(re.fullmatch(target, name) for name in names)  # config/checks.py has checked that it compiles
 
 
 def _unknown(target: str, modules: Sequence[str]) -> str:

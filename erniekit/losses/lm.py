@@ -18,7 +18,7 @@ _KERNEL_RANGE = 60.0  # losses (nats) up to which Paddle's CPU kernel is exact
 @dataclass(frozen=True)
 class Head:
     """The output head's parameters: `weight` [V, D] if `by_vocab` (tied to the embedding), else [D, V]; `bias` [V] or
-    None. Where a `group` of ranks shares the vocabulary, V is this rank's stretch of it, in rank order.
+    None. Where a `group` of ranks shares the vocabulary, V is this rank's range of it, in rank order.
     """
 
     weight: paddle.Tensor

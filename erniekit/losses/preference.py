@@ -300,7 +300,7 @@ def log_ratios(
 def _length_scales(
     name: str, normalize: bool, lengths: tuple[paddle.Tensor, paddle.Tensor] | None
 ) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-    """What the chosen and the rejected answers' log-probabilities are multiplied by; None: nothing."""
+    """The factors of the chosen and the rejected answers' log-probabilities; None: no scaling."""
     if normalize and lengths is None:
         raise ValueError("normalize_logps needs chosen_lengths and rejected_lengths")
     if lengths is None:

@@ -213,7 +213,7 @@ def _warn_once(message: str) -> None:
 
 
 def _dtype(config: JsonObject) -> str | None:
-    """Of the weights in the file; transformers prefers the newer name."""
+    """The dtype of the weights in the file; if both keys are given, the newer name decides, as in transformers."""
     found = None
     for key in ("torch_dtype", "dtype"):
         name = config.get_text(key, None)

@@ -1,13 +1,14 @@
 """The ERNIE 4.5 decoder, dense and mixture-of-experts, of text alone or with images and videos, written once for one
 device.
 
-Tokens flow as one flat stretch [T, D] (T = B * S, row-major): every layer but attention treats tokens alone, and
+Tokens flow as one flat sequence [T, D] (T = B * S, row-major): every layer but attention treats tokens alone, and
 attention knows documents through its plan. Legend: B batch, S sequence, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -218,6 +219,7 @@ class CausalLM(nn.Layer):
         super().__init__()
         self.config, self.shard = config, part
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
+        self.directory: Path | None = None  # that it was loaded from
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
         self.model = Decoder(config, part)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
@@ -291,7 +293,7 @@ class CausalLM(nn.Layer):
 
         position_ids [B, S]: default, counted from 0 in each document; of a vision-language model also (time, height,
         width) [3, B, S]. segment_ids [B, S]: a token sees the earlier tokens of its own segment; equal ids must stand
-        together in a row, 0 is meant for padding; default, each row is one document. attention_mask [B, S], as
+        together in a row, 0 marks padding; default, each row is one document. attention_mask [B, S], as
         transformers calls it: the same for rows of one document, 1 for its tokens and 0 for padding. The others are of
         a vision-language model, see PictureArguments. Raises ValueError on wrong shapes, ids outside the vocabulary, or
         pictures that do not fit their placeholders.

@@ -253,7 +253,7 @@ class Embedding(Shardable):
 
 
 def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
-    """What the first layer takes [T or own stretch, D]: token embeddings, with NEFTune's noise if asked for: uniform in
+    """What the first layer takes [T or own range, D]: token embeddings, with NEFTune's noise if asked for: uniform in
     [-1, 1] * alpha / sqrt(length * D) for each document (Jain et al. 2023, arXiv 2310.05914, algorithm 1).
     """
     x_TD = embedding(inputs.input_ids)
@@ -268,7 +268,7 @@ def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
 def place_features(
     embedding: Embedding, x_TD: paddle.Tensor, pictures: EncodedPictures, num_tokens: int
 ) -> paddle.Tensor:
-    """Embeddings [T or own stretch, D] of `num_tokens` tokens -> the same with the features of pictures in their
+    """Embeddings [T or own range, D] of `num_tokens` tokens -> the same with the features of pictures in their
     places.
     """
     start, stop = embedding.own_span(num_tokens)
@@ -284,7 +284,7 @@ def place_features(
 
 def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:
     """For multi-token prediction: the embedding of the token `step` places after each one, without noise [T or own
-    stretch, D], that token's number [T], and whether it is in the same document [T].
+    range, D], that token's number [T], and whether it is in the same document [T].
     """
     assert isinstance(inputs.attention, PackedAttention), "multi-token prediction is for packed documents"
     target, valid = next_in_document(inputs.attention.plan.document_of_token, step)

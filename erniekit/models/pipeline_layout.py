@@ -1,4 +1,4 @@
-"""Where the layers of a run lie, and in which order a stage works on them."""
+"""Pipeline layout: which layers each stage holds, and the order in which it runs them."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -67,7 +67,7 @@ def plan_actions(
 
 
 def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) -> list[str]:
-    """What the log says about the ranks, and about keys that do nothing with this model on these ranks."""
+    """Log lines about the ranks, and about keys that have no effect with this model on these ranks."""
     notes = pointless.notes(cfg, "train", facts_of(model_config, degrees))
     if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
         notes.append(
@@ -91,7 +91,7 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
 
 
 def facts_of(model_config: ModelConfig, degrees: ParallelDims) -> Facts:
-    """What the model and the job say about which keys do something."""
+    """The facts about the model and the job that decide which keys have an effect."""
     aux_free = bool(model_config.extra.get("moe_use_aux_free", False))
     return Facts(model_config.moe_num_experts, aux_free, degrees.data, degrees.world)
 

@@ -1,4 +1,4 @@
-"""How well a model predicts the labels of a batch: loss and accuracy, and log-probabilities of pairs of answers."""
+"""Scores a model's predictions of the labels of a batch: loss, accuracy, and log-probabilities of pairs of answers."""
 
 import math
 from typing import NamedTuple

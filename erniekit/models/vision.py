@@ -1,6 +1,6 @@
 """The vision transformer of ERNIE 4.5's vision-language models: packed images and video frames of any resolution.
 
-All patches of a batch are one stretch [P, C]. Attention is full within a frame and nowhere else. Legend: P patches, N
+All patches of a batch are one sequence [P, C]. Attention is full within a frame and nowhere else. Legend: P patches, N
 images and videos, C features of a patch, H heads, d head size.
 """
 
@@ -12,17 +12,13 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
 from erniekit.nn.rotary import inverse_frequencies
-
-# The normalisation of uint8 pixels that the published models were trained with (CLIP's, Radford et al. 2021, arXiv
-# 2103.00020), by colour channel.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def patch_positions(grid_N3: np.ndarray, merge_size: int) -> np.ndarray:
@@ -71,8 +67,8 @@ class PatchEmbedding(nn.Layer):
         self.proj = Linear(config.patch_features, config.hidden_size, init_std=init_std)
         area = config.patch_size**2
         # 1/std and -mean/std of each pixel of a patch.
-        self._mean = np.repeat(np.array(PIXEL_MEAN, np.float32), area)[None]
-        self._std = np.repeat(np.array(PIXEL_STD, np.float32), area)[None]
+        self._mean = np.repeat(MEAN, area)[None]
+        self._std = np.repeat(STD, area)[None]
 
     def forward(self, patches: paddle.Tensor) -> paddle.Tensor:
         """Patches as uint8 pixels, which are normalised here in fp32, or as normalised floats."""

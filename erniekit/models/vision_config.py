@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from erniekit.data.vision.geometry import Patching
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -43,6 +45,11 @@ class VisionConfig:
     def patch_features(self) -> int:
         """Numbers of one patch: channels * pixels."""
         return self.in_channels * self.patch_size**2
+
+    @property
+    def patching(self) -> Patching:
+        """How a picture is divided."""
+        return Patching(self.patch_size, self.spatial_merge_size)
 
     @property
     def merged_size(self) -> int:

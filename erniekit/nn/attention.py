@@ -22,7 +22,7 @@ from erniekit.nn.rotary import Rotation
 
 
 class AttentionContext(Protocol):
-    """Who sees whom: packed documents (Documents) or a growing conversation (kv_cache.KVCache)."""
+    """Attention context: which keys each query may attend to. Packed documents, or a growing conversation (KVCache)."""
 
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]."""
@@ -229,7 +229,7 @@ class _DocumentAttention(PyLayer):
         for number, (bucket, saved) in enumerate(zip(rows.buckets, ctx.saved, strict=True)):
             do = paddle.gather(dout, bucket.fetch_grad)
             if bucket.keep is not None:
-                # Padding holds copies of token 0 and must bring no gradient of its own.
+                # Padding positions have copies of token 0, whose gradient must not be counted.
                 do = do.multiply_(bucket.keep.astype(do.dtype))
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
             queries, k, v, weights, outputs = saved
@@ -373,5 +373,5 @@ class SelfAttention(nn.Layer):
         return self.o_proj(self.core(self.qkv_proj(x_TD), mixer, layer))
 
     def core(self, qkv: paddle.Tensor, mixer: AttentionContext, layer: int) -> paddle.Tensor:
-        """What lies between the projections: [T, (H+2G)*d] -> [T, H*d]."""
+        """Attention between the projections: [T, (H+2G)*d] -> [T, H*d]."""
         return mixer.attend(qkv, layer)

@@ -1,4 +1,4 @@
-"""Compute in the backward pass again what would be kept for it (Chen et al. 2016, arXiv 1604.06174)."""
+"""Activation checkpointing: compute activations again in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -44,7 +44,7 @@ class KVCache:
         self.rotary = rotary
         self.capacity = capacity
         self.lengths = np.zeros(batch_size, dtype=np.int64)
-        # The next position after each cached token; what stands behind a row's length has no meaning.
+        # The next position after each cached token; entries beyond a row's length are unused.
         self._next_positions = np.zeros((batch_size, capacity), dtype=np.int64)
         # One flat [B * G * capacity, d] buffer a layer, so that a step scatters its rows in place instead of copying
         # the cache. Made by a layer's first step, in the type of its keys.

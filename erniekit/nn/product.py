@@ -33,8 +33,8 @@ class Product(Shardable):
     part of a sum. A buffer that follows from a rank's own tokens must be reduced by the product, so that all ranks with
     a copy agree.
 
-    An adapter (LoRA) stands beside the product: it takes the same x, adds to the result, and never sees the weight. A
-    product is therefore the same with and without an adapter, and a frozen weight (`weight.stop_gradient`) needs no
+    An adapter (LoRA) is independent of the product: it takes the same x, adds to the result, and never sees the weight.
+    A product is therefore the same with and without an adapter, and a frozen weight (`weight.stop_gradient`) needs no
     gradient. `merge` adds the adapter to the projection's parameter, and is refused where there is none.
     """
 
@@ -69,7 +69,7 @@ class Product(Shardable):
         raise NotImplementedError(type(self).__name__)
 
     def quantized_tensors(self, weight: paddle.Tensor | None) -> list[dict[str, paddle.Tensor]]:
-        """What stands for each matrix in a quantised file, by kind ("codes", "scales"): one entry, or one an expert."""
+        """The arrays of each matrix in a quantised file, by kind ("codes", "scales"): one entry, or one per expert."""
         raise NotImplementedError(type(self).__name__)
 
     def num_bytes(self, weight: paddle.Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""How a parameter is divided over the ranks that hold a model together."""
+"""Declares how a parameter is sharded over the ranks that share a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -90,7 +90,7 @@ def world_group() -> Group:
 
 def open_channels(pairs: Sequence[tuple[int, int]]) -> None:
     """Prepare `comm.send` and `comm.recv` along these (sender, receiver) pairs; all ranks call it with the same pairs.
-    NCCL gets a communicator for each direction, otherwise a send that crosses another would wait for ever; TCP needs
+    NCCL gets a communicator for each direction, otherwise a send that crosses another would wait forever; TCP needs
     nothing.
     """
     for pair in pairs:

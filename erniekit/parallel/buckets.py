@@ -126,7 +126,7 @@ def plan_buckets(entries: Sequence[Entry], limit: int = DEFAULT_LIMIT) -> list[B
 
 
 def _key(entry: Entry) -> tuple:
-    """What the parameters of one bucket have in common."""
+    """The properties that all parameters of one bucket share."""
     p = entry.placement
     groups = (p.gradient, p.shard, p.replica, p.partial, p.ends)
     return entry.model_chunk, entry.dtype, p.copies, *(group.ranks for group in groups)

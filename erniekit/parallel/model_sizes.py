@@ -1,6 +1,31 @@
-"""What the arithmetic of parallel layouts needs to know of a model."""
+"""The sizes of a model that the arithmetic of parallel layouts needs."""
 
 from typing import Protocol
+
+
+class VisionSizes(Protocol):
+    """The sizes in a `models.vision_config.VisionConfig`."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def patch_features(self) -> int: ...
+
+    @property
+    def merged_size(self) -> int: ...
+
+    @property
+    def spatial_merge_size(self) -> int: ...
+
+    @property
+    def temporal_merge_size(self) -> int: ...
 
 
 class ModelSizes(Protocol):
@@ -41,6 +66,9 @@ class ModelSizes(Protocol):
 
     @property
     def num_nextn_predict_layers(self) -> int: ...
+
+    @property
+    def vision(self) -> VisionSizes | None: ...
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) has experts."""

@@ -149,6 +149,7 @@ def _compute_order(schedule: str, stage: int, stages: int, microbatches: int, ch
     order = _in_groups(stages, microbatches, chunks)
     forwards: list[Compute] = [Forward(c, i) for c, i in order]
     backwards: list[Compute] = [Backward(chunks - 1 - c, i) for c, i in order]
+    # Warm-up: forward passes only. Steady state: one forward, one backward. Cool-down: the remaining backward passes.
     warm_up = min(_warm_up(schedule, stage, stages, microbatches, chunks), len(order))
     steady = [action for pair in zip(forwards[warm_up:], backwards) for action in pair]
     return [*forwards[:warm_up], *steady, *backwards[len(order) - warm_up :]]
@@ -183,6 +184,7 @@ def _transfers(orders: list[list[Compute]]) -> list[_Transfer]:
     transfers = []
     for stage, order in enumerate(orders):
         for action in order:
+            # The model chunk that needs the output of this action: the next one forward, the previous one backward.
             model_chunk = action.chunk * stages + stage + (1 if isinstance(action, Forward) else -1)
             if 0 <= model_chunk < num_model_chunks:
                 used_by = type(action)(model_chunk // stages, action.microbatch)
@@ -195,6 +197,8 @@ def _sent_at_once(orders: list[list[Compute]]) -> list[list[Action]]:
     transfers = _transfers(orders)
     sends = {(t.source, t.made_by): t.send for t in transfers}
     needs = {(t.target, t.used_by): t.recv for t in transfers}
+    # The messages of each pair of stages in the order of sending. They arrive in this order, so a stage that needs a
+    # later message must receive the earlier ones first.
     inbox: dict[tuple[int, int], deque[Recv]] = {(t.source, t.target): deque() for t in transfers}
     for transfer in transfers:
         inbox[transfer.source, transfer.target].append(transfer.recv)
@@ -240,7 +244,8 @@ def _unit_clock(orders: list[list[Compute]], transfers: list[_Transfer]) -> dict
     producers = {(t.target, t.used_by): (t.source, t.made_by) for t in transfers}
     start: dict[tuple[int, Compute], int] = {}
     todo = [deque(order) for order in orders]
-    free = [0] * len(orders)
+    free = [0] * len(orders)  # the time at which each stage finishes its last started action
+    # Start every action whose input has been computed, until a round over all stages starts none.
     moved = True
     while moved:
         moved = False

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from erniekit.parallel.model_sizes import ModelSizes
+from erniekit.parallel.model_sizes import ModelSizes, VisionSizes
 from erniekit.utils.errors import ConfigError
 
+# The share of the tokens of a vision-language model that is assumed to stand for pictures.
+PICTURE_SHARE = 0.5
 # ERNIEKit's lists count the embedding (first), the final norm and the head (last) as well as the layers.
 ITEMS_BEFORE_LAYERS, ITEMS_BESIDE_LAYERS = 1, 3
 
@@ -38,6 +40,7 @@ def layer_costs(model_config: ModelSizes, mean_context: int) -> Costs:
       dense       3 D I;    sparse  3 D I_expert (moe_k + shared experts) + D experts
       embedding   D (a row is copied; its gradient is added)
       head        D vocab_size
+      vision      PICTURE_SHARE of vision_cost, in the first chunk
       each depth of multi-token prediction: a dense layer, 2 D^2 for its projection, and the head once more.
     The backward pass takes the same multiple of each, and communication is not counted.
     """
@@ -52,7 +55,22 @@ def layer_costs(model_config: ModelSizes, mean_context: int) -> Costs:
     head = hidden * model_config.vocab_size
     ahead = model_config.num_nextn_predict_layers * (dense + 2 * hidden**2 + head)
     layers = [sparse if model_config.is_moe_layer(i) else dense for i in range(model_config.num_hidden_layers)]
-    return Costs(tuple(float(cost) for cost in layers), float(hidden), float(head + ahead))
+    vision = 0.0 if model_config.vision is None else PICTURE_SHARE * vision_cost(model_config.vision, hidden)
+    return Costs(tuple(float(cost) for cost in layers), hidden + vision, float(head + ahead))
+
+
+def vision_cost(vision: VisionSizes, hidden: int) -> float:
+    """Multiply-adds of vision transformer and resampler for one token of an image; attention within a frame, whose size
+    is not known here, is left out.
+
+    With C = features of a patch, I = intermediate size, W = features of the patches that one token joins, and
+    merge^2 patches a token:
+      block       merge^2 (4 C^2 + 2 C I);    patch embedding  merge^2 C (numbers of a patch)
+      resampler   2 W^2 in space, W^2 (frames joined + 1) in time, W hidden to the decoder's width.
+    """
+    size, wide, patches = vision.hidden_size, vision.merged_size, vision.spatial_merge_size**2
+    tower = vision.depth * (4 * size**2 + 2 * size * vision.intermediate_size) + size * vision.patch_features
+    return float(patches * tower + wide**2 * (3 + vision.temporal_merge_size) + wide * hidden)
 
 
 def split_layers(

@@ -1,14 +1,15 @@
-"""Byte streams between the processes of a CPU run: one TCP connection for each pair of ranks.
+"""Message transport between the processes of a CPU run, with one TCP connection for each pair of ranks.
 
 Why not gloo, Paddle's CPU backend (measured with Paddle 3.3.1): a rank that waits 30 s for another fails, and Paddle
 has no way to set that limit, so a peer that writes a checkpoint or computes a long pipeline stage ends the run; groups
-created near one another read each other's addresses; sends inside a group of more than two ranks pair up wrongly,
-because a message's tag is the number of operations its sender has done; reduce-scatter, all-to-all and asynchronous
-sends are missing, sums of float16 are wrong, float8 ends the process; a small all-reduce takes 1 ms, here a tenth.
+that are created at about the same time read each other's addresses; sends inside a group of more than two ranks are
+matched wrongly, because a message's tag is the number of operations its sender has done; reduce-scatter, all-to-all and
+asynchronous sends are missing, sums of float16 are wrong, and float8 ends the process; a small all-reduce takes 1 ms,
+here a tenth of that.
 
-Here nothing can collide (a group is a list of ranks), waiting has no time limit, and a peer that has died is named
-at once. Sends never wait for the receiver: what the kernel does not take at once is written by a thread, so
-every order of sends and receives in which each message is received somewhere completes.
+Here groups cannot collide (a group is a list of ranks), waiting has no time limit, and a dead peer is reported at once.
+Sends never wait for the receiver: a thread writes the data that the kernel does not accept at once. Therefore every
+order of sends and receives completes in which each message is eventually received.
 """
 
 import ctypes
@@ -34,7 +35,7 @@ _HEADER = struct.Struct("<BQ")  # kind of operation, bytes that follow
 _LENGTH = struct.Struct("<I")
 _RETRY_SECONDS = 0.05
 _PURPOSE = "rank"
-_OTHER_FILES = 512  # open files that are no connections to ranks
+_OTHER_FILES = 512  # file descriptors for other purposes than connections to ranks
 _ALL_HERE_SECONDS = 60  # to connect the rest, once all ranks have called rank 0
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "host")
@@ -97,6 +98,8 @@ class _Peer:
     def post(self, kind: str, data: memoryview, *, copy: bool) -> None:
         header = _HEADER.pack(KINDS.index(kind), len(data))
         sent = 0
+        # Small messages usually fit into the kernel's buffer, so try to send without the thread. This is only allowed
+        # while the thread has nothing left to write, or messages would overtake one another.
         if self._queue.unfinished_tasks == 0:
             try:
                 sent = self._sock.sendmsg([header, data], [], socket.MSG_DONTWAIT)
@@ -109,12 +112,14 @@ class _Peer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name=f"to {self._name}", daemon=True)
             self._thread.start()
+        # The thread writes the rest, which may begin within the header.
         if sent < len(header):
             self._queue.put(memoryview(header)[sent:])
         rest = data[max(0, sent - len(header)) :]
         self._queue.put(memoryview(bytes(rest)) if copy else rest)
 
     def _write(self) -> None:
+        # After an error the queue is still emptied, so that flush() returns and raises it.
         while (data := self._queue.get()) is not None:
             try:
                 if self._error is None:
@@ -166,6 +171,7 @@ def connect(world: World, token: str, timeout_seconds: float) -> Links:
         TrainError: an address is taken, ranks did not come in time, or have another token; the message names them.
     """
     with _listen(world) as listener, closing(Door(listener, token, _PURPOSE)) as door:
+        # Rank 0 is connected with every rank now. Of every other pair, the higher rank calls the lower one.
         sockets = _roll_call(world, token, door, timeout_seconds)
         deadline = time.monotonic() + _ALL_HERE_SECONDS
         for rank in range(1, world.rank):
@@ -254,7 +260,7 @@ def _listen(world: World) -> socket.socket:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-            # The address under which the others reach this rank may be translated and not belong to this host.
+            # The address under which others reach this rank may be translated (NAT) and not belong to this host.
             return socket.create_server(("", port), backlog=backlog)
     except OSError as error:
         raise TrainError(
@@ -272,9 +278,8 @@ def _call(world: World, token: str, rank: int, deadline: float) -> socket.socket
         sock = None
         try:
             sock = socket.create_connection(address, timeout=left)
-            if (
-                sock.getsockname() == sock.getpeername()
-            ):  # no process listens, and the system chose that very port for this end
+            # If no process listens, the system may choose that same port for this end, which is then its own peer.
+            if sock.getsockname() == sock.getpeername():
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
             sock.settimeout(min(left, PROOF_SECONDS))
             prove(sock, token, _PURPOSE)

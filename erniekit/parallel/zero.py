@@ -102,7 +102,7 @@ class ShardedParameters:
         return _whole(comm.all_gather(chunk, entry.placement.shard), entry.shape)
 
     def gather(self, name: str, chunk: paddle.Tensor) -> np.ndarray:
-        """The same as `whole`, on the host."""
+        """As `whole`, but the result is on the host."""
         entry = self.entries[name]
         if entry.placement.shard.size == 1:
             return chunk.numpy()

@@ -45,7 +45,7 @@ def chat(cfg: Config) -> None:
 
 
 def _open(cfg: Config, mesh: Mesh) -> ChatModel:
-    """This rank's share of the model. What one rank refuses, all refuse."""
+    """Load this rank's shard of the model. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
         model = find_model(cfg)
         chunks = chunks_to_use(cfg, model.prepared.config, mesh.degrees, mesh.pipe)
@@ -120,10 +120,10 @@ def _answer(conversation: Conversation, screen: "Screen", question: str) -> bool
 
 
 class Screen:
-    """Where questions come from and answers go. `interactive`: somebody types the questions."""
+    """The input of questions and the output of answers. `interactive`: whether a user types the questions."""
 
     def __init__(self, stdin_is_terminal: bool, stdout_is_terminal: bool, stream: bool = True) -> None:
-        """`stdin_is_terminal`: somebody types the questions; `stdout_is_terminal`: somebody reads the answers.
+        """`stdin_is_terminal`: a user types the questions; `stdout_is_terminal`: a user reads the answers.
         `stream`: show text as it comes.
         """
         self.interactive = stdin_is_terminal
@@ -138,7 +138,7 @@ class Screen:
                 pass
 
     def ask(self) -> str | None:
-        """The next question; None when there is none."""
+        """The next question; None at the end of the input."""
         if self._is_terminal:
             try:
                 return streams.decode(input("User: "))
@@ -153,35 +153,37 @@ class Screen:
         return streams.read_line()
 
     def note(self, text: str) -> None:
-        """Say something that is not part of the conversation."""
+        """Print a note that is not part of the conversation."""
         print(f"[{text}]", file=sys.stderr, flush=True)
 
     def show(self, pieces: Iterator[Piece]) -> None:
         """Print an answer piece by piece; notes go beside it, each in a line of its own."""
         if not self._stream:
             pieces = iter(list(pieces))
-        last, begun, within = "answer", False, False  # within: the cursor is behind a part of a line
+        last, within = "", False  # within: the cursor is behind a part of a line
         try:
             for part, text in pieces:
                 if part == "note":
                     if within:
                         print(file=sys.stdout if last == "answer" else self._labels, flush=True)
                     self.note(text)
-                    last, begun, within = "answer", False, False
-                    continue
-                if self.interactive and not begun:
-                    self._label("Assistant: ")
-                begun = True
-                if part != last and part == "thought":
-                    self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
-                elif part != last:
-                    self._label("\n\nanswer:\n" if self._is_terminal else "\n")
-                print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
-                last, within = part, True
+                else:
+                    self._begin(part, last)
+                    print(text, end="", file=sys.stdout if part == "answer" else self._labels, flush=True)
+                last, within = ("", False) if part == "note" else (part, True)
         finally:
-            if self.interactive and not begun:
+            if not within and self.interactive:
                 self._label("Assistant: ")
             print(flush=True)
+
+    def _begin(self, part: str, last: str) -> None:
+        """Label a thought or an answer that follows `last`; "": it is the first of the model's message."""
+        if not last and self.interactive:
+            self._label("Assistant: ")
+        if part == "thought" and last != "thought":
+            self._label("\nthinking process:\n" if self.interactive else "thinking process:\n")
+        elif part == "answer" and last == "thought":
+            self._label("\n\nanswer:\n" if self._is_terminal else "\n")
 
     def _label(self, text: str) -> None:
         print(text, end="", file=self._labels, flush=True)

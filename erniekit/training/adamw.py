@@ -11,13 +11,13 @@ from erniekit.models.decoder import CausalLM
 from erniekit.nn.roles import Component, Role, named_components, named_roles
 from erniekit.parallel.zero import ShardedParameters
 
-# Fields of the state that are one number a parameter.
+# Fields of the state that are a single number for each parameter.
 POWERS = ("beta1_pow", "beta2_pow")
 
 
 @dataclass(frozen=True)
 class ParamRule:
-    """How one parameter is updated: its share of the learning rate and its decoupled weight decay."""
+    """How one parameter is updated: its multiple of the learning rate and its decoupled weight decay."""
 
     lr_ratio: float
     weight_decay: float
@@ -93,7 +93,7 @@ class AdamW:
         self.reset()
 
     def reset(self) -> None:
-        """Reset the state. The master copies take the values that the parameters have now."""
+        """Reset the state. Master copies get the present values of the parameters."""
         self.state = {name: self._new_state(name) for name in self.parameters.tensors}
 
     def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
@@ -115,14 +115,14 @@ class AdamW:
 
     @paddle.no_grad()
     def master(self, name: str) -> paddle.Tensor | None:
-        """A parameter's whole master copy, fp32; None where the parameter is its own. Where the state is divided, all
-        ranks of the parameter's shard group have to call this together.
+        """A parameter's whole master copy, fp32; None if it has none. If the state is divided, all ranks of the
+        parameter's shard group must call this together.
         """
         chunk = self.state.get(name, {}).get("master")
         return None if chunk is None else self.parameters.whole(name, chunk)
 
     def state_bytes(self) -> int:
-        """Bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""
+        """The bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""
         return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
 
     @paddle.no_grad()
@@ -131,7 +131,7 @@ class AdamW:
         (an expert no token reached has a zero gradient, not none) is left alone.
         """
         updated = {}
-        # Filled on the device, one for each distinct rate: nothing is uploaded.
+        # One tensor for each distinct rate, filled on the device, so that nothing is uploaded.
         ratios = {self.rules[name].lr_ratio for name in self.parameters.tensors}
         rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
         for name, gradient in gradients.items():
@@ -139,7 +139,7 @@ class AdamW:
             updated[name] = parameter
             paddle._C_ops.adamw_(
                 parameter,
-                # With a master copy the kernel takes a wide gradient as it is; rounding it would undo its fp32 sum.
+                # With a master copy the kernel accepts an fp32 gradient; rounding it would undo its fp32 sum.
                 gradient if "master" in state else gradient.astype(parameter.dtype),
                 rates[rule.lr_ratio],
                 state["moment1"],
@@ -148,7 +148,7 @@ class AdamW:
                 state["beta1_pow"],
                 state["beta2_pow"],
                 state.get("master"),
-                None,  # found_inf: a non-finite gradient stops the run before it comes here
+                None,  # found_inf: a non-finite gradient stops the run before this
                 self.beta1,
                 self.beta2,
                 self.epsilon,
@@ -161,7 +161,7 @@ class AdamW:
                 False,  # use_global_beta_pow
                 False,  # amsgrad
             )
-            parameter._bump_inplace_version()  # the kernel does not, and products rely on it (nn/product.py)
+            parameter._bump_inplace_version()  # the kernel does not do this, and products rely on it (nn/product.py)
         self.parameters.publish(updated)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
-"""Batch-size warm-up: early steps sum up fewer microbatches, since small batches serve as well while the loss falls
-fast (McCandlish et al. 2018, arXiv 1812.06162). Hence also how many steps a training has.
+"""Batch-size warm-up: early steps accumulate fewer microbatches, since small batches suffice while the loss falls
+quickly (McCandlish et al. 2018, arXiv 1812.06162). It also determines the number of steps of a training.
 """
 
 import math
@@ -9,14 +9,14 @@ from erniekit.data.loader import Loader
 
 
 def microbatches_at(step: int, full: int, warmup_steps: int) -> int:
-    """Microbatches of step number `step` (from 0): growing linearly to `full` over `warmup_steps`, at least 1."""
+    """The microbatches of step `step` (from 0), which grow linearly to `full` over `warmup_steps`; at least 1."""
     if step >= warmup_steps:
         return full
     return max(1, -(-full * (step + 1) // (warmup_steps + 1)))
 
 
 def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0) -> int:
-    """Optimizer steps that use up `num_microbatches` after `done` steps; the last may be short."""
+    """The number of optimizer steps for `num_microbatches` after `done` steps; the last step may be short."""
     step, used = done, 0
     while used < num_microbatches and step < warmup_steps:
         used += microbatches_at(step, full, warmup_steps)
@@ -25,7 +25,7 @@ def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0
 
 
 def microbatches_per_read(cfg: Config) -> int:
-    """Microbatches that the loader gives at a time: those of a step, or one while the steps still grow."""
+    """The microbatches that the loader yields at a time: those of a step, or one while the batch size still grows."""
     return 1 if cfg.batch_size_warmup_steps else cfg.gradient_accumulation_steps
 
 

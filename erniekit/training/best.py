@@ -1,6 +1,7 @@
-"""The best evaluation so far, and when a run without a better one stops early.
+"""The best evaluation so far, and early stopping of a run without a better one.
 
-The numbers are fields of TrainState, so that a checkpoint keeps them, together with what they were measured under.
+The numbers are fields of TrainState, so that a checkpoint stores them together with the conditions of their
+measurement.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from erniekit.training.state import TrainState
 from erniekit.utils import log
 from erniekit.utils.errors import TrainError
 
-_OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}  # an evaluation reads in file order
-_NOT_OF_SCORES = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}  # of data, or of how it is computed
+# they affect training only: an evaluation reads in file order
+_OF_TRAINING = {"seed", "random_shuffle", "mix_strategy", "train_dataset_prob"}
+# they concern the data, or how the loss is computed
+_NOT_OF_SCORES = {"max_prompt_len", "ref_logps_cache", "ref_model_update_steps"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class BestModel:
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether a greater value of the metric is better."""
         given = self.cfg.greater_is_better
         return not self.metric.endswith(("loss", "perplexity")) if given is None else given
 
     def measured_under(self) -> dict[str, Any]:
-        """What the values of two evaluations must have in common to be comparable."""
+        """The conditions that must be equal for two evaluations to be comparable."""
         cfg, options = self.cfg, self.cfg.method.options
         basis: dict[str, Any] = {"metric_for_best_model": self.metric, "greater_is_better": self.greater_is_better}
         basis["max_evaluate_steps"] = cfg.max_evaluate_steps
@@ -48,7 +51,7 @@ class BestModel:
         return basis | {key: value for key, value in self.data.items() if key not in _OF_TRAINING}
 
     def note(self, state: TrainState, metrics: Mapping[str, float]) -> bool:
-        """Take the metrics of an evaluation after `state.step` into the state. True if they are the best so far."""
+        """Record the metrics of an evaluation after `state.step`. Returns whether they are the best so far."""
         if self.metric not in metrics:
             known = ", ".join(sorted(metrics))
             raise TrainError(f"metric_for_best_model: an evaluation during training gives {known}, not {self.metric}")
@@ -62,7 +65,7 @@ class BestModel:
         return is_better
 
     def stops_early(self, state: TrainState) -> bool:
-        """Whether early_stopping_patience evaluations in a row were not better; a log line says so."""
+        """Whether the last early_stopping_patience evaluations were not better; if so, this is logged."""
         patience = self.cfg.early_stopping_patience
         stops = patience is not None and state.evaluations_since_best >= patience
         if stops:
@@ -70,8 +73,8 @@ class BestModel:
         return stops
 
     def forget_incomparable(self, state: TrainState) -> str | None:
-        """Drop the best value, and the count of evaluations without a better one, if they were measured under something
-        else; the line that says so.
+        """Reset the best value and the count of evaluations without a better one if they were measured under other
+        conditions. Returns a message about it, or None.
         """
         before, now = state.best_of, self.measured_under()
         if state.best_metric is None or before == now:

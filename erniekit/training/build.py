@@ -1,7 +1,8 @@
-"""From a configuration to everything a run needs: first the model's keys and the data are checked, then the model is
-built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
+"""Builds everything that a run needs from a configuration: first the model's keys and the data are checked, then the
+model is built (erniekit/build.py), then gradient synchronisation, optimizer and recipe.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import paddle
 
 from erniekit.build import PreparedModel, prepare_model, training_options
 from erniekit.checkpoint.model_dir import require_model, require_weights
-from erniekit.checkpoint.model_shape import directories, model_config, require_pictures
+from erniekit.checkpoint.model_shape import (
+    directories,
+    model_config,
+    processor_directory,
+    require_pictures,
+    vision_start,
+)
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -33,6 +40,7 @@ from erniekit.models.pipeline_layout import (
     plan_actions,
     schedule_of,
 )
+from erniekit.models.vision_config import VisionConfig
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
@@ -53,7 +61,7 @@ from erniekit.utils import log
 
 @dataclass
 class Run:
-    """A run ready to start. `best`: compares evaluations; None where nothing is evaluated."""
+    """A run that is ready to start. `best` compares evaluations; None if nothing is evaluated."""
 
     cfg: Config
     method: Method
@@ -78,7 +86,9 @@ class Run:
     average: WeightAverage | None
 
     def plan_steps(self, done: int) -> None:
-        """Set the last step and the schedule for a run that has done `done` steps and continues where its loader is."""
+        """Set the last step and the schedule for a run that has done `done` steps and continues at its
+        loader's position.
+        """
         cfg = self.cfg
         self.max_steps = last_step(cfg, self.loader, self.mesh.degrees.data, done)
         self.schedule = build_schedule(cfg, self.max_steps)
@@ -123,14 +133,14 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
-    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision is not None)
+    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
-    # Nothing that the configuration says is left to check: from here on weights are read.
+    # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
     if cfg.fine_tuning == "LoRA":
@@ -180,32 +190,36 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
 
 
 def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
-    """The model of a run, checked but not built. An error on one rank is raised on all."""
+    """Prepare the model of a run, with all checks. An error on one rank is raised on all."""
     with all_or_none(mesh.world_group):
         shape = model_config(cfg, model_dir)
         if cfg.continue_training:
             require_weights(model_dir)
-        prepared = prepare_model(model_dir, training_options(cfg), None if cfg.continue_training else shape)
+        options = dataclasses.replace(training_options(cfg), vision_start=vision_start(cfg, shape))
+        prepared = prepare_model(model_dir, options, None if cfg.continue_training else shape)
         check_layout(cfg, mesh.degrees, prepared.config)
     return prepared
 
 
 def _open_data(
-    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, sees_pictures: bool
+    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
 ) -> tuple[Template | None, Loader, Loader | None]:
     """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
-    `sees_pictures`: the model is a vision-language model, whose template is used for text, too.
+    `vision`: of the model, whose template is used for text, too; None: a model of text alone.
     """
     wants_eval = cfg.do_eval or cfg.evaluation_strategy != "no"
     with all_or_none(mesh.world_group):
-        template = training_template(cfg, tokenizer, sees_pictures)
+        template = training_template(cfg, tokenizer, vision is not None)
+        spec = None
+        if cfg.method.vision and vision is not None:
+            spec = vision_spec(cfg, read_settings(processor_directory(cfg, model_dir), vision.patching))
         build = partial(
             build_loader,
             tokenizer=tokenizer,
             rank=mesh.data,
             world=mesh.degrees.data,
             template=template,
-            vision=vision_spec(cfg, read_settings(model_dir)) if cfg.method.vision else None,
+            vision=spec,
         )
         loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
         eval_loader = build(cfg, split="eval") if wants_eval else None
@@ -217,7 +231,7 @@ def _open_data(
 
 
 def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
-    """Freeze the blocks of multi-token prediction that the model has beyond those that the run trains."""
+    """Freeze the model's blocks of multi-token prediction that the run does not train."""
     trained, decoder = cfg.mtp_depths, model.model
     frozen = model.config.num_nextn_predict_layers - trained
     if frozen <= 0:
@@ -232,6 +246,6 @@ def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:
-    """moe_use_aux_free, or what the model's config.json says where the key is not set."""
+    """Whether to use loss-free balancing: moe_use_aux_free, or the model's config.json if the key is not set."""
     asked = bool(config.extra.get("moe_use_aux_free", False)) if cfg.moe_use_aux_free is None else cfg.moe_use_aux_free
     return asked and config.moe_num_experts > 0

@@ -1,4 +1,4 @@
-"""The callbacks of a run. What each writes is in erniekit/training/reporting/."""
+"""Builds the callbacks of a run, which are in erniekit/training/reporting/."""
 
 from erniekit.config.schema import Config
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
@@ -15,8 +15,8 @@ __all__ = ["Callback", "RunInfo", "StepMetrics", "build_callbacks"]
 def build_callbacks(cfg: Config) -> list[Callback]:
     """The callbacks that `cfg` asks for, in the order in which they are to be called.
 
-    The bar goes first, so that it is gone before the others have their last word; the metrics file goes before the plot
-    and the summary, which read it.
+    The progress bar comes first, so that it is removed before the others write their last lines. The metrics file comes
+    before the plot and the summary, which read it.
     Raises ConfigError if report_to needs a package that is not installed.
     """
     callbacks: list[Callback] = [ProgressReport(cfg.logging_steps, cfg.disable_tqdm), MetricsFile()]

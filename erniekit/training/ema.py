@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside training (Polyak & Juditsky 1992; Izmailov et al. 2018)."""
+"""An exponential moving average of the weights during training (Polyak & Juditsky 1992; Izmailov et al. 2018)."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class WeightAverage:
 
     @paddle.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimizer step. Where masters are divided over ranks, all ranks call it."""
+        """Add the weights after an optimizer step. If masters are divided over ranks, all ranks must call it."""
         for name, tensor in trained_tensors(self.model).items():
             master = None if self._optimizer is None else self._optimizer.master(name)
             weight = tensor.astype("float32") if master is None else master
@@ -31,12 +31,12 @@ class WeightAverage:
 
     @paddle.no_grad()
     def restart(self) -> None:
-        """Begin with the weights as they are now."""
+        """Reset the average to the present weights."""
         for name, tensor in _copies(self.model).items():
             self.average[name].set_value(tensor)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from the average that a checkpoint holds."""
+        """Continue from the average in a checkpoint."""
         load_trained(self.model, checkpoint / DIRECTORY, into=self.average)
 
 

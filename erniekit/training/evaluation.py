@@ -1,4 +1,4 @@
-"""Scores on the evaluation data while training, over every rank's share of model and data."""
+"""Evaluates the model during training, over every rank's shard of model and data."""
 
 from erniekit.training.build import Run
 from erniekit.training.evaluators import EvaluatedModel, score

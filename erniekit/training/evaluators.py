@@ -1,4 +1,4 @@
-"""How the methods are evaluated. Evaluations during training and `erniekit eval` run the same evaluators.
+"""The evaluators of the methods, which evaluations during training and `erniekit eval` share.
 
 An evaluator takes a model, in one process or divided over many, and its evaluation data, and returns Scores. Every rank
 runs it at the same time and gets the same numbers.
@@ -31,9 +31,9 @@ from erniekit.utils.errors import DataError, EvaluationError
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to evaluate, as this process holds it.
+    """A model to evaluate, or this process's shard of it.
 
-    name: what messages call it. forward: the passes through it. reference: what it is compared with, or None.
+    name: its name in messages. forward: runs passes through it. reference: the model that it is compared with, or None.
     """
 
     name: str
@@ -50,7 +50,9 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class Scores:
-    """metrics: "loss" and what else the method reports. counts: "num_samples" and, where it is known, "num_tokens"."""
+    """The result of an evaluation. metrics: "loss" and the method's others. counts: "num_samples", and
+    "num_tokens" if known.
+    """
 
     metrics: dict[str, float]
     counts: dict[str, int]
@@ -144,7 +146,7 @@ def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch
     )
     metrics = {"loss": loss} | pair_metrics((policy[0], policy[1]), (rewards[0], rewards[1]), cfg.beta)
     if not has_reference:
-        del metrics["kl"]  # there is nothing that the policy could be far from
+        del metrics["kl"]  # without a reference there is no divergence from it
     return Scores({name: float(value.mean()) for name, value in metrics.items()}, {"num_samples": len(score_deltas)})
 
 
@@ -160,7 +162,7 @@ def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[Pac
             if len(batch.pairs):
                 lengths = batch.answer_labels.reshape([2, -1])
                 tables.append(_PairTable(of_policy.numpy(), of_reference.numpy(), lengths, batch.pairs.score_deltas))
-    # Log-probabilities are known where the head is, and all tensor ranks hold the same ones.
+    # Only the stage with the head has log-probabilities, and all its tensor ranks have the same ones.
     holds_results = mesh.is_last_stage and mesh.tensor == 0
     columns = [[column.tolist() for column in vars(table).values()] for table in tables if holds_results]
     gathered = [table for of_rank in comm.gather_objects(columns, mesh.world_group) for table in of_rank]

@@ -1,4 +1,4 @@
-"""A training step on one pipeline stage: the layers that this process holds, and the losses that are computed there.
+"""The forward and backward passes of a training step on one pipeline stage, with the losses that are computed there.
 
 The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one process alone is a pipeline of one
 stage.
@@ -31,8 +31,8 @@ def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
 
 @dataclass
 class StepSums:
-    """What the microbatches of one step add up to: the divisors (of all data ranks), the mean over them of each term of
-    the loss and of each metric, the loss, and what each router did.
+    """The sums over the microbatches of one step: the divisors (over all data ranks), each term of the loss and each
+    metric divided by them, the loss, and the statistics of each router.
     """
 
     counts: dict[str, float]
@@ -106,11 +106,11 @@ class TrainStage:
         return self._runner.input_shape(microbatch)
 
     def after_backward(self, chunk: int, microbatch: int) -> None:
-        """The gradients of a chunk's pass are complete."""
+        """Called when the gradients of a chunk's pass are complete."""
         self._after_backward(chunk)
 
     def _share(self, terms: dict[str, Term]) -> paddle.Tensor | None:
-        """The terms over the step's counts, weighted and added up."""
+        """The weighted sum of the terms, each divided by the step's count."""
         shares = []
         for name, term in terms.items():
             mean = term.total / max(self.counts[term.divisor], 1.0)

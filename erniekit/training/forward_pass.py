@@ -1,4 +1,4 @@
-"""The layers that a process holds, run on microbatches; and whole passes without gradients.
+"""Runs the layers of this process on microbatches, and whole passes without gradients.
 
 The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one process alone is a pipeline of one
 stage.
@@ -95,7 +95,7 @@ class _ForwardStage:
 
 
 def final_norm(model: CausalLM, x_TD: paddle.Tensor) -> paddle.Tensor:
-    """The last layer's output behind the final norm. Only the last stage has one."""
+    """Applies the final norm to the last layer's output. Only the last stage has it."""
     assert model.model.norm is not None
     return model.model.norm(x_TD)
 
@@ -109,7 +109,7 @@ class ForwardPass:
 
     def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""
-        heartbeat.waiting(None)  # data ranks alone exchange nothing until the end of an evaluation of hours
+        heartbeat.waiting(None)  # data ranks communicate only at the end of an evaluation, which may take hours
         mesh, num_chunks = self.mesh, len(self.chunks)
         was_training = model.training
         model.eval()

@@ -1,4 +1,4 @@
-"""Learning rate over time, as a pure function of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 from collections.abc import Callable
@@ -35,8 +35,9 @@ _SHAPES: dict[str, Callable[[Config, float], float]] = {
     "constant_with_warmup": _constant,
 }
 
-_STEADY_SHARE = 0.9  # of all steps, up to which `wsd` without a number holds the peak
-_HALF_LIFE_END = 0.05  # where the exponential of a `half_life` decay is cut off and shifted to the lowest rate
+_STEADY_SHARE = 0.9  # the share of all steps after which `wsd` without a number begins to decay
+# the value at which the exponential of a `half_life` decay ends, before it is rescaled to end at the lowest rate
+_HALF_LIFE_END = 0.05
 
 
 def _wsd(cfg: Config, progress: float) -> float:
@@ -52,7 +53,7 @@ def _wsd(cfg: Config, progress: float) -> float:
 
 
 def warmup_steps(cfg: Config, max_steps: int) -> int:
-    """Steps of linear warm-up: warmup_steps, else warmup_ratio of all steps (rounded up)."""
+    """The number of steps of linear warm-up: warmup_steps, else warmup_ratio of all steps (rounded up)."""
     return cfg.warmup_steps or math.ceil(cfg.warmup_ratio * max_steps)
 
 

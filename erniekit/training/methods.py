@@ -1,17 +1,17 @@
-"""The methods that can be run: the only module that knows what each of them computes.
+"""The method table: the only module that defines what each method computes.
 
-A row adds to the facts of config/methods.py, which configuration and data need, what computes: the recipe (what the
-loss of a step is), the evaluator, and whether there is a reference.
+config/methods.py has the facts about each method that configuration and data need. A row here adds the computation: the
+recipe (the loss of a step), the evaluator, and whether there is a reference.
 
-How a method is added:
+To add a method, write:
 
-1. a row of facts in config/methods.py: its name, what records it reads, the group of its options (a schema_*.py of its
-   own if it has new keys), and the keys that it leaves unread;
+1. a row of facts in config/methods.py: its name, the records that it reads, the group of its options (in a new
+   schema_*.py if it has new keys), and the keys that it does not read;
 2. a recipe in training/recipes/, a subclass of `Recipe` with `counts` and `head_terms`;
 3. a row here, with an evaluator of training/evaluators.py, or a new one there if it reports something else.
 
-New kinds of records need a reader in data/records/, too. Nothing else asks for the method: neither its name nor `stage`
-occurs anywhere else (tests/test_methods.py).
+New kinds of records also need a reader in data/records/. No other code tests for the method: neither its name nor
+`stage` occurs anywhere else (tests/test_methods.py).
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def _no_reference(cfg: Config) -> bool:
 
 @dataclass(frozen=True)
 class Method:
-    """A method. `wants_reference`: whether the loss that a configuration asks for compares with another model."""
+    """A method. `wants_reference`: whether the loss of a configuration compares with another model."""
 
     facts: MethodFacts
     build_recipe: Callable[[RecipeContext], Recipe]
@@ -47,7 +47,9 @@ METHODS: dict[str, Method] = {
         Method(FACTS["SFT"], CausalRecipe.build, label_scores),
         Method(FACTS["PT"], CausalRecipe.build, label_scores),
         Method(FACTS["VL-SFT"], CausalRecipe.build, label_scores),
+        Method(FACTS["VL-PT"], CausalRecipe.build, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )
 }
 

@@ -1,8 +1,8 @@
-"""Who owns output_dir: one run, and one job of it at a time.
+"""Ownership of output_dir: it belongs to one run, and one job of this run writes to it at a time.
 
-`claim` takes the lock and refuses whatever can be refused before a weight is read; nothing but the directory itself and
-the lock is made. `begin` changes the directory, when the run is known to start. A kill at any moment in it leaves a
-directory from which the same command resumes.
+`claim` takes the lock and makes all checks that are possible before weights are read; it creates only the directory and
+the lock. `begin` changes the directory once the run is certain to start. If the process is killed during `begin`, the
+same command can still resume.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,14 +31,14 @@ from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import DirectoryLock
 from erniekit.utils.errors import CheckpointError, ConfigError
 
-# What reports leave behind, beside the record, the checkpoints and the final model.
+# The files of reports, in addition to the record, the checkpoints and the final model.
 _REPORTS = ("summary.json", "loss.png", "routers.jsonl", "expert_load.png", METRICS_FILE)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a claimed directory offers: the checkpoint to resume from, how the final model there came about, and the
-    record of the run.
+    """The content of a claimed directory: the checkpoint to resume from, the origin of its final model, and the record
+    of the run.
     """
 
     source: Path | None
@@ -49,7 +49,7 @@ class Claim:
 class OutputDir:
     """The output directory of one run. All ranks call its methods; the first one acts and holds the lock.
 
-    A context: entering it claims the directory, leaving it gives it back.
+    As a context it claims the directory and releases it at the end.
     """
 
     def __init__(self, cfg: Config, group: Group) -> None:
@@ -85,7 +85,7 @@ class OutputDir:
         return self._claim
 
     def look(self) -> Claim:
-        """What `claim` would return or raise, in one process: without the lock, and nothing is made."""
+        """Return or raise what `claim` would, in one process, without the lock and without creating anything."""
         self._check_keys()
         self.lock.require_free()
         return self._look()
@@ -114,19 +114,19 @@ class OutputDir:
         source, final = self._check_content(record)
         return Claim(source, final, record)
 
-    # Checks that need no look into the directory, so that it is not even made where they refuse.
+    # Checks that do not read the directory, so that it is not even created if they fail.
 
     def _explicit(self) -> Path | None:
         asked = self.cfg.resume_from_checkpoint
         return None if asked in ("auto", "none") else Path(asked).expanduser()
 
     def _goes_back_here(self) -> bool:
-        """Whether the checkpoint that is asked for is one of this directory."""
+        """Whether the requested checkpoint is in this directory."""
         source = self._explicit()
         return source is not None and source.resolve().parent == self.path.resolve()
 
     def _check_keys(self) -> None:
-        """The keys against one another, and the checkpoint that is asked for."""
+        """Check the keys for contradictions, and check the requested checkpoint."""
         here = self.path.resolve()
         for key, value in (("model_name_or_path", self.cfg.model_name_or_path), ("lora_path", self.cfg.lora_path)):
             if value and Path(value).expanduser().exists() and Path(value).expanduser().resolve() == here:
@@ -157,10 +157,10 @@ class OutputDir:
             )
         check_keys(read_state(source).identity, self.cfg, source)
 
-    # Checks of what is there, under the lock.
+    # Checks of the directory's content, under the lock.
 
     def _check_names(self) -> None:
-        """A file of ours that is a directory or a device would stop the run at its first write."""
+        """Check that every file that the run writes is a regular file, or absent."""
         for name in (RUN_FILE, CONFIG_FILE, *_REPORTS):
             path = self.path / name
             if path.exists() and (path.is_dir() or path.is_fifo()):
@@ -170,7 +170,7 @@ class OutputDir:
                 )
 
     def _check_removal(self) -> None:
-        """overwrite_output_dir removes runs and nothing else."""
+        """Check that overwrite_output_dir would remove a run and nothing else."""
         doomed = [path.resolve() for path in self._old_run()]
         for key, value in (("model_name_or_path", self.cfg.model_name_or_path), ("lora_path", self.cfg.lora_path)):
             used = None if not value else Path(value).expanduser()
@@ -186,7 +186,7 @@ class OutputDir:
             )
 
     def _holds_run(self) -> bool:
-        """Whether a run has been in the directory; config.yaml alone may be the user's own file."""
+        """Whether the directory has files of a run; config.yaml alone may be the user's own file."""
         signs = (self.path / RUN_FILE, *(self.path / name for name in _REPORTS), *list_checkpoints(self.path))
         return any(sign.exists() for sign in signs)
 
@@ -198,7 +198,7 @@ class OutputDir:
         newest = self._newest_whole(checkpoints)
         if record is not None and (checkpoints or has_final):
             check_keys(record.identity, self.cfg, self.path / RUN_FILE)
-        if newest is not None and not self._goes_back_here():  # to go back before it, it need not be readable
+        if newest is not None and not self._goes_back_here():  # a run that goes back before it does not need to read it
             check_keys(read_state(newest).identity, self.cfg, newest)
         self._check_kind()
         if has_final and record is None and newest is None:
@@ -213,7 +213,7 @@ class OutputDir:
         return self._explicit() or newest, final
 
     def _final_of(self, record: RunRecord | None) -> FinalModel | None:
-        """The end that the run's present branch has come to, if any."""
+        """The final model of the run's present branch, if there is one."""
         final = None if record is None else record.final_model
         return final if record is not None and final is not None and final.branch == record.branch else None
 
@@ -238,7 +238,7 @@ class OutputDir:
         return None
 
     def _check_kind(self) -> None:
-        """A directory with both a model and an adapter would not say which is meant."""
+        """Check that the run does not mix a model and an adapter in one directory, which would be ambiguous."""
         trains_adapter = self.cfg.fine_tuning == "LoRA"
         if has_weights(self.path) if trains_adapter else is_adapter(self.path):
             there, here = ("a model", "an adapter") if trains_adapter else ("an adapter", "a model")
@@ -250,8 +250,8 @@ class OutputDir:
     # Changes.
 
     def begin(self, present: RunRecord, step: int, trains: bool) -> None:
-        """Make the directory that of a run which continues after `step`; `present` says what identifies it now.
-        config.yaml is written if steps follow.
+        """Prepare the directory for a run that continues after `step`. `present` is the run's identity. config.yaml is
+        written if there are steps left to train.
         """
         on_first(self.group, lambda: self._begin(present, step, trains))
 
@@ -274,7 +274,7 @@ class OutputDir:
             atomic.write_text(self.path / CONFIG_FILE, self.cfg.to_yaml())
 
     def _set_later_aside(self, manager: CheckpointManager, record: RunRecord, step: int) -> None:
-        """Where the run goes back, the checkpoints that are not of its past are set aside, with a copy of the metrics."""
+        """If the run goes back, set aside the later checkpoints of the abandoned branch, with a copy of the metrics."""
         source = self._explicit()
         if source is None:
             return
@@ -282,7 +282,7 @@ class OutputDir:
         later = [p for p in list_checkpoints(self.path) if not here or (checkpoint_step(p) or 0) > step]
         if not later and (here or not metrics.is_file()):
             return
-        record.branch += 1  # first, so that from here on a final model is that of a branch before
+        record.branch += 1  # first, so that the existing final model belongs to an earlier branch from here on
         record.write(self.path)
         aside = manager.new_aside()
         copy_lines(metrics, aside / METRICS_FILE)
@@ -296,8 +296,8 @@ class OutputDir:
         )
 
     def _old_run(self) -> list[Path]:
-        """What overwrite_output_dir removes, in this order: what can be made again first, then checkpoints from the
-        oldest on, so that a removal that is interrupted leaves a run that can be resumed.
+        """The files that overwrite_output_dir removes, in order: first those that can be made again, then checkpoints
+        from the oldest on, so that an interrupted removal leaves a run that can be resumed.
         """
         if not self.path.is_dir() or not self._holds_run():
             return []
@@ -309,7 +309,7 @@ class OutputDir:
         return [*model_files(self.path), *ema, *there, *aside, *list_checkpoints(self.path), *end]
 
     def _remove_old_run(self) -> None:
-        """overwrite_output_dir: remove the run that was there, and say so."""
+        """Remove the old run for overwrite_output_dir, and log it."""
         doomed, num_checkpoints = self._old_run(), len(list_checkpoints(self.path))
         if not doomed:
             return
@@ -325,7 +325,7 @@ class OutputDir:
         log.info(f"overwrite_output_dir: removed {', '.join(parts)}, metrics and reports of the run in {self.path}")
 
     def record_final(self, final: FinalModel) -> None:
-        """The final model is whole."""
+        """Record that the final model is complete."""
         on_first(self.group, lambda: self._record_final(final))
 
     def _record_final(self, final: FinalModel) -> None:

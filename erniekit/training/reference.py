@@ -1,6 +1,7 @@
-"""The reference of preference optimisation: what the answers' log-probabilities were before training.
+"""References of preference optimisation, which give the log-probabilities of answers before training.
 
-It is a second model, or the trained one without its adapter, or numbers computed once (reference_cache.py).
+A reference is a second model, or the trained one without its adapter, or numbers that were computed once
+(reference_cache.py).
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class PairScorer:
     max_logit_tokens: int
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
-        """As Reference.log_probs, of `model` as it is, in eval mode."""
+        """As Reference.log_probs, for the present weights of `model`, in eval mode."""
         log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
@@ -52,7 +53,7 @@ class PairScorer:
 
 
 class SecondModel:
-    """A frozen model of its own, which may follow the policy from time to time (`update`)."""
+    """A second, frozen model, which may be set to the policy from time to time (`update`)."""
 
     def __init__(self, model: CausalLM, scorer: PairScorer) -> None:
         self.model, self._scorer = model, scorer
@@ -65,7 +66,7 @@ class SecondModel:
 
     @paddle.no_grad()
     def update(self, policy: CausalLM) -> None:
-        """Become the policy as it is now."""
+        """Copy the present weights of the policy."""
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
             own[name].set_value(tensor)

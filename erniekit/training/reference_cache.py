@@ -76,7 +76,7 @@ def pair_keys(batch: PackedBatch) -> list[str]:
 
 
 def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig) -> dict[str, str]:
-    """What the numbers are of: the reference's weights and config.json, or its random start, and how it computes."""
+    """The identity of the reference: its weights and config.json, or its random start, and its precision."""
     return {
         "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
         CONFIG_FILE: files_digest([model_dir / CONFIG_FILE]),

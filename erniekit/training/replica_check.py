@@ -1,4 +1,4 @@
-"""Copies of a parameter on several ranks must stay equal bit for bit: a broken link or memory shows here first."""
+"""Checks that copies of a parameter on several ranks stay equal bit for bit, which detects faulty links and memory."""
 
 import zlib
 from collections import Counter, defaultdict

@@ -1,7 +1,7 @@
-"""What a checkpoint was made with, compared with what the run that continues from it has.
+"""Compares the configuration and data of a checkpoint with those of the run that continues from it.
 
-DECISIONS says of every key what a difference means. What keys only name is compared by its content: the base model's
-config.json and weights here, data, tokenizer and chat template by the loader (`Loader.changes`).
+DECISIONS defines for every key what a difference means. Files that keys name are compared by their content: the base
+model's config.json and weights here; data, tokenizer and chat template by the loader (`Loader.changes`).
 """
 
 import json
@@ -23,7 +23,7 @@ from erniekit.utils.errors import CheckpointError
 
 
 class Decision(Enum):
-    """What happens when a key's value is not the one that the checkpoint was made with."""
+    """What happens if a key's value differs from the one that the checkpoint was saved with."""
 
     REFUSE = "the checkpoint belongs to another run, or its tensors mean something else"
     DATA = "the position in the data means something else: refused, unless ignore_data_skip gives the position up"
@@ -35,6 +35,7 @@ class Decision(Enum):
 _KEYS = {
     Decision.REFUSE: """
         continue_training stage fine_tuning rope_theta num_nextn_predict_layers moe_group_experts
+        vision_experts_from_text vision_experts_down_scale
         freeze_config frozen_parameters
         lora_rank lora_alpha rslora rslora_plus use_dora lora_target_modules modules_to_save lora_path
     """,
@@ -44,9 +45,9 @@ _KEYS = {
         max_prompt_len seed
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
-        position_rule
+        position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave
     """,
-    Decision.CONTENT: "model_name_or_path train_dataset_path input_dir chat_template",
+    Decision.CONTENT: "model_name_or_path train_dataset_path text_dataset_path input_dir chat_template",
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
@@ -70,6 +71,7 @@ _KEYS = {
         hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
         moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval tokenizer_name_or_path
+        vision_config_path
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache
@@ -80,7 +82,7 @@ _KEYS = {
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
-        enable_thinking
+        enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
     """,
@@ -115,25 +117,25 @@ def is_read(key: str, cfg: Config) -> bool:
 
 
 def noted(cfg: Config) -> dict[str, Any]:
-    """The values that a checkpoint keeps to be compared."""
+    """The values that a checkpoint stores for this comparison."""
     values = asdict(cfg)
     kept = {key: values[key] for key in fields() if DECISIONS[key] is not Decision.IGNORE}
     return kept | {"dataset_type": "pretrain" if cfg.dataset_type == "pretrain" else "iterable"}  # map is the same
 
 
 def base_of(cfg: Config, model_dir: Path) -> dict[str, Any]:
-    """What the base model is, whatever the directory is called: its shape, and a hash of some of its weights."""
+    """The identity of the base model, independent of its path: its shape, and a hash of some of its weights."""
     weights = fingerprint(model_dir) if cfg.continue_training else "random"
     config: dict[str, Any] = json.loads(json.dumps(model_config(cfg, model_dir).to_dict("pt")))
     return {"weights": weights, "config": config}
 
 
-_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # names of what is known by a hash
+_HASHED = ("content of", "tokenizer", "chat template", "weights of")  # the names of values that are stored as hashes
 
 
 @dataclass(frozen=True)
 class Present:
-    """What the run has now."""
+    """The present values of the run."""
 
     cfg: Config
     base: dict[str, Any]
@@ -142,7 +144,7 @@ class Present:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it was."""
+    """One value that has changed."""
 
     name: str
     then: Any
@@ -159,13 +161,14 @@ class Difference:
 
 
 def differences(state: TrainState, now: Present) -> list[Difference]:
-    """All that differs between the run that saved `state` and this one, each with what it means here."""
+    """All differences between the run that saved `state` and this one, each with its decision."""
     data = now.loader.changes(state.data) if state.data else {}
     data_then = state.data.get("data")
     known = data_then if isinstance(data_then, dict) else {}
     same_content = {
         "model_name_or_path": bool(state.base),
         "train_dataset_path": "content of train_dataset_path" in known,
+        "text_dataset_path": "text: content of train_dataset_path" in known,
         "input_dir": "content of each file" in known,
         "chat_template": "chat template" in known,
     }
@@ -211,7 +214,7 @@ def _of_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
 
 
 def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
-    """`check` as far as the configuration alone can tell, before data and model are opened."""
+    """As `check`, but for the configuration only, before data and model are opened."""
     named = {key: True for key, decision in DECISIONS.items() if decision is Decision.CONTENT}
     found = _of_keys(identity, cfg, named)
     if cfg.ignore_data_skip:
@@ -220,8 +223,8 @@ def check_keys(identity: Mapping[str, Any], cfg: Config, where: Path) -> None:
 
 
 def check(state: TrainState, now: Present, where: Path) -> None:
-    """Refuse to continue from a checkpoint of another run, or at a position that means nothing here, naming what
-    differs. Nothing is changed.
+    """Refuse to continue from a checkpoint of another run, or at a position in other data, with the differences in the
+    message. Nothing is changed.
     """
     if not state.data and not now.cfg.ignore_data_skip:
         raise CheckpointError(
@@ -251,7 +254,7 @@ def _refuse(found: list[Difference], cfg: Config, where: Path) -> None:
 
 
 def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) -> list[str]:
-    """Log lines about the differences that are no reason to refuse."""
+    """Log lines about the differences with which the run can continue."""
     said = [str(d) for d in differences(state, now) if d.decision is Decision.SAY]
     unknown = [key for key in noted(now.cfg) if key not in state.identity]
     lines = []
@@ -261,7 +264,7 @@ def changed_lines(state: TrainState, now: Present, where: Path, complete: bool) 
     if unknown or not state.base:
         lines.append(
             f"{where.name} was saved by an earlier version, which did not note all that results depend on: "
-            "what of it has changed since cannot be said"
+            "changes in these cannot be detected"
         )
     return lines
 
@@ -276,7 +279,7 @@ def rate_line(state: TrainState, cfg: Config, max_steps: int) -> str | None:
     before, after = state.max_steps, build_schedule(cfg, max_steps)(state.step)
     try:
         planned = build_schedule(replace(cfg, **known), before)(state.step)
-    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an odd value in trainer_state.json
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # an invalid value in trainer_state.json
         return None
     if planned == after:
         return None

@@ -35,18 +35,18 @@ class _History(Callback):
 
 
 def _device_line(model: nn.Layer, has_masters: bool, mesh: Mesh) -> str:
-    """What trains: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
+    """A line about the device: "device: AMD EPYC 9454, 2 threads; weights float32; 1 process"."""
     ranks = "1 process" if mesh.degrees.world == 1 else f"{mesh.degrees.world} processes"
     return f"device: {runtime.device_name()}; {policy.describe(model, has_masters)}; {ranks}"
 
 
 def train(cfg: Config) -> TrainResult:
-    """Train as `cfg` says. Raises UserError for anything that the user can fix; nothing saved before is lost."""
+    """Train as `cfg` says. Raises UserError for anything that the user can fix; saved files are never lost."""
     mesh = join(cfg)
     history = _History()
     # The numbers are the same on every rank; one of them reports.
     callbacks: list[Callback] = [*build_callbacks(cfg), history] if mesh.rank == 0 else [history]
-    with OutputDir(cfg, mesh.world_group) as output:  # refused before a weight is read
+    with OutputDir(cfg, mesh.world_group) as output:  # its checks come before weights are read
         run = build_run(cfg, mesh)
         if mesh.rank == 0:
             log.info(_device_line(run.model, run.optimizer.has_masters, mesh))

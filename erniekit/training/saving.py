@@ -1,4 +1,4 @@
-"""Where a run begins and what it leaves behind: resuming, checkpoints, the final model."""
+"""Resumes a run, and saves its checkpoints and its final model."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,9 +8,12 @@ import paddle
 
 from erniekit.checkpoint.manager import CheckpointManager
 from erniekit.checkpoint.model_dir import checkpoint_dir
+from erniekit.checkpoint.model_shape import processor_directory
+from erniekit.checkpoint.processor import settings_of
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
+from erniekit.data.vision.options import vision_spec
 from erniekit.parallel.agree import all_or_none, on_first
 from erniekit.training import resume
 from erniekit.training.build import Run
@@ -41,6 +44,10 @@ class Saver:
         self.output_dir = run.output_dir
         self.ranks = run.mesh.world_group
         self.shares = Shares.of(run.model, run.mesh)
+        directory = processor_directory(run.cfg, run.model_dir)
+        self.processor = settings_of(directory)
+        if run.cfg.method.vision:
+            self.processor = vision_spec(run.cfg, self.processor).settings
         self.manager = CheckpointManager(self.output_dir, self.cfg.save_total_limit, self.ranks)
 
     def resume(self) -> TrainState:
@@ -64,12 +71,12 @@ class Saver:
         return state
 
     def begin(self, state: TrainState) -> None:
-        """Make the output directory that of a run which continues after `state`."""
+        """Prepare the output directory for a run that continues after `state`."""
         record = RunRecord(state.identity, state.base, self.run.loader.state_dict())
         self.output.begin(record, state.step, trains=state.step < self.run.max_steps)
 
     def _after_final(self, final: FinalModel, record: RunRecord | None) -> TrainState:
-        """The state of a run that saved nothing but its final model: it is complete, or cannot be resumed."""
+        """The state of a run that saved only its final model. Such a run is complete, or it cannot be resumed."""
         then, where = None, self.output_dir / RUN_FILE
         if record is not None and record.data:
             then = TrainState(identity=record.identity, base=record.base, data=record.data)
@@ -93,7 +100,7 @@ class Saver:
         return state.step >= self.run.max_steps or stopped_early or data_ended
 
     def _layout(self) -> dict[str, int]:
-        """How the run is divided, and the rows of a step; a run may be resumed under another layout."""
+        """The parallel degrees and the rows of a step; a run may be resumed under another layout."""
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
         return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
 
@@ -153,8 +160,8 @@ class Saver:
             )
 
     def _set_position(self, state: TrainState, source: Path) -> None:
-        """Put the loader behind the rows that were seen, or with ignore_data_skip before the first, unless the run is
-        complete: else each start of the same command would train the data once more.
+        """Set the loader to the position after the rows that were trained on. With ignore_data_skip it starts from the
+        beginning, unless the run is complete; otherwise every start of the same command would train once more.
         """
         if not self.cfg.ignore_data_skip:
             self.run.loader.load_state_dict(state.data)
@@ -179,8 +186,8 @@ class Saver:
             )
 
     def save(self, state: TrainState) -> Path:
-        """Write checkpoint-N (whole or not at all), then remove the oldest beyond save_total_limit. With
-        use_async_save it is only copied when this returns; what goes wrong later is raised by the next save.
+        """Write checkpoint-N atomically, then remove the oldest checkpoints beyond save_total_limit. With
+        use_async_save it has only been copied when this returns, and later errors are raised by the next save.
         """
         files: list[RankFiles] = []
         adds = []
@@ -222,7 +229,7 @@ class Saver:
         return self.output_dir
 
     def _weights(self) -> dict[str, dict[str, paddle.Tensor]]:
-        """What is written, by directory: the model's weights, and their average in a directory of its own."""
+        """The tensors to write, by directory: the model's weights, and their average in a separate directory."""
         own = {"": trained_tensors(self.run.model)}
         return own if self.run.average is None else own | {EMA: self.run.average.average}
 
@@ -236,6 +243,7 @@ class Saver:
             "paddle" if self.cfg.save_format == "paddle" else "pt",
             (self.run.model_dir, self.run.tokenizer_dir),
             self.run.template,
+            self.processor,
             directory=below,
         )
 

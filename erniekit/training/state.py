@@ -1,5 +1,5 @@
-"""What a training checkpoint holds beside the weights, so that a resumed run repeats an uninterrupted one bit for
-bit.
+"""The state in a training checkpoint in addition to the weights. With it a resumed run repeats an uninterrupted one bit
+for bit.
 """
 
 import json
@@ -89,7 +89,9 @@ def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
 
 
 def _gathered(optimizer: AdamW, shares: Shares, entry: str) -> np.ndarray | None:
-    """What this rank writes of an entry, from the chunks of the ranks that share it; None where another writes it."""
+    """The part of an entry that this rank writes, gathered from its chunks on several ranks; None if another
+    writes it.
+    """
     name, _, key = entry.rpartition("/")
     if key in POWERS:
         return optimizer.state_array(entry) if _writes(shares, entry, optimizer) else None
@@ -122,7 +124,7 @@ def read_state(directory: Path) -> TrainState:
     return TrainState(**values)
 
 
-_BIG = 1 << 62  # counts fit in 64 bits
+_BIG = 1 << 62  # the limit of counts, which fit in 64 bits
 
 
 def _typed(content: JsonObject, name: str, hint: Any) -> Any:
@@ -170,7 +172,7 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")
         wanted[entry] = local if key in POWERS else shares.whole_shape(name, local)
-    # Of what this rank does not hold, other ranks judge.
+    # Entries that this rank does not have are checked by other ranks.
     found = {name: stored.shape(name) for name in stored.keys() if name in wanted or shares.shard == WHOLE}  # noqa: SIM118
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]

@@ -1,4 +1,4 @@
-"""Which parameters of a model a run trains and saves: all, or adapters beside frozen ones (fine_tuning: LoRA)."""
+"""Which parameters of a model are trained and saved: all of them, or adapters only (fine_tuning: LoRA)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +13,13 @@ from erniekit.checkpoint.model_dir import TOKENIZER_FILES, copy_companions
 from erniekit.checkpoint.model_io import load_weights, model_rank_files, named_tensors, write_model_configs
 from erniekit.checkpoint.peft_attach import load_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
+from erniekit.checkpoint.processor import write_processor
 from erniekit.checkpoint.product_state import load_product_state, product_rank_files
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
+from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.models.config import Format
 from erniekit.models.decoder import CausalLM
 from erniekit.models.products import num_elements, product_state
@@ -45,7 +47,7 @@ def describe_lora(model: CausalLM, cfg: Config, model_dir: Path) -> None:
 
 
 def trained_tensors(model: CausalLM) -> dict[str, paddle.Tensor]:
-    """What this process holds of what a checkpoint holds: all parameters and buffers, or those of the adapter and of
+    """This process's tensors that belong into a checkpoint: all parameters and buffers, or those of the adapter and of
     the products.
     """
     state, tensors = lora.state_of(model), named_tensors(model)
@@ -70,16 +72,19 @@ def prepare_save(
     format: Format,
     sources: tuple[Path, Path],
     template: Template | None,
+    processor: ProcessorSettings,
     directory: str = "",
 ) -> tuple[list[RankFiles], Callable[[Path], None]]:
     """How to save `tensors` (see `trained_tensors`) in `directory` below a checkpoint: this rank's weight files, and
     what its first rank adds: config.json and tokenizer files, so that other tools load it as it is; or the adapter in
     PEFT's format, which is put together now, and the tokenizer files. `sources`: the directories of the model and of
-    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own. All ranks
-    call it.
+    the tokenizer. The chat template is `template`, if conversations are trained, or else the tokenizer's own;
+    `processor`: how a vision-language model's pictures are prepared. All ranks call it.
     """
 
-    def add_template(checkpoint: Path) -> None:
+    def add_processor(checkpoint: Path) -> None:
+        """The chat template, and how pictures are prepared: a model is used as it was trained."""
+        write_processor(checkpoint / directory, model.config, processor)
         if template is not None:
             write_chat_template(checkpoint / directory, template.source, template.trained_end_ids)
 
@@ -93,7 +98,7 @@ def prepare_save(
             write_model_configs(model, checkpoint / directory, format, header)
             copy_companions(model_dir, checkpoint / directory, with_tokenizer=False)
             copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
-            add_template(checkpoint)
+            add_processor(checkpoint)
 
         return [weights, products], add_files
     is_first = shares.mesh.world_group.index == 0
@@ -103,7 +108,7 @@ def prepare_save(
         (checkpoint / directory).mkdir(parents=True, exist_ok=True)
         write_adapter(checkpoint / directory, state, model.config, (array for array in whole if array is not None))
         copy_companions(tokenizer_dir, checkpoint / directory, names=TOKENIZER_FILES)
-        add_template(checkpoint)
+        add_processor(checkpoint)
 
     return [products], add_adapter
 

@@ -1,4 +1,4 @@
-"""The one trainer: a loop, and a step that reads top to bottom."""
+"""The trainer of all methods: the training loop and the optimizer step."""
 
 import math
 import signal
@@ -31,7 +31,7 @@ from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
 from erniekit.utils.user_files import read_json_object
 
-# Keys of what is fetched together with a stage's sums.
+# Keys of the values that are fetched together with a stage's sums.
 _SQUARES = "squared norms of the gradients"
 
 
@@ -59,7 +59,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Resume if there is something to resume, train to the last step, save. Returns the summary.
 
-        A run that has ended is left as it is, to the last byte.
+        A run that has ended is not changed at all.
         """
         with self.saver.output:
             self.state = self.saver.resume()
@@ -95,7 +95,7 @@ class Trainer:
         return summary
 
     def _leave_as_it_is(self) -> dict[str, Any]:
-        """End without a change to what the finished run wrote; its summary is this one's."""
+        """End without changing any file of the finished run; its summary is returned."""
         self.run.close()
         out = self.run.output_dir
         log.info(f"no step is left to train: the final model and the records in {out} stay as they are")
@@ -245,7 +245,7 @@ class Trainer:
     def _require_finite(
         self, loss: float, norm: float, gradients: dict[str, paddle.Tensor], microbatches: list[PackedBatch]
     ) -> None:
-        """Stop before a bad update. Loss and norm are the same on every rank, so all stop, with the same words."""
+        """Raise an error before a bad update. Loss and norm are equal on every rank, so all raise the same error."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         step = self.state.step + 1
@@ -270,7 +270,7 @@ class Trainer:
         return strategy == "epoch" and (epoch_ended or self.state.step == self.run.max_steps)
 
     def _evaluate(self) -> bool:
-        """Score the evaluation data. True if this is the best so far, and to be saved."""
+        """Evaluate the model. Returns whether this is the best evaluation so far, which is to be saved."""
         with heartbeat.phase("an evaluation"):
             metrics = evaluate(self.run, self.state.step)
         for callback in self.callbacks:
@@ -283,7 +283,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop_signals.asked() == number for number in stop_signals.SIGNALS], np.float64)
+        asked = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
         counts = comm.sum_floats(asked, self.run.mesh.world_group)
         self._stopped_by = next(
             (number for number, count in zip(stop_signals.SIGNALS, counts, strict=True) if count), None
@@ -291,7 +291,9 @@ class Trainer:
         return self._stopped_by is not None
 
     def _pause(self) -> dict[str, Any]:
-        """Save, also where the configuration asks for no checkpoints, and leave the rest to another run."""
+        """Save a checkpoint, even if the configuration asks for none, and leave the remaining steps to the
+        next start.
+        """
         assert self._stopped_by is not None
         if self._saved_step != self.state.step:
             self._save()
@@ -306,7 +308,7 @@ class Trainer:
             callback.on_save(self.state.step, path)
 
     def _say_unseen(self) -> None:
-        """The number of steps may have been estimated: then some rows may be left."""
+        """Log if rows are left, which may happen if the number of steps was estimated."""
         epoch, wanted = self.run.loader.report()["epoch"], self.cfg.num_train_epochs
         estimated = self.cfg.max_steps <= 0 and not self.run.loader.exact
         if estimated and epoch < wanted and self.state.step >= self.run.max_steps:
@@ -321,7 +323,7 @@ class Trainer:
         self._say_unseen()
         summary: dict[str, Any] = {"steps": done, "total_tokens": self.state.num_tokens}
         if self.cfg.save_strategy != "no" and self._saved_step != done:
-            self._save()  # first: an evaluation may fail
+            self._save()  # saved first, since an evaluation may fail
         if self.run.eval_loader is not None and (self.cfg.evaluation_strategy == "no" or self.state.best_step is None):
             metrics = evaluate(self.run, done)
             for callback in self.callbacks:
@@ -352,7 +354,7 @@ def _parts(sums: StepSums, routers: dict[str, dict[str, Any]]) -> dict[str, floa
 
 
 def _what_is_not_finite(ranks: list[dict[str, list[str]]]) -> str:
-    """What every rank found, as a sentence: the first bad weight or gradient, and the samples of the batch."""
+    """A sentence with the first bad weight or gradient on any rank, and the samples of the batch."""
     weights, gradients, sources = ([x for rank in ranks for x in rank[key]] for key in ranks[0])
     if weights:
         where = f"the weight {weights[0]} is not finite"

@@ -1,7 +1,7 @@
-"""Files and directories that are whole or not there: write beside, force to disk, rename.
+"""Writes files and directories atomically: write under a temporary name, force to disk, rename.
 
-A process killed at any moment leaves the old content or the new one, plus at most a temporary name that
-`remove_leftovers` deletes at the next start.
+After a kill at any moment the target has its old or its new content. At most a temporary file or directory is left,
+which `remove_leftovers` deletes at the next start.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Temporary names begin with a dot and end in .tmp, so that no reader of a directory takes them for content.
+# Temporary names begin with a dot and end in .tmp, so that no reader of the directory uses them.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(new|removed)(-\d+-\d+)?\.tmp$")
 
 
@@ -29,8 +29,8 @@ def sync_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it is forced to disk and renamed to `path` on success, and removed
-    on an error. OSErrors are the caller's.
+    """A context with a temporary path next to `path`. On success the file is forced to disk and renamed to `path`, on
+    an error it is removed. OSErrors are raised as they are.
     """
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -60,15 +60,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def shared_temporary(path: Path) -> Path:
-    """The temporary name of `path` that all processes that write it together agree on. They need a lock, or an owner,
-    against others.
+    """A temporary name of `path` that is the same in all processes that write it together. A lock, or ownership of the
+    directory, must exclude other writers.
     """
     return path.with_name(f".{path.name}.new.tmp")
 
 
 def replace_tree(temporary: Path, target: Path) -> None:
-    """Give a complete directory its name. One that has the name already is renamed first and deleted last: a rename
-    cannot replace a directory that is not empty.
+    """Rename a complete directory to its final name. A directory that has this name is renamed first and deleted last,
+    since a rename cannot replace a directory that is not empty.
     """
     doomed = _doomed(target) if os.path.lexists(target) else None
     if doomed is not None:
@@ -80,8 +80,8 @@ def replace_tree(temporary: Path, target: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Delete a directory: rename it first, so that a kill halfway never leaves half of it under its name. A symbolic
-    link is unlinked; what it points to stays.
+    """Delete a directory. It is renamed first, so that an interruption never leaves an incomplete directory under its
+    name. Of a symbolic link only the link is removed.
     """
     doomed = _doomed(directory)
     os.rename(directory, doomed)
@@ -101,13 +101,13 @@ def _delete(path: Path) -> None:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What killed processes left in `directory`: half-written files and half-deleted directories."""
+    """The temporary files and directories that killed processes left in `directory`."""
     return sorted(path for path in directory.iterdir() if _TEMPORARY.match(path.name))
 
 
 def remove_leftovers(directory: Path) -> list[str]:
-    """Delete what killed processes left in `directory`; returns the names, for a log line. Only for the process that
-    owns the directory: another one may still be writing there.
+    """Delete what killed processes left in `directory` and return the names, for a log line. Only the process that owns
+    the directory may call this, since another process might still be writing.
     """
     removed = []
     for path in leftovers(directory):

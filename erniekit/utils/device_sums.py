@@ -1,4 +1,4 @@
-"""Sums that stay on the device while a step runs, and are read by the host together."""
+"""Sums that stay on the device during a step and are read by the host in one transfer."""
 
 from collections.abc import Hashable
 
@@ -7,10 +7,10 @@ import paddle
 
 
 class DeviceSums:
-    """Sums under keys whose summands lie on the device.
+    """Sums of device tensors, by key.
 
-    `add` never waits for the device. `fetch` copies all summands to the host in one transfer and adds them up there, in
-    float64 and in the order in which they came: the sums are those of reading every summand when it was made.
+    `add` never waits for the device. `fetch` copies all summands to the host in one transfer and adds them there, in
+    float64 and in the order of the calls, so that the result is the same as if each had been read when it was added.
     """
 
     def __init__(self) -> None:
@@ -18,17 +18,17 @@ class DeviceSums:
 
     @paddle.no_grad()
     def add(self, key: Hashable, summand: paddle.Tensor) -> None:
-        """Add a tensor, whose shape is that of every summand of this key."""
+        """Add a tensor; all summands of a key have the same shape."""
         self._summands.append((key, summand.detach()))
 
     @paddle.no_grad()
     def fetch(self) -> dict[Hashable, np.ndarray]:
-        """The sum of each key, float64; of a scalar an array without axes. Afterwards there are no summands left."""
+        """The sum of each key as a float64 array (without axes for scalars). This removes all summands."""
         summands, self._summands = self._summands, []
         if not summands:
             return {}
         flat = [tensor.astype("float32").reshape([-1]) for _, tensor in summands]
-        # The one read: the host waits here until the device has computed everything that was added.
+        # The only synchronisation: the host waits here until the device has computed all summands.
         values = paddle.concat(flat).numpy().astype(np.float64)
         sums: dict[Hashable, np.ndarray] = {}
         begin = 0

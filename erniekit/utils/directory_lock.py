@@ -1,7 +1,7 @@
-"""One process at a time may write a directory: an operating-system lock on a file in it.
+"""Lets one process at a time write to a directory, by an operating-system lock on a file in it.
 
-The lock ends with the process that took it, however that ends, so nothing has to be cleared up after a kill. It is a
-POSIX record lock: children that a process forks (data workers) do not inherit it, and it works between hosts on NFS.
+The system releases the lock when its process ends, however it ends, so nothing needs to be cleaned up after a kill. It
+is a POSIX record lock: forked children (data workers) do not inherit it, and it works between hosts on NFS.
 """
 
 import errno
@@ -20,16 +20,17 @@ from erniekit.utils.errors import ConfigError, disk_is_full
 
 LOCK_FILE = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_WAIT_SECONDS = 2.0  # a killed process may need a moment to give back its memory, and with it the lock
+_WAIT_SECONDS = 2.0  # a killed process may need a moment to free its memory, and only then its lock
 _PROBE_SECONDS = 0.1
 
-# Record locks do not exclude one another within a process, and closing any descriptor of the file drops them.
-_held: set[Path] = set()
+# Paths locked by this process. Record locks do not exclude one another within a process, and closing any descriptor of
+# the file releases them.
+_locked_paths: set[Path] = set()
 
 
 def make_directory(directory: Path, key: str) -> None:
-    """Make a directory for results unless it is there, and see that files can be made in it. ConfigError names the YAML
-    key that gave it.
+    """Create a directory for results if it does not exist, and check that files can be created in it. Raises
+    ConfigError that names the YAML key `key`.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def make_directory(directory: Path, key: str) -> None:
             pass
     except OSError as error:
         raise _unusable(directory, key, error) from None
-    except ValueError:  # of Python's own: no system takes such a name
+    except ValueError:  # raised by Python itself: no system accepts such a name
         raise ConfigError(f"{key}: {str(directory)!r} holds a NUL character. Choose another name.") from None
 
 
@@ -65,12 +66,12 @@ class DirectoryLock:
         self._name: Path | None = None
 
     def acquire(self, wait: float = _WAIT_SECONDS) -> None:
-        """Make the directory if need be and lock it. ConfigError if another process has it (with its host and process
-        id), or if nothing can be written there.
+        """Create the directory if necessary and lock it. Raises ConfigError if another process has the lock (with its
+        host and process id) or if the directory is not writable.
         """
         make_directory(self.directory, self.key)
         name = self.path.resolve()
-        if name in _held:
+        if name in _locked_paths:
             raise self._in_use({"pid": os.getpid(), "host": socket.gethostname()})
         deadline = time.monotonic() + wait
         while self._descriptor is None:
@@ -86,25 +87,25 @@ class DirectoryLock:
                 if time.monotonic() > deadline:
                     raise self._in_use(holder)
                 time.sleep(_PROBE_SECONDS)
-        _held.add(name)
+        _locked_paths.add(name)
         self._sign()
 
     def release(self) -> None:
-        """Give the lock back and remove its file. Does nothing where it is not held."""
+        """Release the lock and remove its file. Has no effect if this object does not have the lock."""
         if self._descriptor is None:
             return
         assert self._name is not None
         try:
             if self._is_current(self._descriptor):
                 self.path.unlink(missing_ok=True)
-        except OSError as error:  # the directory is not writable any more: the lock still ends here
+        except OSError as error:  # the directory is no longer writable; the lock is released all the same
             log.warning(f"{self.path}: cannot be removed ({error.strerror})")
         os.close(self._descriptor)
-        _held.discard(self._name)
+        _locked_paths.discard(self._name)
         self._descriptor = self._name = None
 
     def require_free(self) -> None:
-        """ConfigError if another process holds the lock; takes and makes nothing. For a process that never locks."""
+        """Raise ConfigError if another process has the lock, without locking or creating anything."""
         if not self.path.is_file():
             return
         descriptor = self._open()
@@ -121,15 +122,15 @@ class DirectoryLock:
             descriptor = os.open(self.path, flags, 0o644)
         except OSError as error:
             if self.path.is_symlink() or self.path.is_dir():
-                raise self._strange() from None
+                raise self._not_a_file() from None
             raise _unusable(self.directory, self.key, error) from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise self._strange()
+            raise self._not_a_file()
         return descriptor
 
     def _try_lock(self, descriptor: int) -> dict[str, Any] | None:
-        """None if the lock is ours now, else what its holder wrote of itself."""
+        """Try to get the lock: None on success, otherwise what its holder wrote into the file."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -145,7 +146,7 @@ class DirectoryLock:
         return None
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether the open file is still the one under the lock's name: its last holder may have removed it."""
+        """Whether the open file still exists under the lock's name: its last holder may have removed it."""
         try:
             named = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
@@ -153,7 +154,7 @@ class DirectoryLock:
         return os.path.samestat(os.fstat(descriptor), named)
 
     def _sign(self) -> None:
-        """Write into the file who holds it."""
+        """Write this process's host, id and start time into the file."""
         assert self._descriptor is not None
         fields = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         try:
@@ -165,20 +166,20 @@ class DirectoryLock:
             raise _unusable(self.directory, self.key, error) from None
 
     def _in_use(self, holder: dict[str, Any]) -> ConfigError:
-        known = {"pid": "unknown", "host": "an unknown host"} | holder
-        since = f", since {known['since']}" if "since" in known else ""
+        facts = {"pid": "unknown", "host": "an unknown host"} | holder
+        since = f", since {facts['since']}" if "since" in facts else ""
         return ConfigError(
-            f"{self.key}: {self.directory} is in use by process {known['pid']} on {known['host']}{since}. Wait until "
+            f"{self.key}: {self.directory} is in use by process {facts['pid']} on {facts['host']}{since}. Wait until "
             f"that job has ended, or choose another {self.key}. (If that host is gone for good, delete {self.path}.)"
         )
 
-    def _strange(self) -> ConfigError:
+    def _not_a_file(self) -> ConfigError:
         return ConfigError(f"{self.key}: {self.path} is not a regular file. Remove it, or choose another {self.key}.")
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))
-    except (OSError, ValueError):  # it has not yet signed
+    except (OSError, ValueError):  # the holder has not written it yet
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,5 +1,5 @@
-"""Errors that a user can cause. The message says what is wrong, where, and what to do next; the CLI prints it without a
-traceback.
+"""Errors that a user can cause. Each message says what is wrong, where, and what to do next. The command line prints it
+without a traceback.
 """
 
 import errno
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A YAML key or a command-line argument is wrong. problems: the single ones, where the message lists several."""
+    """A YAML key or a command-line argument is wrong. problems: the individual problems, if there are several."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()):
         super().__init__(message)
@@ -27,7 +27,7 @@ class CheckpointError(UserError):
 
 
 class EvaluationError(UserError):
-    """An evaluation gives no number."""
+    """An evaluation cannot compute its metrics."""
 
 
 class TrainError(UserError):

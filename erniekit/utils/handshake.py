@@ -1,12 +1,11 @@
-"""How two processes of one job prove to each other that they know its token, before either reads anything else.
+"""Mutual authentication: two processes of a job prove that they know its token before either reads anything else.
 
-The side that listens sends a greeting and a random challenge; the caller answers with a challenge of its own and an
-HMAC of both; the listener answers with another HMAC. The token itself is never sent, and an answer is of no use to
-a listener. What follows is neither encrypted nor signed: no stranger may be able to change what others send on
-the network between the hosts.
+The listener sends a greeting and a random challenge. The caller answers with a challenge of its own and an HMAC over
+both. The listener answers with another HMAC. The token itself is never sent, and recorded answers cannot be replayed.
+The data that follows is neither encrypted nor signed, so the network between the hosts must protect it from changes.
 
-A `Door` treats all connections that have proved nothing at once: none of them can hold up another one, each has a few
-seconds and 64 bytes, and a stranger gets nothing but the greeting.
+A `Door` handles all unproven connections concurrently: none can block another, each is limited to a few seconds and 64
+bytes, and a program that does not know the token receives only the greeting.
 """
 
 import hashlib
@@ -25,17 +24,17 @@ _NONCE = 32
 _PROOF = hashlib.sha256().digest_size
 _REFUSAL = bytes(_PROOF)
 _GREETING_SIZE = 32
-PROOF_SECONDS = 5.0  # for a caller to prove itself
-_MOST_PENDING = 256  # connections that have proved nothing yet
-_YOUNG = 1.0  # seconds for which a pending connection keeps its place even when there are too many
+PROOF_SECONDS = 5.0  # the time in which a caller must complete its proof
+_MAX_PENDING = 256  # connections that have not proved anything yet
+_YOUNG = 1.0  # seconds for which a pending connection is kept even if there are too many
 
 
 class NotOurs(Exception):
-    """What listens there is no erniekit process of this kind. `said`: its first bytes."""
+    """The listener is not an erniekit process of this kind. `received` holds the first bytes that it sent."""
 
-    def __init__(self, said: bytes) -> None:
-        super().__init__(f"it says {said!r}")
-        self.said = said
+    def __init__(self, received: bytes) -> None:
+        super().__init__(f"it says {received!r}")
+        self.received = received
 
 
 class WrongToken(Exception):
@@ -43,27 +42,27 @@ class WrongToken(Exception):
 
 
 def greeting(purpose: str) -> bytes:
-    """The first bytes that a listener sends; `purpose` keeps apart the different kinds of connections."""
+    """The first bytes that a listener sends; `purpose` distinguishes the kinds of connections."""
     return f"erniekit 2 {purpose}\n".encode().ljust(_GREETING_SIZE)
 
 
 def prove(sock: socket.socket, token: str, purpose: str) -> None:
-    """Prove to the listener at the other end that we know the token, and let it prove the same.
+    """Prove to the listener at the other end that we know the token, and check that it knows the token too.
 
-    The socket's time-out holds for each read; OSErrors are the caller's to judge.
+    The socket's time-out applies to each read. OSErrors are raised as they are.
 
     Raises:
-        NotOurs: the other end says something else.
+        NotOurs: the other end sends something else.
         WrongToken: it has another token.
         EOFError: it closed the connection.
     """
-    said = _first_bytes(sock)
-    if said != greeting(purpose):
-        raise NotOurs(said)
-    theirs, ours = _receive(sock, _NONCE), secrets.token_bytes(_NONCE)
-    sock.sendall(ours + _digest(token, purpose, b"caller", theirs, ours))
+    received = _first_bytes(sock)
+    if received != greeting(purpose):
+        raise NotOurs(received)
+    challenge_received, challenge_sent = _receive(sock, _NONCE), secrets.token_bytes(_NONCE)
+    sock.sendall(challenge_sent + _digest(token, purpose, b"caller", challenge_received, challenge_sent))
     answer = _receive(sock, _PROOF)
-    if not hmac.compare_digest(answer, _digest(token, purpose, b"listener", theirs, ours)):
+    if not hmac.compare_digest(answer, _digest(token, purpose, b"listener", challenge_received, challenge_sent)):
         raise WrongToken
 
 
@@ -72,11 +71,11 @@ def _digest(token: str, purpose: str, side: bytes, listeners: bytes, callers: by
 
 
 def _first_bytes(sock: socket.socket) -> bytes:
-    """The greeting, or as much as whatever listens there says instead of one."""
+    """The bytes of the greeting, or those that another program sends instead."""
     data = b""
     with suppress(TimeoutError):
-        while len(data) < _GREETING_SIZE and (piece := sock.recv(_GREETING_SIZE - len(data))):
-            data += piece
+        while len(data) < _GREETING_SIZE and (received := sock.recv(_GREETING_SIZE - len(data))):
+            data += received
         if not data:
             raise EOFError("it closed the connection")
     return data
@@ -85,25 +84,25 @@ def _first_bytes(sock: socket.socket) -> bytes:
 def _receive(sock: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = sock.recv(count - len(data))
-        if not piece:
+        received = sock.recv(count - len(data))
+        if not received:
             raise EOFError("it closed the connection")
-        data += piece
+        data += received
     return data
 
 
 @dataclass
 class _Caller:
-    """A connection that has proved nothing yet."""
+    """A connection that has not proved yet that it knows the token."""
 
     sock: socket.socket
     since: float
     challenge: bytes = field(default_factory=lambda: secrets.token_bytes(_NONCE))
-    said: bytes = b""
+    received: bytes = b""
 
 
 class Door:
-    """Lets in those who know the token. For one thread; `listener` stays the caller's to close."""
+    """Admits connections that know the token. It is used by one thread; the caller closes `listener`."""
 
     def __init__(self, listener: socket.socket, token: str, purpose: str) -> None:
         self._listener, self._token, self._purpose = listener, token, purpose
@@ -115,11 +114,13 @@ class Door:
         self._selector.register(listener, selectors.EVENT_READ)
 
     def admit(self, timeout: float) -> socket.socket | None:
-        """The next connection that has proved itself, as a blocking socket; None after `timeout` seconds."""
+        """The next connection that has proved its knowledge of the token, as a blocking socket; None after
+        `timeout` s.
+        """
         deadline = time.monotonic() + timeout
         while not self._proven:
             now = time.monotonic()
-            for caller in [each for each in self._callers.values() if now - each.since > PROOF_SECONDS]:
+            for caller in [entry for entry in self._callers.values() if now - entry.since > PROOF_SECONDS]:
                 self._refuse(caller)
             if now >= deadline:
                 return None
@@ -131,7 +132,7 @@ class Door:
         return self._proven.popleft()
 
     def close(self) -> None:
-        """Hang up on those who have proved nothing, and say in one line how many strangers there were."""
+        """Close all unproven connections, and log how many were refused."""
         for caller in list(self._callers.values()):
             self._forget(caller)
         for sock in self._proven:
@@ -143,7 +144,7 @@ class Door:
                 log.warning(f"port {port}: refused {self._refused} connections that did not know this job's token")
 
     def _accept(self, now: float) -> None:
-        if len(self._callers) >= _MOST_PENDING:
+        if len(self._callers) >= _MAX_PENDING:
             oldest = next(iter(self._callers.values()))
             if now - oldest.since < _YOUNG:
                 time.sleep(0.01)
@@ -151,7 +152,7 @@ class Door:
             self._refuse(oldest)
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # it has gone again, or no file descriptor is left
+        except OSError:  # the caller has closed it already, or there are no file descriptors left
             time.sleep(0.01)
             return
         sock.setblocking(False)
@@ -161,21 +162,24 @@ class Door:
         self._send(caller, greeting(self._purpose) + caller.challenge)
 
     def _read(self, caller: _Caller) -> None:
-        wanted = _NONCE + _PROOF
+        num_expected = _NONCE + _PROOF
         try:
-            piece = caller.sock.recv(wanted - len(caller.said))
+            received = caller.sock.recv(num_expected - len(caller.received))
         except BlockingIOError:
             return
         except OSError:
-            piece = b""
-        caller.said += piece
-        if piece and len(caller.said) < wanted:
+            received = b""
+        caller.received += received
+        if received and len(caller.received) < num_expected:
             return
-        theirs, proof = caller.said[:_NONCE], caller.said[_NONCE:]
-        if not piece:
-            self._refuse(caller) if caller.said else self._forget(caller)  # a probe that says nothing is no attack
-        elif hmac.compare_digest(proof, _digest(self._token, self._purpose, b"caller", caller.challenge, theirs)):
-            answer = _digest(self._token, self._purpose, b"listener", caller.challenge, theirs)
+        their_challenge, proof = caller.received[:_NONCE], caller.received[_NONCE:]
+        if not received:
+            # a port scan that sends nothing is not counted as refused
+            self._refuse(caller) if caller.received else self._forget(caller)
+        elif hmac.compare_digest(
+            proof, _digest(self._token, self._purpose, b"caller", caller.challenge, their_challenge)
+        ):
+            answer = _digest(self._token, self._purpose, b"listener", caller.challenge, their_challenge)
             if self._send(caller, answer):
                 self._forget(caller, close=False)
                 caller.sock.setblocking(True)
@@ -185,7 +189,7 @@ class Door:
             self._refuse(caller)
 
     def _send(self, caller: _Caller, data: bytes) -> bool:
-        """Send what fits into every new connection's buffer; forget a caller that takes less."""
+        """Send a few bytes, which fit into the buffer of a new connection; drop a caller that accepts fewer."""
         with suppress(OSError):
             if caller.sock.send(data) == len(data):
                 return True

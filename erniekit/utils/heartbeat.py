@@ -1,9 +1,9 @@
 """A worker's signs of life for the agent that started it.
 
-A thread writes one small record a second into memory that it shares with the agent (no file system is needed, and
-nothing stays behind): the last finished step, what the process does or waits for, and the line it
-is at. A record that no longer comes is a stopped process; one that comes and does not change is a hanging one
-(`erniekit.cluster.watch` tells which). A process that no agent started calls the same functions, and nothing happens.
+Once a second, a thread writes a small record into memory shared with the agent (which needs no file system and leaves
+nothing behind): the last finished step, what the process does or waits for, and the line of code that it executes. If
+records stop, the process is stopped; if they continue without a change, it hangs (`erniekit.cluster.watch` decides
+which). In a process without an agent these functions have no effect.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 START, TRAINING = "start", "training"
-ASKING = "waiting for the user"  # as long as the user likes
-INTERVAL = 1.0  # seconds from one record to the next
+ASKING = "waiting for the user"  # this wait has no time limit
+INTERVAL = 1.0  # seconds between records
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _HEADER = struct.Struct("<II")  # length and checksum of the JSON text that follows
-_ERROR_AT = 1 << 16  # where the error's record begins; the other one begins at 0
+_ERROR_AT = 1 << 16  # offset of the error record; the heartbeat record is at 0
 
 
 class _Worker:
-    """What the main thread does, told by itself; the beating thread only reads."""
+    """The state of the main thread. Only the main thread writes it; the heartbeat thread reads it."""
 
     def __init__(self, memory: int, streams: bool) -> None:
         self.memory, self.streams = memory, streams
@@ -45,14 +45,14 @@ class _Worker:
         self._lock = threading.Lock()
 
     def mark(self, waiting: str | None) -> None:
-        """Something has moved."""
+        """Note progress: a wait or a step has begun or ended."""
         now = time.monotonic()
         if self.phase == TRAINING:
             self.longest = max(self.longest, now - self.since)
         self.waiting, self.since = waiting, now
 
     def write(self) -> None:
-        """Leave a record. Times are of the monotonic clock, which all processes of a host share."""
+        """Write the heartbeat record. Times are of the monotonic clock, which all processes of a host share."""
         fields = {
             "time": time.monotonic(),
             "step": self.step,
@@ -60,13 +60,13 @@ class _Worker:
             "waiting": self.waiting,
             "since": self.since,
             "longest": self.longest,
-            "at": self._place(),
+            "at": self._current_line(),
         }
         with self._lock:
             _write(self.memory, fields, 0)
 
-    def _place(self) -> str:
-        """The line that the main thread is at."""
+    def _current_line(self) -> str:
+        """The line of code that the main thread executes."""
         frame = sys._current_frames().get(self.main)
         while frame is not None and frame.f_code.co_filename == __file__:
             frame = frame.f_back
@@ -80,7 +80,7 @@ _worker: _Worker | None = None
 
 
 def new_memory() -> int:
-    """The file descriptor of memory that an agent and one worker share. It has no name: it goes with the processes."""
+    """The file descriptor of memory shared by the agent and one worker. It is unnamed and ends with the processes."""
     if platform.system() == "Linux":
         return os.memfd_create("erniekit-heartbeat")
     with tempfile.TemporaryFile() as file:
@@ -88,9 +88,10 @@ def new_memory() -> int:
 
 
 def start(memory: int, parent: int, streams: bool = False) -> None:
-    """Beat into `memory` (a file descriptor) from now on, and die when the process `parent`, the agent, does.
+    """Start the heartbeat into `memory` (a file descriptor), and arrange for this process to die with `parent`, the
+    agent.
 
-    streams: what this process prints goes to the user's terminal. To be called by the main thread, once.
+    streams: whether this process prints to the user's terminal. The main thread calls this once.
     """
     global _worker
     _die_with(parent)
@@ -100,25 +101,25 @@ def start(memory: int, parent: int, streams: bool = False) -> None:
 
 
 def step(number: int) -> None:
-    """Optimizer step `number` is done. The first call ends the start, during which much more time is allowed."""
+    """Record that optimizer step `number` is finished. The first call ends the start-up, which may take much longer."""
     if _worker is not None:
         _worker.mark(None)
         _worker.step, _worker.phase = number, TRAINING
-        _worker.write()  # at once, so that the step is known however soon the process dies
+        _worker.write()  # at once, so that the step is known even if the process dies soon
 
 
 def waiting(what: str | None) -> None:
-    """The process begins to wait for others in `what`; None: it computes again. An exception on the way leaves it
-    waiting, which tells a rank that failed from those that failed because it did.
+    """Record that the process waits for others in `what`; None: it computes again. If an exception ends the wait, the
+    record stays, which distinguishes a rank that failed by itself from one that failed because its peer did.
     """
-    # Other threads (an asynchronous save) may wait as long as they like.
+    # Waits of other threads (an asynchronous save) are not limited.
     if _worker is not None and threading.get_ident() == _worker.main:
         _worker.mark(what)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Work that may take long and in which others may wait long: an evaluation, a save."""
+    """A context for work that may take long, and during which others may wait long: an evaluation, a save."""
     if _worker is None:
         yield
         return
@@ -129,8 +130,8 @@ def phase(name: str) -> Iterator[None]:
 
 
 def fail(text: str) -> bool:
-    """Hand the error to the agent, which shows it if it is the job's first. True if it should not be printed as well:
-    on the terminal it would hide the first.
+    """Pass the error to the agent, which shows it if it is the first of the job. Returns True if this process should
+    not print it too, since on the terminal it would hide the first error.
     """
     if _worker is None:
         return False
@@ -140,12 +141,12 @@ def fail(text: str) -> bool:
 
 
 def last_record(memory: int) -> dict[str, Any] | None:
-    """What a worker wrote last; None before its first record, or while it is being written."""
+    """A worker's last record; None before its first record, or while one is being written."""
     return _read(os.pread(memory, _ERROR_AT, 0))
 
 
 def last_error(memory: int) -> dict[str, Any] | None:
-    """What the worker gave to `fail`, if it did."""
+    """The error that the worker passed to `fail`; None if it did not."""
     size = os.fstat(memory).st_size
     return _read(os.pread(memory, size - _ERROR_AT, _ERROR_AT)) if size > _ERROR_AT else None
 
@@ -156,7 +157,7 @@ def _write(memory: int, fields: dict[str, Any], at: int) -> None:
 
 
 def _read(data: bytes) -> dict[str, Any] | None:
-    """The record that `data` begins with, if it is whole: the writer may be in the middle of it."""
+    """The record at the beginning of `data`; None if it is incomplete, since the writer may be writing it now."""
     if len(data) < _HEADER.size:
         return None
     length, checksum = _HEADER.unpack_from(data)
@@ -171,12 +172,12 @@ def _beat(worker: _Worker, parent: int) -> None:
     while os.getppid() == parent:
         worker.write()
         time.sleep(INTERVAL)
-    os.kill(os.getpid(), signal.SIGKILL)  # where the kernel cannot do it
+    os.kill(os.getpid(), signal.SIGKILL)  # for systems whose kernel does not do it
 
 
 def _die_with(parent: int) -> None:
     """Ask the kernel to kill this process when its parent dies, however that happens (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # the parent died before the request
         os.kill(os.getpid(), signal.SIGKILL)

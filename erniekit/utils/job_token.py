@@ -1,4 +1,4 @@
-"""The token of a job: what its processes know and strangers do not (erniekit.utils.handshake compares it)."""
+"""The token of a job: a secret shared by its processes (erniekit.utils.handshake compares it)."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ _MAKE = "head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \\n'"
 
 
 def new() -> str:
-    """A token that nobody can guess."""
+    """A new random token."""
     return secrets.token_hex(32)
 
 
 def find(environ: Mapping[str, str], cache: Path | None) -> str:
-    """The token that the environment gives to a job on several hosts.
+    """The token that the environment defines for a job on several hosts.
 
     Args:
         environ: where ERNIEKIT_JOB_TOKEN or ERNIEKIT_JOB_TOKEN_FILE may be.
@@ -29,7 +29,7 @@ def find(environ: Mapping[str, str], cache: Path | None) -> str:
             127.0.0.1; without a token in the environment they share one that is kept there. Else None.
 
     Raises:
-        ConfigError: there is none, or it is too short; the message holds the line that makes one.
+        ConfigError: there is none, or it is too short; the message has a command that makes one.
     """
     text = environ.get(VARIABLE, "").strip()
     if text:
@@ -66,19 +66,20 @@ def _read(path: Path) -> str:
 
 
 def _of_this_user(path: Path) -> str:
-    """A token that only this user can read, made by the first process that needs it."""
+    """A token in a file that only this user can read; the first process that needs it makes it."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            mine = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            candidate = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with open(descriptor, "w", encoding="ascii") as file:
                     file.write(new())
                 with contextlib.suppress(FileExistsError):
-                    os.link(mine, path)  # not a rename: the first one stays
+                    # a link, unlike a rename, does not replace a token that another process made first
+                    os.link(candidate, path)
             finally:
-                mine.unlink(missing_ok=True)
+                candidate.unlink(missing_ok=True)
         status = path.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise ConfigError(f"{path}: others may have read it. Delete it; a new one is made.")

@@ -1,4 +1,4 @@
-"""Plain log lines on stderr, so that stdout stays free for answers and tables."""
+"""Logs plain lines to stderr; stdout is for answers and tables."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class _Stderr(logging.Handler):
-    """Writes to what sys.stderr is at that moment: a progress bar stands in its place to keep lines above itself."""
+    """Writes to the current sys.stderr, which a progress bar replaces to print lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -23,22 +23,22 @@ _logger.propagate = False
 
 
 def set_rank(rank: int) -> None:
-    """Begin the lines of all ranks but the first with their number; each rank has a stream of its own."""
+    """Prefix this process's log lines with its rank, except on rank 0."""
     if rank:
         _handler.setFormatter(logging.Formatter(f"[erniekit {rank}] %(message)s"))
 
 
 def info(message: str) -> None:
-    """Say something the user may want to know."""
+    """Log something that the user may want to know."""
     _logger.info(message)
 
 
 def warning(message: str) -> None:
-    """Say something the user should act on."""
+    """Log something that the user should act on."""
     _logger.warning("warning: %s", message)
 
 
-class _Kept(logging.Handler):
+class _Collector(logging.Handler):
     def __init__(self, lines: list[tuple[bool, str]]) -> None:
         super().__init__()
         self.lines = lines
@@ -50,12 +50,12 @@ class _Kept(logging.Handler):
 
 @contextmanager
 def captured() -> Iterator[list[tuple[bool, str]]]:
-    """The lines said inside, as (whether it is a warning, text), instead of on stderr."""
+    """A context that collects log lines as (is_warning, text) instead of writing them to stderr."""
     lines: list[tuple[bool, str]] = []
-    kept = _Kept(lines)
+    collector = _Collector(lines)
     once.cache_clear()
     before = list(_logger.handlers)  # not always `_handler`: one capture may be inside another
-    _logger.handlers[:] = [kept]
+    _logger.handlers[:] = [collector]
     try:
         yield lines
     finally:
@@ -64,5 +64,5 @@ def captured() -> Iterator[list[tuple[bool, str]]]:
 
 @functools.cache
 def once(message: str) -> None:
-    """A warning about a file, which one process may read several times."""
+    """Log a warning only the first time, such as one about a file that is read several times."""
     warning(message)

@@ -1,14 +1,15 @@
-"""CPU settings that decide Paddle's speed there. Importing a module sets nothing: the command and the functions of
-api.py call `prepare`, before Paddle is imported, and the model's build calls `ensure_threads`.
+"""Process settings that decide Paddle's speed on a CPU. Importing this module changes nothing: the command and the
+functions of api.py call `prepare` before Paddle is imported, and building the model calls `ensure_threads`.
 
-Four defaults of a fresh process are slow on a CPU, and each has a one-line cure (measured by tools/bench_step.py):
+Four defaults of a new process are slow on a CPU, and each is changed here (measured by tools/bench_step.py):
 * the CPU wheel links a 2019 MKL that takes a generic path on AMD processors: `MKL_DEBUG_CPU_TYPE` selects its AVX2 path
   (3 times faster products on Zen 5) or its AVX-512 path (5 times);
-* Paddle gives its math library one thread: `set_num_threads` gives it the cores;
-* the threads then also share each exponential, and Paddle's softmax asks for one a row: two threads meet thousands of
-  times for nothing, 2 to 150 times slower on a busy machine. `MKL_DOMAIN_NUM_THREADS` leaves vector functions to one;
-* glibc returns every large block to the kernel when a tensor dies, so each new tensor pays page faults that cost more
-  than the arithmetic: `mallopt` keeps the blocks (element-wise operations on 16 MB tensors become 3 to 10 times
+* Paddle gives its math library one thread: `set_threads` gives it all cores of the process;
+* MKL then also divides each vector exponential among the threads, and Paddle's softmax calls one per row: the threads
+  synchronise thousands of times for no gain, which is 2 to 150 times slower on a busy machine.
+  `MKL_DOMAIN_NUM_THREADS` gives vector functions one thread;
+* glibc returns every large block to the kernel when a tensor is freed, so each new one causes page faults that cost
+  more than the arithmetic: `mallopt` keeps the blocks (element-wise operations on 16 MB tensors become 3 to 10 times
   faster). The process then holds its peak memory until it ends.
 """
 
@@ -22,21 +23,21 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-# The user's own wish, read before paddle is imported: the import itself writes OMP_NUM_THREADS=1 into the environment
-# when it is unset.
+# The user's setting is read before Paddle is imported, because the import writes OMP_NUM_THREADS=1 into the environment
+# if it is unset.
 _ASKED_THREADS = os.environ.get("ERNIEKIT_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
 
 _threads_are_set = False
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
-# What MKL's AVX-512 kernels use; Zen 4 and later have all of it.
+# The instruction sets that MKL's AVX-512 kernels use; Zen 4 and later have all of them.
 _AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 
 
 def mkl_cpu_type(cpuinfo: str) -> str | None:
     """The code path that MKL should take on this processor, from /proc/cpuinfo's text: "7" (AVX-512) or "5" (AVX2) on
-    an AMD processor, None elsewhere: MKL chooses well for Intel, and nobody has measured others.
+    an AMD processor; None elsewhere, since MKL chooses well on Intel and other processors were not measured.
     """
     lines = cpuinfo.splitlines()
     if not any("AuthenticAMD" in line for line in lines if line.startswith("vendor_id")):
@@ -55,7 +56,7 @@ def _cpuinfo() -> str:
 
 @lru_cache(maxsize=1)
 def _keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep large freed blocks for reuse. False where there is no glibc (macOS, musl)."""
+    """Make glibc's malloc keep large freed blocks for reuse. Returns False if there is no glibc (macOS, musl)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -72,10 +73,9 @@ def environment_variable(name: str) -> str | None:
 
 
 def require_utf8() -> None:
-    """Start this process again in Python's UTF-8 mode if the locale can name ASCII files only (LC_ALL=C).
+    """Restart this process in Python's UTF-8 mode if the locale allows only ASCII file names (LC_ALL=C).
 
-    Text of YAML files and of the command line could otherwise not be opened as a path. What is printed keeps the
-    terminal's encoding.
+    Paths in YAML files and on the command line could otherwise not be opened. Output keeps the terminal's encoding.
     """
     if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
         return
@@ -85,26 +85,26 @@ def require_utf8() -> None:
 
 
 def prepare() -> None:
-    """Set the process up. Call before paddle is imported; a value the user set is kept."""
-    # Paddle warns on import where ccache is missing; nothing is compiled here.
+    """Apply the settings to this process, before Paddle is imported; values that the user has set are kept."""
+    # Paddle warns on import if ccache is missing, but nothing is compiled here.
     warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     cpu_type = mkl_cpu_type(_cpuinfo())
     if cpu_type:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", cpu_type)
-    # By itself MKL takes fewer threads on a loaded machine and sums in another order: runs would differ by a bit.
+    # Otherwise MKL uses fewer threads on a loaded machine and sums in another order, so runs would not repeat exactly.
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     os.environ.setdefault("MKL_DOMAIN_NUM_THREADS", "MKL_DOMAIN_VML=1")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    # GPUs only: the gradients of the embedding and of attention are otherwise summed by atomic additions, in another
-    # order each time and, for the embedding, in 16 bits.
+    # For GPUs: the gradients of the embedding and of attention are otherwise summed by atomic additions, whose order
+    # changes from run to run, and for the embedding in 16 bits.
     os.environ.setdefault("FLAGS_embedding_deterministic", "1")
     os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
 
 
 def python_command(code: str, *args: str) -> tuple[str, ...]:
-    """A command that runs `code` (which may use sys) in a new interpreter, with this process's search path and this
-    very package. Python itself would put the working directory first, and a json.py there in the place of the
-    library's.
+    """A command that runs `code` (which may use sys) in a new interpreter with this process's search path and this same
+    package. By default Python would search the working directory first, so that a json.py there would replace the
+    standard library's.
     """
     package = Path(__file__).resolve().parents[1]
     prepare_imports = (
@@ -119,21 +119,21 @@ def python_command(code: str, *args: str) -> tuple[str, ...]:
 
 def job_token_of(addresses: Collection[str]) -> str:
     """The token of a job whose processes listen at these addresses. Raises ConfigError if there is none."""
-    from erniekit.utils import job_token  # not for everybody who imports the package
+    from erniekit.utils import job_token  # imported late, since few importers of this module need it
 
     return job_token.find(os.environ, cache_directory() if len(set(addresses)) == 1 else None)
 
 
 def cache_directory() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directory specification, by which a relative
-    path is not valid and is ignored).
+    """The user's cache directory (XDG base directory specification, by which a relative path is invalid and
+    ignored).
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "erniekit"
 
 
 def num_cores() -> int:
-    """Cores this process may run on (affinity where the system has it, else the machine's total)."""
+    """The number of cores that this process may use (its affinity if the system has one, else all cores)."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -165,7 +165,7 @@ def _wanted_threads() -> int:
 
 
 def device_name() -> str:
-    """The GPU that Paddle uses, or the processor with its threads, for people."""
+    """The name of the GPU that Paddle uses, or of the processor with its number of threads, for log lines."""
     import paddle
 
     device = paddle.get_device()
@@ -177,7 +177,7 @@ def device_name() -> str:
     return f"{model or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-# Variables with which other launchers say how many processes there are, and that nothing here reads.
+# Variables in which other launchers give the number of processes; nothing here reads them.
 _OTHER_LAUNCHERS = (
     "NPROC_PER_NODE GPUS_PER_NODE WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK FORCE_TORCHRUN "
     "ACCELERATE_CONFIG_FILE ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP DEEPSPEED_CONFIG_FILE"
@@ -185,12 +185,12 @@ _OTHER_LAUNCHERS = (
 
 
 def ignored_variables() -> list[str]:
-    """NAME=value of the environment variables of other launchers that are set and do nothing here."""
+    """The variables of other launchers that are set and have no effect here, as NAME=value."""
     names = [name for name in _OTHER_LAUNCHERS if name != "RANK" or not rank_numbers_hosts(os.environ)]
     return [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
 
 
 def rank_numbers_hosts(environ: Mapping[str, str]) -> bool:
-    """Whether RANK is the number of a host among NNODES, as for PaddleFormers, and not torchrun's of a process."""
+    """Whether RANK is the number of a host among NNODES, as for PaddleFormers, and not of a process as for torchrun."""
     by_process = any(environ.get(name, "").strip() for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     return environ.get("NNODES", "").strip() not in ("", "0", "1") and not by_process

@@ -1,8 +1,7 @@
-"""Ctrl-C (SIGINT), SIGTERM (a scheduler wants the machine back) and SIGHUP (the terminal is gone) as wishes.
+"""Graceful handling of Ctrl-C (SIGINT), SIGTERM (a scheduler preempts the job) and SIGHUP (the terminal is closed).
 
-While `deferred` lasts they are only noted: the trainer ends the step it is in, saves and stops. At other times
-`Stopped` is raised, or while modules are imported the process ends at once. A second Ctrl-C ends it at once, wherever
-it is.
+Within `deferred` a signal is only recorded: the trainer finishes its step, saves and stops. Outside it `Stopped` is
+raised, except during imports, where the process ends at once. A second Ctrl-C always ends the process at once.
 """
 
 import contextlib
@@ -19,31 +18,31 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _SHOW_CURSOR = "\x1b[?25h"
 _BEGIN_LINE = "\r\x1b[K"
-# `timeout -s INT` and some shells send a signal twice, to the process and to its group: that is one Ctrl-C.
+# `timeout -s INT` and some shells send a signal twice, to the process and to its group; that counts as one Ctrl-C.
 TWICE = 0.3
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has come while nothing could be saved. `number`: the signal."""
+    """A signal arrived at a time at which nothing can be saved. `number` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-_asked: signal.Signals | None = None  # the first signal that came
+_requested: signal.Signals | None = None  # the first signal that arrived
 _asked_at = 0.0
 _raised: Stopped | None = None
 _deferring = False
-_what_is_left: Callable[[], str] = str  # says what has been saved, for the message of an end at once
+_what_is_left: Callable[[], str] = str  # returns what has been saved, for the message of an immediate end
 
 
 def listen(what_is_left: Callable[[], str] | None = None, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-    """From now on the `signals` are met as above. Does nothing where a signal cannot be caught (not the main thread),
-    is ignored (nohup), or where Python code of somebody else catches it. Importing Paddle puts handlers of its own in
-    the place of ours: call this again after it.
+    """Install the handlers for `signals`. A signal is left alone if it cannot be caught (not the main thread), is
+    ignored (nohup), or has a handler of other Python code. Importing Paddle replaces the handlers, so call this again
+    after the import.
 
-    what_is_left: says in a few words what a process that ends now leaves behind.
+    what_is_left: returns a short description of what a process that ends now has saved.
     """
     global _what_is_left
     _what_is_left = what_is_left or _what_is_left
@@ -57,8 +56,9 @@ def listen(what_is_left: Callable[[], str] | None = None, signals: Iterable[sign
 
 @contextlib.contextmanager
 def sigterm_waits() -> Iterator[None]:
-    """Around the import of Paddle and the call of `listen` after it: in between, Paddle's own handler would end the
-    process with a native stack trace. Threads that the import starts keep SIGTERM blocked, so the main one gets it.
+    """A context that blocks SIGTERM, for the import of Paddle and the call of `listen` after it. In between, Paddle's
+    handler would end the process with a native stack trace. Threads that the import starts keep SIGTERM blocked, so the
+    main thread receives it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -67,21 +67,21 @@ def sigterm_waits() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def asked() -> signal.Signals | None:
-    """The signal that came first. Ranks may get it at different steps: they have to agree on one."""
-    return _asked
+def requested() -> signal.Signals | None:
+    """The first signal that arrived, or None. Ranks may receive it at different steps, so they must agree on a step."""
+    return _requested
 
 
 def raised() -> Stopped | None:
-    """What was raised because of a signal; native code between us and the caller may have made another exception of
-    it.
+    """The exception that was raised because of a signal, or None. Native code may have turned it into another exception
+    before the caller sees it.
     """
     return _raised
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Work at whose steps the caller looks at `asked`."""
+    """A context in which signals are only recorded, and the caller checks `requested` after each step."""
     global _deferring
     _deferring = True
     try:
@@ -91,29 +91,29 @@ def deferred() -> Iterator[None]:
 
 
 def interrupted(number: int) -> str:
-    """The one line about an end at once."""
-    left = _what_is_left()
+    """The message about an immediate end."""
+    saved = _what_is_left()
     return f"{'interrupted' if number == signal.SIGINT else f'stopped by {signal.Signals(number).name}'}" + (
-        f"; {left}" if left else ""
+        f"; {saved}" if saved else ""
     )
 
 
 def restore_terminal() -> None:
-    """Show the cursor again, and begin a new line: a progress bar that was killed has hidden the one and has not ended
-    the other.
+    """Show the cursor and begin a new line. A progress bar that was killed has hidden the cursor and left its line
+    unfinished.
     """
     if _is_terminal():
         _say(_SHOW_CURSOR + "\r\n")
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _asked, _asked_at, _raised
+    global _requested, _asked_at, _raised
     now = time.monotonic()
-    if _asked is not None:
+    if _requested is not None:
         if number == signal.SIGINT and now - _asked_at > TWICE:
             _end_now(number)
         return
-    _asked, _asked_at = signal.Signals(number), now
+    _requested, _asked_at = signal.Signals(number), now
     if _is_importing(frame):
         _end_now(number)
     if not _deferring:
@@ -125,15 +125,15 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported. Packages, Paddle among them, print what they make of an exception there."""
+    """Whether a module is being imported: an exception there may be caught and printed by packages such as Paddle."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
 
 
 def _end_now(number: int) -> None:
-    """Without unwinding: a KeyboardInterrupt does not always get through native code, and Python's end waits for
-    threads. Files that were being written have temporary names; data workers end when their input does.
+    """End the process without unwinding: native code does not always pass a KeyboardInterrupt on, and Python waits for
+    threads before it exits. Unfinished files have temporary names, and data workers end when their input is closed.
     """
     restore_terminal()
     if not heartbeat.fail(interrupted(number)):
@@ -149,6 +149,6 @@ def _is_terminal() -> bool:
 
 
 def _say(text: str) -> None:
-    """Past Python's streams: the signal may have come in the middle of a write to one of them."""
+    """Write to stderr directly, since the signal may have interrupted a write to Python's stream."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode(errors="replace"))

@@ -1,7 +1,7 @@
-"""Standard streams that take any text and may be closed, at the start (`>&-`) or later (`2>&1 | head`).
+"""Makes the standard streams accept any text and tolerate being closed, at the start (`>&-`) or later (`| head`).
 
-Losing standard error must not end a run, whose terminal may have gone: nobody reads the words, the checkpoints are
-wanted. Standard output carries answers, and a failure to write them is an error.
+A failure to write to standard error must not end a run, whose terminal may have been closed. Standard output carries
+answers, so a failure to write them is an error.
 """
 
 import io
@@ -13,11 +13,11 @@ from erniekit.utils.errors import UserError
 
 
 def prepare() -> None:
-    """Make standard output and error replace what their encoding does not have, and stand-ins of closed streams.
+    """Prepare the standard streams: unencodable characters are replaced, and closed streams are opened again.
 
-    A closed stream (`>&-`) is opened as /dev/null: the next file to be opened would otherwise get its number, and
-    whatever a library prints. Bytes of standard input that its encoding does not have become surrogates, for the reader
-    to make sense of (`decode`) or to refuse.
+    A closed stream (`>&-`) is opened as /dev/null. The next file to be opened would otherwise get its descriptor, and
+    with it the output of libraries. Undecodable bytes of standard input become surrogates, which the reader decodes
+    (`decode`) or refuses.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         _open_closed(number)
@@ -39,10 +39,10 @@ def prepare() -> None:
 
 
 class _Forgiving(io.FileIO):
-    """A file descriptor to which everything can be written, whether or not anybody gets it."""
+    """A file whose write errors are ignored."""
 
     def write(self, data: Any) -> int:
-        """Drop what cannot be written."""
+        """Write the data, or drop it if that fails."""
         try:
             return super().write(data)
         except OSError:
@@ -50,8 +50,8 @@ class _Forgiving(io.FileIO):
 
 
 def read_line() -> str | None:
-    """The next line of standard input without its end; None when there is none. UserError for bytes that are no text
-    in an encoding that cannot hold them as surrogates (UTF-16).
+    """The next line of standard input without its line break; None at the end. Raises UserError for undecodable bytes
+    in an encoding that has no surrogate escapes (UTF-16).
     """
     try:
         line = sys.stdin.readline()
@@ -64,8 +64,8 @@ def read_line() -> str | None:
 
 
 def decode(line: str) -> str:
-    """A line of standard input; one that its encoding could not read (Chinese where the locale knows ASCII) is UTF-8
-    if it can be.
+    """A line of standard input as text. A line that the stream's encoding could not decode (Chinese in an ASCII locale)
+    is decoded as UTF-8 if possible.
     """
     if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
         return line
@@ -88,8 +88,8 @@ def _open_closed(number: int) -> None:
 
 
 def flush() -> None:
-    """Bring out what was printed. What cannot be written any more (nobody reads it, the disk is full) is dropped:
-    Python would complain about it once more at exit.
+    """Flush the standard streams. Text that can no longer be written (the reader is gone, the disk is full) is dropped,
+    since Python would report it again at exit.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -99,10 +99,10 @@ def flush() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Point a stream at nothing."""
+    """Redirect a stream to /dev/null."""
     try:
         number = stream.fileno()
-    except OSError:  # not a file: a notebook's, or a test's
+    except OSError:  # the stream has no file descriptor, as in notebooks and tests
         return
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
@@ -110,7 +110,7 @@ def silence(stream: TextIO) -> None:
 
 
 def is_gone(stream: TextIO) -> bool:
-    """True if nobody reads a stream any more (`erniekit help | head -1`)."""
+    """Whether the reader of a stream has closed it (`erniekit help | head -1`)."""
     import select
 
     poll = select.poll()

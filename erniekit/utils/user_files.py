@@ -1,7 +1,7 @@
-"""The one reader of small files that come from a user: regular files of bounded size, and JSON without surprises.
+"""Reads small files that come from a user: regular files of limited size, and JSON by strict rules.
 
-Python's JSON parser keeps the last of two equal keys, takes NaN and Infinity, and raises five kinds of exception. Here
-each of these is one error of the caller's kind (a subclass of UserError) with file, place and cure.
+Python's JSON parser keeps the last of two equal keys, accepts NaN and Infinity, and raises five kinds of exception.
+Here each of these raises the caller's error class (a subclass of UserError) with the file, the place and a remedy.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from typing import Any, BinaryIO, TypeVar
 
 from erniekit.utils.errors import UserError
 
-MAX_BYTES = 64 << 20  # of a configuration file; data files have a reader of their own
+MAX_BYTES = 64 << 20  # for configuration files; data files have a separate reader
 MAX_DEPTH = 100  # of nested lists and objects
 
 T = TypeVar("T")
 
 
 def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes; a pipe, a device or a directory is refused unread.
+    """The content of a regular file of at most `limit` bytes. Pipes, devices and directories are refused unread.
 
-    FileNotFoundError is the caller's: only it knows what an absent file means.
+    FileNotFoundError is raised as it is, since only the caller knows what a missing file means.
     """
     with open_regular(path, error) as file:
         size = os.fstat(file.fileno()).st_size
@@ -35,11 +35,11 @@ def read_bytes(path: Path, error: type[UserError], limit: int = MAX_BYTES) -> by
 
 @contextlib.contextmanager
 def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
-    """A regular file, opened for reading; a pipe, a device or a directory is refused unread. OSErrors of opening and of
-    reading are `error`, but for FileNotFoundError, which is the caller's.
+    """Opens a regular file for reading; pipes, devices and directories are refused unread. OSErrors of opening and
+    reading are raised as `error`, except for FileNotFoundError, which is raised as it is.
     """
     try:
-        # O_NONBLOCK: opening a named pipe that nobody writes to would wait for ever.
+        # Without O_NONBLOCK, opening a named pipe without a writer would wait forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -54,7 +54,7 @@ def open_regular(path: Path, error: type[UserError]) -> Iterator[BinaryIO]:
 
 
 def decode(data: bytes, where: str, error: type[UserError]) -> str:
-    """UTF-8 text; a byte-order mark at the beginning is dropped."""
+    """Decodes UTF-8 text and removes a byte-order mark at the beginning."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -88,12 +88,12 @@ def parse_json(
     number: Callable[[str], Any] | None = None,
     strict: bool = True,
 ) -> Any:
-    """What a JSON text holds. Refused, with `where`: syntax errors, a key that stands twice in one object, NaN,
-    Infinity and numbers as large, more than MAX_DEPTH levels, integers too long for Python to read, half a surrogate
-    pair.
+    """Parses a JSON text. Refused with `where` in the message: syntax errors, duplicate keys in an object, NaN,
+    Infinity and numbers too large for a float, more than MAX_DEPTH levels, integers too long for Python, half of a
+    surrogate pair.
 
-    number: makes the values of numbers from their text; not given: Python's int and float. Not `strict`: strings may
-    hold raw control characters.
+    number: converts the text of a number; by default to Python's int or float. strict: False allows raw control
+    characters in strings.
     """
     try:
         content = (_DECODER if number is None and strict else _decoder(number, strict)).decode(text)
@@ -104,7 +104,7 @@ def parse_json(
         raise error(f"{where}: not JSON: {problem.msg} at {line}column {at - text.rfind(chr(10), 0, at)}.") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep.") from None
-    except ValueError as problem:  # of ours, or Python's limit on the digits of an integer
+    except ValueError as problem:  # _Refused, or Python's limit on the digits of an integer
         reason = str(problem) if isinstance(problem, _Refused) else "an integer with more than 4300 digits"
         raise error(f"{where}: {reason}.") from None
     _check_depth(content, text, where, error)
@@ -117,14 +117,14 @@ def parse_json(
 
 
 class _Refused(ValueError):
-    """Valid for Python's parser, refused here."""
+    """A text that Python's parser accepts and this module refuses."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys: set[str] = set()
+        twice = next(key for key, _ in pairs if key in keys or keys.add(key))  # type: ignore[func-returns-value]
         raise _Refused(f"the key {twice!r} stands twice in one object; keep one of them")
     return content
 
@@ -150,7 +150,7 @@ def _decoder(number: Callable[[str], Any] | None, strict: bool) -> json.JSONDeco
     )
 
 
-_DECODER = _decoder(None, True)  # made once: data files have millions of records
+_DECODER = _decoder(None, True)  # made once, since data files have millions of records
 
 
 def _check_depth(content: Any, text: str, where: str, error: type[UserError]) -> None:
@@ -170,7 +170,7 @@ def _check_depth(content: Any, text: str, where: str, error: type[UserError]) ->
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for a message: "a list", "null" ..."""
+    """The JSON type of a value for messages: "a list", "null" and so on."""
     if value is None:
         return "null"
     names: Mapping[type, str] = {
@@ -185,9 +185,9 @@ def kind(value: Any) -> str:
 
 
 class JsonObject:
-    """Typed access to one object of a user's JSON file; every error names the file and the key.
+    """Typed access to one object of a user's JSON file. Every error names the file and the key.
 
-    `get_*` return `default` where the key is absent or null. `where` is the file, or "file: key" for an inner object.
+    `get_*` return `default` if the key is absent or null. `where` is the file, or "file: key" for an inner object.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, error: type[UserError]) -> None:
@@ -218,7 +218,7 @@ class JsonObject:
         return self._get(key, default, "a number" + _bounds(low, high), fits)
 
     def get_object(self, key: str) -> "JsonObject":
-        """An inner object; an empty one where the key is absent or null."""
+        """An inner object; an empty one if the key is absent or null."""
         values = self._get(key, {}, "an object", lambda value: isinstance(value, dict))
         return JsonObject(values, f"{self.where}: {key}", self.error)
 
@@ -228,13 +228,13 @@ class JsonObject:
     def get_choice(self, key: str, default: T, choices: Sequence[str]) -> str | T:
         return self._get(key, default, "one of " + ", ".join(choices), lambda value: value in choices)
 
-    def _get(self, key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+    def _get(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
         value = self.values.get(key)
         if value is None:
             return default
         if not fits(value):
             shown = repr(value) if len(repr(value)) <= 60 else kind(value)
-            raise self.error(f"{self.where}: {key}: must be {wanted}, found {shown}.")
+            raise self.error(f"{self.where}: {key}: must be {expected}, found {shown}.")
         return value
 
 

@@ -1,3 +1,3 @@
-"""The version, apart from the root package so that every layer may ask for it."""
+"""The version, in a module of its own so that every layer can import it."""
 
 __version__ = "0.2.0"

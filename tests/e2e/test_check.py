@@ -22,7 +22,7 @@ def size_of(directory):
 
 def test_what_it_says_of_a_run_is_what_the_run_does(workspace):
     before = findings(workspace, "ok", "max_steps=-1", "num_train_epochs=2")
-    steps = int(re.search(r"training: (\d+) steps, 2 epochs", before)[1])
+    steps = int(re.search(r"training: (\d+) steps; an epoch is \d+ steps: 2 epochs", before)[1])
     result = erniekit.train(str(workspace / "run.yaml"), max_steps=-1, num_train_epochs=2, save_steps=1000)
     assert result.history[-1]["step"] == steps
     checkpoint = workspace / "out" / f"checkpoint-{steps}"
@@ -36,7 +36,7 @@ def test_what_it_says_of_a_run_is_what_the_run_does(workspace):
 def test_it_tells_a_run_that_continues_from_one_that_does_not_belong_there(workspace):
     erniekit.train(str(workspace / "run.yaml"), max_steps=2)
     before = sorted(os.listdir(workspace / "out"))
-    assert "the run goes on from" in findings(workspace, "ok") and findings(workspace, "error") == ""
+    assert "the run resumes from" in findings(workspace, "ok") and findings(workspace, "error") == ""
     assert "holds another run" in findings(workspace, "error", "max_seq_len=32")
     assert "overwrite_output_dir: the run that is there is removed" in findings(
         workspace, "warning", "overwrite_output_dir=true", "max_seq_len=32"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.vision_directories import vision_workspace
+from support.tiny_directories import write_lines
+from support.vision_directories import picture_records, vision_workspace
 
 import erniekit
 from erniekit import config
@@ -109,12 +110,13 @@ def test_lora_trains_adapters_of_both_groups_of_experts_and_exports(
     }
     erniekit.train(str(yaml), compute_type=compute_type, **keys)
     names = weights_of_adapter(tmp_path / "lora")
-    assert any(".mlp.experts." in name for name in names) and any(".mlp.vision_experts." in name for name in names)
+    for module in (".mlp.text_moe.experts.", ".mlp.vision_moe.experts.", ".resampler_model.spatial_linear.fc1."):
+        assert any(module in name for name in names)
     export(config.load(str(yaml), keys, "export"))
     before, after = weights(yaml.parent / "out"), weights(tmp_path / "lora" / "export")
     changed = {name for name in before if before[name] != after[name]}
     assert any("experts" in name for name in changed)
-    assert not any("vision_model" in name or "resampler" in name or "norm" in name for name in changed)
+    assert not any("vision_model" in name or "resampler_model.mlp" in name or "norm" in name for name in changed)
 
 
 def weights_of_adapter(directory: Path) -> list[str]:
@@ -122,3 +124,75 @@ def weights_of_adapter(directory: Path) -> list[str]:
 
     with safe_open(directory / "adapter_model.safetensors", "np") as file:
         return list(file.keys())
+
+
+def test_text_is_mixed_in_and_each_modality_has_its_loss_and_its_router(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Steps of pictures and of text by turns; resuming in the middle of the cycle changes nothing."""
+    yaml, _ = trained
+    lines = [{"src": [f"{i}?"], "tgt": [f"={i}"]} for i in range(8)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    keys = {
+        "text_dataset_path": str(tmp_path / "text.jsonl"),
+        "modality_ratio": "[2,1]",
+        "modality_interleave": "batch",
+        "moe_use_aux_free": True,
+        "freeze_config": "freeze_lm",
+        "packing": False,
+        "max_steps": 7,
+        "save_steps": 4,
+    }
+    whole = erniekit.train(str(yaml), output_dir=str(tmp_path / "whole"), **keys).history
+    of_text = [set(record) & {"loss_text", "loss_image", "loss_video"} == {"loss_text"} for record in whole]
+    assert of_text == [False, False, True, False, False, True, False]
+    routers = [json.loads(line)["layers"] for line in (tmp_path / "whole" / "routers.jsonl").read_text().splitlines()]
+    assert [sum(layers["1.vision"]["load"]) == 0 for layers in routers] == of_text
+    erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-7")
+    rest = erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys).history
+    assert [record["loss"] for record in rest] == [record["loss"] for record in whole[4:]]
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_pretraining_text_with_pictures(tmp_path: Path) -> None:
+    yaml = vision_workspace(tmp_path)
+    lines = [
+        {"text": f"Picture <image> has the number {number}.", "images": record["images"][:1]}
+        for number, record in enumerate(picture_records(tmp_path))
+        if record["images"]
+    ]
+    write_lines(tmp_path / "text.jsonl", [*lines, {"text": "No picture is here."}])
+    keys = {"stage": "PT-VL", "train_dataset_type": "text", "train_dataset_path": str(tmp_path / "text.jsonl")}
+    history = erniekit.train(str(yaml), max_steps=8, **keys).history
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert any("loss_image" in record for record in history) and any("loss_text" in record for record in history)
+
+
+def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
+    """The chosen answers become likelier than the rejected ones; a resumed run repeats an uninterrupted one."""
+    yaml = vision_workspace(tmp_path, weights=True)
+    pairs = [
+        {"messages": record["messages"][:1], "images": record["images"], "chosen": "yes", "rejected": "no"}
+        for record in picture_records(tmp_path)
+        if "videos" not in record
+    ]
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    keys = {
+        "stage": "VL-DPO",
+        "train_dataset_path": str(tmp_path / "pairs.jsonl"),
+        "eval_dataset_type": "messages",
+        "eval_dataset_path": str(tmp_path / "pairs.jsonl"),
+        "do_eval": True,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    result = erniekit.train(str(yaml), output_dir=str(tmp_path / "whole"), **keys)
+    assert result.history[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and result.history[-1]["loss"] < 0.6
+    assert result.summary["eval_reward_accuracy"] == 1.0
+    erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    rest = erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys).history
+    assert [record["loss"] for record in rest] == [record["loss"] for record in result.history[2:]]

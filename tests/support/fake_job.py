@@ -135,7 +135,7 @@ def _train(spec: dict, words: list[str]) -> int:
             _write(saved, step)
         heartbeat.step(step)
         _write(directory / f"pid-{rank}", os.getpid())
-        if stop_signals.asked():
+        if stop_signals.requested():
             (directory / f"stopped-{rank}").write_text(str(step))
             break
     return 0

@@ -28,11 +28,11 @@ def vision_config(**changes: Any) -> dict[str, Any]:
     return config
 
 
-def vision_model_directory(path: Path, weights: bool = False, **changes: Any) -> Path:
+def vision_model_directory(path: Path, weights: bool = False, max_pixels: int = 56 * 56, **changes: Any) -> Path:
     """A directory with config.json, tokenizer and processor files and, if `weights`, a random model's weights."""
     from support.pictures import vision_directory
 
-    vision_directory(path, min_pixels=28 * 28, max_pixels=56 * 56)
+    vision_directory(path, min_pixels=28 * 28, max_pixels=max_pixels)
     config = vision_config(**changes)
     if weights:
         from erniekit.checkpoint.model_io import save_model

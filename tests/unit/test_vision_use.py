@@ -6,7 +6,8 @@ import numpy as np
 import paddle
 import pytest
 from support.pictures import blocks
-from support.tiny_directories import vision_model_directory
+from support.tiny_directories import VOCAB_SIZE
+from support.vision_directories import vision_model_directory
 
 import erniekit
 from erniekit.data.vision.processor import Processor, load_processor
@@ -25,7 +26,7 @@ QUESTION = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vision_model_directory(tmp_path_factory.mktemp("use") / "vl")
+    return vision_model_directory(tmp_path_factory.mktemp("use") / "vl", weights=True, max_pixels=84 * 84)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_what_the_processor_gives_is_what_the_model_takes(directory: Path, proce
     with paddle.no_grad():
         logits = model(**arrays).numpy()
         without_positions = model(**{key: value for key, value in arrays.items() if key != "position_ids"}).numpy()
-    assert logits.shape == (1, arrays["input_ids"].shape[1], 576)
+    assert logits.shape == (1, arrays["input_ids"].shape[1], VOCAB_SIZE)
     np.testing.assert_array_equal(logits, without_positions)
     answer = model.generate(**arrays, max_new_tokens=3, eos_token_id=[]).numpy()
     assert answer.shape[1] == arrays["input_ids"].shape[1] + 3

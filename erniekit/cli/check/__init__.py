@@ -1,4 +1,4 @@
-"""`erniekit check`: what a run would find wrong, and what it would do, in seconds and without a GPU or weights."""
+"""`erniekit check`: reports in seconds what is wrong with a run and what it would do, without a GPU or weights."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ MOST_PREVIEWED = 1000
 
 
 def run(args: list[str]) -> int:
-    """Check a configuration, print what was found and return the exit code."""
-    values, rest = read_options(args)
+    """Check a configuration, print the findings and return the exit code."""
+    values, command_args = read_options(args)
     strict = values["strict"]
     wishes = data.Wishes(values["decode"], values["preview"], Path(values["sheet"]))
-    report = inspect(rest, values["command"], wishes)
+    report = inspect(command_args, values["command"], wishes)
     print(report.to_text())
     if values["json"]:
         text = json.dumps(report.to_dict(strict), ensure_ascii=False, indent=2) + "\n"
@@ -35,10 +35,10 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: an option has a value that it does not accept, or there is nothing to check.
     """
-    values, rest = options.read("check", args, _OPTIONS)
-    options.require("check", rest, "Missing configuration files. Give a YAML or JSON file, or --key value.")
+    values, command_args = options.read("check", args, _OPTIONS)
+    options.require("check", command_args, "Missing configuration files. Give a YAML or JSON file, or --key value.")
     defaults = {"command": "train", "strict": False, "json": "", "decode": False, "preview": 0, "sheet": "preview.png"}
-    return defaults | values, rest
+    return defaults | values, command_args
 
 
 def _count(text: str) -> int:
@@ -59,7 +59,7 @@ _OPTIONS: options.Readers = {
 
 
 def inspect(args: list[str], command: str = "train", wishes: data.Wishes = data.NO_WISHES) -> Report:
-    """What can be said about a command line of `command` before it runs."""
+    """The report on a command line of `command`, made without running it."""
     report = Report(command)
     cfg = _load(report, args, command)
     if cfg is None:

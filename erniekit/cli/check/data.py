@@ -1,4 +1,4 @@
-"""The data files: every record read by the training's own readers, lengths, steps, duplicates, and one example."""
+"""Checks the data files with the readers of the training: bad records, lengths, steps, duplicates, one example."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.training.batch_warmup import last_step
 from erniekit.utils.errors import UserError
 
-# Budgets that let a check end in seconds; what goes beyond them is sampled, and the report says so.
-CHECKED_BYTES = 64 << 20  # records are parsed and validated at some 20 MB a second
+# Limits that let a check end in seconds. Larger data is sampled, and the report says so.
+CHECKED_BYTES = 64 << 20  # records are parsed and validated at about 20 MB/s
 MEASURED_SAMPLES = 5_000  # tokenised for their lengths
 COMPARED_RECORDS = 100_000  # of each split, for duplicates
 _MANY_EPOCHS = 50
@@ -51,7 +51,7 @@ NO_WISHES = Wishes()
 
 @dataclass
 class Steps:
-    """How long the training is, as far as the data says; None where it is not known."""
+    """The number of steps of the training and of an epoch; None where the data does not determine it."""
 
     total: int | None = None
     per_epoch: int | None = None
@@ -88,7 +88,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
             tiles += preview.inspect(report, feed, facts.tokenizer, split, wishes.preview or 1)
     if wishes.preview and tiles:
         write_sheet(tiles, wishes.sheet)
-        report.section("pictures").add("ok", f"{wishes.sheet} shows what of them the model sees")
+        report.section("pictures").add("ok", f"{wishes.sheet} shows them as the model sees them")
     _duplicates(report, opened)
     return steps
 
@@ -118,17 +118,17 @@ def _is_local(section: Section, cfg: Config, split: str) -> bool:
 
 
 def _inspection(specs: list[SourceSpec], split: str) -> Inspection:
-    """Every record, or as many as the budget allows; faults are gathered instead of ending the check."""
+    """Opens every record, or as many as the limit allows; bad records are collected instead of ending the check."""
     total = 0
     for spec in specs:
         path = hub.find_dataset(spec.path, f"{split}_dataset_path")
-        assert path is not None, "_is_local has looked"
+        assert path is not None, "_is_local has checked it"
         total += sum(file.stat().st_size for file in find_files(path)[0])
     return Inspection(max(1, math.ceil(total / CHECKED_BYTES)), gather_faults=True)
 
 
 def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
-    """The training's own loader, which measures a sample at most; lines that cannot be used are skipped."""
+    """Opens the loader of the training, with at most a sample of lengths measured; bad lines are skipped."""
     assert facts.tokenizer is not None
     once = replace(_counted(cfg), max_estimate_samples=min(cfg.max_estimate_samples, MEASURED_SAMPLES))
     if facts.vision is not None:  # every record is encoded, and what is wrong is gathered
@@ -141,7 +141,7 @@ def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
 
 
 def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, Dataset]) -> None:
-    """Records alone, where there is no tokenizer to measure them with."""
+    """Reports the records only, without lengths, since there is no tokenizer."""
     if not _reads_text(cfg, split):
         return
     with section.collecting():
@@ -158,7 +158,7 @@ def _check_records(section: Section, cfg: Config, split: str, opened: dict[str, 
 
 
 def _faults(section: Section, cfg: Config, dataset: Dataset) -> None:
-    """Bad lines: errors, or warnings where the configuration skips them."""
+    """Reports bad lines as errors, or as warnings if the configuration skips them."""
     level: Level = "error" if cfg.on_bad_line == "error" else "warning"
     for source in dataset.sources:
         for fault in source.faults:
@@ -180,11 +180,11 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
     if not len(tokens):
         return
     middle, high = (int(np.quantile(tokens, q)) for q in (0.5, 0.95))
-    how = "all samples" if lengths.exact else f"a sample of {lengths.num_measured} of {len(lengths.starts)}"
+    measured = "all samples" if lengths.exact else f"a sample of {lengths.num_measured} of {len(lengths.starts)}"
     section.add(
         "ok",
-        f"tokens of {how}: median {middle}, 95 % have at most {high}, the longest {int(tokens.max())} (max_seq_len "
-        f"{cfg.max_seq_len}); {lengths.num_dropped} dropped, {lengths.num_truncated} cut",
+        f"tokens of {measured}: median {middle}, 95 % have at most {high}, the longest {int(tokens.max())} "
+        f"(max_seq_len {cfg.max_seq_len}); {lengths.num_dropped} dropped, {lengths.num_truncated} cut",
     )
     if lengths.num_dropped * 10 > lengths.num_measured:
         share = lengths.num_dropped / lengths.num_measured
@@ -192,7 +192,7 @@ def _lengths(section: Section, lengths: Lengths, cfg: Config) -> None:
 
 
 def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps: Steps) -> None:
-    """The training's steps, and how often it reads the data. Data that is drawn at random has no epoch to count."""
+    """Reports the steps of the training and the number of epochs. Data that is drawn at random has no epochs."""
     if cfg.mix_strategy == "random" and _reads_text(cfg, "train"):
         section.add("ok", f"training: {cfg.max_steps} steps of samples drawn by mix_strategy: random")
         return
@@ -210,53 +210,53 @@ def _steps(section: Section, cfg: Config, loader: Loader, data_ranks: int, steps
 
 
 def _counted(cfg: Config) -> Config:
-    """The training whose steps are counted: one epoch, where max_steps decides how long the real one is."""
+    """The configuration whose steps are counted: one epoch, if max_steps decides the length of the real training."""
     if cfg.max_steps <= 0 or (cfg.mix_strategy == "random" and _reads_text(cfg, "train")):
         return cfg
     return replace(cfg, max_steps=-1, num_train_epochs=1.0)
 
 
 def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
-    """Records that stand twice in a split, and evaluation records that are trained on."""
+    """Reports records that occur twice in a split, and evaluation records that also occur in the training data."""
     if not opened:
         return
     section = report.section("duplicates")
-    seen: dict[str, dict[bytes, str]] = {}
+    places_of_split: dict[str, dict[bytes, str]] = {}
     for split, dataset in opened.items():
         places: dict[bytes, str] = {}
         count, first = 0, ""
-        for digest, where in _digests(dataset):
+        for digest, place in _digests(dataset):
             if digest in places:
                 count += 1
-                first = first or f"{where} repeats {places[digest]}"
+                first = first or f"{place} repeats {places[digest]}"
             else:
-                places[digest] = where
-        seen[split] = places
+                places[digest] = place
+        places_of_split[split] = places
         looked = min(len(dataset), COMPARED_RECORDS)
-        part = "" if looked == len(dataset) else f" (the first {looked} of {len(dataset)} were compared)"
+        note = "" if looked == len(dataset) else f" (the first {looked} of {len(dataset)} were compared)"
         if count:
-            section.add("warning", f"{split} data: {count} of the records repeat an earlier one: {first}{part}")
+            section.add("warning", f"{split} data: {count} of the records repeat an earlier one: {first}{note}")
         else:
-            section.add("ok", f"{split} data: no record repeats another{part}")
-    if len(seen) == 2:
-        both = seen["train"].keys() & seen["eval"].keys()
-        if both:
-            digest = next(digest for digest in seen["eval"] if digest in both)
+            section.add("ok", f"{split} data: no record repeats another{note}")
+    if len(places_of_split) == 2:
+        common = places_of_split["train"].keys() & places_of_split["eval"].keys()
+        if common:
+            digest = next(digest for digest in places_of_split["eval"] if digest in common)
             section.add(
                 "warning",
-                f"{len(both)} of the evaluation's records are also trained on: {seen['eval'][digest]} repeats "
-                f"{seen['train'][digest]}",
+                f"{len(common)} of the evaluation's records are also trained on: "
+                f"{places_of_split['eval'][digest]} repeats {places_of_split['train'][digest]}",
             )
         else:
             section.add("ok", "no record of the evaluation is trained on")
 
 
 def _digests(dataset: Dataset) -> Iterator[tuple[bytes, str]]:
-    """A short hash of each record's content, whatever the order of its fields, and where it stands."""
+    """A short hash of each record's content, independent of the order of its fields, and the record's place."""
     for number in range(min(len(dataset), COMPARED_RECORDS)):
-        _, raw, where = dataset.record(number)
+        _, raw, place = dataset.record(number)
         try:
-            text = json.dumps(load_record(raw, where), sort_keys=True, ensure_ascii=False, default=str)
-        except UserError:  # a record between those that were checked
+            text = json.dumps(load_record(raw, place), sort_keys=True, ensure_ascii=False, default=str)
+        except UserError:  # a bad record that the sampled check did not see
             continue
-        yield hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest(), where
+        yield hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest(), place

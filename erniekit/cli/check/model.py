@@ -1,4 +1,4 @@
-"""The model's files, the tokenizer, the chat template, and how the ranks divide the model."""
+"""Checks the model's files, the tokenizer, the chat template, and how the ranks divide the model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from erniekit.checkpoint.model_dir import (
     require_weights,
 )
 from erniekit.checkpoint.model_reader import read_config
-from erniekit.checkpoint.model_shape import model_config, require_pictures
+from erniekit.checkpoint.model_shape import model_config, processor_directory, require_pictures
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
@@ -31,7 +31,7 @@ from erniekit.parallel.mesh import ParallelDims
 
 @dataclass
 class ModelFacts:
-    """What later checks need; None for what could not be read."""
+    """The facts that later checks need; None for a fact that could not be read."""
 
     model_config: ModelConfig | None = None
     tokenizer: Tokenizer | None = None
@@ -50,7 +50,9 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
             facts.model_config = _model_config(section, cfg, directory, command)
             if command == "train" and cfg.method.vision:
                 require_pictures(cfg, facts.model_config, directory)
-                facts.vision = vision_spec(cfg, read_settings(directory))
+                assert facts.model_config.vision is not None
+                settings = read_settings(processor_directory(cfg, directory), facts.model_config.vision.patching)
+                facts.vision = vision_spec(cfg, settings)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     elif command in launch.ON_RANKS:
@@ -61,8 +63,8 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
 
 
 def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | None, Path | None]:
-    """The directories of the model and of its tokenizer on this machine; nothing is downloaded. Where the
-    configuration alone describes the model, its files are the tokenizer's.
+    """The directories of the model and of its tokenizer on this machine; nothing is downloaded. If the configuration
+    gives the model's shape, the tokenizer's directory stands for both.
     """
     model: Path | None = None
     tokenizer: Path | None = None
@@ -82,14 +84,14 @@ def _here(section: Section, name: str, path: Path | None) -> Path | None:
     if path is None:
         section.add(
             "note",
-            f"{name} is no local path: the command downloads it. The model, how ranks divide it, its tokenizer and the "
-            "lengths of the data are checked once it is on this machine",
+            f"{name} is not a local path: the command downloads it. The model, how ranks divide it, its tokenizer and "
+            "the lengths of the data are checked once it is on this machine",
         )
     return path
 
 
 def _trained(cfg: Config) -> Path | None:
-    """The model that `checkpoint` names, or that a run has left in output_dir; of an adapter, nothing."""
+    """The model that `checkpoint` names or a run left in output_dir; None for an adapter."""
     path: Path | None = None
     if cfg.checkpoint:
         path = find_checkpoint(Path(cfg.checkpoint))
@@ -106,7 +108,8 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
         with section.collecting():
             require_weights(directory)
     if wants_weights and has_weights(directory):
-        stored = read_config(directory)  # opens the files and compares every name and shape
+        of_weights = read_config(directory)  # this opens the files and compares every name and shape
+        stored = stored if command == "train" and cfg.vision_config_path else of_weights
     experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
     start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
@@ -143,17 +146,17 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
 
 
 def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: str) -> None:
-    """How the ranks divide a model that is not trained."""
+    """Reports how the ranks divide a model for a command other than `train`."""
     with section.collecting():
-        degrees, known = launch.degrees_of(cfg, command), "; whether they divide the model is not known"
+        degrees, remark = launch.degrees_of(cfg, command), "; whether they divide the model is not known"
         if facts.model_config is not None:
             chunks_to_use(cfg, facts.model_config, degrees, stage=0)
-            known = ""
-        section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{known}")
+            remark = ""
+        section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{remark}")
 
 
 def _adapters(section: Section, cfg: Config, model_config: ModelConfig) -> None:
-    """Whether the model has what is to be adapted."""
+    """Checks that the model has the modules that the adapters name."""
     try:  # imports Paddle, which takes seconds
         from erniekit.build import check_lora
     except ModuleNotFoundError as error:
@@ -180,7 +183,7 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
         ends = ", ".join(_named(tokenizer, i) for i in template.trained_end_ids)
         section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
     if section.has_errors:
-        facts.tokenizer = None  # nothing can be encoded, and the data says so only once
+        facts.tokenizer = None  # nothing can be encoded; without it, the data checks report that only once
 
 
 def _sees_pictures(facts: ModelFacts) -> bool:

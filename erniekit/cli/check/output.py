@@ -1,4 +1,4 @@
-"""The output directory: what is there, and whether the checkpoints fit on its disk."""
+"""Checks the output directory: its present content, and whether the checkpoints fit on its disk."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from erniekit.models.weights import num_parameters, our_shapes
 
 WEIGHT_BYTES = 4  # weights are saved in fp32
 MOMENT_BYTES = 8  # AdamW's two moments in fp32
-MASTER_BYTES = 4  # of 16-bit weights, which a CPU has not
+MASTER_BYTES = 4  # the fp32 copies of 16-bit weights, which exist on GPUs only
 
 
 def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> None:
@@ -56,22 +56,22 @@ def _state(section: Section, cfg: Config, path: Path) -> None:
 
 def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps: Steps) -> None:
     checkpoint, final = _sizes(cfg, model)
-    kept = _kept(cfg, steps)
+    num_checkpoints = _max_checkpoints(cfg, steps)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    needed = final + (0 if kept is None else kept * checkpoint)
+    needed = final + (0 if num_checkpoints is None else num_checkpoints * checkpoint)
     at_most = "at most " if cfg.fine_tuning == "LoRA" else ""
-    if kept == 0:
+    if num_checkpoints == 0:
         checkpoints = "no checkpoints"
-    elif kept is None:
+    elif num_checkpoints is None:
         checkpoints = f"every checkpoint is kept, each of {at_most}{_size(checkpoint)}"
     else:
-        checkpoints = f"up to {count_of(kept, 'checkpoint')} at a time, each of {at_most}{_size(checkpoint)}"
+        checkpoints = f"up to {count_of(num_checkpoints, 'checkpoint')} at a time, each of {at_most}{_size(checkpoint)}"
     line = (
         f"disk: {checkpoints}, and a final model of {at_most}{_size(final)}: {_size(needed)}"
-        f"{' and more' if kept is None else ''}; {_size(free)} are free at {existing}"
+        f"{' and more' if num_checkpoints is None else ''}; {_size(free)} are free at {existing}"
     )
-    least = final + (0 if kept == 0 else checkpoint)
+    least = final + (0 if num_checkpoints == 0 else checkpoint)
     if needed > free:
         section.add("error" if least > free else "warning", f"{line}. Set save_total_limit, or another output_dir.")
     else:
@@ -79,7 +79,7 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
 
 
 def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
-    """Bytes of a checkpoint and of the final model; of adapters, the most that they can be."""
+    """The bytes of a checkpoint and of the final model; for adapters, an upper bound."""
     trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
     weights = trained * WEIGHT_BYTES * (1 if cfg.ema_decay is None else 2)
     state = trained * MOMENT_BYTES
@@ -88,9 +88,9 @@ def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
     return weights + (0 if cfg.ignore_save_lr_and_optim else state), weights
 
 
-def _kept(cfg: Config, steps: Steps) -> int | None:
-    """Checkpoints that are on the disk at a time: a new one is written before the oldest is removed, and the best one
-    may be older. None: not known.
+def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:
+    """The largest number of checkpoints on the disk at a time: a new one is written before the oldest is removed, and
+    the best one may be older. None if it is not known.
     """
     if cfg.save_strategy == "no":
         return 0
@@ -105,7 +105,7 @@ def _kept(cfg: Config, steps: Steps) -> int | None:
 
 
 def _adapter_parameters(model: ModelConfig, rank: int) -> int:
-    """Of adapters on every matrix between embedding and head, which is the most that there can be."""
+    """The parameters of adapters on every matrix between embedding and head, an upper bound."""
     total = 0
     for name, shape in our_shapes(model).items():
         if len(shape) >= 2 and name.startswith("model.layers."):

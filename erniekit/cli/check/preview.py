@@ -17,7 +17,7 @@ from erniekit.data.vision.boxes import boxes_in
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.template import PLACEHOLDERS
 
-_SHOWN_CHARACTERS = 600  # of each stretch of text
+_SHOWN_CHARACTERS = 600  # characters shown of each span of text
 _RUN = re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in PLACEHOLDERS.values()))
 
 
@@ -45,7 +45,7 @@ def _record(section: Section, record: Encoded, tokenizer: Tokenizer, is_preview:
         section.add("ok", _sizes(record, document, number))
         media = document.pictures.sources if document.pictures is not None else ()
         boxes: list[list[list[float]]] = [[] for _ in media]
-        for is_trained, text, start in _stretches(document, tokenizer):
+        for is_trained, text, start in _spans(document, tokenizer):
             shown = _RUN.sub(_shortened, text)
             shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
             section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
@@ -96,10 +96,10 @@ def _num_before(document: Document, start: int) -> int:
     return 0 if document.pictures is None else int((document.pictures.first_tokens < start).sum())
 
 
-def _stretches(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str, int]]:
-    """The text of a document in stretches of which all is trained or nothing, with the number of its first token. A
-    token is trained where the token before it has a label, which is shown in its place: after an answer the model
-    learns to write another token than the conversation goes on with.
+def _spans(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[bool, str, int]]:
+    """The text of a document in spans that are trained or not trained as a whole: (is_trained, text, number of the
+    first token). A token is trained if the position before it has a label. The label is shown instead of the token,
+    since after an answer the trained token differs from the next token of the conversation.
     """
     trained = np.concatenate([[False], document.labels[:-1] != IGNORE])
     shown = np.where(trained, np.concatenate([document.ids[:1], document.labels[:-1]]), document.ids)

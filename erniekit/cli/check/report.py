@@ -24,7 +24,7 @@ class Finding:
 
 @dataclass
 class Section:
-    """What was found about one thing, such as the training data."""
+    """The findings about one subject, such as the training data."""
 
     title: str
     findings: list[Finding] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Section:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Inside, log lines become notes and warnings, and an error that a user can cause becomes an error here."""
+        """In this context, log lines become findings, and a UserError becomes a finding of level `error`."""
         with log.captured() as lines:
             errors: tuple[str, ...] = ()
             try:
@@ -90,7 +90,7 @@ class Report:
         return "\n".join([*lines, "", self.outcome()])
 
     def outcome(self) -> str:
-        """One line: how many errors and warnings."""
+        """One line with the number of errors and warnings."""
         errors, warnings = self.count("error"), self.count("warning")
         if errors:
             counts = f"{count_of(errors, 'error')}, {count_of(warnings, 'warning')}"
@@ -113,23 +113,23 @@ class Report:
         }
 
 
-def count_of(count: int, one: str, many: str = "") -> str:
-    """A number with its noun: 1 row, 2 rows; `many`: a plural that is not `one` with an s."""
-    return f"{count} {one}" if count == 1 else f"{count} {many or f'{one}s'}"
+def count_of(count: int, singular: str, plural: str = "") -> str:
+    """A number with its noun, such as 1 row or 2 rows; `plural` is needed if it is not `singular` with an s."""
+    return f"{count} {singular}" if count == 1 else f"{count} {plural or f'{singular}s'}"
 
 
 def _wrapped(finding: Finding) -> list[str]:
     begin = "  " if finding.level == "ok" else f"  {finding.level}: "
-    first, *rest = finding.text.splitlines() or [""]
+    first, *later_lines = finding.text.splitlines() or [""]
     lines = _wrap(first, begin, "    ") or [begin.rstrip()]
-    for line in rest:
+    for line in later_lines:
         indent = "    " + " " * (len(line) - len(line.lstrip()))
         lines += _wrap(line.lstrip(), indent, indent + "  ")
     return lines
 
 
 def _wrap(text: str, first: str, others: str) -> list[str]:
-    """`text` in lines of _WIDTH characters; `first`, `others`: how the first line and the others begin."""
+    """Wraps `text` to lines of _WIDTH characters; `first` and `others` are the indents of the first and later lines."""
     return textwrap.wrap(
         text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )

@@ -1,4 +1,4 @@
-"""The keys: what is honoured, what has no effect, what is refused, and which defaults are not ERNIEKit's."""
+"""Checks the keys: which take effect, which do not, which are refused, and which defaults differ from ERNIEKit's."""
 
 from erniekit import config
 from erniekit.cli.check.report import Section, count_of
@@ -6,7 +6,7 @@ from erniekit.config import Config
 
 
 def inspect(section: Section, cfg: Config, command: str) -> None:
-    """Add what the configuration says about its own keys."""
+    """Add the findings about the keys of the configuration."""
     refused = config.unsupported(cfg, command)
     for line in refused:
         section.add("error", f"this version does not have {line}")

@@ -1,4 +1,4 @@
-"""A sample -> token ids and labels, within max_seq_len."""
+"""Encodes samples to token ids and labels of at most max_seq_len tokens."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from erniekit.utils.errors import DataError, UserError
 
 
 class Tokenizer(Protocol):
-    """The methods of a tokenizer that this layer calls. `fingerprint` is equal for tokenizers that give equal ids."""
+    """The methods of a tokenizer that this layer calls. Tokenizers with equal ids have equal fingerprints."""
 
     eos_id: int
     vocab_size: int
@@ -43,8 +43,8 @@ class Template(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents that a record became: one for a conversation (one per answer if the chat template rewrites earlier
-    turns) or a pair of answers, one or more for a pretraining text, none if it was dropped.
+    """The documents made from a record: one for a conversation (one per answer if the chat template rewrites earlier
+    turns) or for a pair of answers, one or more for a pretraining text, none if the record was dropped.
 
     `cut` says that part of it was left out, `shrunk` that its pictures were made smaller to fit; `dropped` says why
     there is nothing of it, `bad` whether that is because the record is wrong, and `needed` the max_seq_len that a
@@ -65,15 +65,15 @@ class _Refused(Exception):
 
 
 class Encoder:
-    """Encodes records; what it does depends on nothing but the record, so that any process may do it.
+    """Encodes records. The result depends only on the record, so any process can encode any record.
 
-    A conversation longer than `max_seq_len` tokens loses its earliest whole turns (a turn is a user message and all
-    that answers it), never its system text. If its last turn alone does not fit, `truncation` says what happens: "drop"
-    it, "cut" it at its end, or "error". Of a pair of answers the prompt loses its turns so, until it has at most
-    `max_prompt_len` tokens and all three parts together at most max_seq_len; "cut" shortens the longer answer and drops
-    a pair whose last question is too long. A pretraining text is followed by eos and split into documents of at most
-    max_seq_len tokens, of which the last token of one predicts the first of the next: no target is lost. Special tokens
-    written in a pretraining text are read as plain text.
+    A conversation longer than `max_seq_len` tokens loses its earliest turns (a turn is a user message and everything
+    that answers it), never its system text. If its last turn alone is too long, `truncation` decides: "drop" the
+    sample, "cut" it at its end, or raise an "error". In a pair of answers, the prompt loses turns until it has at most
+    `max_prompt_len` tokens and the prompt and both answers together have at most max_seq_len; "cut" shortens the longer
+    answer, and drops a pair whose last question is too long. A pretraining text is followed by eos and split into
+    documents of at most max_seq_len tokens. The last token of each document predicts the first token of the next one,
+    so no target is lost. Special tokens in a pretraining text are encoded as plain text.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Encoder:
         self._max_seq_len, self._truncation, self._skip_bad = max_seq_len, truncation, on_bad_line == "skip"
 
     def __call__(self, type_name: str, raw: Raw, where: str) -> Encoded:
-        """Encode one record of a file; DataError "file:line: ..." if it is wrong, or a dropped record where such lines
-        are skipped.
+        """Encode one record of a file. A wrong record raises DataError "file:line: ...", or is dropped if on_bad_line
+        says skip.
         """
         try:
             with reading(where):
@@ -114,7 +114,7 @@ class Encoder:
             Document(tokens[at : at + self._max_seq_len], labels[at : at + self._max_seq_len]) for at in starts
         ]
         if len(documents) > 1 and len(documents[-1][0]) == 1:
-            documents.pop()  # the eos alone: already the last target of the document before, and nothing follows it
+            documents.pop()  # a document of eos alone has no target: the document before it already predicts this eos
         return Encoded(where, documents)
 
     def _chat(self, sample: Sample, where: str) -> Encoded:
@@ -146,7 +146,7 @@ class Encoder:
         return limit is not None and any(d.pair is not None and d.pair.prompt + 1 > limit for d in documents)
 
     def _excess(self, documents: list[Document]) -> tuple[str, str]:
-        """(what is too long in the last turn, the key that limits it)."""
+        """(a description of what is too long in the last turn, the key that limits it)."""
         if self._prompt_too_long(documents):
             prompt = max(document.pair.prompt + 1 for document in documents if document.pair is not None)
             return (
@@ -157,11 +157,12 @@ class Encoder:
         return f"its last turn alone has {longest} tokens, more than max_seq_len {self._max_seq_len}", "max_seq_len"
 
     def _last_turns(self, sample: Sample) -> list[Document]:
-        """The documents of the longest run of last turns that fits; of the last turn alone if none does. Fewer turns
-        never have more tokens, so this can bisect. Of a pair only the prompt's turns are left out.
+        """The documents of the largest number of last turns that fits, or of the last turn alone if none fits. It is
+        found by bisection, since fewer turns never have more tokens. Of a pair only turns of the prompt are left out.
         """
         turns = [i for i, message in enumerate(sample.messages) if message["role"] == "user"]
-        # leaving out `fewest` turns fits, once there is a `best`; leaving out less than `low` does not
+        # invariant: without the first `fewest` turns it fits (once `best` is set); leaving out fewer than `low` does
+        # not fit
         low, fewest, best = 1, len(turns), None
         while low < fewest:
             middle = (low + fewest) // 2
@@ -187,13 +188,13 @@ class Encoder:
             raise _Refused(str(error)) from error
 
     def _render(self, sample: Sample) -> list[Document]:
-        assert self.template is not None, "EncoderSpec loads one where there are conversations"
+        assert self.template is not None, "EncoderSpec loads a template if there are conversations"
         try:
             sequences = self.template.encode_all(sample.messages, sample.tools, sample.label)
             pairs = [self.template.labels(segments) for segments in sequences]
         except UserError as error:
             raise _Refused(str(error)) from error
-        # a template is a program of the checkpoint's author: whatever it raises concerns this sample
+        # a template is a program of the model's author; any error that it raises is reported for this sample
         except Exception as error:
             raise _Refused(
                 f"the chat template cannot render this sample: {error!r}. "
@@ -203,8 +204,8 @@ class Encoder:
 
 
 def _from_message(sample: Sample, first: int, start: int) -> Sample:
-    """The sample with what precedes its `first` user message and with its messages from `start` on; the label keeps the
-    entries of the answers that stay.
+    """The sample without the messages between its `first` user message and message `start`; its label keeps the entries
+    of the remaining answers.
     """
     label = sample.label
     if label is not None:

@@ -1,9 +1,9 @@
-"""How much work and memory one rendering of a chat template may take, and what each operation takes of it.
+"""Limits the work and memory of rendering a chat template: the allowance, and the cost of each operation.
 
-A template is a program by those who published the model. One operation of Python's that is written in C (a string
-multiplied, a format width, two lists compared) cannot be interrupted, so its cost is estimated and taken from an
-allowance before it begins. A unit is about a byte of memory or a nanosecond of work, whichever the operation takes
-more of.
+A template is a program that comes with a model, so it is not trusted. An operation that Python implements in C (string
+multiplication, a format width, a comparison of lists) cannot be interrupted while it runs, so its cost is estimated and
+subtracted from an allowance before it begins. One unit is about a byte of memory or a nanosecond of work, whichever is
+larger.
 """
 
 import re
@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-ALLOWANCE = 1 << 26  # units that every rendering has: half a million short steps, or 64 million characters
-PER_INPUT = 1 << 8  # further units for each unit of a conversation that needs more
-MAX_SECONDS = 60.0  # of one rendering, on however slow a machine
+ALLOWANCE = 1 << 26  # units for every rendering: a million short steps, or 64 million characters
+PER_INPUT = 1 << 8  # additional units for each unit of the conversation's size
+MAX_SECONDS = 60.0  # the time limit of one rendering, on a machine of any speed
 MAX_DEPTH = 200  # of nested lists and objects
-MAX_BITS = 1 << 15  # of an integer
-STEP = 64  # units of a call, a pass through a loop, or one element of a list
+MAX_BITS = 1 << 15  # the largest size of an integer
+STEP = 64  # units for a call, an iteration of a loop, or an element of a list
 
-# Methods of text whose result is at most as long as the text and the arguments together.
+# Methods of text whose result is not longer than the text and the arguments together.
 _LINEAR_METHODS = frozenset(
     "lower upper title capitalize casefold swapcase startswith endswith find index count partition removeprefix "
     "removesuffix isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
@@ -28,11 +28,11 @@ _LOOKUPS = frozenset(("get", "items", "keys", "values"))
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # at which str.splitlines divides
 _WIDTHS = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")  # of "%10.2f" and "%(name)10.2f"
 _SPECIFICATION = re.compile(r":([^{}]*)([{}])")  # of "{name:>10}"
-_MAX_FORMAT = 10_000  # characters of a text with places for values
+_MAX_FORMAT = 10_000  # the longest format string
 
 
 class LimitExceeded(Exception):
-    """The template wanted more than it may have; the text says what."""
+    """The template exceeded a limit, which the message names."""
 
 
 class Meter:
@@ -45,7 +45,7 @@ class Meter:
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def spend(self, units: int) -> None:
-        """Take `units` from the allowance. Raises LimitExceeded where fewer are left."""
+        """Subtract `units` from the allowance. Raises LimitExceeded if fewer are left."""
         self._left -= units
         if self._left < self._check_below:
             self._check()
@@ -60,14 +60,14 @@ class Meter:
         self._check_below = max(0, self._left - (1 << 20))
 
     def _extend(self) -> None:
-        """Add, once, what the conversation allows."""
+        """Add the units for the size of the conversation; this happens once."""
         if self._conversation is not None:
             self._left += PER_INPUT * _size(self._conversation, None)
             self._conversation = None
 
     def size(self, value: Any) -> int:
-        """What a walk through `value` takes: a list that stands in it twice counts twice, as it does where two lists
-        are compared or one is written as text. Raises LimitExceeded where that is more than the allowance.
+        """The cost of visiting everything in `value`. A list that occurs in it twice counts twice, as it does when
+        values are compared or written as text. Raises LimitExceeded if the cost is more than the allowance.
         """
         kind = type(value)
         if kind is str:
@@ -81,12 +81,12 @@ class Meter:
         return size
 
     def spend_walk(self, *values: Any) -> None:
-        """Take what a walk through the values costs."""
+        """Spend the cost of visiting everything in the values."""
         for value in values:
             self.spend(self.size(value))
 
     def spend_method(self, owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take what a method of a text, a list, an object or a number costs."""
+        """Spend the cost of calling a method of a text, a list, an object or a number."""
         if isinstance(owner, dict) and name in _LOOKUPS:
             self.spend_walk(STEP, *args)
         elif not isinstance(owner, str):
@@ -99,7 +99,7 @@ class Meter:
             self.spend_walk(*args)
         elif name in ("split", "rsplit", "splitlines"):
             self.spend_growth(owner, args[:1], {})
-            self.spend(STEP * _count_pieces(owner, name, args, kwargs))
+            self.spend(STEP * _count_split_items(owner, name, args, kwargs))
         elif name == "join" and args:
             self.spend_join(owner, args[0])
         elif name == "replace":
@@ -110,8 +110,8 @@ class Meter:
             self.spend_growth(owner, args, kwargs)
 
     def spend_growth(self, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any], factor: int = 1) -> None:
-        """Take what an operation costs whose result may be as long as `value`, once for each character or unit of its
-        arguments: text.center(100), list * 3.
+        """Spend the cost of an operation whose result may be as long as `value`, once for each character or unit of its
+        arguments, such as text.center(100) or list * 3.
         """
         times = 1
         for argument in (*args, *kwargs.values()):
@@ -122,14 +122,14 @@ class Meter:
         self.spend(STEP + self.size(value) * times * factor)
 
     def spend_join(self, separator: str, items: Any) -> None:
-        """Take what joining costs. `items` is no iterator: it must still be there afterwards."""
+        """Spend the cost of joining `items`, which must not be an iterator, since this reads them."""
         count = len(items) if isinstance(items, Sized) else 0
-        each = STEP if isinstance(items, str) else 0  # its characters become a list
-        self.spend(STEP + (self.size(separator) + each) * count)
+        cost_per_item = STEP if isinstance(items, str) else 0  # the characters of a text become a list
+        self.spend(STEP + (self.size(separator) + cost_per_item) * count)
         self.spend_walk(items)
 
     def spend_replace(self, text: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take what text.replace(old, new, count) costs."""
+        """Spend the cost of text.replace(old, new, count)."""
         if kwargs or len(args) < 2 or not all(isinstance(value, str) for value in (text, *args[:2])):
             self.spend_growth(text, args, kwargs)
             return
@@ -141,7 +141,7 @@ class Meter:
         self.spend(count * max(0, len(new) - len(old)))
 
     def spend_percent(self, text: str, values: Any) -> None:
-        """Take what text % values costs."""
+        """Spend the cost of text % values."""
         _check_format(text)
         widths = [width for match in _WIDTHS.finditer(text) for width in match.groups() if width]
         if "*" in widths:
@@ -158,7 +158,7 @@ class Meter:
         self.spend(STEP + len(text) + _total(widths) + text.count("{") * self.size([*args, *kwargs.values()]))
 
     def result(self, value: Any) -> Any:
-        """Take what keeping a new value costs; an iterator costs a step for each item that is drawn from it."""
+        """Spend the cost of storing a new value; an iterator costs a step for each item that is taken from it."""
         kind = type(value)
         if kind is str:
             self.spend(len(value))
@@ -172,22 +172,22 @@ class Meter:
             self.spend(STEP * len(value))
         return value
 
-    def draw(self, items: Iterator[Any], each: int = STEP) -> Iterator[Any]:
-        """The items; each takes `each` units before it is drawn."""
-        self.spend(each)
+    def draw(self, items: Iterator[Any], item_cost: int = STEP) -> Iterator[Any]:
+        """Yields the items, and spends `item_cost` units before each."""
+        self.spend(item_cost)
         for item in items:
             yield item
-            self.spend(each)
+            self.spend(item_cost)
 
 
 def check_integer(bits: int) -> None:
-    """Raise LimitExceeded for an integer of more bits than may be."""
+    """Raise LimitExceeded if an integer of this many bits is too large."""
     if bits > MAX_BITS:
         raise LimitExceeded(f"an integer of more than {MAX_BITS:,} bits")
 
 
 def _size(value: Any, limit: int | None) -> int:
-    """See Meter.size; the walk ends where `limit` is passed."""
+    """As Meter.size, but it stops as soon as `limit` is exceeded."""
     total, level = 0, [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
@@ -219,14 +219,14 @@ def _size(value: Any, limit: int | None) -> int:
     raise LimitExceeded(f"lists or objects nested more than {MAX_DEPTH} levels deep")
 
 
-def _count_pieces(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """An upper bound of the number of pieces that text.split(...) makes."""
+def _count_split_items(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """An upper bound of the number of items that text.split(...) returns."""
     if name == "splitlines":
         return 1 + sum(text.count(end) for end in _LINE_ENDS)
     separator = args[0] if args else kwargs.get("sep")
     max_splits = args[1] if len(args) > 1 else kwargs.get("maxsplit", -1)
-    pieces = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
-    return min(pieces, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else pieces
+    bound = 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
+    return min(bound, max_splits + 1) if isinstance(max_splits, int) and max_splits >= 0 else bound
 
 
 def _check_format(text: str) -> None:
@@ -235,5 +235,5 @@ def _check_format(text: str) -> None:
 
 
 def _total(widths: list[str]) -> int:
-    """The sum of the numbers; one that is too long to read is too large."""
+    """The sum of the numbers; a number with too many digits counts as too large."""
     return sum(int(width) if len(width) < 12 else 10**12 for width in widths)

@@ -1,9 +1,10 @@
-"""Jinja for chat templates: set up as transformers sets it up, and bounded in steps, memory and time.
+"""Jinja for chat templates, configured as in transformers, with limits on steps, memory and time.
 
-A template is rewritten before it is compiled: each pass through a loop and each call of a macro takes from the
-rendering's allowance (data.jinja_meter), and so does every operation whose cost depends on the size of its operands:
-output, `~`, comparisons, slices, and keys that are computed. Filters, tests, operators and calls have hooks of jinja's
-own. What a template writes is the same as without all this.
+Jinja's sandbox keeps a template from reaching Python objects, but not from using all memory. A template is therefore
+rewritten before it is compiled: every iteration of a loop and every call of a macro spends from the allowance of the
+rendering (chat.jinja_meter), as does every operation whose cost depends on the size of its operands: output, `~`,
+comparisons, slices and computed keys. Filters, tests, operators and calls are metered through jinja's own hooks. The
+output of a template is not changed.
 """
 
 import json
@@ -25,26 +26,27 @@ import jinja2.visitor
 from erniekit.data.chat.jinja_meter import STEP, LimitExceeded, Meter, check_integer
 
 MAX_SOURCE = 1 << 16  # characters of a template
-_MAX_REASON = 300  # characters of an error's text that are shown
-_NODE = 8  # units of an expression inside a loop
+_MAX_REASON = 300  # characters of an error's text in a message
+_NODE = 8  # units for each node of the syntax tree inside a loop
 
-# Filters that take as long however large their value is.
+# Filters whose cost does not depend on the size of their value.
 _CONSTANT_FILTERS = frozenset("attr count d default first items last length random".split())
-# Filters that hand on the items of their value one by one.
+# Filters that pass the items of their value on one by one.
 _ITEM_FILTERS = frozenset("map reject rejectattr select selectattr".split())
-# Filters whose result is about as long as their value and arguments together at most.
+# Filters whose result is at most about as long as their value and arguments together.
 _LINEAR_FILTERS = frozenset(
     "abs capitalize e escape filesizeformat float forceescape int list lower reverse safe string truncate upper".split()
 )
-# Filters that make a list; of a text it has its characters.
+# Filters that make a list; for a text, a list of its characters.
 _ELEMENT_FILTERS = frozenset("batch groupby list max min slice sort unique".split())
-# Filters written in Python that look at every character.
+# Filters written in Python that process every character, and so are slower than those written in C.
 _SLOW_FILTERS = frozenset("title urlencode wordcount wordwrap xmlattr".split())
 _SLOW = 32
-_INDENTED = 16  # times what a JSON text without line breaks costs
-# Filters for web pages and debugging that may take the square of their value's length, or more.
+_INDENTED = 16  # factor by which indented JSON is more expensive than JSON without line breaks
+# Filters for web pages and debugging whose cost may be quadratic in the length of their value, or higher. They are
+# removed.
 _LEFT_OUT = ("pprint", "striptags", "urlize")
-# Tests that take as long however large their value is.
+# Tests whose cost does not depend on the size of their value.
 _CONSTANT_TESTS = frozenset(
     "boolean callable defined escaped false float integer iterable mapping none number sameas sequence string true "
     "undefined".split()
@@ -53,15 +55,15 @@ _NUMBER_TESTS = frozenset(("divisibleby", "even", "odd"))
 
 
 class TemplateFault(Exception):
-    """What is wrong with a template, or with what it was given: `reason`, and the line of the template if known."""
+    """An error in a template, or in the values that it gets: `reason`, and the template's line if known."""
 
     def __init__(self, reason: str, line: int | None) -> None:
         super().__init__(reason if line is None else f"line {line}: {reason}")
 
 
 class BoundedTemplate:
-    """A compiled chat template. Raises TemplateFault for one that is not valid, and for whatever goes wrong while it is
-    rendered: it is its author's program.
+    """A compiled chat template. Raises TemplateFault for an invalid template, and for every error during a rendering,
+    since the template is a program that we do not control.
     """
 
     def __init__(self, source: str) -> None:
@@ -75,15 +77,16 @@ class BoundedTemplate:
             self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateFault(error.message or "not valid", error.lineno) from None
-        except SyntaxError as error:  # of the Python code that jinja makes: its lines are not the template's
+        # raised for the Python code that jinja generates, whose lines are not the template's
+        except SyntaxError as error:
             raise TemplateFault(error.msg, None) from None
-        except (RecursionError, MemoryError):  # MemoryError: of Python's parser, which has a small stack
+        except (RecursionError, MemoryError):  # Python's parser raises MemoryError when its stack is too small
             raise TemplateFault("nested too deeply", None) from None
         except Exception as error:
             raise TemplateFault(_text(error), None) from None
 
     def render(self, **variables: Any) -> str:
-        """The text that the template makes of `variables`, of which `messages` and `tools` are the conversation."""
+        """Render the template with `variables`, of which `messages` and `tools` are the conversation."""
         context = self._template.new_context(variables)
         assert isinstance(context, _Context)
         context.meter = Meter((variables.get("messages"), variables.get("tools")))
@@ -94,11 +97,11 @@ class BoundedTemplate:
 
     def _line(self, error: Exception) -> int | None:
         """The line of the template at which `error` was raised."""
-        line, place = None, error.__traceback__
-        while place is not None:
-            if place.tb_frame.f_globals.get("__jinja_template__") is self._template:
-                line = self._template.get_corresponding_lineno(place.tb_lineno)
-            place = place.tb_next
+        line, entry = None, error.__traceback__
+        while entry is not None:
+            if entry.tb_frame.f_globals.get("__jinja_template__") is self._template:
+                line = self._template.get_corresponding_lineno(entry.tb_lineno)
+            entry = entry.tb_next
         return line
 
 
@@ -130,7 +133,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The operators whose result may be larger than what they are given."""
+        """Meter the operators whose result may be larger than their operands."""
         meter, kind = context.meter, type(left)
         if operator == "+":
             if kind is str and type(right) is str:
@@ -152,9 +155,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A function or method that the template calls."""
+        """Meter a call of a function or method."""
         meter = context.meter
-        # text.format arrives inside a function of jinja's, which keeps it as __wrapped__
+        # jinja wraps text.format in a function of its own; __wrapped__ is the method
         method = getattr(function, "__wrapped__", function)
         if type(method) is BuiltinMethodType:
             args = tuple(list(meter.draw(value)) if isinstance(value, Iterator) else value for value in args)
@@ -168,12 +171,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Rewriter(jinja2.visitor.NodeTransformer):
-    """Put what takes from the allowance into a template's syntax tree. The names of the filters that do it begin with a
-    space, so that none is hidden by them.
+    """Inserts nodes that spend from the allowance into a template's syntax tree. They are filters whose names begin
+    with a space, so that they cannot hide a filter of the template.
     """
 
     def __init__(self) -> None:
-        self._units = 0  # of the nodes seen so far
+        self._units = 0  # the cost of the nodes visited since the innermost loop or macro began
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         self._units += _NODE
@@ -186,7 +189,7 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
         return super().visit(node, *args, **kwargs)
 
     def _visit_repeated(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """A statement whose body may run more than once: each time takes what its nodes take."""
+        """Rewrite a statement whose body may run several times, so that each time spends the cost of its nodes."""
         before = self._units
         self.generic_visit(node)
         units = nodes.Const(STEP + self._units - before, lineno=node.lineno)
@@ -221,7 +224,7 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         if len(sides) == 2 and node.ops[0].op not in ("in", "notin") and any(map(_is_constant, sides)):
-            return node  # the comparison with a constant looks at no more than the constant
+            return node  # a comparison with a constant reads at most as much as the constant
         if not _is_constant(node.expr):
             node.expr = _filtered(node.expr, " walked")
         for operand in node.ops:
@@ -239,7 +242,7 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
         return node
 
     def _visit_arguments(self, node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
-        """Of f(*items), all items are put into a tuple before the call is known to anyone."""
+        """Rewrite f(*items): Python makes a tuple of all items before any hook sees the call."""
         self.generic_visit(node)
         if node.dyn_args is not None:
             node.dyn_args = _filtered(node.dyn_args, " spread")
@@ -255,7 +258,7 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
 
 
 def _is_constant(node: nodes.Node) -> bool:
-    """A constant of the template's, or a list of such."""
+    """Whether a node is a constant, or a list of constants."""
     if isinstance(node, nodes.List | nodes.Tuple):
         return all(isinstance(item, nodes.Const) for item in node.items)
     return isinstance(node, nodes.Const)
@@ -273,14 +276,14 @@ def _step(context: Any, units: int) -> bool:
 
 @jinja2.pass_context
 def _walked(context: Any, value: Any) -> Any:
-    """`value`, which is about to be written or compared as a whole."""
+    """Returns `value`, after spending the cost of writing or comparing all of it."""
     context.meter.spend(len(value) if type(value) is str else context.meter.size(value))
     return value
 
 
 @jinja2.pass_context
 def _scanned(context: Any, value: Any) -> Any:
-    """`value`, of which a part is about to be copied, or in which something short is looked for."""
+    """Returns `value`, after spending the cost of copying a part of it or searching in it."""
     if isinstance(value, str):
         context.meter.spend(len(value))
     elif isinstance(value, list | tuple):
@@ -290,21 +293,21 @@ def _scanned(context: Any, value: Any) -> Any:
 
 @jinja2.pass_context
 def _spread(context: Any, values: Any) -> Any:
-    """`values`, each item of which is about to become an argument."""
+    """Returns `values`, after spending the cost of passing each item as an argument."""
     context.meter.spend(STEP * len(values) if isinstance(values, Sized) else STEP)
     return values
 
 
 @jinja2.pass_context
 def _joined(context: Any, values: tuple[Any, ...]) -> str:
-    """The operator `~`."""
+    """The operator `~`, which joins values as text."""
     context.meter.spend(2 * context.meter.size(values))
     return "".join(map(str, values))
 
 
 @jinja2.pass_context
 def _summed(context: Any, values: Any, attribute: Any = None, start: Any = 0) -> Any:
-    """The filter `sum`, one addition after another, so that each may take from the allowance."""
+    """The filter `sum`, as separate additions, so that each one is metered."""
     environment = context.environment
     if attribute is not None:
         values = environment.call_filter("map", values, kwargs={"attribute": attribute}, context=context)
@@ -314,7 +317,7 @@ def _summed(context: Any, values: Any, attribute: Any = None, start: Any = 0) ->
 
 
 def _spend_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Take what a filter costs."""
+    """Spend the cost of a filter."""
     if isinstance(value, str) and name in _ELEMENT_FILTERS:
         meter.spend(STEP * len(value))
     if name in _LINEAR_FILTERS:
@@ -334,14 +337,14 @@ def _spend_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kw
 
 
 def _bounded_filter(name: str) -> Callable[..., Any]:
-    """The filter of that name, which takes from the allowance what it costs."""
+    """The filter of that name, with metering."""
 
     @jinja2.pass_context
     def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = context.meter
         if name in _ITEM_FILTERS:
-            each = STEP + sum(map(meter.size, (*args, *kwargs.values())))
-            return meter.draw(_plain().call_filter(name, value, args, kwargs, context), each)
+            item_cost = STEP + sum(map(meter.size, (*args, *kwargs.values())))
+            return meter.draw(_plain().call_filter(name, value, args, kwargs, context), item_cost)
         if isinstance(value, Iterator):
             value = list(meter.draw(value))
         _spend_filter(meter, name, value, args, kwargs)
@@ -351,7 +354,7 @@ def _bounded_filter(name: str) -> Callable[..., Any]:
 
 
 def _bounded_test(name: str) -> Callable[..., Any]:
-    """The test of that name, which takes from the allowance what it costs."""
+    """The test of that name, with metering."""
 
     @jinja2.pass_context
     def bounded(context: Any, value: Any, *args: Any) -> Any:
@@ -364,7 +367,7 @@ def _bounded_test(name: str) -> Callable[..., Any]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, by which some templates mark answers: shown as if it were not there."""
+    """The tag {% generation %} ... {% endgeneration %}, with which some templates mark answers; it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja's own convention)
 
@@ -374,7 +377,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """What {% set space.name = ... %} writes to. Printed it is its name: it may hold itself."""
+    """The object that {% set space.name = ... %} assigns to. It prints as its name only, since it may contain
+    itself.
+    """
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -397,13 +402,13 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON that keeps its letters, with the arguments that transformers gives this filter."""
+    """The filter `tojson` without ASCII escapes, with the arguments that transformers gives it."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=1)
 def _plain() -> jinja2.Environment:
-    """The filters and tests as they are, for those that take from the allowance to call."""
+    """An environment with jinja's own filters and tests, which the metered ones call."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
     environment.filters["tojson"] = _to_json
     return environment
@@ -411,8 +416,8 @@ def _plain() -> jinja2.Environment:
 
 @lru_cache(maxsize=1)
 def _environment() -> _Environment:
-    """Jinja as transformers sets it up for chat templates: sandboxed, block lines trimmed, JSON that keeps its
-    letters.
+    """The environment for chat templates, as in transformers: sandboxed, with trimmed blocks and JSON without
+    ASCII escapes.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -423,7 +428,7 @@ def _environment() -> _Environment:
         environment.tests[name] = _bounded_test(name)
     for name in _LEFT_OUT:
         del environment.filters[name]
-    del environment.globals["lipsum"]  # as long as one likes, and at random
+    del environment.globals["lipsum"]  # it makes random text of any length
     added: dict[str, Any] = {
         "sum": _summed,
         " step": _step,

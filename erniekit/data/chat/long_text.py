@@ -1,9 +1,9 @@
-"""Tokenising a long text piece by piece, with the tokens of the whole.
+"""Tokenises a long text chunk by chunk, with the same tokens as tokenising it as a whole.
 
-A tokenizer's memory grows with the text it is given at once: sentencepiece and `tokenizers` need one to two hundred
-bytes a character. A text is therefore given to it in pieces of at most PIECE characters. A piece ends where the
-tokenizer itself makes a border: before a space or after a line break, checked by encoding the surroundings whole and
-in two.
+A tokenizer's memory grows with the length of the text in one call: sentencepiece and `tokenizers` need one to two
+hundred bytes per character. A text is therefore divided into chunks of at most PIECE characters. A chunk ends where no
+token crosses the border: before a space or after a line break. This is checked by encoding the surroundings once as a
+whole and once in two halves.
 """
 
 import re
@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 from erniekit.utils import log
 
 PIECE = 1 << 16  # characters
-_CONTEXT = 256  # characters on either side of a border that are encoded to check it; longer than any word
-_TRIES = 20  # borders tried for a piece
+_CONTEXT = 256  # characters encoded on either side of a border to check it; more than the longest usual word
+_TRIES = 20  # candidate borders per chunk
 _BORDER = re.compile(r"(?<=[^\s])(?=[ \u2581])|(?<=\n)(?=[^\s])")
 
 Encode = Callable[[str], list[int]]
 
 
 def encode_long(encode: Encode, text: str) -> Iterator[list[int]]:
-    """The ids of `text`, a list for each piece; together those that encode(text) gives.
+    """Yields the ids of `text`, one list per chunk; concatenated they equal encode(text).
 
-    A text without any border (a megabyte of one letter, say) is split after PIECE characters with a warning: a token
-    or two at that place may differ from those of the whole.
+    A text without any border (a megabyte of one letter, say) is divided after PIECE characters with a warning, since a
+    token or two there may differ from those of the whole text.
     """
     start = 0
     while len(text) - start > PIECE:
@@ -34,7 +34,7 @@ def encode_long(encode: Encode, text: str) -> Iterator[list[int]]:
 
 
 def _find_border(encode: Encode, text: str, start: int) -> int:
-    """The last border in text[start : start + PIECE], looked for from its end."""
+    """The last border in text[start : start + PIECE], searched from the end."""
     stop = start + PIECE
     begin = stop - 16 * _CONTEXT
     while begin > start:

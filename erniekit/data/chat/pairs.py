@@ -1,4 +1,4 @@
-"""A pair of answers as one document: the prompt once, then both answers (batch.PairLayout)."""
+"""Joins a pair of answers into one document: the prompt once, then both answers (batch.PairLayout)."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,15 +11,15 @@ from erniekit.utils.errors import DataError
 
 
 def one_answer(sample: Sample, answer: list[dict[str, Any]]) -> Sample:
-    """The conversation that continues with one answer of a pair; its prompt carries no loss."""
-    counts = [sum(message["role"] == "assistant" for message in part) for part in (sample.messages, answer)]
+    """The conversation with one answer of a pair; its prompt carries no loss."""
+    counts = [sum(message["role"] == "assistant" for message in turns) for turns in (sample.messages, answer)]
     label = [0] * counts[0] + [1] * counts[1]
     return replace(sample, kind="chat", messages=sample.messages + answer, label=label, answers=None)
 
 
 def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Document:
-    """Two sequences that begin with the same prompt as one document; their first label is that of the prompt's last
-    token. Raises DataError if the prompts differ, an answer has no label, or the answers are the same.
+    """Joins two sequences with the same prompt into one document. The first label of each sequence is that of the
+    prompt's last token. Raises DataError if the prompts differ, an answer has no label, or the answers are the same.
     """
     ends = [np.flatnonzero(side.labels != IGNORE)[:1].tolist() for side in (chosen, rejected)]
     if not all(ends):
@@ -28,7 +28,8 @@ def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Docum
     if ends[0] != ends[1] or not np.array_equal(chosen.ids[: prompt + 1], rejected.ids[: prompt + 1]):
         raise DataError("the chat template shows the two answers behind different prompts, so they cannot be compared")
     layout = PairLayout(prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt, score_delta)
-    ids, labels = (np.concatenate([part[0], part[1][prompt:]]) for part in zip(chosen[:2], rejected[:2], strict=True))
+    columns = zip(chosen[:2], rejected[:2], strict=True)
+    ids, labels = (np.concatenate([first, second[prompt:]]) for first, second in columns)
     document = Document(ids, labels, layout)
     if answers_are_equal(document):
         raise DataError(
@@ -39,7 +40,7 @@ def join_pair(chosen: Document, rejected: Document, score_delta: float) -> Docum
 
 
 def answers_are_equal(document: Document) -> bool:
-    """Whether a document is a pair whose answers have the same tokens, so that there is nothing to prefer."""
+    """Whether a document is a pair whose answers have the same tokens."""
     if document.pair is None:
         return False
     prompt, chosen, rejected, _ = document.pair
@@ -47,17 +48,17 @@ def answers_are_equal(document: Document) -> bool:
 
 
 def cut_document(document: Document, max_tokens: int) -> Document:
-    """At most `max_tokens` tokens: a document loses its end; of a pair the longer answer is shortened first. A pair
-    whose prompt leaves no room comes back without labels.
+    """Shortens a document to at most `max_tokens` tokens at its end. In a pair the longer answer is shortened first; a
+    pair whose prompt leaves no room for answers is returned without labels.
     """
     if document.pair is None:
         return Document(document.ids[:max_tokens], document.labels[:max_tokens])
     prompt, chosen, rejected, score_delta = document.pair
-    room = max_tokens - prompt
-    if room < 2:
+    num_left = max_tokens - prompt
+    if num_left < 2:
         return Document(document.ids, np.full_like(document.labels, IGNORE))
-    shorter = min(chosen, rejected, room // 2)
-    longer = min(max(chosen, rejected), room - shorter)
+    shorter = min(chosen, rejected, num_left // 2)
+    longer = min(max(chosen, rejected), num_left - shorter)
     lengths = (longer, shorter) if chosen >= rejected else (shorter, longer)
     ids, labels = (
         np.concatenate([array[: prompt + lengths[0]], array[prompt + chosen :][: lengths[1]]]) for array in document[:2]

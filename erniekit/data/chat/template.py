@@ -1,14 +1,13 @@
-"""Conversations -> token ids. A template is a jinja file with transformers' conventions, the same kind of file that a
-checkpoint carries as chat_template.jinja.
+"""Chat templates: from conversations to token ids. A template is a jinja file with the conventions of transformers, the
+same kind of file as chat_template.jinja in a model directory.
 
 For every answer of a conversation the template is rendered twice: up to the question, with the generation prompt, and
-up to the answer. What the second has more than the first is the answer, up to and including the token that ends it;
-that and nothing else is trained. Prompt and answer are tokenised apart from each other, so that training sees exactly
-what generation continues.
+up to the answer. The text that the second rendering adds is the answer, up to and including the token that ends it, and
+only this is trained. Prompt and answer are tokenised separately, so that training sees the same prompt ids as
+generation.
 
-Text inside messages stays text: special tokens that somebody typed are cut apart before tokenising (see
-Tokenizer.encode_plain). The one exception is <think> and </think> inside an assistant's message, which is how thoughts
-are given.
+Text inside messages stays text: special tokens that a user has typed are split before tokenising (see
+Tokenizer.encode_plain). The only exceptions are <think> and </think> in an assistant's message, which mark thoughts.
 """
 
 from collections.abc import Sequence
@@ -33,36 +32,36 @@ ALIASES = {  # names used by other toolkits
     **dict.fromkeys(("ernie_vl_thinking",), "vl_thinking"),
 }
 THOUGHT_TAGS, THOUGHT_KEYS = ("<think>", "</think>"), ("content", "reasoning_content")
-# token that may end a turn -> the variable by which a template may write it
+# token that may end a turn -> the variable with which a template may write it
 TURN_ENDS = {"<|end_of_sentence|>": "sep_token", "<|im_end|>": "<|im_end|>"}
-_PROBE = "zq7"  # looked for in a rendered conversation
+_PROBE = "zq7"  # a marker that is searched for in a rendered conversation
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: never part of a text
 
 Messages = Sequence[dict[str, Any]]
 
 
 class Segment(NamedTuple):
-    """A stretch of token ids of which all are trained (an answer and its end token) or none."""
+    """Consecutive token ids that are either all trained (an answer and its end token) or all not trained."""
 
     ids: list[int]
     is_target: bool
 
 
 class Turn(NamedTuple):
-    """One answer: the text between the answer before it and itself, its own text, and the token that ends it."""
+    """One answer: the text between the previous answer and this one, its text, and the token that ends it."""
 
     prompt: str
     answer: str
     end: str
-    number: int  # of the assistant messages
+    number: int  # the index among the assistant messages
 
 
 class Template:
-    """A chat template together with its tokenizer. Made by load_template.
+    """A chat template together with its tokenizer, made by load_template.
 
-    `name` says which it is, `source` is its jinja text (written beside the weights as chat_template.jinja), `stop_ids`
-    are the ids at which generation ends, `trained_end_ids` those with which a trained answer ends. `ends_with_eos`:
-    whether the last answer's <|end_of_sentence|> is eos in the input too, and not only as its label.
+    `source` is its jinja text, which is saved with the weights as chat_template.jinja. `stop_ids` are the ids at which
+    generation ends, `trained_end_ids` those with which a trained answer ends. `ends_with_eos`: whether the last
+    answer's <|end_of_sentence|> becomes eos in the input too, and not only in its label.
     """
 
     ends_with_eos = True
@@ -85,7 +84,7 @@ class Template:
         ]
         self._ends = [*written, tokenizer.role_tokens["eos_token"]]
         self.stop_ids = sorted({tokenizer.token_id(text) for text in self._ends})
-        # `labels` has eos in the place of <|end_of_sentence|>
+        # `labels` replaces <|end_of_sentence|> by eos
         self.trained_end_ids = [i for i in self.stop_ids if i != tokenizer.sep_id]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,9 +97,9 @@ class Template:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as text. `variables` reach the template by their names.
+        """Renders the conversation as text. `variables` are passed to the template by name.
 
-        Raises DataError for what the template refuses.
+        Raises DataError if the template refuses the conversation.
         """
         return self._render(self._plain(messages), tools, add_generation_prompt, variables)
 
@@ -109,7 +108,7 @@ class Template:
     ) -> list[Segment]:
         """The single training sequence of a conversation; see encode_all.
 
-        Raises DataError where the template makes more than one of it.
+        Raises DataError if the template makes more than one sequence.
         """
         sequences = self.encode_all(messages, tools, label)
         if len(sequences) > 1:
@@ -122,14 +121,14 @@ class Template:
     def encode_all(
         self, messages: Messages, tools: Sequence[Any] | None = None, label: Sequence[int] | None = None
     ) -> list[list[Segment]]:
-        """The training sequences of a conversation that ends with an answer: one, as a rule.
+        """The training sequences of a conversation that ends with an answer; normally one.
 
-        A template that drops earlier thoughts shows a later question another past than the one its earlier answers were
-        given in; a conversation then makes one sequence for each such answer. `label` has a 0 or 1 for each assistant
-        message (default: all 1); at 0 the answer is shown but carries no loss, and a sequence without any loss is left
-        out unless nothing would remain. The last answer of a sequence ends with eos where the template writes
-        <|end_of_sentence|>. Raises DataError for a conversation with an open turn, one that the template refuses, and
-        one of which it would leave something out (tools, their calls or results, thoughts).
+        A template that drops earlier thoughts shows an earlier answer differently once a later question follows. Such
+        answers are not part of one sequence, and the conversation makes one sequence for each of them. `label` has a 0
+        or 1 for each assistant message (default: all 1). An answer with 0 is shown but carries no loss; a sequence
+        without any loss is left out unless no sequence would remain. The last answer of a sequence ends with eos if the
+        template writes <|end_of_sentence|>. Raises DataError for a conversation with an open turn, for one that the
+        template refuses, and if the template would leave something out (tools, their calls or results, thoughts).
         """
         messages = self._plain(messages)
         if not messages or messages[-1]["role"] != "assistant":
@@ -147,8 +146,8 @@ class Template:
     def labels(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
         """(input ids, labels) of one sequence. The labels are shifted: labels[t] is the target of position t, or -100.
 
-        Where an answer ends with <|end_of_sentence|> its target is eos, as at the end of the conversation: that is what
-        the published models were trained to say, and what stops generation everywhere.
+        If an answer ends with <|end_of_sentence|>, its target is eos, also within the conversation: the published
+        models were trained to output eos, and every inference tool stops at it.
         """
         ids: list[int] = []
         targets: list[int] = []
@@ -168,10 +167,11 @@ class Template:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids for generation to continue: the conversation so far and the generation prompt, as training has them.
-        Without `add_generation_prompt` only the conversation, its last answer included.
+        """The ids that generation continues: the conversation so far and the generation prompt, as in training. Without
+        `add_generation_prompt` only the conversation, including its last answer.
 
-        `enable_thinking` reaches the template; None leaves the choice to the template. Raises DataError as encode_all.
+        `enable_thinking` is passed to the template; None leaves the choice to the template. Raises DataError like
+        encode_all.
         """
         variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if variables and "enable_thinking" not in self.source and not self._said_one_mode:
@@ -192,11 +192,11 @@ class Template:
         return ids + self._ids(prompt, mark)
 
     def _plain(self, messages: Messages) -> list[dict[str, Any]]:
-        """The messages in the form that the jinja program gets."""
+        """The messages in the form that the jinja program expects."""
         return _plain(messages)
 
     def _cut(self, text: str, keep: Sequence[str] = ()) -> list[str]:
-        """`text` in parts so that no part holds what only the template may write, except what is in `keep`."""
+        """Splits `text` so that no part contains a token that only the template may write, except those in `keep`."""
         return self.tokenizer.cut_special(text, keep)
 
     def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, variables: dict[str, Any]) -> str:
@@ -212,24 +212,24 @@ class Template:
             raise DataError(f"chat template {self.name} refuses the conversation: {error}") from None
 
     def _check_shown(self, messages: Messages, tools: Any) -> None:
-        """Raise DataError if the template leaves out something that this conversation has. Published templates that
-        know no tools do so without a word: a model would learn calls as empty answers.
+        """Raise DataError if the template leaves out something that this conversation has. Published templates without
+        tools ignore them silently, so that a model would be trained on empty answers instead of calls.
         """
         present = {"tools": bool(tools)}
         for message in messages:
-            for part in ("tool_calls", "reasoning_content"):
-                present[part] = present.get(part) or bool(message.get(part))
+            for feature in ("tool_calls", "reasoning_content"):
+                present[feature] = present.get(feature) or bool(message.get(feature))
             present["results of tools"] = present.get("results of tools") or message["role"] == "tool"
         for part in (part for part, there in present.items() if there):
             if not self.shows(part):
                 raise DataError(
-                    f"chat template {self.name} does not show {part}: they would be lost. Choose one that does "
+                    f"chat template {self.name} does not show {feature}: they would be lost. Choose one that does "
                     "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."
                 )
 
     def shows(self, part: str) -> bool:
         """Whether the template shows or refuses `part` of a conversation: "tools", "tool_calls", "results of tools" or
-        "reasoning_content". What it refuses it does not leave out in silence.
+        "reasoning_content". A template that refuses something does not leave it out silently.
         """
         if part not in self._shows:
             probe, probe_tools = _probe(part)
@@ -240,9 +240,9 @@ class Template:
         return self._shows[part]
 
     def _sequences(self, messages: Messages, tools: Any, variables: dict[str, Any], strict: bool) -> list[list[Turn]]:
-        """The answers, grouped so that within a group each prompt continues what the answer before it ended with.
+        """The answers in groups: within a group, each prompt continues the text that the previous answer ended with.
 
-        An answer that does not continue its own prompt raises DataError if `strict`; otherwise it is no turn.
+        An answer that does not continue its own prompt raises DataError if `strict`; otherwise it is left out.
         """
         sequences: list[list[Turn]] = []
         past, number = "", -1
@@ -282,11 +282,11 @@ class Template:
         return segments
 
     def _ids(self, text: str, mark: str) -> list[int]:
-        """Ids of rendered text, whose special tokens are the template's own except where `mark` cuts one apart."""
+        """Ids of rendered text. Its special tokens were written by the template, except those that contain `mark`."""
         return self.tokenizer.encode_parts(text.split(mark) if mark else [text])
 
     def _guard(self, messages: Messages, tools: Any) -> tuple[Messages, Any, str]:
-        """Put a mark inside each special token that the contents hold; returns the mark, "" if there is none to put."""
+        """Insert a mark into every special token in the contents. Returns the mark, or "" if none was needed."""
         texts = [*_strings(messages), *_strings(tools)]
         if len(self._cut("\n".join(texts))) == 1:
             return messages, tools, ""
@@ -313,10 +313,10 @@ class Template:
 def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | None = None) -> Template:
     """The chat template to use with a tokenizer.
 
-    `name` is a built-in one (a file of erniekit/data/chat/templates, or an alias) or the path of a .jinja file. Without
-    it the model's own template is used: that of the directory `beside` (an adapter's), or else that of the tokenizer's
-    directory; and where there is none the built-in `text`. Where the named one differs from the model's own a log line
-    says so. Raises ConfigError for an unknown name and for a built-in template whose special tokens the tokenizer
+    `name` is a built-in template (a file of erniekit/data/chat/templates, or an alias) or the path of a .jinja file. By
+    default the model's own template is used: that in the directory `beside` (an adapter's), otherwise that in the
+    tokenizer's directory, otherwise the built-in `text`. A log line reports a named template that differs from the
+    model's own. Raises ConfigError for an unknown name, and for a built-in template whose special tokens the tokenizer
     lacks.
     """
     model_template = tokenizer.chat_template
@@ -331,7 +331,7 @@ def load_template(tokenizer: Tokenizer, name: str | None = None, beside: Path | 
 
 
 def _named_template(tokenizer: Tokenizer, name: str) -> Template:
-    """A built-in template, or that of a .jinja file."""
+    """A built-in template, or one from a .jinja file."""
     built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.jinja"))}
     chosen = ALIASES.get(name, name)
     path = built_in.get(chosen, Path(chosen).expanduser())
@@ -352,13 +352,13 @@ def _named_template(tokenizer: Tokenizer, name: str) -> Template:
 
 
 def say_if_trained_otherwise(model_dir: Path, template: Template) -> None:
-    """A log line where config.yaml beside a model's weights names another template than `template`, and no file says
-    which it was: checkpoints had none before templates were written beside the weights.
+    """Log a warning if config.yaml in a model directory names another template than `template` and the directory has no
+    template file. Checkpoints of early versions have none.
     """
     try:
         settings = yaml.safe_load(read_text(model_dir / "config.yaml", ConfigError))
     except (OSError, UserError, yaml.YAMLError):
-        return  # the file is a hint, no more
+        return  # the file is only a hint
     name = settings.get("chat_template") if isinstance(settings, dict) else None
     if not isinstance(name, str) or read_chat_template(model_dir) is not None:
         return
@@ -366,16 +366,16 @@ def say_if_trained_otherwise(model_dir: Path, template: Template) -> None:
         if load_template(template.tokenizer, name).source == template.source:
             return
     except ConfigError:
-        pass  # its file is gone, which does not make the difference smaller
+        pass  # its file no longer exists, but the template still differs
     log.warning(
-        f"{model_dir / 'config.yaml'}: trained with chat_template: {name}; now it is asked with {template.name}. "
-        f"Set chat_template: {name} to ask as in training"
+        f"{model_dir / 'config.yaml'}: trained with chat_template: {name}; it is now used with {template.name}. "
+        f"Set chat_template: {name} to use it as in training"
     )
 
 
 def _plain(messages: Messages) -> list[dict[str, Any]]:
-    """Messages whose content is a string: None becomes "", a list of text parts is joined. Checked, not changed in
-    place.
+    """Checks messages and returns copies whose content is a string: None becomes "", and a list of text parts is
+    joined.
     """
     result = []
     for number, message in enumerate(messages):
@@ -385,20 +385,20 @@ def _plain(messages: Messages) -> list[dict[str, Any]]:
         if content is None:
             content = ""
         elif isinstance(content, list):
-            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            if not all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in content):
                 raise DataError(f"message {number + 1} has content other than text, which this template cannot show")
-            content = "".join(part["text"] for part in content)
+            content = "".join(item["text"] for item in content)
         elif not isinstance(content, str):
             raise DataError(f"message {number + 1}: content must be text, not {type(content).__name__}")
         result.append({**message, "content": content})
     return result
 
 
-def _probe(part: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The shortest conversation, and its tools, that has `part`; only that part holds _PROBE."""
+def _probe(feature: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The shortest conversation, and its tools, that has `feature`; only that feature contains _PROBE."""
 
-    def text(of: str) -> str:
-        return _PROBE if of == part else "f"
+    def text(owner: str) -> str:
+        return _PROBE if owner == feature else "f"
 
     function = {"name": text("tools"), "description": "f", "parameters": {"type": "object", "properties": {}}}
     call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": text("tool_calls"), "arguments": {}}}
@@ -410,7 +410,7 @@ def _probe(part: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         "results of tools": [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result],
         "reasoning_content": [question, {"role": "assistant", "content": "a", "reasoning_content": _PROBE}],
     }
-    return messages[part], [{"type": "function", "function": function}]
+    return messages[feature], [{"type": "function", "function": function}]
 
 
 def _strings(value: Any) -> list[str]:

@@ -1,13 +1,12 @@
-"""Text <-> token ids, from a model directory's tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`).
+"""Tokenizers, from a model directory's tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`).
 
-tokenizer.json is used when both are there, because transformers and the servers built on it read that one. ERNIE
-4.5's conventions hold for either file: no bos or eos is added, no space is put in front of the text and none is taken
-away, digits are split one by one (by the vocabulary itself), and what has no piece is spelled in bytes.
+If both exist, tokenizer.json is used, since transformers and servers based on it read that file. Both follow ERNIE
+4.5's conventions: no bos or eos is added, no space is added before the text or removed, digits are single tokens (by
+the vocabulary itself), and text outside the vocabulary is spelled in bytes.
 
-Two ways to encode: `encode` recognises special tokens written in the text, for text that a template made;
-`encode_plain` never does, for text that somebody typed. U+2581, which sentencepiece uses for a space and would hand
-back as one, is spelled in bytes where the vocabulary has byte pieces, so that every text survives encode and decode
-unchanged.
+There are two ways to encode: `encode` recognises special tokens in the text and is for text that a template has made;
+`encode_plain` does not, and is for text from users. U+2581, which sentencepiece uses for a space and would decode to
+one, is spelled in bytes if the vocabulary has byte pieces, so that encoding and decoding keeps every text unchanged.
 """
 
 import hashlib
@@ -38,18 +37,18 @@ from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import read_bytes, read_text
 
-SPACE = "\u2581"  # sentencepiece's stand-in for a space
-REPLACEMENT = "\ufffd"  # what undecodable bytes turn into
+SPACE = "\u2581"  # the character by which sentencepiece represents a space
+REPLACEMENT = "\ufffd"  # the character that replaces undecodable bytes
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # protobuf merges concatenated messages, so these bytes behind a sentencepiece model set
 # normalizer_spec.add_dummy_prefix and .remove_extra_whitespaces to false
 _KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
-MAX_FILE_BYTES = 512 << 20  # of tokenizer.json and tokenizer.model
+MAX_FILE_BYTES = 512 << 20  # the largest tokenizer.json or tokenizer.model
 
 
 class _Engine(Protocol):
     added: list[Added]
-    size: int  # every id is below it
+    size: int  # every id is less than this
 
     def find(self, piece: str) -> int | None: ...
 
@@ -59,8 +58,8 @@ class _Engine(Protocol):
 
 
 class _SentencePiece:
-    """tokenizer.model: sentencepiece splits ordinary text; added tokens are cut out before, longest first, as
-    transformers does.
+    """A tokenizer.model: sentencepiece splits ordinary text, after added tokens were separated, longest first, as in
+    transformers.
     """
 
     def __init__(self, path: Path, declared: list[Added]):
@@ -76,7 +75,8 @@ class _SentencePiece:
             if self._model.is_control(i) or self._model.is_unknown(i):
                 added.setdefault(i, Added(piece, i, special=True))
             elif len(piece) > 1 and str(self._model.get_score(i)) == "0.0":
-                # User-defined. The first merge has the score -0.0: cut out like these, it could not become longer.
+                # User-defined pieces have score 0. So does the first merge (-0.0), but separated like them it could not
+                # be merged further.
                 added.setdefault(i, Added(piece, i, special=bool(MARKUP.fullmatch(piece))))
         _check_same(declared, pieces, path)
         self.added = sorted(added.values(), key=lambda item: item.id)
@@ -110,7 +110,7 @@ class _SentencePiece:
 
 
 class _Fast:
-    """tokenizer.json, by the `tokenizers` package."""
+    """A tokenizer.json, read by the `tokenizers` package."""
 
     def __init__(self, path: Path, declared: list[Added]):
         text = read_text(path, CheckpointError, MAX_FILE_BYTES)
@@ -119,7 +119,8 @@ class _Fast:
             self._model.encode("a b")
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the package raises bare Exception, and its panics are not even that
+        # the package raises plain Exception, and its panics only derive from BaseException
+        except BaseException as error:
             raise CheckpointError(
                 f"{path}: not a readable tokenizer.json ({error}). Copy it again from the model's source."
             ) from None
@@ -154,7 +155,7 @@ class _Fast:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip: bool) -> str:
-        """`tokenizers` leaves out ids it does not know; they become REPLACEMENT here."""
+        """Decode ids; unknown ids become REPLACEMENT, while `tokenizers` would leave them out."""
         text, run = "", []
         for i in ids:
             if i >= 0 and self._model.id_to_token(i) is not None:
@@ -166,23 +167,23 @@ class _Fast:
 
 
 def _read_sentencepiece(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
-    """The model of a file, and its pieces."""
+    """The sentencepiece model in a file, and its pieces."""
     data = read_bytes(path, CheckpointError, MAX_FILE_BYTES)
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
-        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-        model.encode("a b")  # a model without its mandatory pieces fails only here
+        vocabulary = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        model.encode("a b")  # a model without its mandatory pieces raises an error only here
     except (RuntimeError, ValueError, LookupError, TypeError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(
             f"{path}: not a readable sentencepiece model ({error}). Copy it again from the model's source."
         ) from None
-    if not pieces:
+    if not vocabulary:
         raise CheckpointError(f"{path}: the sentencepiece model is empty. Copy it again from the model's source.")
-    return model, pieces
+    return model, vocabulary
 
 
 def _check_same(declared: list[Added], pieces: list[str], path: Path) -> None:
-    """CheckpointError if an added token has the id of another piece of the vocabulary."""
+    """Raise CheckpointError if an added token has the id of another piece of the vocabulary."""
     for item in declared:
         if item.id < len(pieces) and pieces[item.id] != item.text:
             raise CheckpointError(
@@ -193,7 +194,7 @@ def _check_same(declared: list[Added], pieces: list[str], path: Path) -> None:
 
 
 def _byte_of(piece: str, path: Path) -> bytes:
-    """The byte that a piece such as <0x0A> spells."""
+    """The byte that a piece such as <0x0A> stands for."""
     if not re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         raise CheckpointError(f"{path}: the byte piece {piece!r} names no byte. Copy it again from the model's source.")
     return bytes([int(piece[1:-1], 16)])
@@ -206,8 +207,8 @@ def _space_bytes(engine: _Engine) -> list[int] | None:
 
 
 class Tokenizer:
-    """A tokenizer and the ids of its roles; a role that the vocabulary does not have is None (eos and pad always
-    exist). Made by load_tokenizer.
+    """A tokenizer and the ids of its roles, made by load_tokenizer. A role that the vocabulary does not have is None;
+    eos and pad always exist.
     """
 
     def __init__(self, directory: Path, engine: _Engine, settings: dict[str, Any], chat_template: ChatTemplate | None):
@@ -247,40 +248,38 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of its files: equal for tokenizers that give equal ids."""
+        """A hash of the tokenizer's files; tokenizers with equal ids have equal hashes."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens written in it become one id each. Nothing is added in front or behind."""
+        """Ids of `text`; special tokens in it become one id each. Nothing is added at the beginning or end."""
         return self.encode_parts([text])
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text` in which what looks like a special token is only its characters, so that typed text cannot
-        pose as the template's own.
+        """Ids of `text`, in which special tokens are encoded as ordinary characters, so that text from users cannot
+        imitate the template's structure.
         """
         return self.encode_parts(self.cut_special(text))
 
     def cut_special(self, text: str, keep: Container[str] = ()) -> list[str]:
-        """`text` in parts so that no part holds a special token, except those in `keep`; joined, the parts are
-        `text`.
-        """
+        """Splits `text` so that no part has a special token, except those in `keep`. The parts joined are `text`."""
         cuts = [match.start() + 1 for match in self._special_start.finditer(text) if match.group(1) not in keep]
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
-        """Ids of the parts one after another; special tokens inside a part become one id each."""
+        """The concatenated ids of the parts; special tokens inside a part become one id each."""
         ids: list[int] = []
         try:
             for part in parts:
                 if self._space_bytes is None or SPACE not in part:
                     ids += self._encode(part)
                     continue
-                for number, stretch in enumerate(part.split(SPACE)):
+                for number, text in enumerate(part.split(SPACE)):
                     ids += self._space_bytes if number else []
-                    ids += self._encode(stretch)
+                    ids += self._encode(text)
         except (TypeError, RuntimeError, UnicodeEncodeError):
             raise DataError(
                 f"text that is not valid Unicode (half of a surrogate pair?) near {part[:40]!a}: "
@@ -312,15 +311,15 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode one id after another. `push` returns the text that the id completes: possibly nothing, never part of a
-    character; `flush` returns the rest.
+    """Decodes ids one after another. `push` returns the text that the id completes, which may be empty but never ends
+    within a character; `flush` returns the rest.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # the last ids shown, as context for those that wait
-        self._shown = 0  # how many of them
+        self._ids: list[int] = []  # the last ids whose text was returned, as context, and the pending ones
+        self._shown = 0  # the number of ids whose text was returned
 
     def push(self, token_id: int) -> str:
         self._ids.append(int(token_id))
@@ -342,7 +341,7 @@ class StreamDecoder:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a local model directory.
 
-    Reads tokenizer.json, else tokenizer.model; the roles and added tokens of tokenizer_config.json,
+    It reads tokenizer.json, else tokenizer.model; the roles and added tokens of tokenizer_config.json,
     special_tokens_map.json and added_tokens.json; and the chat template (see read_chat_template). Raises
     CheckpointError for a missing, unreadable or contradictory file.
     """
@@ -384,8 +383,8 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
 
 
 def _alternatives(texts: Iterable[str], where: Path, ahead: bool = False) -> re.Pattern[str]:
-    """A pattern that finds any of `texts`, the longest possible, as group 1; with `ahead` it only looks, so that finds
-    may overlap. The alternatives share their beginnings (a trie), for ERNIE has over a thousand of them.
+    """A pattern whose group 1 matches the longest possible of `texts`. With `ahead` it is a lookahead, so that matches
+    may overlap. The alternatives share their prefixes (a trie), since ERNIE has over a thousand of them.
     """
     root: dict[str, Any] = {}
     for text in filter(None, texts):

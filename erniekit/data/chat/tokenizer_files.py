@@ -1,4 +1,4 @@
-"""The JSON files beside a tokenizer: added tokens, the tokens of roles, and the chat template."""
+"""Reads the JSON files of a tokenizer: added tokens, the tokens of roles, and the chat template."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, kind, read_json_object, read_text
 
-# role -> the token that has it in ERNIE 4.5, for directories that do not say
+# role -> its token in ERNIE 4.5, for directories that do not define it
 ROLES = {
     "unk_token": "<unk>",
     "bos_token": "<s>",
@@ -19,7 +19,7 @@ ROLES = {
     "sep_token": "<|end_of_sentence|>",
     "mask_token": "<mask:1>",
 }
-MAX_IDS = 2**24  # of a vocabulary; the largest ones published have some hundred thousand
+MAX_IDS = 2**24  # the largest vocabulary; published ones have some hundred thousand entries
 LONGEST = 128  # characters of a special token
 COPY = "Copy the tokenizer's files again, all from one model."
 MARKUP = re.compile(r"<[^<>\s]+>")
@@ -27,9 +27,7 @@ MARKUP = re.compile(r"<[^<>\s]+>")
 
 @dataclass(frozen=True)
 class Added:
-    """A token that is recognised as a whole, outside the rules that split other text. `special`: decoding may skip
-    it.
-    """
+    """A token that is recognised as a whole, before other text is split. `special`: whether decoding may skip it."""
 
     text: str
     id: int
@@ -37,14 +35,14 @@ class Added:
 
 
 class ChatTemplate(NamedTuple):
-    """A model's own chat template: its jinja text, and the file (and key) that has it."""
+    """A model's own chat template: its jinja text, and the file (and key) that contains it."""
 
     source: str
     file: str
 
 
 def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
-    """Added tokens that the JSON files name: {id: {content, special}} of tokenizer_config.json, {content: id} of the
+    """The added tokens in the JSON files: {id: {content, special}} in tokenizer_config.json, and {content: id} in the
     older added_tokens.json.
     """
     older, newer = read_optional(directory / "added_tokens.json"), config.get_object("added_tokens_decoder")
@@ -72,7 +70,7 @@ def declared_tokens(directory: Path, config: JsonObject) -> list[Added]:
 
 
 def _declare(tokens: dict[int, Added], item: Added, where: str) -> None:
-    """Add an added token to `tokens`; CheckpointError if it cannot be one."""
+    """Add an added token to `tokens`. Raises CheckpointError if it is not valid."""
     if item.id >= MAX_IDS:
         raise CheckpointError(f"{where}: the id {item.id} is too large; ids are below {MAX_IDS}. {COPY}")
     if not 0 < len(item.text) <= LONGEST:
@@ -84,7 +82,7 @@ def _declare(tokens: dict[int, Added], item: Added, where: str) -> None:
 
 
 def check_roles(file: JsonObject) -> None:
-    """CheckpointError for a role that is not given as a token's text or as an object with its content."""
+    """Raise CheckpointError for a role that is neither a token's text nor an object with its content."""
     for role in ROLES:
         named = file.values.get(role)
         text = named.get("content") if isinstance(named, dict) else named
@@ -96,8 +94,8 @@ def check_roles(file: JsonObject) -> None:
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
-    """The chat template of a model or adapter directory: chat_template.jinja, else chat_template of
-    tokenizer_config.json, else that of chat_template.json (a processor's). CheckpointError for one that is not text.
+    """The chat template of a model or adapter directory: chat_template.jinja, else the key chat_template in
+    tokenizer_config.json, else in chat_template.json (a processor's). Raises CheckpointError if it is not text.
     """
     path = directory / "chat_template.jinja"
     try:
@@ -121,7 +119,7 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
 
 
 def _default_template(templates: list[Any], where: str) -> str | None:
-    """Of several named templates the one that is called default."""
+    """The template named default, among several named ones."""
     named = {}
     for item in templates:
         name, source = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
@@ -140,7 +138,7 @@ def _default_template(templates: list[Any], where: str) -> str | None:
 
 
 def read_optional(path: Path) -> JsonObject:
-    """The object in a JSON file; empty if the file is not there."""
+    """The object in a JSON file; empty if the file does not exist."""
     try:
         return JsonObject(read_json_object(path, CheckpointError), str(path), CheckpointError)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a data file is to its readers: numbered records, each with its place."""
+"""The interface of data files: numbered records, each with its place."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 
 from erniekit.utils.errors import DataError
 
-Raw = bytes | dict[str, Any]  # a record before it is parsed: JSON text, or an object
+Raw = bytes | dict[str, Any]  # an unparsed record: JSON text, or an object
 DIGEST_BYTES = 8
 
 
 class DataFile:
     """The valid records of one file. `raw(i)` reads one; `where(i)` is its "file:line" (for parquet "file:row").
-    `digest` is a hash of all of them in their order, whatever the file is called; scan() sets it.
+    `digest`, which scan() sets, is a hash of all records in order; the file's name does not enter it.
     """
 
     digest: str
@@ -23,7 +23,7 @@ class DataFile:
         self.path = path
 
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
-        """Keep the records that `check` lets pass; the BadLine of another goes to `on_bad`."""
+        """Index the records that `check` accepts; pass the BadLine of any other record to `on_bad`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -36,5 +36,5 @@ class DataFile:
         raise NotImplementedError
 
     def record_bytes(self) -> np.ndarray:
-        """About how long each record is, int64 [N]."""
+        """The approximate size of each record in bytes, int64 [N]."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The data sets that a run reads: opened, checked line by line at the start, and numbered as one list of records."""
+"""Opens the data sets of a run, checks every record at the start, and numbers all records consecutively."""
 
 import hashlib
 import re
@@ -29,15 +29,15 @@ from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
 _SHOWN_BAD_LINES = 5  # the others are only counted
-_SHOWN_FIELDS = 20  # of those of a file that are not used
+_SHOWN_FIELDS = 20  # unused fields of a file that are listed
 _SECONDS_BETWEEN_NOTES = 30.0
 _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One entry of train_dataset_path: where it is, its records' type (a key of FORMATS or PREFERENCE_FORMATS), its
-    share.
+    """One entry of train_dataset_path: its path, the type of its records (a key of FORMATS or PREFERENCE_FORMATS) and
+    its share.
     """
 
     path: str
@@ -52,10 +52,11 @@ def read_specs(
     split: str,
     method: MethodFacts = METHODS[DEFAULT],
 ) -> list[SourceSpec]:
-    """The sources of {split}_dataset_path/type/prob, which config/checks.py has compared.
+    """The sources that {split}_dataset_path/type/prob describe; config/checks.py has checked that their counts agree.
 
-    No type means erniekit. A method that reads text takes it as the type `text`; one that reads pairs of answers takes
-    each type as that of preference_formats. No share means equal shares; shares are divided by their sum.
+    The default type is erniekit. For a method that trains on text, it means the type `text`; for a method that trains
+    on pairs of answers, each type means that of preference_formats. Shares are equal by default, and are divided by
+    their sum.
     """
     if not paths:
         key = f"{split}_dataset_path"
@@ -75,7 +76,7 @@ def _type(name: str, method: MethodFacts) -> str:
 
 
 def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
-    """The same sources with each type as that of vision.formats, whose records may hold pictures."""
+    """The same sources with their types replaced by those of vision.formats, whose records may contain pictures."""
     for spec in specs:
         if spec.type not in VISION_FORMATS:
             types = ", ".join(VISION_FORMATS)
@@ -84,10 +85,10 @@ def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
 
 
 class Source:
-    """The valid records of one data set. `bad_lines` counts those that were skipped, `faults` are the first of them.
+    """The valid records of one data set. `bad_lines` counts skipped records, `faults` has the first of their errors.
 
-    on_bad_line: error, skip, or gather: as skip, but without a log line. With check_every = n only each n-th record is
-    looked at; the others are taken to be valid. `vision` is how records with pictures are read.
+    on_bad_line: error; skip; or gather, which is skip without a log line. With check_every = n only every n-th record
+    is checked, and the others are assumed to be valid. `vision` has the options for records with pictures.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class Source:
         self._checked = 0
         self._unused: Counter[str] = Counter()
         self._doubts: Counter[str] = Counter()
-        self._notes = Notes()  # of the record that is being checked
+        self._notes = Notes()  # those of the record that is being checked
         self.files: list[DataFile] = []
         for path in self._find(split, download_hub):
             self.files.append(open_file(path, self._check, self._on_bad))
-            self._say_notes(self.files[-1])
+            self._log_notes(self.files[-1])
         self._ends = list(accumulate(len(file) for file in self.files))
         if self.bad_lines and on_bad_line == "skip":
             log.warning(
@@ -128,10 +129,12 @@ class Source:
 
     def _find(self, split: str, download_hub: str | None) -> list[Path]:
         path = hub.resolve_dataset(self.spec.path, download_hub, f"{split}_dataset_path")
-        data, others = find_files(path)
-        if others:
-            shown = ", ".join(other.name for other in others[:3]) + (", ..." if len(others) > 3 else "")
-            log.info(f"{self.spec.path}: {len(others)} files there are not data and are not read ({shown})")
+        data, other_files = find_files(path)
+        if other_files:
+            listing = ", ".join(other_file.name for other_file in other_files[:3]) + (
+                ", ..." if len(other_files) > 3 else ""
+            )
+            log.info(f"{self.spec.path}: {len(other_files)} files there are not data and are not read ({listing})")
         if path != Path(self.spec.path).expanduser():
             data = _of_split(data, path, split)
             log.info(f"{self.spec.path}: reading {', '.join(str(file.relative_to(path)) for file in data)} for {split}")
@@ -158,7 +161,7 @@ class Source:
             self._notes = Notes()
 
     def _on_bad(self, error: DataError) -> None:
-        self._notes = Notes()  # a record that is skipped is not reported on
+        self._notes = Notes()  # discard the notes of a skipped record
         if self._on_bad_line == "error":
             raise DataError(f"{error} (on_bad_line: skip ignores such lines)")
         self.bad_lines += 1
@@ -169,17 +172,17 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """A hash of all valid records in their order; the names of the files do not matter."""
+        """A hash of all valid records in order; the names of the files do not enter it."""
         digests = "".join(file.digest for file in self.files)
         return digests if len(self.files) == 1 else hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
-    def _say_notes(self, file: DataFile) -> None:
-        """What was ignored, or read with a doubt, in the records of one file: each once, with its count."""
+    def _log_notes(self, file: DataFile) -> None:
+        """Log the unused fields and the doubts of one file's records, each once with its count."""
         if self._unused:
             ranked = sorted(self._unused.items(), key=lambda item: (-item[1], item[0]))
-            shown = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
+            listing = ", ".join(f"{name} ({count})" for name, count in ranked[:_SHOWN_FIELDS])
             more = f" and {len(ranked) - _SHOWN_FIELDS} more" if len(ranked) > _SHOWN_FIELDS else ""
-            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {shown}{more}")
+            log.info(f"{file.path}: fields that are not used, and in how many of {len(file)} records: {listing}{more}")
         for doubt, count in sorted(self._doubts.items()):
             log.warning(f"{file.path}: {count} of {len(file)} records: {doubt}")
         self._unused.clear()
@@ -189,15 +192,15 @@ class Source:
         return self._ends[-1]
 
     def record(self, i: int) -> tuple[Raw, str]:
-        """Record i as it is in its file, and its "file:line"."""
+        """Record i as its file has it, and its "file:line"."""
         which = bisect_right(self._ends, i)
         local = i - (self._ends[which - 1] if which else 0)
         return self.files[which].raw(local), self.files[which].where(local)
 
 
 def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
-    """Of a Hub data set, which often holds all its splits in one place, the files that name `split` in their path; all
-    files if none names any split.
+    """The files of a Hub data set whose path names `split`, since such a data set often has all its splits in one
+    place; all files if no path names any split.
     """
 
     def words(path: Path) -> set[str]:
@@ -217,7 +220,7 @@ def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
 
 
 class Dataset:
-    """All sources of a split; their records are numbered through, source after source."""
+    """All sources of a split, with records numbered consecutively, source after source."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
@@ -230,12 +233,12 @@ class Dataset:
 
     @cached_property
     def record_bytes(self) -> np.ndarray:
-        """Bytes of each record in its file, int64 [N]; of parquet, which has no lines, the file's mean."""
+        """The size of each record in its file in bytes, int64 [N]; for parquet, which has no lines, the file's mean."""
         return np.concatenate([file.record_bytes() for source in self.sources for file in source.files])
 
     @property
     def bad_lines(self) -> int:
-        """Lines skipped when the files were checked."""
+        """The number of records that were skipped when the files were checked."""
         return sum(source.bad_lines for source in self.sources)
 
     def record(self, number: int) -> tuple[str, Raw, str]:

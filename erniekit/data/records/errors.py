@@ -1,4 +1,4 @@
-"""What is wrong with one record, and the one place that turns whatever reading or encoding it raises into its error."""
+"""Errors of single records, and the one place that turns exceptions of reading or encoding a record into them."""
 
 import os
 import traceback
@@ -6,13 +6,13 @@ from types import TracebackType
 
 from erniekit.utils.errors import DataError, UserError
 
-# What a fault of a reader of records can raise for a record that nobody thought of. Not AssertionError, NameError,
-# NotImplementedError and the like: those are faults whatever the record.
+# Exceptions that a reader may raise for a malformed record that it does not expect. AssertionError, NameError,
+# NotImplementedError and the like are not among them: they are defects of the program, whatever the record.
 _UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class BadRecord(Exception):
-    """A record is wrong: the reason, and what to do about it. Its place is added by `reading`."""
+    """A wrong record, with the reason and a hint what to do. `reading` adds its place."""
 
     def __init__(self, reason: str, hint: str):
         super().__init__(reason)
@@ -25,7 +25,7 @@ class BadRecord(Exception):
 
 
 class BadLine(DataError):
-    """A record is wrong, with its place: `on_bad_line: skip` ignores it."""
+    """A wrong record with its place; `on_bad_line: skip` skips it."""
 
 
 class MissingPackage(DataError):
@@ -35,9 +35,9 @@ class MissingPackage(DataError):
 
 
 class reading:
-    """Whatever reading one record raises becomes a BadLine that begins with `where`, its "file:line".
+    """A context that turns exceptions of reading one record into a BadLine with `where`, its "file:line".
 
-    A class and not a generator: entering one costs a tenth, and files have millions of records.
+    It is a class because entering a generator's context takes ten times as long, and files have millions of records.
     """
 
     __slots__ = ("_where",)
@@ -56,7 +56,7 @@ class reading:
 
 
 def _raise_placed(error: BaseException, where: str) -> None:
-    """Raise the BadLine of what reading a record raised; return if it is no fault of the record."""
+    """Raise a BadLine for an exception of reading a record; return if the record did not cause the exception."""
     if isinstance(error, BadRecord):
         raise BadLine(f"{where}: {error.message}") from None
     if isinstance(error, MissingPackage):

@@ -1,9 +1,9 @@
-"""Which fields of a record are read, which are ignored, and which are refused.
+"""Decides which fields of a record are read, which are ignored, and which are refused.
 
-A field that a format does not know is ignored and counted, as data sets carry ids, sources and scores. It is
-refused where ignoring it would change what is trained in silence: its name is that of a known field with a typing
-mistake in it, or it is a field by which other formats and tools say what is learnt. Fields without content (null, "",
-[] and {}) say nothing, whatever their name; only typing mistakes are refused even then.
+A field that a format does not know is ignored and counted, since data sets carry ids, sources and scores. It is refused
+if ignoring it would silently change what is trained: if its name is a misspelt name of a known field, or if other
+formats and tools use it to decide what is trained. An empty field (null, "", [] or {}) is ignored whatever its name,
+unless the name is misspelt.
 """
 
 import difflib
@@ -18,18 +18,19 @@ from erniekit.data.records.errors import BadRecord
 
 @dataclass
 class Notes:
-    """What the file's report says of records that were read: fields that were ignored ("'id'", "'timestamp' of a
-    message"), and what was taken with a doubt, as sentences.
+    """Notes on records for the report about their file: `unused` are the ignored fields ("'id'", "'timestamp' of a
+    message"), `doubts` are sentences about content that was accepted although it is unusual.
     """
 
     unused: set[str] = field(default_factory=set)
     doubts: set[str] = field(default_factory=set)
 
 
-_MEDIA = "this version trains text only: remove it, or the record"
+_MEDIA = "pictures are read with stage: VL-SFT and a vision-language model: set that stage, or remove it"
+_SOUND = "sound is not known: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
 _PAIRS = "this looks like preference data (stage DPO): set stage: DPO, or remove it"
-# fields of a record by which some format or tool decides what is trained -> what to do about one
+# field by which some format or tool decides what is trained -> what the user should do about it
 DECISIVE = {
     "system": "make it the first message, of role system, or remove it",
     "system_prompt": "call it 'system', or remove it",
@@ -41,21 +42,22 @@ DECISIVE = {
     **dict.fromkeys(("response", "sort", "chosen", "rejected", "chosen_response", "rejected_response"), _PAIRS),
     "kto_tag": "training on single judged answers is not known: remove it",
     **dict.fromkeys(("weight", "loss_weight", "sample_weight", "loss_mask"), _SAMPLE_WEIGHT),
-    "text_info": "this looks like vision-language data (stage VL-SFT); remove it to train text only",
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "image_info", "video_info"), _MEDIA),
+    **dict.fromkeys(("image", "images", "video", "videos", "text_info", "image_info", "video_info"), _MEDIA),
+    **dict.fromkeys(("audio", "audios"), _SOUND),
 }
-# those of them that are fields of this package's formats, so that a misspelt one is refused with any type
+# the fields among them that our own formats have; their misspellings are refused in records of any type
 _OURS = ("system", "history", "tools", "label", "is_system", "response", "sort", "chosen", "rejected")
 _SHOWN_OR_NOT = "use the record's 'label', a 0 or 1 for each answer"
 _THOUGHT = "call it 'reasoning_content', or remove it"
-# the same for the fields of a message
+# the same for fields of a message
 DECISIVE_IN_MESSAGES = {
     **dict.fromkeys(("weight", "loss", "loss_weight", "loss_mask", "train", "mask", "label"), _SHOWN_OR_NOT),
     **dict.fromkeys(("reasoning", "thinking", "thought"), _THOUGHT),
     "refusal": "write the refusal as the content, or remove the record",
     "function_call": 'write it as tool_calls: [{"function": {"name": ..., "arguments": ...}}]',
     **dict.fromkeys(("tools", "functions"), "move it out of the message, into the record's 'tools'"),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("audio", "audios"), _SOUND),
 }
 
 
@@ -63,56 +65,57 @@ MESSAGE = "a message"
 
 
 def has_content(value: Any) -> bool:
-    """Whether a field says anything: null, "", [] and {} do not."""
+    """Whether a field has content: null, "", [] and {} are empty."""
     return not (value is None or value == "" or value == [] or value == {})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The most similar of some known names, of which there must be one."""
+    """The most similar of the known names, of which there must be at least one."""
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def check_fields(
-    values: Mapping[str, Any], known: tuple[str, ...], what: str, decisive: Mapping[str, str], notes: Notes
+    values: Mapping[str, Any], known: tuple[str, ...], owner: str, decisive: Mapping[str, str], notes: Notes
 ) -> None:
-    """Look at the fields of a record or a message that are not `known`; BadRecord for one that must not be ignored,
-    a note for each other that says something. `what` has the fields: "type alpaca", "a message".
+    """Check the fields of a record or a message that are not `known`: raise BadRecord for a field that must not be
+    ignored, and note every other one that has content. `owner` describes what has the fields: "type alpaca", "a
+    message".
     """
     for name, value in values.items():
         if name in known:
             continue
         if name in decisive:
             if has_content(value):
-                raise BadRecord(f"field {name!r} does not belong to {what}", decisive[name])
-        elif meant := misspelt(str(name), known + _OURS):
+                raise BadRecord(f"field {name!r} does not belong to {owner}", decisive[name])
+        elif similar := misspelt(str(name), known + _OURS):
             raise BadRecord(
-                f"unknown field {name!r} of {what}; the nearest known one is {meant!r}",
+                f"unknown field {name!r} of {owner}; the nearest known one is {similar!r}",
                 f"rename or remove it (known: {', '.join(known)})",
             )
         if has_content(value):
-            notes.unused.add(f"{name!r} of {MESSAGE}" if what == MESSAGE else repr(name))
+            notes.unused.add(f"{name!r} of {MESSAGE}" if owner == MESSAGE else repr(name))
 
 
 @lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that `name` probably means: the same but for case and punctuation, or a slip of the keyboard away
-    (one in a short name, two in a name of six letters and more). A name of several words is another field unless it is
-    almost the same when its words are joined: conversation_id is not conversations.
+    """The known name that `name` probably means: one that differs in case and punctuation only, or by typing mistakes
+    (one in a short name, two in a name of six or more letters). A name of several words must be similar as a whole:
+    conversation_id is not a misspelling of conversations.
     """
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
     plain = "".join(words)
-    for meant in known:
-        target = meant.lower().replace("_", "")
+    for close_names in known:
+        target = close_names.lower().replace("_", "")
         slips = 2 if len(target) >= 6 and len(words) == 1 else 1
         if len(words) > 1 and len(target) < 6:
             slips = 0
         if abs(len(plain) - len(target)) <= slips and _distance(plain, target) <= slips:
-            return meant
+            return close_names
     return None
 
 
 def _distance(a: str, b: str) -> int:
-    """Letters to insert, leave out, replace or swap with their neighbour to get from `a` to `b`."""
+    """The number of insertions, deletions, replacements and swaps of neighbours that turn `a` into `b`."""
     rows = [list(range(len(b) + 1))]
     for i, left in enumerate(a, 1):
         row = [i]

@@ -1,4 +1,4 @@
-"""Which files at a path are data, and which are evidently something else that lies beside them."""
+"""Finds the data files at a path and separates them from files that are evidently something else."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 from erniekit.utils.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".txt", ".csv", ".parquet")
-# what Hub data sets keep beside their data
+# description files of Hub data sets
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# a text for people, by its name: README.txt, LICENSE-2.0.txt, requirements.txt
+# names of texts for people: README.txt, LICENSE-2.0.txt, requirements.txt
 _NAMES = "read[-_ ]?me|licen[cs]e|notice|copying|change[-_ ]?log|citation|authors|contributing|requirements"
 _FOR_PEOPLE = re.compile(rf"({_NAMES})([-_. ].*)?\.txt", re.IGNORECASE)
-_LOOKED_AT = 65536  # bytes of a .txt file, to see whether its lines begin as JSON does
-# how a file begins that is compressed or in another form -> what it is, and what to do
+_LOOKED_AT = 65536  # bytes of a .txt file that are read to see whether its lines begin like JSON
+# first bytes of a compressed file, or one of another form -> (what it is, what to do)
 _OTHER_FORMS = {
     b"\x1f\x8b": ("compressed with gzip", "unpack it first (gunzip)"),
     b"BZh": ("compressed with bzip2", "unpack it first (bunzip2)"),
@@ -32,9 +32,9 @@ _OTHER_FORMS = {
 def find_files(
     path: Path, extensions: Sequence[str] = EXTENSIONS, with_prose: bool = False
 ) -> tuple[list[Path], list[Path]]:
-    """The data files at `path`, itself a file or a directory searched to its depth in sorted order, and the files there
-    that are not data: by their extension, a description of a data set, a text for people, what is no regular file, and,
-    unless `with_prose`, .txt files of plain text.
+    """The data files at `path`, which is a file or a directory (searched recursively, in sorted order), and the other
+    files there: those with other extensions, descriptions of data sets, texts for people, files that are not regular
+    and, unless `with_prose`, .txt files of plain text.
     """
     if not path.is_dir():
         _check_file(path, extensions)
@@ -43,10 +43,10 @@ def find_files(
     named = [p for p in everything if p.suffix.lower() in extensions and p.is_file() and not is_for_people(p)]
     data = [p for p in named if with_prose or not is_prose(p)]
     if not data:
-        others = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
+        listing = f" (it has {', '.join(p.name for p in everything[:3])})" if everything else ""
         hint = "`erniekit tokenize` makes token files of plain text" if named else "look for a typing mistake"
         raise DataError(
-            f"{path}: no data file in this directory{others}. Hint: a data file ends in {', '.join(extensions)} and "
+            f"{path}: no data file in this directory{listing}. Hint: a data file ends in {', '.join(extensions)} and "
             f"holds records; {hint}."
         )
     chosen = set(data)
@@ -62,7 +62,7 @@ def _check_file(path: Path, extensions: Sequence[str]) -> None:
 
 
 def _walk(path: Path) -> list[Path]:
-    """Every file below a directory but hidden ones and those in hidden directories."""
+    """Every file below a directory, except for hidden files and files in hidden directories."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}. Hint: check its permissions.")
@@ -70,18 +70,19 @@ def _walk(path: Path) -> list[Path]:
     paths: list[Path] = []
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # not followed, but named
+        # links are not followed, but listed
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         paths += [Path(folder, name) for name in [*files, *links] if not name.startswith(".")]
     return sorted(paths)
 
 
 def is_for_people(path: Path) -> bool:
-    """Whether a file in a directory of data is a description or a text for people, by its name."""
+    """Whether a file in a data directory is, by its name, a description of the data or a text for people."""
     return path.name in _DESCRIPTIONS or _FOR_PEOPLE.fullmatch(path.name) is not None
 
 
 def is_prose(path: Path) -> bool:
-    """Whether a .txt file is plain text: its first line does not begin as JSON does, nor do most of its lines."""
+    """Whether a .txt file is plain text: neither its first line nor most of its lines begin like JSON."""
     if path.suffix.lower() != ".txt":
         return False
     try:
@@ -95,8 +96,8 @@ def is_prose(path: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """DataError for a pipe, a device and the like, and for a file that cannot be looked at: opening one could wait for
-    ever, and a run reads its data more than once.
+    """Raise DataError for a pipe, a device and the like, since opening one could block forever and a run reads its data
+    more than once. The same holds for a file that cannot be inspected.
     """
     try:
         mode = os.stat(path).st_mode
@@ -107,7 +108,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_form(path: Path, begin: bytes) -> None:
-    """DataError if a text file begins as a compressed file does, or as one of another form."""
-    for magic, (what, hint) in _OTHER_FORMS.items():
+    """Raise DataError if a text file begins like a compressed file or one of another form."""
+    for magic, (description, hint) in _OTHER_FORMS.items():
         if begin.startswith(magic):
-            raise DataError(f"{path}: {what}, whatever its name says. Hint: {hint}.")
+            raise DataError(f"{path}: {description}, whatever its name says. Hint: {hint}.")

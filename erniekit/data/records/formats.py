@@ -1,8 +1,8 @@
-"""One record of a data file -> one Sample. Pure functions; every field is checked.
+"""Converts one record of a data file into one Sample, with pure functions that check every field.
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
-...} or {"tgt": [...]}; at stage PT the type `erniekit` means this one). At stage DPO the first four mean pairs of
-answers, see preference_formats. `fields` describes what happens to fields that a type does not know.
+...} or {"tgt": [...]}; at stage PT the type `erniekit` means this type). At stage DPO the first four mean pairs of
+answers, see preference_formats. The module `fields` describes the treatment of unknown fields.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from erniekit.data.records.sample import (
 from erniekit.data.records.values import kind_of, text_of, texts_of
 
 ALIASES = {"chatml": "messages"}
-VISION_TYPE = " (VL)"  # behind the name of a type whose records may hold pictures (data/vision/formats.py)
+VISION_TYPE = " (VL)"  # suffix of the types whose records may contain pictures (data/vision/formats.py)
 
 _SIGNATURES = {  # field -> the type that a record with it probably is
     "messages": "messages",
@@ -38,8 +38,8 @@ _PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_r
 def parse_record(record: Any, type_name: str, where: str = "record", notes: Notes | None = None) -> Sample:
     """Check a record and turn it into a Sample.
 
-    `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias; `where` ("file:line") opens the message of the
-    DataError that a wrong record raises. What was ignored or read with a doubt is added to `notes`.
+    `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias. `where` ("file:line") begins the message of the
+    DataError that a wrong record raises. Ignored fields and doubts are added to `notes`.
     """
     format = _ALL[ALIASES.get(type_name, type_name)]
     notes = Notes() if notes is None else notes
@@ -61,26 +61,27 @@ def parse_record(record: Any, type_name: str, where: str = "record", notes: Note
 
 
 def _check_type(record: dict[str, Any], format: Format, type_name: str) -> None:
-    """BadRecord if the record shows by its fields that it is of another type, or for another stage."""
+    """Raise BadRecord if the fields of the record show that it is of another type, or for another stage."""
     if any(name in record for name in format.marks):
         return
     if "text_info" in record or "image_info" in record:
         raise BadRecord(
-            f"this looks like vision-language data (stage VL-SFT), not type {type_name}",
-            "this version cannot train on it",
+            f"this looks like data with pictures (it has text_info), not type {type_name} of text alone",
+            "set stage: VL-SFT, with a vision-language model",
         )
-    likely = [what for name, what in _SIGNATURES.items() if name in record]
+    likely = [likely_type for name, likely_type in _SIGNATURES.items() if name in record]
     _check_stage(record, type_name, likely[0] if likely else "")
-    for name, what in _SIGNATURES.items():
+    for name, likely_type in _SIGNATURES.items():
         if name in record and name not in format.fields:
+            stage_hint = " and stage: PT" if likely_type == "text" else ""
             raise BadRecord(
                 f"field {name!r} does not belong to type {type_name}",
-                f"this looks like {what}; set the dataset type to {what}{' and stage: PT' if what == 'text' else ''}",
+                f"this looks like {likely_type}; set the dataset type to {likely_type}{stage_hint}",
             )
 
 
 def _check_stage(record: dict[str, Any], type_name: str, likely: str) -> None:
-    """BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
+    """Raise BadRecord for a single answer at stage DPO, and for a pair of answers at another stage."""
     is_pair = any(name in record for name in _PAIR_FIELDS)
     wants_pair = type_name in PREFERENCE_FORMATS
     if wants_pair and not is_pair and likely:

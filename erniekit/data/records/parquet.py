@@ -1,4 +1,4 @@
-"""Parquet files (extra `parquet`), held in memory in Arrow's form."""
+"""Reads parquet files (extra `parquet`) into memory in Arrow's form."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from erniekit.data.records.data_file import DIGEST_BYTES, DataFile, Raw
 from erniekit.data.records.errors import BadLine, reading
 from erniekit.utils.errors import DataError
 
-_BLOCK_BYTES = 1 << 20  # of the file, hashed at a time
+_BLOCK_BYTES = 1 << 20  # bytes of the file that are hashed at a time
 
 
 class ParquetFile(DataFile):
-    """The rows of a file as objects. Nulls are absent fields; a map is an object. Values that JSON does not have
-    (dates, bytes, decimals) are left as they are; a format that needs such a field refuses it.
+    """The rows of a file as objects. A null is an absent field, and a map becomes an object. Values that JSON lacks
+    (dates, bytes, decimals) are left unchanged; a format that reads such a field refuses it.
     """
 
     def __init__(self, path: Path):
@@ -30,7 +30,7 @@ class ParquetFile(DataFile):
             ) from None
         try:
             self._table = pyarrow.parquet.ParquetFile(path).read()
-        except Exception as error:  # a damaged file makes the library raise anything
+        except Exception as error:  # pyarrow may raise any exception for a damaged file
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             raise DataError(f"{path}: cannot be read as parquet: {reason}. Hint: is the file complete?") from None
         names = self._table.column_names
@@ -79,13 +79,13 @@ class ParquetFile(DataFile):
         return f"{self.path}:{self._rows[i] + 1}"
 
     def record_bytes(self) -> np.ndarray:
-        """The file's mean for every row: Arrow keeps columns, not rows."""
+        """The file's mean for every row, since Arrow stores columns and not rows."""
         return np.full(len(self), self._table.nbytes // max(self._table.num_rows, 1), np.int64)
 
 
 class UnreadableValue:
-    """Stands for a value that Arrow cannot give as a Python object: text that is not UTF-8, a date out of range. Fields
-    that nobody reads may hold one.
+    """A placeholder for a value that Arrow cannot convert to Python: text that is not UTF-8, a date out of range. Such
+    a value is an error only if its field is read.
     """
 
     def __init__(self, error: Exception):
@@ -96,8 +96,8 @@ class UnreadableValue:
 
 
 def _as_json(value: Any, kind: Any) -> Any:
-    """A value without the nulls with which Arrow fills the fields that only other records have, and with maps as
-    objects; `kind` is its Arrow type.
+    """The value with maps as objects and without nulls, which Arrow adds for fields that only other records have;
+    `kind` is its Arrow type.
     """
     import pyarrow
 

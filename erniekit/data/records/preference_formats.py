@@ -1,4 +1,4 @@
-"""Records of preference data -> Sample of kind "pair": a conversation so far, a chosen and a rejected answer.
+"""Converts records of preference data to Samples of kind "pair": a prompt, a chosen and a rejected answer.
 
 erniekit: {"src": [...], "tgt": [...], "response": [[...], [...]], "sort": [1, 0]}: n user turns, the n - 1 answers
 before the last, two responses, each a string or a list that alternates assistant, user, ..., assistant; the higher
@@ -17,7 +17,7 @@ from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
 
 Turns = list[dict[str, Any]]
 _SAME = ("both answers are the same", "a pair needs a better and a worse answer; remove the record")
-_LARGEST = 1e30  # of a score; the difference is held in float32
+_MAX_SCORE = 1e30  # the largest score: differences are stored in float32
 
 
 def _pair(
@@ -30,7 +30,7 @@ def _pair(
     first = match_calls(prompt + chosen, tools, "prompt + chosen", notes)
     second = match_calls(prompt + rejected, tools, "prompt + rejected", notes)
     prompt, chosen, rejected = first[: len(prompt)], first[len(prompt) :], second[len(prompt) :]
-    if chosen == rejected:  # what differs in the record may not differ any more, such as the order of results
+    if chosen == rejected:  # the answers may have become equal, as if they differed only in the order of tool results
         raise BadRecord(*_SAME)
     return Sample(prompt, tools=tools, kind="pair", answers=(chosen, rejected), score_delta=score_delta)
 
@@ -51,10 +51,10 @@ def _erniekit(record: dict[str, Any], notes: Notes) -> Sample:
     responses, sort = list_of(record, "response"), list_of(record, "sort")
     if len(responses) != 2:
         raise BadRecord(f"'response' has {len(responses)} entries", "give exactly two, a better and a worse one")
-    if len(sort) != 2 or any(type(x) not in (int, float) or not abs(x) < _LARGEST for x in sort):
+    if len(sort) != 2 or any(type(x) not in (int, float) or not abs(x) < _MAX_SCORE for x in sort):
         shown = str(sort) if len(str(sort)) <= 60 else "two others"
         raise BadRecord(f"'sort' must be two numbers, not {shown}", "give one for each response; the higher is chosen")
-    if abs(sort[0] - sort[1]) < 1 / _LARGEST:
+    if abs(sort[0] - sort[1]) < 1 / _MAX_SCORE:
         raise BadRecord(f"'sort' is {sort!r}: neither response is better", "give different numbers, or remove it")
     turns = [_alternating(response, f"response[{i}]") for i, response in enumerate(responses)]
     best = 0 if sort[0] > sort[1] else 1
@@ -94,27 +94,27 @@ def _conversations(
 ) -> Sample:
     sides = []
     for side in ("chosen", "rejected"):
-        given = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
-        if len(given) > 1:
-            raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
-        sides.append(_answer(record, given[0] if given else side, keys, notes))
-    given = [name for name in names if has_content(record.get(name))]
-    if len(given) > 1:
-        raise BadRecord(f"both {given[0]!r} and {given[1]!r} are given", "keep one of them")
+        given_fields = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
+        if len(given_fields) > 1:
+            raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
+        sides.append(_answer(record, given_fields[0] if given_fields else side, keys, notes))
+    given_fields = [name for name in names if has_content(record.get(name))]
+    if len(given_fields) > 1:
+        raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
     tools = tools_of(record, notes)
-    if not given:
+    if not given_fields:
         return _pair(*_common_beginning(system, *sides), notes, tools)
-    prompt = record[given[0]]
+    prompt = record[given_fields[0]]
     if isinstance(prompt, str):
-        turns = [{"role": "user", "content": text_of(prompt, repr(given[0]))}]
+        turns = [{"role": "user", "content": text_of(prompt, repr(given_fields[0]))}]
     else:
-        turns = turns_of(record, given[0], keys, notes)
+        turns = turns_of(record, given_fields[0], keys, notes)
     chosen, rejected = sides
     return _pair(system + turns, chosen, rejected, notes, tools)
 
 
 def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> Turns:
-    """An answer as messages, from a text, a message or a list of messages."""
+    """Converts an answer, which is a text, a message or a list of messages, to messages."""
     value = record.get(name)
     if isinstance(value, str):
         return [{"role": "assistant", "content": text_of(value, repr(name))}]
@@ -126,7 +126,9 @@ def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Not
 
 
 def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """Two whole conversations as what they share, up to the last question or tool result, and what follows."""
+    """Splits two whole conversations into their common beginning, up to the last question or tool result, and
+    the rest of each.
+    """
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1
@@ -142,7 +144,7 @@ def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Tu
 
 
 _SIDES = ("chosen", "rejected", "chosen_response", "rejected_response")
-# "(DPO)" tells these types from those of single answers: see sources.read_specs.
+# The suffix "(DPO)" distinguishes these types from those of single answers (dataset.read_specs adds it).
 PREFERENCE_FORMATS = {
     "erniekit (DPO)": Format(_erniekit, ("src", "tgt", "response", "sort", "system"), ("response",)),
     "alpaca (DPO)": Format(

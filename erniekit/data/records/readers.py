@@ -1,10 +1,10 @@
-"""Data files opened as numbered records that are read when they are asked for.
+"""Opens data files as numbered records that are read on demand.
 
-.jsonl and .txt hold one JSON object a line (blank lines are ignored), .json a list of objects (each form is read
-under the other's name, too), .csv a header line and one record a row. Of these only the place of each record is
-kept in memory, 16 bytes a record. A .json list or .csv file that breaks off within its own syntax is always an error,
-since what follows cannot be told apart; a single wrong record is the caller's to judge. .parquet (extra `parquet`) is
-held in memory in Arrow's form.
+A .jsonl or .txt file has one JSON object per line (blank lines are ignored), a .json file a list of objects (each form
+is also recognised under the other's name), a .csv file a header line and one record per row. Only the position of each
+record is kept in memory, 16 bytes per record. A syntax error of the .json list or .csv file itself is always an error,
+since the records after it cannot be separated; the caller decides about a single wrong record. A .parquet file (extra
+`parquet`) is kept in memory in Arrow's form.
 """
 
 import csv
@@ -28,15 +28,15 @@ from erniekit.data.records.parquet import ParquetFile
 from erniekit.utils.errors import DataError
 from erniekit.utils.user_files import parse_json
 
-# csv columns whose cells are JSON
+# csv columns whose cells contain JSON
 _JSON_CELLS = ("messages", "conversations", "history", "tools", "label", "is_system", "response", "sort")
 _MAX_OPEN = 32
 _BOM = b"\xef\xbb\xbf"
 
 
 def load_record(raw: Raw, where: str) -> Any:
-    """The object that a raw record holds; DataError "file:line: ..." if it is not JSON, or JSON that Python would
-    settle in silence (see user_files.parse_json).
+    """Parses a raw record. Raises DataError "file:line: ..." if it is not JSON, or is JSON whose problems Python's
+    parser ignores silently (see user_files.parse_json).
     """
     if not isinstance(raw, bytes):
         return raw
@@ -58,7 +58,7 @@ def load_record(raw: Raw, where: str) -> Any:
 
 
 class _TextFile(DataFile):
-    """A file of which byte spans are records: starts int64 [N], sizes and lines uint32 [N]."""
+    """A file whose records are byte spans: starts int64 [N], sizes and lines uint32 [N]."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -66,7 +66,7 @@ class _TextFile(DataFile):
         self._bytes = path.stat().st_size
 
     def scan(self, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> None:
-        """Index the records that `check` lets pass; the BadLine of another goes to `on_bad`."""
+        """Index the records that `check` accepts; pass the BadLine of any other record to `on_bad`."""
         self._check_form()
         state = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for start, line, raw in self._spans():
@@ -89,7 +89,7 @@ class _TextFile(DataFile):
         self.digest = state.hexdigest()
 
     def _meaning(self) -> bytes:
-        """What the records' bytes mean depends on this, too."""
+        """Further bytes that the meaning of the records depends on; they enter the digest."""
         return b""
 
     def _check_form(self) -> None:
@@ -130,7 +130,7 @@ class _TextFile(DataFile):
         return file
 
     def check_size(self, file: io.BufferedReader) -> None:
-        """DataError if the file has become shorter or longer since it was scanned."""
+        """Raise DataError if the size of the file has changed since it was scanned."""
         if os.fstat(file.fileno()).st_size != self._bytes:
             raise self._changed()
 
@@ -142,8 +142,8 @@ class _TextFile(DataFile):
 
 
 class _JsonFile(_TextFile):
-    """A list of objects. Latin-1 maps bytes to characters one to one, so that the places the JSON parser reports are
-    byte offsets.
+    """A list of objects. It is decoded as Latin-1, which maps bytes to characters one to one, so that the positions
+    that the JSON parser reports are byte offsets.
     """
 
     def _spans(self) -> Iterator[tuple[int, int, bytes]]:
@@ -152,22 +152,22 @@ class _JsonFile(_TextFile):
         if data[at:].lstrip()[:1] != b"[":
             yield from super()._spans()
             return
-        # numbers are not looked at here: one that is too long is a fault of its record, not of the list
+        # numbers are not converted here: one that is too long is an error of its record, not of the list
         text, decoder = data.decode("latin-1"), json.JSONDecoder(parse_int=float, parse_float=float)
         line, counted = 1, 0
         at = _skip_space(text, text.index("[") + 1)
         closed = text[at : at + 1] == "]"
-        at += closed  # an empty list ends right there
+        at += closed  # an empty list ends here
         while not closed:
             line, counted = line + text.count("\n", counted, at), at
             try:
                 _, end = decoder.raw_decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
-                place, why = line, "nested too deeply"
+                line_number, reason = line, "nested too deeply"
                 if isinstance(error, json.JSONDecodeError):
-                    place, why = error.lineno, error.msg
+                    line_number, reason = error.lineno, error.msg
                 raise DataError(
-                    f"{self.path}:{place}: the list cannot be read as JSON: {why}. "
+                    f"{self.path}:{line_number}: the list cannot be read as JSON: {reason}. "
                     "Hint: fix it, or write one object per line (.jsonl)."
                 ) from None
             yield at, line, data[at:end]
@@ -192,8 +192,8 @@ def _skip_space(text: str, at: int) -> int:
 
 
 class _CsvFile(_TextFile):
-    """A header row, then records that may span lines inside quotes. An empty cell is an absent field; the columns of
-    _JSON_CELLS hold JSON.
+    """A header row and records, which may span several lines inside quotes. An empty cell is an absent field; the
+    columns of _JSON_CELLS contain JSON.
     """
 
     _header: list[str]
@@ -255,17 +255,17 @@ class _CsvFile(_TextFile):
         record: dict[str, Any] = {name: cell for name, cell in zip(self._header, row, strict=True) if cell != ""}
         for name in _JSON_CELLS:
             if name in record:
-                what = f"{where}: the cell of column {name!r} must hold JSON"
+                description = f"{where}: the cell of column {name!r} must hold JSON"
                 try:
-                    record[name] = parse_json(record[name], what, BadLine)
+                    record[name] = parse_json(record[name], description, BadLine)
                 except BadLine as error:
                     raise BadLine(f"{error} Hint: write the list as JSON text.") from None
         return record
 
 
 def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[DataError], None]) -> DataFile:
-    """Open a file by its extension and pass every record through `check`; the DataError of a bad one goes to `on_bad`,
-    which may raise it.
+    """Open a file according to its extension and pass every record to `check`. The DataError of a bad record is passed
+    to `on_bad`, which may raise it.
     """
     kinds: dict[str, type[_TextFile] | type[ParquetFile]] = {
         ".json": _JsonFile,
@@ -285,8 +285,8 @@ def open_file(path: Path, check: Callable[[Raw, str], None], on_bad: Callable[[D
 
 
 def _is_list_of_objects(path: Path) -> bool:
-    """Whether a file begins with "[" and "{", as one JSON list does. ERNIEKit's own demo data is such a list in a file
-    called .jsonl.
+    """Whether a file begins with "[" and "{", as a JSON list does. ERNIEKit's own demo data is such a list in a file
+    named .jsonl.
     """
     with open(path, "rb") as file:
         begin = file.read(4096).removeprefix(_BOM)

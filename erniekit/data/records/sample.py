@@ -1,5 +1,5 @@
-"""Reading one record of a data file: what all formats share. Every check raises BadRecord, which parse_record (formats)
-turns into a DataError with the record's place.
+"""The Sample, and what all formats share in reading a record. Every check raises BadRecord, which parse_record
+(formats) turns into a DataError with the record's place.
 """
 
 from collections.abc import Callable
@@ -53,9 +53,7 @@ class Sample:
 
 
 class Format(NamedTuple):
-    """How records of one type are read: the reader, the fields it knows, and those of which one marks a record as of
-    this type.
-    """
+    """A record type: its reader, the fields that it knows, and the fields that mark a record as being of this type."""
 
     read: Callable[[dict[str, Any], Notes], Sample]
     fields: tuple[str, ...]
@@ -63,7 +61,7 @@ class Format(NamedTuple):
 
 
 def system_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The optional system field as messages; absent, null and "" all mean that there is none."""
+    """The optional system field as a list of messages, empty if the field is absent, null or ""."""
     value = record.get("system")
     if value is None or value == "":
         return []
@@ -71,7 +69,7 @@ def system_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def label_of(record: dict[str, Any], count: int) -> list[int] | None:
-    """The optional field label: a 0 or 1 for each of `count` answers."""
+    """The optional field `label`: a 0 or 1 for each of `count` answers."""
     label = record.get("label")
     if label is None:
         return None
@@ -83,7 +81,7 @@ def label_of(record: dict[str, Any], count: int) -> list[int] | None:
 
 
 def turns_of(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> list[dict[str, Any]]:
-    """The messages of a field that is a list of them; `keys` are the names of a message's role and content."""
+    """The messages in a field that is a list; `keys` are the names of a message's role and content."""
     turns = [turn_of(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
     if turns[0]["role"] == "system" and not turns[0]["content"]:
         notes.doubts.add("an empty system message is left out")
@@ -92,9 +90,9 @@ def turns_of(record: dict[str, Any], name: str, keys: tuple[str, str], notes: No
 
 
 def turn_of(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[str, Any]:
-    """One message with its role by its usual name; a function-call turn becomes an assistant message with tool_calls,
-    a tool result that is not text the JSON text of it. `name` and `tool_call_id` are kept for the templates that
-    show them (ERNIE's do not).
+    """One message with its role under the usual name. A function-call turn becomes an assistant message with
+    tool_calls, and a tool result that is not text becomes JSON text. `name` and `tool_call_id` are kept for templates
+    that render them (ERNIE's do not).
     """
     role = _role(turn, name, keys, notes)
     place = f"{name}.{keys[1]}"
@@ -117,7 +115,7 @@ def turn_of(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> dict[s
 
 
 def _content(content: Any, role: str, is_call: bool, place: str) -> str:
-    """The text of a message. It may be blank beside calls and in a result, and empty in a system message."""
+    """The text of a message. It may be blank in a message with calls and in a result, and empty in a system message."""
     text = result_text(content, place) if role == "tool" else content_of(content, place)
     if text is None and (is_call or role == "system"):
         text = ""
@@ -125,7 +123,7 @@ def _content(content: Any, role: str, is_call: bool, place: str) -> str:
 
 
 def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
-    """A turn's role by its usual name, after a look at which fields the turn has."""
+    """A turn's role under its usual name, after a check of the turn's fields."""
     if not isinstance(turn, dict):
         raise BadRecord(
             f"{name} must be an object, not {kind_of(turn)}", f'write {{"{keys[0]}": ..., "{keys[1]}": ...}}'
@@ -133,7 +131,7 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
     openai = ("tool_calls", "reasoning_content", "name", "tool_call_id") if keys[0] == "role" else ()
     given = turn.get(keys[0])
     role = _ROLES.get(given) if isinstance(given, str) else None
-    # a weight that changes nothing: that of a message without loss, or the usual one
+    # a weight without effect: on a message without loss, or equal to the default
     idle = [key for key in _WEIGHTS if key in turn and (turn[key] == 1 or role not in (None, "assistant", "function"))]
     fields = {key: value for key, value in turn.items() if key not in idle} if idle else turn
     check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
@@ -144,16 +142,16 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
 
 
 def check_order(turns: list[dict[str, Any]], name: str) -> None:
-    """The order of roles: [system] user (assistant [tool ... assistant]) user ... assistant."""
+    """Checks the order of roles: [system] user (assistant [tool ... assistant]) user ... assistant."""
     before = "start"
     for i, turn in enumerate(turns):
         role = turn["role"]
         if role not in _FOLLOWS[before]:
-            place = (
+            position = (
                 "comes first" if before == "start" else "follows " + {"calls": "a function call"}.get(before, before)
             )
             expected = "user" if before == "assistant" else " or ".join(_FOLLOWS[before])
-            raise BadRecord(f"in {name!r} the role {role!r} of turn {i} {place}", f"expected {expected} there")
+            raise BadRecord(f"in {name!r} the role {role!r} of turn {i} {position}", f"expected {expected} there")
         before = "calls" if "tool_calls" in turn else role
     if before not in ("assistant", "calls"):
         raise BadRecord(
@@ -162,7 +160,7 @@ def check_order(turns: list[dict[str, Any]], name: str) -> None:
 
 
 def conversation(record: dict[str, Any], turns: list[dict[str, Any]], name: str, notes: Notes) -> Sample:
-    """A Sample of the turns, with the record's tools and label."""
+    """A Sample from the turns and the record's tools and label."""
     check_order(turns, name)
     tools = tools_of(record, notes)
     label = label_of(record, sum(turn["role"] == "assistant" for turn in turns))
@@ -170,7 +168,9 @@ def conversation(record: dict[str, Any], turns: list[dict[str, Any]], name: str,
 
 
 def alpaca_prompt(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """system, history, and the last user turn: the field `name`, then a newline and `input` where there is one."""
+    """The messages from system, history and the last user turn: the field `name`, then a newline and `input`
+    if given.
+    """
     messages = system_messages(record)
     history = record.get("history")
     if has_content(history) and not isinstance(history, list):

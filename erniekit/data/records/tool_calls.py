@@ -1,4 +1,4 @@
-"""Function calls in records: tools, calls and their results, from the forms in which data sets have them."""
+"""Reads function calls in records: tools, calls and results, in the forms that data sets use."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from erniekit.data.records.values import content_of, json_of, json_text, kind_of
 
 
 def tool_calls_of(calls: Any, name: str, notes: Notes) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form, or as bare {"name", "arguments"}, with arguments as an object; none, null and blank text
-    mean {}.
+    """Reads calls in OpenAI's form, or as bare {"name", "arguments"}, and parses arguments to an object; absent, null
+    and blank arguments mean {}.
     """
     result = []
     for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
@@ -42,7 +42,7 @@ def tool_calls_of(calls: Any, name: str, notes: Notes) -> list[dict[str, Any]]:
 
 
 def _check_fields(value: dict[str, Any], name: str, known: tuple[str, ...]) -> None:
-    """BadRecord for a field of a call that is not known and says something: the model would not learn it."""
+    """Raise BadRecord for an unknown field of a call that has content, since the model would not be trained on it."""
     others = [str(key) for key in value if key not in known]
     unknown = next((key for key in others if has_content(value[key]) or misspelt(key, known)), None)
     if unknown is not None:
@@ -53,7 +53,7 @@ def _check_fields(value: dict[str, Any], name: str, known: tuple[str, ...]) -> N
 
 
 def tools_of(record: dict[str, Any], notes: Notes) -> list[dict[str, Any]] | None:
-    """The optional field tools, which may be JSON text; absent, null, [] and {} all mean that there are none, also as
+    """The optional field `tools`, which may be JSON text. Absent, null, [] and {} mean that there are no tools, also as
     text.
     """
     tools = json_of(record.get("tools"), "'tools'", notes)
@@ -79,12 +79,12 @@ def _tool_name(tool: dict[str, Any]) -> str:
 def match_calls(
     turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, name: str, notes: Notes
 ) -> list[dict[str, Any]]:
-    """The turns, their calls checked against `tools` and against their results. Results with ids are put into the order
-    of their calls, because a template that does not show ids tells them apart by nothing else.
+    """The turns, after checking calls against `tools` and against their results. Results with ids are put into the
+    order of their calls, because templates that do not render ids distinguish them only by order.
 
-    Without `tools` any function may be called (its description may be in the system text). Of calls without ids the
-    results may be fewer, as some data sets give several in one message. Results that follow an answer without a call
-    stay where they are, with a note: data sets hold answers that only think before a result.
+    Without `tools` any function may be called (its description may be in the system text). Calls without ids may have
+    fewer results, since some data sets put several results into one message. Results after an answer without a call
+    are kept, with a note, since some data sets have answers that only contain a thought before a result.
     """
     known = None if tools is None else [_tool_name(tool) for tool in tools]
     matched: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def match_calls(
                     "a tool result follows an answer that calls nothing; both are trained on as they stand"
                 )
                 matched.append(turn)
-            continue  # otherwise taken together with the calls before it
+            continue  # otherwise handled together with the calls before it
         matched.append(turn)
         after_call = "tool_calls" in turn
         if after_call:
@@ -108,7 +108,7 @@ def match_calls(
 def _results(
     calls: list[dict[str, Any]], results: list[dict[str, Any]], known: list[str] | None, name: str
 ) -> list[dict[str, Any]]:
-    """The results of an assistant's calls in the order of the calls; `known` are the names of the tools."""
+    """The results of an assistant's calls in the order of the calls; `known` has the names of the tools."""
     names = [call["function"]["name"] for call in calls]
     for called in names:
         if known is not None and called not in known:
@@ -123,18 +123,19 @@ def _results(
             raise BadRecord(
                 f"{name} calls {', '.join(names)} and gets a result of {result['name']!r}", "fix the result's name"
             )
-    ids, given = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
-    if not any(ids) or not any(given):
+    ids, result_ids = [call.get("id") for call in calls], [result.get("tool_call_id") for result in results]
+    if not any(ids) or not any(result_ids):
         return results
-    if set(ids) != set(given) or len(given) != len(ids) or len(set(ids)) < len(ids):
+    if set(ids) != set(result_ids) or len(result_ids) != len(ids) or len(set(ids)) < len(ids):
         raise BadRecord(
-            f"{name} has calls with the ids {ids} and results for {given}", "give each call its own id and one result"
+            f"{name} has calls with the ids {ids} and results for {result_ids}",
+            "give each call its own id and one result",
         )
     return sorted(results, key=lambda result: ids.index(result.get("tool_call_id")))
 
 
 def result_text(content: Any, name: str) -> Any:
-    """A tool result as text: of text parts (OpenAI's form) their text, of what is no string its JSON. Null stays."""
+    """A tool result as text: text parts (OpenAI's form) are joined, other values become JSON text. Null stays null."""
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):

@@ -1,4 +1,4 @@
-"""Values of a record's fields: text, lists, and JSON that may stand there as text. What is wrong raises BadRecord."""
+"""Reads values of a record's fields: text, lists, and JSON that may be given as text. Wrong values raise BadRecord."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from erniekit.utils.user_files import parse_json
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value, with its article."""
+    """JSON's name for the type of a value, with an article."""
     names = {
         dict: "an object",
         list: "a list",
@@ -26,7 +26,7 @@ def kind_of(value: Any) -> str:
 
 
 def text_of(value: Any, name: str, empty_ok: bool = False) -> str:
-    """`value` as a string that is not blank and can be written as UTF-8."""
+    """Checks that `value` is a string that is not blank and can be encoded as UTF-8, and returns it."""
     if not isinstance(value, str):
         raise BadRecord(f"{name} must be a string, not {kind_of(value)}", "put the text itself there")
     if not empty_ok and not value.strip():
@@ -42,7 +42,7 @@ def text_of(value: Any, name: str, empty_ok: bool = False) -> str:
 
 
 def texts_of(record: dict[str, Any], name: str) -> list[Any]:
-    """A field that is a string or a list of strings, as a list (its items are not yet checked)."""
+    """A field that is a string or a list of strings, as a list (whose items are not checked yet)."""
     if name not in record:
         raise BadRecord(f"field {name!r} is missing", "every record needs it; check the dataset type too")
     value = record[name]
@@ -57,7 +57,7 @@ def texts_of(record: dict[str, Any], name: str) -> list[Any]:
 
 
 def list_of(record: dict[str, Any], name: str) -> list[Any]:
-    """A field that is a list with something in it."""
+    """A field that is a list with at least one item."""
     value = record.get(name)
     if not isinstance(value, list) or not value:
         raise BadRecord(
@@ -68,7 +68,7 @@ def list_of(record: dict[str, Any], name: str) -> list[Any]:
 
 
 def content_of(value: Any, name: str) -> Any:
-    """What a message says, with the text parts of OpenAI's form joined; anything else comes back as it is."""
+    """The content of a message, with text parts in OpenAI's form joined; any other value is returned unchanged."""
     if not isinstance(value, list) or not value:
         return value
     texts = []
@@ -81,10 +81,10 @@ def content_of(value: Any, name: str) -> Any:
 
 
 def json_of(value: Any, name: str, notes: Notes) -> Any:
-    """A JSON value that may also be given as its text: both are treated alike, and blank text is null.
+    """A JSON value, which may also be given as JSON text; blank text means null.
 
-    Raw line breaks and tabs inside the strings of a text are taken with a note: JSON wants them escaped, but what they
-    mean is certain.
+    Raw line breaks and tabs inside strings of the text are accepted with a note: JSON requires them to be escaped, but
+    their meaning is clear.
     """
     if not isinstance(value, str):
         return value if value is None else checked_json(value, name)
@@ -105,13 +105,13 @@ def json_of(value: Any, name: str, notes: Notes) -> Any:
 
 
 def checked_json(value: Any, name: str) -> Any:
-    """`value`, if JSON can hold it: a column of a parquet file may hold dates, bytes or NaN."""
+    """Checks that JSON can represent `value`, and returns it: parquet columns may contain dates, bytes or NaN."""
     json_text(value, name)
     return value
 
 
 def json_text(value: Any, name: str) -> str:
-    """`value` as JSON text."""
+    """Converts `value` to JSON text."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

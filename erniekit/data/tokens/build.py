@@ -1,9 +1,9 @@
-"""From text to token files: tokenised by several processes, written in the order of the text, resumable.
+"""Builds token files from text: several processes tokenise, the output has the order of the input, and an interrupted
 
-Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}, as for stage PT) and each whole .txt file is a document.
-What has been written is noted beside the output (prefix.progress.json) after it has reached the disk; a run that finds
-the note resumes behind it. Documents are written in the order of the input whatever the number of workers, so the files
-come out the same byte for byte.
+Each record of a .jsonl file ({"text": ...} or {"tgt": [...]}, as for stage PT) and each .txt file is a document. The
+progress is recorded next to the output (prefix.progress.json) after the documents have reached the disk, and a later
+run resumes from this record. Documents are written in the order of the input for any number of workers, so the files
+are the same byte for byte.
 """
 
 import json
@@ -34,12 +34,14 @@ from erniekit.utils.user_files import JsonObject, read_json_object
 SUFFIXES = (".jsonl", ".json", ".txt")
 _CHUNK_BYTES, _CHUNK_RECORDS = 2**18, 2000
 _MB = 10**6
-_SHOWN_BAD = 5  # the others are only counted
+_MAX_WARNINGS = 5  # the others are only counted
 _BOM = b"\xef\xbb\xbf"
 
 
 class DocumentEncoder:
-    """A document's ids, ended by the end token if `append_eos`; or, with `skip_bad`, why it has none."""
+    """Encodes a document to ids, followed by the end token if `append_eos`; with `skip_bad` an error is
+    returned as text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool, skip_bad: bool):
         self._tokenizer, self._skip_bad = tokenizer, skip_bad
@@ -59,7 +61,7 @@ class DocumentEncoder:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """A DocumentEncoder in a form that can be sent to a worker."""
+    """The arguments of a DocumentEncoder, in a form that can be sent to a worker."""
 
     tokenizer: Tokenizer
     append_eos: bool
@@ -72,8 +74,8 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build has come: `offset` bytes (and `line` lines) of the input's `file`-th file are read and all that
-    came of them is written. `read` bytes of all input are done. `skipped` bad records are not in the output.
+    """The progress of a build. Everything before byte `offset` (line `line`) of input file number `file` has been
+    written. `read` counts bytes over all input files, `skipped` the bad records that were left out.
     """
 
     file: int = 0
@@ -86,8 +88,8 @@ class Progress:
 
 
 def find_inputs(paths: Sequence[str]) -> list[Path]:
-    """The .jsonl, .json and .txt files among `paths`, and in the directories among them, sorted. In a directory a text
-    for people (README.txt) is left out.
+    """The .jsonl, .json and .txt files among `paths` and, sorted, in the directories among them. In directories, texts
+    for people (README.txt) are left out.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -104,11 +106,11 @@ def find_inputs(paths: Sequence[str]) -> list[Path]:
 @dataclass
 class _Chunk:
     records: list[tuple[Raw, str]]
-    behind: Progress  # the place in the input; its counts are not filled in
+    behind: Progress  # the position in the input after this chunk, without counts
 
 
 def _chunks(files: Sequence[Path], begin: Progress) -> Iterator[_Chunk]:
-    """The input from `begin` on, in pieces of some hundred kilobytes."""
+    """Yields the input from `begin` on in chunks of some hundred kilobytes."""
     read = begin.read
     for number in range(begin.file, len(files)):
         start, line = (begin.offset, begin.line) if number == begin.file else (0, 0)
@@ -159,7 +161,7 @@ def _check_lines(path: Path, first: bytes) -> None:
 
 
 def _whole(path: Path, data: bytes) -> dict[str, Any]:
-    """A whole file as a record; what is no text stays bytes, which a record cannot hold, and so is a bad one."""
+    """A whole file as a record. Content that is not text stays bytes, which makes the record a bad one."""
     check_form(path, data)
     try:
         return {"text": data.removeprefix(_BOM).decode("utf-8")}
@@ -170,7 +172,7 @@ def _whole(path: Path, data: bytes) -> dict[str, Any]:
 def _encoded(
     chunks: Iterator[_Chunk], job: EncodeJob, num_workers: int
 ) -> Generator[tuple[Progress, list[np.ndarray | str]], None, None]:
-    """Each chunk's end and results, in order. While the main process writes and reads, every worker has a chunk."""
+    """Yields the end and the results of each chunk in order. Workers encode while the main process reads and writes."""
     if num_workers == 0:
         encoder = job.make()
         for chunk in chunks:
@@ -205,14 +207,14 @@ def _receive(chunk: _Chunk, worker: Worker, free: list[Worker]) -> tuple[Progres
 
 
 class _Note:
-    """The file in which a build notes how far it has come, and what it is made of."""
+    """The file that records the progress of a build and what it is made from."""
 
     def __init__(self, prefix: Path, job: dict[str, Any]):
         self.path = prefix.with_name(prefix.name + ".progress.json")
         self._job = job
 
     def read(self) -> Progress | None:
-        """The noted progress; None if there is none. DataError if it is another build's."""
+        """The recorded progress, or None. Raises DataError if it belongs to another build."""
         try:
             noted = JsonObject(read_json_object(self.path, DataError), str(self.path), DataError)
             counts = noted.get_object("progress")
@@ -222,7 +224,7 @@ class _Note:
         except DataError as error:
             raise DataError(f"{error} Hint: start from scratch (overwrite=true).") from None
         if not counts.values:
-            raise DataError(f"{self.path}: says nothing of a build. Hint: start from scratch (overwrite=true).")
+            raise DataError(f"{self.path}: does not describe a build. Hint: start from scratch (overwrite=true).")
         then = noted.get_object("job").values
         changed = [name for name in {**then, **self._job} if then.get(name) != self._job.get(name)]
         if changed:
@@ -233,7 +235,7 @@ class _Note:
         return progress
 
     def write(self, progress: Progress) -> None:
-        """Note `progress`, whole or not at all."""
+        """Record `progress` atomically."""
         new = self.path.with_name(self.path.name + ".new")
         with open(new, "w", encoding="utf-8") as file:
             json.dump({"job": self._job, "progress": asdict(progress)}, file, indent=1)
@@ -254,9 +256,9 @@ def build_token_files(
 ) -> Progress:
     """Write the documents of `inputs` as prefix.bin and prefix.idx, or resume a build that was interrupted.
 
-    num_workers: processes that tokenise; 0: this one. on_bad_line: "error" stops at a record that is not pretraining
-    text, with its file and line; "skip" ignores it and counts it. overwrite: replace what is there. note_every:
-    seconds from one note of the progress to the next. Returns the final counts. Raises DataError.
+    num_workers: processes that tokenise; 0: only this process. on_bad_line: "error" stops at a record that is not
+    pretraining text, with its file and line; "skip" skips and counts it. overwrite: replace existing files. note_every:
+    seconds between records of the progress. Returns the final counts. Raises DataError.
     """
     sizes = [path.stat().st_size for path in inputs]
     note = _Note(prefix, _identity(inputs, tokenizer, append_eos))
@@ -274,12 +276,12 @@ def build_token_files(
     try:
         with closing(_encoded(_chunks(inputs, begin), job, num_workers)) as encoded:
             megabytes = sum(sizes) // _MB
-            shown = track(encoded, megabytes, "tokenising, in MB of text", lambda item: item[0].read // _MB)
-            for behind, results in shown:
+            tracked = track(encoded, megabytes, "tokenising, in MB of text", lambda item: item[0].read // _MB)
+            for behind, results in tracked:
                 for ids in results:
                     if isinstance(ids, str):
                         skipped += 1
-                        _say_bad(ids, skipped)
+                        _warn_bad(ids, skipped)
                     else:
                         writer.add(ids)
                 counts = {"documents": writer.documents, "tokens": writer.tokens, "skipped": skipped}
@@ -304,7 +306,7 @@ def build_token_files(
 
 
 def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
-    """Where to begin; None: everything is written, only the note is left to be removed."""
+    """The progress to begin from; None if everything is written and only the progress file needs to be removed."""
     final = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
     if overwrite:
         for path in [note.path, *TokenWriter.leftovers(prefix), *final]:
@@ -318,9 +320,9 @@ def _begin(prefix: Path, note: _Note, overwrite: bool) -> Progress | None:
     return Progress()
 
 
-def _say_bad(reason: str, number: int) -> None:
-    if number <= _SHOWN_BAD:
-        log.warning(f"skipped: {reason}" + (" (further ones are only counted)" if number == _SHOWN_BAD else ""))
+def _warn_bad(reason: str, number: int) -> None:
+    if number <= _MAX_WARNINGS:
+        log.warning(f"skipped: {reason}" + (" (further ones are only counted)" if number == _MAX_WARNINGS else ""))
 
 
 def _identity(inputs: Sequence[Path], tokenizer: Tokenizer, append_eos: bool) -> dict[str, Any]:

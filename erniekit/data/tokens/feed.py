@@ -1,26 +1,27 @@
-"""Rows of token files (`dataset_type: pretrain`).
+"""Yields rows of token files (`dataset_type: pretrain`).
 
-**A source** is one entry of input_dir, and of it the documents of the split. An epoch of a source is all these
-documents in a random order (in the file's order with random_shuffle: false; long documents may come several times, see
-below), one after another: a run of T tokens. Epoch follows epoch, so a source is one endless run of tokens, cut into
-rows of max_seq_len tokens: a row that ends within a document is continued by another row; nothing is padded, cut off or
-read twice. The rows that begin in an epoch come in a random order too (not with random_shuffle: false), so that a batch
-is not made of one long document; only the last of them, which leads into the next epoch, keeps its place.
+**A source** is the documents of one split in one entry of input_dir. An epoch of a source is these documents in random
+order (in the file's order with random_shuffle: false; long documents may occur several times, see below), concatenated.
+The epochs are concatenated too, so a source is an endless sequence of tokens, divided into rows of max_seq_len tokens:
+a document that does not fit into a row continues in another row, and nothing is padded, dropped or read twice. The rows
+of an epoch are shuffled as well (not with random_shuffle: false), so that a batch does not consist of one long
+document. Only the last row of an epoch, which reaches into the next epoch, keeps its place.
 
-**Mixing.** Rows come in blocks of 65,536. Of each block a source gives 65,536 * weight rows (largest remainders, at
-least one), in an order drawn for each block. So weights hold to 1/65,536 in every block, and which row of which
-source is row n follows from n alone: a position is a number.
+**Mixing.** Rows are mixed in blocks of 65,536. In each block a source has 65,536 * weight rows (by largest remainders,
+at least one), in an order that is drawn for each block. The weights are therefore exact to 1/65,536 in every block, and
+the source and row of the n-th training row follow from n alone, so that a position in the data is just a number.
 
-**Ends.** An epoch of the training is as many tokens as all sources hold in one epoch. Without max_steps the training is
-num_train_epochs of them, M tokens, in ceil((M - 1) / max_seq_len) rows, of which only the last may be shorter: token M
-is the last label. Evaluation reads each source of the split once in the file's order, with a last row of its own.
+**Ends.** An epoch of the training has as many tokens as all sources have in one epoch. Without max_steps the training
+reads num_train_epochs of them, M tokens, in ceil((M - 1) / max_seq_len) rows, of which only the last may be shorter:
+token M is the last label. Evaluation reads each source of the split once in the file's order; the last row of each
+source may be shorter.
 
-**Labels** are the next token of the source. With isolate_documents every document (or piece of one) is a segment of its
-own whose positions begin at 0, and the last token of a document has no label, since what follows it is chance. Without
-it, as in Megatron-LM, a row is one segment and every token has a label.
+**Labels** are the next token of the source. With isolate_documents every document (or part of one in a row) is a
+segment whose positions begin at 0, and the last token of a document has no label, since the next document is unrelated.
+Without it, as in Megatron-LM, a row is one segment and every token has a label.
 
-**Long documents.** A document of at least long_document_min_tokens tokens comes long_document_weight times in every
-epoch, at places of their own.
+**Long documents.** A document of at least long_document_min_tokens tokens occurs long_document_weight times in every
+epoch, at independent places.
 
 Every order is drawn with SplitMix64 from (seed, ...), as in data/sampler.py.
 """
@@ -38,25 +39,25 @@ from erniekit.config.token_files import weighted_prefixes
 from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
 from erniekit.data.tokens.files import TokenFile, strip_suffix
-from erniekit.data.tokens.rows import Mix, Piece, RowOrder, Source
+from erniekit.data.tokens.rows import DocumentPart, Mix, RowOrder, Source
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
-_LOOK_AT = 1000  # documents whose last token is looked at
+_CHECKED_DOCUMENTS = 1000  # documents whose last token is checked
 _SPLITS = ("train", "eval", "test")
 
 
 class Weighted(NamedTuple):
-    """One entry of input_dir; no weight: in proportion to its tokens."""
+    """One entry of input_dir; without a weight it is mixed in proportion to its tokens."""
 
     prefix: Path
     weight: float | None
 
 
 def split_documents(shares: Sequence[float], count: int) -> dict[str, tuple[int, int]]:
-    """(998, 1, 1) -> the documents [first, last) of train, eval and test, one stretch of the file after another.
-    Missing numbers are 0. Each stretch has its rounded share of the documents, and what that makes too many or too few
-    in all is taken from, or given to, the first: as in ERNIE's and the older Megatron-LM's data sets.
+    """Divides the documents of a file: (998, 1, 1) -> [first, last) of train, eval and test, which follow one another
+    in the file. Missing numbers are 0. Each split has its rounded share, and the first split compensates for the error
+    of rounding, as in ERNIE's and older Megatron-LM's data sets.
     """
     numbers = [*shares, *[0.0] * (len(_SPLITS) - len(shares))]
     ends = np.cumsum([round(count * number / sum(numbers)) for number in numbers])
@@ -66,8 +67,8 @@ def split_documents(shares: Sequence[float], count: int) -> dict[str, tuple[int,
 
 @dataclass(frozen=True)
 class Counts:
-    """What the stream has given so far. `samples` are the documents begun, `long_documents` those of them that have
-    long_document_min_tokens tokens or more.
+    """Counts of what the stream has yielded so far. `samples` counts the documents begun, `long_documents` those among
+    them with at least long_document_min_tokens tokens.
     """
 
     samples: int = 0
@@ -79,8 +80,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class RowNumber:
-    """A position in the stream: `row` rows have been yielded, and the first `into` tokens of the next one where
-    training ended within it (with more epochs that row is longer). `counts` is for reporting only.
+    """A position in the stream: `row` rows have been yielded, and `into` tokens of the next row if training ended
+    within it (with more epochs that row becomes longer). `counts` is for reporting only.
     """
 
     row: int = 0
@@ -88,17 +89,17 @@ class RowNumber:
     into: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The position as plain JSON values."""
         return asdict(self)
 
 
 class Schedule(Protocol):
-    """Where each row lies. `num_rows` None: without end."""
+    """Where each row is in the sources. `num_rows`: None if the stream is endless."""
 
     num_rows: int | None
 
     def place(self, n: int) -> tuple[int, int, int]:
-        """(source, its first token, tokens) of row n."""
+        """(source, first token in it, number of tokens) of row n."""
         ...
 
     def rows_of_sources(self, n: int) -> list[int]:
@@ -107,7 +108,7 @@ class Schedule(Protocol):
 
 
 class Mixed(Schedule):
-    """Training: sources mixed by weight. `num_tokens` None: without end."""
+    """The schedule of training, which mixes sources by weight. `num_tokens`: None if the stream is endless."""
 
     def __init__(
         self, sources: Sequence[Source], weights: Sequence[float], seed: int, length: int, num_tokens: int | None
@@ -126,7 +127,7 @@ class Mixed(Schedule):
 
 
 class InTurn(Schedule):
-    """Evaluation: every source once, one after another."""
+    """The schedule of evaluation, which reads every source once, one after another."""
 
     def __init__(self, sizes: Sequence[int], length: int):
         self._sizes, self._length = list(sizes), length
@@ -143,7 +144,7 @@ class InTurn(Schedule):
 
 
 class TokenFeed:
-    """The rows of token files, for a Loader (see loader.Feed)."""
+    """The feed of rows from token files, for a Loader (see loader.Feed)."""
 
     exact = True
 
@@ -160,31 +161,31 @@ class TokenFeed:
         self._sources, self._schedule, self._length = list(sources), schedule, length
         self._isolate, self._long_tokens = isolate, long_tokens
         self._epoch_tokens = sum(source.epoch_tokens for source in sources)
-        self._said = False
+        self._was_logged = False
 
     def begin(self) -> RowNumber:
         """The position before the first row."""
         return RowNumber()
 
     def read_position(self, state: dict[str, Any]) -> RowNumber:
-        """The position that to_dict() described."""
+        """The position that to_dict() has saved."""
         return RowNumber(state["row"], Counts(**state["counts"]), state.get("into", 0))
 
     def rows(self, position: RowNumber) -> Generator[tuple[PackedBatch, RowNumber], None, None]:
-        """The rows after `position`, each with the position behind it. Nothing before them is read."""
+        """Yields the rows after `position`, each with the position after it. Nothing before them is read."""
         walks = [source.walk() for source in self._sources]
         number, counts, into = position.row, position.counts, position.into
         while self._schedule.num_rows is None or number < self._schedule.num_rows:
             source, start, count = self._schedule.place(number)
             if into < count:
-                row, pieces = walks[source].row(start + into, count - into, self._isolate)
-                counts = self._count(counts, row, pieces, self._sources[source])
+                row, row_parts = walks[source].row(start + into, count - into, self._isolate)
+                counts = self._count(counts, row, row_parts, self._sources[source])
                 whole = count == self._length
                 yield row, RowNumber(number + whole, counts, 0 if whole else count)
             number, into = number + 1, 0
 
-    def _count(self, counts: Counts, row: PackedBatch, pieces: list[Piece], source: Source) -> Counts:
-        begun = [piece.document for piece in pieces if piece.start == 0]
+    def _count(self, counts: Counts, row: PackedBatch, row_parts: list[DocumentPart], source: Source) -> Counts:
+        begun = [part.document for part in row_parts if part.start == 0]
         starts = source.file.starts
         long = 0
         if self._long_tokens is not None:
@@ -200,24 +201,24 @@ class TokenFeed:
     def rows_left(self, position: RowNumber) -> float:
         """Rows from `position` to the end of num_train_epochs, from the lengths alone."""
         end = self._schedule.num_rows
-        assert end is not None, "max_steps decides where this training ends"
+        assert end is not None, "rows_left is not needed if max_steps decides the end"
         epoch = math.ceil((self._epoch_tokens - 1) / self._length)
-        if not self._said:
+        if not self._was_logged:
             log.info(f"data: an epoch is {self._epoch_tokens} tokens in {epoch} rows of {self._length}")
-            self._said = True
+            self._was_logged = True
         if position.row >= end:
             return 0.0
         _, _, count = self._schedule.place(position.row)
         return float(end - position.row - (position.into >= count))
 
     def epochs_done(self, position: RowNumber) -> int:
-        """Epochs of which every label has been yielded; the very first token is no label."""
+        """The number of epochs of which every label has been yielded; the very first token is not a label."""
         return (position.counts.tokens + 1) // self._epoch_tokens
 
     def report(self, position: RowNumber) -> dict[str, Any]:
-        """samples (documents begun), rows, tokens, supervised_tokens, fill_rate (tokens / (rows * max_seq_len)), epoch;
-        cut, dropped and bad_lines are 0, since nothing is; with several sources the rows of each, and with
-        long_document_min_tokens the long documents among the samples.
+        """The counts up to `position`: samples (documents begun), rows, tokens, supervised_tokens, fill_rate (tokens /
+        (rows * max_seq_len)) and epoch; cut, dropped and bad_lines, which are always 0; with several sources the rows
+        of each, and with long_document_min_tokens the number of long documents.
         """
         counts = position.counts
         known: dict[str, Any] = asdict(counts)
@@ -240,11 +241,11 @@ class TokenFeed:
         }
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches as they are: token files hold no pictures."""
+        """Return the batches unchanged: token files contain no pictures."""
         return list(batches)
 
     def interrupt(self) -> None:
-        """Nothing here waits."""
+        """Has no effect, since reading token files never blocks."""
 
 
 def open_token_files(cfg: Config, tokenizer: Tokenizer, split: str) -> TokenFeed:
@@ -255,7 +256,7 @@ def open_token_files(cfg: Config, tokenizer: Tokenizer, split: str) -> TokenFeed
         schedule, weights = _training_schedule(cfg, entries, sources)
         long_tokens = cfg.long_document_min_tokens
         for file in {source.file.prefix: source.file for source in sources}.values():
-            _look_at_ends(file, tokenizer.eos_id)
+            _check_ends(file, tokenizer.eos_id)
     else:
         sources = _open_sources(cfg, tokenizer, split, list({entry.prefix: entry for entry in entries}.values()))
         schedule, weights = InTurn([source.epoch_tokens for source in sources], cfg.max_seq_len), []
@@ -282,7 +283,7 @@ def _shares(cfg: Config) -> str:
 
 
 def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[Weighted]) -> list[Source]:
-    """The sources of `entries`; a file that is named twice is opened once. DataError if there is nothing to read."""
+    """The sources of `entries`. A file that is named twice is opened once. Raises DataError if there is no text."""
     files = {entry.prefix: TokenFile(entry.prefix, tokenizer.vocab_size) for entry in entries}
     sources = [_source(cfg, files[entry.prefix], number, split) for number, entry in enumerate(entries)]
     largest = max(source.epoch_tokens for source in sources)
@@ -297,7 +298,7 @@ def _open_sources(cfg: Config, tokenizer: Tokenizer, split: str, entries: list[W
 
 
 def _training_schedule(cfg: Config, entries: list[Weighted], sources: list[Source]) -> tuple[Schedule, list[float]]:
-    """The schedule, and the weights that sum to 1."""
+    """The schedule of the training, and the weights, scaled to sum to 1."""
     tokens = [source.epoch_tokens for source in sources]
     given = [float(entry.weight or size) for entry, size in zip(entries, tokens, strict=True)]
     weights = [weight / sum(given) for weight in given]
@@ -306,7 +307,7 @@ def _training_schedule(cfg: Config, entries: list[Weighted], sources: list[Sourc
 
 
 def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
-    """Entry `number` of input_dir: its documents of `split`; those for training shuffled and repeated as cfg says."""
+    """The source of entry `number` of input_dir: its documents of `split`, shuffled and repeated for training."""
     first, last = split_documents(cfg.split, file.num_documents)[split]
     key, repeats, more = None, None, ""
     if split == "train":
@@ -323,7 +324,7 @@ def _source(cfg: Config, file: TokenFile, number: int, split: str) -> Source:
 
 
 def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray | None:
-    """How often each document comes in an epoch, int64 [n]; None: once."""
+    """How often each document occurs in an epoch, int64 [n]; None: once."""
     if cfg.long_document_min_tokens is None:
         return None
     long = np.diff(file.starts[first : last + 1]) >= cfg.long_document_min_tokens
@@ -334,8 +335,8 @@ def _repeats(cfg: Config, file: TokenFile, first: int, last: int) -> np.ndarray 
     return np.where(long, cfg.long_document_weight, 1) if cfg.long_document_weight > 1 else None
 
 
-def _look_at_ends(file: TokenFile, eos_id: int) -> None:
-    without, looked_at = file.without_end(eos_id, _LOOK_AT)
+def _check_ends(file: TokenFile, eos_id: int) -> None:
+    without, looked_at = file.without_end(eos_id, _CHECKED_DOCUMENTS)
     if without:
         log.warning(
             f"{file.prefix}: {without} of {looked_at} documents looked at do not end with the end token (id {eos_id}): "

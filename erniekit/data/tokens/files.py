@@ -1,6 +1,6 @@
-"""Tokenised documents on disk, as Megatron-LM lays them out: `prefix.bin` and `prefix.idx`.
+"""Token files: tokenised documents in Megatron-LM's format, `prefix.bin` and `prefix.idx`.
 
-`prefix.bin` is nothing but token ids, document after document. `prefix.idx` is, little-endian:
+`prefix.bin` has the token ids of all documents, one after another. `prefix.idx` is, little-endian:
 
     9 bytes      the magic MMIDIDX and two zero bytes
     uint64       version, 1
@@ -14,8 +14,8 @@
 
 Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (types 1 to 8); PaddleNLP and PaddleFormers, data/
 indexed_dataset.py, add types 9 and 10. Floating-point ids are refused. A document of several sequences is read as
-their concatenation. Every writer known puts the sequences one after another without gaps, and only that is accepted: it
-lets a truncated or exchanged file be told from its sizes.
+their concatenation. All known writers put the sequences one after another without gaps, and other files are refused, so
+that a truncated or exchanged file is detected by its size.
 """
 
 import hashlib
@@ -33,18 +33,18 @@ from erniekit.utils.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 _FLOATS = (6, 7)
-_HEADER = struct.Struct("<QBQQ")  # behind the magic
-_CHUNK = 2**20  # entries of the index looked at together
-_WINDOWS, _WINDOW = 16, 2**16  # stretches of ids looked at when a file is opened, and their length
+_HEADER = struct.Struct("<QBQQ")  # the fields after the magic
+_CHUNK = 2**20  # entries of the index that are checked at a time
+_WINDOWS, _WINDOW = 16, 2**16  # windows of ids that are checked when a file is opened, and their length
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smaller of uint16 and int32 that holds every id below vocab_size."""
+    """The smaller of uint16 and int32 that can represent every id below vocab_size."""
     return "<u2" if vocab_size <= 2**16 else "<i4"
 
 
 def strip_suffix(path: str) -> Path:
-    """A prefix from what a user gave: the prefix itself, or one of its two files."""
+    """The prefix of a path that is either the prefix itself or one of its two files."""
     for suffix in (".bin", ".idx"):
         if path.endswith(suffix):
             path = path.removesuffix(suffix)
@@ -53,10 +53,10 @@ def strip_suffix(path: str) -> Path:
 
 
 class TokenFile:
-    """One pair of files, checked and mapped into memory; only the place of each document is held, 8 bytes each.
+    """One pair of files, checked and mapped into memory. It needs 8 bytes of memory per document, for its position.
 
-    Every id must be below `vocab_size`: a sample of them is looked at here, all others when they are read. DataError
-    names the file and what is wrong with it.
+    Every id must be less than `vocab_size`: a sample of ids is checked here, and all others when they are read. Raises
+    DataError that names the file and its problem.
     """
 
     def __init__(self, prefix: Path, vocab_size: int):
@@ -66,7 +66,7 @@ class TokenFile:
         if prefix.with_name(prefix.name + ".lsm").exists():
             log.warning(f"{prefix}.lsm: a loss mask of PaddleFormers, which is not read: every token is learnt")
         try:
-            self.starts = self._read_index()  # token where each document begins, int64 [documents + 1]
+            self.starts = self._read_index()  # the token at which each document begins, int64 [documents + 1]
             self._ids = np.memmap(self.bin_path, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
         except OSError as error:
             raise DataError(f"{prefix}: cannot be read: {error.strerror}. Hint: check its permissions.") from None
@@ -84,19 +84,19 @@ class TokenFile:
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Ids start..stop-1 of a document, int64 [stop - start]."""
         at = int(self.starts[document])
-        # touching a mapped page behind the end of a file ends the process with SIGBUS, without a word
+        # reading a mapped page beyond the end of the file would kill the process with SIGBUS, without any message
         self._check_bin(self.num_tokens * self.dtype.itemsize)
         ids = self._ids[at + start : at + stop]
         self._check_ids(at + start, ids)
         return ids.astype(np.int64)
 
     def where(self, document: int) -> str:
-        """A document's place, for messages."""
+        """The place of a document for messages."""
         return f"{self.prefix}:document {document}"
 
     def digest(self) -> str:
-        """A hash of the lengths of all documents and of the ids in windows spread over the file: reading all of it
-        would take as long as the training's first epoch does.
+        """A hash of the lengths of all documents and of the ids in windows spread over the file, since reading the
+        whole file would take as long as the first epoch of the training.
         """
         state = hashlib.blake2b(np.ascontiguousarray(self.starts, "<i8").data, digest_size=8)
         for window in self._windows():
@@ -107,11 +107,11 @@ class TokenFile:
         return np.unique(np.linspace(0, max(0, self.num_tokens - _WINDOW), _WINDOWS).astype(np.int64)).tolist()
 
     def without_end(self, eos_id: int, look_at: int) -> tuple[int, int]:
-        """Of at most `look_at` documents spread over the file: how many do not end with `eos_id`, and how many were
-        looked at. Empty documents are not counted.
+        """(number of documents that do not end with `eos_id`, number of checked documents) of at most `look_at`
+        documents spread over the file. Empty documents are not counted.
         """
-        some = np.unique(np.linspace(0, self.num_documents - 1, min(look_at, self.num_documents)).astype(np.int64))
-        ends = self.starts[some + 1][self.starts[some + 1] > self.starts[some]]
+        sample = np.unique(np.linspace(0, self.num_documents - 1, min(look_at, self.num_documents)).astype(np.int64))
+        ends = self.starts[sample + 1][self.starts[sample + 1] > self.starts[sample]]
         return int((self._ids[ends - 1] != eos_id).sum()), len(ends)
 
     def _check_ids(self, start: int, ids: np.ndarray) -> None:
@@ -140,21 +140,23 @@ class TokenFile:
             kind = "floating-point numbers, which are no token ids" if code in _FLOATS else "unknown"
             raise self._refused(f"its type of ids has code {code}: {kind}")
         self.dtype = np.dtype(DTYPES[code])
-        wanted = len(head) + 12 * sequences + 8 * entries
-        if size < wanted:
+        expected = len(head) + 12 * sequences + 8 * entries
+        if size < expected:
             raise self._refused(
-                f"truncated: {size} of the {wanted} bytes that {sequences} sequences take", "copy it again"
+                f"truncated: {size} of the {expected} bytes that {sequences} sequences take", "copy it again"
             )
-        if size == wanted + sequences and sequences:
+        if size == expected + sequences and sequences:
             raise self._refused(
                 "a mode is recorded for each sequence (multimodal data)", "only files of text can be read"
             )
-        if size > wanted:
-            raise self._refused(f"{size - wanted} bytes too many for {sequences} sequences and {entries - 1} documents")
+        if size > expected:
+            raise self._refused(
+                f"{size - expected} bytes too many for {sequences} sequences and {entries - 1} documents"
+            )
         return self._starts(len(head), sequences, entries)
 
     def _starts(self, offset: int, sequences: int, entries: int) -> np.ndarray:
-        """Token where each document begins, from the three arrays of the index, checked against one another."""
+        """The token at which each document begins, from the index's three arrays, which are checked for consistency."""
         if not sequences or not entries:
             raise self._refused("it holds no document", "look at how it was made")
         sizes = np.memmap(self.idx_path, "<i4", "r", offset, (sequences,))
@@ -190,16 +192,16 @@ class TokenFile:
             starts[start : start + _CHUNK] = begins // self.dtype.itemsize
         return starts
 
-    def _check_bin(self, wanted: int) -> None:
+    def _check_bin(self, expected: int) -> None:
         size = self.bin_path.stat().st_size
-        if size < wanted:
+        if size < expected:
             raise DataError(
-                f"{self.bin_path}: truncated: {size} of the {wanted} bytes that {self.idx_path.name} describes. "
+                f"{self.bin_path}: truncated: {size} of the {expected} bytes that {self.idx_path.name} describes. "
                 "Hint: copy it again, or build it again."
             )
-        if size > wanted:
+        if size > expected:
             raise DataError(
-                f"{self.bin_path}: {size} bytes, but {self.idx_path.name} describes {wanted}. "
+                f"{self.bin_path}: {size} bytes, but {self.idx_path.name} describes {expected}. "
                 "Hint: the two files do not belong together."
             )
 
@@ -230,10 +232,10 @@ def _foreign(head: bytes) -> str:
 
 
 class TokenWriter:
-    """Writes a pair of files piece by piece, under temporary names until finish().
+    """Writes a pair of files document by document, under temporary names until finish().
 
-    Of a build that was broken off, the first `documents` documents with `tokens` tokens are kept and what was written
-    behind them is cut off; with 0 it starts from scratch. add() takes what has reached the disk only after sync().
+    If an interrupted build is continued, its first `documents` documents with `tokens` tokens are kept and anything
+    after them is removed; with 0 the build starts from scratch. Documents are safe on disk only after sync().
     """
 
     def __init__(self, prefix: Path, dtype: str, documents: int = 0, tokens: int = 0):
@@ -245,18 +247,19 @@ class TokenWriter:
         }
         prefix.parent.mkdir(parents=True, exist_ok=True)
         if not self._parts[".bin"].exists() and self._final[".bin"].exists() and documents:
-            self._final[".bin"].rename(self._parts[".bin"])  # broken off between the two renames of finish()
+            # the build was interrupted between the two renames of finish()
+            self._final[".bin"].rename(self._parts[".bin"])
         self._bin = _open_at(self._parts[".bin"], tokens * self._dtype.itemsize)
         self._sizes = _open_at(self._parts[".sizes"], documents * 4)
 
     @staticmethod
     def leftovers(prefix: Path) -> list[Path]:
-        """The temporary files of an unfinished build that are there."""
+        """The existing temporary files of an unfinished build."""
         paths = [prefix.with_name(prefix.name + suffix + ".part") for suffix in (".bin", ".idx", ".sizes")]
         return [path for path in paths if path.exists()]
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document, ids [n] that fit the type of the file."""
+        """Append one document, ids [n] within the range of the file's type."""
         assert len(ids) < 2**31, "a length is an int32"
         self._bin.write(ids.astype(self._dtype).tobytes())
         self._sizes.write(struct.pack("<i", len(ids)))
@@ -270,12 +273,12 @@ class TokenWriter:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Stop without finishing; the temporary files stay."""
+        """Close the files without finishing; the temporary files are kept."""
         self._bin.close()
         self._sizes.close()
 
     def finish(self) -> None:
-        """Write the index and give both files their names."""
+        """Write the index and rename both files to their final names."""
         self.sync()
         self.close()
         code = next(code for code, dtype in DTYPES.items() if np.dtype(dtype) == self._dtype)
@@ -303,11 +306,11 @@ class TokenWriter:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """The file opened for appending behind its first `size` bytes; what follows them is cut off."""
-    there = path.stat().st_size if path.exists() else 0
-    if there < size:
+    """Opens a file for appending after its first `size` bytes; anything after them is removed."""
+    actual = path.stat().st_size if path.exists() else 0
+    if actual < size:
         raise DataError(
-            f"{path}: {there} bytes, but {size} had been written. Hint: start from scratch (overwrite=true)."
+            f"{path}: {actual} bytes, but {size} had been written. Hint: start from scratch (overwrite=true)."
         )
     file = open(path, "ab")  # noqa: SIM115 - the writer keeps it open
     file.truncate(size)

@@ -1,5 +1,5 @@
-"""Which tokens of which token file make up which row: pure functions of the seed and the files' lengths. What they
-decide is described in data/tokens/feed.py.
+"""Decides which tokens of which token file make up each row, by pure functions of the seed and the files' lengths. The
+rules are described in data/tokens/feed.py.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from erniekit.data.sampler import permutation
 from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import ConfigError
 
-_BLOCK = 65536  # rows that are mixed together
-_MIXING, _DOCUMENTS, _ROWS = 0, 1, 2  # what an order is for
+_BLOCK = 65536  # rows in a block of the mixture
+_MIXING, _DOCUMENTS, _ROWS = 0, 1, 2  # the first number of a random key: what the order is for
 
 
-class Piece(NamedTuple):
-    """A part of a document within a stretch of a source's tokens: the document's number, its tokens [start, stop), and
-    whether that is its end.
+class DocumentPart(NamedTuple):
+    """A part of a document in a row: the document's number, its tokens [start, stop), and whether they include the
+    document's end.
     """
 
     document: int
@@ -28,10 +28,10 @@ class Piece(NamedTuple):
 
 
 class Source:
-    """The documents [first, last) of a file, as one endless run of tokens; see the module's description.
+    """The documents [first, last) of a file as an endless sequence of tokens (see feed.py).
 
-    `key` is the seed and what else tells this source's orders from others'; None keeps the file's order. `repeats` [n]
-    says how often each document comes in an epoch; None: once.
+    `key` has the seed and further numbers that distinguish the orders of this source from others; None keeps the file's
+    order. `repeats` [n]: how often each document occurs in an epoch; None: once.
     """
 
     epoch_tokens: int
@@ -48,11 +48,11 @@ class Source:
         self.epoch_tokens = int(self._lengths.sum() if repeats is None else (self._lengths * repeats).sum())
 
     def walk(self) -> "Walk":
-        """A reader of its own, for one thread."""
+        """A new reader, for use by one thread."""
         return Walk(self)
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of an epoch [n], and the token of the epoch at which each begins, int64 [n + 1]."""
+        """The documents of an epoch in order [n], and the token at which each begins, int64 [n + 1]."""
         documents = self._documents
         if self.key is not None:
             documents = documents[permutation(len(documents), (*self.key, _DOCUMENTS, epoch))]
@@ -62,15 +62,17 @@ class Source:
 
 
 class Walk:
-    """Reads stretches of a source. The order of the latest epoch is kept, since rows mostly follow one another."""
+    """Reads ranges of a source's tokens. It caches the order of the latest epoch, since most rows are in the
+    same epoch.
+    """
 
     def __init__(self, source: Source):
         self._source = source
         self._epoch, self._order = -1, (np.empty(0, np.int64), np.zeros(1, np.int64))
 
-    def pieces(self, start: int, count: int) -> list[Piece]:
-        """The parts of documents that make up tokens start..start+count-1 of the source."""
-        pieces: list[Piece] = []
+    def pieces(self, start: int, count: int) -> list[DocumentPart]:
+        """The parts of documents that tokens start..start+count-1 of the source consist of."""
+        pieces: list[DocumentPart] = []
         while count:
             epoch, at = divmod(start, self._source.epoch_tokens)
             if epoch != self._epoch:
@@ -82,13 +84,13 @@ class Walk:
                 begin, end = int(starts[place]), int(starts[place + 1])
                 upto = min(end, stop)
                 if upto > at:
-                    pieces.append(Piece(int(documents[place]), at - begin, upto - begin, upto == end))
+                    pieces.append(DocumentPart(int(documents[place]), at - begin, upto - begin, upto == end))
                     start, count, at = start + upto - at, count - (upto - at), upto
                 place += 1
         return pieces
 
-    def row(self, start: int, count: int, isolate: bool) -> tuple[PackedBatch, list[Piece]]:
-        """Tokens start..start+count-1 of the source with their labels, and what they are made of."""
+    def row(self, start: int, count: int, isolate: bool) -> tuple[PackedBatch, list[DocumentPart]]:
+        """Tokens start..start+count-1 of the source as a row with labels, and the parts of documents in it."""
         file, pieces = self._source.file, self.pieces(start, count)
         ids = np.concatenate([file.read(piece.document, piece.start, piece.stop) for piece in pieces])
         last = pieces[-1]
@@ -110,18 +112,18 @@ class Walk:
 
 
 class RowOrder:
-    """Where the rows of a source begin, in the order in which they come. For any thread."""
+    """The first tokens of a source's rows, in the order in which rows are used. It is safe to use from any thread."""
 
     def __init__(self, source: Source, length: int):
         self._tokens, self._length, self._key = source.epoch_tokens, length, source.key
-        self._latest = (-1, np.empty(0, np.int64))  # the latest epoch and its order
+        self._latest = (-1, np.empty(0, np.int64))  # the latest epoch and its order, cached
 
     def start(self, n: int) -> int:
-        """First token of the n-th row that the source gives."""
+        """The first token of the n-th row that is used from the source."""
         if self._key is None:
             return n * self._length
         epoch = n * self._length // self._tokens
-        first, end = (-(-e * self._tokens // self._length) for e in (epoch, epoch + 1))  # its rows
+        first, end = (-(-e * self._tokens // self._length) for e in (epoch, epoch + 1))  # the range of the epoch's rows
         if n == end - 1:
             return n * self._length
         latest = self._latest
@@ -131,17 +133,17 @@ class RowOrder:
 
 
 class Mix:
-    """Which row of which source is row n of the training, for sources of these weights. For any thread."""
+    """Maps row n of the training to a source and a row of it, by the weights. It is safe to use from any thread."""
 
     def __init__(self, weights: Sequence[float], seed: int):
         self._seed = seed
         self.quotas = _quotas(weights)
         self._owners = np.repeat(np.arange(len(weights)), self.quotas)
-        # the latest block, its rows' sources, and their rows counted within the block
+        # cache: the latest block, the source of each of its rows, and the row's number within its source and block
         self._latest = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def place(self, n: int) -> tuple[int, int]:
-        """(source, row of that source)."""
+        """The source of row n, and the number of the row in that source."""
         if len(self.quotas) == 1:
             return 0, n
         block, at = divmod(n, _BLOCK)
@@ -170,16 +172,16 @@ class Mix:
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """Rows of a block for each source, by the largest remainders, at least one each; int64 [sources]."""
+    """The rows that each source has in a block, by largest remainders and at least one, int64 [sources]."""
     if len(weights) > _BLOCK:
         raise ConfigError(f"input_dir: {len(weights)} files; at most {_BLOCK}. Hint: join some of them.")
     exact = np.asarray(weights) / sum(weights) * _BLOCK
     quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
-    order = np.argsort(quotas - exact, kind="stable")  # furthest below its share first
+    order = np.argsort(quotas - exact, kind="stable")  # sources furthest below their share first
     missing = _BLOCK - int(quotas.sum())
     if missing > 0:
         quotas[order[:missing]] += 1
-    while missing < 0:  # many sources with less than a row each: the largest give way
+    while missing < 0:  # many sources have less than one row each, so the largest give up rows
         quotas[int(quotas.argmax())] -= 1
         missing += 1
     return quotas

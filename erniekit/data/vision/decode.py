@@ -135,6 +135,10 @@ class MediaDecoder:
             where = batch.sources[document]
             self._say(decoded, where)
             if decoded.patches is None:
+                if len(batch.pairs):
+                    raise DataError(
+                        f"{where}: {decoded.failure}. Hint: remove the pair: it has no place without a loss."
+                    )
                 failed.add(document)
                 shape = (plan.geometry.patches, 3 * plan.patching.patch**2)
                 patches.append(np.zeros(shape, np.uint8))

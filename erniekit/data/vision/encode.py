@@ -9,11 +9,13 @@ import numpy as np
 
 from erniekit.data.batch import IGNORE, Document, DocumentPictures
 from erniekit.data.chat.encode import Encoded
+from erniekit.data.chat.pairs import one_answer
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, BadRecord, reading
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
 from erniekit.data.vision import positions
+from erniekit.data.vision.documents import pair_document, text_sequences
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
 from erniekit.data.vision.media import MediaReader
@@ -51,7 +53,7 @@ class VisionSpec:
 
     @property
     def video(self) -> VideoOptions:
-        """How videos are read."""
+        """The options for reading videos."""
         return VideoOptions(self.settings.choice, self.images, self.video_seconds)
 
     def __repr__(self) -> str:
@@ -95,11 +97,68 @@ class VisionEncoder:
                 plans = plan_media(
                     list(media_of(sample.messages)), options.reader, self._spec.settings, self._spec.video
                 )
-                return self._fitted(sample, plans, where)
+                if sample.kind == "text":
+                    return self._text(sample, plans, where)
+                return (
+                    self._fitted(sample, plans, where) if sample.answers is None else self._pair(sample, plans, where)
+                )
         except BadLine as error:
             if not self._skip_bad:
                 raise
             return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
+
+    def _text(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
+        """A pretraining text in as many documents as it needs. With the overflow "shrink" a picture that alone is too
+        long is made smaller.
+        """
+        if self._spec.overflow == "shrink":
+            plans = [(shrink([plan], self._max_seq_len - 2) or [plan])[0] for plan in plans]
+        [message] = sample.messages
+        tokens, tokenizer = [plan.geometry.tokens for plan in plans], self.template.tokenizer
+        try:
+            sequences = text_sequences(message["content"], tokens, self._tokens, tokenizer, self._max_seq_len)
+        except BadRecord as error:
+            if self._spec.overflow == "error":
+                raise
+            return Encoded(where, dropped=error.message)
+        documents, used = [], 0
+        inside = (self._tokens.image, self._tokens.video)
+        for ids, labels in sequences:
+            count = sum(i in inside for i in ids)
+            documents.append(self._document(_Sequence(ids, labels, count), plans[used : used + count]))
+            used += count
+        documents = [document for document in documents if (document.labels != IGNORE).any()]
+        return Encoded(where, documents, dropped="" if documents else "there is no text to learn")
+
+    def _pair(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
+        """A pair of answers in one document; it is dropped if it does not fit, with the overflow "shrink" also with
+        smaller pictures.
+        """
+        assert sample.answers is not None
+        sides = [self._sequences(one_answer(sample, answer)) for answer in sample.answers]
+        if any(len(side) > 1 for side in sides):
+            raise BadRecord("the chat template rewrites earlier turns", "give answers of one turn, or another template")
+        sequences = [side[0] for side in sides]
+        texts = [len(sequence.ids) - sequence.media for sequence in sequences]
+        prompt = next((t for t, label in enumerate(sequences[0].labels) if label != IGNORE), 0)
+        room = self._max_seq_len - (sum(texts) - prompt + sequences[0].media)
+        fitted: list[MediaPlan] | None = plans
+        if tokens_of(plans) > room:
+            fitted = shrink(plans, room) if self._spec.overflow == "shrink" and room > 0 else None
+        if fitted is None:
+            reason = (
+                f"the pair has {self._max_seq_len - room + tokens_of(plans)} tokens, {tokens_of(plans)} of them of "
+                f"pictures, more than max_seq_len {self._max_seq_len}"
+            )
+            if self._spec.overflow == "error":
+                raise DataError(f"{where}: {reason}. Hint: raise max_seq_len, or lower max_pixels.")
+            return Encoded(where, dropped=reason)
+        chosen, rejected = (self._document(sequence, fitted) for sequence in sequences)
+        try:
+            document = pair_document(chosen, rejected, sample.score_delta)
+        except DataError as error:
+            raise BadRecord(str(error).removesuffix("."), "change the pair, or remove it") from None
+        return Encoded(where, [document], shrunk=fitted is not plans)
 
     def _fitted(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
         """The documents of the most rounds that fit."""
@@ -137,7 +196,7 @@ class VisionEncoder:
                 fits, best = middle, (sequences, fitted)
         return best or (self._sequences(sample, ends[0]), None)
 
-    def _sequences(self, sample: Sample, end: int) -> list[_Sequence]:
+    def _sequences(self, sample: Sample, end: int | None = None) -> list[_Sequence]:
         """The training sequences of a conversation's messages before `end`."""
         messages = sample.messages[:end]
         label = sample.label
@@ -166,7 +225,7 @@ class VisionEncoder:
         return len(sequence.ids) - sequence.media + tokens_of(plans[: sequence.media])
 
     def _excess(self, sequences: Sequence[_Sequence], plans: Sequence[MediaPlan]) -> tuple[int, str, str]:
-        """The length that does not fit, what of it are pictures, and the smallest change that would make it fit."""
+        """The length that does not fit, the share of pictures in it, and the smallest change that would make it fit."""
         longest = max(sequences, key=lambda sequence: self._length(sequence, plans))
         length, media = self._length(longest, plans), plans[: longest.media]
         text = length - tokens_of(media)

@@ -20,6 +20,7 @@ from erniekit.data.vision.boxes import convert_arguments, convert_text
 from erniekit.data.vision.erniekit_format import read_erniekit
 from erniekit.data.vision.images import image_size
 from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
+from erniekit.data.vision.text_and_pairs import READERS
 from erniekit.data.vision.turns import read_turn
 
 _MEDIA = ("images", "image", "videos", "video", "objects")
@@ -30,7 +31,7 @@ _READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
 def parse_vision_record(
     record: Any, type_name: str, where: str, options: FormatOptions, notes: Notes | None = None
 ) -> Sample:
-    """Check a record and turn it into a Sample of kind "chat"; the content of a message is text or a list of parts (see
+    """Check a record and turn it into a Sample; the content of a message is text or a list of parts (see
     `parts`).
 
     `type_name` is a key of FORMATS or an alias, also with VISION_TYPE behind it; `where` ("file:line") opens the
@@ -42,7 +43,7 @@ def parse_vision_record(
             raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
         name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
         likely = _likely_type(record)
-        if likely is not None and likely != name:
+        if likely is not None and likely != name.removesuffix(" (DPO)"):
             raise BadRecord(
                 f"this record is of type {likely}, not {type_name.removesuffix(VISION_TYPE)}",
                 f"set the dataset type to {likely}",
@@ -52,7 +53,8 @@ def parse_vision_record(
         decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {other[1]} has {other[0]}")
         decisive |= dict.fromkeys(("audio", "audios"), "sound is not known: remove it, or the record")
         check_fields(record, fields, f"type {type_name}", decisive, notes)
-        return _with_relative_boxes(read(record, options, notes), options)
+        sample = read(record, options, notes)
+        return _with_relative_boxes(sample, options) if sample.kind == "chat" else sample
 
 
 def _likely_type(record: dict[str, Any]) -> str | None:
@@ -154,4 +156,5 @@ FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
     "messages": (_messages, ("messages", "tools", "label", "system", *_MEDIA)),
     "sharegpt": (_sharegpt, ("conversations", "system", "tools", "label", *_MEDIA)),
     "alpaca": (_alpaca, ("instruction", "input", "output", "history", "system", *_MEDIA)),
+    **READERS,
 }

@@ -1,6 +1,6 @@
 """Which frames of a video are used, and the time that is drawn on them: numbers only, as in ERNIE 4.5's training code.
 
-Videos come as files, or as frames that somebody extracted: then all of them are used, up to the bound.
+Videos come as files, or as frames that were extracted before: then all of them are used, up to the bound.
 """
 
 import functools

@@ -1,13 +1,17 @@
 """From the size of a picture (and the number of frames of a video) to its grid of patches and its number of tokens.
 
-`measure` is the only place that knows this: counting, packing, decoding, checking and serving call it, so that the
-placeholders of a sequence always agree with the features of the model.
+`measure` is the only place that knows this: counting, packing, decoding, checking and serving call it. The number of
+tokens follows from the grid in positions.num_tokens, which the model calls, too, so that the placeholders of a sequence
+always agree with the model's features.
 """
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from erniekit.data.vision.positions import MERGED_FRAMES, num_tokens
 from erniekit.utils.errors import DataError
 
 MAX_RATIO = 200  # of the longer side to the shorter one; beyond it the shorter side decides
@@ -29,13 +33,12 @@ VIDEO_LIMITS = PixelLimits(299 * TOKEN_AREA, 1196 * TOKEN_AREA)
 
 @dataclass(frozen=True)
 class Patching:
-    """How a picture is divided: the side of a patch in pixels, and how many patches (rows and columns, and frames)
-    become one token.
+    """How a picture is divided: the side of a patch in pixels, and how many rows and columns of patches become one
+    token.
     """
 
     patch: int = 14
     spatial_merge: int = 2
-    temporal_merge: int = 2
 
     @property
     def factor(self) -> int:
@@ -71,19 +74,17 @@ def measure(
 ) -> Geometry:
     """The geometry of a picture of width x height pixels, or of a video of that size if `frames` is given.
 
-    A video whose number of frames is no multiple of the temporal merge repeats its last frame. The default of `limits`
+    A video with an odd number of frames repeats its last frame. The default of `limits`
     is IMAGE_LIMITS or VIDEO_LIMITS. Raises DataError where no size within the limits exists.
     """
     limits = limits or (IMAGE_LIMITS if frames is None else VIDEO_LIMITS)
     new_width, new_height = smart_resize(width, height, limits, patching.factor)
     rows, columns = new_height // patching.patch, new_width // patching.patch
-    cells = rows * columns // patching.spatial_merge**2
-    if frames is None:
-        return Geometry(new_width, new_height, (1, rows, columns), cells)
-    if frames < 1:
+    if frames is not None and frames < 1:
         raise DataError(f"a video of {frames} frames: it must have at least one")
-    merged = math.ceil(frames / patching.temporal_merge)
-    return Geometry(new_width, new_height, (merged * patching.temporal_merge, rows, columns), merged * cells)
+    all_frames = 1 if frames is None else math.ceil(frames / MERGED_FRAMES) * MERGED_FRAMES
+    grid = (all_frames, rows, columns)
+    return Geometry(new_width, new_height, grid, int(num_tokens(np.array([grid]), patching.spatial_merge)[0]))
 
 
 def smart_resize(width: int, height: int, limits: PixelLimits, factor: int = PUBLISHED.factor) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Pictures: bytes -> uint8 pixels -> patches, with the arithmetic of ERNIE 4.5's training code (Pillow, bicubic).
 
 Transparent pixels become white, 16-bit grey is divided by 256, an orientation tag is ignored unless asked for. The
-model normalises uint8 patches itself; `normalise` gives the values that transformers' processor returns.
+model normalises uint8 patches itself (pixels.py).
 """
 
 import io
@@ -20,9 +20,6 @@ from erniekit.data.records.fields import Notes
 from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching
 from erniekit.data.vision.media import MediaReader, describe
 
-# CLIP's statistics of the channels red, green, blue, which the vision tower was trained with
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # Formats whose decoders are part of Pillow's wheel and start no other program (EPS would).
 _WANTED = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Image.init()
@@ -59,13 +56,22 @@ def image_size(source: Any, reader: MediaReader, options: ImageOptions = IMAGE_O
 def load_image(
     source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS, notes: Notes | None = None
 ) -> np.ndarray:
-    """The pixels of a picture, uint8 [height, width, 3]. `source`: see MediaReader, or a PIL image, or such an array.
+    """The pixels of a picture, uint8 [height, width, 3]; see load_picture."""
+    if isinstance(source, np.ndarray):
+        return check_array(source)
+    return np.asarray(load_picture(source, reader, options, notes))
+
+
+def load_picture(
+    source: Any, reader: MediaReader, options: ImageOptions = IMAGE_OPTIONS, notes: Notes | None = None
+) -> Image.Image:
+    """A decoded picture in RGB. `source`: see MediaReader, or a PIL image, or an array uint8 [height, width, 3].
 
     BadRecord for what cannot be decoded; to `notes` is added what was decided: an ignored orientation tag, frames of an
     animation after the first.
     """
     if isinstance(source, np.ndarray):
-        return check_array(source)
+        return Image.fromarray(check_array(source))
     with _opened(source, reader, options) as image:
         if _count_frames(image) > 1 and notes is not None:
             notes.doubts.add("an animated picture: only its first frame is used")
@@ -77,7 +83,9 @@ def load_image(
                     "a picture has an orientation tag, which is ignored as in ERNIE's training code "
                     "(apply_exif: true turns the picture)"
                 )
-        return np.asarray(to_rgb(image))
+        picture = to_rgb(image)
+        picture.load()  # before its file is closed
+        return picture
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -177,12 +185,16 @@ class _Timed(io.BufferedIOBase):
         return True
 
 
-def resize(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] at the size of a geometry, by Pillow's bicubic filter."""
+def resize(picture: Image.Image | np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture in RGB, or its pixels uint8 [H, W, 3], as pixels at the size of a geometry, by Pillow's bicubic
+    filter.
+    """
     size = (geometry.width, geometry.height)
-    if (pixels.shape[1], pixels.shape[0]) == size:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    if isinstance(picture, np.ndarray):
+        if (picture.shape[1], picture.shape[0]) == size:
+            return picture
+        picture = Image.fromarray(picture)
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
 
 
 def patchify(frames: np.ndarray, patching: Patching = PUBLISHED) -> np.ndarray:
@@ -195,17 +207,3 @@ def patchify(frames: np.ndarray, patching: Patching = PUBLISHED) -> np.ndarray:
     blocks = frames.reshape(count, rows // merge, merge, side, columns // merge, merge, side, channels)
     ordered = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)
     return np.ascontiguousarray(ordered).reshape(count * rows * columns, channels * side * side)
-
-
-def normalise(patches: np.ndarray, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> np.ndarray:
-    """uint8 patches [P, 3 * patch * patch] as float32 values (x / 255 - mean) / std by channel.
-
-    Bit-equal to transformers' processor with Pillow, which divides in fp64 and does the rest in fp32.
-    """
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-    table = (levels - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]  # [channels, 256]
-    by_channel = patches.reshape(len(patches), len(mean), -1)
-    values = np.empty(by_channel.shape, np.float32)
-    for channel, row in enumerate(table):
-        values[:, channel] = row[by_channel[:, channel]]
-    return values.reshape(patches.shape)

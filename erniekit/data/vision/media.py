@@ -1,4 +1,4 @@
-"""Where the bytes of a picture or video are: a file, a member of an archive, a data URI, a URL, or the record."""
+"""The sources of a picture's or video's bytes: a file, a member of an archive, a data URI, a URL, or the record."""
 
 import base64
 import binascii

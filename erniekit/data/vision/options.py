@@ -50,7 +50,7 @@ def processor_settings(cfg: Config, settings: ProcessorSettings) -> ProcessorSet
 
 
 def image_options(cfg: Config) -> ImageOptions:
-    """How pictures are decoded."""
+    """The options for decoding pictures."""
     return replace(IMAGE_OPTIONS, apply_exif=cfg.apply_exif, max_pixels_decoded=cfg.max_decoded_pixels)
 
 

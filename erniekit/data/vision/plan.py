@@ -10,7 +10,7 @@ from erniekit.data.batch import Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.geometry import TOKEN_AREA, Geometry, Patching, PixelLimits, measure
-from erniekit.data.vision.images import image_size, load_image, patchify, resize
+from erniekit.data.vision.images import image_size, load_picture, patchify, resize
 from erniekit.data.vision.media import MediaReader, describe, unwrap
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.video import VideoOptions, open_video
@@ -46,7 +46,7 @@ class MediaPlan:
 
     @property
     def name(self) -> str:
-        """What it is, for messages."""
+        """The name of its kind for messages."""
         return describe(self.part[self.part["type"]])
 
     @property
@@ -71,7 +71,7 @@ class MediaPlan:
     def pixels(self, notes: Notes | None = None) -> np.ndarray:
         """Decode and resize it: uint8 [frames of the grid, H, W, 3]. BadRecord for what cannot be decoded."""
         if self.frames is None:
-            picture = load_image(self.part["image"], self.reader, self.options.images, notes)
+            picture = load_picture(self.part["image"], self.reader, self.options.images, notes)
             return resize(picture, self.geometry)[None]
         video = open_video(self.part, self.reader, self.options, notes)
         if self.thinned:

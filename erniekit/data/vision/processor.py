@@ -12,9 +12,10 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision import positions
-from erniekit.data.vision.images import ImageOptions, normalise
+from erniekit.data.vision.images import ImageOptions
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import content_parts, media_of
+from erniekit.data.vision.pixels import normalise
 from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.data.vision.processor_files import ProcessorSettings, read_settings, write_settings
 from erniekit.data.vision.sequence import Expanded, MediaTokens, expand

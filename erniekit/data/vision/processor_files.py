@@ -15,7 +15,8 @@ import numpy as np
 
 from erniekit.data.vision.frames import FONT, FrameOptions
 from erniekit.data.vision.geometry import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
-from erniekit.data.vision.images import MEAN, STD
+from erniekit.data.vision.pixels import MEAN, STD
+from erniekit.data.vision.positions import MERGED_FRAMES
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, read_json_object
@@ -43,9 +44,11 @@ class ProcessorSettings:
     std: np.ndarray = field(default_factory=STD.copy)
 
 
-def read_settings(directory: Path) -> ProcessorSettings:
-    """The settings of a model directory; the published ones where it has no such file. CheckpointError names the file
-    and the key that cannot be.
+def read_settings(directory: Path, model: Patching | None = None) -> ProcessorSettings:
+    """The settings of a model directory; the published ones where it has no such file.
+
+    `model`: how the model that receives the pixels divides them; it also normalises them itself, by pixels.MEAN and
+    STD. CheckpointError names the file and the key that cannot be, or that differs from the model.
     """
     outer, image, video = (_read(directory / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE))
     image = outer.get_object("image_processor") if "image_processor" in outer else image
@@ -57,12 +60,10 @@ def read_settings(directory: Path) -> ProcessorSettings:
             )
     settings = ProcessorSettings()
     merge = image.get_int("merge_size", image.get_int("spatial_conv_size", PUBLISHED.spatial_merge, 1, 8), 1, 8)
-    patching = Patching(
-        image.get_int("patch_size", PUBLISHED.patch, 1, _MAX_SIDE),
-        merge,
-        image.get_int("temporal_conv_size", video.get_int("temporal_patch_size", PUBLISHED.temporal_merge, 1, 8), 1, 8),
-    )
-    return replace(
+    patching = Patching(image.get_int("patch_size", PUBLISHED.patch, 1, _MAX_SIDE), merge)
+    for file, key in ((image, "temporal_conv_size"), (video, "temporal_patch_size")):
+        file.get_int(key, MERGED_FRAMES, MERGED_FRAMES, MERGED_FRAMES)
+    settings = replace(
         settings,
         patching=patching,
         images=_limits(image, "", settings.images),
@@ -71,6 +72,23 @@ def read_settings(directory: Path) -> ProcessorSettings:
         mean=_channels(image, "image_mean", settings.mean),
         std=_channels(image, "image_std", settings.std),
     )
+    if model is not None:
+        _require_same(settings, ProcessorSettings(patching=model), directory)
+    return settings
+
+
+def _require_same(settings: ProcessorSettings, model: ProcessorSettings, directory: Path) -> None:
+    for what, theirs, ours in (
+        ("patch_size", settings.patching.patch, model.patching.patch),
+        ("merge_size", settings.patching.spatial_merge, model.patching.spatial_merge),
+        ("image_mean", _plain(settings.mean), _plain(model.mean)),
+        ("image_std", _plain(settings.std), _plain(model.std)),
+    ):
+        if not np.allclose(theirs, ours, rtol=1e-4, atol=0):
+            raise CheckpointError(
+                f"{directory}: {what}: {theirs} in the processor's files, but the model computes with {ours}. Copy "
+                "these files again from the model's source."
+            )
 
 
 def write_settings(directory: Path, settings: ProcessorSettings) -> None:
@@ -95,7 +113,7 @@ def write_settings(directory: Path, settings: ProcessorSettings) -> None:
         "min_pixels": settings.images.min_pixels,
         "max_pixels": settings.images.max_pixels,
         "spatial_conv_size": patching.spatial_merge,
-        "temporal_conv_size": patching.temporal_merge,
+        "temporal_conv_size": MERGED_FRAMES,
         "video_min_pixels": settings.videos.min_pixels,
         "video_max_pixels": settings.videos.max_pixels,
         "video_fps": choice.fps,
@@ -107,7 +125,7 @@ def write_settings(directory: Path, settings: ProcessorSettings) -> None:
     video = common | {
         "video_processor_type": "Ernie4_5_VLMoeVideoProcessor",
         "size": _size(settings.videos),
-        "temporal_patch_size": patching.temporal_merge,
+        "temporal_patch_size": MERGED_FRAMES,
         "min_frames": choice.min_frames,
         "max_frames": choice.max_frames,
         # no fps: with it transformers refuses frames that come as arrays; Baidu's keys above have it

@@ -1,1 +1,1 @@
-"""Recipes: the loss of each method, and what its terms are divided by."""
+"""Recipes: the loss of each method, and the divisors of its terms."""

@@ -1,4 +1,4 @@
-"""What a recipe gives the trainer: named sums, and the counts that each is divided by."""
+"""The interface between recipes and the trainer: named sums, and the counts by which they are divided."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from erniekit.training.reference import Reference
 
 @dataclass(frozen=True)
 class Term:
-    """One part of the loss: `weight * total / count`, where the count named `divisor` is summed over the whole step.
+    """One term of the loss: `weight * total / count`, where the count named `divisor` is summed over the whole step.
 
     `total` is a scalar sum over this microbatch. The trainer logs `total / count` as "loss_" and the term's name; a
     term without weight is no part of the loss and only logged, under its name alone. `gradient_divisor`: the count that
@@ -41,8 +41,8 @@ class Recipe(ABC):
     reference: Reference | None = None
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """A step's microbatches with what the recipe needs to know of them before any model is trained on them. Every
-        rank calls it at the same time, so passes through the model are possible.
+        """Add to a step's microbatches what the recipe needs before the step, such as a reference's log-probabilities.
+        Every rank calls it at the same time, so passes through the model are possible.
         """
         return list(microbatches)
 
@@ -51,20 +51,20 @@ class Recipe(ABC):
         return
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
-        """Weights that a run needs, beside those it trains, to be resumed: under the model's names, by the directory of
-        a checkpoint that holds them.
+        """Weights that a run needs in addition to the trained ones in order to resume: under the model's names, by
+        their directory in a checkpoint.
         """
         return {}
 
     @abstractmethod
     def counts(self, batch: PackedBatch) -> dict[str, float]:
-        """Divisors of this microbatch's terms; they are summed over microbatches and data ranks."""
+        """The divisors of this microbatch's terms, which are summed over microbatches and data ranks."""
 
     @abstractmethod
     def head_terms(
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
-        """The terms that the last layer's output [T, D], before the final norm, gives. Only the last stage calls it."""
+        """The terms from the last layer's output [T, D], before the final norm. Only the last stage calls it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Next-token training: supervised fine-tuning and pretraining differ in their data, not here."""
+"""Next-token training, for supervised fine-tuning and pretraining, which differ only in their data."""
 
 from dataclasses import dataclass
 

@@ -83,7 +83,7 @@ class PreferenceRecipe(Recipe):
         return cls(cfg, model, scorer, reference)
 
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The step's microbatches with what the loss compares with; nothing here has gradients."""
+        """Add the reference's log-probabilities to the step's microbatches, without gradients."""
         prepared = list(microbatches)
         if self.reference is not None:
             found = self.reference.log_probs(prepared)
@@ -104,7 +104,7 @@ class PreferenceRecipe(Recipe):
             self.reference.update(self._policy)
 
     def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
-        """A reference that moves; one that does not is loaded from model_name_or_path."""
+        """The weights of a reference that is updated; any other one is loaded from model_name_or_path."""
         if self.cfg.ref_model_update_steps > 0 and isinstance(self.reference, SecondModel):
             return {"reference": trained_tensors(self.reference.model)}
         return {}
@@ -170,7 +170,8 @@ class PreferenceRecipe(Recipe):
             sums.add("chosen", ratios.c.sum())
             sums.add("rejected", ratios.r.sum())
             num_pairs += found.shape[1]
-        # A read before the step's passes: every rank's pairs are needed for what their loss contains.
+        # This reads from the device before the step's passes, since the loss contains means over the pairs of all
+        # ranks.
         fetched = sums.fetch()
         totals = np.array([fetched.get("chosen", 0.0), fetched.get("rejected", 0.0), num_pairs], np.float64)
         chosen, rejected, count = comm.sum_floats(totals, self._scorer.forward.mesh.data_group).tolist()

@@ -1,1 +1,1 @@
-"""What a run tells its user while it trains and leaves behind: one small file a kind of report."""
+"""Reports during a run and after it, with one small module for each kind of report."""

@@ -1,4 +1,4 @@
-"""What the trainer passes to its callbacks."""
+"""The interface of callbacks, and the data that the trainer passes to them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,9 @@ from erniekit.config.schema import Config
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run as it begins: `start_step` is the step it resumes after (0: from the beginning), `max_steps` its last."""
+    """The facts about a run at its start: `start_step` is the step after which it resumes (0: none),
+    `max_steps` the last.
+    """
 
     output_dir: Path
     max_steps: int

@@ -1,4 +1,4 @@
-"""metrics.jsonl: an object a step. It is the record that the plot and the summary are made from."""
+"""Writes and reads metrics.jsonl, with one object per step, from which the plot and the summary are made."""
 
 import json
 import math
@@ -45,9 +45,7 @@ def _is_metrics(record: dict[str, Any]) -> bool:
 
 
 def copy_lines(path: Path, target: Path, last_step: float = math.inf) -> None:
-    """Make `target` what a metrics file says of steps up to `last_step`; without a file, or where it says nothing of
-    them, there is no `target` afterwards.
-    """
+    """Copy the records of steps up to `last_step` to `target`, which does not exist afterwards if there are none."""
     kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.is_file() else []
     if kept:
         atomic.write_text(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
@@ -56,7 +54,7 @@ def copy_lines(path: Path, target: Path, last_step: float = math.inf) -> None:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: they become null."""
+    """Converts NaN and infinity, which JSON lacks, to null."""
     return value if math.isfinite(value) else None
 
 
@@ -87,7 +85,9 @@ class MetricsFile(Callback):
             raise self._failure(error) from error
 
     def _drop_later(self, last_step: int) -> None:
-        """Keep the lines up to `last_step`; say what was dropped. A file with nothing to drop is not touched."""
+        """Keep the lines up to `last_step` and log the number of dropped ones. A file without later lines is
+        not changed.
+        """
         kept, later, broken = [], 0, 0
         with open(self._path, encoding="utf-8", errors="replace") as old:
             for line in old:
@@ -134,7 +134,7 @@ class MetricsFile(Callback):
             raise self._failure(error) from error
 
     def _reopen_if_lost(self, file: TextIO) -> None:
-        """A file that was deleted still takes lines, and nobody ever sees them."""
+        """Open a new file if the present one was deleted, since lines written to a deleted file are lost."""
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
                 return

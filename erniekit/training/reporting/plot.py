@@ -31,7 +31,7 @@ def _column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
 
 def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the records of a metrics file into a PNG: loss, for preference training rewards, and learning rate."""
-    # Not at the top: matplotlib takes half a second to import. No pyplot: a figure of our own needs no display.
+    # Imported late, since matplotlib takes half a second to import. Without pyplot, a figure needs no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -77,7 +77,7 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    """Every step; a long run's faintly, under their moving average."""
+    """Draws every step; in long runs faintly, under the moving average."""
     is_long = len(steps) >= 60
     marker = "o" if len(steps) == 1 else None
     name = f"{label}, each step"
@@ -107,11 +107,11 @@ class LossPlot(Callback):
         self._directory: Path | None = None
 
     def on_start(self, run: RunInfo) -> None:
-        """Remember where the run is."""
+        """Remember the run's directory."""
         self._directory = run.output_dir
 
     def on_save(self, step: int, path: Path) -> None:
-        """Draw what there is so far."""
+        """Draw the run so far."""
         self._draw()
 
     def on_end(self, summary: dict[str, Any]) -> None:
@@ -128,5 +128,5 @@ class LossPlot(Callback):
                 return
             with atomic.new_file(path) as temporary:
                 draw(records, temporary, self._directory.name)
-        except Exception as error:  # whatever a drawing library may raise: no plot is worth a run
+        except Exception as error:  # any error of the drawing library: a plot must not end a run
             log.warning(f"{path}: not drawn ({type(error).__name__}: {error}); the numbers are in {FILE_NAME}")

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar, or plain lines where there is no terminal."""
+"""Shows progress: a bar on a terminal, otherwise plain log lines."""
 
 import time
 from collections import deque
@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import log
 
-_WINDOW = 20  # steps that the shown speed is an average of
+_WINDOW = 20  # the number of steps over which the speed is averaged
 
 
 def _count(value: float) -> str:
-    """1234567 -> 1.23M: three digits are enough to follow a run."""
+    """A large number with three digits: 1234567 -> 1.23M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -29,7 +29,7 @@ def _clock(seconds: float) -> str:
 
 
 def _rewards(parts: dict[str, float]) -> str:
-    """The two numbers that show whether preference training works: pairs in the right order, and by how much."""
+    """The reward margin and accuracy, which show whether preference training works."""
     if "reward_margin" not in parts:
         return ""
     return f"  reward margin {parts['reward_margin']:.3f}  accuracy {parts['reward_accuracy']:.0%}"
@@ -58,7 +58,7 @@ class ProgressReport(Callback):
         self._bar: Progress | None = None
 
     def on_start(self, run: RunInfo) -> None:
-        """Say what begins, and show the bar if there is where to show it."""
+        """Log the start of the run, and show the bar if there is a terminal."""
         self._run = run
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._begin = time.monotonic()
@@ -83,7 +83,7 @@ class ProgressReport(Callback):
             self._bar.start()
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Move the bar, or write a line if it is time for one."""
+        """Update the bar, or log a line every `logging_steps` steps."""
         self._recent.append((metrics.num_tokens, metrics.seconds))
         loss = f"loss {metrics.loss:.4f}{_modalities(metrics.parts)}{_rewards(metrics.parts)}"
         numbers = f"{loss}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
@@ -99,11 +99,11 @@ class ProgressReport(Callback):
         log.info(f"step {step}: evaluation: {_metrics(metrics)}")
 
     def on_save(self, step: int, path: Path) -> None:
-        """Say where the checkpoint is, or will be once it is written in the background."""
+        """Log the path of the checkpoint, which may still be being written in the background."""
         log.info(f"step {step}: {'saved' if path.is_dir() else 'saving'} {path}")
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Take the bar away; its last state stays on the screen."""
+        """Stop the bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -114,6 +114,6 @@ class ProgressReport(Callback):
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
 
     def _left(self, step: int) -> float:
-        """Seconds to go, at the pace of this process so far, evaluations and saves included."""
+        """The estimated remaining seconds, at the average speed of this process, including evaluations and saves."""
         done = step - self._run.start_step
         return (time.monotonic() - self._begin) / done * (self._run.max_steps - step)

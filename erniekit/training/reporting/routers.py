@@ -1,4 +1,4 @@
-"""routers.jsonl and expert_load.png: what each sparse layer's router did, step by step."""
+"""Writes routers.jsonl and expert_load.png: the statistics of each sparse layer's router, step by step."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ class RouterLog(Callback):
         self._start_step = 0
 
     def on_start(self, run: RunInfo) -> None:
-        """Nothing is written before the first step that has routers."""
+        """Remember the run's directory; files are created at the first step with routers."""
         self._path = run.output_dir / FILE_NAME
         self._start_step = run.start_step
 
@@ -41,7 +41,7 @@ class RouterLog(Callback):
         self._write({"step": metrics.step, "layers": metrics.routers})
 
     def on_save(self, step: int, path: Path) -> None:
-        """Draw what there is so far."""
+        """Draw the run so far."""
         self._draw()
 
     def on_end(self, summary: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ class RouterLog(Callback):
         try:
             with atomic.new_file(self._path.with_name("expert_load.png")) as temporary:
                 draw(list(read_records(self._path)), temporary)
-        except Exception as error:  # a picture must not cost the run
+        except Exception as error:  # an error of the picture must not end the run
             log.warning(f"expert_load.png could not be drawn: {error}")
 
 

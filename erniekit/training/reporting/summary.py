@@ -1,4 +1,4 @@
-"""summary.json: a run in a dozen numbers."""
+"""Writes summary.json, a dozen numbers about the run."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FILE_NAME = "summary.json"
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held at once, in MB of 2^20 bytes."""
+    """The peak resident memory of this process in MB of 2^20 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, Linux KB
 
@@ -28,12 +28,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Converts NaN and infinity, which JSON lacks, to null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Summary(Callback):
-    """Writes output_dir/summary.json at the end and says the most important of it.
+    """Writes output_dir/summary.json at the end and logs its most important numbers.
 
     Losses, token counts, step_seconds and data_wait_share (the time spent waiting for batches over that and
     step_seconds) are of the whole run, over all its resumptions. wall_seconds and the speeds
@@ -64,7 +64,7 @@ class Summary(Callback):
         try:
             numbers = self._numbers(self._run) | {name: _plain(value) for name, value in summary.items()}
             atomic.write_text(path, json.dumps(numbers, ensure_ascii=False, indent=2, default=str) + "\n")
-        except OSError as error:  # the run's own result, or its own error, must not be lost over this
+        except OSError as error:  # this must not hide the run's result or error
             log.warning(f"{path}: cannot be written ({error.strerror})")
             return
         if "error" not in summary and numbers["final_loss"] is not None:

@@ -201,7 +201,7 @@ def test_json(given, tmp_path, capsys):
 def test_a_model_that_is_not_here_is_not_downloaded_and_records_are_checked_all_the_same(given, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"src": ["q"]}\n' + record("q", "a"))
     args = given(model_name_or_path="baidu/ERNIE-4.5-0.3B-PT", continue_training=True)
-    assert "is no local path: the command downloads it" in findings(args, "note")
+    assert "is not a local path: the command downloads it" in findings(args, "note")
     assert "train.jsonl:1: " in findings(args, "error")
     assert f"1 records from {tmp_path}/train.jsonl (1)" in findings(args, "ok")
 

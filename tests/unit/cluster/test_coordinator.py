@@ -91,7 +91,7 @@ def test_the_cause_is_told_from_its_consequences():
     assert reply["kind"] == "stop" and not reply["restart"]
     assert reply["headline"].startswith("rank 3 on host1") and reply["detail"] == "words 3" and reply["code"] == 70
     assert a.report(12.0)["detail"] == "words 3"
-    assert a.coordinator.all_told
+    assert a.coordinator.all_know_end
 
 
 def test_whoever_blames_a_peer_is_believed_for_a_while():
@@ -200,11 +200,11 @@ def test_a_spare_is_waited_for_and_told_that_nothing_was_trained_on_it():
     assert spare.hello(10.0)["kind"] == "wait"
     for host in (a, b, a):
         host.report(11.0, done=True)
-    assert not a.coordinator.all_told
+    assert not a.coordinator.all_know_end
     reply = spare.hello(11.5)
     assert (reply["kind"], reply["restart"], reply["code"]) == ("stop", False, 1)
     assert "nothing was trained here" in reply["headline"]
-    assert a.coordinator.all_told
+    assert a.coordinator.all_know_end
 
 
 def test_a_spare_that_has_gone_is_not_waited_for():
@@ -214,7 +214,7 @@ def test_a_spare_that_has_gone_is_not_waited_for():
     a.coordinator.disconnect(spare.id, 10.5)
     for host in (a, b, a):
         host.report(11.0, done=True)
-    assert a.coordinator.all_told
+    assert a.coordinator.all_know_end
 
 
 def test_a_report_of_a_host_that_is_not_in_the_attempt():

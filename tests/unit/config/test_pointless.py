@@ -79,7 +79,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("export", {"num_hidden_layers": 2}, {}, None),
     ("train", {"beta": 0.1, "max_prompt_len": 2048}, {}, DPO),
     ("train", {"num_nextn_predict_layers": 1}, DPO, {}),
-    ("train", {"token_balance_loss": True}, DPO, {}),
+    ("train", {"token_balance_loss": "row"}, DPO, {}),
     ("train", {"z_loss_lambda": 0.1}, DPO, {}),
     ("train", {"simpo_gamma": 0.2}, DPO, {**DPO, "loss_type": "simpo"}),
     ("train", {"dpop_lambda": 0.2}, DPO, {**DPO, "loss_type": "dpop"}),

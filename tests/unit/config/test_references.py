@@ -70,7 +70,7 @@ def test_a_reference_keeps_the_text_of_a_number_and_sees_overrides(tmp_path: Pat
         ("${oc.env:ABSENT}/x", "no key that is given and no environment variable is called ABSENT"),
         ("${ABSENT}", "no key that is given and no environment variable is called ABSENT"),
         ("${now:%Y}", "unknown resolver now"),
-        ("${oc.env:}", "is no name of an environment variable"),
+        ("${oc.env:}", "is not a valid name of an environment variable"),
         ("${}", "neither a key nor"),
         ("${a b}", "neither a key nor"),
         ("${RUNROOT", "the closing } is missing"),
@@ -78,7 +78,7 @@ def test_a_reference_keeps_the_text_of_a_number_and_sees_overrides(tmp_path: Pat
         ("${output_dir}/x", "refers to itself"),
         ("${logging_dir}", "refers to itself"),
         ("\\${RUNROOT}", "write $${"),
-        ("x${train_dataset_path}", "no text that could stand inside another text"),
+        ("x${train_dataset_path}", "not a text or number"),
     ],
 )
 def test_what_is_refused(value: str, expected: str):

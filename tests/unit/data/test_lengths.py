@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path, monke
     monkeypatch.setattr(lengths, "cache_directory", lambda: tmp_path / "file")
     with build(data) as loader:
         assert loader.rows_left()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 def test_few_files_are_kept(tmp_path, monkeypatch, cache):

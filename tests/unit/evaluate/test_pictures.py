@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.pictures import blocks, encoded, write_picture
-from support.tiny_directories import model_directory, vision_model_directory, write_lines
+from support.tiny_directories import model_directory, write_lines
+from support.vision_directories import vision_model_directory
 
 import erniekit
 from erniekit.config import Config, load
@@ -19,7 +20,7 @@ from erniekit.utils.errors import ConfigError, DataError
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vision_model_directory(tmp_path_factory.mktemp("model") / "vl")
+    return vision_model_directory(tmp_path_factory.mktemp("model") / "vl", weights=True, max_pixels=84 * 84)
 
 
 def frames(directory: Path) -> Path:

@@ -118,6 +118,6 @@ def test_degrees_of_the_yaml_change_nothing_and_are_named(tmp_path, caplog):
     """One process streams tensor by tensor (test_merge.py and test_convert.py bound its memory)."""
     trained(tmp_path / "checkpoint-1", "tiny-dense")
     cfg = load({"output_dir": str(tmp_path), "tensor_parallel_degree": 8, "pipeline_parallel_degree": 4})
-    streams = "`export` streams tensor by tensor in one process, degrees of the YAML are not needed"
+    streams = "`export` streams tensor by tensor in one process and needs no parallel degrees"
     assert any(note.startswith("tensor_parallel_degree") and streams in note for note in cfg.notes)
     assert export(cfg).num_files == 1

@@ -97,7 +97,7 @@ def test_an_adapter_does_not_decide_what_is_asked_of_a_hub(base: Path, tmp_path:
     attach(model, LoraOptions(rank=2))
     state_of(model).base = "stranger/model"
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"model_name_or_path: .*'stranger/model', which is no directory here"):
+    with pytest.raises(CheckpointError, match=r"model_name_or_path: .*'stranger/model', which is not a directory here"):
         open_model(settings(checkpoint=tmp_path / "adapter"))
     opened = open_model(settings(checkpoint=tmp_path / "adapter", model_name_or_path=base))
     assert opened.path == tmp_path / "adapter"

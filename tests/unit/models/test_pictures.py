@@ -58,10 +58,10 @@ def test_a_model_of_text_alone_takes_no_pictures():
 
 
 def test_uint8_pixels_and_tensors_are_taken_too(model: CausalLM):
-    from erniekit.models.vision import PIXEL_MEAN, PIXEL_STD
+    from erniekit.data.vision.pixels import MEAN, STD
 
     raw = np.random.default_rng(1).integers(0, 256, (8, PATCH)).astype(np.uint8)
-    mean, std = (np.repeat(np.array(each), 4) for each in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (np.repeat(np.array(each), 4) for each in (MEAN, STD))
     ready = paddle.to_tensor(((raw / 255.0 - mean) / std).astype(np.float32))
     with paddle.no_grad():
         first = model(paddle.to_tensor(IDS), pixel_values=raw, image_grid_thw=GRID).numpy()

@@ -4,8 +4,9 @@ import numpy as np
 import paddle
 import pytest
 
+from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.resampler import Resampler, frame_pairs
-from erniekit.models.vision import PIXEL_MEAN, PIXEL_STD, VisionTransformer, patch_positions
+from erniekit.models.vision import VisionTransformer, patch_positions
 from erniekit.models.vision_config import VisionConfig
 
 CONFIG = VisionConfig(depth=2, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=2)
@@ -34,7 +35,7 @@ def test_patches_stand_in_blocks_that_become_one_token():
 
 def test_pixels_are_normalised_by_channel_in_fp32(tower: VisionTransformer):
     patches = pixels(8)
-    mean, std = (np.repeat(np.array(each), 4) for each in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (np.repeat(np.array(each), 4) for each in (MEAN, STD))
     normalised = ((patches / 255.0 - mean) / std).astype(np.float32)
     grid = np.array([[1, 2, 4]])
     with paddle.no_grad():

@@ -1,15 +1,19 @@
 """Layers fall into consecutive pieces, evenly, as told, or by cost."""
 
+import math
 import re
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_sizes import DENSE, MOE
+from support.tiny_vision import CONFIG
 
 from erniekit.models.config import ModelConfig
-from erniekit.parallel.pipeline_split import Costs, layer_costs, split_layers
+from erniekit.models.weights import our_shapes
+from erniekit.parallel.pipeline_split import PICTURE_SHARE, Costs, layer_costs, split_layers, vision_cost
 from erniekit.utils.errors import ConfigError
 
 MOE_MTP = MOE | {"num_nextn_predict_layers": 1}
@@ -111,3 +115,28 @@ def test_costs_are_the_weights_that_a_token_meets_plus_attention(sizes):
 def test_refusals(arguments, message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         split_layers(*arguments)
+
+
+def test_the_vision_transformer_and_the_resampler_are_costs_of_the_first_chunk() -> None:
+    """As many multiply-adds as their projections have weights, four patches to a token."""
+    config = ModelConfig.from_dict(CONFIG)
+    projections = {"tower": 0, "resampler": 0}
+    for name, shape in our_shapes(config).items():
+        if len(shape) == 2 and name.startswith("model.vision_model"):
+            projections["tower"] += math.prod(shape)
+        elif len(shape) == 2 and name.startswith("model.resampler_model"):
+            projections["resampler"] += math.prod(shape)
+    assert config.vision is not None
+    cost = vision_cost(config.vision, config.hidden_size)
+    assert cost == 4 * projections["tower"] + projections["resampler"]
+    with_vision, text = layer_costs(config, 100), layer_costs(replace(config, vision=None), 100)
+    assert with_vision == replace(text, first=text.first + PICTURE_SHARE * cost)
+
+
+def test_a_large_tower_leaves_the_first_stage_fewer_layers() -> None:
+    config = ModelConfig.from_dict(CONFIG)
+    assert config.vision is not None
+    tower = replace(config.vision, depth=20)
+    costs = [layer_costs(replace(config, num_hidden_layers=8, vision=vision), 100) for vision in (None, tower)]
+    first_stages = [split_layers(8, 2, "balanced", each)[0] for each in costs]
+    assert len(first_stages[1]) < len(first_stages[0])

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.pictures import blocks, write_picture
-from support.tiny_directories import model_directory, vision_model_directory
+from support.tiny_directories import model_directory
+from support.vision_directories import vision_model_directory
 
 import erniekit
 from erniekit.config import Config, load
@@ -26,7 +27,7 @@ from erniekit.utils.errors import ConfigError, UserError
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vision_model_directory(tmp_path_factory.mktemp("model") / "vl")
+    return vision_model_directory(tmp_path_factory.mktemp("model") / "vl", weights=True, max_pixels=84 * 84)
 
 
 @pytest.fixture(autouse=True)

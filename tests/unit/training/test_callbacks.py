@@ -73,6 +73,7 @@ def test_a_step_is_one_object_with_its_parts_beside_the_loss(tmp_path: Path):
             "tokens_per_second": 200.0,
             "num_supervised": 40,
             "seconds": 0.5,
+            "data_seconds": 0.0,
             "lm_loss": 4.5,
             "router_balance_loss": 0.5,
         },

@@ -157,7 +157,7 @@ def test_a_legitimate_change_is_said_by_key(fit, said):
         "z_loss_lambda": 0.1,
         "neftune": True,
         "ema_decay": 0.5,
-        "token_balance_loss": True,
+        "token_balance_loss": "sample",
         "compute_type": "bf16",
     }
     fit(max_steps=1)

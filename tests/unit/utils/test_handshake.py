@@ -111,7 +111,7 @@ def test_the_silent_and_the_slow_hold_up_nobody(listener, monkeypatch, capfd):
 
 
 def test_more_strangers_than_places(listener, monkeypatch):
-    monkeypatch.setattr(handshake, "_MOST_PENDING", 4)
+    monkeypatch.setattr(handshake, "_MAX_PENDING", 4)
     monkeypatch.setattr(handshake, "_YOUNG", 0.1)
     with closing(Door(listener, TOKEN, "test")) as door, ExitStack() as stack:
         for _ in range(8):

@@ -21,7 +21,7 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
 def test_a_signal_is_noted_while_it_is_deferred(name: str, paddle: str):
     done = run(
         f"stop_signals.listen(); {paddle}\n"
-        f"with stop_signals.deferred(): send('{name}'); print(stop_signals.asked().name)"
+        f"with stop_signals.deferred(): send('{name}'); print(stop_signals.requested().name)"
     )
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
     assert ("Ctrl-C again ends at once" in done.stderr) == (name == "SIGINT")
@@ -54,5 +54,5 @@ def test_a_signal_that_comes_twice_at_once_is_one():
 
 def test_what_is_ignored_or_somebody_elses_stays_so():
     code = "signal.signal(signal.SIGHUP, signal.SIG_IGN); signal.signal(signal.SIGTERM, lambda *_: print('theirs'))"
-    done = run(f"{code}; stop_signals.listen(); send('SIGHUP'); send('SIGTERM'); print(stop_signals.asked())")
+    done = run(f"{code}; stop_signals.listen(); send('SIGHUP'); send('SIGTERM'); print(stop_signals.requested())")
     assert (done.returncode, done.stdout) == (0, "theirs\nNone\n"), done.stderr

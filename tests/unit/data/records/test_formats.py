@@ -195,7 +195,7 @@ def test_pretraining_text_in_both_spellings():
         ({"src": "a", "tgt": "b"}, "text", "erniekit"),
         ({"text": "a"}, "erniekit", "text"),
         ({"src": ["a"], "tgt": [], "response": [["x"], ["y"]], "sort": [1, 0]}, "erniekit", "stage DPO"),
-        ({"text_info": []}, "erniekit", "stage VL-SFT"),
+        ({"text_info": []}, "erniekit", "stage: VL-SFT"),
     ],
 )
 def test_a_record_of_another_type_is_recognised(record, type_name, meant):

@@ -211,7 +211,7 @@ def test_a_note_that_is_no_note_and_lost_parts_say_so(corpus, tokenizer, tmp_pat
     with pytest.raises(DataError, match=r"x.bin.part: 0 bytes, but \d+ had been written.*overwrite=true"):
         build(corpus[0], tmp_path / "x", tokenizer)
     (tmp_path / "x.progress.json").write_text("{}")
-    with pytest.raises(DataError, match=r"x.progress.json: says nothing of a build"):
+    with pytest.raises(DataError, match=r"x.progress.json: does not describe a build"):
         build(corpus[0], tmp_path / "x", tokenizer)
 
 

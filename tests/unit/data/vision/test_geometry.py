@@ -1,5 +1,6 @@
 """Sizes, grids and token counts, with the numbers that the training code and transformers give for them."""
 
+import numpy as np
 import pytest
 
 from erniekit.data.vision.geometry import (
@@ -11,6 +12,7 @@ from erniekit.data.vision.geometry import (
     measure,
     smart_resize,
 )
+from erniekit.data.vision.positions import num_tokens
 from erniekit.utils.errors import DataError
 
 TRAINING = PixelLimits(4 * TOKEN_AREA, 16384 * TOKEN_AREA)
@@ -99,3 +101,12 @@ def test_pictures_without_area_are_refused(size):
 def test_other_patches():
     geometry = measure(160, 96, limits=PixelLimits(1, 10**6), patching=Patching(patch=16, spatial_merge=1))
     assert geometry.grid == (1, 6, 10) and geometry.tokens == geometry.patches == 60
+
+
+def test_tokens_are_those_that_the_model_makes_of_the_grid():
+    """Counting before anything is decoded and the model's placeholders follow from one function."""
+    for width, height, frames in [(640, 480, None), (33, 900, None), (320, 200, 7), (320, 200, 1), (64, 64, 16)]:
+        geometry = measure(width, height, frames)
+        assert geometry.tokens == num_tokens(np.array([geometry.grid]))[0]
+    with pytest.raises(DataError, match="at least one"):
+        measure(64, 64, 0)

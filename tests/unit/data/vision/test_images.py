@@ -11,16 +11,14 @@ from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.geometry import measure
 from erniekit.data.vision.images import (
-    MEAN,
-    STD,
     ImageOptions,
     image_size,
     load_image,
-    normalise,
     patchify,
     resize,
 )
 from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.pixels import MEAN, STD, normalise
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 

@@ -1,5 +1,7 @@
 """The loader with pictures: batches, workers, ranks, resuming, and pictures that cannot be decoded."""
 
+import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from support.pictures import vision_directory, write_picture
 from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.loader import build_loader
+from erniekit.data.records.errors import MissingPackage
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.processor_files import ProcessorSettings
@@ -167,3 +170,53 @@ def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
 def test_other_types_are_named(data, tokenizer):
     with pytest.raises(DataError, match="type text cannot hold pictures"):
         build(data, tokenizer, train_dataset_type="text")
+
+
+def test_the_report_counts_what_became_of_pictures(data, tokenizer, tmp_path):
+    path = tmp_path / "4-0.png"
+    path.write_bytes(path.read_bytes()[:120])
+    with build(data, tokenizer, on_bad_line="skip") as loader:
+        seen = [batch.pictures for step in steps(loader) for batch in step]
+        report = loader.report()
+    assert report["undecodable"] == 1 and report["shrunk"] == 0
+    assert report["pictures"] == sum(len(table) for table in seen) == 25
+    assert report["patches"] == sum(table.num_patches for table in seen)
+    [(note, count)] = report["media_notes"].items()
+    assert "frames of a video come without times" in note and count == 1
+
+
+def test_samples_with_smaller_pictures_are_counted(data, tokenizer, caplog):
+    keys = {"train_dataset_type": "messages", "chat_template": "vl", "max_seq_len": 48, "packing": False}
+    spec = replace(SPEC, overflow="shrink")
+    with build_loader(config(data, **keys), tokenizer, vision=spec) as loader:
+        encoded = list(loader.feed.encode(range(24)))
+        loader.rows_left()
+        loader.next_step()
+        report = loader.report()
+    shrunk = sum(record.shrunk for record in encoded)
+    assert 0 < shrunk < 24 and report["shrunk"] == shrunk  # all of them are in the packer's window
+    assert report["dropped"] == sum(bool(record.dropped) for record in encoded)
+    assert report["cut"] == sum(record.cut for record in encoded)
+
+
+@pytest.mark.parametrize("keys", [{"num_train_epochs": 1}, {"max_steps": 3}])
+def test_the_largest_row_is_said_before_training(data, tokenizer, capsys, keys):
+    with build(data, tokenizer, **keys) as loader:
+        loader.announce()
+    said = capsys.readouterr().err
+    rows = [batch for step in steps(build(data, tokenizer, batch_size=1)) for batch in step]
+    tokens, patches = max(row.num_tokens for row in rows), max(row.pictures.num_patches for row in rows)
+    assert f"the largest rows of an epoch have {tokens:,} tokens and {patches:,} patches of pictures" in said
+    assert "24 samples measured" in said
+
+
+def test_a_missing_decoder_stops_the_run_when_data_are_opened(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "erniekit.data.vision.video_file", raising=False)
+    (tmp_path / "clip.mp4").write_bytes(b"...")
+    talk = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "x"}]
+    with data.open("a") as file:
+        file.write(json.dumps({"messages": talk, "videos": ["clip.mp4"]}) + "\n")
+    for on_bad_line in ("error", "skip"):
+        with pytest.raises(MissingPackage, match="pip install 'erniekit"):
+            build(data, tokenizer, on_bad_line=on_bad_line)

@@ -101,8 +101,8 @@ def test_damaged_archives(reader, tmp_path):
         ("data:,", "is empty"),
         (b"", "is empty"),
         ({}, "names no source"),
-        (7, "not int"),
-        ({"path": 3}, "not int"),
+        (7, "not a number"),
+        ({"path": 3}, "not a number"),
     ],
 )
 def test_what_cannot_be_opened(reader, source, message):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from support.pictures import blocks, encoded, processor_messages, vision_directory, write_picture
 
-from erniekit.data.vision.geometry import PixelLimits
+from erniekit.data.vision.geometry import PUBLISHED, PixelLimits
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import FILES, ProcessorSettings, read_settings, write_settings
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError
@@ -108,7 +108,7 @@ def test_limits_of_one_picture_and_of_all(directory, processor):
     [
         (image("none.png"), "there is no file .*none.png"),
         (image(b"no picture"), "no picture of a known format"),
-        (image("https://localhost/a.png"), "downloading while training is off"),
+        (image("https://localhost/a.png"), "downloading is off"),
         (image(None), "names no source"),
         (image(blocks(64, 48), max_pixels="big"), "max_pixels of a picture"),
         (image(blocks(64, 48), zoom=2), "unknown field 'zoom'"),
@@ -175,3 +175,20 @@ def test_a_text_model_has_no_processor(tmp_path, directory):
         (tmp_path / name).write_text(text, "utf-8")
     with pytest.raises(ConfigError, match="no vision-language model"):
         load_processor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, r"image_mean: \[0.5, 0.5, 0.5\] .* computes with \[0.48"),
+        ({"image_std": [0.5, 0.5, 0.5]}, "image_std: "),
+        ({"patch_size": 16}, "patch_size: 16 in the processor's files, but the model computes with 14"),
+        ({"merge_size": 4}, "merge_size: 4"),
+    ],
+)
+def test_files_that_differ_from_the_model_are_refused(tmp_path, changes, message):
+    """The model normalises pixels itself, so that other statistics would be ignored without a word."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
+    read_settings(tmp_path)  # for the processor alone they are settings like any other
+    with pytest.raises(CheckpointError, match=message):
+        read_settings(tmp_path, PUBLISHED)

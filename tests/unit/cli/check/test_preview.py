@@ -1,0 +1,88 @@
+"""`erniekit check preview=N`: records as the model gets them, and a sheet of their pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.pictures import write_picture
+from support.source_tree import REPOSITORY
+from support.tiny_directories import write_lines
+from support.vision_directories import vision_model_directory
+
+from erniekit.cli import check
+from erniekit.utils.errors import ConfigError
+
+
+@pytest.fixture
+def given(tmp_path):
+    vision_model_directory(tmp_path / "vl")
+    write_picture(tmp_path / "cup.png", 120, 60)
+    for number in range(3):
+        write_picture(tmp_path / "clip" / f"{number}.png", 56, 56, seed=number)
+    box = json.dumps([{"bbox_2d": [0, 0, 500, 1000], "label": "cup"}])
+    turns = [{"role": "user", "content": "<image>Where?<video>"}, {"role": "assistant", "content": "There."}]
+    records = [
+        {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]},
+        {"messages": turns, "images": ["cup.png"], "videos": ["clip"]},
+        {
+            "messages": [turns[0] | {"content": "<image>Where?"}, {"role": "assistant", "content": box}],
+            "image": "cup.png",
+        },
+    ]
+    values = {
+        "model_name_or_path": tmp_path / "vl",
+        "continue_training": False,
+        "stage": "VL-SFT",
+        "train_dataset_path": write_lines(tmp_path / "train.jsonl", records),
+        "train_dataset_type": "messages",
+        "max_seq_len": 200,
+        "output_dir": tmp_path / "out",
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def test_records_as_the_model_gets_them(given, tmp_path, capsys):
+    assert check.run([*given, "preview=2", f"sheet={tmp_path}/sheet.png"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    first, second = said.split("the first train record as the model gets it")[1].split("train record 2 as the model")
+    assert "train.jsonl:1: " in first and "trained: 'Hi.</s>'" in first  # not what the conversation goes on with
+    assert "Picture 1:<|IMAGE_START|><|IMAGE_PLACEHOLDER|> x 2<|IMAGE_END|>Where?" in second
+    assert "<|VIDEO_START|><|VIDEO_PLACEHOLDER|> x 8<|VIDEO_END|>" in second
+    assert "1: cup.png: 120 x 60 pixels -> 56 x 28, 2 tokens" in second
+    assert "2: clip: 3 frames and the last one again, 56 x 56 pixels -> 56 x 56, 8 tokens" in second
+    assert "14 of pictures and videos" in second and "train record 3" not in said
+
+
+def test_the_sheet_shows_the_resized_pictures_and_boxes(given, tmp_path, capsys):
+    check.run([*given, "preview=3", f"sheet={tmp_path}/sheet.png"])
+    assert "sheet.png shows" in capsys.readouterr().out
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    red = (abs(pixels - (220, 30, 30)).sum(axis=2) < 10).nonzero()
+    assert len(red[0]) > 100  # the box
+    assert pixels.shape[1] == 3 * (360 + 12) + 12  # three tiles beside one another: two pictures and a video
+
+
+def test_no_sheet_is_written_unasked_or_without_pictures(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check.run(given)
+    check.run([*given, "preview=1"])
+    assert not (tmp_path / "preview.png").exists()
+    check.run([*given, "preview=2"])
+    assert (tmp_path / "preview.png").exists()
+    capsys.readouterr()
+
+
+def test_records_of_text_have_a_preview_too(tmp_path, capsys):
+    data = write_lines(tmp_path / "t.jsonl", [{"src": [f"q {i}"], "tgt": [f"a {i}"]} for i in range(4)])
+    args = [f"model_name_or_path={REPOSITORY}/examples/models/tiny-dense", "continue_training=false"]
+    check.run([*args, f"train_dataset_path={data}", f"output_dir={tmp_path}/out", "max_seq_len=64", "preview=3"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train record 3 as the model gets it" in said and "trained: 'a 2</s>'" in said
+    assert "train record 4" not in said and "t.jsonl:3: 1" in said
+
+
+def test_a_preview_of_a_wrong_number(given):
+    for wrong in ("some", "-1", "100000"):
+        with pytest.raises(ConfigError, match=f"preview={wrong}: expected a number of records from 0 to 1000"):
+            check.run([*given, f"preview={wrong}"])

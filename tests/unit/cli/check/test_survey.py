@@ -1,0 +1,207 @@
+"""`erniekit check` of data with pictures: every record, from headers alone; with decode=true every pixel."""
+
+import json
+import re
+import sys
+import time
+
+import pytest
+from support.pictures import write_picture
+from support.tiny_directories import write_lines
+from support.vision_directories import vision_model_directory
+
+from erniekit.cli import check
+from erniekit.cli.check import survey
+from erniekit.cli.check.data import Wishes
+
+DECODE = Wishes(decode=True)
+
+
+def row(text, answer="Yes.", **media):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], **media}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return vision_model_directory(tmp_path_factory.mktemp("model") / "vl")  # at most 56 x 56 pixels a picture
+
+
+@pytest.fixture
+def given(tmp_path, model):
+    """Arguments of a run on records; keyword arguments replace keys."""
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.png", 56, 28 * (1 + number % 2), seed=number)
+
+    def arguments(records, **keys):
+        base = {
+            "model_name_or_path": model,
+            "continue_training": False,
+            "stage": "VL-SFT",
+            "train_dataset_path": write_lines(tmp_path / "train.jsonl", records),
+            "train_dataset_type": "messages",
+            "max_seq_len": 96,
+            "output_dir": tmp_path / "out",
+        }
+        return [f"{name}={value}" for name, value in {**base, **keys}.items()]
+
+    return arguments
+
+
+def findings(args, level, wishes=check.data.NO_WISHES):
+    report = check.inspect(args, "train", wishes)
+    return [f.text for section in report.sections for f in section.findings if f.level == level]
+
+
+GOOD = [row("<image>How many?", images=[f"{number}.png"]) for number in range(3)]
+
+
+def test_data_that_are_fine(given, capsys):
+    assert check.run(given([*GOOD, row("Hello.")])) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tokens of 4 samples" in said and "0 dropped, 0 without their last rounds" in said
+    assert "3 pictures, 0 videos (0 frames): 8 tokens" in said
+    assert "the most patches in one sample are 16" in said and "train.jsonl:2)" in said
+    assert said.endswith("No errors and no warnings.")
+
+
+def test_every_record_is_looked_at_and_each_fault_has_its_line(given, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    faults = {
+        "0 <image> tags for 1 image. ": row("How many?", images=["0.png"]),
+        "2 <image> tags for 1 image. ": row("<image><image>", images=["0.png"]),
+        "1 <image> tag for 0 images. ": row("<image>How many?"),
+        "missing.png. Hint: paths are relative to": row("<image>", images=["missing.png"]),
+        "empty.png is empty. ": row("<image>", images=["empty.png"]),
+        "words.png is no picture of a known format. ": row("<image>", images=["words.png"]),
+        "folder is a directory. ": row("<image>", images=["folder"]),
+        "clip.mp4 is no picture of a known format. Hint: a video stands": row("<image>", images=["clip.mp4"]),
+        "the range is 0 to 1000 (relative)": row("<image>", '{"bbox_2d": [0, 0, 1200, 9]}', images=["0.png"]),
+        "set allow_urls: true": row("<image>", images=["https://example.com/a.png"]),
+        "a picture or video names no source": row("<image>", images=[{"url": ""}]),
+        "a media source must be a path, a URL or bytes, not null": row("<image>", images=[None]),
+    }
+    (tmp_path / "clip.mp4").write_bytes(b"no video either")
+    errors = findings(given([*GOOD, *faults.values(), *GOOD]), "error")
+    for line, text in enumerate(faults, 4):
+        [error] = [error for error in errors if f"train.jsonl:{line}: " in error]
+        assert text in error and not error.endswith("?.")
+    assert len(errors) == len(faults)
+
+
+def test_faults_beyond_the_first_are_counted(given):
+    bad = [row("<image>", images=[f"missing-{number}.png"]) for number in range(survey._SHOWN + 7)]
+    errors = findings(given([*GOOD, *bad]), "error")
+    assert len(errors) == survey._SHOWN + 1 and errors[-1] == "7 more records that cannot be used"
+
+
+def test_bad_lines_that_are_skipped_are_warnings(given, capsys):
+    args = given([*GOOD, row("<image>", images=["missing.png"])], on_bad_line="skip")
+    assert check.run(args) == 0 and check.run([*args, "strict=true"]) == 3
+    assert "missing.png" in findings(args, "warning")[0]
+    capsys.readouterr()
+
+
+def test_only_decoding_finds_a_truncated_picture(given, tmp_path):
+    path = tmp_path / "1.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    args = given([*GOOD, *GOOD])
+    assert not findings(args, "error")
+    errors = findings(args, "error", DECODE)
+    assert [error.split(": ")[0][-1] for error in errors] == ["2", "5"]
+    assert all("1.png cannot be decoded" in error for error in errors)
+    assert "4 pictures and videos decoded" in findings(args, "ok", DECODE)
+
+
+def test_what_decoding_decides_is_counted(given, tmp_path):
+    write_picture(tmp_path / "clip" / "0.png", 56, 56)
+    warnings = findings(given([*GOOD, row("<video>What?", videos=["clip"])]), "warning", DECODE)
+    assert len(warnings) == 1 and "frames of a video come without times" in warnings[0]
+    assert warnings[0].startswith("1 of the pictures and videos, first in ") and "train.jsonl:4" in warnings[0]
+
+
+def test_the_advice_for_samples_that_are_too_long_works(given):
+    records = [*GOOD, row("<image>" * 6 + "How many?", images=["1.png"] * 6)]
+    [warning] = findings(given(records, max_seq_len=80), "warning")
+    assert warning.startswith("1 sample of 4 is too long and dropped. The longest is ") and "train.jsonl:4:" in warning
+    length = int(re.search(r"set max_seq_len to (\d+)", warning)[1])
+    assert not findings(given(records, max_seq_len=length), "warning")
+    assert findings(given(records, max_seq_len=length - 1), "warning")
+    assert findings(given(records, max_seq_len=80, truncation="error"), "error")[0].startswith("1 sample of 4 is too")
+
+
+def test_pictures_are_made_smaller_to_fit(given, tmp_path):
+    write_picture(tmp_path / "large.png", 280, 280)
+    records = [row("<image>What?", images=["large.png"])]
+    keys = {"max_pixels": 280 * 280, "max_seq_len": 100}
+    [warning] = findings(given(records, **keys), "warning")
+    bound = int(re.search(r"max_pixels to (\d+)", warning)[1])
+    assert not findings(given(records, **{**keys, "max_pixels": bound}), "warning")
+    shrunk = given(records, **keys, truncation="shrink")
+    assert not findings(shrunk, "warning")
+    assert any("1 with pictures made smaller to fit" in text for text in findings(shrunk, "ok"))
+
+
+def test_where_not_even_one_picture_fits(given):
+    errors = findings(given(GOOD, max_seq_len=10), "error")
+    assert errors == ["no sample can be used"]
+
+
+def test_a_very_long_picture_is_named(given, tmp_path):
+    write_picture(tmp_path / "line.png", 1000, 3)
+    [warning] = findings(
+        given([row("<image>", images=["line.png"])], max_pixels=28 * 28 * 500, max_seq_len=600), "warning"
+    )
+    assert "more than 200 times as long as wide" in warning and "train.jsonl:1: line.png" in warning
+
+
+def test_workers_find_the_same(given, monkeypatch):
+    args = given([*GOOD * 20, row("<image>", images=["missing.png"])])
+    alone = check.inspect(args, "train").to_text()
+    monkeypatch.setattr(survey, "_FEW_RECORDS", 0)
+    assert check.inspect(args, "train").to_text() == alone
+
+
+def test_thousands_of_records_take_seconds(given):
+    args, began = given(GOOD * 700), time.process_time()
+    assert any("tokens of 2100 samples" in text for text in findings(args, "ok"))
+    assert time.process_time() - began < 30
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_a_missing_decoder_is_one_error(given, tmp_path, monkeypatch, on_bad_line):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "erniekit.data.vision.video_file", raising=False)
+    (tmp_path / "clip.mp4").write_bytes(b"...")
+    videos = [row("<video>What?", videos=["clip.mp4"])] * 3
+    errors = findings(given([*GOOD, *videos], on_bad_line=on_bad_line), "error")
+    assert len(errors) == 1 and "needs PyAV. Hint: pip install 'erniekit[video]'" in errors[0]
+    assert not findings(given(GOOD, on_bad_line=on_bad_line), "error")
+
+
+def test_a_missing_decoder_does_not_matter_for_frames(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    for number in range(2):
+        write_picture(tmp_path / "clip" / f"{number}.png", 56, 56)
+    videos = [row("<video>What?", videos=[source]) for source in ("clip", ["clip/0.png", "clip/1.png"])]
+    assert not findings(given(videos), "error")
+
+
+def test_a_model_of_text_is_refused(given):
+    from support.source_tree import REPOSITORY
+
+    errors = findings(given(GOOD, model_name_or_path=REPOSITORY / "examples/models/tiny-dense"), "error")
+    assert any("is a model of text alone" in error for error in errors)
+
+
+def test_a_mistake_in_a_json_list_has_its_line(given, tmp_path):
+    text = (
+        json.dumps(GOOD, indent=1)
+        .replace('"assistant",', '"assistant"', 2)
+        .replace('"assistant"\n', '"assistant",\n', 1)
+    )
+    (tmp_path / "list.jsonl").write_text(text)
+    line = 1 + text[: text.index('"assistant"\n')].count("\n") + 1
+    [error] = findings(given(GOOD, train_dataset_path=tmp_path / "list.jsonl"), "error")
+    assert f"list.jsonl:{line}: the list cannot be read as JSON: Expecting ',' delimiter" in error
