@@ -10,7 +10,8 @@ the picture: another scan of a digit, another arrangement of shapes, another ren
 
 Files: `TASK-train.jsonl` and `TASK-test.jsonl` (messages with `<image>` or `<video>`), `captions-train.jsonl` and
 `captions-test.jsonl` (the same pictures with a sentence about each, for pretraining), and the PNG files below media/. A
-clip is a directory of PNG frames, two a second. The same arguments give the same bytes.
+clip is a directory of PNG frames, two a second. `text-train.jsonl` has data/demo's questions as plain text. The same
+arguments give the same bytes.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "data" / "demo" / "train.jsonl"
 FONT = Path(__file__).resolve().parent / "fonts" / "NotoSansSC-Subset.ttf"
 COLOURS = {  # name: (Chinese, RGB)
     "red": ("红", (214, 40, 40)),
@@ -253,16 +256,23 @@ def write_media(row: Row, path: Path) -> str:
 
 
 def records(row: Row, name: str, language: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question with its answer, and the caption as an answer to nothing: lines of two files. language: 0 Chinese,
-    1 English.
-    """
+    """The question with its answer, and the caption, as lines of two files. language: 0 Chinese, 1 English."""
     medium: dict[str, Any] = {"type": "image", "image": f"media/{name}"}
     if row.is_clip:  # a directory of frames, and how many of them there are in a second
         medium = {"type": "video", "video": f"media/{name}", "fps": FRAMES_PER_SECOND}
     answer = {"role": "assistant", "content": row.answer[language]}
     question = {"role": "user", "content": [medium, {"type": "text", "text": row.question[language]}]}
-    caption = {"role": "assistant", "content": row.caption[language]}
-    return {"messages": [question, answer]}, {"messages": [{"role": "user", "content": [medium]}, caption]}
+    tag, key = ("<video>", "videos") if row.is_clip else ("<image>", "images")
+    return {"messages": [question, answer]}, {"text": f"{tag}{row.caption[language]}", key: [f"media/{name}"]}
+
+
+def write_text(source: Path, output: Path) -> None:
+    """Write the questions and answers of an `erniekit` jsonl as plain text, for the first stage of pretraining."""
+    with source.open(encoding="utf-8") as lines, output.open("w", encoding="utf-8") as texts:
+        for line in lines:
+            sample = json.loads(line)
+            for question, answer in zip(sample["src"], sample["tgt"], strict=True):
+                texts.write(json.dumps({"text": f"User: {question}\nAssistant: {answer}"}, ensure_ascii=False) + "\n")
 
 
 def make(output: Path, sizes: dict[str, int], seed: int) -> None:
@@ -291,8 +301,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=700, help="rows of each task to train on")
     parser.add_argument("--test", type=int, default=100, help="rows of each task that are held out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path, default=TEXT, help="an `erniekit` jsonl; written as text-train.jsonl")
     args = parser.parse_args()
     make(args.output_dir, {"test": args.test, "train": args.train}, args.seed)
+    write_text(args.text, args.output_dir / "text-train.jsonl")
 
 
 if __name__ == "__main__":
