@@ -239,7 +239,10 @@ def test_its_model_and_data_are_there_or_have_a_hub_name(name):
 def test_it_is_named_after_its_model_and_length(name):
     cfg = read(name)
     assert cfg.model_name_or_path is not None
-    assert name.split("/")[0] == cfg.model_name_or_path.removeprefix("baidu/").removesuffix("-Paddle")
+    model = cfg.model_name_or_path.removeprefix("baidu/").removesuffix("-Paddle")
+    if name.split("/")[1] == "pretrain" and "-VL-" in name:
+        model = name.split("/")[0] if cfg.vision_config_path else model.removesuffix("-Base")
+    assert name.split("/")[0] == model
     length = re.search(r"_(\d+)k\.yaml", name)
     if length:
         assert cfg.max_seq_len == int(length.group(1)) * 1024

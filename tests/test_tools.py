@@ -18,6 +18,7 @@ MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
 FAST = {
     "bench_sft, ours alone": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against",
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
+    "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
     "make_config_page": "make_config_page.py --check",
@@ -45,6 +46,7 @@ SLOW = {
 # Needs these modules.
 FOREIGN = {
     "bench_step": ("bench_step.py tiny --rounds 1 --warmup 1 --batch 1 --seq 16", ("torch", "transformers")),
+    "bench_vl": ("bench_vl.py tiny --rows 1 --seq 436 --rounds 1 --warmup 1", ("torch", "transformers")),
     "bench_sft": ("bench_sft.py --num-samples 60 --batches 4 --rounds 1", ("torch", "transformers", "trl")),
     "make_parity_fixtures": ("make_parity_fixtures.py --out {tmp} dense_tied", ("torch", "transformers")),
     "make_vision_fixtures": ("make_vision_fixtures.py --out {tmp}", ("torch", "transformers")),

@@ -220,8 +220,8 @@ def serve_side(side: str) -> None:
 class Side(Worker):
     """A side with the steps it has run: [loss, forward, backward, update, processor time], seconds."""
 
-    def __init__(self, side: str, job: dict[str, Any]) -> None:
-        super().__init__(__file__, side, job)
+    def __init__(self, side: str, job: dict[str, Any], script: str) -> None:
+        super().__init__(script, side, job)
         self.rows: list[list[float]] = []
 
     def turn(self, steps: int) -> float:
@@ -231,11 +231,13 @@ class Side(Worker):
         return statistics.median(sum(row[1:4]) for row in rows)
 
 
-def bench(name: str, job: dict[str, Any], sides: list[str], rounds: int, profile: bool) -> dict[str, Any]:
-    """Interleave the sides for `rounds` rounds and print the table."""
+def bench(
+    name: str, job: dict[str, Any], sides: list[str], rounds: int, profile: bool, script: str = __file__
+) -> dict[str, Any]:
+    """Interleave the sides, workers of `script`, for `rounds` rounds and print the table."""
     workers: list[Side] = []
     for side in sides:
-        workers.append(Side(side, job))
+        workers.append(Side(side, job, script))
         job = job | {"threads": workers[0].about["threads"]}  # torch gets as many as erniekit took
     # A turn takes about a second: long enough to be stable, short enough that the machine is the same for both.
     steps = {w.side: max(2, min(20, round(1.0 / w.turn(2)))) for w in workers}
@@ -259,7 +261,7 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
     tokens = job["batch"] * job["seq"]
     size = workers[0].about["parameters"] / 1e6
     print(
-        f"\n{name}: {size:.2f} M parameters, batch {job['batch']} x {job['seq']}, {job['documents']} documents a row, "
+        f"\n{name}: {size:.2f} M parameters, batch {job['batch']} x {job['seq']}, {job['contents']}, "
         f"{workers[0].about['threads']} threads, {len(medians[workers[0].side])} rounds, load {os.getloadavg()[0]:.2f}"
     )
     heads = ("tokens/s", 10), ("(min-max)", 16), ("forward", 10), ("backward", 10), ("update", 9), ("step ms", 9)
@@ -272,7 +274,8 @@ def report(name: str, job: dict[str, Any], workers: list[Side], medians: dict[st
             f"{worker.side:8}{tokens / statistics.median(times):10.0f}{rates:>16}{forward:10.1f}{backward:10.1f}"
             f"{update:9.1f}{1e3 * statistics.median(times):9.1f}{cpu:9.1f}{worker.peak_mb:9.0f}"
         )
-    result = {"preset": name, "tokens_per_second": {s: tokens / statistics.median(t) for s, t in medians.items()}}
+    result: dict[str, Any] = {"preset": name, "about": {w.side: w.about | {"peak_mb": w.peak_mb} for w in workers}}
+    result |= {"tokens_per_second": {s: tokens / statistics.median(t) for s, t in medians.items()}}
     if len(workers) == 2:
         ratios = [other / mine for mine, other in zip(medians["ours"], medians["torch"], strict=True)]
         result["ratio"], result["ratios"] = statistics.median(ratios), ratios
@@ -311,7 +314,7 @@ def main() -> None:
     results = []
     for name, (config, batch, seq) in cases.items():
         job = {"config": config, "batch": args.batch or batch, "seq": args.seq or seq, "documents": args.documents}
-        job |= {"warmup": args.warmup, "threads": args.threads}
+        job |= {"warmup": args.warmup, "threads": args.threads, "contents": f"{args.documents} documents a row"}
         results.append(bench(name, job, sides, args.rounds, args.profile))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -301,6 +301,29 @@ def alpaca() -> list[Row]:
     return [{"instruction": "<image>Which bar is the lowest?", "output": "A.", "images": ["pictures/chart.png"]}]
 
 
+def documents() -> list[Row]:
+    """Text for pretraining, with pictures in it."""
+    return [
+        {"text": "<image>Three blue cups stand in a row.", "images": ["pictures/cups.png"]},
+        {
+            "text": "<image>这张图有一个红色的圆、一个蓝色的方块和一个绿色的三角形。<image>这张图里有三根柱子。",
+            "images": ["pictures/shapes.png", "pictures/chart.png"],
+        },
+        {"text": "<video>A red ball falls to the ground.", "videos": ["pictures/ball"]},
+        {"text": "A bakery sells bread. Some also sell coffee."},
+    ]
+
+
+def pairs() -> list[Row]:
+    """A chosen and a rejected answer about a picture."""
+    question = [{"role": "user", "content": "<image>How many cups?"}]
+    colour = [{"role": "user", "content": "<image>What colour is the circle?"}]
+    return [
+        {"messages": question, "images": ["pictures/cups.png"], "chosen": "Three.", "rejected": "Five."},
+        {"messages": colour, "images": ["pictures/shapes.png"], "chosen": "Red.", "rejected": "I see no circle."},
+    ]
+
+
 def held_out() -> list[Row]:
     """Questions for the evaluation."""
     return [
@@ -320,6 +343,8 @@ FILES = {
     "sft_vl-messages.jsonl": messages,
     "sft_vl-sharegpt.jsonl": sharegpt,
     "sft_vl-alpaca.jsonl": alpaca,
+    "pt_vl-train.jsonl": documents,
+    "dpo_vl-train.jsonl": pairs,
 }
 
 

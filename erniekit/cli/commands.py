@@ -82,7 +82,7 @@ COMMANDS = {
     ),
     "chat": Command(
         "erniekit.serve.chat:chat",
-        "talk to a model in the terminal",
+        "talk to a model in the terminal, about pictures too (<image>path</image>, /image path)",
         "erniekit chat run_chat.yaml temperature=0.7",
         takes_config=True,
     ),

@@ -226,7 +226,7 @@ def _complete_paths(values: dict[str, Any], state: "_State") -> None:
         return
     for part in ("path", "type", "prob"):
         if f"text_dataset_{part}" in values and not values.get(f"train_dataset_{part}"):
-            values[f"train_dataset_{part}"] = values.pop(f"text_dataset_{part}")
+            values[f"train_dataset_{part}"] = values[f"text_dataset_{part}"]
     given = shortened(", ".join(text))
     state.notes.append(f"train_dataset_path: empty, so {given}, because text_dataset_path is given")
 

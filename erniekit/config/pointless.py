@@ -342,6 +342,11 @@ def _has_no_pictures(cfg: Config, facts: Facts) -> bool:
     return not cfg.method.vision
 
 
+def _mixes_nothing(cfg: Config, facts: Facts) -> bool:
+    """Whether there are no pictures to mix text with, and the text did not become the training data either."""
+    return not cfg.method.vision and cfg.train_dataset_path != cfg.text_dataset_path
+
+
 def _method_rules() -> list[Rule]:
     """The rules that follow from the method table: keys that a method does not read, and options of other methods."""
     rules = []
@@ -354,9 +359,8 @@ def _method_rules() -> list[Rule]:
         rules.append(Rule(_names(group), partial(_has_no_options, group), reason, DATA))
     with_pictures = [name for name, facts in METHODS.items() if facts.vision]
     readers = " or ".join([name for name in with_pictures if name in BUILT] or with_pictures)
-    rules.append(
-        Rule(f"{_names(VisionArgs)} {_names(MixtureArgs)}", _has_no_pictures, f"read only with stage: {readers}", DATA)
-    )
+    rules.append(Rule(_names(VisionArgs), _has_no_pictures, f"read only with stage: {readers}", DATA))
+    rules.append(Rule(_names(MixtureArgs), _mixes_nothing, f"read only with stage: {readers}", DATA))
     return rules
 
 

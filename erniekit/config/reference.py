@@ -17,7 +17,7 @@ KEYS: dict[str, tuple[str, str]] = {
         "data,vision,model,generation,evaluation",
         "output_dir batch_size seed lora_path loss_type beta reference_free",
     ),
-    "chat": ("model,generation", "checkpoint output_dir lora_path chat_template seed"),
+    "chat": ("vision,model,generation,chat", "checkpoint output_dir lora_path chat_template seed"),
     "export": (
         "export",
         "model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",

@@ -22,8 +22,7 @@ class VisionArgs:
     vision_config_path: str | None = key(
         None,
         "config.json of a vision-language model, or its directory: the text model with experts at model_name_or_path "
-        "becomes such a model; its vision transformer, resampler and vision routers start at random, its processor's "
-        "files come from there.",
+        "becomes one; its vision transformer, resampler and vision routers start at random.",
         path=True,
     )
     vision_experts_from_text: bool = key(

@@ -204,7 +204,7 @@ class Loader:
 
     def announce(self) -> None:
         """Log how large the rows of data with pictures are; rows_left() logs it, too."""
-        if isinstance(self._feed, RecordFeed):
+        if isinstance(self._feed, RecordFeed | MixedFeed):
             self._feed.announce()
 
     @property

@@ -43,7 +43,7 @@ class MixedFeed:
     """
 
     def __init__(self, pictures: RecordFeed, text: RecordFeed, ratio: tuple[int, int], block: int, interleave: str):
-        self._pictures, self._text, self._ratio, self._block = pictures, text, ratio, block
+        self.pictures, self.text, self._ratio, self._block = pictures, text, ratio, block
         self.dataset: Dataset = pictures.dataset
         self.identity: dict[str, Any] = (
             pictures.identity
@@ -54,23 +54,23 @@ class MixedFeed:
     @property
     def exact(self) -> bool:
         """Whether rows_left() counts rows."""
-        return self._pictures.exact
+        return self.pictures.exact
 
     def begin(self) -> MixedPosition:
         """The position before the first row."""
-        return MixedPosition(self._pictures.begin(), self._text.begin())
+        return MixedPosition(self.pictures.begin(), self.text.begin())
 
     def read_position(self, state: dict[str, Any]) -> MixedPosition:
         """The position that to_dict() described."""
         pictures, text = (
-            feed.read_position(state[name]) for feed, name in ((self._pictures, "pictures"), (self._text, "text"))
+            feed.read_position(state[name]) for feed, name in ((self.pictures, "pictures"), (self.text, "text"))
         )
         return MixedPosition(pictures, text, int(state["turns"]), int(state["rows"]))
 
     def rows(self, position: MixedPosition) -> Generator[tuple[PackedBatch, MixedPosition], None, None]:
         """The rows after a position, each with the position behind it."""
         pictures, text, turns, done = position.pictures, position.text, position.turns, position.rows
-        with closing(self._pictures.rows(pictures)) as with_pictures, closing(self._text.rows(text)) as of_text:
+        with closing(self.pictures.rows(pictures)) as with_pictures, closing(self.text.rows(text)) as of_text:
             ahead = next(with_pictures, None)  # no text comes after the last picture
             while ahead is not None:
                 if self._has_pictures(turns):
@@ -88,10 +88,10 @@ class MixedFeed:
 
     def rows_left(self, position: MixedPosition) -> float:
         """Rows to the end of the pictures: theirs, and those of the text whose turn comes before."""
-        left = self._pictures.rows_left(position.pictures)
+        left = self.pictures.rows_left(position.pictures)
         if not left:
             return 0.0
-        total, turn, done = 0.0, position.turns, position.rows
+        total, turn, done = 0.0, position.turns, float(position.rows)
         of_cycle, cycle = self._ratio[0] * self._block, sum(self._ratio)
         whole = max(0, math.ceil(left / of_cycle) - 2)  # cycles that need no look at their turns
         left, total = left - whole * of_cycle, total + whole * cycle * self._block
@@ -100,25 +100,29 @@ class MixedFeed:
             if self._has_pictures(turn):
                 rows = min(rows, left)
                 left -= rows
-            total, turn, done = total + rows, turn + 1, 0
+            total, turn, done = total + rows, turn + 1, 0.0
         return total
+
+    def announce(self) -> None:
+        """See RecordFeed.announce."""
+        self.pictures.announce()
 
     def epochs_done(self, position: MixedPosition) -> int:
         """Epochs of the data with pictures."""
-        return self._pictures.epochs_done(position.pictures)
+        return self.pictures.epochs_done(position.pictures)
 
     def report(self, position: MixedPosition) -> dict[str, Any]:
         """The counts of both (RecordFeed.report), those of the text under "text_" and the name; `epoch` is that of the
         data with pictures.
         """
-        of_text = self._text.report(position.text)
-        return self._pictures.report(position.pictures) | {f"text_{name}": value for name, value in of_text.items()}
+        of_text = self.text.report(position.text)
+        return self.pictures.report(position.pictures) | {f"text_{name}": value for name, value in of_text.items()}
 
     def decode_media(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with the pixels of their pictures."""
-        return self._pictures.decode_media(batches)
+        return self.pictures.decode_media(batches)
 
     def interrupt(self) -> None:
         """Wake a thread that waits inside rows()."""
-        self._pictures.interrupt()
-        self._text.interrupt()
+        self.pictures.interrupt()
+        self.text.interrupt()

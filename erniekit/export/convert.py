@@ -17,7 +17,7 @@ from erniekit.build import Overrides
 from erniekit.checkpoint import dtypes
 from erniekit.checkpoint.model_dir import copy_companions, not_copied, write_configs
 from erniekit.checkpoint.model_reader import METADATA, ModelReader
-from erniekit.checkpoint.processor import settings_of, write_processor
+from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
 from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.target import model_target
@@ -58,7 +58,10 @@ def convert(
     with model_target(target_dir, "convert", [source_dir], overwrite, "overwrite=true") as staging:
         report = rewrite(source_dir, staging, format, max_shard_size, dtype)
         copy_companions(source_dir, staging)
-        write_processor(staging, ModelConfig.from_dir(staging), settings_of(Path(source_dir)))
+        config = ModelConfig.from_dir(staging)
+        write_processor(staging, config, settings_of(Path(source_dir)))
+        if format == "pt":
+            complete_for_transformers(staging, config)
     tell_not_copied(source_dir)
     log.info(f"{target_dir}: {report}, layout {format}; read again and equal to {source_dir}")
     return report

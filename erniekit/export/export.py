@@ -13,7 +13,7 @@ from erniekit.checkpoint.model_dir import (
 )
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_read import read_adapter
-from erniekit.checkpoint.processor import settings_of, write_processor
+from erniekit.checkpoint.processor import complete_for_transformers, settings_of, write_processor
 from erniekit.config import Config
 from erniekit.data.chat.template import load_template, say_if_trained_otherwise
 from erniekit.data.chat.tokenizer import load_tokenizer
@@ -113,6 +113,8 @@ def export_checkpoint(
             template = load(load_tokenizer(checkpoint_dir), chat_template, trained)
             say_if_trained_otherwise(trained, template)
             write_chat_template(staging, template.source, template.trained_end_ids)
+            if format == "pt":
+                complete_for_transformers(staging, config)
         elif copy_tokenizer:
             log.warning(f"{checkpoint_dir} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): none is exported")
     compared = f"read again and equal to {checkpoint_dir}"

@@ -21,6 +21,12 @@ MIXED, NF4 = {"compute_type": "wint4/8"}, {"compute_type": "nf4"}
 WEIGHTS = {"continue_training": True}
 # The data end within a step: its last microbatch has a row for the first data rank only, and none for the other.
 SHORT = {"max_steps": -1, "num_train_epochs": 0.97}
+# A frozen vision transformer, a frozen norm, and rates of their own for the other parts.
+PARTS = {
+    "freeze_config": "freeze_vision",
+    "frozen_parameters": ".*input_layernorm.*",
+    "resampler_lr_ratio": 0.5,
+}
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 
 TWO = {
@@ -56,6 +62,11 @@ TWO = {
     # Whole matrices are quantised here. A tensor rank's share has scales of its own: nearly the same, but not equal.
     "moe-lora-wint4/8-ep2-sharding": ("moe", EXPERT2 | SHARD2 | LORA | MIXED),
     "moe-lora-nf4-pp2": ("moe", PIPE2 | LORA | NF4),
+    # Pictures and videos in some rows, so that a rank has microbatches without any.
+    "vl-dp2": ("vl", DATA2),
+    "vl-ep2-sharding": ("vl", EXPERT2 | SHARD2 | PARTS),
+    "vl-pp2": ("vl", PIPE2),
+    "vl-tp2-sp-recompute": ("vl", TENSOR2 | {"sequence_parallel": True, "recompute": True}),
 }
 FOUR = {
     "moe-dp2-ep2": ("moe", EXPERT2 | {"data_parallel_degree": 4}),
@@ -88,7 +99,7 @@ alone: dict[str, dict] = {}
 
 
 def check(world: World, directory: Path, model: str, keys: dict[str, object]) -> tuple[float, float]:
-    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED | SHORT | DROPOUT}
+    kept = {name: value for name, value in keys.items() if name in MTP | LORA | MIXED | SHORT | DROPOUT | PARTS}
     name = f"{model} {kept}"
     if name not in alone:
         alone[name] = train_some(keys_for(str(directory), model, rows=2, **kept))

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from support import tiny_sizes
+from support.tiny_directories import write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = tiny_sizes.SIZES | {"num_hidden_layers": 4, "initializer_range": 0.1}
@@ -28,8 +30,8 @@ ROWS = 8  # of an optimizer step, over all data ranks
 
 
 def prepare(directory: Path) -> None:
-    """Models `dense` and `moe` (tied), `untied`, and `lopsided`: sparse, and most experts get no token; questions of
-    unequal length.
+    """Models `dense` and `moe` (tied), `untied`, `lopsided` (sparse, and most experts get no token) and `vl` (it sees
+    pictures); questions of unequal length, and questions about pictures.
     """
     from erniekit.checkpoint.model_io import save_model
     from erniekit.models.config import ModelConfig
@@ -56,11 +58,16 @@ def prepare(directory: Path) -> None:
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (directory / "train.jsonl").write_text(text, encoding="utf-8")
+    vision_model_directory(directory / "vl", num_hidden_layers=4)
+    write_lines(directory / "pictures.jsonl", picture_records(directory, count=40))
 
 
 def keys_for(directory: str, model: str, data_ranks: int = 1, rows: int = 1, **keys: Any) -> dict[str, Any]:
     """Overrides of a run with ROWS rows a step, `rows` at a time on each of `data_ranks`."""
-    routers = ROUTERS if model in ("moe", "lopsided") else {}
+    routers = ROUTERS if model in ("moe", "lopsided", "vl") else {}
+    if model == "vl":
+        pictures = {"stage": "VL-SFT", "train_dataset_type": "messages", "packing": False}
+        keys = pictures | {"train_dataset_path": f"{directory}/pictures.jsonl"} | keys
     return (
         {
             "model_name_or_path": f"{directory}/{model}",

@@ -41,6 +41,13 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     return defaults | values, command_args
 
 
+def _png(text: str) -> str:
+    path = Path(expand(text))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
+    return str(path)
+
+
 def _count(text: str) -> int:
     count = int(text) if text.isdecimal() else -1
     if not 0 <= count <= MOST_PREVIEWED:
@@ -54,7 +61,7 @@ _OPTIONS: options.Readers = {
     "json": expand,
     "decode": to_bool,
     "preview": _count,
-    "sheet": expand,
+    "sheet": _png,
 }
 
 

@@ -18,6 +18,7 @@ from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Feed, Loader, build_loader
+from erniekit.data.mixed_feed import MixedFeed
 from erniekit.data.record_feed import Inspection, RecordFeed, specs_of
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.find_files import find_files
@@ -75,22 +76,36 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
             loader = _open(cfg, split, facts, ranks)
             with closing(loader):
                 feed, usable = loader.feed, True
-                if isinstance(feed, RecordFeed):
-                    opened[split] = feed.dataset
-                    _faults(section, cfg, feed.dataset)
-                    if facts.vision is None:
-                        _lengths(section, feed.lengths(), cfg)
-                    else:
-                        usable = survey.inspect(section, cfg, feed, wishes.decode)
+                for name, part in _record_feeds(feed, split):
+                    opened[name] = part.dataset
+                    has_pictures = facts.vision is not None and name == split
+                    usable = _records(section, cfg, part, has_pictures, wishes) and usable
                 if split == "train" and usable:
                     _steps(section, cfg, loader, ranks, steps)
-        if isinstance(feed, RecordFeed) and (wishes.preview or not report.count("error")):
-            tiles += preview.inspect(report, feed, facts.tokenizer, split, wishes.preview or 1)
+        if wishes.preview or not report.count("error"):
+            for name, part in _record_feeds(feed, split):
+                tiles += preview.inspect(report, part, facts.tokenizer, name, wishes.preview or 1)
     if wishes.preview and tiles:
         write_sheet(tiles, wishes.sheet)
         report.section("pictures").add("ok", f"{wishes.sheet} shows them as the model sees them")
     _duplicates(report, opened)
     return steps
+
+
+def _record_feeds(feed: Feed | None, split: str) -> list[tuple[str, RecordFeed]]:
+    """The feeds of records that a feed consists of, with their names: text beside pictures has its own."""
+    if isinstance(feed, MixedFeed):
+        return [(split, feed.pictures), (f"{split} text", feed.text)]
+    return [(split, feed)] if isinstance(feed, RecordFeed) else []
+
+
+def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool, wishes: Wishes) -> bool:
+    """The records of a split and their lengths; whether one of them can be used, as far as that is known."""
+    _faults(section, cfg, feed.dataset)
+    if has_pictures:
+        return survey.inspect(section, cfg, feed, wishes.decode)
+    _lengths(section, feed.lengths(), cfg)
+    return True
 
 
 def _splits(cfg: Config, command: str) -> list[str]:
@@ -238,7 +253,7 @@ def _duplicates(report: Report, opened: dict[str, Dataset]) -> None:
             section.add("warning", f"{split} data: {count} of the records repeat an earlier one: {first}{note}")
         else:
             section.add("ok", f"{split} data: no record repeats another{note}")
-    if len(places_of_split) == 2:
+    if {"train", "eval"} <= places_of_split.keys():
         common = places_of_split["train"].keys() & places_of_split["eval"].keys()
         if common:
             digest = next(digest for digest in places_of_split["eval"] if digest in common)

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from erniekit.cli.check.contact_sheet import Tile
-from erniekit.cli.check.report import Report, Section, count_of
+from erniekit.cli.check.report import Finding, Report, Section, count_of
 from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -38,25 +38,27 @@ def _record(section: Section, record: Encoded, tokenizer: Tokenizer, is_preview:
     """Add one record, and return its pictures."""
     if record.dropped:
         section.add("note", f"{record.where}: dropped: {record.dropped}")
-    tiles: list[Tile] = []
-    for number, document in enumerate(record.documents):
-        if number and not is_preview:
-            break
-        section.add("ok", _sizes(record, document, number))
-        media = document.pictures.sources if document.pictures is not None else ()
-        boxes: list[list[list[float]]] = [[] for _ in media]
-        for is_trained, text, start in _spans(document, tokenizer):
-            shown = _RUN.sub(_shortened, text)
-            shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
-            section.add("ok", f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
-            before = _num_before(document, start)
-            if is_trained and before and '"img_idx"' not in text:
-                boxes[before - 1] += boxes_in(text)
-        for place, plan in enumerate(media, 1):
-            section.add("ok", f"{place}: {describe(plan)}")
-        if not number:
-            tiles = [Tile(record.where, plan, found) for plan, found in zip(media, boxes, strict=True)]
-    return tiles
+    shown = record.documents if is_preview else record.documents[:1]
+    tiles = [_document(section, record, number, tokenizer) for number in range(len(shown))]
+    return tiles[0] if tiles else []
+
+
+def _document(section: Section, record: Encoded, number: int, tokenizer: Tokenizer) -> list[Tile]:
+    """Add a document of a record: its text, and its pictures, which are returned."""
+    document = record.documents[number]
+    lines = [_sizes(record, document, number)]
+    media = document.pictures.sources if document.pictures is not None else ()
+    boxes: list[list[list[float]]] = [[] for _ in media]
+    for is_trained, text, start in _spans(document, tokenizer):
+        shown = _RUN.sub(_shortened, text)
+        shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+        lines.append(f"{'trained:     ' if is_trained else 'not trained: '}{shown!r}")
+        before = _num_before(document, start)
+        if is_trained and before and '"img_idx"' not in text:
+            boxes[before - 1] += boxes_in(text)
+    lines += [f"{place}: {describe(plan)}" for place, plan in enumerate(media, 1)]
+    section.findings += [Finding("ok", line) for line in lines]  # equal lines are all shown
+    return [Tile(record.where, plan, found) for plan, found in zip(media, boxes, strict=True)]
 
 
 def _sizes(record: Encoded, document: Document, number: int) -> str:

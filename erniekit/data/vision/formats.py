@@ -12,7 +12,7 @@ from typing import Any
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
-from erniekit.data.records.formats import ALIASES, VISION_TYPE
+from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
@@ -42,6 +42,8 @@ def parse_vision_record(
         if not isinstance(record, dict):
             raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
         name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
+        if name == "erniekit" and "src" in record and "text_info" not in record:
+            return parse_record(record, name, where, notes)  # the type's form for text alone
         likely = _likely_type(record)
         if likely is not None and likely != name.removesuffix(" (DPO)"):
             raise BadRecord(

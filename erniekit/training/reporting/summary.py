@@ -27,6 +27,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return list(read_metrics(path)) if path.exists() else []
 
 
+def _total(records: list[dict[str, Any]], name: str) -> Any:
+    """The sum of a number over the records that have it."""
+    return sum(record.get(name) or 0 for record in records)
+
+
 def _plain(value: Any) -> Any:
     """Converts NaN and infinity, which JSON lacks, to null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -83,7 +88,7 @@ class Summary(Callback):
         scores = [(record["eval_loss"], record["step"]) for record in records if record.get("eval_loss") is not None]
         best_loss, best_step = min(scores, default=(None, None))
         wall = time.monotonic() - self._begin
-        busy, waited = (sum(record.get(name) or 0 for record in steps) for name in ("seconds", "data_seconds"))
+        busy, waited = _total(steps, "seconds"), _total(steps, "data_seconds")
         return {
             "steps": steps[-1]["step"] if steps else run.start_step,
             "max_steps": run.max_steps,
@@ -91,10 +96,10 @@ class Summary(Callback):
             "final_loss": steps[-1]["loss"] if steps else None,
             "best_eval_loss": best_loss,
             "best_eval_step": best_step,
-            "num_tokens": sum(record.get("num_tokens") or 0 for record in steps),
-            "num_supervised_tokens": sum(record.get("num_supervised") or 0 for record in steps),
+            "num_tokens": _total(steps, "num_tokens"),
+            "num_supervised_tokens": _total(steps, "num_supervised"),
             "step_seconds": round(busy, 3),
-            "data_wait_share": round(waited / (waited + busy), 4) if waited + busy > 0 else 0.0,
+            "data_wait_share": round(waited / max(waited + busy, 1e-9), 4),
             "wall_seconds": round(wall, 3),
             "tokens_per_second": round(self._tokens / wall, 1) if wall > 0 else 0.0,
             "median_step_tokens_per_second": round(statistics.median(self._speeds), 1) if self._speeds else 0.0,

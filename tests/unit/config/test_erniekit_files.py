@@ -3,6 +3,7 @@
 import pytest
 
 from erniekit.config import Config, load, unsupported
+from erniekit.utils.errors import ConfigError
 
 AMP = """
 amp_custom_white_list: [lookup_table, flash_attn, matmul]
@@ -264,8 +265,10 @@ def test_text_that_stands_under_the_vision_models_key(read):
     cfg = read(empty + 'text_dataset_prob: "1.0"\n')
     assert (cfg.train_dataset_path, cfg.train_dataset_prob, unsupported(cfg)) == (("fc.jsonl",), (1.0,), [])
     assert any(note.startswith("train_dataset_path: empty, so fc.jsonl") for note in cfg.notes)
-    vision = read(empty.replace("stage: SFT", "stage: VL-SFT"))
-    assert vision.train_dataset_path == () and unsupported(vision) == []
+    with pytest.raises(ConfigError, match="train_dataset_path: needed"):
+        read(empty.replace("stage: SFT", "stage: VL-SFT"))
+    beside = read(SFT.replace("stage: SFT", "stage: VL-SFT") + "text_dataset_path: fc.jsonl\nmodality_ratio: '[3,1]'\n")
+    assert (beside.text_dataset_path, beside.modality_ratio, unsupported(beside)) == (("fc.jsonl",), (3, 1), [])
 
 
 def test_defaults_that_mean_something_else_there_are_named_once(read):

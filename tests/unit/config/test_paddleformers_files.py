@@ -298,9 +298,14 @@ def test_pretraining_from_a_shape(read):
     assert unsupported(refused) == ["use_fp8_mlp: True (FP8)"]
 
 
-@pytest.mark.parametrize("stage", ["ocr-sft", "dpo-vl"])
-def test_vision_language_is_refused_by_its_stage_alone(read, stage):
+@pytest.mark.parametrize("stage", ["VL-SFT", "dpo-vl"])
+def test_vision_language(read, stage):
     cfg = read(VISION.replace("stage: VL-SFT", f"stage: {stage}"))
+    assert unsupported(cfg) == [] and cfg.method.vision
+
+
+def test_a_stage_of_another_model_is_refused_by_its_name_alone(read):
+    cfg = read(VISION.replace("stage: VL-SFT", "stage: ocr-sft"))
     assert [line.partition(":")[0] for line in unsupported(cfg)] == ["stage"]
 
 

@@ -40,13 +40,13 @@ def test_every_key_that_is_named_like_a_path_is_one():
 @pytest.mark.parametrize("name", PATHS)
 def test_the_home_directory_is_known_to_every_path(name: str, tmp_path: Path):
     path = tmp_path / "x.yaml"
-    path.write_text(f"{name}: ~/a b/c\n")
+    path.write_text(f"stage: VL-SFT\n{name}: ~/a b/c\n")
     assert paths(name, load(str(path), None, "version")) in ("/h/a b/c", ("/h/a b/c",), ("/h/a", "b/c"))
     user = os.path.expanduser("~root")
     for given, expected in (("~/x", "/h/x"), ("~", "/h"), ("./~/x", "./~/x"), ("~root/x", f"{user}/x")):
-        quoted = [f"{name}='{given}'"]  # a bare ~ is null
+        quoted = ["stage=VL-SFT", f"{name}='{given}'"]  # a bare ~ is null
         assert paths(name, load(None, quoted, "version")) in (expected, (expected,))
-        assert paths(name, load(None, {name: given}, "version")) in (expected, (expected,))
+        assert paths(name, load(None, {name: given, "stage": "VL-SFT"}, "version")) in (expected, (expected,))
 
 
 def test_another_name_of_a_path_is_a_path():
@@ -57,9 +57,16 @@ def test_another_name_of_a_path_is_a_path():
 
 @pytest.mark.parametrize("name", [name for name in PATHS if "item" in schema.fields()[name].metadata])
 def test_every_path_of_several(name: str):
-    assert paths(name, load(None, {name: "~/a, b ,~/c"}, "version")) == ("/h/a", "b", "/h/c")
-    assert paths(name, load(None, {name: ["~/a", "b", "~/c d"]}, "version")) == ("/h/a", "b", "/h/c d")
-    assert paths(name, load(None, {name: ["~/a,b", "c"]}, "version")) == ("/h/a,b", "c")  # a comma inside one path
+    assert paths(name, load(None, {name: "~/a, b ,~/c", "stage": "VL-SFT"}, "version")) == ("/h/a", "b", "/h/c")
+    assert paths(name, load(None, {name: ["~/a", "b", "~/c d"], "stage": "VL-SFT"}, "version")) == (
+        "/h/a",
+        "b",
+        "/h/c d",
+    )
+    assert paths(name, load(None, {name: ["~/a,b", "c"], "stage": "VL-SFT"}, "version")) == (
+        "/h/a,b",
+        "c",
+    )  # a comma inside one path
 
 
 def test_paths_among_weights():

@@ -15,6 +15,8 @@ EVAL = {"eval_dataset_path": "e.jsonl"}
 EVALUATED = {**EVAL, "evaluation_strategy": "epoch"}
 TWO = {"train_dataset_path": "a,b", "max_steps": 1}
 DPO: dict[str, Any] = {"stage": "DPO"}
+VL: dict[str, Any] = {"stage": "VL-SFT"}
+VL_DPO: dict[str, Any] = {"stage": "VL-DPO"}
 LORA = {"fine_tuning": "LoRA"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
@@ -31,6 +33,20 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"buffer_size": 5}, {"packing": True, "greedy_intokens": False}, {"packing": True}),
     ("train", {"truncation": "cut"}, {"stage": "PT"}, {}),
     ("train", {"max_pixels": 784, "video_target_frames": 3}, {}, {"stage": "VL-SFT"}),
+    ("train", {"modality_ratio": "2,1", "text_dataset_type": "messages"}, VL, {**VL, "text_dataset_path": "t.jsonl"}),
+    (
+        "train",
+        {"text_dataset_prob": "0.5,0.5"},
+        {**VL, "text_dataset_path": "t,u"},
+        {**VL, "text_dataset_path": "t,u", "mix_strategy": "interleave_over"},
+    ),
+    ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": True, "z_loss_lambda": 0.1}, VL_DPO, VL),
+    ("train", {"max_prompt_len": 9}, VL_DPO, DPO),
+    ("train", {"text_dataset_path": "t.jsonl"}, VL_DPO, VL),
+    ("train", {"chat_tools": "image_zoom_in_tool"}, {}, None),
+    ("chat", {"image_search_dir": "d"}, {}, {"chat_tools": "image_search"}),
+    ("chat", {"max_tool_rounds": 3}, {}, {"chat_tools": "image_zoom_in_tool"}),
+    ("chat", {"box_coordinates": "pixels"}, {}, None),
     ("train", {"max_estimate_samples": 9}, {"max_steps": 5}, {"max_steps": 5, "save_strategy": "epoch"}),
     ("train", {"num_train_epochs": 1}, {"max_steps": 5}, {}),
     ("train", {"eval_steps": 5}, EVALUATED, {**EVAL, "evaluation_strategy": "steps"}),
@@ -81,6 +97,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"num_nextn_predict_layers": 1}, DPO, {}),
     ("train", {"token_balance_loss": "row"}, DPO, {}),
     ("train", {"z_loss_lambda": 0.1}, DPO, {}),
+    ("train", {"text_dataset_path": "t"}, {}, VL),
     ("train", {"simpo_gamma": 0.2}, DPO, {**DPO, "loss_type": "simpo"}),
     ("train", {"dpop_lambda": 0.2}, DPO, {**DPO, "loss_type": "dpop"}),
     ("train", {"beta": 0.2}, {**DPO, "loss_type": "orpo"}, DPO),

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from support.pictures import vision_directory
 from support.source_tree import REPOSITORY as ROOT
+from support.vision_directories import vision_model_directory
 
+from erniekit.cli import check
 from erniekit.data.batch import IGNORE
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.processor import load_processor
@@ -20,9 +22,11 @@ SPEC.loader.exec_module(tool)
 
 DATA = ROOT / "examples" / "data"
 TYPES = {"sft_vl-messages": "messages", "sft_vl-sharegpt": "sharegpt", "sft_vl-alpaca": "alpaca"}  # else erniekit
+OTHER_METHODS = {"pt_vl-train.jsonl": "VL-PT", "dpo_vl-train.jsonl": "VL-DPO"}
 ROWS = [
     pytest.param(name, number, line, id=f"{name}:{number}")
     for name in tool.FILES
+    if name not in OTHER_METHODS
     for number, line in enumerate((DATA / name).read_text(encoding="utf-8").splitlines(), 1)
 ]
 
@@ -82,3 +86,30 @@ def test_files_are_what_the_tool_makes(tmp_path, monkeypatch):
         made, committed = (np.asarray(Image.open(root / "pictures" / name)) for root in (tmp_path, DATA))
         np.testing.assert_array_equal(made, committed, name)
     assert sum(path.stat().st_size for path in DATA.rglob("*.png")) < 60_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "names"),
+    [
+        (
+            "VL-SFT",
+            "erniekit",
+            [name for name in tool.FILES if Path(name).stem not in TYPES and name not in OTHER_METHODS],
+        ),
+        *(("VL-SFT", kind, [f"{name}.jsonl"]) for name, kind in TYPES.items()),
+        ("VL-PT", "text", ["pt_vl-train.jsonl"]),
+        ("VL-DPO", "messages", ["dpo_vl-train.jsonl"]),
+    ],
+)
+def test_the_check_command_finds_nothing_wrong(stage, kind, names, tmp_path):
+    given = {
+        "stage": stage,
+        "model_name_or_path": str(vision_model_directory(tmp_path / "model")),
+        "continue_training": "false",
+        "train_dataset_type": ",".join([kind] * len(names)),
+        "train_dataset_path": ",".join(str(DATA / name) for name in names),
+        "output_dir": str(tmp_path / "out"),
+        "chat_template": "ernie_vl_thinking",
+    }
+    report = check.inspect([f"{key}={value}" for key, value in given.items()], "train")
+    assert report.count("error") == 0, report

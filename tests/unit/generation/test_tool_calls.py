@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniekit.generation.tool_calls import format_call, read_calls
+from erniekit.generation.tool_calls import CallFilter, format_call, read_calls
 
 ADD, MAP = (
     {"name": "add", "arguments": {"a": 1, "b": 2}},
@@ -67,3 +67,17 @@ def test_what_the_templates_write_is_read_back(calls):
 
 def test_a_call_as_people_write_it():
     assert format_call(MAP) == '地图(市="北京", at=[1.5, null])'
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_a_stream_shows_what_stands_before_the_first_call(step: int):
+    def shown(text: str, hides: bool = True) -> str:
+        calls = CallFilter(hides)
+        return "".join(calls.push(text[i : i + step]) for i in range(0, len(text), step)) + calls.flush()
+
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+    assert shown(f"I look. \n{call}{call}") == "I look."
+    assert shown(call) == ""
+    assert shown("a <b> tool_call <tool_") == "a <b> tool_call <tool_"
+    assert shown("two\nlines\n") == "two\nlines\n"
+    assert shown(f"a\n{call}", hides=False) == f"a\n{call}"

@@ -82,6 +82,18 @@ def test_records_of_text_have_a_preview_too(tmp_path, capsys):
     assert "train record 4" not in said and "t.jsonl:3: 1" in said
 
 
+def test_equal_turns_are_all_shown(given, tmp_path, capsys):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 3
+    data = write_lines(tmp_path / "turns.jsonl", [{"messages": turns, "label": [1, 1, 1]}])
+    check.run([*given, f"train_dataset_path={data}"])
+    assert capsys.readouterr().out.count("trained:     'a</s>'") == 3
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_at_once(given, tmp_path):
+    with pytest.raises(ConfigError, match=r"sheet=.*in a directory that exists"):
+        check.run([*given, "preview=1", f"sheet={tmp_path}/nowhere/sheet.png"])
+
+
 def test_a_preview_of_a_wrong_number(given):
     for wrong in ("some", "-1", "100000"):
         with pytest.raises(ConfigError, match=f"preview={wrong}: expected a number of records from 0 to 1000"):

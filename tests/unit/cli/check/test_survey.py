@@ -188,6 +188,17 @@ def test_a_missing_decoder_does_not_matter_for_frames(given, tmp_path, monkeypat
     assert not findings(given(videos), "error")
 
 
+def test_text_beside_pictures_is_checked_too(given, tmp_path):
+    turns = row("Hello.")["messages"]
+    text = write_lines(tmp_path / "text.jsonl", [{"messages": turns}, {"messages": []}, {"messages": turns}])
+    args = given(GOOD, max_steps=2, text_dataset_path=text, text_dataset_type="messages")
+    errors = findings(args, "error")
+    assert len(errors) == 1 and "text.jsonl:2: " in errors[0]
+    ok = findings([*args, "on_bad_line=skip"], "ok")
+    assert any("tokens of 3 samples" in line for line in ok) and any("tokens of all samples" in line for line in ok)
+    assert "trained:     'Yes.</s>'" in findings([*args, "on_bad_line=skip"], "ok")
+
+
 def test_a_model_of_text_is_refused(given):
     from support.source_tree import REPOSITORY
 

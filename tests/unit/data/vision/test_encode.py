@@ -96,12 +96,12 @@ def test_a_first_round_that_does_not_fit(encode):
     length = len(encode(rounds("big.png")).documents[0].ids)
     dropped = encode(rounds("big.png"), max_seq_len=length - 1)
     assert not dropped.documents
-    assert f"has {length} tokens, 100 of them of 1 pictures" in dropped.dropped
+    assert f"has {length} tokens, 100 of them of 1 picture" in dropped.dropped
     with pytest.raises(
         DataError, match=rf"train.jsonl:3: .*set max_seq_len to {length}, or max_pixels to (\d+)"
     ) as caught:
         encode(rounds("big.png"), max_seq_len=length - 1, overflow="error")
-    bound = int(str(caught.value).split("max_pixels to ")[1].split()[0])
+    bound = int(str(caught.value).split("max_pixels to ")[1].split(",")[0])
     smaller = replace(SPEC.settings, images=PixelLimits(LIMITS.min_pixels, bound))
     assert len(encode(rounds("big.png"), settings=smaller).documents[0].ids) < length
     hopeless = encode(rounds("small.png"), max_seq_len=5)

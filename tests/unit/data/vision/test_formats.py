@@ -103,6 +103,11 @@ def test_text_without_pictures_stays_text(options):
     assert sample.messages == [{"role": "user", "content": "2 + 2?"}, answer("4")]
 
 
+def test_erniekits_form_for_text_is_read_beside_its_form_for_pictures(options):
+    sample, _ = parse("erniekit", {"src": ["How many?"], "tgt": ["Three."]}, options)
+    assert [message["content"] for message in sample.messages] == ["How many?", "Three."]
+
+
 def test_order_over_messages_and_kinds(options):
     record = {
         "messages": [
