@@ -29,6 +29,7 @@ TASKS = {  # what is asked, and the share of right answers in percent below whic
     "clip": ("what happens, and when", 30.0),
 }
 MAX_TEXT_LOSS = 2.0  # points of the text task from the first stage to the third
+TEXT_OPTIONS = ("stage=SFT", "chat_template=text")
 STAGES = ("stage1_text", "stage2_vision", "stage3_joint")
 
 
@@ -128,7 +129,7 @@ def main() -> None:
     for stage in STAGES:
         train(stage, args.overrides)
         if stage != "stage2_vision":  # in which the text part is frozen
-            text.append(percent(answers(stage, text_test, "erniekit", f"eval_text_{stage}", "stage=SFT")))
+            text.append(percent(answers(stage, text_test, "erniekit", f"eval_text_{stage}", *TEXT_OPTIONS)))
     model = f"model_name_or_path={(OUT / STAGES[-1]).as_posix()}"
     untrained = f"output_dir={(OUT / 'no_model_yet').as_posix()}"
     before = by_task(answers("run_sft", questions, "messages", "eval_before", model, untrained))
