@@ -101,7 +101,7 @@ def test_what_is_missing_is_said_before_anything_is_read(workspace, words, keys,
     ("keys", "expected"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"num_attention_heads": 5}, "head_dim: needed: hidden_size 32 does not divide by num_attention_heads 5"),
+        ({"num_attention_heads": 5}, "needed, since hidden_size: 32 does not divide by num_attention_heads: 5"),
         ({"head_dim": 7}, "head_dim 7 must be even"),
         (EXPERTS | {"moe_k": 5}, "moe_k 5 is larger than moe_num_experts 4"),
         (EXPERTS | {"moe_layer_start_index": 2}, "leave no layer of 2 with experts"),

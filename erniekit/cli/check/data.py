@@ -78,18 +78,22 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
                 feed, usable = loader.feed, True
                 for name, part in _record_feeds(feed, split):
                     opened[name] = part.dataset
-                    has_pictures = facts.vision is not None and name == split
-                    usable = _records(section, cfg, part, has_pictures, wishes) and usable
+                    usable &= _records(section, cfg, part, bool(facts.vision) and name == split, wishes)
                 if split == "train" and usable:
                     _steps(section, cfg, loader, ranks, steps)
         if wishes.preview or not report.count("error"):
             for name, part in _record_feeds(feed, split):
                 tiles += preview.inspect(report, part, facts.tokenizer, name, wishes.preview or 1)
+    _draw(report, tiles, wishes)
+    _duplicates(report, opened)
+    return steps
+
+
+def _draw(report: Report, tiles: list[Tile], wishes: Wishes) -> None:
+    """Write the sheet of the pictures, if it is wanted."""
     if wishes.preview and tiles:
         write_sheet(tiles, wishes.sheet)
         report.section("pictures").add("ok", f"{wishes.sheet} shows them as the model sees them")
-    _duplicates(report, opened)
-    return steps
 
 
 def _record_feeds(feed: Feed | None, split: str) -> list[tuple[str, RecordFeed]]:

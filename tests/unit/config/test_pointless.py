@@ -40,7 +40,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         {**VL, "text_dataset_path": "t,u"},
         {**VL, "text_dataset_path": "t,u", "mix_strategy": "interleave_over"},
     ),
-    ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": True, "z_loss_lambda": 0.1}, VL_DPO, VL),
+    ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": "row", "z_loss_lambda": 0.1}, VL_DPO, VL),
     ("train", {"max_prompt_len": 9}, VL_DPO, DPO),
     ("train", {"text_dataset_path": "t.jsonl"}, VL_DPO, VL),
     ("train", {"chat_tools": "image_zoom_in_tool"}, {}, None),

@@ -168,7 +168,7 @@ def test_records_are_checked_when_the_data_is_opened(data, tokenizer):
 
 
 def test_other_types_are_named(data, tokenizer):
-    with pytest.raises(DataError, match="type text cannot hold pictures"):
+    with pytest.raises(DataError, match="this record is of type messages, not text"):
         build(data, tokenizer, train_dataset_type="text")
 
 
