@@ -29,7 +29,12 @@ TASKS = {  # what is asked, and the share of right answers in percent below whic
     "clip": ("what happens, and when", 30.0),
 }
 MAX_TEXT_LOSS = 2.0  # points of the text task from the first stage to the third
-TEXT_OPTIONS = ("stage=SFT", "chat_template=text")
+TEXT_OPTIONS = (  # the text task: the questions of `make demo`
+    "stage=SFT",
+    "chat_template=text",
+    "eval_dataset_type=erniekit",
+    "eval_dataset_path=data/demo/test.jsonl",
+)
 STAGES = ("stage1_text", "stage2_vision", "stage3_joint")
 
 
@@ -47,16 +52,11 @@ def train(name: str, overrides: Sequence[str]) -> None:
     run("-m", "erniekit", "train", f"{CONFIGS}/{name}.yaml", "overwrite_output_dir=true", *overrides)
 
 
-def answers(config: str, paths: Sequence[Path], kind: str, name: str, *options: str) -> list[dict[str, Any]]:
-    """Let a model answer the last question of each line of `paths`; the lines of its predictions."""
+def answers(config: str, name: str, *options: str) -> list[dict[str, Any]]:
+    """Let a model answer the questions of its evaluation data; the lines of its predictions."""
     results = OUT / name
-    data = [
-        f"eval_dataset_path={','.join(path.as_posix() for path in paths)}",
-        f"eval_dataset_type={','.join([kind] * len(paths))}",
-        f"eval_dataset_prob={','.join(['1.0'] * len(paths))}",
-    ]
     command = ("-m", "erniekit", "eval", f"{CONFIGS}/{config}.yaml", "predict_with_generate=true")
-    run(*command, f"eval_output={results.as_posix()}", *data, *options)
+    run(*command, f"eval_output={results.as_posix()}", *options)
     text = (ROOT / results / "eval_predictions.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -123,18 +123,16 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     run("tools/make_vl_demo_data.py", DATA.as_posix(), f"--train={args.train}", f"--test={args.test}")
-    questions = [DATA / f"{task}-test.jsonl" for task in TASKS]
-    text_test = [Path("data/demo/test.jsonl")]
     text: list[float] = []
     for stage in STAGES:
         train(stage, args.overrides)
         if stage != "stage2_vision":  # in which the text part is frozen
-            text.append(percent(answers(stage, text_test, "erniekit", f"eval_text_{stage}", *TEXT_OPTIONS)))
+            text.append(percent(answers(stage, f"eval_text_{stage}", *TEXT_OPTIONS)))
     model = f"model_name_or_path={(OUT / STAGES[-1]).as_posix()}"
     untrained = f"output_dir={(OUT / 'no_model_yet').as_posix()}"
-    before = by_task(answers("run_sft", questions, "messages", "eval_before", model, untrained))
+    before = by_task(answers("run_sft", "eval_before", model, untrained))
     train("run_sft", args.overrides)
-    after = by_task(answers("run_sft", questions, "messages", "eval_after"))
+    after = by_task(answers("run_sft", "eval_after"))
     draw_samples(after, ROOT / OUT / "samples.png")
     print(f"\n{'right answers, held out':<28}{'before VL-SFT':>16}{'after':>10}")
     for task, (title, _) in TASKS.items():
