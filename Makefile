@@ -1,6 +1,7 @@
 # make demo      set up .venv and run the whole way on a CPU: train, evaluate, export, chat
 # make demo-pretrain   the same for pretraining: text, token files, two stages, a sample of its writing
 # make demo-align      SFT, then preference optimisation with LoRA, judged by what the model writes before and after
+# make demo-vl         pictures and clips: three stages of pretraining, fine-tuning, questions answered before and after
 # make test      set up .venv and run the test suite
 # make test-all  the slow tests as well
 # make lint      ruff and mypy
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do for p
 	"$$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$path" && exit; done; done)
 
-.PHONY: demo demo-pretrain demo-align test test-all lint clean
+.PHONY: demo demo-pretrain demo-align demo-vl test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,6 +28,9 @@ demo-pretrain: $(VENV)/.installed
 
 demo-align: $(VENV)/.installed
 	$(PY) tools/demo_align.py
+
+demo-vl: $(VENV)/.installed-vl
+	$(PY) tools/demo_vl.py
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
@@ -47,6 +51,11 @@ $(VENV)/.installed: $(PY) pyproject.toml setup.py
 	@echo "Installing into $(VENV); the first time this takes some minutes, Paddle is large."
 	$(PY) -m pip install --quiet --editable '.[cpu]'
 	touch $@
+
+$(VENV)/.installed-vl: $(PY) pyproject.toml setup.py
+	@echo "Installing into $(VENV); the first time this takes some minutes, Paddle is large."
+	$(PY) -m pip install --quiet --editable '.[cpu,demo-vl]'
+	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: $(PY) pyproject.toml setup.py
 	@echo "Installing into $(VENV), with what the tests need; the first time this takes some minutes, Paddle is large."

@@ -56,10 +56,11 @@ FOREIGN = {
         "make_processor_fixture.py --out {tmp}/processor.npz",
         ("torch", "torchvision", "transformers"),
     ),
+    "make_vl_demo_data": ("make_vl_demo_data.py {tmp}/pictures --train 3 --test 2", ("sklearn",)),
     "make_rotary_fixture": ("make_rotary_fixture.py --out {tmp}/rotary.npz", ("torch", "transformers")),
 }
 # Run by hand: they replace what an earlier demo left. The commands they are made of are those of tests/e2e.
-BY_HAND = {"demo.py", "demo_align.py", "demo_pretrain.py"}
+BY_HAND = {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_vl.py"}
 # No scripts.
 HELPERS = {"bench_worker.py"}
 
