@@ -25,7 +25,7 @@ CLEAN = (
     "erniekit.utils",
     "erniekit.api",
     "erniekit.checkpoint",
-    "erniekit.data.batch",
+    "erniekit.data.packed_batch",
     "erniekit.data.chat",
     "erniekit.data.lengths",
     "erniekit.data.loader",

@@ -12,7 +12,7 @@ from support.source_tree import REPOSITORY, Module, read_package
 from erniekit import config
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.parallel.mesh import Mesh

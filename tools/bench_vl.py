@@ -131,7 +131,7 @@ class _Ours:
 
     def prepare(self, rows: dict[str, np.ndarray]) -> Any:
         """A packed batch as the data workers make it, and its size in bytes."""
-        from erniekit.data.batch import PackedBatch, PictureTable
+        from erniekit.data.packed_batch import PackedBatch, PictureTable
         from erniekit.data.vision.positions import num_tokens, token_positions
 
         ids, kinds = rows["ids"].reshape(-1), rows["kinds"].reshape(-1)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from erniekit.checkpoint.model_dir import CHAT_TEMPLATE_FILE
 from erniekit.data.chat.tokenizer import load_tokenizer
-from erniekit.data.vision.geometry import Patching
 from erniekit.data.vision.processor_files import (
     IMAGE_FILE,
     PROCESSOR_FILE,
@@ -13,6 +12,7 @@ from erniekit.data.vision.processor_files import (
     read_settings,
     write_settings,
 )
+from erniekit.data.vision.smart_resize import Patching
 from erniekit.data.vision.template import PLACEHOLDERS, TAGS
 from erniekit.models.config import ModelConfig
 from erniekit.utils import atomic, log

@@ -2,7 +2,7 @@
 step.
 
 files and sources (checked at the start) -> sampler (shuffles, mixes) -> encoder (tokens, labels) -> packing (rows) ->
-batches (data/batch.py).
+batches (data/packed_batch.py).
 
 Rows form one global stream. A step consists of G = batch_size * accumulation * world rows. Microbatch m of rank r has
 rows (m * world + r) * batch_size + [0, batch_size) of the step, so layouts with the same G have the same rows in the
@@ -20,9 +20,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 from erniekit.config import Config
-from erniekit.data.batch import PackedBatch, join_rows
 from erniekit.data.chat.encode import Template, Tokenizer
 from erniekit.data.mixed_feed import MixedFeed
+from erniekit.data.packed_batch import PackedBatch, join_rows
 from erniekit.data.prefetch import Prefetcher
 from erniekit.data.record_feed import EVERY_RECORD, Inspection, RecordFeed, open_text
 from erniekit.data.records.dataset import Dataset

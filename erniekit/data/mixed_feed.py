@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.record_feed import RecordFeed
 from erniekit.data.records.dataset import Dataset
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import Document, PackedBatch, make_row
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.lengths import Lengths
+from erniekit.data.packed_batch import Document, PackedBatch, make_row
 from erniekit.data.packing import Packer
 from erniekit.data.sampler import Sampler
 from erniekit.data.workers import EncodingService

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from erniekit.config import Config
-from erniekit.data.batch import PackedBatch
 from erniekit.data.chat import template as chat
 from erniekit.data.chat import tokenizer as text_tokenizer
 from erniekit.data.chat.encode import Encoded, Template, Tokenizer
 from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs, with_pictures

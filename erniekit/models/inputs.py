@@ -11,12 +11,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.data.batch import Modality, PackedBatch
+from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
-from erniekit.nn.attention_plan import make_plan, next_in_document
+from erniekit.nn.attention_mask import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.roles import Role
@@ -126,7 +126,7 @@ def packed_inputs(
     """The inputs of packed documents, made once for all layers.
 
     input_ids, segment_ids: integers, rows [B, S] or one row [T]; segment ids and `prefixes` as in
-    nn.attention_plan.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
+    nn.attention_mask.make_plan. position_ids: the same shape, or (time, height, width) with one more axis of 3; by
     default each document starts at 0, or where its prefix ends. tokens: what sparse layers count over (default: all
     tokens are one row of text). neftune_alpha, dropout: strength of the noise on the embeddings, and the attention
     dropout, of a training step. pictures: the images and videos, whose places count the tokens of all rows; they need

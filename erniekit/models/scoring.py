@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import paddle
 
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from erniekit.data.vision.geometry import Patching
+from erniekit.data.vision.smart_resize import Patching
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn.attention_plan import AttentionPlan
+from erniekit.nn.attention_mask import AttentionPlan
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
 from erniekit.nn.rotary import Rotation

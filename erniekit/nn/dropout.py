@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from erniekit.nn.attention_plan import AttentionPlan, Bucket
+from erniekit.nn.attention_mask import AttentionPlan, Bucket
 
 # Odd constants that keep the parts of a counter apart; the first is 2^64 over the golden ratio.
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from erniekit.data.vision.boxes import SCALE
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.data.vision.geometry import TOKEN_AREA
 from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.smart_resize import TOKEN_AREA
 from erniekit.serve.image_search import ImageSearch
 from erniekit.serve.typed_media import picture_part
 

@@ -15,8 +15,8 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import PackedBatch
 from erniekit.data.loader import Loader
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs

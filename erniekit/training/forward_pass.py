@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import paddle
 
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
 from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
 from erniekit.models.stages import stage_input

@@ -1,7 +1,7 @@
 """Parameters that a run leaves as they are: freeze_config and frozen_parameters.
 
 A frozen parameter asks for no gradient, so it is not among the parameters that are synchronised, clipped, decayed and
-updated, and the correction bias of a frozen router does not move (moe/balance.py).
+updated, and the correction bias of a frozen router does not move (moe/expert_bias.py).
 """
 
 import re

@@ -25,7 +25,7 @@ from erniekit.parallel.process_group import Group
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
 from erniekit.training.reporting.metrics_file import copy_lines
-from erniekit.training.resume import check_keys, noted
+from erniekit.training.resume_checks import check_keys, noted
 from erniekit.training.state import CONFIG_FILE, STATE_FILE, read_state
 from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import DirectoryLock

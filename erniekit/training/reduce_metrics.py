@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_backward import StepSums
+from erniekit.training.forward_step import StepSums
 from erniekit.training.recipes.base import Recipe
 
 

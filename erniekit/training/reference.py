@@ -11,7 +11,7 @@ from typing import Protocol
 import paddle
 
 from erniekit import lora
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs

@@ -20,9 +20,9 @@ import paddle
 
 from erniekit.checkpoint.fingerprint import files_digest, weights_digest
 from erniekit.config.schema import Config
-from erniekit.data.batch import NO_SEGMENT, PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import build_loader
+from erniekit.data.packed_batch import NO_SEGMENT, PackedBatch
 from erniekit.models.config import CONFIG_FILE, ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel import comm

@@ -10,22 +10,22 @@ import numpy as np
 import paddle
 
 from erniekit.checkpoint.model_dir import what_is_saved
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.weights import num_parameters
-from erniekit.moe.balance import update_biases
+from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
 from erniekit.training.batch_warmup import microbatches_at
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
+from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
-from erniekit.training.forward_backward import StepSums, TrainStage, attention_dropout
+from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
-from erniekit.training.saving import Saver
 from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError

@@ -63,7 +63,7 @@ def one_step(
     from erniekit.parallel.grad_sync import GradientSync
     from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
     from erniekit.parallel.zero import ShardedParameters
-    from erniekit.training.forward_backward import TrainStage
+    from erniekit.training.forward_step import TrainStage
     from erniekit.training.recipes.causal import CausalRecipe
     from erniekit.training.reduce_metrics import global_counts, global_sums
 

@@ -13,7 +13,7 @@ from PIL import Image
 from support.mutations import mutated_bytes, mutated_json
 from support.pictures import blocks, encoded, vision_directory, write_picture, write_video
 
-from erniekit.data.batch import IGNORE
+from erniekit.data.packed_batch import IGNORE
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.images import load_image

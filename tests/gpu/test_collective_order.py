@@ -46,7 +46,7 @@ def collectives(keys: dict[str, Any]) -> tuple[list[str], int]:
     from support import equality
 
     from erniekit.parallel import grad_sync, zero
-    from erniekit.training.forward_backward import TrainStage
+    from erniekit.training.forward_step import TrainStage
 
     heard: list[str] = []
     empty: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from support.packed import packed
 from support.whole_model import train_stage
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE
+from erniekit.data.packed_batch import IGNORE
 from erniekit.models.decoder import CausalLM
 from erniekit.training.recipes.causal import CausalRecipe
 

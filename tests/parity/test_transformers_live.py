@@ -14,7 +14,7 @@ import erniekit
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import export_tensors
-from erniekit.moe.losses import load_balance_loss
+from erniekit.moe.aux_losses import load_balance_loss
 from erniekit.moe.router import RouterOptions
 
 torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from erniekit.data.batch import PackedBatch, join_rows
+from erniekit.data.packed_batch import PackedBatch, join_rows
 
 
 def packed(

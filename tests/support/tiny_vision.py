@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import PackedBatch, PictureTable
+from erniekit.data.packed_batch import PackedBatch, PictureTable
 from erniekit.data.vision.positions import num_tokens, token_positions
 
 IMAGE, VIDEO, START, END = 52, 53, 54, 55

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from erniekit.config import Config
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import plan
-from erniekit.training.forward_backward import StepSums, TrainStage
+from erniekit.training.forward_step import StepSums, TrainStage
 from erniekit.training.recipes.base import Recipe
 from erniekit.training.reduce_metrics import global_counts
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from erniekit.cli.check.contact_sheet import Tile
 from erniekit.cli.check.report import Finding, Report, Section, count_of
-from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.record_feed import RecordFeed
 from erniekit.data.vision.boxes import boxes_in
 from erniekit.data.vision.plan import MediaPlan

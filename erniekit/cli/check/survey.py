@@ -14,8 +14,8 @@ from erniekit.config import Config
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.record_feed import RecordFeed
 from erniekit.data.vision.decode import MediaDecoder
-from erniekit.data.vision.geometry import MAX_RATIO
 from erniekit.data.vision.plan import MediaPlan
+from erniekit.data.vision.smart_resize import MAX_RATIO
 from erniekit.utils import log
 from erniekit.utils.progress import track
 from erniekit.utils.runtime import num_cores

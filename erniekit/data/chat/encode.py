@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.pairs import answers_are_equal, cut_document, join_pair, one_answer
+from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, reading
 from erniekit.data.records.formats import parse_record

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document, PairLayout
+from erniekit.data.packed_batch import IGNORE, Document, PairLayout
 from erniekit.data.records.sample import Sample
 from erniekit.utils.errors import DataError
 

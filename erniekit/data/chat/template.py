@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from erniekit.data.batch import IGNORE
 from erniekit.data.chat.jinja_sandbox import BoundedTemplate, TemplateFault
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.chat.tokenizer_files import read_chat_template
+from erniekit.data.packed_batch import IGNORE
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, UserError
 from erniekit.utils.user_files import read_text

@@ -36,8 +36,8 @@ import numpy as np
 
 from erniekit.config import Config
 from erniekit.config.token_files import weighted_prefixes
-from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.encode import Tokenizer
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.tokens.files import TokenFile, strip_suffix
 from erniekit.data.tokens.rows import DocumentPart, Mix, RowOrder, Source
 from erniekit.utils import log

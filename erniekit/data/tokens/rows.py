@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, PackedBatch
+from erniekit.data.packed_batch import IGNORE, PackedBatch
 from erniekit.data.sampler import permutation
 from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import ConfigError

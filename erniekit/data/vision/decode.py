@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, PackedBatch, PictureTable
+from erniekit.data.packed_batch import IGNORE, PackedBatch, PictureTable
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.plan import MediaPlan

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document, DocumentPictures
 from erniekit.data.chat.pairs import join_pair
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.packed_batch import IGNORE, Document, DocumentPictures
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.utils.errors import DataError

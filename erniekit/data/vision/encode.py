@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Document, DocumentPictures
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.pairs import one_answer
+from erniekit.data.packed_batch import IGNORE, Document, DocumentPictures
 from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, BadRecord, reading
 from erniekit.data.records.readers import load_record

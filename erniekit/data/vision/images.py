@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching
 from erniekit.data.vision.media import MediaReader, describe
+from erniekit.data.vision.smart_resize import PUBLISHED, Geometry, Patching
 
 # Formats whose decoders are part of Pillow's wheel and start no other program (EPS would).
 _WANTED = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")

@@ -6,9 +6,9 @@ from typing import Any
 from erniekit.config import Config
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions
-from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
 from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import ConfigError
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from erniekit.data.batch import Modality
+from erniekit.data.packed_batch import Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.geometry import TOKEN_AREA, Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.images import image_size, load_picture, patchify, resize
 from erniekit.data.vision.media import MediaReader, describe, unwrap
 from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.smart_resize import TOKEN_AREA, Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.video import VideoOptions, open_video
 from erniekit.utils.errors import DataError
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision import positions

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from erniekit.data.vision.frames import FONT, FrameOptions
-from erniekit.data.vision.geometry import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.data.vision.positions import MERGED_FRAMES
+from erniekit.data.vision.smart_resize import IMAGE_LIMITS, PUBLISHED, VIDEO_LIMITS, Patching, PixelLimits
 from erniekit.utils import atomic
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, read_json_object

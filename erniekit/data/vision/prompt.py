@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE
+from erniekit.data.packed_batch import IGNORE
 from erniekit.data.vision import positions
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.plan import MediaPlan

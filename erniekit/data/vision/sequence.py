@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.vision.template import PLACEHOLDERS, TAGS
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions, choose_frames, draw_time, pick_from_intervals
-from erniekit.data.vision.geometry import PUBLISHED, Geometry, Patching, PixelLimits, measure
 from erniekit.data.vision.images import FORMATS, IMAGE_OPTIONS, ImageOptions, image_size, load_image, resize
 from erniekit.data.vision.media import MAX_VIDEO_BYTES, MediaReader, describe, kind_of_file, unwrap
+from erniekit.data.vision.smart_resize import PUBLISHED, Geometry, Patching, PixelLimits, measure
 
 _MAX_FRAMES = 2_000_000  # of a file: 18 hours at 30 frames a second
 _NEARBY = 10  # frames: how far from a damaged frame another one may stand in for it

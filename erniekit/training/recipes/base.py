@@ -8,8 +8,8 @@ import paddle
 
 from erniekit.build import PreparedModel
 from erniekit.config.schema import Config
-from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.training.forward_pass import ForwardPass

@@ -6,12 +6,12 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import IGNORE, Modality, PackedBatch
+from erniekit.data.packed_batch import IGNORE, Modality, PackedBatch
 from erniekit.losses.lm import linear_cross_entropy
 from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
-from erniekit.nn.attention_plan import next_in_document
+from erniekit.nn.attention_mask import next_in_document
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 

@@ -9,7 +9,7 @@ import paddle
 
 from erniekit import lora
 from erniekit.config.schema import Config
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.preference import (
     METRICS,

@@ -5,8 +5,8 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM, Routings
+from erniekit.moe.aux_losses import load_balance_loss, router_orthogonal_loss, router_z_loss
 from erniekit.moe.layer import Routed
-from erniekit.moe.losses import load_balance_loss, router_orthogonal_loss, router_z_loss
 from erniekit.moe.router import RouterOptions
 from erniekit.moe.stats import RouterStats, measure
 from erniekit.training.recipes.base import Term

@@ -9,9 +9,9 @@ from support.data_runs import config, steps
 from support.pictures import vision_directory, write_picture
 from support.tiny_directories import write_lines
 
-from erniekit.data.batch import PackedBatch
 from erniekit.data.chat.tokenizer import Tokenizer, load_tokenizer
 from erniekit.data.loader import Loader, build_loader
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import read_settings
 from erniekit.data.vision.template import load_vision_template

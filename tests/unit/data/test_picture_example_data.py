@@ -12,7 +12,7 @@ from support.source_tree import REPOSITORY as ROOT
 from support.vision_directories import vision_model_directory
 
 from erniekit.cli import check
-from erniekit.data.batch import IGNORE
+from erniekit.data.packed_batch import IGNORE
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.processor import load_processor
 

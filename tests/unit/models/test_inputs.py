@@ -8,7 +8,7 @@ import pytest
 from support.tiny_models import tiny_model
 from support.tiny_vision import CONFIG
 
-from erniekit.data.batch import Document, PackedBatch, PairLayout, join_rows, make_row
+from erniekit.data.packed_batch import Document, PackedBatch, PairLayout, join_rows, make_row
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import batch_inputs, embed_ahead, packed_inputs, padded_length

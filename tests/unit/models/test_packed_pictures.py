@@ -7,7 +7,7 @@ import paddle
 import pytest
 from support.tiny_vision import CONFIG, IMAGE, packed_row
 
-from erniekit.data.batch import PackedBatch, PictureTable, join_rows
+from erniekit.data.packed_batch import PackedBatch, PictureTable, join_rows
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights

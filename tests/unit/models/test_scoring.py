@@ -9,7 +9,7 @@ from support.packed import packed
 from support.tiny_models import tiny_model
 from support.tiny_sizes import DENSE
 
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses import lm
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.models.decoder import CausalLM

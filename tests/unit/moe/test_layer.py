@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.moe.balance import update_biases
+from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
 from erniekit.moe.router import RouterOptions, choose, route, within_capacity
 from erniekit.moe.stats import measure

@@ -7,7 +7,7 @@ from support.numeric import numeric_gradient, numeric_slope
 
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention, SelfAttention
-from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.attention_mask import make_plan
 from erniekit.nn.rotary import Rotary
 
 THETA = 10000.0

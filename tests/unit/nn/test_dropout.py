@@ -9,7 +9,7 @@ from support.numeric import numeric_gradient
 
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention
-from erniekit.nn.attention_plan import make_plan
+from erniekit.nn.attention_mask import make_plan
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.rotary import Rotary
 

@@ -8,7 +8,7 @@ from support.tiny_models import tiny_model
 from erniekit.models.inputs import packed_inputs
 from erniekit.nn import attention
 from erniekit.nn.attention import HeadLayout, PackedAttention, last_rows
-from erniekit.nn.attention_plan import AttentionPlan, make_plan
+from erniekit.nn.attention_mask import AttentionPlan, make_plan
 from erniekit.nn.rotary import Rotary
 
 HEADS = HeadLayout(4, 2, 4)

@@ -50,7 +50,7 @@ def test_a_dense_step_has_one_read(directory: Path, method: dict, microbatches: 
 def test_a_sparse_layer_adds_one_read_and_one_upload(directory: Path, method: dict, microbatches: int):
     found = step(directory, "moe", rows=8 // microbatches, **method)
     assert found["reads"] == {FETCH: 1, EXPERTS: SPARSE_LAYERS * microbatches}
-    biases = {} if method else {"moe/balance.py": 1}  # of all routers; with LoRA they are frozen
+    biases = {} if method else {"moe/expert_bias.py": 1}  # of all routers; with LoRA they are frozen
     assert found["uploads"] == biases | {
         "training/recipes/causal.py": LABELS * microbatches,
         "moe/dispatch.py": SPARSE_LAYERS * microbatches,
@@ -65,7 +65,7 @@ def test_recomputation_and_prediction_ahead(directory: Path):
     assert found["uploads"] == {
         "training/recipes/causal.py": 2 * LABELS * 4,
         "moe/dispatch.py": SPARSE_LAYERS * 4,
-        "moe/balance.py": 1,
+        "moe/expert_bias.py": 1,
     }
 
 

@@ -13,7 +13,7 @@ from erniekit.checkpoint.run_record import FinalModel, RunRecord, read_record
 from erniekit.parallel.process_group import Group
 from erniekit.training import output_dir as module
 from erniekit.training.output_dir import OutputDir
-from erniekit.training.resume import noted
+from erniekit.training.resume_checks import noted
 from erniekit.training.state import TrainState, state_writer
 from erniekit.utils.errors import CheckpointError, ConfigError, UserError
 

@@ -9,7 +9,7 @@ from support.tiny_models import tiny_model
 from support.whole_model import run_step
 
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, Document, PairLayout, join_rows, make_row
+from erniekit.data.packed_batch import IGNORE, Document, PairLayout, join_rows, make_row
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.forward_pass import ForwardPass

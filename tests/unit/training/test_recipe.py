@@ -10,7 +10,7 @@ from support.tiny_vision import packed_row
 from support.whole_model import run_step
 
 from erniekit.config import Config
-from erniekit.data.batch import IGNORE, PackedBatch, join_rows
+from erniekit.data.packed_batch import IGNORE, PackedBatch, join_rows
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.training.recipes.causal import CausalRecipe

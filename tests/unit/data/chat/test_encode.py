@@ -5,11 +5,11 @@ import pytest
 from support.data_runs import PACKINGS, build, config, rows_of, run, steps, write
 from support.fake_text import ASSISTANT, EOS, FIRST, SYSTEM, USER, FakeTemplate, FakeTokenizer
 
-from erniekit.data.batch import IGNORE
 from erniekit.data.chat.encode import Encoder
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.loader import build_loader
+from erniekit.data.packed_batch import IGNORE
 from erniekit.data.records.formats import parse_record
 from erniekit.utils.errors import DataError
 

@@ -9,11 +9,11 @@ from support.data_runs import PACKINGS, build, rows_of, run, same, steps, write
 from support.fake_text import ASSISTANT, EOS, FIRST, SYSTEM, USER, FakeTemplate, FakeTokenizer
 
 from erniekit.config.methods import METHODS
-from erniekit.data.batch import IGNORE, Document
 from erniekit.data.chat.encode import Encoder
 from erniekit.data.chat.pairs import cut_document
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.packed_batch import IGNORE, Document
 from erniekit.data.records.dataset import read_specs
 from erniekit.data.records.formats import parse_record
 from erniekit.utils.errors import DataError

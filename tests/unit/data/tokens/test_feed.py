@@ -16,8 +16,8 @@ from support.data_runs import config, rows_of, same, steps
 from support.fake_text import EOS, FakeTokenizer
 from support.token_files import write_token_files
 
-from erniekit.data.batch import IGNORE
 from erniekit.data.loader import build_loader
+from erniekit.data.packed_batch import IGNORE
 from erniekit.data.tokens import rows
 from erniekit.data.tokens.files import TokenFile
 from erniekit.utils.errors import DataError

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from support.pictures import vision_directory, write_picture
 
-from erniekit.data.batch import IGNORE, Document, Modality, make_row
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import load_tokenizer
+from erniekit.data.packed_batch import IGNORE, Document, Modality, make_row
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.processor_files import read_settings
 from erniekit.data.vision.template import load_vision_template

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from support.pictures import vision_directory, write_picture
 
-from erniekit.data.batch import IGNORE, Modality
+from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
-from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import DataError
 
 LIMITS = PixelLimits(56 * 56, 280 * 280)

@@ -9,7 +9,6 @@ from support.pictures import blocks, encoded
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision.geometry import measure
 from erniekit.data.vision.images import (
     ImageOptions,
     image_size,
@@ -19,6 +18,7 @@ from erniekit.data.vision.images import (
 )
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.pixels import MEAN, STD, normalise
+from erniekit.data.vision.smart_resize import measure
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 

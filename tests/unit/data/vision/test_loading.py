@@ -9,13 +9,13 @@ import pytest
 from support.data_runs import config, write
 from support.pictures import vision_directory, write_picture
 
-from erniekit.data.batch import IGNORE, Modality
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.loader import build_loader
+from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.records.errors import MissingPackage
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import DataError
 
 LIMITS = PixelLimits(56 * 56, 112 * 112)

@@ -7,10 +7,10 @@ from support.pictures import vision_directory, write_picture
 
 from erniekit.config import load
 from erniekit.data.vision.encode import VisionEncoder
-from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.options import processor_settings, vision_spec
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import ProcessorSettings
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import ConfigError, DataError
 
 FILES = ProcessorSettings()  # what a published model's directory says

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from support.pictures import blocks, encoded, processor_messages, vision_directory, write_picture
 
-from erniekit.data.vision.geometry import PUBLISHED, PixelLimits
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.processor_files import FILES, ProcessorSettings, read_settings, write_settings
+from erniekit.data.vision.smart_resize import PUBLISHED, PixelLimits
 from erniekit.utils.errors import CheckpointError, ConfigError, DataError
 
 FIXTURE = Path(__file__).parents[3] / "parity" / "fixtures" / "vl_processor.npz"

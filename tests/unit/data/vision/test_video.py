@@ -9,9 +9,9 @@ from support.pictures import blocks, encoded, write_picture, write_video
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.frames import FrameOptions, draw_time
-from erniekit.data.vision.geometry import PixelLimits
 from erniekit.data.vision.images import resize
 from erniekit.data.vision.media import MediaReader
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.data.vision.video import VideoOptions, open_video
 
 SMALL = PixelLimits(28 * 28, 56 * 56)

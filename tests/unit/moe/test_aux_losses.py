@@ -4,9 +4,9 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.moe.balance import update_biases
+from erniekit.moe.aux_losses import load_balance_loss, router_orthogonal_loss, router_z_loss
+from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
-from erniekit.moe.losses import load_balance_loss, router_orthogonal_loss, router_z_loss
 from erniekit.moe.router import RouterOptions
 
 RNG = np.random.default_rng(5)

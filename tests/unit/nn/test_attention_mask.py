@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erniekit.nn.attention_plan import document_starts, make_plan, next_in_document
+from erniekit.nn.attention_mask import document_starts, make_plan, next_in_document
 
 
 def rows_of(lengths: list[list[int]], padding: int = 0) -> np.ndarray:

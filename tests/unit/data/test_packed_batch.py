@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniekit.data.batch import (
+from erniekit.data.packed_batch import (
     IGNORE,
     NO_SEGMENT,
     Document,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from erniekit.data.vision.geometry import (
+from erniekit.data.vision.positions import num_tokens
+from erniekit.data.vision.smart_resize import (
     IMAGE_LIMITS,
     TOKEN_AREA,
     VIDEO_LIMITS,
@@ -12,7 +13,6 @@ from erniekit.data.vision.geometry import (
     measure,
     smart_resize,
 )
-from erniekit.data.vision.positions import num_tokens
 from erniekit.utils.errors import DataError
 
 TRAINING = PixelLimits(4 * TOKEN_AREA, 16384 * TOKEN_AREA)

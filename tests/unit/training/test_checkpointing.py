@@ -17,7 +17,7 @@ from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel.mesh import Mesh
-from erniekit.training import build, saving
+from erniekit.training import build
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, build_callbacks
 from erniekit.training.trainer import Trainer
@@ -50,7 +50,7 @@ def same(left, right):
 
 def test_another_number_of_rows_a_step_is_said(directory, monkeypatch):
     lines = []
-    monkeypatch.setattr(saving.log, "warning", lines.append)
+    monkeypatch.setattr(checkpointing.log, "warning", lines.append)
     fit(directory, "rows", max_steps=1)
     fit(directory, "rows", max_steps=2)
     assert lines == []
@@ -143,7 +143,7 @@ def test_a_finished_run_started_again_changes_no_byte(directory, keys, request):
 def test_a_run_that_was_killed_before_its_final_model_ends_without_repeating_its_evaluation(directory, monkeypatch):
     keys = EVALUATED | {"do_eval": True, "eval_dataset_path": f"{directory}/train.jsonl"}
     with monkeypatch.context() as patch:
-        patch.setattr(saving.Saver, "save_final", lambda *args, **more: 1 / 0)
+        patch.setattr(checkpointing.Saver, "save_final", lambda *args, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(directory, "no-final", callbacks=True, **keys)
     out = fit(directory, "no-final", callbacks=True, **keys)
@@ -177,7 +177,7 @@ def test_going_back_keeps_the_new_branch_under_the_limit(directory):
 def test_an_old_final_model_does_not_stand_for_the_run_under_way(directory, monkeypatch):
     out = fit(directory, "under-way", max_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(saving.Saver, "save_final", lambda *args, **more: 1 / 0)
+        patch.setattr(checkpointing.Saver, "save_final", lambda *args, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(directory, "under-way", max_steps=4)
         assert find_checkpoint(out) == out / "checkpoint-4", "newer than the final model of step 2"

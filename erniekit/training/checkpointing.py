@@ -15,7 +15,7 @@ from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord
 from erniekit.data.vision.options import vision_spec
 from erniekit.parallel.agree import all_or_none, on_first
-from erniekit.training import resume
+from erniekit.training import resume_checks
 from erniekit.training.build import Run
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.ema import WeightAverage
@@ -55,8 +55,8 @@ class Saver:
         the directory stays as it is: `begin` changes it.
         """
         claim = self.output.claim()
-        base = on_first(self.ranks, lambda: resume.base_of(self.cfg, self.run.model_dir))
-        self.present = resume.Present(self.cfg, base, self.run.loader)
+        base = on_first(self.ranks, lambda: resume_checks.base_of(self.cfg, self.run.model_dir))
+        self.present = resume_checks.Present(self.cfg, base, self.run.loader)
         state = TrainState()
         if claim.source is not None:
             with all_or_none(self.ranks):
@@ -65,7 +65,7 @@ class Saver:
             self.run.plan_steps(0)
             if claim.final is not None:
                 state = self._after_final(claim.final, claim.record)
-        state.identity, state.base, state.layout = resume.noted(self.cfg), base, self._layout()
+        state.identity, state.base, state.layout = resume_checks.noted(self.cfg), base, self._layout()
         state.max_steps = self.run.max_steps
         state.has_optimizer = not self.cfg.ignore_save_lr_and_optim
         return state
@@ -80,14 +80,14 @@ class Saver:
         then, where = None, self.output_dir / RUN_FILE
         if record is not None and record.data:
             then = TrainState(identity=record.identity, base=record.base, data=record.data)
-            resume.check(then, self.present, where)
+            resume_checks.check(then, self.present, where)
         if final.step < self.run.max_steps and not (final.data_ended and final.max_steps == self.run.max_steps):
             raise CheckpointError(
                 f"output_dir: {self.output_dir} holds the final model of this run, of step {final.step}, and no "
                 f"checkpoint to resume from to step {self.run.max_steps}. Set overwrite_output_dir: true to train from "
                 "scratch, or choose another output_dir (and model_name_or_path: that model, to train it further)."
             )
-        for line in [] if then is None else resume.changed_lines(then, self.present, where, complete=True):
+        for line in [] if then is None else resume_checks.changed_lines(then, self.present, where, complete=True):
             log.info(line)
         return TrainState(step=final.step)
 
@@ -106,7 +106,7 @@ class Saver:
 
     def _load(self, source: Path) -> TrainState:
         state, run = read_state(source), self.run
-        resume.check(state, self.present, source)
+        resume_checks.check(state, self.present, source)
         self._say_layout(state.layout, source)
         load_trained(run.model, source)
         if run.average is not None:
@@ -128,9 +128,9 @@ class Saver:
             )
         else:
             self._load_optimizer(state, source)
-        for line in resume.changed_lines(state, self.present, source, complete):
+        for line in resume_checks.changed_lines(state, self.present, source, complete):
             log.info(line)
-        rate = resume.rate_line(state, self.cfg, run.max_steps)
+        rate = resume_checks.rate_line(state, self.cfg, run.max_steps)
         if rate is not None:
             log.info(rate)
         if run.best is not None:

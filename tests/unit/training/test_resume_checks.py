@@ -14,10 +14,10 @@ from erniekit.checkpoint.manager import list_checkpoints
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.config.schema import fields
 from erniekit.parallel.mesh import Mesh
-from erniekit.training import resume
+from erniekit.training import resume_checks
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import build_callbacks
-from erniekit.training.resume import DECISIONS, Decision
+from erniekit.training.resume_checks import DECISIONS, Decision
 from erniekit.training.trainer import Trainer
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -73,8 +73,10 @@ def state_of(out, step):
 
 
 def test_every_key_has_a_decision():
-    keys = [key for group in resume._KEYS.values() for key in group.split()]
-    assert sorted(keys) == sorted(fields()), "a new key: decide in training/resume.py what its change means on a resume"
+    keys = [key for group in resume_checks._KEYS.values() for key in group.split()]
+    assert sorted(keys) == sorted(fields()), (
+        "new key: decide in training/resume_checks.py what its change means"
+    )
     assert set(DECISIONS.values()) == set(Decision)
 
 
@@ -381,9 +383,9 @@ def test_a_list_that_a_checkpoint_noted_is_the_same_list(as_earlier):
     keys = {"model_name_or_path": "m", "output_dir": "o", "fine_tuning": "LoRA", "mix_strategy": "interleave_over"}
     keys |= {"train_dataset_prob": "0.25,0.75", "train_dataset_path": "a,b", "lora_target_modules": "q_proj,v_proj"}
     cfg = config.load(None, keys, "train")
-    saved = json.loads(json.dumps(resume.noted(cfg)))
+    saved = json.loads(json.dumps(resume_checks.noted(cfg)))
     saved |= {name: keys[name] for name in LISTS} if as_earlier else {}
-    resume.check_keys(saved, cfg, pathlib.Path("out/checkpoint-1"))
+    resume_checks.check_keys(saved, cfg, pathlib.Path("out/checkpoint-1"))
     with pytest.raises(CheckpointError, match=r"lora_target_modules: .*q_proj.* there, .*o_proj.* here"):
         changed = config.load(None, keys | {"lora_target_modules": "o_proj"}, "train")
-        resume.check_keys(saved, changed, pathlib.Path("out/checkpoint-1"))
+        resume_checks.check_keys(saved, changed, pathlib.Path("out/checkpoint-1"))

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep

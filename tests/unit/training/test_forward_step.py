@@ -11,7 +11,7 @@ from support.tiny_models import tiny_model
 from support.whole_model import train_stage
 
 from erniekit.config import Config
-from erniekit.data.batch import PackedBatch
+from erniekit.data.packed_batch import PackedBatch
 from erniekit.models import inputs as model_inputs
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.rotary import Rotary
