@@ -17,7 +17,7 @@ from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.parallel.mesh import Mesh
-from erniekit.training import build
+from erniekit.training import build, checkpointing
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, build_callbacks
 from erniekit.training.trainer import Trainer
