@@ -37,7 +37,7 @@ def frozen_names(cfg: Config, components: Mapping[str, Component]) -> set[str]:
             parts = ", ".join(word for word, component in _WORDS.items() if component in components.values())
             raise ConfigError(
                 f"{key}: {entry} means no parameter of this model, whose parts are {parts}. Use one of these, or a "
-                "regular expression for whole names such as model.layers.0.input_layernorm.weight."
+                "regular expression for whole names of parameters."
             )
         found |= hits
     return found

@@ -20,6 +20,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
 from erniekit.precision import policy
+from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils.errors import CheckpointError
 
@@ -53,8 +54,9 @@ def load(directory: str, name: str, keys: dict[str, Any]) -> CausalLM:
     """The share of a model that this rank has in the layout that `keys` describe; all of it where there are none."""
     degrees = {key: keys[key] for key in ("pipeline", "data", "tensor", "expert") if key in keys}
     mesh = build_mesh(ParallelDims(**degrees)) if degrees else Mesh.single()
+    product = QuantizedWeights(SCHEMES[keys["low_bit"]]) if "low_bit" in keys else None
     options = ModelOptions(
-        precision=policy.of_weights("float32", "cpu", SCHEMES[keys["low_bit"]] if "low_bit" in keys else None),
+        precision=policy.of_weights("float32", "cpu", product),
         adapter=AdapterDirectory(Path(directory) / f"{name}-adapter") if keys.get("adapter") else None,
         sequence_parallel=keys.get("sequence_parallel", False),
     )

@@ -14,7 +14,7 @@ from support.mutations import mutated_bytes, mutated_json
 from support.pictures import blocks, encoded, vision_directory, write_picture, write_video
 
 from erniekit.data.packed_batch import IGNORE
-from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.errors import BadRecord, MissingPackage
 from erniekit.data.vision.encode import VisionEncoder, VisionSpec
 from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
@@ -90,7 +90,8 @@ def test_damaged_records(directory, tmp_path):
         try:
             encoded_record = encoder(kind, raw, where)
         except UserError as error:
-            assert str(error).startswith(where), raw
+            # without PyAV a video file is refused as such, whatever record names it
+            assert str(error).startswith(where) or isinstance(error, MissingPackage), raw
             assert "worth a report" not in str(error), (raw, str(error))
             counts["refused"] += 1
             continue

@@ -220,8 +220,8 @@ class Template:
             for feature in ("tool_calls", "reasoning_content"):
                 present[feature] = present.get(feature) or bool(message.get(feature))
             present["results of tools"] = present.get("results of tools") or message["role"] == "tool"
-        for part in (part for part, there in present.items() if there):
-            if not self.shows(part):
+        for feature in (feature for feature, is_present in present.items() if is_present):
+            if not self.shows(feature):
                 raise DataError(
                     f"chat template {self.name} does not show {feature}: they would be lost. Choose one that does "
                     "(`template: text` has the same turns, `template: thinking` has thoughts too), or remove them."

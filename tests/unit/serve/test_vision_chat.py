@@ -129,7 +129,7 @@ class TestTyped:
         [
             ("none.png", r"none\.png: there is no file .* \(paths are relative to"),
             ("broken.png", "broken.png"),
-            ("clip", "a directory, not a file"),
+            ("clip", "is a directory"),
             ("", "no path"),
             ("https://example.org/a.png", "downloading"),
         ],

@@ -74,9 +74,7 @@ def state_of(out, step):
 
 def test_every_key_has_a_decision():
     keys = [key for group in resume_checks._KEYS.values() for key in group.split()]
-    assert sorted(keys) == sorted(fields()), (
-        "new key: decide in training/resume_checks.py what its change means"
-    )
+    assert sorted(keys) == sorted(fields()), "new key: decide in training/resume_checks.py what its change means"
     assert set(DECISIONS.values()) == set(Decision)
 
 

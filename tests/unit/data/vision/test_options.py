@@ -96,5 +96,5 @@ def test_the_keys_decide_what_a_record_becomes(tmp_path):
     assert pictures(max_pixels=784 * 16) == [[[1, 8, 8]]]
     assert pictures(60) == []
     assert pictures(60, truncation="shrink")[0][0][1] < 16
-    with pytest.raises(DataError, match="more than max_seq_len 60"):
+    with pytest.raises(DataError, match="max_seq_len is 60"):
         pictures(60, truncation="error")
