@@ -140,7 +140,7 @@ def _model_type(config: JsonObject) -> str:
     architectures = [name for name in config.get_list("architectures", []) if isinstance(name, str)]
     if found is None:  # early Paddle files name the class only
         found = next((_MODEL_TYPES[name] for name in architectures if name in _MODEL_TYPES), None)
-    if found in _MODEL_TYPES.values():
+    if found is not None and found in _MODEL_TYPES.values():
         return found
     if found == config_vision.MODEL_TYPES["paddle"]:
         return config_vision.MODEL_TYPE

@@ -67,9 +67,9 @@ def _from_transformers(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
             values[key] = config.values[key]
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values.setdefault(key, config.values.get(key))
-    rope = dict(text.get_object("rope_parameters").values)
-    sections = rope.pop("mrope_section", [22, 22, 20])
-    values["rope_parameters"] = rope
+    text_rope = dict(text.get_object("rope_parameters").values)
+    sections = text_rope.pop("mrope_section", [22, 22, 20])
+    values["rope_parameters"] = text_rope
     layers = text.get_int("num_hidden_layers", 0)
     pattern = text.get_list("mlp_layer_types", ["dense"] + ["sparse"] * (layers - 1))
     values |= _layer_range(text, pattern, layers)
@@ -118,7 +118,7 @@ def _from_baidu(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
     merge = vision.get_int("spatial_merge_size", 2, 1, 64)
     if config.get_int("spatial_conv_size", merge) != merge:
         raise refusal(config, "spatial_conv_size", f"spatial_merge_size of vision_config is {merge}")
-    fields = _baidu_tokens(config) | {
+    fields: dict[str, Any] = _baidu_tokens(config) | {
         "hidden_size": size,
         "intermediate_size": round(size * vision.get_number("mlp_ratio", 4, 0.01, 1000)),
         "temporal_merge_size": config.get_int("temporal_conv_size", 2, 1, 64),
@@ -200,7 +200,7 @@ def _wrong(config: JsonObject, key: str, what: str) -> CheckpointError:
 
 
 def _to_transformers(text: dict[str, Any], vision: VisionConfig, layer_types: list[str]) -> dict[str, Any]:
-    outer = {key: text.pop(key) for key in ("architectures", "torch_dtype") if key in text}
+    outer: dict[str, Any] = {key: text.pop(key) for key in ("architectures", "torch_dtype") if key in text}
     if "torch_dtype" in outer:
         outer["dtype"] = outer.pop("torch_dtype")
     for key in ("rope_theta", "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"):

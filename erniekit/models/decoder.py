@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import paddle
@@ -47,7 +48,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.tensor import TensorRanks
 
 # Token ids, positions or segments [B, S] as callers have them.
-HostIds = paddle.Tensor | np.ndarray | Sequence[Sequence[int]]
+HostIds: TypeAlias = paddle.Tensor | np.ndarray | Sequence[Sequence[int]]
 
 
 # What each sparse layer's routers decided, by (layer, modality).
@@ -180,7 +181,7 @@ class Decoder(nn.Layer):
 
     def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
         """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
-        routings = {}
+        routings: Routings = {}
         for number in numbers:
             x_TD, decisions = self.layers[number](x_TD, inputs.attention, inputs.tokens, number)
             routings |= {(number, modality): routed for modality, routed in decisions.items()}
@@ -188,6 +189,7 @@ class Decoder(nn.Layer):
 
     def forward(self, inputs: ModelInputs) -> Hidden:
         """T tokens -> Hidden, through a whole model."""
+        assert self.norm is not None, "this process holds no final norm"
         x_TD, routings = self.run(self.embed(inputs), self.layers.numbers, inputs)
         return Hidden(x_TD, self.norm(x_TD), routings)
 
@@ -242,6 +244,7 @@ class CausalLM(nn.Layer):
         i at i + 1, what stands behind the layers (final norm, multi-token prediction) n + 1, the output head n + 2.
         """
         behind = self.config.num_hidden_layers + 1
+        places: list[tuple[int, nn.Layer | None]]
         places = [(number + 1, self.model.layers[number]) for number in self.model.layers.numbers]
         places += [(0, self.model.embed_tokens), (0, self.model.vision_model), (0, self.model.resampler_model)]
         places += [(behind + 1, self.lm_head)]
@@ -263,7 +266,9 @@ class CausalLM(nn.Layer):
         bias = None if self.lm_head is None else self.lm_head.bias
         group = None if self.tensor is None else self.tensor.group
         if self.config.tie_word_embeddings:
+            assert self.model.embed_tokens is not None, "this process holds no embedding"
             return Head(self.model.embed_tokens.weight, by_vocab=True, bias=bias, group=group)
+        assert isinstance(self.lm_head, Linear), "this process holds no output head"
         return Head(self.lm_head.weight, by_vocab=False, bias=bias, group=group)
 
     def enter_head(self, normed_TD: paddle.Tensor) -> paddle.Tensor:

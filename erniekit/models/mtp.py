@@ -33,6 +33,7 @@ def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list
 
     With labels already shifted (labels[t] = token t + 1), depth d at t is scored against labels[target[t]] where valid.
     """
+    assert decoder.embed_tokens is not None and decoder.norm is not None, "this process holds no head"
     depths = []
     dense = TokenInfo([hidden.last.shape[0]])  # the blocks have no experts
     previous = hidden.last

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, T tokens, P patches, N images and videos, M tokens 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
@@ -16,7 +16,7 @@ from erniekit.models.inputs import Pictures
 from erniekit.models.vision_config import VisionConfig
 
 # Numbers as callers have them.
-HostArray = paddle.Tensor | np.ndarray | Sequence[Any]
+HostArray: TypeAlias = paddle.Tensor | np.ndarray | Sequence[Any]
 IMAGE, VIDEO = 1, 2
 
 

@@ -22,7 +22,9 @@ class Score(NamedTuple):
     num_correct: int = 0  # labels that are the model's first choice
 
     def __add__(self, other: "Score") -> "Score":  # type: ignore[override]
-        return Score(*(a + b for a, b in zip(self, other, strict=True)))
+        return Score(
+            self.sum_nll + other.sum_nll, self.num_tokens + other.num_tokens, self.num_correct + other.num_correct
+        )
 
     def metrics(self) -> dict[str, float]:
         """Loss (nats a token), perplexity (at most exp(700), the largest that is sure to have a float) and accuracy.

@@ -75,6 +75,7 @@ class PatchEmbedding(nn.Layer):
         if patches.dtype == paddle.uint8:
             pixels = patches.astype("float32") / 255.0
             patches = (pixels - paddle.to_tensor(self._mean)) / paddle.to_tensor(self._std)
+        assert self.proj.weight is not None, "no product holds this weight"
         return self.proj(patches.astype(self.proj.weight.dtype))
 
 
