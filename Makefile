@@ -33,7 +33,7 @@ demo-vl: $(VENV)/.installed-vl
 	$(PY) tools/demo_vl.py
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -q -n 3 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev
 	$(PY) -m pytest -q

@@ -29,7 +29,6 @@ FAST = {
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
-    "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",
 }
 SLOW = {
     "bench_lora": "bench_lora.py --batch 1 --seq 16 --rounds 1 --sides lora",
@@ -39,6 +38,7 @@ SLOW = {
     "compare_layouts": "compare_layouts.py dense-dp2",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",
+    "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",
     "measure_load_memory": "measure_load_memory.py --model dense --directory {tmp}",
     "start_ranks": "start_ranks.py --starts 1 --ranks 2",
     "train_tokenizer": "train_tokenizer.py --out {tmp}/tokenizer",

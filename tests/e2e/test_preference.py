@@ -102,8 +102,8 @@ def test_accumulated_and_packed_rows_give_one_step(pairs, model, dropout):
     [
         {},
         {"ref_model_update_steps": 3, "gradient_accumulation_steps": 2},
-        {"loss_type": "kto_pair", "sft_loss_ratio": 0.5, "neftune": True},
-        {"loss_type": "orpo", "num_train_epochs": 3},
+        pytest.param({"loss_type": "kto_pair", "sft_loss_ratio": 0.5, "neftune": True}, marks=pytest.mark.slow),
+        pytest.param({"loss_type": "orpo", "num_train_epochs": 3}, marks=pytest.mark.slow),
         {"attention_probs_dropout_prob": 0.3, "dropout_warmup_steps": 6, "recompute": True},
     ],
     ids=["plain", "moving reference", "kto", "orpo", "attention dropout"],

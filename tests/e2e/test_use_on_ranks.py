@@ -84,6 +84,7 @@ def test_chat_through_a_pipe_gives_the_answers_of_one_process(workspace: Path):
     assert talks[0].stdout == talks[1].stdout and talks[0].stdout.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_a_question_that_does_not_fit_ends_a_piped_chat(workspace: Path):
     done = run(workspace, "chat", TENSOR2, typed="hi\n" + "word " * 9000 + "\n")
     assert done.returncode == 1
@@ -123,6 +124,7 @@ def test_ctrl_c_stops_an_answer_on_all_ranks_and_the_talk_goes_on(screen: Termin
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_terminal_ends_all_ranks(screen: Terminal):
     screen.expect("User: ")
     ranks = workers(screen)
@@ -131,6 +133,7 @@ def test_the_end_of_the_terminal_ends_all_ranks(screen: Terminal):
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_is_loaded(screen: Terminal):
     screen.expect("ranks 0 to 1 of 2")
     ranks = workers(screen)
@@ -141,6 +144,7 @@ def test_ctrl_c_while_the_model_is_loaded(screen: Terminal):
     assert_gone(ranks)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_talk(screen: Terminal):
     screen.expect("User: ")
     ranks = workers(screen)

@@ -36,7 +36,7 @@ from erniekit.training.reference_cache import read_cache, write_cache
 from erniekit.training.state import TrainState, read_state
 from erniekit.utils.errors import UserError
 
-CASES = int(os.environ.get("FUZZ_CASES", "1500"))
+CASES = int(os.environ.get("FUZZ_CASES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS = 3  # of one case, on a busy machine
 MEGABYTES = 300  # added by all cases of a test

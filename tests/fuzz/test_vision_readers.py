@@ -23,7 +23,7 @@ from erniekit.data.vision.processor_files import read_settings, write_settings
 from erniekit.data.vision.video import VideoOptions, open_video
 from erniekit.utils.errors import UserError
 
-CASES = int(os.environ.get("FUZZ_CASES", "1500"))
+CASES = int(os.environ.get("FUZZ_CASES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 CALL = {"type": "function", "function": {"name": "zoom", "arguments": {"bbox_2d": [1, 2, 30, 40], "img_idx": 0}}}
