@@ -14,15 +14,18 @@ from erniekit.checkpoint.model_dir import (
 )
 from erniekit.checkpoint.model_reader import read_config
 from erniekit.checkpoint.model_shape import model_config, processor_directory, require_pictures
+from erniekit.checkpoint.processor import settings_of
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
 from erniekit.config import Config
-from erniekit.data.chat.template import Template
+from erniekit.config.compat import DATA
+from erniekit.data.chat.template import Template, load_template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.data.vision.options import vision_spec
+from erniekit.data.vision.options import inference_spec, vision_spec
 from erniekit.data.vision.processor_files import read_settings
+from erniekit.data.vision.template import load_vision_template
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, chunks_to_use, layout_lines
 from erniekit.models.weights import num_parameters
@@ -48,16 +51,12 @@ def inspect(report: Report, cfg: Config, command: str) -> ModelFacts:
     if directory is not None:
         with section.collecting():
             facts.model_config = _model_config(section, cfg, directory, command)
-            if command == "train" and cfg.method.vision:
-                require_pictures(cfg, facts.model_config, directory)
-                assert facts.model_config.vision is not None
-                settings = read_settings(processor_directory(cfg, directory), facts.model_config.vision.patching)
-                facts.vision = vision_spec(cfg, settings)
+            facts.vision = _vision(cfg, facts.model_config, directory, command)
     if command == "train":
         _layout(report.section("layout"), cfg, facts)
     elif command in launch.ON_RANKS:
         _layout_to_use(report.section("layout"), cfg, facts, command)
-    if tokenizer is not None and command in ("train", "eval", "chat"):
+    if tokenizer is not None and command in launch.ON_RANKS:
         _tokenizer(report.section("tokenizer and template"), cfg, tokenizer, command, facts)
     return facts
 
@@ -69,11 +68,11 @@ def _directories(section: Section, cfg: Config, command: str) -> tuple[Path | No
     model: Path | None = None
     tokenizer: Path | None = None
     with section.collecting():
-        model = _trained(cfg) if command != "train" else None
+        model = _trained(cfg, command) if command != "train" else None
         if model is None and cfg.model_name_or_path:
             model = _here(section, cfg.model_name_or_path, hub.find_model(cfg.model_name_or_path))
         tokenizer = model
-        if command in ("train", "eval", "chat") and cfg.tokenizer_name_or_path:
+        if command in launch.ON_RANKS and cfg.tokenizer_name_or_path:
             found = hub.find_tokenizer(cfg.tokenizer_name_or_path)
             tokenizer = _here(section, cfg.tokenizer_name_or_path, found)
             model = model if cfg.model_name_or_path else tokenizer
@@ -90,12 +89,15 @@ def _here(section: Section, name: str, path: Path | None) -> Path | None:
     return path
 
 
-def _trained(cfg: Config) -> Path | None:
-    """The model that `checkpoint` names or a run left in output_dir; None for an adapter."""
+def _trained(cfg: Config, command: str) -> Path | None:
+    """The model that `checkpoint` names or a run left in output_dir; None for an adapter. `export` and `split` need one
+    of them, other commands take model_name_or_path instead.
+    """
     path: Path | None = None
+    is_needed = command not in launch.ON_RANKS and cfg.lora_path is None
     if cfg.checkpoint:
         path = find_checkpoint(Path(cfg.checkpoint))
-    elif cfg.output_dir and (list_checkpoints(Path(cfg.output_dir)) or holds_model(Path(cfg.output_dir))):
+    elif cfg.output_dir and (is_needed or list_checkpoints(Path(cfg.output_dir)) or holds_model(Path(cfg.output_dir))):
         path = find_checkpoint(cfg.output_dir)
     return path if path is not None and has_weights(path) else None
 
@@ -104,7 +106,7 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
     require_model(directory)
     wants_weights = command != "train" or cfg.continue_training
     stored = model_config(cfg, directory) if command == "train" else ModelConfig.from_dir(directory)
-    if command == "train" and cfg.continue_training:
+    if command in launch.ON_RANKS and cfg.continue_training:
         with section.collecting():
             require_weights(directory)
     if wants_weights and has_weights(directory):
@@ -125,6 +127,20 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
         )
     depths = max(cfg.mtp_depths, stored.num_nextn_predict_layers)
     return replace(stored, num_nextn_predict_layers=depths)
+
+
+def _vision(cfg: Config, model: ModelConfig, directory: Path, command: str) -> VisionSpec | None:
+    """How the command reads pictures; None if it reads none."""
+    if command not in DATA:
+        return None
+    require_pictures(cfg, model, directory)
+    if model.vision is None:
+        return None
+    if command == "eval":  # as generation.load.find_model
+        return inference_spec(cfg, settings_of(directory, model=model.vision.patching))
+    if not cfg.method.vision:
+        return None
+    return vision_spec(cfg, read_settings(processor_directory(cfg, directory), model.vision.patching))
 
 
 def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
@@ -174,9 +190,13 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
         section.add("ok", f"{files}: {tokenizer.vocab_size} tokens, end token {_named(tokenizer, tokenizer.eos_id)}")
         if facts.model_config is not None:
             check_fits(tokenizer, facts.model_config.vocab_size, str(directory))
-        if command == "chat":
-            return
-        template = facts.template = training_template(cfg, tokenizer, _sees_pictures(facts))
+        sees_pictures = facts.model_config is not None and facts.model_config.vision is not None
+        template: Template | None
+        if command == "train":
+            template = training_template(cfg, tokenizer, sees_pictures)
+        else:
+            template = (load_vision_template if sees_pictures else load_template)(tokenizer, cfg.chat_template)
+        facts.template = template
         if template is None:
             section.add("ok", "no chat template: the data is plain text")
             return
@@ -184,10 +204,6 @@ def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, fac
         section.add("ok", f"chat template {template.name}: a trained answer ends with {ends or 'no token'}")
     if section.has_errors:
         facts.tokenizer = None  # nothing can be encoded; without it, the data checks report that only once
-
-
-def _sees_pictures(facts: ModelFacts) -> bool:
-    return facts.model_config is not None and facts.model_config.vision is not None
 
 
 def _named(tokenizer: Tokenizer, number: int) -> str:

@@ -233,6 +233,25 @@ def test_other_commands(given, tmp_path):
     assert "eval data" in titles and "layout" in titles and "output directory" not in titles
 
 
+def test_an_evaluation_needs_no_training_data_but_weights(given):
+    args = given(train_dataset_path=None, do_eval=None)
+    assert findings(args, "error", "eval") == ""
+    assert "chat template text: " in findings(args, "ok", "eval") and "tokens of all samples" in findings(
+        args, "ok", "eval"
+    )
+    for command in ("eval", "chat"):
+        assert f"{DENSE} holds no weights" in findings([*args, "continue_training=true"], "error", command)
+
+
+@pytest.mark.parametrize("command", ["export", "split"])
+def test_what_is_exported_is_not_model_name_or_path(given, command):
+    assert "No valid checkpoint found in: " in findings(given(do_eval=None), "error", command)
+
+
+def test_the_template_of_a_chat(given):
+    assert "'none_such' is neither a built-in template" in findings(given(chat_template="none_such"), "error", "chat")
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -216,3 +216,11 @@ def test_a_mistake_in_a_json_list_has_its_line(given, tmp_path):
     line = 1 + text[: text.index('"assistant"\n')].count("\n") + 1
     [error] = findings(given(GOOD, train_dataset_path=tmp_path / "list.jsonl"), "error")
     assert f"list.jsonl:{line}: the list cannot be read as JSON: Expecting ',' delimiter" in error
+
+
+def test_an_evaluation_reads_pictures_too(given, tmp_path):
+    args = given(GOOD, train_dataset_path="", eval_dataset_path=tmp_path / "train.jsonl", eval_dataset_type="messages")
+    report = check.inspect(args, "eval")
+    found = [finding for section in report.sections for finding in section.findings]
+    assert not [finding for finding in found if finding.level == "error"]
+    assert any(finding.text.startswith("3 pictures, 0 videos") for finding in found)
