@@ -151,8 +151,8 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
             section.add("ok", f"{processes}; whether the degrees divide the model is not known yet")
             return
         check_layout(cfg, facts.degrees, facts.model_config)
-        if cfg.lora_target_modules or cfg.modules_to_save:
-            _adapters(section, cfg, facts.model_config)
+        if cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
+            _named_modules(section, cfg, facts.model_config)
         if facts.degrees.world == 1:
             rows = count_of(cfg.batch_size * cfg.gradient_accumulation_steps, "row")
             microbatches = count_of(cfg.gradient_accumulation_steps, "microbatch", "microbatches")
@@ -171,16 +171,19 @@ def _layout_to_use(section: Section, cfg: Config, facts: ModelFacts, command: st
         section.add("ok", f"{count_of(degrees.world, 'process', 'processes')}{remark}")
 
 
-def _adapters(section: Section, cfg: Config, model_config: ModelConfig) -> None:
-    """Checks that the model has the modules that the adapters name."""
+def _named_modules(section: Section, cfg: Config, model_config: ModelConfig) -> None:
+    """Checks that the model has the modules that are to be adapted, and the parameters that are to be frozen."""
     try:  # imports Paddle, which takes seconds
         from erniekit.build import check_lora
+        from erniekit.training.freezing import check_frozen
     except ModuleNotFoundError as error:
         if error.name != "paddle":
             raise
-        section.add("note", "lora_target_modules: not compared with the model: PaddlePaddle is not installed here")
+        names = "lora_target_modules, modules_to_save, freeze_config, frozen_parameters"
+        section.add("note", f"{names}: not compared with the model: PaddlePaddle is not installed here")
         return
     check_lora(cfg, model_config)
+    check_frozen(cfg, model_config)
 
 
 def _tokenizer(section: Section, cfg: Config, directory: Path, command: str, facts: ModelFacts) -> None:

@@ -243,6 +243,12 @@ def test_an_evaluation_needs_no_training_data_but_weights(given):
         assert f"{DENSE} holds no weights" in findings([*args, "continue_training=true"], "error", command)
 
 
+def test_parameters_to_freeze_are_those_of_the_model(given):
+    assert "freeze_vision means no parameter of this model" in findings(given(freeze_config="freeze_vision"), "error")
+    assert "every parameter is frozen" in findings(given(frozen_parameters="language"), "error")
+    assert findings(given(frozen_parameters=".*norm.*"), "error") == ""
+
+
 @pytest.mark.parametrize("command", ["export", "split"])
 def test_what_is_exported_is_not_model_name_or_path(given, command):
     assert "No valid checkpoint found in: " in findings(given(do_eval=None), "error", command)
