@@ -41,7 +41,7 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     return defaults | values, command_args
 
 
-def _png(text: str) -> str:
+def _new_file(text: str) -> str:
     path = Path(expand(text))
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
@@ -58,10 +58,10 @@ def _count(text: str) -> int:
 _OPTIONS: options.Readers = {
     "command": options.one_of("train", "eval", "export", "split", "chat"),
     "strict": to_bool,
-    "json": expand,
+    "json": _new_file,
     "decode": to_bool,
     "preview": _count,
-    "sheet": _png,
+    "sheet": _new_file,
 }
 
 

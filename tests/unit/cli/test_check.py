@@ -264,6 +264,7 @@ def test_the_template_of_a_chat(given):
         ([], "Missing configuration files"),
         (["strict=perhaps", "x.yaml"], "strict=perhaps: expected True or False"),
         (["command=fly", "x.yaml"], "command=fly: expected one of train"),
+        (["json=no/such/directory/out.json", "x.yaml"], "json=.*: expected a file to be written, in a directory that"),
     ],
 )
 def test_wrong_options(args, expected):
