@@ -89,10 +89,8 @@ METHODS: dict[str, MethodFacts] = {
             vision=True,
             options=PreferenceArgs,
             unread=_UNREAD_BY_PREFERENCES
-            | {
-                "max_prompt_len": "a prompt with pictures is not shortened",
-                "text_dataset_path": "pairs without pictures may stand in train_dataset_path",
-            },
+            | {"max_prompt_len": "a prompt with pictures is not shortened"}
+            | dict.fromkeys(option_names(MixtureArgs), "pairs without pictures may stand in train_dataset_path"),
         ),
     )
 }

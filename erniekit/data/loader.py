@@ -301,7 +301,7 @@ def build_loader(
         feed = open_token_files(cfg, tokenizer, split)
     else:
         feed = open_text(cfg, tokenizer, split, template, inspection, vision)
-        if training and vision is not None and cfg.text_dataset_path:
+        if training and vision is not None and cfg.text_dataset_path and cfg.method.reads("text_dataset_path"):
             feed = _with_text(cfg, feed, open_text(text_keys(cfg), tokenizer, split, template, inspection), world)
     plan = Plan(
         batch_size=cfg.batch_size,

@@ -43,6 +43,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": "row", "z_loss_lambda": 0.1}, VL_DPO, VL),
     ("train", {"max_prompt_len": 9}, VL_DPO, DPO),
     ("train", {"text_dataset_path": "t.jsonl"}, VL_DPO, VL),
+    (
+        "train",
+        {"text_dataset_type": "messages", "text_dataset_prob": "1", "modality_ratio": "2,1"},
+        {**VL_DPO, "text_dataset_path": "t.jsonl", "mix_strategy": "interleave_over"},
+        {**VL, "text_dataset_path": "t.jsonl", "mix_strategy": "interleave_over"},
+    ),
+    ("train", {"modality_interleave": "mixed"}, {**VL_DPO, "text_dataset_path": "t"}, {**VL, "text_dataset_path": "t"}),
     ("train", {"chat_tools": "image_zoom_in_tool"}, {}, None),
     ("chat", {"image_search_dir": "d"}, {}, {"chat_tools": "image_search"}),
     ("chat", {"max_tool_rounds": 3}, {}, {"chat_tools": "image_zoom_in_tool"}),

@@ -199,6 +199,16 @@ def test_text_beside_pictures_is_checked_too(given, tmp_path):
     assert "trained:     'Yes.</s>'" in findings([*args, "on_bad_line=skip"], "ok")
 
 
+def test_text_beside_pairs_with_pictures_is_not_read_as_its_note_says(given, tmp_path):
+    question = GOOD[0]["messages"][:1]
+    pair = {"messages": question, "images": ["0.png"], "chosen": "Yes.", "rejected": "No."}
+    text = write_lines(tmp_path / "text.jsonl", [{"messages": []}])
+    args = given([pair], stage="VL-DPO", max_steps=2, text_dataset_path=text, text_dataset_type="messages")
+    assert not findings(args, "error")
+    notes = findings(args, "note")
+    assert any(line.startswith("text_dataset_path, text_dataset_type: no effect: stage VL-DPO") for line in notes)
+
+
 def test_a_model_of_text_is_refused(given):
     from support.source_tree import REPOSITORY
 
