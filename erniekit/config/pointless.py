@@ -90,10 +90,6 @@ def _names(group: type, but: str = "") -> str:
     return " ".join(field.name for field in dataclasses.fields(group) if field.name not in but.split())
 
 
-def _evaluates(cfg: Config) -> bool:
-    return cfg.do_eval or cfg.evaluation_strategy != "no"
-
-
 def _schedule(cfg: Config) -> str:
     return cfg.lr_scheduler_type.partition(":")[0]
 
@@ -201,7 +197,7 @@ _RUN_RULES = [
     ),
     Rule(
         "eval_dataset_path eval_dataset_type eval_dataset_prob max_evaluate_steps",
-        lambda c, f: not _evaluates(c),
+        lambda c, f: not c.do_eval,
         "nothing is evaluated: evaluation_strategy is no and do_eval is False",
     ),
     Rule(

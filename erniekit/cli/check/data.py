@@ -113,8 +113,7 @@ def _records(section: Section, cfg: Config, feed: RecordFeed, has_pictures: bool
 
 
 def _splits(cfg: Config, command: str) -> list[str]:
-    evaluates = cfg.do_eval or cfg.evaluation_strategy != "no"
-    return {"train": ["train", "eval"] if evaluates else ["train"], "eval": ["eval"]}.get(command, [])
+    return {"train": ["train", "eval"] if cfg.do_eval else ["train"], "eval": ["eval"]}.get(command, [])
 
 
 def _reads_text(cfg: Config, split: str) -> bool:
