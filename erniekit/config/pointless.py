@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from erniekit.config.compat import DATA
+from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
+from erniekit.config.schema_parts import FREEZE_VISION
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
@@ -28,13 +29,14 @@ class Facts:
     """Facts about the model and the job, which become known after the configuration; None until then.
 
     num_experts: as in the model's config.json. aux_free: whether that file switches loss-free balancing on. data_ranks,
-    ranks: their numbers in the job.
+    ranks: their numbers in the job. sees_pictures: whether the model has a vision transformer.
     """
 
     num_experts: int | None = None
     aux_free: bool | None = None
     data_ranks: int | None = None
     ranks: int | None = None
+    sees_pictures: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,35 @@ _OPTIMIZER_RULES = [
     ),
 ]
 
+_VISION_RULES = [
+    Rule(
+        "vision_config_path vision_experts_from_text vision_experts_down_scale",
+        lambda c, f: True,
+        "read only by train",
+        ("eval",),
+    ),
+    Rule(
+        "vision_experts_from_text vision_experts_down_scale",
+        lambda c, f: c.method.vision and not c.vision_config_path,
+        "vision_config_path is not given",
+    ),
+    Rule("vision_experts_down_scale", lambda c, f: not c.vision_experts_from_text, "vision_experts_from_text is False"),
+    Rule(
+        "video_fps video_min_frames video_max_frames",
+        lambda c, f: (c.video_target_frames or -1) > 0,
+        "video_target_frames: {video_target_frames} decides",
+        RUN,
+    ),
+    Rule("vit_lr_ratio visual_ld resampler_lr_ratio", lambda c, f: f.sees_pictures is False, "the model has no vision"),
+    Rule(
+        "vit_lr_ratio visual_ld",
+        lambda c, f: FREEZE_VISION in c.freeze_config or "vision_transformer" in c.frozen_parameters,
+        "the vision transformer is frozen",
+    ),
+    Rule("visual_ld", lambda c, f: c.vit_lr_ratio is not None, "vit_lr_ratio: {vit_lr_ratio} decides"),
+    Rule("resampler_lr_ratio", lambda c, f: "resampler" in c.frozen_parameters, "the resampler is frozen"),
+]
+
 _MODEL_RULES = [
     Rule(
         "recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers",
@@ -457,6 +488,7 @@ RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
     *_OPTIMIZER_RULES,
+    *_VISION_RULES,
     *_MODEL_RULES,
     *_method_rules(),
     *_PREFERENCE_RULES,

@@ -93,7 +93,8 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
 def facts_of(model_config: ModelConfig, degrees: ParallelDims) -> Facts:
     """The facts about the model and the job that decide which keys have an effect."""
     aux_free = bool(model_config.extra.get("moe_use_aux_free", False))
-    return Facts(model_config.moe_num_experts, aux_free, degrees.data, degrees.world)
+    sees_pictures = model_config.vision is not None
+    return Facts(model_config.moe_num_experts, aux_free, degrees.data, degrees.world, sees_pictures)
 
 
 def parameter_chunks(model: "CausalLM", chunks: Sequence[Sequence[int]]) -> dict[str, int]:
