@@ -6,7 +6,7 @@ method tests a fact of its row (`cfg.method.records`), never its name.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -99,8 +99,6 @@ BUILT = [facts.name for facts in METHODS.values() if not facts.later]
 OPTIONS_OF_METHODS = frozenset(
     name for facts in METHODS.values() if facts.options is not None for name in option_names(facts.options)
 )
-
-
 OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureArgs)])
 
 
@@ -108,6 +106,11 @@ def stage_doc() -> str:
     """The documentation of the key `stage`."""
     built = [f"{name} ({METHODS[name].title})" for name in BUILT]
     later = [name for name in METHODS if name not in BUILT]
-    names = " and ".join(filter(None, [", ".join(later[:-1]), *later[-1:]]))
-    unbuilt = f"; {names} {'is' if len(later) == 1 else 'are'} known but not built yet" if later else ""
-    return f"The method: {', '.join(built[:-1])} or {built[-1]}{unbuilt}."
+    verb = "is" if len(later) == 1 else "are"
+    unbuilt = f"; {join_names(later, 'and')} {verb} known but not built yet" if later else ""
+    return f"The method: {join_names(built, 'or')}{unbuilt}."
+
+
+def join_names(names: Sequence[str], word: str) -> str:
+    """Names for a message: "A", "A or B", "A, B or C"; `word` stands before the last."""
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -4,13 +4,12 @@ Only keys that the user gave are reported, in one line for all keys with the sam
 number at a default that means off, requests nothing and is not reported.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from erniekit.config.compat import DATA, RUN
-from erniekit.config.methods import BUILT, METHODS, MethodFacts
+from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
@@ -88,8 +87,8 @@ def asks(cfg: Config, name: str) -> bool:
 _FIELDS = fields()
 
 
-def _names(group: type, but: str = "") -> str:
-    return " ".join(field.name for field in dataclasses.fields(group) if field.name not in but.split())
+def _names(group: type) -> str:
+    return " ".join(option_names(group))
 
 
 def _schedule(cfg: Config) -> str:
@@ -381,14 +380,16 @@ def _method_rules() -> list[Rule]:
         for key, why in facts.unread.items():
             rules.append(Rule(key, partial(_has_method, facts), f"stage {facts.name}: {why}", DATA))
     for group in {facts.options for facts in METHODS.values() if facts.options is not None}:
-        readers = " or ".join(name for name in BUILT if METHODS[name].options is group)
-        reason = f"read only with stage: {readers}"
-        rules.append(Rule(_names(group), partial(_has_no_options, group), reason, DATA))
-    with_pictures = [name for name, facts in METHODS.items() if facts.vision]
-    readers = " or ".join([name for name in with_pictures if name in BUILT] or with_pictures)
-    rules.append(Rule(_names(VisionArgs), _has_no_pictures, f"read only with stage: {readers}", DATA))
-    rules.append(Rule(_names(MixtureArgs), _mixes_nothing, f"read only with stage: {readers}", DATA))
+        rules.append(Rule(_names(group), partial(_has_no_options, group), _only_readers(group), DATA))
+    rules.append(Rule(_names(VisionArgs), _has_no_pictures, _only_readers(VisionArgs), DATA))
+    rules.append(Rule(_names(MixtureArgs), _mixes_nothing, _only_readers(MixtureArgs), DATA))
     return rules
+
+
+def _only_readers(group: type) -> str:
+    """The reason that names the methods which read a group of keys, or most of it."""
+    names = [name for name in BUILT if any(METHODS[name].reads(key) for key in option_names(group))]
+    return f"read only with stage: {join_names(names, 'or')}"
 
 
 _PREFERENCE_RULES = [

@@ -9,7 +9,7 @@ from erniekit.config.schema_data import DATASET_TYPES
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureArgs:
-    """Text beside pictures. Read only where the method has pictures (stage: VL-SFT)."""
+    """Text beside pictures. Read only with stage: VL-SFT or VL-PT."""
 
     group: ClassVar[str] = "text beside pictures"
 

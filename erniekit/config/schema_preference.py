@@ -1,4 +1,4 @@
-"""Keys of stage: DPO."""
+"""Keys of the stages DPO and VL-DPO."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,39 +29,38 @@ def option_problems(loss_type: str, label_smoothing: float, offset_alpha: float)
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceArgs:
-    """The preference loss, what it is compared with, and how long prompts may be. Read only at stage: DPO."""
+    """The preference loss, what it is compared with, and how long prompts may be. Read only with stage: DPO or
+    VL-DPO.
+    """
 
     group: ClassVar[str] = "preference"
 
-    max_prompt_len: int = key(2048, "stage DPO: a longer prompt loses its earliest turns.", ge=1)
+    max_prompt_len: int = key(2048, "With stage: DPO, a longer prompt loses its earliest turns.", ge=1)
     loss_type: str = key(
         "sigmoid",
-        "stage DPO: the loss; formulas and papers are in erniekit/losses/preference.py.",
+        "The loss; formulas and papers are in erniekit/losses/preference.py.",
         choices=LOSS_TYPES,
     )
-    beta: float = key(0.1, "stage DPO: how strongly the policy is kept near the reference.", gt=0)
+    beta: float = key(0.1, "How strongly the policy is kept near the reference.", gt=0)
     label_smoothing: float = key(
-        0.0, "stage DPO: assumed share of pairs whose answers are labelled the wrong way round.", ge=0, lt=0.5
+        0.0, "Assumed share of pairs whose answers are labelled the wrong way round.", ge=0, lt=0.5
     )
-    pref_loss_ratio: float = key(1.0, "stage DPO: weight of the preference loss.", ge=0)
-    sft_loss_ratio: float = key(0.0, "stage DPO: weight of the chosen answers' next-token loss (orpo: 1).", ge=0)
+    pref_loss_ratio: float = key(1.0, "Weight of the preference loss.", ge=0)
+    sft_loss_ratio: float = key(0.0, "Weight of the chosen answers' next-token loss (orpo: 1).", ge=0)
     offset_alpha: float = key(
-        0.0, "stage DPO, sigmoid: require a larger margin where the two `sort` scores differ more (ODPO).", ge=0
+        0.0, "sigmoid: require a larger margin where the two `sort` scores differ more (ODPO).", ge=0
     )
-    simpo_gamma: float = key(0.5, "stage DPO, simpo: the target margin.", ge=0)
-    dpop_lambda: float = key(50.0, "stage DPO, dpop: penalty on a chosen answer that becomes less likely.", ge=0)
+    simpo_gamma: float = key(0.5, "simpo: the target margin.", ge=0)
+    dpop_lambda: float = key(50.0, "dpop: penalty on a chosen answer that becomes less likely.", ge=0)
     normalize_logps: bool = key(
         False,
-        "stage DPO: scale each log-probability to the mean length of its pair (ERNIEKit's default is True; the papers "
-        "do not).",
+        "Scale each log-probability to the mean length of its pair (ERNIEKit's default is True; the papers do not).",
     )
-    reference_free: bool = key(False, "stage DPO: no reference; its log-probabilities count as 0.")
-    ref_model_update_steps: int = key(
-        -1, "stage DPO: the reference becomes the policy every N steps; -1: never.", ge=1, off=-1
-    )
+    reference_free: bool = key(False, "No reference; its log-probabilities count as 0.")
+    ref_model_update_steps: int = key(-1, "The reference becomes the policy every N steps; -1: never.", ge=1, off=-1)
     ref_logps_cache: str | None = key(
         None,
-        "stage DPO: a file for the reference's log-probabilities: computed once, before training, and read by later "
+        "A file for the reference's log-probabilities: computed once, before training, and read by later "
         "runs on the same model and data; the reference then needs no memory.",
         path=True,
     )

@@ -11,7 +11,7 @@ BOX_COORDINATES = ("relative", "pixels", "fraction")
 
 @dataclass(frozen=True, kw_only=True)
 class VisionArgs:
-    """How pictures and videos are read and prepared. Read only where the method has pictures (stage: VL-SFT).
+    """How pictures and videos are read and prepared. Read only with stage: VL-SFT, VL-PT or VL-DPO.
 
     data/vision/options.py hands these to the data pipeline. Sizes and frames that are not given come from the files
     beside the model (preprocessor_config.json), but for the choice of frames in training, which is the training code's.

@@ -16,7 +16,7 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     """One line (key, value, feature) for each thing that cfg requests of `command` and this version cannot do."""
     lines: list[str] = []
     if cfg.method.later and command in ("train", "eval"):
-        built = f"{', '.join(methods.BUILT[:-1])} and {methods.BUILT[-1]}"
+        built = methods.join_names(methods.BUILT, "and")
         lines.append(f"stage: {cfg.method.name} ({cfg.method.later}); it has {built}")
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]

@@ -6,6 +6,8 @@ key suggests our name instead.
 import difflib
 from collections.abc import Iterable
 
+from erniekit.config.methods import BUILT, join_names
+
 _CLOSE = 0.82  # from this difflib ratio on, a name counts as a typo of another; pref_beta and rope_theta have 0.63
 
 # Our key -> its names elsewhere, with the same values.
@@ -97,6 +99,8 @@ _SAME: dict[str, str] = {
     "moe_z_loss_lambda": "moe_z_loss_coeff",
 }
 
+_STAGES = f"stage takes {join_names(BUILT, 'or')}"
+
 # Names of settings that are expressed differently here, or do not exist -> what to do instead.
 _OTHERWISE: dict[str, str] = {
     "deepspeed fsdp zero_stage sharding_stage zero_optimization use_distributed_optimizer": (
@@ -128,14 +132,14 @@ _OTHERWISE: dict[str, str] = {
     "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "exporting quantised weights is not built",
-    "reward_model ref_model_adapters": "stage takes SFT, PT, DPO or VL-SFT; reward models and PPO are not built",
+    "reward_model ref_model_adapters": f"{_STAGES}; reward models and PPO are not built",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",
     "use_kv_cache": "remove it: generation always uses a KV cache",
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
-    "task train_task rlhf_type trainer trainer_type training_stage": "stage takes SFT, PT, DPO or VL-SFT",
+    "task train_task rlhf_type trainer trainer_type training_stage": _STAGES,
     "ref_model ref_model_name_or_path reference_model": (
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),
