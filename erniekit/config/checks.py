@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from erniekit.config.compat import DATA
-from erniekit.config.methods import DEFAULT, METHODS, Records
+from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
@@ -101,8 +101,11 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
     """Checks that the method reads the formats of the data sets. An unbuilt method is refused by its name alone."""
     if cfg.method.later:
         return
-    splits = ("train", "eval") if command == "train" and cfg.do_eval else (command,)
+    splits = ["eval"] if command == "eval" or cfg.do_eval else []
+    if command == "train":
+        splits += ["train", "text"] if cfg.text_dataset_path and cfg.method.reads("text_dataset_path") else ["train"]
     records, stage = cfg.method.records, cfg.method.name
+    instead = next(facts.name for facts in METHODS.values() if facts.vision == cfg.method.vision)
     for split in splits:
         for name in dict.fromkeys(vars(cfg)[f"{split}_dataset_type"]):
             if records is Records.PAIRS and name == "text":
@@ -113,7 +116,7 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
             if records is Records.TEXT and name not in ("erniekit", "text"):
                 yield (
                     f'{split}_dataset_type: stage: {stage} reads plain text ({{"text": ...}}), not {name}. Use '
-                    f"erniekit or text, or stage: {DEFAULT}"
+                    f"erniekit or text, or stage: {instead}"
                 )
 
 

@@ -81,6 +81,11 @@ def test_evaluation_follows_from_its_strategy():
         ({"train_dataset_prob": "0"}, "train_dataset_prob: must be more than 0"),
         ({"train_dataset_type": "text", "stage": "DPO"}, "train_dataset_type: stage: DPO reads pairs of answers"),
         ({"train_dataset_type": "alpaca", "stage": "PT"}, "train_dataset_type: stage: PT reads plain text"),
+        ({"train_dataset_type": "messages", "stage": "VL-PT"}, "Use erniekit or text, or stage: VL-SFT"),
+        (
+            {"text_dataset_path": "t", "text_dataset_type": "alpaca", "stage": "VL-PT"},
+            "text_dataset_type: stage: VL-PT reads plain text",
+        ),
         (
             {"eval_dataset_path": "e", "eval_dataset_type": "text", "do_eval": True, "stage": "DPO"},
             "eval_dataset_type: stage: DPO reads pairs of answers",
