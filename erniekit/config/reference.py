@@ -6,6 +6,12 @@ from typing import Any
 from erniekit.config.fields import limits, type_name
 from erniekit.config.schema import GROUPS, fields
 
+# The keys about ranks that a command without training reads.
+_RANKS = (
+    "tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method "
+    "expert_parallel_degree distributed_timeout rendezvous_timeout"
+)
+
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
@@ -14,15 +20,19 @@ KEYS: dict[str, tuple[str, str]] = {
         "",
     ),
     "eval": (
-        "data,vision,model,generation,evaluation",
-        "output_dir batch_size seed lora_path loss_type beta reference_free",
+        "data,vision,model,preference,generation,evaluation",
+        f"output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm {_RANKS} "
+        "data_parallel_degree sharding_parallel_degree",
     ),
-    "chat": ("vision,model,generation,chat", "checkpoint output_dir lora_path chat_template seed"),
+    "chat": (
+        "vision,model,generation,chat",
+        f"checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
+    ),
     "export": (
         "export",
         "model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
     ),
-    "split": ("", "model_name_or_path checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
+    "split": ("", "checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
 }
 
 

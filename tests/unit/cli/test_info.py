@@ -9,7 +9,7 @@ import pytest
 from support.source_tree import REPOSITORY
 
 import erniekit
-from erniekit.cli import info
+from erniekit.cli import info, launch
 from erniekit.cli.commands import COMMANDS
 from erniekit.config import reference, schema
 from erniekit.utils.errors import ConfigError
@@ -60,6 +60,12 @@ def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str)
     for name in [*names, *single.split()]:
         assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
     assert len(names + single.split()) == len({*names, *single.split()})
+
+
+@pytest.mark.parametrize("command", launch.ON_RANKS)
+def test_help_lists_the_degrees_of_a_command_that_runs_on_ranks(command: str):
+    text = info.usage(command)
+    assert "  tensor_parallel_degree (" in text and "  pipeline_parallel_degree (" in text
 
 
 def test_help_needs_no_paddle():
