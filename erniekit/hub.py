@@ -40,9 +40,9 @@ def resolve_dataset(name_or_path: str, download_hub: str | None = None, key: str
     return _resolve(name_or_path, download_hub, key, "dataset", _DATA_FILES, DataError)
 
 
-def find_model(name_or_path: str, key: str = "model_name_or_path") -> Path | None:
+def find_model(name_or_path: str) -> Path | None:
     """As resolve_model, but nothing is downloaded: None for a Hub name."""
-    return _find(name_or_path, key, "model", _MODEL_FILES, CheckpointError)
+    return _find(name_or_path, "model_name_or_path", "model", _MODEL_FILES, CheckpointError)
 
 
 def find_tokenizer(name_or_path: str) -> Path | None:

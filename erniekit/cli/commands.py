@@ -31,7 +31,7 @@ COMMANDS = {
             "strict=false: true: warnings alone make the exit code 3 (errors make it 1)",
             "json=FILE: also write the report to this file",
             "decode=false: true: also decode every picture and video, which takes as long as reading all of them",
-            "preview=N: show this number of records as the model gets them, and draw their pictures; not given: one record",
+            "preview=N: show this number of records as the model gets them, with a sheet of pictures; else one",
             "sheet=preview.png: where preview draws their pictures, resized and with the boxes of the answers",
         ),
     ),
