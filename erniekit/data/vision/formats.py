@@ -8,7 +8,7 @@ record without pictures is a sample of text.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
@@ -26,6 +26,13 @@ from erniekit.data.vision.turns import read_turn
 _MEDIA = ("images", "image", "videos", "video", "objects")
 _ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
 _READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
+
+
+class _Shown(NamedTuple):
+    """A picture of a record, and whether it is the result of a tool."""
+
+    source: Any
+    by_tool: bool
 
 
 def parse_vision_record(
@@ -56,7 +63,7 @@ def parse_vision_record(
         decisive |= dict.fromkeys(("audio", "audios"), "sound is not known: remove it, or the record")
         check_fields(record, fields, f"type {type_name}", decisive, notes)
         sample = read(record, options, notes)
-        return _with_relative_boxes(sample, options) if sample.kind == "chat" else sample
+        return sample if sample.kind == "text" else _with_relative_boxes(sample, options)
 
 
 def _likely_type(record: dict[str, Any]) -> str | None:
@@ -112,26 +119,43 @@ def _erniekit(record: dict[str, Any], options: FormatOptions, notes: Notes) -> S
 
 
 def _with_relative_boxes(sample: Sample, options: FormatOptions) -> Sample:
-    """The boxes of answers and calls, checked and in the relative convention. A box is in the picture that `img_idx`
-    names, or in the one before it.
+    """The boxes of answers and calls, also of both answers of a pair, checked and in the relative convention."""
+    pictures: list[_Shown] = []
+    messages = _converted(sample.messages, pictures, "answer", options)
+    if sample.answers is None:
+        return replace(sample, messages=messages)
+    chosen, rejected = (
+        _converted(answer, list(pictures), f"the {side} answer", options)
+        for side, answer in zip(("chosen", "rejected"), sample.answers, strict=True)
+    )
+    return replace(sample, messages=messages, answers=(chosen, rejected))
+
+
+def _converted(
+    messages: list[dict[str, Any]], pictures: list[_Shown], name: str, options: FormatOptions
+) -> list[dict[str, Any]]:
+    """Messages whose boxes are in the relative convention; their pictures are appended to `pictures`, those of the
+    messages before.
     """
-    pictures: list[Any] = []
-    messages = []
-    for i, message in enumerate(sample.messages):
+    result = []
+    for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = _converted(message, pictures, f"answer {i}", options)
+            message = _converted_answer(message, pictures, f"{name} {i}", options)
         elif isinstance(message["content"], list):
-            pictures += [part["image"] for part in message["content"] if part["type"] == "image"]
-        messages.append(message)
-    return replace(sample, messages=messages)
+            pictures += [
+                _Shown(part["image"], message["role"] == "tool")
+                for part in message["content"]
+                if part["type"] == "image"
+            ]
+        result.append(message)
+    return result
 
 
-def _converted(message: dict[str, Any], pictures: list[Any], name: str, options: FormatOptions) -> dict[str, Any]:
+def _converted_answer(
+    message: dict[str, Any], pictures: list[_Shown], name: str, options: FormatOptions
+) -> dict[str, Any]:
     def size_of(index: Any) -> tuple[int, int]:
-        is_number = isinstance(index, int) and not isinstance(index, bool)
-        if not pictures or (is_number and not 0 <= index < len(pictures)):
-            raise BadRecord(f"{name} has a box in pixels, but its picture is not there", "put the picture before it")
-        return image_size(pictures[index if is_number else -1], options.reader, options.images)
+        return image_size(_picture_of_box(pictures, index, name).source, options.reader, options.images)
 
     result = dict(message)
     for key in ("content", "reasoning_content"):
@@ -142,6 +166,22 @@ def _converted(message: dict[str, Any], pictures: list[Any], name: str, options:
             _converted_call(call, size_of, f"the call in {name}", options.boxes) for call in message["tool_calls"]
         ]
     return result
+
+
+def _picture_of_box(pictures: list[_Shown], index: Any, name: str) -> _Shown:
+    """The picture that a box is in, as serve.image_tools has it: the one that `img_idx` names, or else the last one
+    that the user gave. A box is relative to an original picture, not to the crop that a tool gave back.
+    """
+    if not pictures:
+        raise BadRecord(f"{name} has a box in pixels, but its picture is not there", "put the picture before it")
+    if index is None:
+        return next((shown for shown in reversed(pictures) if not shown.by_tool), pictures[-1])
+    is_whole = isinstance(index, int) or (isinstance(index, float) and index.is_integer())
+    if not is_whole or isinstance(index, bool) or not 0 <= index < len(pictures):
+        raise BadRecord(
+            f"{name} has the img_idx {index!r}, and there are {len(pictures)} pictures before it", "count from 0"
+        )
+    return pictures[int(index)]
 
 
 def _converted_call(
