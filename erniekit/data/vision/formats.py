@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
-from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
+from erniekit.data.records.formats import ALIASES, VISION_TYPE
+from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
@@ -25,6 +26,14 @@ from erniekit.data.vision.turns import read_turn
 
 _MEDIA = ("images", "image", "videos", "video", "objects")
 _ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
+_SIGNATURES = {  # field -> the type that a record with it probably is
+    "text_info": "erniekit",
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "src": "erniekit",
+    "text": "text",
+}
 _READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
 
 
@@ -49,31 +58,28 @@ def parse_vision_record(
         if not isinstance(record, dict):
             raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
         name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
-        if name == "erniekit" and "src" in record and "text_info" not in record:
-            return parse_record(record, name, where, notes)  # the type's form for text alone
-        likely = _likely_type(record)
-        if likely is not None and likely != name.removesuffix(" (DPO)"):
-            raise BadRecord(
-                f"this record is of type {likely}, not {type_name.removesuffix(VISION_TYPE)}",
-                f"set the dataset type to {likely}",
-            )
-        read, fields = FORMATS[name]
-        other = ("image_info and video_info", "erniekit") if name == "erniekit" else ("images and videos", name)
-        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {other[1]} has {other[0]}")
-        decisive |= dict.fromkeys(("audio", "audios"), "sound is not known: remove it, or the record")
-        check_fields(record, fields, f"type {type_name}", decisive, notes)
+        _check_type(record, name)
+        is_text = name == "erniekit" and "src" in record and "text_info" not in record
+        read, fields = _ERNIEKIT_TEXT if is_text else FORMATS[name]
+        media = "image_info and video_info, beside text_info" if name == "erniekit" else "images and videos"
+        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {name} has {media}")
+        check_fields(record, fields, f"type {name}", decisive, notes)
         sample = read(record, options, notes)
         return sample if sample.kind == "text" else _with_relative_boxes(sample, options)
 
 
-def _likely_type(record: dict[str, Any]) -> str | None:
-    signatures = {
-        "text_info": "erniekit",
-        "messages": "messages",
-        "conversations": "sharegpt",
-        "instruction": "alpaca",
-    }
-    return next((name for field, name in signatures.items() if field in record), None)
+def _check_type(record: dict[str, Any], name: str) -> None:
+    """Raise BadRecord if the fields of the record are those of other types only."""
+    likely_types = [likely_type for field, likely_type in _SIGNATURES.items() if field in record]
+    if not likely_types or name.removesuffix(" (DPO)") in likely_types:
+        return
+    likely = likely_types[0]
+    hint = f"set the dataset type to {likely}"
+    if likely == "text":
+        hint = "set stage: VL-PT to train on plain text"
+    elif name == "text":
+        hint += " and stage: VL-SFT"
+    raise BadRecord(f"this record is of type {likely}, not {name}", hint)
 
 
 def _messages(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
@@ -193,6 +199,11 @@ def _converted_call(
     return {**call, "function": {**function, "arguments": converted}}
 
 
+def _erniekit_text(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    return TEXT_FORMATS["erniekit"].read(record, notes)
+
+
+_ERNIEKIT_TEXT = _erniekit_text, TEXT_FORMATS["erniekit"].fields  # the form of the type erniekit for text alone
 FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
     "erniekit": (_erniekit, ("text_info", "image_info", "video_info", "order", "system", "is_system", "tools")),
     "messages": (_messages, ("messages", "tools", "label", "system", *_MEDIA)),
