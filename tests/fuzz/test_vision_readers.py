@@ -73,8 +73,8 @@ def test_damaged_records(directory, tmp_path):
     processor, random_numbers = load_processor(directory, "vl"), random.Random(SEED)
     counts = {"read": 0, "refused": 0}
     for kind, record in RECORDS.items():
-        for overflow in ("drop", "shrink", "error"):
-            encoder = VisionEncoder(processor.template, VisionSpec(processor.settings, overflow), 2000)
+        for truncation in ("drop", "shrink", "error"):
+            encoder = VisionEncoder(processor.template, VisionSpec(processor.settings, truncation), 2000)
             encoder(kind, json.dumps(record).encode(), f"{tmp_path}/x:1")
     for number in range(CASES):
         kind = random_numbers.choice(list(RECORDS))

@@ -28,17 +28,15 @@ from erniekit.data.vision.template import VisionTemplate
 from erniekit.data.vision.video import VideoOptions
 from erniekit.utils.errors import DataError, UserError
 
-OVERFLOWS = ("drop", "shrink", "error")
-
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """How records with pictures are read, in a form that can be sent to a worker. `overflow`: what happens to a sample
-    whose first round does not fit (see VisionEncoder).
+    """How records with pictures are read, in a form that can be sent to a worker. `truncation`: what happens to a
+    sample that does not fit, "drop", "shrink" or "error" (see VisionEncoder).
     """
 
     settings: ProcessorSettings = field(default_factory=ProcessorSettings)
-    overflow: str = "drop"
+    truncation: str = "drop"
     boxes: str = "relative"
     missing_tags: str = "error"
     allow_urls: bool = False
@@ -77,8 +75,8 @@ class VisionEncoder:
 
     A conversation longer than `max_seq_len` tokens loses its last whole rounds (a round is a user's message and all
     that answers it) and the pictures in them, never a part of a picture: later rounds speak of earlier pictures, not
-    the other way round. With the overflow "shrink" pictures are made smaller before rounds are left out. If the first
-    round alone does not fit, the overflow says what happens: "drop" it, or "error"; "shrink" drops it too.
+    the other way round. With the truncation "shrink" pictures are made smaller before rounds are left out. If the
+    first round alone does not fit, it is dropped, or with "error" raises DataError.
     """
 
     def __init__(self, template: VisionTemplate, spec: VisionSpec, max_seq_len: int, on_bad_line: str = "error"):
@@ -108,17 +106,17 @@ class VisionEncoder:
             return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _text(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
-        """A pretraining text in as many documents as it needs. With the overflow "shrink" a picture that alone is too
+        """A pretraining text in as many documents as it needs. With the truncation "shrink" a picture that alone is too
         long is made smaller.
         """
-        if self._spec.overflow == "shrink":
+        if self._spec.truncation == "shrink":
             plans = [(shrink([plan], self._max_seq_len - 2) or [plan])[0] for plan in plans]
         [message] = sample.messages
         tokens, tokenizer = [plan.geometry.tokens for plan in plans], self.template.tokenizer
         try:
             sequences = text_sequences(message["content"], tokens, self._tokens, tokenizer, self._max_seq_len)
         except BadRecord as error:
-            if self._spec.overflow == "error":
+            if self._spec.truncation == "error":
                 raise
             return Encoded(where, dropped=error.message)
         documents, used = [], 0
@@ -131,7 +129,7 @@ class VisionEncoder:
         return Encoded(where, documents, dropped="" if documents else "there is no text to learn")
 
     def _pair(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
-        """A pair of answers in one document; it is dropped if it does not fit, with the overflow "shrink" also with
+        """A pair of answers in one document; it is dropped if it does not fit, with the truncation "shrink" also with
         smaller pictures.
         """
         assert sample.answers is not None
@@ -144,13 +142,13 @@ class VisionEncoder:
         room = self._max_seq_len - (sum(texts) - prompt + sequences[0].media)
         fitted: list[MediaPlan] | None = plans
         if tokens_of(plans) > room:
-            fitted = shrink(plans, room) if self._spec.overflow == "shrink" and room > 0 else None
+            fitted = shrink(plans, room) if self._spec.truncation == "shrink" and room > 0 else None
         if fitted is None:
             reason = (
                 f"the pair has {self._max_seq_len - room + tokens_of(plans)} tokens, {tokens_of(plans)} of them of "
                 f"pictures, more than max_seq_len {self._max_seq_len}"
             )
-            if self._spec.overflow == "error":
+            if self._spec.truncation == "error":
                 raise DataError(f"{where}: {reason}. Hint: raise max_seq_len, or lower max_pixels.")
             return Encoded(where, dropped=reason)
         chosen, rejected = (self._document(sequence, fitted) for sequence in sequences)
@@ -169,7 +167,7 @@ class VisionEncoder:
             sequences, fitted = self._first_rounds(sample, plans, ends)
         if fitted is None:
             length, reason, hint = self._excess(sequences, plans)
-            if self._spec.overflow == "error":
+            if self._spec.truncation == "error":
                 raise DataError(f"{where}: {reason}. Hint: {hint}")
             return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
         documents = [self._document(sequence, fitted) for sequence in sequences]
@@ -213,7 +211,7 @@ class VisionEncoder:
         """The plans with which all sequences fit: the given ones if possible, smaller ones if that is allowed."""
         if all(self._length(sequence, plans) <= self._max_seq_len for sequence in sequences):
             return plans
-        if self._spec.overflow != "shrink":
+        if self._spec.truncation != "shrink":
             return None
         count = max(sequence.media for sequence in sequences)
         budget = self._max_seq_len - max(len(sequence.ids) - sequence.media for sequence in sequences)

@@ -61,8 +61,8 @@ def test_a_picture_that_is_longer_than_a_sequence(directory: Path) -> None:
     record = {"text": "one<image>two", "images": ["a.png"]}
     assert "a picture has 11 tokens, more than max_seq_len 10" in encode(directory, "text", record, 10).dropped
     with pytest.raises(DataError, match=r"data.jsonl:1: a picture has 11 tokens.*set max_seq_len to 11"):
-        encode(directory, "text", record, 10, overflow="error")
-    smaller = encode(directory, "text", record, 10, overflow="shrink")
+        encode(directory, "text", record, 10, truncation="error")
+    smaller = encode(directory, "text", record, 10, truncation="shrink")
     assert not smaller.dropped and all(len(document.ids) <= 10 for document in smaller.documents)
 
 
@@ -107,5 +107,5 @@ def test_a_pair_that_is_too_long_is_dropped_or_has_smaller_pictures(directory: P
         f"the pair has {limit + 1} tokens, 9 of them of pictures"
         in encode(directory, "messages (DPO)", record, limit).dropped
     )
-    [smaller] = encode(directory, "messages (DPO)", record, limit, overflow="shrink").documents
+    [smaller] = encode(directory, "messages (DPO)", record, limit, truncation="shrink").documents
     assert len(smaller.ids) <= limit
