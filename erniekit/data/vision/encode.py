@@ -109,24 +109,33 @@ class VisionEncoder:
         """A pretraining text in as many documents as it needs. With the truncation "shrink" a picture that alone is too
         long is made smaller.
         """
-        if self._spec.truncation == "shrink":
-            plans = [(shrink([plan], self._max_seq_len - 2) or [plan])[0] for plan in plans]
+        room = self._max_seq_len - 2  # for a picture between its tags
+        fitted = plans
+        if self._spec.truncation == "shrink" and any(plan.geometry.tokens > room for plan in plans):
+            fitted = [plan if plan.geometry.tokens <= room else (shrink([plan], room) or [plan])[0] for plan in plans]
+        tokens = [plan.geometry.tokens for plan in fitted]
+        longest = max(tokens, default=0) + 2
+        if longest > self._max_seq_len:
+            reason = f"a picture has {longest} tokens, more than max_seq_len {self._max_seq_len}"
+            return self._too_long(where, longest, reason, f"set max_seq_len to {longest}, or a smaller max_pixels")
         [message] = sample.messages
-        tokens, tokenizer = [plan.geometry.tokens for plan in plans], self.template.tokenizer
-        try:
-            sequences = text_sequences(message["content"], tokens, self._tokens, tokenizer, self._max_seq_len)
-        except BadRecord as error:
-            if self._spec.truncation == "error":
-                raise
-            return Encoded(where, dropped=error.message)
+        sequences = text_sequences(message["content"], tokens, self._tokens, self.template.tokenizer, self._max_seq_len)
         documents, used = [], 0
         inside = (self._tokens.image, self._tokens.video)
         for ids, labels in sequences:
             count = sum(i in inside for i in ids)
-            documents.append(self._document(_Sequence(ids, labels, count), plans[used : used + count]))
+            documents.append(self._document(_Sequence(ids, labels, count), fitted[used : used + count]))
             used += count
         documents = [document for document in documents if (document.labels != IGNORE).any()]
-        return Encoded(where, documents, dropped="" if documents else "there is no text to learn")
+        if not documents:
+            return Encoded(where, dropped="there is no text to learn")
+        return Encoded(where, documents, shrunk=fitted is not plans)
+
+    def _too_long(self, where: str, length: int, reason: str, hint: str) -> Encoded:
+        """A dropped record, which would need `length` tokens; DataError with the truncation "error"."""
+        if self._spec.truncation == "error":
+            raise DataError(f"{where}: {reason}. Hint: {hint}.")
+        return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
 
     def _pair(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
         """A pair of answers in one document; it is dropped if it does not fit, with the truncation "shrink" also with
@@ -144,13 +153,12 @@ class VisionEncoder:
         if tokens_of(plans) > room:
             fitted = shrink(plans, room) if self._spec.truncation == "shrink" and room > 0 else None
         if fitted is None:
+            length = self._max_seq_len - room + tokens_of(plans)
             reason = (
-                f"the pair has {self._max_seq_len - room + tokens_of(plans)} tokens, {tokens_of(plans)} of them of "
-                f"pictures, more than max_seq_len {self._max_seq_len}"
+                f"the pair has {length} tokens, {tokens_of(plans)} of them of pictures, more than max_seq_len "
+                f"{self._max_seq_len}"
             )
-            if self._spec.truncation == "error":
-                raise DataError(f"{where}: {reason}. Hint: raise max_seq_len, or lower max_pixels.")
-            return Encoded(where, dropped=reason)
+            return self._too_long(where, length, reason, f"set max_seq_len to {length}, or lower max_pixels")
         chosen, rejected = (self._document(sequence, fitted) for sequence in sequences)
         try:
             document = pair_document(chosen, rejected, sample.score_delta)
@@ -166,10 +174,7 @@ class VisionEncoder:
         if fitted is None:
             sequences, fitted = self._first_rounds(sample, plans, ends)
         if fitted is None:
-            length, reason, hint = self._excess(sequences, plans)
-            if self._spec.truncation == "error":
-                raise DataError(f"{where}: {reason}. Hint: {hint}")
-            return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
+            return self._too_long(where, *self._excess(sequences, plans))
         documents = [self._document(sequence, fitted) for sequence in sequences]
         documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
