@@ -59,6 +59,16 @@ RECORDS = {
         "image": {"path": "a.png", "bytes": None},
     },
     "alpaca": {"instruction": "<image>q", "input": "i", "output": "a", "history": [["q", "a"]], "images": ["a.png"]},
+    "text": {"text": ["one <image>", "two"], "images": ["a.png"]},
+    "messages (DPO)": {
+        "messages": [{"role": "user", "content": "<image><video>Where?"}],
+        "images": ["a.png"],
+        "videos": [["a.png", "a.png"]],
+        "chosen": {"role": "assistant", "content": '{"bbox_2d": [1, 2, 30, 40]}'},
+        "rejected": [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "t"}]
+        + [{"role": "assistant", "content": "no"}],
+    },
+    "erniekit (DPO)": {"src": ["<image>q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0], "images": ["a.png"]},
 }
 
 
