@@ -14,13 +14,13 @@ from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, BadRecord, reading
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
-from erniekit.data.vision import positions
 from erniekit.data.vision.documents import pair_document, text_sequences
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.plan import MediaPlan, largest_bound, plan_media, shrink, tokens_of
+from erniekit.data.vision.positions import PositionRule
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.sequence import MediaTokens, expand
 from erniekit.data.vision.tags import FormatOptions
@@ -42,7 +42,7 @@ class VisionSpec:
     allow_urls: bool = False
     images: ImageOptions = IMAGE_OPTIONS
     video_seconds: float = 300.0
-    position_rule: positions.PositionRule = "training"
+    position_rule: PositionRule = "training"
 
     def formats(self, where: str) -> FormatOptions:
         """The options for a record at "file:line", whose media are relative to the file's directory."""
@@ -256,10 +256,8 @@ class VisionEncoder:
         if not used:
             return Document(np.array(ids, np.int32), np.array(labels, np.int32))
         expanded = expand(ids, labels, [plan.geometry.tokens for plan in used], self._tokens)
-        kinds = np.where(expanded.is_placeholder(self._tokens), expanded.modality, 0)
         grid = np.array([plan.geometry.grid for plan in used], np.int64)
-        merge = self._spec.settings.patching.spatial_merge
-        places = positions.token_positions(kinds, grid, rule=self._spec.position_rule, merge_size=merge)
+        places = expanded.positions(grid, self._tokens, self._spec.position_rule, self._spec.settings.patching)
         pictures = DocumentPictures(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
         return Document(expanded.ids, expanded.labels, pictures=pictures)
 
