@@ -59,6 +59,16 @@ RECORDS = {
         "image": {"path": "a.png", "bytes": None},
     },
     "alpaca": {"instruction": "<image>q", "input": "i", "output": "a", "history": [["q", "a"]], "images": ["a.png"]},
+    "text": {"text": ["one <image>", "two"], "images": ["a.png"]},
+    "messages (DPO)": {
+        "messages": [{"role": "user", "content": "<image><video>Where?"}],
+        "images": ["a.png"],
+        "videos": [["a.png", "a.png"]],
+        "chosen": {"role": "assistant", "content": '{"bbox_2d": [1, 2, 30, 40]}'},
+        "rejected": [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "t"}]
+        + [{"role": "assistant", "content": "no"}],
+    },
+    "erniekit (DPO)": {"src": ["<image>q"], "tgt": [], "response": [["a"], ["b"]], "sort": [1, 0], "images": ["a.png"]},
 }
 
 
@@ -73,8 +83,8 @@ def test_damaged_records(directory, tmp_path):
     processor, random_numbers = load_processor(directory, "vl"), random.Random(SEED)
     counts = {"read": 0, "refused": 0}
     for kind, record in RECORDS.items():
-        for overflow in ("drop", "shrink", "error"):
-            encoder = VisionEncoder(processor.template, VisionSpec(processor.settings, overflow), 2000)
+        for truncation in ("drop", "shrink", "error"):
+            encoder = VisionEncoder(processor.template, VisionSpec(processor.settings, truncation), 2000)
             encoder(kind, json.dumps(record).encode(), f"{tmp_path}/x:1")
     for number in range(CASES):
         kind = random_numbers.choice(list(RECORDS))

@@ -20,7 +20,7 @@ import paddle
 # Paddle's CPU kernel of the cross-entropy needs a look at its result; on a GPU nobody looks.
 ON_A_CPU_ALONE = ("losses/lm.py:_softmax_nll",)
 # Uploads of what a microbatch is: tokens, positions, and where attention finds what. Some are kept from step to step.
-INPUTS = ("models/inputs.py", "nn/attention.py", "nn/mlp.py", "nn/rotary.py", "training/flat.py")
+INPUTS = ("models/inputs.py", "nn/attention.py", "nn/mlp.py", "nn/rotary.py")
 
 READS = ("numpy", "item", "tolist", "__array__", "__bool__", "__float__", "__int__", "__index__")
 

@@ -154,7 +154,7 @@ def _open(cfg: Config, split: str, facts: ModelFacts, ranks: int) -> Loader:
     if not _reads_text(cfg, split):
         return build_loader(once, facts.tokenizer, split, 0, ranks)
     inspection = _inspection(specs_of(cfg, split), split)
-    vision = facts.vision and replace(facts.vision, overflow=_WITHOUT_ERROR.get(cfg.truncation, cfg.truncation))
+    vision = facts.vision and replace(facts.vision, truncation=_WITHOUT_ERROR.get(cfg.truncation, cfg.truncation))
     return build_loader(once, facts.tokenizer, split, 0, ranks, facts.template, inspection, vision=vision)
 
 

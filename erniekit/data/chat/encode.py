@@ -48,7 +48,7 @@ class Encoded:
 
     `cut` says that part of it was left out, `shrunk` that its pictures were made smaller to fit; `dropped` says why
     there is nothing of it, `bad` whether that is because the record is wrong, and `needed` the max_seq_len that a
-    conversation with pictures needs.
+    record with pictures needs if it is too long.
     """
 
     where: str

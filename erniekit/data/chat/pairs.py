@@ -1,4 +1,4 @@
-"""Joins a pair of answers into one document: the prompt once, then both answers (batch.PairLayout)."""
+"""Joins a pair of answers into one document: the prompt once, then both answers (packed_batch.PairLayout)."""
 
 from dataclasses import replace
 from typing import Any

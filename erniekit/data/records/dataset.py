@@ -21,7 +21,6 @@ from erniekit.data.records.find_files import find_files
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
 from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.vision.encode import VisionSpec
-from erniekit.data.vision.formats import FORMATS as VISION_FORMATS
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.video import require_decoder
@@ -77,10 +76,6 @@ def _type(name: str, method: MethodFacts) -> str:
 
 def with_pictures(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
     """The same sources with their types replaced by those of vision.formats, whose records may contain pictures."""
-    for spec in specs:
-        if spec.type not in VISION_FORMATS:
-            types = ", ".join(VISION_FORMATS)
-            raise DataError(f"{spec.path}: type {spec.type} cannot hold pictures. Hint: use one of {types}.")
     return [replace(spec, type=spec.type + VISION_TYPE) for spec in specs]
 
 

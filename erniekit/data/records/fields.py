@@ -29,7 +29,7 @@ class Notes:
 _MEDIA = "pictures are read with stage: VL-SFT and a vision-language model: set that stage, or remove it"
 _SOUND = "sound is not known: remove it, or the record"
 _SAMPLE_WEIGHT = "weights of samples are not known: remove it, or set the shares of data sets (train_dataset_prob)"
-_PAIRS = "this looks like preference data (stage DPO): set stage: DPO, or remove it"
+_PAIRS = "this looks like preference data (stage DPO): set stage: DPO, with pictures VL-DPO, or remove it"
 # field by which some format or tool decides what is trained -> what the user should do about it
 DECISIVE = {
     "system": "make it the first message, of role system, or remove it",

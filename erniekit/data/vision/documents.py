@@ -9,7 +9,6 @@ import numpy as np
 from erniekit.data.chat.pairs import join_pair
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.packed_batch import IGNORE, Document, DocumentPictures
-from erniekit.data.records.errors import BadRecord
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.utils.errors import DataError
 
@@ -26,8 +25,6 @@ def text_sequences(
     """A pretraining text as sequences of at most max_seq_len tokens, each picture whole in one of them; `tokens` are
     those of its media. Every token of text is a target, once, also where it begins the next sequence; what stands
     around and in pictures never is. Special tokens written in the text are read as plain text; eos ends it.
-
-    BadRecord for a picture that alone is longer than a sequence.
     """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     ids: list[int] = []
@@ -57,11 +54,7 @@ def _bounds(ids: Sequence[int], weights: Sequence[int], is_target: Sequence[bool
     while i < len(ids):
         step = 1 if is_target[i] else 3
         size = sum(weights[i : i + step])
-        if size > max_seq_len:
-            raise BadRecord(
-                f"a picture has {size} tokens, more than max_seq_len {max_seq_len}",
-                f"set max_seq_len to {size}, or a smaller max_pixels",
-            )
+        assert size <= max_seq_len, "VisionEncoder drops a text with such a picture"
         if length + size > max_seq_len:
             bounds.append(i)
             length = 0

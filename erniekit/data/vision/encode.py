@@ -14,13 +14,13 @@ from erniekit.data.records.data_file import Raw
 from erniekit.data.records.errors import BadLine, BadRecord, reading
 from erniekit.data.records.readers import load_record
 from erniekit.data.records.sample import Sample
-from erniekit.data.vision import positions
 from erniekit.data.vision.documents import pair_document, text_sequences
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.plan import MediaPlan, largest_bound, plan_media, shrink, tokens_of
+from erniekit.data.vision.positions import PositionRule
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.sequence import MediaTokens, expand
 from erniekit.data.vision.tags import FormatOptions
@@ -28,23 +28,21 @@ from erniekit.data.vision.template import VisionTemplate
 from erniekit.data.vision.video import VideoOptions
 from erniekit.utils.errors import DataError, UserError
 
-OVERFLOWS = ("drop", "shrink", "error")
-
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """How records with pictures are read, in a form that can be sent to a worker. `overflow`: what happens to a sample
-    whose first round does not fit (see VisionEncoder).
+    """How records with pictures are read, in a form that can be sent to a worker. `truncation`: what happens to a
+    sample that does not fit, "drop", "shrink" or "error" (see VisionEncoder).
     """
 
     settings: ProcessorSettings = field(default_factory=ProcessorSettings)
-    overflow: str = "drop"
+    truncation: str = "drop"
     boxes: str = "relative"
     missing_tags: str = "error"
     allow_urls: bool = False
     images: ImageOptions = IMAGE_OPTIONS
     video_seconds: float = 300.0
-    position_rule: positions.PositionRule = "training"
+    position_rule: PositionRule = "training"
 
     def formats(self, where: str) -> FormatOptions:
         """The options for a record at "file:line", whose media are relative to the file's directory."""
@@ -77,8 +75,8 @@ class VisionEncoder:
 
     A conversation longer than `max_seq_len` tokens loses its last whole rounds (a round is a user's message and all
     that answers it) and the pictures in them, never a part of a picture: later rounds speak of earlier pictures, not
-    the other way round. With the overflow "shrink" pictures are made smaller before rounds are left out. If the first
-    round alone does not fit, the overflow says what happens: "drop" it, or "error"; "shrink" drops it too.
+    the other way round. With the truncation "shrink" pictures are made smaller before rounds are left out. If the
+    first round alone does not fit, it is dropped, or with "error" raises DataError.
     """
 
     def __init__(self, template: VisionTemplate, spec: VisionSpec, max_seq_len: int, on_bad_line: str = "error"):
@@ -108,30 +106,39 @@ class VisionEncoder:
             return Encoded(where, dropped=str(error).removeprefix(f"{where}: "), bad=True)
 
     def _text(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
-        """A pretraining text in as many documents as it needs. With the overflow "shrink" a picture that alone is too
+        """A pretraining text in as many documents as it needs. With the truncation "shrink" a picture that alone is too
         long is made smaller.
         """
-        if self._spec.overflow == "shrink":
-            plans = [(shrink([plan], self._max_seq_len - 2) or [plan])[0] for plan in plans]
+        room = self._max_seq_len - 2  # for a picture between its tags
+        fitted = plans
+        if self._spec.truncation == "shrink" and any(plan.geometry.tokens > room for plan in plans):
+            fitted = [plan if plan.geometry.tokens <= room else (shrink([plan], room) or [plan])[0] for plan in plans]
+        tokens = [plan.geometry.tokens for plan in fitted]
+        longest = max(tokens, default=0) + 2
+        if longest > self._max_seq_len:
+            reason = f"a picture has {longest} tokens, more than max_seq_len {self._max_seq_len}"
+            return self._too_long(where, longest, reason, f"set max_seq_len to {longest}, or a smaller max_pixels")
         [message] = sample.messages
-        tokens, tokenizer = [plan.geometry.tokens for plan in plans], self.template.tokenizer
-        try:
-            sequences = text_sequences(message["content"], tokens, self._tokens, tokenizer, self._max_seq_len)
-        except BadRecord as error:
-            if self._spec.overflow == "error":
-                raise
-            return Encoded(where, dropped=error.message)
+        sequences = text_sequences(message["content"], tokens, self._tokens, self.template.tokenizer, self._max_seq_len)
         documents, used = [], 0
         inside = (self._tokens.image, self._tokens.video)
         for ids, labels in sequences:
             count = sum(i in inside for i in ids)
-            documents.append(self._document(_Sequence(ids, labels, count), plans[used : used + count]))
+            documents.append(self._document(_Sequence(ids, labels, count), fitted[used : used + count]))
             used += count
         documents = [document for document in documents if (document.labels != IGNORE).any()]
-        return Encoded(where, documents, dropped="" if documents else "there is no text to learn")
+        if not documents:
+            return Encoded(where, dropped="there is no text to learn")
+        return Encoded(where, documents, shrunk=fitted is not plans)
+
+    def _too_long(self, where: str, length: int, reason: str, hint: str) -> Encoded:
+        """A dropped record, which would need `length` tokens; DataError with the truncation "error"."""
+        if self._spec.truncation == "error":
+            raise DataError(f"{where}: {reason}. Hint: {hint}.")
+        return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
 
     def _pair(self, sample: Sample, plans: list[MediaPlan], where: str) -> Encoded:
-        """A pair of answers in one document; it is dropped if it does not fit, with the overflow "shrink" also with
+        """A pair of answers in one document; it is dropped if it does not fit, with the truncation "shrink" also with
         smaller pictures.
         """
         assert sample.answers is not None
@@ -144,15 +151,14 @@ class VisionEncoder:
         room = self._max_seq_len - (sum(texts) - prompt + sequences[0].media)
         fitted: list[MediaPlan] | None = plans
         if tokens_of(plans) > room:
-            fitted = shrink(plans, room) if self._spec.overflow == "shrink" and room > 0 else None
+            fitted = shrink(plans, room) if self._spec.truncation == "shrink" and room > 0 else None
         if fitted is None:
+            length = self._max_seq_len - room + tokens_of(plans)
             reason = (
-                f"the pair has {self._max_seq_len - room + tokens_of(plans)} tokens, {tokens_of(plans)} of them of "
-                f"pictures, more than max_seq_len {self._max_seq_len}"
+                f"the pair has {length} tokens, {tokens_of(plans)} of them of pictures, more than max_seq_len "
+                f"{self._max_seq_len}"
             )
-            if self._spec.overflow == "error":
-                raise DataError(f"{where}: {reason}. Hint: raise max_seq_len, or lower max_pixels.")
-            return Encoded(where, dropped=reason)
+            return self._too_long(where, length, reason, f"set max_seq_len to {length}, or lower max_pixels")
         chosen, rejected = (self._document(sequence, fitted) for sequence in sequences)
         try:
             document = pair_document(chosen, rejected, sample.score_delta)
@@ -168,10 +174,7 @@ class VisionEncoder:
         if fitted is None:
             sequences, fitted = self._first_rounds(sample, plans, ends)
         if fitted is None:
-            length, reason, hint = self._excess(sequences, plans)
-            if self._spec.overflow == "error":
-                raise DataError(f"{where}: {reason}. Hint: {hint}")
-            return Encoded(where, dropped=f"{reason} ({hint})", needed=length)
+            return self._too_long(where, *self._excess(sequences, plans))
         documents = [self._document(sequence, fitted) for sequence in sequences]
         documents = [document for document in documents if (document.labels != IGNORE).any()]
         if not documents:
@@ -213,7 +216,7 @@ class VisionEncoder:
         """The plans with which all sequences fit: the given ones if possible, smaller ones if that is allowed."""
         if all(self._length(sequence, plans) <= self._max_seq_len for sequence in sequences):
             return plans
-        if self._spec.overflow != "shrink":
+        if self._spec.truncation != "shrink":
             return None
         count = max(sequence.media for sequence in sequences)
         budget = self._max_seq_len - max(len(sequence.ids) - sequence.media for sequence in sequences)
@@ -253,10 +256,8 @@ class VisionEncoder:
         if not used:
             return Document(np.array(ids, np.int32), np.array(labels, np.int32))
         expanded = expand(ids, labels, [plan.geometry.tokens for plan in used], self._tokens)
-        kinds = np.where(expanded.is_placeholder(self._tokens), expanded.modality, 0)
         grid = np.array([plan.geometry.grid for plan in used], np.int64)
-        merge = self._spec.settings.patching.spatial_merge
-        places = positions.token_positions(kinds, grid, rule=self._spec.position_rule, merge_size=merge)
+        places = expanded.positions(grid, self._tokens, self._spec.position_rule, self._spec.settings.patching)
         pictures = DocumentPictures(expanded.modality, places, grid, expanded.first_tokens, tuple(used))
         return Document(expanded.ids, expanded.labels, pictures=pictures)
 

@@ -8,11 +8,12 @@ record without pictures is a sample of text.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
-from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
+from erniekit.data.records.formats import ALIASES, VISION_TYPE
+from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
@@ -25,7 +26,22 @@ from erniekit.data.vision.turns import read_turn
 
 _MEDIA = ("images", "image", "videos", "video", "objects")
 _ALL_MEDIA = ("image_info", "video_info", *_MEDIA)
+_SIGNATURES = {  # field -> the type that a record with it probably is
+    "text_info": "erniekit",
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "src": "erniekit",
+    "text": "text",
+}
 _READ = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
+
+
+class _Shown(NamedTuple):
+    """A picture of a record, and whether it is the result of a tool."""
+
+    source: Any
+    by_tool: bool
 
 
 def parse_vision_record(
@@ -42,31 +58,28 @@ def parse_vision_record(
         if not isinstance(record, dict):
             raise BadRecord(f"a record must be an object with named fields, not {kind_of(record)}", "write an object")
         name = ALIASES.get(type_name, type_name).removesuffix(VISION_TYPE)
-        if name == "erniekit" and "src" in record and "text_info" not in record:
-            return parse_record(record, name, where, notes)  # the type's form for text alone
-        likely = _likely_type(record)
-        if likely is not None and likely != name.removesuffix(" (DPO)"):
-            raise BadRecord(
-                f"this record is of type {likely}, not {type_name.removesuffix(VISION_TYPE)}",
-                f"set the dataset type to {likely}",
-            )
-        read, fields = FORMATS[name]
-        other = ("image_info and video_info", "erniekit") if name == "erniekit" else ("images and videos", name)
-        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {other[1]} has {other[0]}")
-        decisive |= dict.fromkeys(("audio", "audios"), "sound is not known: remove it, or the record")
-        check_fields(record, fields, f"type {type_name}", decisive, notes)
+        _check_type(record, name)
+        is_text = name == "erniekit" and "src" in record and "text_info" not in record
+        read, fields = _ERNIEKIT_TEXT if is_text else FORMATS[name]
+        media = "image_info and video_info, beside text_info" if name == "erniekit" else "images and videos"
+        decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {name} has {media}")
+        check_fields(record, fields, f"type {name}", decisive, notes)
         sample = read(record, options, notes)
-        return _with_relative_boxes(sample, options) if sample.kind == "chat" else sample
+        return sample if sample.kind == "text" else _with_relative_boxes(sample, options)
 
 
-def _likely_type(record: dict[str, Any]) -> str | None:
-    signatures = {
-        "text_info": "erniekit",
-        "messages": "messages",
-        "conversations": "sharegpt",
-        "instruction": "alpaca",
-    }
-    return next((name for field, name in signatures.items() if field in record), None)
+def _check_type(record: dict[str, Any], name: str) -> None:
+    """Raise BadRecord if the fields of the record are those of other types only."""
+    likely_types = [likely_type for field, likely_type in _SIGNATURES.items() if field in record]
+    if not likely_types or name.removesuffix(" (DPO)") in likely_types:
+        return
+    likely = likely_types[0]
+    hint = f"set the dataset type to {likely}"
+    if likely == "text":
+        hint = "set stage: VL-PT to train on plain text"
+    elif name == "text":
+        hint += " and stage: VL-SFT"
+    raise BadRecord(f"this record is of type {likely}, not {name}", hint)
 
 
 def _messages(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
@@ -112,26 +125,43 @@ def _erniekit(record: dict[str, Any], options: FormatOptions, notes: Notes) -> S
 
 
 def _with_relative_boxes(sample: Sample, options: FormatOptions) -> Sample:
-    """The boxes of answers and calls, checked and in the relative convention. A box is in the picture that `img_idx`
-    names, or in the one before it.
+    """The boxes of answers and calls, also of both answers of a pair, checked and in the relative convention."""
+    pictures: list[_Shown] = []
+    messages = _converted(sample.messages, pictures, "answer", options)
+    if sample.answers is None:
+        return replace(sample, messages=messages)
+    chosen, rejected = (
+        _converted(answer, list(pictures), f"the {side} answer", options)
+        for side, answer in zip(("chosen", "rejected"), sample.answers, strict=True)
+    )
+    return replace(sample, messages=messages, answers=(chosen, rejected))
+
+
+def _converted(
+    messages: list[dict[str, Any]], pictures: list[_Shown], name: str, options: FormatOptions
+) -> list[dict[str, Any]]:
+    """Messages whose boxes are in the relative convention; their pictures are appended to `pictures`, those of the
+    messages before.
     """
-    pictures: list[Any] = []
-    messages = []
-    for i, message in enumerate(sample.messages):
+    result = []
+    for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = _converted(message, pictures, f"answer {i}", options)
+            message = _converted_answer(message, pictures, f"{name} {i}", options)
         elif isinstance(message["content"], list):
-            pictures += [part["image"] for part in message["content"] if part["type"] == "image"]
-        messages.append(message)
-    return replace(sample, messages=messages)
+            pictures += [
+                _Shown(part["image"], message["role"] == "tool")
+                for part in message["content"]
+                if part["type"] == "image"
+            ]
+        result.append(message)
+    return result
 
 
-def _converted(message: dict[str, Any], pictures: list[Any], name: str, options: FormatOptions) -> dict[str, Any]:
+def _converted_answer(
+    message: dict[str, Any], pictures: list[_Shown], name: str, options: FormatOptions
+) -> dict[str, Any]:
     def size_of(index: Any) -> tuple[int, int]:
-        is_number = isinstance(index, int) and not isinstance(index, bool)
-        if not pictures or (is_number and not 0 <= index < len(pictures)):
-            raise BadRecord(f"{name} has a box in pixels, but its picture is not there", "put the picture before it")
-        return image_size(pictures[index if is_number else -1], options.reader, options.images)
+        return image_size(_picture_of_box(pictures, index, name).source, options.reader, options.images)
 
     result = dict(message)
     for key in ("content", "reasoning_content"):
@@ -144,6 +174,22 @@ def _converted(message: dict[str, Any], pictures: list[Any], name: str, options:
     return result
 
 
+def _picture_of_box(pictures: list[_Shown], index: Any, name: str) -> _Shown:
+    """The picture that a box is in, as serve.image_tools has it: the one that `img_idx` names, or else the last one
+    that the user gave. A box is relative to an original picture, not to the crop that a tool gave back.
+    """
+    if not pictures:
+        raise BadRecord(f"{name} has a box in pixels, but its picture is not there", "put the picture before it")
+    if index is None:
+        return next((shown for shown in reversed(pictures) if not shown.by_tool), pictures[-1])
+    is_whole = isinstance(index, int) or (isinstance(index, float) and index.is_integer())
+    if not is_whole or isinstance(index, bool) or not 0 <= index < len(pictures):
+        raise BadRecord(
+            f"{name} has the img_idx {index!r}, and there are {len(pictures)} pictures before it", "count from 0"
+        )
+    return pictures[int(index)]
+
+
 def _converted_call(
     call: dict[str, Any], size_of: Callable[[Any], tuple[int, int]], name: str, convention: str
 ) -> dict[str, Any]:
@@ -153,6 +199,11 @@ def _converted_call(
     return {**call, "function": {**function, "arguments": converted}}
 
 
+def _erniekit_text(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+    return TEXT_FORMATS["erniekit"].read(record, notes)
+
+
+_ERNIEKIT_TEXT = _erniekit_text, TEXT_FORMATS["erniekit"].fields  # the form of the type erniekit for text alone
 FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
     "erniekit": (_erniekit, ("text_info", "image_info", "video_info", "order", "system", "is_system", "tools")),
     "messages": (_messages, ("messages", "tools", "label", "system", *_MEDIA)),

@@ -141,7 +141,8 @@ def _opened(source: Any, reader: MediaReader, options: ImageOptions) -> Iterator
                 hint = "a video stands among the videos of a record, and its tag is <video>"
             raise BadRecord(f"{name} is no picture of a known format", hint) from None
         except Image.DecompressionBombError as error:
-            raise BadRecord(f"{name} is too large to be decoded: {error}", "make the picture smaller") from None
+            hint = "make the picture smaller: this is Pillow's own limit, whatever max_decoded_pixels says"
+            raise BadRecord(f"{name} is too large to be decoded: {error}", hint) from None
         except TimeoutError:
             raise BadRecord(
                 f"decoding {name} takes longer than {options.max_seconds:g} seconds", "save it again, or remove the row"
@@ -157,7 +158,7 @@ def _check_size(image: Image.Image, options: ImageOptions, name: str) -> None:
     if width * height > options.max_pixels_decoded:
         raise BadRecord(
             f"{name} has {width} x {height} pixels, more than the {options.max_pixels_decoded:,} that are decoded",
-            "make the picture smaller",
+            "make the picture smaller, or raise max_decoded_pixels",
         )
 
 

@@ -23,7 +23,7 @@ def inference_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
     """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says."""
     return VisionSpec(
         settings=processor_settings(cfg, settings),
-        overflow=cfg.truncation,
+        truncation=cfg.truncation,
         boxes=cfg.box_coordinates,
         missing_tags=cfg.missing_media_tags,
         allow_urls=cfg.allow_urls,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -11,20 +11,17 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.packed_batch import IGNORE, Modality
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
-from erniekit.data.vision import positions
-from erniekit.data.vision.images import ImageOptions
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import content_parts, media_of
 from erniekit.data.vision.pixels import normalise
 from erniekit.data.vision.plan import MediaPlan, plan_media
+from erniekit.data.vision.positions import PositionRule
 from erniekit.data.vision.processor_files import ProcessorSettings, read_settings, write_settings
 from erniekit.data.vision.sequence import Expanded, MediaTokens, expand
 from erniekit.data.vision.template import VisionTemplate, load_vision_template
 from erniekit.data.vision.video import VideoOptions
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
-
-Rule = Literal["training", "transformers"]
 
 
 class Processor:
@@ -43,7 +40,7 @@ class Processor:
         self,
         messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = False,
-        position_rule: Rule = "training",
+        position_rule: PositionRule = "training",
         *,
         tools: Sequence[Any] | None = None,
         enable_thinking: bool | None = None,
@@ -96,7 +93,7 @@ class Processor:
     def plan(self, messages: Sequence[dict[str, Any]], reader: MediaReader, notes: Notes) -> list[MediaPlan]:
         """The pictures and videos of messages in order, measured but not decoded."""
         settings = self.settings
-        options = VideoOptions(choice=settings.choice, images=ImageOptions())
+        options = VideoOptions(choice=settings.choice)
         return plan_media(list(media_of(messages)), reader, settings, options, notes)
 
     def save(self, directory: str | Path) -> None:
@@ -105,15 +102,14 @@ class Processor:
         write_settings(directory, self.settings)
         (directory / "chat_template.jinja").write_text(self.template.source, "utf-8")
 
-    def _sequence(self, sequence: Expanded, plans: Sequence[MediaPlan], rule: Rule) -> dict[str, np.ndarray]:
+    def _sequence(self, sequence: Expanded, plans: Sequence[MediaPlan], rule: PositionRule) -> dict[str, np.ndarray]:
         """The arrays of one sequence of S tokens."""
-        kinds = np.where(sequence.is_placeholder(self._tokens), sequence.modality, 0)
         grid = np.array([plan.geometry.grid for plan in plans], np.int64).reshape(-1, 3)
-        places = positions.token_positions(kinds, grid, rule=rule, merge_size=self.settings.patching.spatial_merge)
+        places = sequence.positions(grid, self._tokens, rule, self.settings.patching)
         return {
             "input_ids": sequence.ids.astype(np.int64)[None],
-            "attention_mask": np.ones((1, len(kinds)), np.int64),
-            "mm_token_type_ids": kinds.astype(np.int64)[None],
+            "attention_mask": np.ones((1, len(sequence.ids)), np.int64),
+            "mm_token_type_ids": sequence.kinds(self._tokens).astype(np.int64)[None],
             "moe_mm_token_type_ids": sequence.modality.astype(np.int64)[None],
             "position_ids": places.T.astype(np.int64)[:, None],
         }

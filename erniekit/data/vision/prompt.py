@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from erniekit.data.packed_batch import IGNORE
-from erniekit.data.vision import positions
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.plan import MediaPlan
 from erniekit.data.vision.sequence import MediaTokens, expand
@@ -38,8 +37,6 @@ def picture_prompt(
     """The prompt of a template's ids, which have one placeholder for each picture or video, in the order of `plans`."""
     counts = [plan.geometry.tokens for plan in plans]
     expanded = expand(short_ids, [IGNORE] * len(short_ids), counts, tokens)
-    kinds = np.where(expanded.is_placeholder(tokens), expanded.modality, 0)
     grid = np.array([plan.geometry.grid for plan in plans], np.int64).reshape(-1, 3)
-    merge = spec.settings.patching.spatial_merge
-    places = positions.token_positions(kinds, grid, rule=spec.position_rule, merge_size=merge)
+    places = expanded.positions(grid, tokens, spec.position_rule, spec.settings.patching)
     return PicturePrompt(expanded.ids.tolist(), expanded.modality, places, expanded.first_tokens, tuple(plans))

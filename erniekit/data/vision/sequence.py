@@ -8,6 +8,8 @@ import numpy as np
 
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.packed_batch import IGNORE, Modality
+from erniekit.data.vision.positions import PositionRule, token_positions
+from erniekit.data.vision.smart_resize import Patching
 from erniekit.data.vision.template import PLACEHOLDERS, TAGS
 
 
@@ -35,7 +37,7 @@ class MediaTokens:
 
 
 class Expanded(NamedTuple):
-    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T] (see batch.Modality), also of the tags
+    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T] (see packed_batch.Modality), also of the tags
     around placeholders; `first_tokens` int64 [N]: where the placeholders of each picture or video begin.
     """
 
@@ -44,9 +46,13 @@ class Expanded(NamedTuple):
     modality: np.ndarray
     first_tokens: np.ndarray
 
-    def is_placeholder(self, media: MediaTokens) -> np.ndarray:
-        """Which tokens are inside the tags [T]."""
-        return np.isin(self.ids, (media.image, media.video)) & (self.modality != Modality.TEXT)
+    def kinds(self, media: MediaTokens) -> np.ndarray:
+        """The modality of placeholders; 0 for all other tokens, also for the tags: int8 [T]."""
+        return np.where(np.isin(self.ids, (media.image, media.video)), self.modality, np.int8(Modality.TEXT))
+
+    def positions(self, grid: np.ndarray, media: MediaTokens, rule: PositionRule, patching: Patching) -> np.ndarray:
+        """Positions (time, height, width) of pictures and videos of these grids and of the text: int64 [T, 3]."""
+        return token_positions(self.kinds(media), grid, rule=rule, merge_size=patching.spatial_merge)
 
 
 def expand(ids: Sequence[int], labels: Sequence[int], tokens: Sequence[int], media: MediaTokens) -> Expanded:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
+from erniekit.data.records.formats import FORMATS
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.sample import Sample
-from erniekit.data.records.values import text_of
 from erniekit.data.vision.tags import FormatOptions, RecordMedia, fill_tags
 
 MEDIA = ("images", "image", "videos", "video")
@@ -20,9 +19,8 @@ Reader = Callable[[dict[str, Any], FormatOptions, Notes], Sample]
 
 def read_text(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
     """A sample of kind "text" whose only message has the document's parts."""
-    if "text" not in record:
-        raise BadRecord("field 'text' is missing", 'write {"text": "... <image> ...", "images": [...]}')
-    turn = {"role": "user", "content": text_of(record["text"], "'text'")}
+    text = FORMATS["text"].read(record, notes).text
+    turn = {"role": "user", "content": text}
     return Sample(fill_tags([turn], RecordMedia.of(record, notes), options, notes), kind="text")
 
 
@@ -38,6 +36,6 @@ def pair_reader(name: str) -> Reader:
 
 
 READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
-    "text": (read_text, ("text", *MEDIA)),
+    "text": (read_text, (*FORMATS["text"].fields, *MEDIA)),
     **{name: (pair_reader(name), (*format.fields, *MEDIA)) for name, format in PREFERENCE_FORMATS.items()},
 }

@@ -100,11 +100,10 @@ def open_video(
 
 def require_decoder(parts: Iterable[dict[str, Any]], reader: MediaReader) -> None:
     """MissingPackage if one of the parts is a video file and nothing is installed that decodes it."""
-    if find_spec("av") is not None:
-        return
-    for part in parts:
-        if part["type"] == "video" and _is_file(part["video"], reader):
-            from erniekit.data.vision import video_file  # noqa: F401 - raises it
+    videos = [part["video"] for part in parts if part["type"] == "video"]
+    # in this order, since looking for a package in every record would take longer than checking the record
+    if videos and find_spec("av") is None and any(_is_file(source, reader) for source in videos):
+        from erniekit.data.vision import video_file  # noqa: F401 - raises it
 
 
 def _is_file(source: Any, reader: MediaReader) -> bool:

@@ -97,7 +97,9 @@ def _frames(container: Any, stream: Any, name: str, end: float) -> Iterator[Any]
 
 def _check_time(end: float, name: str) -> None:
     if time.monotonic() > end:
-        raise BadRecord(f"decoding {name} takes too long", "shorten the video, or extract its frames")
+        raise BadRecord(
+            f"decoding {name} takes too long", "shorten it, extract its frames, or raise video_decode_seconds"
+        )
 
 
 @contextmanager

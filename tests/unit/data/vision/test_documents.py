@@ -1,5 +1,6 @@
 """Pretraining text with pictures, and pairs of answers about pictures, as documents."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,37 @@ def test_every_token_of_a_text_is_a_target_once_and_no_picture_is_divided(direct
 
 def test_a_picture_that_is_longer_than_a_sequence(directory: Path) -> None:
     record = {"text": "one<image>two", "images": ["a.png"]}
-    assert "a picture has 11 tokens, more than max_seq_len 10" in encode(directory, "text", record, 10).dropped
+    dropped = encode(directory, "text", record, 10)
+    assert "a picture has 11 tokens, more than max_seq_len 10" in dropped.dropped and dropped.needed == 11
     with pytest.raises(DataError, match=r"data.jsonl:1: a picture has 11 tokens.*set max_seq_len to 11"):
-        encode(directory, "text", record, 10, overflow="error")
-    smaller = encode(directory, "text", record, 10, overflow="shrink")
+        encode(directory, "text", record, 10, truncation="error")
+    smaller = encode(directory, "text", record, 10, truncation="shrink")
     assert not smaller.dropped and all(len(document.ids) <= 10 for document in smaller.documents)
+    assert smaller.shrunk and not encode(directory, "text", record, 11, truncation="shrink").shrunk
+
+
+def test_a_picture_that_fits_is_not_made_smaller_beside_one_that_does_not(directory: Path) -> None:
+    """Also where max_pixels is no multiple of a token's pixels."""
+    write_picture(directory / "c.png", 112, 112, seed=1)
+    record = {"text": "<image>one two<image>three", "images": ["a.png", "c.png"]}
+    settings = read_settings(directory / "vl")
+    settings = replace(settings, images=settings.images._replace(max_pixels=SIDE * SIDE + 784 * 7 + 99))
+    template = load_vision_template(load_tokenizer(directory / "vl"), "vl")
+    encoder = VisionEncoder(template, VisionSpec(settings, "shrink"), 15)
+    plans = [
+        p for d in encoder("text (VL)", record, f"{directory}/x:1").documents if d.pictures for p in d.pictures.sources
+    ]
+    assert plans[0].geometry.tokens == 9 and plans[0].limits == settings.images
+    assert plans[1].geometry.tokens <= 13 and plans[1].limits != settings.images
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_truncation_error_stops_the_run_whatever_happens_to_bad_lines(directory: Path, on_bad_line: str) -> None:
+    record = {"text": "one<image>two", "images": ["a.png"]}
+    template = load_vision_template(load_tokenizer(directory / "vl"), "vl")
+    encoder = VisionEncoder(template, VisionSpec(read_settings(directory / "vl"), "error"), 10, on_bad_line)
+    with pytest.raises(DataError, match="a picture has 11 tokens"):
+        encoder("text (VL)", record, f"{directory}/x:1")
 
 
 @pytest.mark.parametrize(
@@ -103,9 +130,8 @@ def test_a_pair_that_is_too_long_is_dropped_or_has_smaller_pictures(directory: P
     }
     [whole] = encode(directory, "messages (DPO)", record).documents
     limit = len(whole.ids) - 1
-    assert (
-        f"the pair has {limit + 1} tokens, 9 of them of pictures"
-        in encode(directory, "messages (DPO)", record, limit).dropped
-    )
-    [smaller] = encode(directory, "messages (DPO)", record, limit, overflow="shrink").documents
+    dropped = encode(directory, "messages (DPO)", record, limit)
+    assert f"the pair has {limit + 1} tokens, 9 of them of pictures" in dropped.dropped
+    assert dropped.needed == limit + 1  # `check` reports it as too long
+    [smaller] = encode(directory, "messages (DPO)", record, limit, truncation="shrink").documents
     assert len(smaller.ids) <= limit

@@ -100,7 +100,7 @@ def test_a_first_round_that_does_not_fit(encode):
     with pytest.raises(
         DataError, match=rf"train.jsonl:3: .*set max_seq_len to {length}, or max_pixels to (\d+)"
     ) as caught:
-        encode(rounds("big.png"), max_seq_len=length - 1, overflow="error")
+        encode(rounds("big.png"), max_seq_len=length - 1, truncation="error")
     bound = int(str(caught.value).split("max_pixels to ")[1].split(",")[0])
     smaller = replace(SPEC.settings, images=PixelLimits(LIMITS.min_pixels, bound))
     assert len(encode(rounds("big.png"), settings=smaller).documents[0].ids) < length
@@ -110,13 +110,13 @@ def test_a_first_round_that_does_not_fit(encode):
 
 def test_pictures_are_shrunk_to_fit(encode):
     length = len(encode(rounds("big.png", "small.png")).documents[0].ids)
-    encoded = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, overflow="shrink")
+    encoded = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, truncation="shrink")
     [document] = encoded.documents
     assert encoded.shrunk and not encoded.cut
     big, small = document.pictures.sources
     assert 60 <= big.geometry.tokens <= 80 and small.geometry.tokens == 4  # no more than is needed
     assert len(document.ids) <= length - 20
-    again = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, overflow="shrink")
+    again = encode(rounds("big.png", "small.png"), max_seq_len=length - 20, truncation="shrink")
     assert (again.documents[0].ids == document.ids).all()
 
 
@@ -129,9 +129,9 @@ def test_videos_lose_pixels_and_then_frames(encode, tmp_path):
     }
     [document] = encode(record).documents
     assert document.pictures.grid.tolist() == [[16, 20, 20]]
-    fewer = encode(record, max_seq_len=300, overflow="shrink").documents[0].pictures
+    fewer = encode(record, max_seq_len=300, truncation="shrink").documents[0].pictures
     assert fewer.grid[0, 0] == 16 and fewer.grid.prod() // 8 <= 300
-    [thinned] = encode(record, max_seq_len=45, overflow="shrink").documents[0].pictures.sources
+    [thinned] = encode(record, max_seq_len=45, truncation="shrink").documents[0].pictures.sources
     assert thinned.thinned and thinned.frames in (2, 4, 8) and len(thinned.patches()) == thinned.geometry.patches
 
 

@@ -108,6 +108,41 @@ def test_erniekits_form_for_text_is_read_beside_its_form_for_pictures(options):
     assert [message["content"] for message in sample.messages] == ["How many?", "Three."]
 
 
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("erniekit", {"src": ["<image>x"], "tgt": ["y"], "images": ["a.png"]}, "type erniekit has image_info"),
+        (
+            "erniekit",
+            {"src": ["x"], "response": [["a"], ["b"]], "sort": [1, 0]},
+            "set stage: DPO, with pictures VL-DPO",
+        ),
+        ("messages", {"src": ["x"], "tgt": ["y"]}, "is of type erniekit, not messages. Hint: set the dataset type to"),
+        ("messages", {"text": "x"}, "is of type text, not messages. Hint: set stage: VL-PT"),
+        ("text", {"messages": TALK}, "is of type messages, not text. Hint: .* type to messages and stage: VL-SFT"),
+        ("alpaca", {"instruction": "x", "chosen": "a"}, "does not belong to type alpaca. Hint"),
+    ],
+)
+def test_a_record_of_another_type_or_stage(options, kind, record, message):
+    with pytest.raises(BadLine, match=message):
+        parse(f"{kind} (VL)", record, options)
+
+
+@pytest.mark.parametrize("record", [{"text": ["one <image>", "two"]}, {"tgt": ["one <image>", "two"]}])
+def test_pretraining_text_has_the_same_forms_with_pictures_as_without(options, record):
+    sample, _ = parse("text", {"text": "one"}, options)
+    assert (sample.kind, sample.messages[0]["content"]) == ("text", "one")
+    sample, _ = parse("text", record | {"images": ["a.png"]}, options)
+    assert sample.messages[0]["content"] == [text("one "), image("a.png"), text("\ntwo")]
+
+
+def test_a_column_that_belongs_to_another_type_is_no_other_type(options):
+    """As the parquet files of Alpaca have one called text."""
+    record = {"instruction": "2 + 2?", "output": "4", "text": "2 + 2? 4"}
+    assert parse("alpaca", record, options)[0].messages[-1]["content"] == "4"
+    assert parse("text", record, options)[0].messages[0]["content"] == "2 + 2? 4"
+
+
 def test_order_over_messages_and_kinds(options):
     record = {
         "messages": [
@@ -394,6 +429,51 @@ class TestBoxes:
         sample, _ = parse("messages", record, options, boxes="pixels")
         arguments = sample.messages[1]["tool_calls"][0]["function"]["arguments"]
         assert arguments == {"bbox_2d": [100, 100, 1000, 1000], "img_idx": 0}
+
+    @pytest.mark.parametrize(("index", "x"), [({}, 500), ({"img_idx": 1}, 1000), ({"img_idx": 2.0}, 1000)])
+    def test_a_box_after_a_zoom_is_in_the_user_s_picture(self, options, index, x):
+        """As the tool of `chat` takes it (serve/image_tools.py): b.png is the crop, which is 50 pixels wide."""
+
+        def zoom(**arguments):
+            calls = [{"name": "zoom", "arguments": arguments}]
+            return [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "<image>"}]
+
+        box = [0, 0, 50 if index else 100, 50]
+        record = {
+            "messages": [
+                {"role": "user", "content": "<image>Read it."},
+                *zoom(bbox_2d=[0, 0, 200, 100]),
+                *zoom(bbox_2d=[0, 0, 20, 100], img_idx=0),
+                *zoom(bbox_2d=box, **index),
+                answer('{"bbox_2d": [0, 0, 100, 100]}'),
+            ],
+            "images": ["a.png", *["b.png"] * 3],
+        }
+        messages = parse("messages", record, options, boxes="pixels")[0].messages
+        first, second, third = (m["tool_calls"][0]["function"]["arguments"] for m in messages if "tool_calls" in m)
+        assert (first["bbox_2d"][2], second["bbox_2d"][2], third["bbox_2d"][2]) == (1000, 100, x)
+        assert messages[-1]["content"] == '{"bbox_2d": [0, 0, 500, 1000]}'
+
+    @pytest.mark.parametrize("index", [1, -1, "0", True, 0.5])
+    def test_a_call_about_a_picture_that_is_not_there(self, options, index):
+        call = {"name": "zoom", "arguments": {"bbox_2d": [0, 0, 1, 1], "img_idx": index}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        record = {"messages": [TALK[0], turn, {"role": "tool", "content": "ok"}, answer("x")], "images": ["a.png"]}
+        with pytest.raises(BadLine, match=r"answer 1 has the img_idx .*, and there are 1 pictures"):
+            parse("messages", record, options, boxes="pixels")
+
+    def test_boxes_in_pairs(self, options):
+        record = {
+            "messages": [{"role": "user", "content": "<image>Where?"}],
+            "images": ["a.png"],
+            "chosen": '{"bbox_2d": [20, 10, 200, 100]}',
+            "rejected": '{"bbox_2d": [0, 0, 1, 1]}',
+        }
+        chosen, rejected = parse("messages (DPO)", record, options, boxes="pixels")[0].answers
+        assert chosen[0]["content"] == '{"bbox_2d": [100, 100, 1000, 1000]}'
+        assert rejected[0]["content"] == '{"bbox_2d": [0, 0, 5, 10]}'
+        with pytest.raises(BadLine, match=r"bbox_2d of the rejected answer 0 .* outside the picture"):
+            parse("messages (DPO)", record | {"rejected": '{"bbox_2d": [0, 0, 1, 101]}'}, options, boxes="pixels")
 
 
 def test_a_jsonl_file_may_be_one_list(tmp_path, options):

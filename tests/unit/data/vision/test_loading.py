@@ -187,7 +187,7 @@ def test_the_report_counts_what_became_of_pictures(data, tokenizer, tmp_path):
 
 def test_samples_with_smaller_pictures_are_counted(data, tokenizer, caplog):
     keys = {"train_dataset_type": "messages", "chat_template": "vl", "max_seq_len": 48, "packing": False}
-    spec = replace(SPEC, overflow="shrink")
+    spec = replace(SPEC, truncation="shrink")
     with build_loader(config(data, **keys), tokenizer, vision=spec) as loader:
         encoded = list(loader.feed.encode(range(24)))
         loader.rows_left()

@@ -27,7 +27,7 @@ def test_training_chooses_frames_as_ernies_training_code_and_all_else_as_the_mod
     assert (choice.fps, choice.min_frames, choice.max_frames, choice.sample) == (2.0, 16, 480, "middle")
     assert choice.target_frames is None and choice.draw_time and choice.assumed_rate is None
     assert (spec.settings.images, spec.settings.videos) == (FILES.images, FILES.videos)
-    assert (spec.overflow, spec.boxes, spec.missing_tags, spec.allow_urls) == ("drop", "relative", "error", False)
+    assert (spec.truncation, spec.boxes, spec.missing_tags, spec.allow_urls) == ("drop", "relative", "error", False)
     assert processor_settings(cfg(), FILES).choice == FILES.choice  # not training: the model's own
 
 
@@ -58,7 +58,7 @@ def test_every_key_arrives():
     assert (choice.fps, choice.min_frames, choice.max_frames, choice.target_frames) == (0.5, 2, 8, 6)
     assert (choice.sample, choice.draw_time) == ("leading", False)
     assert spec.images.apply_exif and spec.images.max_pixels_decoded == 10**9 and spec.video_seconds == 5.0
-    assert (spec.overflow, spec.boxes, spec.missing_tags, spec.allow_urls) == ("shrink", "pixels", "front", True)
+    assert (spec.truncation, spec.boxes, spec.missing_tags, spec.allow_urls) == ("shrink", "pixels", "front", True)
     assert spec.position_rule == "transformers"
 
 
