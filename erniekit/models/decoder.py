@@ -165,9 +165,19 @@ class Decoder(nn.Layer):
         """What the first layer takes [T, D]."""
         assert self.embed_tokens is not None, "this process holds no embedding"
         x_TD = embed(self.embed_tokens, inputs)
-        if inputs.pictures is None:
-            return x_TD
-        return place_features(self.embed_tokens, x_TD, self.encode(inputs.pictures), inputs.input_ids.shape[0])
+        if inputs.pictures is not None:
+            x_TD = place_features(self.embed_tokens, x_TD, self.encode(inputs.pictures), inputs.input_ids.shape[0])
+        if x_TD.stop_gradient and paddle.is_grad_enabled() and self._trains_vision():
+            # A frozen embedding and no picture among this rank's tokens. Another rank's pictures need gradients, so
+            # all ranks must have the same graph, or their collectives of the backward pass would not match.
+            x_TD = x_TD.detach()
+            x_TD.stop_gradient = False
+        return x_TD
+
+    def _trains_vision(self) -> bool:
+        """Whether anything is trained in front of the first layer but the token embedding."""
+        layers = [layer for layer in (self.vision_model, self.resampler_model) if layer is not None]
+        return any(not parameter.stop_gradient for layer in layers for parameter in layer.parameters())
 
     def encode(self, pictures: Pictures | EncodedPictures) -> EncodedPictures:
         """Images and videos through the vision transformer and the resampler, unless they have been already."""
