@@ -25,14 +25,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_worker import PAUSE, Worker, serve
-
-ROOT = Path(__file__).resolve().parents[1]
+from bench_worker import PAUSE, OurStep, TorchStep, Worker, serve, serve_steps
 
 
 def _dense(layers: int, size: int, heads: tuple[int, int], ffn: int, vocab: int) -> dict[str, Any]:
@@ -77,114 +74,42 @@ def documents_in_row(seq: int, count: int) -> np.ndarray:
     return np.searchsorted(np.sort(cuts), np.arange(seq), side="right") + 1
 
 
-class _Ours:
-    """One erniekit training step, timed by part."""
-
+class _Ours(OurStep):
     def __init__(self, job: dict[str, Any]) -> None:
-        sys.path.insert(0, str(ROOT))
-        from erniekit.utils import runtime
-
-        runtime.prepare()  # before the first import of paddle
-        import paddle
-
-        from erniekit.config.schema import Config
-        from erniekit.losses.lm import linear_cross_entropy
-        from erniekit.models.config import ModelConfig
-        from erniekit.models.decoder import CausalLM
-        from erniekit.models.inputs import packed_inputs
-        from erniekit.parallel.grad_sync import GradientSync
-        from erniekit.parallel.zero import ShardedParameters
-        from erniekit.training.adamw import AdamW, parameter_rules
-
-        self.threads = runtime.set_threads(job["threads"])
-        paddle.seed(0)
-        self.paddle, self.loss_of, self.inputs_of = paddle, linear_cross_entropy, packed_inputs
-        config = ModelConfig.from_dict(job["config"])
-        self.model = model = CausalLM(config)
-        named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
-        rules = parameter_rules(self.model, Config(weight_decay=0.01))
-        parameters = ShardedParameters.single(named)
-        self.sync = GradientSync(parameters)
-        self.optimizer = AdamW(parameters, rules, 0.9, 0.999, 1e-8)
-        self.head = model.output_head()
-        self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)
+        super().__init__(job)
         self.segments = np.tile(documents_in_row(job["seq"], job["documents"]), (job["batch"], 1))
 
-    def step(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> tuple[float, list[float]]:
-        from erniekit.parallel.grad_clip import clip_, global_norm
-        from erniekit.parallel.process_group import ALONE
+    def loss(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> Any:
+        from erniekit.models.inputs import packed_inputs
 
-        paddle = self.paddle
-        times = [time.perf_counter()]
         # The plan of who sees whom belongs to a batch, so it belongs to the step.
-        hidden = self.model.model(self.inputs_of(self.model, ids_BS, self.segments))
-        weights = paddle.full([ids_BS.size], 1.0 / ids_BS.size)
-        loss, *_ = self.loss_of(hidden.normed, self.head, paddle.to_tensor(labels_BS.reshape(-1)), weights)
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        gradients = self.sync.finish()
-        clip_(gradients, global_norm(gradients, self.sync.parameters.entries, ALONE), 1.0)
-        self.optimizer.step(gradients, 1e-4)
-        self.sync.clear()
-        times.append(time.perf_counter())
-        return loss.item(), times
-
-    def profile(self, run: Callable[[], Any]) -> None:
-        """Time by operator over `run`, on stderr. The times are on the host and include a node's children."""
-        from paddle import profiler
-
-        with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU]) as recorder:
-            run()
-        recorder.summary(sorted_by=profiler.SortedKeys.CPUTotal, op_detail=False, thread_sep=False, time_unit="ms")
+        return self.head_loss(packed_inputs(self.model, ids_BS, self.segments), labels_BS.reshape(-1))
 
 
-class _Torch:
-    """The same step in torch + transformers."""
-
+class _Torch(TorchStep):
     def __init__(self, job: dict[str, Any]) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.set_num_threads(job["threads"])
-        torch.manual_seed(0)
-        self.torch, self.threads = torch, job["threads"]
-        fields = {name: value for name, value in job["config"].items() if name != "architectures"}
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
-        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        super().__init__(job)
         self.positions = None
         if job["documents"] > 1:
             segments = documents_in_row(job["seq"], job["documents"])
             first = np.searchsorted(segments, segments)
-            self.positions = torch.from_numpy(np.tile(np.arange(job["seq"]) - first, (job["batch"], 1)))
+            self.positions = self.torch.from_numpy(np.tile(np.arange(job["seq"]) - first, (job["batch"], 1)))
 
-    def step(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> tuple[float, list[float]]:
-        torch = self.torch
-        times = [time.perf_counter()]
-        # `shift_labels`: labels that are already shifted, as ours are, so that every position has one.
-        output = self.model(
-            input_ids=torch.from_numpy(ids_BS),
-            position_ids=self.positions,
-            labels=torch.from_numpy(labels_BS),
-            shift_labels=torch.from_numpy(labels_BS),
-            use_cache=False,
+    def build(self, config: dict[str, Any]) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = {name: value for name, value in config.items() if name != "architectures"}
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=self.torch.float32
         )
-        times.append(time.perf_counter())
-        output.loss.backward()
-        times.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        return output.loss.item(), times
 
-    def profile(self, run: Callable[[], Any]) -> None:
-        """Time by operator over `run`, on stderr."""
-        with self.torch.profiler.profile() as recorder:
-            run()
-        print(recorder.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), file=sys.stderr)
+    def loss(self, ids_BS: np.ndarray, labels_BS: np.ndarray) -> Any:
+        # `shift_labels`: labels that are already shifted, as ours are, so that every position has one.
+        labels = self.torch.from_numpy(labels_BS)
+        ids = self.torch.from_numpy(ids_BS)
+        return self.model(
+            input_ids=ids, position_ids=self.positions, labels=labels, shift_labels=labels, use_cache=False
+        ).loss
 
 
 SIDES = {"ours": _Ours, "torch": _Torch}
@@ -194,27 +119,13 @@ def serve_side(side: str) -> None:
     """The worker: a job, then numbers of steps to run."""
     commands, answer = serve()
     job = next(commands)
-    worker = SIDES[side](job)
     random = np.random.default_rng(2)
     shape, vocab = (job["batch"], job["seq"]), job["config"]["vocab_size"]
 
-    def run(steps: int) -> list[list[float]]:
-        rows = []
-        for _ in range(steps):
-            ids, labels = random.integers(0, vocab, shape), random.integers(0, vocab, shape)
-            cpu = time.process_time()
-            loss, times = worker.step(ids, labels)
-            rows.append([loss, *np.diff(times).tolist(), time.process_time() - cpu])
-        return rows
+    def next_batch() -> tuple[np.ndarray, np.ndarray]:
+        return random.integers(0, vocab, shape), random.integers(0, vocab, shape)
 
-    warm = run(job["warmup"])
-    answer({"parameters": worker.num_parameters, "threads": worker.threads, "first_loss": warm[0][0]})
-    for command in commands:
-        if command == "profile":
-            worker.profile(lambda: run(3))
-            answer({})
-        else:
-            answer({"rows": run(command)})
+    serve_steps(commands, answer, SIDES[side](job), next_batch, job["warmup"], {})
 
 
 class Side(Worker):

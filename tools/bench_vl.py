@@ -16,16 +16,12 @@ Needs the extra `parity` for the torch side; without it, only erniekit is timed.
 import argparse
 import importlib.util
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_step import bench
-from bench_worker import serve
+from bench_worker import ROOT, OurStep, TorchStep, serve, serve_steps
 
-ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = 4088  # ids from here on are those of pictures: placeholders, start and end of images and videos
 PATCH = 14
 # Rows: numbers of text tokens, and grids (frames, rows and columns of patches).
@@ -100,35 +96,7 @@ def make_rows(rows: list[Parts], seq: int, seed: int) -> dict[str, np.ndarray]:
     return {"ids": ids, "labels": np.minimum(labels, SPECIAL - 1), "kinds": kinds, "grid": sizes, "pixels": pixels}
 
 
-class _Ours:
-    """One erniekit training step, timed by part."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        sys.path.insert(0, str(ROOT))
-        from erniekit.utils import runtime
-
-        runtime.prepare()  # before the first import of paddle
-        import paddle
-
-        from erniekit.config.schema import Config
-        from erniekit.models.config import ModelConfig
-        from erniekit.models.decoder import CausalLM
-        from erniekit.parallel.grad_sync import GradientSync
-        from erniekit.parallel.zero import ShardedParameters
-        from erniekit.training.adamw import AdamW, parameter_rules
-
-        self.threads = runtime.set_threads(job["threads"])
-        paddle.seed(0)
-        self.paddle = paddle
-        self.model = CausalLM(ModelConfig.from_dict(job["config"]))
-        self.model.train()
-        named = [(name, p) for name, p in self.model.named_parameters() if not p.stop_gradient]
-        parameters = ShardedParameters.single(named)
-        self.sync = GradientSync(parameters)
-        rules = parameter_rules(self.model, Config(weight_decay=0.01))
-        self.optimizer = AdamW(parameters, rules, 0.9, 0.999, 1e-8)
-        self.num_parameters = sum(int(np.prod(p.shape)) for _, p in named)
-
+class _Ours(OurStep):
     def prepare(self, rows: dict[str, np.ndarray]) -> Any:
         """A packed batch as the data workers make it, and its size in bytes."""
         from erniekit.data.packed_batch import PackedBatch, PictureTable
@@ -154,52 +122,18 @@ class _Ours:
         columns = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.modality)
         return sum(column.nbytes for column in (*columns, batch.pictures.patches, batch.pictures.grid))
 
-    def step(self, batch: Any) -> tuple[float, list[float]]:
-        from erniekit.losses.lm import linear_cross_entropy
+    def loss(self, batch: Any) -> Any:
         from erniekit.models.inputs import batch_inputs
-        from erniekit.parallel.grad_clip import clip_, global_norm
-        from erniekit.parallel.process_group import ALONE
 
-        paddle = self.paddle
-        times = [time.perf_counter()]
-        hidden = self.model.model(batch_inputs(self.model, batch))
-        weights = paddle.full([batch.num_tokens], 1.0 / batch.num_tokens)
-        loss, *_ = linear_cross_entropy(
-            hidden.normed, self.model.output_head(), paddle.to_tensor(batch.labels), weights
-        )
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        gradients = self.sync.finish()
-        clip_(gradients, global_norm(gradients, self.sync.parameters.entries, ALONE), 1.0)
-        self.optimizer.step(gradients, 1e-4)
-        self.sync.clear()
-        times.append(time.perf_counter())
-        return loss.item(), times
-
-    def profile(self, run: Callable[[], Any]) -> None:
-        """Time by operator over `run`, on stderr. The times are on the host and include a node's children."""
-        from paddle import profiler
-
-        with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU]) as recorder:
-            run()
-        recorder.summary(sorted_by=profiler.SortedKeys.CPUTotal, op_detail=False, thread_sep=False, time_unit="ms")
+        return self.head_loss(batch_inputs(self.model, batch), batch.labels)
 
 
-class _Torch:
-    """The same step in torch + transformers."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        import torch
+class _Torch(TorchStep):
+    def build(self, config: dict[str, Any]) -> Any:
         from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
 
-        torch.set_num_threads(job["threads"])
-        torch.manual_seed(0)
-        self.torch, self.threads = torch, job["threads"]
-        config = Ernie4_5_VLMoeConfig(**{name: value for name, value in job["config"].items() if name != "model_type"})
-        self.model = Ernie4_5_VLMoeForConditionalGeneration(config).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
-        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        fields = {name: value for name, value in config.items() if name != "model_type"}
+        return Ernie4_5_VLMoeForConditionalGeneration(Ernie4_5_VLMoeConfig(**fields))
 
     def prepare(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
         """What transformers' processor gives for the rows, with the positions that erniekit's data has."""
@@ -230,26 +164,10 @@ class _Torch:
         """The tensors of a batch."""
         return sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
 
-    def step(self, batch: dict[str, Any]) -> tuple[float, list[float]]:
-        torch = self.torch
-        times = [time.perf_counter()]
+    def loss(self, batch: dict[str, Any]) -> Any:
         labels = batch["labels"].reshape(-1)
         output = self.model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-        loss = torch.nn.functional.cross_entropy(output.logits.reshape(len(labels), -1), labels)
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        return loss.item(), times
-
-    def profile(self, run: Callable[[], Any]) -> None:
-        """Time by operator over `run`, on stderr."""
-        with self.torch.profiler.profile() as recorder:
-            run()
-        print(recorder.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), file=sys.stderr)
+        return self.torch.nn.functional.cross_entropy(output.logits.reshape(len(labels), -1), labels)
 
 
 SIDES = {"ours": _Ours, "torch": _Torch}
@@ -261,24 +179,8 @@ def serve_side(side: str) -> None:
     job = next(commands)
     worker = SIDES[side](job)
     batch = worker.prepare(make_rows(job["rows"], job["seq"], seed=2))
-
-    def run(steps: int) -> list[list[float]]:
-        rows = []
-        for _ in range(steps):
-            cpu = time.process_time()
-            loss, times = worker.step(batch)
-            rows.append([loss, *np.diff(times).tolist(), time.process_time() - cpu])
-        return rows
-
-    warm = run(job["warmup"])
-    about = {"parameters": worker.num_parameters, "threads": worker.threads, "first_loss": warm[0][0]}
-    answer(about | {"batch_bytes": worker.num_bytes(batch)})
-    for command in commands:
-        if command == "profile":
-            worker.profile(lambda: run(3))
-            answer({})
-        else:
-            answer({"rows": run(command)})
+    about = {"batch_bytes": worker.num_bytes(batch)}
+    serve_steps(commands, answer, worker, lambda: (batch,), job["warmup"], about)
 
 
 def main() -> None:

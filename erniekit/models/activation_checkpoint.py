@@ -31,7 +31,7 @@ def apply(decoder: Decoder, options: RecomputeOptions) -> None:
     """
     if options.granularity == "full" and decoder.vision_model is not None:
         for block in decoder.vision_model.blocks:
-            block.forward = recomputed(block.forward)
+            block.forward = recomputed(block.forward, options.draws_noise)
     layers = [decoder.layers[number] for number in decoder.layers.numbers if number not in options.not_in]
     for layer in [*layers, *(decoder.mtp_block if options.mtp else [])]:
         _apply_to(layer, options)

@@ -283,7 +283,7 @@ def _layer_types(config: JsonObject, key: str, fields: Mapping[str, Any]) -> lis
 
 
 def _aux_free(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:
-    config.get_bool(key, False)  # train.build reads it
+    config.get_bool(key, False)  # models.pipeline_layout and training.build read it
     return []
 
 

@@ -25,6 +25,7 @@ _TOKENS = (
 )
 _DEFAULTS = VisionConfig()
 _MAX = 1 << 20
+_MAX_LAYERS = 4096  # a list with a word for each must fit into memory
 # Baidu's keys of the top level that belong to vision: read and written here. Only these values are what the published
 # models compute.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -67,10 +68,10 @@ def _from_transformers(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
             values[key] = config.values[key]
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values.setdefault(key, config.values.get(key))
-    text_rope = dict(text.get_object("rope_parameters").values)
-    sections = text_rope.pop("mrope_section", [22, 22, 20])
-    values["rope_parameters"] = text_rope
-    layers = text.get_int("num_hidden_layers", 0)
+    text_rope = text.get_object("rope_parameters")
+    sections = text_rope.get_list("mrope_section", [22, 22, 20])
+    values["rope_parameters"] = {key: value for key, value in text_rope.values.items() if key != "mrope_section"}
+    layers = text.get_int("num_hidden_layers", 0, 0, _MAX_LAYERS)
     pattern = text.get_list("mlp_layer_types", ["dense"] + ["sparse"] * (layers - 1))
     values |= _layer_range(text, pattern, layers)
     values["moe_intermediate_size"], width = _two(text, "moe_intermediate_size")
@@ -108,10 +109,11 @@ def _from_baidu(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
         values["moe_layer_end_index"] = _same(config, "moe_layer_end_index", layers - 1)
     if isinstance(config.values.get("moe_layer_interval"), list):
         values["moe_layer_interval"] = _same(config, "moe_layer_interval")
-    rope = config.get_object("rope_scaling").values
-    if rope.get("rope_type") == "ernie_3d":
+    rope = config.get_object("rope_scaling")
+    if rope.values.get("rope_type") == "ernie_3d":
         values.pop("rope_scaling")
-    time = config.get_int("freq_allocation", rope.get("freq_allocation", _DEFAULTS.time_frequencies), 1, _MAX)
+    time = rope.get_int("freq_allocation", _DEFAULTS.time_frequencies, 1, _MAX)
+    time = config.get_int("freq_allocation", time, 1, _MAX)
     size = vision.get_int("embed_dim", vision.get_int("hidden_size", _DEFAULTS.hidden_size, 1, _MAX), 1, _MAX)
     if config.get_int("pixel_hidden_size", size) != size:
         raise refusal(config, "pixel_hidden_size", f"the vision transformer gives {size} features a patch")
@@ -148,7 +150,7 @@ def _common(vision: JsonObject) -> dict[str, Any]:
     if vision.get_text("hidden_act", "quick_gelu") != "quick_gelu":
         raise refusal(vision, "hidden_act", "the vision transformer of ERNIE 4.5 uses quick_gelu")
     return {
-        "depth": vision.get_int("depth", _DEFAULTS.depth, 1, 4096),
+        "depth": vision.get_int("depth", _DEFAULTS.depth, 1, _MAX_LAYERS),
         "num_heads": vision.get_int("num_heads", _DEFAULTS.num_heads, 1, 1 << 16),
         "in_channels": vision.get_int("in_channels", _DEFAULTS.in_channels, 1, 1024),
         "patch_size": vision.get_int("patch_size", _DEFAULTS.patch_size, 1, 1024),

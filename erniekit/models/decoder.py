@@ -76,12 +76,12 @@ def router_options(config: ModelConfig) -> RouterOptions:
 class DecoderLayer(nn.Layer):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, sparse: bool, part: RankShard = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, sparse: bool, shard: RankShard = WHOLE) -> None:
         super().__init__()
-        std, degree = config.initializer_range, part.tensor_degree
+        std, degree = config.initializer_range, shard.tensor_degree
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(
-            config.hidden_size, head_layout(config, part), bias=config.use_bias, init_std=std
+            config.hidden_size, head_layout(config, shard), bias=config.use_bias, init_std=std
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = sparse
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Layer):
                 num_shared=config.moe_num_shared_experts,
                 bias=config.use_bias,
                 init_std=std,
-                expert_shares=part.expert_shares,
+                expert_shares=shard.expert_shares,
                 tensor_degree=degree,
             )
             self.mlp = MoELayer(sizes, router_options(config))
@@ -134,28 +134,28 @@ class Decoder(nn.Layer):
     of them that this process holds.
     """
 
-    def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, shard: RankShard = WHOLE) -> None:
         super().__init__()
         self.config = config
         size, eps, std = config.hidden_size, config.rms_norm_eps, config.initializer_range
-        numbers = range(config.num_hidden_layers) if part.layers is None else part.layers
-        depths = range(config.num_nextn_predict_layers if part.has_head else 0)
+        numbers = range(config.num_hidden_layers) if shard.layers is None else shard.layers
+        depths = range(config.num_nextn_predict_layers if shard.has_head else 0)
         # A head that is tied to the embedding, or that looks ahead, needs it on its own process, too.
         self.embed_tokens: Embedding | None = None
-        if part.has_embedding or (part.has_head and config.tie_word_embeddings) or depths:
-            self.embed_tokens = Embedding(config.vocab_size // part.tensor_degree, size, std)
+        if shard.has_embedding or (shard.has_head and config.tie_word_embeddings) or depths:
+            self.embed_tokens = Embedding(config.vocab_size // shard.tensor_degree, size, std)
         self.vision_model: VisionTransformer | None = None
         self.resampler_model: Resampler | None = None
-        if config.vision is not None and part.has_embedding:
+        if config.vision is not None and shard.has_embedding:
             self.vision_model = VisionTransformer(config.vision, std)
             self.resampler_model = Resampler(config.vision, size, eps, std)
-        self.layers = Layers({i: DecoderLayer(config, config.is_moe_layer(i), part) for i in numbers})
-        self.norm = RMSNorm(size, eps) if part.has_head else None
+        self.layers = Layers({i: DecoderLayer(config, config.is_moe_layer(i), shard) for i in numbers})
+        self.norm = RMSNorm(size, eps) if shard.has_head else None
         # Multi-token prediction (models/mtp.py): a dense block a depth, beside the main path, which never reads it.
         self.mtp_emb_norm = nn.LayerList([RMSNorm(size, eps) for _ in depths])
         self.mtp_hidden_norm = nn.LayerList([RMSNorm(size, eps) for _ in depths])
         self.mtp_linear_proj = nn.LayerList([Linear(2 * size, size, init_std=std) for _ in depths])
-        self.mtp_block = nn.LayerList([DecoderLayer(config, False, part) for _ in depths])
+        self.mtp_block = nn.LayerList([DecoderLayer(config, False, shard) for _ in depths])
 
     def mtp_layers(self, depth: int) -> list[nn.Layer]:
         """The layers of one depth of multi-token prediction."""
@@ -165,9 +165,19 @@ class Decoder(nn.Layer):
         """What the first layer takes [T, D]."""
         assert self.embed_tokens is not None, "this process holds no embedding"
         x_TD = embed(self.embed_tokens, inputs)
-        if inputs.pictures is None:
-            return x_TD
-        return place_features(self.embed_tokens, x_TD, self.encode(inputs.pictures), inputs.input_ids.shape[0])
+        if inputs.pictures is not None:
+            x_TD = place_features(self.embed_tokens, x_TD, self.encode(inputs.pictures), inputs.input_ids.shape[0])
+        if x_TD.stop_gradient and paddle.is_grad_enabled() and self._trains_vision():
+            # A frozen embedding and no picture among this rank's tokens. Another rank's pictures need gradients, so
+            # all ranks must have the same graph, or their collectives of the backward pass would not match.
+            x_TD = x_TD.detach()
+            x_TD.stop_gradient = False
+        return x_TD
+
+    def _trains_vision(self) -> bool:
+        """Whether anything is trained in front of the first layer but the token embedding."""
+        layers = [layer for layer in (self.vision_model, self.resampler_model) if layer is not None]
+        return any(not parameter.stop_gradient for layer in layers for parameter in layer.parameters())
 
     def encode(self, pictures: Pictures | EncodedPictures) -> EncodedPictures:
         """Images and videos through the vision transformer and the resampler, unless they have been already."""
@@ -213,30 +223,30 @@ class HeadBias(Shardable):
 class CausalLM(nn.Layer):
     """Decoder with its output head; `model(input_ids)` gives logits, training and generation use the parts.
 
-    With `part`, only the parameters that one process of several holds, under their names in the whole model; what the
+    With `shard`, only the parameters that one process of several holds, under their names in the whole model; what the
     processes exchange is attached from outside (models/parallelize.py).
     """
 
-    def __init__(self, config: ModelConfig, part: RankShard = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, shard: RankShard = WHOLE) -> None:
         super().__init__()
-        self.config, self.shard = config, part
+        self.config, self.shard = config, shard
         self.end_ids, self.fill_id = config.end_ids, config.fill_id  # generation_config.json may say otherwise
         self.directory: Path | None = None  # that it was loaded from
         self.tensor: TensorRanks | None = None  # attached from outside where several processes share projections
-        self.model = Decoder(config, part)
+        self.model = Decoder(config, shard)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias
         self.lm_head: Linear | HeadBias | None = None
-        vocab_size = config.vocab_size // part.tensor_degree
-        if part.has_head and not config.tie_word_embeddings:
+        vocab_size = config.vocab_size // shard.tensor_degree
+        if shard.has_head and not config.tie_word_embeddings:
             std = config.initializer_range
             self.lm_head = Linear(
                 config.hidden_size, vocab_size, bias=bias, split="column", init_std=std, role=Role.HEAD
             )
-        elif part.has_head and bias:
+        elif shard.has_head and bias:
             self.lm_head = HeadBias(vocab_size)
 
     def parameter_depths(self) -> dict[str, int]:

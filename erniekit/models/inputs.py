@@ -71,9 +71,9 @@ class ModelInputs:
     pictures: Pictures | EncodedPictures | None = None
 
 
-def head_layout(config: ModelConfig, part: RankShard = WHOLE) -> HeadLayout:
-    """Attention heads of this configuration that `part` holds."""
-    degree = part.tensor_degree
+def head_layout(config: ModelConfig, shard: RankShard = WHOLE) -> HeadLayout:
+    """Attention heads of this configuration that `shard` holds."""
+    degree = shard.tensor_degree
     return HeadLayout(config.num_attention_heads // degree, config.num_key_value_heads // degree, config.head_dim)
 
 

@@ -70,13 +70,12 @@ class PatchEmbedding(nn.Layer):
         self._mean = np.repeat(MEAN, area)[None]
         self._std = np.repeat(STD, area)[None]
 
-    def forward(self, patches: paddle.Tensor) -> paddle.Tensor:
-        """Patches as uint8 pixels, which are normalised here in fp32, or as normalised floats."""
+    def forward(self, patches: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+        """Patches as uint8 pixels, which are normalised here in fp32, or as normalised floats -> [P, C] in `dtype`."""
         if patches.dtype == paddle.uint8:
             pixels = patches.astype("float32") / 255.0
             patches = (pixels - paddle.to_tensor(self._mean)) / paddle.to_tensor(self._std)
-        assert self.proj.weight is not None, "no product holds this weight"
-        return self.proj(patches.astype(self.proj.weight.dtype))
+        return self.proj(patches.astype(dtype))
 
 
 class VisionAttention(nn.Layer):
@@ -161,7 +160,7 @@ class VisionTransformer(ComponentLayer):
         head_dim = config.head_dim
         cos, sin = frames.rotation(head_dim, config.rope_theta)
         mixer = FrameAttention(frames.runs, cos, sin, config.num_heads)
-        x_PC = self.patch_embed(patches)
+        x_PC = self.patch_embed(patches, self.ln.weight.dtype)
         for block in self.blocks:
             x_PC = block(x_PC, mixer)
         return self.ln(x_PC)

@@ -156,7 +156,7 @@ def _shared_places(
 
 @lru_cache(maxsize=64)
 def _causal_mask(start: int, stop: int, repeat: int) -> paddle.Tensor:
-    """[(stop - start) * repeat, stop] fp32: 0 where key <= query, HIDDEN after it. Query rows run position by
+    """[(stop - start) * repeat, stop] fp32: 0 where key <= query, MASK_VALUE after it. Query rows run position by
     position, `repeat` heads each.
     """
     visible = np.arange(stop) <= np.arange(start, stop)[:, None]

@@ -17,7 +17,7 @@ _QUERY_BLOCK = 256  # query positions whose scores are alive at once
 class _Block:
     """Query positions [start, stop) of a step. Keys below `seen` are visible to all of them, keys from `stop_key` on to
     none; in between, `mask` [1 or B, 1, (stop - start) * repeat, stop_key - seen] is 0 where the key is visible and
-    HIDDEN elsewhere (None: nothing is in between).
+    MASK_VALUE elsewhere (None: nothing is in between).
     """
 
     start: int

@@ -46,6 +46,7 @@ def one_step(
     sequence: bool = False,
     chunks: int = 1,
     recompute: bool = False,
+    freeze_config: tuple[str, ...] = (),
     **degrees: int,
 ) -> dict[str, Any]:
     """Forward and backward of one step on this rank: the loss, the routers' loads, and its parameters' gradients as
@@ -64,6 +65,7 @@ def one_step(
     from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh
     from erniekit.parallel.zero import ShardedParameters
     from erniekit.training.forward_step import TrainStage
+    from erniekit.training.freezing import freeze
     from erniekit.training.recipes.causal import CausalRecipe
     from erniekit.training.reduce_metrics import global_counts, global_sums
 
@@ -73,6 +75,7 @@ def one_step(
         moe_aux_loss_lambda=0.01,
         moe_z_loss_lambda=0.001,
         moe_orthogonal_loss_lambda=0.01,
+        freeze_config=freeze_config,
     )
     mesh = build_mesh(ParallelDims(**degrees)) if degrees else Mesh.single()
     config = ModelConfig.from_dict(CONFIG)
@@ -80,6 +83,7 @@ def one_step(
     model = CausalLM(config, rank_shard_of(mesh, own_chunks))
     init_weights(model, 7)
     parallelize(model, mesh, sequence)
+    freeze(model, cfg)
     if recompute:
         activation_checkpoint.apply(model.model, activation_checkpoint.RecomputeOptions())
     model.train()
@@ -164,3 +168,11 @@ def test_a_rank_without_rows_takes_part(world2: World, case: str) -> None:
     """The data of the second rank has ended: its last microbatch has no tokens, that of the first has pictures."""
     ranks = world2.run(one_step, microbatches=[*MICROBATCHES[:5], []], **TWO[case])
     assert compare(ranks, one_step(MICROBATCHES[:5])) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["dp2", "ep2", "tp2-sp", "ep2-recompute"])
+def test_ranks_without_pictures_take_part_where_the_decoder_is_frozen(world2: World, case: str) -> None:
+    """Below the first vision expert only pictures need gradients there; a rank without any must not stand aside."""
+    frozen = {"freeze_config": ("freeze_lm",)}
+    ranks = world2.run(one_step, microbatches=MICROBATCHES, **frozen, **TWO[case])
+    assert compare(ranks, one_step(MICROBATCHES, **frozen)) < TOLERANCE

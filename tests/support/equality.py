@@ -59,6 +59,9 @@ def prepare(directory: Path) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (directory / "train.jsonl").write_text(text, encoding="utf-8")
     vision_model_directory(directory / "vl", num_hidden_layers=4)
+    model = CausalLM(ModelConfig.from_dir(directory / "vl"))
+    init_weights(model, 7)
+    save_model(model, directory / "vl")
     write_lines(directory / "pictures.jsonl", picture_records(directory, count=40))
 
 

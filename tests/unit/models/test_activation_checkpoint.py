@@ -5,11 +5,18 @@ import paddle
 import pytest
 from support.packed import packed
 from support.tiny_models import tiny_model
+from support.tiny_vision import CONFIG as VISION
+from support.tiny_vision import packed_row
 from support.whole_model import run_step
 
+from erniekit import lora
 from erniekit.config import Config
 from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import RecomputeOptions
+from erniekit.models.config import ModelConfig
+from erniekit.models.decoder import CausalLM
+from erniekit.models.init import init_weights
+from erniekit.models.inputs import batch_inputs
 from erniekit.nn import checkpointed as generic
 from erniekit.training.recipes.causal import CausalRecipe
 
@@ -56,3 +63,27 @@ def test_no_bit_changes(case: str, monkeypatch):
     for name, gradient in plain[1].items():
         np.testing.assert_array_equal(recomputed[1][name], gradient, err_msg=name)
     assert again.count(True) == again.count(False) == parts  # forward without a graph, then once more with it
+
+
+def vision_gradients(recompute: bool) -> dict[str, np.ndarray]:
+    """Of adapters with dropout in the vision transformer."""
+    model = CausalLM(ModelConfig.from_dict(VISION))
+    init_weights(model, 3)
+    lora.attach(model, lora.LoraOptions(rank=2, dropout=0.5, targets=("attn.qkv",)))
+    model.train()
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    for parameter in trained.values():
+        parameter.set_value(paddle.full_like(parameter, 0.1))
+    if recompute:
+        activation_checkpoint.apply(model.model, RecomputeOptions(draws_noise=True))
+    paddle.seed(5)
+    pictures = batch_inputs(model, packed_row([[2, (1, 4, 4), 3]])).pictures
+    model.model.encode(pictures).features.square().sum().backward()
+    return {name: p.grad.numpy() for name, p in trained.items()}
+
+
+def test_blocks_of_the_vision_transformer_draw_the_same_dropout_again():
+    plain, recomputed = vision_gradients(False), vision_gradients(True)
+    assert all(gradient.any() for gradient in plain.values())
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(recomputed[name], gradient, err_msg=name)

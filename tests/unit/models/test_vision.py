@@ -8,6 +8,9 @@ from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.resampler import Resampler, frame_pairs
 from erniekit.models.vision import VisionTransformer, patch_positions
 from erniekit.models.vision_config import VisionConfig
+from erniekit.nn.linear import Linear
+from erniekit.precision.quantized_weight import QuantizedWeights
+from erniekit.precision.weight_only import SCHEMES
 
 CONFIG = VisionConfig(depth=2, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=2)
 RNG = np.random.default_rng(1)
@@ -65,6 +68,22 @@ def test_the_place_of_a_patch_matters(tower: VisionTransformer):
     with paddle.no_grad():
         wide, high = (tower(patches, np.array([[1, *shape]])).numpy() for shape in ((2, 4), (4, 2)))
     assert np.abs(wide - high).max() > 1e-3
+
+
+def test_products_can_hold_all_weights_of_the_tower():
+    """As anywhere: no layer may ask for the parameter that a product replaces."""
+    tower, plain = VisionTransformer(CONFIG, 0.3), VisionTransformer(CONFIG, 0.3)
+    plain.set_state_dict(tower.state_dict())
+    factory = QuantizedWeights(SCHEMES["wint8"])
+    projections = [[layer for layer in each.sublayers() if isinstance(layer, Linear)] for each in (tower, plain)]
+    for projection, other in zip(*projections, strict=True):
+        product = factory(projection)
+        product.fill(0, other.weight.numpy())
+        projection.attach_product(product)
+        other.weight.set_value(product.dense())
+    patches, grid = paddle.to_tensor(pixels(8)), np.array([[1, 2, 4]])
+    with paddle.no_grad():
+        np.testing.assert_allclose(tower(patches, grid).numpy(), plain(patches, grid).numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_video_joins_even_frames_with_the_odd_ones_behind_them():
