@@ -94,11 +94,11 @@ def model_config(cfg: Config, directory: Path) -> ModelConfig:
 
 
 def require_pictures(cfg: Config, config: ModelConfig, directory: Path) -> None:
-    """ConfigError where the method trains on pictures and the model cannot see them."""
+    """ConfigError where the method has data with pictures and the model cannot see them."""
     if cfg.method.vision and config.vision is None:
         raise ConfigError(
             f"stage: {cfg.method.name}: {directory} is a model of text alone ({config.model_type}), which has no use "
-            "for pictures. Set model_name_or_path to a vision-language model, or choose a stage for text."
+            "for pictures. Name a vision-language model, or choose a stage for text."
         )
 
 

@@ -11,11 +11,9 @@ import numpy as np
 
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.models.config import CONFIG_FILE, ModelConfig
-from erniekit.models.weights import EXPERTS, Logical, logical_tensors
+from erniekit.models.weights import Logical, logical_tensors
 from erniekit.utils.errors import ConfigError
 
-_TEXT, _VISION = (f".mlp.{name}." for name in EXPERTS)
-_BIAS = ".moe_statics.e_score_correction_bias"
 # What decides about the weights of the text part, with the layers that are sparse.
 _SIZES = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim use_bias
@@ -103,20 +101,20 @@ class TextWeights:
         """Read one unit of the vision-language model; see ModelReader.read."""
         source = self._source(logical)
         assert source is not None, logical.param
-        if logical.param.endswith(_BIAS):
+        if logical.is_state:
             text = self.reader.read(source, as_fp32)
             return np.concatenate([text, np.zeros_like(text)])  # the vision router's is new
-        if _VISION not in logical.param:
+        if logical.text_twin is None:
             return self.reader.read(source, as_fp32)
         whole = self.reader.read(source, as_fp32=True)
         width = self.start.config.expert_sizes[1]
-        if logical.param.endswith(".down_proj.weight"):
+        if len(logical.pt) == 1:  # the second projection; the first is gate and up
             return whole[:width] * np.float32(self.start.down_scale)
         gate, up = np.split(whole, 2, axis=1)
         return np.concatenate([gate[:, :width], up[:, :width]], axis=1)
 
     def _source(self, logical: Logical) -> Logical | None:
         """The unit of the text model that a unit is made of; None for what starts at random."""
-        if _VISION in logical.param and not self.start.experts_from_text:
+        if logical.text_twin is not None and not self.start.experts_from_text:
             return None
-        return self._units.get((logical.param.replace(_VISION, _TEXT), logical.index))
+        return self._units.get((logical.text_twin or logical.param, logical.index))

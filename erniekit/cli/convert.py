@@ -5,13 +5,15 @@ from typing import Literal
 
 from erniekit.cli import options
 from erniekit.config.values import to_bool, to_float
+from erniekit.utils import stop_signals
 
 
 def run(args: list[str]) -> int:
     """Convert one model directory into another and return the exit code."""
     source, target, layout, shard_gb, overwrite = parse(args)
-    from erniekit.export import convert
+    from erniekit.export import convert  # imports Paddle, which replaces signal handlers
 
+    stop_signals.listen()
     convert.convert(source, target, format=layout, max_shard_size=f"{shard_gb:g}GB", overwrite=overwrite)
     return 0
 

@@ -19,8 +19,8 @@ from erniekit.utils import heartbeat, runtime, stop_signals, streams
 from erniekit.utils.errors import UserError, disk_is_full
 
 EXIT_USER_ERROR, EXIT_USAGE, EXIT_DEFECT, EXIT_BROKEN_PIPE = 1, 2, 70, 141
-# Commands whose Ctrl-C is handled here. `train` installs its own handlers, `chat` uses Python's.
-_LISTENING = ("eval", "export", "split", "convert")
+# Commands that listen for all signals once they have imported Paddle, which replaces the handlers.
+_LISTENING = ("train", "eval", "export", "split", "convert")
 
 NEEDS_PADDLE = (
     "`erniekit {name}` needs PaddlePaddle, which is not installed in this Python environment.\n"
@@ -70,13 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     runtime.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     name = ALIASES.get(args[0], args[0]) if args else "help"
-    if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if argv is None and name in _LISTENING:
-        stop_signals.listen(signals=(signal.SIGINT,))
-    # blocked until handlers are installed, so that numpy's threads inherit the blocked signals
-    if argv is None and name in ("train", "eval"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if argv is None:
+        _begin_to_listen(name)
     try:
         code = _dispatch(name, args[1:])
         sys.stdout.flush()
@@ -88,6 +83,21 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # A signal may raise in Python code called from native code, which turns the exception into another one.
         return _interrupted(stop_signals.raised()) if stop_signals.raised() else _report(name, error)
+
+
+def _begin_to_listen(name: str) -> None:
+    """Prepare the process for signals until its command listens for them. `chat` has Python's handler for Ctrl-C, by
+    which it stops an answer.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # An agent starts its workers with the signals blocked; they listen when they can report their end to it.
+    is_blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if name != "chat" and not is_blocked:
+        stop_signals.listen(signals=(signal.SIGINT,))
+    # blocked until handlers are installed, so that numpy's threads inherit the blocked signals
+    if name in _LISTENING:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _interrupted(error: BaseException | None) -> int:
@@ -119,7 +129,7 @@ def _dispatch(name: str, args: list[str]) -> int:
             stop_signals.listen()
             return agent.run(job)
     function = _function(command)
-    if name == "eval":  # only now, since importing Paddle replaces signal handlers
+    if name in _LISTENING:  # only now, since importing Paddle replaces signal handlers
         stop_signals.listen()
     elif launch.is_worker():  # its agent has started it with blocked signals
         stop_signals.listen(signals=(signal.SIGTERM, signal.SIGHUP))

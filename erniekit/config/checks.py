@@ -298,6 +298,11 @@ def _preference(cfg: Config) -> Iterator[str]:
         yield "pref_loss_ratio: 0, and sft_loss_ratio: 0: nothing is left to train on"
     if cfg.ref_logps_cache and cfg.ref_model_update_steps > 0:
         yield "ref_logps_cache: a reference that changes (ref_model_update_steps) cannot be computed beforehand"
+    if cfg.ref_logps_cache and cfg.method.vision:
+        yield (
+            f"ref_logps_cache: not with stage: {cfg.method.name}: the file knows a pair by its tokens, which do not "
+            "tell its pictures. Leave it out; with fine_tuning: LoRA the reference needs no second copy either"
+        )
 
 
 def _best(cfg: Config) -> Iterator[str]:

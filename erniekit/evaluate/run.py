@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from erniekit.build import PreparedModel
+from erniekit.checkpoint.model_shape import require_pictures
 from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
 from erniekit.evaluate.reference import find_reference, open_reference
-from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
+from erniekit.generation.load import ChatModel, find_model
 from erniekit.join import GENERATION, join, require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
@@ -87,7 +88,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
         with all_or_none(world):
             target = _target(cfg) if reports else None
             found = find_model(cfg)
-            _require_pictures(cfg, found)
+            require_pictures(cfg, found.prepared.config, found.path)
             chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
             reference = find_reference(cfg, found)
             loader = stack.enter_context(
@@ -124,15 +125,6 @@ def print_table(results: dict[str, Any]) -> None:
         console.print(f"{results['model']}: {results['num_samples']} samples", markup=False, soft_wrap=True)
         console.print(table)
     print(text.get(), end="", flush=True)
-
-
-def _require_pictures(cfg: Config, found: PreparedChatModel) -> None:
-    """ConfigError where the method has data with pictures and the model cannot see them."""
-    if cfg.method.vision and found.vision is None:
-        raise ConfigError(
-            f"stage: {cfg.method.name}: {found.path} is a model of text alone. Name a vision-language model, or choose "
-            "a stage for text."
-        )
 
 
 def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:

@@ -220,9 +220,11 @@ def decode(
 def _eval_mode(model: CausalLM) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    yield
-    if was_training:
-        model.train()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def _from_data_ranks(answers: list[Answer], share: Sequence[int], data_group: Group) -> list[Answer]:

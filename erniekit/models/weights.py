@@ -74,7 +74,8 @@ class Logical:
     paddle: tuple[Piece, ...]
     index: int | None = None  # which expert, along axis 0 of the parameter
     keep_fp32: bool = False  # router matrix and correction bias are float32 in files of any dtype
-    is_state: bool = False  # a buffer of the model, not a parameter
+    is_state: bool = False  # a correction bias: a buffer of the model, not a parameter
+    text_twin: str | None = None  # of vision experts: the parameter of the text experts beside them
 
     def pieces(self, format: Format) -> tuple[Piece, ...]:
         """The tensors of a file of `format` that make up this unit."""
@@ -131,21 +132,24 @@ class _Table:
                 paddle = Piece(_file_name(param, "paddle"), shape, heads=heads)
                 self.rows.append(Logical(param, shape, _split(prefix, parts, kind, lead), (paddle,)))
 
-    def experts(self, prefix: str, width: int, stored: str, first: int) -> None:
+    def experts(self, prefix: str, width: int, stored: str, first: int, twins: str | None) -> None:
         """Routed experts, stacked on axis 0 here and one by one in files, there called `stored` and numbered from
-        `first`; they have no bias (as in transformers).
+        `first`; they have no bias (as in transformers). `twins`: see Logical.text_twin.
         """
+        up_twin, down_twin = (twins and f"{twins}.{leaf}.weight" for leaf in ("up_gate_proj", "down_proj"))
         size = self.config.hidden_size
         parts = {"gate_proj": width, "up_proj": width}
         for e in range(self.config.moe_num_experts):
             paddle = Piece(_file_name(f"{stored}.{first + e}.up_gate_proj.weight", "paddle"), (size, 2 * width))
             pt = _split(f"{stored}.{first + e}", parts, "weight", (size,))
-            self.rows.append(Logical(f"{prefix}.up_gate_proj.weight", paddle.shape, pt, (paddle,), index=e))
+            param = f"{prefix}.up_gate_proj.weight"
+            self.rows.append(Logical(param, paddle.shape, pt, (paddle,), index=e, text_twin=up_twin))
         for e in range(self.config.moe_num_experts):
             names = [_file_name(f"{stored}.{first + e}.down_proj.weight", format) for format in ("pt", "paddle")]
             pt = (Piece(names[0], (size, width), transposed=True),)
             paddle = Piece(names[1], (width, size))
-            self.rows.append(Logical(f"{prefix}.down_proj.weight", (width, size), pt, (paddle,), index=e))
+            param = f"{prefix}.down_proj.weight"
+            self.rows.append(Logical(param, (width, size), pt, (paddle,), index=e, text_twin=down_twin))
 
     def routed(self, prefix: str) -> None:
         """Routers, correction bias and routed experts of a sparse layer."""
@@ -161,7 +165,8 @@ class _Table:
         self.plain(bias, (modalities, experts), keep_fp32=True, is_state=True)
         for modality, (name, width) in enumerate(zip(EXPERTS, config.expert_sizes, strict=False)):
             # Files number the vision experts behind the text experts.
-            self.experts(f"{prefix}.{name}", width, f"{prefix}.experts", modality * experts)
+            twins = f"{prefix}.{EXPERTS[0]}" if modality else None
+            self.experts(f"{prefix}.{name}", width, f"{prefix}.experts", modality * experts, twins)
 
     def projection(self, prefix: str, shape: Shape) -> None:
         """A projection of one part with its bias."""

@@ -176,7 +176,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         ),
         tokenizer=tokenizer,
         template=template,
-        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, forward, tokenizer)),
+        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, forward, tokenizer, template)),
         sync=sync,
         optimizer=optimizer,
         schedule=schedule,

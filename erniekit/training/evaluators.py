@@ -5,11 +5,9 @@ runs it at the same time and gets the same numbers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import paddle
@@ -68,7 +66,7 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
         DataError: the data hold nothing to evaluate on.
         EvaluationError: a metric is not finite; `cure` is what the user can do about it.
     """
-    scores = evaluator(evaluated, _microbatch_groups(evaluated, loader))
+    scores = evaluator(evaluated, evaluated.forward.groups(loader.batches(evaluated.cfg.max_evaluate_steps)))
     for name, value in scores.metrics.items():
         if not math.isfinite(value):
             raise EvaluationError(
@@ -76,14 +74,6 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
                 f"large. {cure}"
             )
     return scores
-
-
-def _microbatch_groups(evaluated: EvaluatedModel, loader: Loader) -> Iterator[list[PackedBatch]]:
-    """The evaluation data, as many microbatches at a time as keep every pipeline stage busy."""
-    stages = evaluated.mesh.degrees.pipeline
-    with closing(loader.batches(evaluated.cfg.max_evaluate_steps)) as batches:
-        while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
-            yield group
 
 
 def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:

@@ -4,8 +4,10 @@ The pipeline's executor (parallel/pipeline.py) decides when each chunk runs; one
 stage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import paddle
 
@@ -106,6 +108,13 @@ class ForwardPass:
 
     mesh: Mesh
     chunks: Sequence[Sequence[int]]
+
+    def groups(self, batches: Generator[PackedBatch, None, None]) -> Iterator[list[PackedBatch]]:
+        """Microbatches, as many at a time as keep every pipeline stage busy. `batches` is closed at the end."""
+        stages = self.mesh.degrees.pipeline
+        with closing(batches):
+            while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
+                yield group
 
     def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
         """Run microbatches in eval mode. Every rank has to call this at the same time."""

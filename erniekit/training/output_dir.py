@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from erniekit.checkpoint.manager import ABANDONED, CheckpointManager
 from erniekit.checkpoint.model_dir import (
     checkpoint_step,
     has_weights,
@@ -17,10 +18,9 @@ from erniekit.checkpoint.model_dir import (
     list_checkpoints,
     model_files,
 )
-from erniekit.checkpoint.manager import ABANDONED, CheckpointManager
 from erniekit.checkpoint.run_record import RUN_FILE, FinalModel, RunRecord, read_record
-from erniekit.parallel.agree import on_first, require_shared
 from erniekit.config.schema import Config
+from erniekit.parallel.agree import on_first, require_shared
 from erniekit.parallel.process_group import Group
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.reporting.metrics_file import FILE_NAME as METRICS_FILE
@@ -203,8 +203,8 @@ class OutputDir:
         self._check_kind()
         if has_final and record is None and newest is None:
             raise CheckpointError(
-                f"output_dir: {self.path} holds a model, and nothing tells that this run wrote it: no {RUN_FILE} and no "
-                "checkpoint. Choose another output_dir, or move that model elsewhere; if a run wrote it that is no "
+                f"output_dir: {self.path} holds a model, and nothing tells that this run wrote it: no {RUN_FILE} and "
+                "no checkpoint. Choose another output_dir, or move that model elsewhere; if a run wrote it that is no "
                 "longer needed, overwrite_output_dir: true removes it."
             )
         final = self._final_of(record) if has_final else None
@@ -231,9 +231,9 @@ class OutputDir:
             log.warning(f"{path} is not whole (a delete or a copy was interrupted): it is skipped")
         if checkpoints and self._explicit() is None:
             raise CheckpointError(
-                f"output_dir: none of the checkpoints in {self.path} is whole: {', '.join(p.name for p in checkpoints)} "
-                f"lack {STATE_FILE} or weights. Set overwrite_output_dir: true to start from scratch, or choose another "
-                "output_dir."
+                f"output_dir: none of the checkpoints in {self.path} is whole: "
+                f"{', '.join(p.name for p in checkpoints)} lack {STATE_FILE} or weights. Set overwrite_output_dir: "
+                "true to start from scratch, or choose another output_dir."
             )
         return None
 

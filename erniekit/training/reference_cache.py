@@ -10,9 +10,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import paddle
 
 from erniekit.checkpoint.fingerprint import files_digest, weights_digest
 from erniekit.config.schema import Config
+from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.packed_batch import NO_SEGMENT, PackedBatch
@@ -28,6 +27,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel import comm
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.mesh import Mesh
+from erniekit.training.forward_pass import ForwardPass
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import open_regular, parse_json
@@ -86,17 +86,24 @@ def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig) -> dic
 
 
 def prepare_cache(
-    cfg: Config, model_dir: Path, model: CausalLM, mesh: Mesh, tokenizer: Tokenizer, log_probs: LogProbs
+    cfg: Config,
+    model_dir: Path,
+    model: CausalLM,
+    forward: ForwardPass,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    log_probs: LogProbs,
 ) -> CachedReference:
     """Read the file of `ref_logps_cache`, compute with `log_probs` what it lacks of the training and evaluation data,
     and write it. Raises CheckpointError if the file is of another model or cannot be read or written.
     """
     assert cfg.ref_logps_cache is not None
+    mesh = forward.mesh
     path = Path(cfg.ref_logps_cache)
     now = on_first(mesh.world_group, lambda: describe_reference(cfg, model_dir, model.config))
     table = on_first(mesh.world_group, lambda: read_cache(path, now))
     known = len(table)
-    for microbatches in _all_pairs(cfg, tokenizer, mesh):
+    for microbatches in _all_pairs(cfg, tokenizer, template, forward):
         missing = sum(key not in table for batch in microbatches for key in pair_keys(batch))
         if comm.sum_floats(np.array([float(missing)]), mesh.world_group).item():
             _compute(microbatches, log_probs, mesh, table)
@@ -118,20 +125,20 @@ def _compute(microbatches: list[PackedBatch], log_probs: LogProbs, mesh: Mesh, t
         table.update({key: (chosen, rejected) for key, (chosen, rejected) in part.items()})
 
 
-def _all_pairs(cfg: Config, tokenizer: Tokenizer, mesh: Mesh) -> Iterator[list[PackedBatch]]:
+def _all_pairs(
+    cfg: Config, tokenizer: Tokenizer, template: Template | None, forward: ForwardPass
+) -> Iterator[list[PackedBatch]]:
     """Every record of the training data once, then of the evaluation data: this data rank's share, a few microbatches
     at a time, the same number on every rank.
     """
     once = replace(cfg, max_steps=-1, num_train_epochs=1.0, mix_strategy="concat", random_shuffle=False)
     once = replace(once, train_dataset_prob=())
-    stages = mesh.degrees.pipeline
+    mesh = forward.mesh
     for split in ("train", "eval"):
         if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):
             continue
-        loader = build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data)
-        with loader, closing(loader.batches()) as batches:
-            while taken := list(islice(batches, 4 * stages if stages > 1 else 1)):
-                yield taken
+        with build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data, template) as loader:
+            yield from forward.groups(loader.batches())
 
 
 def read_cache(path: Path, now: dict[str, str]) -> Table:

@@ -31,8 +31,8 @@ class TrainState:
     """Progress of a run. Random noise needs no state: each step seeds its generator from (seed, step).
 
     `best_of` is what best_metric was measured under (best.BestModel), `identity` the configuration that the run had
-    (resume.noted), `base` its base model (resume.base_of), `max_steps` its last step as planned, `has_optimizer`
-    whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
+    (resume_checks.noted), `base` its base model (resume_checks.base_of), `max_steps` its last step as planned,
+    `has_optimizer` whether the optimizer's state was saved. A checkpoint of an earlier version lacks some of these.
     """
 
     step: int = 0

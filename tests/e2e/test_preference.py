@@ -226,6 +226,7 @@ def test_a_reference_free_run_has_none(pairs):
             ConfigError,
             "ref_logps_cache: a reference that changes",
         ),
+        ({"stage": "VL-DPO", "ref_logps_cache": "x"}, ConfigError, "ref_logps_cache: not with stage: VL-DPO"),
         ({"pref_loss_ratio": 0}, ConfigError, "nothing is left to train on"),
         ({"train_dataset_type": "text"}, ConfigError, "stage: DPO reads pairs of answers"),
     ],

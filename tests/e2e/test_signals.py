@@ -61,7 +61,16 @@ def test_ctrl_c_and_sigterm_before_the_first_step(workspace, degree):
             assert "interrupted" in said or "stopped by SIGTERM" in said
 
 
-def test_sigterm_while_paddle_is_imported(workspace):
+@pytest.mark.parametrize(
+    ("words", "saved"),
+    [
+        (["train", "run.yaml", *LONG], "; no checkpoint has been saved"),
+        (["export", "model_name_or_path=dense", "output_dir=out"], ""),
+        (["convert", "dense", "out", "format=pt"], ""),
+    ],
+    ids=["train", "export", "convert"],
+)
+def test_sigterm_while_paddle_is_imported(workspace, words, saved):
     """Paddle has a handler of its own for it, which prints a native stack trace."""
     code = """
 import os, signal, sys, threading, time
@@ -74,10 +83,10 @@ threading.Thread(target=send, daemon=True).start()
 from erniekit.cli.main import main
 sys.exit(main())
 """
-    command = [sys.executable, "-c", code, "train", str(workspace / "run.yaml"), *LONG]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=120, cwd=workspace)
     assert_interrupted(done.returncode, done.stderr, 128 + signal.SIGTERM)
-    assert done.stderr.splitlines()[-1] == "stopped by SIGTERM; no checkpoint has been saved"
+    assert done.stderr.splitlines()[-1] == f"stopped by SIGTERM{saved}"
 
 
 @pytest.mark.parametrize("delay", [1.0, 3.0])

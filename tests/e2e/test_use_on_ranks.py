@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import fake_job
 from support.launched import workers
 from support.terminal import Terminal
 from support.tiny_directories import model_directory, write_lines
@@ -101,13 +102,6 @@ def screen(workspace: Path) -> Iterator[Terminal]:
         os.kill(pid, signal.SIGKILL)
 
 
-def assert_gone(ranks: dict[int, int]) -> None:
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
-        assert time.monotonic() < deadline, "a rank is left"
-        time.sleep(0.1)
-
-
 def test_ctrl_c_stops_an_answer_on_all_ranks_and_the_talk_goes_on(screen: Terminal):
     screen.expect("User: ")
     ranks = workers(screen)
@@ -121,7 +115,7 @@ def test_ctrl_c_stops_an_answer_on_all_ranks_and_the_talk_goes_on(screen: Termin
         screen.expect("User: ")
     screen.type("exit\n")
     assert screen.exit_code() == 0
-    assert_gone(ranks)
+    fake_job.assert_gone(ranks.values())
 
 
 @pytest.mark.slow
@@ -130,7 +124,7 @@ def test_the_end_of_the_terminal_ends_all_ranks(screen: Terminal):
     ranks = workers(screen)
     screen.type("\x04")
     assert screen.exit_code() == 0
-    assert_gone(ranks)
+    fake_job.assert_gone(ranks.values())
 
 
 @pytest.mark.slow
@@ -141,7 +135,7 @@ def test_ctrl_c_while_the_model_is_loaded(screen: Terminal):
     screen.type("\x03")
     screen.expect("interrupted")
     assert screen.exit_code() == 130
-    assert_gone(ranks)
+    fake_job.assert_gone(ranks.values())
 
 
 @pytest.mark.slow
@@ -151,7 +145,7 @@ def test_a_rank_that_dies_ends_the_talk(screen: Terminal):
     os.kill(ranks[1], signal.SIGKILL)
     screen.expect("rank 1 was killed by SIGKILL")
     assert screen.exit_code() == 1
-    assert_gone(ranks)
+    fake_job.assert_gone(ranks.values())
 
 
 @pytest.mark.slow
@@ -167,4 +161,4 @@ def test_a_scheduler_that_ends_an_evaluation(workspace: Path, degree: int):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in said and "Traceback" not in said
-    assert_gone(ranks)
+    fake_job.assert_gone(ranks.values())

@@ -196,3 +196,15 @@ def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     rest = erniekit.train(str(yaml), output_dir=str(tmp_path / "parts"), **keys).history
     assert [record["loss"] for record in rest] == [record["loss"] for record in result.history[2:]]
+
+
+def test_text_pairs_and_a_file_of_the_reference(tmp_path: Path) -> None:
+    """The pairs of the file are made with the model's own template, so the run finds them there."""
+    yaml = vision_workspace(tmp_path, weights=True)
+    pairs = [
+        {"messages": [{"role": "user", "content": f"{n} + 1?"}], "chosen": "yes", "rejected": "no"} for n in range(6)
+    ]
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    keys = {"stage": "DPO", "train_dataset_path": str(tmp_path / "pairs.jsonl"), "max_steps": 1}
+    history = erniekit.train(str(yaml), ref_logps_cache=str(tmp_path / "reference.npz"), **keys).history
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -8,6 +8,7 @@ import paddle
 
 from erniekit.build import PreparedModel
 from erniekit.config.schema import Config
+from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
@@ -71,6 +72,7 @@ class Recipe(ABC):
 class RecipeContext:
     """What a recipe may be built from. `model` has its first weights, so it is still its own reference; `prepared` can
     build a second copy of it. `forward`: passes without gradients through models that are divided as this one is.
+    `template`: the run's chat template; None for plain text.
     """
 
     cfg: Config
@@ -78,3 +80,4 @@ class RecipeContext:
     model: CausalLM
     forward: ForwardPass
     tokenizer: Tokenizer
+    template: Template | None

@@ -71,8 +71,9 @@ class PreferenceRecipe(Recipe):
         reference: Reference | None = None
         if wants_reference(cfg) and cfg.ref_logps_cache:
             log_probs = AdapterOff(model, scorer).log_probs if has_adapter else partial(scorer.log_probs, model)
-            path, mesh = context.prepared.path, context.forward.mesh
-            reference = prepare_cache(cfg, path, model, mesh, context.tokenizer, log_probs)
+            reference = prepare_cache(
+                cfg, context.prepared.path, model, context.forward, context.tokenizer, context.template, log_probs
+            )
         elif wants_reference(cfg) and has_adapter:
             reference = AdapterOff(model, scorer)
             log.info("reference: the model without its adapter")

@@ -27,11 +27,7 @@ def router_terms(
         for name, loss in losses.items():
             totals.setdefault(name, []).append(loss)
         stats[layer, modality] = measure(routed, losses)
-    weights = {
-        "router_balance": cfg.moe_aux_loss_lambda,
-        "router_z": cfg.moe_z_loss_lambda,
-        "router_orthogonal": cfg.moe_orthogonal_loss_lambda,
-    }
+    weights = _coefficients(cfg)
     return {name: Term(paddle.add_n(parts), "tokens", weights[name]) for name, parts in totals.items()}, stats
 
 
@@ -40,26 +36,31 @@ def idle_router(cfg: Config, model: CausalLM, layer: int, modality: int) -> Rout
     them to those of others.
     """
     mlp = model.model.layers[layer].mlp
-    asked = {
+    trained = not mlp.router_of(modality).stop_gradient
+    return RouterStats(
+        np.zeros(mlp.sizes.num_experts, np.int64),
+        losses=dict.fromkeys(_coefficients(cfg), 0.0) if trained else {},
+    )
+
+
+def _coefficients(cfg: Config) -> dict[str, float]:
+    """The coefficient of each router loss that the run has."""
+    coefficients = {
         "router_balance": cfg.moe_aux_loss_lambda,
         "router_z": cfg.moe_z_loss_lambda,
         "router_orthogonal": cfg.moe_orthogonal_loss_lambda,
     }
-    trained = not mlp.gate.matrix(modality).stop_gradient
-    return RouterStats(
-        np.zeros(mlp.sizes.num_experts, np.int64),
-        losses={name: 0.0 for name, coefficient in asked.items() if coefficient and trained},
-    )
+    return {name: coefficient for name, coefficient in coefficients.items() if coefficient}
 
 
 def _losses(cfg: Config, routed: Routed, gate: paddle.Tensor, options: RouterOptions) -> dict[str, paddle.Tensor]:
-    losses = {}
+    wanted, losses = _coefficients(cfg), {}
     num_tokens = routed.routing.probs.shape[0]
-    if cfg.moe_aux_loss_lambda:
+    if "router_balance" in wanted:
         losses["router_balance"] = load_balance_loss(routed.routing.probs, options, routed.row_lengths)
-    if cfg.moe_z_loss_lambda:
+    if "router_z" in wanted:
         losses["router_z"] = router_z_loss(routed.routing.logits)
-    if cfg.moe_orthogonal_loss_lambda:
+    if "router_orthogonal" in wanted:
         groups = options.top_k if options.grouped else 1
         losses["router_orthogonal"] = router_orthogonal_loss(gate, groups) * num_tokens
     return losses

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import os
 import subprocess
 import sys
 import types
@@ -211,6 +212,31 @@ def test_interrupted(command, capsys, monkeypatch):
     command(failing(KeyboardInterrupt()))
     assert cli.main(["train", "x.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "erniekit.cli.launch":
+            exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+from erniekit.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "check"])
+def test_ctrl_c_during_an_import_gives_the_exit_code(name: str, tmp_path):
+    """`python -m` kills itself by SIGINT at its end, whatever the exit code, if a plain KeyboardInterrupt has passed
+    through an exec of text; dataclasses have one, and imports are full of them.
+    """
+    (tmp_path / "begun.py").write_text(INTERRUPTED)
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    command = [sys.executable, "-m", "begun", name, "x.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["buffered", "unbuffered"])

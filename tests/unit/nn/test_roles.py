@@ -105,12 +105,10 @@ def test_components_follow_the_layers_that_declare_them():
     assert named_roles(whole)["tower.blocks.0.weight"] is Role.NORM
 
 
-# Modules that describe files: the table of a model's weights, the names of two of them, those of PEFT's files, and
-# which unit of a text model's file a unit of a vision-language model is made of.
+# Modules that describe files: the table of a model's weights, the names of two of them, and those of PEFT's files.
 DESCRIBE_FILES = (
     "models.weights",
     "checkpoint.fingerprint",
-    "checkpoint.vision_start",
     "checkpoint.peft_read",
     "checkpoint.peft_write",
     "checkpoint.adapter_config",
