@@ -3,7 +3,7 @@ text part frozen, on both together, then fine-tuning on questions about pictures
 
 Every step is a command a user can type; each is printed before it runs. The held-out questions are answered before and
 after fine-tuning, the text task after the first and after the third stage. Some pictures with the model's answers are
-drawn to demo_output/vl/samples.png.
+drawn to demo_output/vl/samples.png. It has not been run at full size yet.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo_output/vl")
 DATA = OUT / "data"
 CONFIGS = "examples/configs/tiny/vl"
-TASKS = {  # what is asked, and the share of right answers in percent that --require asks for
+TASKS = {  # what is asked, and the percentage of right answers that --require demands: goals, not yet measured
     "digit": ("which digit", 90.0),
     "count": ("how many", 50.0),
     "colour": ("what colour", 60.0),
