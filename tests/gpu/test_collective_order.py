@@ -91,6 +91,16 @@ def test_a_rank_with_nothing_to_learn_keeps_the_order(ranks: World, directory: P
     assert {"all_to_all", "reduce_scatter"} <= set(first)
 
 
+def test_a_rank_without_pictures_keeps_the_order(ranks: World, directory: Path):
+    """With sequence parallelism the pictures of a row may all be among the tokens of one rank."""
+    keys = keys_for(
+        str(directory), "vl", tensor_parallel_degree=2, sequence_parallel=True, gradient_accumulation_steps=1
+    )
+    (first, _), (second, _) = ranks.run(collectives, keys=keys)
+    assert first == second
+    assert {"all_gather", "all_reduce", "reduce_scatter"} <= set(first)
+
+
 def test_experts_have_a_communicator_of_their_own(monkeypatch: pytest.MonkeyPatch):
     """Where all groups are of the same ranks, tokens and gradients still travel apart."""
     created: list[list[int]] = []
