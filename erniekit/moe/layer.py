@@ -95,6 +95,10 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
+    def all_experts(self) -> list[Experts]:
+        """The routed experts of each modality."""
+        return [self.experts] if len(self.sizes.intermediate_sizes) == 1 else [self.experts, self.vision_experts]
+
     @property
     def correction_bias(self) -> paddle.Tensor:
         """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
