@@ -87,6 +87,33 @@ class Emulated:
             parts[expert] = paddle.matmul(of_x.dequantised(), of_dy.dequantised(), transpose_x=True)
         return paddle.stack(parts).astype(dtype)
 
+    def gated(self, gate_up: paddle.Tensor, weights_R1: paddle.Tensor | None = None) -> paddle.Tensor:
+        """See Backend."""
+        gate, up = _halves(gate_up)
+        hidden = gate * paddle.nn.functional.sigmoid(gate) * up
+        return (hidden if weights_R1 is None else hidden * weights_R1).astype(gate_up.dtype)
+
+    def gated_backward(
+        self, gate_up: paddle.Tensor, dhidden: paddle.Tensor, weights_R1: paddle.Tensor | None = None
+    ) -> tuple[paddle.Tensor, paddle.Tensor | None, paddle.Tensor]:
+        """See Backend."""
+        (gate, up), dhidden, dtype = _halves(gate_up), dhidden.astype("float32"), gate_up.dtype
+        sigmoid = paddle.nn.functional.sigmoid(gate)
+        silu = gate * sigmoid
+        hidden, dweights = silu * up, None
+        if weights_R1 is not None:
+            dweights = (dhidden * hidden).sum(axis=-1, keepdim=True)
+            hidden, dhidden = hidden * weights_R1, dhidden * weights_R1
+        # d silu / d gate = sigmoid + silu (1 - sigmoid)
+        dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
+        return paddle.concat([dgate, dhidden * silu], axis=-1).astype(dtype), dweights, hidden.astype(dtype)
+
+
+def _halves(gate_up: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+    width = gate_up.shape[-1] // 2
+    both = gate_up.astype("float32")
+    return both[:, :width], both[:, width:]
+
 
 def _grouped(rows: paddle.Tensor, weight: Quantised, counts: Sequence[int], transposed: bool) -> paddle.Tensor:
     """Each expert's rows times its matrix, or its transposed matrix. Both have fp32 values."""

@@ -49,6 +49,18 @@ class Backend(Protocol):
         """
         ...
 
+    def gated(self, gate_up: paddle.Tensor, weights_R1: paddle.Tensor | None = None) -> paddle.Tensor:
+        """weights * silu(gate) * up for gate_up [R, 2F] = gate | up, computed in fp32: [R, F] in the dtype of gate_up.
+        weights [R, 1] fp32; None: 1.
+        """
+        ...
+
+    def gated_backward(
+        self, gate_up: paddle.Tensor, dhidden: paddle.Tensor, weights_R1: paddle.Tensor | None = None
+    ) -> tuple[paddle.Tensor, paddle.Tensor | None, paddle.Tensor]:
+        """The gradients of gate_up [R, 2F] and of the weights [R, 1] (None without), and the result [R, F] again."""
+        ...
+
 
 class Fp8Product(Product):
     """See nn/product.py. `stores_fp8`: what is kept for the backward pass is the input in FP8."""
