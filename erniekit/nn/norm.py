@@ -77,12 +77,59 @@ class RMSNorm(DeclaresRoles):
         return rms_norm(x, self.weight, self.epsilon)
 
 
+class _LayerNorm(PyLayer):
+    """y = c * (r w^T) + b, c = x - mean(x) and r = 1/deviation of each token, for the CPU; see _RMSNorm. Keeps c and
+    r.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_TD: paddle.Tensor, weight_D: paddle.Tensor, bias_D: paddle.Tensor, epsilon: float
+    ) -> paddle.Tensor:
+        average_D1 = paddle.full([x_TD.shape[1], 1], 1.0 / x_TD.shape[1])
+        centred = x_TD - _outer(paddle.matmul(x_TD, average_D1), paddle.ones_like(weight_D))
+        rstd_T1 = paddle.rsqrt(paddle.matmul(centred.square(), average_D1).scale_(1.0, bias=epsilon))
+        ctx.save_for_backward(centred, rstd_T1, weight_D)
+        ctx.needs_gradient = not x_TD.stop_gradient, not weight_D.stop_gradient, not bias_D.stop_gradient
+        return _outer(rstd_T1, weight_D).multiply_(centred).add_(_outer(paddle.ones_like(rstd_T1), bias_D))
+
+    @staticmethod
+    def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        centred, rstd_T1, weight_D = ctx.saved_tensor()
+        x_needs_gradient, weight_needs_gradient, bias_needs_gradient = ctx.needs_gradient
+        product = dy_TD * centred
+        dx = dweight = dbias = None
+        if weight_needs_gradient:
+            dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1])
+        if bias_needs_gradient:
+            dbias = paddle.matmul(paddle.ones_like(rstd_T1), dy_TD, transpose_x=True).reshape([-1])
+        if x_needs_gradient:
+            # dx = r (w * dy - sum_j w_j dy_j / D) - c r^3 (sum_j w_j dy_j c_j) / D
+            average_D1, ones_D = weight_D.unsqueeze(-1) / len(weight_D), paddle.ones_like(weight_D)
+            shift_T1 = paddle.matmul(dy_TD, average_D1).multiply_(rstd_T1)
+            pull_T1 = paddle.matmul(product, average_D1).multiply_(rstd_T1 * rstd_T1 * rstd_T1)
+            dx = _outer(rstd_T1, weight_D).multiply_(dy_TD).subtract_(_outer(shift_T1, ones_D))
+            dx = dx.subtract_(_outer(pull_T1, ones_D).multiply_(centred))
+        return dx, dweight, dbias
+
+
+def layer_norm(x: paddle.Tensor, weight_D: paddle.Tensor, bias_D: paddle.Tensor, epsilon: float) -> paddle.Tensor:
+    """weight * (x - mean(x)) / sqrt(var(x) + epsilon) + bias over the last axis; in fp32, result in x's dtype (Ba et
+    al. 2016, arXiv 1607.06450).
+    """
+    size = x.shape[-1]
+    if not x.place.is_cpu_place():
+        return nn.functional.layer_norm(x, size, weight_D, bias_D, epsilon)
+    rows = x.reshape([-1, size])
+    return rounded(lambda *wide: _LayerNorm.apply(*wide, epsilon), rows, weight_D, bias_D).reshape(x.shape)
+
+
 class LayerNorm(DeclaresRoles):
-    """Layer normalisation over the last axis with a learnt gain and bias [size] (Ba et al. 2016, arXiv 1607.06450)."""
+    """Layer normalisation with a learnt gain and bias [size]."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
-        self.size, self.epsilon = size, epsilon
+        self.epsilon = epsilon
         self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
         self.bias = self.create_parameter([size], is_bias=True)
 
@@ -92,7 +139,4 @@ class LayerNorm(DeclaresRoles):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., size] -> [..., size]."""
-        return rounded(self._plain, x, self.weight, self.bias)
-
-    def _plain(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
-        return nn.functional.layer_norm(x, self.size, weight, bias, self.epsilon)
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
