@@ -97,20 +97,22 @@ class VisionAttention(nn.Layer):
 
 
 class _QuickGELU(PyLayer):
-    """For the CPU: one node that keeps x alone. The sigmoid goes through tanh, as in nn.mlp."""
+    """For the CPU: one node, that keeps s = sigmoid(a x) and its result y = x s. The sigmoid goes through tanh, as in
+    nn.mlp.
+    """
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:
-        ctx.save_for_backward(x)
-        return fast_sigmoid(x, 1.702).multiply_(x)
+        sigmoid = fast_sigmoid(x, 1.702)
+        y = x * sigmoid
+        ctx.save_for_backward(sigmoid, y.detach())  # y itself would be part of a cycle of references
+        return y
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        # dy s (1 + a x (1 - s)) with s = sigmoid(a x)
-        (x,) = ctx.saved_tensor()
-        sigmoid = fast_sigmoid(x, 1.702)
-        slope = sigmoid.scale(-1.702, bias=1.702).multiply_(x).scale_(1.0, bias=1.0)
-        return slope.multiply_(sigmoid).multiply_(dy)
+        # dy (s + a y (1 - s))
+        sigmoid, y = ctx.saved_tensor()
+        return sigmoid.scale(-1.702, bias=1.702).multiply_(y).add_(sigmoid).multiply_(dy)
 
 
 class QuickGELU(nn.Layer):

@@ -78,38 +78,39 @@ class RMSNorm(DeclaresRoles):
 
 
 class _LayerNorm(PyLayer):
-    """y = c * (r w^T) + b, c = x - mean(x) and r = 1/deviation of each token, for the CPU; see _RMSNorm. Keeps c and
-    r.
+    """Paddle's layer normalisation with a backward pass for the CPU, where Paddle's own takes 20 times as long as the
+    forward pass; see _RMSNorm. Keeps x.
     """
 
     @staticmethod
     def forward(
         ctx, x_TD: paddle.Tensor, weight_D: paddle.Tensor, bias_D: paddle.Tensor, epsilon: float
     ) -> paddle.Tensor:
-        average_D1 = paddle.full([x_TD.shape[1], 1], 1.0 / x_TD.shape[1])
-        centred = x_TD - _outer(paddle.matmul(x_TD, average_D1), paddle.ones_like(weight_D))
-        rstd_T1 = paddle.rsqrt(paddle.matmul(centred.square(), average_D1).scale_(1.0, bias=epsilon))
-        ctx.save_for_backward(centred, rstd_T1, weight_D)
-        ctx.needs_gradient = not x_TD.stop_gradient, not weight_D.stop_gradient, not bias_D.stop_gradient
-        return _outer(rstd_T1, weight_D).multiply_(centred).add_(_outer(paddle.ones_like(rstd_T1), bias_D))
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.epsilon = epsilon
+        ctx.bias_needs_gradient = not bias_D.stop_gradient
+        return nn.functional.layer_norm(x_TD, x_TD.shape[1], weight_D, bias_D, epsilon)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        centred, rstd_T1, weight_D = ctx.saved_tensor()
-        x_needs_gradient, weight_needs_gradient, bias_needs_gradient = ctx.needs_gradient
+        x_TD, weight_D = ctx.saved_tensor()
+        size, ones_D = x_TD.shape[1], paddle.ones_like(weight_D)
+        average_D1 = paddle.full([size, 1], 1.0 / size)
+        centred = x_TD - _outer(paddle.matmul(x_TD, average_D1), ones_D)
+        rstd_T1 = paddle.rsqrt(paddle.matmul(centred.square(), average_D1).scale_(1.0, bias=ctx.epsilon))
         product = dy_TD * centred
         dx = dweight = dbias = None
-        if weight_needs_gradient:
+        if not weight_D.stop_gradient:
             dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1])
-        if bias_needs_gradient:
+        if ctx.bias_needs_gradient:
             dbias = paddle.matmul(paddle.ones_like(rstd_T1), dy_TD, transpose_x=True).reshape([-1])
-        if x_needs_gradient:
-            # dx = r (w * dy - sum_j w_j dy_j / D) - c r^3 (sum_j w_j dy_j c_j) / D
-            average_D1, ones_D = weight_D.unsqueeze(-1) / len(weight_D), paddle.ones_like(weight_D)
+        if not x_TD.stop_gradient:
+            # With c = x - mean(x): dx = r (w * dy - sum_j w_j dy_j / D) - c r^3 (sum_j w_j dy_j c_j) / D
+            average_D1 = weight_D.unsqueeze(-1) / size
             shift_T1 = paddle.matmul(dy_TD, average_D1).multiply_(rstd_T1)
             pull_T1 = paddle.matmul(product, average_D1).multiply_(rstd_T1 * rstd_T1 * rstd_T1)
             dx = _outer(rstd_T1, weight_D).multiply_(dy_TD).subtract_(_outer(shift_T1, ones_D))
-            dx = dx.subtract_(_outer(pull_T1, ones_D).multiply_(centred))
+            dx = dx.subtract_(centred.multiply_(_outer(pull_T1, ones_D)))
         return dx, dweight, dbias
 
 
