@@ -62,8 +62,9 @@ class _RouterSum(NamedTuple):
 
 class TrainStage:
     """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
-    interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When every microbatch has been forward, `on_device` holds all that `sums` reports but what routers
-    counted on the host, under keys that only `sums` reads.
+    interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When
+    every microbatch has been forward, `on_device` holds all that `sums` reports but what routers counted on the host,
+    under keys that only `sums` reads.
     """
 
     def __init__(

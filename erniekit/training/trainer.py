@@ -217,7 +217,7 @@ class Trainer:
     ) -> dict[int, np.ndarray]:
         """Update what is trained: weights, correction biases, averages. Returns the biases of the sparse layers."""
         clip_(gradients, norm, self.cfg.max_grad_norm)
-        self.run.optimizer.step(gradients, learning_rate)
+        self.run.optimizer.step(gradients, learning_rate, seed=self.cfg.seed * 1_000_003 + self.state.step)
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
