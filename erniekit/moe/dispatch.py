@@ -95,9 +95,40 @@ class _Combine(PyLayer):
         dweights_TK = None
         if weights_need_gradient:
             product = copied.astype("float32") * rows.astype("float32")
-            dweights_R1 = _with_zero_row(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
-            dweights_TK = paddle.concat([paddle.gather(dweights_R1, rank_T) for rank_T in ctx.assignment.rank], axis=1)
+            dweights_TK = _by_pair(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
         return multiply(copied, weights_R1.astype(copied.dtype)) if rows_need_gradient else None, dweights_TK
+
+
+class _RowWeights(PyLayer):
+    """The weight of each row; the adjoint puts a row's gradient back to its pair, and zero to a dropped one."""
+
+    @staticmethod
+    def forward(ctx, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        return paddle.gather(weights_TK.reshape([-1]), assignment.order).unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx, dweights_R1: paddle.Tensor) -> paddle.Tensor:
+        return _by_pair(dweights_R1, ctx.assignment)
+
+
+class _SumRows(PyLayer):
+    """The sum of each token's K rows; the adjoint copies the token's gradient to them."""
+
+    @staticmethod
+    def forward(ctx, rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        return _sum_back(rows, assignment)
+
+    @staticmethod
+    def backward(ctx, dy_TD: paddle.Tensor) -> paddle.Tensor:
+        return _copy_out(dy_TD, ctx.assignment)
+
+
+def _by_pair(of_rows_R1: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """A number of each row [R, 1] -> of each pair [T, K]; zero where a pair was dropped."""
+    padded = _with_zero_row(of_rows_R1, assignment)
+    return paddle.concat([paddle.gather(padded, rank_T) for rank_T in assignment.rank], axis=1)
 
 
 def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
@@ -108,3 +139,13 @@ def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
 def combine(rows: paddle.Tensor, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A dropped pair contributes nothing."""
     return _Combine.apply(rows, weights_TK, assignment)
+
+
+def row_weights(weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """The routing weight of each sorted row: [T, K] fp32 -> [R, 1] fp32."""
+    return _RowWeights.apply(weights_TK, assignment)
+
+
+def sum_rows(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """Plain sum of each token's rows, which the experts have weighed: [R, D] -> [T, D]."""
+    return _SumRows.apply(rows, assignment)

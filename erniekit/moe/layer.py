@@ -13,7 +13,7 @@ import paddle
 from paddle import nn
 
 from erniekit.moe.all_to_all import ExpertRanks
-from erniekit.moe.dispatch import assign, combine, dispatch
+from erniekit.moe.dispatch import assign, combine, dispatch, row_weights, sum_rows
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
@@ -96,6 +96,10 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
+    def all_experts(self) -> list[Experts]:
+        """The routed experts of each modality."""
+        return [self.experts] if len(self.sizes.intermediate_sizes) == 1 else [self.experts, self.vision_experts]
+
     @property
     def correction_bias(self) -> paddle.Tensor:
         """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
@@ -170,10 +174,11 @@ class MoELayer(nn.Layer):
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)
-        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment, len(chosen))
+        of_rows = row_weights(weights, assignment) if experts.takes_weights else None
+        done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, assignment, len(chosen))
 
         def finish() -> paddle.Tensor:
-            made = experts(rows, assignment.counts) if done is None else done()
-            return combine(made, weights, assignment)
+            made = experts(rows, assignment.counts, of_rows) if done is None else done()
+            return combine(made, weights, assignment) if of_rows is None else sum_rows(made, assignment)
 
         return finish, Routed(routing, usage, dropped, row_lengths)

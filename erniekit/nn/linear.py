@@ -1,7 +1,7 @@
 """The one projection layer. Tensor parallelism, LoRA, FP8 and quantisation attach here and nowhere else."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import paddle
 from paddle import nn
@@ -51,6 +51,10 @@ class Projection(Shardable):
         """x W by the parameter as it is; see `multiply`."""
         raise NotImplementedError(type(self).__name__)
 
+
+# What a projection of a decoder layer belongs to. "mlp": a dense layer's feed-forward block; "experts": routed ones.
+Part = Literal["attention", "mlp", "shared_experts", "experts"]
+EVERY_PART = frozenset(get_args(Part))
 
 # Which product a projection gets; None leaves it plain.
 ProductFactory = Callable[[Projection], Product | None]
