@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
+from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -103,11 +104,11 @@ class _Permute(PyLayer):
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
         ctx.order = order
-        return paddle.gather(rows, paddle.to_tensor(order))
+        return gather(rows, paddle.to_tensor(order))
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        return paddle.gather(dy, paddle.to_tensor(np.argsort(ctx.order)))
+        return gather(dy, paddle.to_tensor(np.argsort(ctx.order)))
 
 
 def permute(rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:

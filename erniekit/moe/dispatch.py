@@ -6,6 +6,8 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import gather, multiply
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -40,7 +42,7 @@ def assign(experts_TK: np.ndarray, num_experts: int, keep_TK: np.ndarray | None 
 
 
 def _copy_out(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
-    return paddle.gather(x_TD, assignment.source)
+    return gather(x_TD, assignment.source)
 
 
 def _with_zero_row(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
@@ -53,10 +55,10 @@ def _with_zero_row(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor
 def _sum_back(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     rows = _with_zero_row(rows, assignment)
     first, *others = assignment.rank
-    total = paddle.gather(rows, first)
+    total = gather(rows, first).astype("float32")
     for rank_T in others:  # sum(axis=1) over [T, K, D] takes several times as long on a CPU
-        total = total.add_(paddle.gather(rows, rank_T))
-    return total
+        total = total.add_(gather(rows, rank_T).astype("float32"))
+    return total.astype(rows.dtype)
 
 
 class _Dispatch(PyLayer):
@@ -83,7 +85,7 @@ class _Combine(PyLayer):
         ctx.save_for_backward(rows, weights_R1)
         ctx.assignment = assignment
         ctx.needs_gradient = not rows.stop_gradient, not weights_TK.stop_gradient
-        return _sum_back(rows * weights_R1.astype(rows.dtype), assignment)
+        return _sum_back(multiply(rows, weights_R1.astype(rows.dtype)), assignment)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -94,7 +96,7 @@ class _Combine(PyLayer):
         if weights_need_gradient:
             product = copied.astype("float32") * rows.astype("float32")
             dweights_TK = _by_pair(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
-        return copied * weights_R1.astype(copied.dtype) if rows_need_gradient else None, dweights_TK
+        return multiply(copied, weights_R1.astype(copied.dtype)) if rows_need_gradient else None, dweights_TK
 
 
 class _RowWeights(PyLayer):

@@ -17,6 +17,7 @@ from erniekit.moe.dispatch import assign, combine, dispatch, row_weights, sum_ro
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
 
 TEXT, VISION = 0, 1
@@ -126,10 +127,10 @@ class MoELayer(nn.Layer):
         shared = None if self.shared_experts is None else self.shared_experts(x_TD)
         y = finish()
         if num_rows != num_tokens:
-            y = paddle.concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
+            y = concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
         if self.ranks is not None:
             y = self.ranks.leave(y)
-        return y if shared is None else y + shared, decisions
+        return y if shared is None else add(y, shared), decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
@@ -140,14 +141,14 @@ class MoELayer(nn.Layer):
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
             if modality == TEXT or len(where) or needed:
-                selected = paddle.gather(x_TD, paddle.to_tensor(where))
+                selected = gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths)
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
                     decisions[modality] = routed
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
-        return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
+        return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
     def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
         """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import paddle
 from paddle import nn
 
+from erniekit.nn.narrow import add, matmul
 from erniekit.nn.product import Product
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
@@ -110,7 +111,7 @@ class Linear(Projection):
 
     def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
         """See Projection."""
-        return paddle.matmul(x, self.weight)
+        return matmul(x, self.weight)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -121,4 +122,4 @@ class Linear(Projection):
             y = self.adapter(x, y)
         if self.reduce_output is not None:
             y = self.reduce_output(y)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else add(y, self.bias)
