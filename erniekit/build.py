@@ -29,6 +29,7 @@ from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.models.fp8 import attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
@@ -36,6 +37,7 @@ from erniekit.models.weights import our_shapes
 from erniekit.nn.linear import ProductFactory
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
+from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.policy import Policy
 from erniekit.utils import log, runtime
 
@@ -114,7 +116,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
     if cfg.fine_tuning == "LoRA":
         adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
     return ModelOptions(
-        precision=policy.choose(cfg.compute_type, device or paddle.get_device(), cfg.emulate_precision),
+        precision=_training_precision(cfg, device),
         random_start=not cfg.continue_training,
         seed=cfg.seed,
         overrides=dataclasses.replace(
@@ -128,6 +130,16 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         sequence_parallel=cfg.sequence_parallel,
         training=True,
     )
+
+
+def _training_precision(cfg: Config, device: str | None) -> Policy:
+    """The policy of a run; `device`: one that is assumed and not asked what it can do. A GPU emulates FP8 if need be,
+    and has the 16-bit types itself.
+    """
+    here = device or paddle.get_device()
+    fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
+    emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
+    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8)
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
@@ -223,6 +235,8 @@ class PreparedModel:
         policy.apply(model, precision)
         if precision.product is not None:
             log.info(f"{self.path}: {describe(model)}")
+        if precision.fp8 is not None:
+            log.info(describe_fp8(model, precision.fp8))
         parallelize(model, mesh, options.sequence_parallel, layers)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
@@ -247,6 +261,8 @@ def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequ
         model = CausalLM(config, rank_shard_of(mesh, layers))
     if precision.product is not None:
         attach_products(model, precision.product)
+    if precision.fp8 is not None:
+        attach_fp8(model, precision.fp8)
     return model
 
 

@@ -56,6 +56,7 @@ _KEYS = {
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
+        fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
@@ -73,6 +74,7 @@ _KEYS = {
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
         moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval tokenizer_name_or_path
         vision_config_path
+        fp8_statistics_steps
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache

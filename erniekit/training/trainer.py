@@ -21,6 +21,7 @@ from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
+from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
 from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
@@ -54,6 +55,7 @@ class Trainer:
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
         self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
+        self._fp8_shares = Fp8Shares(run.model, self.cfg.fp8_statistics_steps)
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -171,6 +173,7 @@ class Trainer:
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         microbatches = self.run.recipe.prepare(batches)
+        self._fp8_shares.begin(step + 1)
         stage, gradients = self._forward_backward(microbatches)
         sums, norm, biases = self._fetch(stage, gradients)
         learning_rate = self.run.schedule(step)
@@ -251,10 +254,12 @@ class Trainer:
         stage.on_device.add(_SQUARES, squared_norms(gradients))
         for number, layer in self._sparse_layers().items():
             stage.on_device.add(_Bias(number), layer.correction_bias)
+        self._fp8_shares.add_to(stage.on_device)
         fetched = stage.on_device.fetch()
         biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
         sums = global_sums(stage.sums(fetched), self.run.mesh)
         entries, world = self.run.sync.parameters.entries, self.run.mesh.world_group
+        sums.metrics |= self._fp8_shares.parts(fetched, world)
         return sums, global_norm(gradients, entries, world, fetched[_SQUARES]), biases
 
     def _sparse_layers(self) -> dict[int, MoELayer]:

@@ -51,6 +51,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ),
     ("train", {"modality_interleave": "mixed"}, {**VL_DPO, "text_dataset_path": "t"}, {**VL, "text_dataset_path": "t"}),
     ("eval", {"vision_config_path": "v", "vision_experts_down_scale": 0.5}, {**EVAL, **VL}, None),
+    ("train", {"fp8_modules": "mlp", "fp8_store": False, "fp8_statistics_steps": 5}, {}, {"fp8": "blockwise"}),
+    (
+        "train",
+        {"fp8_recompute_up_gate_layers": "1", "fp8_routing_weight": "after"},
+        {"fp8": "blockwise", "fp8_modules": "attention"},
+        {"fp8": "blockwise"},
+    ),
+    ("eval", {"fp8": "blockwise", "fp8_scale": "real"}, EVAL, None),
     ("train", {"vision_experts_down_scale": 0.5}, VL, {**VL, "vision_config_path": "v"}),
     (
         "train",
