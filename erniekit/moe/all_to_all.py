@@ -13,7 +13,6 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
@@ -52,14 +51,14 @@ class ExpertRanks:
         return experts_TK // num_local % self.tensor.size == self.tensor.index
 
     def start(
-        self, experts: Experts, rows: paddle.Tensor, assignment: Assignment, num_tokens: int
+        self, experts: Experts, rows: paddle.Tensor, counts: list[int], num_tokens: int
     ) -> Callable[[], paddle.Tensor]:
-        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the ranks of their experts. The function that
-        is returned gives the experts' outputs [R, D], in the same order. Where the backend allows, the rows are sent
-        while the caller computes something else before calling it.
+        """Send rows sorted by expert [R, D], `counts` of each expert [E], of `num_tokens` tokens, to the ranks of their
+        experts. The function that is returned gives the experts' outputs [R, D], in the same order. Where the backend
+        allows, the rows are sent while the caller computes something else before calling it.
         """
-        num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
-        by_shard = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
+        num_local = len(counts) // (self.expert.size * self.tensor.size)
+        by_shard = np.array(counts).reshape(self.expert.size, self.tensor.size, num_local)
         counts_NL = by_shard[:, self.tensor.index]
         if self.expert.size == 1:
             return lambda: experts(rows, counts_NL[0].tolist())

@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.moe import device_dispatch
 from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.dispatch import assign, combine, dispatch
 from erniekit.moe.experts import Experts
@@ -167,12 +168,30 @@ class MoELayer(nn.Layer):
             local = self.ranks.local_pairs(chosen, self.sizes.num_local_experts)
             keep = local if keep is None else keep & local
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
-        assignment = assign(chosen, num_experts, keep)
-        rows = dispatch(x_TD, assignment)
-        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment, len(chosen))
+        rows, counts, add_up = _dispatch(x_TD, weights, routing.experts, chosen, num_experts, keep)
+        done = None if self.ranks is None else self.ranks.start(experts, rows, counts, len(chosen))
 
         def finish() -> paddle.Tensor:
-            made = experts(rows, assignment.counts) if done is None else done()
-            return combine(made, weights, assignment)
+            return add_up(experts(rows, counts) if done is None else done())
 
         return finish, Routed(routing, usage, dropped, row_lengths)
+
+
+def _dispatch(
+    x_TD: paddle.Tensor,
+    weights_TK: paddle.Tensor,
+    experts_TK: paddle.Tensor,
+    on_host_TK: np.ndarray,
+    num_experts: int,
+    keep_TK: np.ndarray | None,
+) -> tuple[paddle.Tensor, list[int], Callable[[paddle.Tensor], paddle.Tensor]]:
+    """The tokens' copies sorted by expert [R, D], the number of each expert's, and the weighted sum of the experts'
+    outputs as a function: [R, D] -> [T, D].
+    """
+    num_pairs = on_host_TK.size if keep_TK is None else int(keep_TK.sum())
+    if device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1]):
+        on_device = device_dispatch.assign(experts_TK, weights_TK, on_host_TK, num_experts, keep_TK)
+        rows = device_dispatch.dispatch(x_TD, on_device)
+        return rows, on_device.counts, lambda made: device_dispatch.combine(made, weights_TK, on_device)
+    assignment = assign(on_host_TK, num_experts, keep_TK)
+    return dispatch(x_TD, assignment), assignment.counts, lambda made: combine(made, weights_TK, assignment)
