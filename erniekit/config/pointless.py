@@ -277,6 +277,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
+    Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(
         "multi_token_pred_lambda",

@@ -23,12 +23,14 @@ from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
 from erniekit.training.output_dir import OutputDir
+from erniekit.training.profiling import make_profiler
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
 from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
+from erniekit.utils.spans import span
 from erniekit.utils.user_files import read_json_object
 
 # Keys of the values that are fetched together with a stage's sums.
@@ -52,6 +54,7 @@ class Trainer:
         self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
+        self.profiler = make_profiler(run) if run.cfg.profile else None
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -108,7 +111,9 @@ class Trainer:
         """Run steps until all are done, the data has ended, or a signal asks the run to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
             if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
-                return
+                break
+        if self.profiler is not None:
+            self.profiler.finish()
 
     def _info(self) -> RunInfo:
         return RunInfo(
@@ -123,14 +128,19 @@ class Trainer:
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
         epochs, asked = self.run.loader.epochs_done, time.perf_counter()
+        if self.profiler is not None:
+            self.profiler.before_step(self.state.step)
         try:
-            batches = self._next_batches()
+            with span("data"):
+                batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
             return False
         waited = time.perf_counter() - asked
         metrics = replace(self.train_step(batches), data_seconds=waited)
+        if self.profiler is not None:
+            self.profiler.after_step(metrics)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
         every = self.cfg.check_replicas_steps
@@ -166,14 +176,17 @@ class Trainer:
         step = self.state.step
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
-        microbatches = self.run.recipe.prepare(batches)
+        with span("prepare"):
+            microbatches = self.run.recipe.prepare(batches)
         stage, gradients = self._forward_backward(microbatches)
-        sums, norm, biases = self._fetch(stage, gradients)
+        with span("gradients"):
+            sums, norm, biases = self._fetch(stage, gradients)
         self._require_finite(sums.loss, norm, gradients, microbatches)
-        clip_(gradients, norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
-        self.run.optimizer.step(gradients, learning_rate)
-        self.run.sync.clear()
+        with span("optimizer"):
+            clip_(gradients, norm, self.cfg.max_grad_norm)
+            self.run.optimizer.step(gradients, learning_rate)
+            self.run.sync.clear()
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -209,7 +222,8 @@ class Trainer:
         )
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
-        return stage, sync.finish()
+        with span("gradients"):
+            return stage, sync.finish()
 
     def _fetch(
         self, stage: TrainStage, gradients: dict[str, paddle.Tensor]
