@@ -278,6 +278,7 @@ _OPTIMIZER_RULES = [
         "fine_tuning: LoRA trains no routers",
     ),
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
+    Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(
         "multi_token_pred_lambda",

@@ -8,6 +8,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.nn import fused
+from erniekit.nn.narrow import add, matmul
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -33,8 +34,8 @@ class Head:
 
     def local_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V those of this rank."""
-        logits = paddle.matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
-        return logits if self.bias is None else logits + self.bias
+        logits = matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
+        return logits if self.bias is None else add(logits, self.bias)
 
     def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V the whole vocabulary. With a group, without gradient."""
@@ -126,7 +127,7 @@ class HeadGradients:
         """
         weight, bias, by_vocab = self.head.weight, self.head.bias, self.head.by_vocab
         p = dlogits_TV.astype(x_TD.dtype)
-        self._hidden.append(paddle.matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
+        self._hidden.append(matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
         if not weight.stop_gradient:
             scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
             first, second = (p, scaled) if by_vocab else (scaled, p)
@@ -153,7 +154,7 @@ def _add_product(left: paddle.Tensor, right: paddle.Tensor, total: paddle.Tensor
     """total + left^T right in fp32, in place of `total`."""
     if fused.applies(fused.ADD_PRODUCT, left):
         return fused.add_product(left, right, total)
-    part = paddle.matmul(left, right, transpose_x=True).astype("float32")
+    part = matmul(left, right, transpose_x=True).astype("float32")
     return part if total is None else total.add_(part)
 
 

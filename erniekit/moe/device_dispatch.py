@@ -106,6 +106,33 @@ class _Combine(PyLayer):
         return assignment.weigh(copied) if rows_need_gradient else None, dweights
 
 
+class _RowWeights(PyLayer):
+    """The weight of each row; the adjoint puts a row's gradient back to its pair."""
+
+    @staticmethod
+    def forward(ctx, weights_TK: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        assert assignment.row_weights is not None, "dispatch comes first"
+        return assignment.row_weights.clone()
+
+    @staticmethod
+    def backward(ctx, dweights_R1: paddle.Tensor) -> paddle.Tensor:
+        return ctx.assignment.by_pair(dweights_R1)
+
+
+class _SumRows(PyLayer):
+    """The sum of each token's K rows; the adjoint copies the token's gradient to them."""
+
+    @staticmethod
+    def forward(ctx, rows: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        return assignment.unpermute(rows)
+
+    @staticmethod
+    def backward(ctx, dy_TD: paddle.Tensor) -> paddle.Tensor:
+        return ctx.assignment.permute(dy_TD)
+
+
 def dispatch(x_TD: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
     """[T, D] -> rows sorted by expert [R, D]."""
     return _Dispatch.apply(x_TD, assignment)
@@ -114,3 +141,13 @@ def dispatch(x_TD: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor
 def combine(rows: paddle.Tensor, weights_TK: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
     """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A pair that is left out contributes nothing."""
     return _Combine.apply(rows, weights_TK, assignment)
+
+
+def row_weights(weights_TK: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
+    """The routing weight of each sorted row: [T, K] fp32 -> [R, 1] fp32."""
+    return _RowWeights.apply(weights_TK, assignment)
+
+
+def sum_rows(rows: paddle.Tensor, assignment: DeviceAssignment) -> paddle.Tensor:
+    """Plain sum of each token's rows, which the experts have weighed: [R, D] -> [T, D]."""
+    return _SumRows.apply(rows, assignment)

@@ -6,18 +6,19 @@ its group of experts. Shared experts serve both modalities. Legend: T tokens, D 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.moe import device_dispatch
+from erniekit.moe import device_dispatch, dispatch
 from erniekit.moe.all_to_all import ExpertRanks
-from erniekit.moe.dispatch import assign, combine, dispatch
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
 
 TEXT, VISION = 0, 1
@@ -96,6 +97,10 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
+    def all_experts(self) -> list[Experts]:
+        """The routed experts of each modality."""
+        return [self.experts] if len(self.sizes.intermediate_sizes) == 1 else [self.experts, self.vision_experts]
+
     @property
     def correction_bias(self) -> paddle.Tensor:
         """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
@@ -123,10 +128,10 @@ class MoELayer(nn.Layer):
         shared = None if self.shared_experts is None else self.shared_experts(x_TD)
         y = finish()
         if num_rows != num_tokens:
-            y = paddle.concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
+            y = concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
         if self.ranks is not None:
             y = self.ranks.leave(y)
-        return y if shared is None else y + shared, decisions
+        return y if shared is None else add(y, shared), decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
@@ -137,14 +142,14 @@ class MoELayer(nn.Layer):
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
             if modality == TEXT or len(where) or needed:
-                selected = paddle.gather(x_TD, paddle.to_tensor(where))
+                selected = gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths)
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
                     decisions[modality] = routed
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
-        return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
+        return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
     def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
         """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""
@@ -168,11 +173,13 @@ class MoELayer(nn.Layer):
             local = self.ranks.local_pairs(chosen, self.sizes.num_local_experts)
             keep = local if keep is None else keep & local
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
-        rows, counts, add_up = _dispatch(x_TD, weights, routing.experts, chosen, num_experts, keep)
-        done = None if self.ranks is None else self.ranks.start(experts, rows, counts, len(chosen))
+        rows, of_rows, counts, add_up = _dispatch(
+            x_TD, weights, routing.experts, chosen, num_experts, keep, experts.takes_weights
+        )
+        done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, counts, len(chosen))
 
         def finish() -> paddle.Tensor:
-            return add_up(experts(rows, counts) if done is None else done())
+            return add_up(experts(rows, counts, of_rows) if done is None else done())
 
         return finish, Routed(routing, usage, dropped, row_lengths)
 
@@ -184,14 +191,21 @@ def _dispatch(
     on_host_TK: np.ndarray,
     num_experts: int,
     keep_TK: np.ndarray | None,
-) -> tuple[paddle.Tensor, list[int], Callable[[paddle.Tensor], paddle.Tensor]]:
-    """The tokens' copies sorted by expert [R, D], the number of each expert's, and the weighted sum of the experts'
-    outputs as a function: [R, D] -> [T, D].
+    weigh_rows: bool,
+) -> tuple[paddle.Tensor, paddle.Tensor | None, list[int], Callable[[paddle.Tensor], paddle.Tensor]]:
+    """The tokens' copies sorted by expert [R, D]; their routing weights [R, 1], if the experts take these
+    (`weigh_rows`); the number of each expert's rows; and the function that sums the experts' outputs [R, D] -> [T, D],
+    weighing them unless the experts do.
     """
     num_pairs = on_host_TK.size if keep_TK is None else int(keep_TK.sum())
-    if device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1]):
-        on_device = device_dispatch.assign(experts_TK, weights_TK, on_host_TK, num_experts, keep_TK)
-        rows = device_dispatch.dispatch(x_TD, on_device)
-        return rows, on_device.counts, lambda made: device_dispatch.combine(made, weights_TK, on_device)
-    assignment = assign(on_host_TK, num_experts, keep_TK)
-    return dispatch(x_TD, assignment), assignment.counts, lambda made: combine(made, weights_TK, assignment)
+    # Both modules have the same functions.
+    on_device = device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1])
+    by: ModuleType = device_dispatch if on_device else dispatch
+    if on_device:
+        pairs: Any = device_dispatch.assign(experts_TK, weights_TK, on_host_TK, num_experts, keep_TK)
+    else:
+        pairs = dispatch.assign(on_host_TK, num_experts, keep_TK)
+    rows = by.dispatch(x_TD, pairs)
+    if weigh_rows:
+        return rows, by.row_weights(weights_TK, pairs), pairs.counts, lambda made: by.sum_rows(made, pairs)
+    return rows, None, pairs.counts, lambda made: by.combine(made, weights_TK, pairs)

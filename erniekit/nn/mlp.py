@@ -9,6 +9,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn import fused
 from erniekit.nn.linear import Linear
+from erniekit.nn.narrow import rounded
 
 
 @lru_cache(maxsize=64)
@@ -53,6 +54,10 @@ def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     if not gate_up.place.is_cpu_place():
         gate, up = gate_up.chunk(2, axis=-1)
         return nn.functional.silu(gate) * up
+    return rounded(_cpu_swiglu, gate_up)
+
+
+def _cpu_swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     *lead, width = gate_up.shape
     return _SwiGLU.apply(gate_up.reshape([-1, width])).reshape([*lead, width // 2])
 

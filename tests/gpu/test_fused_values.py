@@ -94,7 +94,7 @@ def grouped(random: np.random.Generator) -> Arrays:
     return gradients(lambda x, w: grouped_matmul(x, w, [3, 0, 6, 2]), random, "bfloat16", x=rows, w=weight)
 
 
-def _sparse_layer(random: np.random.Generator, capacity: float | None) -> Arrays:
+def _sparse_layer(random: np.random.Generator, capacity: float | None, takes_weights: bool = False) -> Arrays:
     import paddle
 
     from erniekit.moe.layer import MoELayer, MoESizes, TokenInfo
@@ -106,6 +106,7 @@ def _sparse_layer(random: np.random.Generator, capacity: float | None) -> Arrays
         layer = MoELayer(MoESizes(16, (8,), 6, 1, False, 0.3), RouterOptions(2, capacity=capacity))
     finally:
         paddle.set_default_dtype("float32")
+    layer.experts.takes_weights = takes_weights
     found = gradients(lambda x: layer(x, TokenInfo([13]))[0], random, "bfloat16", x=random.normal(size=(13, 16)))
     return found | {name: p.grad.astype("float32").numpy() for name, p in layer.named_parameters()}
 
@@ -116,6 +117,10 @@ def sparse_layer(random: np.random.Generator) -> Arrays:
 
 def sparse_layer_that_drops(random: np.random.Generator) -> Arrays:
     return _sparse_layer(random, 0.6)
+
+
+def sparse_layer_whose_experts_weigh(random: np.random.Generator) -> Arrays:
+    return _sparse_layer(random, None, takes_weights=True)
 
 
 def _head(random: np.random.Generator, by_vocab: bool) -> Arrays:
@@ -149,6 +154,7 @@ CASES: dict[str, tuple[set[str], float]] = {
     "grouped": ({"batched_gemm"}, 1e-6),
     "sparse_layer": ({"moe_permute", "moe_unpermute", "batched_gemm", "swiglu"}, 0.012),
     "sparse_layer_that_drops": ({"moe_permute", "moe_unpermute", "batched_gemm", "swiglu"}, 0.012),
+    "sparse_layer_whose_experts_weigh": ({"moe_permute", "moe_unpermute", "batched_gemm", "swiglu"}, 0.012),
     "tied_head": ({"fused_linear_param_grad_add"}, 0.006),
     "untied_head": ({"fused_linear_param_grad_add"}, 0.006),
 }
