@@ -42,7 +42,7 @@ def start() -> None:
     from erniekit.precision import policy
 
     choose = policy.choose
-    policy.choose = lambda compute_type, device: choose(compute_type, "gpu:0")
+    policy.choose = lambda compute_type, device, *rest: choose(compute_type, "gpu:0", *rest)
     start.done = True  # type: ignore[attr-defined]
 
 
