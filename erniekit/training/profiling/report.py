@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from erniekit.training.profiling.recorder import (
@@ -33,6 +33,15 @@ class RankTimes:
     intervals: list[Interval]
     peak_bytes: int
     sent: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain lists and dicts."""
+        return asdict(self) | {"intervals": [list(vars(interval).values()) for interval in self.intervals]}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "RankTimes":
+        """The inverse."""
+        return cls(**(fields | {"intervals": [Interval(*values) for values in fields["intervals"]]}))
 
     @property
     def seconds(self) -> float:
