@@ -34,6 +34,7 @@ from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.weights import our_shapes
+from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
@@ -94,7 +95,7 @@ class ModelOptions:
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
     a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
-    returned in.
+    returned in. `fused`: use Paddle's fused operators where they apply, in this process.
     """
 
     precision: Policy
@@ -106,6 +107,7 @@ class ModelOptions:
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
     training: bool = False
+    fused: bool = True
 
 
 def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
@@ -129,6 +131,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
         training=True,
+        fused=cfg.fused_operators,
     )
 
 
@@ -153,6 +156,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
         sequence_parallel=cfg.sequence_parallel,
+        fused=cfg.fused_operators,
     )
 
 
@@ -222,6 +226,7 @@ class PreparedModel:
             chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
         """
         runtime.ensure_threads()
+        fused.enable(self.options.fused)
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks

@@ -53,6 +53,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
             "lr_scheduler_type: wsd takes the step up to which the rate is steady, as in wsd:1000, got "
             f"{cfg.lr_scheduler_type!r}"
         )
+    if cfg.profile_step_end < cfg.profile_step_start:
+        yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
 

@@ -256,6 +256,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
         "no routed experts multiply in FP8",
     ),
+    Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(

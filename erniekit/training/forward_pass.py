@@ -19,6 +19,7 @@ from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
 from erniekit.utils import heartbeat
+from erniekit.utils.spans import span
 
 
 class ChunkRunner:
@@ -53,9 +54,10 @@ class ChunkRunner:
     def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
         if microbatch not in self._inputs:
             batch = self.microbatches[microbatch]
-            self._inputs[microbatch] = batch_inputs(
-                self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
-            )
+            with span("inputs"):
+                self._inputs[microbatch] = batch_inputs(
+                    self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
+                )
         is_last = chunk == len(self.model.chunks) - 1
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 

@@ -20,6 +20,7 @@ from erniekit.training.forward_pass import ChunkRunner
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import idle_router, router_terms
 from erniekit.utils.device_sums import DeviceSums
+from erniekit.utils.spans import span
 
 
 def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
@@ -97,7 +98,8 @@ class TrainStage:
                 self.on_device.add(_RouterSum(router, name), value)
         if not runner.reaches_head(chunk):
             return x_TD, self._share(terms)
-        head_terms = self.recipe.head_terms(runner.model, x_TD, inputs, runner.microbatches[microbatch])
+        with span("head and loss"):
+            head_terms = self.recipe.head_terms(runner.model, x_TD, inputs, runner.microbatches[microbatch])
         return None, self._share(head_terms | terms)
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:

@@ -51,7 +51,8 @@ _KEYS = {
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
-        compute_type amp_master_grad emulate_precision scale_loss moment_dtype loss_subbatch_seqlen z_loss_lambda
+        compute_type fused_operators amp_master_grad emulate_precision scale_loss moment_dtype loss_subbatch_seqlen
+        z_loss_lambda
         multi_token_pred_lambda
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
@@ -79,7 +80,8 @@ _KEYS = {
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache
         do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
-        overwrite_output_dir disable_tqdm resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
+        overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
+        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
         ignore_data_skip optim offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
