@@ -97,14 +97,14 @@ def _layer(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, numbe
     if granularity == "full":
         inside = [first, *attention, ops.add(device, width, "attention"), second, *feed_forward]
         # the input is the residual stream, which the operation before has kept
-        return [ops.recomputed(inside, 0.0, "recomputed layers"), ops.add(device, width, "recomputed layers")]
+        return [ops.recomputed(inside, 0.0, row, "recomputed layers"), ops.add(device, width, "recomputed layers")]
     if granularity == "full_attn":
-        attention = [ops.recomputed(attention, row, "attention")]
+        attention = [ops.recomputed(attention, row, row, "attention")]
     elif granularity == "core_attn":
-        core = ops.recomputed(attention[1:2], attention[0].forward, "attention")
+        core = ops.recomputed(attention[1:2], attention[0].forward, 0.0, "attention")
         attention = [attention[0], core, *attention[2:]]
     if layer.sparse and (granularity == "moe" or (granularity and cfg.use_recompute_moe)):
-        feed_forward = [ops.recomputed(feed_forward, row, "experts")]
+        feed_forward = [ops.recomputed(feed_forward, row, row, "experts")]
     middle = ops.add(device, width, "attention")
     return [first, *attention, middle, second, *feed_forward, ops.add(device, width, "feed-forward")]
 
