@@ -2,6 +2,7 @@
 runs, from tests/fixtures/published. Used by tools/plan_accuracy.py and by tests.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from erniekit.plan.operations import (
     mlp_values,
     router_product,
     routing_values,
+    scaled,
 )
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "published"
@@ -75,9 +77,9 @@ def _layer(shape: dict[str, Any], number: int) -> Layer:
     top_k, experts, shared = shape["top_k"], shape["experts"], shape.get("shared", 0)
     products += [router_product(hidden, experts), *expert_products(hidden, shape["expert"], top_k, experts)]
     products += mlp_products(hidden, shared) if shared else ()
-    values += mlp_values(hidden, shape["expert"] * top_k + shared) + routing_values(hidden, top_k)
-    hosts = shape.get("top_hosts", 0)
-    return Layer("sparse", hidden, tuple(products), cores, values, top_k, experts, bool(shared), hosts)
+    values += mlp_values(hidden, shape["expert"] * top_k + shared)
+    moved, hosts = routing_values(hidden, top_k), shape.get("top_hosts", 0)
+    return Layer("sparse", hidden, tuple(products), cores, values, top_k, experts, bool(shared), moved, hosts)
 
 
 _RECOMPUTED = {
@@ -139,6 +141,9 @@ def _published(row: dict[str, Any]) -> Published:
 def run_of_row(row: dict[str, Any]) -> Run:
     """The planner's input for a row of runs.yaml."""
     work = operations(row["model"], row.get("ahead", False))
+    if row.get("both_ends"):  # a bidirectional pipeline: both ends have the head, each for half of the microbatches
+        half = tuple(scaled(layer, 0.5) for layer in work.last)
+        work = dataclasses.replace(work, first=half, last=half)
     data, microbatch = row.get("data", 1), row.get("microbatch", 1)
     tensor, chunks = row.get("tensor", 1), row.get("chunks", 1)
     layout = Layout(
@@ -168,9 +173,10 @@ def run_of_row(row: dict[str, Any]) -> Run:
     # Heads are in 16 bits, where a product takes about twice as long as in FP8.
     slower = 1.0 if layout.precision == "bf16" else 2.0
     lengths = list(layout.lengths)
-    costs = Costs(
-        tuple(forward_flops(layer, lengths) for layer in work.layers),
-        last=sum(forward_flops(layer, lengths) * (slower if layer.kind == "head" else 1.0) for layer in work.last),
-    )
+
+    def cost(layers: tuple[Layer, ...]) -> float:
+        return sum(forward_flops(layer, lengths) * (slower if layer.kind == "head" else 1.0) for layer in layers)
+
+    costs = Costs(tuple(cost((layer,)) for layer in work.layers), cost(work.first), cost(work.last))
     numbers = split_layers(len(work.layers), layout.pipeline * chunks, "balanced", costs)
     return Run(work, layout, [numbers[stage :: layout.pipeline] for stage in range(layout.pipeline)])

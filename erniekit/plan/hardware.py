@@ -32,6 +32,7 @@ class Efficiency:
     weight_gradient: Mapping[str, float]
     attention: Mapping[str, float]
     memory: float
+    permute: float
     fast: Mapping[str, float]
     network: Mapping[str, float]
     latency_us: Mapping[str, float]
@@ -208,7 +209,8 @@ class _Tables:
             for key, parts in _TABLES.items()
         }
         sizes = sorted((int(key), _positive(self.size, key, "size")) for key in self.size)
-        return Efficiency(memory=_positive(entry, "memory", name), size=tuple(sizes), **tables)  # type: ignore[arg-type]
+        return Efficiency(
+            memory=_positive(entry, "memory", name), permute=_positive(entry, "permute", name), size=tuple(sizes), **tables)  # type: ignore[arg-type]
 
     def _resolve(self, table: dict[str, dict[str, Any]], name: str, section: str) -> dict[str, Any]:
         """The entry with what it does not give itself taken from the one that `like` names, and so on."""

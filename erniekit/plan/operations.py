@@ -81,7 +81,8 @@ class Layer:
     """One layer, the head, or another block with its own products.
 
     `hidden`: the width of its rows. `values`: numbers that elementwise kernels of the forward pass read and write for
-    each token (norms, rotation, activation, residual sums, permutation of rows), fused as far as is usual.
+    each token (norms, rotation, activation, residual sums), fused as far as is usual; `permuted`: those of kernels that
+    sort rows by expert and back.
     `top_k`, `num_experts`: of a sparse layer.
     """
 
@@ -93,6 +94,7 @@ class Layer:
     top_k: int = 0
     num_experts: int = 0
     shared: bool = False
+    permuted: float = 0.0
     top_hosts: int = 0  # the router limits a token's experts to those of this many hosts; 0: it does not
 
     @property
@@ -153,6 +155,13 @@ def router_product(hidden: int, experts: int) -> Product:
     return Product("router", hidden, experts, tensor_split="", counted=False)
 
 
+def scaled(layer: Layer, share: float) -> Layer:
+    """A layer that only this share of the tokens passes."""
+    products = tuple(replace(product, rows=product.rows * share) for product in layer.products)
+    cores = tuple(replace(core, rows=core.rows * share) for core in layer.cores)
+    return replace(layer, products=products, cores=cores, values=layer.values * share, permuted=layer.permuted * share)
+
+
 def head_layer(hidden: int, vocabulary: int, share: float = 1.0) -> Layer:
     """The output head with its loss: fp32 logits are written once and read twice."""
     return Layer("head", hidden, (Product("head", hidden, vocabulary, rows=share),), values=4.0 * hidden + 6 * vocabulary * share)
@@ -210,8 +219,17 @@ def _layer(model: ModelConfig, job: Job, sparse: bool) -> Layer:
         active += width * model.moe_k * share
     if shared:
         products += mlp_products(hidden, shared)
-    values += mlp_values(hidden, active) + routing_values(hidden, model.moe_k)
-    return Layer("sparse", hidden, tuple(products), cores, values, model.moe_k, model.moe_num_experts, bool(shared))
+    return Layer(
+        "sparse",
+        hidden,
+        tuple(products),
+        cores,
+        values + mlp_values(hidden, active),
+        model.moe_k,
+        model.moe_num_experts,
+        bool(shared),
+        routing_values(hidden, model.moe_k),
+    )
 
 
 def _vision(model: ModelConfig, vision: VisionConfig, job: Job) -> tuple[Layer, ...]:

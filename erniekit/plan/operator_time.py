@@ -59,14 +59,16 @@ def product_seconds(product: Product, layout: Layout, card: Hardware, weight_gra
 
 def quantise_seconds(product: Product, layout: Layout, card: Hardware, backward: bool = False) -> float:
     """Casts of a product's input (forward) or output gradient (backward) to FP8, by rows and by columns: 16 bits are
-    read, and 8 written twice.
+    read, and 8 written twice. With scales of blocks the columns are a second pass over the input.
     """
-    if product_precision(product, layout) not in ("fp8", "fp8_blockwise"):
+    precision = product_precision(product, layout)
+    if precision not in ("fp8", "fp8_blockwise"):
         return 0.0
     rows = layout.rank_tokens * product.rows
     divided = layout.tensor if product.experts > 1 or product.tensor_split == ("outputs" if backward else "inputs") else 1
     features = product.outputs if backward else product.inputs
-    return 4.0 * rows * features / divided / card.memory_bandwidth
+    moved = 8.0 if precision == "fp8_blockwise" else 4.0
+    return moved * rows * features / divided / card.memory_bandwidth
 
 
 def core_seconds(core: Core, layout: Layout, card: Hardware, backward: bool = False) -> float:
@@ -89,6 +91,9 @@ def elementwise_seconds(layer: Layer, layout: Layout, card: Hardware) -> float:
     """
     whole = 0.0 if layout.sequence_parallel or layer.kind == "head" else min(10.0 * layer.hidden, layer.values)
     values = whole + (layer.values - whole) / layout.tensor
+    fused = layout.deduplicated  # such kernels sort the rows while they send them
+    permuting = card.efficiency.memory / card.efficiency.permute if not fused else 1.0
+    values += layer.permuted / layout.tensor * permuting
     return values * layout.element_bytes * layout.rank_tokens / card.memory_bandwidth
 
 
