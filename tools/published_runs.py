@@ -15,10 +15,10 @@ from erniekit.plan.flops import FULL, Recomputed, forward_flops
 from erniekit.plan.hardware import load_hardware
 from erniekit.plan.layout import Layout, Run
 from erniekit.plan.timing import StepTime, step_time
-from erniekit.plan.operations import (
+from erniekit.plan.work import (
     Core,
     Layer,
-    Operations,
+    Work,
     Product,
     attention_products,
     attention_values,
@@ -39,7 +39,7 @@ def shapes() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((DIRECTORY / "models.yaml").read_text("utf-8"))
 
 
-def operations(name: str, ahead: bool = False) -> Operations:
+def operations(name: str, ahead: bool = False) -> Work:
     """The operations of a published model; `ahead`: with its block for multi-token prediction."""
     shape = shapes()[name]
     hidden = shape["hidden"]
@@ -49,7 +49,7 @@ def operations(name: str, ahead: bool = False) -> Operations:
     if ahead:
         join = Layer("join", hidden, (Product("mlp", 2 * hidden, hidden, tensor_split=""),), values=6.0 * hidden)
         last = [join, layers[-1], head, head]
-    return Operations(hidden, (), layers, tuple(last), hidden * shape["vocabulary"])
+    return Work(hidden, (), layers, tuple(last), hidden * shape["vocabulary"])
 
 
 def _layer(shape: dict[str, Any], number: int) -> Layer:

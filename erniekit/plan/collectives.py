@@ -18,7 +18,7 @@ from erniekit.parallel.traffic import (
     tensor_parallel_bytes,
 )
 from erniekit.plan.layout import Layout, Run
-from erniekit.plan.operations import Layer
+from erniekit.plan.work import Layer
 
 
 def _decoder(layer: Layer) -> bool:

@@ -7,7 +7,7 @@ pass is one product instead of two. Recomputation is not part of model FLOPs; wi
 
 from dataclasses import dataclass
 
-from erniekit.plan.operations import Core, Layer, Operations
+from erniekit.plan.work import Core, Layer, Work
 
 RECOMPUTE = ("full", "full_attn", "core_attn", "moe")
 
@@ -76,7 +76,7 @@ def recomputed_flops(layer: Layer, lengths: list[int], recomputed: Recomputed) -
 
 
 def token_flops(
-    work: Operations, lengths: list[int], recomputed: Recomputed = NOTHING, reference: bool = False
+    work: Work, lengths: list[int], recomputed: Recomputed = NOTHING, reference: bool = False
 ) -> TokenFlops:
     """FLOPs of one token in rows of documents of these lengths. The first frozen layers still pass gradients on, except
     for a vision part without trained weights, which nothing below needs.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from erniekit.parallel.pipeline_schedule import Action, plan
 from erniekit.plan.flops import NOTHING, Recomputed, recomputed_by
 from erniekit.plan.job import Job
-from erniekit.plan.operations import Layer, Operations
+from erniekit.plan.work import Layer, Work
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Run:
     as numbers of decoder layers.
     """
 
-    work: Operations
+    work: Work
     layout: Layout
     numbers: list[list[tuple[int, ...]]]
 
@@ -101,8 +101,8 @@ class Run:
         return layer_number not in self.layout.recomputed.not_in
 
 
-def run_of(job: Job, work: Operations) -> Run:
-    """A job's layout; `work`: what its model computes (operations_of)."""
+def run_of(job: Job, work: Work) -> Run:
+    """A job's layout; `work`: what its model computes (work_of)."""
     return Run(work, layout_of(job), job.stages)
 
 

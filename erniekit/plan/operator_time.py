@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from erniekit.plan.collectives import expert_rows, tensor_bytes
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.layout import Layout
-from erniekit.plan.operations import Core, Layer, Product
+from erniekit.plan.work import Core, Layer, Product
 
 # FlashAttention's backward pass has 5 products where the forward pass has 2; papers give its speed in these FLOPs.
 BACKWARD_CORE = 2.5

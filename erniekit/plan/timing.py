@@ -17,7 +17,7 @@ from erniekit.plan.events import Timeline, execute
 from erniekit.plan.flops import TokenFlops, token_flops
 from erniekit.plan.hardware import GIGA, Hardware
 from erniekit.plan.layout import Layout, Run, run_of
-from erniekit.plan.operations import operations_of
+from erniekit.plan.work import work_of
 from erniekit.plan.operator_time import layer_backward, layer_forward
 from erniekit.plan.job import Job
 
@@ -136,7 +136,7 @@ class StepTime:
 
 def plan_time(job: Job, card: Hardware) -> StepTime:
     """The time of one step of a job on a cluster of these cards."""
-    return step_time(run_of(job, operations_of(job)), card)
+    return step_time(run_of(job, work_of(job)), card)
 
 
 def step_time(run: Run, card: Hardware) -> StepTime:

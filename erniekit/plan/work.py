@@ -1,6 +1,6 @@
 """What a model computes for one token: matrix products and attention, as sizes.
 
-Both the count of FLOPs (plan/flops.py) and the time (plan/timing.py) are sums over these; `operations_of` makes them
+Both the count of FLOPs (plan/flops.py) and the time (plan/timing.py) are sums over these; `work_of` makes them
 from a job. Models of other families can be written as operations by hand, which is how published runs are reproduced.
 
 Legend: D hidden size, E experts, K experts of a token.
@@ -104,7 +104,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Operations:
+class Work:
     """A whole model: what comes before the first layer, the layers, and what comes after the last (blocks for
     multi-token prediction, heads). `embedding`: elements of the embedding that are not also the head's.
     """
@@ -182,7 +182,7 @@ def routing_values(hidden: int, top_k: float) -> float:
     return (4.0 * top_k + 1.0) * hidden
 
 
-def operations_of(job: Job) -> Operations:
+def work_of(job: Job) -> Work:
     """What a job's model computes for each token."""
     model, frozen = job.model, job.is_lora
     layers = tuple(_layer(model, job, model.is_moe_layer(i)) for i in range(model.num_hidden_layers))
@@ -194,7 +194,7 @@ def operations_of(job: Job) -> Operations:
         ahead += [_layer(model, job, sparse=False), head]
     vision = () if model.vision is None or not job.picture_tokens else _vision(model, model.vision, job)
     tied = model.tie_word_embeddings
-    work = Operations(
+    work = Work(
         model.hidden_size, vision, layers, (*ahead, head), 0 if tied else model.hidden_size * model.vocab_size
     )
     return _with_adapters(work, job.cfg.lora_rank) if frozen else work
@@ -273,7 +273,7 @@ def _vision(model: ModelConfig, vision: VisionConfig, job: Job) -> tuple[Layer, 
     return (embed, *[block] * vision.depth, resampler)
 
 
-def _with_adapters(work: Operations, rank: int) -> Operations:
+def _with_adapters(work: Work, rank: int) -> Work:
     """The model with frozen weights, and two narrow products beside each projection of the decoder layers."""
 
     def adapted(layer: Layer) -> Layer:
