@@ -151,7 +151,15 @@ class LinearAdapter(Adapter):
     held constant in the backward pass (section 4.3 of the paper).
     """
 
-    def __init__(self, linear: Linear, slots: dict[str, Slot], dropout: float, dora: bool, dtype: paddle.dtype) -> None:
+    def __init__(
+        self,
+        linear: Linear,
+        slots: dict[str, Slot],
+        dropout: float,
+        dora: bool,
+        dtype: paddle.dtype,
+        values: bool = True,
+    ) -> None:
         super().__init__(slots, dropout)
         self.split, self.dora = linear.split, dora
         self._linear = [linear]  # in a list, so that Paddle does not register it as a sub-layer
@@ -168,7 +176,7 @@ class LinearAdapter(Adapter):
                 # Rounded to 16 bits, the magnitude would differ from |W| and change the model before training.
                 self._add("magnitude", part, [width], paddle.float32)
         self._squares: paddle.Tensor | None = None
-        if dora:
+        if dora and values:
             self.reset_magnitude()
 
     def shard_specs(self) -> dict[str, ShardSpec]:
@@ -221,6 +229,11 @@ class LinearAdapter(Adapter):
             if base is not y:
                 adapted = adapted + (y - base)
         return adapted if len(shape) == 2 else adapted.reshape(shape)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the squared lengths that DoRA keeps, where the model has no weights to measure them."""
+        return 4 * self._linear[0].out_features if self.dora and self._squares is None else 0
 
     def _gain(self, width: int) -> paddle.Tensor:
         """[out] fp32: the trained length of each column divided by its present length; 1 in columns without adapter."""

@@ -71,16 +71,13 @@ class TrainStage:
         cfg: Config,
         model: CausalLM,
         recipe: Recipe,
-        chunks: Sequence[Sequence[int]],
         microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
         dropout: DropoutStep | None = None,
     ) -> None:
         self.cfg, self.recipe, self.counts = cfg, recipe, counts
-        self._runner = ChunkRunner(
-            model, chunks, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout
-        )
+        self._runner = ChunkRunner(model, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout)
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
         self._after_backward = after_backward

@@ -122,14 +122,14 @@ class Trainer:
 
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
-        epochs, asked = self.run.loader.epochs_done, time.perf_counter()
+        epochs, began = self.run.loader.epochs_done, time.perf_counter()
         try:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
             return False
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - began
         metrics = replace(self.train_step(batches), data_seconds=waited)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
@@ -204,9 +204,7 @@ class Trainer:
         counts = global_counts(run.recipe, microbatches, mesh)
         sync = run.sync
         dropout = attention_dropout(self.cfg, self.state.step)
-        stage = TrainStage(
-            self.cfg, run.model, run.recipe, run.forward.chunks, microbatches, counts, sync.after_backward, dropout
-        )
+        stage = TrainStage(self.cfg, run.model, run.recipe, microbatches, counts, sync.after_backward, dropout)
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
         return stage, sync.finish()
@@ -283,8 +281,8 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
-        counts = comm.sum_floats(asked, self.run.mesh.world_group)
+        arrived = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
+        counts = comm.sum_floats(arrived, self.run.mesh.world_group)
         self._stopped_by = next(
             (number for number, count in zip(stop_signals.SIGNALS, counts, strict=True) if count), None
         )
