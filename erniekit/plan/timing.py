@@ -1,0 +1,214 @@
+"""The time of a step: operators on each stage, the pipeline's own lists of actions on a clock, then what follows the
+last backward pass.
+
+The step is `pipeline + data + optimizer`: `pipeline` is executed by plan/events.py with the seconds of each stage's
+chunks; `data` is what the backward pass of the last microbatch does not hide of the exchange of gradients and weights.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from erniekit.parallel.pipeline_schedule import Compute, Forward
+from erniekit.plan.collectives import data_bytes, trained_entries, transfer_bytes
+from erniekit.plan.events import Timeline, execute
+from erniekit.plan.flops import TokenFlops, token_flops
+from erniekit.plan.hardware import GIGA, Hardware
+from erniekit.plan.layout import Layout, Run, run_of
+from erniekit.plan.work import work_of
+from erniekit.plan.operator_time import layer_backward, layer_forward
+from erniekit.plan.job import Job
+
+# Bytes that AdamW moves for one parameter: gradient and three fp32 numbers of state read, these and the weight written.
+ADAM_BYTES = 30
+# Parameters a second that a host with two processors updates (AdamW in host memory), for all its cards together.
+HOST_ADAM = 3e9
+# Share of the optimizer's fp32 state that crosses to the host and back for each parameter, in bytes.
+OFFLOADED_BYTES = 24
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one microbatch on each chunk of a stage, by kind; `data`: seconds of the collectives of gradients and
+    weights in a step, of which `data_exposed` are not hidden; `optimizer`: of the update.
+    """
+
+    forward: tuple[Counter[str], ...]
+    backward: tuple[Counter[str], ...]
+    data: float
+    data_exposed: float
+    optimizer: float
+    offload: float
+
+    @property
+    def microbatch(self) -> float:
+        """Seconds of all chunks' forward and backward pass."""
+        return sum(sum(chunk.values()) for chunk in (*self.forward, *self.backward))
+
+    @property
+    def after(self) -> float:
+        """Seconds after the last backward pass."""
+        return self.data_exposed + self.optimizer + self.offload
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A planned step. `seconds_by_kind`: of the slowest stage, with the bubble; they add up to `seconds`."""
+
+    run: Run
+    card: Hardware
+    stages: tuple[StageTime, ...]
+    timeline: Timeline = field(repr=False)
+    flops: TokenFlops
+    transfer: float
+
+    @cached_property
+    def pipeline_seconds(self) -> float:
+        """From the first forward to the last backward pass."""
+        return float(self.timeline.seconds[0])
+
+    @cached_property
+    def seconds(self) -> float:
+        """The whole step."""
+        ends = [float(end[0]) + stage.after for end, stage in zip(self.timeline.finished, self.stages)]
+        return max(ends)
+
+    @property
+    def slowest(self) -> int:
+        """The stage that computes longest."""
+        return int(np.argmax([stage.microbatch for stage in self.stages]))
+
+    @property
+    def bubble(self) -> float:
+        """The share of the pipeline's time in which a stage is idle, on average."""
+        return 1 - float(self.timeline.busy.mean()) / self.pipeline_seconds
+
+    @property
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Where the time of the slowest stage goes."""
+        stage, times = self.stages[self.slowest], self.run.layout.microbatches
+        spent: Counter[str] = Counter()
+        for chunk in (*stage.forward, *stage.backward):
+            for kind, seconds in chunk.items():
+                spent[kind] += seconds * times
+        idle = self.seconds - sum(spent.values()) - stage.after
+        spent["bubble"] = max(idle, 0.0)
+        spent["data"] += stage.data_exposed
+        spent["optimizer"] += stage.optimizer
+        spent["offload"] += stage.offload
+        return dict((+spent).most_common())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices."""
+        return self.run.layout.step_tokens / self.seconds
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Of one device."""
+        return self.tokens_per_second / self.run.layout.gpus
+
+    def model_flops_per_second(self, convention: str = "causal") -> float:
+        """Of one device; `convention`: causal or full (see plan/flops.py)."""
+        flops = self.flops.causal if convention == "causal" else self.flops.full
+        return self.tokens_per_second_per_gpu * flops
+
+    def mfu(self, convention: str = "causal") -> float:
+        """Model FLOPs utilisation: of the 16-bit peak, also where products are in FP8; on a CPU of its fp32 peak."""
+        peak = self.card.peak("fp32") if self.run.layout.precision == "fp32" else self.card.half_peak
+        return self.model_flops_per_second(convention) / peak
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: with what is computed again."""
+        return self.mfu() * self.flops.hardware / self.flops.causal
+
+    def days(self, tokens: float) -> float:
+        """Days of training on this many tokens, without failures."""
+        return tokens / self.tokens_per_second / 86400
+
+    def gpu_hours(self, tokens: float) -> float:
+        """The same in hours of one device."""
+        return self.days(tokens) * 24 * self.run.layout.gpus
+
+
+def plan_time(job: Job, card: Hardware) -> StepTime:
+    """The time of one step of a job on a cluster of these cards."""
+    return step_time(run_of(job, work_of(job)), card)
+
+
+def step_time(run: Run, card: Hardware) -> StepTime:
+    """The time of one step of a run."""
+    layout = run.layout
+    stages = tuple(_stage_time(run, stage, card) for stage in range(layout.pipeline))
+    rate, latency = card.link("send", 2, layout.spans_hosts(2, layout.data * layout.context * layout.tensor))
+    transfer = transfer_bytes(layout, run.work.hidden) / rate + latency if layout.pipeline > 1 else 0.0
+    totals = [([sum(c.values()) for c in s.forward], [sum(c.values()) for c in s.backward]) for s in stages]
+
+    def duration(stage: int, action: Compute) -> float:
+        return totals[stage][0 if isinstance(action, Forward) else 1][action.chunk]
+
+    timeline = execute(layout.actions(), duration, transfer, layout.synchronous_sends)
+    flops = token_flops(run.work, list(layout.lengths), layout.recomputed, layout.reference)
+    return StepTime(run, card, stages, timeline, flops, transfer)
+
+
+def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
+    layout = run.layout
+    cached: dict[tuple, Counter[str]] = {}
+
+    def of(layer, embedding: bool, backward: bool, recomputed: bool) -> Counter[str]:
+        key = (id(layer), embedding, backward, recomputed)
+        if key not in cached:
+            spent = (
+                layer_backward(layer, layout, card, embedding, recomputed)
+                if backward
+                else layer_forward(layer, layout, card, embedding)
+            )
+            cached[key] = spent
+        return cached[key]
+
+    forward, backward = [], []
+    for chunk, numbers in enumerate(run.numbers[stage]):
+        there: Counter[str] = Counter()
+        back: Counter[str] = Counter()
+        for place, layer in enumerate(run.chunk(stage, chunk)):
+            embedding = stage == chunk == place == 0
+            is_layer = any(layer is run.work.layers[number] for number in numbers)
+            recomputed = is_layer and not set(numbers) <= set(layout.recomputed.not_in)
+            there.update(of(layer, embedding, False, False))
+            back.update(of(layer, embedding, True, recomputed))
+        if layout.reference:  # its forward pass is before the step, without a backward pass
+            there["reference"] = sum(there.values())
+        forward.append(there)
+        backward.append(back)
+    layers = run.stage(stage)
+    entries = trained_entries(layers, layout, run.work.embedding if stage == 0 else 0)
+    data = _data_seconds(entries, layout, card)
+    if layout.zero_stage < 2:
+        # Gradients leave while the last microbatch is computed backward, weights arrive during the first forward pass.
+        hidden = sum(sum(chunk.values()) for chunk in (*forward, *backward))
+    else:
+        hidden = layout.microbatches * sum(sum(chunk.values()) for chunk in (*forward, *backward))
+    one_bucket = data / max(len(layers), 1)
+    exposed = min(max(data - hidden, one_bucket), data)
+    owned = sum(entry.chunk for entry in entries)
+    offload = 0.0
+    optimizer = ADAM_BYTES * owned / card.memory_bandwidth
+    if layout.offload_optimizer:
+        on_host = min(layout.gpus_per_node, layout.gpus)
+        offload = OFFLOADED_BYTES * owned / (card.pcie_gb_s * GIGA) + owned * on_host / HOST_ADAM
+        optimizer = 0.0
+    return StageTime(tuple(forward), tuple(backward), data, exposed, optimizer, offload)
+
+
+def _data_seconds(entries: list, layout: Layout, card: Hardware) -> float:
+    ranks = layout.data * layout.context
+    spans = layout.spans_hosts(ranks, layout.tensor)
+    seconds = 0.0
+    for kind, sent in data_bytes(entries, layout).items():
+        rate, latency = card.link("all_reduce" if kind == "all_reduce" else "all_gather", ranks, spans)
+        seconds += sent / rate + latency * (sent > 0)
+    return seconds

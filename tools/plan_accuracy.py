@@ -1,0 +1,67 @@
+"""The planner's step time against runs that others have published (tests/fixtures/published).
+
+    python tools/plan_accuracy.py             # prints the table of docs/plan-accuracy.md
+    python tools/plan_accuracy.py --write     # writes it into that page
+    python tools/plan_accuracy.py --check     # fails if the page's table differs
+
+Efficiencies come from the sources in erniekit/plan/hardware.yaml; no number is fitted to one run.
+"""
+
+import argparse
+import dataclasses
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import published_runs
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan-accuracy.md"
+BEGIN, END = "<!-- table: tools/plan_accuracy.py -->", "<!-- end of table -->"
+
+
+def table() -> str:
+    """The table in Markdown, with the medians."""
+    lines = ["| run | GPUs | published | planned | error |", "| --- | --- | --- | --- | --- |"]
+    errors: dict[str, list[float]] = {"calibration": [], "held_out": []}
+    for run in published_runs.published():
+        error = run.planned / run.reached - 1
+        errors[run.group].append(abs(error))
+        star = " *" if run.group == "calibration" else ""
+        lines.append(f"| {run.name}{star} | {run.gpus} | {run.shown(run.reached)} | {run.shown(run.planned)} | {error:+.0%} |")
+    both = [*errors["calibration"], *errors["held_out"]]
+    lines += [
+        "",
+        f"Median of the absolute errors: {statistics.median(both):.1%} over {len(both)} runs; "
+        f"{statistics.median(errors['held_out']):.1%} over the {len(errors['held_out'])} held-out ones, "
+        f"{statistics.median(errors['calibration']):.1%} over the {len(errors['calibration'])} that are marked with a star.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print, write or check the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--kinds", action="store_true", help="also print where the time of each run goes")
+    args = parser.parse_args()
+    shown = table()
+    if args.kinds:
+        for run in published_runs.published():
+            total = run.time.seconds
+            kinds = ", ".join(f"{kind} {part / total:.0%}" for kind, part in run.time.seconds_by_kind.items())
+            print(f"{run.name}: {total:.3g} s: {kinds}; MFU {run.time.mfu():.1%}")
+    if not (args.write or args.check):
+        print(shown)
+        return
+    text = PAGE.read_text("utf-8")
+    new = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{shown}\n\n{END}", text, flags=re.DOTALL)
+    if args.check and new != text:
+        sys.exit(f"{PAGE.name} differs from what the planner computes: run tools/plan_accuracy.py --write")
+    if args.write:
+        PAGE.write_text(new, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
