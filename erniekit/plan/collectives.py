@@ -102,7 +102,11 @@ def trained_entries(layers: Sequence[Layer], layout: Layout, embedding: int = 0)
     of_experts = max(ranks // layout.expert, 1)
     dtype = "float32" if layout.element_bytes == 4 else "bfloat16"
     entries = [Entry("dense", (round(dense),), dtype, _placement(ranks, shard))]
-    entries += [Entry("experts", (round(experts),), dtype, _placement(of_experts, min(max(shard // layout.expert, 1), of_experts)))]
+    entries += [
+        Entry(
+            "experts", (round(experts),), dtype, _placement(of_experts, min(max(shard // layout.expert, 1), of_experts))
+        )
+    ]
     return [entry for entry in entries if entry.size]
 
 

@@ -65,7 +65,9 @@ def quantise_seconds(product: Product, layout: Layout, card: Hardware, backward:
     if precision not in ("fp8", "fp8_blockwise"):
         return 0.0
     rows = layout.rank_tokens * product.rows
-    divided = layout.tensor if product.experts > 1 or product.tensor_split == ("outputs" if backward else "inputs") else 1
+    divided = (
+        layout.tensor if product.experts > 1 or product.tensor_split == ("outputs" if backward else "inputs") else 1
+    )
     features = product.outputs if backward else product.inputs
     moved = 8.0 if precision == "fp8_blockwise" else 4.0
     return moved * rows * features / divided / card.memory_bandwidth
@@ -151,7 +153,13 @@ def layer_backward(
         if product.trained:
             spent["products"] += product_seconds(product, layout, card, weight_gradient=True)
             if layout.microbatches > 1 and layout.zero_stage < 3:
-                split = layout.expert * layout.tensor if product.experts > 1 else layout.tensor if product.tensor_split else 1
+                split = (
+                    layout.expert * layout.tensor
+                    if product.experts > 1
+                    else layout.tensor
+                    if product.tensor_split
+                    else 1
+                )
                 spent["accumulate"] += 2 * layout.gradient_bytes * product.parameters / split / card.memory_bandwidth
     spent["attention"] = sum(core_seconds(core, layout, card, backward=True) for core in layer.cores)
     spent["elementwise"] = BACKWARD_ELEMENTWISE * elementwise_seconds(layer, layout, card)

@@ -16,10 +16,10 @@ from erniekit.plan.collectives import data_bytes, trained_entries, transfer_byte
 from erniekit.plan.events import Timeline, execute
 from erniekit.plan.flops import TokenFlops, token_flops
 from erniekit.plan.hardware import GIGA, Hardware
-from erniekit.plan.layout import Layout, Run, run_of
-from erniekit.plan.work import work_of
-from erniekit.plan.operator_time import layer_backward, layer_forward
 from erniekit.plan.job import Job
+from erniekit.plan.layout import Layout, Run, run_of
+from erniekit.plan.operator_time import layer_backward, layer_forward
+from erniekit.plan.work import work_of
 
 # Bytes that AdamW moves for one parameter: gradient and three fp32 numbers of state read, these and the weight written.
 ADAM_BYTES = 30
