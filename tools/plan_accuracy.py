@@ -8,7 +8,6 @@ Efficiencies come from the sources in erniekit/plan/hardware.yaml; no number is 
 """
 
 import argparse
-import dataclasses
 import re
 import statistics
 import sys
@@ -28,13 +27,15 @@ def table() -> str:
         error = run.planned / run.reached - 1
         errors[run.group].append(abs(error))
         star = " *" if run.group == "calibration" else ""
-        lines.append(f"| {run.name}{star} | {run.gpus} | {run.shown(run.reached)} | {run.shown(run.planned)} | {error:+.0%} |")
+        lines.append(
+            f"| {run.name}{star} | {run.gpus} | {run.shown(run.reached)} | {run.shown(run.planned)} | {error:+.0%} |"
+        )
     both = [*errors["calibration"], *errors["held_out"]]
+    medians = {name: f"{statistics.median(values):.1%} over" for name, values in {**errors, "both": both}.items()}
     lines += [
         "",
-        f"Median of the absolute errors: {statistics.median(both):.1%} over {len(both)} runs; "
-        f"{statistics.median(errors['held_out']):.1%} over the {len(errors['held_out'])} held-out ones, "
-        f"{statistics.median(errors['calibration']):.1%} over the {len(errors['calibration'])} that are marked with a star.",
+        f"Median of the absolute errors: {medians['both']} {len(both)} runs; {medians['held_out']} the "
+        f"{len(errors['held_out'])} without a star, {medians['calibration']} the {len(errors['calibration'])} with.",
     ]
     return "\n".join(lines)
 
@@ -56,7 +57,9 @@ def main() -> None:
         print(shown)
         return
     text = PAGE.read_text("utf-8")
-    new = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{shown}\n\n{END}", text, flags=re.DOTALL)
+    new = re.sub(
+        f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{shown}\n\n{END}", text, flags=re.DOTALL
+    )
     if args.check and new != text:
         sys.exit(f"{PAGE.name} differs from what the planner computes: run tools/plan_accuracy.py --write")
     if args.write:

@@ -1,4 +1,4 @@
-"""Training runs that others have published, as the planner's input: shapes of models (not of the ERNIE family alone) and
+"""Published training runs, as the planner's input: shapes of models (not of the ERNIE family alone) and
 runs, from tests/fixtures/published. Used by tools/plan_accuracy.py and by tests.
 """
 
@@ -18,8 +18,8 @@ from erniekit.plan.timing import StepTime, step_time
 from erniekit.plan.work import (
     Core,
     Layer,
-    Work,
     Product,
+    Work,
     attention_products,
     attention_values,
     expert_products,
@@ -122,7 +122,9 @@ class Published:
         """A number with its unit."""
         if self.unit == "mfu":
             return f"{value:.1%} MFU"
-        return {"tokens": f"{value:,.0f} tokens/s/GPU", "step": f"{value:.2f} s", "tflops": f"{value:.0f} TFLOP/s"}[self.unit]
+        if self.unit == "step":
+            return f"{value:.2f} s"
+        return f"{value:,.0f} tokens/s/GPU" if self.unit == "tokens" else f"{value:.0f} TFLOP/s"
 
 
 @functools.cache

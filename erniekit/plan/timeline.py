@@ -116,7 +116,16 @@ def _draw_bars(axes: Any, computing: Sequence[Event], right: float) -> None:
         is_wide = event.end - event.start > right / 90 and event.start < right
         if is_wide:
             middle = (event.start + event.end) / 2
-            axes.text(middle, event.stage, event.action.microbatch, ha="center", va="center", fontsize=6, color="white", clip_on=True)
+            axes.text(
+                middle,
+                event.stage,
+                event.action.microbatch,
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white",
+                clip_on=True,
+            )
     for (stage, color, shade), spans in bars.items():
         red, green, blue = to_rgb(color)
         light = _SHADES if shade else 1.0

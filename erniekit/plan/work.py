@@ -142,9 +142,7 @@ def mlp_products(hidden: int, size: int, part: str = "mlp", matrices: int = 3) -
     return up, Product(part, size, hidden, tensor_split="inputs")
 
 
-def expert_products(
-    hidden: int, size: int, top_k: float, experts: int, matrices: int = 3
-) -> tuple[Product, ...]:
+def expert_products(hidden: int, size: int, top_k: float, experts: int, matrices: int = 3) -> tuple[Product, ...]:
     """Routed experts of width `size`, of which each token has `top_k`."""
     up = Product("experts", hidden, (matrices - 1) * size, rows=top_k, experts=experts, tensor_split="experts")
     return up, replace(up, inputs=size, outputs=hidden)
@@ -164,7 +162,9 @@ def scaled(layer: Layer, share: float) -> Layer:
 
 def head_layer(hidden: int, vocabulary: int, share: float = 1.0) -> Layer:
     """The output head with its loss: fp32 logits are written once and read twice."""
-    return Layer("head", hidden, (Product("head", hidden, vocabulary, rows=share),), values=4.0 * hidden + 6 * vocabulary * share)
+    return Layer(
+        "head", hidden, (Product("head", hidden, vocabulary, rows=share),), values=4.0 * hidden + 6 * vocabulary * share
+    )
 
 
 def attention_values(hidden: int, heads: int, kv_heads: int, head_dim: int) -> float:
@@ -194,9 +194,7 @@ def work_of(job: Job) -> Work:
         ahead += [_layer(model, job, sparse=False), head]
     vision = () if model.vision is None or not job.picture_tokens else _vision(model, model.vision, job)
     tied = model.tie_word_embeddings
-    work = Work(
-        model.hidden_size, vision, layers, (*ahead, head), 0 if tied else model.hidden_size * model.vocab_size
-    )
+    work = Work(model.hidden_size, vision, layers, (*ahead, head), 0 if tied else model.hidden_size * model.vocab_size)
     return _with_adapters(work, job.cfg.lora_rank) if frozen else work
 
 
@@ -281,7 +279,8 @@ def _with_adapters(work: Work, rank: int) -> Work:
         for product in layer.products:
             products.append(replace(product, trained=False))
             if layer.kind in ("dense", "sparse") and product.part != "router":
-                narrow = replace(product, part="adapter", tensor_split=product.tensor_split if product.experts > 1 else "")
+                split = product.tensor_split if product.experts > 1 else ""
+                narrow = replace(product, part="adapter", tensor_split=split)
                 products += [replace(narrow, outputs=rank), replace(narrow, inputs=rank)]
         return replace(layer, products=tuple(products))
 
