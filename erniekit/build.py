@@ -114,7 +114,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
     if cfg.fine_tuning == "LoRA":
         adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
     return ModelOptions(
-        precision=policy.choose(cfg.compute_type, device or paddle.get_device()),
+        precision=policy.choose(cfg.compute_type, device or paddle.get_device(), cfg.emulate_precision),
         random_start=not cfg.continue_training,
         seed=cfg.seed,
         overrides=dataclasses.replace(

@@ -97,14 +97,14 @@ def _layer(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, numbe
     if granularity == "full":
         inside = [first, *attention, ops.add(device, width, "attention"), second, *feed_forward]
         # the input is the residual stream, which the operation before has kept
-        return [ops.recomputed(inside, 0.0, "recomputed layers"), ops.add(device, width, "recomputed layers")]
+        return [ops.recomputed(inside, 0.0, row, "recomputed layers"), ops.add(device, width, "recomputed layers")]
     if granularity == "full_attn":
-        attention = [ops.recomputed(attention, row, "attention")]
+        attention = [ops.recomputed(attention, row, row, "attention")]
     elif granularity == "core_attn":
-        core = ops.recomputed(attention[1:2], attention[0].forward, "attention")
+        core = ops.recomputed(attention[1:2], attention[0].forward, 0.0, "attention")
         attention = [attention[0], core, *attention[2:]]
     if layer.sparse and (granularity == "moe" or (granularity and cfg.use_recompute_moe)):
-        feed_forward = [ops.recomputed(feed_forward, row, "experts")]
+        feed_forward = [ops.recomputed(feed_forward, row, row, "experts")]
     middle = ops.add(device, width, "attention")
     return [first, *attention, middle, second, *feed_forward, ops.add(device, width, "feed-forward")]
 
@@ -219,6 +219,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     """Run through a step's actions, and through the operations of each pass."""
     kept = [sum(operation.kept for operation in chunk) for chunk in chunks]
     kinds = [_by_kind(chunk) for chunk in chunks]
+    tops = {Forward: [_forward_peak(chunk) for chunk in chunks], Backward: [_backward_peak(chunk) for chunk in chunks]}
     alive: Counter[int] = Counter()
     begun: set[int] = set()
     peak, held, found = 0.0, 0.0, 0
@@ -226,26 +227,23 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     for action in job.actions(stage):
         if not isinstance(action, Forward | Backward):
             continue
-        chunk = chunks[action.chunk]
+        top = tops[type(action)][action.chunk]
         if isinstance(action, Forward):
             if action.microbatch not in begun:
                 begun.add(action.microbatch)
                 held += inputs
-            top, kind = _forward_peak(chunk)
-            alive_after = alive.total() + 1
+            live = alive.total() + 1
         else:
             held -= kept[action.chunk]
-            top, kind = _backward_peak(chunk)
-            alive_after = alive.total()
+            live = alive.total()
             alive[action.chunk] -= 1
         if held + top > peak:
-            peak, found = held + top, alive_after
+            peak, found = held + top, live
             shown = Counter({"inputs": inputs * len(begun)})
             for number, count in alive.items():
                 for name, size in kinds[number].items():
                     shown[name] += count * size
             shown["while computing"] = peak - shown.total()
-            _ = kind
         if isinstance(action, Forward):
             held += kept[action.chunk]
             alive[action.chunk] += 1
@@ -262,22 +260,20 @@ def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> tuple[float, str]:
-    """The most that one forward pass through a chunk takes, and the kind of the operation that takes it."""
-    kept, peak, kind = 0.0, 0.0, ""
+def _forward_peak(chunk: Sequence[Operation]) -> float:
+    """The most that one forward pass through a chunk takes."""
+    kept, peak = 0.0, 0.0
     for operation in chunk:
-        if kept + max(operation.forward, operation.kept) > peak:
-            peak, kind = kept + max(operation.forward, operation.kept), operation.kind
+        peak = max(peak, kept + max(operation.forward, operation.kept))
         kept += operation.kept
-    return peak, kind
+    return peak
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> tuple[float, str]:
+def _backward_peak(chunk: Sequence[Operation]) -> float:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
-    kept, peak, kind, gradients = sum(operation.kept for operation in chunk), 0.0, "", 0.0
+    kept, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
     for operation in reversed(chunk):
         gradients += operation.gradient
-        if kept + operation.backward + gradients > peak:
-            peak, kind = kept + operation.backward + gradients, operation.kind
+        peak = max(peak, kept + operation.backward + gradients)
         kept -= operation.kept
-    return peak, kind
+    return peak

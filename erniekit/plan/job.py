@@ -129,7 +129,8 @@ class Job:
     @property
     def element_bytes(self) -> int:
         """Bytes of one number of the weights (unless quantized) and of the activations."""
-        return 4 if self.on_cpu or self.cfg.compute_type == "fp32" else 2
+        in_fp32 = self.on_cpu and not self.cfg.emulate_precision
+        return 4 if in_fp32 or self.cfg.compute_type == "fp32" else 2
 
     @property
     def quantized_base(self) -> bool:
@@ -186,6 +187,8 @@ def make_job(
     if min(cluster.gpus, cluster.gpus_per_node) < 1:
         raise ConfigError(f"gpus: {cluster.gpus} in hosts of {cluster.gpus_per_node}: give at least 1 of each")
     degrees = ParallelDims.from_config(cfg, cluster.gpus)
+    if cluster.gpu != CPU:  # a card has the types itself
+        cfg = dataclasses.replace(cfg, emulate_precision=False)
     depths = max(cfg.mtp_depths, model.num_nextn_predict_layers)
     model = dataclasses.replace(model, num_nextn_predict_layers=depths)
     check_layout(cfg, degrees, model)

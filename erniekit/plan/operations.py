@@ -13,7 +13,7 @@ E experts, K experts of a token, R rows of the experts of this rank, all on this
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from erniekit.lora.layers import Adapter
+from erniekit.lora.layers import Adapter, LinearAdapter
 from erniekit.nn.attention import HeadLayout
 from erniekit.nn.linear import Projection
 
@@ -84,6 +84,10 @@ def projection(
         forward += e * rows * num_out
         backward += e * rows * (num_in + ranks)
         weight += 2 * e * matrices * ranks * (num_in + wide)
+        if isinstance(layer.adapter, LinearAdapter) and layer.adapter.dora:  # what the length of columns multiplies
+            kept += FP32 * rows * num_out
+            forward += FP32 * rows * num_out
+            backward += FP32 * rows * num_out
     if device.tensor_ranks > 1:  # a collective's copy
         forward += e * rows * num_out
         backward += e * rows * num_in
@@ -187,9 +191,9 @@ def combined(device: Device, width: int, rows: float, beside: float) -> Operatio
     return Operation("experts", block + FP32 * rows, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
 
 
-def recomputed(operations: Sequence[Operation], inputs: float, kind: str) -> Operation:
+def recomputed(operations: Sequence[Operation], inputs: float, result: float, kind: str) -> Operation:
     """Operations that keep only their input of `inputs` bytes (0 where it is kept anyway) and run again in the backward
-    pass.
+    pass, where their result of `result` bytes exists twice: what the first pass gave to others has a gradient.
     """
     kept, peak = 0.0, 0.0
     for operation in operations:
@@ -199,8 +203,8 @@ def recomputed(operations: Sequence[Operation], inputs: float, kind: str) -> Ope
     for operation in reversed(operations):
         peak = max(peak, waiting + operation.backward)
         waiting -= operation.kept
-    forward = max((operation.forward + operation.kept for operation in operations), default=0.0)
-    return Operation(kind, inputs, forward, peak, sum(operation.gradient for operation in operations))
+    forward = max(max(operation.forward, operation.kept) for operation in operations)
+    return Operation(kind, inputs, forward, peak + 2 * result, sum(operation.gradient for operation in operations))
 
 
 def with_kind(operations: Sequence[Operation], kind: str) -> list[Operation]:

@@ -44,7 +44,7 @@ class PairScorer:
                 sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
                 # are made of is NaN.
-                sums += (hidden.sum() + model.output_head().weight.sum()).astype("float32") * 0
+                sums += (hidden.sum(dtype="float32") + model.output_head().weight.sum(dtype="float32")) * 0
                 log_probs[number] = sums.detach().reshape([2, -1])
 
         forward_pass(model, microbatches, note)

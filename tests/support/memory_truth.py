@@ -146,7 +146,7 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
     job = make_job(cfg, model, Cluster(mesh.degrees.world, "cpu", mesh.degrees.world), supervised_share=share)
     tensors = stage_tensors(job, mesh.pipe)
     return {
-        "parameters": tensors.parameters,
+        "parameters": tensors.parameters + tensors.average + tensors.copies,
         "gradients": tensors.gradients,
         "state": tensors.state,
         "reference": tensors.reference,
