@@ -11,19 +11,20 @@ import argparse
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import published_runs
+from published_runs import Published, published
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan-accuracy.md"
 BEGIN, END = "<!-- table: tools/plan_accuracy.py -->", "<!-- end of table -->"
 
 
-def table() -> str:
+def table(runs: Sequence[Published]) -> str:
     """The table in Markdown, with the medians."""
     lines = ["| run | GPUs | published | planned | error |", "| --- | --- | --- | --- | --- |"]
     errors: dict[str, list[float]] = {"calibration": [], "held_out": []}
-    for run in published_runs.published():
+    for run in runs:
         error = run.planned / run.reached - 1
         errors[run.group].append(abs(error))
         star = " *" if run.group == "calibration" else ""
@@ -47,9 +48,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--kinds", action="store_true", help="also print where the time of each run goes")
     args = parser.parse_args()
-    shown = table()
+    runs = published()
+    shown = table(runs)
     if args.kinds:
-        for run in published_runs.published():
+        for run in runs:
             total = run.time.seconds
             kinds = ", ".join(f"{kind} {part / total:.0%}" for kind, part in run.time.seconds_by_kind.items())
             print(f"{run.name}: {total:.3g} s: {kinds}; MFU {run.time.mfu():.1%}")

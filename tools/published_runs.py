@@ -3,7 +3,7 @@ runs, from tests/fixtures/published. Used by tools/plan_accuracy.py and by tests
 """
 
 import dataclasses
-import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,16 @@ class Published:
         return f"{value:,.0f} tokens/s/GPU" if self.unit == "tokens" else f"{value:.0f} TFLOP/s"
 
 
-@functools.cache
-def published() -> list[Published]:
-    """All published runs, planned."""
+def published(names: Collection[str] = ()) -> list[Published]:
+    """The published runs of these names, or all of them, planned."""
     rows = yaml.safe_load((DIRECTORY / "runs.yaml").read_text("utf-8"))
-    return [_published(row) for row in rows]
+    return [_published(row) for row in rows if not names or row["name"] in names]
 
 
 def _published(row: dict[str, Any]) -> Published:
-    card = load_hardware(row["card"])
     ((unit, reached),) = row["reached"].items()
-    return Published(row["name"], row["group"], unit, reached, step_time(run_of_row(row), card))
+    time = step_time(run_of_row(row), load_hardware(row["card"]))
+    return Published(row["name"], row["group"], unit, reached, time)
 
 
 def run_of_row(row: dict[str, Any]) -> Run:

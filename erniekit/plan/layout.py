@@ -79,9 +79,10 @@ class Layout:
         """Whether a group of `size` ranks at distances of `stride` is on several hosts; rank = (p D + d) T + t."""
         return size > 1 and size * stride > self.gpus_per_node
 
-    def actions(self) -> list[list[Action]]:
-        """The actions of each stage in one step."""
-        return plan(self.schedule, self.pipeline, self.microbatches, self.chunks, self.synchronous_sends)
+    def actions(self, microbatches: int | None = None) -> list[list[Action]]:
+        """The actions of each stage in one step, or in a step of another number of microbatches."""
+        count = self.microbatches if microbatches is None else microbatches
+        return plan(self.schedule, self.pipeline, count, self.chunks, self.synchronous_sends)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from erniekit.parallel.buckets import Entry
 from erniekit.parallel.pipeline_schedule import Compute, Forward
 from erniekit.plan.collectives import data_bytes, trained_entries, transfer_bytes
-from erniekit.plan.events import Timeline, execute
+from erniekit.plan.events import Duration, Timeline, execute
 from erniekit.plan.flops import TokenFlops, token_flops
 from erniekit.plan.hardware import GIGA, Hardware
 from erniekit.plan.job import Job
@@ -27,6 +27,8 @@ from erniekit.plan.work import Layer, work_of
 ADAM_BYTES = 30
 # Parameters a second that a host with two processors updates (AdamW in host memory), for all its cards together.
 HOST_ADAM = 3e9
+# A pipeline with more microbatches than this many times its stages is executed on the clock in part.
+EXECUTED_PERIODS = 8
 # Share of the optimizer's fp32 state that crosses to the host and back for each parameter, in bytes.
 OFFLOADED_BYTES = 24
 
@@ -57,7 +59,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A planned step. `seconds_by_kind`: of the slowest stage, with the bubble; they add up to `seconds`."""
+    """A planned step. `transfer`: seconds of a message between two stages."""
 
     run: Run
     card: Hardware
@@ -84,12 +86,14 @@ class StepTime:
 
     @property
     def bubble(self) -> float:
-        """The share of the pipeline's time in which a stage is idle, on average."""
+        """The share of the pipeline's time in which a stage is idle, on average: by the schedule, and where stages take
+        different times.
+        """
         return 1 - float(self.timeline.busy.mean()) / self.pipeline_seconds
 
     @property
     def seconds_by_kind(self) -> Seconds:
-        """Where the time of the slowest stage goes."""
+        """Where the time of the slowest stage goes; `bubble`: it waits. The values add up to `seconds`."""
         stage, times = self.stages[self.slowest], self.run.layout.microbatches
         spent: Seconds = defaultdict(float)
         for chunk in (*stage.forward, *stage.backward):
@@ -151,9 +155,29 @@ def step_time(run: Run, card: Hardware) -> StepTime:
     def duration(stage: int, action: Compute) -> float:
         return totals[stage][0 if isinstance(action, Forward) else 1][action.chunk]
 
-    timeline = execute(layout.actions(), duration, transfer, layout.synchronous_sends)
+    timeline = _pipeline(layout, duration, transfer)
     flops = token_flops(run.work, list(layout.lengths), layout.recomputed, layout.reference)
     return StepTime(run, card, stages, timeline, flops, transfer)
+
+
+def _pipeline(layout: Layout, duration: Duration, transfer: float) -> Timeline:
+    """The pipeline of a step on the clock. Between warm-up and cool-down it repeats itself every p microbatches (p
+    stages), so a long step is that of fewer microbatches and a multiple of this period.
+    """
+
+    def run(microbatches: int) -> Timeline:
+        return execute(layout.actions(microbatches), duration, transfer, layout.synchronous_sends, recorded=None)
+
+    period = layout.pipeline
+    left_out = max(layout.microbatches // period - EXECUTED_PERIODS, 0)
+    if not left_out:
+        return run(layout.microbatches)
+    short = run(layout.microbatches - left_out * period)
+    shorter = run(layout.microbatches - (left_out + 1) * period)
+    return Timeline(
+        short.finished + left_out * (short.finished - shorter.finished),
+        short.busy + left_out * (short.busy - shorter.busy),
+    )
 
 
 def _add(total: Seconds, spent: Mapping[str, float], times: float = 1.0) -> None:
