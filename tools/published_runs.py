@@ -1,9 +1,9 @@
-"""Training runs that others have published, as the planner's input: shapes of models (not of the ERNIE family alone) and
+"""Published training runs, as the planner's input: shapes of models (not of the ERNIE family alone) and
 runs, from tests/fixtures/published. Used by tools/plan_accuracy.py and by tests.
 """
 
 import dataclasses
-import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from erniekit.plan.timing import StepTime, step_time
 from erniekit.plan.work import (
     Core,
     Layer,
-    Work,
     Product,
+    Work,
     attention_products,
     attention_values,
     expert_products,
@@ -122,20 +122,21 @@ class Published:
         """A number with its unit."""
         if self.unit == "mfu":
             return f"{value:.1%} MFU"
-        return {"tokens": f"{value:,.0f} tokens/s/GPU", "step": f"{value:.2f} s", "tflops": f"{value:.0f} TFLOP/s"}[self.unit]
+        if self.unit == "step":
+            return f"{value:.2f} s"
+        return f"{value:,.0f} tokens/s/GPU" if self.unit == "tokens" else f"{value:.0f} TFLOP/s"
 
 
-@functools.cache
-def published() -> list[Published]:
-    """All published runs, planned."""
+def published(names: Collection[str] = ()) -> list[Published]:
+    """The published runs of these names, or all of them, planned."""
     rows = yaml.safe_load((DIRECTORY / "runs.yaml").read_text("utf-8"))
-    return [_published(row) for row in rows]
+    return [_published(row) for row in rows if not names or row["name"] in names]
 
 
 def _published(row: dict[str, Any]) -> Published:
-    card = load_hardware(row["card"])
     ((unit, reached),) = row["reached"].items()
-    return Published(row["name"], row["group"], unit, reached, step_time(run_of_row(row), card))
+    time = step_time(run_of_row(row), load_hardware(row["card"]))
+    return Published(row["name"], row["group"], unit, reached, time)
 
 
 def run_of_row(row: dict[str, Any]) -> Run:

@@ -93,20 +93,20 @@ def trained_entries(layers: Sequence[Layer], layout: Layout, embedding: int = 0)
         for product in layer.products:
             if not product.trained:
                 continue
+            elements = product.parameters / layout.shards(product)
             if product.experts > 1:
-                experts += product.parameters / (layout.expert * layout.tensor)
+                experts += elements
             else:
-                dense += product.parameters / (layout.tensor if product.tensor_split else 1)
+                dense += elements
     ranks = layout.data * layout.context
     shard = min(layout.sharding * layout.context, ranks)
     of_experts = max(ranks // layout.expert, 1)
     dtype = "float32" if layout.element_bytes == 4 else "bfloat16"
-    entries = [Entry("dense", (round(dense),), dtype, _placement(ranks, shard))]
-    entries += [
-        Entry(
-            "experts", (round(experts),), dtype, _placement(of_experts, min(max(shard // layout.expert, 1), of_experts))
-        )
-    ]
+    of_expert_shard = min(max(shard // layout.expert, 1), of_experts)
+    entries = (
+        Entry("dense", (round(dense),), dtype, _placement(ranks, shard)),
+        Entry("experts", (round(experts),), dtype, _placement(of_experts, of_expert_shard)),
+    )
     return [entry for entry in entries if entry.size]
 
 
@@ -118,8 +118,8 @@ def _placement(ranks: int, shard: int) -> Placement:
 
 
 def data_bytes(entries: Sequence[Entry], layout: Layout) -> Counter[str]:
-    """Gradients and updated weights of one step. Stage 3 divides the weights as well: they are gathered twice, and their
-    gradients reduce-scattered, for each microbatch (Rajbhandari et al. 2020, section 7).
+    """Gradients and updated weights of one step. ZeRO stage 3 divides the weights as well: for each microbatch they are
+    gathered twice and their gradients reduce-scattered (Rajbhandari et al. 2020, section 7).
     """
     master = layout.gradient_bytes == 4
     if layout.zero_stage < 3:

@@ -1,13 +1,14 @@
 """FLOPs of a step. Two conventions are in use for attention: the causal half, which is what a causal kernel computes
 (Megatron-LM, DeepSeek-V3's "causal"), and the full square of queries and keys (PaLM, arXiv 2204.02311, appendix B).
 
-Model FLOPs are those of a forward and a backward pass over real tokens. A frozen weight has no gradient, so its backward
-pass is one product instead of two. Recomputation is not part of model FLOPs; with it they are hardware FLOPs (HFU).
+Model FLOPs are those of a forward and a backward pass over real tokens. A frozen weight has no gradient, so its
+backward pass is one product instead of two. Recomputation is not part of model FLOPs; with it they are hardware FLOPs
+(HFU).
 """
 
 from dataclasses import dataclass
 
-from erniekit.plan.work import Core, Layer, Work
+from erniekit.plan.work import Layer, Work
 
 RECOMPUTE = ("full", "full_attn", "core_attn", "moe")
 
@@ -108,8 +109,3 @@ def recomputed_by(granularity: str, sparse: bool, in_ahead: bool, not_in: tuple[
     attention = 1.0 if granularity == "full_attn" else 0.0
     core = 1.0 if granularity in ("full_attn", "core_attn") else 0.0
     return Recomputed(core, attention, mlp, 0.5 * attention + 0.5 * mlp, in_ahead, not_in)
-
-
-def core_flops(cores: tuple[Core, ...], lengths: list[int]) -> float:
-    """FLOPs of the causal half of these cores' forward pass for one token."""
-    return sum(core.flops(lengths) for core in cores)

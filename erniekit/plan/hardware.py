@@ -53,7 +53,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator and its links. Units as in hardware.yaml; the properties below are in bytes, seconds and FLOP/s."""
+    """One accelerator and its links. Fields are in the units of hardware.yaml, properties in bytes, seconds, FLOP/s."""
 
     name: str
     bf16: float
@@ -207,12 +207,8 @@ class _Tables:
             for key, parts in _TABLES.items()
         }
         sizes = sorted((int(key), _positive(self.size, key, "size")) for key in self.size)
-        return Efficiency(
-            memory=_positive(entry, "memory", name),
-            permute=_positive(entry, "permute", name),
-            size=tuple(sizes),
-            **tables,
-        )  # type: ignore[arg-type]
+        memory, permute = (_positive(entry, key, name) for key in ("memory", "permute"))
+        return Efficiency(memory=memory, permute=permute, size=tuple(sizes), **tables)
 
     def _resolve(self, table: dict[str, dict[str, Any]], name: str, section: str) -> dict[str, Any]:
         """The entry with what it does not give itself taken from the one that `like` names, and so on."""
@@ -232,9 +228,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` laid over `below`, one level deep as well."""
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = (
-            {**merged[key], **value} if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
+        inner = merged.get(key)
+        merged[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -272,7 +267,8 @@ def _plain(value: Any, place: str) -> Any:
     """The tree with dictionaries for mappings and _Number for a number or a [number, source]."""
     if isinstance(value, Pairs):
         return {
-            key: [*map(str, inner)] if key == "names" else _plain(inner, where) for key, inner, where in value.items
+            key: [str(name) for name in inner] if key == "names" and isinstance(inner, list) else _plain(inner, where)
+            for key, inner, where in value.items
         }
     has_source = isinstance(value, list) and len(value) == 2
     text = value[0] if has_source else value

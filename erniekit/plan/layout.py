@@ -1,4 +1,4 @@
-"""How the operations of a model are divided over ranks: what the planner's communication and time need to know of a run.
+"""How a model's work is divided over ranks: what the planner's communication and time need to know of a run.
 
 `layout_of` makes it from a job. It also describes runs of other toolkits, which have context parallelism, ZeRO stage 3
 and overlaps that this one has not; the planner's accuracy is measured on published runs of theirs.
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from erniekit.parallel.pipeline_schedule import Action, plan
 from erniekit.plan.flops import NOTHING, Recomputed, recomputed_by
 from erniekit.plan.job import Job
-from erniekit.plan.work import Layer, Work
+from erniekit.plan.work import Layer, Product, Work
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,20 @@ class Layout:
         """Tokens of one step over all data ranks."""
         return self.microbatch_tokens * self.microbatches * self.data
 
+    def shards(self, product: Product) -> int:
+        """Over how many ranks a product's weight is divided, its layer being on one stage."""
+        if product.experts > 1:
+            return self.expert * self.tensor
+        return self.tensor if product.tensor_split else 1
+
     def spans_hosts(self, size: int, stride: int = 1) -> bool:
         """Whether a group of `size` ranks at distances of `stride` is on several hosts; rank = (p D + d) T + t."""
         return size > 1 and size * stride > self.gpus_per_node
 
-    def actions(self) -> list[list[Action]]:
-        """The actions of each stage in one step."""
-        return plan(self.schedule, self.pipeline, self.microbatches, self.chunks, self.synchronous_sends)
+    def actions(self, microbatches: int | None = None) -> list[list[Action]]:
+        """The actions of each stage in one step, or in a step of another number of microbatches."""
+        count = self.microbatches if microbatches is None else microbatches
+        return plan(self.schedule, self.pipeline, count, self.chunks, self.synchronous_sends)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ Kinds: products, attention, elementwise, quantise (casts to FP8), accumulate (gr
 tensor and expert (collectives), launches (where the host cannot launch kernels as fast as the device runs them).
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 from erniekit.plan.collectives import expert_rows, tensor_bytes
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.layout import Layout
 from erniekit.plan.work import Core, Layer, Product
+
+Seconds = dict[str, float]  # by kind of work
 
 # FlashAttention's backward pass has 5 products where the forward pass has 2; papers give its speed in these FLOPs.
 BACKWARD_CORE = 2.5
@@ -33,16 +35,15 @@ def product_precision(product: Product, layout: Layout) -> str:
 def product_seconds(product: Product, layout: Layout, card: Hardware, weight_gradient: bool = False) -> float:
     """One of the three products of a microbatch: forward, the input's gradient, or the weight's gradient."""
     tokens = layout.rank_tokens
-    split = layout.tensor if product.tensor_split else 1
     rows = tokens * product.rows
     inputs, outputs, experts = float(product.inputs), float(product.outputs), float(product.experts)
     if product.experts > 1:
         experts /= layout.expert * layout.tensor
         rows /= layout.tensor
     elif product.tensor_split == "inputs":
-        inputs /= split
+        inputs /= layout.tensor
     elif product.tensor_split == "outputs":
-        outputs /= split
+        outputs /= layout.tensor
     if not rows:
         return 0.0
     precision = product_precision(product, layout)
@@ -65,10 +66,8 @@ def quantise_seconds(product: Product, layout: Layout, card: Hardware, backward:
     if precision not in ("fp8", "fp8_blockwise"):
         return 0.0
     rows = layout.rank_tokens * product.rows
-    divided = (
-        layout.tensor if product.experts > 1 or product.tensor_split == ("outputs" if backward else "inputs") else 1
-    )
-    features = product.outputs if backward else product.inputs
+    split, features = ("outputs", product.outputs) if backward else ("inputs", product.inputs)
+    divided = layout.tensor if product.tensor_split in (split, "experts") else 1
     moved = 8.0 if precision == "fp8_blockwise" else 4.0
     return moved * rows * features / divided / card.memory_bandwidth
 
@@ -132,9 +131,9 @@ def launch_seconds(layer: Layer, layout: Layout, card: Hardware) -> float:
     return kernels * card.launch_seconds
 
 
-def layer_forward(layer: Layer, layout: Layout, card: Hardware, embedding: bool = False) -> Counter[str]:
+def layer_forward(layer: Layer, layout: Layout, card: Hardware, embedding: bool = False) -> Seconds:
     """Seconds of a forward pass of one microbatch, by kind."""
-    spent: Counter[str] = Counter()
+    spent: Seconds = defaultdict(float)
     spent["products"] = sum(product_seconds(product, layout, card) for product in layer.products)
     spent["quantise"] = sum(quantise_seconds(product, layout, card) for product in layer.products)
     spent["attention"] = sum(core_seconds(core, layout, card) for core in layer.cores)
@@ -144,23 +143,17 @@ def layer_forward(layer: Layer, layout: Layout, card: Hardware, embedding: bool 
 
 def layer_backward(
     layer: Layer, layout: Layout, card: Hardware, embedding: bool = False, recomputed: bool = True
-) -> Counter[str]:
+) -> Seconds:
     """Seconds of a backward pass of one microbatch, by kind, with what the layer computes again (`recomputed`)."""
-    spent: Counter[str] = Counter()
+    spent: Seconds = defaultdict(float)
     for product in layer.products:
         spent["products"] += product_seconds(product, layout, card)
         spent["quantise"] += quantise_seconds(product, layout, card, backward=True)
         if product.trained:
             spent["products"] += product_seconds(product, layout, card, weight_gradient=True)
             if layout.microbatches > 1 and layout.zero_stage < 3:
-                split = (
-                    layout.expert * layout.tensor
-                    if product.experts > 1
-                    else layout.tensor
-                    if product.tensor_split
-                    else 1
-                )
-                spent["accumulate"] += 2 * layout.gradient_bytes * product.parameters / split / card.memory_bandwidth
+                moved = 2 * layout.gradient_bytes * product.parameters / layout.shards(product)
+                spent["accumulate"] += moved / card.memory_bandwidth
     spent["attention"] = sum(core_seconds(core, layout, card, backward=True) for core in layer.cores)
     spent["elementwise"] = BACKWARD_ELEMENTWISE * elementwise_seconds(layer, layout, card)
     again = layout.recomputed
@@ -176,8 +169,8 @@ def layer_backward(
 
 
 def _with_exposed(
-    spent: Counter[str], layer: Layer, layout: Layout, card: Hardware, passes: float, embedding: bool
-) -> Counter[str]:
+    spent: Seconds, layer: Layer, layout: Layout, card: Hardware, passes: float, embedding: bool
+) -> Seconds:
     """Adds the collectives that products do not hide, and the time that the device waits for launches."""
     computing = sum(spent.values())
     products = spent["products"]
@@ -187,4 +180,4 @@ def _with_exposed(
     spent["expert"] = max(expert - computing, 0.0) if layout.overlap_expert else expert
     launches = launch_seconds(layer, layout, card) * (2 if spent["accumulate"] or passes > 1 else 1)
     spent["launches"] = max(launches - sum(spent.values()), 0.0)
-    return +spent
+    return {kind: seconds for kind, seconds in spent.items() if seconds}

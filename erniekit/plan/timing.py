@@ -5,26 +5,30 @@ The step is `pipeline + data + optimizer`: `pipeline` is executed by plan/events
 chunks; `data` is what the backward pass of the last microbatch does not hide of the exchange of gradients and weights.
 """
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from erniekit.parallel.buckets import Entry
 from erniekit.parallel.pipeline_schedule import Compute, Forward
 from erniekit.plan.collectives import data_bytes, trained_entries, transfer_bytes
-from erniekit.plan.events import Timeline, execute
+from erniekit.plan.events import Duration, Timeline, execute
 from erniekit.plan.flops import TokenFlops, token_flops
 from erniekit.plan.hardware import GIGA, Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.layout import Layout, Run, run_of
-from erniekit.plan.operator_time import layer_backward, layer_forward
-from erniekit.plan.work import work_of
+from erniekit.plan.operator_time import Seconds, layer_backward, layer_forward
+from erniekit.plan.work import Layer, work_of
 
 # Bytes that AdamW moves for one parameter: gradient and three fp32 numbers of state read, these and the weight written.
 ADAM_BYTES = 30
 # Parameters a second that a host with two processors updates (AdamW in host memory), for all its cards together.
 HOST_ADAM = 3e9
+# A pipeline with more microbatches than this many times its stages is executed on the clock in part.
+EXECUTED_PERIODS = 8
 # Share of the optimizer's fp32 state that crosses to the host and back for each parameter, in bytes.
 OFFLOADED_BYTES = 24
 
@@ -35,8 +39,8 @@ class StageTime:
     weights in a step, of which `data_exposed` are not hidden; `optimizer`: of the update.
     """
 
-    forward: tuple[Counter[str], ...]
-    backward: tuple[Counter[str], ...]
+    forward: tuple[Seconds, ...]
+    backward: tuple[Seconds, ...]
     data: float
     data_exposed: float
     optimizer: float
@@ -55,7 +59,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A planned step. `seconds_by_kind`: of the slowest stage, with the bubble; they add up to `seconds`."""
+    """A planned step. `transfer`: seconds of a message between two stages."""
 
     run: Run
     card: Hardware
@@ -82,23 +86,24 @@ class StepTime:
 
     @property
     def bubble(self) -> float:
-        """The share of the pipeline's time in which a stage is idle, on average."""
+        """The share of the pipeline's time in which a stage is idle, on average: by the schedule, and where stages take
+        different times.
+        """
         return 1 - float(self.timeline.busy.mean()) / self.pipeline_seconds
 
     @property
-    def seconds_by_kind(self) -> dict[str, float]:
-        """Where the time of the slowest stage goes."""
+    def seconds_by_kind(self) -> Seconds:
+        """Where the time of the slowest stage goes; `bubble`: it waits. The values add up to `seconds`."""
         stage, times = self.stages[self.slowest], self.run.layout.microbatches
-        spent: Counter[str] = Counter()
+        spent: Seconds = defaultdict(float)
         for chunk in (*stage.forward, *stage.backward):
-            for kind, seconds in chunk.items():
-                spent[kind] += seconds * times
+            _add(spent, chunk, times)
         idle = self.seconds - sum(spent.values()) - stage.after
         spent["bubble"] = max(idle, 0.0)
         spent["data"] += stage.data_exposed
         spent["optimizer"] += stage.optimizer
         spent["offload"] += stage.offload
-        return dict((+spent).most_common())
+        return {kind: spent[kind] for kind in sorted(spent, key=lambda kind: -spent[kind]) if spent[kind]}
 
     @property
     def tokens_per_second(self) -> float:
@@ -150,48 +155,80 @@ def step_time(run: Run, card: Hardware) -> StepTime:
     def duration(stage: int, action: Compute) -> float:
         return totals[stage][0 if isinstance(action, Forward) else 1][action.chunk]
 
-    timeline = execute(layout.actions(), duration, transfer, layout.synchronous_sends)
+    timeline = _pipeline(layout, duration, transfer)
     flops = token_flops(run.work, list(layout.lengths), layout.recomputed, layout.reference)
     return StepTime(run, card, stages, timeline, flops, transfer)
 
 
-def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
+def _pipeline(layout: Layout, duration: Duration, transfer: float) -> Timeline:
+    """The pipeline of a step on the clock. Between warm-up and cool-down it repeats itself every p microbatches (p
+    stages), so a long step is that of fewer microbatches and a multiple of this period.
+    """
+
+    def run(microbatches: int) -> Timeline:
+        return execute(layout.actions(microbatches), duration, transfer, layout.synchronous_sends, recorded=None)
+
+    period = layout.pipeline
+    left_out = max(layout.microbatches // period - EXECUTED_PERIODS, 0)
+    if not left_out:
+        return run(layout.microbatches)
+    short = run(layout.microbatches - left_out * period)
+    shorter = run(layout.microbatches - (left_out + 1) * period)
+    return Timeline(
+        short.finished + left_out * (short.finished - shorter.finished),
+        short.busy + left_out * (short.busy - shorter.busy),
+    )
+
+
+def _add(total: Seconds, spent: Mapping[str, float], times: float = 1.0) -> None:
+    for kind, seconds in spent.items():
+        total[kind] += seconds * times
+
+
+def _chunk_times(run: Run, stage: int, card: Hardware) -> tuple[list[Seconds], list[Seconds]]:
+    """Forward and backward pass of each chunk of a stage. Equal layers are computed once."""
     layout = run.layout
-    cached: dict[tuple, Counter[str]] = {}
+    known: dict[tuple[Layer, bool, bool], tuple[Seconds, Seconds]] = {}
 
-    def of(layer, embedding: bool, backward: bool, recomputed: bool) -> Counter[str]:
-        key = (id(layer), embedding, backward, recomputed)
-        if key not in cached:
-            spent = (
-                layer_backward(layer, layout, card, embedding, recomputed)
-                if backward
-                else layer_forward(layer, layout, card, embedding)
-            )
-            cached[key] = spent
-        return cached[key]
+    def passes(layer: Layer, embedding: bool, recomputed: bool) -> tuple[Seconds, Seconds]:
+        key = (layer, embedding, recomputed)
+        if key not in known:
+            there = layer_forward(layer, layout, card, embedding)
+            known[key] = (there, layer_backward(layer, layout, card, embedding, recomputed))
+        return known[key]
 
-    forward, backward = [], []
+    forward: list[Seconds] = []
+    backward: list[Seconds] = []
     for chunk, numbers in enumerate(run.numbers[stage]):
-        there: Counter[str] = Counter()
-        back: Counter[str] = Counter()
+        there: Seconds = defaultdict(float)
+        back: Seconds = defaultdict(float)
+        before = len(run.work.first) if numbers[0] == 0 else 0
         for place, layer in enumerate(run.chunk(stage, chunk)):
+            number = numbers[0] + place - before  # of the decoder layer, or outside `numbers`
+            recomputed = run.is_recomputed(number) if number in numbers else layout.recomputed.in_ahead
             embedding = stage == chunk == place == 0
-            is_layer = any(layer is run.work.layers[number] for number in numbers)
-            recomputed = is_layer and not set(numbers) <= set(layout.recomputed.not_in)
-            there.update(of(layer, embedding, False, False))
-            back.update(of(layer, embedding, True, recomputed))
+            one, other = passes(layer, embedding, recomputed)
+            _add(there, one)
+            _add(back, other)
         if layout.reference:  # its forward pass is before the step, without a backward pass
             there["reference"] = sum(there.values())
         forward.append(there)
         backward.append(back)
+    return forward, backward
+
+
+def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
+    layout = run.layout
+    forward, backward = _chunk_times(run, stage, card)
+    microbatch = sum(sum(chunk.values()) for chunk in (*forward, *backward))
     layers = run.stage(stage)
     entries = trained_entries(layers, layout, run.work.embedding if stage == 0 else 0)
     data = _data_seconds(entries, layout, card)
     if layout.zero_stage < 2:
         # Gradients leave while the last microbatch is computed backward, weights arrive during the first forward pass.
-        hidden = sum(sum(chunk.values()) for chunk in (*forward, *backward))
+        hidden = microbatch
     else:
-        hidden = layout.microbatches * sum(sum(chunk.values()) for chunk in (*forward, *backward))
+        hidden = layout.microbatches * microbatch
     one_bucket = data / max(len(layers), 1)
     exposed = min(max(data - hidden, one_bucket), data)
     owned = sum(entry.chunk for entry in entries)
@@ -204,7 +241,7 @@ def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
     return StageTime(tuple(forward), tuple(backward), data, exposed, optimizer, offload)
 
 
-def _data_seconds(entries: list, layout: Layout, card: Hardware) -> float:
+def _data_seconds(entries: Sequence[Entry], layout: Layout, card: Hardware) -> float:
     ranks = layout.data * layout.context
     spans = layout.spans_hosts(ranks, layout.tensor)
     seconds = 0.0

@@ -279,9 +279,8 @@ def _with_adapters(work: Work, rank: int) -> Work:
         for product in layer.products:
             products.append(replace(product, trained=False))
             if layer.kind in ("dense", "sparse") and product.part != "router":
-                narrow = replace(
-                    product, part="adapter", tensor_split=product.tensor_split if product.experts > 1 else ""
-                )
+                split = product.tensor_split if product.experts > 1 else ""
+                narrow = replace(product, part="adapter", tensor_split=split)
                 products += [replace(narrow, outputs=rank), replace(narrow, inputs=rank)]
         return replace(layer, products=tuple(products))
 
