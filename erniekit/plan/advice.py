@@ -132,8 +132,11 @@ def _layouts(job: Job, capacity: float) -> Iterator[Job]:
         for t in tensors for p in pipelines for e in experts for copies in (1, 2, 4, 8)
         if t * p * e * copies <= MOST_GPUS and model.moe_num_experts % (t * e) == 0
     )  # fmt: skip
+    parameters = num_parameters(model)
     for gpus, pipeline, tensor, expert in sizes:
-        if _least_bytes(job, gpus, pipeline, tensor, expert) > capacity or (gpus > per_node and gpus % per_node):
+        if _least_bytes(job, parameters, gpus, pipeline, tensor, expert) > capacity or (
+            gpus > per_node and gpus % per_node
+        ):
             continue
         keys: dict[str, Any] = {
             "pipeline_parallel_degree": pipeline,
@@ -158,13 +161,13 @@ def _layouts(job: Job, capacity: float) -> Iterator[Job]:
             continue
 
 
-def _least_bytes(job: Job, gpus: int, pipeline: int, tensor: int, expert: int) -> float:
+def _least_bytes(job: Job, parameters: int, gpus: int, pipeline: int, tensor: int, expert: int) -> float:
     """A rank of this layout needs more than this for weights, gradients and state, by sizes alone."""
     model = job.model
     sparse = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
     one = 3 * model.hidden_size * sum(model.expert_sizes)
     in_experts = sparse * model.moe_num_experts * one
-    others = num_parameters(model) - in_experts
+    others = parameters - in_experts
     kept, divided = _bytes_of_parameter(job)
     data = gpus / (pipeline * tensor)
     of_experts = in_experts / (pipeline * tensor * expert) * (kept + divided * expert / data)

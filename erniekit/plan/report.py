@@ -122,10 +122,11 @@ def _headline(job: Job) -> list[str]:
     hosts = f" in {cluster.nodes} hosts" if cluster.nodes > 1 else ""
     name = cfg.model_name_or_path or "a model of the YAML's shape"
     experts = f", experts over {degrees.expert}" if degrees.expert > 1 else ""
+    size = f"{num_parameters(job.model) / 1e9:.2f} B parameters"
     return [
-        f"{name}: {num_parameters(job.model) / 1e9:.2f} B parameters, {cfg.fine_tuning} {cfg.stage}, {cfg.compute_type}",
+        f"{name}: {size}, {cfg.fine_tuning} {cfg.stage}, {cfg.compute_type}",
         f"{devices}{hosts}: {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} tensor "
-        f"ranks{experts}; a microbatch is {cfg.batch_size} x {job.row_tokens} tokens, a step {job.step_tokens:,} tokens",
+        f"ranks{experts}; a microbatch has {cfg.batch_size} x {job.row_tokens} tokens, a step {job.step_tokens:,}",
     ]
 
 
