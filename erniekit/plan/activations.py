@@ -57,12 +57,13 @@ def stage_operations(job: Job, model: CausalLM, stage: int) -> list[list[Operati
     device = device_of(job)
     chunks: list[list[Operation]] = []
     last = len(job.stages[stage]) - 1
+    own_layers = iter(model.model.layers)  # the outline may be that of another stage with layers of the same kinds
     for number, layers in enumerate(job.stages[stage]):
         chunk = (
             [_entrance(job, device, model)] if number == 0 and model.shard.has_embedding else [_received(job, device)]
         )
         for layer in layers:
-            chunk += _layer(job, device, model, model.model.layers[layer], layer)
+            chunk += _layer(job, device, model, next(own_layers), layer)
         if number == last and model.shard.has_head:
             chunk += _behind_layers(job, device, model)
         chunks.append(chunk)
@@ -224,7 +225,9 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     begun: set[int] = set()
     peak, held, found = 0.0, 0.0, 0
     shown: Counter[str] = Counter()
-    for action in job.actions(stage):
+    # With one chunk a stage, a step repeats itself after as many microbatches as there are stages.
+    most = 3 * job.degrees.pipeline if job.num_chunks == 1 else None
+    for action in job.actions(stage, most):
         if not isinstance(action, Forward | Backward):
             continue
         top = tops[type(action)][action.chunk]

@@ -2,7 +2,7 @@
 stage has the least.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,22 +79,29 @@ class MemoryPlan:
         return self.worst.headroom >= 0
 
 
-def plan_memory(job: Job, capacity: float, outline: Outline) -> MemoryPlan:
+def plan_memory(job: Job, capacity: float, outline: Outline, stages: Sequence[int] | None = None) -> MemoryPlan:
     """Plan the memory of a job.
 
     Args:
         job: what is planned.
         capacity: bytes of a device that one rank has for itself.
         outline: makes the models of the stages.
+        stages: those that are planned; None: all.
     """
-    return MemoryPlan(job, tuple(_stage(job, stage, capacity, outline) for stage in range(job.degrees.pipeline)))
+    numbers = range(job.degrees.pipeline) if stages is None else stages
+    counted: dict[int, RankTensors] = {}  # stages may share an outline
+    planned = []
+    for stage in numbers:
+        model, mesh = outline(job, stage)
+        if id(model) not in counted:
+            counted[id(model)] = rank_tensors(job, mesh, model)
+        planned.append(_stage(job, stage, capacity, counted[id(model)], stage_activations(job, model, stage), mesh))
+    return MemoryPlan(job, tuple(planned))
 
 
-def _stage(job: Job, stage: int, capacity: float, outline: Outline) -> StageMemory:
-    model, mesh = outline(job, stage)
-    chunks = job.stages[stage]
-    tensors = rank_tensors(job, mesh, model, chunks)
-    activations = stage_activations(job, model, stage)
+def _stage(
+    job: Job, stage: int, capacity: float, tensors: RankTensors, activations: StageActivations, mesh: Mesh
+) -> StageMemory:
     exchanged, kept = _exchange(job, tensors)
     parts = {
         "parameters": float(tensors.parameters),
@@ -108,7 +115,7 @@ def _stage(job: Job, stage: int, capacity: float, outline: Outline) -> StageMemo
         "exchange": kept + max(exchanged - activations.peak, 0.0),
         "communicators": 0.0 if job.on_cpu else float(COMMUNICATOR_BYTES * _communicators(mesh)),
     }
-    layers = tuple(layer for chunk in chunks for layer in chunk)
+    layers = tuple(layer for chunk in job.stages[stage] for layer in chunk)
     return StageMemory(stage, layers, tensors, activations, {k: v for k, v in parts.items() if v}, capacity)
 
 
