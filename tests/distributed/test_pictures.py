@@ -46,6 +46,7 @@ def one_step(
     sequence: bool = False,
     chunks: int = 1,
     recompute: bool = False,
+    balance: bool = True,
     freeze_config: tuple[str, ...] = (),
     **degrees: int,
 ) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def one_step(
     own_chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     model = CausalLM(config, rank_shard_of(mesh, own_chunks))
     init_weights(model, 7)
-    parallelize(model, mesh, sequence)
+    parallelize(model, mesh, sequence, own_chunks, balance)
     freeze(model, cfg)
     if recompute:
         activation_checkpoint.apply(model.model, activation_checkpoint.RecomputeOptions())
