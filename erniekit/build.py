@@ -91,8 +91,8 @@ class ModelOptions:
 
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
-    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
-    returned in.
+    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
+    vision transformer's work evenly. `training`: the mode that the model is returned in.
     """
 
     precision: Policy
@@ -103,6 +103,7 @@ class ModelOptions:
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
+    balance_pictures: bool = False
     training: bool = False
 
 
@@ -124,6 +125,7 @@ def training_options(cfg: Config) -> ModelOptions:
         adapter=adapter,
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
         training=True,
     )
 
@@ -139,6 +141,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
         sequence_parallel=cfg.sequence_parallel,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
     )
 
 
@@ -225,7 +228,7 @@ class PreparedModel:
         policy.apply(model, precision)
         if precision.product is not None:
             log.info(f"{self.path}: {describe(model)}")
-        parallelize(model, mesh, options.sequence_parallel, layers)
+        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)

@@ -196,6 +196,7 @@ class Trainer:
             parts=_parts(sums, routers),
             routers=routers,
             sent=comm.traffic.take(),
+            patch_load=stage.patch_load,
         )
 
     def _forward_backward(self, microbatches: list[PackedBatch]) -> tuple[TrainStage, dict[str, paddle.Tensor]]:
