@@ -99,7 +99,7 @@ def one_step(
     parts = parameter_chunks(model, own_chunks)
     sync = GradientSync(ShardedParameters(model.named_parameters(), placements(model, mesh, False), parts))
     counts = global_counts(recipe, batches, mesh)
-    stage = TrainStage(cfg, model, recipe, own_chunks, batches, counts, sync.after_backward)
+    stage = TrainStage(cfg, model, recipe, batches, counts, sync.after_backward)
     sync.begin(len(batches))
     stages = mesh.degrees.pipeline
     actions = plan_actions(schedule_of(cfg), stages, len(own_chunks), mesh.blocking_sends, mesh.pipe, len(batches))
