@@ -52,13 +52,19 @@ def parallelize(
             layer.ranks = ExpertRanks(mesh.tensor_group, mesh.expert_group, sequence)
         elif isinstance(layer, Linear) and layer is not model.lm_head and ranks is not None:
             ranks.attach(layer)
-    vision = model.config.vision
-    if balance_pictures and vision is not None and model.shard.has_embedding and degrees.data > 1:
-        model.picture_ranks = PictureRanks(mesh.data_group, vision.spatial_merge_size)
+    model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
     model.tensor = ranks
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
         model.model.embed_tokens.own_span = ranks.own_span
+
+
+def _picture_ranks(model: CausalLM, mesh: Mesh) -> PictureRanks | None:
+    """The data ranks that divide the vision transformer's work; None where there is none of it, or one such rank."""
+    vision = model.config.vision
+    if vision is None or not model.shard.has_embedding or mesh.degrees.data == 1:
+        return None
+    return PictureRanks(mesh.data_group, vision.spatial_merge_size)
 
 
 def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placement]:
