@@ -416,7 +416,7 @@ _RANK_RULES = [
         ("export", "split"),
     ),
     Rule(
-        "data_parallel_degree sharding_parallel_degree",
+        "data_parallel_degree sharding_parallel_degree balance_pictures",
         lambda c, f: True,
         "a conversation needs one copy of the model",
         ("chat",),
@@ -434,7 +434,8 @@ _RANK_RULES = [
         "`{command}` has no checkpoints to start again from",
         ("eval", "chat"),
     ),
-    Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
+    Rule("balance_pictures", lambda c, f: not c.method.vision, "the method reads no pictures"),
+    Rule("sharding balance_pictures", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
         "check_replicas_steps distributed_timeout rendezvous_timeout",
         lambda c, f: f.ranks == 1,

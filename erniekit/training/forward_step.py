@@ -14,6 +14,7 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
 from erniekit.training.forward_pass import ChunkRunner
@@ -101,6 +102,11 @@ class TrainStage:
         with span("head and loss"):
             head_terms = self.recipe.head_terms(runner.model, x_TD, inputs, runner.microbatches[microbatch])
         return None, self._share(head_terms | terms)
+
+    @property
+    def patch_load(self) -> PatchLoad | None:
+        """How data ranks divide the patches of the step; None where each encodes its own."""
+        return self._runner.patch_load
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what the stage before sends."""

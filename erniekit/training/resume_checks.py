@@ -85,7 +85,7 @@ _KEYS = {
         ignore_data_skip optim offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
-        distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint

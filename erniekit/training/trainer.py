@@ -211,6 +211,7 @@ class Trainer:
             parts=_parts(sums, routers) | scaling,
             routers=routers,
             sent=comm.traffic.take(),
+            patch_load=stage.patch_load,
         )
 
     def _note_scale(self, loss: float, norm: float) -> dict[str, float]:

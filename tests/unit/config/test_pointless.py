@@ -144,6 +144,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"max_restarts": 1, "elastic": True}, EVAL, None),
     ("chat", {"max_restarts": 1}, {}, None),
     ("train", {"sharding": "stage1"}, {"facts": Facts(data_ranks=1)}, {"facts": Facts(data_ranks=2)}),
+    ("train", {"balance_pictures": True}, {}, VL),
+    ("train", {"balance_pictures": True}, {**VL, "facts": Facts(data_ranks=1)}, {**VL, "facts": Facts(data_ranks=2)}),
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
