@@ -20,7 +20,11 @@ def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
 
 
 def inference_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
-    """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says."""
+    """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says.
+    Extracted frames without times count as `fps` of a second, as in training, so that both get the same inputs;
+    `load_processor` keeps transformers' assumption.
+    """
+    settings = replace(settings, choice=replace(settings.choice, assumed_rate=None))
     return VisionSpec(
         settings=processor_settings(cfg, settings),
         truncation=cfg.truncation,
