@@ -287,15 +287,10 @@ _OPTIMIZER_RULES = [
 
 _VISION_RULES = [
     Rule(
-        "vision_config_path vision_experts_from_text vision_experts_down_scale",
-        lambda c, f: True,
-        "read only by train",
-        ("eval",),
-    ),
-    Rule(
         "vision_experts_from_text vision_experts_down_scale",
         lambda c, f: c.method.vision and not c.vision_config_path,
         "vision_config_path is not given",
+        DATA,
     ),
     Rule("vision_experts_down_scale", lambda c, f: not c.vision_experts_from_text, "vision_experts_from_text is False"),
     Rule(
