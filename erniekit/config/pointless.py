@@ -286,6 +286,7 @@ _OPTIMIZER_RULES = [
 ]
 
 _VISION_RULES = [
+    Rule("adaptive_max_imgtoken_option adaptive_max_imgtoken_rate", lambda c, f: True, "read only by train", ("eval",)),
     Rule(
         "vision_experts_from_text vision_experts_down_scale",
         lambda c, f: c.method.vision and not c.vision_config_path,

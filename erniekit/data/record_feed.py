@@ -220,6 +220,7 @@ def open_text(
     keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
     if vision is not None:
         specs = with_pictures(specs)
+        vision = vision if split == "train" else replace(vision, drawn_bounds=None)  # an evaluation draws nothing
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))

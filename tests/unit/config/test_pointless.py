@@ -50,6 +50,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         {**VL, "text_dataset_path": "t.jsonl", "mix_strategy": "interleave_over"},
     ),
     ("train", {"modality_interleave": "mixed"}, {**VL_DPO, "text_dataset_path": "t"}, {**VL, "text_dataset_path": "t"}),
+    (
+        "eval",
+        {"adaptive_max_imgtoken_option": "9", "adaptive_max_imgtoken_rate": "1"},
+        {**EVAL, **VL},
+        None,
+    ),
     ("eval", {"vision_experts_down_scale": 0.5}, {**EVAL, **VL}, {**EVAL, **VL, "vision_config_path": "v"}),
     ("train", {"vision_experts_down_scale": 0.5}, VL, {**VL, "vision_config_path": "v"}),
     (
