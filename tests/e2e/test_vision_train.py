@@ -169,6 +169,17 @@ def test_pretraining_text_with_pictures(tmp_path: Path) -> None:
     assert any("loss_image" in record for record in history) and any("loss_text" in record for record in history)
 
 
+def in_content_lists(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair as OpenAI's clients write it."""
+    parts = [{"type": "image_url", "image_url": {"url": name}} for name in pair["images"]]
+    parts.append({"type": "text", "text": pair["messages"][0]["content"].replace("<image>", "")})
+    sides = {
+        side: {"role": "assistant", "content": [{"type": "text", "text": pair[side]}]}
+        for side in ("chosen", "rejected")
+    }
+    return {"messages": [{"role": "user", "content": parts}], **sides}
+
+
 def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
     """The chosen answers become likelier than the rejected ones; a resumed run repeats an uninterrupted one."""
     yaml = vision_workspace(tmp_path, weights=True)
@@ -177,6 +188,7 @@ def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
         for record in picture_records(tmp_path)
         if "videos" not in record
     ]
+    pairs = [pair if number % 2 else in_content_lists(pair) for number, pair in enumerate(pairs)]
     write_lines(tmp_path / "pairs.jsonl", pairs)
     keys = {
         "stage": "VL-DPO",
