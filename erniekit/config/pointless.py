@@ -303,6 +303,11 @@ _VISION_RULES = [
     Rule("vit_lr_ratio visual_ld resampler_lr_ratio", lambda c, f: f.sees_pictures is False, "the model has no vision"),
     Rule(
         "vit_lr_ratio visual_ld",
+        lambda c, f: c.fine_tuning == "LoRA" and not (c.lora_target_modules or c.lora_path),
+        "LoRA adapts the vision transformer only where lora_target_modules names it",
+    ),
+    Rule(
+        "vit_lr_ratio visual_ld",
         lambda c, f: FREEZE_VISION in c.freeze_config or "vision_transformer" in c.frozen_parameters,
         "the vision transformer is frozen",
     ),

@@ -73,6 +73,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"vit_lr_ratio": 0.9}, {"facts": Facts(sees_pictures=False)}, {"facts": Facts(sees_pictures=True)}),
     ("train", {"vit_lr_ratio": 0.9}, {**VL, "freeze_config": "freeze_vision"}, {**VL, "freeze_config": "freeze_lm"}),
     ("train", {"visual_ld": 0.9}, {**VL, "vit_lr_ratio": 0.8}, VL),
+    (
+        "train",
+        {"vit_lr_ratio": 0.9},
+        {**VL, "fine_tuning": "LoRA"},
+        {**VL, "fine_tuning": "LoRA", "lora_target_modules": "attn.qkv"},
+    ),
     ("train", {"resampler_lr_ratio": 0.5}, {**VL, "frozen_parameters": "resampler"}, VL),
     ("train", {"chat_tools": "image_zoom_in_tool"}, {}, None),
     ("chat", {"image_search_dir": "d"}, {}, {"chat_tools": "image_search"}),
