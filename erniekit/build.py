@@ -106,13 +106,15 @@ class ModelOptions:
     training: bool = False
 
 
-def training_options(cfg: Config) -> ModelOptions:
-    """The options with which `erniekit train` builds its model. Raises ConfigError."""
+def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
+    """The options with which `erniekit train` builds its model. `device`: "cpu" or "gpu:0"; None: the one in use.
+    Raises ConfigError.
+    """
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     if cfg.fine_tuning == "LoRA":
         adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
     return ModelOptions(
-        precision=policy.choose(cfg.compute_type, paddle.get_device()),
+        precision=policy.choose(cfg.compute_type, device or paddle.get_device(), cfg.emulate_precision),
         random_start=not cfg.continue_training,
         seed=cfg.seed,
         overrides=dataclasses.replace(
@@ -211,12 +213,8 @@ class PreparedModel:
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
-        # The lazy model has no memory and no initial values. Each parameter is allocated when its weight is read, and
-        # directly in its final dtype.
-        with policy.default_dtype(precision), paddle.LazyGuard():
-            model = CausalLM(self.config, rank_shard_of(mesh, layers))
-        if precision.product is not None:
-            attach_products(model, precision.product)
+        # Each parameter is allocated when its weight is read, and directly in its final dtype.
+        model = _lazy_model(self.config, precision, mesh, layers)
         stored = set() if self.reader is None else {logical.param for logical in self.reader.logicals}
         init_weights(model, options.seed, lambda name: name not in stored)
         if self.reader is not None:
@@ -241,6 +239,36 @@ class PreparedModel:
         else:
             model.eval()
         return model
+
+
+def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequence[Sequence[int]]) -> CausalLM:
+    """One process's part of a model, with its products, but without memory and initial values."""
+    with policy.default_dtype(precision), paddle.LazyGuard():
+        model = CausalLM(config, rank_shard_of(mesh, layers))
+    if precision.product is not None:
+        attach_products(model, precision.product)
+    return model
+
+
+def outline(
+    config: ModelConfig,
+    options: ModelOptions,
+    mesh: Mesh,
+    chunks: Sequence[Sequence[int]],
+    adapter: StoredAdapter | None = None,
+) -> CausalLM:
+    """What `PreparedModel.build` makes, with every parameter's name, shape, dtype and place, but without memory: no
+    weight is read, and none can be. `adapter`: a saved one; None: that of the options, if any.
+    """
+    model = _lazy_model(config, options.precision, mesh, chunks)
+    parallelize(model, mesh, options.sequence_parallel, chunks)
+    with paddle.LazyGuard():
+        if adapter is not None:
+            lora.attach_slots(model, adapter.options, adapter.slots, adapter.saved, values=False)
+        elif isinstance(options.adapter, lora.LoraOptions):
+            chosen = lora.choose_slots(our_shapes(config), options.adapter, config.tie_word_embeddings)
+            lora.attach_slots(model, options.adapter, *chosen, values=False)
+    return model
 
 
 def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConfig | None = None) -> PreparedModel:

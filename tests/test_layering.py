@@ -16,7 +16,7 @@ LAYERS = (
     ("parallel", "precision", "lora"),
     ("moe", "losses", "data"),
     ("models",),
-    ("checkpoint",),
+    ("checkpoint", "plan"),
     ("build", "join"),
     ("export", "generation"),
     ("training",),

@@ -34,6 +34,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _shape(cfg),
             _pipeline(cfg),
             _low_bit(cfg),
+            _precision(cfg),
             _expressions(cfg),
             _lora(cfg),
             _preference(cfg),
@@ -260,6 +261,14 @@ def _low_bit(cfg: Config) -> Iterator[str]:
         yield (
             f"compute_type: {cfg.compute_type}: the base is held in 8 or 4 bits and frozen, but fine_tuning: "
             f"{cfg.fine_tuning} trains it: set fine_tuning: LoRA, or compute_type: bf16"
+        )
+
+
+def _precision(cfg: Config) -> Iterator[str]:
+    if cfg.emulate_precision and cfg.compute_type not in ("bf16", "fp16"):
+        yield (
+            f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
+            "Remove it, or set compute_type: bf16"
         )
 
 

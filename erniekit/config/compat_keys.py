@@ -86,7 +86,6 @@ _NO_EFFECT: dict[str, str] = {
         "amp_custom_white_list amp_custom_black_list bf16_full_eval fp16_full_eval"
     ),
     "16-bit training keeps 16-bit weights beside fp32 masters (O2)": "fp16_opt_level",
-    "bf16 has the range of fp32 and needs no loss scaling": "scale_loss",
     "averaged weights are updated after every step": "zcc_ema_interval",
     "order and position of the data follow from the seed alone, and a resumed run continues where it was": (
         "same_data sampling_wo_replacement_data_resuming distributed_dataloader use_train_part_sharding "

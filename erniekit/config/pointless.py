@@ -277,6 +277,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
+    Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(
         "multi_token_pred_lambda",

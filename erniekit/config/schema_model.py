@@ -47,11 +47,19 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16 or fp32; or a frozen base in 8 or 4 bits, to train LoRA on or to use: "
-        "wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp16 and fp8 are not built yet.",
+        "Precision of weights and products: bf16, fp16 (with loss scaling) or fp32; or a frozen base in 8 or 4 bits, to "
+        "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp8 is not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")
+    emulate_precision: bool = key(
+        False,
+        "Train in bf16 or fp16 on a CPU as a GPU does: 16-bit weights and activations, fp32 masters. Without it a CPU "
+        "computes in fp32.",
+    )
+    scale_loss: float = key(
+        65536.0, "With compute_type: fp16: the loss is multiplied by this at first; see docs/precision.md.", ge=1
+    )
     recompute: bool = key(
         False, "Activation checkpointing: compute activations again in the backward pass; less memory, more time."
     )

@@ -7,7 +7,6 @@ from erniekit.config.schema import Config
 from erniekit.utils.errors import ConfigError
 
 _COMPUTE = {
-    "fp16": "fp16 training with loss scaling",
     "fp8": "FP8",
 }
 
@@ -21,7 +20,7 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     if cfg.compute_type in _COMPUTE and command in RUN:
         kind = _COMPUTE[cfg.compute_type]
         lines.append(
-            f"compute_type: {cfg.compute_type} ({kind}); it has bf16 and fp32, and for a frozen base wint8, "
+            f"compute_type: {cfg.compute_type} ({kind}); it has bf16, fp16 and fp32, and for a frozen base wint8, "
             "wint4, wint4/8 and nf4"
         )
     for name, value in cfg.extras:

@@ -22,7 +22,6 @@ from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.training.evaluators import EvaluatedModel
 from erniekit.training.evaluators import score as score_data
-from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.methods import method_of
 from erniekit.training.reference import PairScorer
 from erniekit.utils import atomic, log
@@ -134,9 +133,8 @@ def print_table(results: dict[str, Any]) -> None:
 def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
     """The scores of the method's evaluator, with the numbers of samples, and of those dropped or cut."""
     model = opened.model
-    forward = ForwardPass(model.mesh, model.chunks)
-    compared_with = open_reference(cfg, model, reference, PairScorer(forward, cfg.loss_subbatch_seqlen))
-    evaluated = EvaluatedModel(str(opened.path), cfg, model, forward, compared_with)
+    compared_with = open_reference(cfg, model, reference, PairScorer(cfg.loss_subbatch_seqlen))
+    evaluated = EvaluatedModel(str(opened.path), cfg, model, compared_with)
     cure = "Evaluate an earlier checkpoint (checkpoint: ...)."
     scores = score_data(method_of(cfg).evaluator, evaluated, loader, cure)
     return scores.counts | {"num_dropped": loader.report()["dropped"]} | scores.metrics

@@ -133,14 +133,20 @@ def choose_slots(
 
 
 def attach_slots(
-    model: nn.Layer, options: LoraOptions, slots: dict[str, dict[str, Slot]], saved: tuple[str, ...]
+    model: nn.Layer,
+    options: LoraOptions,
+    slots: dict[str, dict[str, Slot]],
+    saved: tuple[str, ...],
+    values: bool = True,
 ) -> LoraState:
-    """Attach adapters that are zero to those projections of `slots` that `model` has, and freeze everything else."""
+    """Attach adapters that are zero to those projections of `slots` that `model` has, and freeze everything else.
+    Without `values` the model has no weights (build.outline), so none is measured or kept.
+    """
     assert state_of(model) is None, "the model already has an adapter"
     state = LoraState(options, slots, saved)
     for name, parameter in model.named_parameters():
         parameter.stop_gradient = name not in saved
-        if name in saved:
+        if name in saved and values:
             state.originals[name] = parameter.detach().clone()
     # The weights of a quantised base have no floating type; norms have the type in which the model computes.
     roles = named_roles(model)
@@ -149,7 +155,7 @@ def attach_slots(
         if not isinstance(layer, Projection) or name not in slots:
             continue
         if isinstance(layer, Linear):
-            adapter: Adapter = LinearAdapter(layer, slots[name], options.dropout, options.dora, dtype)
+            adapter: Adapter = LinearAdapter(layer, slots[name], options.dropout, options.dora, dtype, values)
         else:
             adapter = StackedAdapter(layer, slots[name][""], options.dropout, dtype)
         adapter.training = layer.training

@@ -8,6 +8,7 @@ W + s A B with A [in, r], B [r, out], and W is frozen. The scaling s is alpha / 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import paddle
 from paddle import nn
@@ -15,6 +16,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Linear, Projection
+from erniekit.nn.narrow import add, matmul, rounded
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
 from erniekit.utils.errors import UserError
@@ -36,24 +38,24 @@ class _LowRank(PyLayer):
     @staticmethod
     def forward(ctx, x, y, spans, scalings, *factors):
         a, b = _joined(factors, spans, scalings, y.shape[1])
-        u = paddle.matmul(x, a)
+        u = matmul(x, a)
         ctx.save_for_backward(x, a, b, u)
         ctx.spans, ctx.scalings = spans, scalings
         ctx.ranks = [factor.shape[1] for factor in factors[: len(spans)]]
         ctx.needs_gradient = not x.stop_gradient, not y.stop_gradient
         ctx.frozen = [factor.stop_gradient for factor in factors]  # such as those of a part that freeze_config names
-        return paddle.matmul(u, b).add_(y)
+        return add(matmul(u, b), y)
 
     @staticmethod
     def backward(ctx, dy):
         x, a, b, u = ctx.saved_tensor()
-        du = paddle.matmul(dy, b, transpose_y=True)
-        dx = paddle.matmul(du, a, transpose_y=True) if ctx.needs_gradient[0] else None
+        du = matmul(dy, b, transpose_y=True)
+        dx = matmul(du, a, transpose_y=True) if ctx.needs_gradient[0] else None
         dy_or_none = dy if ctx.needs_gradient[1] else None
         if all(ctx.frozen):
             return dx, dy_or_none, *([None] * len(ctx.frozen))
         # Narrow products are several times faster with the narrow side first.
-        da, db = paddle.matmul(du, x, transpose_x=True).T, paddle.matmul(u, dy, transpose_x=True)
+        da, db = matmul(du, x, transpose_x=True).T, matmul(u, dy, transpose_x=True)
         das, dbs, row = [], [], 0
         for (begin, end), scaling, rank in zip(ctx.spans, ctx.scalings, ctx.ranks, strict=True):
             das.append(da[:, row : row + rank].contiguous())
@@ -72,7 +74,7 @@ def _joined(
         return factors[0], factors[1] * scalings[0]
     blocks = []
     for b, (begin, end), scaling in zip(factors[count:], spans, scalings, strict=True):
-        blocks.append(nn.functional.pad(b * scaling, [0, 0, begin, width - end]))
+        blocks.append(rounded(partial(nn.functional.pad, pad=[0, 0, begin, width - end]), b * scaling))
     return paddle.concat(list(factors[:count]), axis=1), paddle.concat(blocks, axis=0)
 
 
@@ -86,8 +88,8 @@ class _GroupedLowRank(PyLayer):
         ctx.frozen = a.stop_gradient, b.stop_gradient
         narrow, parts = [], []
         for e, begin, end in row_spans(counts):
-            narrow.append(paddle.matmul(rows[begin:end], a[e]).scale_(scaling))
-            parts.append(paddle.matmul(narrow[-1], b[e]).add_(y[begin:end]))
+            narrow.append(matmul(rows[begin:end], a[e]).scale_(scaling))
+            parts.append(add(matmul(narrow[-1], b[e]), y[begin:end]))
         ctx.save_for_backward(rows, a, b)
         ctx.narrow = narrow
         return paddle.concat(parts) if parts else y.clone()
@@ -102,11 +104,11 @@ class _GroupedLowRank(PyLayer):
         )
         for u, (e, begin, end) in zip(ctx.narrow, row_spans(ctx.counts), strict=True):
             part = dy[begin:end]
-            du = paddle.matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
-            das[e] = paddle.matmul(du, rows[begin:end], transpose_x=True).T
-            dbs[e] = paddle.matmul(u, part, transpose_x=True)
+            du = matmul(part, b[e], transpose_y=True).scale_(ctx.scaling)
+            das[e] = matmul(du, rows[begin:end], transpose_x=True).T
+            dbs[e] = matmul(u, part, transpose_x=True)
             if ctx.needs_gradient[0]:
-                drows.append(paddle.matmul(du, a[e], transpose_y=True))
+                drows.append(matmul(du, a[e], transpose_y=True))
         ctx.narrow = None
         drows_all = None
         if ctx.needs_gradient[0]:
@@ -155,7 +157,15 @@ class LinearAdapter(Adapter):
     held constant in the backward pass (section 4.3 of the paper).
     """
 
-    def __init__(self, linear: Linear, slots: dict[str, Slot], dropout: float, dora: bool, dtype: paddle.dtype) -> None:
+    def __init__(
+        self,
+        linear: Linear,
+        slots: dict[str, Slot],
+        dropout: float,
+        dora: bool,
+        dtype: paddle.dtype,
+        values: bool = True,
+    ) -> None:
         super().__init__(slots, dropout)
         self.split, self.dora = linear.split, dora
         self._linear = [linear]  # in a list, so that Paddle does not register it as a sub-layer
@@ -172,7 +182,7 @@ class LinearAdapter(Adapter):
                 # Rounded to 16 bits, the magnitude would differ from |W| and change the model before training.
                 self._add("magnitude", part, [width], paddle.float32)
         self._squares: paddle.Tensor | None = None
-        if dora:
+        if dora and values:
             self.reset_magnitude()
 
     def shard_specs(self) -> dict[str, ShardSpec]:
@@ -223,8 +233,13 @@ class LinearAdapter(Adapter):
         if self.dora:
             adapted = (adapted.astype("float32") * self._gain(y.shape[-1])).astype(y.dtype)
             if base is not y:
-                adapted = adapted + (y - base)
+                adapted = add(adapted, y - base)
         return adapted if len(shape) == 2 else adapted.reshape(shape)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the squared lengths that DoRA keeps, where the model has no weights to measure them."""
+        return 4 * self._linear[0].out_features if self.dora and self._squares is None else 0
 
     def _gain(self, width: int) -> paddle.Tensor:
         """[out] fp32: the trained length of each column divided by its present length; 1 in columns without adapter."""

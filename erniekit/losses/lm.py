@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import add, matmul
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -32,8 +33,8 @@ class Head:
 
     def local_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V those of this rank."""
-        logits = paddle.matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
-        return logits if self.bias is None else logits + self.bias
+        logits = matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
+        return logits if self.bias is None else add(logits, self.bias)
 
     def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V the whole vocabulary. With a group, without gradient."""
@@ -125,11 +126,11 @@ class HeadGradients:
         """
         weight, bias, by_vocab = self.head.weight, self.head.bias, self.head.by_vocab
         p = dlogits_TV.astype(x_TD.dtype)
-        self._hidden.append(paddle.matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
+        self._hidden.append(matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
         if not weight.stop_gradient:
             scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
             first, second = (p, scaled) if by_vocab else (scaled, p)
-            part = paddle.matmul(first, second, transpose_x=True).astype("float32")
+            part = matmul(first, second, transpose_x=True).astype("float32")
             self._weight = part if self._weight is None else self._weight.add_(part)
         if bias is not None and not bias.stop_gradient:
             part = paddle.matmul(scale_T1, dlogits_TV, transpose_x=True).squeeze(0)

@@ -5,6 +5,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.losses.lm import Head, HeadGradients, chunks_of, softmax_at
+from erniekit.nn.narrow import gather
 
 
 class _TokenLogProbs(PyLayer):
@@ -62,7 +63,7 @@ def answer_log_probs(
     places = np.flatnonzero(labels_T != ignore)
     labelled, which = np.unique(documents_T[places], return_inverse=True)
     assert np.array_equal(labelled, np.sort(answers)), "answers have labels, and nothing else has"
-    rows = paddle.gather(hidden_TD, paddle.to_tensor(places))
+    rows = gather(hidden_TD, paddle.to_tensor(places))
     log_p = token_log_probs(rows, head, paddle.to_tensor(labels_T[places]), max_tokens)
     sums = paddle.geometric.segment_sum(log_p, paddle.to_tensor(which))
     return paddle.gather(sums, paddle.to_tensor(np.searchsorted(labelled, answers)))

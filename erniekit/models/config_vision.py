@@ -81,7 +81,7 @@ def _from_transformers(config: JsonObject) -> tuple[JsonObject, VisionConfig]:
     rope = vision.get_object("rope_parameters")
     if rope.get_text("rope_type", "axial") != "axial":
         raise refusal(vision, "rope_parameters", "the vision transformer rotates by row and column (rope_type axial)")
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": vision.get_int("hidden_size", _DEFAULTS.hidden_size, 1, _MAX),
         "intermediate_size": vision.get_int("intermediate_size", _DEFAULTS.intermediate_size, 1, _MAX),
         "temporal_merge_size": vision.get_int("temporal_merge_size", 2, 1, 64),

@@ -41,6 +41,7 @@ from erniekit.nn.attention import AttentionContext, SelfAttention
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.narrow import add
 from erniekit.nn.norm import RMSNorm
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
@@ -105,12 +106,12 @@ class DecoderLayer(nn.Layer):
         self, x_TD: paddle.Tensor, mixer: AttentionContext, tokens: TokenInfo, layer: int
     ) -> tuple[paddle.Tensor, dict[int, Routed]]:
         """[T, D] -> ([T, D], what the routers decided by modality; empty for a dense layer)."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), mixer, layer)
+        x_TD = add(x_TD, self.self_attn(self.input_layernorm(x_TD), mixer, layer))
         normed = self.post_attention_layernorm(x_TD)
         if self.sparse:
             y, decisions = self.mlp(normed, tokens)
-            return x_TD + y, decisions
-        return x_TD + self.mlp(normed), {}
+            return add(x_TD, y), decisions
+        return add(x_TD, self.mlp(normed)), {}
 
 
 class Layers(nn.Layer):

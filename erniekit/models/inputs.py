@@ -19,6 +19,7 @@ from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_mask import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
 from erniekit.nn.kv_cache import KVCache
+from erniekit.nn.narrow import add, gather, rounded
 from erniekit.nn.roles import Role
 from erniekit.nn.rotary import Rotary
 from erniekit.nn.shard import WHOLE, RankShard, Shardable, ShardSpec
@@ -262,7 +263,7 @@ def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:
     noise_TD = paddle.uniform([len(inputs.noise_scale), x_TD.shape[-1]], min=-1.0, max=1.0)
     noise_TD = noise_TD * paddle.to_tensor(inputs.noise_scale).unsqueeze(-1)
     start, stop = embedding.own_span(len(noise_TD))
-    return x_TD + noise_TD[start:stop].astype(x_TD.dtype)
+    return add(x_TD, noise_TD[start:stop].astype(x_TD.dtype))
 
 
 def place_features(
@@ -277,9 +278,9 @@ def place_features(
         return x_TD
     features = pictures.features
     if len(own) < len(pictures.places):
-        features = paddle.gather(features, paddle.to_tensor(own))
+        features = gather(features, paddle.to_tensor(own))
     places = paddle.to_tensor(pictures.places[own] - start)
-    return paddle.scatter(x_TD, places, features.astype(x_TD.dtype))
+    return rounded(lambda x, rows: paddle.scatter(x, places, rows), x_TD, features.astype(x_TD.dtype))
 
 
 def embed_ahead(embedding: Embedding, inputs: ModelInputs, step: int) -> tuple[paddle.Tensor, np.ndarray, np.ndarray]:

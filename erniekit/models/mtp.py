@@ -14,6 +14,7 @@ import paddle
 from erniekit.models.decoder import Decoder, Hidden
 from erniekit.models.inputs import ModelInputs, embed_ahead
 from erniekit.moe.layer import TokenInfo
+from erniekit.nn.narrow import concat
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def predict_ahead(decoder: Decoder, hidden: Hidden, inputs: ModelInputs) -> list
     first = decoder.config.num_hidden_layers  # the blocks are numbered behind the layers
     for d, block in enumerate(decoder.mtp_block):
         ahead, target, valid = embed_ahead(decoder.embed_tokens, inputs, 1 + d)
-        joined = paddle.concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
+        joined = concat([decoder.mtp_emb_norm[d](ahead), decoder.mtp_hidden_norm[d](previous)], axis=-1)
         previous, _ = block(decoder.mtp_linear_proj[d](joined), inputs.attention, dense, first + d)
         depths.append(Depth(decoder.norm(previous), target, valid))
     return depths

@@ -1,26 +1,43 @@
 """Attach products (nn/product.py) to a model, and count what they hold."""
 
+from collections.abc import Collection, Iterator
 from math import prod
 
 import paddle
+from paddle import nn
 
-from erniekit.models.decoder import CausalLM
-from erniekit.nn.linear import ProductFactory, Projection
+from erniekit.models.decoder import CausalLM, DecoderLayer
+from erniekit.moe.layer import MoELayer
+from erniekit.nn.linear import EVERY_PART, Part, ProductFactory, Projection
 from erniekit.nn.product import Product
 
 
-def attach_products(model: CausalLM, factory: ProductFactory) -> None:
-    """Give every projection in the decoder's layers, routed experts included, the product that `factory` makes for it.
-    Router, norms, biases, embedding, head and multi-token prediction stay as they are.
+def attach_products(model: CausalLM, factory: ProductFactory, parts: Collection[Part] = EVERY_PART) -> None:
+    """Give every projection in these parts of the decoder's layers the product that `factory` makes for it. Router,
+    norms, biases, embedding, head and multi-token prediction stay as they are.
 
     Called before the model has its weights: built without allocating (paddle.LazyGuard), a model never holds the
     parameters that a product replaces.
     """
-    for layer in model.model.layers.sublayers():
-        if isinstance(layer, Projection):
-            product = factory(layer)
-            if product is not None:
-                layer.attach_product(product)
+    for layer in model.model.layers:
+        for part, module in parts_of(layer):
+            for projection in module.sublayers() if part in parts else ():
+                if isinstance(projection, Projection):
+                    product = factory(projection)
+                    if product is not None:
+                        projection.attach_product(product)
+
+
+def parts_of(layer: DecoderLayer) -> Iterator[tuple[Part, nn.Layer]]:
+    """The parts of a decoder layer that have projections; experts of images are a second part with experts."""
+    yield "attention", layer.self_attn
+    if not isinstance(layer.mlp, MoELayer):
+        yield "mlp", layer.mlp
+        return
+    for experts in layer.mlp.all_experts():
+        yield "experts", experts
+    if layer.mlp.shared_experts is not None:
+        yield "shared_experts", layer.mlp.shared_experts
 
 
 def products(model: paddle.nn.Layer) -> dict[str, tuple[Projection, Product]]:

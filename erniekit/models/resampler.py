@@ -9,6 +9,7 @@ from paddle import nn
 
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.linear import Linear
+from erniekit.nn.narrow import concat, gather, rounded
 from erniekit.nn.norm import LayerNorm, RMSNorm
 from erniekit.nn.roles import Component, ComponentLayer
 
@@ -28,6 +29,14 @@ def frame_pairs(grid_N3: np.ndarray, merge_size: int) -> tuple[np.ndarray, np.nd
     return np.concatenate([empty, *even]), np.concatenate([empty, *odd])
 
 
+class GELU(nn.Layer):
+    """x * P(X <= x) for a standard normal X (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., C] -> [..., C]."""
+        return rounded(nn.functional.gelu, x)
+
+
 class Resampler(ComponentLayer):
     """Joins merge_size x merge_size patches, then two frames, and projects to the width of the decoder."""
 
@@ -41,7 +50,7 @@ class Resampler(ComponentLayer):
         def merge(in_features: int) -> nn.Sequential:
             return nn.Sequential(
                 Linear(in_features, wide, bias=True, init_std=init_std),
-                nn.GELU(),
+                GELU(),
                 Linear(wide, wide, bias=True, init_std=init_std),
                 LayerNorm(wide, config.layer_norm_eps),
             )
@@ -56,5 +65,5 @@ class Resampler(ComponentLayer):
         area = self.config.spatial_merge_size**2
         spatial = self.spatial_linear(features_PC.reshape([-1, area * features_PC.shape[-1]]))
         even, odd = frame_pairs(grid_N3, self.config.spatial_merge_size)
-        both = [paddle.gather(spatial, paddle.to_tensor(numbers)) for numbers in (even, odd)]
-        return self.after_norm(self.mlp(self.temporal_linear(paddle.concat(both, axis=-1))))
+        both = [gather(spatial, paddle.to_tensor(numbers)) for numbers in (even, odd)]
+        return self.after_norm(self.mlp(self.temporal_linear(concat(both, axis=-1))))

@@ -16,6 +16,7 @@ from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
+from erniekit.nn.narrow import add, rounded
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
 from erniekit.nn.rotary import inverse_frequencies
@@ -98,7 +99,7 @@ class QuickGELU(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., C] -> [..., C]."""
-        return x * nn.functional.sigmoid(1.702 * x)
+        return rounded(lambda wide: wide * nn.functional.sigmoid(1.702 * wide), x)
 
 
 class VisionMLP(nn.Layer):
@@ -127,8 +128,8 @@ class VisionBlock(nn.Layer):
 
     def forward(self, x_PC: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:
         """[P, C] -> [P, C]."""
-        x_PC = x_PC + self.attn(self.norm1(x_PC), mixer)
-        return x_PC + self.mlp(self.norm2(x_PC))
+        x_PC = add(x_PC, self.attn(self.norm1(x_PC), mixer))
+        return add(x_PC, self.mlp(self.norm2(x_PC)))
 
 
 class VisionTransformer(ComponentLayer):

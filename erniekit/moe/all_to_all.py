@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
+from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -52,17 +53,23 @@ class ExpertRanks:
         return experts_TK // num_local % self.tensor.size == self.tensor.index
 
     def start(
-        self, experts: Experts, rows: paddle.Tensor, assignment: Assignment, num_tokens: int
+        self,
+        experts: Experts,
+        rows: paddle.Tensor,
+        weights_R1: paddle.Tensor | None,
+        assignment: Assignment,
+        num_tokens: int,
     ) -> Callable[[], paddle.Tensor]:
-        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the ranks of their experts. The function that
-        is returned gives the experts' outputs [R, D], in the same order. Where the backend allows, the rows are sent
-        while the caller computes something else before calling it.
+        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the ranks of their experts, with the rows'
+        routing weights where the experts take these. The function that is returned gives the experts' outputs [R, D],
+        in the same order. Where the backend allows, the rows are sent while the caller computes something else before
+        calling it.
         """
         num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
         by_shard = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
         counts_NL = by_shard[:, self.tensor.index]
         if self.expert.size == 1:
-            return lambda: experts(rows, counts_NL[0].tolist())
+            return lambda: experts(rows, counts_NL[0].tolist(), weights_R1)
         # Each rank also sends how many tokens it has: where no rank has any, the experts do not run and have no
         # gradient, as on one process.
         all_tokens = np.full((len(counts_NL), 1), num_tokens)
@@ -71,11 +78,13 @@ class ExpertRanks:
         if not incoming[:, -1].any():
             return lambda: rows
         sent, received = counts_NL.sum(axis=1).tolist(), incoming_NL.sum(axis=1).tolist()
+        weights = None if weights_R1 is None else comm.start_exchange_rows(weights_R1, sent, received, self.expert)
         arrive = comm.start_exchange_rows(rows, sent, received, self.expert)
 
         def finish() -> paddle.Tensor:
             order = expert_major(incoming_NL)
-            done = experts(permute(arrive(), order), incoming_NL.sum(axis=0).tolist())
+            sorted_weights = None if weights is None else permute(weights(), order)
+            done = experts(permute(arrive(), order), incoming_NL.sum(axis=0).tolist(), sorted_weights)
             return comm.exchange_rows(permute(done, np.argsort(order)), received, sent, self.expert)
 
         return finish
@@ -95,11 +104,11 @@ class _Permute(PyLayer):
     @staticmethod
     def forward(ctx, rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
         ctx.order = order
-        return paddle.gather(rows, paddle.to_tensor(order))
+        return gather(rows, paddle.to_tensor(order))
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        return paddle.gather(dy, paddle.to_tensor(np.argsort(ctx.order)))
+        return gather(dy, paddle.to_tensor(np.argsort(ctx.order)))
 
 
 def permute(rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:

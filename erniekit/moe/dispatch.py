@@ -6,6 +6,8 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import gather, multiply
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -40,7 +42,7 @@ def assign(experts_TK: np.ndarray, num_experts: int, keep_TK: np.ndarray | None 
 
 
 def _copy_out(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
-    return paddle.gather(x_TD, assignment.source)
+    return gather(x_TD, assignment.source)
 
 
 def _with_zero_row(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
@@ -53,10 +55,10 @@ def _with_zero_row(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor
 def _sum_back(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     rows = _with_zero_row(rows, assignment)
     first, *others = assignment.rank
-    total = paddle.gather(rows, first)
+    total = gather(rows, first).astype("float32")
     for rank_T in others:  # sum(axis=1) over [T, K, D] takes several times as long on a CPU
-        total = total.add_(paddle.gather(rows, rank_T))
-    return total
+        total = total.add_(gather(rows, rank_T).astype("float32"))
+    return total.astype(rows.dtype)
 
 
 class _Dispatch(PyLayer):
@@ -83,7 +85,7 @@ class _Combine(PyLayer):
         ctx.save_for_backward(rows, weights_R1)
         ctx.assignment = assignment
         ctx.needs_gradient = not rows.stop_gradient, not weights_TK.stop_gradient
-        return _sum_back(rows * weights_R1.astype(rows.dtype), assignment)
+        return _sum_back(multiply(rows, weights_R1.astype(rows.dtype)), assignment)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -93,9 +95,40 @@ class _Combine(PyLayer):
         dweights_TK = None
         if weights_need_gradient:
             product = copied.astype("float32") * rows.astype("float32")
-            dweights_R1 = _with_zero_row(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
-            dweights_TK = paddle.concat([paddle.gather(dweights_R1, rank_T) for rank_T in ctx.assignment.rank], axis=1)
-        return copied * weights_R1.astype(copied.dtype) if rows_need_gradient else None, dweights_TK
+            dweights_TK = _by_pair(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
+        return multiply(copied, weights_R1.astype(copied.dtype)) if rows_need_gradient else None, dweights_TK
+
+
+class _RowWeights(PyLayer):
+    """The weight of each row; the adjoint puts a row's gradient back to its pair, and zero to a dropped one."""
+
+    @staticmethod
+    def forward(ctx, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        return paddle.gather(weights_TK.reshape([-1]), assignment.order).unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx, dweights_R1: paddle.Tensor) -> paddle.Tensor:
+        return _by_pair(dweights_R1, ctx.assignment)
+
+
+class _SumRows(PyLayer):
+    """The sum of each token's K rows; the adjoint copies the token's gradient to them."""
+
+    @staticmethod
+    def forward(ctx, rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+        ctx.assignment = assignment
+        return _sum_back(rows, assignment)
+
+    @staticmethod
+    def backward(ctx, dy_TD: paddle.Tensor) -> paddle.Tensor:
+        return _copy_out(dy_TD, ctx.assignment)
+
+
+def _by_pair(of_rows_R1: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """A number of each row [R, 1] -> of each pair [T, K]; zero where a pair was dropped."""
+    padded = _with_zero_row(of_rows_R1, assignment)
+    return paddle.concat([paddle.gather(padded, rank_T) for rank_T in assignment.rank], axis=1)
 
 
 def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
@@ -106,3 +139,13 @@ def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
 def combine(rows: paddle.Tensor, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A dropped pair contributes nothing."""
     return _Combine.apply(rows, weights_TK, assignment)
+
+
+def row_weights(weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """The routing weight of each sorted row: [T, K] fp32 -> [R, 1] fp32."""
+    return _RowWeights.apply(weights_TK, assignment)
+
+
+def sum_rows(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
+    """Plain sum of each token's rows, which the experts have weighed: [R, D] -> [T, D]."""
+    return _SumRows.apply(rows, assignment)

@@ -2,6 +2,8 @@
 its span of sorted rows.
 """
 
+from collections.abc import Callable
+
 import paddle
 from paddle import nn
 
@@ -45,14 +47,37 @@ class StackedLinear(Projection):
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
 
+# Computes all of `Experts.forward` instead of its projections' products: rows [R, D], the weights of up_gate_proj and
+# down_proj, counts, and what each row is multiplied by -> [R, D].
+ExpertBlock = Callable[
+    [paddle.Tensor, paddle.Tensor, paddle.Tensor, list[int], paddle.Tensor | None],
+    paddle.Tensor,
+]
+
+
 class Experts(ComponentLayer):
-    """E SwiGLU experts of width F."""
+    """E SwiGLU experts of width F.
+
+    `takes_weights`: each row is multiplied by its routing weight in front of down_proj, as in ERNIE, and not its output
+    when the outputs are added up. The two are equal, but the outputs need not be kept for the backward pass. `block`:
+    see ExpertBlock; adapters need the products of the projections, so that it is not used with them.
+    """
+
+    takes_weights = False
+    block: ExpertBlock | None = None
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, init_std: float = 0.02) -> None:
         super().__init__()
         self.up_gate_proj = StackedLinear(num_experts, hidden_size, 2 * intermediate_size, init_std)
         self.down_proj = StackedLinear(num_experts, intermediate_size, hidden_size, init_std)
 
-    def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
-        """[R, D] sorted by expert -> [R, D]."""
-        return self.down_proj(swiglu(self.up_gate_proj(rows, counts)), counts)
+    def forward(self, rows: paddle.Tensor, counts: list[int], weights_R1: paddle.Tensor | None = None) -> paddle.Tensor:
+        """[R, D] sorted by expert -> [R, D]. `weights_R1` [R, 1] fp32, with `takes_weights`."""
+        up_gate, down = self.up_gate_proj, self.down_proj
+        if self.block is not None and up_gate.adapter is None and down.adapter is None:
+            assert up_gate.weight is not None and down.weight is not None
+            return self.block(rows, up_gate.weight, down.weight, counts, weights_R1)
+        hidden = swiglu(up_gate(rows, counts))
+        if weights_R1 is not None:
+            hidden = (hidden.astype("float32") * weights_R1).astype(hidden.dtype)
+        return down(hidden, counts)

@@ -13,10 +13,11 @@ import paddle
 from paddle import nn
 
 from erniekit.moe.all_to_all import ExpertRanks
-from erniekit.moe.dispatch import assign, combine, dispatch
+from erniekit.moe.dispatch import assign, combine, dispatch, row_weights, sum_rows
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
 
 TEXT, VISION = 0, 1
@@ -95,6 +96,10 @@ class MoELayer(nn.Layer):
             width = widths[TEXT] * sizes.num_shared // sizes.tensor_degree
             self.shared_experts = SwiGLU(sizes.hidden_size, width, bias=sizes.bias, init_std=sizes.init_std)
 
+    def all_experts(self) -> list[Experts]:
+        """The routed experts of each modality."""
+        return [self.experts] if len(self.sizes.intermediate_sizes) == 1 else [self.experts, self.vision_experts]
+
     @property
     def correction_bias(self) -> paddle.Tensor:
         """The routers' correction biases [modalities, E], fp32: the tensor itself, for in-place updates."""
@@ -122,10 +127,10 @@ class MoELayer(nn.Layer):
         shared = None if self.shared_experts is None else self.shared_experts(x_TD)
         y = finish()
         if num_rows != num_tokens:
-            y = paddle.concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
+            y = concat([y, paddle.zeros([num_rows - num_tokens, y.shape[1]], dtype=y.dtype)])
         if self.ranks is not None:
             y = self.ranks.leave(y)
-        return y if shared is None else y + shared, decisions
+        return y if shared is None else add(y, shared), decisions
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,
@@ -136,14 +141,14 @@ class MoELayer(nn.Layer):
         for modality in (TEXT, VISION):
             where, row_lengths = tokens.of_modality(modality)
             if modality == TEXT or len(where) or needed:
-                selected = paddle.gather(x_TD, paddle.to_tensor(where))
+                selected = gather(x_TD, paddle.to_tensor(where))
                 finish, routed = self._start(selected, modality, row_lengths)
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
                     decisions[modality] = routed
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
-        return lambda: paddle.gather(paddle.concat([finish() for finish in finishes]), back), decisions
+        return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
     def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
         """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""
@@ -169,10 +174,11 @@ class MoELayer(nn.Layer):
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         assignment = assign(chosen, num_experts, keep)
         rows = dispatch(x_TD, assignment)
-        done = None if self.ranks is None else self.ranks.start(experts, rows, assignment, len(chosen))
+        of_rows = row_weights(weights, assignment) if experts.takes_weights else None
+        done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, assignment, len(chosen))
 
         def finish() -> paddle.Tensor:
-            made = experts(rows, assignment.counts) if done is None else done()
-            return combine(made, weights, assignment)
+            made = experts(rows, assignment.counts, of_rows) if done is None else done()
+            return combine(made, weights, assignment) if of_rows is None else sum_rows(made, assignment)
 
         return finish, Routed(routing, usage, dropped, row_lengths)

@@ -170,7 +170,7 @@ def _probabilities(
     F + stop] in fp32. q [N, G, (stop-start)*r, d] comes scaled.
     """
     seen = bucket.num_prefix + stop
-    scores = paddle.matmul(q, k[:, :, :seen], transpose_y=True).astype("float32")
+    scores = paddle.matmul(q, k[:, :, :seen], transpose_y=True)
     mask = _causal_mask(start, stop, repeat)
     if bucket.num_prefix:
         mask = nn.functional.pad(mask, [0, 0, bucket.num_prefix, 0])
@@ -191,7 +191,12 @@ def _split_queries(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) 
 
 
 class _DocumentAttention(PyLayer):
-    """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included. `masks`: the dropout of the weights, if any."""
+    """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included. `masks`: the dropout of the weights, if any.
+
+    From 16-bit projections it computes what a GPU's fused kernel does: queries, keys and values are rounded to 16 bits
+    after the rotation, and the weights and the gradients of the scores before the products that take them; scores,
+    softmax and sums are fp32.
+    """
 
     @staticmethod
     def forward(
@@ -199,6 +204,7 @@ class _DocumentAttention(PyLayer):
     ) -> paddle.Tensor:
         num_tokens, g, d = qkv.shape[0], heads.num_kv_heads, heads.dim
         z = rotation.apply(qkv.reshape([num_tokens, heads.total, d])).reshape([num_tokens * heads.total, d])
+        z, dtype = z.astype("float32"), qkv.dtype
         saved, outputs = [], []
         for number, bucket in enumerate(rows.buckets):
             fetched = paddle.gather(z, bucket.fetch)
@@ -214,30 +220,35 @@ class _DocumentAttention(PyLayer):
                 mask = None if masks is None else masks.block(number, start, stop)
                 weights.append((p, mask) if shape[2] <= _KEEP_WEIGHTS else None)
                 p = p if mask is None else p * mask
-                parts.append(paddle.matmul(p.astype(v.dtype), v[:, :, : bucket.num_prefix + stop]))
+                parts.append(paddle.matmul(_as_stored(p, dtype), v[:, :, : bucket.num_prefix + stop]))
             saved.append((queries, k, v, weights, parts))
             outputs += [part.reshape([-1, d]) for part in parts]
         ctx.rotation, ctx.rows, ctx.heads, ctx.masks, ctx.saved = rotation, rows, heads, masks, saved
-        return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d])
+        return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d]).astype(dtype)
 
     @staticmethod
     def backward(ctx, dout: paddle.Tensor) -> paddle.Tensor:
         rows, heads = ctx.rows, ctx.heads
-        num_tokens, d = dout.shape[0], heads.dim
-        dout = dout.reshape([num_tokens * heads.num_heads, d])
+        num_tokens, d, dtype = dout.shape[0], heads.dim, dout.dtype
+        dout = dout.reshape([num_tokens * heads.num_heads, d]).astype("float32")
         grads = []
         for number, (bucket, saved) in enumerate(zip(rows.buckets, ctx.saved, strict=True)):
             do = paddle.gather(dout, bucket.fetch_grad)
             if bucket.keep is not None:
                 # Padding positions have copies of token 0, whose gradient must not be counted.
-                do = do.multiply_(bucket.keep.astype(do.dtype))
+                do = do.multiply_(bucket.keep)
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
             queries, k, v, weights, outputs = saved
-            made = _bucket_backward(do, queries, k, v, weights, outputs, bucket, heads, block)
+            made = _bucket_backward(do, queries, k, v, weights, outputs, bucket, heads, block, dtype)
             grads += [grad.reshape([-1, d]) for grad in made]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
-        return ctx.rotation.apply(dz, inverse=True).reshape([num_tokens, heads.total * d])
+        return ctx.rotation.apply(dz.astype(dtype), inverse=True).reshape([num_tokens, heads.total * d])
+
+
+def _as_stored(values: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+    """fp32 values rounded to a dtype, in fp32."""
+    return values.astype(dtype).astype("float32")
 
 
 def _join(parts: list[paddle.Tensor]) -> paddle.Tensor:
@@ -265,6 +276,7 @@ def _bucket_backward(
     bucket: _BucketRows,
     heads: HeadLayout,
     mask_of: Callable[[int, int], paddle.Tensor] | None,
+    dtype: paddle.dtype,
 ) -> list[paddle.Tensor]:
     """Adjoint of blocked attention: dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4);
     with dropout dP = mask * dO V^T, and rowsum(dO * O) is still the rows' sum of P * dP.
@@ -285,15 +297,15 @@ def _bucket_backward(
         row_sum = paddle.matmul(do_b * out, ones)
         if mask is None:
             do_and_sum = paddle.concat([do_b, row_sum], axis=-1)
-            ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True).astype("float32")
+            ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True)
         else:
-            ds = paddle.matmul(do_b, v[:, :, :seen], transpose_y=True).astype("float32")
-            ds = ds.multiply_(mask).subtract_(row_sum.astype("float32"))
-        ds = ds.multiply_(p).astype(q.dtype)
+            ds = paddle.matmul(do_b, v[:, :, :seen], transpose_y=True)
+            ds = ds.multiply_(mask).subtract_(row_sum)
+        ds = _as_stored(ds.multiply_(p), dtype)
         p = p if mask is None else p * mask
         dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
         dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), seen)
-        dv = _accumulate(dv, paddle.matmul(p.astype(q.dtype), do_b, transpose_x=True), seen)
+        dv = _accumulate(dv, paddle.matmul(_as_stored(p, dtype), do_b, transpose_x=True), seen)
     return [*dq_parts, dk, dv]
 
 

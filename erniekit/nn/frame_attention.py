@@ -12,6 +12,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import rounded
+
 _QUERIES = 1024  # query patches of a frame whose scores exist at once
 _MAX_SCORES = 1 << 26  # scores of one product: neighbouring frames are joined up to this size
 _KEEP_WEIGHTS = 256  # patches of the largest frame whose softmax weights wait for the backward pass
@@ -43,7 +45,7 @@ class FrameAttention:
 
     def attend(self, qkv: paddle.Tensor) -> paddle.Tensor:
         """q|k|v [P, 3*H*d] before rotation -> context [P, H*d]."""
-        return _Attention.apply(qkv, self)
+        return rounded(lambda wide: _Attention.apply(wide, self), qkv)
 
     def by_run(self, *tensors_PHd: paddle.Tensor) -> Iterator[list[paddle.Tensor]]:
         """The rows of each run of tensors [P, H, d], as [F, H, L, d]."""

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import matmul
+
 
 def row_spans(counts: Sequence[int]) -> list[tuple[int, int, int]]:
     """(group, begin, end) of the rows of each group that has some."""
@@ -25,7 +27,7 @@ class _GroupedMatmul(PyLayer):
     def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
-        parts = [paddle.matmul(rows[begin:end], weight[e]) for e, begin, end in row_spans(counts)]
+        parts = [matmul(rows[begin:end], weight[e]) for e, begin, end in row_spans(counts)]
         return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
 
     @staticmethod
@@ -34,13 +36,13 @@ class _GroupedMatmul(PyLayer):
         spans = row_spans(ctx.counts)
         drows = None
         if not rows.stop_gradient:
-            parts = [paddle.matmul(dy[begin:end], weight[e], transpose_y=True) for e, begin, end in spans]
+            parts = [matmul(dy[begin:end], weight[e], transpose_y=True) for e, begin, end in spans]
             drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
         if weight.stop_gradient:
             return drows, None
         products = [paddle.zeros(weight.shape[1:], dtype=weight.dtype)] * len(weight)
         for e, begin, end in spans:
-            products[e] = paddle.matmul(rows[begin:end], dy[begin:end], transpose_x=True)
+            products[e] = matmul(rows[begin:end], dy[begin:end], transpose_x=True)
         return drows, paddle.stack(products)
 
 

@@ -1,11 +1,12 @@
 """The one projection layer. Tensor parallelism, LoRA, FP8 and quantisation attach here and nowhere else."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import paddle
 from paddle import nn
 
+from erniekit.nn.narrow import add, matmul
 from erniekit.nn.product import Product
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
@@ -50,6 +51,10 @@ class Projection(Shardable):
         """x W by the parameter as it is; see `multiply`."""
         raise NotImplementedError(type(self).__name__)
 
+
+# What a projection of a decoder layer belongs to. "mlp": a dense layer's feed-forward block; "experts": routed ones.
+Part = Literal["attention", "mlp", "shared_experts", "experts"]
+EVERY_PART = frozenset(get_args(Part))
 
 # Which product a projection gets; None leaves it plain.
 ProductFactory = Callable[[Projection], Product | None]
@@ -106,7 +111,7 @@ class Linear(Projection):
 
     def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
         """See Projection."""
-        return paddle.matmul(x, self.weight)
+        return matmul(x, self.weight)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -117,4 +122,4 @@ class Linear(Projection):
             y = self.adapter(x, y)
         if self.reduce_output is not None:
             y = self.reduce_output(y)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else add(y, self.bias)

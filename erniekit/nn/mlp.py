@@ -8,6 +8,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from erniekit.nn.linear import Linear
+from erniekit.nn.narrow import rounded
 
 
 @lru_cache(maxsize=64)
@@ -49,6 +50,10 @@ def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up for gate_up [..., 2F] = gate | up -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
     if not gate_up.place.is_cpu_place():
         return nn.functional.swiglu(gate_up)
+    return rounded(_cpu_swiglu, gate_up)
+
+
+def _cpu_swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     *lead, width = gate_up.shape
     return _SwiGLU.apply(gate_up.reshape([-1, width])).reshape([*lead, width // 2])
 

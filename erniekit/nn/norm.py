@@ -4,6 +4,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.narrow import rounded
 from erniekit.nn.roles import DeclaresRoles, Role
 
 
@@ -91,4 +92,7 @@ class LayerNorm(DeclaresRoles):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., size] -> [..., size]."""
-        return nn.functional.layer_norm(x, self.size, self.weight, self.bias, self.epsilon)
+        return rounded(self._plain, x, self.weight, self.bias)
+
+    def _plain(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
+        return nn.functional.layer_norm(x, self.size, weight, bias, self.epsilon)

@@ -158,6 +158,14 @@ class Mesh:
         """The mesh of a single process, whatever its world."""
         return Mesh(ParallelDims(), 0, 0, 0, 0, 0, *[ALONE] * len(group_names()))
 
+    @staticmethod
+    def outline(degrees: ParallelDims, rank: int) -> "Mesh":
+        """The mesh of a rank of a world that does not run: its groups know their ranks and cannot communicate."""
+        lists = rank_lists(degrees, rank)
+        pipe, data, tensor = coordinates(degrees, rank)
+        groups = [Group(lists[name], lists[name].index(rank)) for name in group_names()]
+        return Mesh(degrees, rank, pipe, data, tensor, data % degrees.expert, *groups)
+
 
 def coordinates(degrees: ParallelDims, rank: int) -> tuple[int, int, int]:
     """(pipe, data, tensor) of a rank."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import paddle
 
 from erniekit.nn.linear import Linear
+from erniekit.nn.narrow import multiply
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
@@ -44,7 +45,7 @@ class TensorRanks:
         local_ids = ids - self.group.index * size
         is_local = (local_ids >= 0) & (local_ids < size)
         rows = paddle.nn.functional.embedding(local_ids.clip(0, size - 1), weight)
-        return self.leave(rows * is_local.astype(rows.dtype).unsqueeze(-1))
+        return self.leave(multiply(rows, is_local.astype(rows.dtype).unsqueeze(-1)))
 
     def attach(self, linear: Linear) -> None:
         """Add communication to a projection that was built with this rank's sizes."""

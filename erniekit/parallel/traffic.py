@@ -113,14 +113,21 @@ def tensor_parallel_bytes(
 
 
 def expert_parallel_bytes(
-    rows_sent: int, rows_received: int, hidden_size: int, recomputed: bool = False, element_bytes: int = FLOAT32
+    rows_sent: int,
+    rows_received: int,
+    hidden_size: int,
+    recomputed: bool = False,
+    element_bytes: int = FLOAT32,
+    takes_weights: bool = False,
 ) -> int:
     """All-to-all of one sparse layer's forward and backward pass (Lepikhin et al. 2020, arXiv 2006.16668, section 3).
     A token's row goes to its expert and comes back, and its gradient goes the same ways: a pass sends the rows that are
-    for other ranks, and returns those that came from them. A recomputed layer has a second forward pass.
+    for other ranks, and returns those that came from them. A recomputed layer has a second forward pass. Where experts
+    take the rows' routing weights, these go out in fp32 and their gradients come back.
     """
-    passes = 3 if recomputed else 2
-    return passes * (rows_sent + rows_received) * hidden_size * element_bytes
+    forward_passes = 2 if recomputed else 1
+    rows = (forward_passes + 1) * (rows_sent + rows_received) * hidden_size * element_bytes
+    return rows + (forward_passes * rows_sent + rows_received) * FLOAT32 if takes_weights else rows
 
 
 # Pipeline parallelism

@@ -16,6 +16,16 @@ from erniekit.parallel.placement import Placement
 from erniekit.parallel.process_group import ALONE
 
 
+def entries_of(
+    tensors: Mapping[str, paddle.Tensor], placements: Mapping[str, Placement], model_chunks: Mapping[str, int]
+) -> dict[str, Entry]:
+    """Trainable parameters as the plan of buckets sees them, by name; see ShardedParameters. Their shapes suffice."""
+    return {
+        name: Entry(name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0))
+        for name, p in tensors.items()
+    }
+
+
 class ShardedParameters:
     """The trainable parameters of this rank, and the chunks and buckets into which they are divided.
 
@@ -34,11 +44,7 @@ class ShardedParameters:
         limit: int = DEFAULT_LIMIT,
     ) -> None:
         self.tensors = {name: p for name, p in parameters if not p.stop_gradient}
-        model_chunks = model_chunks or {}
-        self.entries = {
-            name: Entry(name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0))
-            for name, p in self.tensors.items()
-        }
+        self.entries = entries_of(self.tensors, placements, model_chunks or {})
         self.buckets = plan_buckets(list(self.entries.values()), limit)
         self._check_plan()
 

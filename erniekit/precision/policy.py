@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
+from erniekit.nn import onednn
 from erniekit.nn.linear import ProductFactory
 from erniekit.nn.roles import FP32_ROLES, Role, named_roles
 from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,33 @@ class Policy:
     rounded_to: str | None = None
 
 
-def choose(compute_type: str, device: str) -> Policy:
-    """The policy for a compute_type (bf16, fp32, or a key of weight_only.SCHEMES) on a device ("cpu", "gpu:0"). A log
-    line says where the policy differs from the compute_type.
+_PARAM_DTYPES = {"fp32": "float32", "fp16": "float16"}  # others: bfloat16
+
+
+def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
+    """The policy for a compute_type (bf16, fp16, fp32, or a key of weight_only.SCHEMES) on a device ("cpu", "gpu:0"). A
+    log line says where the policy differs from the compute_type.
+
+    On a CPU everything is fp32, unless the run is to `emulate` a GPU's 16-bit types (nn/narrow.py). ConfigError where a
+    GPU would be emulated on a GPU.
     """
     product = QuantizedWeights(SCHEMES[compute_type]) if compute_type in SCHEMES else None
-    param_dtype = "float32" if compute_type == "fp32" else "bfloat16"
-    if param_dtype != "float32" and device == "cpu":
-        log.info(f"compute_type: {compute_type} computes in float32 here: Paddle has no 16-bit matrix product on a CPU")
+    param_dtype = _PARAM_DTYPES.get(compute_type, "bfloat16")
+    if emulate and device != "cpu":
+        raise ConfigError(
+            f"emulate_precision: this run is on {device}, which has {compute_type} itself. Remove the key, or hide the "
+            "GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    if emulate:
+        how = "oneDNN" if param_dtype == "bfloat16" and onednn.is_available() else "float32, rounded"
+        log.info(f"emulate_precision: {param_dtype} weights and activations on the CPU; matrix products by {how}")
+    elif param_dtype != "float32" and device == "cpu":
+        log.info(
+            f"compute_type: {compute_type} computes in float32 on a CPU. emulate_precision: true computes in "
+            f"{compute_type}, as a GPU does"
+            if compute_type in ("bf16", "fp16")
+            else f"compute_type: {compute_type} computes in float32 on a CPU"
+        )
         param_dtype = "float32"
     return Policy(param_dtype, product)
 

@@ -137,32 +137,51 @@ class AdamW:
         for name, gradient in gradients.items():
             parameter, rule, state = self.parameters.local_chunk(name), self.rules[name], self.state[name]
             updated[name] = parameter
-            paddle._C_ops.adamw_(
-                parameter,
+            master = state.get("master")
+            if master is not None and parameter.place.is_cpu_place():
+                # Paddle's CPU kernel has no 16-bit parameters. It updates the master, and the parameter is rounded.
+                self._update(master, gradient.astype("float32"), None, rates[rule.lr_ratio], rule, state)
+                paddle.assign(master.astype(parameter.dtype), parameter)
+            else:
                 # With a master copy the kernel accepts an fp32 gradient; rounding it would undo its fp32 sum.
-                gradient if "master" in state else gradient.astype(parameter.dtype),
-                rates[rule.lr_ratio],
-                state["moment1"],
-                state["moment2"],
-                None,  # moment2_max: AMSGrad is off
-                state["beta1_pow"],
-                state["beta2_pow"],
-                state.get("master"),
-                None,  # found_inf: a non-finite gradient stops the run before this
-                self.beta1,
-                self.beta2,
-                self.epsilon,
-                1.0,
-                rule.weight_decay,
-                rule.weight_decay > 0.0,
-                False,  # lazy_mode
-                1000,  # min_row_size_to_use_multithread
-                "master" in state,
-                False,  # use_global_beta_pow
-                False,  # amsgrad
-            )
+                gradient = gradient if master is not None else gradient.astype(parameter.dtype)
+                self._update(parameter, gradient, master, rates[rule.lr_ratio], rule, state)
             parameter._bump_inplace_version()  # the kernel does not do this, and products rely on it (nn/product.py)
         self.parameters.publish(updated)
+
+    def _update(
+        self,
+        parameter: paddle.Tensor,
+        gradient: paddle.Tensor,
+        master: paddle.Tensor | None,
+        rate: paddle.Tensor,
+        rule: ParamRule,
+        state: Mapping[str, paddle.Tensor],
+    ) -> None:
+        """Paddle's fused kernel: parameter, master and state in place."""
+        paddle._C_ops.adamw_(
+            parameter,
+            gradient,
+            rate,
+            state["moment1"],
+            state["moment2"],
+            None,  # moment2_max: AMSGrad is off
+            state["beta1_pow"],
+            state["beta2_pow"],
+            master,
+            None,  # found_inf: a step whose gradients are not finite does not come here
+            self.beta1,
+            self.beta2,
+            self.epsilon,
+            1.0,
+            rule.weight_decay,
+            rule.weight_decay > 0.0,
+            False,  # lazy_mode
+            1000,  # min_row_size_to_use_multithread
+            master is not None,
+            False,  # use_global_beta_pow
+            False,  # amsgrad
+        )
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""

@@ -50,7 +50,6 @@ from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
-from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.freezing import check_frozen, freeze
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
@@ -70,7 +69,6 @@ class Run:
     tokenizer_dir: Path
     mesh: Mesh
     model: CausalLM
-    forward: ForwardPass
     actions: Callable[[int], list[Action]]
     tokenizer: Tokenizer
     template: Template | None
@@ -161,7 +159,6 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     optimizer = AdamW(parameters, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
     if mesh.world > 1:
         log.info(sync.memory_line())
-    forward = ForwardPass(mesh, chunks)
     return Run(
         cfg=cfg,
         method=method,
@@ -170,13 +167,12 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         tokenizer_dir=tokenizer_dir,
         mesh=mesh,
         model=model,
-        forward=forward,
         actions=partial(
             plan_actions, schedule_of(cfg), mesh.degrees.pipeline, len(chunks), mesh.blocking_sends, mesh.pipe
         ),
         tokenizer=tokenizer,
         template=template,
-        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, forward, tokenizer, template)),
+        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, tokenizer, template)),
         sync=sync,
         optimizer=optimizer,
         schedule=schedule,

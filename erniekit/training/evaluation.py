@@ -14,6 +14,6 @@ def evaluate(run: Run, step: int = 0) -> dict[str, float]:
     The names begin with eval_. `step`: the optimizer steps that are done, for messages.
     """
     assert run.eval_loader is not None
-    evaluated = EvaluatedModel(f"after step {step}", run.cfg, run.model, run.forward, run.recipe.reference)
+    evaluated = EvaluatedModel(f"after step {step}", run.cfg, run.model, run.recipe.reference)
     scores = score(run.method.evaluator, evaluated, run.eval_loader, _CURE)
     return {f"eval_{name}": value for name, value in scores.metrics.items()}

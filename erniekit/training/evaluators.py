@@ -21,7 +21,7 @@ from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import LARGEST_EXPONENT, Score, score_hidden
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_pass import ForwardPass, final_norm
+from erniekit.training.forward_pass import final_norm, forward_groups, forward_pass
 from erniekit.training.reference import PairScorer, Reference
 from erniekit.utils import log
 from erniekit.utils.errors import DataError, EvaluationError
@@ -31,19 +31,18 @@ from erniekit.utils.errors import DataError, EvaluationError
 class EvaluatedModel:
     """A model to evaluate, or this process's shard of it.
 
-    name: its name in messages. forward: runs passes through it. reference: the model that it is compared with, or None.
+    name: its name in messages. reference: the model that it is compared with, or None.
     """
 
     name: str
     cfg: Config
     model: CausalLM
-    forward: ForwardPass
     reference: Reference | None = None
 
     @property
     def mesh(self) -> Mesh:
         """The ranks that share the model and the data."""
-        return self.forward.mesh
+        return self.model.mesh
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
         DataError: the data hold nothing to evaluate on.
         EvaluationError: a metric is not finite; `cure` is what the user can do about it.
     """
-    scores = evaluator(evaluated, evaluated.forward.groups(loader.batches(evaluated.cfg.max_evaluate_steps)))
+    scores = evaluator(evaluated, forward_groups(evaluated.mesh, loader.batches(evaluated.cfg.max_evaluate_steps)))
     for name, value in scores.metrics.items():
         if not math.isfinite(value):
             raise EvaluationError(
@@ -92,7 +91,7 @@ def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatc
 
     for microbatches in groups:
         num_samples += sum(batch.num_samples for batch in microbatches)
-        evaluated.forward.run(model, microbatches, partial(add, microbatches))
+        forward_pass(model, microbatches, partial(add, microbatches))
     of_all_stages = comm.sum_floats(np.array(of_modality, np.float64).reshape(-1), mesh.pipe_group)
     *sums, num_samples = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
     rows = np.reshape(sums, [len(Modality), -1]).tolist()
@@ -155,7 +154,7 @@ def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch
 def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> _PairTable:
     """The pairs of all data ranks, on every rank. DataError if there are none."""
     mesh, reference = evaluated.mesh, evaluated.reference
-    scorer = PairScorer(evaluated.forward, evaluated.cfg.loss_subbatch_seqlen)
+    scorer = PairScorer(evaluated.cfg.loss_subbatch_seqlen)
     tables: list[_PairTable] = []
     for microbatches in groups:
         policy = scorer.log_probs(evaluated.model, microbatches)

@@ -6,7 +6,6 @@ stage.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 
 import paddle
@@ -30,12 +29,11 @@ class ChunkRunner:
     def __init__(
         self,
         model: CausalLM,
-        chunks: Sequence[Sequence[int]],
         microbatches: Sequence[PackedBatch],
         neftune_alpha: float = 0.0,
         dropout: DropoutStep | None = None,
     ) -> None:
-        self.model, self.chunks, self.microbatches = model, chunks, microbatches
+        self.model, self.microbatches = model, microbatches
         self._neftune_alpha, self._dropout = neftune_alpha, dropout
         self._inputs: dict[int, ModelInputs] = {}
 
@@ -49,7 +47,7 @@ class ChunkRunner:
             x_TD: the output of the chunk before; None for the first chunk of the model, which embeds the tokens.
         """
         decoder, inputs = self.model.model, self._inputs_of(chunk, microbatch)
-        x_TD, routings = decoder.run(decoder.embed(inputs) if x_TD is None else x_TD, self.chunks[chunk], inputs)
+        x_TD, routings = decoder.run(decoder.embed(inputs) if x_TD is None else x_TD, self.model.chunks[chunk], inputs)
         return x_TD, routings, inputs
 
     def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
@@ -58,7 +56,7 @@ class ChunkRunner:
             self._inputs[microbatch] = batch_inputs(
                 self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
             )
-        is_last = chunk == len(self.chunks) - 1
+        is_last = chunk == len(self.model.chunks) - 1
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 
     def input_shape(self, microbatch: int) -> tuple[list[int], paddle.dtype]:
@@ -67,7 +65,7 @@ class ChunkRunner:
 
     def reaches_head(self, chunk: int) -> bool:
         """Whether the head comes after this chunk."""
-        return self.model.shard.has_head and chunk == len(self.chunks) - 1
+        return self.model.shard.has_head and chunk == len(self.model.chunks) - 1
 
 
 # Takes a microbatch's number, the last layer's output [T, D], and the inputs of the pass.
@@ -102,28 +100,24 @@ def final_norm(model: CausalLM, x_TD: paddle.Tensor) -> paddle.Tensor:
     return model.model.norm(x_TD)
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """Passes without gradients through all stages of a model. `chunks`: the layers that this process holds."""
+def forward_groups(mesh: Mesh, batches: Generator[PackedBatch, None, None]) -> Iterator[list[PackedBatch]]:
+    """Microbatches, as many at a time as keep every pipeline stage busy. `batches` is closed at the end."""
+    stages = mesh.degrees.pipeline
+    with closing(batches):
+        while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
+            yield group
 
-    mesh: Mesh
-    chunks: Sequence[Sequence[int]]
 
-    def groups(self, batches: Generator[PackedBatch, None, None]) -> Iterator[list[PackedBatch]]:
-        """Microbatches, as many at a time as keep every pipeline stage busy. `batches` is closed at the end."""
-        stages = self.mesh.degrees.pipeline
-        with closing(batches):
-            while group := list(islice(batches, 4 * stages if stages > 1 else 1)):
-                yield group
-
-    def run(self, model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
-        """Run microbatches in eval mode. Every rank has to call this at the same time."""
-        heartbeat.waiting(None)  # data ranks communicate only at the end of an evaluation, which may take hours
-        mesh, num_chunks = self.mesh, len(self.chunks)
-        was_training = model.training
-        model.eval()
-        actions = forward_plan(mesh.degrees.pipeline, len(microbatches), num_chunks, mesh.blocking_sends)[mesh.pipe]
-        stage = _ForwardStage(ChunkRunner(model, self.chunks, microbatches), at_head)
-        pipeline.run(actions, stage, mesh.pipe_group.ranks)
-        if was_training:
-            model.train()
+def forward_pass(model: CausalLM, microbatches: Sequence[PackedBatch], at_head: AtHead) -> None:
+    """Run microbatches through all stages of a model without gradients, in eval mode. Every rank has to call this at
+    the same time.
+    """
+    heartbeat.waiting(None)  # data ranks communicate only at the end of an evaluation, which may take hours
+    mesh, num_chunks = model.mesh, len(model.chunks)
+    was_training = model.training
+    model.eval()
+    actions = forward_plan(mesh.degrees.pipeline, len(microbatches), num_chunks, mesh.blocking_sends)[mesh.pipe]
+    stage = _ForwardStage(ChunkRunner(model, microbatches), at_head)
+    pipeline.run(actions, stage, mesh.pipe_group.ranks)
+    if was_training:
+        model.train()

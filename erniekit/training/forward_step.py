@@ -62,7 +62,7 @@ class _RouterSum(NamedTuple):
 
 class TrainStage:
     """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
-    interleaved). When every microbatch has been forward, `on_device` holds all that `sums` reports but what routers
+    interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When every microbatch has been forward, `on_device` holds all that `sums` reports but what routers
     counted on the host, under keys that only `sums` reads.
     """
 
@@ -71,16 +71,14 @@ class TrainStage:
         cfg: Config,
         model: CausalLM,
         recipe: Recipe,
-        chunks: Sequence[Sequence[int]],
         microbatches: Sequence[PackedBatch],
         counts: dict[str, float],
         after_backward: Callable[[int], None],
         dropout: DropoutStep | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
-        self.cfg, self.recipe, self.counts = cfg, recipe, counts
-        self._runner = ChunkRunner(
-            model, chunks, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout
-        )
+        self.cfg, self.recipe, self.counts, self._loss_scale = cfg, recipe, counts, loss_scale
+        self._runner = ChunkRunner(model, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout)
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
         self._after_backward = after_backward
@@ -124,7 +122,7 @@ class TrainStage:
             return None
         loss = paddle.add_n(shares)
         self.on_device.add(_LOSS, loss)
-        return loss
+        return loss if self._loss_scale == 1.0 else loss * self._loss_scale
 
     def sums(self, fetched: Mapping[Hashable, np.ndarray]) -> StepSums:
         """This process's sums, once `on_device` has been fetched. All data ranks have the same routers in the same

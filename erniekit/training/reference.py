@@ -15,7 +15,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import pair_log_probs
-from erniekit.training.forward_pass import ForwardPass, final_norm
+from erniekit.training.forward_pass import final_norm, forward_pass
 
 
 class Reference(Protocol):
@@ -32,7 +32,6 @@ class PairScorer:
     time.
     """
 
-    forward: ForwardPass
     max_logit_tokens: int
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
@@ -45,10 +44,10 @@ class PairScorer:
                 sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
                 # are made of is NaN.
-                sums += (hidden.sum() + model.output_head().weight.sum()).astype("float32") * 0
+                sums += (hidden.sum(dtype="float32") + model.output_head().weight.sum(dtype="float32")) * 0
                 log_probs[number] = sums.detach().reshape([2, -1])
 
-        self.forward.run(model, microbatches, note)
+        forward_pass(model, microbatches, note)
         return log_probs
 
 

@@ -27,7 +27,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel import comm
 from erniekit.parallel.agree import on_first
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.forward_pass import forward_groups
 from erniekit.utils import atomic, log
 from erniekit.utils.errors import CheckpointError, UserError
 from erniekit.utils.user_files import open_regular, parse_json
@@ -89,7 +89,6 @@ def prepare_cache(
     cfg: Config,
     model_dir: Path,
     model: CausalLM,
-    forward: ForwardPass,
     tokenizer: Tokenizer,
     template: Template | None,
     log_probs: LogProbs,
@@ -98,12 +97,12 @@ def prepare_cache(
     and write it. Raises CheckpointError if the file is of another model or cannot be read or written.
     """
     assert cfg.ref_logps_cache is not None
-    mesh = forward.mesh
+    mesh = model.mesh
     path = Path(cfg.ref_logps_cache)
     now = on_first(mesh.world_group, lambda: describe_reference(cfg, model_dir, model.config))
     table = on_first(mesh.world_group, lambda: read_cache(path, now))
     known = len(table)
-    for microbatches in _all_pairs(cfg, tokenizer, template, forward):
+    for microbatches in _all_pairs(cfg, tokenizer, template, mesh):
         missing = sum(key not in table for batch in microbatches for key in pair_keys(batch))
         if comm.sum_floats(np.array([float(missing)]), mesh.world_group).item():
             _compute(microbatches, log_probs, mesh, table)
@@ -125,20 +124,17 @@ def _compute(microbatches: list[PackedBatch], log_probs: LogProbs, mesh: Mesh, t
         table.update({key: (chosen, rejected) for key, (chosen, rejected) in part.items()})
 
 
-def _all_pairs(
-    cfg: Config, tokenizer: Tokenizer, template: Template | None, forward: ForwardPass
-) -> Iterator[list[PackedBatch]]:
+def _all_pairs(cfg: Config, tokenizer: Tokenizer, template: Template | None, mesh: Mesh) -> Iterator[list[PackedBatch]]:
     """Every record of the training data once, then of the evaluation data: this data rank's share, a few microbatches
     at a time, the same number on every rank.
     """
     once = replace(cfg, max_steps=-1, num_train_epochs=1.0, mix_strategy="concat", random_shuffle=False)
     once = replace(once, train_dataset_prob=())
-    mesh = forward.mesh
     for split in ("train", "eval"):
         if split == "eval" and not (cfg.do_eval or cfg.evaluation_strategy != "no"):
             continue
         with build_loader(once, tokenizer, split, mesh.data, mesh.degrees.data, template) as loader:
-            yield from forward.groups(loader.batches())
+            yield from forward_groups(mesh, loader.batches())
 
 
 def read_cache(path: Path, now: dict[str, str]) -> Table:

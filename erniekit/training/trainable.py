@@ -117,4 +117,4 @@ def _header_of(model: CausalLM, tensors: Mapping[str, paddle.Tensor]) -> str:
     """The dtype of weight files that lose nothing: that of the weights, whose fp32 masters go with the optimizer."""
     roles = named_roles(model)
     kept = {tensor.dtype for name, tensor in tensors.items() if roles[name] not in FP32_ROLES}
-    return "BF16" if kept == {paddle.bfloat16} else "F32"
+    return {frozenset([paddle.bfloat16]): "BF16", frozenset([paddle.float16]): "F16"}.get(frozenset(kept), "F32")

@@ -22,6 +22,7 @@ from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
+from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
@@ -52,6 +53,7 @@ class Trainer:
         self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
+        self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -63,6 +65,8 @@ class Trainer:
         """
         with self.saver.output:
             self.state = self.saver.resume()
+            if self.scaler is not None:
+                self.scaler.load(self.state)
             self._saved_step = self.state.step if self.state.step else None
             if self.saver.has_ended(self.state, self._stopped_early()):
                 return self._leave_as_it_is()
@@ -122,14 +126,14 @@ class Trainer:
 
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
-        epochs, asked = self.run.loader.epochs_done, time.perf_counter()
+        epochs, began = self.run.loader.epochs_done, time.perf_counter()
         try:
             batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
             return False
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - began
         metrics = replace(self.train_step(batches), data_seconds=waited)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
@@ -169,17 +173,12 @@ class Trainer:
         microbatches = self.run.recipe.prepare(batches)
         stage, gradients = self._forward_backward(microbatches)
         sums, norm, biases = self._fetch(stage, gradients)
-        self._require_finite(sums.loss, norm, gradients, microbatches)
-        clip_(gradients, norm, self.cfg.max_grad_norm)
         learning_rate = self.run.schedule(step)
-        self.run.optimizer.step(gradients, learning_rate)
+        scaling = self._note_scale(sums.loss, norm)
+        if not scaling.get("skipped"):
+            self._require_finite(sums.loss, norm, gradients, microbatches)
+            biases = self._update(gradients, norm, learning_rate, sums, biases)
         self.run.sync.clear()
-        if self.run.update_router_bias:
-            usages = {router: stats.usage for router, stats in sums.routers.items()}
-            changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
-            biases = {layer: bias + changes[layer] for layer, bias in biases.items()}
-        if self.run.average is not None:
-            self.run.average.update()
         routers = self._router_records(sums, biases)
         num_tokens = int(sums.counts["tokens"])
         self.state.step += 1
@@ -193,10 +192,39 @@ class Trainer:
             num_tokens=num_tokens,
             num_supervised=int(sums.counts["supervised"]),
             seconds=time.perf_counter() - started,
-            parts=_parts(sums, routers),
+            parts=_parts(sums, routers) | scaling,
             routers=routers,
             sent=comm.traffic.take(),
         )
+
+    def _note_scale(self, loss: float, norm: float) -> dict[str, float]:
+        """What the step records of fp16's loss scaling: its scale, and whether it is skipped (1) or not (0)."""
+        if self.scaler is None:
+            return {}
+        scale = self.scaler.scale
+        skipped = self.scaler.skips(self.state.step + 1, loss, norm)
+        self.scaler.save(self.state)
+        self.state.skipped_steps += skipped
+        return {"loss_scale": scale, "skipped": float(skipped)}
+
+    def _update(
+        self,
+        gradients: dict[str, paddle.Tensor],
+        norm: float,
+        learning_rate: float,
+        sums: StepSums,
+        biases: dict[int, np.ndarray],
+    ) -> dict[int, np.ndarray]:
+        """Update what is trained: weights, correction biases, averages. Returns the biases of the sparse layers."""
+        clip_(gradients, norm, self.cfg.max_grad_norm)
+        self.run.optimizer.step(gradients, learning_rate)
+        if self.run.update_router_bias:
+            usages = {router: stats.usage for router, stats in sums.routers.items()}
+            changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
+            biases = {layer: bias + changes[layer] for layer, bias in biases.items()}
+        if self.run.average is not None:
+            self.run.average.update()
+        return biases
 
     def _forward_backward(self, microbatches: list[PackedBatch]) -> tuple[TrainStage, dict[str, paddle.Tensor]]:
         """Accumulate gradients of the summed loss over the step's counts, which are known before any model runs."""
@@ -204,12 +232,12 @@ class Trainer:
         counts = global_counts(run.recipe, microbatches, mesh)
         sync = run.sync
         dropout = attention_dropout(self.cfg, self.state.step)
-        stage = TrainStage(
-            self.cfg, run.model, run.recipe, run.forward.chunks, microbatches, counts, sync.after_backward, dropout
-        )
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        stage = TrainStage(self.cfg, run.model, run.recipe, microbatches, counts, sync.after_backward, dropout, scale)
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
-        return stage, sync.finish()
+        gradients = sync.finish()
+        return stage, gradients if self.scaler is None else self.scaler.unscale(gradients)
 
     def _fetch(
         self, stage: TrainStage, gradients: dict[str, paddle.Tensor]
@@ -283,8 +311,8 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether a signal has reached any rank: all of them then stop after the same step."""
-        asked = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
-        counts = comm.sum_floats(asked, self.run.mesh.world_group)
+        arrived = np.array([stop_signals.requested() == number for number in stop_signals.SIGNALS], np.float64)
+        counts = comm.sum_floats(arrived, self.run.mesh.world_group)
         self._stopped_by = next(
             (number for number, count in zip(stop_signals.SIGNALS, counts, strict=True) if count), None
         )

@@ -42,8 +42,13 @@ def mkl_cpu_type(cpuinfo: str) -> str | None:
     lines = cpuinfo.splitlines()
     if not any("AuthenticAMD" in line for line in lines if line.startswith("vendor_id")):
         return None
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    return "7" if flags >= _AVX512 else "5"
+    return "7" if cpu_flags(cpuinfo) >= _AVX512 else "5"
+
+
+def cpu_flags(cpuinfo: str | None = None) -> set[str]:
+    """The instruction sets of this processor, from /proc/cpuinfo's text; none where there is no such file."""
+    lines = (_cpuinfo() if cpuinfo is None else cpuinfo).splitlines()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def _cpuinfo() -> str:

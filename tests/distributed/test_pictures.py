@@ -82,7 +82,7 @@ def one_step(
     own_chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     model = CausalLM(config, rank_shard_of(mesh, own_chunks))
     init_weights(model, 7)
-    parallelize(model, mesh, sequence)
+    parallelize(model, mesh, sequence, own_chunks)
     freeze(model, cfg)
     if recompute:
         activation_checkpoint.apply(model.model, activation_checkpoint.RecomputeOptions())
@@ -93,7 +93,7 @@ def one_step(
     parts = parameter_chunks(model, own_chunks)
     sync = GradientSync(ShardedParameters(model.named_parameters(), placements(model, mesh, False), parts))
     counts = global_counts(recipe, batches, mesh)
-    stage = TrainStage(cfg, model, recipe, own_chunks, batches, counts, sync.after_backward)
+    stage = TrainStage(cfg, model, recipe, batches, counts, sync.after_backward)
     sync.begin(len(batches))
     stages = mesh.degrees.pipeline
     actions = plan_actions(schedule_of(cfg), stages, len(own_chunks), mesh.blocking_sends, mesh.pipe, len(batches))

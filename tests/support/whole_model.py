@@ -23,8 +23,9 @@ def train_stage(
     """The stage of a step that the trainer would make for these microbatches. `chunks`: None: one with all layers."""
     prepared = recipe.prepare(microbatches)
     counts = global_counts(recipe, prepared, Mesh.single())
-    layers = [tuple(range(model.config.num_hidden_layers))] if chunks is None else chunks
-    return TrainStage(cfg, model, recipe, layers, prepared, counts, lambda chunk: None)
+    if chunks is not None:
+        model.chunks = tuple(tuple(layers) for layers in chunks)
+    return TrainStage(cfg, model, recipe, prepared, counts, lambda chunk: None)
 
 
 def run_step(cfg: Config, model: CausalLM, recipe: Recipe, microbatches: Sequence[PackedBatch]) -> StepSums:

@@ -37,8 +37,8 @@ class MediaTokens:
 
 
 class Expanded(NamedTuple):
-    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T] (see packed_batch.Modality), also of the
-    tags around placeholders; `first_tokens` int64 [N]: where the placeholders of each picture or video begin.
+    """A sequence of T tokens: `ids` and `labels` int32 [T]; `modality` int8 [T] (see packed_batch.Modality), also of
+    the tags around placeholders; `first_tokens` int64 [N]: where the placeholders of each picture or video begin.
     """
 
     ids: np.ndarray

@@ -13,7 +13,6 @@ from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
-from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.reference import Reference
 
 
@@ -71,13 +70,11 @@ class Recipe(ABC):
 @dataclass(frozen=True)
 class RecipeContext:
     """What a recipe may be built from. `model` has its first weights, so it is still its own reference; `prepared` can
-    build a second copy of it. `forward`: passes without gradients through models that are divided as this one is.
-    `template`: the run's chat template; None for plain text.
+    build a second copy of it. `template`: the run's chat template; None for plain text.
     """
 
     cfg: Config
     prepared: PreparedModel
     model: CausalLM
-    forward: ForwardPass
     tokenizer: Tokenizer
     template: Template | None

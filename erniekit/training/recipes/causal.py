@@ -12,6 +12,7 @@ from erniekit.models.decoder import CausalLM, Hidden
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.mtp import predict_ahead
 from erniekit.nn.attention_mask import next_in_document
+from erniekit.nn.narrow import gather
 from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 
@@ -110,7 +111,7 @@ class CausalRecipe(Recipe):
             # would complete their gradients, and so start their collectives, in different orders.
             places, weights, labels_T = np.zeros(1, np.int64), np.zeros(1, np.float32), np.zeros(1, np.int64)
         normed_TD = model.enter_head(normed_TD)
-        rows = normed_TD if len(places) == normed_TD.shape[0] else paddle.gather(normed_TD, paddle.to_tensor(places))
+        rows = normed_TD if len(places) == normed_TD.shape[0] else gather(normed_TD, paddle.to_tensor(places))
         labels, weights_T = paddle.to_tensor(labels_T[places]), paddle.to_tensor(weights)
         loss, losses_T, z_squared_T = linear_cross_entropy(
             rows, model.output_head(), labels, weights_T, self.cfg.loss_subbatch_seqlen, z_weight

@@ -66,19 +66,17 @@ class PreferenceRecipe(Recipe):
         second copy of the model.
         """
         cfg, model = context.cfg, context.model
-        scorer = PairScorer(context.forward, cfg.loss_subbatch_seqlen)
+        scorer = PairScorer(cfg.loss_subbatch_seqlen)
         has_adapter = lora.state_of(model) is not None
         reference: Reference | None = None
         if wants_reference(cfg) and cfg.ref_logps_cache:
             log_probs = AdapterOff(model, scorer).log_probs if has_adapter else partial(scorer.log_probs, model)
-            reference = prepare_cache(
-                cfg, context.prepared.path, model, context.forward, context.tokenizer, context.template, log_probs
-            )
+            reference = prepare_cache(cfg, context.prepared.path, model, context.tokenizer, context.template, log_probs)
         elif wants_reference(cfg) and has_adapter:
             reference = AdapterOff(model, scorer)
             log.info("reference: the model without its adapter")
         elif wants_reference(cfg):
-            second = context.prepared.build(context.forward.mesh, context.forward.chunks)
+            second = context.prepared.build(model.mesh, model.chunks)
             reference = SecondModel(second, scorer)
             log.info("reference: a second copy of the model (ref_logps_cache would spare its memory)")
         return cls(cfg, model, scorer, reference)
@@ -175,7 +173,7 @@ class PreferenceRecipe(Recipe):
         # ranks.
         fetched = sums.fetch()
         totals = np.array([fetched.get("chosen", 0.0), fetched.get("rejected", 0.0), num_pairs], np.float64)
-        chosen, rejected, count = comm.sum_floats(totals, self._scorer.forward.mesh.data_group).tolist()
+        chosen, rejected, count = comm.sum_floats(totals, self._policy.mesh.data_group).tolist()
         kl_chosen, kl_rejected = (max(total / max(count, 1.0), 0.0) for total in (chosen, rejected))
         return paddle.full([], kl_chosen, "float32"), paddle.full([], kl_rejected, "float32")
 

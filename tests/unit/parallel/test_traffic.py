@@ -57,6 +57,8 @@ def test_the_ends_of_a_pipeline_send_half_as_much():
 def test_experts_of_a_recomputed_layer_send_one_forward_pass_more():
     assert expert_parallel_bytes(3, 5, hidden_size=2) == 2 * 8 * 2 * 4
     assert expert_parallel_bytes(3, 5, hidden_size=2, recomputed=True, element_bytes=2) == 3 * 8 * 2 * 2
+    assert expert_parallel_bytes(3, 5, hidden_size=2, takes_weights=True) == 2 * 8 * 2 * 4 + (3 + 5) * 4
+    assert expert_parallel_bytes(3, 5, 2, recomputed=True, takes_weights=True) == 3 * 8 * 2 * 4 + (2 * 3 + 5) * 4
 
 
 def test_the_formulas_need_no_paddle():

@@ -19,7 +19,6 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
 from erniekit.training.evaluation import evaluate as evaluate_in_training
 from erniekit.training.evaluators import EvaluatedModel, Evaluator, label_scores, pair_scores
-from erniekit.training.forward_pass import ForwardPass
 from erniekit.utils.errors import DataError, EvaluationError
 
 
@@ -153,6 +152,5 @@ def test_weights_that_are_not_finite_are_named_in_both(workspace: Path, tmp_path
 )
 def test_data_without_anything_to_score_are_named_in_the_words_of_the_method(evaluator: Evaluator, message: str):
     model = tiny_model()
-    forward = ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))])
     with pytest.raises(DataError, match=message):
-        evaluator(EvaluatedModel("m", Config(), model, forward), [])
+        evaluator(EvaluatedModel("m", Config(), model), [])

@@ -15,8 +15,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.models import inputs as model_inputs
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.rotary import Rotary
-from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_pass import ForwardPass
+from erniekit.training.forward_pass import forward_pass
 from erniekit.training.recipes.causal import CausalRecipe
 
 CFG = Config(neftune=True, multi_token_pred_lambda=0.3)
@@ -88,8 +87,7 @@ def test_a_microbatch_has_one_plan_and_one_rotation_for_all_chunks_layers_and_de
 
 def test_a_pass_without_gradients_makes_them_once_a_microbatch(made):
     model, seen = four_layers(), []
-    passes = ForwardPass(Mesh.single(), [[0, 1, 2, 3]])
-    passes.run(model, microbatches(), lambda number, x_TD, inputs: seen.append((number, inputs)))
+    forward_pass(model, microbatches(), lambda number, x_TD, inputs: seen.append((number, inputs)))
     assert [number for number, _ in seen] == list(range(MICROBATCHES))
     assert len(made["plans"]) == len(made["rotations"]) == MICROBATCHES
     assert len({id(inputs) for _, inputs in seen}) == MICROBATCHES

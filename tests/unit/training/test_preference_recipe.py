@@ -11,8 +11,6 @@ from support.whole_model import run_step
 from erniekit.config import Config
 from erniekit.data.packed_batch import IGNORE, Document, PairLayout, join_rows, make_row
 from erniekit.models.decoder import CausalLM
-from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_pass import ForwardPass
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import PairScorer, SecondModel
 from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
@@ -40,7 +38,7 @@ def batch_of(*rows):
 
 
 def scorer_of(model):
-    return PairScorer(ForwardPass(Mesh.single(), [tuple(range(model.config.num_hidden_layers))]), 100)
+    return PairScorer(100)
 
 
 def recipe_of(model, reference=None, **keys):

@@ -1,0 +1,84 @@
+"""The model's operations on tensors of any of its dtypes, of which a CPU has kernels for fp32 alone.
+
+A GPU has a kernel of each operation for bfloat16 and float16, which computes in fp32 and rounds its result. Paddle's CPU
+lacks most of these, and there the functions below do the same with fp32 kernels: the 16-bit values are widened, and the
+result is rounded to the nearest 16-bit value. Tensors, gradients and what waits for the backward pass have 16 bits, as
+on a GPU. On a GPU, and for fp32 everywhere, each function is the operation of Paddle that it is named after.
+"""
+
+from collections.abc import Callable, Sequence
+
+import paddle
+from paddle.autograd import PyLayer
+
+from erniekit.nn import onednn
+
+
+def is_emulated(x: paddle.Tensor) -> bool:
+    """Whether operations on a tensor are computed in fp32 and rounded: those on 16-bit tensors in a CPU's memory."""
+    return x.dtype in (paddle.bfloat16, paddle.float16) and x.place.is_cpu_place()
+
+
+def rounded(operation: Callable[..., paddle.Tensor], x: paddle.Tensor, *others: paddle.Tensor) -> paddle.Tensor:
+    """operation(x, *others), computed in fp32 and rounded to the dtype of x where that is emulated."""
+    if not is_emulated(x):
+        return operation(x, *others)
+    return operation(x.astype("float32"), *(other.astype("float32") for other in others)).astype(x.dtype)
+
+
+def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x + y."""
+    return rounded(paddle.add, x, y)
+
+
+def multiply(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x * y."""
+    return rounded(paddle.multiply, x, y)
+
+
+def gather(x: paddle.Tensor, index: paddle.Tensor) -> paddle.Tensor:
+    """Rows of x, whose dtype may be any."""
+    return rounded(lambda wide: paddle.gather(wide, index), x)
+
+
+def concat(tensors: Sequence[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
+    """Tensors of one dtype side by side."""
+    return rounded(lambda *wide: paddle.concat(list(wide), axis=axis), *tensors)
+
+
+def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False) -> paddle.Tensor:
+    """x y for x [..., n, k] and y [k, m], each of which may be transposed if it is a matrix."""
+    if not is_emulated(x):
+        return paddle.matmul(x, y, transpose_x=transpose_x, transpose_y=transpose_y)
+    assert len(y.shape) == 2 and (len(x.shape) == 2 or not transpose_x), (x.shape, y.shape)
+    product = _Matmul.apply(x.reshape([-1, x.shape[-1]]), y, transpose_x, transpose_y)
+    return product if len(x.shape) == 2 else product.reshape([*x.shape[:-1], product.shape[-1]])
+
+
+class _Matmul(PyLayer):
+    """The product of two 16-bit matrices on a CPU; keeps the two, in 16 bits."""
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.transposed = transpose_x, transpose_y
+        return _product(x, y, transpose_x, transpose_y)
+
+    @staticmethod
+    def backward(ctx, dz: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        x, y = ctx.saved_tensor()
+        transpose_x, transpose_y = ctx.transposed
+        dx = dy = None
+        if not x.stop_gradient:
+            dx = _product(y, dz, transpose_y, True) if transpose_x else _product(dz, y, False, not transpose_y)
+        if not y.stop_gradient:
+            dy = _product(dz, x, True, transpose_x) if transpose_y else _product(x, dz, not transpose_x, False)
+        return dx, dy
+
+
+def _product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
+    if x.dtype == paddle.bfloat16 and x.size and y.size and onednn.is_available():
+        wide = onednn.matmul(x, y, transpose_x, transpose_y)
+    else:
+        wide = paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y)
+    return wide.astype(x.dtype)

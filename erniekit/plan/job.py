@@ -1,0 +1,192 @@
+"""What is planned: a configuration, a model's shape and a cluster. Text and numbers only; Paddle is not imported.
+
+`Job` keeps the configuration whole and derives everything else from it, so that a changed job (`Job.changed`) is what
+`erniekit train` would do with the changed keys.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from erniekit.config.schema import Config
+from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
+from erniekit.models.config import ModelConfig
+from erniekit.models.pipeline_layout import check_layout, cut_layers, plan_actions, schedule_of
+from erniekit.parallel.mesh import ParallelDims
+from erniekit.parallel.pipeline_schedule import Action
+from erniekit.utils.errors import ConfigError
+
+CPU = "cpu"  # the name of the device on which nothing is in 16 bits
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The processors: `gpus` of them in all, of the model `gpu` (a name of the hardware table, or "cpu"),
+    `gpus_per_node` in each host.
+    """
+
+    gpus: int
+    gpu: str
+    gpus_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        """Number of hosts; the last one may be used in part."""
+        return -(-self.gpus // self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run on one cluster. Made by `make_job`, which checks that the parts fit together.
+
+    `model`: the shape that is trained, with the blocks for multi-token prediction that the run adds. `degrees`: the
+    ranks of each axis, all GPUs of the cluster.
+    `document_tokens`: the length of the documents in a row, to which attention is confined; None: a row is one
+    document. `picture_tokens`: the tokens of a row that stand for images or video frames. `supervised_share`: the share
+    of the tokens that have a label.
+    """
+
+    cfg: Config
+    model: ModelConfig
+    degrees: ParallelDims
+    cluster: Cluster
+    document_tokens: int | None = None
+    picture_tokens: int = 0
+    supervised_share: float = 1.0
+
+    # Degrees
+
+    @property
+    def zero_stage(self) -> int:
+        """0: optimizer state is whole on every data rank; 1: divided; 2: gradients as well."""
+        return {"": 0, "stage1": 1, "stage2": 2}[self.cfg.sharding]
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether tensor ranks share the tokens between projections."""
+        return self.cfg.sequence_parallel and self.degrees.tensor > 1
+
+    # Pipeline
+
+    @property
+    def schedule(self) -> str:
+        """The name of the pipeline's schedule, see parallel/pipeline_schedule.py."""
+        return schedule_of(self.cfg)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the model on each stage."""
+        return max(self.cfg.virtual_pp_degree, 1)
+
+    @cached_property
+    def stages(self) -> list[list[tuple[int, ...]]]:
+        """The layer numbers of each chunk of each stage: stages[stage][chunk]."""
+        return cut_layers(self.cfg, self.model, self.degrees.pipeline)
+
+    def actions(self, stage: int) -> list[Action]:
+        """The actions of a stage in one step, as training runs them on a GPU (where sends wait) or a CPU."""
+        return plan_actions(
+            self.schedule, self.degrees.pipeline, self.num_chunks, not self.on_cpu, stage, self.num_microbatches
+        )
+
+    # Batch
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step on each data rank."""
+        return self.cfg.gradient_accumulation_steps
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one row, which is assumed to be full."""
+        return self.cfg.max_seq_len
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """The lengths of the documents in one row."""
+        length = min(self.document_tokens or self.row_tokens, self.row_tokens)
+        whole, rest = divmod(self.row_tokens, length)
+        return [length] * whole + [rest] * (rest > 0)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one microbatch on one data rank: all ranks that share the model together."""
+        return self.cfg.batch_size * self.row_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step over all data ranks."""
+        return self.microbatch_tokens * self.num_microbatches * self.degrees.data
+
+    # Precision
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the plain code path for a CPU computes, in fp32."""
+        return self.cluster.gpu == CPU
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number of the weights (unless quantized) and of the activations."""
+        return 4 if self.on_cpu or self.cfg.compute_type == "fp32" else 2
+
+    @property
+    def quantized_base(self) -> bool:
+        """Whether frozen weights are kept in 8 or 4 bits."""
+        return self.cfg.compute_type in ("wint8", "wint4", "wint4/8", "nf4")
+
+    # Method
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained on frozen weights."""
+        return self.cfg.fine_tuning == "LoRA"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a preference loss compares with a reference model, which costs a forward pass more."""
+        cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
+        return cfg.method.options is PreferenceArgs and not cfg.reference_free and loss not in REFERENCE_FREE
+
+    @property
+    def mtp_depths(self) -> int:
+        """Blocks of multi-token prediction that are trained."""
+        return self.cfg.mtp_depths
+
+    def changed(self, cluster: Cluster | None = None, **keys: Any) -> "Job":
+        """The same run with other values of these keys, or on another cluster.
+
+        Raises:
+            ConfigError: the degrees do not fit the cluster or the model.
+        """
+        return make_job(
+            dataclasses.replace(self.cfg, **keys),
+            self.model,
+            cluster or self.cluster,
+            self.document_tokens,
+            self.picture_tokens,
+            self.supervised_share,
+        )
+
+
+def make_job(
+    cfg: Config,
+    model: ModelConfig,
+    cluster: Cluster,
+    document_tokens: int | None = None,
+    picture_tokens: int = 0,
+    supervised_share: float = 1.0,
+) -> Job:
+    """The job of a configuration on a cluster. Rows are full by default, and one document each.
+
+    Raises:
+        ConfigError: the degrees do not multiply to the cluster's GPUs, or do not divide the model.
+    """
+    if min(cluster.gpus, cluster.gpus_per_node) < 1:
+        raise ConfigError(f"gpus: {cluster.gpus} in hosts of {cluster.gpus_per_node}: give at least 1 of each")
+    degrees = ParallelDims.from_config(cfg, cluster.gpus)
+    depths = max(cfg.mtp_depths, model.num_nextn_predict_layers)
+    model = dataclasses.replace(model, num_nextn_predict_layers=depths)
+    check_layout(cfg, degrees, model)
+    return Job(cfg, model, degrees, cluster, document_tokens, picture_tokens, supervised_share)

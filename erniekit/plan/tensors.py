@@ -1,0 +1,147 @@
+"""Bytes of the tensors that one rank keeps from step to step: parameters, gradients, optimizer state, and copies.
+
+Nothing is estimated: the tensors are those of the stage's own layers, built without memory (build.outline), and their
+sharding, gradients and state are what `parallel` gives for them. Paddle is needed for this; a formula over sizes would
+do without it, but would be a second description of the model.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import paddle
+
+from erniekit import lora
+from erniekit.lora.layers import Adapter, LinearAdapter
+from erniekit.models.decoder import CausalLM
+from erniekit.models.parallelize import placements
+from erniekit.models.pipeline_layout import parameter_chunks
+from erniekit.models.products import held_weights
+from erniekit.moe.experts import Experts
+from erniekit.moe.layer import MoELayer
+from erniekit.nn.attention import SelfAttention
+from erniekit.nn.mlp import SwiGLU
+from erniekit.nn.norm import RMSNorm
+from erniekit.parallel.buckets import Bucket, Entry, plan_buckets
+from erniekit.parallel.memory import gradient_bytes, state_bytes
+from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.zero import entries_of
+from erniekit.plan.job import Job
+from erniekit.precision.quantized_weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class RankTensors:
+    """What each rank of one pipeline stage keeps, in bytes; all ranks of a stage keep the same.
+
+    `weights`: parameters and buffers by the part of the model that they belong to. `reference`: a preference loss's
+    second model. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
+    `trained`, `total`: numbers of parameters on this rank. `buckets`: what gradients and updated parameters are sent
+    in; `entries`: the trained parameters.
+    """
+
+    stage: int
+    weights: dict[str, int]
+    gradients: int
+    state: int
+    reference: int
+    average: int
+    copies: int
+    trained: int
+    total: int
+    entries: tuple[Entry, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Bytes of parameters and buffers."""
+        return sum(self.weights.values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are there throughout a step, gradients excepted."""
+        return self.parameters + self.state + self.reference + self.average + self.copies
+
+
+def rank_tensors(job: Job, mesh: Mesh, model: CausalLM, chunks: Sequence[Sequence[int]]) -> RankTensors:
+    """Count the tensors of a rank.
+
+    Args:
+        job: what is planned.
+        mesh: the rank, see Mesh.outline.
+        model: its part of the model without memory, with what is frozen marked as such.
+        chunks: the layers of each chunk of its stage.
+    """
+    weights = _weights(model)
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    where = placements(model, mesh, bool(job.cfg.sharding))
+    entries = entries_of(trained, where, parameter_chunks(model, chunks))
+    adapted = lora.state_of(model)
+    named = dict(model.named_parameters())
+    adapters = [layer for layer in model.sublayers() if isinstance(layer, LinearAdapter)]
+    saved = [] if adapted is None else [named[name] for name in adapted.saved if name in named]
+    second = job.has_reference and not job.is_lora and not job.cfg.ref_logps_cache
+    kept = list(trained.values()) + ([] if adapted is not None else [b for _, b in model.named_buffers()])
+    return RankTensors(
+        stage=mesh.pipe,
+        weights=dict(weights),
+        gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
+        state=state_bytes(entries.values()),
+        reference=sum(weights.values()) if second else 0,
+        average=0 if job.cfg.ema_decay is None else sum(4 * _size(tensor) for tensor in kept),
+        copies=sum(_bytes(p) for p in saved) + sum(each.missing_bytes for each in adapters),
+        trained=sum(_size(p) for p in trained.values()),
+        total=sum(_size(p) for p in named.values())
+        + sum(prod(p.weight_shape) for p, _ in held_weights(model).values()),
+        entries=tuple(entries.values()),
+        buckets=tuple(plan_buckets(list(entries.values()))),
+    )
+
+
+def _weights(model: CausalLM) -> Counter[str]:
+    """Bytes of parameters, buffers and held weights by part of the model."""
+    parts: Counter[str] = Counter()
+
+    def visit(layer: paddle.nn.Layer, around: str) -> None:
+        part = _part(model, layer) or around
+        own = [*layer.named_parameters(include_sublayers=False), *layer.named_buffers(include_sublayers=False)]
+        parts[part] += sum(_bytes(tensor) for _, tensor in own)
+        if isinstance(layer, QuantizedWeight):
+            *stacked, num_in, num_out = layer.shape
+            parts[part] += prod(stacked) * layer.scheme.num_bytes(num_in, num_out)
+        for child in layer.children():
+            visit(child, part)
+
+    visit(model, "other")
+    return Counter({part: size for part, size in parts.items() if size})
+
+
+def _part(model: CausalLM, layer: paddle.nn.Layer) -> str | None:
+    """The part of the model that a layer begins; None: that of the layer around it."""
+    decoder = model.model
+    by_identity = {
+        id(decoder.embed_tokens): "embedding",
+        id(model.lm_head): "output head",
+        id(decoder.vision_model): "vision transformer",
+        id(decoder.resampler_model): "resampler",
+        id(decoder.mtp_linear_proj): "multi-token prediction",
+    }
+    by_type: tuple[tuple[type, str], ...] = (
+        (Adapter, "adapters"),
+        (SelfAttention, "attention"),
+        (Experts, "experts"),
+        (MoELayer, "routers"),
+        (SwiGLU, "feed-forward"),
+        (RMSNorm, "norms"),
+    )
+    found = by_identity.get(id(layer))
+    return found or next((part for kind, part in by_type if isinstance(layer, kind)), None)
+
+
+def _size(tensor: paddle.Tensor) -> int:
+    return prod(tensor.shape)
+
+
+def _bytes(tensor: paddle.Tensor) -> int:
+    return _size(tensor) * tensor.element_size()
