@@ -170,9 +170,11 @@ class RecordFeed:
         stream, extent = self._stream, self._extent
         lengths = self.lengths()
         if lengths.num_dropped == lengths.num_measured:
+            hint = "raise max_seq_len, or set truncation: cut"
+            if self._decoder is not None:
+                hint = "the lines above say which max_seq_len or max_pixels would do"
             raise DataError(
-                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
-                f"Hint: raise max_seq_len, or set truncation: {'cut' if self._decoder is None else 'shrink'}."
+                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). Hint: {hint}."
             )
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)
