@@ -42,8 +42,6 @@ DETAILS: dict[str, str] = {
 
 LATER: dict[str, Later] = {
     "vision_model_name_or_path": Later("a vision transformer from a directory of its own", commands=EVERY),
-    "adaptive_max_imgtoken_option": Later("bounds of a picture's tokens that are drawn at random (max_pixels is one)"),
-    "adaptive_max_imgtoken_rate": Later("bounds of a picture's tokens that are drawn at random (max_pixels is one)"),
 }
 
 FIXED: dict[str, Fixed] = {

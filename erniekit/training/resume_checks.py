@@ -43,6 +43,7 @@ _KEYS = {
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
         max_prompt_len seed
+        adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
         position_rule text_dataset_type text_dataset_prob modality_ratio modality_interleave

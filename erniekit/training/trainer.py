@@ -21,8 +21,8 @@ from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
-from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
+from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.profiling import make_profiler

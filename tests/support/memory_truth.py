@@ -138,8 +138,8 @@ def _row(cfg: Any, model: Any, seed: int) -> Any:
 
 
 def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
-    from erniekit.plan.job import Cluster, make_job
     from erniekit.plan.activations import stage_activations
+    from erniekit.plan.job import Cluster, make_job
     from erniekit.training.outline import outline_stage, stage_tensors
 
     share = 1 - 1 / cfg.max_seq_len

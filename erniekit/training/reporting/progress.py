@@ -12,6 +12,7 @@ from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import log
 
+_LOSSES_OF_MODALITIES = ("loss_text", "loss_image", "loss_video")
 _WINDOW = 20  # the number of steps over which the speed is averaged
 
 
@@ -38,12 +39,18 @@ def _rewards(parts: dict[str, float]) -> str:
 
 def _modalities(parts: dict[str, float]) -> str:
     """The losses by modality, where the data have more than one."""
-    losses = {name: parts[f"loss_{name}"] for name in ("text", "image", "video") if f"loss_{name}" in parts}
-    return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})" if len(losses) > 1 else ""
+    losses = {name: parts[name] for name in _LOSSES_OF_MODALITIES if name in parts}
+    shown = ", ".join(f"{name.removeprefix('loss_')} {loss:.4f}" for name, loss in losses.items())
+    return f" ({shown})" if len(losses) > 1 else ""
 
 
 def _metrics(values: dict[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+    """The numbers of an evaluation; losses by modality stand behind the loss."""
+    values = {name.removeprefix("eval_"): value for name, value in values.items()}
+    shown = {name: f"{name} {value:.4g}" for name, value in values.items() if name not in _LOSSES_OF_MODALITIES}
+    if "loss" in shown:
+        shown["loss"] += _modalities(values)
+    return ", ".join(shown.values())
 
 
 def _patch_load(step: int, load: PatchLoad) -> str:

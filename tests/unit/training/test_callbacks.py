@@ -290,6 +290,8 @@ def test_evaluations_and_saves_are_said(tmp_path: Path, messages: list[str]):
     report.on_save(5, tmp_path / "checkpoint-5")
     assert messages[1] == "step 5: evaluation: loss 1.235, perplexity 3.437"
     assert messages[2].endswith("checkpoint-5")
+    report.on_evaluate(6, {"eval_loss": 2.5, "eval_perplexity": 12.0, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
+    assert messages[-1] == "step 6: evaluation: loss 2.5 (text 2.0000, image 3.0000), perplexity 12"
 
 
 class FakeWriter:
@@ -459,8 +461,9 @@ def test_losses_of_modalities_are_shown_and_drawn_where_there_are_several(tmp_pa
     for step in (1, 2):
         for callback in callbacks:
             callback.on_step(step_metrics(step, parts=parts if step == 1 else {"loss_text": 2.5}))
+            callback.on_evaluate(step, {"eval_loss": 2.5, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
     for callback in callbacks:
         callback.on_end({})
-    shown = [line for line in messages if line.startswith("step ")]
+    shown = [line for line in messages if line.startswith("step ") and "evaluation" not in line]
     assert "(text 2.0000, image 3.0000)" in shown[0] and "(" not in shown[1]
     assert (tmp_path / "loss.png").stat().st_size > 10_000
