@@ -15,6 +15,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn import fused
 from erniekit.nn.attention_mask import AttentionPlan
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
@@ -326,7 +327,7 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
 
 
 def _flash_attention(
-    qkv: paddle.Tensor, rotation: Rotation, plan: AttentionPlan, heads: HeadLayout, rate: float
+    qkv: paddle.Tensor, rotation: Rotation, ends_11T1: paddle.Tensor, heads: HeadLayout, rate: float
 ) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
@@ -334,11 +335,12 @@ def _flash_attention(
     The kernel draws its dropout (`rate`) from Paddle's generator, which a step seeds: the masks differ from those of
     nn.dropout, and they change with packing, microbatches and layout.
     """
-    z = rotation.apply(qkv.reshape([plan.num_tokens, heads.total, heads.dim]))
-    q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
-    indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
-    out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, dropout=rate, causal=True)
-    return out.reshape([plan.num_tokens, heads.num_heads * heads.dim])
+    num_tokens = qkv.shape[0]
+    num_rotated = heads.num_heads + heads.num_kv_heads
+    qk, v = qkv.reshape([num_tokens, heads.total, heads.dim]).split([num_rotated, heads.num_kv_heads], axis=1)
+    q, k = rotation.turn(qk).split([heads.num_heads, heads.num_kv_heads], axis=1)
+    out = fused.flash_mask(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), ends_11T1, rate)
+    return out.reshape([num_tokens, heads.num_heads * heads.dim])
 
 
 @dataclass(frozen=True)
@@ -357,12 +359,17 @@ class PackedAttention:
         """Found once a batch, for all layers."""
         return _rows_of(self.plan, self.heads)
 
+    @cached_property
+    def _ends(self) -> paddle.Tensor:
+        """For each key, the first later query that no longer sees it: int32 [1, 1, T, 1]. Uploaded once a batch."""
+        return paddle.to_tensor(last_rows(self.plan).astype(np.int32)).reshape([1, 1, -1, 1])
+
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` decides about dropout alone."""
         dropout, heads = self.dropout, self.heads
-        if qkv.place.is_gpu_place() and qkv.dtype in (paddle.bfloat16, paddle.float16):
+        if fused.applies(fused.FLASH_MASK, qkv):
             rate = 0.0 if dropout is None else dropout.rate_of(layer)
-            return _flash_attention(qkv, self.rotation, self.plan, heads, rate)
+            return _flash_attention(qkv, self.rotation, self._ends, heads, rate)
         masks = None if dropout is None else dropout.masks(layer, self.plan, heads.num_heads, heads.num_kv_heads)
         return _DocumentAttention.apply(qkv, self.rotation, self._rows, heads, masks)
 

@@ -7,6 +7,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn import fused
 from erniekit.nn.linear import Linear
 from erniekit.nn.narrow import rounded
 
@@ -49,8 +50,11 @@ def fast_sigmoid(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
 
 def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     """silu(gate) * up for gate_up [..., 2F] = gate | up -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
+    if fused.applies(fused.SWIGLU, gate_up):
+        return fused.swiglu(gate_up)
     if not gate_up.place.is_cpu_place():
-        return nn.functional.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, axis=-1)
+        return nn.functional.silu(gate) * up
     return rounded(_cpu_swiglu, gate_up)
 
 
