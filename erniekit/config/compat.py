@@ -136,6 +136,16 @@ def quantisation(value: Any) -> tuple[Any, int] | None:
     return _QUANTISATIONS[value], -1
 
 
+def fp8_flag(value: Any) -> tuple[Any, int] | None:
+    """use_fp8_mlp: True means fp8: blockwise; False sets nothing."""
+    return ("blockwise", 1) if to_bool(value) else None
+
+
+def fp8_shared(value: Any) -> tuple[Any, int] | None:
+    """shared_expert: True adds the shared experts to what multiplies in FP8."""
+    return (["experts", "shared_experts"], 1) if to_bool(value) else None
+
+
 def unless_zero(value: Any) -> tuple[Any, int] | None:
     """Returns a coefficient, or None for 0, which switches it off."""
     return None if to_float(value) == 0.0 else (value, 0)

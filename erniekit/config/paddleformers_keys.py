@@ -93,7 +93,6 @@ DETAILS: dict[str, str] = {
         "muon_exclude_patterns muon_extra_scale_factor muon_ffn_split muon_momentum muon_ns_coeff_type muon_ns_coeffs "
         "muon_ns_steps muon_qkv_update_mode muon_version"
     ),
-    "profile: True": "profile_step_start profile_step_end",
     "internal_medicine_monitors": "internal_medicine_monitor_interval",
     "enable_auto_parallel: True": (
         "auto_parallel_sync_shared_params use_intermediate_api tensor_fusion overlap replace_with_c_embedding "
@@ -103,7 +102,6 @@ DETAILS: dict[str, str] = {
 }
 
 LATER: dict[str, Later] = {
-    "profile": Later("profiling from the YAML", commands=("train",)),
     "freeze_training": Later("freezing parts of the model", commands=("train",)),
     "train_mtp_only": Later("freezing parts of the model", commands=("train",)),
     "mtp_distillation_loss": Later("distillation", commands=("train",)),

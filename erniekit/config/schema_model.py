@@ -51,6 +51,9 @@ class ModelArgs:
         "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp8 is not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )
+    fused_operators: bool = key(
+        True, "On a GPU, Paddle's fused operators where they apply (docs/gpu.md); false: plain operations, to compare."
+    )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")
     emulate_precision: bool = key(
         False,

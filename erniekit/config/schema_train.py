@@ -64,6 +64,11 @@ class TrainArgs:
         "Start from scratch although output_dir holds a run: its checkpoints, metrics and final model are removed. For "
         "export and split: replace another model in the directory that they write.",
     )
+    profile: bool = key(False, "Measure where the time goes: a table, profile.json (a trace) and profile.png.")
+    profile_step_start: int = key(
+        3, "The first step that profile measures, counted from the start of the process.", ge=1
+    )
+    profile_step_end: int = key(5, "The last step that profile measures.", ge=1)
     disable_tqdm: bool = key(False, "No progress bar: plain log lines.")
     resume_from_checkpoint: str = key(
         "auto",
