@@ -34,6 +34,7 @@ from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.weights import our_shapes
+from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
@@ -93,8 +94,9 @@ class ModelOptions:
 
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
-    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
-    returned in.
+    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
+    vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
+    operators where they apply, in this process.
     """
 
     precision: Policy
@@ -105,7 +107,9 @@ class ModelOptions:
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
+    balance_pictures: bool = False
     training: bool = False
+    fused: bool = True
 
 
 def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
@@ -128,7 +132,9 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         adapter=adapter,
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
         training=True,
+        fused=cfg.fused_operators,
     )
 
 
@@ -153,6 +159,8 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
         sequence_parallel=cfg.sequence_parallel,
+        fused=cfg.fused_operators,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
     )
 
 
@@ -222,6 +230,7 @@ class PreparedModel:
             chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
         """
         runtime.ensure_threads()
+        fused.enable(self.options.fused)
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
@@ -237,7 +246,7 @@ class PreparedModel:
             log.info(f"{self.path}: {describe(model)}")
         if precision.fp8 is not None:
             log.info(describe_fp8(model, precision.fp8))
-        parallelize(model, mesh, options.sequence_parallel, layers)
+        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)

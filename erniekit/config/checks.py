@@ -53,6 +53,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
             "lr_scheduler_type: wsd takes the step up to which the rate is steady, as in wsd:1000, got "
             f"{cfg.lr_scheduler_type!r}"
         )
+    if cfg.profile_step_end < cfg.profile_step_start:
+        yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
 
@@ -130,6 +132,14 @@ def _pictures(cfg: Config) -> Iterator[str]:
     fewest, most = cfg.video_min_frames, cfg.video_max_frames
     if fewest is not None and most is not None and fewest > most:
         yield f"video_min_frames: {fewest} is more than video_max_frames: {most}"
+    sizes, rates = cfg.adaptive_max_imgtoken_option, cfg.adaptive_max_imgtoken_rate
+    if len(sizes) != len(rates):
+        yield (
+            f"adaptive_max_imgtoken_rate: {len(rates)} rates for {len(sizes)} numbers of adaptive_max_imgtoken_option; "
+            "give one for each"
+        )
+    elif rates and abs(sum(rates) - 1) > _SUM_ROOM:
+        yield f"adaptive_max_imgtoken_rate: rates must sum to 1, they sum to {sum(rates):g}"
     wrong, instead = ("cut", "shrink") if cfg.method.vision else ("shrink", "cut")
     if cfg.truncation == wrong:
         what = "pictures are never cut" if cfg.method.vision else "there are no pictures to make smaller"

@@ -116,6 +116,11 @@ def fp16_flag(value: Any) -> tuple[Any, int] | None:
     return ("fp16", 0) if to_bool(value) else None
 
 
+def lowprecision_moment(value: Any) -> tuple[Any, int] | None:
+    """use_lowprecision_moment: True means moment_dtype: bf16, unless that is given; False sets nothing."""
+    return ("bf16", 1) if to_bool(value) else None
+
+
 _QUANTISATIONS = {
     "weight_only_int8": "wint8",
     "weight_only_int4": "wint4",

@@ -8,6 +8,7 @@ _ALIASES: dict[str, Alias] = {
     "bf16": Alias("compute_type", compat.bf16_flag),
     "fp16": Alias("compute_type", compat.fp16_flag),
     "weight_quantize_algo": Alias("compute_type", compat.quantisation),
+    "use_lowprecision_moment": Alias("moment_dtype", compat.lowprecision_moment),
     "quantization": Alias("compute_type", compat.quantisation),
     "use_recompute": Alias("recompute"),
     "use_fp8_mlp": Alias("fp8", compat.fp8_flag),
@@ -83,9 +84,7 @@ _NO_EFFECT: dict[str, str] = {
         "flash_device_save_steps output_signal_dir"
     ),
     "always saved": "save_tokenizer save_rng_states",
-    "optimizer state stays on the device in fp32: the same result or better, more memory": (
-        "offload_optim tensorwise_offload_optimizer use_lowprecision_moment optim_shard_num"
-    ),
+    "a parameter's optimizer state is fetched as a whole": "optim_shard_num",
     "gradients are freed after every step": "release_grads",
     "Python's garbage collector runs as always: the same result": "gc_interval",
     "memory is left to Paddle's allocator": "pre_alloc_memory",

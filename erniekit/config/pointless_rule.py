@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from erniekit.config.schema import Config
 
-TRAIN = ("train",)
+TRAIN, USE = ("train",), ("eval", "chat")
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,8 @@ class Rule:
     when: Callable[[Config, Facts], bool]
     why: str
     commands: tuple[str, ...] = TRAIN
+
+
+def always(cfg: Config, facts: Facts) -> bool:
+    """The condition of a key that the commands of its rule never read."""
+    return True

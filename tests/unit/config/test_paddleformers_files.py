@@ -365,7 +365,6 @@ def test_the_one_value_is_taken(read, line):
         ("expert_tensor_model_parallel_size: 2", "tensor parallelism of its own for experts"),
         ("train_mtp_only: true", "freezing parts of the model"),
         ("make_offline_data: true", "data sets prepared offline"),
-        ("profile: true", "profiling from the YAML"),
         ("num_empty_layers_add_in_tail: 2", "layers added or left out at the model's end"),
     ],
 )

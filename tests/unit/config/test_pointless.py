@@ -50,7 +50,6 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         {**VL, "text_dataset_path": "t.jsonl", "mix_strategy": "interleave_over"},
     ),
     ("train", {"modality_interleave": "mixed"}, {**VL_DPO, "text_dataset_path": "t"}, {**VL, "text_dataset_path": "t"}),
-    ("eval", {"vision_config_path": "v", "vision_experts_down_scale": 0.5}, {**EVAL, **VL}, None),
     ("train", {"fp8_modules": "mlp", "fp8_store": False, "fp8_statistics_steps": 5}, {}, {"fp8": "blockwise"}),
     (
         "train",
@@ -59,6 +58,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         {"fp8": "blockwise"},
     ),
     ("eval", {"fp8": "blockwise", "fp8_scale": "real"}, EVAL, None),
+    (
+        "eval",
+        {"adaptive_max_imgtoken_option": "9", "adaptive_max_imgtoken_rate": "1"},
+        {**EVAL, **VL},
+        None,
+    ),
+    ("eval", {"vision_experts_down_scale": 0.5}, {**EVAL, **VL}, {**EVAL, **VL, "vision_config_path": "v"}),
     ("train", {"vision_experts_down_scale": 0.5}, VL, {**VL, "vision_config_path": "v"}),
     (
         "train",
@@ -75,6 +81,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"vit_lr_ratio": 0.9}, {"facts": Facts(sees_pictures=False)}, {"facts": Facts(sees_pictures=True)}),
     ("train", {"vit_lr_ratio": 0.9}, {**VL, "freeze_config": "freeze_vision"}, {**VL, "freeze_config": "freeze_lm"}),
     ("train", {"visual_ld": 0.9}, {**VL, "vit_lr_ratio": 0.8}, VL),
+    (
+        "train",
+        {"vit_lr_ratio": 0.9},
+        {**VL, "fine_tuning": "LoRA"},
+        {**VL, "fine_tuning": "LoRA", "lora_target_modules": "attn.qkv"},
+    ),
     ("train", {"resampler_lr_ratio": 0.5}, {**VL, "frozen_parameters": "resampler"}, VL),
     ("train", {"chat_tools": "image_zoom_in_tool"}, {}, None),
     ("chat", {"image_search_dir": "d"}, {}, {"chat_tools": "image_search"}),
@@ -144,6 +156,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"max_restarts": 1, "elastic": True}, EVAL, None),
     ("chat", {"max_restarts": 1}, {}, None),
     ("train", {"sharding": "stage1"}, {"facts": Facts(data_ranks=1)}, {"facts": Facts(data_ranks=2)}),
+    ("train", {"balance_pictures": True}, {}, VL),
+    ("train", {"balance_pictures": True}, {**VL, "facts": Facts(data_ranks=1)}, {**VL, "facts": Facts(data_ranks=2)}),
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),

@@ -50,7 +50,10 @@ def test_views_of_other_tensors_are_multiplied_by_their_values():
     np.testing.assert_allclose(onednn.matmul(x, y).numpy(), exact(x) @ exact(y), rtol=1e-4, atol=1e-5)
     columns = whole[:, 3:20]
     np.testing.assert_allclose(
-        onednn.matmul(columns, columns, transpose_y=True).numpy(), exact(columns) @ exact(columns).T, rtol=1e-4, atol=1e-5
+        onednn.matmul(columns, columns, transpose_y=True).numpy(),
+        exact(columns) @ exact(columns).T,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

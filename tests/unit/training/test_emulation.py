@@ -95,7 +95,11 @@ def test_a_run_resumes_bit_for_bit_from_files_in_its_dtype(directory: Path, tmp_
     resumed = {"output_dir": str(again), "resume_from_checkpoint": str(whole / "checkpoint-2")}
     assert fitted(keys | resumed) == expected
     header, name = FILES[kind]
-    for place, stored, dtype in (("checkpoint-2", header, name), ("checkpoint-2/ema", "F32", "float32"), ("", header, name)):
+    for place, stored, dtype in (
+        ("checkpoint-2", header, name),
+        ("checkpoint-2/ema", "F32", "float32"),
+        ("", header, name),
+    ):
         assert json.loads((whole / place / "config.json").read_text())["torch_dtype"] == dtype
         kinds = dtypes_of(whole / place / "model.safetensors")
         routers = {name for name in kinds if ".gate." in name or name.endswith("correction_bias")}
@@ -125,7 +129,10 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_said(
     biases = {name: b.numpy() for name, b in trainer.run.model.named_buffers()}
     first = trainer.train_step(trainer.run.loader.next_step())
     assert not first.grad_norm < float("inf") and first.parts["skipped"] == 1 and first.parts["loss_scale"] == 2**19
-    assert "step 1: a gradient overflowed in fp16: nothing is updated, loss scale 524288 -> 262144" in capfd.readouterr().err
+    assert (
+        "step 1: a gradient overflowed in fp16: nothing is updated, loss scale 524288 -> 262144"
+        in capfd.readouterr().err
+    )
     for name, parameter in trainer.run.model.named_parameters():
         assert parameter.numpy().tobytes() == before[name].tobytes(), name
     for name, buffer in trainer.run.model.named_buffers():
