@@ -63,7 +63,7 @@ NO_EFFECT: dict[str, str] = {
         "pp_delay_scale_loss tp_delay_scale_loss gradient_sync_after_accumulate"
     ),
     "gradients are freed after every step": "pp_release_grads sd_release_grads",
-    "optimizer state stays on the device in fp32: the same result or better, more memory": (
+    "offload_optim and tensorwise_offload_optimizer decide where the optimizer's state is": (
         "offload_queue sharding_offload_opt_buffersize_GB"
     ),
     "a document is never cut to fill a row": "truncate_packing",

@@ -47,7 +47,7 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16, fp16 (with loss scaling) or fp32; or a frozen base in 8 or 4 bits, to "
+        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, to "
         "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp8 is not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
     )

@@ -113,6 +113,19 @@ class OptimArgs:
     adam_beta1: float = key(0.9, "Decay of AdamW's first moment.", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", ge=0, lt=1)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon.", gt=0)
+    moment_dtype: str = key(
+        "fp32",
+        "How AdamW's two moments are stored between steps: fp32, bf16 (half the memory) or 8bit (a quarter); they are "
+        "computed in fp32.",
+        choices=("fp32", "bf16", "8bit"),
+        words={"float32": "fp32", "bfloat16": "bf16", "int8": "8bit"},
+    )
+    offload_optim: bool = key(
+        False, "AdamW's state waits in host memory; each parameter's is on the GPU only while it is updated."
+    )
+    tensorwise_offload_optimizer: bool = key(
+        False, "As offload_optim, but no state is fetched before it is needed: least GPU memory, no overlap."
+    )
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: never.", ge=0)
     layerwise_lr_decay_bound: float = key(
         1.0,

@@ -111,5 +111,7 @@ class _Permute(PyLayer):
 
 
 def permute(rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
-    """rows[order] for a permutation of all rows [R, D]."""
-    return _Permute.apply(rows, order) if len(order) else rows
+    """rows[order] for a permutation of all rows [R, D]. Without rows it is a step of the graph, too: the backward pass
+    runs independent steps by their distance from the loss, and every rank must start its collectives in one order.
+    """
+    return _Permute.apply(rows, order)

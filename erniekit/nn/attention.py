@@ -305,17 +305,18 @@ def _bucket_backward(
         ds = _as_stored(ds.multiply_(p), dtype)
         p = p if mask is None else p * mask
         dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
-        dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), seen)
-        dv = _accumulate(dv, paddle.matmul(_as_stored(p, dtype), do_b, transpose_x=True), seen)
-    return [*dq_parts, dk, dv]
+        # dK^T = Q^T dS and dV^T = dO^T P: transposing the wide matrix would take a CPU as long as the product.
+        dk = _accumulate(dk, paddle.matmul(q, ds, transpose_x=True), seen)
+        dv = _accumulate(dv, paddle.matmul(do_b, _as_stored(p, dtype), transpose_x=True), seen)
+    return [*dq_parts, dk.transpose([0, 1, 3, 2]), dv.transpose([0, 1, 3, 2])]
 
 
 def _accumulate(total: paddle.Tensor | None, part: paddle.Tensor, seen: int) -> paddle.Tensor:
-    """Add a block's key gradient [N, G, seen, d] to the running one [N, G, <=seen, d]; `seen` grows block by block."""
+    """Add a block's key gradient [N, G, d, seen] to the running one [N, G, d, <=seen]; `seen` grows block by block."""
     if total is None:
         return part
-    pad = paddle.zeros([*part.shape[:2], seen - total.shape[2], part.shape[3]], dtype=part.dtype)
-    return paddle.concat([total, pad], axis=2).add_(part)
+    pad = paddle.zeros([*part.shape[:3], seen - total.shape[3]], dtype=part.dtype)
+    return paddle.concat([total, pad], axis=3).add_(part)
 
 
 def last_rows(plan: AttentionPlan) -> np.ndarray:

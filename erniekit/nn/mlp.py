@@ -29,13 +29,13 @@ class _SwiGLU(PyLayer):
         both = paddle.gather(gate_up.reshape([2 * rows, size]), _halves_index(rows))
         ctx.save_for_backward(both)
         gate, up = both[:rows], both[rows:]
-        return _sigmoid(gate).multiply_(gate).multiply_(up)
+        return fast_sigmoid(gate).multiply_(gate).multiply_(up)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
         (both,) = ctx.saved_tensor()
         gate, up = both[: dy.shape[0]], both[dy.shape[0] :]
-        sigmoid = _sigmoid(gate)
+        sigmoid = fast_sigmoid(gate)
         silu = gate * sigmoid
         dup = dy * silu
         # d silu / d gate = sigmoid + silu (1 - sigmoid)
@@ -43,8 +43,9 @@ class _SwiGLU(PyLayer):
         return paddle.concat([slope.multiply_(up).multiply_(dy), dup], axis=-1)
 
 
-def _sigmoid(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.tanh(x * 0.5).scale_(0.5, bias=0.5)
+def fast_sigmoid(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
+    """sigmoid(factor * x), fast on a CPU."""
+    return (x * (0.5 * factor)).tanh_().scale_(0.5, bias=0.5)
 
 
 def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:

@@ -22,6 +22,7 @@ from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
+from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.profiling import make_profiler
@@ -57,6 +58,7 @@ class Trainer:
         self.state = TrainState()
         self.profiler = make_profiler(run) if run.cfg.profile else None
         self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
+        self._fp8_shares = Fp8Shares(run.model, self.cfg.fp8_statistics_steps)
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -182,6 +184,7 @@ class Trainer:
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         with span("prepare"):
             microbatches = self.run.recipe.prepare(batches)
+        self._fp8_shares.begin(step + 1)
         stage, gradients = self._forward_backward(microbatches)
         with span("gradients"):
             sums, norm, biases = self._fetch(stage, gradients)
@@ -208,6 +211,7 @@ class Trainer:
             parts=_parts(sums, routers) | scaling,
             routers=routers,
             sent=comm.traffic.take(),
+            patch_load=stage.patch_load,
         )
 
     def _note_scale(self, loss: float, norm: float) -> dict[str, float]:
@@ -230,7 +234,7 @@ class Trainer:
     ) -> dict[int, np.ndarray]:
         """Update what is trained: weights, correction biases, averages. Returns the biases of the sparse layers."""
         clip_(gradients, norm, self.cfg.max_grad_norm)
-        self.run.optimizer.step(gradients, learning_rate)
+        self.run.optimizer.step(gradients, learning_rate, seed=self.cfg.seed * 1_000_003 + self.state.step)
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -265,10 +269,12 @@ class Trainer:
         stage.on_device.add(_SQUARES, squared_norms(gradients))
         for number, layer in self._sparse_layers().items():
             stage.on_device.add(_Bias(number), layer.correction_bias)
+        self._fp8_shares.add_to(stage.on_device)
         fetched = stage.on_device.fetch()
         biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
         sums = global_sums(stage.sums(fetched), self.run.mesh)
         entries, world = self.run.sync.parameters.entries, self.run.mesh.world_group
+        sums.metrics |= self._fp8_shares.parts(fetched, world)
         return sums, global_norm(gradients, entries, world, fetched[_SQUARES]), biases
 
     def _sparse_layers(self) -> dict[int, MoELayer]:
