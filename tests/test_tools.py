@@ -28,6 +28,7 @@ FAST = {
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
+    "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
 }
 SLOW = {

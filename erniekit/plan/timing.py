@@ -160,6 +160,16 @@ def step_time(run: Run, card: Hardware) -> StepTime:
     return StepTime(run, card, stages, timeline, flops, transfer)
 
 
+def estimate_seconds(run: Run, card: Hardware) -> float:
+    """The time of a step without executing its pipeline: the slowest stage, and the bubble by formula. For comparing
+    many layouts.
+    """
+    layout = run.layout
+    stages = [_stage_time(run, stage, card) for stage in range(layout.pipeline)]
+    filled = layout.microbatches + (layout.pipeline - 1) / layout.chunks
+    return max(stage.microbatch * filled + stage.after for stage in stages)
+
+
 def _pipeline(layout: Layout, duration: Duration, transfer: float) -> Timeline:
     """The pipeline of a step on the clock. Between warm-up and cool-down it repeats itself every p microbatches (p
     stages), so a long step is that of fewer microbatches and a multiple of this period.
@@ -188,10 +198,10 @@ def _add(total: Seconds, spent: Mapping[str, float], times: float = 1.0) -> None
 def _chunk_times(run: Run, stage: int, card: Hardware) -> tuple[list[Seconds], list[Seconds]]:
     """Forward and backward pass of each chunk of a stage. Equal layers are computed once."""
     layout = run.layout
-    known: dict[tuple[Layer, bool, bool], tuple[Seconds, Seconds]] = {}
+    known: dict[tuple[int, bool, bool], tuple[Seconds, Seconds]] = {}
 
     def passes(layer: Layer, embedding: bool, recomputed: bool) -> tuple[Seconds, Seconds]:
-        key = (layer, embedding, recomputed)
+        key = (id(layer), embedding, recomputed)  # most layers are one object
         if key not in known:
             there = layer_forward(layer, layout, card, embedding)
             known[key] = (there, layer_backward(layer, layout, card, embedding, recomputed))

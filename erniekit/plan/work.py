@@ -6,6 +6,7 @@ from a job. Models of other families can be written as operations by hand, which
 Legend: D hidden size, E experts, K experts of a token.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -185,7 +186,10 @@ def routing_values(hidden: int, top_k: float) -> float:
 def work_of(job: Job) -> Work:
     """What a job's model computes for each token."""
     model, frozen = job.model, job.is_lora
-    layers = tuple(_layer(model, job, model.is_moe_layer(i)) for i in range(model.num_hidden_layers))
+    kinds = {
+        sparse: _layer(model, job, sparse) for sparse in {*map(model.is_moe_layer, range(model.num_hidden_layers))}
+    }
+    layers = tuple(kinds[model.is_moe_layer(i)] for i in range(model.num_hidden_layers))
     head = head_layer(model.hidden_size, model.vocab_size, job.supervised_share)
     ahead: list[Layer] = []
     for _ in range(job.mtp_depths):
@@ -274,6 +278,7 @@ def _vision(model: ModelConfig, vision: VisionConfig, job: Job) -> tuple[Layer, 
 def _with_adapters(work: Work, rank: int) -> Work:
     """The model with frozen weights, and two narrow products beside each projection of the decoder layers."""
 
+    @functools.cache
     def adapted(layer: Layer) -> Layer:
         products: list[Product] = []
         for product in layer.products:
