@@ -250,15 +250,15 @@ class _Live:
         self.peak, self.num_chunks = 0.0, 0
         self.shown: Counter[str] = Counter()
 
-    def reach(self, beside: float, num_chunks: int) -> None:
-        """A pass takes `beside` in addition to what is kept."""
+    def reach(self, beside: Counter[str], num_chunks: int) -> None:
+        """A pass takes `beside`, by kind, in addition to what is kept."""
         kept: Counter[str] = Counter({"inputs": self.inputs * len(self.microbatches)})
         for number, count in self.chunks.items():
             for kind, size in self.kinds[number].items():
                 kept[kind] += count * size
-        if kept.total() + beside > self.peak:
-            self.peak, self.num_chunks = kept.total() + beside, num_chunks
-            self.shown = kept + Counter({"while computing": beside})
+        if kept.total() + beside.total() > self.peak:
+            self.peak, self.num_chunks = kept.total() + beside.total(), num_chunks
+            self.shown = kept + beside
 
 
 def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
@@ -268,20 +268,27 @@ def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> float:
-    """The most that one forward pass through a chunk takes."""
-    kept, peak = 0.0, 0.0
+def _forward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+    """What exists when one forward pass through a chunk takes most, by kind."""
+    kept: Counter[str] = Counter()
+    found: Counter[str] = Counter()
     for operation in chunk:
-        peak = max(peak, kept + max(operation.forward, operation.kept))
-        kept += operation.kept
-    return peak
+        now = max(operation.forward, operation.kept)
+        if kept.total() + now > found.total():
+            found = kept + Counter({operation.kind: now})
+        kept[operation.kind] += operation.kept
+    return found
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> float:
+def _backward_peak(chunk: Sequence[Operation]) -> Counter[str]:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
-    kept, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
+    kept = _by_kind(chunk)
+    found: Counter[str] = Counter()
+    gradients = 0.0
     for operation in reversed(chunk):
         gradients += operation.gradient
-        peak = max(peak, kept + operation.backward + gradients)
-        kept -= operation.kept
-    return peak
+        now = Counter({"16-bit gradients": gradients}) + Counter({operation.kind: operation.backward})
+        if kept.total() + now.total() > found.total():
+            found = kept + now
+        kept[operation.kind] -= operation.kept
+    return found

@@ -12,8 +12,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.plan.job import Job
 from erniekit.plan.tensors import RankTensors, rank_tensors
-from erniekit.training.build import freeze_untrained_mtp
-from erniekit.training.freezing import freeze
+from erniekit.training.freezing import freeze, freeze_untrained_mtp
 from erniekit.utils import log
 
 # Keys that the parameters of a stage do not depend on: plans that differ in them share the outlines.

@@ -60,6 +60,7 @@ _100M = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_seq_len": 1024,
 }  # fmt: skip
+_CORE = {"recompute": True, "recompute_granularity": "core_attn"}
 _FOUR_LAYERS = {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 4}
 LAYOUTS = (
     Layout("dense", 1, "tiny-dense", _LONG),
@@ -69,7 +70,7 @@ LAYOUTS = (
     Layout("dense, recompute", 1, "tiny-dense", _LONG | {"recompute": True}),
     Layout("dense, attention recomputed", 1, "tiny-dense",
            _LONG | {"recompute": True, "recompute_granularity": "full_attn"}),
-    Layout("dense, core recomputed", 1, "tiny-dense", _LONG | {"recompute": True, "recompute_granularity": "core_attn"}),
+    Layout("dense, core recomputed", 1, "tiny-dense", _LONG | _CORE),
     Layout("dense, multi-token prediction", 1, "tiny-dense", _LONG | {"num_nextn_predict_layers": 1}),
     Layout("dense, average of weights", 1, "tiny-dense", _LONG | {"ema_decay": 0.9}),
     Layout("dense, LoRA", 1, "tiny-dense", _LONG | _LORA),
