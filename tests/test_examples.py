@@ -131,7 +131,7 @@ VL-424B-A47B sft/run_sft_wint8mix_lora 8k,32k,128k
 
 # Directories that the demos leave for the next file.
 MADE_BY_DEMOS = (
-    "./demo_output/pretrain/text",
+    *(f"./demo_output/pretrain/{name}" for name in ("text", "long", "vision", "joint")),
     "./demo_output/dense",
     "./demo_output/styles",
     "./demo_output/vl/stage1_text",
@@ -165,6 +165,9 @@ def test_the_models_have_erniekits_files():
     uses = ("run_chat", "run_eval", "run_export")
     wanted |= {f"ERNIE-4.5-{model}/{use}.yaml" for model in SIZES if model.startswith("VL") for use in uses}
     wanted |= {f"ERNIE-4.5-{model}/pt/run_pt_8k.yaml" for model in ("0.3B", "21B-A3B", "300B-A47B")}
+    stages = ("stage2_vision", "stage3_joint", "stage3_long")
+    wanted |= {f"tiny/pretrain/{name}.yaml" for name in ("stage1_text", "stage1_long", *stages)}
+    wanted |= {f"ERNIE-4.5-VL-{size}/pretrain/{name}.yaml" for size in ("28B-A3B", "424B-A47B") for name in stages}
     wanted |= {"ERNIE-4.5-0.3B/pt/run_pt_8k_offline_data.yaml", "tiny/dpo/run_dpo.yaml", "tiny/dpo/run_dpo_lora.yaml"}
     assert wanted <= set(FILES)
 

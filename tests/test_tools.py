@@ -29,6 +29,7 @@ FAST = {
     "plan_accuracy": "plan_accuracy.py --only 22B",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
+    "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
 }
 SLOW = {
@@ -36,6 +37,7 @@ SLOW = {
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
+    "compare_precisions": f"compare_precisions.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",

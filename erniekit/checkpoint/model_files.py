@@ -11,7 +11,8 @@ from erniekit.checkpoint.model_dir import (
     is_adapter,
     require_model,
 )
-from erniekit.checkpoint.model_shape import directories, given_shape, model_config
+from erniekit.checkpoint.model_shape import adds_vision, directories, given_shape, model_config, vision_start
+from erniekit.checkpoint.vision_start import VisionStart
 from erniekit.config.schema import Config
 from erniekit.hub import resolve_model
 from erniekit.models.config import ModelConfig
@@ -33,7 +34,15 @@ class ModelFiles:
 
     def config(self, cfg: Config) -> ModelConfig:
         """The configuration of the model."""
-        return model_config(cfg, self.base) if self.random_start else ModelConfig.from_dir(self.base)
+        if self.random_start:
+            return model_config(cfg, self.base)
+        start = self.vision_start(cfg)
+        return ModelConfig.from_dir(self.base) if start is None else start.config
+
+    def vision_start(self, cfg: Config) -> VisionStart | None:
+        """How the training adds vision to the text model in `base`; None where it does not, or has done so."""
+        is_text_model = self.is_start and not self.random_start and adds_vision(cfg, ModelConfig.from_dir(self.base))
+        return vision_start(cfg, model_config(cfg, self.base)) if is_text_model else None
 
 
 def model_files(cfg: Config) -> ModelFiles:

@@ -64,6 +64,11 @@ def vision_start(cfg: Config, shape: ModelConfig) -> VisionStart | None:
     return VisionStart(shape, cfg.vision_experts_from_text, cfg.vision_experts_down_scale)
 
 
+def adds_vision(cfg: Config, stored: ModelConfig) -> bool:
+    """Whether a training with this configuration makes a vision-language model of one with the config.json `stored`."""
+    return bool(cfg.vision_config_path) and cfg.method.vision and stored.vision is None
+
+
 def processor_directory(cfg: Config, model_dir: Path) -> Path:
     """The directory of the files that say how pictures are prepared."""
     return config_directory(cfg.vision_config_path) if cfg.vision_config_path else model_dir

@@ -5,12 +5,13 @@ number at a default that means off, requests nothing and is not reported.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
+from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
@@ -20,34 +21,10 @@ from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
 
-TRAIN = ("train",)
 
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts about the model and the job, which become known after the configuration; None until then.
-
-    num_experts: as in the model's config.json. aux_free: whether that file switches loss-free balancing on. data_ranks,
-    ranks: their numbers in the job. sees_pictures: whether the model has a vision transformer.
-    """
-
-    num_experts: int | None = None
-    aux_free: bool | None = None
-    data_ranks: int | None = None
-    ranks: int | None = None
-    sees_pictures: bool | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """States that `keys` (separated by spaces) have no effect in `commands` if the condition `when` is true. The reason
-    `why` may contain values of other keys, as in "max_steps: {max_steps} decides".
-    """
-
-    keys: str
-    when: Callable[[Config, Facts], bool]
-    why: str
-    commands: tuple[str, ...] = TRAIN
+def never_read(command: str) -> set[str]:
+    """The keys that rules say `command` never reads, whatever the configuration."""
+    return {key for rule in RULES if rule.when is always and command in rule.commands for key in rule.keys.split()}
 
 
 def notes(cfg: Config, command: str, facts: Facts | None = None) -> list[str]:
@@ -160,11 +137,7 @@ _DATA_RULES = [
         "eval_dataset_path is not given",
         DATA,
     ),
-    Rule(
-        "num_samples_each_epoch",
-        lambda c, f: c.mix_strategy != "random",
-        "read only with mix_strategy: random",
-    ),
+    Rule("num_samples_each_epoch", lambda c, f: c.mix_strategy != "random", "read only with mix_strategy: random"),
     Rule("greedy_intokens buffer_size", lambda c, f: not c.packing, "packing is False", DATA),
     Rule(
         "text_dataset_type text_dataset_prob modality_ratio modality_interleave",
@@ -227,23 +200,19 @@ _RUN_RULES = [
         lambda c, f: c.overwrite_output_dir and c.resume_from_checkpoint == "auto",
         "overwrite_output_dir: True removes the run that would be resumed",
     ),
-    Rule(
-        "save_format",
-        lambda c, f: c.fine_tuning == "LoRA",
-        "adapters are saved in PEFT's format",
-    ),
+    Rule("save_format", lambda c, f: c.fine_tuning == "LoRA", "adapters are saved in PEFT's format"),
     Rule(
         _names(GenerateArgs) + " predict_with_generate",
-        lambda c, f: True,
+        always,
         "`{command}` generates no text; read by eval and chat",
         ("train", "export", "split"),
     ),
-    Rule("predict_with_generate", lambda c, f: True, "read only by eval", ("chat",)),
-    Rule(_names(ChatArgs), lambda c, f: True, "read only by chat", ("train", "eval", "export", "split")),
-    Rule("eval_output", lambda c, f: True, "read only by eval", ("train", "chat", "export", "split")),
-    Rule("checkpoint", lambda c, f: True, "read only by eval, export, split and chat"),
-    Rule(_names(ExportArgs), lambda c, f: True, "read only by export and split", ("train", "eval", "chat")),
-    Rule("format", lambda c, f: True, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
+    Rule("predict_with_generate", always, "read only by eval", ("chat",)),
+    Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "export", "split")),
+    Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
+    Rule("checkpoint", always, "read only by eval, export, split and chat"),
+    Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
+    Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
 _OPTIMIZER_RULES = [
@@ -277,6 +246,14 @@ _OPTIMIZER_RULES = [
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
+    Rule(_names(Fp8Args), lambda c, f: c.fp8 != "none", "only training multiplies in FP8", ("eval", "chat")),
+    Rule(_names(Fp8Args).removeprefix("fp8 "), lambda c, f: c.fp8 == "none", "fp8 is none", RUN),
+    Rule(
+        "fp8_recompute_up_gate_layers fp8_routing_weight",
+        lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
+        "no routed experts multiply in FP8",
+    ),
+    Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(
@@ -287,16 +264,12 @@ _OPTIMIZER_RULES = [
 ]
 
 _VISION_RULES = [
-    Rule(
-        "vision_config_path vision_experts_from_text vision_experts_down_scale",
-        lambda c, f: True,
-        "read only by train",
-        ("eval",),
-    ),
+    Rule("adaptive_max_imgtoken_option adaptive_max_imgtoken_rate", always, "read only by train", USE),
     Rule(
         "vision_experts_from_text vision_experts_down_scale",
         lambda c, f: c.method.vision and not c.vision_config_path,
         "vision_config_path is not given",
+        DATA,
     ),
     Rule("vision_experts_down_scale", lambda c, f: not c.vision_experts_from_text, "vision_experts_from_text is False"),
     Rule(
@@ -306,6 +279,11 @@ _VISION_RULES = [
         RUN,
     ),
     Rule("vit_lr_ratio visual_ld resampler_lr_ratio", lambda c, f: f.sees_pictures is False, "the model has no vision"),
+    Rule(
+        "vit_lr_ratio visual_ld",
+        lambda c, f: c.fine_tuning == "LoRA" and not (c.lora_target_modules or c.lora_path),
+        "LoRA adapts the vision transformer only where lora_target_modules names it",
+    ),
     Rule(
         "vit_lr_ratio visual_ld",
         lambda c, f: FREEZE_VISION in c.freeze_config or "vision_transformer" in c.frozen_parameters,
@@ -344,7 +322,7 @@ _MODEL_RULES = [
     ),
     Rule(
         _names(ShapeArgs),
-        lambda c, f: True,
+        always,
         "`{command}` reads the model's config.json",
         ("eval", "chat", "export", "split"),
     ),
@@ -431,13 +409,13 @@ _PREFERENCE_RULES = [
 _RANK_RULES = [
     Rule(
         _DEGREES,
-        lambda c, f: True,
+        always,
         "`{command}` streams tensor by tensor in one process and needs no parallel degrees",
         ("export", "split"),
     ),
     Rule(
-        "data_parallel_degree sharding_parallel_degree",
-        lambda c, f: True,
+        "data_parallel_degree sharding_parallel_degree balance_pictures",
+        always,
         "a conversation needs one copy of the model",
         ("chat",),
     ),
@@ -448,13 +426,9 @@ _RANK_RULES = [
         "pipeline_parallel_degree is 1",
     ),
     Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
-    Rule(
-        "max_restarts elastic",
-        lambda c, f: True,
-        "`{command}` has no checkpoints to start again from",
-        ("eval", "chat"),
-    ),
-    Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
+    Rule("max_restarts elastic", always, "`{command}` has no checkpoints to start again from", ("eval", "chat")),
+    Rule("balance_pictures", lambda c, f: not c.method.vision, "the method reads no pictures"),
+    Rule("sharding balance_pictures", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
         "check_replicas_steps distributed_timeout rendezvous_timeout",
         lambda c, f: f.ranks == 1,
@@ -469,14 +443,14 @@ _USE_RULES = [
         "predict_with_generate is False",
         ("eval",),
     ),
-    Rule("stream", lambda c, f: True, "`eval` prints no answers", ("eval",)),
+    Rule("stream", always, "`eval` prints no answers", ("eval",)),
     Rule(
         "image_search_dir",
         lambda c, f: "image_search" not in c.chat_tools,
         "chat_tools does not have image_search",
         ("chat",),
     ),
-    Rule("box_coordinates missing_media_tags", lambda c, f: True, "`chat` reads no records", ("chat",)),
+    Rule("box_coordinates missing_media_tags", always, "`chat` reads no records", ("chat",)),
     Rule("max_tool_rounds", lambda c, f: not c.chat_tools, "chat_tools is empty", ("chat",)),
     Rule(
         "top_p top_k",

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from erniekit.config.fields import limits, type_name
+from erniekit.config.pointless import never_read
 from erniekit.config.schema import GROUPS, fields
 
 # The keys about ranks that a command without training reads.
@@ -12,10 +13,20 @@ _RANKS = (
     "expert_parallel_degree distributed_timeout rendezvous_timeout"
 )
 
+# Keys of those groups that only a training reads; the rules of pointless.py name further ones.
+_OF_TRAINING = set(
+    """
+    train_dataset_type train_dataset_path train_dataset_prob mix_strategy num_samples_each_epoch random_shuffle
+    amp_master_grad scale_loss recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
+    attention_probs_dropout_prob dropout_warmup_steps num_nextn_predict_layers z_loss_lambda multi_token_pred_lambda
+    ref_model_update_steps
+    """.split()
+)
+
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
-        "data,vision,text beside pictures,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
+        "data,vision,text beside pictures,model,FP8,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
         "mixture of experts",
         "",
     ),
@@ -59,13 +70,24 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         return "not given"
     if field.default in ("", ()):
         return "empty"
-    return ",".join(f"{item:g}" for item in field.default) if isinstance(field.default, tuple) else f"{field.default}"
+    return (
+        ",".join(str(item) if isinstance(item, str) else f"{item:g}" for item in field.default)
+        if isinstance(field.default, tuple)
+        else f"{field.default}"
+    )
 
 
 def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:
     """The keys by group in the schema's order: all, or those that a command reads (single keys under "others")."""
     names, single = (",".join(GROUPS), "") if command is None else KEYS[command]
-    groups = {name: [entry(field) for field in dataclasses.fields(GROUPS[name])] for name in names.split(",") if name}
+    left_out: set[str] = set()
+    if command is not None:
+        left_out = never_read(command) | (set() if command == "train" else _OF_TRAINING)
+    groups = {
+        name: [entry(field) for field in dataclasses.fields(GROUPS[name]) if field.name not in left_out]
+        for name in names.split(",")
+        if name
+    }
     if single:
         every = fields()
         groups["others"] = [entry(every[name]) for name in single.split()]

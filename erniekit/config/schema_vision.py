@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
 
 # What the numbers of boxes in the data may be (data/vision/boxes.py converts them).
 BOX_COORDINATES = ("relative", "pixels", "fraction")
@@ -41,6 +41,16 @@ class VisionArgs:
         "Largest area of a picture after resizing, in pixels, of which 784 become a token; not given: the model's own "
         "files.",
         ge=1,
+    )
+    adaptive_max_imgtoken_option: tuple[int, ...] = list_of(
+        int,
+        "Largest numbers of tokens of a picture, of which each record of the training data has one in place of "
+        "max_pixels, drawn from the seed and the record's file and line (ERNIEKit draws anew at each reading); empty: "
+        "max_pixels for all.",
+        ge=1,
+    )
+    adaptive_max_imgtoken_rate: tuple[float, ...] = list_of(
+        float, "How probable each number of adaptive_max_imgtoken_option is, summing to 1.", gt=0
     )
     video_min_pixels: int | None = key(
         None, "Smallest area of a video's frame after resizing, in pixels; not given: the model's own files.", ge=1

@@ -280,6 +280,11 @@ class PackedBatch:
         return np.flatnonzero(self.labels != IGNORE)
 
     @property
+    def supervised_modality(self) -> np.ndarray:
+        """The modality of the segment of each token that carries loss, in the order of `supervised`."""
+        return self.segment_modality[self.segment_ids[self.supervised]]
+
+    @property
     def prefixes(self) -> np.ndarray | None:
         """For each segment, the segment that it also attends to, or NO_SEGMENT; None if there is no such segment."""
         if not len(self.pairs):

@@ -170,9 +170,11 @@ class RecordFeed:
         stream, extent = self._stream, self._extent
         lengths = self.lengths()
         if lengths.num_dropped == lengths.num_measured:
+            hint = "raise max_seq_len, or set truncation: cut"
+            if self._decoder is not None:
+                hint = "the lines above say which max_seq_len or max_pixels would do"
             raise DataError(
-                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). "
-                f"Hint: raise max_seq_len, or set truncation: {'cut' if self._decoder is None else 'shrink'}."
+                f"none of {lengths.num_measured} samples can be used ({lengths.num_dropped} dropped). Hint: {hint}."
             )
         ids = len(stream.ids(0))
         limit = ids if lengths.exact else min(ids, _COUNTED)
@@ -220,6 +222,7 @@ def open_text(
     keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
     if vision is not None:
         specs = with_pictures(specs)
+        vision = vision if split == "train" else replace(vision, drawn_bounds=None)  # an evaluation draws nothing
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))

@@ -34,6 +34,9 @@ RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
 # metric -> (its name in the table, its format)
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
+    "loss_text": ("loss of text without pictures", "{:.4f}"),
+    "loss_image": ("loss of texts with images", "{:.4f}"),
+    "loss_video": ("loss of texts with videos", "{:.4f}"),
     "perplexity": ("perplexity", "{:.4g}"),
     "token_accuracy": ("token accuracy", "{:.2%}"),
     "reward_accuracy": ("reward accuracy", "{:.2%}"),
@@ -67,7 +70,8 @@ def evaluate(cfg: Config) -> dict[str, Any]:
 
     The scores are those of the method's evaluator (training/evaluators.py), as evaluations during training report them:
     for most methods `loss` (mean -log p over supervised tokens, natural logarithm), `perplexity` (its exponential) and
-    `token_accuracy` (share of supervised tokens that are the model's first choice). With predict_with_generate the
+    `token_accuracy` (share of supervised tokens that are the model's first choice), with pictures also the loss by
+    modality. With predict_with_generate the
     model also answers the last question of each sample and those whose answers call tools, choosing tokens as
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
     those of tool_metrics too, and for questions with pictures those of vision_metrics. In pairs of answers, the model's

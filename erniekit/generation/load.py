@@ -1,7 +1,7 @@
 """Finds and loads the model that a command uses, with its tokenizer and chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from erniekit.build import PreparedModel, inference_options, prepare_model
 from erniekit.checkpoint.generation_config import GenerationConfig, not_used
 from erniekit.checkpoint.model_dir import has_weights
 from erniekit.checkpoint.model_files import model_files
-from erniekit.checkpoint.model_shape import model_config
+from erniekit.checkpoint.model_shape import model_config, processor_directory
 from erniekit.checkpoint.processor import settings_of
 from erniekit.config import Config
 from erniekit.data.chat.template import Template, load_template, say_if_trained_otherwise
@@ -109,7 +109,8 @@ def find_model(cfg: Config) -> PreparedChatModel:
     """The model that `cfg` names (see `model_files`). A checkpoint that is an adapter is attached to its base.
 
     With continue_training: false, model_name_or_path, or the shape that the YAML gives, is the random start that
-    training has. The tokenizer is that of `tokenizer_name_or_path`, else the checkpoint's, else that of
+    training has; with vision_config_path, a text model gets the vision part that the training gives it. The tokenizer
+    is that of `tokenizer_name_or_path`, else the checkpoint's, else that of
     model_name_or_path. Everything is checked, no weight is read. Raises CheckpointError
     or ConfigError that names the key.
     """
@@ -123,11 +124,18 @@ def find_model(cfg: Config) -> PreparedChatModel:
         raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
     shape = model_config(cfg, base) if files.random_start else None
     options = inference_options(cfg, None if base == path else path, files.random_start)
-    prepared = prepare_model(base, options, shape)
+    start = files.vision_start(cfg)
+    if start is not None:
+        log.warning(
+            f"vision_config_path: {base} is a model of text, and its vision part is not trained yet: vision "
+            f"transformer, resampler and vision routers are random (seed {cfg.seed})"
+        )
+    prepared = prepare_model(base, replace(options, vision_start=start), shape)
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
     vision = None
     if prepared.config.vision is not None:  # an adapter has files of its own where it was trained with other settings
-        vision = inference_spec(cfg, settings_of(path, base, model=prepared.config.vision.patching))
+        beside = (path, base) if start is None else (processor_directory(cfg, base),)
+        vision = inference_spec(cfg, settings_of(*beside, model=prepared.config.vision.patching))
     template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
     say_if_trained_otherwise(path, template)
     thinking = cfg.enable_thinking

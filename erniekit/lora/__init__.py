@@ -14,7 +14,15 @@ import paddle
 from paddle import nn
 
 from erniekit.lora.layers import Adapter, LinearAdapter, Slot, StackedAdapter, mergeable_weight, parameter_name
-from erniekit.lora.targets import adaptable, choose, choose_saved, default_targets, is_stacked, short_name
+from erniekit.lora.targets import (
+    adaptable,
+    choose,
+    choose_saved,
+    default_targets,
+    has_vision,
+    is_stacked,
+    short_name,
+)
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.roles import Role, named_roles
 from erniekit.nn.shard import ShardSpec, shard
@@ -31,6 +39,7 @@ __all__ = [
     "describe",
     "disabled",
     "merge",
+    "parameter_names",
     "state_of",
     "unload",
 ]
@@ -156,14 +165,28 @@ def attach_slots(
 
 
 def _refuse_dora(names: Iterable[str], slots: dict[str, dict[str, Slot]]) -> None:
-    """Refuse DoRA for the feed-forward layers of a mixture of experts, which PEFT's files cannot express."""
-    if any(is_stacked(module) for module in adaptable(names)):
-        wrong = [module for module in slots if ".self_attn." not in module]
-        if wrong:
-            raise ConfigError(
-                f"use_dora: {wrong[0]}: in a mixture of experts only attention can have DoRA (so it is in PEFT, too). "
-                "Set lora_target_modules: qkv_proj,o_proj, or use_dora: False."
-            )
+    """Refuse DoRA where PEFT's files cannot express it: for stacked experts, and in a mixture of experts of text, where
+    PEFT takes the names of dense layers and shared experts for those of experts, for all but attention.
+    """
+    known = list(names)
+    modules = adaptable(known)
+    if not any(is_stacked(module) for module in modules):
+        return
+    sees_pictures = has_vision(known)
+    wrong = [module for module in slots if is_stacked(module) or not (sees_pictures or ".self_attn." in module)]
+    if wrong:
+        what = "routed experts cannot have DoRA" if sees_pictures else "only attention can have DoRA"
+        instead = r"qkv_proj,o_proj,spatial_linear.0,spatial_linear.2" if sees_pictures else "qkv_proj,o_proj"
+        raise ConfigError(
+            f"use_dora: {wrong[0]}: in a mixture of experts {what} (so it is in PEFT, too). Set lora_target_modules "
+            f"without them, such as {instead}, or use_dora: False."
+        )
+
+
+def parameter_names(module: str, parts: Iterable[str], dora: bool = False) -> list[str]:
+    """The names, in the model, of the parameters of a projection's adapters."""
+    kinds = ("A", "B", "magnitude") if dora else ("A", "B")
+    return [f"{module}.adapter.{parameter_name(kind, part)}" for part in parts for kind in kinds]
 
 
 def describe(state: LoraState) -> str:

@@ -43,6 +43,7 @@ class _LowRank(PyLayer):
         ctx.spans, ctx.scalings = spans, scalings
         ctx.ranks = [factor.shape[1] for factor in factors[: len(spans)]]
         ctx.needs_gradient = not x.stop_gradient, not y.stop_gradient
+        ctx.frozen = [factor.stop_gradient for factor in factors]  # such as those of a part that freeze_config names
         return add(matmul(u, b), y)
 
     @staticmethod
@@ -50,17 +51,18 @@ class _LowRank(PyLayer):
         x, a, b, u = ctx.saved_tensor()
         du = matmul(dy, b, transpose_y=True)
         dx = matmul(du, a, transpose_y=True) if ctx.needs_gradient[0] else None
+        dy_or_none = dy if ctx.needs_gradient[1] else None
+        if all(ctx.frozen):
+            return dx, dy_or_none, *([None] * len(ctx.frozen))
         # Narrow products are several times faster with the narrow side first.
         da, db = matmul(du, x, transpose_x=True).T, matmul(u, dy, transpose_x=True)
-        if len(ctx.spans) == 1:
-            (begin, end), scaling = ctx.spans[0], ctx.scalings[0]
-            return dx, dy if ctx.needs_gradient[1] else None, da.contiguous(), db[:, begin:end] * scaling
         das, dbs, row = [], [], 0
         for (begin, end), scaling, rank in zip(ctx.spans, ctx.scalings, ctx.ranks, strict=True):
             das.append(da[:, row : row + rank].contiguous())
             dbs.append(db[row : row + rank, begin:end] * scaling)
             row += rank
-        return dx, dy if ctx.needs_gradient[1] else None, *das, *dbs
+        gradients = (None if frozen else grad for grad, frozen in zip(das + dbs, ctx.frozen, strict=True))
+        return dx, dy_or_none, *gradients
 
 
 def _joined(
@@ -83,6 +85,7 @@ class _GroupedLowRank(PyLayer):
     def forward(ctx, rows, y, counts, scaling, a, b):
         ctx.counts, ctx.scaling = counts, scaling
         ctx.needs_gradient = not rows.stop_gradient, not y.stop_gradient
+        ctx.frozen = a.stop_gradient, b.stop_gradient
         narrow, parts = [], []
         for e, begin, end in row_spans(counts):
             narrow.append(matmul(rows[begin:end], a[e]).scale_(scaling))
@@ -110,7 +113,8 @@ class _GroupedLowRank(PyLayer):
         drows_all = None
         if ctx.needs_gradient[0]:
             drows_all = paddle.concat(drows) if drows else paddle.zeros_like(rows)
-        return drows_all, dy if ctx.needs_gradient[1] else None, paddle.stack(das), paddle.stack(dbs)
+        da, db = (None if frozen else paddle.stack(all_) for all_, frozen in zip((das, dbs), ctx.frozen, strict=True))
+        return drows_all, dy if ctx.needs_gradient[1] else None, da, db
 
 
 class Adapter(Shardable):

@@ -36,7 +36,8 @@ class BestModel:
     def greater_is_better(self) -> bool:
         """Whether a greater value of the metric is better."""
         given = self.cfg.greater_is_better
-        return not self.metric.endswith(("loss", "perplexity")) if given is None else given
+        is_loss = self.metric.startswith("eval_loss") or self.metric == "eval_perplexity"
+        return not is_loss if given is None else given
 
     def measured_under(self) -> dict[str, Any]:
         """The conditions that must be equal for two evaluations to be comparable."""

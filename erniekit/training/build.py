@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import paddle
@@ -50,10 +51,13 @@ from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
-from erniekit.training.freezing import check_frozen, freeze
+from erniekit.training.fit_check import warn_if_too_large
+from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
+from erniekit.training.moments import MomentDtype
 from erniekit.training.recipes.base import Recipe, RecipeContext
+from erniekit.training.state_home import build_home
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 
@@ -138,6 +142,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
+    warn_if_too_large(cfg, prepared.config, mesh)
     # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
@@ -156,9 +161,17 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         master_grad=cfg.amp_master_grad,
         overlap=mesh.world_group.handle is not None,
     )
-    optimizer = AdamW(parameters, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    optimizer = AdamW(
+        parameters,
+        parameter_rules(model, cfg),
+        cfg.adam_beta1,
+        cfg.adam_beta2,
+        cfg.adam_epsilon,
+        cast(MomentDtype, cfg.moment_dtype),
+        build_home(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
+    )
     if mesh.world > 1:
-        log.info(sync.memory_line())
+        log.info(sync.memory_line(cfg.moment_dtype))
     return Run(
         cfg=cfg,
         method=method,
@@ -224,21 +237,6 @@ def _open_data(
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
     require_same_files(model_dir, data, mesh.world_group)
     return template, loader, eval_loader
-
-
-def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
-    """Freeze the model's blocks of multi-token prediction that the run does not train."""
-    trained, decoder = cfg.mtp_depths, model.model
-    frozen = model.config.num_nextn_predict_layers - trained
-    if frozen <= 0:
-        return
-    log.info(
-        f"num_nextn_predict_layers: {trained}: {frozen} of the model's multi-token-prediction blocks are kept, not "
-        "trained"
-    )
-    for depth in range(trained, len(decoder.mtp_block)):
-        for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
-            parameter.stop_gradient = True
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:

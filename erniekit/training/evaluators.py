@@ -14,7 +14,7 @@ import paddle
 
 from erniekit.config.schema import Config
 from erniekit.data.loader import Loader
-from erniekit.data.packed_batch import PackedBatch
+from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.losses.preference import options_of, pair_metrics, preference_loss, sft_ratio_of
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
@@ -76,21 +76,27 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
 
 
 def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
-    """Loss (nats a token), perplexity and accuracy of the labels."""
+    """Loss (nats a token), perplexity and accuracy of the labels. Methods with pictures also have "loss_text",
+    "loss_image" and "loss_video", as in training: the losses of the labels in documents of text alone, with images, and
+    with videos, each where there are such documents.
+    """
     model, mesh = evaluated.model, evaluated.mesh
-    total, num_samples = Score(), 0
+    of_modality, num_samples = [Score() for _ in Modality], 0
 
     def add(batches: Sequence[PackedBatch], number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
-        nonlocal total
         hidden_TD, batch = model.enter_head(final_norm(model, x_TD)), batches[number]
-        total += score_hidden(model, hidden_TD, batch.supervised, batch.labels)
+        for modality in Modality:
+            places = batch.supervised[batch.supervised_modality == modality]
+            of_modality[modality] += score_hidden(model, hidden_TD, places, batch.labels)
 
     for microbatches in groups:
         num_samples += sum(batch.num_samples for batch in microbatches)
         forward_pass(model, microbatches, partial(add, microbatches))
-    of_all_stages = comm.sum_floats(np.array(total, np.float64), mesh.pipe_group)
-    sums = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
-    score = Score(sums[0], int(sums[1]), int(sums[2]))
+    of_all_stages = comm.sum_floats(np.array(of_modality, np.float64).reshape(-1), mesh.pipe_group)
+    *sums, num_samples = comm.sum_floats(np.array([*of_all_stages, num_samples], np.float64), mesh.data_group).tolist()
+    rows = np.reshape(sums, [len(Modality), -1]).tolist()
+    of_modality = [Score(sum_nll, int(tokens), int(correct)) for sum_nll, tokens, correct in rows]
+    score = sum(of_modality, Score())
     if not score.num_tokens:
         raise DataError(
             "eval_dataset_path: no token of the evaluation data carries loss. "
@@ -99,7 +105,13 @@ def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatc
     metrics = score.metrics()
     if metrics["loss"] > LARGEST_EXPONENT:
         log.warning(f"perplexity: exp({metrics['loss']:.1f}) has no float; exp({LARGEST_EXPONENT:.0f}) is reported")
-    return Scores(metrics, {"num_samples": int(sums[3]), "num_tokens": score.num_tokens})
+    if evaluated.cfg.method.vision:
+        metrics |= {
+            f"loss_{modality.name.lower()}": of_modality[modality].metrics()["loss"]
+            for modality in Modality
+            if of_modality[modality].num_tokens
+        }
+    return Scores(metrics, {"num_samples": int(num_samples), "num_tokens": score.num_tokens})
 
 
 @dataclass(frozen=True)

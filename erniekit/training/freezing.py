@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import paddle
 
+from erniekit import lora
+from erniekit.build import lora_options
 from erniekit.config.schema import Config
 from erniekit.config.schema_parts import FREEZE_LM, FREEZE_VISION
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.models.weights import our_shapes
 from erniekit.nn.roles import Component, named_components
 from erniekit.nn.shard import WHOLE
 from erniekit.utils import log
@@ -59,15 +62,34 @@ def _means(key: str, entry: str, name: str, component: Component) -> bool:
 
 
 def check_frozen(cfg: Config, config: ModelConfig) -> None:
-    """ConfigError where an entry names no parameter of a model of this configuration, or all are frozen. The model is
-    made without its weights.
+    """ConfigError where an entry names no parameter of a model of this configuration, or nothing is left to train. The
+    model is made without its weights.
     """
     if not cfg.freeze_config and not cfg.frozen_parameters:
         return
     with paddle.LazyGuard():
         components = named_components(CausalLM(config))
-    if len(frozen_names(cfg, components)) == len(components):
+    frozen = frozen_names(cfg, components)
+    if len(frozen) == len(components):
         raise ConfigError("freeze_config, frozen_parameters: every parameter is frozen, so nothing is left to train.")
+    if cfg.fine_tuning == "LoRA" and not cfg.lora_path and not _trains_adapters(cfg, config, components):
+        raise ConfigError(
+            "freeze_config, frozen_parameters: every adapter belongs to a frozen part, so nothing is left to train. "
+            "Freeze less, or name projections of other parts in lora_target_modules."
+        )
+
+
+def _trains_adapters(cfg: Config, config: ModelConfig, components: Mapping[str, Component]) -> bool:
+    """Whether an adapter, or a module of modules_to_save, belongs to a part that is not frozen."""
+    slots, saved = lora.choose_slots(our_shapes(config), lora_options(cfg), config.tie_word_embeddings)
+    trained = {name: components[name] for name in saved}
+    for module, parts in slots.items():
+        names = lora.parameter_names(module, parts, cfg.use_dora)
+        trained |= dict.fromkeys(names, components[f"{module}.weight"])
+    return any(
+        not any(_means(key, entry, name, component) for key, entry in _entries(cfg))
+        for name, component in trained.items()
+    )
 
 
 def freeze(model: CausalLM, cfg: Config) -> None:
@@ -88,6 +110,21 @@ def freeze(model: CausalLM, cfg: Config) -> None:
         f"frozen: {_size(parameters[name] for name in frozen):,} parameters in {len(frozen)} tensors{here}; "
         f"{_size(trained):,} are trained"
     )
+
+
+def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
+    """Freeze the model's blocks of multi-token prediction that the run does not train."""
+    trained, decoder = cfg.mtp_depths, model.model
+    frozen = model.config.num_nextn_predict_layers - trained
+    if frozen <= 0:
+        return
+    log.info(
+        f"num_nextn_predict_layers: {trained}: {frozen} of the model's multi-token-prediction blocks are kept, not "
+        "trained"
+    )
+    for depth in range(trained, len(decoder.mtp_block)):
+        for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
+            parameter.stop_gradient = True
 
 
 def _size(parameters: Iterable[paddle.Tensor]) -> int:

@@ -1,5 +1,6 @@
 """Stage 2 as a user starts it: a text model becomes a vision-language model (vision_config_path)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ from support.tiny_vision import CONFIG
 from support.vision_directories import vision_config, vision_workspace
 
 import erniekit
+from erniekit import config
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.cli.main import main
+from erniekit.generation.load import open_model
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
@@ -74,6 +77,28 @@ def test_check_says_what_the_model_becomes(
     words = [f"{key}={value}" for key, value in (keys | {"output_dir": tmp_path / "checked"}).items()]
     main(["check", str(yaml), *words])
     assert "text: ernie4_5_vl_moe, 81,424 parameters" in capsys.readouterr().out
+
+
+def test_commands_before_the_training_use_the_model_that_it_starts_from(
+    workspace: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`eval` reports what an evaluation of the untrained model reports, and `check` and `chat` see its pictures."""
+    yaml, keys = workspace
+    keys = keys | {"eval_dataset_type": "messages", "eval_dataset_path": str(yaml.parent / "train.jsonl")}
+    untrained = tmp_path / "untrained"
+    words = [f"{key}={value}" for key, value in (keys | {"output_dir": untrained, "eval_output": tmp_path}).items()]
+    assert main(["check", str(yaml), "command=eval", *words]) == 0
+    assert "text: ernie4_5_vl_moe, 81,424 parameters" in capsys.readouterr().out
+    assert main(["eval", str(yaml), *words]) == 0
+    assert "is a model of text, and its vision part is not trained yet" in capsys.readouterr().err
+    by_command = json.loads((tmp_path / "eval_results.json").read_text("utf-8"))
+    # A step with a rate of almost nothing leaves the model as it was.
+    more = {"max_steps": 1, "learning_rate": 1e-12, "output_dir": str(tmp_path / "out"), "do_eval": True}
+    in_training = erniekit.train(str(yaml), **keys, **more, save_strategy="no").summary
+    for name in ("loss", "loss_image", "loss_video"):
+        assert by_command[name] == pytest.approx(in_training[f"eval_{name}"], rel=1e-5), name
+    chat = open_model(config.load(str(yaml), {**keys, "output_dir": str(untrained)}, "chat"))
+    assert chat.model.config.vision is not None and chat.vision is not None
 
 
 @pytest.mark.parametrize(

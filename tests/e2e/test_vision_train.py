@@ -119,6 +119,58 @@ def test_lora_trains_adapters_of_both_groups_of_experts_and_exports(
     assert not any("vision_model" in name or "resampler_model.mlp" in name or "norm" in name for name in changed)
 
 
+VISION_TRANSFORMER = r"model\.vision_model\..*"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True, "lora_target_modules": f"{VISION_TRANSFORMER},spatial_linear.0,o_proj"},
+        {"rslora": True, "lora_plus_scale": 4, "lora_target_modules": VISION_TRANSFORMER, "modules_to_save": "norm"},
+    ],
+)
+def test_lora_options_work_in_the_vision_transformer_and_the_resampler(
+    trained: tuple[Path, Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Every adapter has learned something, and the exported model computes what base and adapter compute."""
+    yaml, _ = trained
+    base = yaml.parent / "out"
+    keys = {"model_name_or_path": str(base), "continue_training": True, "fine_tuning": "LoRA", "lora_rank": 2}
+    keys |= {"output_dir": str(tmp_path / "lora"), "max_steps": 3, **options}
+    erniekit.train(str(yaml), **keys)
+    export(config.load(str(yaml), keys, "export"))
+    adapted = erniekit.load_model(base, adapter=tmp_path / "lora")
+    factors = {name: p for name, p in adapted.named_parameters() if ".adapter.B" in name}
+    assert any(".vision_model." in name for name in factors)
+    assert all(float(p.abs().max()) > 0 for p in factors.values())
+    picture = {"type": "image", "image": str(yaml.parent / "pictures" / "1-0.png")}
+    content = [picture, {"type": "text", "text": "1?"}]
+    inputs = erniekit.load_processor(base)([{"role": "user", "content": content}])
+    inputs.pop("attention_mask")
+    merged = erniekit.load_model(tmp_path / "lora" / "export")
+    plain = erniekit.load_model(base)(**inputs).numpy()
+    expected = adapted(**inputs).numpy()
+    assert abs(expected - plain).max() > 1e-4
+    assert merged(**inputs).numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_lora_with_frozen_parts(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """The adapters of a frozen part stay zero; where all are of frozen parts, the run is refused."""
+    yaml, _ = trained
+    keys = {"model_name_or_path": str(yaml.parent / "out"), "continue_training": True, "fine_tuning": "LoRA"}
+    keys |= {"output_dir": str(tmp_path / "lora"), "max_steps": 2}
+    erniekit.train(str(yaml), freeze_config="freeze_lm", **keys)
+    model = erniekit.load_model(yaml.parent / "out", adapter=tmp_path / "lora")
+    size = {name: float(p.abs().max()) for name, p in model.named_parameters() if ".adapter.B" in name}
+    assert all(value == 0 for name, value in size.items() if "self_attn" in name or ".mlp.experts." in name)
+    assert all(value > 0 for name, value in size.items() if "resampler" in name)
+    keys["output_dir"] = str(tmp_path / "refused")
+    with pytest.raises(ConfigError, match=r"every adapter belongs to a frozen part.*lora_target_modules"):
+        erniekit.train(str(yaml), freeze_config="freeze_vision", lora_target_modules=VISION_TRANSFORMER, **keys)
+    with pytest.raises(ConfigError, match=r"use_dora: .*experts.* routed experts cannot have DoRA"):
+        erniekit.train(str(yaml), use_dora=True, **keys)
+
+
 def weights_of_adapter(directory: Path) -> list[str]:
     from safetensors import safe_open
 
@@ -169,6 +221,17 @@ def test_pretraining_text_with_pictures(tmp_path: Path) -> None:
     assert any("loss_image" in record for record in history) and any("loss_text" in record for record in history)
 
 
+def in_content_lists(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair as OpenAI's clients write it."""
+    parts = [{"type": "image_url", "image_url": {"url": name}} for name in pair["images"]]
+    parts.append({"type": "text", "text": pair["messages"][0]["content"].replace("<image>", "")})
+    sides = {
+        side: {"role": "assistant", "content": [{"type": "text", "text": pair[side]}]}
+        for side in ("chosen", "rejected")
+    }
+    return {"messages": [{"role": "user", "content": parts}], **sides}
+
+
 def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
     """The chosen answers become likelier than the rejected ones; a resumed run repeats an uninterrupted one."""
     yaml = vision_workspace(tmp_path, weights=True)
@@ -177,6 +240,7 @@ def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
         for record in picture_records(tmp_path)
         if "videos" not in record
     ]
+    pairs = [pair if number % 2 else in_content_lists(pair) for number, pair in enumerate(pairs)]
     write_lines(tmp_path / "pairs.jsonl", pairs)
     keys = {
         "stage": "VL-DPO",

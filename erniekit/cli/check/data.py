@@ -67,7 +67,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         section = report.section(f"{split} data")
         if not _is_local(section, cfg, split):
             continue
-        if facts.tokenizer is None:
+        if facts.tokenizer is None or (cfg.method.vision and facts.vision is None):  # the model's section says why
             _check_records(section, cfg, split, opened)
             continue
         feed: Feed | None = None

@@ -13,7 +13,7 @@ from erniekit.checkpoint.model_dir import (
     require_weights,
 )
 from erniekit.checkpoint.model_reader import read_config
-from erniekit.checkpoint.model_shape import model_config, processor_directory, require_pictures
+from erniekit.checkpoint.model_shape import adds_vision, model_config, processor_directory, require_pictures
 from erniekit.checkpoint.processor import settings_of
 from erniekit.cli import launch
 from erniekit.cli.check.report import Report, Section, count_of
@@ -105,13 +105,14 @@ def _trained(cfg: Config, command: str) -> Path | None:
 def _model_config(section: Section, cfg: Config, directory: Path, command: str) -> ModelConfig:
     require_model(directory)
     wants_weights = command != "train" or cfg.continue_training
-    stored = model_config(cfg, directory) if command == "train" else ModelConfig.from_dir(directory)
+    gets_vision = _gets_vision(cfg, directory, command)
+    stored = model_config(cfg, directory) if command == "train" or gets_vision else ModelConfig.from_dir(directory)
     if command in launch.ON_RANKS and cfg.continue_training:
         with section.collecting():
             require_weights(directory)
     if wants_weights and has_weights(directory):
         of_weights = read_config(directory)  # this opens the files and compares every name and shape
-        stored = stored if command == "train" and cfg.vision_config_path else of_weights
+        stored = stored if gets_vision else of_weights
     experts = f", {stored.moe_num_experts} experts a sparse layer" if stored.moe_num_experts else ""
     start = "" if wants_weights else f"; training starts at random (seed {cfg.seed})"
     section.add(
@@ -129,6 +130,14 @@ def _model_config(section: Section, cfg: Config, directory: Path, command: str) 
     return replace(stored, num_nextn_predict_layers=depths)
 
 
+def _gets_vision(cfg: Config, directory: Path, command: str) -> bool:
+    """Whether the command uses the text model in `directory` as vision_config_path makes it a vision-language model."""
+    starts = command == "train" or (
+        command in launch.ON_RANKS and cfg.lora_path is None and _trained(cfg, command) is None
+    )
+    return starts and adds_vision(cfg, ModelConfig.from_dir(directory))
+
+
 def _vision(cfg: Config, model: ModelConfig, directory: Path, command: str) -> VisionSpec | None:
     """How the command reads pictures; None if it reads none."""
     if command not in DATA:
@@ -137,7 +146,8 @@ def _vision(cfg: Config, model: ModelConfig, directory: Path, command: str) -> V
     if model.vision is None:
         return None
     if command == "eval":  # as generation.load.find_model
-        return inference_spec(cfg, settings_of(directory, model=model.vision.patching))
+        beside = processor_directory(cfg, directory) if _gets_vision(cfg, directory, command) else directory
+        return inference_spec(cfg, settings_of(beside, model=model.vision.patching))
     if not cfg.method.vision:
         return None
     return vision_spec(cfg, read_settings(processor_directory(cfg, directory), model.vision.patching))

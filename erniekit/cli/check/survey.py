@@ -182,8 +182,8 @@ def _report(section: Section, cfg: Config, survey: Survey) -> None:
     section.add(
         "ok",
         f"{count_of(survey.pictures, 'picture')}, {count_of(survey.videos, 'video')} ({survey.frames} frames): "
-        f"{survey.vision_tokens} tokens ({share:.0%} of all); {survey.made_smaller} are larger than their max_pixels "
-        f"and made smaller; the most patches in one sample are {survey.most_patches.amount} "
+        f"{survey.vision_tokens} tokens ({share:.0%} of all); larger than their max_pixels and made smaller: "
+        f"{survey.made_smaller}; the most patches in one sample are {survey.most_patches.amount} "
         f"({survey.most_patches.where})",
     )
 

@@ -7,11 +7,21 @@ answers, each a message, a list of them, or its text; without the conversation, 
 conversations that begin alike. alpaca: `question` or `instruction` (with input and history), `chosen`, `rejected`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes, has_content
-from erniekit.data.records.sample import Format, Sample, alpaca_prompt, check_order, system_messages, turn_of, turns_of
+from erniekit.data.records.sample import (
+    Format,
+    Sample,
+    TurnReader,
+    alpaca_prompt,
+    check_order,
+    system_messages,
+    turn_of,
+    turns_of,
+)
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of, texts_of
 
@@ -77,52 +87,78 @@ def _alpaca(record: dict[str, Any], notes: Notes) -> Sample:
         raise BadRecord("field 'question' is missing", "every alpaca pair needs 'question', 'chosen' and 'rejected'")
     if "question" in record and "instruction" in record:
         raise BadRecord("both 'question' and 'instruction' are given", "keep one of them")
-    chosen, rejected = (_answer(record, side, ("role", "content"), notes) for side in ("chosen", "rejected"))
+    chosen, rejected = (_answer(record, side, ("role", "content"), notes, turn_of) for side in ("chosen", "rejected"))
     return _pair(alpaca_prompt(record, name), chosen, rejected, notes)
 
 
 def _messages(record: dict[str, Any], notes: Notes) -> Sample:
-    return _conversations(record, ("messages", "prompt"), [], ("role", "content"), notes)
+    return pair_of_messages(record, notes, PLAIN)
 
 
 def _sharegpt(record: dict[str, Any], notes: Notes) -> Sample:
-    return _conversations(record, ("conversations", "prompt"), system_messages(record), ("from", "value"), notes)
+    return pair_of_sharegpt(record, notes, PLAIN)
+
+
+class TurnsReader(NamedTuple):
+    """How messages are read: one message, and then what is done to all messages of the prompt."""
+
+    read: TurnReader
+    finish: Callable[[Turns], Turns]
+
+
+PLAIN = TurnsReader(turn_of, lambda turns: turns)
+
+
+def pair_of_messages(record: dict[str, Any], notes: Notes, turns: TurnsReader) -> Sample:
+    """The pair of a record of the type `messages`."""
+    return _conversations(record, ("messages", "prompt"), [], ("role", "content"), notes, turns)
+
+
+def pair_of_sharegpt(record: dict[str, Any], notes: Notes, turns: TurnsReader) -> Sample:
+    """The pair of a record of the type `sharegpt`."""
+    return _conversations(record, ("conversations", "prompt"), system_messages(record), ("from", "value"), notes, turns)
 
 
 def _conversations(
-    record: dict[str, Any], names: tuple[str, str], system: Turns, keys: tuple[str, str], notes: Notes
+    record: dict[str, Any],
+    names: tuple[str, str],
+    system: Turns,
+    keys: tuple[str, str],
+    notes: Notes,
+    reader: TurnsReader,
 ) -> Sample:
     sides = []
     for side in ("chosen", "rejected"):
         given_fields = [name for name in (side, f"{side}_response") if has_content(record.get(name))]
         if len(given_fields) > 1:
             raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
-        sides.append(_answer(record, given_fields[0] if given_fields else side, keys, notes))
+        sides.append(_answer(record, given_fields[0] if given_fields else side, keys, notes, reader.read))
     given_fields = [name for name in names if has_content(record.get(name))]
     if len(given_fields) > 1:
         raise BadRecord(f"both {given_fields[0]!r} and {given_fields[1]!r} are given", "keep one of them")
     tools = tools_of(record, notes)
     if not given_fields:
-        return _pair(*_common_beginning(system, *sides), notes, tools)
-    prompt = record[given_fields[0]]
-    if isinstance(prompt, str):
-        turns = [{"role": "user", "content": text_of(prompt, repr(given_fields[0]))}]
+        prompt, chosen, rejected = _common_beginning(system, *sides)
+        return _pair(reader.finish(prompt), chosen, rejected, notes, tools)
+    value = record[given_fields[0]]
+    if isinstance(value, str):
+        turns = [{"role": "user", "content": text_of(value, repr(given_fields[0]))}]
     else:
-        turns = turns_of(record, given_fields[0], keys, notes)
+        turns = turns_of(record, given_fields[0], keys, notes, reader.read)
     chosen, rejected = sides
-    return _pair(system + turns, chosen, rejected, notes, tools)
+    return _pair(reader.finish(system + turns), chosen, rejected, notes, tools)
 
 
-def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> Turns:
+def _answer(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes, read_turn: TurnReader) -> Turns:
     """Converts an answer, which is a text, a message or a list of messages, to messages."""
     value = record.get(name)
     if isinstance(value, str):
         return [{"role": "assistant", "content": text_of(value, repr(name))}]
     if isinstance(value, dict):
-        return [turn_of(value, name, keys, notes)]
+        return [read_turn(value, name, keys, notes)]
     if value is not None and not isinstance(value, list):
         raise BadRecord(f"{name!r} must be text or a list of messages, not {kind_of(value)}", "write the answer there")
-    return turns_of(record, name, keys, notes)
+    return turns_of(record, name, keys, notes, read_turn)
 
 
 def _common_beginning(system: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:

@@ -60,6 +60,9 @@ class Format(NamedTuple):
     marks: tuple[str, ...]
 
 
+TurnReader = Callable[[Any, str, tuple[str, str], Notes], dict[str, Any]]  # as turn_of
+
+
 def system_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The optional system field as a list of messages, empty if the field is absent, null or ""."""
     value = record.get("system")
@@ -80,9 +83,14 @@ def label_of(record: dict[str, Any], count: int) -> list[int] | None:
     return [int(x) for x in label]
 
 
-def turns_of(record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes) -> list[dict[str, Any]]:
-    """The messages in a field that is a list; `keys` are the names of a message's role and content."""
-    turns = [turn_of(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
+def turns_of(
+    record: dict[str, Any], name: str, keys: tuple[str, str], notes: Notes, read_turn: "TurnReader | None" = None
+) -> list[dict[str, Any]]:
+    """The messages in a field that is a list; `keys` are the names of a message's role and content. `read_turn` reads
+    each; None: turn_of.
+    """
+    read = read_turn or turn_of
+    turns = [read(turn, f"{name}[{i}]", keys, notes) for i, turn in enumerate(list_of(record, name))]
     if turns[0]["role"] == "system" and not turns[0]["content"]:
         notes.doubts.add("an empty system message is left out")
         return turns[1:]

@@ -1,7 +1,7 @@
 """A record with pictures -> documents of tokens, within max_seq_len. Nothing is decoded: sizes come from headers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,12 @@ from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import media_of
-from erniekit.data.vision.plan import MediaPlan, largest_bound, plan_media, shrink, tokens_of
+from erniekit.data.vision.pixel_bounds import DrawnBounds
+from erniekit.data.vision.plan import SMALLEST_AREA, MediaPlan, largest_bound, plan_media, shrink, tokens_of
 from erniekit.data.vision.positions import PositionRule
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.sequence import MediaTokens, expand
+from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.data.vision.tags import FormatOptions
 from erniekit.data.vision.template import VisionTemplate
 from erniekit.data.vision.video import VideoOptions
@@ -32,7 +34,8 @@ from erniekit.utils.errors import DataError, UserError
 @dataclass(frozen=True)
 class VisionSpec:
     """How records with pictures are read, in a form that can be sent to a worker. `truncation`: what happens to a
-    sample that does not fit, "drop", "shrink" or "error" (see VisionEncoder).
+    sample that does not fit, "drop", "shrink" or "error" (see VisionEncoder). `drawn_bounds`: each record has one of
+    these bounds for its pictures; None: all have that of the settings.
     """
 
     settings: ProcessorSettings = field(default_factory=ProcessorSettings)
@@ -43,6 +46,14 @@ class VisionSpec:
     images: ImageOptions = IMAGE_OPTIONS
     video_seconds: float = 300.0
     position_rule: PositionRule = "training"
+    drawn_bounds: DrawnBounds | None = None
+
+    def settings_at(self, where: str) -> ProcessorSettings:
+        """The settings for the record at "file:line"."""
+        if self.drawn_bounds is None:
+            return self.settings
+        images = PixelLimits(self.settings.images.min_pixels, self.drawn_bounds.draw(where))
+        return replace(self.settings, images=images)
 
     def formats(self, where: str) -> FormatOptions:
         """The options for a record at "file:line", whose media are relative to the file's directory."""
@@ -58,7 +69,9 @@ class VisionSpec:
         """All that decides what records become, as text."""
         settings = {key: np.asarray(value).tolist() if key in ("mean", "std") else value
                     for key, value in vars(self.settings).items()}  # fmt: skip
-        return f"{settings} {[value for key, value in vars(self).items() if key != 'settings']}"
+        others = {key: value for key, value in vars(self).items() if key not in ("settings", "drawn_bounds")}
+        drawn = "" if self.drawn_bounds is None else f" {self.drawn_bounds}"
+        return f"{settings} {list(others.values())}{drawn}"
 
 
 class _Sequence(NamedTuple):
@@ -70,8 +83,8 @@ class _Sequence(NamedTuple):
 
 
 class VisionEncoder:
-    """Encodes records with pictures; what it does depends on nothing but the record and the sizes of its pictures, so
-    that any process may do it.
+    """Encodes records with pictures; what it does depends on nothing but the record, its place (with drawn bounds) and
+    the sizes of its pictures, so that any process may do it.
 
     A conversation longer than `max_seq_len` tokens loses its last whole rounds (a round is a user's message and all
     that answers it) and the pictures in them, never a part of a picture: later rounds speak of earlier pictures, not
@@ -92,9 +105,8 @@ class VisionEncoder:
             with reading(where):
                 options = self._spec.formats(where)
                 sample = parse_vision_record(load_record(raw, where), type_name, where, options)
-                plans = plan_media(
-                    list(media_of(sample.messages)), options.reader, self._spec.settings, self._spec.video
-                )
+                settings = self._spec.settings_at(where)
+                plans = plan_media(list(media_of(sample.messages)), options.reader, settings, self._spec.video)
                 if sample.kind == "text":
                     return self._text(sample, plans, where)
                 return (
@@ -113,11 +125,14 @@ class VisionEncoder:
         fitted = plans
         if self._spec.truncation == "shrink" and any(plan.geometry.tokens > room for plan in plans):
             fitted = [plan if plan.geometry.tokens <= room else (shrink([plan], room) or [plan])[0] for plan in plans]
+        largest = max(fitted, key=lambda plan: plan.geometry.tokens, default=None)
+        if largest is not None and largest.geometry.tokens > room:
+            length = largest.geometry.tokens + 2
+            reason = f"a picture has {length} tokens, more than max_seq_len {self._max_seq_len}"
+            alike = [plan for plan in fitted if plan.modality == largest.modality and plan.geometry.tokens > room]
+            bounds = [largest_bound([plan], room) or 0 for plan in alike]
+            return self._too_long(where, length, reason, self._hint(length, [largest], min(bounds)))
         tokens = [plan.geometry.tokens for plan in fitted]
-        longest = max(tokens, default=0) + 2
-        if longest > self._max_seq_len:
-            reason = f"a picture has {longest} tokens, more than max_seq_len {self._max_seq_len}"
-            return self._too_long(where, longest, reason, f"set max_seq_len to {longest}, or a smaller max_pixels")
         [message] = sample.messages
         sequences = text_sequences(message["content"], tokens, self._tokens, self.template.tokenizer, self._max_seq_len)
         documents, used = [], 0
@@ -158,7 +173,7 @@ class VisionEncoder:
                 f"the pair has {length} tokens, {tokens_of(plans)} of them of pictures, more than max_seq_len "
                 f"{self._max_seq_len}"
             )
-            return self._too_long(where, length, reason, f"set max_seq_len to {length}, or lower max_pixels")
+            return self._too_long(where, length, reason, self._hint(length, plans, largest_bound(plans, room)))
         chosen, rejected = (self._document(sequence, fitted) for sequence in sequences)
         try:
             document = pair_document(chosen, rejected, sample.score_delta)
@@ -232,23 +247,28 @@ class VisionEncoder:
         longest = max(sequences, key=lambda sequence: self._length(sequence, plans))
         length, media = self._length(longest, plans), plans[: longest.media]
         text = length - tokens_of(media)
-        limit, hint = self._max_seq_len, f"set max_seq_len to {length}"
+        limit = self._max_seq_len
+        reason = f"its first round alone has {length} tokens"
         if text >= limit or not media:
-            return (
-                length,
-                f"its first round alone has {length} tokens, {text} of them text: max_seq_len is {limit}",
-                hint,
-            )
+            return length, f"{reason}, {text} of them text: max_seq_len is {limit}", self._hint(length, media, None)
         kinds = [f"{n} {name}" for n, name in _counts(media) if n]
-        reason = (
-            f"its first round alone has {length} tokens, {length - text} of them of {' and '.join(kinds)}: max_seq_len "
-            f"is {limit}"
-        )
-        bound = largest_bound(media, limit - text)
-        if bound is not None:
-            keys = [key for (n, _), key in zip(_counts(media), ("max_pixels", "video_max_pixels"), strict=True) if n]
-            hint += f", or {' and '.join(keys)} to {bound}, or truncation to shrink"
-        return length, reason, hint
+        reason += f", {length - text} of them of {' and '.join(kinds)}: max_seq_len is {limit}"
+        return length, reason, self._hint(length, media, largest_bound(media, limit - text))
+
+    def _hint(self, length: int, media: Sequence[MediaPlan], bound: int | None) -> str:
+        """What would make a sample of `length` tokens fit. `bound`: the largest area of its media in pixels with which
+        it does; 0 or None if there is none.
+        """
+        hint = f"set max_seq_len to {length}"
+        if not bound:
+            shortest = length - tokens_of(media) + tokens_of([plan.at_most(SMALLEST_AREA, 2) for plan in media])
+            return hint if shortest == length else f"{hint}, or to {shortest} with truncation: shrink"
+        pictures = f"max_pixels to {bound}"
+        if self._spec.drawn_bounds is not None:
+            pictures = f"adaptive_max_imgtoken_option to at most {bound // self._spec.settings.patching.factor**2}"
+        changes = (pictures, f"video_max_pixels to {bound}")
+        needed = [change for (n, _), change in zip(_counts(media), changes, strict=True) if n]
+        return f"{hint}, or {' and '.join(needed)}, or truncation to shrink"
 
     def _document(self, sequence: _Sequence, plans: Sequence[MediaPlan]) -> Document:
         used = plans[: sequence.media]

@@ -7,6 +7,7 @@ from erniekit.config import Config
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.frames import TRAINING_CHOICE, FrameOptions
 from erniekit.data.vision.images import IMAGE_OPTIONS, ImageOptions
+from erniekit.data.vision.pixel_bounds import DrawnBounds
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.data.vision.smart_resize import PixelLimits
 from erniekit.utils.errors import ConfigError
@@ -16,11 +17,30 @@ def vision_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
     """How the records of a training run with pictures are read. `settings`: what the model's directory says
     (`read_settings`). What the configuration leaves open about frames is as in ERNIE's training code.
     """
-    return inference_spec(cfg, replace(settings, choice=TRAINING_CHOICE))
+    spec = inference_spec(cfg, replace(settings, choice=TRAINING_CHOICE))
+    return replace(spec, drawn_bounds=_drawn_bounds(cfg, spec.settings))
+
+
+def _drawn_bounds(cfg: Config, settings: ProcessorSettings) -> DrawnBounds | None:
+    """The bounds of pictures that the configuration lets each record draw from; None without."""
+    tokens = cfg.adaptive_max_imgtoken_option
+    if not tokens:
+        return None
+    area, smallest = settings.patching.factor**2, settings.images.min_pixels
+    if min(tokens) * area < smallest:
+        raise ConfigError(
+            f"adaptive_max_imgtoken_option: {min(tokens)} tokens are {min(tokens) * area} pixels, fewer than "
+            f"min_pixels: {smallest}. Give at least {-(-smallest // area)}, or a smaller min_pixels"
+        )
+    return DrawnBounds(tuple(number * area for number in tokens), cfg.adaptive_max_imgtoken_rate, cfg.seed)
 
 
 def inference_spec(cfg: Config, settings: ProcessorSettings) -> VisionSpec:
-    """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says."""
+    """How evaluation and chat read pictures: what the configuration leaves open is as the model's directory says.
+    Extracted frames without times count as `fps` of a second, as in training, so that both get the same inputs;
+    `load_processor` keeps transformers' assumption.
+    """
+    settings = replace(settings, choice=replace(settings.choice, assumed_rate=None))
     return VisionSpec(
         settings=processor_settings(cfg, settings),
         truncation=cfg.truncation,

@@ -16,7 +16,7 @@ from erniekit.data.vision.smart_resize import TOKEN_AREA, Geometry, Patching, Pi
 from erniekit.data.vision.video import VideoOptions, open_video
 from erniekit.utils.errors import DataError
 
-_SMALLEST = 4 * TOKEN_AREA  # pixels that no picture is shrunk below
+SMALLEST_AREA = 4 * TOKEN_AREA  # pixels that no picture is shrunk below
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def largest_bound(plans: Sequence[MediaPlan], budget: int, most_frames: int | No
     """The largest max_pixels, a whole number of tokens, with which the media have at most `budget` tokens; None if
     there is none.
     """
-    low, high = _SMALLEST // TOKEN_AREA, max((plan.limits.max_pixels // TOKEN_AREA for plan in plans), default=0)
+    low, high = SMALLEST_AREA // TOKEN_AREA, max((plan.limits.max_pixels // TOKEN_AREA for plan in plans), default=0)
     best = None
     while low <= high:
         middle = (low + high) // 2

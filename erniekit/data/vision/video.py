@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,14 @@ def _times(part: dict[str, Any], count: int, choice: FrameOptions, notes: Notes 
             raise BadRecord(
                 f"time_stamps must have a number of seconds for each of {count} frames", "or leave them out"
             )
-        return [float(t) for t in given]
+        times = [float(t) for t in given]
+        for number, (before, after) in enumerate(pairwise(times), 1):
+            if after < before:
+                raise BadRecord(
+                    f"time_stamps go back from {before:g} to {after:g} seconds at frame {number} (counted from 0)",
+                    "put frames and times into the order of time",
+                )
+        return times
     rate = part.get("fps")
     if rate is None:
         rate = choice.assumed_rate or choice.fps

@@ -50,7 +50,7 @@ class CausalRecipe(Recipe):
         for depth in range(self.mtp_depths):
             counts[f"mtp_{depth}"] = float((_labels_ahead(batch, depth) != IGNORE).sum())
         if self.by_modality:
-            kinds = batch.segment_modality[batch.segment_ids[supervised]]
+            kinds = batch.supervised_modality
             counts |= {f"loss_{m.name.lower()}": float((kinds == m).sum()) for m in Modality}
         return counts
 
@@ -84,7 +84,7 @@ class CausalRecipe(Recipe):
         """Metrics "loss_text", "loss_image" and "loss_video": the mean -log p of the labels in documents of text alone,
         with images, and with videos.
         """
-        kinds = batch.segment_modality[batch.segment_ids[batch.supervised]]
+        kinds = batch.supervised_modality
         kinds = kinds if len(kinds) else np.full(1, -1)  # the head ran on one token that weighs nothing
         of_modality = np.stack([kinds == modality for modality in Modality]).astype(np.float32)
         sums = paddle.mv(paddle.to_tensor(of_modality), losses_T)

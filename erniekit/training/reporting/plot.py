@@ -87,12 +87,22 @@ def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, la
 
 
 def _draw_modalities(axes: Any, records: list[dict[str, Any]]) -> None:
-    """The losses of text, images and videos, where the data have more than one of them; each is drawn where it was."""
+    """The losses of text, images and videos, where the data have more than one of them; each is drawn where it was. A
+    point is an evaluation.
+    """
     columns = {name: _column(records, f"loss_{name}") for name in _MODALITIES}
     if sum(len(steps) > 0 for steps, _ in columns.values()) > 1:
         for name, (steps, values) in columns.items():
             if len(steps):
                 axes.plot(steps, smooth(values), color=_MODALITIES[name], linewidth=1, linestyle="--", label=name)
+    evaluated = {name: _column(records, f"eval_loss_{name}") for name in _MODALITIES}
+    if sum(len(steps) > 0 for steps, _ in evaluated.values()) > 1:
+        for name, (steps, values) in evaluated.items():
+            if len(steps):
+                label = f"evaluation, {name}"
+                axes.plot(
+                    steps, values, color=_MODALITIES[name], marker="o", markersize=4, linestyle="none", label=label
+                )
 
 
 def _draw_eval(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:

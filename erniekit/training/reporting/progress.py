@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import log
 
+_LOSSES_OF_MODALITIES = ("loss_text", "loss_image", "loss_video")
 _WINDOW = 20  # the number of steps over which the speed is averaged
 
 
@@ -37,12 +39,25 @@ def _rewards(parts: dict[str, float]) -> str:
 
 def _modalities(parts: dict[str, float]) -> str:
     """The losses by modality, where the data have more than one."""
-    losses = {name: parts[f"loss_{name}"] for name in ("text", "image", "video") if f"loss_{name}" in parts}
-    return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})" if len(losses) > 1 else ""
+    losses = {name: parts[name] for name in _LOSSES_OF_MODALITIES if name in parts}
+    shown = ", ".join(f"{name.removeprefix('loss_')} {loss:.4f}" for name, loss in losses.items())
+    return f" ({shown})" if len(losses) > 1 else ""
 
 
 def _metrics(values: dict[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+    """The numbers of an evaluation; losses by modality stand behind the loss."""
+    values = {name.removeprefix("eval_"): value for name, value in values.items()}
+    shown = {name: f"{name} {value:.4g}" for name, value in values.items() if name not in _LOSSES_OF_MODALITIES}
+    if "loss" in shown:
+        shown["loss"] += _modalities(values)
+    return ", ".join(shown.values())
+
+
+def _patch_load(step: int, load: PatchLoad) -> str:
+    return (
+        f"pictures of step {step}: the busiest data rank encodes {load.divided / load.mean:.2f} times the mean number "
+        f"of patches; without balance_pictures it would be {load.own / load.mean:.2f} times"
+    )
 
 
 class ProgressReport(Callback):
@@ -56,6 +71,7 @@ class ProgressReport(Callback):
         self._disable_bar = disable_bar
         self._console = console
         self._bar: Progress | None = None
+        self._said_patch_load = False
 
     def on_start(self, run: RunInfo) -> None:
         """Log the start of the run, and show the bar if there is a terminal."""
@@ -85,6 +101,9 @@ class ProgressReport(Callback):
     def on_step(self, metrics: StepMetrics) -> None:
         """Update the bar, or log a line every `logging_steps` steps."""
         self._recent.append((metrics.num_tokens, metrics.seconds))
+        if not self._said_patch_load and metrics.patch_load is not None and metrics.patch_load.mean:
+            self._said_patch_load = True
+            log.info(_patch_load(metrics.step, metrics.patch_load))
         loss = f"loss {metrics.loss:.4f}{_modalities(metrics.parts)}{_rewards(metrics.parts)}"
         numbers = f"{loss}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
         if self._bar is not None:

@@ -3,7 +3,7 @@
 import make_config_page as tool
 import wrap_docs
 
-from erniekit.config import reference, schema
+from erniekit.config import pointless, reference, schema
 from erniekit.config.compat_keys import RULES
 
 
@@ -34,3 +34,18 @@ def test_every_group_is_listed_for_some_command_and_no_key_twice():
     for command in reference.KEYS:
         names = [entry.name for entries in reference.by_group(command).values() for entry in entries]
         assert len(names) == len(set(names))
+
+
+def test_a_command_lists_no_key_that_it_never_reads():
+    """Also none that it would report as having no effect whatever else is given."""
+    listed = {
+        command: {entry.name for entries in reference.by_group(command).values() for entry in entries}
+        for command in reference.KEYS
+    }
+    for command, names in listed.items():
+        assert not names & pointless.never_read(command), command
+    of_training = {"train_dataset_path", "mix_strategy", "recompute", "adaptive_max_imgtoken_rate", "scale_loss"}
+    assert of_training <= listed["train"] and not of_training & (listed["eval"] | listed["chat"])
+    assert {"vision_config_path", "max_pixels", "checkpoint", "stage"} <= listed["eval"] & listed["chat"]
+    assert {"eval_dataset_path", "box_coordinates", "packing"} <= listed["eval"] - listed["chat"]
+    assert "stream" in listed["chat"] - listed["eval"] and "chat_tools" not in listed["train"]

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from erniekit.config.schema import Config
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
 from erniekit.training.reporting import metrics_file, plot, trackers
 from erniekit.training.reporting.metrics_file import MetricsFile, read_metrics
@@ -289,6 +290,8 @@ def test_evaluations_and_saves_are_said(tmp_path: Path, messages: list[str]):
     report.on_save(5, tmp_path / "checkpoint-5")
     assert messages[1] == "step 5: evaluation: loss 1.235, perplexity 3.437"
     assert messages[2].endswith("checkpoint-5")
+    report.on_evaluate(6, {"eval_loss": 2.5, "eval_perplexity": 12.0, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
+    assert messages[-1] == "step 6: evaluation: loss 2.5 (text 2.0000, image 3.0000), perplexity 12"
 
 
 class FakeWriter:
@@ -429,6 +432,27 @@ def test_the_share_of_time_that_a_run_waits_for_data_is_in_the_summary(tmp_path:
     assert "20.0% of the step time waiting for data" in messages[-1]
 
 
+def test_the_patches_of_data_ranks_are_said_once_and_written_every_step(tmp_path: Path, messages: list[str]):
+    """A step without pictures says nothing, and neither does one where each rank encodes its own."""
+    report, file = ProgressReport(1, disable_bar=True), MetricsFile()
+    loads = [None, PatchLoad(), PatchLoad(own=112, divided=72, mean=58.0), PatchLoad(own=60, divided=30, mean=30.0)]
+    for callback in (report, file):
+        callback.on_start(run_info(tmp_path))
+        for step, load in enumerate(loads, 1):
+            callback.on_step(step_metrics(step, patch_load=load))
+    assert [message for message in messages if "pictures" in message] == [
+        "pictures of step 3: the busiest data rank encodes 1.24 times the mean number of patches; without "
+        "balance_pictures it would be 1.93 times"
+    ]
+    names = ("patch_load_max_over_mean", "patch_load_max_over_mean_unbalanced")
+    assert [tuple(line.get(name) for name in names) for line in lines(tmp_path)] == [
+        (None, None),
+        (None, None),
+        (72 / 58, 112 / 58),
+        (1.0, 2.0),
+    ]
+
+
 def test_losses_of_modalities_are_shown_and_drawn_where_there_are_several(tmp_path: Path, messages: list[str]):
     parts = {"loss_text": 2.0, "loss_image": 3.0}
     callbacks = [ProgressReport(1, True), MetricsFile(), LossPlot()]
@@ -437,8 +461,9 @@ def test_losses_of_modalities_are_shown_and_drawn_where_there_are_several(tmp_pa
     for step in (1, 2):
         for callback in callbacks:
             callback.on_step(step_metrics(step, parts=parts if step == 1 else {"loss_text": 2.5}))
+            callback.on_evaluate(step, {"eval_loss": 2.5, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
     for callback in callbacks:
         callback.on_end({})
-    shown = [line for line in messages if line.startswith("step ")]
+    shown = [line for line in messages if line.startswith("step ") and "evaluation" not in line]
     assert "(text 2.0000, image 3.0000)" in shown[0] and "(" not in shown[1]
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
 from support.tiny_models import tiny_model
+from support.vision_directories import picture_records, vision_workspace
 
 import erniekit
 from erniekit.build import load_model
@@ -85,6 +86,42 @@ def test_the_command_reports_of_the_final_model_what_training_reported(workspace
         assert by_command[name.removeprefix("eval_")] == pytest.approx(value, rel=1e-6, abs=1e-7), name
     if "stage" in keys and "loss_type" not in keys and keys["stage"] == "DPO":
         assert in_training["eval_kl"] != 0.0, "otherwise the reference would be the trained model"
+
+
+def test_pictures_have_losses_by_modality_which_are_those_of_the_records_alone(tmp_path: Path):
+    yaml = vision_workspace(tmp_path, weights=True)
+    records = picture_records(tmp_path)
+    kinds: dict[str, list[dict[str, Any]]] = {"text": [], "image": [], "video": []}
+    for record in records:
+        kinds["video" if "videos" in record else "image" if record["images"] else "text"].append(record)
+    for name, of_kind in (kinds | {"all": records}).items():
+        write_lines(tmp_path / f"{name}.jsonl", of_kind)
+    keys = {"eval_dataset_type": "messages", "max_seq_len": 192}
+
+    def by_command(name: str, **more: Any) -> dict[str, Any]:
+        keys_of_set = keys | {
+            "eval_dataset_path": str(tmp_path / f"{name}.jsonl"),
+            "output_dir": str(tmp_path / "new"),
+            "continue_training": "true",
+        }
+        return evaluate(load(str(yaml), keys_of_set | more, "eval"))
+
+    together = by_command("all")
+    alone = {name: by_command(name) for name in kinds}
+    for name, results in alone.items():
+        assert together[f"loss_{name}"] == pytest.approx(results["loss"], rel=1e-5), name
+        assert {key for key in results if key.startswith("loss_")} == {f"loss_{name}"}
+    total = sum(results["loss"] * results["num_tokens"] for results in alone.values())
+    assert together["loss"] == pytest.approx(total / together["num_tokens"], rel=1e-5)
+
+    path = str(tmp_path / "all.jsonl")
+    result = erniekit.train(
+        str(yaml), **keys, eval_dataset_path=path, do_eval=True, max_steps=2, metric_for_best_model="loss_video"
+    )
+    in_training = dict(read_metrics(result.output_dir))
+    again = by_command("all", output_dir=str(tmp_path / "out"))
+    for name in ("loss", *(f"loss_{kind}" for kind in kinds)):
+        assert in_training[f"eval_{name}"] == pytest.approx(again[name], rel=1e-6), name
 
 
 def read_metrics(output_dir: Path) -> list[tuple[str, float]]:

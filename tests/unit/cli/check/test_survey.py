@@ -4,8 +4,10 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.pictures import write_picture
 from support.tiny_directories import write_lines
 from support.vision_directories import vision_model_directory
@@ -234,3 +236,87 @@ def test_an_evaluation_reads_pictures_too(given, tmp_path):
     found = [finding for section in report.sections for finding in section.findings]
     assert not [finding for finding in found if finding.level == "error"]
     assert any(finding.text.startswith("3 pictures, 0 videos") for finding in found)
+
+
+def clip(**options):
+    part = {"type": "video", "video": [f"{number}.png" for number in (0, 2)], **options}
+    content = [part, {"type": "text", "text": "?"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
+
+
+# What is wrong with the second record -> (the record, keys, what the one error says).
+BAD = {
+    "more tags than pictures": (row("<image><image>?", images=["0.png"]), {}, r"2 <image> tags for 1 image\b.*once"),
+    "pictures without tags": (row("?", images=["0.png"]), {}, r"0 <image> tags for 1 image\b.*missing_media_tags"),
+    "a missing file": (row("<image>?", images=["none.png"]), {}, r"no file .*none\.png.*relative to the data file"),
+    "an empty file": (row("<image>?", images=["empty.png"]), {}, r"empty\.png is empty.*copy the file again"),
+    "a truncated header": (row("<image>?", images=["cut.png"]), {}, r"cut\.png cannot be decoded.*complete"),
+    "no picture": (row("<image>?", images=["text.png"]), {}, r"text\.png is no picture .*JPEG"),
+    "1:300": (row("<image>?", images=["thin.png"]), {}, r"5600 x 28 pixels .*smallest max_pixels .* 155232"),
+    "100 megapixels": (row("<image>?", images=["huge.png"]), {}, r"10000 x 10000 .*raise max_decoded_pixels"),
+    "a video without frames": (row("<video>?", videos=["none"]), {}, r"directory .*none has no pictures"),
+    "times that go back": (clip(time_stamps=[1, 0]), {}, r"time_stamps go back from 1 to 0 seconds at frame 1"),
+    "too few times": (clip(time_stamps=[1]), {}, r"time_stamps must have a number of seconds for each of 2 frames"),
+    "a time that is no number": (clip(time_stamps=["a", 1]), {}, r"time_stamps must have a number of seconds"),
+    "a box outside": (
+        row("<image>?", '{"bbox_2d": [0, 0, 10, 1001]}', images=["0.png"]),
+        {},
+        r"outside the picture: y is 1001, the range is 0 to 1000",
+    ),
+    "a box in pixels outside": (
+        row("<image>?", '{"bbox_2d": [0, 0, 10, 57]}', images=["1.png"]),
+        {"box_coordinates": "pixels"},
+        r"outside the picture: y is 57, the range is 0 to 56",
+    ),
+    "a box with swapped corners": (
+        row("<image>?", '{"bbox_2d": [900, 0, 10, 57]}', images=["0.png"]),
+        {},
+        r"corners swapped.*left, top, right, bottom",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_each_bad_record_is_one_error_with_its_line(given, tmp_path, case):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:20])
+    (tmp_path / "text.png").write_text("hello", "utf-8")
+    (tmp_path / "none").mkdir()
+    Image.new("RGB", (3000, 10)).save(tmp_path / "thin.png")
+    if "huge.png" in str(BAD[case]):
+        Image.new("L", (10000, 10000)).save(tmp_path / "huge.png")
+    record, keys, message = BAD[case]
+    [error] = findings(given([GOOD[0], record], **keys), "error")
+    assert re.search(rf"train\.jsonl:2: .*{message}", " ".join(error.split())), error
+
+
+@pytest.mark.parametrize("kind", ["one pixel", "CMYK", "animated", "wrong suffix"])
+def test_unusual_pictures_are_read(given, tmp_path, kind):
+    """One pixel becomes a token's area; of an animation the first frame is used, which decoding says."""
+    name = "a.gif" if kind == "animated" else "a.jpg"
+    picture = Image.new("CMYK" if kind == "CMYK" else "RGB", (1, 1) if kind == "one pixel" else (40, 40))
+    more = [Image.new("RGB", (40, 40), (number, 0, 0)) for number in range(3)] if kind == "animated" else []
+    options = {"save_all": True, "append_images": more} if more else {}
+    picture.save(tmp_path / name, "PNG" if kind == "wrong suffix" else None, **options)
+    args = given([GOOD[0], row("<image>?", images=[name])])
+    assert findings(args, "error", DECODE) == []
+    assert any("only its first frame" in text for text in findings(args, "warning", DECODE)) == (kind == "animated")
+
+
+def test_pictures_on_a_model_of_text_are_one_error(given):
+    text = Path(__file__).parents[4] / "examples" / "models" / "tiny-dense"
+    [error] = findings(given(GOOD, model_name_or_path=text), "error")
+    assert re.search(r"stage: VL-SFT: .*tiny-dense is a model of text alone.*Name a vision-language model", error)
+
+
+def test_pictures_under_a_stage_of_text_are_one_error(given):
+    [error] = findings(given(GOOD, stage="SFT"), "error")
+    assert re.search(r"train\.jsonl:1: field 'images' .*set that stage", " ".join(error.split()))
+
+
+def test_where_not_one_picture_fits_the_length_is_named(given):
+    args = given(GOOD[:1], max_seq_len=16)
+    [warning] = [text for text in findings(args, "warning") if "too long" in text]
+    length = int(re.search(r"set max_seq_len to (\d+)", warning)[1])
+    assert findings(given(GOOD[:1], max_seq_len=length), "error") == []
+    assert findings(given(GOOD[:1], max_seq_len=length - 1), "error") != []

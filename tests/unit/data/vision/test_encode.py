@@ -29,9 +29,9 @@ def encode(processor, tmp_path):
     write_picture(tmp_path / "big.png", 280, 280)
     write_picture(tmp_path / "small.png", 56, 56, seed=1)
 
-    def run(record, max_seq_len=1000, on_bad_line="error", template=None, **changes):
+    def run(record, max_seq_len=1000, on_bad_line="error", template=None, kind="messages (VL)", **changes):
         encoder = VisionEncoder(template or processor.template, replace(SPEC, **changes), max_seq_len, on_bad_line)
-        return encoder("messages (VL)", record, f"{tmp_path}/train.jsonl:3")
+        return encoder(kind, record, f"{tmp_path}/train.jsonl:3")
 
     return run
 
@@ -104,8 +104,29 @@ def test_a_first_round_that_does_not_fit(encode):
     bound = int(str(caught.value).split("max_pixels to ")[1].split(",")[0])
     smaller = replace(SPEC.settings, images=PixelLimits(LIMITS.min_pixels, bound))
     assert len(encode(rounds("big.png"), settings=smaller).documents[0].ids) < length
-    hopeless = encode(rounds("small.png"), max_seq_len=5)
-    assert "max_pixels" not in hopeless.dropped and "max_seq_len to" in hopeless.dropped
+    hopeless = encode(rounds("big.png"), max_seq_len=5)
+    assert "max_pixels" not in hopeless.dropped and f"set max_seq_len to {length}" in hopeless.dropped
+    least = int(hopeless.dropped.split(", or to ")[1].split(" ")[0])
+    [document] = encode(rounds("big.png"), max_seq_len=least, truncation="shrink").documents
+    assert len(document.ids) == least
+    assert not encode(rounds("big.png"), max_seq_len=least - 1, truncation="shrink").documents
+
+
+def test_a_picture_that_a_text_or_a_pair_has_no_room_for(encode):
+    """The numbers in the message are those with which it fits."""
+    text = {"text": "Two <image> and <image>.", "images": ["big.png", "small.png"]}
+    pair = rounds("big.png") | {"chosen": "one", "rejected": "two"}
+    pair["messages"] = pair["messages"][:1]
+    for kind, record, limit in (("text (VL)", text, 60), ("messages (DPO) (VL)", pair, 100)):
+        dropped = encode(record, max_seq_len=limit, kind=kind).dropped
+        bound = int(dropped.split("or max_pixels to ")[1].split(",")[0])
+        smaller = replace(SPEC.settings, images=PixelLimits(LIMITS.min_pixels, bound))
+        assert encode(record, max_seq_len=limit, kind=kind, settings=smaller).documents, dropped
+        larger = replace(SPEC.settings, images=PixelLimits(LIMITS.min_pixels, bound + 40 * 784))
+        assert not encode(record, max_seq_len=limit, kind=kind, settings=larger).documents
+        length = int(dropped.split("set max_seq_len to ")[1].split(",")[0])
+        assert encode(record, max_seq_len=length, kind=kind).documents
+        assert not encode(record, max_seq_len=length - 1, kind=kind).documents
 
 
 def test_pictures_are_shrunk_to_fit(encode):

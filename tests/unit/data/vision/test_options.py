@@ -98,3 +98,44 @@ def test_the_keys_decide_what_a_record_becomes(tmp_path):
     assert pictures(60, truncation="shrink")[0][0][1] < 16
     with pytest.raises(DataError, match="max_seq_len is 60"):
         pictures(60, truncation="error")
+
+
+def test_each_record_has_a_drawn_bound_for_its_pictures(tmp_path):
+    """The draw follows from the seed and the place, so that lengths measured before training stay true."""
+    processor = load_processor(vision_directory(tmp_path / "vl", 784, 784 * 100), "vl")
+    write_picture(tmp_path / "big.png", 280, 280)
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "fine"}]
+    record = {"messages": messages, "images": ["big.png"]}
+
+    def tokens(directory=tmp_path, **given):
+        keys = {"adaptive_max_imgtoken_option": "4,25,64", "adaptive_max_imgtoken_rate": "0.2,0.3,0.5"} | given
+        spec = vision_spec(cfg(**keys), processor.settings)
+        encoder = VisionEncoder(processor.template, spec, 1000)
+        encoded = [encoder("messages (VL)", record, f"{directory}/train.jsonl:{line}") for line in range(1, 201)]
+        return [one.documents[0].pictures.sources[0].geometry.tokens for one in encoded]
+
+    drawn = tokens()
+    assert tokens() == drawn != tokens(seed=43)
+    counts = [drawn.count(number) for number in (4, 25, 64)]
+    assert sum(counts) == 200 and 20 < counts[0] < 60 < counts[2] < 140
+    link = tmp_path / "moved"
+    link.symlink_to(tmp_path)
+    assert tokens(link) == drawn
+    with pytest.raises(ConfigError, match=r"4 tokens are 3136 pixels, fewer than min_pixels: 7840\. Give at least 10"):
+        tokens(min_pixels=7840)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"adaptive_max_imgtoken_option": "9,16"}, "adaptive_max_imgtoken_rate: 0 rates for 2 numbers"),
+        ({"adaptive_max_imgtoken_rate": "1"}, "adaptive_max_imgtoken_rate: 1 rates for 0 numbers"),
+        (
+            {"adaptive_max_imgtoken_option": "9,16", "adaptive_max_imgtoken_rate": "0.5,0.6"},
+            "rates must sum to 1, they sum to 1.1",
+        ),
+    ],
+)
+def test_bounds_to_draw_from_have_a_rate_each(given, expected):
+    with pytest.raises(ConfigError, match=expected):
+        cfg(**given)

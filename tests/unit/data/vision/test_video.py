@@ -148,3 +148,10 @@ def test_frames_that_are_no_video(reader, tmp_path):
     write_picture(tmp_path / "a.png")
     with pytest.raises(BadRecord, match=r"no file .*b.png"):
         list(open_video(video(["a.png", "b.png"]), reader).decode(None))
+
+
+def test_times_of_frames_do_not_go_back(reader):
+    frames = [blocks(64, 48, seed) for seed in range(3)]
+    assert open_video(video(frames, time_stamps=[0, 1.5, 1.5]), reader).times == [0.0, 1.5, 1.5]
+    with pytest.raises(BadRecord, match="time_stamps go back from 2 to 1 seconds at frame 2"):
+        open_video(video(frames, time_stamps=[0, 2, 1]), reader)
