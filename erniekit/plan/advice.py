@@ -92,11 +92,12 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
     return (keys for makes_sense, keys in candidates if makes_sense)
 
 
-def least_cluster(job: Job, capacity: float, outline: Outline) -> MemoryPlan | None:
-    """The plan for the fewest GPUs on which the run fits: with other degrees, ZeRO stage 1, sequence parallelism and
-    full recomputation, and one row a microbatch. None: not on MOST_GPUS either.
+def least_cluster(job: Job, capacity: float, outline: Outline, gpus: int | None = None) -> MemoryPlan | None:
+    """The plan for the fewest GPUs on which the run fits, or for exactly `gpus` of them: with other degrees, ZeRO stage
+    1, sequence parallelism and full recomputation, and one row a microbatch. None: there is none.
     """
-    for tried, candidate in enumerate(_layouts(job, capacity)):
+    candidates = (each for each in _layouts(job, capacity) if gpus in (None, each.cluster.gpus))
+    for tried, candidate in enumerate(candidates):
         if tried == _MOST_TRIED:
             return None
         if _may_fit(candidate, capacity, outline):
