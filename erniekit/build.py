@@ -29,13 +29,16 @@ from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
+from erniekit.models.fp8 import attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
 from erniekit.models.weights import our_shapes
+from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
 from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
+from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.policy import Policy
 from erniekit.utils import log, runtime
 
@@ -91,8 +94,9 @@ class ModelOptions:
 
     `random_start`: parameters are drawn from `seed` and their names, and no weight file is read. `vision_start`: the
     directory has a text model, to which vision is added. `adapter`: a new one,
-    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `training`: the mode that the model is
-    returned in.
+    a saved one, or none. `sequence_parallel`: tensor ranks share the tokens. `balance_pictures`: data ranks divide the
+    vision transformer's work evenly. `training`: the mode that the model is returned in. `fused`: use Paddle's fused
+    operators where they apply, in this process.
     """
 
     precision: Policy
@@ -103,7 +107,9 @@ class ModelOptions:
     adapter: lora.LoraOptions | AdapterDirectory | None = None
     recompute: RecomputeOptions | None = None
     sequence_parallel: bool = False
+    balance_pictures: bool = False
     training: bool = False
+    fused: bool = True
 
 
 def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
@@ -114,7 +120,7 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
     if cfg.fine_tuning == "LoRA":
         adapter = AdapterDirectory(Path(cfg.lora_path), cfg.lora_dropout) if cfg.lora_path else lora_options(cfg)
     return ModelOptions(
-        precision=policy.choose(cfg.compute_type, device or paddle.get_device(), cfg.emulate_precision),
+        precision=_training_precision(cfg, device),
         random_start=not cfg.continue_training,
         seed=cfg.seed,
         overrides=dataclasses.replace(
@@ -126,8 +132,20 @@ def training_options(cfg: Config, device: str | None = None) -> ModelOptions:
         adapter=adapter,
         recompute=_recompute_options(cfg) if cfg.recompute else None,
         sequence_parallel=cfg.sequence_parallel,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
         training=True,
+        fused=cfg.fused_operators,
     )
+
+
+def _training_precision(cfg: Config, device: str | None) -> Policy:
+    """The policy of a run; `device`: one that is assumed and not asked what it can do. A GPU emulates FP8 if need be,
+    and has the 16-bit types itself.
+    """
+    here = device or paddle.get_device()
+    fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
+    emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
+    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8)
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
@@ -141,6 +159,8 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
         overrides=overrides_of(cfg),
         adapter=None if adapter_dir is None else AdapterDirectory(adapter_dir),
         sequence_parallel=cfg.sequence_parallel,
+        fused=cfg.fused_operators,
+        balance_pictures=cfg.balance_pictures and cfg.method.vision,
     )
 
 
@@ -210,6 +230,7 @@ class PreparedModel:
             chunks: the layers of each chunk of this process's pipeline stage; None: one chunk with all layers.
         """
         runtime.ensure_threads()
+        fused.enable(self.options.fused)
         options, precision = self.options, self.options.precision
         mesh = Mesh.single() if mesh is None else mesh
         layers = [tuple(range(self.config.num_hidden_layers))] if chunks is None else chunks
@@ -223,7 +244,9 @@ class PreparedModel:
         policy.apply(model, precision)
         if precision.product is not None:
             log.info(f"{self.path}: {describe(model)}")
-        parallelize(model, mesh, options.sequence_parallel, layers)
+        if precision.fp8 is not None:
+            log.info(describe_fp8(model, precision.fp8))
+        parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
             attach_stored(model, self.adapter, options.adapter.dropout)
@@ -247,6 +270,8 @@ def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequ
         model = CausalLM(config, rank_shard_of(mesh, layers))
     if precision.product is not None:
         attach_products(model, precision.product)
+    if precision.fp8 is not None:
+        attach_fp8(model, precision.fp8)
     return model
 
 

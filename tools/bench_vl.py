@@ -6,8 +6,10 @@
 
 Both sides do the same work: one causal-LM step in fp32 on the same rows of text, images and a video, AdamW, gradients
 clipped to a global norm of 1, the head on every position. Rows have one length, so that transformers, which pads rows,
-pads nothing; positions are given to both. erniekit gets 8-bit pixels and normalises them in the step, as in training;
-transformers gets what its processor makes of them. Processes, turns and threads are those of bench_step.py.
+pads nothing; positions are given to both. Opening and resizing pictures is in neither step: data workers do that.
+erniekit gets 8-bit pixels and normalises them in the step, as in training; transformers gets what its processor makes
+of them, and runs with its defaults: sdpa attention, grouped_mm experts, a fused AdamW, nothing recomputed. The router
+losses are off on both sides. Processes, turns and threads are those of bench_step.py.
 
 The size of a packed batch on the host is printed with the peak memory of each process, which includes its libraries.
 Needs the extra `parity` for the torch side; without it, only erniekit is timed.

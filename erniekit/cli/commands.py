@@ -35,6 +35,25 @@ COMMANDS = {
             "sheet=preview.png: where preview draws their pictures, resized and with the boxes of the answers",
         ),
     ),
+    "plan": Command(
+        "erniekit.cli.plan:run",
+        "say whether a run fits the GPUs and how long it takes, without weights and without a GPU",
+        "erniekit plan sft.yaml gpus=96 gpu=H800",
+        "erniekit plan CONFIG.yaml [key=value ...] [gpus=N] [gpu=NAME] [gpus_per_node=8] [json=OUT.json]\n"
+        "       [chart=OUT.png] [tokens=N] [memory=GB] [document_tokens=N] [picture_tokens=N] [hardware=CARDS.yaml]",
+        (
+            "gpus=N: GPUs in all; else as many as the parallel degrees multiply to",
+            "gpu=H800: their name, such as A100, H100, H20, L20, RTX4090, or cpu for this machine's processors",
+            "gpus_per_node=8: GPUs of one host",
+            "json=FILE: also write bytes by stage and kind, seconds by kind, FLOPs and MFU to this file",
+            "chart=FILE: also draw memory by stage and kind, and time by kind, as a PNG file",
+            "tokens=N: tokens of the whole training, for days and GPU-hours; else max_steps decides",
+            "memory=GB: the memory of one GPU in units of 10^9 bytes, where it is not that of the card's name",
+            "document_tokens=N: the length of the documents in a row; else a row is one document",
+            "picture_tokens=N: tokens of a row that stand for pictures; else half of it, where the method has them",
+            "hardware=FILE: a YAML file that describes other cards (docs/plan.md)",
+        ),
+    ),
     "eval": Command(
         "erniekit.evaluate.run:evaluate",
         "measure a model on an evaluation set",

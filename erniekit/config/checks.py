@@ -35,6 +35,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _pipeline(cfg),
             _low_bit(cfg),
             _precision(cfg),
+            _fp8(cfg),
             _expressions(cfg),
             _lora(cfg),
             _preference(cfg),
@@ -52,6 +53,8 @@ def _schedule(cfg: Config) -> Iterator[str]:
             "lr_scheduler_type: wsd takes the step up to which the rate is steady, as in wsd:1000, got "
             f"{cfg.lr_scheduler_type!r}"
         )
+    if cfg.profile_step_end < cfg.profile_step_start:
+        yield f"profile_step_end: {cfg.profile_step_end} is before profile_step_start: {cfg.profile_step_start}"
     if cfg.min_lr > cfg.learning_rate:
         yield f"min_lr: {cfg.min_lr:g} is more than learning_rate: {cfg.learning_rate:g}"
 
@@ -270,6 +273,16 @@ def _precision(cfg: Config) -> Iterator[str]:
             f"emulate_precision: it is for compute_type: bf16 or fp16, which a CPU lacks, not for {cfg.compute_type}. "
             "Remove it, or set compute_type: bf16"
         )
+
+
+def _fp8(cfg: Config) -> Iterator[str]:
+    if cfg.fp8 != "none" and cfg.compute_type not in ("bf16", "fp16"):
+        yield (
+            f"fp8: {cfg.fp8}: it multiplies 16-bit weights in FP8, but compute_type is {cfg.compute_type}. Set "
+            "compute_type: bf16, or fp8: none"
+        )
+    if cfg.fp8 != "none" and not cfg.fp8_modules:
+        yield "fp8_modules: empty: name what multiplies in FP8, such as experts,shared_experts; or set fp8: none"
 
 
 def _expressions(cfg: Config) -> Iterator[str]:

@@ -116,6 +116,11 @@ def fp16_flag(value: Any) -> tuple[Any, int] | None:
     return ("fp16", 0) if to_bool(value) else None
 
 
+def lowprecision_moment(value: Any) -> tuple[Any, int] | None:
+    """use_lowprecision_moment: True means moment_dtype: bf16, unless that is given; False sets nothing."""
+    return ("bf16", 1) if to_bool(value) else None
+
+
 _QUANTISATIONS = {
     "weight_only_int8": "wint8",
     "weight_only_int4": "wint4",
@@ -129,6 +134,16 @@ def quantisation(value: Any) -> tuple[Any, int] | None:
     if not isinstance(value, str) or value not in _QUANTISATIONS:
         raise ValueError(f"expected one of {', '.join(_QUANTISATIONS)}, got {plain(value)!r}")
     return _QUANTISATIONS[value], -1
+
+
+def fp8_flag(value: Any) -> tuple[Any, int] | None:
+    """use_fp8_mlp: True means fp8: blockwise; False sets nothing."""
+    return ("blockwise", 1) if to_bool(value) else None
+
+
+def fp8_shared(value: Any) -> tuple[Any, int] | None:
+    """shared_expert: True adds the shared experts to what multiplies in FP8."""
+    return (["experts", "shared_experts"], 1) if to_bool(value) else None
 
 
 def unless_zero(value: Any) -> tuple[Any, int] | None:

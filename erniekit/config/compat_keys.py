@@ -1,15 +1,20 @@
 """The rules of all keys without a field (compat.py describes the kinds of rule)."""
 
 from erniekit.config import compat, paddleformers_keys, vision_keys
-from erniekit.config.compat import DATA, EVERY, RUN, WRITE, Alias, Detail, Later, NoEffect, Rule
+from erniekit.config.compat import DATA, EVERY, RUN, WRITE, Alias, Detail, Fixed, Later, NoEffect, Rule
 
 _ALIASES: dict[str, Alias] = {
     "from_scratch": Alias("continue_training", compat.negated),
     "bf16": Alias("compute_type", compat.bf16_flag),
     "fp16": Alias("compute_type", compat.fp16_flag),
     "weight_quantize_algo": Alias("compute_type", compat.quantisation),
+    "use_lowprecision_moment": Alias("moment_dtype", compat.lowprecision_moment),
     "quantization": Alias("compute_type", compat.quantisation),
     "use_recompute": Alias("recompute"),
+    "use_fp8_mlp": Alias("fp8", compat.fp8_flag),
+    "dequant_input": Alias("fp8_store"),
+    "recompute_fwd_gate_up": Alias("fp8_recompute_up_gate_layers"),
+    "shared_expert": Alias("fp8_modules", compat.fp8_shared),
     "lora": Alias("fine_tuning", compat.lora_flag),
     "use_lora": Alias("fine_tuning", compat.lora_flag),
     "lora_r": Alias("lora_rank"),
@@ -42,8 +47,11 @@ _NO_EFFECT: dict[str, str] = {
     ),
     "fused kernels are used where the device has them": (
         "fuse_linear fuse_rope fuse_rms_norm fuse_swiglu fuse_gate_detach_matmul use_combine_before_a2a "
-        "use_async_a2a use_quant_before_a2a use_ep_comm_overlap use_rms_qkv_recompute"
+        "use_async_a2a use_ep_comm_overlap use_rms_qkv_recompute stack_quant swiglu_probs_bwd spaq split_group_gemm"
     ),
+    "rows are sent to other ranks' experts in the model's dtype, and quantised there": "use_quant_before_a2a",
+    "routed experts in FP8 are one step wherever they have no adapter": "use_fp8_fuse_node",
+    "weights are quantised for each product, and no copy in FP8 is kept": "offline_quant_expert_weight",
     "head and loss always run only where labels are, a chunk of tokens at a time": (
         "use_sparse_head_and_loss_fn use_fused_head_and_loss_fn use_recompute_loss_fn"
     ),
@@ -76,9 +84,7 @@ _NO_EFFECT: dict[str, str] = {
         "flash_device_save_steps output_signal_dir"
     ),
     "always saved": "save_tokenizer save_rng_states",
-    "optimizer state stays on the device in fp32: the same result or better, more memory": (
-        "offload_optim tensorwise_offload_optimizer use_lowprecision_moment optim_shard_num"
-    ),
+    "a parameter's optimizer state is fetched as a whole": "optim_shard_num",
     "gradients are freed after every step": "release_grads",
     "Python's garbage collector runs as always: the same result": "gc_interval",
     "memory is left to Paddle's allocator": "pre_alloc_memory",
@@ -133,8 +139,7 @@ _NO_EFFECT: dict[str, str] = {
 _DETAILS: dict[str, str] = {
     "compute_type: fp8": (
         "apply_hadamard hadamard_block_size quant_input_grad quant_weight_grad apply_online_actscale_step "
-        "actscale_moving_rate fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis "
-        "use_fp8_fuse_node fp8_mem_configs fp8_fused_ops_configs"
+        "actscale_moving_rate fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis"
     ),
     "self_constraint_cpt: True": "prob_nums cpt_kl_ratio pt_kl_ratio cpt_ce_ratio pt_ce_ratio",
     "`erniekit server`": (
@@ -154,8 +159,7 @@ _LATER: dict[str, Later] = {
     ),
     "hidden_dropout_prob": Later("dropout between layers", commands=("train",)),
     "moe_dropout_prob": Later("dropout in experts", commands=("train",)),
-    "use_fp8": Later("FP8"),
-    "use_fp8_mlp": Later("FP8"),
+    "use_fp8": Later("FP8 with scales of earlier steps; fp8: tensorwise has those of the present values"),
     "ckpt_quant_stage": Later("quantised optimizer state in checkpoints", safe=("o0",), commands=("train",)),
     "expert_max_capacity": Later("expert capacity", safe=(2**32,)),
     "expert_min_capacity": Later("expert capacity", safe=(1,)),
@@ -180,6 +184,8 @@ _DEGREES: dict[str, str] = {
     "context_parallel_degree": "context parallelism",
 }
 
+_MAPPING = "expected keys and values, such as {dequant_input: true}"
+
 _TAIL = "add_tail_layers remove_tail_layer num_empty_layers_add_in_tail"
 
 
@@ -195,6 +201,7 @@ def _table() -> dict[str, Rule]:
         dict(paddleformers_keys.LATER),
         {name: Later("layers added or left out at the model's end (num_hidden_layers)") for name in _TAIL.split()},
     ]
+    parts.append({name: Fixed((), _MAPPING) for name in ("fp8_mem_configs", "fp8_fused_ops_configs")})
     for no_effect in (_NO_EFFECT, paddleformers_keys.NO_EFFECT, vision_keys.NO_EFFECT):
         parts.append({name: NoEffect(why) for why, names in no_effect.items() for name in names.split()})
     for details in (_DETAILS, paddleformers_keys.DETAILS, vision_keys.DETAILS):

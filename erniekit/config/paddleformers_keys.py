@@ -63,7 +63,7 @@ NO_EFFECT: dict[str, str] = {
         "pp_delay_scale_loss tp_delay_scale_loss gradient_sync_after_accumulate"
     ),
     "gradients are freed after every step": "pp_release_grads sd_release_grads",
-    "optimizer state stays on the device in fp32: the same result or better, more memory": (
+    "offload_optim and tensorwise_offload_optimizer decide where the optimizer's state is": (
         "offload_queue sharding_offload_opt_buffersize_GB"
     ),
     "a document is never cut to fill a row": "truncate_packing",
@@ -93,7 +93,6 @@ DETAILS: dict[str, str] = {
         "muon_exclude_patterns muon_extra_scale_factor muon_ffn_split muon_momentum muon_ns_coeff_type muon_ns_coeffs "
         "muon_ns_steps muon_qkv_update_mode muon_version"
     ),
-    "profile: True": "profile_step_start profile_step_end",
     "internal_medicine_monitors": "internal_medicine_monitor_interval",
     "enable_auto_parallel: True": (
         "auto_parallel_sync_shared_params use_intermediate_api tensor_fusion overlap replace_with_c_embedding "
@@ -103,7 +102,6 @@ DETAILS: dict[str, str] = {
 }
 
 LATER: dict[str, Later] = {
-    "profile": Later("profiling from the YAML", commands=("train",)),
     "freeze_training": Later("freezing parts of the model", commands=("train",)),
     "train_mtp_only": Later("freezing parts of the model", commands=("train",)),
     "mtp_distillation_loss": Later("distillation", commands=("train",)),

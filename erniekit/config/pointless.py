@@ -5,12 +5,13 @@ number at a default that means off, requests nothing and is not reported.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_rule import Facts, Rule
 from erniekit.config.schema import Config, fields
+from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
@@ -20,39 +21,12 @@ from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
 
-TRAIN, USE = ("train",), ("eval", "chat")
+USE = ("eval", "chat")
 
 
-def always(cfg: Config, facts: "Facts") -> bool:
+def always(cfg: Config, facts: Facts) -> bool:
     """The condition of a key that the commands of its rule never read."""
     return True
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts about the model and the job, which become known after the configuration; None until then.
-
-    num_experts: as in the model's config.json. aux_free: whether that file switches loss-free balancing on. data_ranks,
-    ranks: their numbers in the job. sees_pictures: whether the model has a vision transformer.
-    """
-
-    num_experts: int | None = None
-    aux_free: bool | None = None
-    data_ranks: int | None = None
-    ranks: int | None = None
-    sees_pictures: bool | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """States that `keys` (separated by spaces) have no effect in `commands` if the condition `when` is true. The reason
-    `why` may contain values of other keys, as in "max_steps: {max_steps} decides".
-    """
-
-    keys: str
-    when: Callable[[Config, Facts], bool]
-    why: str
-    commands: tuple[str, ...] = TRAIN
 
 
 def never_read(command: str) -> set[str]:
@@ -279,6 +253,14 @@ _OPTIMIZER_RULES = [
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
+    Rule(_names(Fp8Args), lambda c, f: c.fp8 != "none", "only training multiplies in FP8", ("eval", "chat")),
+    Rule(_names(Fp8Args).removeprefix("fp8 "), lambda c, f: c.fp8 == "none", "fp8 is none", RUN),
+    Rule(
+        "fp8_recompute_up_gate_layers fp8_routing_weight",
+        lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
+        "no routed experts multiply in FP8",
+    ),
+    Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),
     Rule("amp_master_grad", lambda c, f: c.compute_type == "fp32", "with compute_type: fp32 gradients are fp32 anyway"),
     Rule(
@@ -439,7 +421,7 @@ _RANK_RULES = [
         ("export", "split"),
     ),
     Rule(
-        "data_parallel_degree sharding_parallel_degree",
+        "data_parallel_degree sharding_parallel_degree balance_pictures",
         always,
         "a conversation needs one copy of the model",
         ("chat",),
@@ -452,7 +434,8 @@ _RANK_RULES = [
     ),
     Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
     Rule("max_restarts elastic", always, "`{command}` has no checkpoints to start again from", ("eval", "chat")),
-    Rule("sharding", lambda c, f: f.data_ranks == 1, "there is one data rank"),
+    Rule("balance_pictures", lambda c, f: not c.method.vision, "the method reads no pictures"),
+    Rule("sharding balance_pictures", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
         "check_replicas_steps distributed_timeout rendezvous_timeout",
         lambda c, f: f.ranks == 1,

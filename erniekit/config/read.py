@@ -15,6 +15,8 @@ from erniekit.utils.errors import ConfigError
 
 MAX_BYTES = 1 << 20  # of a configuration file
 _BLOCK_ENDINGS = ("_args", "_config", "_arguments")
+# Mappings of ERNIE's pretraining files that group keys under other names.
+_BLOCKS = ("fp8_mem_configs", "fp8_fused_ops_configs")
 _JSON_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:')
 _OVERRIDE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_.]*)=", re.ASCII)
 
@@ -35,7 +37,7 @@ class Entry:
 
 def is_block(name: str, known: Callable[[str], bool]) -> bool:
     """Whether a mapping under this name only groups keys (training_args:, lora_config: ...) and is not a key itself."""
-    return name.endswith(_BLOCK_ENDINGS) and not known(name)
+    return name in _BLOCKS or (name.endswith(_BLOCK_ENDINGS) and not known(name))
 
 
 def read_file(path: str, known: Callable[[str], bool]) -> list[Entry]:
@@ -113,7 +115,7 @@ def _value(text: str) -> Any:
 
 
 def _dotted(name: str, value: Any, known: Callable[[str], bool]) -> Entry:
-    """The entry of a dotted name: training_args.seed=3 means seed=3, and fp8_mem_configs.x=1 is a mapping."""
+    """The entry of a dotted name: training_args.seed=3 means seed=3, and env.x=1 is a mapping."""
     first, *rest = name.split(".")
     block = ""
     while rest and is_block(first, known):

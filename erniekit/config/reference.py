@@ -26,7 +26,7 @@ _OF_TRAINING = set(
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
-        "data,vision,text beside pictures,model,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
+        "data,vision,text beside pictures,model,FP8,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
         "mixture of experts",
         "",
     ),
@@ -70,7 +70,11 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         return "not given"
     if field.default in ("", ()):
         return "empty"
-    return ",".join(f"{item:g}" for item in field.default) if isinstance(field.default, tuple) else f"{field.default}"
+    return (
+        ",".join(str(item) if isinstance(item, str) else f"{item:g}" for item in field.default)
+        if isinstance(field.default, tuple)
+        else f"{field.default}"
+    )
 
 
 def by_group(command: str | None = None) -> dict[str, list[KeyEntry]]:

@@ -9,6 +9,7 @@ import yaml
 from erniekit.config import references
 from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_data import DataArgs
+from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
@@ -27,6 +28,7 @@ class Config(
     VisionArgs,
     MixtureArgs,
     ModelArgs,
+    Fp8Args,
     LoraArgs,
     PreferenceArgs,
     TrainArgs,

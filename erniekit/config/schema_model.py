@@ -47,9 +47,12 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16, fp16 (with loss scaling) or fp32; or a frozen base in 8 or 4 bits, to "
+        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, to "
         "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp8 is not built yet.",
         choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
+    )
+    fused_operators: bool = key(
+        True, "On a GPU, Paddle's fused operators where they apply (docs/gpu.md); false: plain operations, to compare."
     )
     amp_master_grad: bool = key(True, "With 16-bit weights (bf16 on a GPU): gradients are accumulated in fp32.")
     emulate_precision: bool = key(

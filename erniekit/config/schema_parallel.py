@@ -55,6 +55,11 @@ class ParallelArgs:
     sharding_parallel_degree: int = key(
         -1, "Data ranks that share one copy of what `sharding` divides; -1: all of them.", ge=1, off=-1
     )
+    balance_pictures: bool = key(
+        True,
+        "Data ranks divide the vision transformer's work on a microbatch's pictures evenly, by patches; False: each "
+        "encodes the pictures of its own rows.",
+    )
     distributed_timeout: float = key(
         30.0, "Seconds within which a rank that died or hangs ends the whole job, on all hosts.", ge=2
     )

@@ -64,6 +64,11 @@ class TrainArgs:
         "Start from scratch although output_dir holds a run: its checkpoints, metrics and final model are removed. For "
         "export and split: replace another model in the directory that they write.",
     )
+    profile: bool = key(False, "Measure where the time goes: a table, profile.json (a trace) and profile.png.")
+    profile_step_start: int = key(
+        3, "The first step that profile measures, counted from the start of the process.", ge=1
+    )
+    profile_step_end: int = key(5, "The last step that profile measures.", ge=1)
     disable_tqdm: bool = key(False, "No progress bar: plain log lines.")
     resume_from_checkpoint: str = key(
         "auto",
@@ -108,6 +113,19 @@ class OptimArgs:
     adam_beta1: float = key(0.9, "Decay of AdamW's first moment.", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", ge=0, lt=1)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon.", gt=0)
+    moment_dtype: str = key(
+        "fp32",
+        "How AdamW's two moments are stored between steps: fp32, bf16 (half the memory) or 8bit (a quarter); they are "
+        "computed in fp32.",
+        choices=("fp32", "bf16", "8bit"),
+        words={"float32": "fp32", "bfloat16": "bf16", "int8": "8bit"},
+    )
+    offload_optim: bool = key(
+        False, "AdamW's state waits in host memory; each parameter's is on the GPU only while it is updated."
+    )
+    tensorwise_offload_optimizer: bool = key(
+        False, "As offload_optim, but no state is fetched before it is needed: least GPU memory, no overlap."
+    )
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: never.", ge=0)
     layerwise_lr_decay_bound: float = key(
         1.0,

@@ -7,7 +7,7 @@ from erniekit.config.schema import Config
 from erniekit.utils.errors import ConfigError
 
 _COMPUTE = {
-    "fp8": "FP8",
+    "fp8": "weights in FP8 with scales of their own, FP8-QAT; fp8: blockwise trains 16-bit weights in FP8",
 }
 
 

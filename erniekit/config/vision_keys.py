@@ -31,9 +31,8 @@ NO_EFFECT: dict[str, str] = {
     "the model's config.json says which experts see pictures": "moe_use_hard_gate",
     "recompute decides, for the vision transformer as for the layers": "vit_num_recompute_layers",
     "`packing` fills rows up to max_seq_len": "packing_size",
-    "a rank encodes the pictures of its own rows, once, with gradients": (
-        "balanced_image_preprocess vit_second_fwd_batch_size"
-    ),
+    "balance_pictures divides them over data ranks": "balanced_image_preprocess",
+    "pictures are encoded once, with gradients": "vit_second_fwd_batch_size",
 }
 
 # What must be asked for first -> the keys that only that reads.

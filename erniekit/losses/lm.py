@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn import fused
 from erniekit.nn.narrow import add, matmul
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
@@ -130,8 +131,7 @@ class HeadGradients:
         if not weight.stop_gradient:
             scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
             first, second = (p, scaled) if by_vocab else (scaled, p)
-            part = matmul(first, second, transpose_x=True).astype("float32")
-            self._weight = part if self._weight is None else self._weight.add_(part)
+            self._weight = _add_product(first, second, self._weight)
         if bias is not None and not bias.stop_gradient:
             part = paddle.matmul(scale_T1, dlogits_TV, transpose_x=True).squeeze(0)
             self._bias = part if self._bias is None else self._bias + part
@@ -148,6 +148,14 @@ class HeadGradients:
             for grad, owner in zip(wide, owners, strict=True)
         )
         return grads if self.head.bias is not None else grads[:2]
+
+
+def _add_product(left: paddle.Tensor, right: paddle.Tensor, total: paddle.Tensor | None) -> paddle.Tensor:
+    """total + left^T right in fp32, in place of `total`."""
+    if fused.applies(fused.ADD_PRODUCT, left):
+        return fused.add_product(left, right, total)
+    part = matmul(left, right, transpose_x=True).astype("float32")
+    return part if total is None else total.add_(part)
 
 
 class _LinearCrossEntropy(PyLayer):

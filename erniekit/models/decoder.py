@@ -31,6 +31,7 @@ from erniekit.models.inputs import (
     place_features,
     token_info,
 )
+from erniekit.models.picture_balance import PictureRanks
 from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
 from erniekit.models.stages import run_stages
@@ -184,11 +185,21 @@ class Decoder(nn.Layer):
         """Images and videos through the vision transformer and the resampler, unless they have been already."""
         if isinstance(pictures, EncodedPictures):
             return pictures
+        features_MD = self._features(pictures.patches, pictures.grid)
+        if pictures.plan is not None:
+            features_MD = pictures.plan.return_features(features_MD)
+        return EncodedPictures(features_MD, pictures.places)
+
+    def _features(self, patches: paddle.Tensor, grid_N3: np.ndarray) -> paddle.Tensor:
         assert self.vision_model is not None and self.resampler_model is not None, "a model of text alone"
+        if not len(grid_N3):  # other ranks encode all pictures of this one, and their gradients pass through here
+            none = paddle.zeros([0, self.config.hidden_size], self.resampler_model.after_norm.weight.dtype)
+            none.stop_gradient = not self._trains_vision()
+            return none
         frozen = all(parameter.stop_gradient for parameter in self.vision_model.parameters())
         with paddle.no_grad() if frozen else nullcontext():  # a frozen one keeps nothing for the backward pass
-            features_PC = self.vision_model(pictures.patches, pictures.grid)
-        return EncodedPictures(self.resampler_model(features_PC, pictures.grid), pictures.places)
+            features_PC = self.vision_model(patches, grid_N3)
+        return self.resampler_model(features_PC, grid_N3)
 
     def run(self, x_TD: paddle.Tensor, numbers: Sequence[int], inputs: ModelInputs) -> tuple[paddle.Tensor, Routings]:
         """Layers `numbers` one after another: [T, D] -> ([T, D], the routing of the sparse ones)."""
@@ -237,6 +248,7 @@ class CausalLM(nn.Layer):
         self.model = Decoder(config, shard)
         # The ranks that hold the model together, and the layers of each chunk of this stage (models/stages.py).
         self.mesh = Mesh.single()
+        self.picture_ranks: PictureRanks | None = None
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias

@@ -14,6 +14,7 @@ from paddle import nn
 from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
+from erniekit.models.picture_balance import PicturePlan
 from erniekit.moe.layer import TEXT, VISION, TokenInfo
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_mask import make_plan, next_in_document
@@ -42,11 +43,15 @@ class Pictures:
     """The images and videos of one forward pass: `patches` [P, channels * size * size] as uint8 pixels or normalised
     floats, `grid` int [N, 3] the frames, rows and columns of patches of each, `places` int64 [M] the token numbers
     whose embeddings their features replace, in the order of the grid.
+
+    With a `plan` patches and grid are those that this rank encodes, maybe for other data ranks, and `places` are of its
+    own tokens, in the order in which the plan returns their features.
     """
 
     patches: paddle.Tensor
     grid: np.ndarray
     places: np.ndarray
+    plan: PicturePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,15 @@ def head_layout(config: ModelConfig, shard: RankShard = WHOLE) -> HeadLayout:
 
 
 def batch_inputs(
-    model: Built, batch: PackedBatch, *, neftune_alpha: float = 0.0, dropout: DropoutStep | None = None
+    model: Built,
+    batch: PackedBatch,
+    *,
+    neftune_alpha: float = 0.0,
+    dropout: DropoutStep | None = None,
+    picture_plan: PicturePlan | None = None,
 ) -> ModelInputs:
-    """The inputs of a packed batch: its tokens, and the padding that the device needs.
+    """The inputs of a packed batch: its tokens, and the padding that the device needs. With a `picture_plan` all ranks
+    of its group call this together.
 
     Only here is padding added (see `padded_length`). It is one document behind all others, without a label, that no
     router sees, so that the numbers of tokens and segments in the batch hold for what the model gives, too.
@@ -100,7 +111,7 @@ def batch_inputs(
         tokens=token_info(model.config, batch.row_lengths, batch.modality),
         neftune_alpha=neftune_alpha,
         dropout=dropout,
-        pictures=pictures_of(model, batch),
+        pictures=pictures_of(model, batch, picture_plan),
     )
 
 
@@ -172,13 +183,14 @@ def token_info(config: ModelConfig, row_lengths: list[int], modality: np.ndarray
     return TokenInfo(row_lengths, np.where(is_vision, VISION, TEXT))
 
 
-def pictures_of(model: Built, batch: PackedBatch) -> Pictures | None:
+def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = None) -> Pictures | None:
     """The images and videos of a packed batch; None where it has none, and on pipeline stages without the embedding.
+    With a `plan` their patches are sent to the ranks that encode them.
 
     Raises ValueError where the sizes of the pictures and their placeholders do not belong together.
     """
     table, vision = batch.pictures, model.config.vision
-    if not len(table) or not model.shard.has_embedding:
+    if not model.shard.has_embedding or (not len(table) and plan is None):
         return None
     assert vision is not None, "a model of text alone has no use for pictures"
     counts = num_tokens(table.grid, vision.spatial_merge_size)
@@ -190,7 +202,10 @@ def pictures_of(model: Built, batch: PackedBatch) -> Pictures | None:
             f"{placeholders.sum()} placeholders for {len(table)} images and videos of {counts.sum()} tokens, or not in "
             "their places"
         )
-    return Pictures(paddle.to_tensor(table.patches), table.grid, places)
+    if plan is None:
+        return Pictures(paddle.to_tensor(table.patches), table.grid, places)
+    patches = table.patches.reshape(-1, vision.patch_features)  # without pictures they have no width
+    return Pictures(plan.send_patches(patches), plan.encoded_grid, plan.returned(places), plan)
 
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
@@ -273,13 +288,11 @@ def place_features(
     places.
     """
     start, stop = embedding.own_span(num_tokens)
-    own = np.flatnonzero((pictures.places >= start) & (pictures.places < stop))
-    if not len(own):
-        return x_TD
-    features = pictures.features
-    if len(own) < len(pictures.places):
-        features = gather(features, paddle.to_tensor(own))
-    places = paddle.to_tensor(pictures.places[own] - start)
+    features, numbers = pictures.features, pictures.places
+    if stop - start < num_tokens:  # not only where some are outside: all ranks must have the same graph
+        own = np.flatnonzero((numbers >= start) & (numbers < stop))
+        features, numbers = gather(features, paddle.to_tensor(own)), numbers[own] - start
+    places = paddle.to_tensor(numbers)
     return rounded(lambda x, rows: paddle.scatter(x, places, rows), x_TD, features.astype(x_TD.dtype))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from erniekit.models.decoder import CausalLM
+from erniekit.models.picture_balance import PictureRanks
 from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import Linear
@@ -30,10 +31,15 @@ def rank_shard_of(mesh: Mesh, chunks: Sequence[Sequence[int]]) -> RankShard:
 
 
 def parallelize(
-    model: CausalLM, mesh: Mesh, sequence_parallel: bool, chunks: Sequence[Sequence[int]] | None = None
+    model: CausalLM,
+    mesh: Mesh,
+    sequence_parallel: bool,
+    chunks: Sequence[Sequence[int]] | None = None,
+    balance_pictures: bool = False,
 ) -> None:
     """Attach communication to projections, embedding, head and sparse layers. `chunks`: the layers of each chunk of
-    this pipeline stage; None: one chunk with all layers that the process has.
+    this pipeline stage; None: one chunk with all layers that the process has. `balance_pictures`: data ranks divide the
+    work of the vision transformer evenly.
     """
     degrees = mesh.degrees
     model.mesh = mesh
@@ -46,10 +52,19 @@ def parallelize(
             layer.ranks = ExpertRanks(mesh.tensor_group, mesh.expert_group, sequence)
         elif isinstance(layer, Linear) and layer is not model.lm_head and ranks is not None:
             ranks.attach(layer)
+    model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
     model.tensor = ranks
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
         model.model.embed_tokens.own_span = ranks.own_span
+
+
+def _picture_ranks(model: CausalLM, mesh: Mesh) -> PictureRanks | None:
+    """The data ranks that divide the vision transformer's work; None where there is none of it, or one such rank."""
+    vision = model.config.vision
+    if vision is None or not model.shard.has_embedding or mesh.degrees.data == 1:
+        return None
+    return PictureRanks(mesh.data_group, vision.spatial_merge_size)
 
 
 def placements(model: CausalLM, mesh: Mesh, sharded: bool) -> dict[str, Placement]:

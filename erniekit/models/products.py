@@ -30,14 +30,15 @@ def attach_products(model: CausalLM, factory: ProductFactory, parts: Collection[
 
 def parts_of(layer: DecoderLayer) -> Iterator[tuple[Part, nn.Layer]]:
     """The parts of a decoder layer that have projections; experts of images are a second part with experts."""
+    block: nn.Layer = layer.mlp
     yield "attention", layer.self_attn
-    if not isinstance(layer.mlp, MoELayer):
-        yield "mlp", layer.mlp
+    if not isinstance(block, MoELayer):
+        yield "mlp", block
         return
-    for experts in layer.mlp.all_experts():
+    for experts in block.all_experts():
         yield "experts", experts
-    if layer.mlp.shared_experts is not None:
-        yield "shared_experts", layer.mlp.shared_experts
+    if block.shared_experts is not None:
+        yield "shared_experts", block.shared_experts
 
 
 def products(model: paddle.nn.Layer) -> dict[str, tuple[Projection, Product]]:

@@ -11,11 +11,13 @@ from functools import cached_property
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.autograd import PyLayer
 
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
+from erniekit.nn.mlp import fast_sigmoid
 from erniekit.nn.narrow import add, rounded
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
@@ -94,12 +96,33 @@ class VisionAttention(nn.Layer):
         return self.proj(mixer.attend(self.qkv(x_PC)))
 
 
+class _QuickGELU(PyLayer):
+    """For the CPU: one node, that keeps s = sigmoid(a x) and its result y = x s. The sigmoid goes through tanh, as in
+    nn.mlp.
+    """
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:
+        sigmoid = fast_sigmoid(x, 1.702)
+        y = x * sigmoid
+        ctx.save_for_backward(sigmoid, y.detach())  # y itself would be part of a cycle of references
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
+        # dy (s + a y (1 - s))
+        sigmoid, y = ctx.saved_tensor()
+        return sigmoid.scale(-1.702, bias=1.702).multiply_(y).add_(sigmoid).multiply_(dy)
+
+
 class QuickGELU(nn.Layer):
     """x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2)."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., C] -> [..., C]."""
-        return rounded(lambda wide: wide * nn.functional.sigmoid(1.702 * wide), x)
+        if not x.place.is_cpu_place():
+            return x * nn.functional.sigmoid(1.702 * x)
+        return rounded(_QuickGELU.apply, x)
 
 
 class VisionMLP(nn.Layer):

@@ -13,7 +13,6 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.moe.dispatch import Assignment
 from erniekit.moe.experts import Experts
 from erniekit.nn.narrow import gather
 from erniekit.parallel import comm
@@ -57,16 +56,16 @@ class ExpertRanks:
         experts: Experts,
         rows: paddle.Tensor,
         weights_R1: paddle.Tensor | None,
-        assignment: Assignment,
+        counts: list[int],
         num_tokens: int,
     ) -> Callable[[], paddle.Tensor]:
-        """Send rows sorted by expert [R, D], of `num_tokens` tokens, to the ranks of their experts, with the rows'
-        routing weights where the experts take these. The function that is returned gives the experts' outputs [R, D],
-        in the same order. Where the backend allows, the rows are sent while the caller computes something else before
-        calling it.
+        """Send rows sorted by expert [R, D], `counts` of each expert [E], of `num_tokens` tokens, to the ranks of their
+        experts, with the rows' routing weights where the experts take these. The function that is returned gives the
+        experts' outputs [R, D], in the same order. Where the backend allows, the rows are sent while the caller
+        computes something else before calling it.
         """
-        num_local = len(assignment.counts) // (self.expert.size * self.tensor.size)
-        by_shard = np.array(assignment.counts).reshape(self.expert.size, self.tensor.size, num_local)
+        num_local = len(counts) // (self.expert.size * self.tensor.size)
+        by_shard = np.array(counts).reshape(self.expert.size, self.tensor.size, num_local)
         counts_NL = by_shard[:, self.tensor.index]
         if self.expert.size == 1:
             return lambda: experts(rows, counts_NL[0].tolist(), weights_R1)
@@ -112,5 +111,7 @@ class _Permute(PyLayer):
 
 
 def permute(rows: paddle.Tensor, order: np.ndarray) -> paddle.Tensor:
-    """rows[order] for a permutation of all rows [R, D]."""
-    return _Permute.apply(rows, order) if len(order) else rows
+    """rows[order] for a permutation of all rows [R, D]. Without rows it is a step of the graph, too: the backward pass
+    runs independent steps by their distance from the loss, and every rank must start its collectives in one order.
+    """
+    return _Permute.apply(rows, order)

@@ -6,14 +6,15 @@ its group of experts. Shared experts serve both modalities. Legend: T tokens, D 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from erniekit.moe import device_dispatch, dispatch
 from erniekit.moe.all_to_all import ExpertRanks
-from erniekit.moe.dispatch import assign, combine, dispatch, row_weights, sum_rows
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
 from erniekit.nn.mlp import SwiGLU
@@ -172,13 +173,39 @@ class MoELayer(nn.Layer):
             local = self.ranks.local_pairs(chosen, self.sizes.num_local_experts)
             keep = local if keep is None else keep & local
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
-        assignment = assign(chosen, num_experts, keep)
-        rows = dispatch(x_TD, assignment)
-        of_rows = row_weights(weights, assignment) if experts.takes_weights else None
-        done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, assignment, len(chosen))
+        rows, of_rows, counts, add_up = _dispatch(
+            x_TD, weights, routing.experts, chosen, num_experts, keep, experts.takes_weights
+        )
+        done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, counts, len(chosen))
 
         def finish() -> paddle.Tensor:
-            made = experts(rows, assignment.counts, of_rows) if done is None else done()
-            return combine(made, weights, assignment) if of_rows is None else sum_rows(made, assignment)
+            return add_up(experts(rows, counts, of_rows) if done is None else done())
 
         return finish, Routed(routing, usage, dropped, row_lengths)
+
+
+def _dispatch(
+    x_TD: paddle.Tensor,
+    weights_TK: paddle.Tensor,
+    experts_TK: paddle.Tensor,
+    on_host_TK: np.ndarray,
+    num_experts: int,
+    keep_TK: np.ndarray | None,
+    weigh_rows: bool,
+) -> tuple[paddle.Tensor, paddle.Tensor | None, list[int], Callable[[paddle.Tensor], paddle.Tensor]]:
+    """The tokens' copies sorted by expert [R, D]; their routing weights [R, 1], if the experts take these
+    (`weigh_rows`); the number of each expert's rows; and the function that sums the experts' outputs [R, D] -> [T, D],
+    weighing them unless the experts do.
+    """
+    num_pairs = on_host_TK.size if keep_TK is None else int(keep_TK.sum())
+    # Both modules have the same functions.
+    on_device = device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1])
+    by: ModuleType = device_dispatch if on_device else dispatch
+    if on_device:
+        pairs: Any = device_dispatch.assign(experts_TK, weights_TK, on_host_TK, num_experts, keep_TK)
+    else:
+        pairs = dispatch.assign(on_host_TK, num_experts, keep_TK)
+    rows = by.dispatch(x_TD, pairs)
+    if weigh_rows:
+        return rows, by.row_weights(weights_TK, pairs), pairs.counts, lambda made: by.sum_rows(made, pairs)
+    return rows, None, pairs.counts, lambda made: by.combine(made, weights_TK, pairs)

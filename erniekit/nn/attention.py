@@ -15,6 +15,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn import fused
 from erniekit.nn.attention_mask import AttentionPlan
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
@@ -304,17 +305,18 @@ def _bucket_backward(
         ds = _as_stored(ds.multiply_(p), dtype)
         p = p if mask is None else p * mask
         dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
-        dk = _accumulate(dk, paddle.matmul(ds, q, transpose_x=True), seen)
-        dv = _accumulate(dv, paddle.matmul(_as_stored(p, dtype), do_b, transpose_x=True), seen)
-    return [*dq_parts, dk, dv]
+        # dK^T = Q^T dS and dV^T = dO^T P: transposing the wide matrix would take a CPU as long as the product.
+        dk = _accumulate(dk, paddle.matmul(q, ds, transpose_x=True), seen)
+        dv = _accumulate(dv, paddle.matmul(do_b, _as_stored(p, dtype), transpose_x=True), seen)
+    return [*dq_parts, dk.transpose([0, 1, 3, 2]), dv.transpose([0, 1, 3, 2])]
 
 
 def _accumulate(total: paddle.Tensor | None, part: paddle.Tensor, seen: int) -> paddle.Tensor:
-    """Add a block's key gradient [N, G, seen, d] to the running one [N, G, <=seen, d]; `seen` grows block by block."""
+    """Add a block's key gradient [N, G, d, seen] to the running one [N, G, d, <=seen]; `seen` grows block by block."""
     if total is None:
         return part
-    pad = paddle.zeros([*part.shape[:2], seen - total.shape[2], part.shape[3]], dtype=part.dtype)
-    return paddle.concat([total, pad], axis=2).add_(part)
+    pad = paddle.zeros([*part.shape[:3], seen - total.shape[3]], dtype=part.dtype)
+    return paddle.concat([total, pad], axis=3).add_(part)
 
 
 def last_rows(plan: AttentionPlan) -> np.ndarray:
@@ -324,7 +326,7 @@ def last_rows(plan: AttentionPlan) -> np.ndarray:
 
 
 def _flash_attention(
-    qkv: paddle.Tensor, rotation: Rotation, plan: AttentionPlan, heads: HeadLayout, rate: float
+    qkv: paddle.Tensor, rotation: Rotation, ends_11T1: paddle.Tensor, heads: HeadLayout, rate: float
 ) -> paddle.Tensor:
     """The same through Paddle's FlashMask kernel (GPU, 16-bit): all rows as one, key j hidden from the row at which j's
     document ends, or its last branch if it is a shared prefix.
@@ -332,11 +334,12 @@ def _flash_attention(
     The kernel draws its dropout (`rate`) from Paddle's generator, which a step seeds: the masks differ from those of
     nn.dropout, and they change with packing, microbatches and layout.
     """
-    z = rotation.apply(qkv.reshape([plan.num_tokens, heads.total, heads.dim]))
-    q, k, v = (t.unsqueeze(0) for t in z.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], axis=1))
-    indices = paddle.to_tensor(last_rows(plan).astype(np.int32)).reshape([1, 1, plan.num_tokens, 1])
-    out = nn.functional.flashmask_attention(q, k, v, startend_row_indices=indices, dropout=rate, causal=True)
-    return out.reshape([plan.num_tokens, heads.num_heads * heads.dim])
+    num_tokens = qkv.shape[0]
+    num_rotated = heads.num_heads + heads.num_kv_heads
+    qk, v = qkv.reshape([num_tokens, heads.total, heads.dim]).split([num_rotated, heads.num_kv_heads], axis=1)
+    q, k = rotation.turn(qk).split([heads.num_heads, heads.num_kv_heads], axis=1)
+    out = fused.flash_mask(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), ends_11T1, rate)
+    return out.reshape([num_tokens, heads.num_heads * heads.dim])
 
 
 @dataclass(frozen=True)
@@ -355,12 +358,17 @@ class PackedAttention:
         """Found once a batch, for all layers."""
         return _rows_of(self.plan, self.heads)
 
+    @cached_property
+    def _ends(self) -> paddle.Tensor:
+        """For each key, the first later query that no longer sees it: int32 [1, 1, T, 1]. Uploaded once a batch."""
+        return paddle.to_tensor(last_rows(self.plan).astype(np.int32)).reshape([1, 1, -1, 1])
+
     def attend(self, qkv: paddle.Tensor, layer: int) -> paddle.Tensor:
         """qkv [T, (H+2G)*d] before rotation -> context [T, H*d]. `layer` decides about dropout alone."""
         dropout, heads = self.dropout, self.heads
-        if qkv.place.is_gpu_place() and qkv.dtype in (paddle.bfloat16, paddle.float16):
+        if fused.applies(fused.FLASH_MASK, qkv):
             rate = 0.0 if dropout is None else dropout.rate_of(layer)
-            return _flash_attention(qkv, self.rotation, self.plan, heads, rate)
+            return _flash_attention(qkv, self.rotation, self._ends, heads, rate)
         masks = None if dropout is None else dropout.masks(layer, self.plan, heads.num_heads, heads.num_kv_heads)
         return _DocumentAttention.apply(qkv, self.rotation, self._rows, heads, masks)
 

@@ -1,11 +1,12 @@
 """Full attention within each image and video frame, over patches that lie one frame behind the other.
 
-Nothing is padded and nothing is gathered: neighbouring frames of equal size are one batched product. Legend: P patches,
-H heads, d head size, F frames, L patches of a frame.
+Nothing is padded: neighbouring frames of equal size are one batched product. Legend: P patches, H heads, d head size, F
+frames, L patches of a frame.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import paddle
@@ -16,7 +17,7 @@ from erniekit.nn.narrow import rounded
 
 _QUERIES = 1024  # query patches of a frame whose scores exist at once
 _MAX_SCORES = 1 << 26  # scores of one product: neighbouring frames are joined up to this size
-_KEEP_WEIGHTS = 256  # patches of the largest frame whose softmax weights wait for the backward pass
+_KEEP_WEIGHTS = 1024  # patches of the largest frame whose softmax weights wait for the backward pass
 
 
 def frame_runs(grid_N3: np.ndarray) -> list[tuple[int, int]]:
@@ -36,6 +37,9 @@ def frame_runs(grid_N3: np.ndarray) -> list[tuple[int, int]]:
 class FrameAttention:
     """Attention of a batch of frames: `runs` as in frame_runs; `cos` and `sin` fp32 [P, 1, d/2] of the angles that
     queries and keys are rotated by.
+
+    Inside, the heads of each run lie as its products take them, [F, H, L, d], one run behind the other: [P*H, d]. A
+    gather of whole rows brings them there and back, which on a CPU is many times faster than transpositions.
     """
 
     runs: Sequence[tuple[int, int]]
@@ -47,12 +51,12 @@ class FrameAttention:
         """q|k|v [P, 3*H*d] before rotation -> context [P, H*d]."""
         return rounded(lambda wide: _Attention.apply(wide, self), qkv)
 
-    def by_run(self, *tensors_PHd: paddle.Tensor) -> Iterator[list[paddle.Tensor]]:
-        """The rows of each run of tensors [P, H, d], as [F, H, L, d]."""
+    def by_run(self, *tensors: paddle.Tensor) -> Iterator[list[paddle.Tensor]]:
+        """The rows of each run of tensors [P*H, d], as [F, H, L, d]. Nothing is copied."""
         start = 0
         for frames, length in self._bounded_runs():
-            stop = start + frames * length
-            yield [x[start:stop].reshape([frames, length, *x.shape[1:]]).transpose([0, 2, 1, 3]) for x in tensors_PHd]
+            stop = start + frames * length * self.num_heads
+            yield [x[start:stop].reshape([frames, self.num_heads, length, x.shape[-1]]) for x in tensors]
             start = stop
 
     def _bounded_runs(self) -> Iterator[tuple[int, int]]:
@@ -62,12 +66,57 @@ class FrameAttention:
             for first in range(0, frames, largest):
                 yield min(largest, frames - first), length
 
-    def rotate(self, x_PHd: paddle.Tensor, inverse: bool = False) -> paddle.Tensor:
-        """Rotate the pairs (x[j], x[j + d/2]): here, unlike in the decoder, a pair lies half a head apart. In fp32."""
-        first, second = x_PHd.astype("float32").chunk(2, axis=-1)
-        sin = -self.sin if inverse else self.sin
-        rotated = [first * self.cos - second * sin, second * self.cos + first * sin]
-        return paddle.concat(rotated, axis=-1).astype(x_PHd.dtype)
+    @cached_property
+    def order(self) -> np.ndarray:
+        """[P*H]: the number p * H + h of each row in the order of the runs."""
+        parts, start = [], 0
+        for frames, length in self._bounded_runs():
+            patches = start + np.arange(frames * length).reshape(frames, 1, length)
+            parts.append((patches * self.num_heads + np.arange(self.num_heads)[:, None]).reshape(-1))
+            start += frames * length
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    @cached_property
+    def fetch(self) -> paddle.Tensor:
+        """[3*P*H]: for queries, then keys, then values, their rows in q|k|v seen as [P*3*H, d]."""
+        first = self.order + self.order // self.num_heads * (2 * self.num_heads)
+        return paddle.to_tensor(np.concatenate([first + part * self.num_heads for part in range(3)]))
+
+    @cached_property
+    def fetch_context(self) -> paddle.Tensor:
+        """[P*H]: the rows of the context seen as [P*H, d]."""
+        return paddle.to_tensor(self.order)
+
+    @cached_property
+    def merge_context(self) -> paddle.Tensor:
+        """The inverse of `fetch_context`."""
+        return paddle.to_tensor(np.argsort(self.order))
+
+    @cached_property
+    def merge(self) -> paddle.Tensor:
+        """The inverse of `fetch`."""
+        return paddle.to_tensor(np.argsort(self.fetch.numpy()))
+
+    @cached_property
+    def _factors(self) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        """Of the rows [P*H, d]: the cosines, the sines, which are negative in the first half, and which half of a row
+        stands where the other is needed, [2*P*H].
+        """
+        patch = paddle.to_tensor(self.order // self.num_heads)
+        tables = [paddle.concat(pair, axis=-1).squeeze(1) for pair in ([self.cos, self.cos], [-self.sin, self.sin])]
+        other = np.arange(2 * len(self.order)).reshape(-1, 2)[:, ::-1].reshape(-1)
+        cos, sin = (paddle.gather(table, patch) for table in tables)
+        return cos, sin, paddle.to_tensor(other)
+
+    def rotate(self, rows: paddle.Tensor, inverse: bool = False) -> paddle.Tensor:
+        """Rotate the pairs (x[j], x[j + d/2]) of rows [P*H, d]: here, unlike in the decoder, a pair lies half a head
+        apart. In fp32.
+        """
+        cos, sin, other = self._factors
+        x = rows.astype("float32")
+        halves = paddle.gather(x.reshape([-1, x.shape[1] // 2]), other).reshape(x.shape).multiply_(sin)
+        turned = x * cos
+        return (turned.subtract_(halves) if inverse else turned.add_(halves)).astype(rows.dtype)
 
 
 class _Attention(PyLayer):
@@ -77,40 +126,40 @@ class _Attention(PyLayer):
 
     @staticmethod
     def forward(ctx, qkv: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:
-        num_patches, head_dim = qkv.shape[0], qkv.shape[1] // (3 * mixer.num_heads)
-        q, k, v = qkv.reshape([num_patches, 3, mixer.num_heads, head_dim]).unbind(axis=1)
-        q, k = mixer.rotate(q) * head_dim**-0.5, mixer.rotate(k)
+        num_patches, num_rows = qkv.shape[0], qkv.shape[0] * mixer.num_heads
+        head_dim = qkv.shape[1] // (3 * mixer.num_heads)
+        rows = paddle.gather(qkv.reshape([3 * num_rows, head_dim]), mixer.fetch)
+        q = mixer.rotate(rows[:num_rows]).scale_(head_dim**-0.5)
+        k = mixer.rotate(rows[num_rows : 2 * num_rows])
         outputs, saved, ctx.kept = [], [], []
-        for parts in mixer.by_run(q, k, v):
+        for parts in mixer.by_run(q, k, rows[2 * num_rows :]):
             out, kept = _forward(*parts)
             saved += [*parts, out]
             ctx.kept.append(kept)
-            outputs.append(_joined(out))
+            outputs.append(out.reshape([-1, head_dim]))
         ctx.save_for_backward(*saved)
         ctx.mixer = mixer
-        context = outputs[0] if len(outputs) == 1 else paddle.concat(outputs)
+        context = paddle.gather(_join(outputs), mixer.merge_context)
         return context.reshape([num_patches, mixer.num_heads * head_dim])
 
     @staticmethod
     def backward(ctx, dout: paddle.Tensor) -> paddle.Tensor:
         saved, mixer = ctx.saved_tensor(), ctx.mixer
-        dout_PHd = dout.reshape([dout.shape[0], mixer.num_heads, -1])
+        head_dim = dout.shape[1] // mixer.num_heads
+        dout_rows = paddle.gather(dout.reshape([-1, head_dim]), mixer.fetch_context)
         runs = []
-        for number, (do,) in enumerate(mixer.by_run(dout_PHd)):
-            scaled, k, v, out = saved[4 * number : 4 * number + 4]
-            grads = _backward(scaled, k, v, out, ctx.kept[number], do)
-            runs.append([_joined(each) for each in grads])
+        for number, (do,) in enumerate(mixer.by_run(dout_rows)):
+            grads = _backward(*saved[4 * number : 4 * number + 4], ctx.kept[number], do)
+            runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
-        dq, dk, dv = (parts[0] if len(parts) == 1 else paddle.concat(parts) for parts in map(list, zip(*runs)))
-        dq = mixer.rotate(dq * dout_PHd.shape[-1] ** -0.5, inverse=True)
-        grads_P3Hd = paddle.stack([dq, mixer.rotate(dk, inverse=True), dv], axis=1)
-        return grads_P3Hd.reshape([dout.shape[0], 3 * dout.shape[1]])
+        dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))
+        dq = mixer.rotate(dq, inverse=True).scale_(head_dim**-0.5)
+        grads = paddle.concat([dq, mixer.rotate(dk, inverse=True), dv])
+        return paddle.gather(grads, mixer.merge).reshape([dout.shape[0], 3 * dout.shape[1]])
 
 
-def _joined(x_FHLd: paddle.Tensor) -> paddle.Tensor:
-    """[F, H, L, d] -> [F*L, H, d]."""
-    frames, heads, length, size = x_FHLd.shape
-    return x_FHLd.transpose([0, 2, 1, 3]).reshape([frames * length, heads, size])
+def _join(parts: list[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
 
 
 def _forward(
@@ -124,7 +173,7 @@ def _forward(
         p = _weights(scaled[:, :, start : start + _QUERIES], k)
         outputs.append(paddle.matmul(p.astype(v.dtype), v))
         kept.append(p if scaled.shape[2] <= _KEEP_WEIGHTS else None)
-    return outputs[0] if len(outputs) == 1 else paddle.concat(outputs, axis=2), kept
+    return _join(outputs, axis=2), kept
 
 
 def _backward(
@@ -136,8 +185,10 @@ def _backward(
     dout: paddle.Tensor,
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
-    and v.
+    and v. The row sums are one more column of the product dO V^T, as in nn.attention.
     """
+    ones = paddle.ones([v.shape[-1], 1], dtype=v.dtype)
+    v_and_minus = paddle.concat([v, paddle.full([*v.shape[:3], 1], -1.0, dtype=v.dtype)], axis=-1)
     dq: list[paddle.Tensor] = []
     dk: paddle.Tensor = None
     dv: paddle.Tensor = None
@@ -146,15 +197,16 @@ def _backward(
         q, do = scaled[:, :, block], dout[:, :, block]
         p = kept[number]
         p = _weights(q, k) if p is None else p
-        row_sum = (do * out[:, :, block]).astype("float32").sum(axis=-1, keepdim=True)
-        ds = paddle.matmul(do, v, transpose_y=True).astype("float32").subtract_(row_sum).multiply_(p)
+        do_and_sum = paddle.concat([do, paddle.matmul(do * out[:, :, block], ones)], axis=-1)
+        ds = paddle.matmul(do_and_sum, v_and_minus, transpose_y=True).astype("float32").multiply_(p)
         ds, p = ds.astype(q.dtype), p.astype(q.dtype)
         dq.append(paddle.matmul(ds, k))
-        more_k, more_v = paddle.matmul(ds, q, transpose_x=True), paddle.matmul(p, do, transpose_x=True)
+        # Transposing the wide matrix of scores takes a CPU twice as long as the product: dK^T = Q^T dS, dV^T = dO^T P.
+        more_k, more_v = paddle.matmul(q, ds, transpose_x=True), paddle.matmul(do, p, transpose_x=True)
         dk, dv = (more_k, more_v) if dk is None else (dk.add_(more_k), dv.add_(more_v))
-    return dq[0] if len(dq) == 1 else paddle.concat(dq, axis=2), dk, dv
+    return _join(dq, axis=2), dk.transpose([0, 1, 3, 2]), dv.transpose([0, 1, 3, 2])
 
 
 def _weights(q: paddle.Tensor, k: paddle.Tensor) -> paddle.Tensor:
     """Softmax weights of scaled queries [F, H, l, d] over all keys of their frame: fp32 [F, H, l, L]."""
-    return nn.functional.softmax(paddle.matmul(q, k, transpose_y=True).astype("float32"), axis=-1)
+    return nn.functional.softmax_(paddle.matmul(q, k, transpose_y=True).astype("float32"), axis=-1)

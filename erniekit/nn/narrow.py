@@ -1,9 +1,9 @@
 """The model's operations on tensors of any of its dtypes, of which a CPU has kernels for fp32 alone.
 
-A GPU has a kernel of each operation for bfloat16 and float16, which computes in fp32 and rounds its result. Paddle's CPU
-lacks most of these, and there the functions below do the same with fp32 kernels: the 16-bit values are widened, and the
-result is rounded to the nearest 16-bit value. Tensors, gradients and what waits for the backward pass have 16 bits, as
-on a GPU. On a GPU, and for fp32 everywhere, each function is the operation of Paddle that it is named after.
+A GPU has a kernel of each operation for bfloat16 and float16, which computes in fp32 and rounds its result. Paddle's
+CPU lacks most of these, and there the functions below do the same with fp32 kernels: the 16-bit values are widened, and
+the result is rounded to the nearest 16-bit value. Tensors, gradients and what waits for the backward pass have 16 bits,
+as on a GPU. On a GPU, and for fp32 everywhere, each function is the operation of Paddle that it is named after.
 """
 
 from collections.abc import Callable, Sequence

@@ -226,11 +226,20 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     if group.size == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-    lengths = _on_host(_gather(paddle.to_tensor(np.array([len(data)])), group, "host"), group)
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(data)] = data
-    rows = _on_host(_gather(paddle.to_tensor(padded).reshape([1, -1]), group, "host"), group)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+    return [json.loads(row.tobytes()) for row in gather_arrays(data, group)]
+
+
+def gather_arrays(array: np.ndarray, group: Group) -> list[np.ndarray]:
+    """The arrays [n, ...] of every rank of the group, in its order; only n may differ."""
+    if group.size == 1:
+        return [array]
+    lengths = _on_host(_gather(paddle.to_tensor(np.array([len(array)])), group, "host"), group)
+    if not lengths.any():
+        return [array] * group.size
+    padded = np.zeros((int(lengths.max()), *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    rows = _on_host(_gather(paddle.to_tensor(padded).unsqueeze(0), group, "host"), group)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 # Differentiable: each is a linear map over the group's ranks, and its backward pass is the transposed map.

@@ -201,13 +201,14 @@ class GradientSync:
         }
         return {name: gradient for name, gradient in complete.items() if gradient is not None}
 
-    def memory_line(self) -> str:
+    def memory_line(self, moment_dtype: str = "fp32") -> str:
         """One line for the log: what optimizer state and gradients take on this rank, by formula."""
         entries = self._entries.values()
+        own, whole = (state_bytes(entries, divided, moment_dtype) for divided in (True, False))
+        gradients = gradient_bytes(entries, self.zero_stage, self.master_grad)
         return (
-            f"optimizer state: {_mib(state_bytes(entries))} on this rank, {_mib(state_bytes(entries, divided=False))} "
-            f"if it were not divided; gradients {_mib(gradient_bytes(entries, self.zero_stage, self.master_grad))}, "
-            f"sent in {len(self._buckets)} buckets (sharding stage {self.zero_stage})"
+            f"optimizer state: {_mib(own)} on this rank, {_mib(whole)} if it were not divided; gradients "
+            f"{_mib(gradients)}, sent in {len(self._buckets)} buckets (sharding stage {self.zero_stage})"
         )
 
     def clear(self) -> None:

@@ -6,14 +6,31 @@ from collections.abc import Iterable
 
 from erniekit.parallel.buckets import Entry, is_eager, item_bytes
 
+MOMENT_BLOCK = 256  # numbers of an 8-bit moment that have a common scale
+_LEAST_IN_BLOCKS = 4096
 
-def state_bytes(entries: Iterable[Entry], divided: bool = True) -> int:
-    """Bytes of AdamW's state on this rank: two fp32 moments of each chunk, a fp32 master copy for 16-bit parameters,
-    and two fp32 powers of the betas a parameter. Not `divided`: what it would be if each rank had all of it.
+
+def is_stored_in_blocks(num_elements: int) -> bool:
+    """Whether moment_dtype: 8bit stores a moment of this many numbers in 8 bits; fewer stay in fp32."""
+    return num_elements >= _LEAST_IN_BLOCKS
+
+
+def moment_bytes(num_elements: int, moment_dtype: str) -> int:
+    """Bytes of one moment: fp32, bf16, or 8 bits a number and an fp32 scale a block (8bit)."""
+    if moment_dtype == "8bit" and is_stored_in_blocks(num_elements):
+        return num_elements + 4 * -(-num_elements // MOMENT_BLOCK)
+    return num_elements * (2 if moment_dtype == "bf16" else 4)
+
+
+def state_bytes(entries: Iterable[Entry], divided: bool = True, moment_dtype: str = "fp32") -> int:
+    """Bytes of AdamW's state on this rank: two moments of each chunk, a fp32 master copy for 16-bit parameters, and two
+    fp32 powers of the betas a parameter. Not `divided`: what it would be if each rank had all of it.
     """
-    return sum(
-        (entry.chunk if divided else entry.size) * (8 if item_bytes(entry.dtype) == 4 else 12) + 8 for entry in entries
-    )
+    total = 0
+    for entry in entries:
+        size = entry.chunk if divided else entry.size
+        total += 2 * moment_bytes(size, moment_dtype) + (0 if item_bytes(entry.dtype) == 4 else 4 * size) + 8
+    return total
 
 
 def gradient_bytes(entries: Iterable[Entry], zero_stage: int, master_grad: bool) -> int:

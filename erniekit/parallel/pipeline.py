@@ -10,6 +10,7 @@ import paddle
 
 from erniekit.parallel import comm
 from erniekit.parallel.pipeline_schedule import Action, Backward, Forward, Recv, Send
+from erniekit.utils.spans import span
 
 Place = tuple[int, int]  # chunk, microbatch
 
@@ -103,7 +104,8 @@ class _Executor:
         x = self.received.pop(("activation", place), None)
         if x is not None:
             x.stop_gradient = not self.trains
-        y, loss = self.pp_stage.forward(*place, x)
+        with span("forward"):
+            y, loss = self.pp_stage.forward(*place, x)
         if y is not None:
             self.outputs["activation", place] = y.detach()
         if self.trains:
@@ -121,8 +123,10 @@ class _Executor:
         ]
         if roots:
             tensors, gradients = zip(*roots)
-            paddle.autograd.backward(list(tensors), list(gradients))
-        self.pp_stage.after_backward(*place)
+            with span("backward"):
+                paddle.autograd.backward(list(tensors), list(gradients))
+        with span("gradients"):
+            self.pp_stage.after_backward(*place)
         if activations.x is not None:
             dx = activations.x.grad
             self.outputs["gradient", place] = paddle.zeros_like(activations.x) if dx is None else dx

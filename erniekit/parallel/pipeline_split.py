@@ -6,6 +6,7 @@ norm, the head and the blocks for multi-token prediction. With p stages, model c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from erniekit.parallel.model_sizes import ModelSizes, VisionSizes
@@ -94,7 +95,7 @@ def split_layers(
         return _by_list(num_layers, num_chunks, list(method))
     if method == "balanced":
         assert costs is not None and len(costs.layers) == num_layers
-        return _balanced(num_chunks, costs)
+        return list(_balanced(num_chunks, costs))
     assert method in ("", "uniform") or method.startswith("layer:"), method  # config/checks.py refuses others
     sizes = [num_layers // num_chunks + (i < num_layers % num_chunks) for i in range(num_chunks)]
     return _between([0, *accumulate(sizes)])
@@ -125,7 +126,8 @@ def _by_list(num_layers: int, num_chunks: int, numbers: list[int]) -> list[tuple
     return result
 
 
-def _balanced(num_chunks: int, costs: Costs) -> list[tuple[int, ...]]:
+@lru_cache(maxsize=256)  # a search over layouts splits one model again and again
+def _balanced(num_chunks: int, costs: Costs) -> tuple[tuple[int, ...], ...]:
     """Dynamic programming over (chunks used, layers used): the smallest maximum; among equal ones, the smaller sum of
     squares of the chunks so far.
     """
@@ -143,4 +145,4 @@ def _balanced(num_chunks: int, costs: Costs) -> list[tuple[int, ...]]:
         best = following
     solution = best[num_layers]
     assert solution is not None, "as many layers as chunks at least"
-    return _between(solution[2])
+    return tuple(_between(solution[2]))

@@ -130,6 +130,26 @@ def expert_parallel_bytes(
     return rows + (forward_passes * rows_sent + rows_received) * FLOAT32 if takes_weights else rows
 
 
+# Pictures that data ranks divide
+
+
+def picture_bytes(
+    patches_sent: int,
+    patch_features: int,
+    features_sent: int,
+    features_received: int,
+    hidden_size: int,
+    trained: bool = True,
+    element_bytes: int = FLOAT32,
+) -> int:
+    """All-to-all of one microbatch whose pictures are encoded on other data ranks. The pixels of a patch, a byte each,
+    go to the rank that encodes it, and the features of its tokens [D] come back. Their gradients return to where the
+    features came from, if the vision transformer or the resampler is trained. Sent and received: to and from others.
+    """
+    rows = features_sent + (features_received if trained else 0)
+    return patches_sent * patch_features + rows * hidden_size * element_bytes
+
+
 # Pipeline parallelism
 
 

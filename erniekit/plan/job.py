@@ -6,18 +6,23 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.models.config import ModelConfig
-from erniekit.models.pipeline_layout import check_layout, cut_layers, plan_actions, schedule_of
+from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
 from erniekit.parallel.mesh import ParallelDims
-from erniekit.parallel.pipeline_schedule import Action
+from erniekit.parallel.pipeline_schedule import Action, plan
 from erniekit.utils.errors import ConfigError
 
 CPU = "cpu"  # the name of the device on which nothing is in 16 bits
+
+
+@lru_cache(maxsize=8)
+def _all_actions(schedule: str, stages: int, microbatches: int, chunks: int, waits: bool) -> list[list[Action]]:
+    return plan(schedule, stages, microbatches, chunks, waits)
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,12 @@ class Job:
         """The layer numbers of each chunk of each stage: stages[stage][chunk]."""
         return cut_layers(self.cfg, self.model, self.degrees.pipeline)
 
-    def actions(self, stage: int) -> list[Action]:
-        """The actions of a stage in one step, as training runs them on a GPU (where sends wait) or a CPU."""
-        return plan_actions(
-            self.schedule, self.degrees.pipeline, self.num_chunks, not self.on_cpu, stage, self.num_microbatches
-        )
+    def actions(self, stage: int, most: int | None = None) -> list[Action]:
+        """The actions of a stage in one step of at most `most` microbatches, as training runs them on a GPU (where
+        sends wait) or a CPU.
+        """
+        number = self.num_microbatches if most is None else min(self.num_microbatches, most)
+        return _all_actions(self.schedule, self.degrees.pipeline, number, self.num_chunks, not self.on_cpu)[stage]
 
     # Batch
 
@@ -129,7 +135,8 @@ class Job:
     @property
     def element_bytes(self) -> int:
         """Bytes of one number of the weights (unless quantized) and of the activations."""
-        return 4 if self.on_cpu or self.cfg.compute_type == "fp32" else 2
+        in_fp32 = self.on_cpu and not self.cfg.emulate_precision
+        return 4 if in_fp32 or self.cfg.compute_type == "fp32" else 2
 
     @property
     def quantized_base(self) -> bool:
@@ -186,6 +193,8 @@ def make_job(
     if min(cluster.gpus, cluster.gpus_per_node) < 1:
         raise ConfigError(f"gpus: {cluster.gpus} in hosts of {cluster.gpus_per_node}: give at least 1 of each")
     degrees = ParallelDims.from_config(cfg, cluster.gpus)
+    if cluster.gpu != CPU:  # a card has the types itself
+        cfg = dataclasses.replace(cfg, emulate_precision=False)
     depths = max(cfg.mtp_depths, model.num_nextn_predict_layers)
     model = dataclasses.replace(model, num_nextn_predict_layers=depths)
     check_layout(cfg, degrees, model)

@@ -6,7 +6,6 @@ do without it, but would be a second description of the model.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,7 +40,6 @@ class RankTensors:
     in; `entries`: the trained parameters.
     """
 
-    stage: int
     weights: dict[str, int]
     gradients: int
     state: int
@@ -64,19 +62,18 @@ class RankTensors:
         return self.parameters + self.state + self.reference + self.average + self.copies
 
 
-def rank_tensors(job: Job, mesh: Mesh, model: CausalLM, chunks: Sequence[Sequence[int]]) -> RankTensors:
+def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
     """Count the tensors of a rank.
 
     Args:
         job: what is planned.
         mesh: the rank, see Mesh.outline.
         model: its part of the model without memory, with what is frozen marked as such.
-        chunks: the layers of each chunk of its stage.
     """
     weights = _weights(model)
     trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
     where = placements(model, mesh, bool(job.cfg.sharding))
-    entries = entries_of(trained, where, parameter_chunks(model, chunks))
+    entries = entries_of(trained, where, parameter_chunks(model, model.chunks))
     adapted = lora.state_of(model)
     named = dict(model.named_parameters())
     adapters = [layer for layer in model.sublayers() if isinstance(layer, LinearAdapter)]
@@ -84,7 +81,6 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM, chunks: Sequence[Sequenc
     second = job.has_reference and not job.is_lora and not job.cfg.ref_logps_cache
     kept = list(trained.values()) + ([] if adapted is not None else [b for _, b in model.named_buffers()])
     return RankTensors(
-        stage=mesh.pipe,
         weights=dict(weights),
         gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
         state=state_bytes(entries.values()),

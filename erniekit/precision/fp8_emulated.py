@@ -5,12 +5,13 @@ It is also what every other implementation is compared with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import paddle
 
 from erniekit.nn.grouped import row_spans
+from erniekit.precision.fp8_counts import Fp8Counts, Kind
 from erniekit.precision.fp8_tensor import Fp8Format, Quantised, Tile, quantise
 
 Scaling = Literal["blockwise", "rowwise", "tensorwise"]
@@ -53,14 +54,26 @@ class Emulated:
     """The products of rows that are sorted by expert with the experts' weights [E, in, out]; see `Backend`."""
 
     recipe: Recipe
+    counts: Fp8Counts = field(default_factory=Fp8Counts)
+    name = "emulated"
 
-    def rows(self, x: paddle.Tensor, counts: Sequence[int], form: Fp8Format = "e4m3") -> Quantised:
+    def refuses(self, in_features: int, out_features: int) -> str:
+        """See Backend. Incomplete tiles at the ends are filled with zeros."""
+        return ""
+
+    def _quantise(self, x: paddle.Tensor, tile: Tile, kind: Kind) -> Quantised:
+        form: Fp8Format = self.recipe.gradients if kind == "gradients" else "e4m3"
+        quantised = quantise(x, tile, form, self.recipe.pow2)
+        self.counts.add(kind, x, quantised)
+        return quantised
+
+    def rows(self, x: paddle.Tensor, counts: Sequence[int], kind: Kind = "activations") -> Quantised:
         """See Backend."""
-        return quantise(x, self.recipe.rows(), form, self.recipe.pow2)
+        return self._quantise(x, self.recipe.rows(), kind)
 
     def weight(self, weight: paddle.Tensor, sums_over_rows: bool = True) -> Quantised:
         """A weight [..., in, out] in FP8, for a product that sums over its rows or its columns."""
-        return quantise(weight, self.recipe.weight(sums_over_rows), "e4m3", self.recipe.pow2)
+        return self._quantise(weight, self.recipe.weight(sums_over_rows), "weights")
 
     def times(
         self, rows: Quantised, weight: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype
@@ -78,12 +91,12 @@ class Emulated:
         self, x: Quantised | paddle.Tensor, dy: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype
     ) -> paddle.Tensor:
         """See Backend."""
-        recipe, form = self.recipe, self.recipe.gradients
+        tile = self.recipe.columns()
         whole = x.dequantised() if isinstance(x, Quantised) else x.astype("float32")
         parts = [paddle.zeros([whole.shape[1], dy.shape[1]])] * len(counts)
         for expert, begin, end in row_spans(counts):
-            of_x = quantise(whole[begin:end], recipe.columns(), "e4m3", recipe.pow2)
-            of_dy = quantise(dy[begin:end], recipe.columns(), form, recipe.pow2)
+            of_x = self._quantise(whole[begin:end], tile, "activations")
+            of_dy = self._quantise(dy[begin:end], tile, "gradients")
             parts[expert] = paddle.matmul(of_x.dequantised(), of_dy.dequantised(), transpose_x=True)
         return paddle.stack(parts).astype(dtype)
 

@@ -65,12 +65,11 @@ class _Experts(PyLayer):
         if gate_up is None:
             rows = x if isinstance(x, Quantised) else backend.rows(x, counts)
             gate_up = backend.times(rows, up_gate, counts, dtype)
-        form = backend.recipe.gradients
-        dhidden = backend.times_transposed(backend.rows(dy, counts, form), down, counts, dtype)
+        dhidden = backend.times_transposed(backend.rows(dy, counts, "gradients"), down, counts, dtype)
         dgate_up, dweights, hidden = backend.gated_backward(gate_up, dhidden, *weights)
         ddown = None if down.stop_gradient else backend.weight_gradient(hidden, dy, counts, down.dtype)
         dup_gate = None if up_gate.stop_gradient else backend.weight_gradient(x, dgate_up, counts, up_gate.dtype)
         drows = None
         if ctx.needs_rows:
-            drows = backend.times_transposed(backend.rows(dgate_up, counts, form), up_gate, counts, dtype)
+            drows = backend.times_transposed(backend.rows(dgate_up, counts, "gradients"), up_gate, counts, dtype)
         return drows, dup_gate, ddown, *([dweights] if weights else [])

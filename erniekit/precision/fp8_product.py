@@ -10,8 +10,9 @@ import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.nn.product import Product
+from erniekit.precision.fp8_counts import Fp8Counts, Kind
 from erniekit.precision.fp8_emulated import Recipe
-from erniekit.precision.fp8_tensor import Fp8Format, Quantised
+from erniekit.precision.fp8_tensor import Quantised
 
 
 class Backend(Protocol):
@@ -19,10 +20,27 @@ class Backend(Protocol):
     each expert, which sum to R > 0. Results have the dtype `dtype`.
     """
 
-    recipe: Recipe
+    @property
+    def recipe(self) -> Recipe:
+        """How tensors are quantised."""
+        ...
 
-    def rows(self, x: paddle.Tensor, counts: Sequence[int], form: Fp8Format = "e4m3") -> Quantised:
-        """Rows [R, n] in FP8, for products that sum over columns."""
+    @property
+    def counts(self) -> Fp8Counts:
+        """What is counted of the codes."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What computes, for the log."""
+        ...
+
+    def refuses(self, in_features: int, out_features: int) -> str:
+        """Why a matrix of these sizes cannot be multiplied; empty if it can."""
+        ...
+
+    def rows(self, x: paddle.Tensor, counts: Sequence[int], kind: Kind = "activations") -> Quantised:
+        """Rows [R, n] in FP8, for products that sum over columns; gradients have the recipe's format for these."""
         ...
 
     def weight(self, weight: paddle.Tensor, sums_over_rows: bool = True) -> Quantised:
@@ -118,10 +136,10 @@ class _Fp8Matmul(PyLayer):
         if dy.shape[0] == 0:
             dweight = None if weight.stop_gradient else paddle.zeros(weight.shape, dtype=weight.dtype)
             return paddle.zeros([0, weight.shape[-2]], dtype=dy.dtype), dweight
-        x = kept[0] if ctx.tile is None else Quantised(*kept, ctx.tile)
+        x = kept[0] if ctx.tile is None else Quantised(kept[0], kept[1], ctx.tile)
         drows = dweight = None
         if ctx.needs_rows:
-            quantised = backend.rows(dy, counts, backend.recipe.gradients)
+            quantised = backend.rows(dy, counts, "gradients")
             drows = backend.times_transposed(quantised, weight, counts, ctx.dtype)
         if not weight.stop_gradient:
             dweight = backend.weight_gradient(x, dy, counts, weight.dtype)

@@ -10,6 +10,7 @@ from paddle import nn
 from erniekit.nn import onednn
 from erniekit.nn.linear import ProductFactory
 from erniekit.nn.roles import FP32_ROLES, Role, named_roles
+from erniekit.precision.fp8 import Fp8Options
 from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils import log
@@ -21,12 +22,13 @@ class Policy:
     """How a model stores and multiplies. `param_dtype` is the dtype of weights and matrix products ("float32",
     "bfloat16" or "float16"); 16-bit weights have fp32 masters in the optimizer. `product`: how the projections of the
     layers multiply and keep their weights; None: plainly. `rounded_to`: the dtype that weights are rounded to when they
-    are read, where `param_dtype` is wider.
+    are read, where `param_dtype` is wider. `fp8`: the products in FP8, which keep their weights as they are.
     """
 
     param_dtype: str
     product: ProductFactory | None = None
     rounded_to: str | None = None
+    fp8: Fp8Options | None = None
 
 
 _PARAM_DTYPES = {"fp32": "float32", "fp16": "float16"}  # others: bfloat16

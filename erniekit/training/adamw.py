@@ -1,6 +1,7 @@
 """AdamW, whose state is stored under the names of the parameters."""
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from erniekit.config.schema import Config
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.roles import Component, Role, named_components, named_roles
 from erniekit.parallel.zero import ShardedParameters
+from erniekit.training.moments import MOMENTS, MomentDtype, store_of
+from erniekit.training.state_home import OnDevice, StateHome
 
 # Fields of the state that are a single number for each parameter.
 POWERS = ("beta1_pow", "beta2_pow")
@@ -69,14 +72,17 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), one fused kernel a
     parameter.
 
-    State is fp32: the two moments, the powers of the betas, and, for 16-bit parameters, a master copy. `state` maps
-    parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the names of
-    `model.named_parameters()`. Where a parameter's state is divided over ranks, moments and master copy are this
-    rank's chunk [c], flat (parallel/buckets.py).
+    State is two moments, the powers of the betas, and, for 16-bit parameters, an fp32 master copy. The moments are
+    computed in fp32 and stored as training/moments.py says; all but the powers is where training/state_home.py says.
+    `state` maps parameter name -> {"moment1", "moment2", "beta1_pow", "beta2_pow"[, "master"]} -> tensor, under the
+    names of `model.named_parameters()`. Where a parameter's state is divided over ranks, moments and master copy are
+    this rank's chunk [c], flat (parallel/buckets.py).
 
     Args:
         parameters: the trainable parameters.
         rules: the rule of each parameter.
+        moment_dtype: how the moments are stored.
+        home: where the state is between steps; None: on the device.
     """
 
     def __init__(
@@ -86,96 +92,115 @@ class AdamW:
         beta1: float,
         beta2: float,
         epsilon: float,
+        moment_dtype: MomentDtype = "fp32",
+        home: StateHome | None = None,
     ) -> None:
         self.parameters = parameters
         self.rules = rules
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self._rounds_at_random = moment_dtype != "fp32"
+        self._stores = {name: store_of(moment_dtype, entry.chunk) for name, entry in parameters.entries.items()}
+        self._home = OnDevice() if home is None else home
+        self._powers: dict[str, dict[str, paddle.Tensor]] = {}
         self.reset()
 
+    @paddle.no_grad()
     def reset(self) -> None:
         """Reset the state. Master copies get the present values of the parameters."""
-        self.state = {name: self._new_state(name) for name in self.parameters.tensors}
+        for name in self.parameters.tensors:
+            own, fields = self.parameters.local_chunk(name), dict[str, paddle.Tensor]()
+            for moment in MOMENTS:
+                zeros = paddle.zeros(own.shape, dtype="float32")
+                self._stores[name].write(fields, moment, zeros, at_random=False)
+            if own.dtype != paddle.float32:
+                fields["master"] = own.astype("float32")
+            self._home.put(name, fields)
+            betas = zip(POWERS, (self.beta1, self.beta2), strict=True)
+            self._powers[name] = {power: paddle.full([1], beta, dtype="float32") for power, beta in betas}
 
-    def _new_state(self, name: str) -> dict[str, paddle.Tensor]:
-        own = self.parameters.local_chunk(name)
-        state = {
-            "moment1": paddle.zeros(own.shape, dtype="float32"),
-            "moment2": paddle.zeros(own.shape, dtype="float32"),
-            "beta1_pow": paddle.full([1], self.beta1, dtype="float32"),
-            "beta2_pow": paddle.full([1], self.beta2, dtype="float32"),
-        }
-        if own.dtype != paddle.float32:
-            state["master"] = own.astype("float32")
-        return state
+    @property
+    def state(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """See the class; copies where the state is in host memory."""
+        return {name: self._home.get(name) | powers for name, powers in self._powers.items()}
 
     @property
     def has_masters(self) -> bool:
         """Whether any parameter has a master copy."""
-        return any("master" in fields for fields in self.state.values())
+        return any(self._has_master(name) for name in self.parameters.entries)
+
+    def _has_master(self, name: str) -> bool:
+        return self.parameters.entries[name].dtype != "float32"
 
     @paddle.no_grad()
     def master(self, name: str) -> paddle.Tensor | None:
         """A parameter's whole master copy, fp32; None if it has none. If the state is divided, all ranks of the
         parameter's shard group must call this together.
         """
-        chunk = self.state.get(name, {}).get("master")
-        return None if chunk is None else self.parameters.whole(name, chunk)
+        if name not in self.parameters.entries or not self._has_master(name):
+            return None
+        return self.parameters.whole(name, self._home.get(name)["master"])
 
     def state_bytes(self) -> int:
         """The bytes of the state on this rank, counted over its tensors; the formula is parallel.memory.state_bytes."""
         return sum(t.numel().item() * t.element_size() for fields in self.state.values() for t in fields.values())
 
     @paddle.no_grad()
-    def step(self, gradients: Mapping[str, paddle.Tensor], learning_rate: float) -> None:
+    def step(self, gradients: Mapping[str, paddle.Tensor], learning_rate: float, seed: int = 0) -> None:
         """Update every parameter that has a gradient (see `GradientSync.finish`). A parameter without one on any rank
-        (an expert no token reached has a zero gradient, not none) is left alone.
+        (an expert no token reached has a zero gradient, not none) is left alone. `seed`: of the moments' rounding,
+        another one for each step and the same on all ranks.
         """
         updated = {}
         # One tensor for each distinct rate, filled on the device, so that nothing is uploaded.
         ratios = {self.rules[name].lr_ratio for name in self.parameters.tensors}
         rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
-        for name, gradient in gradients.items():
-            parameter, rule, state = self.parameters.local_chunk(name), self.rules[name], self.state[name]
-            updated[name] = parameter
-            master = state.get("master")
+        for name, fields in self._home.visit(gradients):
+            parameter, store = self.parameters.local_chunk(name), self._stores[name]
+            moments = [store.read(fields, moment) for moment in MOMENTS]
+            master = fields.get("master")
+            rate = rates[self.rules[name].lr_ratio]
             if master is not None and parameter.place.is_cpu_place():
                 # Paddle's CPU kernel has no 16-bit parameters. It updates the master, and the parameter is rounded.
-                self._update(master, gradient.astype("float32"), None, rates[rule.lr_ratio], rule, state)
+                self._update(name, master, gradients[name].astype("float32"), rate, moments, None)
                 paddle.assign(master.astype(parameter.dtype), parameter)
             else:
                 # With a master copy the kernel accepts an fp32 gradient; rounding it would undo its fp32 sum.
-                gradient = gradient if master is not None else gradient.astype(parameter.dtype)
-                self._update(parameter, gradient, master, rates[rule.lr_ratio], rule, state)
+                gradient = gradients[name] if master is not None else gradients[name].astype(parameter.dtype)
+                self._update(name, parameter, gradient, rate, moments, master)
+            if self._rounds_at_random:  # the same on every rank that has a copy
+                paddle.seed(zlib.crc32(f"{seed} {name}".encode()))
+            for moment, values in zip(MOMENTS, moments, strict=True):
+                store.write(fields, moment, values, at_random=self._rounds_at_random)
             parameter._bump_inplace_version()  # the kernel does not do this, and products rely on it (nn/product.py)
+            updated[name] = parameter
         self.parameters.publish(updated)
 
     def _update(
         self,
+        name: str,
         parameter: paddle.Tensor,
         gradient: paddle.Tensor,
-        master: paddle.Tensor | None,
         rate: paddle.Tensor,
-        rule: ParamRule,
-        state: Mapping[str, paddle.Tensor],
+        moments: Sequence[paddle.Tensor],
+        master: paddle.Tensor | None,
     ) -> None:
-        """Paddle's fused kernel: parameter, master and state in place."""
+        """Paddle's fused kernel: parameter, moments, powers and master in place."""
+        decay = self.rules[name].weight_decay
         paddle._C_ops.adamw_(
             parameter,
             gradient,
             rate,
-            state["moment1"],
-            state["moment2"],
+            *moments,
             None,  # moment2_max: AMSGrad is off
-            state["beta1_pow"],
-            state["beta2_pow"],
+            *(self._powers[name][power] for power in POWERS),
             master,
             None,  # found_inf: a step whose gradients are not finite does not come here
             self.beta1,
             self.beta2,
             self.epsilon,
             1.0,
-            rule.weight_decay,
-            rule.weight_decay > 0.0,
+            decay,
+            decay > 0.0,
             False,  # lazy_mode
             1000,  # min_row_size_to_use_multithread
             master is not None,
@@ -185,23 +210,44 @@ class AdamW:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every entry of the state, "parameter name/field", and its whole shape: the parameter's, or [1]."""
-        return {f"{name}/{field}": self._shape(name, field) for name, fields in self.state.items() for field in fields}
+        return {
+            f"{name}/{field}": self._shape(name, field)
+            for name in self.parameters.entries
+            for field in self._field_names(name)
+        }
+
+    def _field_names(self, name: str) -> tuple[str, ...]:
+        return (*MOMENTS, *POWERS, *(("master",) if self._has_master(name) else ()))
 
     def _shape(self, name: str, field: str) -> tuple[int, ...]:
         return (1,) if field in POWERS else self.parameters.entries[name].shape
 
+    @paddle.no_grad()
     def state_array(self, key: str) -> np.ndarray:
         """One entry of the state, whole, fp32. All ranks of the parameter's shard group have to call it together."""
         name, field = key.rsplit("/", 1)
-        tensor = self.state[name][field]
-        return tensor.numpy() if field in POWERS else self.parameters.gather(name, tensor)
+        if field in POWERS:
+            return self._powers[name][field].numpy()
+        fields = self._home.get(name)
+        chunk = self._stores[name].read(fields, field) if field in MOMENTS else fields[field]
+        return self.parameters.gather(name, chunk)
 
+    @paddle.no_grad()
     def load_state_array(self, key: str, array: np.ndarray) -> None:
         """Set one entry of the state from the whole array. KeyError if the optimizer has no such entry, ValueError if
         its shape differs.
         """
         name, field = key.rsplit("/", 1)
-        tensor, shape = self.state[name][field], self._shape(name, field)
-        if array.shape != shape:
-            raise ValueError(f"{key}: shape {array.shape}, not {shape}")
-        tensor.set_value(array if field in POWERS else self.parameters.scatter(name, array))
+        if name not in self.parameters.entries or field not in self._field_names(name):
+            raise KeyError(key)
+        if array.shape != self._shape(name, field):
+            raise ValueError(f"{key}: shape {array.shape}, not {self._shape(name, field)}")
+        if field in POWERS:
+            self._powers[name][field].set_value(array)
+            return
+        chunk, fields = paddle.to_tensor(self.parameters.scatter(name, array)), self._home.get(name)
+        if field in MOMENTS:
+            self._stores[name].write(fields, field, chunk, at_random=False)
+        else:
+            fields[field] = chunk
+        self._home.put(name, fields)

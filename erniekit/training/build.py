@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import paddle
@@ -53,7 +54,9 @@ from erniekit.training.ema import WeightAverage
 from erniekit.training.freezing import check_frozen, freeze
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
+from erniekit.training.moments import MomentDtype
 from erniekit.training.recipes.base import Recipe, RecipeContext
+from erniekit.training.state_home import build_home
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
 
@@ -156,9 +159,17 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         master_grad=cfg.amp_master_grad,
         overlap=mesh.world_group.handle is not None,
     )
-    optimizer = AdamW(parameters, parameter_rules(model, cfg), cfg.adam_beta1, cfg.adam_beta2, cfg.adam_epsilon)
+    optimizer = AdamW(
+        parameters,
+        parameter_rules(model, cfg),
+        cfg.adam_beta1,
+        cfg.adam_beta2,
+        cfg.adam_epsilon,
+        cast(MomentDtype, cfg.moment_dtype),
+        build_home(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
+    )
     if mesh.world > 1:
-        log.info(sync.memory_line())
+        log.info(sync.memory_line(cfg.moment_dtype))
     return Run(
         cfg=cfg,
         method=method,

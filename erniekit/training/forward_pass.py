@@ -13,17 +13,20 @@ import paddle
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM, Routings
 from erniekit.models.inputs import ModelInputs, batch_inputs, padded_length
+from erniekit.models.picture_balance import PatchLoad, PicturePlan
 from erniekit.models.stages import stage_input
 from erniekit.nn.dropout import DropoutStep
 from erniekit.parallel import pipeline
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import forward_plan
 from erniekit.utils import heartbeat
+from erniekit.utils.spans import span
 
 
 class ChunkRunner:
     """Runs the chunks of layers that this process holds (one, or several where the pipeline is interleaved) on a step's
-    microbatches. The inputs of a microbatch are made for its first chunk, and dropped with its last.
+    microbatches. The inputs of a microbatch are made for its first chunk, and dropped with its last. `patch_load`: how
+    data ranks divide the patches of the pictures; None where each encodes its own.
     """
 
     def __init__(
@@ -36,6 +39,11 @@ class ChunkRunner:
         self.model, self.microbatches = model, microbatches
         self._neftune_alpha, self._dropout = neftune_alpha, dropout
         self._inputs: dict[int, ModelInputs] = {}
+        self.patch_load: PatchLoad | None = None
+        self._picture_plans: list[PicturePlan | None] = [None] * len(microbatches)
+        if model.picture_ranks is not None:
+            grids = [batch.pictures.grid for batch in microbatches]
+            self._picture_plans, self.patch_load = model.picture_ranks.plan(grids)
 
     def run(
         self, chunk: int, microbatch: int, x_TD: paddle.Tensor | None
@@ -53,9 +61,14 @@ class ChunkRunner:
     def _inputs_of(self, chunk: int, microbatch: int) -> ModelInputs:
         if microbatch not in self._inputs:
             batch = self.microbatches[microbatch]
-            self._inputs[microbatch] = batch_inputs(
-                self.model, batch, neftune_alpha=self._neftune_alpha, dropout=self._dropout
-            )
+            with span("inputs"):
+                self._inputs[microbatch] = batch_inputs(
+                    self.model,
+                    batch,
+                    neftune_alpha=self._neftune_alpha,
+                    dropout=self._dropout,
+                    picture_plan=self._picture_plans[microbatch],
+                )
         is_last = chunk == len(self.model.chunks) - 1
         return self._inputs.pop(microbatch) if is_last else self._inputs[microbatch]
 

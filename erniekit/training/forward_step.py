@@ -14,12 +14,14 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.moe.stats import RouterStats
 from erniekit.nn.dropout import DropoutStep
 from erniekit.training.forward_pass import ChunkRunner
 from erniekit.training.recipes.base import Recipe, Term
 from erniekit.training.recipes.routers import idle_router, router_terms
 from erniekit.utils.device_sums import DeviceSums
+from erniekit.utils.spans import span
 
 
 def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
@@ -62,8 +64,9 @@ class _RouterSum(NamedTuple):
 
 class TrainStage:
     """Runs chunk after chunk of the layers that this process holds (one chunk, or several where the pipeline is
-    interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When every microbatch has been forward, `on_device` holds all that `sums` reports but what routers
-    counted on the host, under keys that only `sums` reads.
+    interleaved). Gradients are those of the loss times `loss_scale`, which nothing that is reported contains. When
+    every microbatch has been forward, `on_device` holds all that `sums` reports but what routers counted on the host,
+    under keys that only `sums` reads.
     """
 
     def __init__(
@@ -96,8 +99,14 @@ class TrainStage:
                 self.on_device.add(_RouterSum(router, name), value)
         if not runner.reaches_head(chunk):
             return x_TD, self._share(terms)
-        head_terms = self.recipe.head_terms(runner.model, x_TD, inputs, runner.microbatches[microbatch])
+        with span("head and loss"):
+            head_terms = self.recipe.head_terms(runner.model, x_TD, inputs, runner.microbatches[microbatch])
         return None, self._share(head_terms | terms)
+
+    @property
+    def patch_load(self) -> PatchLoad | None:
+        """How data ranks divide the patches of the step; None where each encodes its own."""
+        return self._runner.patch_load
 
     def input_shape(self, chunk: int, microbatch: int) -> tuple[list[int], paddle.dtype]:
         """Shape and dtype of what the stage before sends."""

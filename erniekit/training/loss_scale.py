@@ -1,8 +1,9 @@
 """Loss scaling of fp16 training (Micikevicius et al. 2017, arXiv 1710.03740, section 3.2).
 
 Gradients in fp16 vanish below 6e-8, so the loss is multiplied by a scale before the backward pass, and gradients are
-divided by it in fp32 afterwards. A scale that is too large makes a gradient infinite: that step updates nothing, and the
-scale is halved. After many steps without that it is doubled. These are the rules and numbers of Paddle's GradScaler.
+divided by it in fp32 afterwards. A scale that is too large makes a gradient infinite: that step updates nothing, and
+the scale is halved. After many steps without that it is doubled. These are the rules and numbers of Paddle's
+GradScaler.
 """
 
 import math
@@ -53,7 +54,6 @@ class LossScaler:
         if not math.isfinite(loss) or self.scale == 1.0:
             return False
         before, self.scale, self._good_steps = self.scale, max(self.scale / 2.0, 1.0), 0
-        log.warning(
-            f"step {step}: a gradient overflowed in fp16: nothing is updated, loss scale {before:.0f} -> {self.scale:.0f}"
-        )
+        change = f"loss scale {before:.0f} -> {self.scale:.0f}"
+        log.warning(f"step {step}: a gradient overflowed in fp16: nothing is updated, {change}")
         return True

@@ -1,33 +1,73 @@
 """The model of one pipeline stage of a planned job, as `build_run` would make it, but without memory."""
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 
 from erniekit import build
 from erniekit.checkpoint.peft_read import read_adapter
+from erniekit.config.schema import Config, fields
 from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.plan.job import Job
 from erniekit.plan.tensors import RankTensors, rank_tensors
 from erniekit.training.build import freeze_untrained_mtp
 from erniekit.training.freezing import freeze
+from erniekit.utils import log
+
+# Keys that the parameters of a stage do not depend on: plans that differ in them share the outlines.
+_NOT_OF_PARAMETERS = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "recompute",
+    "recompute_granularity",
+    "use_recompute_moe",
+    "use_recompute_mtp",
+    "no_recompute_layers",
+    "sharding",
+    "pipeline_schedule",
+    "ref_logps_cache",
+    "loss_subbatch_seqlen",
+)
 
 
 def outline_stage(job: Job, stage: int) -> tuple[CausalLM, Mesh]:
-    """The model of the first rank of a stage, what is not trained frozen, and that rank."""
+    """The model of the first rank of a stage, what is not trained frozen, and that rank. Of stages whose layers are of
+    the same kinds, in the same order, it is that of the first one.
+    """
+    usual = {name: fields()[name].default for name in _NOT_OF_PARAMETERS}
+    same = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, **usual))
+    like = stage if _names_layers(job.cfg) else [_kinds(job, i) for i in range(stage + 1)].index(_kinds(job, stage))
+    return _outline(same, like, tuple(job.stages[like]))
+
+
+def _names_layers(cfg: Config) -> bool:
+    """Whether keys may treat layers of one kind differently, by their numbers."""
+    return bool(cfg.frozen_parameters or cfg.lora_target_modules or cfg.modules_to_save or cfg.lora_path)
+
+
+def _kinds(job: Job, stage: int) -> tuple[object, ...]:
+    """What the parameters of a stage follow from."""
+    ends = stage == 0, stage == job.degrees.pipeline - 1
+    return *ends, *(tuple(job.model.is_moe_layer(layer) for layer in chunk) for chunk in job.stages[stage])
+
+
+@lru_cache(maxsize=128)
+def _outline(job: Job, stage: int, chunks: tuple[tuple[int, ...], ...]) -> tuple[CausalLM, Mesh]:
     mesh = Mesh.outline(job.degrees, stage * job.degrees.data * job.degrees.tensor)
-    options = build.training_options(job.cfg, "cpu" if job.on_cpu else "gpu:0")
+    with log.captured():
+        options = build.training_options(job.cfg, "cpu" if job.on_cpu else "gpu:0")
     stored = None
     if isinstance(options.adapter, build.AdapterDirectory):
         stored = read_adapter(Path(options.adapter.path), job.model)
-    model = build.outline(job.model, options, mesh, job.stages[stage], stored)
-    freeze_untrained_mtp(model, job.cfg)
-    freeze(model, job.cfg)
+    model = build.outline(job.model, options, mesh, chunks, stored)
+    with log.captured():  # each stage would say again what the run says once
+        freeze_untrained_mtp(model, job.cfg)
+        freeze(model, job.cfg)
     return model, mesh
 
 
-@lru_cache(maxsize=256)
 def stage_tensors(job: Job, stage: int) -> RankTensors:
     """What each rank of a stage keeps; see plan/tensors.py."""
     model, mesh = outline_stage(job, stage)
-    return rank_tensors(job, mesh, model, job.stages[stage])
+    return rank_tensors(job, mesh, model)

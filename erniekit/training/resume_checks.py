@@ -52,10 +52,13 @@ _KEYS = {
     Decision.SAY: """
         allow_urls max_decoded_pixels video_decode_seconds
         eval_dataset_type eval_dataset_path on_bad_line num_samples_each_epoch max_estimate_samples
-        compute_type amp_master_grad emulate_precision scale_loss loss_subbatch_seqlen z_loss_lambda multi_token_pred_lambda
+        compute_type fused_operators amp_master_grad emulate_precision scale_loss moment_dtype loss_subbatch_seqlen
+        z_loss_lambda
+        multi_token_pred_lambda
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
+        fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
@@ -73,15 +76,17 @@ _KEYS = {
         tie_word_embeddings use_bias initializer_range moe_num_experts moe_k moe_intermediate_size
         moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval tokenizer_name_or_path
         vision_config_path
+        fp8_statistics_steps
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
         recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
         ref_logps_cache
         do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
-        overwrite_output_dir disable_tqdm resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
-        ignore_data_skip optim
+        overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
+        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
+        ignore_data_skip optim offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
-        distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint

@@ -33,7 +33,8 @@ class TrainState:
     `best_of` is what best_metric was measured under (best.BestModel), `identity` the configuration that the run had
     (resume_checks.noted), `base` its base model (resume_checks.base_of), `max_steps` its last step as planned,
     `has_optimizer` whether the optimizer's state was saved, `loss_scale` the scale of the next step in fp16 and
-    `good_steps` the steps since it changed, `skipped_steps` how many updated nothing. A checkpoint of an earlier version lacks some of these.
+    `good_steps` the steps since it changed, `skipped_steps` how many updated nothing. A checkpoint of an
+    earlier version lacks some of these.
     """
 
     step: int = 0

@@ -21,15 +21,18 @@ from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
 from erniekit.training.evaluation import evaluate
+from erniekit.training.fp8_shares import Fp8Shares
 from erniekit.training.forward_step import StepSums, TrainStage, attention_dropout
 from erniekit.training.loss_scale import LossScaler
 from erniekit.training.output_dir import OutputDir
+from erniekit.training.profiling import make_profiler
 from erniekit.training.reduce_metrics import global_counts, global_sums
 from erniekit.training.replica_check import ReplicaCheck
 from erniekit.training.reporting.summary import FILE_NAME as SUMMARY_FILE
 from erniekit.training.state import TrainState
 from erniekit.utils import heartbeat, log, stop_signals
 from erniekit.utils.errors import TrainError
+from erniekit.utils.spans import span
 from erniekit.utils.user_files import read_json_object
 
 # Keys of the values that are fetched together with a stage's sums.
@@ -53,7 +56,9 @@ class Trainer:
         self.saver = Saver(run, output)
         self.check_replicas = ReplicaCheck(run.model, run.mesh)
         self.state = TrainState()
+        self.profiler = make_profiler(run) if run.cfg.profile else None
         self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
+        self._fp8_shares = Fp8Shares(run.model, self.cfg.fp8_statistics_steps)
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -112,7 +117,9 @@ class Trainer:
         """Run steps until all are done, the data has ended, or a signal asks the run to stop."""
         while self.state.step < self.run.max_steps and not self._stopped_early():
             if not self._advance() or (self.state.step < self.run.max_steps and self._must_stop()):
-                return
+                break
+        if self.profiler is not None:
+            self.profiler.finish()
 
     def _info(self) -> RunInfo:
         return RunInfo(
@@ -127,14 +134,19 @@ class Trainer:
     def _advance(self) -> bool:
         """Run one step and what it triggers: callbacks, an evaluation, a checkpoint. False when the data has ended."""
         epochs, began = self.run.loader.epochs_done, time.perf_counter()
+        if self.profiler is not None:
+            self.profiler.before_step(self.state.step)
         try:
-            batches = self._next_batches()
+            with span("data"):
+                batches = self._next_batches()
         except StopIteration:
             log.info(f"the data ended after step {self.state.step} of {self.run.max_steps}")
             self._data_ended = True
             return False
         waited = time.perf_counter() - began
         metrics = replace(self.train_step(batches), data_seconds=waited)
+        if self.profiler is not None:
+            self.profiler.after_step(metrics)
         heartbeat.step(self.state.step)
         self.state.data = self.run.loader.state_dict()
         every = self.cfg.check_replicas_steps
@@ -170,14 +182,18 @@ class Trainer:
         step = self.state.step
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
-        microbatches = self.run.recipe.prepare(batches)
+        with span("prepare"):
+            microbatches = self.run.recipe.prepare(batches)
+        self._fp8_shares.begin(step + 1)
         stage, gradients = self._forward_backward(microbatches)
-        sums, norm, biases = self._fetch(stage, gradients)
+        with span("gradients"):
+            sums, norm, biases = self._fetch(stage, gradients)
         learning_rate = self.run.schedule(step)
         scaling = self._note_scale(sums.loss, norm)
         if not scaling.get("skipped"):
             self._require_finite(sums.loss, norm, gradients, microbatches)
-            biases = self._update(gradients, norm, learning_rate, sums, biases)
+            with span("optimizer"):
+                biases = self._update(gradients, norm, learning_rate, sums, biases)
         self.run.sync.clear()
         routers = self._router_records(sums, biases)
         num_tokens = int(sums.counts["tokens"])
@@ -195,6 +211,7 @@ class Trainer:
             parts=_parts(sums, routers) | scaling,
             routers=routers,
             sent=comm.traffic.take(),
+            patch_load=stage.patch_load,
         )
 
     def _note_scale(self, loss: float, norm: float) -> dict[str, float]:
@@ -217,7 +234,7 @@ class Trainer:
     ) -> dict[int, np.ndarray]:
         """Update what is trained: weights, correction biases, averages. Returns the biases of the sparse layers."""
         clip_(gradients, norm, self.cfg.max_grad_norm)
-        self.run.optimizer.step(gradients, learning_rate)
+        self.run.optimizer.step(gradients, learning_rate, seed=self.cfg.seed * 1_000_003 + self.state.step)
         if self.run.update_router_bias:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
@@ -236,8 +253,9 @@ class Trainer:
         stage = TrainStage(self.cfg, run.model, run.recipe, microbatches, counts, sync.after_backward, dropout, scale)
         sync.begin(len(microbatches))
         pipeline.run(run.actions(len(microbatches)), stage, mesh.pipe_group.ranks)
-        gradients = sync.finish()
-        return stage, gradients if self.scaler is None else self.scaler.unscale(gradients)
+        with span("gradients"):
+            gradients = sync.finish()
+            return stage, gradients if self.scaler is None else self.scaler.unscale(gradients)
 
     def _fetch(
         self, stage: TrainStage, gradients: dict[str, paddle.Tensor]
@@ -251,10 +269,12 @@ class Trainer:
         stage.on_device.add(_SQUARES, squared_norms(gradients))
         for number, layer in self._sparse_layers().items():
             stage.on_device.add(_Bias(number), layer.correction_bias)
+        self._fp8_shares.add_to(stage.on_device)
         fetched = stage.on_device.fetch()
         biases = {key.layer: value.astype(np.float32) for key, value in fetched.items() if isinstance(key, _Bias)}
         sums = global_sums(stage.sums(fetched), self.run.mesh)
         entries, world = self.run.sync.parameters.entries, self.run.mesh.world_group
+        sums.metrics |= self._fp8_shares.parts(fetched, world)
         return sums, global_norm(gradients, entries, world, fetched[_SQUARES]), biases
 
     def _sparse_layers(self) -> dict[int, MoELayer]:

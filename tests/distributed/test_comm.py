@@ -208,12 +208,14 @@ def test_started_collectives_give_their_result_when_waited_for(world: World):
         np.testing.assert_array_equal(c, np.concatenate([x[own] for x in inputs[2]]))
 
 
-def host_values() -> tuple[np.ndarray, np.ndarray, list]:
+def host_values() -> tuple:
     rank, size = backend.world().rank, backend.world().size
     total = comm.sum_floats(np.array([[0.1 * (rank + 1), 1e-17]]), _group())
     counts = comm.exchange_counts(np.arange(size * 2).reshape(size, 2) + 100 * rank, _group())
     said = comm.gather_objects({"rank": rank, "text": "é" * rank, "nan": float("nan")}, _group())
-    return total, counts, said
+    rows = comm.gather_arrays(np.full((2 * rank, 3), rank, np.int32), _group())
+    none = comm.gather_arrays(np.zeros((0, 3)), _group())
+    return total, counts, said, [array.tolist() for array in rows], [array.shape for array in none]
 
 
 def test_host_values(world: World):
@@ -221,7 +223,8 @@ def test_host_values(world: World):
     expected = 0.0
     for rank in range(size):
         expected += 0.1 * (rank + 1)
-    for rank, (total, counts, said) in enumerate(world.run(host_values)):
+    for rank, (total, counts, said, rows, none) in enumerate(world.run(host_values)):
+        assert rows == [[[other] * 3] * (2 * other) for other in range(size)] and none == [(0, 3)] * size
         assert total.tolist() == [[expected, size * 1e-17]]
         np.testing.assert_array_equal(counts, [[2 * rank + 100 * i, 2 * rank + 1 + 100 * i] for i in range(size)])
         assert [(one["rank"], one["text"]) for one in said] == [(i, "é" * i) for i in range(size)]

@@ -64,8 +64,10 @@ TWO = {
     "moe-lora-nf4-pp2": ("moe", PIPE2 | LORA | NF4),
     # Pictures and videos in some rows, so that a rank has microbatches without any.
     "vl-dp2": ("vl", DATA2),
+    "vl-sharding2-stage2": ("vl", SHARD2 | {"sharding": "stage2"}),
     "vl-ep2-sharding": ("vl", EXPERT2 | SHARD2 | PARTS),
     "vl-pp2": ("vl", PIPE2),
+    "vl-pp2-interleaved": ("vl", PIPE2 | PARTS | {"virtual_pp_degree": 2}),
     # The rate of the other cases: at LORA's, ten times as large, AdamW makes a difference of 2e-5 of those few ulps.
     "vl-lora-tp2-sp": ("vl", TENSOR2 | LORA | {"sequence_parallel": True, "learning_rate": 1e-3}),
     "vl-tp2-sp-recompute": ("vl", TENSOR2 | {"sequence_parallel": True, "recompute": True}),
@@ -80,6 +82,8 @@ FOUR = {
     "moe-tp2-sp-ep2-short": ("moe", TENSOR2 | EXPERT2 | MTP | SHORT | {"sequence_parallel": True}),
     "dense-pp2-dp2-sharding": ("dense", PIPE2 | SHARD2),
     "dense-pp4": ("dense", {"pipeline_parallel_degree": 4} | MTP),
+    "vl-pp2-ep2": ("vl", PIPE2 | EXPERT2),
+    "vl-tp2-sp-ep2": ("vl", TENSOR2 | EXPERT2 | {"sequence_parallel": True}),
 }
 
 
@@ -115,7 +119,11 @@ def test_two_ranks_train_as_one(world2: World, directory: Path, case: str):
     assert losses < TOLERANCE and parameters < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["moe-dp2", "untied-tp2-sp", "moe-ep2", "untied-pp2", "moe-pp2-interleaved"])
+EVALUATED = ["moe-dp2", "untied-tp2-sp", "moe-ep2", "untied-pp2", "moe-pp2-interleaved"]
+EVALUATED += ["vl-dp2", "vl-ep2-sharding", "vl-pp2"]
+
+
+@pytest.mark.parametrize("case", EVALUATED)
 def test_two_ranks_evaluate_as_one(world2: World, directory: Path, case: str):
     """Every rank reports the loss of all the data. float32 logits, summed in float64: 1e-6."""
     model, keys = TWO[case]

@@ -34,10 +34,15 @@ TWO: dict[str, dict[str, Any]] = {
     "ep2-recompute": {"data": 2, "expert": 2, "recompute": True},
 }
 FOUR: dict[str, dict[str, Any]] = {
+    "dp4": {"data": 4},
+    "pp2-dp2": {"pipeline": 2, "data": 2},
     "pp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
+    "pp2-interleaved-ep2": {"pipeline": 2, "data": 2, "expert": 2, "chunks": 2},
+    "tp2-sp-dp2": {"tensor": 2, "data": 2, "sequence": True},
     "tp2-ep2": {"tensor": 2, "data": 2, "expert": 2},
     "tp2-sp-ep2": {"tensor": 2, "data": 2, "expert": 2, "sequence": True},
     "pp2-tp2": {"pipeline": 2, "tensor": 2},
+    "pp2-tp2-sp": {"pipeline": 2, "tensor": 2, "sequence": True},
 }
 
 
@@ -46,11 +51,12 @@ def one_step(
     sequence: bool = False,
     chunks: int = 1,
     recompute: bool = False,
+    balance: bool = True,
     freeze_config: tuple[str, ...] = (),
     **degrees: int,
 ) -> dict[str, Any]:
-    """Forward and backward of one step on this rank: the loss, the routers' loads, and its parameters' gradients as
-    name -> (array or None, spec, index, count).
+    """Forward and backward of one step on this rank: the loss, the routers' loads, its parameters' gradients as
+    name -> (array or None, spec, index, count), and how data ranks divide the patches.
     """
     from erniekit.config.schema import Config
     from erniekit.models import activation_checkpoint
@@ -82,7 +88,7 @@ def one_step(
     own_chunks = cut_layers(cfg, config, mesh.degrees.pipeline)[mesh.pipe]
     model = CausalLM(config, rank_shard_of(mesh, own_chunks))
     init_weights(model, 7)
-    parallelize(model, mesh, sequence, own_chunks)
+    parallelize(model, mesh, sequence, own_chunks, balance)
     freeze(model, cfg)
     if recompute:
         activation_checkpoint.apply(model.model, activation_checkpoint.RecomputeOptions())
@@ -107,7 +113,7 @@ def one_step(
         array = found[name].numpy().reshape(parameter.shape) if name in found else None
         gradients[name] = (array, spec, *((0, 1) if spec is None else model.shard.share(spec)))
     loads = {router: stats.usage.tolist() for router, stats in sums.routers.items()}
-    return {"loss": sums.loss, "loads": loads, "gradients": gradients}
+    return {"loss": sums.loss, "loads": loads, "gradients": gradients, "patches": stage.patch_load}
 
 
 def compare(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> float:
@@ -153,6 +159,33 @@ def test_four_ranks_are_one(world4: World, alone: dict[str, Any], case: str) -> 
     assert compare(ranks, alone) < TOLERANCE
 
 
+@pytest.mark.parametrize("balance", [True, False])
+def test_data_ranks_divide_the_patches(world2: World, alone: dict[str, Any], balance: bool) -> None:
+    """One rank has all or most patches of each microbatch: 44 of 44, 44 of 44, 24 of 28. Divided by images and pairs
+    of frames: 24, 32 and 16 on the busiest.
+    """
+    ranks = world2.run(one_step, microbatches=MICROBATCHES, balance=balance, **TWO["dp2"])
+    assert compare(ranks, alone) < TOLERANCE
+    assert [rank["patches"] for rank in ranks] == [(112, 72, 58.0) if balance else None] * 2
+
+
+@pytest.mark.parametrize("case", ["tp2-sp-dp2", "tp2-sp-ep2", "pp2-ep2"])
+def test_four_ranks_that_encode_their_own_pictures_are_one(world4: World, alone: dict[str, Any], case: str) -> None:
+    ranks = world4.run(one_step, microbatches=MICROBATCHES, balance=False, **FOUR[case])
+    assert compare(ranks, alone) < TOLERANCE
+
+
+# Every row of the second data rank is of text alone.
+LOPSIDED = [MICROBATCHES[0], [[9], [14]], MICROBATCHES[3], [[8]], MICROBATCHES[5], [[12]]]
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("case", ["dp2", "ep2", "ep2-recompute"])
+def test_a_rank_whose_tokens_are_all_text(world2: World, case: str, balance: bool) -> None:
+    ranks = world2.run(one_step, microbatches=LOPSIDED, balance=balance, **TWO[case])
+    assert compare(ranks, one_step(LOPSIDED)) < TOLERANCE
+
+
 @pytest.mark.parametrize("case", ["dp2", "ep2", "pp2"])
 def test_a_step_of_text_alone_leaves_vision_without_gradients(world2: World, case: str) -> None:
     text: list[list[Document]] = [[[9]], [[4], [5]], [[7]], [[12]]]
@@ -170,9 +203,21 @@ def test_a_rank_without_rows_takes_part(world2: World, case: str) -> None:
     assert compare(ranks, one_step(MICROBATCHES[:5])) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["dp2", "ep2", "tp2-sp", "ep2-recompute"])
-def test_ranks_without_pictures_take_part_where_the_decoder_is_frozen(world2: World, case: str) -> None:
-    """Below the first vision expert only pictures need gradients there; a rank without any must not stand aside."""
-    frozen = {"freeze_config": ("freeze_lm",)}
-    ranks = world2.run(one_step, microbatches=MICROBATCHES, **frozen, **TWO[case])
-    assert compare(ranks, one_step(MICROBATCHES, **frozen)) < TOLERANCE
+FROZEN: dict[str, tuple[str, ...]] = {"lm": ("freeze_lm",), "vision": ("freeze_vision",)}
+
+
+@pytest.mark.parametrize("part", FROZEN)
+@pytest.mark.parametrize("case", ["dp2", "ep2", "tp2-sp", "ep2-recompute", "pp2", "pp2-interleaved", "pp2-recompute"])
+def test_two_ranks_of_which_some_have_no_pictures_train_a_part(world2: World, case: str, part: str) -> None:
+    """Below the first vision expert only pictures need gradients if the decoder is frozen; a rank without any must not
+    stand aside.
+    """
+    ranks = world2.run(one_step, microbatches=MICROBATCHES, freeze_config=FROZEN[part], **TWO[case])
+    assert compare(ranks, one_step(MICROBATCHES, freeze_config=FROZEN[part])) < TOLERANCE
+
+
+@pytest.mark.parametrize("part", FROZEN)
+@pytest.mark.parametrize("case", ["pp2-interleaved-ep2", "tp2-sp-ep2", "tp2-sp-dp2"])
+def test_four_ranks_of_which_some_have_no_pictures_train_a_part(world4: World, case: str, part: str) -> None:
+    ranks = world4.run(one_step, microbatches=MICROBATCHES, freeze_config=FROZEN[part], **FOUR[case])
+    assert compare(ranks, one_step(MICROBATCHES, freeze_config=FROZEN[part])) < TOLERANCE

@@ -24,6 +24,9 @@ TWO = {
     "moe-tp2-sp": ("moe", 1, SEQUENCE2),
     "moe-ep2": ("moe", 2, EXPERT2),
     "moe-ep2-recompute": ("moe", 2, EXPERT2 | {"recompute": True}),
+    "vl-dp2": ("vl", 2, DATA2),
+    "vl-ep2": ("vl", 2, EXPERT2),
+    "vl-dp2-frozen": ("vl", 2, DATA2 | {"frozen_parameters": ["vision_transformer", "resampler"]}),
     "dense-pp2": ("dense", 1, PIPE2),
     "moe-pp2-interleaved": ("moe", 1, PIPE2 | {"virtual_pp_degree": 2}),
     "dense-pp2-memory": ("dense", 1, PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
@@ -33,6 +36,7 @@ FOUR = {
     "moe-pp2-ep2": ("moe", 2, PIPE2 | EXPERT2),
     "moe-ep4": ("moe", 4, {"expert_parallel_degree": 4}),
     "dense-pp4": ("dense", 1, {"pipeline_parallel_degree": 4}),
+    "vl-pp2-dp2": ("vl", 2, PIPE2 | DATA2),
     "untied-pp2-tp2-sp": ("untied", 1, PIPE2 | SEQUENCE2),
 }
 
@@ -61,6 +65,8 @@ def test_two_ranks_send_what_the_formula_says(world2: World, directory: Path, ca
     check(ranks)
     if case == "moe-ep2":  # the formula was tried on unequal loads: what goes away is not what comes back
         assert any(out != back for out, back in ranks[0]["away"])
+    if case.startswith("vl"):
+        assert all(rank["divided"] for rank in ranks), "some pictures are encoded on another rank"
 
 
 @pytest.mark.parametrize("case", FOUR)

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 from support import launched
+from support.vision_directories import vision_workspace
 
 import erniekit
 
@@ -46,6 +47,23 @@ def test_two_hosts_train_what_one_does(workspace):
         str(workspace / "run.yaml"), output_dir=str(workspace / "one"), gradient_accumulation_steps=2, max_steps=4
     )
     assert_same_losses(workspace / "out", workspace / "one")
+
+
+@pytest.mark.slow
+def test_two_hosts_train_on_pictures_what_one_does(tmp_path):
+    """Tokens go to experts, pixels to the rank that encodes them and features back, all between the two hosts."""
+    vision_workspace(tmp_path)
+    port = launched.free_port()
+    hosts = [
+        launched.start(tmp_path, "expert_parallel_degree=2", **launched.two_hosts(port, node)) for node in range(2)
+    ]
+    ends = [launched.finish(host) for host in hosts]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "without balance_pictures it would be" in ends[0][1] and "step 6/6" in ends[0][1]
+    steps = launched.steps_of(tmp_path / "out")
+    assert any(step["patch_load_max_over_mean"] < step["patch_load_max_over_mean_unbalanced"] for step in steps)
+    erniekit.train(str(tmp_path / "run.yaml"), output_dir=str(tmp_path / "one"), gradient_accumulation_steps=4)
+    assert_same_losses(tmp_path / "out", tmp_path / "one")
 
 
 def test_degrees_that_do_not_fit_are_refused_at_once(workspace):

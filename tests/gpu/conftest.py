@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from support import gpu_stand_in
+from support import paddle_cpp
 from support.worlds import World
 
 
@@ -13,11 +13,22 @@ def _world(size: int) -> Iterator[World]:
     world.stop()
 
 
+def _skip_without_compiler() -> None:
+    if (missing := paddle_cpp.why_not()) is not None:
+        pytest.skip(missing)
+
+
 @pytest.fixture(scope="session")
 def gpu() -> Iterator[World]:
     """One process, apart from this one: what gpu_stand_in.start() does there cannot be undone."""
-    if (missing := gpu_stand_in.why_not()) is not None:
-        pytest.skip(missing)
+    _skip_without_compiler()
+    yield from _world(1)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Iterator[World]:
+    """One process in which Paddle infers the shapes of GPU operators (tests/support/gpu_shapes)."""
+    _skip_without_compiler()
     yield from _world(1)
 
 

@@ -83,10 +83,10 @@ def check(gpu: World, directory: Path, case: str) -> None:
     for name, state in narrow["state"].items():
         assert ("master" in state) == (narrow["weights"][name] == "bfloat16"), name
         assert set(state.values()) == {"float32"}, name
-    assert narrow["calls"]["flashmask"] > 0
+    assert narrow["calls"]["flashmask_attention"] > 0
     updates = {call for call in narrow["calls"] if call.startswith("adamw")}
     assert updates <= {"adamw of bf16 by float32", "adamw of fp32 by float32"}, updates
-    assert set(wide["weights"].values()) == {"float32"} and "flashmask" not in wide["calls"]
+    assert set(wide["weights"].values()) == {"float32"} and "flashmask_attention" not in wide["calls"]
     for mine, other in zip(narrow["steps"], wide["steps"], strict=True):
         # Of losses of 0.7 to 6; a weight that is not trained, or twice, is ten times as far off after five steps.
         assert abs(mine["loss"] - other["loss"]) < 0.015, (mine, other)

@@ -137,7 +137,8 @@ def evaluate_some(keys: dict[str, Any]) -> dict[str, float]:
     from erniekit.training.build import build_run
     from erniekit.training.evaluation import evaluate
 
-    cfg = config.load(None, keys | {"do_eval": True, "eval_dataset_path": keys["train_dataset_path"]}, "train")
+    data = {f"eval_dataset_{what}": keys[f"train_dataset_{what}"] for what in ("path", "type")}
+    cfg = config.load(None, keys | {"do_eval": True} | data, "train")
     run = build_run(cfg, build_mesh(ParallelDims.from_config(cfg, backend.world().size)))
     try:
         return evaluate(run)

@@ -2,7 +2,7 @@
 // kernel, and rounds what comes out. Only operations whose GPU kernels take bfloat16 are listed, so that a type error
 // that a GPU would raise is raised here too.
 //
-// tests/gpu_stand_in.py compiles and loads this file.
+// tests/support/gpu_stand_in.py compiles and loads this file.
 
 #include <cstdio>
 #include <deque>
@@ -13,6 +13,8 @@
 #include "paddle/phi/common/bfloat16.h"
 #include "paddle/phi/core/dense_tensor.h"
 #include "paddle/phi/core/kernel_factory.h"
+#include "paddle/phi/kernels/activation_grad_kernel.h"
+#include "paddle/phi/kernels/activation_kernel.h"
 #include "paddle/phi/kernels/concat_grad_kernel.h"
 #include "paddle/phi/kernels/elementwise_add_grad_kernel.h"
 #include "paddle/phi/kernels/elementwise_add_kernel.h"
@@ -163,5 +165,7 @@ extern "C" int provide_bf16_kernels() {
   OPERATION(swiglu, SwiGLUKernel)
   OPERATION(swiglu_grad, SwiGLUGradKernel)
   OPERATION(concat_grad, ConcatGradKernel)
+  OPERATION(silu, SiluKernel)
+  OPERATION(silu_grad, SiluGradKernel)
   return missing;
 }

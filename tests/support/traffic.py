@@ -2,16 +2,16 @@
 (parallel/traffic.py, parallel/memory.py, parallel/pipeline_schedule.py).
 
 `measure(keys)` is a job for every rank of a world (tests/support/worlds.py): one step of the real trainer. It covers
-text models in fp32 without adapters or multi-token prediction, and recomputation of whole layers with expert
+models in fp32 without adapters or multi-token prediction, and recomputation of whole layers with expert
 parallelism only.
 """
 
 from typing import Any
 
 
-def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]]) -> dict[str, int]:
+def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]], plans: list[Any]) -> dict[str, int]:
     """Bytes by kind, host messages left out. `away`: of each dispatch to experts, the rows for other ranks and those
-    from other ranks.
+    from other ranks. `plans`: how data ranks divide the pictures of each microbatch.
     """
     from erniekit.models.inputs import padded_length
     from erniekit.parallel import traffic
@@ -47,7 +47,20 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
     dispatches = 2 if recomputed else 1
     out, back = (sum(rows) // dispatches for rows in zip(*away)) if away else (0, 0)
     sent["all_to_all"] += traffic.expert_parallel_bytes(out, back, config.hidden_size, recomputed)
+    sent["all_to_all"] += sum(_picture_bytes(run.model, plan) for plan in plans if plan is not None)
     return dict(sent)
+
+
+def _picture_bytes(model: Any, plan: Any) -> int:
+    from erniekit.parallel import traffic
+
+    def to_others(counts: list[int]) -> int:
+        return sum(counts) - counts[plan.group.index]
+
+    config, parts = model.config, (model.model.vision_model, model.model.resampler_model)
+    trained = any(not parameter.stop_gradient for part in parts for parameter in part.parameters())
+    patches, features = to_others(plan.patch_counts[0]), (to_others(counts) for counts in plan.token_counts)
+    return traffic.picture_bytes(patches, config.vision.patch_features, *features, config.hidden_size, trained)
 
 
 def stored_gradient_bytes(sync: Any) -> int:
@@ -64,6 +77,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from erniekit import config
+    from erniekit.models.picture_balance import PictureRanks
     from erniekit.models.pipeline_layout import schedule_of
     from erniekit.parallel import backend, comm, pipeline
     from erniekit.parallel.memory import state_bytes
@@ -79,7 +93,8 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
     batches = run.loader.next_step()
     away: list[tuple[int, int]] = []
     peaks: list[int] = []
-    exchange_counts, run_pipeline = comm.exchange_counts, pipeline.run
+    plans: list[Any] = []
+    exchange_counts, run_pipeline, plan_pictures = comm.exchange_counts, pipeline.run, PictureRanks.plan
 
     def spy_on_counts(counts: np.ndarray, group: Any) -> np.ndarray:
         incoming = exchange_counts(counts, group)
@@ -92,20 +107,26 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         peaks.append(run_pipeline(*args))
         return peaks[-1]
 
+    def spy_on_plans(*args: Any) -> Any:
+        found = plan_pictures(*args)
+        plans.extend(found[0])
+        return found
+
     comm.traffic.take()  # what was sent while the run was built
-    comm.exchange_counts, pipeline.run = spy_on_counts, spy_on_peak
+    comm.exchange_counts, pipeline.run, PictureRanks.plan = spy_on_counts, spy_on_peak, spy_on_plans
     try:
         sent = trainer.train_step(batches).sent
     finally:
-        comm.exchange_counts, pipeline.run = exchange_counts, run_pipeline
+        comm.exchange_counts, pipeline.run, PictureRanks.plan = exchange_counts, run_pipeline, plan_pictures
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.sync.parameters.entries.values())
     depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.forward.chunks))
     return {
-        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away))),
+        "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away, plans))),
         "host": host,
         "away": away,
+        "divided": sum(plan is not None for plan in plans),
         "state": (run.optimizer.state_bytes(), state_bytes(entries)),
         "undivided": state_bytes(entries, divided=False),
         "peak": (peaks[0], peak_live(*depth)),

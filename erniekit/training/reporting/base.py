@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from erniekit.config.schema import Config
+from erniekit.models.picture_balance import PatchLoad
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class StepMetrics:
     `num_tokens` are the tokens that are not padding, `num_supervised` those with a label, `seconds` the step's time,
     `data_seconds` the time before it that this rank waited for its batches.
     `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer; `sent` the
-    bytes that this rank sent to others, by kind of operation.
+    bytes that this rank sent to others, by kind of operation; `patch_load` how data ranks divide the patches of
+    pictures, None where each encodes its own.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepMetrics:
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     data_seconds: float = 0.0
+    patch_load: PatchLoad | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +66,17 @@ class StepMetrics:
         }
         clash = own.keys() & self.parts.keys()
         assert not clash, f"parts named as a step's own numbers: {clash}"
-        return own | self.parts | {f"bytes_sent_{kind}": count for kind, count in self.sent.items()}
+        return own | self.parts | self._patch_load() | {f"bytes_sent_{kind}": n for kind, n in self.sent.items()}
+
+    def _patch_load(self) -> dict[str, float]:
+        """The load of the busiest data rank over the mean, and what it would be if each encoded its own pictures."""
+        load = self.patch_load
+        if load is None or not load.mean:
+            return {}
+        return {
+            "patch_load_max_over_mean": load.divided / load.mean,
+            "patch_load_max_over_mean_unbalanced": load.own / load.mean,
+        }
 
 
 class Callback:

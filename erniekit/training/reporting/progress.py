@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
 from erniekit.utils import log
 
@@ -52,6 +53,13 @@ def _metrics(values: dict[str, float]) -> str:
     return ", ".join(shown.values())
 
 
+def _patch_load(step: int, load: PatchLoad) -> str:
+    return (
+        f"pictures of step {step}: the busiest data rank encodes {load.divided / load.mean:.2f} times the mean number "
+        f"of patches; without balance_pictures it would be {load.own / load.mean:.2f} times"
+    )
+
+
 class ProgressReport(Callback):
     """A rich bar with loss, learning rate, tokens per second and remaining time when stderr is a terminal.
 
@@ -63,6 +71,7 @@ class ProgressReport(Callback):
         self._disable_bar = disable_bar
         self._console = console
         self._bar: Progress | None = None
+        self._said_patch_load = False
 
     def on_start(self, run: RunInfo) -> None:
         """Log the start of the run, and show the bar if there is a terminal."""
@@ -92,6 +101,9 @@ class ProgressReport(Callback):
     def on_step(self, metrics: StepMetrics) -> None:
         """Update the bar, or log a line every `logging_steps` steps."""
         self._recent.append((metrics.num_tokens, metrics.seconds))
+        if not self._said_patch_load and metrics.patch_load is not None and metrics.patch_load.mean:
+            self._said_patch_load = True
+            log.info(_patch_load(metrics.step, metrics.patch_load))
         loss = f"loss {metrics.loss:.4f}{_modalities(metrics.parts)}{_rewards(metrics.parts)}"
         numbers = f"{loss}  lr {metrics.learning_rate:.2e}  {_count(self._speed())} tokens/s"
         if self._bar is not None:

@@ -124,7 +124,9 @@ model_args:
     multi_token_pred_depth: 1
     use_recompute: true
     use_fp8_mlp: true
-    fp8_mem_configs: {dequant_input: true}
+    use_fp8_fuse_node: true
+    fp8_mem_configs: {shared_expert: false, recompute_fwd_gate_up: [4, 5], dequant_input: true}
+    fp8_fused_ops_configs: {stack_quant: true, split_group_gemm: false}
 trainer_args:
   input_dir: "0.4 ./demo_data/part0 0.6 ./demo_data/part1"
   split: "998,1,1"
@@ -189,9 +191,11 @@ def test_pretraining_blocks_are_understood(read):
     assert cfg.input_dir == ("0.4", "./demo_data/part0", "0.6", "./demo_data/part1")
     assert (cfg.num_nextn_predict_layers, cfg.recompute, cfg.max_seq_len, cfg.batch_size) == (1, True, 4096, 2)
     assert (cfg.lr_scheduler_type, cfg.adam_epsilon, cfg.continue_training) == ("wsd:603000", 1e-8, False)
-    assert keys(unsupported(cfg)) == {"use_fp8_mlp"}
+    assert unsupported(cfg) == []
+    assert (cfg.fp8, cfg.fp8_store, cfg.fp8_recompute_up_gate_layers) == ("blockwise", True, (4, 5))
+    assert cfg.fp8_modules == ("experts",) and cfg.compute_type == "bf16"
     assert cfg.tokenizer_name_or_path == "./tokenizer_model"
-    assert {"env", "fp8_mem_configs", "dataset_type", "stage"} <= keys(cfg.notes)
+    assert {"env", "use_fp8_fuse_node", "stack_quant", "dataset_type", "stage"} <= keys(cfg.notes)
 
 
 def test_export_and_chat_need_no_degrees(read):

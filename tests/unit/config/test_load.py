@@ -264,7 +264,7 @@ bf16: False
 sharding: stage1
 lora_rank: 32
 amp_custom_white_list: [matmul, lookup_table]
-fp8_mem_configs: {dequant_input: true, layers: [1, 2]}
+fp8_mem_configs: {dequant_input: true, recompute_fwd_gate_up: [1, 2]}
 env: {HOME: null}
 """
     cfg = load(write(BASE + text))

@@ -197,7 +197,10 @@ def test_each_command_needs_only_its_own_keys():
     ("given", "expected"),
     [
         ({"stage": "OCR-VL-SFT"}, "stage: OCR-VL-SFT (PaddleOCR-VL)"),
-        ({"compute_type": "fp8"}, "compute_type: fp8 (FP8)"),
+        (
+            {"compute_type": "fp8"},
+            "compute_type: fp8 (weights in FP8 with scales of their own, FP8-QAT; fp8: blockwise",
+        ),
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),

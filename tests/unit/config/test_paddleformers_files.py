@@ -294,8 +294,16 @@ def test_pretraining_from_a_shape(read):
     degrees = (cfg.pipeline_parallel_degree, cfg.expert_parallel_degree, cfg.sharding_parallel_degree)
     assert degrees == (4, 8, 8) and cfg.data_parallel_degree == 1
     assert "stage" in reasons(cfg) and "moe_capacity_factor" in reasons(cfg)["moe_capacity"]
-    refused = read(PRETRAINING.replace("use_fp8_mlp: false", "use_fp8_mlp: true"))
-    assert unsupported(refused) == ["use_fp8_mlp: True (FP8)"]
+    assert cfg.fp8 == "none" and "fp8 is none" in reasons(cfg)["fp8_recompute_up_gate_layers"]
+    switched_on = PRETRAINING.replace("use_fp8_mlp: false", "use_fp8_mlp: true")
+    cfg = read(switched_on.replace("shared_expert: false", "shared_expert: true"))
+    assert unsupported(cfg) == []
+    assert (cfg.fp8, cfg.fp8_modules) == ("blockwise", ("experts", "shared_experts"))
+    assert cfg.fp8_recompute_up_gate_layers == (4, 5, 6)
+    assert "quantised for each product" in reasons(cfg)["offline_quant_expert_weight"]
+    assert "quantised there" in reasons(cfg)["use_quant_before_a2a"]
+    refused = read(switched_on.replace("use_fp8: False", "use_fp8: True"))
+    assert [line.partition(":")[0] for line in unsupported(refused)] == ["use_fp8"]
 
 
 @pytest.mark.parametrize("stage", ["VL-SFT", "dpo-vl"])
@@ -357,7 +365,6 @@ def test_the_one_value_is_taken(read, line):
         ("expert_tensor_model_parallel_size: 2", "tensor parallelism of its own for experts"),
         ("train_mtp_only: true", "freezing parts of the model"),
         ("make_offline_data: true", "data sets prepared offline"),
-        ("profile: true", "profiling from the YAML"),
         ("num_empty_layers_add_in_tail: 2", "layers added or left out at the model's end"),
     ],
 )

@@ -57,6 +57,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         None,
     ),
     ("eval", {"vision_experts_down_scale": 0.5}, {**EVAL, **VL}, {**EVAL, **VL, "vision_config_path": "v"}),
+    ("train", {"fp8_modules": "mlp", "fp8_store": False, "fp8_statistics_steps": 5}, {}, {"fp8": "blockwise"}),
+    (
+        "train",
+        {"fp8_recompute_up_gate_layers": "1", "fp8_routing_weight": "after"},
+        {"fp8": "blockwise", "fp8_modules": "attention"},
+        {"fp8": "blockwise"},
+    ),
+    ("eval", {"fp8": "blockwise", "fp8_scale": "real"}, EVAL, None),
     ("train", {"vision_experts_down_scale": 0.5}, VL, {**VL, "vision_config_path": "v"}),
     (
         "train",
@@ -148,6 +156,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("eval", {"max_restarts": 1, "elastic": True}, EVAL, None),
     ("chat", {"max_restarts": 1}, {}, None),
     ("train", {"sharding": "stage1"}, {"facts": Facts(data_ranks=1)}, {"facts": Facts(data_ranks=2)}),
+    ("train", {"balance_pictures": True}, {}, VL),
+    ("train", {"balance_pictures": True}, {**VL, "facts": Facts(data_ranks=1)}, {**VL, "facts": Facts(data_ranks=2)}),
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),

@@ -6,7 +6,7 @@ import pytest
 
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.resampler import Resampler, frame_pairs
-from erniekit.models.vision import VisionTransformer, patch_positions
+from erniekit.models.vision import QuickGELU, VisionTransformer, patch_positions
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.linear import Linear
 from erniekit.precision.quantized_weight import QuantizedWeights
@@ -105,3 +105,15 @@ def test_depth_of_each_parameter(tower: VisionTransformer):
     depths = tower.parameter_depths()
     assert depths["patch_embed.proj.weight"] == depths["blocks.0.attn.qkv.weight"] == 0
     assert depths["blocks.1.mlp.fc2.bias"] == 1 and depths["ln.weight"] == 2
+
+
+def test_quick_gelu_and_its_gradient_follow_the_formula():
+    values = RNG.normal(scale=4.0, size=(50, 3)).astype(np.float32)
+    results = []
+    for function in (QuickGELU(), lambda x: x * paddle.nn.functional.sigmoid(1.702 * x)):
+        x = paddle.to_tensor(values, stop_gradient=False)
+        y = function(x)
+        y.square().sum().backward()
+        results.append((y.numpy(), x.grad.numpy()))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""RMSNorm against its formula."""
+"""RMSNorm and LayerNorm against their formulas."""
 
 import numpy as np
 import paddle
@@ -6,7 +6,7 @@ import pytest
 from support.numeric import numeric_gradient
 
 from erniekit.nn import norm
-from erniekit.nn.norm import RMSNorm, rms_norm
+from erniekit.nn.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
 
 EPSILON = 1e-5
 
@@ -94,3 +94,38 @@ def test_bfloat16_input_keeps_its_dtype_and_fp32_statistics():
     assert y.dtype == paddle.bfloat16
     rounded = x_t.astype("float32").numpy().astype(np.float64)
     np.testing.assert_allclose(y.astype("float32").numpy(), formula(rounded, np.ones(64)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 8), (300, 12), (2, 3, 8)])
+def test_layer_norm_and_its_gradients_are_those_of_paddles_kernel(shape: tuple[int, ...]):
+    random = np.random.default_rng(4)
+    x, upstream = random.normal(3.0, 2.0, shape), random.normal(size=shape)
+    x[0] *= 100.0
+    weight, bias = random.normal(size=shape[-1]), random.normal(size=shape[-1])
+    results = []
+    for function in (layer_norm, lambda x, w, b, eps: paddle.nn.functional.layer_norm(x, shape[-1], w, b, eps)):
+        tensors = tensor(x), tensor(weight), tensor(bias)
+        y = function(*tensors, EPSILON)
+        (y * tensor(upstream)).sum().backward()
+        np.testing.assert_array_equal(tensors[0].numpy(), x.astype(np.float32))
+        results.append((y.numpy(), *(each.grad.numpy() for each in tensors)))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_layer_norm_gives_gradients_to_what_is_trained_alone(trained: int):
+    arguments = [
+        paddle.to_tensor(np.arange(12, dtype=np.float32).reshape(3, 4) ** 2),
+        paddle.ones([4]),
+        paddle.ones([4]),
+    ]
+    arguments[trained].stop_gradient = False
+    layer_norm(*arguments, EPSILON).square().sum().backward()
+    assert [each.grad is not None for each in arguments] == [number == trained for number in range(3)]
+
+
+def test_the_layer_norm_layer_has_mean_0_and_deviation_1_at_first():
+    y = LayerNorm(64, EPSILON)(tensor(np.random.default_rng(5).normal(7.0, 3.0, (4, 64)))).numpy()
+    np.testing.assert_allclose(y.mean(axis=1), 0.0, atol=1e-5)
+    np.testing.assert_allclose(y.std(axis=1), 1.0, rtol=1e-4)

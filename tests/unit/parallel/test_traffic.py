@@ -11,6 +11,7 @@ from erniekit.parallel.traffic import (
     TokenCounts,
     expert_parallel_bytes,
     gradient_sync_bytes,
+    picture_bytes,
     pipeline_bytes,
     tensor_parallel_bytes,
 )
@@ -59,6 +60,12 @@ def test_experts_of_a_recomputed_layer_send_one_forward_pass_more():
     assert expert_parallel_bytes(3, 5, hidden_size=2, recomputed=True, element_bytes=2) == 3 * 8 * 2 * 2
     assert expert_parallel_bytes(3, 5, hidden_size=2, takes_weights=True) == 2 * 8 * 2 * 4 + (3 + 5) * 4
     assert expert_parallel_bytes(3, 5, 2, recomputed=True, takes_weights=True) == 3 * 8 * 2 * 4 + (2 * 3 + 5) * 4
+
+
+def test_pixels_go_away_and_features_and_their_gradients_come_back():
+    assert picture_bytes(8, 12, features_sent=3, features_received=2, hidden_size=16) == 8 * 12 + (3 + 2) * 16 * 4
+    frozen = picture_bytes(8, 12, features_sent=3, features_received=2, hidden_size=16, trained=False, element_bytes=2)
+    assert frozen == 8 * 12 + 3 * 16 * 2
 
 
 def test_the_formulas_need_no_paddle():

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from erniekit.config.schema import Config
+from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
 from erniekit.training.reporting import metrics_file, plot, trackers
 from erniekit.training.reporting.metrics_file import MetricsFile, read_metrics
@@ -429,6 +430,27 @@ def test_the_share_of_time_that_a_run_waits_for_data_is_in_the_summary(tmp_path:
         callback.on_end({})
     assert json.loads((tmp_path / "summary.json").read_text())["data_wait_share"] == 0.2
     assert "20.0% of the step time waiting for data" in messages[-1]
+
+
+def test_the_patches_of_data_ranks_are_said_once_and_written_every_step(tmp_path: Path, messages: list[str]):
+    """A step without pictures says nothing, and neither does one where each rank encodes its own."""
+    report, file = ProgressReport(1, disable_bar=True), MetricsFile()
+    loads = [None, PatchLoad(), PatchLoad(own=112, divided=72, mean=58.0), PatchLoad(own=60, divided=30, mean=30.0)]
+    for callback in (report, file):
+        callback.on_start(run_info(tmp_path))
+        for step, load in enumerate(loads, 1):
+            callback.on_step(step_metrics(step, patch_load=load))
+    assert [message for message in messages if "pictures" in message] == [
+        "pictures of step 3: the busiest data rank encodes 1.24 times the mean number of patches; without "
+        "balance_pictures it would be 1.93 times"
+    ]
+    names = ("patch_load_max_over_mean", "patch_load_max_over_mean_unbalanced")
+    assert [tuple(line.get(name) for name in names) for line in lines(tmp_path)] == [
+        (None, None),
+        (None, None),
+        (72 / 58, 112 / 58),
+        (1.0, 2.0),
+    ]
 
 
 def test_losses_of_modalities_are_shown_and_drawn_where_there_are_several(tmp_path: Path, messages: list[str]):

@@ -1,0 +1,208 @@
+"""`erniekit plan`: what a run will need and how long it will take, from its YAML and the name of a GPU."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erniekit import config, hub
+from erniekit.checkpoint.model_shape import given_shape, model_config
+from erniekit.cli import launch, options
+from erniekit.config import Config
+from erniekit.config.paths import expand
+from erniekit.models.config import ModelConfig
+from erniekit.parallel.mesh import ParallelDims
+from erniekit.plan.hardware import Hardware, load_hardware
+from erniekit.plan.job import CPU, Cluster, Job, make_job
+from erniekit.plan.shapes import NAMES, published_shape
+from erniekit.utils import atomic, log
+from erniekit.utils.errors import ConfigError
+from erniekit.utils.host_memory import host_memory
+
+DEFAULT_GPU, MOST_GPUS_PER_NODE = "H800", 8
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of `plan` that are not keys of the configuration."""
+
+    gpus: int | None = None
+    gpu: str = DEFAULT_GPU
+    gpus_per_node: int | None = None
+    memory: float | None = None
+    tokens: float | None = None
+    document_tokens: int | None = None
+    picture_tokens: int | None = None
+    hardware: str | None = None
+    json: str = ""
+    chart: str = ""
+
+
+def run(args: list[str]) -> int:
+    """Plan a run, print the plan, and return the exit code: 0 if it fits, 3 if it does not."""
+    values, command_args = options.read("plan", args, _OPTIONS)
+    options.require("plan", command_args, "Missing configuration file. Give a YAML or JSON file, or key=value.")
+    wishes = Wishes(**values)
+    path, overrides = launch.read_arguments(command_args)
+    cfg = config.load(path, overrides, "train", allow_extra=launch.allows_extra())
+    config.require_supported(cfg, "train")
+    card = load_hardware(wishes.gpu, wishes.hardware)
+    job = _job(cfg, wishes, card)
+    report = _report(job, card, wishes)
+    print(report.to_text())
+    if wishes.json:
+        atomic.write_text(Path(wishes.json), json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
+    if wishes.chart:
+        from erniekit.plan.chart import draw
+
+        draw(report.memory, report.time, Path(wishes.chart))
+        log.info(f"chart: {wishes.chart}")
+    return 0 if report.memory.fits else 3
+
+
+def _job(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
+    model = _model(cfg)
+    gpu = CPU if card.name.lower() == CPU else card.name
+    gpus = wishes.gpus or ParallelDims.from_config(cfg).world
+    per_node = wishes.gpus_per_node or min(gpus, MOST_GPUS_PER_NODE)
+    if gpus > per_node and gpus % per_node:
+        raise ConfigError(
+            f"gpus: {gpus} do not make whole hosts of gpus_per_node: {per_node} ({gpus} / {per_node} = "
+            f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
+        )
+    pictures = wishes.picture_tokens or 0
+    if wishes.picture_tokens is None and model.vision is not None and cfg.method.vision:
+        pictures = cfg.max_seq_len // 2
+    if pictures > cfg.max_seq_len:
+        raise ConfigError(f"picture_tokens: {pictures} of a row of max_seq_len: {cfg.max_seq_len} tokens")
+    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+
+
+def _model(cfg: Config) -> ModelConfig:
+    """The model's shape, without its weights: from its directory, from the table of published models, or the YAML."""
+    name = cfg.model_name_or_path
+    directory = None if name is None else hub.find_model(name)
+    if directory is not None:
+        return model_config(cfg, directory)
+    if name is None:
+        tokenizer = hub.find_tokenizer(cfg.tokenizer_name_or_path or "")
+        if tokenizer is None:
+            raise ConfigError(f"tokenizer_name_or_path: {cfg.tokenizer_name_or_path}: give a directory on this machine")
+        return model_config(cfg, tokenizer)
+    shape = published_shape(name)
+    if shape is not None:
+        return dataclasses.replace(shape, **given_shape(cfg)) if not cfg.continue_training else shape
+    known = [f"baidu/ERNIE-4.5-{each}-Paddle" for each in NAMES]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" The nearest name is {near[0]}." if near else ""
+    raise ConfigError(
+        f"model_name_or_path: {name} is neither a directory here nor a published ERNIE 4.5 model, whose shapes are "
+        f"known: {', '.join(NAMES)}.{hint} Download its config.json and give the directory."
+    )
+
+
+def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
+    from erniekit.plan import advice
+    from erniekit.plan.memory import plan_memory
+    from erniekit.plan.report import Report
+    from erniekit.plan.timing import plan_time
+    from erniekit.training.outline import outline_stage
+
+    capacity = wishes.memory or _capacity(job, card)
+    memory = plan_memory(job, capacity, outline_stage)
+    found = advice.changes(memory, capacity, outline_stage, card)
+    cure = advice.cheapest_fit(found)
+    needs_more = not memory.fits and cure is None
+    return Report(
+        memory=memory,
+        time=plan_time(job, card),
+        saving=advice.most_saving(found),
+        cure=cure,
+        least=advice.least_cluster(job, capacity, outline_stage) if needs_more else None,
+        tokens=wishes.tokens or _tokens(job),
+        assumptions=_assumptions(job, card, wishes),
+    )
+
+
+def _capacity(job: Job, card: Hardware) -> float:
+    """Bytes that one rank has: a card's, or a share of this host's memory."""
+    if not job.on_cpu:
+        return card.memory_bytes
+    return host_memory() / min(job.cluster.gpus, job.cluster.gpus_per_node)
+
+
+def _tokens(job: Job) -> float | None:
+    """Tokens of the whole training, where max_steps says how many steps it has."""
+    return float(job.cfg.max_steps * job.step_tokens) if job.cfg.max_steps > 0 else None
+
+
+def _assumptions(job: Job, card: Hardware, wishes: Wishes) -> list[str]:
+    lines = []
+    if "gpu" not in vars(wishes) or wishes.gpu == DEFAULT_GPU:
+        lines.append(f"gpu={DEFAULT_GPU}: give gpu=NAME for another one")
+    documents = "one document each" if job.document_tokens is None else f"documents of {job.document_tokens} tokens"
+    lines.append(f"rows are full ({job.row_tokens} tokens, {documents}); every token has a label")
+    if job.model.moe_num_experts:
+        lines.append(
+            "tokens spread evenly over the experts; a rank with 20 % more tokens needs that much more for them"
+        )
+    if job.picture_tokens:
+        lines.append(f"{job.picture_tokens} of the {job.row_tokens} tokens of a row stand for pictures")
+    if not job.on_cpu:
+        lines.append(
+            "memory on a GPU follows from what its kernels keep and has not been measured; on a CPU it is measured "
+            "(docs/plan.md)"
+        )
+        lines.append("time is 10 to 20 % off where it was compared with published runs (docs/plan.md)")
+    if card.contested:
+        lines.append(f"{card.name}: {card.contested}")
+    return lines
+
+
+def _whole(most: int) -> Any:
+    def read(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise ValueError(f"expected a whole number from 1 to {most:,}")
+        return int(text)
+
+    return read
+
+
+def _positive(most: float) -> Any:
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= most:
+            raise ValueError(f"expected a positive number, at most {most:g}")
+        return number
+
+    return read
+
+
+def _gigabytes(text: str) -> float:
+    return float(_positive(10_000)(text)) * 1e9
+
+
+def _new_file(text: str) -> str:
+    path = Path(expand(text))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"expected a file to be written, in a directory that exists ({path.absolute().parent})")
+    return str(path)
+
+
+_OPTIONS: options.Readers = {
+    "gpus": _whole(1_000_000),
+    "gpu": str,
+    "gpus_per_node": _whole(1024),
+    "memory": _gigabytes,
+    "tokens": _positive(1e16),
+    "document_tokens": _whole(10**9),
+    "picture_tokens": _whole(10**9),
+    "hardware": expand,
+    "json": _new_file,
+    "chart": _new_file,
+}

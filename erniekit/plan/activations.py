@@ -1,0 +1,282 @@
+"""Activations of one pipeline stage: what each chunk of its layers keeps, and the most that exists at one time in a
+step, following the stage's own list of actions.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from erniekit.models.decoder import CausalLM, DecoderLayer
+from erniekit.models.inputs import head_layout
+from erniekit.moe.layer import MoELayer
+from erniekit.nn.mlp import SwiGLU
+from erniekit.parallel.pipeline_schedule import Backward, Forward
+from erniekit.plan import operations as ops
+from erniekit.plan.job import Job
+from erniekit.plan.operations import FP32, INT64, Device, Operation
+
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """Of one stage: the largest sum of activations at one time in a step, and what it consists of, by kind; and the
+    bytes that one microbatch keeps in each chunk of the stage.
+    """
+
+    peak: float
+    by_kind: dict[str, float]
+    kept: tuple[float, ...]
+    live_chunks: int
+
+
+def device_of(job: Job) -> Device:
+    """How a rank of the job computes."""
+    ranks = job.degrees.tensor
+    tokens = -(-job.microbatch_tokens // ranks) * ranks if job.sequence_parallel else job.microbatch_tokens
+    return Device(
+        element=job.element_bytes,
+        on_cpu=job.on_cpu,
+        tokens=tokens,
+        own_tokens=tokens // ranks if job.sequence_parallel else tokens,
+        documents=tuple(job.document_lengths * job.cfg.batch_size),
+        tensor_ranks=ranks,
+        expert_ranks=job.degrees.expert,
+        master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
+    )
+
+
+def stage_activations(job: Job, model: CausalLM, stage: int) -> StageActivations:
+    """The activations of a stage; `model` is its part of the model, without memory."""
+    chunks = stage_operations(job, model, stage)
+    return _simulate(job, stage, chunks, _input_bytes(job, model))
+
+
+def stage_operations(job: Job, model: CausalLM, stage: int) -> list[list[Operation]]:
+    """The operations of each chunk of a stage, in the order of the forward pass."""
+    device = device_of(job)
+    chunks: list[list[Operation]] = []
+    last = len(job.stages[stage]) - 1
+    own_layers = iter(model.model.layers)  # the outline may be that of another stage with layers of the same kinds
+    for number, layers in enumerate(job.stages[stage]):
+        chunk = (
+            [_entrance(job, device, model)] if number == 0 and model.shard.has_embedding else [_received(job, device)]
+        )
+        for layer in layers:
+            chunk += _layer(job, device, model, next(own_layers), layer)
+        if number == last and model.shard.has_head:
+            chunk += _behind_layers(job, device, model)
+        chunks.append(chunk)
+    return chunks
+
+
+def _entrance(job: Job, device: Device, model: CausalLM) -> Operation:
+    """The embedding. Its weight's gradient is as large as the weight."""
+    embedding = model.model.embed_tokens
+    assert embedding is not None
+    rows = device.residual(job.model.hidden_size)
+    trained = not embedding.weight.stop_gradient
+    weight = device.element * embedding.weight.shape[0] * embedding.weight.shape[1] if trained else 0
+    waits = weight if device.master_grad else 0.0
+    return Operation("embedding", rows, rows, rows + weight, waits)
+
+
+def _received(job: Job, device: Device) -> Operation:
+    """The input that a chunk receives from the stage before, and the gradient that it sends back."""
+    rows = device.residual(job.model.hidden_size)
+    return Operation("pipeline transfers", rows, rows, 2 * rows)
+
+
+def _layer(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
+    """One decoder layer with what is recomputed in it."""
+    cfg, width = job.cfg, job.model.hidden_size
+    attention, feed_forward = _attention(job, device, model, layer), _feed_forward(job, device, layer)
+    first, second = ops.norm(device, width, device.own_tokens), ops.norm(device, width, device.own_tokens)
+    row = device.residual(width)
+    recomputes = cfg.recompute and number not in cfg.no_recompute_layers
+    granularity = cfg.recompute_granularity if recomputes else ""
+    if granularity == "full":
+        inside = [first, *attention, ops.add(device, width, "attention"), second, *feed_forward]
+        # the input is the residual stream, which the operation before has kept
+        return [ops.recomputed(inside, 0.0, row, "recomputed layers"), ops.add(device, width, "recomputed layers")]
+    if granularity == "full_attn":
+        attention = [ops.recomputed(attention, row, row, "attention")]
+    elif granularity == "core_attn":
+        core = ops.recomputed(attention[1:2], attention[0].forward, 0.0, "attention")
+        attention = [attention[0], core, *attention[2:]]
+    if layer.sparse and (granularity == "moe" or (granularity and cfg.use_recompute_moe)):
+        feed_forward = [ops.recomputed(feed_forward, row, row, "experts")]
+    middle = ops.add(device, width, "attention")
+    return [first, *attention, middle, second, *feed_forward, ops.add(device, width, "feed-forward")]
+
+
+def _attention(job: Job, device: Device, model: CausalLM, layer: DecoderLayer) -> list[Operation]:
+    beside = device.residual(job.model.hidden_size)
+    attention = layer.self_attn
+    heads = head_layout(job.model, model.shard)
+    return [
+        ops.projection(device, attention.qkv_proj, device.tokens, "attention", beside=beside),
+        ops.attention(device, heads, beside),
+        ops.projection(device, attention.o_proj, device.tokens, "attention"),
+    ]
+
+
+def _feed_forward(job: Job, device: Device, layer: DecoderLayer) -> list[Operation]:
+    beside = device.residual(job.model.hidden_size)
+    if isinstance(layer.mlp, SwiGLU):
+        return _swiglu(device, layer.mlp, device.tokens, "feed-forward", beside)
+    return _sparse(job, device, layer.mlp, beside)
+
+
+def _swiglu(
+    device: Device, block: SwiGLU, rows: float, kind: str, beside: float, keeps_input: bool = True
+) -> list[Operation]:
+    return [
+        ops.projection(device, block.up_gate_proj, rows, kind, keeps_input, beside),
+        ops.swiglu(device, block.down_proj.in_features, rows, kind, beside),
+        ops.projection(device, block.down_proj, rows, kind, beside=beside if device.shares_tokens else 0.0),
+    ]
+
+
+def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Operation]:
+    """Router, experts and shared experts. Tokens are assumed to be spread evenly over the experts."""
+    width, sizes = job.model.hidden_size, layer.sizes
+    top_k = job.model.moe_k
+    experts = layer.experts
+    rows = device.tokens * top_k / device.tensor_ranks
+    result: list[Operation] = [
+        Operation("experts", device.element * device.tokens * width),  # the layer's normed input
+        ops.routing(device, width, ops.Router(sizes.num_experts, top_k), beside),
+        ops.dispatched(device, width, rows, beside),
+        ops.projection(_alone(device), experts.up_gate_proj, rows, "experts", beside=beside),
+        ops.swiglu(device, experts.down_proj.in_features, rows, "experts", beside),
+        ops.projection(_alone(device), experts.down_proj, rows, "experts", beside=beside),
+        ops.combined(device, width, rows, beside),
+    ]
+    if layer.shared_experts is not None:
+        result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=False)
+    return result
+
+
+def _alone(device: Device) -> Device:
+    """The same for what the tensor ranks do not exchange."""
+    return replace(device, tensor_ranks=1)
+
+
+def _behind_layers(job: Job, device: Device, model: CausalLM) -> list[Operation]:
+    """Final norm, output head with its loss, and multi-token prediction."""
+    width = job.model.hidden_size
+    result = [ops.norm(device, width, device.own_tokens, "output head"), _head(job, device, model)]
+    for block in model.model.mtp_block if job.mtp_depths else ():
+        tokens = device.own_tokens
+        joined = Operation(
+            "multi-token prediction", device.element * tokens * 4 * width, device.element * tokens * 2 * width
+        )
+        recomputes = job.cfg.recompute and job.cfg.use_recompute_mtp
+        inside = _layer(job, device, model, block, -1 if recomputes else job.model.num_hidden_layers)
+        result += [joined, *ops.with_kind(inside, "multi-token prediction")]
+        result += [ops.norm(device, width, tokens, "output head"), _head(job, device, model)]
+    return result
+
+
+def _head(job: Job, device: Device, model: CausalLM) -> Operation:
+    """Logits chunk by chunk with the loss. Next-token losses form the gradients in the forward pass; preference losses
+    compute the logits again in the backward pass.
+    """
+    head = model.output_head()
+    width, vocabulary = job.model.hidden_size, head.vocab_size
+    labelled = device.tokens * job.supervised_share
+    elements = _CHUNK_ELEMENTS if device.on_cpu else _GPU_CHUNK_ELEMENTS
+    rows = max(1.0, min(labelled, job.cfg.loss_subbatch_seqlen, elements // vocabulary))
+    several = labelled > rows
+    logits = FP32 * rows * vocabulary
+    weight = FP32 * width * vocabulary if not head.weight.stop_gradient else 0.0
+    gathered = device.element * labelled * width
+    gradients = FP32 * labelled * width
+    # fp32 logits and probabilities, the probabilities of the chunk before; on a GPU also the 16-bit logits
+    chunk = (3 if several else 2) * logits + (0 if device.on_cpu else logits / 2)
+    products = (2 if several else 1) * logits + 3 * FP32 * rows * width + (weight if several else 0.0)
+    waits = device.element / FP32 * weight if device.master_grad else 0.0
+    if job.cfg.method.options is not None:
+        backward = gathered + gradients + weight + max(chunk, products)
+        return Operation("output head", gathered, gathered + chunk, backward, waits)
+    forward = gathered + gradients + weight + max(chunk, products)
+    normed = device.element * device.tokens * width
+    return Operation("output head", gathered + gradients + weight, forward, gradients + 2 * normed, waits)
+
+
+def _input_bytes(job: Job, model: CausalLM) -> float:
+    """What one microbatch's inputs take: token numbers, the table of rotations, and on a CPU the places of rows."""
+    tokens, heads = job.microbatch_tokens, head_layout(job.model, model.shard)
+    table = tokens * heads.dim * FP32
+    if not job.on_cpu:
+        return tokens * INT64 + table
+    expanded = table * heads.total
+    places = INT64 * tokens * (2 * heads.total + 2 * heads.num_heads)
+    return tokens * INT64 + (expanded if expanded <= ops.EXPANDED_ROTATION else table) + places
+
+
+def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], inputs: float) -> StageActivations:
+    """Run through a step's actions, and through the operations of each pass."""
+    kept = [sum(operation.kept for operation in chunk) for chunk in chunks]
+    kinds = [_by_kind(chunk) for chunk in chunks]
+    tops = {Forward: [_forward_peak(chunk) for chunk in chunks], Backward: [_backward_peak(chunk) for chunk in chunks]}
+    alive: Counter[int] = Counter()
+    begun: set[int] = set()
+    peak, held, found = 0.0, 0.0, 0
+    shown: Counter[str] = Counter()
+    # With one chunk a stage, a step repeats itself after as many microbatches as there are stages.
+    most = 3 * job.degrees.pipeline if job.num_chunks == 1 else None
+    for action in job.actions(stage, most):
+        if not isinstance(action, Forward | Backward):
+            continue
+        top = tops[type(action)][action.chunk]
+        if isinstance(action, Forward):
+            if action.microbatch not in begun:
+                begun.add(action.microbatch)
+                held += inputs
+            live = alive.total() + 1
+        else:
+            held -= kept[action.chunk]
+            live = alive.total()
+            alive[action.chunk] -= 1
+        if held + top > peak:
+            peak, found = held + top, live
+            shown = Counter({"inputs": inputs * len(begun)})
+            for number, count in alive.items():
+                for name, size in kinds[number].items():
+                    shown[name] += count * size
+            shown["while computing"] = peak - shown.total()
+        if isinstance(action, Forward):
+            held += kept[action.chunk]
+            alive[action.chunk] += 1
+        elif action.chunk == 0:
+            begun.discard(action.microbatch)
+            held -= inputs
+    return StageActivations(peak, {k: v for k, v in shown.items() if v}, tuple(kept), found)
+
+
+def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for operation in chunk:
+        found[operation.kind] += operation.kept
+    return found
+
+
+def _forward_peak(chunk: Sequence[Operation]) -> float:
+    """The most that one forward pass through a chunk takes."""
+    kept, peak = 0.0, 0.0
+    for operation in chunk:
+        peak = max(peak, kept + max(operation.forward, operation.kept))
+        kept += operation.kept
+    return peak
+
+
+def _backward_peak(chunk: Sequence[Operation]) -> float:
+    """The same for the backward pass, with the 16-bit gradients that wait for its end."""
+    kept, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
+    for operation in reversed(chunk):
+        gradients += operation.gradient
+        peak = max(peak, kept + operation.backward + gradients)
+        kept -= operation.kept
+    return peak

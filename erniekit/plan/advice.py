@@ -1,0 +1,182 @@
+"""Which single change of a run saves most memory, which one makes it fit at the least cost, and on how many GPUs it
+would fit at all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from erniekit.models.weights import num_parameters
+from erniekit.plan.hardware import Hardware
+from erniekit.plan.job import Job
+from erniekit.plan.memory import MemoryPlan, Outline, plan_memory
+from erniekit.plan.timing import plan_time
+from erniekit.precision.weight_only import SCHEMES
+from erniekit.utils.errors import UserError
+
+# Sizes of clusters that are tried for a model that does not fit, up to this many GPUs.
+MOST_GPUS = 16384
+_MOST_TRIED = 400
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change: the keys as a user would write them, the plan with them, and seconds of a step if they are known."""
+
+    keys: dict[str, Any]
+    plan: MemoryPlan
+    seconds: float | None
+
+    @property
+    def text(self) -> str:
+        """The keys, as on a command line."""
+        return " ".join(f"{name}={_shown(value)}" for name, value in self.keys.items())
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def seconds_of(job: Job, card: Hardware | None) -> float | None:
+    """Seconds of one step; None where the card is not known."""
+    return None if card is None else plan_time(job, card).seconds
+
+
+def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware | None = None) -> list[Change]:
+    """The single changes that lower the peak of the stage with the least headroom, the cheapest first: by seconds of a
+    step where they are planned, that is for changes that make the run fit on a known card, else in the order below.
+    """
+    found = []
+    for keys in _candidates(plan.job):
+        try:
+            job = plan.job.changed(**keys)
+        except UserError:  # the degrees do not fit the cluster or the model
+            continue
+        changed = plan_memory(job, capacity, outline)
+        if changed.worst.peak < plan.worst.peak:
+            found.append(Change(keys, changed, seconds_of(job, card) if changed.fits else None))
+    return sorted(found, key=lambda change: change.seconds or 0.0)
+
+
+def most_saving(found: list[Change]) -> Change | None:
+    """The change with the lowest peak; None without one."""
+    return min(found, key=lambda change: change.plan.worst.peak, default=None)
+
+
+def cheapest_fit(found: list[Change]) -> Change | None:
+    """The cheapest change with which the plan fits."""
+    return next((change for change in found if change.plan.fits), None)
+
+
+def _candidates(job: Job) -> Iterator[dict[str, Any]]:
+    """Keys that may save memory, roughly by what they cost."""
+    cfg, degrees = job.cfg, job.degrees
+    if degrees.data > 1 and not cfg.sharding:
+        yield {"sharding": "stage1"}
+    if degrees.tensor > 1 and not cfg.sequence_parallel:
+        yield {"sequence_parallel": True}
+    if job.has_reference and not job.is_lora and not cfg.ref_logps_cache:
+        yield {"ref_logps_cache": "logps.safetensors"}
+    if job.num_chunks > 1 and cfg.pipeline_schedule == "1f1b":
+        yield {"pipeline_schedule": "memory_efficient"}
+    if not cfg.recompute:
+        yield {"recompute": True, "recompute_granularity": "core_attn"}
+        if job.model.moe_num_experts:
+            yield {"recompute": True, "recompute_granularity": "moe"}
+    if degrees.data > 1 and cfg.sharding != "stage2":
+        yield {"sharding": "stage2"}
+    if not cfg.recompute or cfg.recompute_granularity != "full":
+        yield {"recompute": True, "recompute_granularity": "full"}
+    if job.is_lora and not job.quantized_base:
+        yield {"compute_type": "wint8"}
+    if cfg.batch_size > 1:
+        accumulation = cfg.gradient_accumulation_steps * 2
+        yield {"batch_size": cfg.batch_size // 2, "gradient_accumulation_steps": accumulation}
+    if job.model.moe_num_experts:
+        yield {"expert_parallel_degree": 2 * degrees.expert}
+    yield {"pipeline_parallel_degree": 2 * degrees.pipeline}
+    yield {"tensor_parallel_degree": 2 * degrees.tensor}
+
+
+def least_cluster(job: Job, capacity: float, outline: Outline) -> MemoryPlan | None:
+    """The plan for the fewest GPUs on which the run fits: with other degrees, ZeRO stage 1, sequence parallelism and
+    full recomputation, and one row a microbatch. None: not on MOST_GPUS either.
+    """
+    for tried, candidate in enumerate(_layouts(job, capacity)):
+        if tried == _MOST_TRIED:
+            return None
+        if _may_fit(candidate, capacity, outline):
+            plan = plan_memory(candidate, capacity, outline)
+            if plan.fits:
+                return plan
+    return None
+
+
+def _may_fit(job: Job, capacity: float, outline: Outline) -> bool:
+    """Whether the first stages fit; most layouts that do not fit are found by these."""
+    if job.degrees.pipeline == 1:
+        return True
+    first = plan_memory(job, capacity, outline, stages=(0, 1))
+    return first.fits
+
+
+def _layouts(job: Job, capacity: float) -> Iterator[Job]:
+    """Layouts by rising number of GPUs, without those whose weights and state alone are too much."""
+    model, per_node = job.model, job.cluster.gpus_per_node
+    powers = [2**n for n in range(15)]
+    tensors = [n for n in powers if n <= per_node and model.num_key_value_heads % n == 0]
+    experts = [n for n in powers if model.moe_num_experts and model.moe_num_experts % n == 0] or [1]
+    pipelines = [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 27, 32) if n <= model.num_hidden_layers]
+    sizes = sorted(
+        (t * p * e * copies, p, t, e)
+        for t in tensors for p in pipelines for e in experts for copies in (1, 2, 4, 8)
+        if t * p * e * copies <= MOST_GPUS and model.moe_num_experts % (t * e) == 0
+    )  # fmt: skip
+    parameters = num_parameters(model)
+    for gpus, pipeline, tensor, expert in sizes:
+        if _least_bytes(job, parameters, gpus, pipeline, tensor, expert) > capacity or (
+            gpus > per_node and gpus % per_node
+        ):
+            continue
+        keys: dict[str, Any] = {
+            "pipeline_parallel_degree": pipeline,
+            "tensor_parallel_degree": tensor,
+            "expert_parallel_degree": expert,
+            "data_parallel_degree": -1,
+            "sharding_parallel_degree": -1,
+            "sharding": "stage1" if gpus > pipeline * tensor else "",
+            "sequence_parallel": tensor > 1,
+            "recompute": True,
+            "recompute_granularity": "full",
+            "no_recompute_layers": (),
+            "virtual_pp_degree": 1,
+            "pipeline_schedule": "1f1b",
+            "pp_seg_method": "layer:DecoderLayer",
+            "batch_size": 1,
+            "gradient_accumulation_steps": max(job.num_microbatches, pipeline),
+        }
+        try:
+            yield job.changed(replace(job.cluster, gpus=gpus), **keys)
+        except UserError:
+            continue
+
+
+def _least_bytes(job: Job, parameters: int, gpus: int, pipeline: int, tensor: int, expert: int) -> float:
+    """A rank of this layout needs more than this for weights, gradients and state, by sizes alone."""
+    model = job.model
+    sparse = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
+    one = 3 * model.hidden_size * sum(model.expert_sizes)
+    in_experts = sparse * model.moe_num_experts * one
+    others = parameters - in_experts
+    kept, divided = _bytes_of_parameter(job)
+    data = gpus / (pipeline * tensor)
+    of_experts = in_experts / (pipeline * tensor * expert) * (kept + divided * expert / data)
+    return of_experts + others / (pipeline * tensor) * (kept + divided / data)
+
+
+def _bytes_of_parameter(job: Job) -> tuple[float, float]:
+    """Bytes of weight and gradient, and of optimizer state, of each parameter."""
+    if not job.is_lora:
+        return job.element_bytes + 4, 12 if job.element_bytes == 2 else 8
+    schemes = SCHEMES.get(job.cfg.compute_type)
+    return job.element_bytes if schemes is None else schemes.experts.bits / 8, 0.0

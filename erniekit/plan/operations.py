@@ -1,0 +1,212 @@
+"""What each operation of the model's layers keeps for the backward pass, and what it takes while it runs, in bytes.
+
+There is one list of operations for each layer, in the order of the forward pass, read off the layer's own projections
+(their sizes on this rank, whether they are trained, their adapters). It has the two code paths that the layers have:
+plain operations in fp32 on a CPU, where the numbers equal what Paddle's allocator counts (tools/plan_truth.py), and
+fused kernels in 16 bits on a GPU, where they follow from what these kernels keep.
+
+Legend: T tokens of a microbatch, S those of one tensor rank between projections (T / tensor ranks with sequence
+parallelism), D model, Q = (heads + 2 kv heads) * head size, C = heads * head size, F width of a feed-forward layer,
+E experts, K experts of a token, R rows of the experts of this rank, all on this rank. e: bytes of an element.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from erniekit.lora.layers import Adapter, LinearAdapter
+from erniekit.nn.attention import HeadLayout
+from erniekit.nn.linear import Projection
+
+_ATTENTION_BLOCK = 256  # query positions of one product, as in nn/attention.py
+_KEEP_WEIGHTS = 1024  # longest document whose softmax weights are kept, as there
+EXPANDED_ROTATION = 100_000_000  # largest table of rotations with a row for every head, as in nn/rotary.py
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation. `kept`: bytes from its forward pass to the end of its backward pass. `forward`, `backward`: the
+    most that exists besides while it runs, its inputs and results included where nobody else keeps them. `gradient`:
+    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended.
+    """
+
+    kind: str
+    kept: float
+    forward: float = 0.0
+    backward: float = 0.0
+    gradient: float = 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """How this rank computes: `element` bytes of weights and activations; the code path of a CPU or a GPU; tokens of a
+    microbatch, all of them and those of this rank between projections; `documents`: lengths of the documents of a
+    microbatch; 16-bit gradients wait for the end of a pass and become fp32 then (`master_grad`).
+    """
+
+    element: int
+    on_cpu: bool
+    tokens: int
+    own_tokens: int
+    documents: tuple[int, ...]
+    tensor_ranks: int = 1
+    expert_ranks: int = 1
+    master_grad: bool = True
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Sequence parallelism."""
+        return self.own_tokens < self.tokens
+
+    def residual(self, width: int) -> float:
+        """The residual stream, or its gradient."""
+        return float(self.element * self.own_tokens * width)
+
+
+def projection(
+    device: Device, layer: Projection, rows: float, kind: str, keeps_input: bool = True, beside: float = 0.0
+) -> Operation:
+    """x W with its adapter. `keeps_input`: no operation before it has kept x. `beside`: what waits meanwhile in the
+    backward pass.
+    """
+    e, num_in, num_out = device.element, layer.in_features, layer.out_features
+    matrices = layer.num_experts or 1
+    trained = layer.weight is not None and not layer.weight.stop_gradient
+    weight = e * matrices * num_in * num_out if trained else 0
+    kept = e * rows * num_in if keeps_input else 0.0
+    forward, backward = e * rows * num_out, e * rows * (num_in + num_out)
+    if layer.num_experts is not None:  # a list of parts, then one tensor; the same for the weights' gradients
+        forward, backward = 2 * forward, backward + e * rows * num_in
+    wide = num_out if device.on_cpu else 0
+    if isinstance(layer.adapter, Adapter):
+        ranks = sum(slot.rank for slot in layer.adapter.slots.values())
+        kept += e * rows * ranks
+        forward += e * rows * num_out
+        backward += e * rows * (num_in + ranks)
+        weight += 2 * e * matrices * ranks * (num_in + wide)
+        if isinstance(layer.adapter, LinearAdapter) and layer.adapter.dora:  # what the length of columns multiplies
+            kept += FP32 * rows * num_out
+            forward += FP32 * rows * num_out
+            backward += FP32 * rows * num_out
+    if device.tensor_ranks > 1:  # a collective's copy
+        forward += e * rows * num_out
+        backward += e * rows * num_in
+    waits = weight if not device.on_cpu and device.master_grad else 0.0
+    return Operation(kind, kept, forward, backward + (2 if layer.num_experts else 1) * weight + beside, waits)
+
+
+def norm(device: Device, width: int, tokens: float, kind: str = "norms", beside: float = 0.0) -> Operation:
+    """RMSNorm keeps one number a token; its input is kept as part of the residual stream."""
+    row = device.element * tokens * width
+    wide = FP32 * tokens * width
+    return Operation(kind, FP32 * tokens, max(row, wide) + (0 if device.on_cpu else row), 3 * wide + beside)
+
+
+def add(device: Device, width: int, kind: str) -> Operation:
+    """A sum that continues the residual stream."""
+    return Operation(kind, device.residual(width), device.residual(width), device.residual(width))
+
+
+def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0.0) -> Operation:
+    """silu(gate) * up: gate and up are kept, its result by the product that follows."""
+    block = device.element * rows * width
+    if device.on_cpu:  # gate and up are gathered; sigmoid, silu, its slope, and the gradients of both
+        return Operation(kind, 2 * block, 6 * block, 6 * block + beside)
+    return Operation(kind, 2 * block, 3 * block, 3 * block + beside)
+
+
+def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
+    """Causal attention within documents, with the rotation of queries and keys."""
+    wide = device.element * device.tokens * heads.total * heads.dim
+    narrow = device.element * device.tokens * heads.num_heads * heads.dim
+    if not device.on_cpu:  # FlashMask keeps q, k, v and the logarithm of each sum; the rotation is one kernel
+        lengths = FP32 * device.tokens * heads.num_heads
+        return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
+    scores, kept, last, before = _scores(device.documents, heads.num_heads)
+    values = device.element * (heads.total - heads.num_heads) * heads.dim * device.tokens
+    # rotated, fetched in the order of documents, scaled; blocks of results
+    forward = 2 * wide + (wide + 2 * narrow) + kept + 2 * last + (0 if scores == kept else before) - last * (kept > 0)
+    done = 1 - last / max(scores, 1)
+    in_blocks = narrow * (2 + done) + values * 1.5 + last + max(before, 0)
+    if not kept:
+        in_blocks += last + max(before, last)
+    in_rotation = 2 * narrow + 4 * wide
+    return Operation("attention", wide + 2 * narrow + kept, forward, max(in_blocks, in_rotation) + beside)
+
+
+def _scores(documents: Sequence[int], num_heads: int) -> tuple[float, float, float, float]:
+    """Bytes of softmax weights on a CPU: of all blocks of queries, of those that are kept, of the last block of the
+    longest documents, and of the block before it.
+    """
+    total = kept = 0.0
+    longest = max(documents)
+    of_longest: list[float] = []
+    for length in documents:
+        blocks = [
+            min(_ATTENTION_BLOCK, length - start) * min(start + _ATTENTION_BLOCK, length)
+            for start in range(0, length, _ATTENTION_BLOCK)
+        ]
+        size = float(FP32 * num_heads * sum(blocks))
+        total += size
+        kept += size if length <= _KEEP_WEIGHTS else 0.0
+        if length == longest and not of_longest:
+            of_longest = [float(FP32 * num_heads * block) for block in blocks]
+    several = sum(length == longest for length in documents)
+    last = of_longest[-1] * several
+    before = of_longest[-2] * several if len(of_longest) > 1 else 0.0
+    return total, kept, last, before
+
+
+@dataclass(frozen=True)
+class Router:
+    """A sparse layer's sizes: experts in all, experts of a token, and whether a loss of the router is trained."""
+
+    num_experts: int
+    top_k: int
+
+
+def routing(device: Device, width: int, router: Router, beside: float) -> Operation:
+    """Router, softmax and the tables by which rows find their experts. On a GPU the router's fp32 input is kept."""
+    tokens = device.tokens
+    table = tokens * router.num_experts * FP32
+    pairs = tokens * router.top_k
+    kept = 3 * table + pairs * (3 * FP32 + 5 * INT64)
+    kept += 0 if device.on_cpu else FP32 * tokens * width
+    return Operation("experts", kept, 2 * table, 4 * table + FP32 * tokens * width + beside)
+
+
+def dispatched(device: Device, width: int, rows: float, beside: float) -> Operation:
+    """Rows copied to their experts, which the first product keeps; over several expert ranks they are sent."""
+    block = device.element * rows * width
+    sent = 2 * block if device.expert_ranks > 1 else 0.0
+    return Operation("experts", 0.0, block + sent, block + sent + 2 * device.element * device.tokens * width + beside)
+
+
+def combined(device: Device, width: int, rows: float, beside: float) -> Operation:
+    """The weighted sum of each token's rows, which are kept for the gradient of the weights."""
+    block = device.element * rows * width
+    sent = 2 * block if device.expert_ranks > 1 else 0.0
+    tokens = device.element * device.tokens * width
+    forward = 2 * block + 2 * tokens + sent
+    return Operation("experts", block + FP32 * rows, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
+
+
+def recomputed(operations: Sequence[Operation], inputs: float, result: float, kind: str) -> Operation:
+    """Operations that keep only their input of `inputs` bytes (0 where it is kept anyway) and run again in the backward
+    pass, where their result of `result` bytes exists twice: what the first pass gave to others has a gradient.
+    """
+    kept, peak = 0.0, 0.0
+    for operation in operations:
+        peak = max(peak, kept + operation.forward, kept + operation.kept)
+        kept += operation.kept
+    waiting = kept
+    for operation in reversed(operations):
+        peak = max(peak, waiting + operation.backward)
+        waiting -= operation.kept
+    forward = max(max(operation.forward, operation.kept) for operation in operations)
+    return Operation(kind, inputs, forward, peak + 2 * result, sum(operation.gradient for operation in operations))
+
+
+def with_kind(operations: Sequence[Operation], kind: str) -> list[Operation]:
+    """The same operations under one kind, for the report."""
+    return [replace(operation, kind=kind) for operation in operations]

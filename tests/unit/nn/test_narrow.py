@@ -1,0 +1,130 @@
+"""Operations on 16-bit tensors on a CPU: what fp32 gives from the same values, rounded once, forward and backward."""
+
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+import pytest
+
+from erniekit.nn import narrow, onednn
+
+DTYPES = ("bfloat16", "float16")
+INDEX = [2, 0, 2]
+
+
+def tensors(dtype: str, *shapes: tuple[int, ...]) -> list[paddle.Tensor]:
+    random = np.random.default_rng(len(shapes))
+    made = [paddle.to_tensor(random.normal(size=shape).astype(np.float32)).astype(dtype) for shape in shapes]
+    for tensor in made:
+        tensor.stop_gradient = False
+    return made
+
+
+def wide(tensor: paddle.Tensor) -> np.ndarray:
+    return tensor.detach().astype("float32").numpy()
+
+
+OPERATIONS: dict[str, tuple[Callable, Callable, tuple[tuple[int, ...], ...]]] = {
+    "add": (narrow.add, paddle.add, ((3, 4), (4,))),
+    "multiply": (narrow.multiply, paddle.multiply, ((3, 4), (3, 1))),
+    "gather": (
+        lambda x: narrow.gather(x, paddle.to_tensor(INDEX)),
+        lambda x: paddle.gather(x, paddle.to_tensor(INDEX)),
+        ((3, 4),),
+    ),
+    "concat": (
+        lambda x, y: narrow.concat([x, y], axis=-1),
+        lambda x, y: paddle.concat([x, y], axis=-1),
+        ((3, 4), (3, 2)),
+    ),
+    "rounded": (
+        lambda x: narrow.rounded(paddle.nn.functional.gelu, x),
+        paddle.nn.functional.gelu,
+        ((3, 4),),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_that_of_fp32_rounded_once(name: str, dtype: str):
+    operation, reference, shapes = OPERATIONS[name]
+    mine, others = tensors(dtype, *shapes), [t.astype("float32").detach() for t in tensors(dtype, *shapes)]
+    for other in others:
+        other.stop_gradient = False
+    result, expected = operation(*mine), reference(*others)
+    assert result.dtype == mine[0].dtype
+    np.testing.assert_array_equal(wide(result), wide(expected.astype(dtype)))
+    upstream = tensors(dtype, tuple(expected.shape))[0].detach()
+    paddle.autograd.backward([result, expected], [upstream, upstream.astype("float32")])
+    for tensor, other in zip(mine, others, strict=True):
+        assert tensor.grad is not None and tensor.grad.dtype == tensor.dtype
+        np.testing.assert_array_equal(wide(tensor.grad), wide(other.grad.astype(dtype)))
+
+
+def reference_matmul(x: np.ndarray, y: np.ndarray, transpose_x: bool, transpose_y: bool) -> np.ndarray:
+    return (x.swapaxes(-1, -2) if transpose_x else x) @ (y.T if transpose_y else y)
+
+
+# A sum in fp32, then rounded to 8 or 11 bits: half a unit in the last place, and nearly nothing more.
+HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def assert_rounded(found: paddle.Tensor, exact: np.ndarray, dtype: str) -> None:
+    np.testing.assert_allclose(wide(found), exact, rtol=HALF_ULP[dtype] * 1.01, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize(("transpose_x", "transpose_y"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_product_and_its_gradients_are_rounded_once(dtype: str, lead: tuple[int, ...], transpose_x, transpose_y):
+    if lead and transpose_x:
+        pytest.skip("only a matrix is transposed")
+    x, y = tensors(dtype, (*lead, *((70, 5) if transpose_x else (5, 70))), (3, 70) if transpose_y else (70, 3))
+    z = narrow.matmul(x, y, transpose_x, transpose_y)
+    assert z.dtype == x.dtype and z.shape == [*lead, 5, 3]
+    wide_x, wide_y = wide(x).astype(np.float64), wide(y).astype(np.float64)
+    assert_rounded(z, reference_matmul(wide_x, wide_y, transpose_x, transpose_y), dtype)
+    upstream = tensors(dtype, tuple(z.shape))[0].detach()
+    z.backward(upstream)
+    assert x.grad.dtype == y.grad.dtype == x.dtype
+    dz = wide(upstream).astype(np.float64)
+    dx = dz @ (wide_y if transpose_y else wide_y.T)
+    dy = wide_x.reshape(-1, wide_x.shape[-1]) if not transpose_x else wide_x.T
+    dy = dy.T @ dz.reshape(-1, 3)
+    assert_rounded(x.grad, dx.swapaxes(-1, -2) if transpose_x else dx, dtype)
+    assert_rounded(y.grad, dy.T if transpose_y else dy, dtype)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_factor_gets_no_gradient(frozen: int):
+    pair = tensors("bfloat16", (5, 8), (8, 3))
+    pair[frozen].stop_gradient = True
+    narrow.matmul(*pair).sum().backward()
+    assert pair[frozen].grad is None and pair[1 - frozen].grad is not None
+
+
+def test_products_without_the_processors_instructions_are_nearly_the_same(monkeypatch: pytest.MonkeyPatch):
+    x, y = tensors("bfloat16", (33, 129), (129, 17))
+    here = wide(narrow.matmul(x, y))
+    monkeypatch.setattr(onednn, "is_available", lambda: False)
+    assert_rounded(narrow.matmul(x, y), wide(x).astype(np.float64) @ wide(y).astype(np.float64), "bfloat16")
+    np.testing.assert_allclose(wide(narrow.matmul(x, y)), here, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_are_no_rows(dtype: str):
+    x, y = tensors(dtype, (0, 4), (4, 3))
+    assert narrow.matmul(x, y).shape == [0, 3]
+
+
+def test_fp32_stays_paddles_own_operation():
+    x, y = tensors("float32", (6, 50), (50, 4))
+    assert narrow.matmul(x, y).numpy().tobytes() == paddle.matmul(x, y).numpy().tobytes()
+    assert narrow.add(x, x).numpy().tobytes() == (x + x).numpy().tobytes()
+    assert not narrow.is_emulated(x)
+
+
+def test_a_product_in_fp16_overflows_to_infinity():
+    x = paddle.full([1, 2], 300.0, dtype="float16")
+    assert wide(narrow.matmul(x, x, transpose_y=True)).tolist() == [[np.inf]]
