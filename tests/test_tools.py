@@ -37,7 +37,7 @@ SLOW = {
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
-    "compare_precisions": f"compare_precisions.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
+    "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
     "compare_precision": f"compare_precision.py {MOE} --steps 2 --out {{tmp}}/precision batch_size=1 max_seq_len=64",
     "compare_precision, moments": (
