@@ -27,6 +27,7 @@ FAST = {
     "bench_data, pictures": "bench_data.py --pictures 2 --size 90x60 --rounds 1",
     "make_doc_tables": "make_doc_tables.py --check",
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
+    "plan_accuracy": "plan_accuracy.py --only 22B",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
     "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
@@ -37,7 +38,12 @@ SLOW = {
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
+    "compare_precisions": f"compare_precisions.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
+    "compare_precision": f"compare_precision.py {MOE} --steps 2 --out {{tmp}}/precision batch_size=1 max_seq_len=64",
+    "compare_precision, moments": (
+        f"compare_precision.py {MOE} --steps 2 --what optimizer --out {{tmp}}/optimizer batch_size=1 max_seq_len=64"
+    ),
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",
     "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",

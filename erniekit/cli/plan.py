@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
     cfg = config.load(path, overrides, "train", allow_extra=launch.allows_extra())
     config.require_supported(cfg, "train")
     card = load_hardware(wishes.gpu, wishes.hardware)
-    job = _job(cfg, wishes, card)
+    job = job_of(cfg, wishes, card)
     report = _report(job, card, wishes)
     print(report.to_text())
     if wishes.json:
@@ -62,7 +62,8 @@ def run(args: list[str]) -> int:
     return 0 if report.memory.fits else 3
 
 
-def _job(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
+def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
+    """The job that a configuration and the options describe. ConfigError where they do not fit together."""
     model = _model(cfg)
     gpu = CPU if card.name.lower() == CPU else card.name
     gpus = wishes.gpus or ParallelDims.from_config(cfg).world

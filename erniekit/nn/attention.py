@@ -308,6 +308,7 @@ def _bucket_backward(
         # dK^T = Q^T dS and dV^T = dO^T P: transposing the wide matrix would take a CPU as long as the product.
         dk = _accumulate(dk, paddle.matmul(q, ds, transpose_x=True), seen)
         dv = _accumulate(dv, paddle.matmul(do_b, _as_stored(p, dtype), transpose_x=True), seen)
+    assert dk is not None and dv is not None, "a document without tokens"
     return [*dq_parts, dk.transpose([0, 1, 3, 2]), dv.transpose([0, 1, 3, 2])]
 
 

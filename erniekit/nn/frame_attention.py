@@ -149,7 +149,8 @@ class _Attention(PyLayer):
         dout_rows = paddle.gather(dout.reshape([-1, head_dim]), mixer.fetch_context)
         runs = []
         for number, (do,) in enumerate(mixer.by_run(dout_rows)):
-            grads = _backward(*saved[4 * number : 4 * number + 4], ctx.kept[number], do)
+            scaled, k, v, out = saved[4 * number : 4 * number + 4]
+            grads = _backward(scaled, k, v, out, ctx.kept[number], do)
             runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
         dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))

@@ -77,8 +77,6 @@ class _Matmul(PyLayer):
 
 
 def _product(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool, transpose_y: bool) -> paddle.Tensor:
-    if x.dtype == paddle.bfloat16 and x.size and y.size and onednn.is_available():
-        wide = onednn.matmul(x, y, transpose_x, transpose_y)
-    else:
-        wide = paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y)
-    return wide.astype(x.dtype)
+    if x.size and y.size and onednn.is_available(x.dtype):
+        return onednn.matmul(x, y, transpose_x, transpose_y)
+    return paddle.matmul(x.astype("float32"), y.astype("float32"), transpose_x, transpose_y).astype(x.dtype)

@@ -154,7 +154,9 @@ def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Op
         ops.combined(device, width, rows, beside),
     ]
     if layer.shared_experts is not None:
-        result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=False)
+        # Tensor ranks give them a copy of their own.
+        own = device.tensor_ranks > 1
+        result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=own)
     return result
 
 
@@ -218,42 +220,45 @@ def _input_bytes(job: Job, model: CausalLM) -> float:
 
 def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], inputs: float) -> StageActivations:
     """Run through a step's actions, and through the operations of each pass."""
-    kept = [sum(operation.kept for operation in chunk) for chunk in chunks]
-    kinds = [_by_kind(chunk) for chunk in chunks]
-    tops = {Forward: [_forward_peak(chunk) for chunk in chunks], Backward: [_backward_peak(chunk) for chunk in chunks]}
-    alive: Counter[int] = Counter()
-    begun: set[int] = set()
-    peak, held, found = 0.0, 0.0, 0
-    shown: Counter[str] = Counter()
+    live = _Live([_by_kind(chunk) for chunk in chunks], inputs)
+    forward, backward = [_forward_peak(chunk) for chunk in chunks], [_backward_peak(chunk) for chunk in chunks]
     # With one chunk a stage, a step repeats itself after as many microbatches as there are stages.
     most = 3 * job.degrees.pipeline if job.num_chunks == 1 else None
     for action in job.actions(stage, most):
-        if not isinstance(action, Forward | Backward):
-            continue
-        top = tops[type(action)][action.chunk]
         if isinstance(action, Forward):
-            if action.microbatch not in begun:
-                begun.add(action.microbatch)
-                held += inputs
-            live = alive.total() + 1
-        else:
-            held -= kept[action.chunk]
-            live = alive.total()
-            alive[action.chunk] -= 1
-        if held + top > peak:
-            peak, found = held + top, live
-            shown = Counter({"inputs": inputs * len(begun)})
-            for number, count in alive.items():
-                for name, size in kinds[number].items():
-                    shown[name] += count * size
-            shown["while computing"] = peak - shown.total()
-        if isinstance(action, Forward):
-            held += kept[action.chunk]
-            alive[action.chunk] += 1
-        elif action.chunk == 0:
-            begun.discard(action.microbatch)
-            held -= inputs
-    return StageActivations(peak, {k: v for k, v in shown.items() if v}, tuple(kept), found)
+            live.microbatches.add(action.microbatch)
+            live.reach(forward[action.chunk], live.chunks.total() + 1)
+            live.chunks[action.chunk] += 1
+        elif isinstance(action, Backward):
+            live.chunks[action.chunk] -= 1
+            live.reach(backward[action.chunk], live.chunks.total() + 1)
+            if action.chunk == 0:
+                live.microbatches.discard(action.microbatch)
+    shown = {kind: size for kind, size in live.shown.items() if size}
+    return StageActivations(live.peak, shown, tuple(kinds.total() for kinds in live.kinds), live.num_chunks)
+
+
+class _Live:
+    """What is kept while a step runs: passes of chunks by number of the chunk, and microbatches; the peak so far, what
+    it consisted of, and how many chunks it held.
+    """
+
+    def __init__(self, kinds: list[Counter[str]], inputs: float) -> None:
+        self.kinds, self.inputs = kinds, inputs
+        self.chunks: Counter[int] = Counter()
+        self.microbatches: set[int] = set()
+        self.peak, self.num_chunks = 0.0, 0
+        self.shown: Counter[str] = Counter()
+
+    def reach(self, beside: Counter[str], num_chunks: int) -> None:
+        """A pass takes `beside`, by kind, in addition to what is kept."""
+        kept: Counter[str] = Counter({"inputs": self.inputs * len(self.microbatches)})
+        for number, count in self.chunks.items():
+            for kind, size in self.kinds[number].items():
+                kept[kind] += count * size
+        if kept.total() + beside.total() > self.peak:
+            self.peak, self.num_chunks = kept.total() + beside.total(), num_chunks
+            self.shown = kept + beside
 
 
 def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
@@ -263,20 +268,27 @@ def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> float:
-    """The most that one forward pass through a chunk takes."""
-    kept, peak = 0.0, 0.0
+def _forward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+    """What exists when one forward pass through a chunk takes most, by kind."""
+    kept: Counter[str] = Counter()
+    found: Counter[str] = Counter()
     for operation in chunk:
-        peak = max(peak, kept + max(operation.forward, operation.kept))
-        kept += operation.kept
-    return peak
+        now = max(operation.forward, operation.kept)
+        if kept.total() + now > found.total():
+            found = kept + Counter({operation.kind: now})
+        kept[operation.kind] += operation.kept
+    return found
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> float:
+def _backward_peak(chunk: Sequence[Operation]) -> Counter[str]:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
-    kept, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
+    kept = _by_kind(chunk)
+    found: Counter[str] = Counter()
+    gradients = 0.0
     for operation in reversed(chunk):
         gradients += operation.gradient
-        peak = max(peak, kept + operation.backward + gradients)
-        kept -= operation.kept
-    return peak
+        now = Counter({"16-bit gradients": gradients}) + Counter({operation.kind: operation.backward})
+        if kept.total() + now.total() > found.total():
+            found = kept + now
+        kept[operation.kind] -= operation.kept
+    return found

@@ -4,6 +4,7 @@ would fit at all.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from erniekit.models.weights import num_parameters
@@ -71,38 +72,32 @@ def cheapest_fit(found: list[Change]) -> Change | None:
 def _candidates(job: Job) -> Iterator[dict[str, Any]]:
     """Keys that may save memory, roughly by what they cost."""
     cfg, degrees = job.cfg, job.degrees
-    if degrees.data > 1 and not cfg.sharding:
-        yield {"sharding": "stage1"}
-    if degrees.tensor > 1 and not cfg.sequence_parallel:
-        yield {"sequence_parallel": True}
-    if job.has_reference and not job.is_lora and not cfg.ref_logps_cache:
-        yield {"ref_logps_cache": "logps.safetensors"}
-    if job.num_chunks > 1 and cfg.pipeline_schedule == "1f1b":
-        yield {"pipeline_schedule": "memory_efficient"}
-    if not cfg.recompute:
-        yield {"recompute": True, "recompute_granularity": "core_attn"}
-        if job.model.moe_num_experts:
-            yield {"recompute": True, "recompute_granularity": "moe"}
-    if degrees.data > 1 and cfg.sharding != "stage2":
-        yield {"sharding": "stage2"}
-    if not cfg.recompute or cfg.recompute_granularity != "full":
-        yield {"recompute": True, "recompute_granularity": "full"}
-    if job.is_lora and not job.quantized_base:
-        yield {"compute_type": "wint8"}
-    if cfg.batch_size > 1:
-        accumulation = cfg.gradient_accumulation_steps * 2
-        yield {"batch_size": cfg.batch_size // 2, "gradient_accumulation_steps": accumulation}
-    if job.model.moe_num_experts:
-        yield {"expert_parallel_degree": 2 * degrees.expert}
-    yield {"pipeline_parallel_degree": 2 * degrees.pipeline}
-    yield {"tensor_parallel_degree": 2 * degrees.tensor}
+    halves = {"batch_size": cfg.batch_size // 2, "gradient_accumulation_steps": 2 * cfg.gradient_accumulation_steps}
+    is_full = cfg.recompute and cfg.recompute_granularity == "full"
+    candidates: list[tuple[bool, dict[str, Any]]] = [
+        (degrees.data > 1 and not cfg.sharding, {"sharding": "stage1"}),
+        (degrees.tensor > 1 and not cfg.sequence_parallel, {"sequence_parallel": True}),
+        (job.has_second_model, {"ref_logps_cache": "logps.safetensors"}),
+        (job.num_chunks > 1 and cfg.pipeline_schedule == "1f1b", {"pipeline_schedule": "memory_efficient"}),
+        (not cfg.recompute, {"recompute": True, "recompute_granularity": "core_attn"}),
+        (not cfg.recompute and job.model.moe_num_experts > 0, {"recompute": True, "recompute_granularity": "moe"}),
+        (degrees.data > 1 and cfg.sharding != "stage2", {"sharding": "stage2"}),
+        (not is_full, {"recompute": True, "recompute_granularity": "full"}),
+        (job.is_lora and not job.quantized_base, {"compute_type": "wint8"}),
+        (cfg.batch_size > 1, halves),
+        (job.model.moe_num_experts > 0, {"expert_parallel_degree": 2 * degrees.expert}),
+        (True, {"pipeline_parallel_degree": 2 * degrees.pipeline}),
+        (True, {"tensor_parallel_degree": 2 * degrees.tensor}),
+    ]
+    return (keys for makes_sense, keys in candidates if makes_sense)
 
 
-def least_cluster(job: Job, capacity: float, outline: Outline) -> MemoryPlan | None:
-    """The plan for the fewest GPUs on which the run fits: with other degrees, ZeRO stage 1, sequence parallelism and
-    full recomputation, and one row a microbatch. None: not on MOST_GPUS either.
+def least_cluster(job: Job, capacity: float, outline: Outline, gpus: int | None = None) -> MemoryPlan | None:
+    """The plan for the fewest GPUs on which the run fits, or for exactly `gpus` of them: with other degrees, ZeRO stage
+    1, sequence parallelism and full recomputation, and one row a microbatch. None: there is none.
     """
-    for tried, candidate in enumerate(_layouts(job, capacity)):
+    candidates = (each for each in _layouts(job, capacity) if gpus in (None, each.cluster.gpus))
+    for tried, candidate in enumerate(candidates):
         if tried == _MOST_TRIED:
             return None
         if _may_fit(candidate, capacity, outline):
@@ -122,43 +117,52 @@ def _may_fit(job: Job, capacity: float, outline: Outline) -> bool:
 
 def _layouts(job: Job, capacity: float) -> Iterator[Job]:
     """Layouts by rising number of GPUs, without those whose weights and state alone are too much."""
-    model, per_node = job.model, job.cluster.gpus_per_node
-    powers = [2**n for n in range(15)]
-    tensors = [n for n in powers if n <= per_node and model.num_key_value_heads % n == 0]
-    experts = [n for n in powers if model.moe_num_experts and model.moe_num_experts % n == 0] or [1]
-    pipelines = [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 27, 32) if n <= model.num_hidden_layers]
-    sizes = sorted(
-        (t * p * e * copies, p, t, e)
-        for t in tensors for p in pipelines for e in experts for copies in (1, 2, 4, 8)
-        if t * p * e * copies <= MOST_GPUS and model.moe_num_experts % (t * e) == 0
-    )  # fmt: skip
-    parameters = num_parameters(model)
-    for gpus, pipeline, tensor, expert in sizes:
-        if _least_bytes(job, parameters, gpus, pipeline, tensor, expert) > capacity or (
-            gpus > per_node and gpus % per_node
-        ):
+    per_node, parameters = job.cluster.gpus_per_node, num_parameters(job.model)
+    for gpus, pipeline, tensor, expert in _sizes(job):
+        makes_hosts = gpus <= per_node or gpus % per_node == 0
+        if not makes_hosts or _least_bytes(job, parameters, gpus, pipeline, tensor, expert) > capacity:
             continue
-        keys: dict[str, Any] = {
+        keys = _FRUGAL | {
             "pipeline_parallel_degree": pipeline,
             "tensor_parallel_degree": tensor,
             "expert_parallel_degree": expert,
-            "data_parallel_degree": -1,
-            "sharding_parallel_degree": -1,
             "sharding": "stage1" if gpus > pipeline * tensor else "",
             "sequence_parallel": tensor > 1,
-            "recompute": True,
-            "recompute_granularity": "full",
-            "no_recompute_layers": (),
-            "virtual_pp_degree": 1,
-            "pipeline_schedule": "1f1b",
-            "pp_seg_method": "layer:DecoderLayer",
-            "batch_size": 1,
             "gradient_accumulation_steps": max(job.num_microbatches, pipeline),
         }
         try:
             yield job.changed(replace(job.cluster, gpus=gpus), **keys)
         except UserError:
             continue
+
+
+# What takes the least memory, whatever the layout.
+_FRUGAL: dict[str, Any] = {
+    "data_parallel_degree": -1,
+    "sharding_parallel_degree": -1,
+    "recompute": True,
+    "recompute_granularity": "full",
+    "no_recompute_layers": (),
+    "virtual_pp_degree": 1,
+    "pipeline_schedule": "1f1b",
+    "pp_seg_method": "layer:DecoderLayer",
+    "batch_size": 1,
+}
+
+
+def _sizes(job: Job) -> list[tuple[int, int, int, int]]:
+    """(GPUs, pipeline stages, tensor ranks, expert ranks) that the model may be divided into, by rising number."""
+    model = job.model
+    powers = [2**n for n in range(15)]
+    tensors = [n for n in powers if n <= job.cluster.gpus_per_node and model.num_key_value_heads % n == 0]
+    experts = [n for n in powers if model.moe_num_experts and model.moe_num_experts % n == 0] or [1]
+    pipelines = [n for n in (1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 27, 32) if n <= model.num_hidden_layers]
+    sizes = (
+        (pipeline * tensor * expert * copies, pipeline, tensor, expert)
+        for pipeline, tensor, expert, copies in product(pipelines, tensors, experts, (1, 2, 4, 8))
+        if model.moe_num_experts % (tensor * expert) == 0
+    )
+    return sorted(size for size in sizes if size[0] <= MOST_GPUS)
 
 
 def _least_bytes(job: Job, parameters: int, gpus: int, pipeline: int, tensor: int, expert: int) -> float:

@@ -157,6 +157,11 @@ class Job:
         return cfg.method.options is PreferenceArgs and not cfg.reference_free and loss not in REFERENCE_FREE
 
     @property
+    def has_second_model(self) -> bool:
+        """Whether that reference is a second copy of the model in memory."""
+        return self.has_reference and not self.is_lora and not self.cfg.ref_logps_cache
+
+    @property
     def mtp_depths(self) -> int:
         """Blocks of multi-token prediction that are trained."""
         return self.cfg.mtp_depths

@@ -29,6 +29,8 @@ from erniekit.parallel.zero import entries_of
 from erniekit.plan.job import Job
 from erniekit.precision.quantized_weight import QuantizedWeight
 
+FP32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class RankTensors:
@@ -71,28 +73,41 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         model: its part of the model without memory, with what is frozen marked as such.
     """
     weights = _weights(model)
-    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     where = placements(model, mesh, bool(job.cfg.sharding))
     entries = entries_of(trained, where, parameter_chunks(model, model.chunks))
-    adapted = lora.state_of(model)
-    named = dict(model.named_parameters())
-    adapters = [layer for layer in model.sublayers() if isinstance(layer, LinearAdapter)]
-    saved = [] if adapted is None else [named[name] for name in adapted.saved if name in named]
-    second = job.has_reference and not job.is_lora and not job.cfg.ref_logps_cache
-    kept = list(trained.values()) + ([] if adapted is not None else [b for _, b in model.named_buffers()])
+    held = sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
     return RankTensors(
         weights=dict(weights),
         gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
         state=state_bytes(entries.values()),
-        reference=sum(weights.values()) if second else 0,
-        average=0 if job.cfg.ema_decay is None else sum(4 * _size(tensor) for tensor in kept),
-        copies=sum(_bytes(p) for p in saved) + sum(each.missing_bytes for each in adapters),
+        reference=sum(weights.values()) if job.has_second_model else 0,
+        average=0 if job.cfg.ema_decay is None else _average_bytes(model),
+        copies=_copied_bytes(model),
         trained=sum(_size(p) for p in trained.values()),
-        total=sum(_size(p) for p in named.values())
-        + sum(prod(p.weight_shape) for p, _ in held_weights(model).values()),
+        total=held + sum(_size(p) for p in parameters.values()),
         entries=tuple(entries.values()),
         buckets=tuple(plan_buckets(list(entries.values()))),
     )
+
+
+def _average_bytes(model: CausalLM) -> int:
+    """The fp32 average of all that a checkpoint holds: parameters and buffers, or an adapter."""
+    tensors = list(model.named_parameters())
+    if lora.state_of(model) is None:
+        return sum(FP32_BYTES * _size(tensor) for _, tensor in [*tensors, *model.named_buffers()])
+    return sum(FP32_BYTES * _size(tensor) for _, tensor in tensors if not tensor.stop_gradient)
+
+
+def _copied_bytes(model: CausalLM) -> int:
+    """What an adapter remembers of its base: parameters that are trained whole, and the lengths of DoRA's columns."""
+    state = lora.state_of(model)
+    if state is None:
+        return 0
+    saved = [tensor for name, tensor in model.named_parameters() if name in state.saved]
+    adapters = [layer for layer in model.sublayers() if isinstance(layer, LinearAdapter)]
+    return sum(_bytes(tensor) for tensor in saved) + sum(adapter.missing_bytes for adapter in adapters)
 
 
 def _weights(model: CausalLM) -> Counter[str]:

@@ -31,6 +31,7 @@ class Policy:
     fp8: Fp8Options | None = None
 
 
+DTYPES = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}
 _PARAM_DTYPES = {"fp32": "float32", "fp16": "float16"}  # others: bfloat16
 
 
@@ -49,7 +50,7 @@ def choose(compute_type: str, device: str, emulate: bool = False) -> Policy:
             "GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     if emulate:
-        how = "oneDNN" if param_dtype == "bfloat16" and onednn.is_available() else "float32, rounded"
+        how = "oneDNN" if onednn.is_available(DTYPES[param_dtype]) else "float32, rounded"
         log.info(f"emulate_precision: {param_dtype} weights and activations on the CPU; matrix products by {how}")
     elif param_dtype != "float32" and device == "cpu":
         log.info(
@@ -90,7 +91,7 @@ def apply(model: nn.Layer, policy: Policy) -> None:
     """Make sure that every weight has the policy's dtype, and that those of FP32_ROLES have fp32. Weights that were
     built in another dtype are cast where they are; those that were built under `default_dtype` cost nothing.
     """
-    target = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}[policy.param_dtype]
+    target = DTYPES[policy.param_dtype]
     roles = named_roles(model)
     for name, parameter in model.named_parameters():
         if roles[name] not in FP32_ROLES and parameter.dtype != target:

@@ -51,7 +51,8 @@ from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, microbatches_per_read
 from erniekit.training.best import BestModel
 from erniekit.training.ema import WeightAverage
-from erniekit.training.freezing import check_frozen, freeze
+from erniekit.training.fit_check import warn_if_too_large
+from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
 from erniekit.training.lr_scheduler import Schedule, build_schedule
 from erniekit.training.methods import Method, method_of
 from erniekit.training.moments import MomentDtype
@@ -141,6 +142,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
+    warn_if_too_large(cfg, prepared.config, mesh)
     # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]
     model = prepared.build(mesh, chunks)
@@ -235,21 +237,6 @@ def _open_data(
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
     require_same_files(model_dir, data, mesh.world_group)
     return template, loader, eval_loader
-
-
-def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
-    """Freeze the model's blocks of multi-token prediction that the run does not train."""
-    trained, decoder = cfg.mtp_depths, model.model
-    frozen = model.config.num_nextn_predict_layers - trained
-    if frozen <= 0:
-        return
-    log.info(
-        f"num_nextn_predict_layers: {trained}: {frozen} of the model's multi-token-prediction blocks are kept, not "
-        "trained"
-    )
-    for depth in range(trained, len(decoder.mtp_block)):
-        for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
-            parameter.stop_gradient = True
 
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:

@@ -112,5 +112,20 @@ def freeze(model: CausalLM, cfg: Config) -> None:
     )
 
 
+def freeze_untrained_mtp(model: CausalLM, cfg: Config) -> None:
+    """Freeze the model's blocks of multi-token prediction that the run does not train."""
+    trained, decoder = cfg.mtp_depths, model.model
+    frozen = model.config.num_nextn_predict_layers - trained
+    if frozen <= 0:
+        return
+    log.info(
+        f"num_nextn_predict_layers: {trained}: {frozen} of the model's multi-token-prediction blocks are kept, not "
+        "trained"
+    )
+    for depth in range(trained, len(decoder.mtp_block)):
+        for parameter in (p for layer in decoder.mtp_layers(depth) for p in layer.parameters()):
+            parameter.stop_gradient = True
+
+
 def _size(parameters: Iterable[paddle.Tensor]) -> int:
     return sum(int(np.prod(parameter.shape)) for parameter in parameters)

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from erniekit import build
 from erniekit.checkpoint.peft_read import read_adapter
@@ -11,8 +12,7 @@ from erniekit.models.decoder import CausalLM
 from erniekit.parallel.mesh import Mesh
 from erniekit.plan.job import Job
 from erniekit.plan.tensors import RankTensors, rank_tensors
-from erniekit.training.build import freeze_untrained_mtp
-from erniekit.training.freezing import freeze
+from erniekit.training.freezing import freeze, freeze_untrained_mtp
 from erniekit.utils import log
 
 # Keys that the parameters of a stage do not depend on: plans that differ in them share the outlines.
@@ -35,7 +35,7 @@ def outline_stage(job: Job, stage: int) -> tuple[CausalLM, Mesh]:
     """The model of the first rank of a stage, what is not trained frozen, and that rank. Of stages whose layers are of
     the same kinds, in the same order, it is that of the first one.
     """
-    usual = {name: fields()[name].default for name in _NOT_OF_PARAMETERS}
+    usual: dict[str, Any] = {name: fields()[name].default for name in _NOT_OF_PARAMETERS}
     same = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, **usual))
     like = stage if _names_layers(job.cfg) else [_kinds(job, i) for i in range(stage + 1)].index(_kinds(job, stage))
     return _outline(same, like, tuple(job.stages[like]))

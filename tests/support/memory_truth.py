@@ -5,10 +5,13 @@ what plan says.
 """
 
 import gc
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from support.tiny_directories import write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,9 +44,82 @@ def keys_of(model: str | Path, data: str | Path, out: str | Path, **changes: Any
     } | changes
 
 
+class Layout(NamedTuple):
+    """A run whose memory is measured: the number of ranks, the model (a directory of `prepare`), and keys."""
+
+    name: str
+    ranks: int
+    model: str
+    keys: dict[str, Any]
+
+
+_LONG = {"max_seq_len": 1024}
+_LORA = {"fine_tuning": "LoRA", "continue_training": True}
+_DPO = {"stage": "DPO", "train_dataset_path": str(ROOT / "examples" / "data" / "dpo-train.jsonl"), "max_seq_len": 768}
+_100M = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_seq_len": 1024,
+}  # fmt: skip
+_CORE = {"recompute": True, "recompute_granularity": "core_attn"}
+_FOUR_LAYERS = {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 4}
+LAYOUTS = (
+    Layout("dense", 1, "tiny-dense", _LONG),
+    Layout("dense, documents of 2048", 1, "tiny-dense", {"max_seq_len": 2048}),
+    Layout("dense, 2 rows, 8 layers", 1, "tiny-dense", {"max_seq_len": 512, "batch_size": 2, "num_hidden_layers": 8}),
+    Layout("dense, vocabulary 32000", 1, "tiny-dense", _LONG | {"vocab_size": 32000}),
+    Layout("dense, recompute", 1, "tiny-dense", _LONG | {"recompute": True}),
+    Layout("dense, attention recomputed", 1, "tiny-dense",
+           _LONG | {"recompute": True, "recompute_granularity": "full_attn"}),
+    Layout("dense, core recomputed", 1, "tiny-dense", _LONG | _CORE),
+    Layout("dense, multi-token prediction", 1, "tiny-dense", _LONG | {"num_nextn_predict_layers": 1}),
+    Layout("dense, average of weights", 1, "tiny-dense", _LONG | {"ema_decay": 0.9}),
+    Layout("dense, LoRA", 1, "tiny-dense", _LONG | _LORA),
+    Layout("dense, DoRA", 1, "tiny-dense", _LONG | _LORA | {"use_dora": True, "modules_to_save": "norm"}),
+    Layout("dense, LoRA on 8 bits", 1, "tiny-dense", _LONG | _LORA | {"compute_type": "wint8"}),
+    Layout("dense, DPO", 1, "tiny-dense", _DPO),
+    Layout("moe", 1, "tiny-moe", _LONG),
+    Layout("moe, LoRA", 1, "tiny-moe", _LONG | _LORA),
+    Layout("moe, experts recomputed", 1, "tiny-moe", _LONG | {"recompute": True, "recompute_granularity": "moe"}),
+    Layout("dense, 2 tensor ranks", 2, "tiny-dense", _LONG | {"tensor_parallel_degree": 2}),
+    Layout("dense, 2 tensor ranks share tokens", 2, "tiny-dense",
+           _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
+    Layout("dense, 2 stages", 2, "tiny-dense", _LONG | _FOUR_LAYERS),
+    Layout("dense, 2 stages of 2 chunks", 2, "tiny-dense", _LONG | _FOUR_LAYERS | {"virtual_pp_degree": 2}),
+    Layout("dense, stage 1", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("dense, stage 2", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage2"}),
+    Layout("moe, 2 expert ranks, stage 1", 2, "tiny-moe",
+           _LONG | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("moe, 2 tensor ranks", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
+    Layout("moe, 2 stages x 2 expert ranks", 4, "tiny-moe",
+           _LONG | _FOUR_LAYERS | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("dense of 100 M", 1, "tiny-dense", _100M),
+    Layout("dense of 100 M, recompute", 1, "tiny-dense", _100M | {"recompute": True}),
+    Layout("dense of 100 M, 2 stages", 2, "tiny-dense", _100M | _FOUR_LAYERS),
+)  # fmt: skip
+
+
+def prepare(directory: Path) -> None:
+    """The models of LAYOUTS with weights, for adapters, and questions for the data file, which is opened, not read."""
+    from erniekit.checkpoint.model_io import save_model
+    from erniekit.models.config import ModelConfig
+    from erniekit.models.decoder import CausalLM
+    from erniekit.models.init import init_weights
+
+    for name in sorted({layout.model for layout in LAYOUTS}):
+        shutil.copytree(ROOT / "examples" / "models" / name, directory / name)
+        model = CausalLM(ModelConfig.from_dir(directory / name))
+        init_weights(model, 7)
+        save_model(model, directory / name)
+    write_lines(directory / "train.jsonl", [{"src": [f"{n}+{n}等于几？"], "tgt": [str(2 * n)]} for n in range(40)])
+
+
+def run_keys(layout: Layout, directory: Path) -> dict[str, Any]:
+    """The keys of a layout's run."""
+    return keys_of(directory / layout.model, directory / "train.jsonl", directory / "out", **layout.keys)
+
+
 def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Bytes by kind on this rank: "measured" by the allocator in the second step of the real trainer, and "planned"."""
-    import paddle
     from paddle.base import core
 
     from erniekit import config
@@ -81,17 +157,15 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
         "cached": resident - built,
     }
     run.close()
-    del paddle
     return {"measured": measured, "planned": _planned(cfg, run.model.config, mesh)}
 
 
 def _gradient_bytes(trainer: Any, batches: list[Any]) -> int:
     """What the gradients of a step take before they are exchanged."""
-    run, sync = trainer.run, trainer.run.sync
+    sync = trainer.run.sync
     finish, found = sync.finish, []
 
     def counted() -> dict[str, Any]:
-        full = allocated()
         # the gradients alone, given up for a moment
         kept = {name: p.grad.numpy() for name, p in sync._tensors.items() if p.grad is not None}
         rows = {index: row.numpy() for index, row in sync._rows.items()}
@@ -105,7 +179,6 @@ def _gradient_bytes(trainer: Any, batches: list[Any]) -> int:
         for name, array in kept.items():
             sync._tensors[name].grad = paddle.to_tensor(array)
         sync._rows.update({index: paddle.to_tensor(array) for index, array in rows.items()})
-        assert full > 0
         return finish()
 
     sync.finish = counted
@@ -152,8 +225,3 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
         "reference": tensors.reference,
         "activations": round(stage_activations(job, outline_stage(job, mesh.pipe)[0], mesh.pipe).peak),
     }
-
-
-def text_of(records: int = 40) -> list[dict[str, Any]]:
-    """Questions for the data file, which the runs open and do not read."""
-    return [{"src": [f"{n}+{n}等于几？"], "tgt": [str(2 * n)]} for n in range(records)]

@@ -173,7 +173,7 @@ def test_fine_tuning_runs_as_it_is_and_names_what_does_nothing(read):
             "use_sparse_head_and_loss_fn",
             "release_grads",
         ),
-        *("logging_dir", "tensorwise_offload_optimizer", "pipeline_parallel_config", "disable_ckpt_quant"),
+        *("logging_dir", "pipeline_parallel_config", "disable_ckpt_quant"),
         *("recompute_use_reentrant", "unified_checkpoint", "unified_checkpoint_config"),
     }
 

@@ -1,0 +1,74 @@
+"""`erniekit plan`: what it prints and writes, and which requests it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.source_tree import REPOSITORY
+
+from erniekit.cli import plan
+from erniekit.utils.errors import ConfigError
+
+CONFIGS = REPOSITORY / "examples" / "configs"
+PRETRAIN_96 = str(CONFIGS / "ERNIE-4.5-300B-A47B" / "pretrain" / "pretrain_96_gpus.yaml")
+SFT_SMALL = str(CONFIGS / "ERNIE-4.5-0.3B" / "sft" / "run_sft_8k.yaml")
+
+
+def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Text, JSON and chart of a model that nobody has downloaded."""
+    files = [f"json={tmp_path / 'plan.json'}", f"chart={tmp_path / 'plan.png'}"]
+    assert plan.run([SFT_SMALL, "gpus=1", "gpu=H800", "tokens=1e9", "recompute=true", *files]) == 0
+    text = capsys.readouterr().out
+    for expected in ("FITS", "0.36 B parameters", "1 x H800", "GPU-hours", "MFU", "assumptions:", "largest on stage 0"):
+        assert expected in text
+    values = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    stage = values["stages"][0]
+    assert values["fits"] and sum(stage["bytes"].values()) == pytest.approx(stage["peak"], abs=len(stage["bytes"]))
+    assert stage["bytes"]["parameters"] == 2 * 360_748_032
+    assert values["seconds"] and values["mfu"]["full"] >= values["mfu"]["causal"] > 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: pytest.CaptureFixture[str]):
+    assert plan.run([SFT_SMALL, "gpus=1", "gpu=RTX4090", "batch_size=3"]) == 3
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text and "too much" in text
+    assert "fits at the least cost with: recompute=true" in text
+
+
+def test_a_model_too_large_for_its_cluster_gets_the_least_one(capsys: pytest.CaptureFixture[str]):
+    keys = ["gpus=12", "gpus_per_node=4", "expert_parallel_degree=1", "sharding_parallel_degree=1", "gradient_accumulation_steps=12"]
+    assert plan.run([PRETRAIN_96, *keys]) == 3
+    text = capsys.readouterr().out
+    assert "the fewest that hold it: gpus=" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["gpu=H80"], "H800"),
+        (["gpu=TPUv9"], "is not in the hardware table"),
+        (["gpus=0"], "expected a whole number from 1"),
+        (["gpus=-8"], "expected a whole number from 1"),
+        (["gpus=eight"], "expected a whole number from 1"),
+        (["gpus=99999999999"], "expected a whole number from 1"),
+        (["gpus=12", "gpus_per_node=8"], "do not make whole hosts"),
+        (["gpus=8", "tensor_parallel_degree=3"], "there are 8"),
+        (["gpus=8", "tensor_parallel_degree=4"], "key-value heads"),
+        (["memory=-1"], "expected a positive number"),
+        (["memory=nan"], "expected a positive number"),
+        (["tokens=1e99"], "expected a positive number"),
+        (["picture_tokens=100000000"], "picture_tokens"),
+        (["json=/nowhere/at/all.json"], "a directory that exists"),
+        (["model_name_or_path=baidu/ERNIE-4.5-0.4B"], "nearest name is baidu/ERNIE-4.5-0.3B"),
+        (["gpuz=8"], "gpuz"),
+    ],
+)
+def test_bad_requests_are_refused(words: list[str], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        plan.run([SFT_SMALL, *words])
+
+
+def test_nothing_to_plan_is_refused():
+    with pytest.raises(ConfigError, match="Missing configuration file"):
+        plan.run(["gpus=8"])

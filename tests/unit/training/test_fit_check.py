@@ -1,0 +1,29 @@
+"""A run that will not fit is announced before its weights are read."""
+
+from pathlib import Path
+
+import pytest
+from support.tiny_directories import model_directory
+
+from erniekit import config
+from erniekit.models.config import ModelConfig
+from erniekit.parallel.mesh import Mesh
+from erniekit.training import fit_check
+from erniekit.utils import log
+
+
+@pytest.mark.parametrize(("memory", "warns"), [(10**9, False), (22 * 10**6, True)])
+def test_a_run_that_does_not_fit_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, warns: bool
+):
+    """With the cheapest change by which it would."""
+    directory = model_directory(tmp_path / "model", weights=False)
+    words = [f"model_name_or_path={directory}", f"output_dir={tmp_path}", "train_dataset_path=x.jsonl"]
+    cfg = config.load(None, [*words, "max_seq_len=512", "batch_size=2", "compute_type=fp32"], "train")
+    monkeypatch.setattr(fit_check, "host_memory", lambda: memory)
+    with log.captured() as lines:
+        fit_check.warn_if_too_large(cfg, ModelConfig.from_dir(directory), Mesh.single())
+    found = [text for is_warning, text in lines if is_warning]
+    assert bool(found) is warns
+    if warns:
+        assert "this run may not fit" in found[0] and "it would fit with " in found[0]

@@ -1,0 +1,51 @@
+"""Prints what `plan` says beside what Paddle's allocator counts, for the layouts of tests/support/memory_truth.py, as
+the table of docs/plan.md: python tools/plan_truth.py [WORD ...]  (only layouts whose names contain a word)
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.memory_truth import LAYOUTS, measure, prepare, run_keys
+from support.worlds import World
+
+
+def main(words: list[str]) -> None:
+    """Measure, and print a row for each rank."""
+    worlds = {2: World(2), 4: World(4)}
+    print("| layout | rank | parameters | gradients | state | activations, measured | planned | |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        prepare(directory)
+        for layout in LAYOUTS:
+            if words and not any(word in layout.name for word in words):
+                continue
+            keys = run_keys(layout, directory)
+            if layout.ranks == 1:
+                found = [measure(keys)]
+            else:
+                found = worlds[layout.ranks].run(measure, keys=keys, timeout=600)
+            for rank, values in enumerate(found):
+                measured, planned = values["measured"], values["planned"]
+                cells = [_exact(measured[kind] + extra, planned[kind] + extra) for kind, extra in _shown(measured)]
+                error = planned["activations"] / measured["activations"] - 1
+                cells += [f"{measured['activations']:,}", f"{planned['activations']:,}", f"{error:+.1%}"]
+                print(f"| {layout.name} | {rank} | " + " | ".join(cells) + " |", flush=True)
+    for world in worlds.values():
+        world.stop()
+
+
+def _shown(measured: dict[str, int]) -> list[tuple[str, int]]:
+    """Kinds of exact bytes; a reference model counts as parameters."""
+    return [("parameters", measured["reference"]), ("gradients", 0), ("state", 0)]
+
+
+def _exact(measured: int, planned: int) -> str:
+    return f"{measured:,}" if measured == planned else f"{measured:,} (planned {planned:,})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
