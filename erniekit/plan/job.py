@@ -139,6 +139,11 @@ class Job:
         return 4 if in_fp32 or self.cfg.compute_type == "fp32" else 2
 
     @property
+    def offloads_state(self) -> bool:
+        """Whether the optimizer's state waits in host memory; on a CPU that is where it is anyway."""
+        return not self.on_cpu and (self.cfg.offload_optim or self.cfg.tensorwise_offload_optimizer)
+
+    @property
     def quantized_base(self) -> bool:
         """Whether frozen weights are kept in 8 or 4 bits."""
         return self.cfg.compute_type in ("wint8", "wint4", "wint4/8", "nf4")

@@ -37,6 +37,9 @@ class Report:
         """For the terminal."""
         lines = [*_headline(self.job), "", _verdict(self.memory), "", *_table(self.memory), ""]
         lines += _largest(self.memory.worst)
+        host = max(stage.host_bytes for stage in self.memory.stages) * self.job.cluster.gpus_per_node
+        if host:
+            lines.append(f"optimizer state in host memory: up to {gigabytes(host)} of each host")
         lines += self._advice()
         if self.time is not None:
             lines += ["", *_time(self.time, self.tokens)]
@@ -193,6 +196,7 @@ def _stage_values(stage: StageMemory) -> dict[str, Any]:
         "weights": dict(tensors.weights),
         "activations": {name: round(size) for name, size in stage.activations.by_kind.items()},
         "chunks_in_flight": stage.activations.live_chunks,
+        "host_bytes": stage.host_bytes,
         "trained_parameters": tensors.trained,
         "parameters": tensors.total,
         "peak": round(stage.peak),
