@@ -26,6 +26,7 @@ FAST = {
     "bench_data, pictures": "bench_data.py --pictures 2 --size 90x60 --rounds 1",
     "make_doc_tables": "make_doc_tables.py --check",
     "wrap_docs": "wrap_docs.py {tmp}/page.md",
+    "plan_accuracy": "plan_accuracy.py --only 22B",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
     "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",

@@ -31,13 +31,13 @@ def table(runs: Sequence[Published]) -> str:
         lines.append(
             f"| {run.name}{star} | {run.gpus} | {run.shown(run.reached)} | {run.shown(run.planned)} | {error:+.0%} |"
         )
-    both = [*errors["calibration"], *errors["held_out"]]
-    medians = {name: f"{statistics.median(values):.1%} over" for name, values in {**errors, "both": both}.items()}
-    lines += [
-        "",
-        f"Median of the absolute errors: {medians['both']} {len(both)} runs; {medians['held_out']} the "
-        f"{len(errors['held_out'])} without a star, {medians['calibration']} the {len(errors['calibration'])} with.",
-    ]
+    lines += ["", "| runs | number | median of the absolute errors |", "| --- | --- | --- |"]
+    groups = {
+        "all": [*errors["calibration"], *errors["held_out"]],
+        "without a star": errors["held_out"],
+        "with a star": errors["calibration"],
+    }
+    lines += [f"| {name} | {len(each)} | {statistics.median(each):.1%} |" for name, each in groups.items() if each]
     return "\n".join(lines)
 
 
@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--kinds", action="store_true", help="also print where the time of each run goes")
+    parser.add_argument("--only", default="", help="only runs whose name contains this")
     args = parser.parse_args()
-    runs = published()
+    runs = published(args.only)
     shown = table(runs)
     if args.kinds:
         for run in runs:

@@ -127,10 +127,12 @@ class Published:
         return f"{value:,.0f} tokens/s/GPU" if self.unit == "tokens" else f"{value:.0f} TFLOP/s"
 
 
-def published(names: Collection[str] = ()) -> list[Published]:
-    """The published runs of these names, or all of them, planned."""
+def published(names: Collection[str] | str = "") -> list[Published]:
+    """The published runs of these names, or those whose name contains a text, planned."""
     rows = yaml.safe_load((DIRECTORY / "runs.yaml").read_text("utf-8"))
-    return [_published(row) for row in rows if not names or row["name"] in names]
+    if isinstance(names, str):
+        return [_published(row) for row in rows if names in row["name"]]
+    return [_published(row) for row in rows if row["name"] in names]
 
 
 def _published(row: dict[str, Any]) -> Published:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from erniekit.parallel.buckets import item_bytes
+from erniekit.parallel.memory import gradient_bytes, state_bytes
+from erniekit.plan.collectives import trained_entries
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
-from erniekit.plan.layout import run_of
+from erniekit.plan.layout import Run, run_of
 from erniekit.plan.memory import MemoryPlan
 from erniekit.plan.timing import StepTime, estimate_seconds, step_time
 from erniekit.plan.work import Work, work_of
@@ -161,7 +164,21 @@ def _timed(job: Job, work: Work, card: Hardware) -> Iterator[tuple[float, dict[s
             candidate = job.changed(**keys)
         except UserError:  # the degrees do not divide the cluster or the model
             continue
-        yield estimate_seconds(run_of(candidate, work), card), keys, candidate
+        run = run_of(candidate, work)
+        if _least_bytes(run) < card.memory_bytes:
+            yield estimate_seconds(run, card), keys, candidate
+
+
+def _least_bytes(run: Run) -> float:
+    """What the fullest stage stores of trained weights, gradients and state; a lower bound of its memory."""
+    layout = run.layout
+    sizes = []
+    for stage in range(layout.pipeline):
+        entries = trained_entries(run.stage(stage), layout)
+        weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
+        gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
+        sizes.append(weights + gradients + state_bytes(entries))
+    return max(sizes)
 
 
 def layouts(job: Job) -> Iterator[dict[str, Any]]:
