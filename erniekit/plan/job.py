@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from erniekit.config import checks
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.models.config import ModelConfig
@@ -175,10 +176,14 @@ class Job:
         """The same run with other values of these keys, or on another cluster.
 
         Raises:
-            ConfigError: the degrees do not fit the cluster or the model.
+            ConfigError: the keys contradict one another, or the degrees do not fit the cluster or the model.
         """
+        cfg = dataclasses.replace(self.cfg, **keys)
+        problems = checks.problems(cfg, "train")
+        if problems:
+            raise ConfigError(problems[0])
         return make_job(
-            dataclasses.replace(self.cfg, **keys),
+            cfg,
             self.model,
             cluster or self.cluster,
             self.document_tokens,
