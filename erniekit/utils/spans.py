@@ -1,4 +1,4 @@
-"""Named parts of a training step, for code that measures them.
+"""Named parts of a training step, to be measured.
 
     with span("optimizer"): ...
 
