@@ -40,11 +40,13 @@ COMMANDS = {
         "say whether a run fits the GPUs and how long it takes, without weights and without a GPU",
         "erniekit plan sft.yaml gpus=96 gpu=H800",
         "erniekit plan CONFIG.yaml [key=value ...] [gpus=N] [gpu=NAME] [gpus_per_node=8] [json=OUT.json]\n"
-        "       [chart=OUT.png] [tokens=N] [memory=GB] [document_tokens=N] [picture_tokens=N] [hardware=CARDS.yaml]",
+        "       [search=true] [chart=OUT.png] [tokens=N] [memory=GB] [document_tokens=N] [picture_tokens=N]\n"
+        "       [hardware=CARDS.yaml]",
         (
             "gpus=N: GPUs in all; else as many as the parallel degrees multiply to",
             "gpu=H800: their name, such as A100, H100, H20, L20, RTX4090, or cpu for this machine's processors",
             "gpus_per_node=8: GPUs of one host",
+            "search=false: true: also propose degrees, microbatch, recompute and schedule: the fastest that fit",
             "json=FILE: also write bytes by stage and kind, seconds by kind, FLOPs and MFU to this file",
             "chart=FILE: also draw memory by stage and kind, and time by kind, as a PNG file",
             "tokens=N: tokens of the whole training, for days and GPU-hours; else max_steps decides",

@@ -37,6 +37,7 @@ class Wishes:
     document_tokens: int | None = None
     picture_tokens: int | None = None
     hardware: str | None = None
+    search: bool = False
     json: str = ""
     chart: str = ""
     search: bool = False
@@ -152,6 +153,7 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
     from erniekit.plan import advice
     from erniekit.plan.memory import plan_memory
     from erniekit.plan.report import Report
+    from erniekit.plan.search import search
     from erniekit.plan.timing import plan_time
     from erniekit.training.outline import outline_stage
 
@@ -168,6 +170,7 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         least=advice.least_cluster(job, capacity, outline_stage) if needs_more else None,
         tokens=wishes.tokens or _tokens(job),
         assumptions=_assumptions(job, card, wishes),
+        found=search(job, card, lambda each: plan_memory(each, capacity, outline_stage)) if wishes.search else None,
     )
 
 
@@ -185,7 +188,7 @@ def _tokens(job: Job) -> float | None:
 
 def _assumptions(job: Job, card: Hardware, wishes: Wishes) -> list[str]:
     lines = []
-    if "gpu" not in vars(wishes) or wishes.gpu == DEFAULT_GPU:
+    if wishes.gpu == DEFAULT_GPU:
         lines.append(f"gpu={DEFAULT_GPU}: give gpu=NAME for another one")
     documents = "one document each" if job.document_tokens is None else f"documents of {job.document_tokens} tokens"
     lines.append(f"rows are full ({job.row_tokens} tokens, {documents}); every token has a label")
@@ -255,6 +258,7 @@ _OPTIONS: options.Readers = {
     "document_tokens": _whole(10**9),
     "picture_tokens": _whole(10**9),
     "hardware": expand,
+    "search": to_bool,
     "json": _new_file,
     "chart": _new_file,
     "search": _truth,

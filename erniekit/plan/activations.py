@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.models.inputs import head_layout
+from erniekit.moe.experts import Experts
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.mlp import SwiGLU
 from erniekit.parallel.pipeline_schedule import Backward, Forward
 from erniekit.plan import operations as ops
 from erniekit.plan.job import Job
 from erniekit.plan.operations import FP32, INT64, Device, Operation
+from erniekit.precision.fp8_experts import Fp8Experts
 
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
 
@@ -148,16 +150,25 @@ def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Op
         Operation("experts", device.element * device.tokens * width),  # the layer's normed input
         ops.routing(device, width, ops.Router(sizes.num_experts, top_k), beside),
         ops.dispatched(device, width, rows, beside),
-        ops.projection(_alone(device), experts.up_gate_proj, rows, "experts", beside=beside),
-        ops.swiglu(device, experts.down_proj.in_features, rows, "experts", beside),
-        ops.projection(_alone(device), experts.down_proj, rows, "experts", beside=beside),
-        ops.combined(device, width, rows, beside),
+        *_experts(device, experts, rows, beside),
+        ops.combined(device, width, rows, beside, keeps_rows=not experts.takes_weights),
     ]
     if layer.shared_experts is not None:
         # Tensor ranks give them a copy of their own.
         own = device.tensor_ranks > 1
         result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=own)
     return result
+
+
+def _experts(device: Device, experts: Experts, rows: float, beside: float) -> list[Operation]:
+    adapted = experts.up_gate_proj.adapter is not None or experts.down_proj.adapter is not None
+    if isinstance(experts.block, Fp8Experts) and not adapted:
+        return [ops.fp8_experts(device, experts, experts.block, rows, beside)]
+    return [
+        ops.projection(_alone(device), experts.up_gate_proj, rows, "experts", beside=beside),
+        ops.swiglu(device, experts.down_proj.in_features, rows, "experts", beside),
+        ops.projection(_alone(device), experts.down_proj, rows, "experts", beside=beside),
+    ]
 
 
 def _alone(device: Device) -> Device:

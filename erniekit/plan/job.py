@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from erniekit.config import checks
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, PreferenceArgs
 from erniekit.models.config import ModelConfig
@@ -139,6 +140,11 @@ class Job:
         return 4 if in_fp32 or self.cfg.compute_type == "fp32" else 2
 
     @property
+    def offloads_state(self) -> bool:
+        """Whether the optimizer's state waits in host memory; on a CPU that is where it is anyway."""
+        return not self.on_cpu and (self.cfg.offload_optim or self.cfg.tensorwise_offload_optimizer)
+
+    @property
     def quantized_base(self) -> bool:
         """Whether frozen weights are kept in 8 or 4 bits."""
         return self.cfg.compute_type in ("wint8", "wint4", "wint4/8", "nf4")
@@ -170,10 +176,14 @@ class Job:
         """The same run with other values of these keys, or on another cluster.
 
         Raises:
-            ConfigError: the degrees do not fit the cluster or the model.
+            ConfigError: the keys contradict one another, or the degrees do not fit the cluster or the model.
         """
+        cfg = dataclasses.replace(self.cfg, **keys)
+        problems = checks.problems(cfg, "train")
+        if problems:
+            raise ConfigError(problems[0])
         return make_job(
-            dataclasses.replace(self.cfg, **keys),
+            cfg,
             self.model,
             cluster or self.cluster,
             self.document_tokens,

@@ -52,6 +52,11 @@ class StageMemory:
         return self.usable - self.peak
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory of each rank: optimizer state that waits there."""
+        return self.tensors.offloaded
+
+    @property
     def items(self) -> list[tuple[str, float]]:
         """The items that make up the peak, the largest first: weights and activations by part of the model."""
         whole = ("parameters", "activations")

@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from erniekit.lora.layers import Adapter, LinearAdapter
+from erniekit.moe.experts import Experts
 from erniekit.nn.attention import HeadLayout
 from erniekit.nn.linear import Projection
+from erniekit.precision.fp8_experts import Fp8Experts
+from erniekit.precision.fp8_product import Fp8Product
 
 _ATTENTION_BLOCK = 256  # query positions of one product, as in nn/attention.py
 _KEEP_WEIGHTS = 1024  # longest document whose softmax weights are kept, as there
 EXPANDED_ROTATION = 100_000_000  # largest table of rotations with a row for every head, as in nn/rotary.py
 FP32, INT64 = 4, 8
+FP8_ELEMENT = 1 + FP32 / 128  # a number in FP8 and its share of a scale
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def projection(
     matrices = layer.num_experts or 1
     trained = layer.weight is not None and not layer.weight.stop_gradient
     weight = e * matrices * num_in * num_out if trained else 0
-    kept = e * rows * num_in if keeps_input else 0.0
+    kept = rows * num_in * _input_bytes(device, layer) if keeps_input else 0.0
     forward, backward = e * rows * num_out, e * rows * (num_in + num_out)
     if layer.num_experts is not None:  # a list of parts, then one tensor; the same for the weights' gradients
         forward, backward = 2 * forward, backward + e * rows * num_in
@@ -93,6 +97,25 @@ def projection(
         backward += e * rows * num_in
     waits = weight if not device.on_cpu and device.master_grad else 0.0
     return Operation(kind, kept, forward, backward + (2 if layer.num_experts else 1) * weight + beside, waits)
+
+
+def _input_bytes(device: Device, layer: Projection) -> float:
+    """Bytes of each number of a projection's input, as it is kept: in FP8 with a scale for 128 numbers, where asked."""
+    stores = isinstance(layer.product, Fp8Product) and layer.product.stores_fp8
+    return FP8_ELEMENT if stores else device.element
+
+
+def fp8_experts(device: Device, experts: Experts, block: Fp8Experts, rows: float, beside: float) -> Operation:
+    """Routed experts in FP8 as one step, which keeps its input (in FP8) and gate and up, or not even these."""
+    e, width, inner = device.element, experts.up_gate_proj.in_features, experts.down_proj.in_features
+    kept = rows * width * (FP8_ELEMENT if block.stores_fp8 else e)
+    kept += 0 if block.recomputes_up_gate else 2 * e * rows * inner
+    matrices = experts.up_gate_proj.num_experts or 1
+    trained = not experts.up_gate_proj.weight.stop_gradient
+    weight = 3.0 * e * matrices * width * inner if trained else 0.0
+    forward = FP8_ELEMENT * rows * (width + inner) + e * rows * (3 * inner + width)
+    backward = e * rows * (5 * inner + 2 * width) + FP8_ELEMENT * rows * (width + 2 * inner) + weight + beside
+    return Operation("experts", kept, kept + forward, backward, weight if device.master_grad else 0.0)
 
 
 def norm(device: Device, width: int, tokens: float, kind: str = "norms", beside: float = 0.0) -> Operation:
@@ -182,13 +205,16 @@ def dispatched(device: Device, width: int, rows: float, beside: float) -> Operat
     return Operation("experts", 0.0, block + sent, block + sent + 2 * device.element * device.tokens * width + beside)
 
 
-def combined(device: Device, width: int, rows: float, beside: float) -> Operation:
-    """The weighted sum of each token's rows, which are kept for the gradient of the weights."""
+def combined(device: Device, width: int, rows: float, beside: float, keeps_rows: bool = True) -> Operation:
+    """The weighted sum of each token's rows, which are kept for the gradient of the weights, unless these were applied
+    within the experts.
+    """
     block = device.element * rows * width
     sent = 2 * block if device.expert_ranks > 1 else 0.0
     tokens = device.element * device.tokens * width
     forward = 2 * block + 2 * tokens + sent
-    return Operation("experts", block + FP32 * rows, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
+    kept = (block if keeps_rows else 0.0) + FP32 * rows
+    return Operation("experts", kept, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
 
 
 def recomputed(operations: Sequence[Operation], inputs: float, result: float, kind: str) -> Operation:

@@ -8,6 +8,7 @@ from erniekit.models.weights import num_parameters
 from erniekit.plan.advice import Change
 from erniekit.plan.job import Job
 from erniekit.plan.memory import RESERVE, MemoryPlan, StageMemory
+from erniekit.plan.search import Found, words
 from erniekit.plan.timing import StepTime
 
 _MOST_ROWS = 12
@@ -17,7 +18,8 @@ _COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
 @dataclass(frozen=True)
 class Report:
     """What `erniekit plan` says. `time`: None where it is not planned; `saving`, `cure`: see plan/advice.py; `least`:
-    the fewest GPUs on which a plan that does not fit would; `tokens`: of the whole training; `assumptions`: lines.
+    the fewest GPUs on which a plan that does not fit would; `tokens`: of the whole training; `assumptions`: lines;
+    `found`: the fastest layouts that fit, where they were searched.
     """
 
     memory: MemoryPlan
@@ -27,6 +29,7 @@ class Report:
     least: MemoryPlan | None
     tokens: float | None
     assumptions: Sequence[str]
+    found: Found | None = None
 
     @property
     def job(self) -> Job:
@@ -37,14 +40,20 @@ class Report:
         """For the terminal."""
         lines = [*_headline(self.job), "", _verdict(self.memory), "", *_table(self.memory), ""]
         lines += _largest(self.memory.worst)
+        host = max(stage.host_bytes for stage in self.memory.stages) * self.job.cluster.gpus_per_node
+        if host:
+            lines.append(f"optimizer state in host memory: up to {gigabytes(host)} of each host")
         lines += self._advice()
         if self.time is not None:
             lines += ["", *_time(self.time, self.tokens)]
+        if self.found is not None:
+            lines += ["", *_found(self.found, self.job)]
         return "\n".join([*lines, "", "assumptions:", *(f"  {line}" for line in self.assumptions)])
 
     def _advice(self) -> list[str]:
         lines = []
-        if self.saving is not None:
+        is_cure = self.saving is not None and self.cure is not None and self.saving.keys == self.cure.keys
+        if self.saving is not None and (self.memory.fits or not is_cure):
             lines.append(f"saves most memory: {self._effect(self.saving)}")
         if self.memory.fits:
             return lines
@@ -86,6 +95,11 @@ class Report:
                     "fits": change.plan.fits,
                     "step_seconds": change.seconds,
                 }
+        if self.found is not None:
+            values["search"] = [
+                {"keys": each.keys, "step_seconds": each.time.seconds, "peak_bytes": round(each.memory.worst.peak)}
+                for each in self.found.fits
+            ]
         if self.least is not None:
             values["least_cluster"] = {"gpus": self.least.job.cluster.gpus, "degrees": {**vars(self.least.job.degrees)}}
         return values | ({} if self.time is None else _time_values(self.time, self.tokens))
@@ -180,6 +194,22 @@ def _time(time: StepTime, tokens: float | None) -> list[str]:
     return lines
 
 
+def _found(found: Found, job: Job) -> list[str]:
+    if not found.fits:
+        return [
+            f"search: none of {found.tried:,} layouts of {job.cluster.gpus} x {job.cluster.gpu} fits",
+            *found.faster,
+        ]
+    lines = [f"search: the fastest of {found.tried:,} layouts that fit, with {job.step_tokens:,} tokens a step"]
+    for number, candidate in enumerate(found.fits, 1):
+        lines.append(
+            f"  {number}. {words(candidate.keys)}: {_duration(candidate.time.seconds)} a step, "
+            f"{candidate.time.tokens_per_second_per_gpu:,.0f} tokens/s for each GPU, MFU {candidate.time.mfu():.1%}"
+        )
+        lines.append(f"     {candidate.binds}")
+    return [*lines, *(f"  faster, but {line}" for line in found.faster)]
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
@@ -193,6 +223,7 @@ def _stage_values(stage: StageMemory) -> dict[str, Any]:
         "weights": dict(tensors.weights),
         "activations": {name: round(size) for name, size in stage.activations.by_kind.items()},
         "chunks_in_flight": stage.activations.live_chunks,
+        "host_bytes": stage.host_bytes,
         "trained_parameters": tensors.trained,
         "parameters": tensors.total,
         "peak": round(stage.peak),

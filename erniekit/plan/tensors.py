@@ -6,6 +6,7 @@ do without it, but would be a second description of the model.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -36,7 +37,8 @@ FP32_BYTES = 4
 class RankTensors:
     """What each rank of one pipeline stage keeps, in bytes; all ranks of a stage keep the same.
 
-    `weights`: parameters and buffers by the part of the model that they belong to. `reference`: a preference loss's
+    `weights`: parameters and buffers by the part of the model that they belong to. `state`: of the optimizer, on the
+    device; `offloaded`: in host memory. `reference`: a preference loss's
     second model. `average`: the weights' moving average. `copies`: what an adapter remembers of its base.
     `trained`, `total`: numbers of parameters on this rank. `buckets`: what gradients and updated parameters are sent
     in; `entries`: the trained parameters.
@@ -45,6 +47,7 @@ class RankTensors:
     weights: dict[str, int]
     gradients: int
     state: int
+    offloaded: int
     reference: int
     average: int
     copies: int
@@ -77,11 +80,14 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     where = placements(model, mesh, bool(job.cfg.sharding))
     entries = entries_of(trained, where, parameter_chunks(model, model.chunks))
+    state = state_bytes(entries.values(), moment_dtype=job.cfg.moment_dtype)
+    waits = job.offloads_state and bool(entries)
     held = sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())
     return RankTensors(
         weights=dict(weights),
         gradients=gradient_bytes(entries.values(), job.zero_stage, job.cfg.amp_master_grad),
-        state=state_bytes(entries.values()),
+        state=_largest_state(job, entries) if waits else state,
+        offloaded=state if waits else 0,
         reference=sum(weights.values()) if job.has_second_model else 0,
         average=0 if job.cfg.ema_decay is None else _average_bytes(model),
         copies=_copied_bytes(model),
@@ -90,6 +96,14 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
         entries=tuple(entries.values()),
         buckets=tuple(plan_buckets(list(entries.values()))),
     )
+
+
+def _largest_state(job: Job, entries: Mapping[str, Entry]) -> int:
+    """Room for the state of the parameters that are updated at a time (training/state_home.py)."""
+    sizes = sorted(
+        (state_bytes([entry], moment_dtype=job.cfg.moment_dtype) for entry in entries.values()), reverse=True
+    )
+    return sum(sizes[: 1 if job.cfg.tensorwise_offload_optimizer else 2])
 
 
 def _average_bytes(model: CausalLM) -> int:

@@ -28,6 +28,8 @@ _NOT_OF_PARAMETERS = (
     "pipeline_schedule",
     "ref_logps_cache",
     "loss_subbatch_seqlen",
+    "moment_dtype",
+    "offload_optim",
 )
 
 

@@ -142,7 +142,8 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     peak = core.host_memory_stat_peak_value("Allocated", 0)
     gradients = _gradient_bytes(trainer, batches)
     idle = allocated()
-    run.optimizer.state.clear()
+    run.optimizer._powers.clear()
+    run.optimizer._home = None
     state = idle - allocated()
     held = allocated()
     if run.recipe.reference is not None:

@@ -45,7 +45,7 @@ def watch(model: CausalLM, recorder: Recorder) -> list[Any]:
 
 
 def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
-    """(name, number of the decoder layer or -1, layer) of each part of the model that is told apart."""
+    """(name, number of the decoder layer or -1, layer) of each named part of the model."""
     numbers = {id(inner): n for n in model.model.layers.numbers for inner in model.model.layers[n].sublayers()}
     names: dict[int, str] = {}
     for layer in model.sublayers():
@@ -93,8 +93,8 @@ def _at_exit(recorder: Recorder, name: str, number: int) -> Callable[..., None]:
 
 
 def _on_gradient(x: Any, recorder: Recorder, name: str, number: int) -> None:
-    """When the backward pass comes to the operation that made x, a part goes on. Paddle calls a tensor's hook just
-    before that operation's gradient is computed.
+    """When the backward pass comes to the operation that made x, the time belongs to a part. Paddle calls a tensor's
+    hook just before that operation's gradient is computed.
     """
     if isinstance(x, paddle.Tensor) and not x.stop_gradient and not x.is_leaf and _MARKED not in vars(x):
         vars(x)[_MARKED] = True

@@ -6,7 +6,7 @@ import paddle
 
 from erniekit.parallel import backend, comm
 from erniekit.training.build import Run
-from erniekit.training.profiling import picture, report
+from erniekit.training.profiling import against_plan, picture, report
 from erniekit.training.profiling.boundaries import watch
 from erniekit.training.profiling.recorder import DeviceClock, HostClock, Recorder
 from erniekit.training.profiling.report import Profile, RankTimes
@@ -91,7 +91,7 @@ class Profiler:
         return int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
 
     def _write(self, profile: Profile) -> None:
-        directory, text = self._run.output_dir, report.table(profile)
+        directory, text = self._run.output_dir, "\n".join([report.table(profile), *self._against_plan(profile)])
         log.info(f"profile of steps {self._cfg.profile_step_start} to {self._last_step()}:\n{text}")
         try:
             atomic.write_text(directory / TABLE, text + "\n")
@@ -101,6 +101,13 @@ class Profiler:
             log.info(f"{directory}: {TABLE}, {TRACE} (opens in ui.perfetto.dev) and {PICTURE}")
         except Exception as error:  # any error of the drawing library or the disk: a profile must not end a run
             log.warning(f"profile: not written completely ({type(error).__name__}: {error})")
+
+    def _against_plan(self, profile: Profile) -> list[str]:
+        model, ranks = self._run.model.config, self._run.mesh.degrees.world
+        device = paddle.device.cuda.get_device_name() if self._on_gpu else "cpu"
+        peak = max(rank.peak_bytes for rank in profile.ranks)
+        found = against_plan.lines(self._cfg, model, ranks, device, profile.tokens_per_second, peak)
+        return [*found, *([against_plan.launch_line(self._cfg, model)] if self._on_gpu else [])]
 
     def _last_step(self) -> int:
         return self._cfg.profile_step_start + len(self._tokens) - 1

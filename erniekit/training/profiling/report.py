@@ -73,6 +73,11 @@ class Profile:
         """The mean time of a step on the slowest rank."""
         return max(rank.seconds for rank in self.ranks) / self.num_steps
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return sum(self.tokens) / self.num_steps / self.step_seconds
+
 
 def kind_of(interval: Interval) -> str:
     """One of KINDS."""
@@ -127,13 +132,10 @@ def table(profile: Profile) -> str:
 def summary(profile: Profile) -> list[str]:
     """Lines about the whole step."""
     tokens = sum(profile.tokens) / profile.num_steps
-    memory = max(rank.peak_bytes for rank in profile.ranks)
     where = "measured on the GPU by events" if profile.on_device else "measured on a CPU"
-    speed = tokens / profile.step_seconds
     return [
-        f"step: {profile.step_seconds * 1e3:.1f} ms, {tokens:.0f} tokens, {speed:.0f} tokens/s; {where}, mean of "
-        f"{profile.num_steps} steps",
-        f"most tensor memory: {memory / 2**20:.1f} MiB on one rank",
+        f"step: {profile.step_seconds * 1e3:.1f} ms, {tokens:.0f} tokens, {profile.tokens_per_second:.0f} tokens/s; "
+        f"{where}, mean of {profile.num_steps} steps"
     ]
 
 

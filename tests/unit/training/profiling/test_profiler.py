@@ -9,8 +9,9 @@ import pytest
 from support.equality import keys_for, prepare
 
 from erniekit import config
+from erniekit.models.config import ModelConfig
 from erniekit.training import run as training
-from erniekit.training.profiling import picture, report
+from erniekit.training.profiling import against_plan, picture, report
 from erniekit.training.profiling.recorder import Interval
 from erniekit.training.profiling.report import KINDS, Profile, RankTimes
 from erniekit.utils import spans
@@ -42,6 +43,7 @@ def test_a_profile_names_the_parts_and_adds_up(directory: Path, tmp_path: Path, 
     parts |= {"embedding", "head and loss", "optimizer, clipping", "waiting for data", "inputs: positions, masks"}
     named = {line[: line.find("  ")].strip() for line in table.splitlines() if "  " in line}
     assert parts <= named
+    assert "MFU counting the causal half" in table and "tokens/s" in table and "MiB by the plan" in table
     assert table in capsys.readouterr().err
     assert (tmp_path / "out" / "profile.png").read_bytes().startswith(b"\x89PNG")
     rows: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
@@ -104,7 +106,6 @@ def test_a_table_is_of_a_step_and_the_mean_of_the_ranks():
     assert report.by_part(profile)["communication: all_reduce"] == {"communication": 0.75}
     assert [report.by_rank(profile)[rank]["forward"] for rank in (0, 1)] == [1.5, 1.0]
     assert report.summary(profile)[0].startswith("step: 2000.0 ms, 60 tokens, 30 tokens/s; measured on a CPU")
-    assert "2.0 MiB on one rank" in report.summary(profile)[1]
     assert "GPU" in report.summary(two_ranks(on_device=True))[0]
 
 
@@ -114,3 +115,21 @@ def test_ranks_are_processes_of_the_trace(tmp_path: Path):
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"rank 0", "rank 1"}
     picture.draw(two_ranks(), tmp_path / "p.png", "two ranks")
     assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_a_cards_name_is_found_in_what_the_driver_calls_it():
+    assert against_plan.card_of("NVIDIA H100 80GB HBM3").name == "H100"
+    assert against_plan.card_of("cpu").name == "CPU"
+    with pytest.raises(ConfigError, match="not in the hardware table"):
+        against_plan.card_of("Unheard-of 9000")
+
+
+def test_utilisation_is_measured_flops_over_the_peak(directory: Path):
+    cfg = config.load(None, keys_for(str(directory), "moe", rows=4), "train")
+    model = ModelConfig.from_dir(directory / "moe")
+    slow, fast = (against_plan.lines(cfg, model, 1, "NVIDIA H100", speed, 3 << 20) for speed in (1e6, 2e6))
+    shares = [float(found[0].split(" = ")[1].split("%")[0]) for found in (slow, fast)]
+    assert shares[1] == pytest.approx(2 * shares[0], rel=0.2) and "peak 67 TFLOP/s" in slow[0]
+    assert "3.0 MiB measured" in slow[2]
+    assert against_plan.lines(cfg, model, 1, "Unheard-of 9000", 1.0, 1)[0].startswith("no plan for this device")
+    assert "kernel launches a step" in against_plan.launch_line(cfg, model)
