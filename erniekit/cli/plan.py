@@ -113,22 +113,16 @@ def _beyond(report: Any, card: Hardware, wishes: Wishes) -> dict[str, Any]:
     """Print what goes beyond one step, write its timeline and trace, and return the values for the JSON file."""
     from erniekit.plan import outlook
     from erniekit.plan.memory import MemoryPlan, plan_memory
-    from erniekit.plan.search import search
     from erniekit.training.outline import outline_stage
 
     def plan(job: Job) -> MemoryPlan:
         return plan_memory(job, report.memory.worst.capacity, outline_stage)
 
     beyond = outlook.outlook(report.memory, report.time, card, plan)
-    lines, values = beyond.to_lines(), beyond.to_dict()
-    if wishes.search:
-        found = search(report.job, card, plan)
-        lines += ["", *outlook.search_lines(found)]
-        values["search"] = outlook.search_values(found)
-    print("\n".join(["", *lines]))
+    print("\n".join(["", *beyond.to_lines()]))
     if wishes.timeline or wishes.trace:
         _write_timeline(report.time, wishes)
-    return values
+    return beyond.to_dict()
 
 
 def _write_timeline(time: Any, wishes: Wishes) -> None:
