@@ -21,6 +21,9 @@ from erniekit.precision.fp8_experts import Fp8Experts
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
 
 
+Sizes = dict[str, float]  # bytes by kind of operation
+
+
 @dataclass(frozen=True)
 class StageActivations:
     """Of one stage: the largest sum of activations at one time in a step, and what it consists of, by kind; and the
@@ -267,7 +270,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
             if action.chunk == 0:
                 live.microbatches.discard(action.microbatch)
     shown = {kind: size for kind, size in live.shown.items() if size}
-    return StageActivations(live.peak, shown, tuple(kinds.total() for kinds in live.kinds), live.num_chunks)
+    return StageActivations(live.peak, shown, tuple(sum(kinds.values()) for kinds in live.kinds), live.num_chunks)
 
 
 class _Live:
@@ -275,52 +278,55 @@ class _Live:
     it consisted of, and how many chunks it held.
     """
 
-    def __init__(self, kinds: list[Counter[str]], inputs: float) -> None:
+    def __init__(self, kinds: list[Sizes], inputs: float) -> None:
         self.kinds, self.inputs = kinds, inputs
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
         self.peak, self.num_chunks = 0.0, 0
-        self.shown: Counter[str] = Counter()
+        self.shown: Sizes = {}
 
-    def reach(self, beside: Counter[str], num_chunks: int) -> None:
+    def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
-        kept: Counter[str] = Counter({"inputs": self.inputs * len(self.microbatches)})
+        kept: Sizes = {"inputs": self.inputs * len(self.microbatches)}
         for number, count in self.chunks.items():
-            for kind, size in self.kinds[number].items():
-                kept[kind] += count * size
-        if kept.total() + beside.total() > self.peak:
-            self.peak, self.num_chunks = kept.total() + beside.total(), num_chunks
-            self.shown = kept + beside
+            kept = _sum(kept, {kind: count * size for kind, size in self.kinds[number].items()})
+        now = _sum(kept, beside)
+        if sum(now.values()) > self.peak:
+            self.peak, self.num_chunks, self.shown = sum(now.values()), num_chunks, now
 
 
-def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _sum(first: Sizes, second: Sizes) -> Sizes:
+    return {kind: first.get(kind, 0.0) + second.get(kind, 0.0) for kind in {**first, **second}}
+
+
+def _by_kind(chunk: Sequence[Operation]) -> Sizes:
+    found: Sizes = {}
     for operation in chunk:
-        found[operation.kind] += operation.kept
+        found[operation.kind] = found.get(operation.kind, 0.0) + operation.kept
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+def _forward_peak(chunk: Sequence[Operation]) -> Sizes:
     """What exists when one forward pass through a chunk takes most, by kind."""
-    kept: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    for operation in chunk:
+    found: Sizes = {}
+    total = peak = 0.0
+    for number, operation in enumerate(chunk):
         now = max(operation.forward, operation.kept)
-        if kept.total() + now > found.total():
-            found = kept + Counter({operation.kind: now})
-        kept[operation.kind] += operation.kept
+        if total + now > peak:
+            peak, found = total + now, _sum(_by_kind(chunk[:number]), {operation.kind: now})
+        total += operation.kept
     return found
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+def _backward_peak(chunk: Sequence[Operation]) -> Sizes:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
-    kept = _by_kind(chunk)
-    found: Counter[str] = Counter()
-    gradients = 0.0
-    for operation in reversed(chunk):
+    found: Sizes = {}
+    total, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
+    for number, operation in reversed(list(enumerate(chunk))):
         gradients += operation.gradient
-        now = Counter({"16-bit gradients": gradients}) + Counter({operation.kind: operation.backward})
-        if kept.total() + now.total() > found.total():
-            found = kept + now
-        kept[operation.kind] -= operation.kept
+        if total + operation.backward + gradients > peak:
+            peak = total + operation.backward + gradients
+            now = {operation.kind: operation.backward, "16-bit gradients": gradients}
+            found = _sum(_by_kind(chunk[: number + 1]), now)
+        total -= operation.kept
     return found
