@@ -21,6 +21,7 @@ FAST = {
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
+    "gpu_acceptance, on a CPU": "gpu_acceptance.py --device cpu --steps 2 --out {tmp}/acceptance.txt",
     "make_config_page": "make_config_page.py --check",
     "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",
     "bench_data, pictures": "bench_data.py --pictures 2 --size 90x60 --rounds 1",
@@ -37,12 +38,9 @@ SLOW = {
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
-    "compare_precisions": f"compare_precisions.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
+    "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
-    "compare_precision": f"compare_precision.py {MOE} --steps 2 --out {{tmp}}/precision batch_size=1 max_seq_len=64",
-    "compare_precision, moments": (
-        f"compare_precision.py {MOE} --steps 2 --what optimizer --out {{tmp}}/optimizer batch_size=1 max_seq_len=64"
-    ),
+    "compare_moments": f"compare_moments.py {MOE} --steps 2 --out {{tmp}}/moments batch_size=1 max_seq_len=64",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",
     "measure_convert_memory": "measure_convert_memory.py --megabytes 1 --directory {tmp}",

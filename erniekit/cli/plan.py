@@ -37,9 +37,11 @@ class Wishes:
     document_tokens: int | None = None
     picture_tokens: int | None = None
     hardware: str | None = None
-    search: bool = False
     json: str = ""
     chart: str = ""
+    search: bool = False
+    timeline: str = ""
+    trace: str = ""
 
 
 def run(args: list[str]) -> int:
@@ -54,8 +56,9 @@ def run(args: list[str]) -> int:
     job = job_of(cfg, wishes, card)
     report = _report(job, card, wishes)
     print(report.to_text())
+    values = report.to_dict() | _beyond(report, card, wishes)
     if wishes.json:
-        atomic.write_text(Path(wishes.json), json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
+        atomic.write_text(Path(wishes.json), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
     if wishes.chart:
         from erniekit.plan.chart import draw
 
@@ -104,6 +107,39 @@ def _model(cfg: Config) -> ModelConfig:
         f"model_name_or_path: {name} is neither a directory here nor a published ERNIE 4.5 model, whose shapes are "
         f"known: {', '.join(NAMES)}.{hint} Download its config.json and give the directory."
     )
+
+
+def _beyond(report: Any, card: Hardware, wishes: Wishes) -> dict[str, Any]:
+    """Print what goes beyond one step, write its timeline and trace, and return the values for the JSON file."""
+    from erniekit.plan import outlook
+    from erniekit.plan.memory import MemoryPlan, plan_memory
+    from erniekit.training.outline import outline_stage
+
+    def plan(job: Job) -> MemoryPlan:
+        return plan_memory(job, report.memory.worst.capacity, outline_stage)
+
+    beyond = outlook.outlook(report.memory, report.time, card, plan)
+    print("\n".join(["", *beyond.to_lines()]))
+    if wishes.timeline or wishes.trace:
+        _write_timeline(report.time, wishes)
+    return beyond.to_dict()
+
+
+def _write_timeline(time: Any, wishes: Wishes) -> None:
+    """Simulate the step of all ranks, and write that of the slowest data rank."""
+    from erniekit.plan import outlook, timeline
+    from erniekit.plan.simulate import Disturbance, simulate_step
+
+    step = simulate_step(time, Disturbance(outlook.JITTER))
+    after = [stage.after for stage in time.stages]
+    finished = step.timeline.finished[:, step.slowest].tolist()
+    if wishes.timeline:
+        title = f"{time.run.layout.gpus} x {time.card.name}: {step.seconds:.2f} s a step, the slowest data rank"
+        timeline.draw_timeline(Path(wishes.timeline), step.timeline.events, after, finished, title)
+        log.info(f"timeline: {wishes.timeline}")
+    if wishes.trace:
+        timeline.write_trace(Path(wishes.trace), timeline.chrome_trace(step.timeline.events, after, finished))
+        log.info(f"trace: {wishes.trace}")
 
 
 def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
@@ -192,6 +228,13 @@ def _gigabytes(text: str) -> float:
     return float(_positive(10_000)(text)) * 1e9
 
 
+def _truth(text: str) -> bool:
+    try:
+        return to_bool(text)
+    except ValueError:
+        raise ValueError("expected true or false") from None
+
+
 def _new_file(text: str) -> str:
     path = Path(expand(text))
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -208,7 +251,9 @@ _OPTIONS: options.Readers = {
     "document_tokens": _whole(10**9),
     "picture_tokens": _whole(10**9),
     "hardware": expand,
-    "search": to_bool,
     "json": _new_file,
     "chart": _new_file,
+    "search": _truth,
+    "timeline": _new_file,
+    "trace": _new_file,
 }

@@ -124,17 +124,17 @@ def find_model(cfg: Config) -> PreparedChatModel:
         raise CheckpointError(f"{base} holds a config.json but no weights: train first, or name another model{start}.")
     shape = model_config(cfg, base) if files.random_start else None
     options = inference_options(cfg, None if base == path else path, files.random_start)
-    start = files.vision_start(cfg)
-    if start is not None:
+    added = files.vision_start(cfg)
+    if added is not None:
         log.warning(
             f"vision_config_path: {base} is a model of text, and its vision part is not trained yet: vision "
             f"transformer, resampler and vision routers are random (seed {cfg.seed})"
         )
-    prepared = prepare_model(base, replace(options, vision_start=start), shape)
+    prepared = prepare_model(base, replace(options, vision_start=added), shape)
     check_fits(tokenizer, prepared.config.vocab_size, str(base))
     vision = None
     if prepared.config.vision is not None:  # an adapter has files of its own where it was trained with other settings
-        beside = (path, base) if start is None else (processor_directory(cfg, base),)
+        beside = (path, base) if added is None else (processor_directory(cfg, base),)
         vision = inference_spec(cfg, settings_of(*beside, model=prepared.config.vision.patching))
     template = (load_template if vision is None else load_vision_template)(tokenizer, cfg.chat_template, path)
     say_if_trained_otherwise(path, template)

@@ -21,6 +21,8 @@ LLAMA3_GPU_HOURS = 54 * 24 * 16384 / 419
 # Meta's research clusters (arXiv 2410.21680): 6.5 failures in 1000 days of a host with 8 GPUs.
 RSC_GPU_HOURS = 8 * 24 * 1000 / 6.5
 
+HOST_GB_S = 2.0  # GB/s at which a host writes to shared storage; assumed
+
 Policy = Literal["restart", "elastic"]
 
 
@@ -121,7 +123,11 @@ def plan_goodput(
 
 
 def checkpoint_seconds(
-    bytes_per_gpu: float, card: Hardware, in_background: bool = True, host_gb_s: float = 2.0, gpus_per_node: int = 8
+    bytes_per_gpu: float,
+    card: Hardware,
+    in_background: bool = True,
+    host_gb_s: float = HOST_GB_S,
+    gpus_per_node: int = 8,
 ) -> float:
     """Seconds for which a checkpoint stops the training: the copy to host memory, and if it is not written in the
     background (`use_async_save`) the time until all cards of a host have written at `host_gb_s`.

@@ -131,7 +131,7 @@ def load_hardware(name: str, user_file: str | Path | None = None) -> Hardware:
     hint = f" Nearest names: {', '.join(near)}." if near else ""
     raise ConfigError(
         f"gpu: {name!r} is not in the hardware table.{hint} Known: {', '.join(tables.cards)}. Describe another one in "
-        "a YAML file of your own (plan_hardware)."
+        "a YAML file of your own (hardware=FILE)."
     )
 
 

@@ -81,7 +81,7 @@ def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig) -> dic
         "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
         CONFIG_FILE: files_digest([model_dir / CONFIG_FILE]),
         "rope_theta": f"{config.rope_theta:g}",
-        "compute_type": cfg.compute_type,
+        "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision,
     }
 
 

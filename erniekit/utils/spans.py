@@ -1,4 +1,4 @@
-"""Named parts of a training step, for whoever measures them.
+"""Named parts of a training step, to be measured.
 
     with span("optimizer"): ...
 

@@ -16,6 +16,7 @@ from erniekit.cli.check.contact_sheet import Tile, write_sheet
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
+from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Feed, Loader, build_loader
 from erniekit.data.mixed_feed import MixedFeed
@@ -67,7 +68,8 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         section = report.section(f"{split} data")
         if not _is_local(section, cfg, split):
             continue
-        if facts.tokenizer is None or (cfg.method.vision and facts.vision is None):  # the model's section says why
+        tokenizer = _usable_tokenizer(cfg, facts)
+        if tokenizer is None:
             _check_records(section, cfg, split, opened)
             continue
         feed: Feed | None = None
@@ -83,10 +85,17 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
                     _steps(section, cfg, loader, ranks, steps)
         if wishes.preview or not report.count("error"):
             for name, part in _record_feeds(feed, split):
-                tiles += preview.inspect(report, part, facts.tokenizer, name, wishes.preview or 1)
+                tiles += preview.inspect(report, part, tokenizer, name, wishes.preview or 1)
     _draw(report, tiles, wishes)
     _duplicates(report, opened)
     return steps
+
+
+def _usable_tokenizer(cfg: Config, facts: ModelFacts) -> Tokenizer | None:
+    """The tokenizer with which records can be encoded; None where they cannot, as the section of the model, or of the
+    tokenizer, says.
+    """
+    return None if cfg.method.vision and facts.vision is None else facts.tokenizer
 
 
 def _draw(report: Report, tiles: list[Tile], wishes: Wishes) -> None:

@@ -122,16 +122,9 @@ class VisionEncoder:
         long is made smaller.
         """
         room = self._max_seq_len - 2  # for a picture between its tags
-        fitted = plans
-        if self._spec.truncation == "shrink" and any(plan.geometry.tokens > room for plan in plans):
-            fitted = [plan if plan.geometry.tokens <= room else (shrink([plan], room) or [plan])[0] for plan in plans]
-        largest = max(fitted, key=lambda plan: plan.geometry.tokens, default=None)
-        if largest is not None and largest.geometry.tokens > room:
-            length = largest.geometry.tokens + 2
-            reason = f"a picture has {length} tokens, more than max_seq_len {self._max_seq_len}"
-            alike = [plan for plan in fitted if plan.modality == largest.modality and plan.geometry.tokens > room]
-            bounds = [largest_bound([plan], room) or 0 for plan in alike]
-            return self._too_long(where, length, reason, self._hint(length, [largest], min(bounds)))
+        fitted = self._fit_each(plans, room)
+        if any(plan.geometry.tokens > room for plan in fitted):
+            return self._too_large(where, fitted, room)
         tokens = [plan.geometry.tokens for plan in fitted]
         [message] = sample.messages
         sequences = text_sequences(message["content"], tokens, self._tokens, self.template.tokenizer, self._max_seq_len)
@@ -145,6 +138,21 @@ class VisionEncoder:
         if not documents:
             return Encoded(where, dropped="there is no text to learn")
         return Encoded(where, documents, shrunk=fitted is not plans)
+
+    def _fit_each(self, plans: list[MediaPlan], room: int) -> list[MediaPlan]:
+        """The plans of a text with at most `room` tokens each, if they may be made smaller and can be."""
+        if self._spec.truncation != "shrink" or all(plan.geometry.tokens <= room for plan in plans):
+            return plans
+        return [plan if plan.geometry.tokens <= room else (shrink([plan], room) or [plan])[0] for plan in plans]
+
+    def _too_large(self, where: str, plans: list[MediaPlan], room: int) -> Encoded:
+        """A dropped text, of whose pictures some have more than `room` tokens."""
+        largest = max(plans, key=lambda plan: plan.geometry.tokens)
+        alike = [plan for plan in plans if plan.modality == largest.modality and plan.geometry.tokens > room]
+        length = largest.geometry.tokens + 2
+        reason = f"a picture has {length} tokens, more than max_seq_len {self._max_seq_len}"
+        bound = min(largest_bound([plan], room) or 0 for plan in alike)
+        return self._too_long(where, length, reason, self._hint(length, [largest], bound))
 
     def _too_long(self, where: str, length: int, reason: str, hint: str) -> Encoded:
         """A dropped record, which would need `length` tokens; DataError with the truncation "error"."""

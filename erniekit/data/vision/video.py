@@ -163,14 +163,7 @@ def _times(part: dict[str, Any], count: int, choice: FrameOptions, notes: Notes 
             raise BadRecord(
                 f"time_stamps must have a number of seconds for each of {count} frames", "or leave them out"
             )
-        times = [float(t) for t in given]
-        for number, (before, after) in enumerate(pairwise(times), 1):
-            if after < before:
-                raise BadRecord(
-                    f"time_stamps go back from {before:g} to {after:g} seconds at frame {number} (counted from 0)",
-                    "put frames and times into the order of time",
-                )
-        return times
+        return _ascending([float(t) for t in given])
     rate = part.get("fps")
     if rate is None:
         rate = choice.assumed_rate or choice.fps
@@ -181,6 +174,17 @@ def _times(part: dict[str, Any], count: int, choice: FrameOptions, notes: Notes 
     if not _is_number(rate) or rate <= 0:
         raise BadRecord(f"the fps of a video must be a positive number, not {rate!r}", "give frames a second")
     return [index / rate for index in range(count)]
+
+
+def _ascending(times: list[float]) -> list[float]:
+    """The times of frames, which must not go back."""
+    for number, (before, after) in enumerate(pairwise(times), 1):
+        if after < before:
+            raise BadRecord(
+                f"time_stamps go back from {before:g} to {after:g} seconds at frame {number} (counted from 0)",
+                "put frames and times into the order of time",
+            )
+    return times
 
 
 def _is_number(value: Any) -> bool:

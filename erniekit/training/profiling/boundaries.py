@@ -45,20 +45,9 @@ def watch(model: CausalLM, recorder: Recorder) -> list[Any]:
 
 
 def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
-    """(name, number of the decoder layer or -1, layer) of each part of the model that is told apart."""
+    """(name, number of the decoder layer or -1, layer) of each named part of the model."""
     numbers = {id(inner): n for n in model.model.layers.numbers for inner in model.model.layers[n].sublayers()}
-    names: dict[int, str] = {}
-    for layer in model.sublayers():
-        if isinstance(layer, SelfAttention):
-            names |= {id(layer.qkv_proj): PROJECTIONS, id(layer.o_proj): PROJECTIONS}
-        elif isinstance(layer, MoELayer) and layer.shared_experts is not None:
-            names[id(layer.shared_experts)] = SHARED
-        elif isinstance(layer, SwiGLU | Experts):
-            # Their products, too: the finer the intervals, the less does one contain of another branch.
-            own = names.setdefault(id(layer), NAMES[type(layer)])
-            names |= {id(layer.up_gate_proj): own, id(layer.down_proj): own}
-        if id(layer) not in names and type(layer) in NAMES:
-            names[id(layer)] = NAMES[type(layer)]
+    names = _part_names(model)
     inside = [
         part
         for part in model.sublayers()
@@ -71,6 +60,23 @@ def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
         for layer in model.sublayers()
         if id(layer) in names and id(layer) not in skipped
     ]
+
+
+def _part_names(model: CausalLM) -> dict[int, str]:
+    """The parts' names by the identity of their layers."""
+    names: dict[int, str] = {}
+    for layer in model.sublayers():
+        if isinstance(layer, SelfAttention):
+            names |= {id(layer.qkv_proj): PROJECTIONS, id(layer.o_proj): PROJECTIONS}
+        elif isinstance(layer, MoELayer) and layer.shared_experts is not None:
+            names[id(layer.shared_experts)] = SHARED
+        elif isinstance(layer, SwiGLU | Experts):
+            # Their products, too: the finer the intervals, the less does one contain of another branch.
+            own = names.setdefault(id(layer), NAMES[type(layer)])
+            names |= {id(layer.up_gate_proj): own, id(layer.down_proj): own}
+        if id(layer) not in names and type(layer) in NAMES:
+            names[id(layer)] = NAMES[type(layer)]
+    return names
 
 
 def _at_entry(recorder: Recorder, name: str, number: int) -> Callable[..., None]:
@@ -93,8 +99,8 @@ def _at_exit(recorder: Recorder, name: str, number: int) -> Callable[..., None]:
 
 
 def _on_gradient(x: Any, recorder: Recorder, name: str, number: int) -> None:
-    """When the backward pass comes to the operation that made x, a part goes on. Paddle calls a tensor's hook just
-    before that operation's gradient is computed.
+    """When the backward pass comes to the operation that made x, the time belongs to a part. Paddle calls a tensor's
+    hook just before that operation's gradient is computed.
     """
     if isinstance(x, paddle.Tensor) and not x.stop_gradient and not x.is_leaf and _MARKED not in vars(x):
         vars(x)[_MARKED] = True

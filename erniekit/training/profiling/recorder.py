@@ -3,7 +3,7 @@
 Every boundary of a part is a mark, and the time between two marks belongs to the part that was innermost: so the
 intervals of a step add up to its time. In the forward pass parts lie inside one another. The backward pass computes
 parallel branches (routed experts, shared experts, router) in turns, an operation of each; there a mark says only which
-part goes on (`switch`).
+part continues (`switch`).
 """
 
 import time
@@ -121,7 +121,7 @@ class Recorder(Listener):
         self._open.pop()
 
     def switch(self, name: str, layer: int) -> None:
-        """The backward pass goes on in another part."""
+        """The backward pass continues in another part."""
         if self.phase == BACKWARD:
             self._mark()
             self._open[-1] = Part(name, layer, BACKWARD)

@@ -56,7 +56,7 @@ def test_a_card_has_several_spellings(spelling: str):
 
 
 def test_an_unknown_card_suggests_the_nearest_names():
-    with pytest.raises(ConfigError, match=r"'H1000' is not in the hardware table. Nearest names: H100.*plan_hardware"):
+    with pytest.raises(ConfigError, match=r"'H1000' is not in the hardware table. Nearest names: H100.*hardware=FILE"):
         load_hardware("H1000")
 
 

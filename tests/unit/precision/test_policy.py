@@ -11,6 +11,7 @@ from erniekit.moe.layer import MoELayer, MoESizes
 from erniekit.moe.router import RouterOptions
 from erniekit.precision import policy
 from erniekit.precision.policy import Policy
+from erniekit.utils.errors import ConfigError
 
 
 def dtypes(model: CausalLM) -> tuple[set, set]:
@@ -27,6 +28,14 @@ def dtypes(model: CausalLM) -> tuple[set, set]:
 )
 def test_the_device_decides_with_the_compute_type(compute_type: str, device: str, expected: str):
     assert policy.choose(compute_type, device).param_dtype == expected
+
+
+@pytest.mark.parametrize(("compute_type", "expected"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_cpu_emulates_sixteen_bits_where_it_is_asked_to(compute_type: str, expected: str):
+    assert policy.choose(compute_type, "cpu", emulate=True).param_dtype == expected
+    assert policy.choose(compute_type, "gpu:0").param_dtype == expected
+    with pytest.raises(ConfigError, match=f"emulate_precision: this run is on gpu:0, which has {compute_type} itself"):
+        policy.choose(compute_type, "gpu:0", emulate=True)
 
 
 def test_a_model_that_exists_is_cast_where_it_is():

@@ -476,63 +476,6 @@ class TestBoxes:
             parse("messages (DPO)", record | {"rejected": '{"bbox_2d": [0, 0, 1, 101]}'}, options, boxes="pixels")
 
 
-class TestPairsInContentLists:
-    """OpenAI's lists of parts in the prompt, the answers, or whole conversations: all the same pair."""
-
-    URL = {"type": "image_url", "image_url": {"url": "a.png"}}  # noqa: RUF012
-    QUESTION = {"role": "user", "content": [URL, text("Count the cups.")]}  # noqa: RUF012
-    PLACE = {"role": "user", "content": [{"type": "image"}, text("Count the cups.")]}  # noqa: RUF012
-
-    @staticmethod
-    def side(words):
-        return {"role": "assistant", "content": [text(words)]}
-
-    def records(self):
-        yield "messages", {"messages": [self.QUESTION], "chosen": "Three.", "rejected": "Two."}
-        yield "messages", {"prompt": [self.PLACE], "images": ["a.png"], "chosen": "Three.", "rejected": "Two."}
-        sides = {"chosen": self.side("Three."), "rejected": self.side("Two.")}
-        yield "messages", {"messages": [self.QUESTION], **sides}
-        yield "messages", {"messages": [self.QUESTION], **{key: [turn] for key, turn in sides.items()}}
-        yield "messages", {key: [self.QUESTION, turn] for key, turn in sides.items()}
-        yield "messages", {"images": "a.png", **{key: [self.PLACE, turn] for key, turn in sides.items()}}
-        shared = {"from": "human", "value": self.QUESTION["content"]}
-        yield "sharegpt", {"conversations": [shared], "chosen": "Three.", "rejected": "Two."}
-
-    def test_all_are_the_same_pair(self, options):
-        expected = parse("messages (DPO)", {"messages": TALK[:1], "images": ["a.png"], **ANSWERS}, options)[0]
-        for kind, record in self.records():
-            sample = parse(f"{kind} (DPO)", record, options)[0]
-            assert sample.answers == expected.answers
-            parts = [dict(part) for part in sample.messages[0]["content"]]
-            url = parts[0]["image"]
-            parts[0]["image"] = url["url"] if isinstance(url, dict) else url
-            assert parts == [image("a.png"), text("Count the cups.")]
-            assert [turn["role"] for turn in sample.messages] == ["user"]
-
-    def test_pictures_in_answers_are_refused(self, options):
-        shown = {"role": "assistant", "content": [self.URL, text("This.")]}
-        record = {"messages": [self.QUESTION], "chosen": shown, "rejected": "Two."}
-        with pytest.raises(BadLine, match=r"chosen is the assistant's and has pictures"):
-            parse("messages (DPO)", record, options)
-        later = [answer("Which?"), self.QUESTION, answer("Three.")]
-        record = {"messages": [self.QUESTION], "chosen": later, "rejected": "Two."}
-        with pytest.raises(BadLine, match=r"the chosen answer has pictures.*prompt"):
-            parse("messages (DPO)", record, options)
-
-    def test_an_unknown_part_is_named(self, options):
-        record = {"messages": [user({"type": "audio", "audio": "a.wav"}, text("?"))], **ANSWERS}
-        with pytest.raises(BadLine, match=r"messages\[0\].content\[0\] is a part of type 'audio'.*image_url"):
-            parse("messages (DPO)", record, options)
-
-    def test_as_many_parts_without_a_source_as_pictures(self, options):
-        record = {"prompt": [self.PLACE], "images": ["a.png", "b.png"], **ANSWERS}
-        with pytest.raises(BadLine, match="1 <image> tag for 2 images"):
-            parse("messages (DPO)", record, options)
-
-
-ANSWERS = {"chosen": "Three.", "rejected": "Two."}
-
-
 def test_a_jsonl_file_may_be_one_list(tmp_path, options):
     """As ERNIEKit's own demo data is."""
     path = tmp_path / "train.jsonl"

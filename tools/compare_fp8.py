@@ -1,10 +1,10 @@
 """The same training in fp32, bf16 and FP8 from one seed: how far the losses are apart.
 
-    python tools/compare_precisions.py examples/configs/tiny/sft/run_sft_moe.yaml batch_size=2 --steps 500
+    python tools/compare_fp8.py examples/configs/tiny/sft/run_sft_moe.yaml batch_size=2 --steps 500
 
 Trains the model once a precision on the same rows in the same order; 16 and 8 bits are emulated on a CPU. Prints the
 training loss over the last 50 steps and the evaluation loss of each, and the shares of FP8 values that saturate and
-that become zero; draws precisions.png, the losses and their distance from fp32.
+that become zero; draws fp8.png, the losses and their distance from fp32.
 """
 
 import argparse
@@ -90,14 +90,14 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("keys", nargs="*", help="key=value for every variant")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("demo_output/precisions"))
+    parser.add_argument("--out", type=Path, default=Path("demo_output/fp8"))
     args = parser.parse_args()
     results = {}
     for name, variant in VARIANTS.items():
         target = ROOT / args.out / name.replace(" ", "_")
         train(args.config, args.keys, variant, args.steps, target)
         results[name] = read(target)
-    draw(results, ROOT / args.out / "precisions.png")
+    draw(results, ROOT / args.out / "fp8.png")
     base = results["fp32"]
     print(f"\n{args.steps} steps; training loss: mean of the last {LAST}")
     print("| precision | training loss | from fp32 | evaluation loss | from fp32 |")
