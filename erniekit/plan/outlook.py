@@ -1,5 +1,5 @@
 """What a plan says beyond one undisturbed step: the single change that saves most time, jitter over all ranks, failures
-and how often to save, and the layouts that a search found.
+and how often to save.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from erniekit.plan.goodput import HOST_GB_S, LLAMA3_GPU_HOURS, Failures, Goodput
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan
-from erniekit.plan.search import Found, Plan, words
+from erniekit.plan.search import Plan, words
 from erniekit.plan.simulate import Disturbance, simulate_step
 from erniekit.plan.timing import StepTime, plan_time
 from erniekit.utils.errors import UserError
@@ -137,34 +137,3 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
         yield {"expert_parallel_degree": degrees.expert // 2}
     if cfg.sharding == "stage2":
         yield {"sharding": "stage1"}
-
-
-def search_lines(found: Found) -> list[str]:
-    """What a search found, for the terminal."""
-    lines = [f"search: {found.tried} layouts with the same global batch were timed"]
-    if not found.fits:
-        lines.append("none of them fits")
-    for place, candidate in enumerate(found.fits, start=1):
-        time = candidate.time
-        lines.append(
-            f"{place}. {time.seconds:.2f} s a step, {time.tokens_per_second_per_gpu:,.0f} tokens/s for each GPU, MFU "
-            f"{time.mfu():.1%}: {words(candidate.keys)}"
-        )
-        lines.append(f"   {candidate.binds}")
-    lines += [f"would be faster, but does not fit: {line}" for line in found.faster]
-    return lines
-
-
-def search_values(found: Found) -> list[dict[str, Any]]:
-    """The same for the JSON file."""
-    return [
-        {
-            "keys": candidate.keys,
-            "step_seconds": candidate.time.seconds,
-            "tokens_per_second_per_gpu": candidate.time.tokens_per_second_per_gpu,
-            "mfu": candidate.time.mfu(),
-            "headroom": candidate.memory.worst.headroom,
-            "binds": candidate.binds,
-        }
-        for candidate in found.fits
-    ]

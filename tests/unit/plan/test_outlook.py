@@ -9,8 +9,7 @@ from erniekit import config
 from erniekit.models.config import ModelConfig
 from erniekit.plan.hardware import load_hardware
 from erniekit.plan.job import Cluster, Job, make_job
-from erniekit.plan.outlook import fastest_change, outlook, search_lines, search_values
-from erniekit.plan.search import search
+from erniekit.plan.outlook import fastest_change, outlook
 from erniekit.plan.timing import plan_time
 
 CARD = load_hardware("H800")
@@ -68,14 +67,3 @@ def test_saving_in_the_background_stops_the_training_for_less():
 def test_one_device_has_no_one_to_wait_for():
     assert beyond(gpus=1).jitter is None
     assert not any("jitter" in line for line in beyond(gpus=1).to_lines())
-
-
-def test_a_search_as_text_and_values():
-    given = job("gradient_accumulation_steps=8")
-    found = search(given, CARD, lambda changed: memory())
-    lines = search_lines(found)
-    assert lines[1].startswith("1. ") and "left on stage 0" in lines[2]
-    values = search_values(found)
-    assert values[0]["step_seconds"] <= values[-1]["step_seconds"]
-    nothing = search(given, CARD, lambda changed: memory(False))
-    assert "none of them fits" in search_lines(nothing)
