@@ -37,7 +37,6 @@ class Wishes:
     document_tokens: int | None = None
     picture_tokens: int | None = None
     hardware: str | None = None
-    search: bool = False
     json: str = ""
     chart: str = ""
     timeline: str = ""
@@ -265,7 +264,6 @@ _OPTIONS: options.Readers = {
     "document_tokens": _whole(10**9),
     "picture_tokens": _whole(10**9),
     "hardware": expand,
-    "search": to_bool,
     "json": _new_file,
     "chart": _new_file,
     "timeline": _new_file,

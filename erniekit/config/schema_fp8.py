@@ -45,6 +45,6 @@ class Fp8Args:
     )
     fp8_statistics_steps: int = key(
         0,
-        "Every so many steps metrics.jsonl has the shares of FP8 values that saturate and that become zero; 0: never.",
+        "Every N steps metrics.jsonl has the shares of FP8 values that saturate and that become zero; 0: never.",
         ge=0,
     )

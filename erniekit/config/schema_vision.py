@@ -45,7 +45,7 @@ class VisionArgs:
     adaptive_max_imgtoken_option: tuple[int, ...] = list_of(
         int,
         "Largest numbers of tokens of a picture, of which each record of the training data has one in place of "
-        "max_pixels, drawn from the seed and the record's file and line (ERNIEKit draws anew at each reading); empty: "
+        "max_pixels, drawn from the seed and the record's file and line (ERNIEKit draws again at each reading); empty: "
         "max_pixels for all.",
         ge=1,
     )

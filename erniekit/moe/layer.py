@@ -20,6 +20,7 @@ from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, rou
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.narrow import add, concat, gather
 from erniekit.nn.roles import Component
+from erniekit.utils import heartbeat
 
 TEXT, VISION = 0, 1
 Finish = Callable[[], paddle.Tensor]
@@ -161,7 +162,8 @@ class MoELayer(nn.Layer):
         logits = self.gate(x_TD, modality) if runs else paddle.zeros([0, num_experts])
         routing = route(logits, self.bias_of(modality), self.options, agree)
         # The one read of a sparse layer: products of dropless experts have sizes that depend on the choice.
-        chosen = routing.experts.numpy()
+        with heartbeat.device_read():
+            chosen = routing.experts.numpy()
         usage = np.bincount(chosen.reshape(-1), minlength=num_experts)
         keep, dropped = None, 0
         if self.options.capacity is not None and self.training:

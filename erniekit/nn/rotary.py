@@ -71,7 +71,8 @@ def _is_expanded(num_tokens: int, num_heads: int, head_dim: int) -> bool:
 def table_bytes(num_tokens: int, num_heads: int, head_dim: int) -> int:
     """The size of the table that a Rotation of T tokens holds, on the device in use."""
     rows = num_heads if _is_expanded(num_tokens, num_heads, head_dim) else 1
-    return num_tokens * rows * head_dim // 2 * _ITEM_BYTES
+    of_fused = 0 if paddle.get_device() == "cpu" else 2 * num_tokens * head_dim * 4  # cosines and sines, see _cos_sin
+    return num_tokens * rows * head_dim // 2 * _ITEM_BYTES + of_fused
 
 
 @dataclass(frozen=True)

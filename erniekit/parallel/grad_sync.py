@@ -34,6 +34,7 @@ from erniekit.parallel.comm import Work
 from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.process_group import Group
 from erniekit.parallel.zero import ShardedParameters
+from erniekit.utils import heartbeat
 
 # In ZeRO stage 2, the buckets that may be under way at a time; more would need more memory than the chunks.
 IN_FLIGHT = 2
@@ -191,7 +192,8 @@ class GradientSync:
             flags.append(bucket_flags.astype("float32"))
         reduced: dict[str, paddle.Tensor] = {}
         # One read for all buckets: which parameters have a gradient on any rank decides what the optimizer launches.
-        has_gradient = (paddle.concat(flags).numpy() > 0.0).tolist() if flags else []
+        with heartbeat.device_read():
+            has_gradient = (paddle.concat(flags).numpy() > 0.0).tolist() if flags else []
         for (entry, chunk), has in zip(arrived, has_gradient, strict=True):
             if has:
                 reduced[entry.name] = chunk if entry.placement.shard.size > 1 else chunk.reshape(entry.shape)

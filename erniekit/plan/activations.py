@@ -3,7 +3,7 @@ step, following the stage's own list of actions.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from erniekit.models.decoder import CausalLM, DecoderLayer
@@ -246,7 +246,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
             if action.chunk == 0:
                 live.microbatches.discard(action.microbatch)
     shown = {kind: size for kind, size in live.shown.items() if size}
-    return StageActivations(live.peak, shown, tuple(kinds.total() for kinds in live.kinds), live.num_chunks)
+    return StageActivations(live.peak, shown, tuple(sum(kinds.values()) for kinds in live.kinds), live.num_chunks)
 
 
 class _Live:
@@ -254,52 +254,59 @@ class _Live:
     it consisted of, and how many chunks it held.
     """
 
-    def __init__(self, kinds: list[Counter[str]], inputs: float) -> None:
+    def __init__(self, kinds: list[dict[str, float]], inputs: float) -> None:
         self.kinds, self.inputs = kinds, inputs
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
         self.peak, self.num_chunks = 0.0, 0
-        self.shown: Counter[str] = Counter()
+        self.shown: dict[str, float] = {}
 
-    def reach(self, beside: Counter[str], num_chunks: int) -> None:
+    def reach(self, beside: Mapping[str, float], num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
-        kept: Counter[str] = Counter({"inputs": self.inputs * len(self.microbatches)})
+        total = {"inputs": self.inputs * len(self.microbatches)}
         for number, count in self.chunks.items():
             for kind, size in self.kinds[number].items():
-                kept[kind] += count * size
-        if kept.total() + beside.total() > self.peak:
-            self.peak, self.num_chunks = kept.total() + beside.total(), num_chunks
-            self.shown = kept + beside
+                _add(total, kind, count * size)
+        for kind, size in beside.items():
+            _add(total, kind, size)
+        if (peak := sum(total.values())) > self.peak:
+            self.peak, self.num_chunks, self.shown = peak, num_chunks, total
 
 
-def _by_kind(chunk: Sequence[Operation]) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _add(sizes: dict[str, float], kind: str, size: float) -> None:
+    sizes[kind] = sizes.get(kind, 0.0) + size
+
+
+def _by_kind(chunk: Sequence[Operation]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for operation in chunk:
-        found[operation.kind] += operation.kept
+        _add(found, operation.kind, operation.kept)
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+def _forward_peak(chunk: Sequence[Operation]) -> dict[str, float]:
     """What exists when one forward pass through a chunk takes most, by kind."""
-    kept: Counter[str] = Counter()
-    found: Counter[str] = Counter()
+    kept: dict[str, float] = {}
+    found: dict[str, float] = {}
     for operation in chunk:
-        now = max(operation.forward, operation.kept)
-        if kept.total() + now > found.total():
-            found = kept + Counter({operation.kind: now})
-        kept[operation.kind] += operation.kept
+        now = dict(kept)
+        _add(now, operation.kind, max(operation.forward, operation.kept))
+        if sum(now.values()) > sum(found.values()):
+            found = now
+        _add(kept, operation.kind, operation.kept)
     return found
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> Counter[str]:
+def _backward_peak(chunk: Sequence[Operation]) -> dict[str, float]:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
     kept = _by_kind(chunk)
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     gradients = 0.0
     for operation in reversed(chunk):
         gradients += operation.gradient
-        now = Counter({"16-bit gradients": gradients}) + Counter({operation.kind: operation.backward})
-        if kept.total() + now.total() > found.total():
-            found = kept + now
-        kept[operation.kind] -= operation.kept
+        now = {**kept, "16-bit gradients": gradients}
+        _add(now, operation.kind, operation.backward)
+        if sum(now.values()) > sum(found.values()):
+            found = now
+        _add(kept, operation.kind, -operation.kept)
     return found

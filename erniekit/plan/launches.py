@@ -134,7 +134,14 @@ def _layer(kind: str, config: ModelConfig, options: LaunchOptions) -> Counter[st
         used = config.moe_num_experts if options.used_experts is None else options.used_experts
         for _ in range(used if sparse else 0):
             calls.update(_PLAIN_EXPERT)
-    for loss in options.router_losses if sparse else ():
+    if sparse:
+        calls.update(_router_losses(options))
+    return calls
+
+
+def _router_losses(options: LaunchOptions) -> Counter[str]:
+    calls: Counter[str] = Counter()
+    for loss in options.router_losses:
         calls.update(_ROUTER_LOSS[loss])
         for _ in range(options.rows if loss == "balance" else 0):
             calls.update(_BALANCE_ROW)

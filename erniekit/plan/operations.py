@@ -111,6 +111,7 @@ def fp8_experts(device: Device, experts: Experts, block: Fp8Experts, rows: float
     kept = rows * width * (FP8_ELEMENT if block.stores_fp8 else e)
     kept += 0 if block.recomputes_up_gate else 2 * e * rows * inner
     matrices = experts.up_gate_proj.num_experts or 1
+    assert experts.up_gate_proj.weight is not None  # FP8 products have parameters
     trained = not experts.up_gate_proj.weight.stop_gradient
     weight = 3.0 * e * matrices * width * inner if trained else 0.0
     forward = FP8_ELEMENT * rows * (width + inner) + e * rows * (3 * inner + width)

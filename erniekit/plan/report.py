@@ -97,7 +97,15 @@ class Report:
                 }
         if self.found is not None:
             values["search"] = [
-                {"keys": each.keys, "step_seconds": each.time.seconds, "peak_bytes": round(each.memory.worst.peak)}
+                {
+                    "keys": each.keys,
+                    "step_seconds": each.time.seconds,
+                    "tokens_per_second_per_gpu": each.time.tokens_per_second_per_gpu,
+                    "mfu": each.time.mfu(),
+                    "peak_bytes": round(each.memory.worst.peak),
+                    "headroom": each.memory.worst.headroom,
+                    "binds": each.binds,
+                }
                 for each in self.found.fits
             ]
         if self.least is not None:

@@ -25,7 +25,7 @@ _LARGEST_FACTOR = 2.0**127
 
 @dataclass(frozen=True)
 class Tile:
-    """The values that share a scale: so many rows and columns of a matrix; None: all of them."""
+    """The values that share a scale: that many rows and columns of a matrix; None: all of them."""
 
     rows: int | None
     columns: int | None

@@ -5,6 +5,8 @@ from collections.abc import Hashable
 import numpy as np
 import paddle
 
+from erniekit.utils import heartbeat
+
 
 class DeviceSums:
     """Sums of device tensors, by key.
@@ -29,7 +31,8 @@ class DeviceSums:
             return {}
         flat = [tensor.astype("float32").reshape([-1]) for _, tensor in summands]
         # The only synchronisation: the host waits here until the device has computed all summands.
-        values = paddle.concat(flat).numpy().astype(np.float64)
+        with heartbeat.device_read():
+            values = paddle.concat(flat).numpy().astype(np.float64)
         sums: dict[Hashable, np.ndarray] = {}
         begin = 0
         for key, tensor in summands:

@@ -118,6 +118,21 @@ def waiting(what: str | None) -> None:
 
 
 @contextlib.contextmanager
+def device_read() -> Iterator[None]:
+    """A context for a read of the device. Over NCCL a collective only joins the device's queue, and the host waits for
+    it, and so for other ranks, at the next read.
+    """
+    if _worker is None:
+        yield
+        return
+    waiting("a read of the device")
+    try:
+        yield
+    finally:  # an error of the device is this rank's own
+        waiting(None)
+
+
+@contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """A context for work that may take long, and during which others may wait long: an evaluation, a save."""
     if _worker is None:

@@ -1,6 +1,6 @@
 """A bound of a picture's tokens that differs from record to record, so that a model sees pictures in many sizes.
 
-ERNIE's training code draws it anew whenever it reads a sample (adaptive_max_imgtoken_option). Here it follows from the
+ERNIE's training code draws it again whenever it reads a sample (adaptive_max_imgtoken_option). Here it follows from the
 seed and the record's place: lengths are exact before training, and a resumed run has the same pictures.
 """
 

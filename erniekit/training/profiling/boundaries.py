@@ -47,18 +47,7 @@ def watch(model: CausalLM, recorder: Recorder) -> list[Any]:
 def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
     """(name, number of the decoder layer or -1, layer) of each named part of the model."""
     numbers = {id(inner): n for n in model.model.layers.numbers for inner in model.model.layers[n].sublayers()}
-    names: dict[int, str] = {}
-    for layer in model.sublayers():
-        if isinstance(layer, SelfAttention):
-            names |= {id(layer.qkv_proj): PROJECTIONS, id(layer.o_proj): PROJECTIONS}
-        elif isinstance(layer, MoELayer) and layer.shared_experts is not None:
-            names[id(layer.shared_experts)] = SHARED
-        elif isinstance(layer, SwiGLU | Experts):
-            # Their products, too: the finer the intervals, the less does one contain of another branch.
-            own = names.setdefault(id(layer), NAMES[type(layer)])
-            names |= {id(layer.up_gate_proj): own, id(layer.down_proj): own}
-        if id(layer) not in names and type(layer) in NAMES:
-            names[id(layer)] = NAMES[type(layer)]
+    names = _part_names(model)
     inside = [
         part
         for part in model.sublayers()
@@ -71,6 +60,23 @@ def parts_of(model: CausalLM) -> list[tuple[str, int, nn.Layer]]:
         for layer in model.sublayers()
         if id(layer) in names and id(layer) not in skipped
     ]
+
+
+def _part_names(model: CausalLM) -> dict[int, str]:
+    """The parts' names by the identity of their layers."""
+    names: dict[int, str] = {}
+    for layer in model.sublayers():
+        if isinstance(layer, SelfAttention):
+            names |= {id(layer.qkv_proj): PROJECTIONS, id(layer.o_proj): PROJECTIONS}
+        elif isinstance(layer, MoELayer) and layer.shared_experts is not None:
+            names[id(layer.shared_experts)] = SHARED
+        elif isinstance(layer, SwiGLU | Experts):
+            # Their products, too: the finer the intervals, the less does one contain of another branch.
+            own = names.setdefault(id(layer), NAMES[type(layer)])
+            names |= {id(layer.up_gate_proj): own, id(layer.down_proj): own}
+        if id(layer) not in names and type(layer) in NAMES:
+            names[id(layer)] = NAMES[type(layer)]
+    return names
 
 
 def _at_entry(recorder: Recorder, name: str, number: int) -> Callable[..., None]:

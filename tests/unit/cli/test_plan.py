@@ -37,10 +37,25 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: py
 
 
 def test_a_model_too_large_for_its_cluster_gets_the_least_one(capsys: pytest.CaptureFixture[str]):
-    keys = ["gpus=12", "gpus_per_node=4", "expert_parallel_degree=1", "sharding_parallel_degree=1", "gradient_accumulation_steps=12"]
+    keys = [
+        "gpus=12",
+        "gpus_per_node=4",
+        "expert_parallel_degree=1",
+        "sharding_parallel_degree=1",
+        "gradient_accumulation_steps=12",
+    ]
     assert plan.run([PRETRAIN_96, *keys]) == 3
     text = capsys.readouterr().out
     assert "the fewest that hold it: gpus=" in text
+
+
+def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    words = [SFT_SMALL, "gpus=4", "gpu=H800", "gradient_accumulation_steps=4", "search=true", f"json={tmp_path / 'p'}"]
+    assert plan.run(words) == 0
+    assert "layouts that fit" in capsys.readouterr().out
+    found = json.loads((tmp_path / "p").read_text("utf-8"))["search"]
+    assert [each["step_seconds"] for each in found] == sorted(each["step_seconds"] for each in found)
+    assert all(each["headroom"] > 0 and each["binds"] for each in found)
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,11 @@ def test_an_error_while_waiting_blames_a_peer(beat, waiting):
 def test_only_the_rank_that_streams_leaves_its_words_to_the_agent(beat):
     beat("assert heartbeat.fail('text') is False\n")
     beat("heartbeat._worker.streams = True\nassert heartbeat.fail('text') is True\n")
+
+
+def test_a_read_of_the_device_is_a_wait_and_its_error_is_this_ranks_own(beat):
+    record, _ = beat(f"heartbeat.step(1)\nwith heartbeat.device_read():\n    {WRITE}    os._exit(0)\n")
+    assert record["waiting"] == "a read of the device"
+    fails = "try:\n    with heartbeat.device_read():\n        raise RuntimeError\nexcept RuntimeError:\n"
+    _, error = beat(f"heartbeat.step(2)\n{fails}    heartbeat.fail('text')\n")
+    assert error is not None and not error["by_peer"]
