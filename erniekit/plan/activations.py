@@ -15,6 +15,7 @@ from erniekit.parallel.pipeline_schedule import Backward, Forward
 from erniekit.plan import operations as ops
 from erniekit.plan.job import Job
 from erniekit.plan.operations import FP32, INT64, Device, Operation
+from erniekit.plan.vision_operations import vision_operations
 from erniekit.precision.fp8_experts import Fp8Experts
 
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
@@ -61,9 +62,11 @@ def stage_operations(job: Job, model: CausalLM, stage: int) -> list[list[Operati
     last = len(job.stages[stage]) - 1
     own_layers = iter(model.model.layers)  # the outline may be that of another stage with layers of the same kinds
     for number, layers in enumerate(job.stages[stage]):
-        chunk = (
-            [_entrance(job, device, model)] if number == 0 and model.shard.has_embedding else [_received(job, device)]
-        )
+        chunk = [_received(job, device)]
+        if number == 0 and model.shard.has_embedding:
+            pictures = float(job.picture_tokens * job.cfg.batch_size)
+            full = job.cfg.recompute and job.cfg.recompute_granularity == "full"
+            chunk = [_entrance(job, device, model), *vision_operations(device, model, pictures, full)]
         for layer in layers:
             chunk += _layer(job, device, model, next(own_layers), layer)
         if number == last and model.shard.has_head:
@@ -141,23 +144,41 @@ def _swiglu(
 
 
 def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Operation]:
-    """Router, experts and shared experts. Tokens are assumed to be spread evenly over the experts."""
-    width, sizes = job.model.hidden_size, layer.sizes
-    top_k = job.model.moe_k
-    experts = layer.experts
-    rows = device.tokens * top_k / device.tensor_ranks
-    result: list[Operation] = [
-        Operation("experts", device.element * device.tokens * width),  # the layer's normed input
-        ops.routing(device, width, ops.Router(sizes.num_experts, top_k), beside),
-        ops.dispatched(device, width, rows, beside),
-        *_experts(device, experts, rows, beside),
-        ops.combined(device, width, rows, beside, keeps_rows=not experts.takes_weights),
-    ]
+    """Routers, experts and shared experts. Tokens are assumed to be spread evenly over the experts of their modality;
+    where there are two modalities, each has its tokens copied.
+    """
+    width, has_shared = job.model.hidden_size, layer.shared_experts is not None
+    whole = device.element * device.tokens * width
+    vision = job.picture_tokens * job.cfg.batch_size
+    result: list[Operation] = []
+    if job.model.vision is None:
+        result.append(Operation("experts", whole))  # the layer's normed input
+        result += _routed(job, device, layer, layer.experts, beside)
+    else:
+        result.append(Operation("experts", whole if has_shared else 0.0))
+        for experts, tokens in ((layer.experts, device.tokens - vision), (layer.vision_experts, vision)):
+            if tokens:
+                copied = device.element * tokens * width
+                result.append(Operation("experts", copied, copied, 2 * copied + beside))
+                result += _routed(job, replace(device, tokens=tokens), layer, experts, beside)
+        result.append(Operation("experts", 0.0, 2 * whole, 2 * whole + beside))  # all tokens in their order again
     if layer.shared_experts is not None:
         # Tensor ranks give them a copy of their own.
         own = device.tensor_ranks > 1
         result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=own)
     return result
+
+
+def _routed(job: Job, device: Device, layer: MoELayer, experts: Experts, beside: float) -> list[Operation]:
+    """The way of `device.tokens` tokens through one router and its experts."""
+    width, top_k = job.model.hidden_size, job.model.moe_k
+    rows = device.tokens * top_k / device.tensor_ranks
+    return [
+        ops.routing(device, width, ops.Router(layer.sizes.num_experts, top_k), beside),
+        ops.dispatched(device, width, rows, beside),
+        *_experts(device, experts, rows, beside),
+        ops.combined(device, width, rows, beside, keeps_rows=not experts.takes_weights),
+    ]
 
 
 def _experts(device: Device, experts: Experts, rows: float, beside: float) -> list[Operation]:
