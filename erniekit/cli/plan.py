@@ -39,6 +39,7 @@ class Wishes:
     hardware: str | None = None
     json: str = ""
     chart: str = ""
+    search: bool = False
     timeline: str = ""
     trace: str = ""
 
@@ -231,6 +232,13 @@ def _gigabytes(text: str) -> float:
     return float(_positive(10_000)(text)) * 1e9
 
 
+def _truth(text: str) -> bool:
+    try:
+        return to_bool(text)
+    except ValueError:
+        raise ValueError("expected true or false") from None
+
+
 def _calibrate(args: list[str]) -> int:
     """`erniekit plan calibrate FILE`: measure this machine and write a table for `hardware=FILE`."""
     options.require("plan", len(args) == 1, "`plan calibrate` takes the file to write, such as my_machine.yaml.")
@@ -266,6 +274,7 @@ _OPTIONS: options.Readers = {
     "hardware": expand,
     "json": _new_file,
     "chart": _new_file,
+    "search": _truth,
     "timeline": _new_file,
     "trace": _new_file,
 }
