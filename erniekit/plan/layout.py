@@ -113,6 +113,12 @@ def run_of(job: Job, work: Work) -> Run:
     return Run(work, layout_of(job), job.stages)
 
 
+def _precision(job: Job) -> str:
+    if job.element_bytes == 4:
+        return "fp32"
+    return {"none": "bf16", "blockwise": "fp8_blockwise"}.get(job.cfg.fp8, "fp8")
+
+
 def layout_of(job: Job) -> Layout:
     """How a job's model, batch and state are divided."""
     cfg, degrees = job.cfg, job.degrees
@@ -136,9 +142,11 @@ def layout_of(job: Job) -> Layout:
         lengths=tuple(job.document_lengths),
         supervised=job.supervised_share,
         gpus_per_node=job.cluster.gpus_per_node,
-        precision="fp32" if job.element_bytes == 4 else "bf16",
+        precision=_precision(job),
+        fp8_parts=frozenset(cfg.fp8_modules),
         element_bytes=job.element_bytes,
         recomputed=recomputed,
         synchronous_sends=not job.on_cpu,
         reference=job.has_reference,
+        offload_optimizer=job.offloads_state,
     )

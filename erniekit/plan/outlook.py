@@ -1,5 +1,5 @@
 """What a plan says beyond one undisturbed step: the single change that saves most time, jitter over all ranks, failures
-and how often to save, and the layouts that a search found.
+and how often to save.
 """
 
 from collections.abc import Iterator

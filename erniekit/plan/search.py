@@ -23,12 +23,13 @@ from erniekit.utils.errors import UserError
 _DEGREES = ("tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree", "expert_parallel_degree")
 MAX_ROWS = 16  # of a microbatch
 MAX_CHUNKS = 8  # of the model on a stage
-# Recomputation, from the least to the most.
-RECOMPUTE: tuple[dict[str, Any], ...] = (
-    {"recompute": False},
-    {"recompute": True, "recompute_granularity": "core_attn"},
-    {"recompute": True, "recompute_granularity": "full_attn"},
-    {"recompute": True, "recompute_granularity": "full"},
+# What saves memory for time, from the least to the most.
+SAVING: tuple[dict[str, Any], ...] = (
+    {"recompute": False, "offload_optim": False},
+    {"recompute": True, "recompute_granularity": "core_attn", "offload_optim": False},
+    {"recompute": True, "recompute_granularity": "full_attn", "offload_optim": False},
+    {"recompute": True, "recompute_granularity": "full", "offload_optim": False},
+    {"recompute": True, "recompute_granularity": "full", "offload_optim": True},
 )
 MOST_PLANNED = 200  # memory plans of one search
 
@@ -148,11 +149,9 @@ class _Memories:
 
 def words(keys: dict[str, Any]) -> str:
     """The keys as on a command line, without those that have no effect."""
-    usual = (1, -1, "", (), "1f1b", "layer:DecoderLayer")
+    usual = (1, -1, False, "", (), "1f1b", "layer:DecoderLayer")
     always = ("batch_size", "gradient_accumulation_steps", "recompute")
-    shown = {name: value for name, value in keys.items() if name in always or value not in usual}
-    if not keys.get("sequence_parallel"):
-        shown.pop("sequence_parallel", None)
+    shown = {name: value for name, value in keys.items() if name in always or value is True or value not in usual}
     text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in shown.items()}
     return " ".join(f"{name}={value}" for name, value in text.items())
 
@@ -177,7 +176,7 @@ def _least_bytes(run: Run) -> float:
         entries = trained_entries(run.stage(stage), layout)
         weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
         gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
-        sizes.append(weights + gradients + state_bytes(entries))
+        sizes.append(weights + gradients + (0 if layout.offload_optimizer else state_bytes(entries)))
     return max(sizes)
 
 
@@ -222,12 +221,12 @@ def _batches(degrees: dict[str, Any], rows: int, sparse: bool) -> Iterator[dict[
     for batch in _powers(min(rows, MAX_ROWS)):
         if rows % batch or rows // batch < degrees["pipeline_parallel_degree"]:
             continue
-        for recompute in RECOMPUTE:
-            yield {**degrees, "batch_size": batch, "gradient_accumulation_steps": rows // batch, **recompute}
+        for saving in SAVING:
+            yield {**degrees, "batch_size": batch, "gradient_accumulation_steps": rows // batch, **saving}
 
 
 def _level(keys: dict[str, Any]) -> int:
-    return [level.get("recompute_granularity") for level in RECOMPUTE].index(keys.get("recompute_granularity"))
+    return next(place for place, level in enumerate(SAVING) if level.items() <= keys.items())
 
 
 def _family(keys: dict[str, Any]) -> tuple:

@@ -25,12 +25,10 @@ from erniekit.plan.work import Layer, work_of
 
 # Bytes that AdamW moves for one parameter: gradient and three fp32 numbers of state read, these and the weight written.
 ADAM_BYTES = 30
-# Parameters a second that a host with two processors updates (AdamW in host memory), for all its cards together.
-HOST_ADAM = 3e9
 # A pipeline with more microbatches than this many times its stages is executed on the clock in part.
 EXECUTED_PERIODS = 8
-# Share of the optimizer's fp32 state that crosses to the host and back for each parameter, in bytes.
-OFFLOADED_BYTES = 24
+# Bytes of the optimizer's state that come from host memory for one parameter, and go back at the same time.
+OFFLOADED_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -245,9 +243,7 @@ def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
     offload = 0.0
     optimizer = ADAM_BYTES * owned / card.memory_bandwidth
     if layout.offload_optimizer:
-        on_host = min(layout.gpus_per_node, layout.gpus)
-        offload = OFFLOADED_BYTES * owned / (card.pcie_gb_s * GIGA) + owned * on_host / HOST_ADAM
-        optimizer = 0.0
+        offload = OFFLOADED_BYTES * owned / (card.pcie_gb_s * GIGA)
     return StageTime(tuple(forward), tuple(backward), data, exposed, optimizer, offload)
 
 

@@ -22,7 +22,8 @@ FRAME_TOKENS = 1024
 class Product:
     """The product of rows with a matrix [inputs, outputs].
 
-    `part`: attention, mlp, experts, router, head, vision or adapter. `rows`: rows for each token (K for routed experts;
+    `part`: attention, mlp, experts, shared_experts, router, head, vision or adapter. `rows`: rows for each token (K for
+    routed experts;
     the share of tokens that have it otherwise). `experts`: the number of matrices among which the rows are divided.
     `tensor_split`: the dimension that tensor ranks divide. `trained`: whether the weight has a gradient.
     `counted`: whether the model's FLOPs include it; by custom those of the router are left out.
@@ -220,7 +221,7 @@ def _layer(model: ModelConfig, job: Job, sparse: bool) -> Layer:
         products += expert_products(hidden, width, model.moe_k * share, model.moe_num_experts)
         active += width * model.moe_k * share
     if shared:
-        products += mlp_products(hidden, shared)
+        products += mlp_products(hidden, shared, "shared_experts")
     return Layer(
         "sparse",
         hidden,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from support.tiny_directories import write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +61,10 @@ _100M = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_seq_len": 1024,
 }  # fmt: skip
+_VISION = {
+    "stage": "VL-SFT", "train_dataset_type": "messages", "train_dataset_path": "pictures.jsonl", "packing": False,
+    "max_seq_len": 768,
+}  # fmt: skip
 _CORE = {"recompute": True, "recompute_granularity": "core_attn"}
 _FOUR_LAYERS = {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 4}
 LAYOUTS = (
@@ -92,6 +97,9 @@ LAYOUTS = (
     Layout("moe, 2 tensor ranks", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
     Layout("moe, 2 stages x 2 expert ranks", 4, "tiny-moe",
            _LONG | _FOUR_LAYERS | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("vl", 1, "tiny-vl", _VISION),
+    Layout("vl, recompute", 1, "tiny-vl", _VISION | {"recompute": True}),
+    Layout("vl, vision frozen", 1, "tiny-vl", _VISION | {"freeze_config": "freeze_vision"}),
     Layout("dense of 100 M", 1, "tiny-dense", _100M),
     Layout("dense of 100 M, recompute", 1, "tiny-dense", _100M | {"recompute": True}),
     Layout("dense of 100 M, 2 stages", 2, "tiny-dense", _100M | _FOUR_LAYERS),
@@ -105,7 +113,9 @@ def prepare(directory: Path) -> None:
     from erniekit.models.decoder import CausalLM
     from erniekit.models.init import init_weights
 
-    for name in sorted({layout.model for layout in LAYOUTS}):
+    vision_model_directory(directory / "tiny-vl", num_hidden_layers=4)
+    write_lines(directory / "pictures.jsonl", picture_records(directory))
+    for name in sorted({layout.model for layout in LAYOUTS} - {"tiny-vl"}):
         shutil.copytree(ROOT / "examples" / "models" / name, directory / name)
         model = CausalLM(ModelConfig.from_dir(directory / name))
         init_weights(model, 7)
@@ -115,7 +125,8 @@ def prepare(directory: Path) -> None:
 
 def run_keys(layout: Layout, directory: Path) -> dict[str, Any]:
     """The keys of a layout's run."""
-    return keys_of(directory / layout.model, directory / "train.jsonl", directory / "out", **layout.keys)
+    keys = keys_of(directory / layout.model, directory / "train.jsonl", directory / "out", **layout.keys)
+    return keys | {"train_dataset_path": str(directory / keys["train_dataset_path"])}
 
 
 def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -208,7 +219,28 @@ def _row(cfg: Any, model: Any, seed: int) -> Any:
         third = length // 3
         pair = PairLayout(length - 2 * third, third, third, 1.0)
         labels[: length - 2 * third] = -100
-    return make_row([Document(ids, labels, pair)], ["test:0"])
+    row = make_row([Document(ids, labels, pair)], ["test:0"])
+    return row if model.vision is None else _with_picture(row, model.vision)
+
+
+PICTURE_TOKENS = 64
+
+
+def _with_picture(row: Any, vision: Any) -> Any:
+    """The row with one image among its first tokens; the labels stay, so that every token still has one."""
+    from dataclasses import replace
+
+    from erniekit.data.packed_batch import PictureTable
+    from erniekit.data.vision.positions import token_positions
+
+    side = vision.spatial_merge_size * int(PICTURE_TOKENS**0.5)
+    grid = np.array([[1, side, side]], np.int64)
+    ids, kinds = row.input_ids.copy(), np.zeros(row.num_tokens, np.int8)
+    ids[4 : 4 + PICTURE_TOKENS], kinds[4 : 4 + PICTURE_TOKENS] = vision.image_token_id, 1
+    patches = np.random.default_rng(0).integers(0, 256, (side * side, vision.patch_features)).astype(np.uint8)
+    positions = token_positions(kinds, grid, row.segment_ids + 1)
+    table = PictureTable(patches, grid, np.array([4]))
+    return replace(row, input_ids=ids, position_ids=positions, modality=kinds, pictures=table)
 
 
 def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
@@ -217,7 +249,9 @@ def _planned(cfg: Any, model: Any, mesh: Any) -> dict[str, int]:
     from erniekit.training.outline import outline_stage, stage_tensors
 
     share = 1 - 1 / cfg.max_seq_len
-    job = make_job(cfg, model, Cluster(mesh.degrees.world, "cpu", mesh.degrees.world), supervised_share=share)
+    pictures = PICTURE_TOKENS if model.vision is not None else 0
+    cluster = Cluster(mesh.degrees.world, "cpu", mesh.degrees.world)
+    job = make_job(cfg, model, cluster, picture_tokens=pictures, supervised_share=share)
     tensors = stage_tensors(job, mesh.pipe)
     return {
         "parameters": tensors.parameters + tensors.average + tensors.copies,

@@ -90,3 +90,4 @@ def test_keys_are_shown_as_they_are_typed():
     text = words(keys)
     assert "sharding=stage1" in text and "batch_size=1" in text and "recompute=false" in text
     assert "data_parallel_degree" not in text and "tensor_parallel_degree" not in text
+    assert "sequence_parallel=true" in words({**keys, "tensor_parallel_degree": 2, "sequence_parallel": True})

@@ -170,3 +170,12 @@ def test_bytes_of_a_step_by_dimension():
     assert sent["pipeline"] == row * tokens
     assert sent["expert"] == 2 * 2 * row * tokens * MOE["moe_k"] // 2
     assert tensor_bytes(run.stage(0), dataclasses.replace(run.layout, tensor=2)).total() > 0
+
+
+def test_fp8_and_offloading_follow_from_the_keys():
+    keys = ("fp8=blockwise", "fp8_modules=experts,attention", "offload_optim=true", "sharding=stage1")
+    layout = layout_of(tiny_job(*keys, gpus=4))
+    assert (layout.precision, layout.fp8_parts) == ("fp8_blockwise", {"experts", "attention"})
+    assert layout.offload_optimizer
+    assert layout_of(tiny_job("fp8=rowwise", gpus=4)).precision == "fp8"
+    assert layout_of(tiny_job(gpus=4)).precision == "bf16"
