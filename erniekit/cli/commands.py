@@ -54,7 +54,7 @@ COMMANDS = {
             "memory=GB: the memory of one GPU in units of 10^9 bytes, where it is not that of the card's name",
             "document_tokens=N: the length of the documents in a row; else a row is one document",
             "picture_tokens=N: tokens of a row that stand for pictures; else half of it, where the method has them",
-            "hardware=FILE: a YAML file that describes other cards; `plan calibrate` measures this machine",
+            "hardware=FILE: a YAML file with other cards (docs/plan.md); `plan calibrate` measures this machine",
             "timeline=FILE: also simulate the step with jitter on every rank and draw its pipeline, as a PNG file",
             "trace=FILE: also write that step as a Chrome trace, which opens in Perfetto",
         ),

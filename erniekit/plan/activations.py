@@ -3,7 +3,7 @@ step, following the stage's own list of actions.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from erniekit.models.decoder import CausalLM, DecoderLayer
@@ -19,6 +19,9 @@ from erniekit.plan.vision_operations import vision_operations
 from erniekit.precision.fp8_experts import Fp8Experts
 
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
+
+
+Sizes = dict[str, float]  # bytes by kind of operation
 
 
 @dataclass(frozen=True)
@@ -275,59 +278,55 @@ class _Live:
     it consisted of, and how many chunks it held.
     """
 
-    def __init__(self, kinds: list[dict[str, float]], inputs: float) -> None:
+    def __init__(self, kinds: list[Sizes], inputs: float) -> None:
         self.kinds, self.inputs = kinds, inputs
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
         self.peak, self.num_chunks = 0.0, 0
-        self.shown: dict[str, float] = {}
+        self.shown: Sizes = {}
 
-    def reach(self, beside: Mapping[str, float], num_chunks: int) -> None:
+    def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
-        total = {"inputs": self.inputs * len(self.microbatches)}
+        kept: Sizes = {"inputs": self.inputs * len(self.microbatches)}
         for number, count in self.chunks.items():
-            for kind, size in self.kinds[number].items():
-                _add(total, kind, count * size)
-        for kind, size in beside.items():
-            _add(total, kind, size)
-        if (peak := sum(total.values())) > self.peak:
-            self.peak, self.num_chunks, self.shown = peak, num_chunks, total
+            kept = _sum(kept, {kind: count * size for kind, size in self.kinds[number].items()})
+        now = _sum(kept, beside)
+        if sum(now.values()) > self.peak:
+            self.peak, self.num_chunks, self.shown = sum(now.values()), num_chunks, now
 
 
-def _add(sizes: dict[str, float], kind: str, size: float) -> None:
-    sizes[kind] = sizes.get(kind, 0.0) + size
+def _sum(first: Sizes, second: Sizes) -> Sizes:
+    return {kind: first.get(kind, 0.0) + second.get(kind, 0.0) for kind in {**first, **second}}
 
 
-def _by_kind(chunk: Sequence[Operation]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _by_kind(chunk: Sequence[Operation]) -> Sizes:
+    found: Sizes = {}
     for operation in chunk:
-        _add(found, operation.kind, operation.kept)
+        found[operation.kind] = found.get(operation.kind, 0.0) + operation.kept
     return found
 
 
-def _forward_peak(chunk: Sequence[Operation]) -> dict[str, float]:
+def _forward_peak(chunk: Sequence[Operation]) -> Sizes:
     """What exists when one forward pass through a chunk takes most, by kind."""
-    kept: dict[str, float] = {}
-    found: dict[str, float] = {}
-    for operation in chunk:
-        now = dict(kept)
-        _add(now, operation.kind, max(operation.forward, operation.kept))
-        if sum(now.values()) > sum(found.values()):
-            found = now
-        _add(kept, operation.kind, operation.kept)
+    found: Sizes = {}
+    total = peak = 0.0
+    for number, operation in enumerate(chunk):
+        now = max(operation.forward, operation.kept)
+        if total + now > peak:
+            peak, found = total + now, _sum(_by_kind(chunk[:number]), {operation.kind: now})
+        total += operation.kept
     return found
 
 
-def _backward_peak(chunk: Sequence[Operation]) -> dict[str, float]:
+def _backward_peak(chunk: Sequence[Operation]) -> Sizes:
     """The same for the backward pass, with the 16-bit gradients that wait for its end."""
-    kept = _by_kind(chunk)
-    found: dict[str, float] = {}
-    gradients = 0.0
-    for operation in reversed(chunk):
+    found: Sizes = {}
+    total, peak, gradients = sum(operation.kept for operation in chunk), 0.0, 0.0
+    for number, operation in reversed(list(enumerate(chunk))):
         gradients += operation.gradient
-        now = {**kept, "16-bit gradients": gradients}
-        _add(now, operation.kind, operation.backward)
-        if sum(now.values()) > sum(found.values()):
-            found = now
-        _add(kept, operation.kind, -operation.kept)
+        if total + operation.backward + gradients > peak:
+            peak = total + operation.backward + gradients
+            now = {operation.kind: operation.backward, "16-bit gradients": gradients}
+            found = _sum(_by_kind(chunk[: number + 1]), now)
+        total -= operation.kept
     return found

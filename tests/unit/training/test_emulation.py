@@ -43,10 +43,13 @@ def check(directory: Path, case: str, steps: int, monkeypatch: pytest.MonkeyPatc
     )
     for kind, narrow in zip(LOSS, others, strict=True):
         assert all(step.pop("skipped") == 0 for step in narrow if kind == "fp16")
+        distances: list[float] = []
         for mine, other in zip(narrow, wide, strict=True):
-            assert abs(mine["loss"] - other["loss"]) < LOSS[kind], (kind, mine, other)
+            distances.append(abs(mine["loss"] - other["loss"]))
+            assert distances[-1] < LOSS[kind], (kind, mine, other)
             assert abs(mine["norm"] / other["norm"] - 1) < NORM[kind], (kind, mine, other)
-        assert [step["loss"] for step in narrow] != [step["loss"] for step in wide]
+        assert any(distances)
+        print(f"{case}, {kind}: {steps} steps, losses within {max(distances):.4f} of fp32's")
 
 
 @pytest.mark.parametrize("case", QUICK)
