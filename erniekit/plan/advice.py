@@ -38,9 +38,9 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def seconds_of(job: Job, card: Hardware | None) -> float | None:
-    """Seconds of one step; None where the card is not known."""
-    return None if card is None else plan_time(job, card).seconds
+def _seconds_of(job: Job, original: Job, card: Hardware | None) -> float | None:
+    """Seconds for the tokens of one step of the original job; None where the card is not known."""
+    return None if card is None else plan_time(job, card).seconds * original.step_tokens / job.step_tokens
 
 
 def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware | None = None) -> list[Change]:
@@ -55,7 +55,7 @@ def changes(plan: MemoryPlan, capacity: float, outline: Outline, card: Hardware 
             continue
         changed = plan_memory(job, capacity, outline)
         if changed.worst.peak < plan.worst.peak:
-            found.append(Change(keys, changed, seconds_of(job, card) if changed.fits else None))
+            found.append(Change(keys, changed, _seconds_of(job, plan.job, card) if changed.fits else None))
     return sorted(found, key=lambda change: change.seconds or 0.0)
 
 
