@@ -1,6 +1,6 @@
 """Make the pictures, clips and questions of the vision-language demo, in Chinese and English.
 
-    python tools/make_vl_demo_data.py OUTPUT_DIR            # 700 rows a task to train on, 100 held out
+    python tools/make_vl_demo_data.py OUTPUT_DIR            # 1400 rows a task to train on, 100 held out
     python tools/make_vl_demo_data.py OUTPUT_DIR --train 5000 --test 300 --seed 7
 
 Seven tasks, each with one right answer that a program can check: which handwritten digit, how many shapes, what colour,
@@ -9,9 +9,10 @@ scikit-learn's (1,797 scans of 8 x 8 pixels of the UCI repository); everything e
 the picture: another scan of a digit, another arrangement of shapes, another rendering of a word.
 
 Files: `TASK-train.jsonl` and `TASK-test.jsonl` (messages with `<image>` or `<video>`), `captions-train.jsonl` and
-`captions-test.jsonl` (the same pictures with a sentence about each, for pretraining), and the PNG files below media/. A
-clip is a directory of PNG frames, two a second. `text-train.jsonl` has data/demo's questions as plain text. The same
-arguments give the same bytes.
+`captions-test.jsonl` (the same pictures with some words about each, for pretraining), and the PNG files below media/. A
+clip is a directory of PNG frames, two a second. `text-train.jsonl` (plain text) has data/demo's questions to write a
+number in digits, and the captions without their pictures; `text-test.jsonl` has such questions that are held out. The
+same arguments give the same bytes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "data" / "demo" / "train.jsonl"
+TEXT = ROOT / "data" / "demo"
 FONT = Path(__file__).resolve().parent / "fonts" / "NotoSansSC-Subset.ttf"
 COLOURS = {  # name: (Chinese, RGB)
     "red": ("红", (214, 40, 40)),
@@ -37,7 +38,7 @@ COLOURS = {  # name: (Chinese, RGB)
 }
 SHAPES = {"circle": "圆", "square": "方块", "triangle": "三角"}
 WORDS_CHINESE = "苹果 月亮 太阳 学校 飞机 火车 电脑 花园 小狗 老师 河流 森林 海洋 米饭 衣服 雨伞".split()
-WORDS_ENGLISH = "apple moon sun school plane train garden dog river tree ocean book rice door coat rain".split()
+WORDS_ENGLISH = "apple moon sun milk bird train girl dog river tree sea book rice door coat rain".split()
 DIRECTIONS = {"left": ("左", (-1, 0)), "right": ("右", (1, 0)), "up": ("上", (0, -1)), "down": ("下", (0, 1))}
 FRAMES_PER_SECOND = 2
 MAX_TRIES = 10_000
@@ -92,17 +93,18 @@ def digit(rng: random.Random, held_out: bool) -> Row:
     pictures, targets = scans()
     first_held_out = len(pictures) * 4 // 5  # as in the collection, the last scans are other people's
     number = rng.randrange(first_held_out, len(pictures)) if held_out else rng.randrange(first_held_out)
-    side = rng.choice((44, 48, 52, 56))
-    picture = Image.new("RGB", (56, 56), "white")
-    place = (rng.randint(0, 56 - side), rng.randint(0, 56 - side))
-    picture.paste(pictures[number].resize((side, side), Image.Resampling.BICUBIC), place)
+    side = rng.choice((24, 26, 28))
+    picture = Image.new("RGB", (28, 28), "white")
+    place = (rng.randint(0, 28 - side), rng.randint(0, 28 - side))
+    scan, angle = pictures[number].resize((side, side), Image.Resampling.BICUBIC), rng.randint(-12, 12)
+    picture.paste(scan.rotate(angle, Image.Resampling.BICUBIC, fillcolor=255), place)
     answer = str(targets[number])
     return Row(
-        ("digit", number, side, place),
+        ("digit", number, side, place, angle),
         [picture],
-        ("图中是哪个数字？", "Which digit is this?"),
+        ("哪个数字？", "Which digit?"),
         (answer, answer),
-        (f"手写数字{answer}", f"The handwritten digit {answer}"),
+        (f"数字{answer}", f"digit {answer}"),
     )
 
 
@@ -117,24 +119,24 @@ def count(rng: random.Random, held_out: bool) -> Row:
     return Row(
         ("count", shape, colour, *cells),
         [picture],
-        (f"图中有几个{SHAPES[shape]}？", f"How many {shape}s are there?"),
+        (f"有几个{SHAPES[shape]}？", f"How many {shape}s?"),
         (answer, answer),
-        (f"{answer}个{COLOURS[colour][0]}色的{SHAPES[shape]}", f"{answer} {colour} shapes: {shape}"),
+        (f"{answer}个{COLOURS[colour][0]}色的{SHAPES[shape]}", f"{answer} {colour} {shape}s"),
     )
 
 
 def colour(rng: random.Random, held_out: bool) -> Row:
-    name, shape, side = rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.randint(20, 48)
-    picture = Image.new("RGB", (56, 56), rng.choice(PAPERS))
-    left, top = rng.randint(2, 54 - side), rng.randint(2, 54 - side)
+    name, shape, side = rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.randint(14, 26)
+    picture = Image.new("RGB", (28, 28), rng.choice(PAPERS))
+    left, top = rng.randint(0, 27 - side), rng.randint(0, 27 - side)
     draw_shape(ImageDraw.Draw(picture), shape, (left, top, left + side, top + side), COLOURS[name][1])
     chinese = f"{COLOURS[name][0]}色"
     return Row(
         ("colour", name, shape, left, top, side),
         [picture],
-        (f"图中的{SHAPES[shape]}是什么颜色？", f"What colour is the {shape}?"),
+        (f"{SHAPES[shape]}是什么颜色？", f"What colour is the {shape}?"),
         (chinese, name),
-        (f"一个{chinese}的{SHAPES[shape]}", f"A {name} {shape}"),
+        (f"{chinese}的{SHAPES[shape]}", f"{name} {shape}"),
     )
 
 
@@ -153,18 +155,18 @@ def chart(rng: random.Random, held_out: bool) -> Row:
     return Row(
         ("chart", *names, *heights),
         [picture],
-        ("柱状图中哪种颜色最高？", "Which bar of the chart is the tallest?"),
+        ("哪种颜色最高？", "Which bar is the tallest?"),
         (chinese, tallest),
-        (f"柱状图，{chinese}最高", f"A bar chart, {tallest} is the tallest"),
+        (f"{chinese}最高的柱状图", f"{tallest} is the tallest bar"),
     )
 
 
 def word(rng: random.Random, held_out: bool) -> Row:
-    text, size = rng.choice(WORDS_CHINESE + WORDS_ENGLISH), rng.randint(26, 34)
-    picture = Image.new("RGB", (112, 56), rng.choice(PAPERS))
+    text, size = rng.choice(WORDS_CHINESE + WORDS_ENGLISH), rng.randint(24, 26)
+    picture = Image.new("RGB", (84, 28), rng.choice(PAPERS))
     draw = ImageDraw.Draw(picture)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font(size))
-    place = (rng.randint(2, max(2, 110 - right)) - left, rng.randint(2, max(2, 54 - bottom + top)) - top)
+    left, top, _, bottom = draw.textbbox((0, 0), text, font=font(size))
+    place = (rng.randint(1, 4) - left, (28 - bottom - top) // 2 + rng.randint(-1, 1))
     ink = rng.choice(list(COLOURS))
     draw.text(place, text, font=font(size), fill=COLOURS[ink][1])
     return Row(
@@ -172,61 +174,56 @@ def word(rng: random.Random, held_out: bool) -> Row:
         [picture],
         ("读出图中的词。", "Read this word."),
         (text, text),
-        (f"词：{text}", f"The word {text}"),
+        (text, text),
     )
 
 
 def box(rng: random.Random, held_out: bool) -> Row:
     """The answer is ERNIE's: x and y of two corners in thousandths of the picture's width and height."""
-    wanted, other = rng.sample(list(COLOURS), 2)
-    shape, sides = rng.choice(list(SHAPES)), (rng.choice((28, 35, 42)), rng.choice((28, 35, 42)))
-    column = rng.randrange(2)  # the wanted shape and the other one lie in different halves
-    picture = Image.new("RGB", (112, 112), rng.choice(PAPERS))
-    corners = []
-    for side, half, name in zip(sides, (column, 1 - column), (wanted, other)):
-        left = 56 * half + 7 * rng.randint(0, (56 - side) // 7)
-        top = 7 * rng.randint(0, (112 - side) // 7)
-        corners.append((left, top, left + side, top + side))
-        draw_shape(ImageDraw.Draw(picture), shape, (left, top, left + side - 1, top + side - 1), COLOURS[name][1])
-    answer = json.dumps({"bbox_2d": [round(1000 * corner / 112) for corner in corners[0]]})
-    chinese = f"{COLOURS[wanted][0]}色的{SHAPES[shape]}"
+    name, shape, paper = rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.choice(PAPERS)
+    side = rng.choice((28, 56, 84))
+    left, top = 28 * rng.randint(0, 4 - side // 28), 28 * rng.randint(0, 4 - side // 28)
+    corners = (left, top, left + side, top + side)
+    picture = Image.new("RGB", (112, 112), paper)
+    draw_shape(ImageDraw.Draw(picture), shape, (*corners[:2], corners[2] - 1, corners[3] - 1), COLOURS[name][1])
+    answer = json.dumps({"bbox_2d": [round(1000 * corner / 112) for corner in corners]})
+    chinese = f"{COLOURS[name][0]}色的{SHAPES[shape]}"
     return Row(
-        ("box", wanted, other, shape, *corners),
+        ("box", name, shape, paper, corners),
         [picture],
-        (f"{chinese}在哪里？", f"Where is the {wanted} {shape}?"),
+        (f"{chinese}在哪里？", f"Where is the {name} {shape}?"),
         (answer, answer),
-        (f"{chinese}在{answer}", f"The {wanted} {shape} is at {answer}"),
+        (f"{chinese}在{answer}", f"The {name} {shape} is at {answer}"),
     )
 
 
 def clip(rng: random.Random, held_out: bool) -> Row:
-    """A shape rests, and begins to move at a whole second: what happens, and when?"""
+    """A shape rests, and moves by half the picture at a whole second: what happens, and when?"""
     name, shape, direction = rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.choice(list(DIRECTIONS))
     seconds, start, side = 4, rng.randint(1, 3), 18
     chinese_direction, (x, y) = DIRECTIONS[direction]
-    along, across = (0 if -1 in (x, y) else 4), rng.randint(4, 56 - side - 4)
-    begin = 56 - side - 4 if -1 in (x, y) else along
+    begin = rng.randint(3, 7) + (28 if -1 in (x, y) else 0)
+    across = rng.randint(3, 7) + 28 * rng.randrange(2)
     paper = rng.choice(PAPERS)
     frames = []
     for index in range(seconds * FRAMES_PER_SECOND):
-        moved = max(0, index - start * FRAMES_PER_SECOND + 1) * 7
-        at = min(max(begin + (x + y) * moved, 0), 56 - side)
+        at = begin + (x + y) * 14 * min(max(0, index - start * FRAMES_PER_SECOND + 1), 2)
         left, top = (at, across) if x else (across, at)
         frame = Image.new("RGB", (56, 56), paper)
         draw_shape(ImageDraw.Draw(frame), shape, (left, top, left + side, top + side), COLOURS[name][1])
         frames.append(frame)
-    chinese = f"{COLOURS[name][0]}色的{SHAPES[shape]}在{start}秒向{chinese_direction}移动"
-    english = f"the {name} {shape} moves {direction} at {start} s"
+    chinese, english = f"{start}秒向{chinese_direction}移动", f"moves {direction} at {start} s"
     return Row(
-        ("clip", name, shape, direction, start, across, paper),
+        ("clip", name, shape, direction, start, begin, across, paper),
         frames,
         ("发生了什么，在几秒？", "What happens, and when?"),
         (chinese, english),
-        (chinese, english.capitalize()),
+        (chinese, english),
         is_clip=True,
     )
 
 
+MORE = {"digit": 4}  # times as many rows to train on, each with its scan in another size, place and angle
 TASKS: dict[str, Draw] = {draw.__name__: draw for draw in (digit, count, colour, chart, word, box, clip)}
 
 
@@ -266,45 +263,57 @@ def records(row: Row, name: str, language: int) -> tuple[dict[str, Any], dict[st
     return {"messages": [question, answer]}, {"text": f"{tag}{row.caption[language]}", key: [f"media/{name}"]}
 
 
-def write_text(source: Path, output: Path) -> None:
-    """Write the questions and answers of an `erniekit` jsonl as plain text, for the first stage of pretraining."""
-    with source.open(encoding="utf-8") as lines, output.open("w", encoding="utf-8") as texts:
-        for line in lines:
-            sample = json.loads(line)
-            for question, answer in zip(sample["src"], sample["tgt"], strict=True):
-                texts.write(json.dumps({"text": f"User: {question}\nAssistant: {answer}"}, ensure_ascii=False) + "\n")
+def number_questions(source: Path) -> list[tuple[str, str]]:
+    """The text task: the questions of an `erniekit` jsonl to write a number in digits, with their answers."""
+    with source.open(encoding="utf-8") as lines:
+        samples = [json.loads(line) for line in lines]
+    pairs = [pair for sample in samples for pair in zip(sample["src"], sample["tgt"], strict=True)]
+    return [pair for pair in pairs if pair[0].startswith("Write in digits") or pair[0].endswith("写成数字")]
+
+
+def write_text(output: Path, sentences: list[str], seed: int) -> None:
+    """Write what the first stage reads (the text task and sentences, as plain text) and the held-out questions."""
+    texts = [f"User: {question}\nAssistant: {answer}" for question, answer in number_questions(TEXT / "train.jsonl")]
+    texts += sentences
+    random.Random(f"{seed} text").shuffle(texts)
+    held_out = [{"src": question, "tgt": answer} for question, answer in number_questions(TEXT / "test.jsonl")]
+    for name, rows in (("text-train", [{"text": text} for text in texts]), ("text-test", held_out)):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (output / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def make(output: Path, sizes: dict[str, int], seed: int) -> None:
     """Write every file. sizes: rows of each task by split, `train` and `test`."""
     (output / "media").mkdir(parents=True, exist_ok=True)
     captions: dict[str, list[str]] = {split: [] for split in sizes}
+    sentences: list[str] = []
     for task in TASKS:
         used: set[tuple[Any, ...]] = set()
         for split in sorted(sizes):  # the test first: what it shows is not trained on
             lines = []
-            for index, row in enumerate(rows(task, sizes[split], seed, split == "test", used)):
+            number = sizes[split] * (MORE.get(task, 1) if split == "train" else 1)
+            for index, row in enumerate(rows(task, number, seed, split == "test", used)):
                 name = write_media(row, output / "media" / f"{task}-{split}-{index:05d}")
                 question, caption = records(row, name, index % 2)
                 lines.append(json.dumps(question, ensure_ascii=False))
                 captions[split].append(json.dumps(caption, ensure_ascii=False))
+                sentences += [row.caption[index % 2]] if split == "train" else []
             (output / f"{task}-{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for split, lines in captions.items():
         random.Random(f"{seed} captions {split}").shuffle(lines)
         (output / f"captions-{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    write_text(output, sentences, seed)
 
 
 def main() -> None:
     """Parse the arguments and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--train", type=int, default=700, help="rows of each task to train on")
+    parser.add_argument("--train", type=int, default=1400, help="rows of each task to train on")
     parser.add_argument("--test", type=int, default=100, help="rows of each task that are held out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=Path, default=TEXT, help="an `erniekit` jsonl; written as text-train.jsonl")
     args = parser.parse_args()
     make(args.output_dir, {"test": args.test, "train": args.train}, args.seed)
-    write_text(args.text, args.output_dir / "text-train.jsonl")
 
 
 if __name__ == "__main__":
