@@ -2,7 +2,6 @@
 # make demo-pretrain   the same for pretraining: text, token files, two stages, a sample of its writing
 # make demo-align      SFT, then preference optimisation with LoRA, judged by what the model writes before and after
 # make demo-vl         pictures and clips: three stages of pretraining, fine-tuning, questions answered before and after
-#                      (not run at full size yet: neither its time nor what the model learns has been measured)
 # make test      set up .venv and run the test suite
 # make test-all  the slow tests as well
 # make lint      ruff and mypy
