@@ -8,7 +8,7 @@ from paddle import nn
 
 from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.moe.layer import MoELayer
-from erniekit.nn.linear import EVERY_PART, Part, ProductFactory, Projection
+from erniekit.nn.linear import EVERY_PART, SHARED_EXPERTS, Part, ProductFactory, Projection
 from erniekit.nn.product import Product
 
 
@@ -38,7 +38,7 @@ def parts_of(layer: DecoderLayer) -> Iterator[tuple[Part, nn.Layer]]:
     for experts in block.all_experts():
         yield "experts", experts
     if block.shared_experts is not None:
-        yield "shared_experts", block.shared_experts
+        yield SHARED_EXPERTS, block.shared_experts
 
 
 def products(model: paddle.nn.Layer) -> dict[str, tuple[Projection, Product]]:

@@ -1,7 +1,7 @@
 """The one projection layer. Tensor parallelism, LoRA, FP8 and quantisation attach here and nowhere else."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import paddle
 from paddle import nn
@@ -56,6 +56,7 @@ class Projection(Shardable):
 # What a projection of a decoder layer belongs to. "mlp": a dense layer's feed-forward block; "experts": routed ones.
 Part = Literal["attention", "mlp", "shared_experts", "experts"]
 EVERY_PART = frozenset(get_args(Part))
+SHARED_EXPERTS: Final = "shared_experts"
 
 # Which product a projection gets; None leaves it plain.
 ProductFactory = Callable[[Projection], Product | None]

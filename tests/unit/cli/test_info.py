@@ -1,6 +1,5 @@
 """`erniekit version`."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -54,12 +53,11 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
 @pytest.mark.parametrize("command", ["train", "eval", "chat", "export", "split"])
 def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
     text = " ".join(info.usage(command).split())
-    groups, single = reference.KEYS[command]
-    listed = [schema.GROUPS[group] for group in groups.split(",") if group]
-    names = [field.name for group in listed for field in dataclasses.fields(group)]
-    for name in [*names, *single.split()]:
+    names = [entry.name for entries in reference.by_group(command).values() for entry in entries]
+    assert names
+    for name in names:
         assert f" {name} (" in text and schema.fields()[name].metadata["doc"] in text, name
-    assert len(names + single.split()) == len({*names, *single.split()})
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("command", launch.ON_RANKS)

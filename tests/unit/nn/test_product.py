@@ -87,8 +87,8 @@ def train(directory: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs steps of a training whose projections multiply by the product, and returns the run."""
     choose = policy.choose
 
-    def with_product(compute_type: str, device: str) -> policy.Policy:
-        return policy.Policy(choose(compute_type, device).param_dtype, partial(scaled, scale=1.0))
+    def with_product(compute_type: str, device: str, emulate: bool = False) -> policy.Policy:
+        return policy.Policy(choose(compute_type, device, emulate).param_dtype, partial(scaled, scale=1.0))
 
     monkeypatch.setattr(policy, "choose", with_product)
 
