@@ -65,10 +65,11 @@ FOREIGN = {
     "make_vl_demo_data": ("make_vl_demo_data.py {tmp}/pictures --train 3 --test 2", ("sklearn",)),
     "make_rotary_fixture": ("make_rotary_fixture.py --out {tmp}/rotary.npz", ("torch", "transformers")),
 }
-# Run by hand: they replace what an earlier demo left. The commands they are made of are those of tests/e2e.
-BY_HAND = {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_vl.py"}
+# Run by hand. The demos replace what an earlier demo left; the commands they are made of are those of tests/e2e. The
+# tables of the planner take minutes; tests/distributed/test_plan_memory.py and tests/unit/plan call what they call.
+BY_HAND = {"plan_truth.py", "plan_minimum.py"} | {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_vl.py"}
 # No scripts.
-HELPERS = {"bench_worker.py"}
+HELPERS = {"bench_worker.py", "published_runs.py"}
 
 
 def run(arguments: str, directory: Path) -> None:

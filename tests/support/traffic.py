@@ -40,7 +40,7 @@ def expected_bytes(run: Any, microbatches: list[Any], away: list[tuple[int, int]
         )
         num_tokens = size // run.model.token_multiple
         sent["send"] += traffic.pipeline_bytes(
-            mesh.pipe, degrees.pipeline, len(run.forward.chunks), num_tokens, config.hidden_size
+            mesh.pipe, degrees.pipeline, len(run.model.chunks), num_tokens, config.hidden_size
         )
     # A recomputed layer dispatches the same rows a second time.
     recomputed = run.cfg.recompute and run.cfg.recompute_granularity == "full"
@@ -121,7 +121,7 @@ def measure(keys: dict[str, Any]) -> dict[str, Any]:
         run.close()
     host = sent.pop("host", 0)
     entries = list(run.sync.parameters.entries.values())
-    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.forward.chunks))
+    depth = (schedule_of(cfg), mesh.pipe, mesh.degrees.pipeline, len(batches), len(run.model.chunks))
     return {
         "sent": (_without_zeros(sent), _without_zeros(expected_bytes(run, batches, away, plans))),
         "host": host,

@@ -23,6 +23,7 @@ def test_the_file_changes_the_cpu_of_the_table(tmp_path: Path):
     assert load_hardware("H800", tmp_path / "mine.yaml").half_peak == load_hardware("H800").half_peak
 
 
+@pytest.mark.slow  # it takes times, which a busy machine stretches
 def test_a_measurement_of_this_machine_is_plausible():
     measured = measure(sizes=(16, 64), megabytes=1, rounds=1)
     assert measured.flops[64] > measured.flops[16] > 0
