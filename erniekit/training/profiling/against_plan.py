@@ -63,8 +63,8 @@ def _memory_line(job: Job, card: Hardware, peak_bytes: int) -> str:
 
 
 def launch_line(cfg: Config, model: ModelConfig, ranks: int) -> str:
-    """Kernel launches and calls of the host in a step of one rank of `ranks`, by formula: of what, and what of this run
-    they leave out.
+    """Kernel launches and calls of the host in a step of one of `ranks` ranks, by formula; the line names the model
+    that the formula describes, and what it leaves out of this run.
     """
     losses = {
         "balance": cfg.moe_aux_loss_lambda,
