@@ -115,7 +115,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "8 bits, experts over ranks": ("fp32", {"moment_dtype": "8bit"}, STAGE2 | {"expert_parallel_degree": 2}),
     "8 bits, bf16 weights": ("bf16", {"moment_dtype": "8bit"}, SHARD2 | {"offload_optim": True}),
 }
-# Of losses of 5 to 8. In fp32 they were 0.00006 apart; a token near a tie that goes to another expert moves one more. bf16 is allowed 0.015 with fp32 moments, too (test_emulation.py).
+# Of losses of 5 to 8. In fp32 they were 0.00006 apart; a token near a tie that goes to another expert moves one more.
+# bf16 is allowed 0.015 with fp32 moments, too (test_emulation.py).
 TOLERANCE = {"fp32": 0.001, "bf16": 0.015}
 
 
