@@ -29,7 +29,7 @@ from erniekit.models import activation_checkpoint
 from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
-from erniekit.models.fp8 import attach_fp8, describe_fp8
+from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
@@ -253,6 +253,11 @@ class PreparedModel:
         elif options.adapter is not None:
             tied = self.config.tie_word_embeddings
             lora.attach(model, options.adapter, our_shapes(self.config), tied, share=model.shard.share)
+        if precision.fp8 is not None and (adapted := adapted_layers(model, precision.fp8)):
+            log.info(
+                f"fp8_recompute_up_gate_layers: {adapted}: no effect: the experts of these layers have adapters, "
+                "beside which each projection is a product of its own"
+            )
         if options.recompute is not None:
             activation_checkpoint.apply(model.model, options.recompute)
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id

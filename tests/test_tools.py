@@ -69,7 +69,7 @@ FOREIGN = {
 # tables of the planner take minutes; tests/distributed/test_plan_memory.py and tests/unit/plan call what they call.
 BY_HAND = {"plan_truth.py", "plan_minimum.py"} | {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_vl.py"}
 # No scripts.
-HELPERS = {"bench_worker.py", "published_runs.py"}
+HELPERS = {"bench_worker.py", "comparison.py", "published_runs.py"}
 
 
 def run(arguments: str, directory: Path) -> None:

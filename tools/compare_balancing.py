@@ -8,15 +8,11 @@ last 50 steps (mean and worst over layers), idle experts, the language loss, and
 between experts. Draws balancing.png.
 """
 
-import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import comparison
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
 LAST = 50
 OFF = {
     "moe_use_aux_free": False,
@@ -31,23 +27,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "both": {"moe_aux_loss_lambda": 0.001, "moe_use_aux_free": True},
     "both + orthogonal": {"moe_aux_loss_lambda": 0.001, "moe_use_aux_free": True, "moe_orthogonal_loss_lambda": 0.1},
 }
-
-
-def train(config: str, name: str, keys: dict[str, object], steps: int, out: Path) -> Path:
-    """Train one variant into a directory of its own."""
-    target = out / name.replace(" ", "_").replace("+", "and")
-    overrides = [f"{key}={value}" for key, value in (OFF | keys).items()]
-    schedule = [f"max_steps={steps}", "lr_scheduler_type=cosine", "evaluation_strategy=no", "do_eval=false"]
-    fixed = [
-        "save_strategy=no",
-        "overwrite_output_dir=true",
-        "disable_tqdm=true",
-        "logging_steps=100",
-        f"output_dir={target}",
-    ]
-    command = [sys.executable, "-m", "erniekit", "train", config, *schedule, *fixed, *overrides]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return target
 
 
 def mean_cosine(directory: Path) -> float:
@@ -65,28 +44,22 @@ def mean_cosine(directory: Path) -> float:
 
 def read(directory: Path) -> dict[str, object]:
     """One variant's numbers."""
-    routers = [json.loads(line)["layers"] for line in (directory / "routers.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    routers = [record["layers"] for record in comparison.records(directory, "routers.jsonl")]
     worst = np.array([[layer["load_max_over_mean"] for layer in step.values()] for step in routers])
     idle = np.array([[layer["idle_experts"] for layer in step.values()] for step in routers])
-    language = [record.get("loss_lm", record["loss"]) for record in metrics if "loss" in record]
     return {
         "curve": worst.mean(axis=1),
         "load": worst[-LAST:].mean(),
         "load_worst": worst[-LAST:].max(),
         "idle": idle[-LAST:].mean(),
-        "loss": float(np.mean(language[-LAST:])),
+        "loss": float(np.mean(comparison.losses(directory, "loss_lm")[-LAST:])),
         "cosine": mean_cosine(directory),
     }
 
 
 def draw(results: dict[str, dict[str, object]], path: Path) -> None:
     """Load over time, a line a variant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = comparison.figure_of(9, 4.5)
     axes = figure.subplots()
     for name, result in results.items():
         axes.plot(range(1, len(result["curve"]) + 1), result["curve"], linewidth=1.4, label=name)
@@ -95,21 +68,18 @@ def draw(results: dict[str, dict[str, object]], path: Path) -> None:
     axes.set_ylabel("max / mean expert load, mean over layers")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    figure.savefig(path)
 
 
 def main() -> None:
     """Parse the arguments, run every variant, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("demo_output/balancing"))
-    args = parser.parse_args()
+    given = comparison.arguments(__doc__, 200, "demo_output/balancing")
     results = {}
     for name, keys in VARIANTS.items():
-        results[name] = read(ROOT / train(args.config, name, keys, args.steps, args.out))
-    draw(results, ROOT / args.out / "balancing.png")
-    print(f"\nlast {LAST} of {args.steps} steps")
+        directory = comparison.train(given, name, {"lr_scheduler_type": "cosine"} | OFF | keys)
+        results[name] = read(directory)
+    draw(results, given.out / "balancing.png")
+    print(f"\nlast {LAST} of {given.steps} steps")
     print("| balancing | max/mean load | worst layer and step | idle experts | loss | mean abs. cosine |")
     print("|---|---|---|---|---|---|")
     for name, r in results.items():

@@ -119,26 +119,35 @@ def _flag(name: str) -> Any:
 
 # Fused operators against plain operations
 
+LEGEND = f"""Each row is a function of the package, computed with fused operators and with plain operations.
+  error: the largest |fused - plain| / |plain| (Euclidean norms) of its result and of the gradient of each input;
+         `in` names the tensor: result, or the input whose gradient it is
+  ok:    error <= {TOLERANCE}; WRONG: more, or a value that is not finite; FAILED: the operator refused or stopped
+  ms:    one forward and backward pass, the second of two, with fused operators and with plain operations"""
+
 
 def operators_table(on_gpu: bool) -> list[str]:
     """Each function of the package that has a fused way, both ways."""
     lines = [
         "## fused operators against plain operations",
-        f"{'what':<28} {'largest error':>14}  {'':6} fused, plain ms",
+        *LEGEND.splitlines(),
+        f"{'what':<28} {'error':>9} {'in':<8} {'':6} fused, plain ms",
     ]
     for name, run in cases(on_gpu).items():
         try:
-            error, times = compare(run, on_gpu)
+            error, worst, times = compare(run, on_gpu)
         except Exception as problem:  # a kernel that refuses is a result, and the others go on
-            lines.append(f"{name:<28} {'':>14}  FAILED {type(problem).__name__}: {str(problem).strip()[-300:]}")
+            lines.append(f"{name:<28} {'':>9} {'':<8} FAILED {type(problem).__name__}: {str(problem).strip()[-300:]}")
             continue
         verdict = "ok" if error <= TOLERANCE else "WRONG"
-        lines.append(f"{name:<28} {error:>14.2e}  {verdict:<6} {times[0]:.2f}, {times[1]:.2f}")
+        lines.append(f"{name:<28} {error:>9.2e} {worst:<8} {verdict:<6} {times[0]:.2f}, {times[1]:.2f}")
     return lines
 
 
-def compare(run: Callable[[], Arrays], on_gpu: bool) -> tuple[float, tuple[float, float]]:
-    """The largest relative error of any result or gradient, and milliseconds of both ways, the second time each."""
+def compare(run: Callable[[], Arrays], on_gpu: bool) -> tuple[float, str, tuple[float, float]]:
+    """The largest relative error of any result or gradient, which tensor's it is, and milliseconds of both ways, the
+    second time each.
+    """
     results, times = [], []
     for enabled in (True, False):
         fused.enable(enabled)
@@ -151,8 +160,19 @@ def compare(run: Callable[[], Arrays], on_gpu: bool) -> tuple[float, tuple[float
             times.append((time.perf_counter() - began) * 1e3)
         finally:
             fused.enable(True)
-    errors = [np.linalg.norm(results[0][name] - plain) / np.linalg.norm(plain) for name, plain in results[1].items()]
-    return float(max(errors)), (times[0], times[1])
+    errors = {name: relative_error(results[0][name], plain) for name, plain in results[1].items()}
+    worst = max(errors, key=errors.__getitem__)
+    return errors[worst], worst, (times[0], times[1])
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected|; infinite where a value of either is not finite, since NaN is larger than no
+    tolerance, and where only zeros were expected and others found.
+    """
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf")
+    distance, norm = np.linalg.norm(found - expected), np.linalg.norm(expected)
+    return 0.0 if distance == 0 else float(distance / norm) if norm else float("inf")
 
 
 def _synchronize(on_gpu: bool) -> None:
@@ -272,12 +292,14 @@ def training(name: str, model: dict[str, Any], on_gpu: bool, steps: int) -> list
             if enabled:
                 lines += (directory / "out-True" / "profile.txt").read_text().splitlines()
                 reads = {place: count / steps for place, count in transfers.reads.most_common(9) if place != _SAVED}
-                lines.append("the host reads the device, times a step: " + _shown(reads))
+                lines.append("the host waits for a value of the device, times a step by place: " + _shown(reads))
         if len(losses) == 2:
-            far = max(abs(one - other) for one, other in zip(losses[True], losses[False], strict=True))
-            first, last = losses[True][0], losses[True][-1]
+            distances = np.abs(np.subtract(losses[True], losses[False]))  # NaN stays NaN
+            first, last, far = losses[True][0], losses[True][-1], float(distances.max())
+            wrong = "" if np.isfinite(far) else "WRONG: "
             lines.append(
-                f"loss {first:.4f} -> {last:.4f} in {steps} steps; from plain operations at most {far:.4f} off"
+                f"{wrong}loss {first:.4f} -> {last:.4f} in {steps} steps; the largest distance of a step's loss from "
+                f"that with plain operations is {far:.4f}"
             )
     fused.enable(True)
     return lines

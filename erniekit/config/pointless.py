@@ -253,6 +253,11 @@ _OPTIMIZER_RULES = [
         lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
         "no routed experts multiply in FP8",
     ),
+    Rule(
+        "fp8_statistics_steps",
+        lambda c, f: 0 < c.max_steps < c.fp8_statistics_steps,
+        "max_steps: {max_steps} ends before",
+    ),
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),

@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 
-from erniekit.models.decoder import CausalLM
+from erniekit.models.decoder import CausalLM, DecoderLayer
 from erniekit.models.products import attach_products, parts_of, products
 from erniekit.moe.experts import Experts
-from erniekit.nn.linear import EVERY_PART, Part
+from erniekit.nn.linear import EVERY_PART, Part, Projection
 from erniekit.precision.fp8 import Fp8Options
 from erniekit.precision.fp8_counts import Fp8Counts
 from erniekit.precision.fp8_product import Fp8Product
@@ -41,10 +41,26 @@ def describe_fp8(model: CausalLM, options: Fp8Options) -> str:
             count = sum(isinstance(each, Fp8Product) for each in module.sublayers())
             matrices[part] += count
             others |= set() if count else {part}
+    kept = [part for part in sorted(EVERY_PART & others) if not matrices[part]]
+    kept += ["multi-token prediction"] if model.config.num_nextn_predict_layers else []
+    kept += ["vision transformer", "resampler"] if model.config.vision is not None else []
     found = ", ".join(f"{part} ({count} weights)" for part, count in matrices.items() if count) or "nothing here"
-    rest = ", ".join(part for part in sorted(EVERY_PART & others) if not matrices[part])
-    kept = f"{rest}, " if rest else ""
-    return f"FP8 ({options.describe()}): {found}; without FP8: {kept}routers, norms, embedding, head"
+    without = ", ".join([*kept, "routers", "norms", "embedding", "head"])
+    return f"FP8 ({options.describe()}): {found}; without FP8: {without}"
+
+
+def adapted_layers(model: CausalLM, options: Fp8Options) -> list[int]:
+    """Those of `options.recompute_layers` on this process whose experts have adapters, which need the products of the
+    projections, so that nothing is computed again there.
+    """
+    numbers = options.recompute_layers & set(model.model.layers.numbers) if "experts" in options.parts else ()
+    return [number for number in sorted(numbers) if _experts_have_adapters(model.model.layers[number])]
+
+
+def _experts_have_adapters(layer: DecoderLayer) -> bool:
+    experts = (module for part, module in parts_of(layer) if part == "experts")
+    projections = (each for module in experts for each in module.sublayers() if isinstance(each, Projection))
+    return any(projection.adapter is not None for projection in projections)
 
 
 def fp8_counts(model: CausalLM) -> Fp8Counts | None:

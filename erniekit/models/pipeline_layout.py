@@ -8,6 +8,7 @@ from erniekit.config import pointless
 from erniekit.config.pointless import Facts
 from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
+from erniekit.models.fp8_keys import check_fp8_keys, fp8_notes
 from erniekit.parallel.mesh import ParallelDims, check_model
 from erniekit.parallel.pipeline_schedule import Action, describe, plan
 from erniekit.parallel.pipeline_split import layer_costs, split_layers
@@ -35,6 +36,7 @@ def check_layout(cfg: Config, degrees: ParallelDims, model_config: ModelConfig) 
     process starts. ConfigError with the arithmetic.
     """
     _check_recompute(cfg, model_config)
+    check_fp8_keys(cfg, model_config)
     check_model(degrees, model_config)
     cut_layers(cfg, model_config, degrees.pipeline)
 
@@ -68,7 +70,7 @@ def plan_actions(
 
 def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) -> list[str]:
     """Log lines about the ranks, and about keys that have no effect with this model on these ranks."""
-    notes = pointless.notes(cfg, "train", facts_of(model_config, degrees))
+    notes = [*pointless.notes(cfg, "train", facts_of(model_config, degrees)), *fp8_notes(cfg, model_config)]
     if cfg.sharding_parallel_degree > 1 and not cfg.sharding:
         notes.append(
             f"sharding_parallel_degree: {cfg.sharding_parallel_degree}: plain data ranks: nothing is divided over them "

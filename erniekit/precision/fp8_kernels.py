@@ -71,32 +71,31 @@ class PaddleKernels:
         self, rows: Quantised, weight: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype
     ) -> paddle.Tensor:
         """See Backend."""
-        parts = []
-        for expert, codes, scales, count in _by_expert(rows, counts):
-            turned, turned_scales = kernels.fp8_quant_blockwise(
-                weight[expert],
-                input_transpose=True,
-                output_scale_transpose=False,
-                return_transpose_only=True,
-                using_pow2_scale=self.recipe.pow2,
-                quant_method="128x128",
-            )
-            parts.append(_product(codes, _turned(scales), turned, turned_scales, dtype, False)[:count])
-        return paddle.concat(parts)
+        return self._multiply(rows, weight, counts, dtype, turned=True)
 
     def times_transposed(
         self, rows: Quantised, weight: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype
     ) -> paddle.Tensor:
         """See Backend."""
+        return self._multiply(rows, weight, counts, dtype, turned=False)
+
+    def _multiply(
+        self, rows: Quantised, weight: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype, turned: bool
+    ) -> paddle.Tensor:
+        """x W (`turned`) or x W^T of each expert. The kernel multiplies by a transposed matrix, so that it is W itself
+        that has to be turned first.
+        """
         parts = []
         for expert, codes, scales, count in _by_expert(rows, counts):
-            whole, whole_scales = kernels.fp8_quant_blockwise(
+            matrix, matrix_scales = kernels.fp8_quant_blockwise(
                 weight[expert],
+                input_transpose=turned,
                 output_scale_transpose=False,
+                return_transpose_only=turned,
                 using_pow2_scale=self.recipe.pow2,
                 quant_method="128x128",
             )
-            parts.append(_product(codes, _turned(scales), whole, whole_scales, dtype, False)[:count])
+            parts.append(_product(codes, _turned(scales), matrix, matrix_scales, dtype, False)[:count])
         return paddle.concat(parts)
 
     def weight_gradient(

@@ -18,7 +18,9 @@ class _Count(NamedTuple):
 
 
 class Fp8Shares:
-    """Counts in every `every`-th step (0: never) of what a model multiplies in FP8 on this rank."""
+    """Counts in every `every`-th step (0: never) of what a model multiplies in FP8 on this rank, in the passes of
+    training alone: evaluations and references run between the steps and are not counted.
+    """
 
     def __init__(self, model: CausalLM, every: int) -> None:
         self._counts = fp8_counts(model) if every else None
@@ -32,7 +34,10 @@ class Fp8Shares:
 
     def add_to(self, on_device: DeviceSums) -> None:
         """After the last backward pass: what the host will read with the step's other numbers."""
-        for kind, sums in (self._counts.take() if self._counts is not None else {}).items():
+        if self._counts is None:
+            return
+        self._counts.enabled = False
+        for kind, sums in self._counts.take().items():
             on_device.add(_Count(kind), sums)
 
     def parts(self, fetched: Mapping[Hashable, np.ndarray], world: Group) -> dict[str, float]:

@@ -75,14 +75,22 @@ def pair_keys(batch: PackedBatch) -> list[str]:
     return keys
 
 
-def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig) -> dict[str, str]:
-    """The identity of the reference: its weights and config.json, or its random start, and its precision."""
+def describe_reference(cfg: Config, model_dir: Path, config: ModelConfig, dtype: paddle.dtype) -> dict[str, str]:
+    """The identity of the reference: its weights and config.json, or its random start, and its precision. `dtype`: of
+    its activations, which compute_type alone does not tell.
+    """
+    computes = "" if cfg.compute_type == "fp32" or dtype != paddle.float32 else ", computed in float32"
     return {
         "weights": weights_digest(model_dir) if cfg.continue_training else f"random start, seed {cfg.seed}",
         CONFIG_FILE: files_digest([model_dir / CONFIG_FILE]),
         "rope_theta": f"{config.rope_theta:g}",
-        "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision,
-    }
+        "compute_type": cfg.compute_type + " emulated" * cfg.emulate_precision + computes,
+    } | ({} if cfg.fp8 == "none" else {"fp8": _fp8_of_forward(cfg)})
+
+
+def _fp8_of_forward(cfg: Config) -> str:
+    """The keys of FP8 that log-probabilities depend on; the others are of the backward pass."""
+    return f"{cfg.fp8}, {cfg.fp8_scale} scales, {','.join(sorted(cfg.fp8_modules))}, weighed {cfg.fp8_routing_weight}"
 
 
 def prepare_cache(
@@ -99,7 +107,7 @@ def prepare_cache(
     assert cfg.ref_logps_cache is not None
     mesh = model.mesh
     path = Path(cfg.ref_logps_cache)
-    now = on_first(mesh.world_group, lambda: describe_reference(cfg, model_dir, model.config))
+    now = on_first(mesh.world_group, lambda: describe_reference(cfg, model_dir, model.config, model.residual_dtype))
     table = on_first(mesh.world_group, lambda: read_cache(path, now))
     known = len(table)
     for microbatches in _all_pairs(cfg, tokenizer, template, mesh):
@@ -159,7 +167,11 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
             f"ref_logps_cache: {path} cannot be read: {error}. Remove it to compute it again."
         ) from None
     wanted = now | {"version": str(_VERSION)}
-    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in wanted.items() if then.get(name) != value]
+    changed = [
+        f"{name} was {then.get(name)}, is {wanted.get(name)}"
+        for name in sorted(then.keys() | wanted.keys())
+        if then.get(name) != wanted.get(name)
+    ]
     if changed:
         raise CheckpointError(
             f"ref_logps_cache: {path} holds the log-probabilities of another reference: {'; '.join(changed)}. "

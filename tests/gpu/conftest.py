@@ -1,9 +1,9 @@
-"""A process for jobs that take the GPU path (tests/support/gpu_stand_in.py), and two plain ranks."""
+"""Processes for jobs that take the GPU path (tests/support/gpu_stand_in.py), and two plain ranks."""
 
 from collections.abc import Iterator
 
 import pytest
-from support import paddle_cpp
+from support import gpu_stand_in, paddle_cpp
 from support.worlds import World
 
 
@@ -23,6 +23,14 @@ def gpu() -> Iterator[World]:
     """One process, apart from this one: what gpu_stand_in.start() does there cannot be undone."""
     _skip_without_compiler()
     yield from _world(1)
+
+
+@pytest.fixture(scope="session")
+def gpu_ranks() -> Iterator[World]:
+    """Two ranks that take the GPU path. What both need is compiled first, which takes longer than a job may."""
+    _skip_without_compiler()
+    gpu_stand_in.compiled()
+    yield from _world(2)
 
 
 @pytest.fixture(scope="session")

@@ -36,9 +36,25 @@ def test_a_wrong_operator_and_a_refusing_one_are_named(script: ModuleType, monke
     def refuses() -> dict[str, np.ndarray]:
         raise RuntimeError("unaligned")
 
+    def has_nan() -> dict[str, np.ndarray]:
+        """In the first of two tensors: the largest of several numbers does not show it."""
+        bad = np.array([np.nan if script.fused._enabled else 1.0, 1.0])
+        return {"gradient": bad, "result": np.ones(2)}
+
+    def has_nan_both_ways() -> dict[str, np.ndarray]:
+        return {"result": np.full(2, np.nan)}
+
+    def finds_something_in_nothing() -> dict[str, np.ndarray]:
+        return {"result": np.full(2, 1e-9 * script.fused._enabled)}
+
     runs = {"same": lambda: {"y": np.ones(3)}, "differs": differs, "refuses": refuses}
+    runs |= {"nan": has_nan, "nans": has_nan_both_ways, "zeros": finds_something_in_nothing}
+    runs |= {"nothing": lambda: {"result": np.zeros(2)}}
     monkeypatch.setattr(script, "cases", lambda on_gpu: runs)
-    lines = {line.split()[0]: line for line in script.operators_table(False)[2:]}
+    lines = {line.split()[0]: line for line in script.operators_table(False)}
+    for name in ("nan", "nans", "zeros"):
+        assert "WRONG" in lines[name] and " inf " in lines[name], lines[name]
+    assert " gradient " in lines["nan"] and " ok " in lines["nothing"]
     assert " ok " in lines["same"] and "WRONG" in lines["differs"] and "1.00e-01" in lines["differs"]
     assert "FAILED RuntimeError: unaligned" in lines["refuses"]
     assert script.fused._enabled

@@ -27,12 +27,18 @@ PRETENDING = ("erniekit.nn.", "erniekit.losses.", "erniekit.moe.")
 calls: Counter[str] = Counter()  # of fused operators by name, and of AdamW by types
 
 
+def compiled() -> tuple[Path, Path]:
+    """The libraries of the bfloat16 kernels and of the GPU operators, which take a minute to compile the first time."""
+    return paddle_cpp.library(SOURCE), paddle_cpp.library(gpu_shapes.REFERENCE_KERNELS)
+
+
 def start() -> None:
     """See the module. Calling it again does nothing."""
     if getattr(start, "done", False):
         return
-    assert ctypes.CDLL(str(paddle_cpp.library(SOURCE))).provide_bf16_kernels() == 0
-    ctypes.CDLL(str(paddle_cpp.library(gpu_shapes.REFERENCE_KERNELS)))
+    narrow_kernels, operators = compiled()
+    assert ctypes.CDLL(str(narrow_kernels)).provide_bf16_kernels() == 0
+    ctypes.CDLL(str(operators))
     gpu_shapes.pretend_capability()
     place = paddle.base.core.Place
     place.is_cpu_place = _pretending(place.is_cpu_place, False)

@@ -62,8 +62,10 @@ def _memory_line(job: Job, card: Hardware, peak_bytes: int) -> str:
     return f"tensor memory: {peak_bytes / _MIB:.1f} MiB measured, {plan.worst.peak / _MIB:.1f} MiB by the plan"
 
 
-def launch_line(cfg: Config, model: ModelConfig) -> str:
-    """Kernel launches and calls of the host in a step, by formula."""
+def launch_line(cfg: Config, model: ModelConfig, ranks: int) -> str:
+    """Kernel launches and calls of the host in a step of one of `ranks` ranks, by formula; the line names the model
+    that the formula describes, and what it leaves out of this run.
+    """
     losses = {
         "balance": cfg.moe_aux_loss_lambda,
         "z": cfg.moe_z_loss_lambda,
@@ -77,4 +79,19 @@ def launch_line(cfg: Config, model: ModelConfig) -> str:
         router_losses=tuple(name for name, weight in losses.items() if weight),
     )
     calls, launched = host_calls(model, options), kernels(model, options)
-    return f"by formula: {calls} calls of operators and {launched} kernel launches a step (docs/gpu.md)"
+    uncounted = {
+        "adapters": cfg.fine_tuning == "LoRA",
+        "the reference": cfg.method.reads("loss_type"),
+        "quantisation": cfg.fp8 != "none" or cfg.compute_type not in ("bf16", "fp16", "fp32"),
+        "multi-token prediction": bool(model.num_nextn_predict_layers),
+        "pictures": model.vision is not None,
+        "biases": model.use_bias,
+        "what ranks send": ranks > 1,
+    }
+    without = ", ".join(name for name, is_used in uncounted.items() if is_used)
+    return (
+        f"by formula, not measured: a rank's {cfg.gradient_accumulation_steps} microbatches and update of a step are "
+        f"{calls} calls of operators by the host and {launched} kernel launches on the device, for a decoder whose "
+        "weights are all trained in 16 bits, with the head in one chunk of tokens a microbatch"
+        + (f"; not counted: {without}" if without else "")
+    )

@@ -107,7 +107,7 @@ class Profiler:
         device = paddle.device.cuda.get_device_name() if self._on_gpu else "cpu"
         peak = max(rank.peak_bytes for rank in profile.ranks)
         found = against_plan.lines(self._cfg, model, ranks, device, profile.tokens_per_second, peak)
-        return [*found, *([against_plan.launch_line(self._cfg, model)] if self._on_gpu else [])]
+        return [*found, *([against_plan.launch_line(self._cfg, model, ranks)] if self._on_gpu else [])]
 
     def _last_step(self) -> int:
         return self._cfg.profile_step_start + len(self._tokens) - 1

@@ -57,6 +57,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
         {"fp8": "blockwise", "fp8_modules": "attention"},
         {"fp8": "blockwise"},
     ),
+    (
+        "train",
+        {"fp8_statistics_steps": 5},
+        {"fp8": "blockwise", "max_steps": 4},
+        {"fp8": "blockwise", "max_steps": 5},
+    ),
     ("eval", {"fp8": "blockwise", "fp8_scale": "real"}, EVAL, None),
     ("train", {"profile_step_start": 3, "profile_step_end": 5}, {}, {"profile": True}),
     ("train", {"scale_loss": 1024.0}, {"compute_type": "bf16"}, {"compute_type": "fp16"}),

@@ -8,12 +8,14 @@ from support.tiny_models import tiny_model
 from erniekit import lora
 from erniekit.models import activation_checkpoint
 from erniekit.models.decoder import CausalLM
-from erniekit.models.fp8 import attach_fp8, describe_fp8, fp8_counts
+from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8, fp8_counts
 from erniekit.models.products import parts_of, products
 from erniekit.precision.fp8 import Fp8Options
 from erniekit.precision.fp8_emulated import Emulated, Recipe
 from erniekit.precision.fp8_kernels import PaddleKernels
 from erniekit.precision.fp8_product import Fp8Product
+from erniekit.training.fp8_shares import Fp8Shares
+from erniekit.utils.device_sums import DeviceSums
 from erniekit.utils.errors import ConfigError
 
 IDS = np.random.default_rng(0).integers(0, 60, [2, 40]).tolist()
@@ -96,6 +98,18 @@ def test_lora_trains_beside_a_frozen_base_in_fp8():
     assert max(error(found[name], expected[name]) for name in found) < 0.2
 
 
+def test_layers_whose_experts_have_adapters_do_not_compute_again():
+    """Which build.py reports."""
+    fp8 = options(recompute_layers=frozenset({1}))
+    made = model(fp8)
+    assert adapted_layers(made, fp8) == []
+    lora.attach(made, lora.LoraOptions(rank=2, alpha=4.0, targets=("qkv_proj",)))
+    assert adapted_layers(made, fp8) == []
+    made = model(fp8)
+    lora.attach(made, lora.LoraOptions(rank=2, alpha=4.0))
+    assert adapted_layers(made, fp8) == [1]
+
+
 def test_other_parts_than_the_experts_store_what_they_multiply():
     """With inputs that are kept as they are, the gradients of weights change a little: one quantisation less."""
     first, second = (gradients(model(options(EVERYWHERE, stores_fp8=stores))) for stores in (True, False))
@@ -116,6 +130,27 @@ def test_counts_are_made_where_they_are_asked_for():
         largest, zeros, total = sums.numpy()
         assert 0 <= largest < 0.1 * total and 0 <= zeros < 0.1 * total
     assert fp8_counts(model(None)) is None
+
+
+def test_the_shares_of_a_step_are_those_of_its_training_passes():
+    """What an evaluation or a reference multiplies between two steps is not counted, whether or not they are due."""
+    made, sums = model(options()), DeviceSums()
+    shares = Fp8Shares(made, every=1)
+    made(IDS)
+    shares.begin(1)
+    gradients(made)
+    shares.add_to(sums)
+    first = sums.fetch()
+    made.eval()
+    made(IDS)  # an evaluation
+    shares.begin(2)
+    gradients(made)
+    sums = DeviceSums()
+    shares.add_to(sums)
+    second = sums.fetch()
+    assert len(first) == 3 and first.keys() == second.keys()
+    for kind, counted in first.items():
+        np.testing.assert_array_equal(counted, second[kind])
 
 
 def test_sizes_that_the_kernels_refuse_are_named_with_their_matrix():

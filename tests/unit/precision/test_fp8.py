@@ -3,6 +3,7 @@
 import paddle
 import pytest
 
+from erniekit.build import training_options
 from erniekit.config import Config, load
 from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.fp8_emulated import Emulated
@@ -61,6 +62,18 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capability: tup
     monkeypatch.setattr(paddle.version, "cuda", lambda: cuda)
     with pytest.raises(ConfigError, match=message):
         choose_fp8(config(), "gpu:0")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_gpu_that_emulates_fp8_has_16_bits_itself(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]):
+    """emulate_precision is refused on a GPU otherwise; with FP8 it asks for the emulation of the products alone."""
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+    precision = training_options(config(emulate_precision=True)).precision
+    assert precision.param_dtype == "bfloat16"
+    assert precision.fp8 is not None and isinstance(precision.fp8.backend, Emulated)
+    with pytest.raises(ConfigError, match="emulate_precision: this run is on gpu:0, which has bf16 itself"):
+        training_options(config(fp8="none", emulate_precision=True))
 
 
 def test_a_device_that_is_only_assumed_is_not_asked():

@@ -13,7 +13,7 @@ from erniekit.data.packed_batch import IGNORE, Document, PairLayout, join_rows, 
 from erniekit.models.decoder import CausalLM
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.reference import PairScorer, SecondModel
-from erniekit.training.reference_cache import CachedReference, pair_keys, read_cache, write_cache
+from erniekit.training.reference_cache import CachedReference, describe_reference, pair_keys, read_cache, write_cache
 from erniekit.utils.errors import CheckpointError
 
 SIZES = [(5, 4, 6), (3, 5, 2), (0, 3, 4)]  # prompt without its last token, chosen, rejected
@@ -179,6 +179,27 @@ def test_a_pairs_key_depends_on_its_tokens_and_labels_alone():
     assert pair_keys(join_rows([])) == []
 
 
+def test_the_reference_of_a_cache_is_known_by_its_precision(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    shape = tiny_model("dense").config
+
+    def described(dtype=paddle.bfloat16, **keys):
+        given = Config(continue_training=False, **keys)
+        return tuple(describe_reference(given, tmp_path, shape, dtype).items())
+
+    eight = {"compute_type": "bf16", "emulate_precision": True, "fp8": "blockwise"}
+    different = [
+        described(compute_type="bf16"),
+        described(paddle.float32, compute_type="bf16"),
+        described(compute_type="bf16", emulate_precision=True),
+        described(paddle.float32, compute_type="fp32"),
+        *(described(**eight | more) for more in ({}, {"fp8_scale": "real"}, {"fp8_modules": ("experts", "mlp")})),
+        *(described(**eight | more) for more in ({"fp8": "rowwise"}, {"fp8_routing_weight": "after"})),
+    ]
+    assert len(set(different)) == len(different)
+    assert described(**eight, fp8_gradients="e5m2", fp8_store=False) == described(**eight)  # of the backward pass
+
+
 def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     path = tmp_path / "below" / "ref.npz"
     table = {key: (-1.5 * i, -2.25) for i, key in enumerate(pair_keys(batch_of([0, 1], [2])))}
@@ -187,6 +208,11 @@ def test_what_is_written_is_read_and_belongs_to_one_model(tmp_path):
     assert read_cache(path, {"weights": "x"}) == table and [p.name for p in path.parent.iterdir()] == ["ref.npz"]
     with pytest.raises(CheckpointError, match="another reference: weights was x, is y"):
         read_cache(path, {"weights": "y"})
+    with pytest.raises(CheckpointError, match="another reference: fp8 was None, is rowwise"):
+        read_cache(path, {"weights": "x", "fp8": "rowwise"})
+    write_cache(path, {"weights": "x", "fp8": "rowwise"}, table)
+    with pytest.raises(CheckpointError, match="another reference: fp8 was rowwise, is None"):
+        read_cache(path, {"weights": "x"})
     for arrays in ({"keys": np.zeros((2, 16), np.uint8)}, {"log_probs": np.full((2, 2), np.nan, np.float32)}, {}):
         content = {"model": np.array('{"weights": "x"}'), "keys": np.zeros((1, 16), np.uint8)} | arrays
         np.savez(path, **content)

@@ -132,4 +132,7 @@ def test_utilisation_is_measured_flops_over_the_peak(directory: Path):
     assert shares[1] == pytest.approx(2 * shares[0], rel=0.2) and "peak 67 TFLOP/s" in slow[0]
     assert "3.0 MiB measured" in slow[2]
     assert against_plan.lines(cfg, model, 1, "Unheard-of 9000", 1.0, 1)[0].startswith("no plan for this device")
-    assert "kernel launches a step" in against_plan.launch_line(cfg, model)
+    line = against_plan.launch_line(cfg, model, 1)
+    assert line.startswith("by formula, not measured: a rank's 2 microbatches") and "not counted" not in line
+    more = config.load(None, keys_for(str(directory), "moe", fine_tuning="LoRA", continue_training=True), "train")
+    assert against_plan.launch_line(more, model, 2).endswith("; not counted: adapters, what ranks send")
