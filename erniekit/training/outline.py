@@ -69,6 +69,11 @@ def _outline(job: Job, stage: int, chunks: tuple[tuple[int, ...], ...]) -> tuple
     return model, mesh
 
 
+def drop_outlines() -> None:
+    """Forget the outlines made so far: their buffers are real tensors, which a run would keep beside its own."""
+    _outline.cache_clear()
+
+
 def stage_tensors(job: Job, stage: int) -> RankTensors:
     """What each rank of a stage keeps; see plan/tensors.py."""
     model, mesh = outline_stage(job, stage)

@@ -137,10 +137,12 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
+    from erniekit.training.outline import drop_outlines
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
     mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
+    drop_outlines()  # those of the plan of the layout before
     before = allocated()
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
