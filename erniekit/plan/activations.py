@@ -18,8 +18,6 @@ from erniekit.plan.operations import FP32, INT64, Device, Operation
 from erniekit.plan.vision_operations import vision_operations
 from erniekit.precision.fp8_experts import Fp8Experts
 
-_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
-
 
 Sizes = dict[str, float]  # bytes by kind of operation
 
@@ -222,9 +220,7 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     """
     head = model.output_head()
     width, vocabulary = job.model.hidden_size, head.vocab_size
-    labelled = device.tokens * job.supervised_share
-    elements = _CHUNK_ELEMENTS if device.on_cpu else _GPU_CHUNK_ELEMENTS
-    rows = max(1.0, min(labelled, job.cfg.loss_subbatch_seqlen, elements // vocabulary))
+    labelled, rows = device.tokens * job.supervised_share, job.head_rows
     several = labelled > rows
     logits = FP32 * rows * vocabulary
     weight = FP32 * width * vocabulary if not head.weight.stop_gradient else 0.0

@@ -12,6 +12,7 @@ from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan, Outline, plan_memory
 from erniekit.plan.timing import plan_time
+from erniekit.plan.typed import typed
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils.errors import UserError
 
@@ -31,11 +32,7 @@ class Change:
     @property
     def text(self) -> str:
         """The keys, as on a command line."""
-        return " ".join(f"{name}={_shown(value)}" for name, value in self.keys.items())
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return typed(self.keys)
 
 
 def _seconds_of(job: Job, original: Job, card: Hardware | None) -> float | None:
