@@ -31,7 +31,8 @@ FP8_ELEMENT = 1 + FP32 / 128  # a number in FP8 and its share of a scale
 class Operation:
     """One operation. `kept`: bytes from its forward pass to the end of its backward pass. `forward`, `backward`: the
     most that exists besides while it runs, its inputs and results included where nobody else keeps them. `gradient`:
-    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended.
+    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended. `on_host`: bytes that wait in
+    host memory from its forward to its backward pass.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Operation:
     forward: float = 0.0
     backward: float = 0.0
     gradient: float = 0.0
+    on_host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -218,9 +220,21 @@ def combined(device: Device, width: int, rows: float, beside: float, keeps_rows:
     return Operation("experts", kept, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
 
 
-def recomputed(operations: Sequence[Operation], inputs: float, result: float, kind: str) -> Operation:
-    """Operations that keep only their input of `inputs` bytes (0 where it is kept anyway) and run again in the backward
-    pass, where their result of `result` bytes exists twice: what the first pass gave to others has a gradient.
+@dataclass(frozen=True)
+class Saved:
+    """The input of operations that run again: `size` bytes, of which `kept` are kept for them alone (0 where another
+    operation has kept the input anyway); `offloaded`: it waits in host memory.
+    """
+
+    size: float
+    kept: float
+    offloaded: bool = False
+
+
+def recomputed(operations: Sequence[Operation], saved: Saved, result: float, kind: str) -> Operation:
+    """Operations that keep only their input and run again in the backward pass, where their result of `result` bytes
+    exists twice: what the first pass gave to others has a gradient. An input that is offloaded leaves the device, by
+    whatever operation it was kept, and comes back for the backward pass.
     """
     kept, peak = 0.0, 0.0
     for operation in operations:
@@ -231,7 +245,9 @@ def recomputed(operations: Sequence[Operation], inputs: float, result: float, ki
         peak = max(peak, waiting + operation.backward)
         waiting -= operation.kept
     forward = max(max(operation.forward, operation.kept) for operation in operations)
-    return Operation(kind, inputs, forward, peak + 2 * result, sum(operation.gradient for operation in operations))
+    leaves = saved.size if saved.offloaded else 0.0
+    gradient = sum(operation.gradient for operation in operations)
+    return Operation(kind, saved.kept - leaves, forward, peak + 2 * result + leaves, gradient, leaves)
 
 
 def with_kind(operations: Sequence[Operation], kind: str) -> list[Operation]:

@@ -21,6 +21,8 @@ _NOT_OF_PARAMETERS = (
     "gradient_accumulation_steps",
     "recompute",
     "recompute_granularity",
+    "recompute_modules",
+    "offload_activations",
     "use_recompute_moe",
     "use_recompute_mtp",
     "no_recompute_layers",

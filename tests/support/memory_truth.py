@@ -66,6 +66,7 @@ _VISION = {
     "max_seq_len": 768,
 }  # fmt: skip
 _CORE = {"recompute": True, "recompute_granularity": "core_attn"}
+_SELECTIVE = {"recompute": True, "recompute_granularity": "selective"}
 _FOUR_LAYERS = {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 4}
 LAYOUTS = (
     Layout("dense", 1, "tiny-dense", _LONG),
@@ -85,6 +86,11 @@ LAYOUTS = (
     Layout("moe", 1, "tiny-moe", _LONG),
     Layout("moe, LoRA", 1, "tiny-moe", _LONG | _LORA),
     Layout("moe, experts recomputed", 1, "tiny-moe", _LONG | {"recompute": True, "recompute_granularity": "moe"}),
+    Layout("moe, attention and experts by name", 1, "tiny-moe",
+           _LONG | _SELECTIVE | {"recompute_modules": "attention,experts"}),
+    Layout("moe, blocks and shared experts by name", 1, "tiny-moe",
+           _LONG | _SELECTIVE | {"recompute_modules": "core_attn,mlp,shared_experts"}),
+    Layout("dense, recompute, offloaded", 1, "tiny-dense", _LONG | {"recompute": True, "offload_activations": True}),
     Layout("dense, 2 tensor ranks", 2, "tiny-dense", _LONG | {"tensor_parallel_degree": 2}),
     Layout("dense, 2 tensor ranks share tokens", 2, "tiny-dense",
            _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
@@ -94,6 +100,8 @@ LAYOUTS = (
     Layout("dense, stage 2", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage2"}),
     Layout("moe, 2 expert ranks, stage 1", 2, "tiny-moe",
            _LONG | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("moe, 2 expert ranks, experts by name", 2, "tiny-moe",
+           _LONG | _SELECTIVE | {"expert_parallel_degree": 2, "recompute_modules": "experts"}),
     Layout("moe, 2 tensor ranks", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
     Layout("moe, 2 stages x 2 expert ranks", 4, "tiny-moe",
            _LONG | _FOUR_LAYERS | {"expert_parallel_degree": 2, "sharding": "stage1"}),
