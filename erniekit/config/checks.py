@@ -264,16 +264,11 @@ def _recompute(cfg: Config) -> Iterator[str]:
     if cfg.recompute and cfg.recompute_granularity == "selective":
         modules = cfg.recompute_modules
         if not set(modules) - {"loss_fn"}:
-            yield "recompute_modules: names nothing to recompute. Give modules such as core_attn, or set recompute: false"
+            yield "recompute_modules: names nothing to recompute. Give modules such as core_attn, or recompute: false"
         for whole, parts in (("attention", ("core_attn",)), ("moe", ("experts", "shared_experts"))):
             for part in parts:
                 if whole in modules and part in modules:
-                    yield f"recompute_modules: {part} is a part of {whole}, which is recomputed whole. Leave one of the two out"
-    if cfg.offload_activations and not cfg.recompute:
-        yield (
-            "offload_activations: what waits in host memory are the inputs of recomputed modules. Set recompute: true, or "
-            "leave it out"
-        )
+                    yield f"recompute_modules: {part} is a part of {whole}; leave one of the two out"
 
 
 def _low_bit(cfg: Config) -> Iterator[str]:

@@ -296,7 +296,8 @@ _VISION_RULES = [
 
 _MODEL_RULES = [
     Rule(
-        "recompute_granularity recompute_modules use_recompute_moe use_recompute_mtp no_recompute_layers",
+        "recompute_granularity recompute_modules offload_activations use_recompute_moe use_recompute_mtp "
+        "no_recompute_layers",
         lambda c, f: not c.recompute,
         "recompute is False",
     ),

@@ -77,9 +77,8 @@ class ModelArgs:
     )
     recompute_modules: tuple[str, ...] = list_of(
         str,
-        "With recompute_granularity: selective, the modules that are recomputed: attention (with its projections), "
-        "core_attn (without them), mlp (dense feed-forward blocks), moe (sparse ones), and of these only experts (routed "
-        "ones) or shared_experts, vision (blocks of the vision transformer); loss_fn always is.",
+        "With recompute_granularity: selective, what is recomputed: attention (with projections), core_attn (without), "
+        "mlp (dense feed-forward), moe (sparse ones; of these, experts or shared_experts), vision; loss_fn always is.",
         ("core_attn",),
         choices=RECOMPUTE_MODULES,
     )

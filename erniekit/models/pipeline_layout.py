@@ -65,7 +65,7 @@ def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:
 
 def _missing_modules(model_config: ModelConfig) -> dict[str, str]:
     """The words of recompute_modules for what the model does not have, with the reason."""
-    missing = {}
+    missing: dict[str, str] = {}
     if not model_config.moe_num_experts:
         missing |= dict.fromkeys(("moe", "experts", "shared_experts"), "this model has no experts")
     elif not model_config.moe_num_shared_experts:

@@ -18,7 +18,6 @@ from erniekit.plan.operations import FP32, INT64, Device, Operation
 from erniekit.plan.vision_operations import vision_operations
 from erniekit.precision.fp8_experts import Fp8Experts
 
-
 Sizes = dict[str, float]  # bytes by kind of operation
 
 
@@ -149,9 +148,7 @@ def _swiglu(
     ]
 
 
-def _sparse(
-    job: Job, device: Device, layer: MoELayer, beside: float, modules: frozenset[str]
-) -> list[Operation]:
+def _sparse(job: Job, device: Device, layer: MoELayer, beside: float, modules: frozenset[str]) -> list[Operation]:
     """Routers, experts and shared experts. Tokens are assumed to be spread evenly over the experts of their modality;
     where there are two modalities, each has its tokens copied.
     """
@@ -168,9 +165,7 @@ def _sparse(
             if tokens:
                 copied = device.element * tokens * width
                 result.append(Operation("experts", copied, copied, 2 * copied + beside))
-                result += _routed(
-                    job, replace(device, tokens=tokens), layer, experts, beside, "experts" in modules
-                )
+                result += _routed(job, replace(device, tokens=tokens), layer, experts, beside, "experts" in modules)
         result.append(Operation("experts", 0.0, 2 * whole, 2 * whole + beside))  # all tokens in their order again
     if layer.shared_experts is not None:
         # Tensor ranks give them a copy of their own.

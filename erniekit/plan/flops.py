@@ -56,7 +56,6 @@ class Recomputed:
         """The share of sparse layers that send tokens to their experts again."""
         return 1.0 if "router" in self.parts else self.mlp
 
-
     def saved_values(self, layer: Layer) -> float:
         """Values of each token that a layer's recomputed parts keep as their inputs, with modules as the YAML names
         them.

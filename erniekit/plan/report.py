@@ -206,8 +206,8 @@ def _launches(job: Job) -> list[str]:
         return []
     found = launches_of(job)
     return [
-        f"a step starts {found.kernels:,} kernels with {found.calls:,} calls of operators, by formula, on the rank that "
-        "has most (collectives come on top)"
+        f"a step starts {found.kernels:,} kernels with {found.calls:,} calls of operators, by formula, on the rank "
+        "that has most (collectives come on top)"
     ]
 
 

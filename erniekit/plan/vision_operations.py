@@ -14,7 +14,12 @@ _KEEP_WEIGHTS = 256
 
 
 def vision_operations(
-    device: Device, model: CausalLM, tokens: float, recompute: bool, offloads: bool = False, frame_patches: int = FRAME_PATCHES
+    device: Device,
+    model: CausalLM,
+    tokens: float,
+    recompute: bool,
+    offloads: bool = False,
+    frame_patches: int = FRAME_PATCHES,
 ) -> list[Operation]:
     """The operations in front of the first layer for `tokens` tokens of pictures; frozen blocks keep nothing."""
     config, transformer, resampler = model.config.vision, model.model.vision_model, model.model.resampler_model
@@ -31,7 +36,10 @@ def vision_operations(
         block = _block(device, config, patches, min(frame_patches, int(patches)))
         if recompute:
             saved = Saved(row, 0.0, offloads)
-            block = [recomputed(block, saved, row, "vision transformer"), Operation("vision transformer", row, row, row)]
+            block = [
+                recomputed(block, saved, row, "vision transformer"),
+                Operation("vision transformer", row, row, row),
+            ]
         result += block * config.depth
     else:
         inside = _block(device, config, patches, min(frame_patches, int(patches)))

@@ -20,7 +20,16 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     files = [f"json={tmp_path / 'plan.json'}", f"chart={tmp_path / 'plan.png'}"]
     assert plan.run([SFT_SMALL, "gpus=1", "gpu=H800", "tokens=1e9", "recompute=true", *files]) == 0
     text = capsys.readouterr().out
-    for expected in ("FITS", " kernels with ", "0.36 B parameters", "1 x H800", "GPU-hours", "MFU", "assumptions:", "largest on stage 0"):
+    for expected in (
+        "FITS",
+        " kernels with ",
+        "0.36 B parameters",
+        "1 x H800",
+        "GPU-hours",
+        "MFU",
+        "assumptions:",
+        "largest on stage 0",
+    ):
         assert expected in text
     values = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     stage = values["stages"][0]
