@@ -80,6 +80,10 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
         (not cfg.recompute and job.model.moe_num_experts > 0, {"recompute": True, "recompute_granularity": "moe"}),
         (degrees.data > 1 and cfg.sharding != "stage2", {"sharding": "stage2"}),
         (not is_full, {"recompute": True, "recompute_granularity": "full"}),
+        (
+            not job.on_cpu and not (is_full and cfg.offload_activations),
+            {"recompute": True, "recompute_granularity": "full", "offload_activations": True},
+        ),
         (not job.is_lora and cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
         (not job.is_lora and not job.on_cpu and not job.offloads_state, {"offload_optim": True}),
         (job.is_lora and not job.quantized_base, {"compute_type": "wint8"}),

@@ -2,8 +2,8 @@
 with the efficiencies of the hardware table.
 
 Kinds: products, attention, elementwise, quantise (casts to FP8), accumulate (gradients added up over microbatches),
-tensor and expert (collectives), offload (inputs of recomputed modules to host memory and back), launches (where the host
-cannot launch kernels as fast as the device runs them).
+tensor and expert (collectives), offload (inputs of recomputed modules to host memory and back), launches (where the
+host cannot launch kernels as fast as the device runs them).
 """
 
 from collections import defaultdict

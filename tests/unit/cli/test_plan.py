@@ -48,6 +48,23 @@ def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsy
     assert "are placeholders" not in capsys.readouterr().out
 
 
+def test_inputs_of_recomputed_layers_leave_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stages = []
+    for offloads in ("false", "true"):
+        file = tmp_path / f"{offloads}.json"
+        words = ["gpus=1", "gpu=H800", "recompute=true", f"offload_activations={offloads}", f"json={file}"]
+        plan.run([SFT_SMALL, *words])
+        stages.append(json.loads(file.read_text("utf-8")))
+    assert "host memory for what is offloaded" in capsys.readouterr().out
+    kept, offloaded = (values["stages"][0] for values in stages)
+    inputs = 18 * 2 * 8192 * 1024  # of 18 layers, 16 bits, 8192 tokens of 1024 features
+    assert (kept["host_bytes"], offloaded["host_bytes"]) == (0, inputs)
+    # At the peak, that of the head or of the layer that runs again, at most two inputs are on the device.
+    assert inputs * 16 / 18 <= kept["bytes"]["activations"] - offloaded["bytes"]["activations"] <= inputs
+    seconds = [values["seconds"].get("offload", 0.0) for values in stages]
+    assert seconds[0] == 0 and seconds[1] > 0
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: pytest.CaptureFixture[str]):
     assert plan.run([SFT_SMALL, "gpus=1", "gpu=RTX4090", "batch_size=3"]) == 3
     text = capsys.readouterr().out
