@@ -60,6 +60,11 @@ class Device:
     master_grad: bool = True
 
     @property
+    def computed(self) -> int:
+        """Bytes of an element within attention and SwiGLU: a CPU has fp32 kernels alone, whatever the weights are."""
+        return FP32 if self.on_cpu else self.element
+
+    @property
     def shares_tokens(self) -> bool:
         """Sequence parallelism."""
         return self.own_tokens < self.tokens
@@ -135,7 +140,7 @@ def add(device: Device, width: int, kind: str) -> Operation:
 
 def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0.0) -> Operation:
     """silu(gate) * up: gate and up are kept, its result by the product that follows."""
-    block = device.element * rows * width
+    block = device.computed * rows * width
     if device.on_cpu:  # gate and up are gathered; sigmoid, silu, its slope, and the gradients of both
         return Operation(kind, 2 * block, 6 * block, 6 * block + beside)
     return Operation(kind, 2 * block, 3 * block, 3 * block + beside)
@@ -143,13 +148,13 @@ def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0
 
 def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
     """Causal attention within documents, with the rotation of queries and keys."""
-    wide = device.element * device.tokens * heads.total * heads.dim
-    narrow = device.element * device.tokens * heads.num_heads * heads.dim
+    wide = device.computed * device.tokens * heads.total * heads.dim
+    narrow = device.computed * device.tokens * heads.num_heads * heads.dim
     if not device.on_cpu:  # FlashMask keeps q, k, v and the logarithm of each sum; the rotation is one kernel
         lengths = FP32 * device.tokens * heads.num_heads
         return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
     scores, kept, last, before = _scores(device.documents, heads.num_heads)
-    values = device.element * (heads.total - heads.num_heads) * heads.dim * device.tokens
+    values = device.computed * (heads.total - heads.num_heads) * heads.dim * device.tokens
     # rotated, fetched in the order of documents, scaled; blocks of results
     forward = 2 * wide + (wide + 2 * narrow) + kept + 2 * last + (0 if scores == kept else before) - last * (kept > 0)
     done = 1 - last / max(scores, 1)
@@ -192,12 +197,12 @@ class Router:
 
 
 def routing(device: Device, width: int, router: Router, beside: float) -> Operation:
-    """Router, softmax and the tables by which rows find their experts. On a GPU the router's fp32 input is kept."""
+    """Router, softmax and the tables by which rows find their experts. Beside 16-bit weights the router's fp32 input is kept."""
     tokens = device.tokens
     table = tokens * router.num_experts * FP32
     pairs = tokens * router.top_k
     kept = 3 * table + pairs * (3 * FP32 + 5 * INT64)
-    kept += 0 if device.on_cpu else FP32 * tokens * width
+    kept += 0 if device.element == FP32 else FP32 * tokens * width
     return Operation("experts", kept, 2 * table, 4 * table + FP32 * tokens * width + beside)
 
 
