@@ -123,6 +123,9 @@ def fp8_experts(device: Device, experts: Experts, block: Fp8Experts, rows: float
     weight = 3.0 * e * matrices * width * inner if trained else 0.0
     forward = FP8_ELEMENT * rows * (width + inner) + e * rows * (3 * inner + width)
     backward = e * rows * (5 * inner + 2 * width) + FP8_ELEMENT * rows * (width + 2 * inner) + weight + beside
+    if device.on_cpu:  # the emulation differentiates SwiGLU in fp32: six values and the four terms of a seventh
+        forward = max(forward, e * rows * width + FP32 * rows * 5 * inner)
+        backward = max(backward, FP32 * rows * 10 * inner + e * rows * (inner + 2 * width) + beside)
     return Operation("experts", kept, kept + forward, backward, weight if device.master_grad else 0.0)
 
 

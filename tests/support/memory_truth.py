@@ -107,6 +107,7 @@ LAYOUTS = (
     Layout("moe, 2 tensor ranks", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
     Layout("moe, 2 stages x 2 expert ranks", 4, "tiny-moe",
            _LONG | _FOUR_LAYERS | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("moe, bf16", 1, "tiny-moe", _LONG | _BF16),
     Layout("moe, FP8 experts", 1, "tiny-moe", _LONG | _FP8),
     Layout("moe, FP8 experts, inputs in 16 bits", 1, "tiny-moe", _LONG | _FP8 | {"fp8_store": False}),
     Layout("dense, bf16", 1, "tiny-dense", _LONG | _BF16),
