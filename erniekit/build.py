@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import paddle
 
@@ -26,7 +26,7 @@ from erniekit.checkpoint.product_state import load_product_state
 from erniekit.checkpoint.vision_start import TextWeights, VisionStart
 from erniekit.config.schema import Config
 from erniekit.models import activation_checkpoint
-from erniekit.models.activation_checkpoint import Granularity, RecomputeOptions
+from erniekit.models.activation_checkpoint import RecomputeOptions
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
@@ -199,11 +199,11 @@ def check_lora(cfg: Config, model_config: ModelConfig) -> None:
 
 def _recompute_options(cfg: Config) -> RecomputeOptions:
     return RecomputeOptions(
-        cast(Granularity, cfg.recompute_granularity),
-        cfg.use_recompute_moe,
+        cfg.recomputed_modules,
         cfg.use_recompute_mtp,
         set(cfg.no_recompute_layers),
         draws_noise=cfg.lora_dropout > 0.0 or cfg.attention_probs_dropout_prob > 0.0,
+        offloads=cfg.offload_activations,
     )
 
 
@@ -260,6 +260,8 @@ class PreparedModel:
             )
         if options.recompute is not None:
             activation_checkpoint.apply(model.model, options.recompute)
+            if options.recompute.offloads:
+                log.info(activation_checkpoint.offload_line())
         model.end_ids, model.fill_id = self.generation.end_ids, self.generation.fill_id
         model.directory = None if self.reader is None else self.path
         if options.training:

@@ -9,93 +9,15 @@ from erniekit.config import Config, load, unsupported
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout
 from erniekit.parallel.mesh import ParallelDims
+from erniekit.plan.shapes import NAMES, THINKING, published_values
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 COMMANDS = {"run_chat": "chat", "run_eval": "eval", "run_export": "export"}  # all others: train
 TEXT_MODELS = ("0.3B", "21B-A3B", "21B-A3B-Thinking", "300B-A47B")
-
-# The published models' sizes, as in their config.json.
-_COMMON = {"head_dim": 128, "vocab_size": 103424, "max_position_embeddings": 131072, "tie_word_embeddings": True}
-_21B = _COMMON | {
-    "model_type": "ernie4_5_moe",
-    "hidden_size": 2560,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 4,
-    "intermediate_size": 12288,
-    "moe_num_experts": 64,
-    "moe_k": 6,
-    "moe_intermediate_size": 1536,
-    "moe_num_shared_experts": 2,
-    "moe_layer_start_index": 1,
-    "num_nextn_predict_layers": 1,
-}
-SIZES = {
-    "0.3B": _COMMON
-    | {
-        "model_type": "ernie4_5",
-        "hidden_size": 1024,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "intermediate_size": 3072,
-    },
-    "21B-A3B": _21B,
-    "21B-A3B-Thinking": _21B,
-    "300B-A47B": _21B
-    | {
-        "hidden_size": 8192,
-        "num_hidden_layers": 54,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 28672,
-        "moe_k": 8,
-        "moe_intermediate_size": 3584,
-        "moe_num_shared_experts": 0,
-        "moe_layer_start_index": 3,
-    },
-}
-# Baidu's spelling: the text's numbers and the vision part's beside each other; two numbers are (text, vision).
-_VISION = {
-    "model_type": "ernie4_5_moe_vl",
-    "moe_num_experts": [64, 64],
-    "moe_layer_start_index": [1, 1],
-    "moe_layer_end_index": [27, 27],
-    "moe_intermediate_size": [1536, 512],
-    "num_nextn_predict_layers": 0,
-    "rope_3d": True,
-    "freq_allocation": 20,
-    "moe_use_hard_gate": True,
-    "use_temporal_conv": True,
-    "spatial_conv_size": 2,
-    "temporal_conv_size": 2,
-    "pixel_hidden_size": 1280,
-    "im_patch_id": 100295,
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "hidden_size": 1280,
-        "num_heads": 16,
-        "patch_size": 14,
-        "mlp_ratio": 4,
-        "hidden_act": "quick_gelu",
-        "in_channels": 3,
-        "spatial_merge_size": 2,
-    },
-}
-SIZES |= {
-    "VL-28B-A3B": _21B | _VISION,
-    "VL-28B-A3B-Thinking": _21B | _VISION,
-    "VL-424B-A47B": SIZES["300B-A47B"]
-    | _VISION
-    | {
-        "moe_layer_start_index": [3, 3],
-        "moe_layer_end_index": [53, 53],
-        "moe_intermediate_size": [3584, 1194],  # about a third: the second number is not known for certain
-    },
-}
+SIZES = {name: published_values(name) for name in NAMES}
+SIZES |= {f"{name}-Thinking": SIZES[name] for name in THINKING}
 
 # ERNIEKit's files of LoRA, of a low-bit base, of DPO, of function calls and with pictures: model, name, lengths.
 ADAPTED_AND_PREFERRED = """

@@ -36,14 +36,15 @@ CONFIG = {
     "moe_num_shared_experts": 1,
     "moe_layer_start_index": 1,
 }
-# name -> recompute_granularity, use_recompute_moe
-KINDS: dict[str, tuple[str, bool] | None] = {
+# name -> modules, see RecomputeOptions
+KINDS: dict[str, tuple[str, ...] | None] = {
     "none": None,
-    "core_attn": ("core_attn", False),
-    "moe": ("moe", False),
-    "full_attn": ("full_attn", False),
-    "full_attn + use_recompute_moe": ("full_attn", True),
-    "full": ("full", False),
+    "core_attn": ("core_attn",),
+    "experts": ("experts",),
+    "moe": ("moe",),
+    "full_attn": ("attention",),
+    "full_attn + use_recompute_moe": ("attention", "moe"),
+    "full": ("layer",),
 }
 
 
@@ -72,8 +73,7 @@ class Bench:
                 layer.__dict__.pop(name, None)
         chosen = KINDS[kind]
         if chosen is not None:
-            granularity, sparse = chosen
-            activation_checkpoint.apply(self.model.model, activation_checkpoint.RecomputeOptions(granularity, sparse))
+            activation_checkpoint.apply(self.model.model, activation_checkpoint.RecomputeOptions(chosen))
 
     def run(self) -> tuple[float, int, float]:
         """Seconds, most bytes held beyond those before, loss. The gradients are left in the parameters."""

@@ -39,25 +39,16 @@ from erniekit.nn.grouped import grouped_matmul  # noqa: E402
 from erniekit.nn.mlp import swiglu  # noqa: E402
 from erniekit.nn.norm import rms_norm  # noqa: E402
 from erniekit.nn.rotary import Rotary  # noqa: E402
+from erniekit.plan.shapes import published_values  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
 # Of the relative error of bfloat16 results: two roundings of 2^-9 and sums in another order.
 TOLERANCE = 0.02
 _SAVED = "models/weights.py:to_numpy"  # the final model, once a run
 TOKENIZER = ROOT / "examples" / "models" / "tiny-dense"
-DENSE = {
+DENSE = published_values("0.3B") | {
     "architectures": ["Ernie4_5ForCausalLM"],
-    "model_type": "ernie4_5",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "vocab_size": 103424,
-    "max_position_embeddings": 131072,
     "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
 MOE = DENSE | {

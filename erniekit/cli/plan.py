@@ -193,6 +193,11 @@ def _assumptions(job: Job, card: Hardware, wishes: Wishes) -> list[str]:
         )
     if job.picture_tokens:
         lines.append(f"{job.picture_tokens} of the {job.row_tokens} tokens of a row stand for pictures")
+    if job.on_cpu and card == load_hardware(CPU):
+        lines.append(
+            f"gpu={CPU}: time, MFU and what follows from them are placeholders: they come from the table's numbers for "
+            "a CPU, not from this machine. `erniekit plan calibrate FILE` measures it, hardware=FILE uses the result"
+        )
     if not job.on_cpu:
         lines.append(
             "memory on a GPU follows from what its kernels keep and has not been measured; on a CPU it is measured "

@@ -35,6 +35,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _pipeline(cfg),
             _low_bit(cfg),
             _precision(cfg),
+            _recompute(cfg),
             _fp8(cfg),
             _expressions(cfg),
             _lora(cfg),
@@ -257,6 +258,17 @@ def _shape(cfg: Config) -> Iterator[str]:
         yield "continue_training: a shape without model_name_or_path has no weights; set continue_training: false"
     if not cfg.tokenizer_name_or_path:
         yield "tokenizer_name_or_path: needed with a shape and no model_name_or_path; the tokenizer's directory"
+
+
+def _recompute(cfg: Config) -> Iterator[str]:
+    if cfg.recompute and cfg.recompute_granularity == "selective":
+        modules = cfg.recompute_modules
+        if not set(modules) - {"loss_fn"}:
+            yield "recompute_modules: names nothing to recompute. Give modules such as core_attn, or recompute: false"
+        for whole, parts in (("attention", ("core_attn",)), ("moe", ("experts", "shared_experts"))):
+            for part in parts:
+                if whole in modules and part in modules:
+                    yield f"recompute_modules: {part} is a part of {whole}; leave one of the two out"
 
 
 def _low_bit(cfg: Config) -> Iterator[str]:

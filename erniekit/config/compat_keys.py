@@ -13,6 +13,7 @@ _ALIASES: dict[str, Alias] = {
     "use_recompute": Alias("recompute"),
     "use_fp8_mlp": Alias("fp8", compat.fp8_flag),
     "dequant_input": Alias("fp8_store"),
+    "offload_recompute_inputs": Alias("offload_activations"),
     "recompute_fwd_gate_up": Alias("fp8_recompute_up_gate_layers"),
     "shared_expert": Alias("fp8_modules", compat.fp8_shared),
     "lora": Alias("fine_tuning", compat.lora_flag),
@@ -58,7 +59,6 @@ _NO_EFFECT: dict[str, str] = {
     "recompute_granularity decides what is recomputed, always in the one way that takes any input": (
         "recompute_use_reentrant refined_recompute"
     ),
-    "what is kept for the backward pass stays on the device: the same result, more memory": "offload_recompute_inputs",
     "this comes from the model's config.json and tokenizer": (
         "bos_token_id eos_token_id pad_token_id max_position_embeddings rope_3d"
     ),

@@ -32,7 +32,7 @@ NO_EFFECT: dict[str, str] = {
         "mp_fused_linear_param_grad_add transpose_split_quant"
     ),
     "recompute_granularity decides what is recomputed, layer by layer: the result is the same": (
-        "recompute_method recompute_num_layers recompute_modules recompute_mtp_method recompute_mtp_modules"
+        "recompute_method recompute_num_layers recompute_mtp_method recompute_mtp_modules"
     ),
     "checkpoints are always whole tensors in safetensors, written by all ranks together": (
         "save_checkpoint_format load_checkpoint_format load_via_cpu flex_ckpt_comm_method replicate_saved_into_local "

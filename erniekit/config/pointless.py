@@ -301,14 +301,25 @@ _VISION_RULES = [
 
 _MODEL_RULES = [
     Rule(
-        "recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers",
+        "recompute_granularity recompute_modules offload_activations use_recompute_moe use_recompute_mtp "
+        "no_recompute_layers",
         lambda c, f: not c.recompute,
         "recompute is False",
+    ),
+    Rule(
+        "recompute_modules",
+        lambda c, f: c.recompute and c.recompute_granularity != "selective",
+        "recompute_granularity: {recompute_granularity} decides; selective would read it",
     ),
     Rule(
         "use_recompute_moe",
         lambda c, f: c.recompute and c.recompute_granularity in ("full", "moe"),
         "recompute_granularity: {recompute_granularity} recomputes them anyway",
+    ),
+    Rule(
+        "use_recompute_moe",
+        lambda c, f: c.recompute and c.recompute_granularity == "selective" and "moe" in c.recompute_modules,
+        "recompute_modules names moe",
     ),
     Rule(
         "use_recompute_mtp",

@@ -17,7 +17,8 @@ _RANKS = (
 _OF_TRAINING = set(
     """
     train_dataset_type train_dataset_path train_dataset_prob mix_strategy num_samples_each_epoch random_shuffle
-    amp_master_grad scale_loss recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
+    amp_master_grad scale_loss recompute recompute_granularity recompute_modules
+    offload_activations use_recompute_moe use_recompute_mtp no_recompute_layers
     attention_probs_dropout_prob dropout_warmup_steps num_nextn_predict_layers z_loss_lambda multi_token_pred_lambda
     ref_model_update_steps
     """.split()

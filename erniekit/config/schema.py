@@ -66,6 +66,16 @@ class Config(
         """The depth of multi-token prediction that a run trains; 0 if the method has no loss for it."""
         return self.num_nextn_predict_layers if self.method.reads("num_nextn_predict_layers") else 0
 
+    @property
+    def recomputed_modules(self) -> frozenset[str]:
+        """What is recomputed, in the words of recompute_modules; "layer" for whole layers. Empty without recompute."""
+        if not self.recompute:
+            return frozenset()
+        named = {"full": ("layer", "vision"), "full_attn": ("attention",), "selective": self.recompute_modules}
+        modules = named.get(self.recompute_granularity, (self.recompute_granularity,))
+        sparse = ("moe",) if self.use_recompute_moe and self.recompute_granularity != "full" else ()
+        return frozenset((*modules, *sparse)) - {"loss_fn"}
+
     def to_yaml(self) -> str:
         """The configuration as YAML with every key and its documentation; loading it gives an equal Config."""
         lines: list[str] = []

@@ -6,6 +6,9 @@ from typing import ClassVar
 from erniekit.config import methods
 from erniekit.config.fields import key, list_of
 
+# See recompute_modules. loss_fn: other tools' name for what is always done (losses/lm.py).
+RECOMPUTE_MODULES = ("attention", "core_attn", "mlp", "moe", "experts", "shared_experts", "vision", "loss_fn")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
@@ -69,11 +72,23 @@ class ModelArgs:
     recompute_granularity: str = key(
         "full",
         "What is recomputed in each layer: all of it (full), attention with its projections (full_attn), attention "
-        "without them (core_attn), or only sparse feed-forward layers (moe).",
-        choices=("full", "full_attn", "core_attn", "moe"),
-        words={"selective": "core_attn"},
+        "without them (core_attn), only sparse feed-forward layers (moe), or recompute_modules (selective).",
+        choices=("full", "full_attn", "core_attn", "moe", "selective"),
     )
-    use_recompute_moe: bool = key(False, "With full_attn or core_attn, also recompute sparse feed-forward layers.")
+    recompute_modules: tuple[str, ...] = list_of(
+        str,
+        "With recompute_granularity: selective, what is recomputed: attention (with projections), core_attn (without), "
+        "mlp (dense feed-forward), moe (sparse ones; of these, experts or shared_experts), vision; loss_fn always is.",
+        ("core_attn",),
+        choices=RECOMPUTE_MODULES,
+    )
+    offload_activations: bool = key(
+        False,
+        "With recompute: the inputs of what is recomputed wait in host memory. Saves memory on a GPU only.",
+    )
+    use_recompute_moe: bool = key(
+        False, "With full_attn, core_attn or selective, also recompute sparse feed-forward layers."
+    )
     use_recompute_mtp: bool = key(False, "Also recompute the multi-token-prediction blocks.")
     no_recompute_layers: tuple[int, ...] = list_of(
         int, "Numbers of layers that are not recomputed, such as 0,1,2; empty: none.", ge=0

@@ -58,6 +58,25 @@ def _check_recompute(cfg: Config, model_config: ModelConfig) -> None:
         raise ConfigError(f"no_recompute_layers: {strange}: the model has layers 0 to {last}")
     if cfg.recompute and cfg.recompute_granularity == "moe" and not model_config.moe_num_experts:
         raise ConfigError("recompute_granularity: moe: this model has no experts. Use full, full_attn or core_attn.")
+    if cfg.recompute and cfg.recompute_granularity == "selective":
+        missing = _missing_modules(model_config)
+        for module in cfg.recompute_modules:
+            if module in missing:
+                raise ConfigError(f"recompute_modules: {module}: {missing[module]}. Leave it out.")
+
+
+def _missing_modules(model_config: ModelConfig) -> dict[str, str]:
+    """The words of recompute_modules for what the model does not have, with the reason."""
+    missing: dict[str, str] = {}
+    if not model_config.moe_num_experts:
+        missing |= dict.fromkeys(("moe", "experts", "shared_experts"), "this model has no experts")
+    elif not model_config.moe_num_shared_experts:
+        missing["shared_experts"] = "this model has no shared experts"
+    if "dense" not in model_config.layer_types:
+        missing["mlp"] = "every layer of this model has experts, which moe or experts recompute"
+    if model_config.vision is None:
+        missing["vision"] = "this model has no vision transformer"
+    return missing
 
 
 @lru_cache(maxsize=8)

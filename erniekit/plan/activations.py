@@ -18,22 +18,20 @@ from erniekit.plan.operations import FP32, INT64, Device, Operation
 from erniekit.plan.vision_operations import vision_operations
 from erniekit.precision.fp8_experts import Fp8Experts
 
-_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
-
-
 Sizes = dict[str, float]  # bytes by kind of operation
 
 
 @dataclass(frozen=True)
 class StageActivations:
     """Of one stage: the largest sum of activations at one time in a step, and what it consists of, by kind; and the
-    bytes that one microbatch keeps in each chunk of the stage.
+    bytes that one microbatch keeps in each chunk of the stage. `on_host`: the most that waits in host memory.
     """
 
     peak: float
     by_kind: dict[str, float]
     kept: tuple[float, ...]
     live_chunks: int
+    on_host: float = 0.0
 
 
 def device_of(job: Job) -> Device:
@@ -68,8 +66,9 @@ def stage_operations(job: Job, model: CausalLM, stage: int) -> list[list[Operati
         chunk = [_received(job, device)]
         if number == 0 and model.shard.has_embedding:
             pictures = float(job.picture_tokens * job.cfg.batch_size)
-            full = job.cfg.recompute and job.cfg.recompute_granularity == "full"
-            chunk = [_entrance(job, device, model), *vision_operations(device, model, pictures, full)]
+            again = "vision" in job.cfg.recomputed_modules
+            vision = vision_operations(device, model, pictures, again, job.offloads_activations)
+            chunk = [_entrance(job, device, model), *vision]
         for layer in layers:
             chunk += _layer(job, device, model, next(own_layers), layer)
         if number == last and model.shard.has_head:
@@ -97,23 +96,26 @@ def _received(job: Job, device: Device) -> Operation:
 
 def _layer(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
     """One decoder layer with what is recomputed in it."""
-    cfg, width = job.cfg, job.model.hidden_size
-    attention, feed_forward = _attention(job, device, model, layer), _feed_forward(job, device, layer)
+    width = job.model.hidden_size
+    modules = frozenset() if number in job.cfg.no_recompute_layers else job.cfg.recomputed_modules
+    attention = _attention(job, device, model, layer)
+    feed_forward = _feed_forward(job, device, layer, modules)
     first, second = ops.norm(device, width, device.own_tokens), ops.norm(device, width, device.own_tokens)
-    row = device.residual(width)
-    recomputes = cfg.recompute and number not in cfg.no_recompute_layers
-    granularity = cfg.recompute_granularity if recomputes else ""
-    if granularity == "full":
+    row, offloads = device.residual(width), job.offloads_activations
+    if "layer" in modules:
         inside = [first, *attention, ops.add(device, width, "attention"), second, *feed_forward]
         # the input is the residual stream, which the operation before has kept
-        return [ops.recomputed(inside, 0.0, row, "recomputed layers"), ops.add(device, width, "recomputed layers")]
-    if granularity == "full_attn":
-        attention = [ops.recomputed(attention, row, row, "attention")]
-    elif granularity == "core_attn":
-        core = ops.recomputed(attention[1:2], attention[0].forward, 0.0, "attention")
+        again = ops.recomputed(inside, ops.Saved(row, 0.0, offloads), row, "recomputed layers")
+        return [again, ops.add(device, width, "recomputed layers")]
+    normed = ops.Saved(row, row, offloads)
+    if "attention" in modules:
+        attention = [ops.recomputed(attention, normed, row, "attention")]
+    elif "core_attn" in modules:
+        made = attention[0].forward
+        core = ops.recomputed(attention[1:2], ops.Saved(made, made, offloads), 0.0, "attention")
         attention = [attention[0], core, *attention[2:]]
-    if layer.sparse and (granularity == "moe" or (granularity and cfg.use_recompute_moe)):
-        feed_forward = [ops.recomputed(feed_forward, row, row, "experts")]
+    if ("moe" if layer.sparse else "mlp") in modules:
+        feed_forward = [ops.recomputed(feed_forward, normed, row, "experts" if layer.sparse else "feed-forward")]
     middle = ops.add(device, width, "attention")
     return [first, *attention, middle, second, *feed_forward, ops.add(device, width, "feed-forward")]
 
@@ -129,11 +131,11 @@ def _attention(job: Job, device: Device, model: CausalLM, layer: DecoderLayer) -
     ]
 
 
-def _feed_forward(job: Job, device: Device, layer: DecoderLayer) -> list[Operation]:
+def _feed_forward(job: Job, device: Device, layer: DecoderLayer, modules: frozenset[str]) -> list[Operation]:
     beside = device.residual(job.model.hidden_size)
     if isinstance(layer.mlp, SwiGLU):
         return _swiglu(device, layer.mlp, device.tokens, "feed-forward", beside)
-    return _sparse(job, device, layer.mlp, beside)
+    return _sparse(job, device, layer.mlp, beside, modules)
 
 
 def _swiglu(
@@ -146,7 +148,7 @@ def _swiglu(
     ]
 
 
-def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Operation]:
+def _sparse(job: Job, device: Device, layer: MoELayer, beside: float, modules: frozenset[str]) -> list[Operation]:
     """Routers, experts and shared experts. Tokens are assumed to be spread evenly over the experts of their modality;
     where there are two modalities, each has its tokens copied.
     """
@@ -156,30 +158,41 @@ def _sparse(job: Job, device: Device, layer: MoELayer, beside: float) -> list[Op
     result: list[Operation] = []
     if job.model.vision is None:
         result.append(Operation("experts", whole))  # the layer's normed input
-        result += _routed(job, device, layer, layer.experts, beside)
+        result += _routed(job, device, layer, layer.experts, beside, "experts" in modules)
     else:
         result.append(Operation("experts", whole if has_shared else 0.0))
         for experts, tokens in ((layer.experts, device.tokens - vision), (layer.vision_experts, vision)):
             if tokens:
                 copied = device.element * tokens * width
                 result.append(Operation("experts", copied, copied, 2 * copied + beside))
-                result += _routed(job, replace(device, tokens=tokens), layer, experts, beside)
+                result += _routed(job, replace(device, tokens=tokens), layer, experts, beside, "experts" in modules)
         result.append(Operation("experts", 0.0, 2 * whole, 2 * whole + beside))  # all tokens in their order again
     if layer.shared_experts is not None:
         # Tensor ranks give them a copy of their own.
         own = device.tensor_ranks > 1
-        result += _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=own)
+        shared = _swiglu(device, layer.shared_experts, device.tokens, "shared experts", 2 * beside, keeps_input=own)
+        if "shared_experts" in modules:
+            row = device.residual(width)
+            # Their input is also that of the routed experts, and stays on the device for these.
+            shared = [ops.recomputed(shared, ops.Saved(row, row if own else 0.0), row, "shared experts")]
+        result += shared
     return result
 
 
-def _routed(job: Job, device: Device, layer: MoELayer, experts: Experts, beside: float) -> list[Operation]:
+def _routed(
+    job: Job, device: Device, layer: MoELayer, experts: Experts, beside: float, recomputes: bool
+) -> list[Operation]:
     """The way of `device.tokens` tokens through one router and its experts."""
     width, top_k = job.model.hidden_size, job.model.moe_k
     rows = device.tokens * top_k / device.tensor_ranks
+    products = _experts(device, experts, rows, beside)
+    if recomputes:
+        size = device.element * rows * width
+        products = [ops.recomputed(products, ops.Saved(size, size, job.offloads_activations), size, "experts")]
     return [
         ops.routing(device, width, ops.Router(layer.sizes.num_experts, top_k), beside),
         ops.dispatched(device, width, rows, beside),
-        *_experts(device, experts, rows, beside),
+        *products,
         ops.combined(device, width, rows, beside, keeps_rows=not experts.takes_weights),
     ]
 
@@ -222,9 +235,7 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     """
     head = model.output_head()
     width, vocabulary = job.model.hidden_size, head.vocab_size
-    labelled = device.tokens * job.supervised_share
-    elements = _CHUNK_ELEMENTS if device.on_cpu else _GPU_CHUNK_ELEMENTS
-    rows = max(1.0, min(labelled, job.cfg.loss_subbatch_seqlen, elements // vocabulary))
+    labelled, rows = device.tokens * job.supervised_share, job.head_rows
     several = labelled > rows
     logits = FP32 * rows * vocabulary
     weight = FP32 * width * vocabulary if not head.weight.stop_gradient else 0.0
@@ -270,7 +281,9 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
             if action.chunk == 0:
                 live.microbatches.discard(action.microbatch)
     shown = {kind: size for kind, size in live.shown.items() if size}
-    return StageActivations(live.peak, shown, tuple(sum(kinds.values()) for kinds in live.kinds), live.num_chunks)
+    kept = tuple(sum(kinds.values()) for kinds in live.kinds)
+    on_host = sum(operation.on_host for chunk in chunks for operation in chunk) / len(chunks)
+    return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.most_chunks)
 
 
 class _Live:
@@ -282,11 +295,12 @@ class _Live:
         self.kinds, self.inputs = kinds, inputs
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
-        self.peak, self.num_chunks = 0.0, 0
+        self.peak, self.num_chunks, self.most_chunks = 0.0, 0, 0
         self.shown: Sizes = {}
 
     def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
+        self.most_chunks = max(self.most_chunks, num_chunks)
         kept: Sizes = {"inputs": self.inputs * len(self.microbatches)}
         for number, count in self.chunks.items():
             kept = _sum(kept, {kind: count * size for kind, size in self.kinds[number].items()})

@@ -12,6 +12,7 @@ from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan, Outline, plan_memory
 from erniekit.plan.timing import plan_time
+from erniekit.plan.typed import typed
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils.errors import UserError
 
@@ -31,11 +32,7 @@ class Change:
     @property
     def text(self) -> str:
         """The keys, as on a command line."""
-        return " ".join(f"{name}={_shown(value)}" for name, value in self.keys.items())
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return typed(self.keys)
 
 
 def _seconds_of(job: Job, original: Job, card: Hardware | None) -> float | None:
@@ -83,6 +80,10 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
         (not cfg.recompute and job.model.moe_num_experts > 0, {"recompute": True, "recompute_granularity": "moe"}),
         (degrees.data > 1 and cfg.sharding != "stage2", {"sharding": "stage2"}),
         (not is_full, {"recompute": True, "recompute_granularity": "full"}),
+        (
+            not job.on_cpu and not (is_full and cfg.offload_activations),
+            {"recompute": True, "recompute_granularity": "full", "offload_activations": True},
+        ),
         (not job.is_lora and cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
         (not job.is_lora and not job.on_cpu and not job.offloads_state, {"offload_optim": True}),
         (job.is_lora and not job.quantized_base, {"compute_type": "wint8"}),

@@ -76,7 +76,7 @@ def expert_rows(layer: Layer, layout: Layout) -> tuple[float, float]:
 def expert_bytes(layer: Layer, layout: Layout) -> int:
     """All-to-all of one sparse layer's forward and backward pass, and of the forward pass that is computed again."""
     rows = round(sum(expert_rows(layer, layout)))
-    recomputed = layout.recomputed.mlp > 0
+    recomputed = layout.recomputed.dispatches > 0
     return expert_parallel_bytes(rows, rows, layer.hidden, recomputed, layout.element_bytes)
 
 

@@ -6,11 +6,10 @@ backward pass is one product instead of two. Recomputation is not part of model 
 (HFU).
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from erniekit.plan.work import Layer, Work
-
-RECOMPUTE = ("full", "full_attn", "core_attn", "moe")
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,53 @@ class TokenFlops:
 @dataclass(frozen=True)
 class Recomputed:
     """What is computed again in the backward pass, as shares (0 to 1) of a decoder layer's parts: the core of
-    attention, the projections of attention, the feed-forward block, and elementwise kernels.
+    attention, the projections of attention, the feed-forward block, and elementwise kernels. `parts`: parts of the
+    feed-forward block that are computed again in any case, by the names of plan/work.py; with "router" tokens are sent
+    to their experts again.
     """
 
     core: float = 0.0
     attention: float = 0.0
     mlp: float = 0.0
     elementwise: float = 0.0
+    parts: frozenset[str] = frozenset()
     in_ahead: bool = False  # also in the blocks for multi-token prediction
     not_in: tuple[int, ...] = ()  # decoder layers that keep everything
 
     def share(self, part: str) -> float:
         """The share of products of this part that is computed again."""
+        if part in self.parts:
+            return 1.0
         return self.attention if part == "attention" else 0.0 if part in ("head", "vision") else self.mlp
+
+    @property
+    def dispatches(self) -> float:
+        """The share of sparse layers that send tokens to their experts again."""
+        return 1.0 if "router" in self.parts else self.mlp
+
+    def saved_values(self, layer: Layer) -> float:
+        """Values of each token that a layer's recomputed parts keep as their inputs, with modules as the YAML names
+        them.
+        """
+        if self.elementwise == self.attention == self.mlp == 1:
+            return float(layer.hidden)
+        values = layer.hidden * self.attention
+        if self.core and not self.attention:
+            values += max((float(p.outputs) for p in layer.products if p.part == "attention"), default=0.0)
+        if layer.kind == "sparse" and "router" not in self.parts:
+            return values + layer.hidden * layer.top_k * ("experts" in self.parts)
+        whole = "router" if layer.kind == "sparse" else "mlp"
+        return values + layer.hidden * (whole in self.parts)
 
 
 NOTHING = Recomputed()
 FULL = Recomputed(1.0, 1.0, 1.0, 1.0)
+_PARTS = {
+    "mlp": ("mlp",),
+    "moe": ("router", "experts", "shared_experts"),
+    "experts": ("experts",),
+    "shared_experts": ("shared_experts",),
+}
 
 
 def forward_flops(layer: Layer, lengths: list[int], half: bool = True) -> float:
@@ -101,11 +130,12 @@ def token_flops(
     return TokenFlops(totals[0] + forward[0], totals[1] + forward[1], again, forward[0])
 
 
-def recomputed_by(granularity: str, sparse: bool, in_ahead: bool, not_in: tuple[int, ...]) -> Recomputed:
-    """The YAML's recompute_granularity ("" for none), use_recompute_moe, use_recompute_mtp and no_recompute_layers."""
-    if granularity == "full":
-        return Recomputed(1.0, 1.0, 1.0, 1.0, in_ahead, not_in)
-    mlp = 1.0 if sparse or granularity == "moe" else 0.0
-    attention = 1.0 if granularity == "full_attn" else 0.0
-    core = 1.0 if granularity in ("full_attn", "core_attn") else 0.0
-    return Recomputed(core, attention, mlp, 0.5 * attention + 0.5 * mlp, in_ahead, not_in)
+def recomputed_by(modules: Collection[str], in_ahead: bool, not_in: tuple[int, ...]) -> Recomputed:
+    """What the YAML asks for: Config.recomputed_modules, use_recompute_mtp and no_recompute_layers."""
+    if "layer" in modules:
+        return replace(FULL, in_ahead=in_ahead, not_in=not_in)
+    attention = 1.0 if "attention" in modules else 0.0
+    core = 1.0 if attention or "core_attn" in modules else 0.0
+    parts = frozenset(part for module in modules for part in _PARTS.get(module, ()))
+    elementwise = 0.5 * attention + 0.5 * bool(parts - {"shared_experts"})
+    return Recomputed(core, attention, 0.0, elementwise, parts, in_ahead, not_in)

@@ -18,6 +18,7 @@ from erniekit.parallel.mesh import ParallelDims
 from erniekit.parallel.pipeline_schedule import Action, plan
 from erniekit.utils.errors import ConfigError
 
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
 CPU = "cpu"  # the name of the device on which nothing is in 16 bits
 
 
@@ -126,6 +127,18 @@ class Job:
         """Tokens of one step over all data ranks."""
         return self.microbatch_tokens * self.num_microbatches * self.degrees.data
 
+    @property
+    def labelled_tokens(self) -> float:
+        """Tokens of one microbatch that have a label."""
+        return self.microbatch_tokens * self.supervised_share
+
+    @property
+    def head_rows(self) -> float:
+        """Tokens whose logits are in memory at a time."""
+        elements = _CHUNK_ELEMENTS if self.on_cpu else _GPU_CHUNK_ELEMENTS
+        vocabulary = self.model.vocab_size // self.degrees.tensor
+        return max(1.0, min(self.labelled_tokens, self.cfg.loss_subbatch_seqlen, elements // vocabulary))
+
     # Precision
 
     @property
@@ -143,6 +156,11 @@ class Job:
     def offloads_state(self) -> bool:
         """Whether the optimizer's state waits in host memory; on a CPU that is where it is anyway."""
         return not self.on_cpu and (self.cfg.offload_optim or self.cfg.tensorwise_offload_optimizer)
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether inputs of recomputed modules wait in host memory; on a CPU they would only be copied."""
+        return not self.on_cpu and self.cfg.offload_activations and self.cfg.recompute
 
     @property
     def quantized_base(self) -> bool:

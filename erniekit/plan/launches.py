@@ -3,13 +3,17 @@
 The tables count calls of Paddle's operators for one microbatch, as Paddle's profiler shows them; a test compares them
 with the steps of small models (tests/gpu/test_launches.py). Operators that only change a tensor's shape start nothing,
 and are left out. Some operators start several kernels (`kernels_of`). What is counted: the decoder of a text model
-without biases, with all weights trained in 16 bits on one rank; what several ranks send comes on top.
+without biases, with all weights trained in 16 bits, or the layers of one rank of several; what ranks send to one
+another comes on top.
 """
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
+from erniekit.plan.job import Job
 
 ROUTER_LOSSES = ("balance", "z", "orthogonal")
 
@@ -19,7 +23,8 @@ class LaunchOptions:
     """What decides the number of launches. `rows` of a microbatch; `recompute`: whole layers are computed again;
     `router_losses` of ROUTER_LOSSES; `head_chunks`: chunks of tokens of the output head in each microbatch. Without
     `fused`, documents are taken to have similar lengths, up to 256 tokens, and `used_experts` (None: all) to have rows
-    in each layer: longer or more varied documents need more.
+    in each layer: longer or more varied documents need more. `layers`: the numbers of this rank's layers (None: all);
+    `has_ends`: embedding, output head and loss are on it; `expert_ranks`: ranks over which the experts are divided.
     """
 
     fused: bool = True
@@ -29,6 +34,31 @@ class LaunchOptions:
     router_losses: tuple[str, ...] = ()
     head_chunks: int = 1
     used_experts: int | None = None
+    layers: tuple[int, ...] | None = None
+    has_ends: bool = True
+    expert_ranks: int = 1
+
+    def kinds(self, config: ModelConfig) -> list[str]:
+        """ "dense" or "sparse" for each layer of this rank."""
+        return [config.layer_types[layer] for layer in self.layers] if self.layers is not None else config.layer_types
+
+
+def options_of(cfg: Config) -> LaunchOptions:
+    """The options of a run whose whole model is on one rank. Where only parts of a layer are computed again, none is
+    counted as such.
+    """
+    losses = {
+        "balance": cfg.moe_aux_loss_lambda,
+        "z": cfg.moe_z_loss_lambda,
+        "orthogonal": cfg.moe_orthogonal_loss_lambda,
+    }
+    return LaunchOptions(
+        fused=cfg.fused_operators,
+        microbatches=cfg.gradient_accumulation_steps,
+        rows=cfg.batch_size,
+        recompute=cfg.recompute and cfg.recompute_granularity == "full",
+        router_losses=tuple(name for name, weight in losses.items() if weight),
+    )
 
 
 def _table(text: str) -> Counter[str]:
@@ -94,23 +124,27 @@ _STEP = _table("concat 2 full 1")  # one read of all numbers; the learning rate
 def operators(config: ModelConfig, options: LaunchOptions) -> Counter[str]:
     """Calls of Paddle's operators in one optimizer step."""
     total: Counter[str] = Counter(_STEP)
-    for count, calls in ((options.microbatches, _microbatch(config, options)), (num_tensors(config), _PARAMETER_STEP)):
+    tensors = num_tensors(config, options)
+    for count, calls in ((options.microbatches, _microbatch(config, options)), (tensors, _PARAMETER_STEP)):
         for name, number in calls.items():
             total[name] += count * number
     # Gradients in 16 bits are added up in fp32: converted, and from the second microbatch on added.
-    narrow = num_tensors(config) - config.layer_types.count("sparse")  # routers have fp32
+    narrow = tensors - options.kinds(config).count("sparse")  # routers have fp32
     total["cast"] += options.microbatches * narrow
     total["add"] += (options.microbatches - 1) * narrow
     return total
 
 
 def _microbatch(config: ModelConfig, options: LaunchOptions) -> Counter[str]:
-    calls = Counter(_OUTSIDE)
-    for _ in range(options.head_chunks):
+    calls: Counter[str] = Counter()
+    if options.has_ends:
+        calls.update(_OUTSIDE)
+    for _ in range(options.head_chunks if options.has_ends else 0):
         calls.update(_HEAD_CHUNK)
-    for kind in config.layer_types:
+    kinds = options.kinds(config)
+    for kind in kinds:
         calls.update(_layer(kind, config, options))
-    if "sparse" in config.layer_types:
+    if "sparse" in kinds:
         for _ in options.router_losses:
             calls.update(_LOSS_TERM)
     return calls
@@ -131,7 +165,7 @@ def _layer(kind: str, config: ModelConfig, options: LaunchOptions) -> Counter[st
             calls.update(_RECOMPUTED_SPARSE if sparse else {})
     else:
         calls.update(_PLAIN_SPARSE if sparse else _PLAIN_DENSE)
-        used = config.moe_num_experts if options.used_experts is None else options.used_experts
+        used = _own_experts(config, options) if options.used_experts is None else options.used_experts
         for _ in range(used if sparse else 0):
             calls.update(_PLAIN_EXPERT)
     if sparse:
@@ -149,27 +183,54 @@ def _router_losses(options: LaunchOptions) -> Counter[str]:
     return calls
 
 
-def num_tensors(config: ModelConfig) -> int:
+def _own_experts(config: ModelConfig, options: LaunchOptions) -> int:
+    return config.moe_num_experts // options.expert_ranks
+
+
+def num_tensors(config: ModelConfig, options: LaunchOptions) -> int:
     """Trained parameters: norms and projections of the layers, embedding, final norm, and a head of its own."""
-    sparse = config.layer_types.count("sparse")
+    kinds = options.kinds(config)
+    sparse = kinds.count("sparse")
     shared = 2 if config.moe_num_shared_experts else 0
-    layers = 6 * (len(config.layer_types) - sparse) + (7 + shared) * sparse
-    return layers + 2 + (not config.tie_word_embeddings)
+    layers = 6 * (len(kinds) - sparse) + (7 + shared) * sparse
+    return layers + (2 + (not config.tie_word_embeddings) if options.has_ends else 0)
 
 
-def kernels_of(operator: str, config: ModelConfig) -> int:
+def kernels_of(operator: str, experts: int) -> int:
     """Kernels that one call starts on a GPU: of a product's gradient one for each input, of a grouped product one for
-    each expert, of AdamW one for the update and one for the powers of the betas.
+    each of the rank's `experts`, of AdamW one for the update and one for the powers of the betas.
     """
-    several = {"matmul_grad": 2, "adamw": 2, "batched_gemm": config.moe_num_experts, "flashmask_attention_grad": 3}
+    several = {"matmul_grad": 2, "adamw": 2, "batched_gemm": experts, "flashmask_attention_grad": 3}
     return several.get(operator, 1)
 
 
 def kernels(config: ModelConfig, options: LaunchOptions) -> int:
     """Kernel launches of one optimizer step."""
-    return sum(count * kernels_of(name, config) for name, count in operators(config, options).items())
+    experts = _own_experts(config, options)
+    return sum(count * kernels_of(name, experts) for name, count in operators(config, options).items())
 
 
 def host_calls(config: ModelConfig, options: LaunchOptions) -> int:
     """Calls that the host makes in one optimizer step, each of which costs Python and dispatch."""
     return sum(operators(config, options).values())
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of one optimizer step on one rank: `calls` of operators, and `kernels` that they start."""
+
+    calls: int
+    kernels: int
+
+
+def launches_of(job: Job) -> Launches:
+    """Of the stage that starts most kernels. The embedding is counted on the last stage, with the head."""
+    last = job.degrees.pipeline - 1
+    options = replace(options_of(job.cfg), expert_ranks=job.degrees.expert)
+    options = replace(options, head_chunks=math.ceil(job.labelled_tokens / job.head_rows))
+    found = []
+    for stage, chunks in enumerate(job.stages):
+        layers = tuple(layer for chunk in chunks for layer in chunk)
+        own = replace(options, layers=layers, has_ends=stage == last)
+        found.append(Launches(host_calls(job.model, own), kernels(job.model, own)))
+    return max(found, key=lambda each: each.kernels)

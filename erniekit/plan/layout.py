@@ -53,6 +53,7 @@ class Layout:
     synchronous_sends: bool = False
     reference: bool = False
     offload_optimizer: bool = False
+    offload_activations: bool = False
 
     @property
     def gpus(self) -> int:
@@ -124,9 +125,7 @@ def layout_of(job: Job) -> Layout:
     cfg, degrees = job.cfg, job.degrees
     recomputed = NOTHING
     if cfg.recompute:
-        recomputed = recomputed_by(
-            cfg.recompute_granularity, cfg.use_recompute_moe, cfg.use_recompute_mtp, cfg.no_recompute_layers
-        )
+        recomputed = recomputed_by(cfg.recomputed_modules, cfg.use_recompute_mtp, cfg.no_recompute_layers)
     return Layout(
         tensor=degrees.tensor,
         pipeline=degrees.pipeline,
@@ -149,4 +148,5 @@ def layout_of(job: Job) -> Layout:
         synchronous_sends=not job.on_cpu,
         reference=job.has_reference,
         offload_optimizer=job.offloads_state,
+        offload_activations=job.offloads_activations,
     )

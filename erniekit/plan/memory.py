@@ -53,8 +53,8 @@ class StageMemory:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory of each rank: optimizer state that waits there."""
-        return self.tensors.offloaded
+        """Bytes of host memory of each rank: optimizer state and inputs of recomputed modules that wait there."""
+        return self.tensors.offloaded + round(self.activations.on_host)
 
     @property
     def items(self) -> list[tuple[str, float]]:

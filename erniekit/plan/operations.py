@@ -31,7 +31,8 @@ FP8_ELEMENT = 1 + FP32 / 128  # a number in FP8 and its share of a scale
 class Operation:
     """One operation. `kept`: bytes from its forward pass to the end of its backward pass. `forward`, `backward`: the
     most that exists besides while it runs, its inputs and results included where nobody else keeps them. `gradient`:
-    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended.
+    bytes of 16-bit weight gradients that stay until the pass through the chunk has ended. `on_host`: bytes that wait in
+    host memory from its forward to its backward pass.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Operation:
     forward: float = 0.0
     backward: float = 0.0
     gradient: float = 0.0
+    on_host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Device:
     tensor_ranks: int = 1
     expert_ranks: int = 1
     master_grad: bool = True
+
+    @property
+    def computed(self) -> int:
+        """Bytes of an element within attention and SwiGLU: a CPU has fp32 kernels alone, whatever the weights are."""
+        return FP32 if self.on_cpu else self.element
 
     @property
     def shares_tokens(self) -> bool:
@@ -116,6 +123,9 @@ def fp8_experts(device: Device, experts: Experts, block: Fp8Experts, rows: float
     weight = 3.0 * e * matrices * width * inner if trained else 0.0
     forward = FP8_ELEMENT * rows * (width + inner) + e * rows * (3 * inner + width)
     backward = e * rows * (5 * inner + 2 * width) + FP8_ELEMENT * rows * (width + 2 * inner) + weight + beside
+    if device.on_cpu:  # the emulation differentiates SwiGLU in fp32: six values and the four terms of a seventh
+        forward = max(forward, e * rows * width + FP32 * rows * 5 * inner)
+        backward = max(backward, FP32 * rows * 10 * inner + e * rows * (inner + 2 * width) + beside)
     return Operation("experts", kept, kept + forward, backward, weight if device.master_grad else 0.0)
 
 
@@ -133,7 +143,7 @@ def add(device: Device, width: int, kind: str) -> Operation:
 
 def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0.0) -> Operation:
     """silu(gate) * up: gate and up are kept, its result by the product that follows."""
-    block = device.element * rows * width
+    block = device.computed * rows * width
     if device.on_cpu:  # gate and up are gathered; sigmoid, silu, its slope, and the gradients of both
         return Operation(kind, 2 * block, 6 * block, 6 * block + beside)
     return Operation(kind, 2 * block, 3 * block, 3 * block + beside)
@@ -141,13 +151,13 @@ def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0
 
 def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
     """Causal attention within documents, with the rotation of queries and keys."""
-    wide = device.element * device.tokens * heads.total * heads.dim
-    narrow = device.element * device.tokens * heads.num_heads * heads.dim
+    wide = device.computed * device.tokens * heads.total * heads.dim
+    narrow = device.computed * device.tokens * heads.num_heads * heads.dim
     if not device.on_cpu:  # FlashMask keeps q, k, v and the logarithm of each sum; the rotation is one kernel
         lengths = FP32 * device.tokens * heads.num_heads
         return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
     scores, kept, last, before = _scores(device.documents, heads.num_heads)
-    values = device.element * (heads.total - heads.num_heads) * heads.dim * device.tokens
+    values = device.computed * (heads.total - heads.num_heads) * heads.dim * device.tokens
     # rotated, fetched in the order of documents, scaled; blocks of results
     forward = 2 * wide + (wide + 2 * narrow) + kept + 2 * last + (0 if scores == kept else before) - last * (kept > 0)
     done = 1 - last / max(scores, 1)
@@ -190,12 +200,12 @@ class Router:
 
 
 def routing(device: Device, width: int, router: Router, beside: float) -> Operation:
-    """Router, softmax and the tables by which rows find their experts. On a GPU the router's fp32 input is kept."""
+    """Router, softmax and the tables by which rows find their experts. Beside 16-bit weights the router's fp32 input is kept."""
     tokens = device.tokens
     table = tokens * router.num_experts * FP32
     pairs = tokens * router.top_k
     kept = 3 * table + pairs * (3 * FP32 + 5 * INT64)
-    kept += 0 if device.on_cpu else FP32 * tokens * width
+    kept += 0 if device.element == FP32 else FP32 * tokens * width
     return Operation("experts", kept, 2 * table, 4 * table + FP32 * tokens * width + beside)
 
 
@@ -218,9 +228,21 @@ def combined(device: Device, width: int, rows: float, beside: float, keeps_rows:
     return Operation("experts", kept, forward, 2 * block + FP32 * rows * width + tokens + sent + beside)
 
 
-def recomputed(operations: Sequence[Operation], inputs: float, result: float, kind: str) -> Operation:
-    """Operations that keep only their input of `inputs` bytes (0 where it is kept anyway) and run again in the backward
-    pass, where their result of `result` bytes exists twice: what the first pass gave to others has a gradient.
+@dataclass(frozen=True)
+class Saved:
+    """The input of operations that run again: `size` bytes, of which `kept` are kept for them alone (0 where another
+    operation has kept the input anyway); `offloaded`: it waits in host memory.
+    """
+
+    size: float
+    kept: float
+    offloaded: bool = False
+
+
+def recomputed(operations: Sequence[Operation], saved: Saved, result: float, kind: str) -> Operation:
+    """Operations that keep only their input and run again in the backward pass, where their result of `result` bytes
+    exists twice: what the first pass gave to others has a gradient. An input that is offloaded leaves the device, by
+    whatever operation it was kept, and comes back for the backward pass.
     """
     kept, peak = 0.0, 0.0
     for operation in operations:
@@ -231,7 +253,9 @@ def recomputed(operations: Sequence[Operation], inputs: float, result: float, ki
         peak = max(peak, waiting + operation.backward)
         waiting -= operation.kept
     forward = max(max(operation.forward, operation.kept) for operation in operations)
-    return Operation(kind, inputs, forward, peak + 2 * result, sum(operation.gradient for operation in operations))
+    leaves = saved.size if saved.offloaded else 0.0
+    gradient = sum(operation.gradient for operation in operations)
+    return Operation(kind, saved.kept - leaves, forward, peak + 2 * result + leaves, gradient, leaves)
 
 
 def with_kind(operations: Sequence[Operation], kind: str) -> list[Operation]:

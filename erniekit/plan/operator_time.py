@@ -2,14 +2,15 @@
 with the efficiencies of the hardware table.
 
 Kinds: products, attention, elementwise, quantise (casts to FP8), accumulate (gradients added up over microbatches),
-tensor and expert (collectives), launches (where the host cannot launch kernels as fast as the device runs them).
+tensor and expert (collectives), offload (inputs of recomputed modules to host memory and back), launches (where the
+host cannot launch kernels as fast as the device runs them).
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 from erniekit.plan.collectives import expert_rows, tensor_bytes
-from erniekit.plan.hardware import Hardware
+from erniekit.plan.hardware import GIGA, Hardware
 from erniekit.plan.layout import Layout
 from erniekit.plan.work import Core, Layer, Product
 
@@ -164,8 +165,19 @@ def layer_backward(
             + again.core * sum(core_seconds(core, layout, card) for core in layer.cores)
             + again.elementwise * elementwise_seconds(layer, layout, card)
         )
-        passes += (again.attention + again.mlp) / 2 if max(again.attention, again.mlp) == 1 else 0.0
-    return _with_exposed(spent, layer, layout, card, passes, embedding)
+        feed_forward = again.dispatches if layer.kind == "sparse" else again.share("mlp")
+        passes += (again.attention + feed_forward) / 2 if max(again.attention, feed_forward) == 1 else 0.0
+    exposed = _with_exposed(spent, layer, layout, card, passes, embedding)
+    if recomputed and layout.offload_activations and layer.kind in ("dense", "sparse"):
+        exposed["offload"] = offload_seconds(layer, layout, card)
+    return exposed
+
+
+def offload_seconds(layer: Layer, layout: Layout, card: Hardware) -> float:
+    """Inputs of a layer's recomputed modules to host memory and back, while nothing else runs."""
+    ranks = layout.tensor if layout.sequence_parallel else 1
+    moved = 2 * layout.recomputed.saved_values(layer) * layout.element_bytes * layout.rank_tokens / ranks
+    return moved / (card.pcie_gb_s * GIGA)
 
 
 def _with_exposed(

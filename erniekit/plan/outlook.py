@@ -10,9 +10,10 @@ from erniekit.plan.goodput import HOST_GB_S, LLAMA3_GPU_HOURS, Failures, Goodput
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.memory import MemoryPlan
-from erniekit.plan.search import Plan, words
+from erniekit.plan.search import Plan
 from erniekit.plan.simulate import Disturbance, simulate_step
 from erniekit.plan.timing import StepTime, plan_time
+from erniekit.plan.typed import typed
 from erniekit.utils.errors import UserError
 
 JITTER = 0.02  # of an action on one rank: clocks, memory refresh, other processes of the host
@@ -45,7 +46,7 @@ class Outlook:
         lines = []
         if self.faster is not None:
             saved = 1 - self.faster.seconds / self.time.seconds
-            lines.append(f"saves most time: {words(self.faster.keys)}: a step takes {saved:.0%} less")
+            lines.append(f"saves most time: {typed(self.faster.keys)}: a step takes {saved:.0%} less")
         gpus = self.time.run.layout.gpus
         if self.jitter is not None:
             lines.append(

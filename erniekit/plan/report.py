@@ -7,9 +7,11 @@ from typing import Any
 from erniekit.models.weights import num_parameters
 from erniekit.plan.advice import Change
 from erniekit.plan.job import Job
+from erniekit.plan.launches import launches_of
 from erniekit.plan.memory import RESERVE, MemoryPlan, StageMemory
 from erniekit.plan.search import Found, words
 from erniekit.plan.timing import StepTime
+from erniekit.plan.typed import differences, typed
 
 _MOST_ROWS = 12
 _COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
@@ -42,10 +44,10 @@ class Report:
         lines += _largest(self.memory.worst)
         host = max(stage.host_bytes for stage in self.memory.stages) * self.job.cluster.gpus_per_node
         if host:
-            lines.append(f"optimizer state in host memory: up to {gigabytes(host)} of each host")
+            lines.append(f"host memory for what is offloaded: up to {gigabytes(host)} of each host")
         lines += self._advice()
         if self.time is not None:
-            lines += ["", *_time(self.time, self.tokens)]
+            lines += ["", *_time(self.time, self.tokens), *_launches(self.job)]
         if self.found is not None:
             lines += ["", *_found(self.found, self.job)]
         return "\n".join([*lines, "", "assumptions:", *(f"  {line}" for line in self.assumptions)])
@@ -60,7 +62,7 @@ class Report:
         if self.cure is not None:
             lines.append(f"fits at the least cost with: {self._effect(self.cure)}")
         elif self.least is not None:
-            lines.append(f"no single change makes it fit; {layout_text(self.least)}")
+            lines.append(f"no single change makes it fit; {layout_text(self.job, self.least)}")
         else:
             lines.append("no single change makes it fit, and no cluster of this card does")
         return lines
@@ -109,7 +111,14 @@ class Report:
                 for each in self.found.fits
             ]
         if self.least is not None:
-            values["least_cluster"] = {"gpus": self.least.job.cluster.gpus, "degrees": {**vars(self.least.job.degrees)}}
+            least = self.least.job
+            values["least_cluster"] = {
+                "gpus": least.cluster.gpus,
+                "degrees": {**vars(least.degrees)},
+                "keys": differences(job.cfg, least.cfg),
+            }
+        if not job.on_cpu and job.model.vision is None:
+            values["launches"] = {**vars(launches_of(job))}
         return values | ({} if self.time is None else _time_values(self.time, self.tokens))
 
 
@@ -121,21 +130,10 @@ def gigabytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def layout_text(plan: MemoryPlan) -> str:
-    """The layout on which a run would fit, as keys."""
-    job = plan.job
-    keys = {
-        "pipeline_parallel_degree": job.degrees.pipeline,
-        "tensor_parallel_degree": job.degrees.tensor,
-        "expert_parallel_degree": job.degrees.expert,
-    }
-    shown = " ".join(f"{name}={value}" for name, value in keys.items() if value > 1)
-    sharding = f" sharding={job.cfg.sharding}" if job.cfg.sharding else ""
-    shared = " sequence_parallel=true" if job.cfg.sequence_parallel else ""
-    return (
-        f"the fewest that hold it: gpus={job.cluster.gpus} {shown}{sharding}{shared} recompute=true batch_size=1 "
-        f"({gigabytes(plan.worst.peak)} on the fullest stage)"
-    )
+def layout_text(job: Job, plan: MemoryPlan) -> str:
+    """The layout on which a run would fit, as every key that the job has to change."""
+    keys = {"gpus": plan.job.cluster.gpus} | differences(job.cfg, plan.job.cfg)
+    return f"the fewest that hold it: {typed(keys)} ({gigabytes(plan.worst.peak)} on the fullest stage)"
 
 
 def _headline(job: Job) -> list[str]:
@@ -202,6 +200,17 @@ def _time(time: StepTime, tokens: float | None) -> list[str]:
     return lines
 
 
+def _launches(job: Job) -> list[str]:
+    """What the host starts in a step; the formula is that of text models on a GPU."""
+    if job.on_cpu or job.model.vision is not None:
+        return []
+    found = launches_of(job)
+    return [
+        f"a step starts {found.kernels:,} kernels with {found.calls:,} calls of operators, by formula, on the rank "
+        "that has most (collectives come on top)"
+    ]
+
+
 def _found(found: Found, job: Job) -> list[str]:
     if not found.fits:
         return [
@@ -211,7 +220,7 @@ def _found(found: Found, job: Job) -> list[str]:
     lines = [f"search: the fastest of {found.tried:,} layouts that fit, with {job.step_tokens:,} tokens a step"]
     for number, candidate in enumerate(found.fits, 1):
         lines.append(
-            f"  {number}. {words(candidate.keys)}: {_duration(candidate.time.seconds)} a step, "
+            f"  {number}. {words(job, candidate.keys)}: {_duration(candidate.time.seconds)} a step, "
             f"{candidate.time.tokens_per_second_per_gpu:,.0f} tokens/s for each GPU, MFU {candidate.time.mfu():.1%}"
         )
         lines.append(f"     {candidate.binds}")

@@ -17,6 +17,7 @@ from erniekit.plan.job import Job
 from erniekit.plan.layout import Run, run_of
 from erniekit.plan.memory import MemoryPlan
 from erniekit.plan.timing import StepTime, estimate_seconds, step_time
+from erniekit.plan.typed import changed, typed
 from erniekit.plan.work import Work, work_of
 from erniekit.utils.errors import UserError
 
@@ -31,6 +32,7 @@ SAVING: tuple[dict[str, Any], ...] = (
     {"recompute": True, "recompute_granularity": "full", "offload_optim": False},
     {"recompute": True, "recompute_granularity": "full", "offload_optim": True},
 )
+_ALWAYS = ("batch_size", "gradient_accumulation_steps", "recompute")
 MOST_PLANNED = 200  # memory plans of one search
 
 Plan = Callable[[Job], MemoryPlan]
@@ -113,7 +115,7 @@ def search(job: Job, card: Hardware, plan: Plan, wanted: int = 3) -> Found:
             fits.append(Candidate(keys, candidate, step_time(run_of(candidate, work), card), memory))
         elif not fits and len(faster) < wanted:
             worst = memory.worst
-            faster.append(f"{words(keys)}: {-worst.headroom / 1e9:.1f} GB too much on stage {worst.stage}")
+            faster.append(f"{words(job, keys)}: {-worst.headroom / 1e9:.1f} GB too much on stage {worst.stage}")
     fits.sort(key=lambda found: found.time.seconds)
     return Found(tuple(fits[:wanted]), len(timed), tuple(faster))
 
@@ -147,13 +149,12 @@ class _Memories:
         return self._plan(job)
 
 
-def words(keys: dict[str, Any]) -> str:
-    """The keys as on a command line, without those that have no effect."""
-    usual = (1, -1, False, "", (), "1f1b", "layer:DecoderLayer")
-    always = ("batch_size", "gradient_accumulation_steps", "recompute")
-    shown = {name: value for name, value in keys.items() if name in always or value is True or value not in usual}
-    text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in shown.items()}
-    return " ".join(f"{name}={value}" for name, value in text.items())
+def words(job: Job, keys: dict[str, Any]) -> str:
+    """What has to be typed to get this layout of the job: every key that differs from it, and those that a reader
+    compares layouts by.
+    """
+    different = changed(job.cfg, keys)
+    return typed({name: value for name, value in keys.items() if name in different or name in _ALWAYS})
 
 
 def _timed(job: Job, work: Work, card: Hardware) -> Iterator[tuple[float, dict[str, Any], Job]]:

@@ -82,7 +82,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = tuple(_SHAPES)
+THINKING = ("21B-A3B", "VL-28B-A3B")  # published a second time, trained to think
 _HUB_NAME = re.compile(r"baidu/ERNIE-4\.5-(.+?)(-Base)?(-Thinking)?(-PT|-Paddle)?")
+
+
+def published_values(size: str) -> dict[str, Any]:
+    """The config.json of the model of one of NAMES, as far as it gives sizes. KeyError: there is none."""
+    return dict(_SHAPES[size])
 
 
 def published_shape(name: str) -> ModelConfig | None:

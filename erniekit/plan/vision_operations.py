@@ -6,7 +6,7 @@ features of the patches that one token joins. e: bytes of an element.
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.vision_config import VisionConfig
-from erniekit.plan.operations import FP32, Device, Operation, recomputed
+from erniekit.plan.operations import FP32, Device, Operation, Saved, recomputed
 
 # A picture has this many patches where nothing else is known; weights of the attention are kept up to 256 (a CPU).
 FRAME_PATCHES = 1024
@@ -14,7 +14,12 @@ _KEEP_WEIGHTS = 256
 
 
 def vision_operations(
-    device: Device, model: CausalLM, tokens: float, recompute: bool, frame_patches: int = FRAME_PATCHES
+    device: Device,
+    model: CausalLM,
+    tokens: float,
+    recompute: bool,
+    offloads: bool = False,
+    frame_patches: int = FRAME_PATCHES,
 ) -> list[Operation]:
     """The operations in front of the first layer for `tokens` tokens of pictures; frozen blocks keep nothing."""
     config, transformer, resampler = model.config.vision, model.model.vision_model, model.model.resampler_model
@@ -30,7 +35,11 @@ def vision_operations(
         result.append(Operation("vision transformer", pixels + row, 2 * pixels + row, 2 * row))
         block = _block(device, config, patches, min(frame_patches, int(patches)))
         if recompute:
-            block = [recomputed(block, 0.0, row, "vision transformer"), Operation("vision transformer", row, row, row)]
+            saved = Saved(row, 0.0, offloads)
+            block = [
+                recomputed(block, saved, row, "vision transformer"),
+                Operation("vision transformer", row, row, row),
+            ]
         result += block * config.depth
     else:
         inside = _block(device, config, patches, min(frame_patches, int(patches)))

@@ -9,7 +9,7 @@ from erniekit.plan import advice
 from erniekit.plan.job import CPU, Cluster, make_job
 from erniekit.plan.memory import plan_memory
 from erniekit.plan.report import gigabytes
-from erniekit.training.outline import outline_stage
+from erniekit.training.outline import drop_outlines, outline_stage
 from erniekit.utils import log
 from erniekit.utils.host_memory import host_memory
 
@@ -20,6 +20,13 @@ def warn_if_too_large(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
     """
     if mesh.rank:
         return
+    try:
+        _warn(cfg, model, mesh)
+    finally:
+        drop_outlines()
+
+
+def _warn(cfg: Config, model: ModelConfig, mesh: Mesh) -> None:
     device, ranks = paddle.get_device(), mesh.world
     if device == "cpu":
         gpu, capacity = CPU, host_memory() / ranks

@@ -21,6 +21,8 @@ _NOT_OF_PARAMETERS = (
     "gradient_accumulation_steps",
     "recompute",
     "recompute_granularity",
+    "recompute_modules",
+    "offload_activations",
     "use_recompute_moe",
     "use_recompute_mtp",
     "no_recompute_layers",
@@ -67,6 +69,11 @@ def _outline(job: Job, stage: int, chunks: tuple[tuple[int, ...], ...]) -> tuple
         freeze_untrained_mtp(model, job.cfg)
         freeze(model, job.cfg)
     return model, mesh
+
+
+def drop_outlines() -> None:
+    """Forget the outlines made so far: their buffers are real tensors, which a run would keep beside its own."""
+    _outline.cache_clear()
 
 
 def stage_tensors(job: Job, stage: int) -> RankTensors:

@@ -78,7 +78,8 @@ _KEYS = {
         vision_config_path
         fp8_statistics_steps
         eval_dataset_prob dataloader_num_workers prefetch_factor download_hub
-        recompute recompute_granularity use_recompute_moe use_recompute_mtp no_recompute_layers
+        recompute recompute_granularity recompute_modules offload_activations use_recompute_moe use_recompute_mtp
+        no_recompute_layers
         ref_logps_cache
         do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
         overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end

@@ -27,6 +27,12 @@ PARTS = {
     "frozen_parameters": ".*input_layernorm.*",
     "resampler_lr_ratio": 0.5,
 }
+SELECTIVE = {
+    "recompute": True,
+    "recompute_granularity": "selective",
+    "recompute_modules": "attention,mlp,experts,shared_experts",
+    "offload_activations": True,
+}
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 
 TWO = {
@@ -48,6 +54,7 @@ TWO = {
     "dense-pp2-memory": ("dense", PIPE2 | {"virtual_pp_degree": 2, "pipeline_schedule": "memory_efficient"}),
     "moe-pp2-recompute": ("moe", PIPE2 | {"recompute": True}),
     "moe-ep2-recompute": ("moe", EXPERT2 | {"recompute": True}),
+    "moe-ep2-selective": ("moe", EXPERT2 | SELECTIVE),
     "lopsided-ep2": ("lopsided", EXPERT2 | WEIGHTS),
     "lopsided-tp2": ("lopsided", TENSOR2 | WEIGHTS),
     "moe-dp2-short": ("moe", DATA2 | SHORT),

@@ -10,7 +10,7 @@ from support.memory_truth import LAYOUTS, Layout, measure, prepare, run_keys
 from support.worlds import World
 
 EXACT = ("parameters", "gradients", "state", "reference")
-QUICK = {"dense, recompute", "dense, 2 stages"}
+QUICK = {"dense, recompute", "moe, 2 expert ranks, stage 1", "dense, 2 stages"}
 
 
 @pytest.fixture(scope="module")

@@ -108,27 +108,11 @@ def test_the_formula_is_what_the_profiler_counts(gpu: World, directory: Path, ca
 
 
 def test_fused_operators_save_launches_of_a_21b_model():
-    from erniekit.models.config import ModelConfig
     from erniekit.plan.launches import LaunchOptions, host_calls, kernels
+    from erniekit.plan.shapes import published_shape
 
-    config = ModelConfig.from_dict(
-        {
-            "hidden_size": 2560,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 4,
-            "vocab_size": 103424,
-            "moe_num_experts": 64,
-            "moe_k": 6,
-            "moe_intermediate_size": 1536,
-            "moe_num_shared_experts": 2,
-            "moe_layer_start_index": 1,
-            "moe_layer_end_index": 27,
-            "model_type": "ernie4_5_moe",
-        },
-        source="21B-A3B",
-    )
+    config = published_shape("baidu/ERNIE-4.5-21B-A3B-Paddle")
+    assert config is not None
     fused, plain = LaunchOptions(head_chunks=4), LaunchOptions(fused=False, head_chunks=4)
     assert host_calls(config, fused) < 0.3 * host_calls(config, plain)
     assert kernels(config, fused) < kernels(config, plain)

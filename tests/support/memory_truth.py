@@ -66,6 +66,9 @@ _VISION = {
     "max_seq_len": 768,
 }  # fmt: skip
 _CORE = {"recompute": True, "recompute_granularity": "core_attn"}
+_BF16 = {"compute_type": "bf16", "emulate_precision": True}
+_FP8 = _BF16 | {"fp8": "blockwise"}
+_SELECTIVE = {"recompute": True, "recompute_granularity": "selective"}
 _FOUR_LAYERS = {"pipeline_parallel_degree": 2, "gradient_accumulation_steps": 4}
 LAYOUTS = (
     Layout("dense", 1, "tiny-dense", _LONG),
@@ -85,6 +88,11 @@ LAYOUTS = (
     Layout("moe", 1, "tiny-moe", _LONG),
     Layout("moe, LoRA", 1, "tiny-moe", _LONG | _LORA),
     Layout("moe, experts recomputed", 1, "tiny-moe", _LONG | {"recompute": True, "recompute_granularity": "moe"}),
+    Layout("moe, attention and experts by name", 1, "tiny-moe",
+           _LONG | _SELECTIVE | {"recompute_modules": "attention,experts"}),
+    Layout("moe, blocks and shared experts by name", 1, "tiny-moe",
+           _LONG | _SELECTIVE | {"recompute_modules": "core_attn,mlp,shared_experts"}),
+    Layout("dense, recompute, offloaded", 1, "tiny-dense", _LONG | {"recompute": True, "offload_activations": True}),
     Layout("dense, 2 tensor ranks", 2, "tiny-dense", _LONG | {"tensor_parallel_degree": 2}),
     Layout("dense, 2 tensor ranks share tokens", 2, "tiny-dense",
            _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
@@ -94,9 +102,15 @@ LAYOUTS = (
     Layout("dense, stage 2", 2, "tiny-dense", _LONG | {"data_parallel_degree": 2, "sharding": "stage2"}),
     Layout("moe, 2 expert ranks, stage 1", 2, "tiny-moe",
            _LONG | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("moe, 2 expert ranks, experts by name", 2, "tiny-moe",
+           _LONG | _SELECTIVE | {"expert_parallel_degree": 2, "recompute_modules": "experts"}),
     Layout("moe, 2 tensor ranks", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "sequence_parallel": True}),
     Layout("moe, 2 stages x 2 expert ranks", 4, "tiny-moe",
            _LONG | _FOUR_LAYERS | {"expert_parallel_degree": 2, "sharding": "stage1"}),
+    Layout("moe, bf16", 1, "tiny-moe", _LONG | _BF16),
+    Layout("moe, FP8 experts", 1, "tiny-moe", _LONG | _FP8),
+    Layout("moe, FP8 experts, inputs in 16 bits", 1, "tiny-moe", _LONG | _FP8 | {"fp8_store": False}),
+    Layout("dense, bf16", 1, "tiny-dense", _LONG | _BF16),
     Layout("vl", 1, "tiny-vl", _VISION),
     Layout("vl, recompute", 1, "tiny-vl", _VISION | {"recompute": True}),
     Layout("vl, vision frozen", 1, "tiny-vl", _VISION | {"freeze_config": "freeze_vision"}),
@@ -137,10 +151,12 @@ def measure(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     from erniekit.parallel import backend
     from erniekit.parallel.mesh import ParallelDims, build_mesh
     from erniekit.training.build import build_run
+    from erniekit.training.outline import drop_outlines
     from erniekit.training.trainer import Trainer
 
     cfg = config.load(None, keys, "train")
     mesh = build_mesh(ParallelDims.from_config(cfg, backend.world().size))
+    drop_outlines()  # those of the plan of the layout before
     before = allocated()
     run = build_run(cfg, mesh)
     trainer = Trainer(run, [])
@@ -181,16 +197,19 @@ def _gradient_bytes(trainer: Any, batches: list[Any]) -> int:
         # the gradients alone, given up for a moment
         kept = {name: p.grad.numpy() for name, p in sync._tensors.items() if p.grad is not None}
         rows = {index: row.numpy() for index, row in sync._rows.items()}
+        sums = {name: total.numpy() for name, total in sync._fp32_sums.items()}
         before = allocated()
         for name in kept:
             sync._tensors[name].grad = None
         sync._rows.clear()
+        sync._fp32_sums.clear()
         found.append(before - allocated())
         import paddle
 
         for name, array in kept.items():
             sync._tensors[name].grad = paddle.to_tensor(array)
         sync._rows.update({index: paddle.to_tensor(array) for index, array in rows.items()})
+        sync._fp32_sums.update({name: paddle.to_tensor(array) for name, array in sums.items()})
         return finish()
 
     sync.finish = counted

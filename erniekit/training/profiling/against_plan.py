@@ -4,7 +4,7 @@ from erniekit.config.schema import Config
 from erniekit.models.config import ModelConfig
 from erniekit.plan.hardware import Hardware, hardware_names, load_hardware
 from erniekit.plan.job import Cluster, Job, make_job
-from erniekit.plan.launches import LaunchOptions, host_calls, kernels
+from erniekit.plan.launches import host_calls, kernels, options_of
 from erniekit.plan.memory import plan_memory
 from erniekit.plan.timing import StepTime, plan_time
 from erniekit.training.outline import outline_stage
@@ -66,18 +66,7 @@ def launch_line(cfg: Config, model: ModelConfig, ranks: int) -> str:
     """Kernel launches and calls of the host in a step of one of `ranks` ranks, by formula; the line names the model
     that the formula describes, and what it leaves out of this run.
     """
-    losses = {
-        "balance": cfg.moe_aux_loss_lambda,
-        "z": cfg.moe_z_loss_lambda,
-        "orthogonal": cfg.moe_orthogonal_loss_lambda,
-    }
-    options = LaunchOptions(
-        fused=cfg.fused_operators,
-        microbatches=cfg.gradient_accumulation_steps,
-        rows=cfg.batch_size,
-        recompute=cfg.recompute,
-        router_losses=tuple(name for name, weight in losses.items() if weight),
-    )
+    options = options_of(cfg)
     calls, launched = host_calls(model, options), kernels(model, options)
     uncounted = {
         "adapters": cfg.fine_tuning == "LoRA",

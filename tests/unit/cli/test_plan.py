@@ -7,6 +7,7 @@ import pytest
 from support.source_tree import REPOSITORY
 
 from erniekit.cli import plan
+from erniekit.plan.calibrate import Measured, calibrate
 from erniekit.utils.errors import ConfigError
 
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -19,7 +20,16 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     files = [f"json={tmp_path / 'plan.json'}", f"chart={tmp_path / 'plan.png'}"]
     assert plan.run([SFT_SMALL, "gpus=1", "gpu=H800", "tokens=1e9", "recompute=true", *files]) == 0
     text = capsys.readouterr().out
-    for expected in ("FITS", "0.36 B parameters", "1 x H800", "GPU-hours", "MFU", "assumptions:", "largest on stage 0"):
+    for expected in (
+        "FITS",
+        " kernels with ",
+        "0.36 B parameters",
+        "1 x H800",
+        "GPU-hours",
+        "MFU",
+        "assumptions:",
+        "largest on stage 0",
+    ):
         assert expected in text
     values = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     stage = values["stages"][0]
@@ -27,6 +37,32 @@ def test_a_plan_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert stage["bytes"]["parameters"] == 2 * 360_748_032
     assert values["seconds"] and values["mfu"]["full"] >= values["mfu"]["causal"] > 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_for_a_cpu_says_where_its_numbers_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    calibrate(tmp_path / "mine.yaml", "CPU", Measured({64: 1e10, 256: 6e10, 1024: 8e10}, 12e9, 5e-6, 9e9))
+    tiny = [str(CONFIGS / "tiny" / "sft" / "run_sft_dense.yaml"), "gpu=cpu", "gpus=1"]
+    plan.run(tiny)
+    assert "are placeholders" in capsys.readouterr().out
+    plan.run([*tiny, f"hardware={tmp_path / 'mine.yaml'}"])
+    assert "are placeholders" not in capsys.readouterr().out
+
+
+def test_inputs_of_recomputed_layers_leave_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stages = []
+    for offloads in ("false", "true"):
+        file = tmp_path / f"{offloads}.json"
+        words = ["gpus=1", "gpu=H800", "recompute=true", f"offload_activations={offloads}", f"json={file}"]
+        plan.run([SFT_SMALL, *words])
+        stages.append(json.loads(file.read_text("utf-8")))
+    assert "host memory for what is offloaded" in capsys.readouterr().out
+    kept, offloaded = (values["stages"][0] for values in stages)
+    inputs = 18 * 2 * 8192 * 1024  # of 18 layers, 16 bits, 8192 tokens of 1024 features
+    assert (kept["host_bytes"], offloaded["host_bytes"]) == (0, inputs)
+    # At the peak, that of the head or of the layer that runs again, at most two inputs are on the device.
+    assert inputs * 16 / 18 <= kept["bytes"]["activations"] - offloaded["bytes"]["activations"] <= inputs
+    seconds = [values["seconds"].get("offload", 0.0) for values in stages]
+    assert seconds[0] == 0 and seconds[1] > 0
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: pytest.CaptureFixture[str]):
@@ -47,7 +83,10 @@ def test_a_model_too_large_for_its_cluster_gets_the_least_one(capsys: pytest.Cap
     ]
     assert plan.run([PRETRAIN_96, *keys]) == 3
     text = capsys.readouterr().out
-    assert "the fewest that hold it: gpus=" in text
+    (line,) = [line for line in text.splitlines() if "the fewest that hold it: " in line]
+    proposed = line.partition("the fewest that hold it: ")[2].partition(" (")[0].split()
+    assert proposed[0].startswith("gpus=") and "batch_size=1" not in proposed  # what the file has already is not named
+    assert plan.run([PRETRAIN_96, *keys[1:], *proposed]) == 0  # every key that it needs is named
 
 
 def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -246,7 +246,7 @@ eval_iters: 10
         ("bf16: true", ""),
         ("gc_interval: 100000", "gc_interval: no effect: Python's garbage collector"),
         ("release_grads: True", "release_grads: no effect: gradients are freed after every step"),
-        ("offload_recompute_inputs: True", "offload_recompute_inputs: no effect: what is kept for the backward pass"),
+        ("offload_recompute_inputs: True", "offload_activations: no effect: recompute is False"),
     ],
 )
 def test_lines_of_theirs_that_load_with_a_note(read, line, expected):

@@ -264,8 +264,17 @@ def test_to_say_what_is_recomputed_asks_for_it_there(read):
     assert read(TEXT).recompute and "PaddleFormers' rule" in reasons(read(TEXT))["recompute"]
     assert not read(TEXT + "recompute: false\n").recompute
     assert not read(TEXT.replace("recompute_method: uniform\nrecompute_num_layers: 1\n", "")).recompute
-    selective = read(TEXT.replace("recompute_granularity: full", "recompute_granularity: selective"))
-    assert selective.recompute_granularity == "core_attn"
+    named = TEXT + 'recompute_modules: ["loss_fn", "core_attn"]\n'
+    assert "full decides" in reasons(read(named))["recompute_modules"]
+    for text in (TEXT, named):  # core_attn is the default; the loss never keeps its logits
+        selective = text.replace("granularity: full", "granularity: selective")
+        assert read(selective).recomputed_modules == {"core_attn"}
+    with pytest.raises(ConfigError, match=r"did you mean experts\?"):
+        read(TEXT + "recompute_modules: expert\n")
+    with pytest.raises(ConfigError, match="core_attn is a part of attention"):
+        read(TEXT.replace("granularity: full", "granularity: selective") + "recompute_modules: attention,core_attn\n")
+    with pytest.raises(ConfigError, match="names nothing to recompute"):
+        read(TEXT.replace("granularity: full", "granularity: selective") + "recompute_modules: loss_fn\n")
 
 
 def test_adapters(read):

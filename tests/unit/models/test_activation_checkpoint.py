@@ -27,10 +27,16 @@ BATCH = packed(IDS, np.roll(IDS, -1, axis=1), np.tile(np.arange(16), (2, 1)), np
 CASES = {
     "full": (RecomputeOptions(), 2),
     "full, not layer 0": (RecomputeOptions(not_in=(0,)), 1),
-    "attention": (RecomputeOptions("full_attn"), 2),
-    "core": (RecomputeOptions("core_attn"), 2),
-    "core and experts": (RecomputeOptions("core_attn", sparse=True), 3),
-    "experts": (RecomputeOptions("moe"), 1),
+    "full, offloaded": (RecomputeOptions(offloads=True), 2),
+    "attention": (RecomputeOptions(("attention",)), 2),
+    "core": (RecomputeOptions(("core_attn",)), 2),
+    "core and sparse layers": (RecomputeOptions(("core_attn", "moe")), 3),
+    "sparse layers": (RecomputeOptions(("moe",)), 1),
+    "experts": (RecomputeOptions(("experts",)), 1),
+    "attention, dense blocks, experts and shared experts, offloaded": (
+        RecomputeOptions(("attention", "mlp", "experts", "shared_experts"), offloads=True),
+        5,
+    ),
     "with multi-token prediction": (RecomputeOptions(mtp=True), 3),
 }
 
@@ -50,12 +56,12 @@ def test_no_bit_changes(case: str, monkeypatch):
     again = []
     run = generic.paddle_recompute
 
-    def counted(function, x, **keys):
-        def twice(x):
+    def counted(function, *inputs, **keys):
+        def twice(*inputs):
             again.append(paddle.is_grad_enabled())
-            return function(x)
+            return function(*inputs)
 
-        return run(twice, x, **keys)
+        return run(twice, *inputs, **keys)
 
     monkeypatch.setattr(generic, "paddle_recompute", counted)
     plain, recomputed = loss_and_gradients(None), loss_and_gradients(options)
@@ -63,6 +69,36 @@ def test_no_bit_changes(case: str, monkeypatch):
     for name, gradient in plain[1].items():
         np.testing.assert_array_equal(recomputed[1][name], gradient, err_msg=name)
     assert again.count(True) == again.count(False) == parts  # forward without a graph, then once more with it
+
+
+def test_saved_inputs_go_to_host_memory_and_come_back(monkeypatch):
+    moved = {"to_host": [], "to_device": []}
+    for name, calls in moved.items():
+        move = vars(generic)[name]
+        monkeypatch.setattr(generic, name, lambda tensor, move=move, calls=calls: calls.append(tensor) or move(tensor))
+    loss_and_gradients(RecomputeOptions(offloads=True))
+    # The input of each of the two layers, once: what a layer saves while it is computed again stays where it is.
+    assert [tensor.shape for tensor in moved["to_host"]] == [[32, tiny_model("moe").config.hidden_size]] * 2
+    assert len(moved["to_device"]) == 2
+
+
+def test_experts_that_take_the_routing_weights_give_these_their_gradient():
+    """The weights are a second tensor that needs a gradient."""
+
+    def gradients(modules: tuple[str, ...]) -> dict[str, np.ndarray]:
+        model = tiny_model("moe")
+        model.train()
+        for layer in model.model.layers:
+            if layer.sparse:
+                layer.mlp.experts.takes_weights = True
+        activation_checkpoint.apply(model.model, RecomputeOptions(modules))
+        run_step(Config(), model, CausalRecipe(Config(), 1), [BATCH])
+        return {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+    plain, recomputed = gradients(()), gradients(("experts",))
+    assert any("gate" in name and gradient.any() for name, gradient in plain.items())
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(recomputed[name], gradient, err_msg=name)
 
 
 def vision_gradients(recompute: bool) -> dict[str, np.ndarray]:

@@ -50,6 +50,14 @@ MOE = ModelConfig.from_dir(REPOSITORY / "examples/models/tiny-moe")
     [
         ({"no_recompute_layers": "1,4,9"}, r"no_recompute_layers: \[4, 9\]: the model has layers 0 to 3"),
         ({"recompute_granularity": "moe"}, "recompute_granularity: moe: this model has no experts"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": "mlp,experts"},
+            "experts: this model has no experts",
+        ),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["vision"]},
+            "this model has no vision transformer",
+        ),
     ],
 )
 def test_what_cannot_be_recomputed_is_refused_with_the_layout(given, expected):

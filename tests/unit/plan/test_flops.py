@@ -68,7 +68,7 @@ def test_recomputation_is_hardware_not_model_flops():
     assert plain.causal == again.causal
     assert plain.recomputed == 0
     assert again.hardware == pytest.approx(plain.causal * 4 / 3)
-    attention = token_flops(one_layer(), [8], recomputed_by("full_attn", False, False, ()))
+    attention = token_flops(one_layer(), [8], recomputed_by({"attention"}, False, ()))
     assert attention.recomputed == 2 * 4 * 6 + Core(2, 2, 2, 2).flops([8])
     kept = dataclasses.replace(FULL, not_in=(0,))
     assert token_flops(one_layer(), [8], kept).recomputed == 0

@@ -11,6 +11,7 @@ from erniekit.plan.hardware import load_hardware
 from erniekit.plan.job import Cluster, Job, make_job
 from erniekit.plan.search import layouts, search, words
 from erniekit.plan.timing import plan_time
+from erniekit.plan.typed import differences
 
 CARD = load_hardware("H800")
 GIVEN = ("model_name_or_path=.", "output_dir=.", "train_dataset_path=x.jsonl", "max_seq_len=256")
@@ -85,9 +86,13 @@ def test_nothing_fits():
     assert len(planned) < found.tried / 3  # one plan shows for all variants of the same degrees that they do not fit
 
 
-def test_keys_are_shown_as_they_are_typed():
-    keys = next(layouts(job()))
-    text = words(keys)
-    assert "sharding=stage1" in text and "batch_size=1" in text and "recompute=false" in text
-    assert "data_parallel_degree" not in text and "tensor_parallel_degree" not in text
-    assert "sequence_parallel=true" in words({**keys, "tensor_parallel_degree": 2, "sequence_parallel": True})
+def test_what_is_typed_is_the_layout_that_was_proposed():
+    given = job("pipeline_parallel_degree=2", "no_recompute_layers=0", "recompute=true")
+    found = search(given, CARD, memory_of(1e9))
+    keys = (*GIVEN, "gradient_accumulation_steps=8", "pipeline_parallel_degree=2")
+    assert found.fits
+    for candidate in found.fits:
+        text = words(given, candidate.keys)
+        again = config.load(None, [*keys, "no_recompute_layers=0", "recompute=true", *text.split()], "train")
+        assert differences(again, candidate.job.cfg) == {}
+        assert "batch_size=" in text and "recompute=" in text
