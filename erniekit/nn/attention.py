@@ -15,7 +15,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import fused
+from erniekit.nn import blockwise, fused
 from erniekit.nn.attention_mask import AttentionPlan
 from erniekit.nn.cpu_ops import add_to_each_, softmax_, softmax_backward_
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
@@ -192,6 +192,27 @@ def _split_queries(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) 
     return parts
 
 
+def _is_blockwise(bucket: _BucketRows, rows: paddle.Tensor) -> bool:
+    return bucket.num_prefix == 0 and blockwise.applies(bucket.length, rows)
+
+
+def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) -> blockwise.Heads:
+    """The heads of a bucket without prefixes, block by block; `rows` are its queries, keys and values."""
+    units, blocks, first = bucket.num_documents * heads.num_kv_heads, [], 0
+    for start, stop in bucket.blocks():
+        count = (stop - start) * heads.repeat
+        mask = _causal_corner(stop - start, heads.repeat)
+        blocks.append(blockwise.Block(first, count, count, stop, mask))
+        first += units * count
+    return blockwise.Heads(*rows, blocks, units, heads.dim**-0.5)
+
+
+@lru_cache(maxsize=64)
+def _causal_corner(length: int, repeat: int) -> np.ndarray:
+    """What hides later tokens among the last `length` keys of a block: fp32 [length * repeat, length]."""
+    return _causal_mask(0, length, repeat).numpy()
+
+
 class _DocumentAttention(PyLayer):
     """qkv [T, (H+2G)*d] -> context [T, H*d], rotation included. `masks`: the dropout of the weights, if any.
 
@@ -213,6 +234,11 @@ class _DocumentAttention(PyLayer):
             num_queries = bucket.num_documents * bucket.length * heads.num_heads
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
             num_keys = shape[0] * g * shape[2]
+            if masks is None and dtype == paddle.float32 and _is_blockwise(bucket, z):
+                single = _heads(fetched.split([num_queries, num_keys, num_keys]), bucket, heads)
+                outputs.append(single.attend(keep=shape[2] <= _KEEP_WEIGHTS))
+                saved.append(single)
+                continue
             queries = _split_queries(fetched[:num_queries] * d**-0.5, bucket, heads)
             k = fetched[num_queries : num_queries + num_keys].reshape(shape)
             v = fetched[num_queries + num_keys :].reshape(shape)
@@ -239,6 +265,9 @@ class _DocumentAttention(PyLayer):
             if bucket.keep is not None:
                 # Padding positions have copies of token 0, whose gradient must not be counted.
                 do = do.multiply_(bucket.keep)
+            if isinstance(saved, blockwise.Heads):
+                grads += saved.backward(do)
+                continue
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
             made = _bucket_backward(do, *saved, bucket, heads, block, dtype)
             grads += [grad.reshape([-1, d]) for grad in made]

@@ -10,6 +10,7 @@ from ctypes import c_float, c_int, c_uint
 from functools import lru_cache
 from threading import get_ident
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -71,6 +72,18 @@ def softmax_backward_(dp: paddle.Tensor, p: paddle.Tensor) -> paddle.Tensor:
     length, address = p.shape[-1], dp.data_ptr()
     _softmax_backward(get_ident(), p.size // length, length).run(address, address, p.data_ptr())
     return dp
+
+
+def softmax_rows_(scores: np.ndarray) -> None:
+    """softmax_ of a contiguous array [rows, *], where oneDNN is available."""
+    address = scores.__array_interface__["data"][0]
+    _softmax(get_ident(), *scores.shape).run(address, address)
+
+
+def softmax_backward_rows_(dp: np.ndarray, p: np.ndarray) -> None:
+    """softmax_backward_ of contiguous arrays [rows, *], where oneDNN is available."""
+    address = dp.__array_interface__["data"][0]
+    _softmax_backward(get_ident(), *p.shape).run(address, address, p.__array_interface__["data"][0])
 
 
 @lru_cache(maxsize=256)

@@ -7,11 +7,13 @@ frames, L patches of a frame.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
+from erniekit.nn import blockwise
 from erniekit.nn.cpu_ops import add_, multiply, multiply_, softmax_, softmax_backward_, subtract_
 from erniekit.nn.narrow import rounded
 
@@ -133,7 +135,12 @@ class _Attention(PyLayer):
         k = mixer.rotate(rows[num_rows : 2 * num_rows])
         outputs, saved, ctx.kept = [], [], []
         for parts in mixer.by_run(q, k, rows[2 * num_rows :]):
-            out, kept = _forward(*parts)
+            length = parts[0].shape[2]
+            if blockwise.applies(length, *parts):
+                kept: Any = _heads(*parts)
+                out = kept.attend(keep=length <= _KEEP_WEIGHTS)
+            else:
+                out, kept = _forward(*parts)
             saved += parts
             ctx.kept.append(kept)
             outputs.append(out.reshape([-1, head_dim]))
@@ -149,7 +156,11 @@ class _Attention(PyLayer):
         dout_rows = paddle.gather(dout.reshape([-1, head_dim]), mixer.fetch_context)
         runs = []
         for number, (do,) in enumerate(mixer.by_run(dout_rows)):
-            grads = _backward(*saved[3 * number : 3 * number + 3], ctx.kept[number], do)
+            kept = ctx.kept[number]
+            if isinstance(kept, blockwise.Heads):
+                grads = kept.backward(do)
+            else:
+                grads = _backward(*saved[3 * number : 3 * number + 3], kept, do)
             runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
         dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))
@@ -160,6 +171,15 @@ class _Attention(PyLayer):
 
 def _join(parts: list[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
+
+
+def _heads(scaled: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> blockwise.Heads:
+    """The heads of a run of frames [F, H, L, d], block by block."""
+    frames, heads, length = scaled.shape[:3]
+    rows = max(1, blockwise.BLOCK_SCORES // length)
+    starts = range(0, length, rows)
+    blocks = [blockwise.Block(start, length, min(rows, length - start), length) for start in starts]
+    return blockwise.Heads(scaled, k, v, blocks, frames * heads)
 
 
 def _forward(

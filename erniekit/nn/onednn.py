@@ -1,15 +1,15 @@
 """The oneDNN library that Paddle's wheel contains, called by its public C interface on the memory of tensors.
 
 Paddle itself uses it in inference programs only, not in operations that run one at a time. Here are the library, its
-compiled operations, and the products of 16-bit matrices on a CPU; nn/cpu_ops.py has operations on fp32 tensors. A product
-sums in fp32 and rounds once. The processor must have instructions for its dtype (avx512_bf16 or avx512_fp16; processors
-with AMX have both); elsewhere it would be slower than fp32.
+compiled operations, and products: of fp32 matrices in place (`sgemm`), and of 16-bit matrices (`matmul`), which sum in
+fp32 and round once. For these the processor must have instructions for the dtype (avx512_bf16 or avx512_fp16;
+processors with AMX have both); elsewhere they would be slower than fp32. nn/cpu_ops.py has operations on fp32 tensors.
 """
 
 import ctypes
 import threading
 from collections.abc import Sequence
-from ctypes import byref, c_char, c_float, c_int, c_int64, c_void_p
+from ctypes import byref, c_char, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,25 +77,16 @@ def sgemm(
     x: tuple[int, int],
     y: tuple[int, int],
     out: tuple[int, int],
+    alpha: float = 1.0,
+    beta: float = 0.0,
 ) -> None:
-    """out [rows, columns] = x y with `inner` terms a sum, of fp32 matrices given as (address, numbers from one stored
-    row to the next). A transposed one is stored by columns.
+    """out [rows, columns] = alpha x y + beta out with `inner` terms a sum, of fp32 matrices given as (address, numbers
+    from one stored row to the next). A transposed one is stored by columns.
     """
     library = _library()
     assert library is not None
-    status = library.sgemm(
-        c_char(b"T" if transpose_x else b"N"),
-        c_char(b"T" if transpose_y else b"N"),
-        *(c_int64(size) for size in (rows, columns, inner)),
-        c_float(1.0),
-        c_void_p(x[0]),
-        c_int64(x[1]),
-        c_void_p(y[0]),
-        c_int64(y[1]),
-        c_float(0.0),
-        c_void_p(out[0]),
-        c_int64(out[1]),
-    )
+    how = b"T" if transpose_x else b"N", b"T" if transpose_y else b"N"
+    status = library.sgemm(*how, rows, columns, inner, alpha, *x, *y, beta, *out)
     assert status == 0, f"oneDNN: dnnl_sgemm: status {status}"
 
 
@@ -112,6 +103,9 @@ class _Library:
         self._functions = functions
         self.set_address, self.execute = functions.dnnl_memory_set_data_handle, functions.dnnl_primitive_execute
         self.wait, self.sgemm = functions.dnnl_stream_wait, functions.dnnl_sgemm
+        matrix, real = [c_void_p, c_int64], [ctypes.c_float]
+        self.set_address.argtypes, self.wait.argtypes = [c_void_p, c_void_p], [c_void_p]
+        self.sgemm.argtypes = [c_char, c_char, c_int64, c_int64, c_int64, *real, *matrix, *matrix, *real, *matrix]
         self.engine, self.stream = c_void_p(), c_void_p()
         self.call("dnnl_engine_create", byref(self.engine), c_int(_CPU), ctypes.c_size_t(0))
         self.call("dnnl_stream_create", byref(self.stream), self.engine, c_int(_IN_ORDER))
@@ -205,7 +199,7 @@ class Primitive:
         """Compute with the operands at these addresses."""
         library = self._library
         for memory, address in zip(self._memories, addresses, strict=True):
-            library.set_address(memory, c_void_p(address))
+            library.set_address(memory, address)
         status = library.execute(self._primitive, library.stream, c_int(len(addresses)), self._arguments)
         assert status == 0, f"oneDNN: dnnl_primitive_execute: status {status}"
         library.wait(library.stream)
