@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import fused
+from erniekit.nn import cpu_ops, fused
 from erniekit.nn.narrow import add, matmul
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
@@ -55,11 +55,16 @@ def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, max_tokens: int) -> lis
 
 
 def _softmax_nll(logits_TV: paddle.Tensor, labels_T1: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """softmax [T, V] and -log softmax at the label [T, 1] in one pass: the kernel behind paddle's cross_entropy, which
-    keeps the softmax to itself. On a CPU it takes no logit for more than 64 below the largest; such losses are computed
-    again. A GPU's kernel has no such limit, and asking would stop the host.
+    """softmax [T, V] and -log softmax at the label [T, 1]. On a CPU by oneDNN, or in one pass by the kernel behind
+    paddle's cross_entropy, which keeps the softmax to itself. There the kernel takes no logit for more than 64 below
+    the largest, and the smallest probabilities are zero: large losses are computed again. A GPU's kernel has no such
+    limit, and asking would stop the host.
     """
-    p, nll = paddle._C_ops.cross_entropy_with_softmax(logits_TV, labels_T1, False, True, True, -100, -1)
+    if cpu_ops.applies(logits_TV):
+        p = cpu_ops.softmax(logits_TV)
+        nll = -paddle.log(paddle.take_along_axis(p, labels_T1, axis=1))
+    else:
+        p, nll = paddle._C_ops.cross_entropy_with_softmax(logits_TV, labels_T1, False, True, True, -100, -1)
     if logits_TV.place.is_cpu_place() and bool((nll > _KERNEL_RANGE).any()):
         at_label = paddle.take_along_axis(logits_TV, labels_T1, axis=1)
         nll = paddle.logsumexp(logits_TV, axis=-1, keepdim=True) - at_label

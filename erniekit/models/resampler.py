@@ -6,8 +6,10 @@ Legend: P patches, M merged tokens, N images and videos, C features of a patch, 
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.autograd import PyLayer
 
 from erniekit.models.vision_config import VisionConfig
+from erniekit.nn.cpu_ops import gelu, gelu_backward
 from erniekit.nn.linear import Linear
 from erniekit.nn.narrow import concat, gather, rounded
 from erniekit.nn.norm import LayerNorm, RMSNorm
@@ -29,12 +31,28 @@ def frame_pairs(grid_N3: np.ndarray, merge_size: int) -> tuple[np.ndarray, np.nd
     return np.concatenate([empty, *even]), np.concatenate([empty, *odd])
 
 
+class _GELU(PyLayer):
+    """For the CPU, as one node that keeps x."""
+
+    @staticmethod
+    def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:
+        ctx.save_for_backward(x)
+        return gelu(x)
+
+    @staticmethod
+    def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
+        (x,) = ctx.saved_tensor()
+        return gelu_backward(dy, x)
+
+
 class GELU(nn.Layer):
     """x * P(X <= x) for a standard normal X (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., C] -> [..., C]."""
-        return rounded(nn.functional.gelu, x)
+        if not x.place.is_cpu_place():
+            return nn.functional.gelu(x)
+        return rounded(_GELU.apply, x)
 
 
 class Resampler(ComponentLayer):

@@ -15,9 +15,9 @@ from paddle.autograd import PyLayer
 
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
+from erniekit.nn.cpu_ops import swish, swish_backward
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
-from erniekit.nn.mlp import fast_sigmoid
 from erniekit.nn.narrow import add, rounded
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
@@ -97,22 +97,17 @@ class VisionAttention(nn.Layer):
 
 
 class _QuickGELU(PyLayer):
-    """For the CPU: one node, that keeps s = sigmoid(a x) and its result y = x s. The sigmoid goes through tanh, as in
-    nn.mlp.
-    """
+    """For the CPU, as one node that keeps x."""
 
     @staticmethod
     def forward(ctx, x: paddle.Tensor) -> paddle.Tensor:
-        sigmoid = fast_sigmoid(x, 1.702)
-        y = x * sigmoid
-        ctx.save_for_backward(sigmoid, y.detach())  # y itself would be part of a cycle of references
-        return y
+        ctx.save_for_backward(x)
+        return swish(x, 1.702)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
-        # dy (s + a y (1 - s))
-        sigmoid, y = ctx.saved_tensor()
-        return sigmoid.scale(-1.702, bias=1.702).multiply_(y).add_(sigmoid).multiply_(dy)
+        (x,) = ctx.saved_tensor()
+        return swish_backward(dy, x, 1.702)
 
 
 class QuickGELU(nn.Layer):

@@ -15,8 +15,9 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import fused
+from erniekit.nn import blockwise, fused
 from erniekit.nn.attention_mask import AttentionPlan
+from erniekit.nn.cpu_ops import add_to_each_, softmax_, softmax_backward_
 from erniekit.nn.dropout import AttentionDropout, LayerMasks
 from erniekit.nn.linear import Linear
 from erniekit.nn.rotary import Rotation
@@ -177,7 +178,7 @@ def _probabilities(
         mask = nn.functional.pad(mask, [0, 0, bucket.num_prefix, 0])
     if bucket.hidden is not None:
         scores = scores.add_(bucket.hidden[..., :seen])
-    return nn.functional.softmax(scores.add_(mask), axis=-1)
+    return softmax_(add_to_each_(scores, mask))
 
 
 def _split_queries(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) -> list[paddle.Tensor]:
@@ -189,6 +190,27 @@ def _split_queries(flat: paddle.Tensor, bucket: _BucketRows, heads: HeadLayout) 
         parts.append(flat[begin:end].reshape([n, g, (stop - start) * r, heads.dim]))
         begin = end
     return parts
+
+
+def _is_blockwise(bucket: _BucketRows, rows: paddle.Tensor) -> bool:
+    return bucket.num_prefix == 0 and blockwise.applies(bucket.length, rows)
+
+
+def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) -> blockwise.Heads:
+    """The heads of a bucket without prefixes, block by block; `rows` are its queries, keys and values."""
+    units, blocks, first = bucket.num_documents * heads.num_kv_heads, [], 0
+    for start, stop in bucket.blocks():
+        count = (stop - start) * heads.repeat
+        mask = _causal_corner(stop - start, heads.repeat)
+        blocks.append(blockwise.Block(first, count, count, stop, mask))
+        first += units * count
+    return blockwise.Heads(*rows, blocks, units, heads.dim**-0.5)
+
+
+@lru_cache(maxsize=64)
+def _causal_corner(length: int, repeat: int) -> np.ndarray:
+    """What hides later tokens among the last `length` keys of a block: fp32 [length * repeat, length]."""
+    return _causal_mask(0, length, repeat).numpy()
 
 
 class _DocumentAttention(PyLayer):
@@ -212,6 +234,11 @@ class _DocumentAttention(PyLayer):
             num_queries = bucket.num_documents * bucket.length * heads.num_heads
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
             num_keys = shape[0] * g * shape[2]
+            if masks is None and dtype == paddle.float32 and _is_blockwise(bucket, z):
+                single = _heads(fetched.split([num_queries, num_keys, num_keys]), bucket, heads)
+                outputs.append(single.attend(keep=shape[2] <= _KEEP_WEIGHTS))
+                saved.append(single)
+                continue
             queries = _split_queries(fetched[:num_queries] * d**-0.5, bucket, heads)
             k = fetched[num_queries : num_queries + num_keys].reshape(shape)
             v = fetched[num_queries + num_keys :].reshape(shape)
@@ -222,7 +249,7 @@ class _DocumentAttention(PyLayer):
                 weights.append((p, mask) if shape[2] <= _KEEP_WEIGHTS else None)
                 p = p if mask is None else p * mask
                 parts.append(paddle.matmul(_as_stored(p, dtype), v[:, :, : bucket.num_prefix + stop]))
-            saved.append((queries, k, v, weights, parts))
+            saved.append((queries, k, v, weights))
             outputs += [part.reshape([-1, d]) for part in parts]
         ctx.rotation, ctx.rows, ctx.heads, ctx.masks, ctx.saved = rotation, rows, heads, masks, saved
         return paddle.gather(_join(outputs), rows.merge).reshape([num_tokens, heads.num_heads * d]).astype(dtype)
@@ -238,9 +265,11 @@ class _DocumentAttention(PyLayer):
             if bucket.keep is not None:
                 # Padding positions have copies of token 0, whose gradient must not be counted.
                 do = do.multiply_(bucket.keep)
+            if isinstance(saved, blockwise.Heads):
+                grads += saved.backward(do)
+                continue
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
-            queries, k, v, weights, outputs = saved
-            made = _bucket_backward(do, queries, k, v, weights, outputs, bucket, heads, block, dtype)
+            made = _bucket_backward(do, *saved, bucket, heads, block, dtype)
             grads += [grad.reshape([-1, d]) for grad in made]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])
@@ -273,36 +302,22 @@ def _bucket_backward(
     k: paddle.Tensor,
     v: paddle.Tensor,
     weights: list[tuple[paddle.Tensor, paddle.Tensor | None] | None],
-    outputs: list[paddle.Tensor],
     bucket: _BucketRows,
     heads: HeadLayout,
     mask_of: Callable[[int, int], paddle.Tensor] | None,
     dtype: paddle.dtype,
 ) -> list[paddle.Tensor]:
-    """Adjoint of blocked attention: dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4);
-    with dropout dP = mask * dO V^T, and rowsum(dO * O) is still the rows' sum of P * dP.
-
-    Without dropout the row sums ride along as one more column of the product dO V^T, against a column of -1: a
-    broadcast subtraction over the scores would cost more than the product. Returns the blocks' dq, then dk and dv.
-    """
-    ones = paddle.ones([heads.dim, 1], dtype=do.dtype)
-    v_and_minus = paddle.concat([v, paddle.full([*v.shape[:3], 1], -1.0, dtype=v.dtype)], axis=-1)
+    """Adjoint of blocked attention, the weights dropped by `mask_of`. Returns the blocks' dq, then dk and dv."""
     dq_parts, dk, dv = [], None, None
-    blocks = zip(queries, weights, outputs, _split_queries(do, bucket, heads), bucket.blocks(), strict=True)
-    for q, saved, out, do_b, (start, stop) in blocks:
+    blocks = zip(queries, weights, _split_queries(do, bucket, heads), bucket.blocks(), strict=True)
+    for q, saved, do_b, (start, stop) in blocks:
         if saved is None:
             p, mask = _probabilities(q, k, start, stop, heads.repeat, bucket), mask_of and mask_of(start, stop)
         else:
             p, mask = saved
         seen = bucket.num_prefix + stop
-        row_sum = paddle.matmul(do_b * out, ones)
-        if mask is None:
-            do_and_sum = paddle.concat([do_b, row_sum], axis=-1)
-            ds = paddle.matmul(do_and_sum, v_and_minus[:, :, :seen], transpose_y=True)
-        else:
-            ds = paddle.matmul(do_b, v[:, :, :seen], transpose_y=True)
-            ds = ds.multiply_(mask).subtract_(row_sum)
-        ds = _as_stored(ds.multiply_(p), dtype)
+        dp = paddle.matmul(do_b, v[:, :, :seen], transpose_y=True)
+        ds = _as_stored(softmax_backward_(dp if mask is None else dp.multiply_(mask), p), dtype)
         p = p if mask is None else p * mask
         dq_parts.append(paddle.matmul(ds, k[:, :, :seen]).scale_(heads.dim**-0.5))
         # dK^T = Q^T dS and dV^T = dO^T P: transposing the wide matrix would take a CPU as long as the product.

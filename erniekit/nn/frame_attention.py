@@ -7,12 +7,14 @@ frames, L patches of a frame.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import paddle
-from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn import blockwise
+from erniekit.nn.cpu_ops import add_, multiply, multiply_, softmax_, softmax_backward_, subtract_
 from erniekit.nn.narrow import rounded
 
 _QUERIES = 1024  # query patches of a frame whose scores exist at once
@@ -114,9 +116,9 @@ class FrameAttention:
         """
         cos, sin, other = self._factors
         x = rows.astype("float32")
-        halves = paddle.gather(x.reshape([-1, x.shape[1] // 2]), other).reshape(x.shape).multiply_(sin)
-        turned = x * cos
-        return (turned.subtract_(halves) if inverse else turned.add_(halves)).astype(rows.dtype)
+        halves = multiply_(paddle.gather(x.reshape([-1, x.shape[1] // 2]), other).reshape(x.shape), sin)
+        turned = multiply(x, cos)
+        return (subtract_(turned, halves) if inverse else add_(turned, halves)).astype(rows.dtype)
 
 
 class _Attention(PyLayer):
@@ -133,8 +135,13 @@ class _Attention(PyLayer):
         k = mixer.rotate(rows[num_rows : 2 * num_rows])
         outputs, saved, ctx.kept = [], [], []
         for parts in mixer.by_run(q, k, rows[2 * num_rows :]):
-            out, kept = _forward(*parts)
-            saved += [*parts, out]
+            length = parts[0].shape[2]
+            if blockwise.applies(length, *parts):
+                kept: Any = _heads(*parts)
+                out = kept.attend(keep=length <= _KEEP_WEIGHTS)
+            else:
+                out, kept = _forward(*parts)
+            saved += parts
             ctx.kept.append(kept)
             outputs.append(out.reshape([-1, head_dim]))
         ctx.save_for_backward(*saved)
@@ -149,8 +156,11 @@ class _Attention(PyLayer):
         dout_rows = paddle.gather(dout.reshape([-1, head_dim]), mixer.fetch_context)
         runs = []
         for number, (do,) in enumerate(mixer.by_run(dout_rows)):
-            scaled, k, v, out = saved[4 * number : 4 * number + 4]
-            grads = _backward(scaled, k, v, out, ctx.kept[number], do)
+            kept = ctx.kept[number]
+            if isinstance(kept, blockwise.Heads):
+                grads = kept.backward(do)
+            else:
+                grads = _backward(*saved[3 * number : 3 * number + 3], kept, do)
             runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
         dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))
@@ -161,6 +171,15 @@ class _Attention(PyLayer):
 
 def _join(parts: list[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
     return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=axis)
+
+
+def _heads(scaled: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor) -> blockwise.Heads:
+    """The heads of a run of frames [F, H, L, d], block by block."""
+    frames, heads, length = scaled.shape[:3]
+    rows = max(1, blockwise.BLOCK_SCORES // length)
+    starts = range(0, length, rows)
+    blocks = [blockwise.Block(start, length, min(rows, length - start), length) for start in starts]
+    return blockwise.Heads(scaled, k, v, blocks, frames * heads)
 
 
 def _forward(
@@ -178,18 +197,9 @@ def _forward(
 
 
 def _backward(
-    scaled: paddle.Tensor,
-    k: paddle.Tensor,
-    v: paddle.Tensor,
-    out: paddle.Tensor,
-    kept: list[paddle.Tensor | None],
-    dout: paddle.Tensor,
+    scaled: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, kept: list[paddle.Tensor | None], dout: paddle.Tensor
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """dS = P * (dP - rowsum(dO * O)) (Dao et al. 2022, arXiv 2205.14135, appendix B.4): gradients of the scaled q, k
-    and v. The row sums are one more column of the product dO V^T, as in nn.attention.
-    """
-    ones = paddle.ones([v.shape[-1], 1], dtype=v.dtype)
-    v_and_minus = paddle.concat([v, paddle.full([*v.shape[:3], 1], -1.0, dtype=v.dtype)], axis=-1)
+    """Gradients of the scaled q, k and v."""
     dq: list[paddle.Tensor] = []
     dk: paddle.Tensor = None
     dv: paddle.Tensor = None
@@ -198,8 +208,7 @@ def _backward(
         q, do = scaled[:, :, block], dout[:, :, block]
         p = kept[number]
         p = _weights(q, k) if p is None else p
-        do_and_sum = paddle.concat([do, paddle.matmul(do * out[:, :, block], ones)], axis=-1)
-        ds = paddle.matmul(do_and_sum, v_and_minus, transpose_y=True).astype("float32").multiply_(p)
+        ds = softmax_backward_(paddle.matmul(do, v, transpose_y=True).astype("float32"), p)
         ds, p = ds.astype(q.dtype), p.astype(q.dtype)
         dq.append(paddle.matmul(ds, k))
         # Transposing the wide matrix of scores takes a CPU twice as long as the product: dK^T = Q^T dS, dV^T = dO^T P.
@@ -210,4 +219,4 @@ def _backward(
 
 def _weights(q: paddle.Tensor, k: paddle.Tensor) -> paddle.Tensor:
     """Softmax weights of scaled queries [F, H, l, d] over all keys of their frame: fp32 [F, H, l, L]."""
-    return nn.functional.softmax_(paddle.matmul(q, k, transpose_y=True).astype("float32"), axis=-1)
+    return softmax_(paddle.matmul(q, k, transpose_y=True).astype("float32"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import fused
+from erniekit.nn import cpu_ops, fused
 from erniekit.nn.narrow import matmul
 
 
@@ -30,8 +30,7 @@ class _GroupedMatmul(PyLayer):
         ctx.counts = counts
         if _in_one_call(rows):
             return fused.grouped_product(rows, weight, counts)
-        parts = [matmul(rows[begin:end], weight[e]) for e, begin, end in row_spans(counts)]
-        return paddle.concat(parts, axis=0) if parts else paddle.zeros([0, weight.shape[2]], dtype=rows.dtype)
+        return _of_groups(rows, weight, counts)
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -41,17 +40,39 @@ class _GroupedMatmul(PyLayer):
             if weight.stop_gradient:
                 return drows, None
             return drows, fused.grouped_product(rows, dy, ctx.counts, transpose_left=True)
-        spans = row_spans(ctx.counts)
-        drows = None
-        if not rows.stop_gradient:
-            parts = [matmul(dy[begin:end], weight[e], transpose_y=True) for e, begin, end in spans]
-            drows = paddle.concat(parts, axis=0) if parts else paddle.zeros_like(rows)
-        if weight.stop_gradient:
-            return drows, None
-        products = [paddle.zeros(weight.shape[1:], dtype=weight.dtype)] * len(weight)
+        drows = None if rows.stop_gradient else _of_groups(dy, weight, ctx.counts, transpose=True)
+        return drows, None if weight.stop_gradient else _weight_gradient(rows, dy, ctx.counts, weight)
+
+
+def _of_groups(
+    rows: paddle.Tensor, weight: paddle.Tensor, counts: Sequence[int], transpose: bool = False
+) -> paddle.Tensor:
+    """The rows of each group times its matrix, or the transposed one."""
+    spans, columns = row_spans(counts), weight.shape[1 if transpose else 2]
+    if not spans:
+        return paddle.zeros([0, columns], dtype=rows.dtype)
+    if cpu_ops.applies(rows) and cpu_ops.applies(weight):
+        out = paddle.empty([rows.shape[0], columns], dtype=rows.dtype)
         for e, begin, end in spans:
-            products[e] = matmul(rows[begin:end], dy[begin:end], transpose_x=True)
-        return drows, paddle.stack(products)
+            cpu_ops.matmul_into(out[begin:end], rows[begin:end], weight[e], transpose_y=transpose)
+        return out
+    return paddle.concat([matmul(rows[begin:end], weight[e], transpose_y=transpose) for e, begin, end in spans], axis=0)
+
+
+def _weight_gradient(
+    rows: paddle.Tensor, dy: paddle.Tensor, counts: Sequence[int], weight: paddle.Tensor
+) -> paddle.Tensor:
+    """[E, in, out]."""
+    spans = row_spans(counts)
+    if spans and cpu_ops.applies(rows) and cpu_ops.applies(dy):
+        grads = (paddle.empty_like if len(spans) == len(counts) else paddle.zeros_like)(weight)
+        for e, begin, end in spans:
+            cpu_ops.matmul_into(grads[e], rows[begin:end], dy[begin:end], transpose_x=True)
+        return grads
+    products = [paddle.zeros(weight.shape[1:], dtype=weight.dtype)] * len(weight)
+    for e, begin, end in spans:
+        products[e] = matmul(rows[begin:end], dy[begin:end], transpose_x=True)
+    return paddle.stack(products)
 
 
 def _in_one_call(rows: paddle.Tensor) -> bool:

@@ -7,6 +7,7 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from erniekit.nn.cpu_ops import add_to_each
 from erniekit.nn.narrow import matmul, rounded
 from erniekit.nn.product import Product
 from erniekit.nn.roles import Role
@@ -133,7 +134,7 @@ class _AddBias(PyLayer):
     @staticmethod
     def forward(ctx, y_TN: paddle.Tensor, bias_N: paddle.Tensor) -> paddle.Tensor:
         ctx.needs_gradient = not y_TN.stop_gradient, not bias_N.stop_gradient
-        return y_TN + bias_N
+        return add_to_each(y_TN, bias_N)
 
     @staticmethod
     def backward(ctx, dout_TN: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:

@@ -8,6 +8,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from erniekit.nn import fused
+from erniekit.nn.cpu_ops import multiply, multiply_, swish, swish_backward
 from erniekit.nn.linear import Linear
 from erniekit.nn.narrow import rounded
 
@@ -19,33 +20,21 @@ def _halves_index(num_rows: int) -> paddle.Tensor:
 
 
 class _SwiGLU(PyLayer):
-    """For the CPU. Gate and up are gathered into two whole tensors, and silu goes through tanh, the one such function
-    that Paddle vectorises there: sigmoid(x) = (1 + tanh(x / 2)) / 2.
-    """
+    """For the CPU. Gate and up are gathered into two whole tensors."""
 
     @staticmethod
     def forward(ctx, gate_up: paddle.Tensor) -> paddle.Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         both = paddle.gather(gate_up.reshape([2 * rows, size]), _halves_index(rows))
         ctx.save_for_backward(both)
-        gate, up = both[:rows], both[rows:]
-        return fast_sigmoid(gate).multiply_(gate).multiply_(up)
+        return multiply_(swish(both[:rows]), both[rows:])
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
         (both,) = ctx.saved_tensor()
         gate, up = both[: dy.shape[0]], both[dy.shape[0] :]
-        sigmoid = fast_sigmoid(gate)
-        silu = gate * sigmoid
-        dup = dy * silu
-        # d silu / d gate = sigmoid + silu (1 - sigmoid)
-        slope = sigmoid.subtract_(silu * sigmoid).add_(silu)
-        return paddle.concat([slope.multiply_(up).multiply_(dy), dup], axis=-1)
-
-
-def fast_sigmoid(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
-    """sigmoid(factor * x), fast on a CPU."""
-    return (x * (0.5 * factor)).tanh_().scale_(0.5, bias=0.5)
+        dup = multiply_(swish(gate), dy)
+        return paddle.concat([swish_backward(multiply(dy, up), gate), dup], axis=-1)
 
 
 def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:

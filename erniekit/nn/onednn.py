@@ -1,25 +1,29 @@
-"""Products of 16-bit matrices on a CPU, by the oneDNN library that Paddle's wheel contains.
+"""The oneDNN library that Paddle's wheel contains, called by its public C interface on the memory of tensors.
 
-Paddle multiplies such matrices in inference programs only, not in operations that run one at a time. So the library's C
-interface is called on the memory of the tensors. It sums in fp32 and rounds once. The processor must have instructions
-for the dtype (avx512_bf16 or avx512_fp16; processors with AMX have both); elsewhere it would be slower than fp32.
+Paddle itself uses it in inference programs only, not in operations that run one at a time. Here are the library, its
+compiled operations, and products: of fp32 matrices in place (`sgemm`), and of 16-bit matrices (`matmul`), which sum in
+fp32 and round once. For these the processor must have instructions for the dtype (avx512_bf16 or avx512_fp16;
+processors with AMX have both); elsewhere they would be slower than fp32. nn/cpu_ops.py has operations on fp32 tensors.
 """
 
 import ctypes
-from ctypes import byref, c_int, c_int64, c_void_p
+import threading
+from collections.abc import Sequence
+from ctypes import byref, c_char, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import paddle
 
 from erniekit.utils import runtime
 
-_FLAGS = {paddle.bfloat16: "avx512_bf16", paddle.float16: "avx512_fp16"}
+_FLAGS = {paddle.bfloat16: "avx512_bf16", paddle.float16: "avx512_fp16", paddle.float32: "avx2"}
 # Numbers of oneDNN's C interface (dnnl_types.h).
-_DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: 2}
+_DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: 2, paddle.float32: 3}
 _CPU, _IN_ORDER = 1, 1
-_SOURCE, _WEIGHTS, _RESULT = 1, 33, 17
+SOURCE, SECOND_SOURCE, WEIGHTS, RESULT = 1, 2, 33, 17
+_POST_OPERAND = 32768  # times the number of the operation behind, from 1 on; together with SECOND_SOURCE
 _Dims = c_int64 * 12
 
 
@@ -27,9 +31,25 @@ class _Argument(ctypes.Structure):
     _fields_ = [("kind", c_int), ("memory", c_void_p)]
 
 
+class Layout(NamedTuple):
+    """How numbers lie in memory: sizes and strides of each axis, in numbers, and their type (3 is fp32)."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    data_type: int = _DATA_TYPES[paddle.float32]
+
+
+def dense(*sizes: int) -> Layout:
+    """fp32 numbers row by row."""
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.append(strides[-1] * size)
+    return Layout(sizes, tuple(reversed(strides)))
+
+
 @lru_cache(maxsize=8)
 def is_available(dtype: paddle.dtype) -> bool:
-    """Whether this process can multiply matrices of a dtype on its CPU."""
+    """Whether this process can compute with a dtype on its CPU."""
     return dtype in _FLAGS and _FLAGS[dtype] in runtime.cpu_flags() and _library() is not None
 
 
@@ -42,9 +62,32 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transp
     (rows, inner), (other, columns) = _shape(x, transpose_x), _shape(y, transpose_y)
     assert inner == other, (x.shape, y.shape)
     out = paddle.empty([rows, columns], dtype=x.dtype)
-    product = _product(_DATA_TYPES[x.dtype], rows, inner, columns, transpose_x, transpose_y)
+    thread = threading.get_ident()
+    product = _product(thread, _DATA_TYPES[x.dtype], rows, inner, columns, transpose_x, transpose_y)
     product.run(x.data_ptr(), y.data_ptr(), out.data_ptr())
     return out
+
+
+def sgemm(
+    transpose_x: bool,
+    transpose_y: bool,
+    rows: int,
+    columns: int,
+    inner: int,
+    x: tuple[int, int],
+    y: tuple[int, int],
+    out: tuple[int, int],
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> None:
+    """out [rows, columns] = alpha x y + beta out with `inner` terms a sum, of fp32 matrices given as (address, numbers
+    from one stored row to the next). A transposed one is stored by columns.
+    """
+    library = _library()
+    assert library is not None
+    how = b"T" if transpose_x else b"N", b"T" if transpose_y else b"N"
+    status = library.sgemm(*how, rows, columns, inner, alpha, *x, *y, beta, *out)
+    assert status == 0, f"oneDNN: dnnl_sgemm: status {status}"
 
 
 def _shape(matrix: paddle.Tensor, transposed: bool) -> tuple[int, int]:
@@ -56,7 +99,13 @@ class _Library:
     """oneDNN with an engine and a stream of this process, which live as long as it does."""
 
     def __init__(self, file: Path) -> None:
-        self._functions = ctypes.CDLL(str(file))
+        functions = ctypes.CDLL(str(file))
+        self._functions = functions
+        self.set_address, self.execute = functions.dnnl_memory_set_data_handle, functions.dnnl_primitive_execute
+        self.wait, self.sgemm = functions.dnnl_stream_wait, functions.dnnl_sgemm
+        matrix, real = [c_void_p, c_int64], [ctypes.c_float]
+        self.set_address.argtypes, self.wait.argtypes = [c_void_p, c_void_p], [c_void_p]
+        self.sgemm.argtypes = [c_char, c_char, c_int64, c_int64, c_int64, *real, *matrix, *matrix, *real, *matrix]
         self.engine, self.stream = c_void_p(), c_void_p()
         self.call("dnnl_engine_create", byref(self.engine), c_int(_CPU), ctypes.c_size_t(0))
         self.call("dnnl_stream_create", byref(self.stream), self.engine, c_int(_IN_ORDER))
@@ -65,6 +114,14 @@ class _Library:
         """Call a function that returns a status."""
         status = self._functions[name](*arguments)
         assert status == 0, f"oneDNN: {name}: status {status}"
+
+    def describe(self, layout: Layout) -> c_void_p:
+        """A memory descriptor, which the caller destroys."""
+        description = c_void_p()
+        sizes, strides = _Dims(*layout.sizes), _Dims(*layout.strides)
+        count, data_type = c_int(len(layout.sizes)), c_int(layout.data_type)
+        self.call("dnnl_memory_desc_create_with_strides", byref(description), count, sizes, data_type, strides)
+        return description
 
 
 @lru_cache(maxsize=1)
@@ -78,58 +135,92 @@ def _library() -> _Library | None:
     return None
 
 
-class _Product:
-    """A product of given sizes, compiled by oneDNN for this processor."""
+class Primitive:
+    """An operation on memory of given layouts, compiled by oneDNN for this processor. For one thread: it keeps the
+    addresses of a call.
+
+    Args:
+        name: the operation, as in oneDNN's `dnnl_NAME_primitive_desc_create`.
+        arguments: those of that function behind the engine and before the attributes; a Layout stands for its memory
+            descriptor.
+        operands: kind (DNNL_ARG_...) and layout of each memory that `run` gets.
+        behind: operations on the result with one more operand each, (algorithm, layout), in the order of computing.
+            Their operands follow the others in `run`.
+        forward: for a backward operation, the one whose adjoint it is.
+    """
 
     def __init__(
-        self, data_type: int, rows: int, inner: int, columns: int, transpose_x: bool, transpose_y: bool
+        self,
+        name: str,
+        arguments: Sequence[Any],
+        operands: Sequence[tuple[int, Layout]],
+        behind: Sequence[tuple[int, Layout]] = (),
+        forward: "Primitive | None" = None,
     ) -> None:
         library = _library()
         assert library is not None
         self._library, self._primitive, self._memories = library, c_void_p(), []
-        layouts = ((rows, inner, transpose_x), (inner, columns, transpose_y), (rows, columns, False))
-        descriptions = [self._describe(data_type, *layout) for layout in layouts]
-        described = c_void_p()
-        source, weights, result = descriptions
-        library.call(
-            "dnnl_matmul_primitive_desc_create", byref(described), library.engine, source, weights, None, result, None
-        )
-        library.call("dnnl_primitive_create", byref(self._primitive), described)
-        library.call("dnnl_primitive_desc_destroy", described)
-        for description in descriptions:
+        self._described, descriptions = c_void_p(), dict[Layout, c_void_p]()
+        extra = [(_POST_OPERAND * number | SECOND_SOURCE, each[1]) for number, each in enumerate(behind, 1)]
+        operands = [*operands, *extra]
+        for layout in [*(each for each in arguments if isinstance(each, Layout)), *(each[1] for each in operands)]:
+            if layout not in descriptions:
+                descriptions[layout] = library.describe(layout)
+        given = [descriptions[each] if isinstance(each, Layout) else each for each in arguments]
+        given += [] if forward is None else [forward._described]
+        attributes = self._attributes([(algorithm, descriptions[layout]) for algorithm, layout in behind])
+        create = f"dnnl_{name}_primitive_desc_create"
+        library.call(create, byref(self._described), library.engine, *given, attributes)
+        library.call("dnnl_primitive_create", byref(self._primitive), self._described)
+        if attributes is not None:
+            library.call("dnnl_primitive_attr_destroy", attributes)
+        for _, layout in operands:
             memory = c_void_p()
-            library.call("dnnl_memory_create", byref(memory), description, library.engine, c_void_p())
-            library.call("dnnl_memory_desc_destroy", description)
+            library.call("dnnl_memory_create", byref(memory), descriptions[layout], library.engine, c_void_p())
             self._memories.append(memory)
-        kinds = zip((_SOURCE, _WEIGHTS, _RESULT), self._memories, strict=True)
-        self._arguments = (_Argument * 3)(*(_Argument(kind, memory) for kind, memory in kinds))
+        for description in descriptions.values():
+            library.call("dnnl_memory_desc_destroy", description)
+        kinds = zip((kind for kind, _ in operands), self._memories, strict=True)
+        self._arguments = (_Argument * len(operands))(*(_Argument(kind, memory) for kind, memory in kinds))
 
-    def _describe(self, data_type: int, rows: int, columns: int, transposed: bool) -> c_void_p:
-        """A matrix [rows, columns], stored by rows, or by columns if `transposed`."""
-        description, strides = c_void_p(), (1, rows) if transposed else (columns, 1)
-        self._library.call(
-            "dnnl_memory_desc_create_with_strides",
-            byref(description),
-            c_int(2),
-            _Dims(rows, columns),
-            c_int(data_type),
-            _Dims(*strides),
-        )
-        return description
+    def _attributes(self, behind: list[tuple[int, c_void_p]]) -> c_void_p | None:
+        if not behind:
+            return None
+        attributes, operations, call = c_void_p(), c_void_p(), self._library.call
+        call("dnnl_primitive_attr_create", byref(attributes))
+        call("dnnl_post_ops_create", byref(operations))
+        for algorithm, description in behind:
+            call("dnnl_post_ops_append_binary", operations, c_int(algorithm), description)
+        call("dnnl_primitive_attr_set_post_ops", attributes, operations)
+        call("dnnl_post_ops_destroy", operations)
+        return attributes
 
     def run(self, *addresses: int) -> None:
-        """Multiply the matrices at two addresses into that at a third."""
+        """Compute with the operands at these addresses."""
+        library = self._library
         for memory, address in zip(self._memories, addresses, strict=True):
-            self._library.call("dnnl_memory_set_data_handle", memory, c_void_p(address))
-        stream = self._library.stream
-        self._library.call("dnnl_primitive_execute", self._primitive, stream, c_int(3), self._arguments)
-        self._library.call("dnnl_stream_wait", stream)
+            library.set_address(memory, address)
+        status = library.execute(self._primitive, library.stream, c_int(len(addresses)), self._arguments)
+        assert status == 0, f"oneDNN: dnnl_primitive_execute: status {status}"
+        library.wait(library.stream)
 
     def __del__(self) -> None:
         for memory in self._memories:
             self._library.call("dnnl_memory_destroy", memory)
         if self._primitive:
             self._library.call("dnnl_primitive_destroy", self._primitive)
+        if self._described:
+            self._library.call("dnnl_primitive_desc_destroy", self._described)
 
 
-_product = lru_cache(maxsize=512)(_Product)
+@lru_cache(maxsize=512)
+def _product(
+    thread: int, data_type: int, rows: int, inner: int, columns: int, transpose_x: bool, transpose_y: bool
+) -> Primitive:
+    """The product of two matrices; a transposed one is stored by columns."""
+
+    def layout(rows: int, columns: int, transposed: bool) -> Layout:
+        return Layout((rows, columns), (1, rows) if transposed else (columns, 1), data_type)
+
+    x, y, out = layout(rows, inner, transpose_x), layout(inner, columns, transpose_y), layout(rows, columns, False)
+    return Primitive("matmul", (x, y, None, out), ((SOURCE, x), (WEIGHTS, y), (RESULT, out)))

@@ -95,7 +95,7 @@ class Rotation:
             return turned if not self.num_plain else paddle.concat([turned, x_THd[:, self.num_rotated :]], axis=1)
         tokens, heads, head_dim = x_THd.shape
         pairs = paddle.as_complex(x_THd.astype("float32").reshape([tokens, heads, head_dim // 2, 2]))
-        table = paddle.conj(self.table) if inverse else self.table
+        table = self._conjugate if inverse else self.table
         if table.shape[1] == heads:
             rotated = pairs * table
         elif x_THd.place.is_cpu_place():
@@ -110,6 +110,11 @@ class Rotation:
         """
         cos, sin = self._cos_sin
         return fused.rotate(x_THd.astype("float32"), cos, -sin if inverse else sin).astype(x_THd.dtype)
+
+    @cached_property
+    def _conjugate(self) -> paddle.Tensor:
+        """Made once a microbatch, for all layers."""
+        return paddle.conj(self.table)
 
     @cached_property
     def _cos_sin(self) -> tuple[paddle.Tensor, paddle.Tensor]:

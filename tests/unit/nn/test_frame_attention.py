@@ -4,12 +4,18 @@ import numpy as np
 import paddle
 import pytest
 
-from erniekit.nn import frame_attention
+from erniekit.nn import blockwise, frame_attention
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 
 HEADS, DIM = 2, 4
 GRID = np.array([[1, 2, 4], [2, 4, 2], [1, 2, 2], [4, 2, 2]])  # 8, 8, 8, 4, 4, 4, 4, 4 patches
 RNG = np.random.default_rng(0)
+# Frames of this size would be batched products. Blocks of all queries of a frame, of a few, and weights made again.
+BLOCKWISE = [
+    {"SHORTEST": 1},
+    {"SHORTEST": 5, "BLOCK_SCORES": 24},
+    {"SHORTEST": 1, "BLOCK_SCORES": 1, "_KEEP_WEIGHTS": 4},
+]
 
 
 def test_neighbouring_frames_of_equal_size_are_one_run():
@@ -32,11 +38,13 @@ def plain(qkv: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.
     return paddle.einsum("hqk,khd->qhd", paddle.nn.functional.softmax(scores), v).reshape([num, HEADS * DIM])
 
 
-@pytest.mark.parametrize("limits", [{}, {"_QUERIES": 3}, {"_KEEP_WEIGHTS": 4}, {"_MAX_SCORES": 1, "_QUERIES": 5}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"_QUERIES": 3}, {"_KEEP_WEIGHTS": 4}, {"_MAX_SCORES": 1, "_QUERIES": 5}, *BLOCKWISE]
+)
 def test_value_and_gradient(limits, monkeypatch):
     """Also where a frame's queries come in blocks, its weights are computed again, or runs are divided."""
     for name, value in limits.items():
-        monkeypatch.setattr(frame_attention, name, value)
+        monkeypatch.setattr(blockwise if hasattr(blockwise, name) else frame_attention, name, value)
     num = int(GRID.prod(axis=1).sum())
     angles = RNG.normal(size=(num, 1, DIM // 2)).astype(np.float32)
     cos, sin = paddle.to_tensor(np.cos(angles)), paddle.to_tensor(np.sin(angles))

@@ -1,0 +1,269 @@
+"""Operations between the products of a training step, on a CPU in all threads of this process.
+
+Paddle's own take one thread there, and several passes over memory where oneDNN (nn/onednn.py) takes one. Each function
+falls back to Paddle's operations where the library is absent or does not apply; these are the reference. No function
+records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first argument.
+"""
+
+import math
+from ctypes import c_float, c_int, c_uint
+from functools import lru_cache
+from threading import get_ident
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from erniekit.nn import onednn
+from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
+
+# Numbers of oneDNN's C interface (dnnl_types.h).
+_TRAINING, _BACKWARD = c_int(64), c_int(128)
+_SOFTMAX, _ADD, _MULTIPLY, _SUBTRACT, _SWISH, _GELU = 0x30000, 0x1FFF0, 0x1FFF1, 0x1FFF5, 0x2C, 0x31
+_MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
+_SOURCE_GRADIENT, _RESULT_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
+_WITH_SCALE_AND_SHIFT = c_uint(6)
+
+
+def applies(x: paddle.Tensor) -> bool:
+    """Whether oneDNN computes with x."""
+    return (
+        x.dtype == paddle.float32
+        and x.place.is_cpu_place()
+        and x.size > 0
+        and x.is_contiguous()
+        and onednn.is_available(paddle.float32)
+    )
+
+
+def matmul_into(
+    out: paddle.Tensor, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False
+) -> None:
+    """Write the product of two matrices, to which oneDNN `applies`, to `out`: rows of a larger tensor, say."""
+    inner = x.shape[0 if transpose_x else 1]
+    matrices = ((x.data_ptr(), x.shape[1]), (y.data_ptr(), y.shape[1]), (out.data_ptr(), out.shape[1]))
+    onednn.sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
+
+
+def softmax(scores: paddle.Tensor) -> paddle.Tensor:
+    """Softmax over the last axis. Unlike Paddle's, it takes logits that are more than 64 below the largest for what
+    they are.
+    """
+    if not applies(scores):
+        return nn.functional.softmax(scores, axis=-1)
+    length, out = scores.shape[-1], paddle.empty_like(scores)
+    _softmax(get_ident(), scores.size // length, length).run(scores.data_ptr(), out.data_ptr())
+    return out
+
+
+def softmax_(scores: paddle.Tensor) -> paddle.Tensor:
+    """The same in place."""
+    if not applies(scores):
+        return nn.functional.softmax_(scores, axis=-1)
+    length, address = scores.shape[-1], scores.data_ptr()
+    _softmax(get_ident(), scores.size // length, length).run(address, address)
+    return scores
+
+
+def softmax_backward_(dp: paddle.Tensor, p: paddle.Tensor) -> paddle.Tensor:
+    """The gradient of scores s with p = softmax(s), from that of p and in its place: p (dp - sum_j p_j dp_j)."""
+    if not (applies(dp) and applies(p)):
+        return dp.subtract_((p * dp).sum(axis=-1, keepdim=True)).multiply_(p)
+    length, address = p.shape[-1], dp.data_ptr()
+    _softmax_backward(get_ident(), p.size // length, length).run(address, address, p.data_ptr())
+    return dp
+
+
+def softmax_rows_(scores: np.ndarray) -> None:
+    """softmax_ of a contiguous array [rows, *], where oneDNN is available."""
+    address = scores.__array_interface__["data"][0]
+    _softmax(get_ident(), *scores.shape).run(address, address)
+
+
+def softmax_backward_rows_(dp: np.ndarray, p: np.ndarray) -> None:
+    """softmax_backward_ of contiguous arrays [rows, *], where oneDNN is available."""
+    address = dp.__array_interface__["data"][0]
+    _softmax_backward(get_ident(), *p.shape).run(address, address, p.__array_interface__["data"][0])
+
+
+@lru_cache(maxsize=256)
+def _softmax(thread: int, rows: int, length: int) -> Primitive:
+    layout = dense(rows, length)
+    arguments = (_TRAINING, c_int(_SOFTMAX), layout, layout, c_int(1))
+    return Primitive("softmax_forward", arguments, ((SOURCE, layout), (RESULT, layout)))
+
+
+@lru_cache(maxsize=256)
+def _softmax_backward(thread: int, rows: int, length: int) -> Primitive:
+    layout = dense(rows, length)
+    arguments = (c_int(_SOFTMAX), layout, layout, layout, c_int(1))
+    operands = ((_SOURCE_GRADIENT, layout), (_RESULT_GRADIENT, layout), (RESULT, layout))
+    return Primitive("softmax_backward", arguments, operands, forward=_softmax(thread, rows, length))
+
+
+def fast_sigmoid(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
+    """sigmoid(factor * x) = (1 + tanh(factor x / 2)) / 2: tanh is the one such function that Paddle vectorises."""
+    return (x * (0.5 * factor)).tanh_().scale_(0.5, bias=0.5)
+
+
+def swish(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
+    """x * sigmoid(factor * x)."""
+    if not applies(x):
+        return fast_sigmoid(x, factor).multiply_(x)
+    out = paddle.empty_like(x)
+    _activation(get_ident(), _SWISH, x.size, factor).run(x.data_ptr(), out.data_ptr())
+    return out
+
+
+def swish_backward(dy: paddle.Tensor, x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
+    """The gradient of x from that of swish(x, factor)."""
+    if not (applies(dy) and applies(x)):
+        # s + factor x s (1 - s) = s (1 + factor x (1 - s))
+        sigmoid = fast_sigmoid(x, factor)
+        return sigmoid.scale(-factor, bias=factor).multiply_(x).scale_(1.0, bias=1.0).multiply_(sigmoid).multiply_(dy)
+    dx = paddle.empty_like(x)
+    _activation_backward(get_ident(), _SWISH, x.size, factor).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
+    return dx
+
+
+def gelu(x: paddle.Tensor) -> paddle.Tensor:
+    """x * P(X <= x) for a standard normal X."""
+    if not applies(x):
+        return nn.functional.gelu(x)
+    out = paddle.empty_like(x)
+    _activation(get_ident(), _GELU, x.size, 0.0).run(x.data_ptr(), out.data_ptr())
+    return out
+
+
+def gelu_backward(dy: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """The gradient of x from that of gelu(x)."""
+    if not (applies(dy) and applies(x)):
+        density = paddle.exp(x.square().scale_(-0.5)).scale_((2.0 * math.pi) ** -0.5)
+        return paddle.erf(x * 0.5**0.5).scale_(0.5, bias=0.5).add_(density.multiply_(x)).multiply_(dy)
+    dx = paddle.empty_like(x)
+    _activation_backward(get_ident(), _GELU, x.size, 0.0).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
+    return dx
+
+
+def multiply(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x * y for tensors of one shape."""
+    if not (applies(x) and applies(y)):
+        return x * y
+    out = paddle.empty_like(x)
+    _elementwise(get_ident(), _MULTIPLY, x.size).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    return out
+
+
+def multiply_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x * y for tensors of one shape, in place."""
+    if not (applies(x) and applies(y)):
+        return x.multiply_(y)
+    _elementwise(get_ident(), _MULTIPLY, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    return x
+
+
+def add_to_each(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x [..., *] + y [*], whose axes are the last ones of x."""
+    return x + y if not (applies(x) and applies(y)) else _add_to_each(x, y, paddle.empty_like(x))
+
+
+def add_to_each_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """The same in place."""
+    return x.add_(y) if not (applies(x) and applies(y)) else _add_to_each(x, y, x)
+
+
+def _add_to_each(x: paddle.Tensor, y: paddle.Tensor, out: paddle.Tensor) -> paddle.Tensor:
+    _broadcast(get_ident(), _ADD, x.size // y.size, y.size).run(x.data_ptr(), y.data_ptr(), out.data_ptr())
+    return out
+
+
+@lru_cache(maxsize=256)
+def _broadcast(thread: int, algorithm: int, count: int, size: int) -> Primitive:
+    x, y = dense(count, size), dense(1, size)
+    return Primitive("binary", (c_int(algorithm), x, y, x), ((SOURCE, x), (SECOND_SOURCE, y), (RESULT, x)))
+
+
+def add_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x + y for tensors of one shape, in place."""
+    if not (applies(x) and applies(y)):
+        return x.add_(y)
+    _elementwise(get_ident(), _ADD, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    return x
+
+
+def subtract_(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x - y for tensors of one shape, in place."""
+    if not (applies(x) and applies(y)):
+        return x.subtract_(y)
+    _elementwise(get_ident(), _SUBTRACT, x.size).run(x.data_ptr(), y.data_ptr(), x.data_ptr())
+    return x
+
+
+@lru_cache(maxsize=256)
+def _activation(thread: int, algorithm: int, size: int, factor: float) -> Primitive:
+    layout = dense(size)
+    arguments = (_TRAINING, c_int(algorithm), layout, layout, c_float(factor), c_float(0.0))
+    return Primitive("eltwise_forward", arguments, ((SOURCE, layout), (RESULT, layout)))
+
+
+@lru_cache(maxsize=256)
+def _activation_backward(thread: int, algorithm: int, size: int, factor: float) -> Primitive:
+    layout = dense(size)
+    arguments = (c_int(algorithm), layout, layout, layout, c_float(factor), c_float(0.0))
+    operands = ((_SOURCE_GRADIENT, layout), (_RESULT_GRADIENT, layout), (SOURCE, layout))
+    return Primitive("eltwise_backward", arguments, operands, forward=_activation(thread, algorithm, size, factor))
+
+
+@lru_cache(maxsize=256)
+def _elementwise(thread: int, algorithm: int, size: int) -> Primitive:
+    layout = dense(size)
+    arguments = (c_int(algorithm), layout, layout, layout)
+    return Primitive("binary", arguments, ((SOURCE, layout), (SECOND_SOURCE, layout), (RESULT, layout)))
+
+
+def layer_norm(
+    x_TD: paddle.Tensor, weight_D: paddle.Tensor, bias_D: paddle.Tensor, epsilon: float
+) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
+    """weight * (x - mean) / sqrt(variance + epsilon) + bias over the last axis, and mean and variance [T]."""
+    num_tokens, size = x_TD.shape
+    y, mean, variance = paddle.empty_like(x_TD), *(paddle.empty([num_tokens], dtype=x_TD.dtype) for _ in range(2))
+    operands = (x_TD, y, mean, variance, weight_D, bias_D)
+    _layer_norm(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))
+    return y, (mean, variance)
+
+
+def layer_norm_backward(
+    dy_TD: paddle.Tensor,
+    x_TD: paddle.Tensor,
+    statistics: tuple[paddle.Tensor, paddle.Tensor],
+    weight_D: paddle.Tensor,
+    epsilon: float,
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """The gradients of x, weight and bias."""
+    num_tokens, size = x_TD.shape
+    grads = paddle.empty_like(x_TD), paddle.empty_like(weight_D), paddle.empty_like(weight_D)
+    # The library asks for the shift, whose value is not used.
+    operands = (grads[0], dy_TD, x_TD, *statistics, weight_D, weight_D, *grads[1:])
+    _layer_norm_backward(get_ident(), num_tokens, size, epsilon).run(*(each.data_ptr() for each in operands))
+    return grads
+
+
+@lru_cache(maxsize=256)
+def _layer_norm(thread: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
+    x, statistic, weight = dense(num_tokens, size), dense(num_tokens), dense(size)
+    arguments = (_TRAINING, x, x, statistic, c_float(epsilon), _WITH_SCALE_AND_SHIFT)
+    statistics = ((_MEAN, statistic), (_VARIANCE, statistic))
+    operands = ((SOURCE, x), (RESULT, x), *statistics, (_SCALE, weight), (_SHIFT, weight))
+    return Primitive("layer_normalization_forward", arguments, operands)
+
+
+@lru_cache(maxsize=256)
+def _layer_norm_backward(thread: int, num_tokens: int, size: int, epsilon: float) -> Primitive:
+    x, statistic, weight = dense(num_tokens, size), dense(num_tokens), dense(size)
+    arguments = (_BACKWARD, x, x, x, statistic, c_float(epsilon), _WITH_SCALE_AND_SHIFT)
+    statistics = ((_MEAN, statistic), (_VARIANCE, statistic))
+    gradients = ((_SCALE_GRADIENT, weight), (_SHIFT_GRADIENT, weight))
+    weights = ((_SCALE, weight), (_SHIFT, weight))
+    operands = ((_SOURCE_GRADIENT, x), (_RESULT_GRADIENT, x), (SOURCE, x), *statistics, *weights, *gradients)
+    forward = _layer_norm(thread, num_tokens, size, epsilon)
+    return Primitive("layer_normalization_backward", arguments, operands, forward=forward)
