@@ -32,9 +32,9 @@ _SHIFTS = (9, 6, 3, 0)
 _ZERO = 32
 
 # The pair that reaches the best points for normal weights, found by tools/bench_convolutional_code.py --search. Both
-# are multiples of 1/32, so that b * code_scale + code_zp is exact in fp32 in any order, with a fused product or without.
+# are multiples of 1/32, so that b * code_scale + code_zp is exact in fp32, whether or not the product is fused.
 CODE_SCALE, CODE_ZP = 124.84375, 311.0
-_STEP = 0.061  # the scale of weights of unit variance that this pair encodes with the least error
+STEP = 0.061  # the scale of weights of unit variance that this pair encodes with the least error
 
 _ROUNDS = 3  # of choosing local scales and fitting the super scale
 _TRIED = (-1, 0, 1)  # local scales beside the one that is expected
@@ -93,7 +93,7 @@ def encode(weight: np.ndarray, scales: Scales, importance: np.ndarray | None = N
     metrics = [np.diag(part) for part in weights_of_inputs.reshape(-1, WORD)]
     words = np.empty((len(weight), weight.shape[1] // WORD), np.uint8)
     for code, rows in _codes_of(scales):
-        points, inverse = reachable_points(*code), _inverse(scales.steps()[rows])
+        points, inverse = reachable_points(*code), inverse_steps(scales.steps()[rows])
         for i, metric in enumerate(metrics):
             vectors = weight[rows, i * WORD : (i + 1) * WORD] * inverse[:, i * WORD // GROUP, None]
             words[rows, i] = nearest_point(vectors, points, metric)
@@ -142,17 +142,17 @@ def _fitted(weight: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.
     grouped = np.ldexp(weight, -exponents[:, None]).reshape(len(weight), -1, GROUP)
     importance = importance / max(float(importance.max()), np.finfo(np.float32).tiny)
     total = np.maximum(importance.sum(axis=1), np.finfo(np.float32).tiny)
-    steps = _STEP * np.sqrt(np.einsum("ngi,gi->ng", grouped**2, importance) / total)
-    super_ = _super_scale(steps.max(axis=1) / LARGEST_LOCAL)
+    steps = STEP * np.sqrt(np.einsum("ngi,gi->ng", grouped**2, importance) / total)
+    super_ = round_super_scales(steps.max(axis=1) / LARGEST_LOCAL)
     for _ in range(_ROUNDS):
         local, along, length = choose_local_scales(grouped, super_, importance, steps)
         # sum h (w - super * y)^2 with y = z * local is least at sum h w y / sum h y^2.
         squares = length.sum(axis=1)
-        super_ = _super_scale(np.divide(along.sum(axis=1), squares, out=super_.copy(), where=squares > 0))
-    return local, _super_scale(np.ldexp(super_, exponents))
+        super_ = round_super_scales(np.divide(along.sum(axis=1), squares, out=super_.copy(), where=squares > 0))
+    return local, round_super_scales(np.ldexp(super_, exponents))
 
 
-def _super_scale(values: np.ndarray) -> np.ndarray:
+def round_super_scales(values: np.ndarray) -> np.ndarray:
     """`values` [n], not negative, in bf16; 1 where a channel is all zeros, or too small for bf16."""
     rounded = round_to(values.astype(np.float32), "bf16")
     return np.where(rounded > np.finfo(np.float32).tiny, rounded, np.float32(1))
@@ -172,7 +172,7 @@ def choose_local_scales(
     for offset in _TRIED:
         local = np.clip(expected + offset, 0, LARGEST_LOCAL).astype(np.float32)
         step = local * super_scales[:, None]
-        y = points[_looked_up(grouped * _inverse(step)[..., None])].reshape(grouped.shape)
+        y = points[_looked_up(grouped * inverse_steps(step)[..., None])].reshape(grouped.shape)
         weighted = y * importance
         # In units of the channel's super scale, as y is.
         product = np.einsum("ngi,ngi->ng", grouped, weighted) * local
@@ -203,7 +203,7 @@ def _table() -> np.ndarray:
     return nearest_point(cells, reachable_points(CODE_SCALE, CODE_ZP), np.eye(WORD))
 
 
-def _inverse(steps: np.ndarray) -> np.ndarray:
+def inverse_steps(steps: np.ndarray) -> np.ndarray:
     """1 / steps, 0 where a step is 0."""
     return np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
 
