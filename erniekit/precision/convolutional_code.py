@@ -58,6 +58,21 @@ class Scales:
         """[out, in / 64] fp32: what one unit of a group's windows is worth. Exact: 4 bits times bf16's 8."""
         return self.local_scales.astype(np.float32) * self.super_scales[:, None]
 
+    def to_array(self) -> np.ndarray:
+        """[out, in / 64 + 3] fp32: the local scales, then super scale, code_scale and code_zp."""
+        channel = (self.super_scales, self.code_scale, self.code_zp)
+        return np.column_stack([self.local_scales.astype(np.float32), *channel])
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> "Scales":
+        """The inverse of `to_array`."""
+        return cls(array[:, :-3].astype(np.uint8), *(np.ascontiguousarray(column) for column in array.T[-3:]))
+
+
+def scale_columns(num_in: int) -> int:
+    """The columns of `Scales.to_array`."""
+    return num_in // GROUP + 3
+
 
 def reachable_points(code_scale: float, code_zp: float) -> np.ndarray:
     """[256, 4] fp32: the windows of each byte's word, -32..31."""

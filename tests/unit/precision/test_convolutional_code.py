@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from erniekit.precision import codes
 from erniekit.precision.convolutional_code import (
     GROUP,
+    Scales,
     choose_scales,
     decode,
     encode,
@@ -143,3 +145,15 @@ def test_a_weight_that_is_not_finite_is_refused(value: float):
     weight[1, 3] = value
     with pytest.raises(ValueError, match="not finite"):
         choose_scales(weight)
+
+
+def test_it_is_one_of_the_codes_of_files():
+    """precision.codes with WINT2 gives the same words, and scales as one array."""
+    weight = normal(3, 256)
+    scales, array = choose_scales(weight), codes.choose_scales(weight, codes.WINT2)
+    assert array.shape == codes.WINT2.scale_shape(weight.shape) == (3, 256 // 64 + 3)
+    for name, value in vars(Scales.from_array(array)).items():
+        np.testing.assert_array_equal(value, getattr(scales, name))
+    words = codes.encode(weight, array, codes.WINT2)
+    np.testing.assert_array_equal(words, encode(weight, scales))
+    np.testing.assert_array_equal(codes.decode(words, array, codes.WINT2), decode(words, scales))
