@@ -41,7 +41,7 @@ class Factor:
 
 
 def factorise(hessian: np.ndarray, damping: float = 0.01, act_order: bool = True) -> Factor | None:
-    """The factor of `hessian` [in, in] (fp64, symmetric; X^T X up to a factor), which is overwritten.
+    """The factor of `hessian` [in, in] (fp64, symmetric; X^T X up to a constant).
 
     `damping`: this share of the mean of the diagonal is added to the diagonal, ten times as much each time where the
     sum is not positive definite in this precision. `act_order`: inputs with larger mean squares are rounded first;

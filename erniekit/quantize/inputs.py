@@ -51,16 +51,13 @@ class InputStatistics:
         return self._sum_square / max(self.count, 1)
 
     def divided_by(self, scale: np.ndarray) -> "InputStatistics":
-        """The statistics of the inputs after a division by `scale` [in]; this object may share arrays with it."""
+        """The statistics of the inputs after a division by `scale` [in]."""
+        assert self.hessian is None, "the algorithms that divide inputs do not use H"
         divided = copy.copy(self)
         divided._sum_abs = self._sum_abs / scale
         divided._sum_square = self._sum_square / scale**2
         divided.max_abs = (self.max_abs / scale).astype(np.float32)
         divided.sample = (self.sample / scale).astype(np.float32)
-        if self.hessian is not None:
-            divided.hessian = self.hessian  # in place: it is large, and the undivided one is not needed again
-            divided.hessian /= scale[:, None]
-            divided.hessian /= scale[None, :]
         return divided
 
     def blended_with(self, others: "InputStatistics") -> "InputStatistics":
@@ -68,7 +65,7 @@ class InputStatistics:
         for an expert with few inputs of its own, and those of its layer.
         """
         if not self.count:
-            return others
+            return copy.copy(others)
         blended = copy.copy(others)
         blended.count = self.count + others.count
         half = blended.count / 2
