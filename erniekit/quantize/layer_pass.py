@@ -24,7 +24,7 @@ from erniekit.quantize.options import Options
 from erniekit.quantize.smoothquant import smoothing_scale
 from erniekit.utils import log
 
-_FOLDING = ("awq", "smoothquant")
+FOLDING = ("awq", "smoothquant")
 
 
 class FilePart(NamedTuple):
@@ -110,7 +110,7 @@ class LayerPass:
         report = LayerReport(number, [], {}, [])
         self._attention(report)
         self._layer.run_attention(self._batches, self._hidden)
-        if self._options.algorithm in _FOLDING:
+        if self._options.algorithm in FOLDING:
             self._fold_into_feed_forward()
         if self._layer.sparse:
             self._route(report)

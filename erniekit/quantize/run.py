@@ -28,7 +28,7 @@ from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import Logical, Piece, logical_tensors
 from erniekit.precision.codes import CodeSpec
 from erniekit.quantize.folds import Place, Rounding, layer_matrices
-from erniekit.quantize.layer_pass import FilePart, LayerPass, LayerReport, quantised_places
+from erniekit.quantize.layer_pass import FOLDING, FilePart, LayerPass, LayerReport, quantised_places
 from erniekit.quantize.one_layer import CHUNK, OneLayer, embedded
 from erniekit.quantize.options import Options
 from erniekit.quantize.store import LayerStore, code_entries, read_codes, stored_codes
@@ -119,14 +119,14 @@ def calibrate(
         hidden_TD = store.hidden(begin - 1) if begin else embedded(config, source, batches)
     for number in track(range(begin, count), count, "quantising: layer", lambda number: number + 1):
         layer = OneLayer(config, number, _OfLayer(source, number))
-        sink = _LayerSink(store, config, source, number, layer.sparse, target)
+        sink = _LayerSink(store, source, layer, number, target, options.algorithm in FOLDING)
         with sink.writer:
             run = LayerPass(layer, batches, hidden_TD, options, sink, target.rounding)
             try:
                 report = run.run(number)
             except ValueError as error:
                 raise CheckpointError(f"layer {number} cannot be quantised: {error}.") from None
-            sink.take_folded(layer, options)
+            sink.take_folded(layer)
         store.finish(report, hidden_TD)
         del layer, run
     return CalibratedModel(store, config, target)
@@ -148,7 +148,7 @@ class _LayerSink:
     """Writes the results of a layer into the store (layer_pass.Sink)."""
 
     def __init__(
-        self, store: LayerStore, config: ModelConfig, source: WeightSource, number: int, sparse: bool, target: Target
+        self, store: LayerStore, source: WeightSource, layer: OneLayer, number: int, target: Target, folds: bool
     ) -> None:
         prefix = f"model.layers.{number}."
         self._target = target
@@ -157,13 +157,16 @@ class _LayerSink:
             for logical in source.logicals
             if layer_number(logical) == number
         }
-        self._places = list(quantised_places(layer_matrices(config, sparse)))
+        self._places = list(quantised_places(layer_matrices(layer.config, layer.sparse)))
         plan: Plan = []
         for place in self._places:
             for part, piece in self._parts(place):
                 plan += code_entries(part.name, part.spec, shape_of(piece))
+        # Weights without codes, which folds may change.
         self._plain = [
-            place for place, logical in self._logicals.items() if not logical.is_state and not self.parts_of(place)
+            place
+            for place, logical in self._logicals.items()
+            if folds and not logical.is_state and not self.parts_of(place)
         ]
         plan += [(_stored_name(self._logicals[place]), "F32", self._logicals[place].shape) for place in self._plain]
         self.writer: Writer = store.writer(number, plan)
@@ -186,10 +189,8 @@ class _LayerSink:
         self.writer.write(f"{part.name}.codes", stored_codes(codes, part.spec))
         self.writer.write(f"{part.name}.scales", scales)
 
-    def take_folded(self, layer: OneLayer, options: Options) -> None:
-        """Write the weights without codes; only algorithms that fold change them, and the others' are equal to the
-        source's.
-        """
+    def take_folded(self, layer: OneLayer) -> None:
+        """Write the weights without codes, if the algorithm folds."""
         for place in self._plain:
             self.writer.write(_stored_name(self._logicals[place]), layer.get(place))
 
