@@ -109,7 +109,7 @@ def gptq(weight: np.ndarray, factor: Factor, scales: np.ndarray, spec: CodeSpec)
 def nearest(values: np.ndarray, scale: np.ndarray, spec: CodeSpec) -> np.ndarray:
     """What `values` become when they are rounded to codes with `scale` (which broadcasts), as codes.encode rounds."""
     scaled = values / scale
-    np.clip(scaled, -spec.largest, spec.largest, out=scaled)
+    np.clip(scaled, spec.lowest, spec.largest, out=scaled)
     if spec.kind == "int":
         np.rint(scaled, out=scaled)
     else:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from erniekit.precision.codes import FP8_BLOCK, INT4, INT8, channels, choose_scales, decode, encode
+from erniekit.precision.codes import FP8_BLOCK, choose_scales, decode, encode, full_range, symmetric
 from erniekit.quantize.gptq import factorise, gptq
 
-INT4_GROUPS = channels(4, group=16)
+INT8, INT4, INT4_GROUPS = symmetric(8), symmetric(4), full_range(4, group=16)
 
 
 def correlated(num_tokens, num_in, seed=0):
@@ -31,7 +31,7 @@ def naive(weight, hessian, scales, spec, damping, act_order):
         inverse = np.linalg.inv(hessian[np.ix_(left, left)])
         column = left[0]
         step = np.repeat(scales[:, column // tile_in], tile_out)[: len(weight)].astype(np.float64)
-        rounded[:, column] = np.clip(np.rint(weight[:, column] / step), -spec.largest, spec.largest) * step
+        rounded[:, column] = np.clip(np.rint(weight[:, column] / step), spec.lowest, spec.largest) * step
         error = (weight[:, column] - rounded[:, column]) / inverse[0, 0]
         weight[:, left] -= np.outer(error, inverse[0])
         left = left[1:]

@@ -11,12 +11,12 @@ from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.data.packed_batch import Document, make_row
 from erniekit.models.weights import logical_tensors
-from erniekit.precision.codes import channels, decode
+from erniekit.precision.codes import decode, full_range
 from erniekit.quantize import run as module
 from erniekit.quantize.options import Options
 from erniekit.quantize.run import Target, calibrate, layer_number
 
-SPEC = channels(4, group=16)
+SPEC = full_range(4, group=16)
 BASE = {"hidden_size": 32, "moe_num_experts": 4}
 
 
