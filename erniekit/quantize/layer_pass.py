@@ -274,7 +274,10 @@ class LayerPass:
                 note = "rtn: its inputs have no positive definite H"
         for part in parts:
             weight = np.ascontiguousarray(part.extract(matrix))
-            codes, scales = self._codes(weight, statistics, factor, part)
+            try:
+                codes, scales = self._codes(weight, statistics, factor, part)
+            except ValueError as error:
+                raise ValueError(f"{part.name}: {error}") from None
             self._sink.take(part, codes, scales)
             rounded = decode(codes, scales, part.spec)
             count = statistics.count if tokens is None else tokens

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import paddle
+from paddle import nn
 
 from erniekit.checkpoint.model_io import WeightSource, fill_weights, named_tensors
 from erniekit.data.packed_batch import PackedBatch
@@ -25,7 +26,7 @@ CHUNK = 4096
 
 
 class OneLayer:
-    """Decoder layer `number` of the model whose weights `source` has. `prefix` stands before the names of its
+    """Decoder layer `number` of a model. `source` has the weights of this layer and no others. `prefix` stands before the names of its
     parameters in the model. It implements folds.LayerTensors.
     """
 
@@ -34,26 +35,26 @@ class OneLayer:
         self._number = number
         with paddle.LazyGuard():
             self.model = CausalLM(config, RankShard(layers=(number,), has_embedding=False, has_head=False))
-        fill_weights(self.model, source)
+        _allocate(self.model)
         self.model.eval()
         self._layer = self.model.model.layers[number]
         self._tensors = named_tensors(self._layer)
         self.sparse = self._layer.sparse
+        for logical in source.logicals:  # experts one by one: a stack is never in memory twice
+            self.put(Place(logical.param.removeprefix(self.prefix), logical.index), source.read(logical, as_fp32=True))
 
     def get(self, place: Place) -> np.ndarray:
         """See LayerTensors: a copy, fp32."""
         tensor = self._tensors[place.param]
-        return (tensor if place.index is None else tensor[place.index]).numpy()
+        # A clone: numpy() of an expert's part alone would copy the whole stack.
+        return tensor.numpy() if place.index is None else tensor[place.index].clone().numpy()
 
     def put(self, place: Place, value: np.ndarray) -> None:
         """See LayerTensors."""
         with paddle.no_grad():
             value = np.ascontiguousarray(value, np.float32)
             tensor = self._tensors[place.param]
-            if place.index is None:
-                tensor.set_value(value)
-            else:
-                tensor[place.index] = paddle.to_tensor(value)
+            (tensor if place.index is None else tensor[place.index]).set_value(value)  # an expert's part is a view
 
     @paddle.no_grad()
     def attention_inputs(
@@ -112,6 +113,15 @@ class OneLayer:
             logits = moe.gate(paddle.to_tensor(normed), modality)
             parts.append(route(logits, moe.bias_of(modality), moe.options).experts.numpy())
         return np.concatenate(parts) if parts else np.empty((0, moe.options.top_k), np.int64)
+
+
+def _allocate(model: nn.Layer) -> None:
+    """Give every parameter of a model that was made without memory its own, filled with zeros."""
+    for layer in model.sublayers(include_self=True):
+        for name, parameter in layer.named_parameters(include_sublayers=False):
+            zeros = nn.initializer.Constant(0.0)
+            new = paddle.create_parameter(parameter.shape, "float32", default_initializer=zeros)
+            layer.add_parameter(name, new)
 
 
 def spans(batches: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, slice]]:

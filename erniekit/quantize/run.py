@@ -1,13 +1,12 @@
 """Quantises a model with calibration tokens, one decoder layer in memory at a time, and gives the results by tensor.
 
-Peak memory on the host, without Python and Paddle themselves: the larger of
+Peak memory on the host, without that of Python, Paddle and the file's header, is the largest over the decoder layers of
 
-  4 P + 4 S                                      while a layer is read, and
-  4 P + 4 T D + 28 I^2 + 16 M + 4 C (D + 2 W)    while its matrices are quantised,
+  4 (P + T D + C (D + 2 W) + 4 M) + 28 I^2
 
-P weights of the largest decoder layer (in fp32), S of its largest stack of experts, T calibration tokens, D the width of
-the model, I the most inputs of a matrix (H, its copy, its factor in fp64 and in fp32; only for GPTQ), M weights of the
-largest matrix, C tokens of a chunk, W the width of the widest product. `peak_bytes` computes it.
+P weights of the layer (fp32), T calibration tokens, D the width of the model, C tokens of a chunk, W the widest product
+and M the weights of the largest matrix of the layer, I the most inputs of one (H, its copy and its factor in fp64, and
+the factor in fp32; only for GPTQ). `peak_bytes` computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -239,19 +238,16 @@ def _identity(config: ModelConfig, source: WeightSource, target: Target, options
 
 def peak_bytes(config: ModelConfig, options: Options, num_tokens: int) -> int:
     """The peak of memory by the formula at the top of this file."""
-    by_layer: dict[int, dict[str, int]] = {}
-    most_in = largest = widest = 0
+    layers: dict[int, list[Logical]] = {}
     for logical in logical_tensors(config):
-        number = layer_number(logical)
-        if number is None:
-            continue
-        params = by_layer.setdefault(number, {})
-        params[logical.param] = params.get(logical.param, 0) + prod(logical.shape)
-        if len(logical.shape) == 2 and not logical.keep_fp32:
-            most_in, widest = max(most_in, logical.shape[0]), max(widest, logical.shape[1])
-            largest = max(largest, prod(logical.shape))
-    weights = 4 * max(sum(params.values()) for params in by_layer.values())
-    stack = 4 * max(max(params.values()) for params in by_layer.values())
-    hessians = 28 * most_in**2 if options.algorithm == "gptq" else 0
-    chunk = 4 * min(CHUNK, num_tokens) * (config.hidden_size + 2 * widest)
-    return weights + max(stack, 4 * num_tokens * config.hidden_size + hessians + 16 * largest + chunk)
+        if (number := layer_number(logical)) is not None:
+            layers.setdefault(number, []).append(logical)
+    peak = 0
+    for logicals in layers.values():
+        matrices = [each.shape for each in logicals if len(each.shape) == 2 and not each.keep_fp32]
+        most_in, widest = (max(shape[axis] for shape in matrices) for axis in (0, 1))
+        chunk = min(CHUNK, num_tokens) * (config.hidden_size + 2 * widest)
+        elements = sum(prod(each.shape) for each in logicals) + num_tokens * config.hidden_size + chunk
+        elements += 4 * max(prod(shape) for shape in matrices)
+        peak = max(peak, 4 * elements + (28 * most_in**2 if options.algorithm == "gptq" else 0))
+    return peak

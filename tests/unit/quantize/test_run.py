@@ -1,16 +1,16 @@
 """The pass over a model's directory: results, resuming, experts with few tokens, pictures, memory."""
 
-import logging
 import tracemalloc
 from collections import defaultdict
 
 import numpy as np
 import paddle
 import pytest
+from paddle.base import core
 from support.tiny_models import tiny_model
 from support.tiny_vision import CONFIG, packed_row
 
-from erniekit.checkpoint.model_io import save_model
+from erniekit.checkpoint.model_io import load_weights, save_model
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.data.packed_batch import Document, make_row
 from erniekit.models.config import ModelConfig
@@ -105,8 +105,6 @@ def last_hidden(model, batches):
 
 def plain(directory):
     model = CausalLM(ModelReader(directory).config)
-    from erniekit.checkpoint.model_io import load_weights
-
     load_weights(model, directory)
     model.eval()
     return model
@@ -222,25 +220,23 @@ def test_pictures(vision_directory, tmp_path, algorithm, monkeypatch):
 
 
 def test_memory_is_that_of_one_layer(tmp_path):
-    """12 layers of 2.8 MB: the peak stays below the formula's, and that below the whole model's size. numpy's and
-    Paddle's peaks are added, although they need not be at the same time.
+    """Six layers of 1.6 MB: the peak stays below the formula's, which is far from the whole model's size. numpy's and
+    Paddle's peaks are added, although they need not be at the same time; 0.5 MB are Python's objects.
     """
-    from paddle.base import core
-
-    sizes = {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 96, "moe_num_experts": 20}
-    model = tiny_model("moe", num_hidden_layers=12, **sizes)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "moe_num_experts": 6, "intermediate_size": 128}
+    model = tiny_model("moe", num_hidden_layers=6, moe_layer_start_index=0, **sizes)
     save_model(model, tmp_path / "model")
     total = 4 * sum(int(np.prod(parameter.shape)) for parameter in model.parameters())
-    bound = peak_bytes(model.config, Options(), 6 * 40)
+    bound = peak_bytes(model.config, Options(), 80)
     del model
+    quantised(tmp_path / "model", tmp_path / "first", rows(2))  # what is imported on first use
     before = core.host_memory_stat_current_value("Allocated", 0)
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     tracemalloc.start()
-    quantised(tmp_path / "model", tmp_path / "work")
+    quantised(tmp_path / "model", tmp_path / "work", rows(2))
     peak = tracemalloc.get_traced_memory()[1] + core.host_memory_stat_peak_value("Allocated", 0) - before
     tracemalloc.stop()
-    print(peak / 1e6, bound / 1e6, total / 1e6)
-    assert peak < bound < total / 3
+    assert peak < bound + 0.5e6 < total / 2, (peak, bound, total)
 
 
 def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
