@@ -1,3 +1,1 @@
-"""Post-training quantisation: statistics of calibration inputs, GPTQ, AWQ, SmoothQuant, and the pass over the layers of
-a model that applies them (docs/quantisation.md).
-"""
+"""Quantised models: which weights a scheme makes codes of, how, and by which algorithm."""
