@@ -18,7 +18,7 @@ from erniekit.nn.attention import HeadLayout
 INPUT_NORM, FEED_FORWARD_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 
 
-class Place(NamedTuple):
+class LayerWeight(NamedTuple):
     """A weight of a layer: its parameter's name inside the layer, and which expert's."""
 
     param: str
@@ -28,11 +28,11 @@ class Place(NamedTuple):
 class LayerTensors(Protocol):
     """The weights of one layer, that can be read and replaced."""
 
-    def get(self, place: Place) -> np.ndarray:
+    def get(self, place: LayerWeight) -> np.ndarray:
         """A copy of a weight in our layout, floating."""
         ...
 
-    def put(self, place: Place, value: np.ndarray) -> None:
+    def put(self, place: LayerWeight, value: np.ndarray) -> None:
         """Replace a weight."""
         ...
 
@@ -42,9 +42,9 @@ class Block(NamedTuple):
     `modality`: of a routed expert, whose router chooses it; None: all tokens pass through the block.
     """
 
-    up_gate: Place
-    down: Place
-    bias: Place | None = None
+    up_gate: LayerWeight
+    down: LayerWeight
+    bias: LayerWeight | None = None
     modality: int | None = None
 
 
@@ -53,14 +53,14 @@ class LayerMatrices(NamedTuple):
     routed experts, those of images and the shared ones of a sparse layer), and the `routers` by modality.
     """
 
-    qkv: Place
-    qkv_bias: Place | None
-    output: Place
+    qkv: LayerWeight
+    qkv_bias: LayerWeight | None
+    output: LayerWeight
     blocks: tuple[Block, ...]
-    routers: tuple[Place, ...]
+    routers: tuple[LayerWeight, ...]
 
     @property
-    def norm_targets(self) -> list[Place]:
+    def norm_targets(self) -> list[LayerWeight]:
         """What multiplies the output of the norm in front of the feed-forward block."""
         return [*self.routers, *(block.up_gate for block in self.blocks)]
 
@@ -68,28 +68,28 @@ class LayerMatrices(NamedTuple):
 def layer_matrices(config: ModelConfig, sparse: bool) -> LayerMatrices:
     """The matrices of a dense or sparse layer of this configuration."""
 
-    def bias(name: str) -> Place | None:
-        return Place(name) if config.use_bias else None
+    def bias(name: str) -> LayerWeight | None:
+        return LayerWeight(name) if config.use_bias else None
 
     def block(prefix: str) -> Block:
         up_gate = f"{prefix}.up_gate_proj"
-        return Block(Place(f"{up_gate}.weight"), Place(f"{prefix}.down_proj.weight"), bias(f"{up_gate}.bias"))
+        return Block(LayerWeight(f"{up_gate}.weight"), LayerWeight(f"{prefix}.down_proj.weight"), bias(f"{up_gate}.bias"))
 
     blocks, routers = [block("mlp")], []
     if sparse:
         blocks = [block("mlp.shared_experts")] if config.moe_num_shared_experts else []
         for modality, _ in enumerate(config.expert_sizes):
             experts = ("mlp.experts", "mlp.vision_experts")[modality]
-            routers.append(Place(("mlp.gate.weight", "mlp.gate.weight_1")[modality]))
+            routers.append(LayerWeight(("mlp.gate.weight", "mlp.gate.weight_1")[modality]))
             for index in range(config.moe_num_experts):
-                up_gate = Place(f"{experts}.up_gate_proj.weight", index)
-                down = Place(f"{experts}.down_proj.weight", index)
+                up_gate = LayerWeight(f"{experts}.up_gate_proj.weight", index)
+                down = LayerWeight(f"{experts}.down_proj.weight", index)
                 blocks.append(Block(up_gate, down, modality=modality))
     qkv = "self_attn.qkv_proj"
     return LayerMatrices(
-        Place(f"{qkv}.weight"),
+        LayerWeight(f"{qkv}.weight"),
         bias(f"{qkv}.bias"),
-        Place("self_attn.o_proj.weight"),
+        LayerWeight("self_attn.o_proj.weight"),
         tuple(blocks),
         tuple(routers),
     )
@@ -100,20 +100,20 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 
 def fold_norm(
-    tensors: LayerTensors, norm: str, targets: Sequence[Place], scale: np.ndarray, rounding: Rounding | None = None
+    tensors: LayerTensors, norm: str, targets: Sequence[LayerWeight], scale: np.ndarray, rounding: Rounding | None = None
 ) -> np.ndarray:
     """Divide the gain of a norm by `scale` [in] > 0 and multiply the rows of what follows.
 
     `rounding`: what happens to the gain in a file. The targets are multiplied by the quotient of the old and the rounded
     new gain, so that rounding it changes nothing. Returns that quotient, the scale that was really folded.
     """
-    gain = tensors.get(Place(norm))
+    gain = tensors.get(LayerWeight(norm))
     divided = (gain / scale).astype(gain.dtype)
     if rounding is not None:
         divided = rounding(divided)
     used = divided != 0
     folded = np.where(used, gain / np.where(used, divided, 1), 1).astype(gain.dtype)
-    tensors.put(Place(norm), np.where(used, divided, gain))
+    tensors.put(LayerWeight(norm), np.where(used, divided, gain))
     for target in targets:
         tensors.put(target, tensors.get(target) * folded[:, None])
     return folded

@@ -16,7 +16,7 @@ from erniekit.models.inputs import head_layout
 from erniekit.moe.layer import TEXT, VISION
 from erniekit.precision.codes import CodeSpec, choose_scales, decode, encode
 from erniekit.quantize import awq, folds
-from erniekit.quantize.folds import Block, LayerMatrices, Place, Rounding, layer_matrices
+from erniekit.quantize.folds import Block, LayerMatrices, LayerWeight, Rounding, layer_matrices
 from erniekit.quantize.gptq import Factor, factorise, gptq
 from erniekit.quantize.inputs import NUM_SAMPLED, InputStatistics, evenly_spaced
 from erniekit.quantize.one_layer import OneLayer
@@ -41,7 +41,7 @@ class FilePart(NamedTuple):
 class Sink(Protocol):
     """What receives the results of a layer."""
 
-    def parts_of(self, place: Place) -> list[FilePart]:
+    def parts_of(self, place: LayerWeight) -> list[FilePart]:
         """The tensors of the file that a matrix becomes; none where it is not quantised."""
         ...
 
@@ -74,7 +74,7 @@ class LayerReport:
     notes: list[str]
 
 
-def quantised_places(matrices: LayerMatrices) -> Iterator[Place]:
+def quantised_places(matrices: LayerMatrices) -> Iterator[LayerWeight]:
     """The matrices of a layer in the order in which they are quantised."""
     yield matrices.qkv
     yield matrices.output
@@ -250,16 +250,16 @@ class LayerPass:
             statistics.add(self._layer.inner_rows(block, rows))
         return statistics
 
-    def _spec(self, place: Place) -> CodeSpec | None:
+    def _spec(self, place: LayerWeight) -> CodeSpec | None:
         parts = self._sink.parts_of(place)
         return parts[0].spec if parts else None
 
-    def _weighed(self, place: Place, statistics: InputStatistics) -> list[awq.Weighed]:
+    def _weighed(self, place: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         weight = np.ascontiguousarray(self._layer.get(place).T)
         return [awq.Weighed(weight, statistics.sample, 1.0, self._spec(place))]
 
     def _quantise(
-        self, place: Place, statistics: InputStatistics, report: LayerReport, note: str = "", tokens: int | None = None
+        self, place: LayerWeight, statistics: InputStatistics, report: LayerReport, note: str = "", tokens: int | None = None
     ) -> None:
         """Codes of one matrix, and the weights that they stand for in its place."""
         parts = self._sink.parts_of(place)

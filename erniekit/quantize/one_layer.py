@@ -19,7 +19,7 @@ from erniekit.moe.router import route
 from erniekit.nn.mlp import swiglu
 from erniekit.nn.narrow import add
 from erniekit.nn.shard import RankShard
-from erniekit.quantize.folds import Block, Place
+from erniekit.quantize.folds import Block, LayerWeight
 
 # Tokens that pass through a part of a layer at a time.
 CHUNK = 4096
@@ -41,15 +41,15 @@ class OneLayer:
         self._tensors = named_tensors(self._layer)
         self.sparse = self._layer.sparse
         for logical in source.logicals:  # experts one by one: a stack is never in memory twice
-            self.put(Place(logical.param.removeprefix(self.prefix), logical.index), source.read(logical, as_fp32=True))
+            self.put(LayerWeight(logical.param.removeprefix(self.prefix), logical.index), source.read(logical, as_fp32=True))
 
-    def get(self, place: Place) -> np.ndarray:
+    def get(self, place: LayerWeight) -> np.ndarray:
         """See LayerTensors: a copy, fp32."""
         tensor = self._tensors[place.param]
         # A clone: numpy() of an expert's part alone would copy the whole stack.
         return tensor.numpy() if place.index is None else tensor[place.index].clone().numpy()
 
-    def put(self, place: Place, value: np.ndarray) -> None:
+    def put(self, place: LayerWeight, value: np.ndarray) -> None:
         """See LayerTensors."""
         with paddle.no_grad():
             value = np.ascontiguousarray(value, np.float32)

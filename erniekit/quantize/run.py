@@ -26,7 +26,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import Logical, Piece, logical_tensors
 from erniekit.precision.codes import CodeSpec
-from erniekit.quantize.folds import Place, Rounding, layer_matrices
+from erniekit.quantize.folds import LayerWeight, Rounding, layer_matrices
 from erniekit.quantize.layer_pass import FOLDING, FilePart, LayerPass, LayerReport, quantised_places
 from erniekit.quantize.one_layer import CHUNK, OneLayer, embedded
 from erniekit.quantize.options import Options
@@ -152,7 +152,7 @@ class _LayerSink:
         prefix = f"model.layers.{number}."
         self._target = target
         self._logicals = {
-            Place(logical.param.removeprefix(prefix), logical.index): logical
+            LayerWeight(logical.param.removeprefix(prefix), logical.index): logical
             for logical in source.logicals
             if layer_number(logical) == number
         }
@@ -170,11 +170,11 @@ class _LayerSink:
         plan += [(_stored_name(self._logicals[place]), "F32", self._logicals[place].shape) for place in self._plain]
         self.writer: Writer = store.writer(number, plan)
 
-    def parts_of(self, place: Place) -> list[FilePart]:
+    def parts_of(self, place: LayerWeight) -> list[FilePart]:
         """See Sink."""
         return [part for part, _ in self._parts(place)]
 
-    def _parts(self, place: Place) -> list[tuple[FilePart, Piece]]:
+    def _parts(self, place: LayerWeight) -> list[tuple[FilePart, Piece]]:
         logical = self._logicals[place]
         parts = []
         for piece in logical.pieces(self._target.format):

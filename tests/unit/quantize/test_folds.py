@@ -14,7 +14,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.models.inputs import head_layout
 from erniekit.models.weights import logical_tensors
 from erniekit.quantize import folds
-from erniekit.quantize.folds import Place, layer_matrices
+from erniekit.quantize.folds import LayerWeight, layer_matrices
 from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures"
@@ -129,7 +129,7 @@ def test_rounding_a_gain_changes_nothing():
     for matrices in every_layer(model):
         fold_input_norm(model, matrices, to_bf16)
         fold_feed_forward_norm(model, matrices, to_bf16)
-    gain = model.get(Place(folds.INPUT_NORM))
+    gain = model.get(LayerWeight(folds.INPUT_NORM))
     np.testing.assert_array_equal(to_bf16(gain), gain)
     folded, folded_chosen = model.run()
     np.testing.assert_allclose(folded, logits, rtol=0, atol=1e-10 * np.abs(logits).max())
