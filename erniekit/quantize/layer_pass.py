@@ -1,0 +1,337 @@
+"""Quantises one decoder layer with calibration tokens: statistics of the inputs, folds, codes.
+
+Attention first; the feed-forward block then gets the outputs of quantised attention, and the next layer those of both,
+as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router sends
+to it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from erniekit.data.packed_batch import Modality, PackedBatch
+from erniekit.models.inputs import head_layout
+from erniekit.moe.layer import TEXT, VISION
+from erniekit.precision.codes import CodeSpec, choose_scales, decode, encode
+from erniekit.quantize import awq, folds
+from erniekit.quantize.folds import Block, LayerMatrices, LayerWeight, Rounding, layer_matrices
+from erniekit.quantize.gptq import Factor, factorise, gptq
+from erniekit.quantize.inputs import NUM_SAMPLED, InputStatistics, evenly_spaced
+from erniekit.quantize.one_layer import OneLayer
+from erniekit.quantize.options import Options
+from erniekit.quantize.smoothquant import smoothing_scale
+from erniekit.utils import log
+
+FOLDING = ("awq", "smoothquant")
+
+
+class FilePart(NamedTuple):
+    """A tensor that a matrix of ours is in the file: `extract` gives it as [out, in] from our [in, out], `insert` writes
+    it back.
+    """
+
+    name: str
+    spec: CodeSpec
+    extract: Callable[[np.ndarray], np.ndarray]
+    insert: Callable[[np.ndarray, np.ndarray], None]
+
+
+class Sink(Protocol):
+    """What receives the results of a layer."""
+
+    def parts_of(self, place: LayerWeight) -> list[FilePart]:
+        """The tensors of the file that a matrix becomes; none where it is not quantised."""
+        ...
+
+    def take(self, part: FilePart, codes: np.ndarray, scales: np.ndarray) -> None:
+        """Keep the codes [out, in] and scales of a tensor. Matrices come in the order of `quantised_places`."""
+        ...
+
+
+@dataclass
+class MatrixReport:
+    """The error of one tensor: `rms` is |W' - W| / |W|, `output_error` |X (W' - W)^T| / |X W^T| on a sample of its
+    inputs (None without any), both after folds. `tokens`: its calibration tokens. `note`: where it was treated in
+    another way than most.
+    """
+
+    name: str
+    rms: float
+    output_error: float | None
+    tokens: int
+    note: str = ""
+
+
+@dataclass
+class LayerReport:
+    """What was done to a layer: its matrices, and the tokens of each routed expert by modality (0 text, 1 vision)."""
+
+    number: int
+    matrices: list[MatrixReport]
+    expert_tokens: dict[int, list[int]]
+    notes: list[str]
+
+
+def quantised_places(matrices: LayerMatrices) -> Iterator[LayerWeight]:
+    """The matrices of a layer in the order in which they are quantised."""
+    yield matrices.qkv
+    yield matrices.output
+    for block in matrices.blocks:
+        yield block.up_gate
+        yield block.down
+
+
+class LayerPass:
+    """The pass over one layer. `hidden_TD` [T, D], its input, is overwritten by its output. `rounding`: what happens to
+    gains in the file (see folds.fold_norm).
+    """
+
+    def __init__(
+        self,
+        layer: OneLayer,
+        batches: Sequence[PackedBatch],
+        hidden_TD: np.ndarray,
+        options: Options,
+        sink: Sink,
+        rounding: Rounding | None = None,
+    ) -> None:
+        self._layer, self._batches, self._hidden = layer, batches, hidden_TD
+        self._options, self._sink, self._rounding = options, sink, rounding
+        self._matrices = layer_matrices(layer.config, layer.sparse)
+        self._with_hessian = options.algorithm == "gptq"
+        self._tokens = _tokens_by_modality(batches, layer.config.vision is not None)
+        self._routed: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._of_all: dict[int, InputStatistics] = {}
+
+    def run(self, number: int) -> LayerReport:
+        """Quantise the layer; its results go to the sink."""
+        report = LayerReport(number, [], {}, [])
+        self._attention(report)
+        self._layer.run_attention(self._batches, self._hidden)
+        if self._options.algorithm in FOLDING:
+            self._fold_into_feed_forward()
+        if self._layer.sparse:
+            self._route(report)
+        for block in self._matrices.blocks:
+            self._block(block, report)
+        self._of_all.clear()
+        self._layer.run_feed_forward(self._batches, self._hidden)
+        if not np.isfinite(self._hidden).all():
+            raise ValueError(f"layer {number}: its output is not finite once it is quantised")
+        self._summarise(report)
+        return report
+
+    # Attention ---------------------------------------------------------------------------------------------------
+
+    def _attention(self, report: LayerReport) -> None:
+        config, layer, total = self._layer.config, self._layer, len(self._hidden)
+        heads = head_layout(config)
+        entering = self._statistics(config.hidden_size, total)
+        leaving = self._statistics(heads.num_heads * heads.dim, total)
+        for normed, context in layer.attention_inputs(self._batches, self._hidden):
+            entering.add(normed)
+            leaving.add(context)
+        matrices = self._matrices
+        scale: np.ndarray | None = None
+        if self._options.algorithm == "awq":
+            scale = awq.search(lambda: self._weighed(matrices.qkv, entering), entering.mean_abs).scale
+            sharing = awq.Sharing(
+                lambda values: folds.mean_over_queries(values, heads), lambda s: folds.shared_by_queries(s, heads)
+            )
+            values = awq.search(lambda: self._weighed(matrices.output, leaving), leaving.mean_abs, sharing).scale
+            folds.fold_values(layer, matrices, heads, values)
+            leaving = leaving.divided_by(sharing.expand(values))
+        elif self._options.algorithm == "smoothquant":
+            scale = smoothing_scale(entering.max_abs, [layer.get(matrices.qkv).T], self._options.smoothing)
+        if scale is not None:
+            folded = folds.fold_norm(layer, folds.INPUT_NORM, [matrices.qkv], scale, self._rounding)
+            entering = entering.divided_by(folded)
+        self._quantise(matrices.qkv, entering, report)
+        self._quantise(matrices.output, leaving, report)
+
+    # Feed-forward ------------------------------------------------------------------------------------------------
+
+    def _fold_into_feed_forward(self) -> None:
+        """Scale the inputs of gate|up. SmoothQuant leaves sparse layers as they are: one scale for all experts makes
+        them worse.
+        """
+        layer, matrices, smooth = self._layer, self._matrices, self._options.algorithm == "smoothquant"
+        if smooth and layer.sparse:
+            return
+        entering = self._rows_statistics(np.arange(len(self._hidden)))
+        if smooth:
+            weights = (layer.get(block.up_gate).T for block in matrices.blocks)
+            scale = smoothing_scale(entering.max_abs, weights, self._options.smoothing)
+        else:
+            if layer.sparse:
+                self._route(None)
+            scale = awq.search(self._weighed_feed_forward, entering.mean_abs).scale
+        folds.fold_norm(layer, folds.FEED_FORWARD_NORM, matrices.norm_targets, scale, self._rounding)
+
+    def _weighed_feed_forward(self) -> Iterator[awq.Weighed]:
+        """gate|up of every block, each with a sample of its own tokens."""
+        for block in self._matrices.blocks:
+            tokens = self._tokens_of(block)
+            chosen = tokens[evenly_spaced(len(tokens), NUM_SAMPLED)]
+            rows = list(self._layer.normed_rows(self._hidden, chosen))
+            inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
+            weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
+            yield awq.Weighed(weight, inputs, len(tokens) / max(len(inputs), 1), self._spec(block.up_gate))
+
+    def _route(self, report: LayerReport | None) -> None:
+        """Find the experts of every token."""
+        for modality, tokens in self._tokens.items():
+            chosen = self._layer.choices(self._hidden, tokens, modality)
+            self._routed[modality] = tokens, chosen
+            if report is not None:
+                counts = np.bincount(chosen.reshape(-1), minlength=self._layer.config.moe_num_experts)
+                report.expert_tokens[modality] = counts.tolist()
+
+    def _tokens_of(self, block: Block) -> np.ndarray:
+        """The numbers of the tokens that pass through a block."""
+        if block.modality is None:
+            return np.arange(len(self._hidden))
+        tokens, chosen = self._routed[block.modality]
+        return tokens[(chosen == block.up_gate.index).any(axis=1)]
+
+    def _block(self, block: Block, report: LayerReport) -> None:
+        layer, own = self._layer, self._tokens_of(block)
+        routed = block.modality is not None
+        everyone = self._tokens[block.modality] if block.modality is not None else own
+        used = everyone if routed and self._options.all_experts else own
+        entering, inner = self._rows_statistics(used), self._inner_statistics(block, used)
+        notes = ["", ""]
+        if routed:
+            entering, notes[0] = self._enough(entering, everyone, lambda: self._statistics_of_all(block.modality))
+            few = everyone[evenly_spaced(len(everyone), len(inner.max_abs))]
+            inner, notes[1] = self._enough(inner, everyone, lambda: self._inner_statistics(block, few))
+        if self._options.algorithm == "awq" and inner.count:
+            scale = awq.search(lambda: self._weighed(block.down, inner), inner.mean_abs).scale
+            folds.fold_up(layer, block, scale)
+            inner = inner.divided_by(scale)
+        self._quantise(block.up_gate, entering, report, notes[0], len(own))
+        self._quantise(block.down, inner, report, notes[1], len(own))
+
+    def _enough(
+        self, statistics: InputStatistics, everyone: np.ndarray, of_all: Callable[[], InputStatistics]
+    ) -> tuple[InputStatistics, str]:
+        """Statistics of enough inputs, and how they were made: an expert with fewer than in / 4 is given those of the
+        other tokens of its modality as well.
+        """
+        if 4 * statistics.count >= len(statistics.max_abs):
+            return statistics, ""
+        if not len(everyone):
+            return statistics, "rtn: no calibration token"
+        return statistics.blended_with(of_all()), "blended: few calibration tokens"
+
+    def _statistics_of_all(self, modality: int | None) -> InputStatistics:
+        """Those of what gate|up multiplies, of all tokens of a modality."""
+        assert modality is not None
+        if modality not in self._of_all:
+            self._of_all[modality] = self._rows_statistics(self._tokens[modality])
+        return self._of_all[modality]
+
+    # Statistics and codes ----------------------------------------------------------------------------------------
+
+    def _statistics(self, num_in: int, expected: int) -> InputStatistics:
+        return InputStatistics(num_in, expected, self._with_hessian)
+
+    def _rows_statistics(self, tokens: np.ndarray) -> InputStatistics:
+        statistics = self._statistics(self._hidden.shape[1], len(tokens))
+        for rows in self._layer.normed_rows(self._hidden, tokens):
+            statistics.add(rows)
+        return statistics
+
+    def _inner_statistics(self, block: Block, tokens: np.ndarray) -> InputStatistics:
+        statistics = self._statistics(self._layer.get(block.down).shape[0], len(tokens))
+        for rows in self._layer.normed_rows(self._hidden, tokens):
+            statistics.add(self._layer.inner_rows(block, rows))
+        return statistics
+
+    def _spec(self, place: LayerWeight) -> CodeSpec | None:
+        parts = self._sink.parts_of(place)
+        return parts[0].spec if parts else None
+
+    def _weighed(self, place: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
+        weight = np.ascontiguousarray(self._layer.get(place).T)
+        return [awq.Weighed(weight, statistics.sample, 1.0, self._spec(place))]
+
+    def _quantise(
+        self, place: LayerWeight, statistics: InputStatistics, report: LayerReport, note: str = "", tokens: int | None = None
+    ) -> None:
+        """Codes of one matrix, and the weights that they stand for in its place."""
+        parts = self._sink.parts_of(place)
+        if not parts:
+            return
+        matrix = self._layer.get(place)
+        factor: Factor | None = None
+        if statistics.hessian is not None and statistics.count:
+            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
+            statistics.hessian = None  # it is large, and its copy in the factor is enough
+            if factor is None:
+                note = "rtn: its inputs have no positive definite H"
+        for part in parts:
+            weight = np.ascontiguousarray(part.extract(matrix))
+            try:
+                codes, scales = self._codes(weight, statistics, factor, part)
+            except ValueError as error:
+                raise ValueError(f"{part.name}: {error}") from None
+            self._sink.take(part, codes, scales)
+            rounded = decode(codes, scales, part.spec)
+            count = statistics.count if tokens is None else tokens
+            report.matrices.append(_error_of(part.name, weight, rounded, statistics.sample, count, note))
+            part.insert(rounded, matrix)
+        self._layer.put(place, matrix)
+
+    def _codes(
+        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | None, part: FilePart
+    ) -> tuple[np.ndarray, np.ndarray]:
+        importance = None
+        if statistics.count and self._options.algorithm != "rtn":
+            importance = statistics.mean_square.astype(np.float32)
+        scales = choose_scales(weight, part.spec, self._options.clip_search, importance)
+        codes = encode(weight, scales, part.spec) if factor is None else gptq(weight, factor, scales, part.spec)
+        return codes, scales
+
+    def _summarise(self, report: LayerReport) -> None:
+        """One line about the experts of the layer that had too few tokens."""
+        for modality, counts in report.expert_tokens.items():
+            kind = "" if len(report.expert_tokens) == 1 else (" text", " vision")[modality]
+            few = sum(4 * count < self._hidden.shape[1] for count in counts)
+            if not sum(counts):
+                line = f"no calibration token reaches the{kind} experts: they are rounded to nearest"
+            elif few:
+                line = (
+                    f"{few} of {len(counts)}{kind} experts have fewer than {self._hidden.shape[1] // 4} calibration "
+                    f"tokens (expert {int(np.argmin(counts))} has {min(counts)}): their statistics are blended with "
+                    "those of all tokens"
+                )
+            else:
+                continue
+            report.notes.append(line)
+            log.warning(f"layer {report.number}: {line}")
+
+
+def _error_of(
+    name: str, weight: np.ndarray, rounded: np.ndarray, inputs: np.ndarray, tokens: int, note: str
+) -> MatrixReport:
+    difference = rounded - weight
+    rms = _ratio(difference, weight)
+    return MatrixReport(
+        name, rms, _ratio(inputs @ difference.T, inputs @ weight.T) if len(inputs) else None, tokens, note
+    )
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> float:
+    size = float(np.linalg.norm(whole))
+    return float(np.linalg.norm(part)) / size if size else 0.0
+
+
+def _tokens_by_modality(batches: Sequence[PackedBatch], sees_pictures: bool) -> dict[int, np.ndarray]:
+    """The numbers of the tokens of each modality that has experts, among those of all batches."""
+    modality = np.concatenate([batch.modality for batch in batches])
+    if not sees_pictures:
+        return {TEXT: np.arange(len(modality))}
+    return {TEXT: np.flatnonzero(modality == Modality.TEXT), VISION: np.flatnonzero(modality != Modality.TEXT)}
