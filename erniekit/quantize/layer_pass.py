@@ -15,6 +15,7 @@ from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.models.inputs import head_layout
 from erniekit.moe.layer import TEXT, VISION
 from erniekit.precision.codes import CodeSpec, choose_scales, decode, encode
+from erniekit.precision.convolutional_feedback import BlockFactor, encode_with_feedback, factorise_blocks
 from erniekit.quantize import awq, folds
 from erniekit.quantize.folds import Block, LayerMatrices, LayerWeight, Rounding, layer_matrices
 from erniekit.quantize.gptq import Factor, factorise, gptq
@@ -259,16 +260,24 @@ class LayerPass:
         return [awq.Weighed(weight, statistics.sample, 1.0, self._spec(place))]
 
     def _quantise(
-        self, place: LayerWeight, statistics: InputStatistics, report: LayerReport, note: str = "", tokens: int | None = None
+        self,
+        place: LayerWeight,
+        statistics: InputStatistics,
+        report: LayerReport,
+        note: str = "",
+        tokens: int | None = None,
     ) -> None:
         """Codes of one matrix, and the weights that they stand for in its place."""
         parts = self._sink.parts_of(place)
         if not parts:
             return
         matrix = self._layer.get(place)
-        factor: Factor | None = None
+        factor: Factor | BlockFactor | None = None
         if statistics.hessian is not None and statistics.count:
-            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
+            if parts[0].spec.kind == "convolutional":
+                factor = factorise_blocks(statistics.hessian, self._options.damping)
+            else:
+                factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
             statistics.hessian = None  # it is large, and its copy in the factor is enough
             if factor is None:
                 note = "rtn: its inputs have no positive definite H"
@@ -286,8 +295,11 @@ class LayerPass:
         self._layer.put(place, matrix)
 
     def _codes(
-        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | None, part: FilePart
+        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | BlockFactor | None, part: FilePart
     ) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(factor, BlockFactor):
+            words, scales_of_words = encode_with_feedback(weight, factor)
+            return words, scales_of_words.to_array()
         importance = None
         if statistics.count and self._options.algorithm != "rtn":
             importance = statistics.mean_square.astype(np.float32)

@@ -116,9 +116,10 @@ class LayerStore:
 
 
 def code_entries(name: str, spec: CodeSpec, shape: Sequence[int]) -> Plan:
-    """How the codes and scales of a tensor [out, in] are stored: 4-bit codes two a byte."""
+    """How the codes and scales of a tensor [out, in] are stored: 4-bit codes two a byte, and two bits as they are."""
     num_out, num_in = shape
-    stored = ("U8", (num_out, -(-num_in // 2))) if _is_packed(spec) else (_code_type(spec), (num_out, num_in))
+    width = -(-num_in // 2) if _is_packed(spec) else spec.code_columns(num_in)
+    stored = ("U8" if _is_packed(spec) else _code_type(spec), (num_out, width))
     return [(f"{name}.codes", *stored), (f"{name}.scales", "F32", spec.scale_shape((num_out, num_in)))]
 
 
@@ -137,4 +138,4 @@ def _is_packed(spec: CodeSpec) -> bool:
 
 
 def _code_type(spec: CodeSpec) -> str:
-    return "U8" if spec.kind == "e4m3" else "I8"
+    return "I8" if spec.kind == "int" else "U8"
