@@ -7,6 +7,7 @@ to it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -197,38 +198,38 @@ class LayerPass:
         return tokens[(chosen == block.up_gate.index).any(axis=1)]
 
     def _block(self, block: Block, report: LayerReport) -> None:
-        layer, own = self._layer, self._tokens_of(block)
-        routed = block.modality is not None
-        everyone = self._tokens[block.modality] if block.modality is not None else own
-        used = everyone if routed and self._options.all_experts else own
-        entering, inner = self._rows_statistics(used), self._inner_statistics(block, used)
-        notes = ["", ""]
-        if routed:
-            entering, notes[0] = self._enough(entering, everyone, lambda: self._statistics_of_all(block.modality))
-            few = everyone[evenly_spaced(len(everyone), len(inner.max_abs))]
-            inner, notes[1] = self._enough(inner, everyone, lambda: self._inner_statistics(block, few))
-        if self._options.algorithm == "awq" and inner.count:
-            scale = awq.search(lambda: self._weighed(block.down, inner), inner.mean_abs).scale
-            folds.fold_up(layer, block, scale)
-            inner = inner.divided_by(scale)
-        self._quantise(block.up_gate, entering, report, notes[0], len(own))
-        self._quantise(block.down, inner, report, notes[1], len(own))
+        """gate|up, then down with the outputs of quantised gate|up; AWQ's fold between them changes both."""
+        own, everyone = self._tokens_of(block), self._tokens_of_modality(block)
+        used = everyone if block.modality is not None and self._options.all_experts else own
+        inner: tuple[InputStatistics, str] | None = None
+        if self._options.algorithm == "awq":
+            inner = self._inner(block, used, everyone)
+            if inner[0].count:
+                scale = awq.search(partial(self._weighed, block.down, inner[0]), inner[0].mean_abs).scale
+                folds.fold_up(self._layer, block, scale)
+                inner = inner[0].divided_by(scale), inner[1]
+        entering, note = self._rows_statistics(used), ""
+        if block.modality is not None:
+            entering, note = _enough(entering, everyone, partial(self._statistics_of_all, block.modality))
+        self._quantise(block.up_gate, entering, report, note, len(own))
+        del entering
+        statistics, note = inner or self._inner(block, used, everyone)
+        self._quantise(block.down, statistics, report, note, len(own))
 
-    def _enough(
-        self, statistics: InputStatistics, everyone: np.ndarray, of_all: Callable[[], InputStatistics]
-    ) -> tuple[InputStatistics, str]:
-        """Statistics of enough inputs, and how they were made: an expert with fewer than in / 4 is given those of the
-        other tokens of its modality as well.
-        """
-        if 4 * statistics.count >= len(statistics.max_abs):
+    def _inner(self, block: Block, used: np.ndarray, everyone: np.ndarray) -> tuple[InputStatistics, str]:
+        """Statistics of what down multiplies, and how they were made."""
+        statistics = self._inner_statistics(block, used)
+        if block.modality is None:
             return statistics, ""
-        if not len(everyone):
-            return statistics, "rtn: no calibration token"
-        return statistics.blended_with(of_all()), "blended: few calibration tokens"
+        some = everyone[evenly_spaced(len(everyone), len(statistics.max_abs))]
+        return _enough(statistics, everyone, partial(self._inner_statistics, block, some))
 
-    def _statistics_of_all(self, modality: int | None) -> InputStatistics:
+    def _tokens_of_modality(self, block: Block) -> np.ndarray:
+        """The numbers of the tokens among which the router of a block chooses."""
+        return np.arange(len(self._hidden)) if block.modality is None else self._tokens[block.modality]
+
+    def _statistics_of_all(self, modality: int) -> InputStatistics:
         """Those of what gate|up multiplies, of all tokens of a modality."""
-        assert modality is not None
         if modality not in self._of_all:
             self._of_all[modality] = self._rows_statistics(self._tokens[modality])
         return self._of_all[modality]
@@ -312,6 +313,19 @@ class LayerPass:
                 continue
             report.notes.append(line)
             log.warning(f"layer {report.number}: {line}")
+
+
+def _enough(
+    statistics: InputStatistics, everyone: np.ndarray, of_all: Callable[[], InputStatistics]
+) -> tuple[InputStatistics, str]:
+    """Statistics of enough inputs, and how they were made: an expert with fewer than in / 4 tokens is given those of
+    the other tokens of its modality as well.
+    """
+    if 4 * statistics.count >= len(statistics.max_abs):
+        return statistics, ""
+    if not len(everyone):
+        return statistics, "rtn: no calibration token"
+    return statistics.blended_with(of_all()), "blended: few calibration tokens"
 
 
 def _error_of(

@@ -2,11 +2,11 @@
 
 Peak memory on the host, without that of Python, Paddle and the file's header, is the largest over the decoder layers of
 
-  4 (P + T D + C (D + 2 W) + 4 M) + 28 I^2
+  4 (P + T D + C (D + 2 W) + 4 M) + 40 I^2
 
 P weights of the layer (fp32), T calibration tokens, D the width of the model, C tokens of a chunk, W the widest product
-and M the weights of the largest matrix of the layer, I the most inputs of one (H, its copy and its factor in fp64, and
-the factor in fp32; only for GPTQ). `peak_bytes` computes it.
+and M the weights of the largest matrix of the layer, I the most inputs of one (in fp64: its H, that of all tokens, the
+damped H, and the factor with LAPACK's copy; only for GPTQ). `peak_bytes` computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -249,5 +249,5 @@ def peak_bytes(config: ModelConfig, options: Options, num_tokens: int) -> int:
         chunk = min(CHUNK, num_tokens) * (config.hidden_size + 2 * widest)
         elements = sum(prod(each.shape) for each in logicals) + num_tokens * config.hidden_size + chunk
         elements += 4 * max(prod(shape) for shape in matrices)
-        peak = max(peak, 4 * elements + (28 * most_in**2 if options.algorithm == "gptq" else 0))
+        peak = max(peak, 4 * elements + (40 * most_in**2 if options.algorithm == "gptq" else 0))
     return peak

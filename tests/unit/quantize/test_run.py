@@ -219,24 +219,25 @@ def test_pictures(vision_directory, tmp_path, algorithm, monkeypatch):
     assert any("vision" not in m.name and m.note == "rtn: no calibration token" for m in text.reports[3].matrices)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer(tmp_path):
-    """Six layers of 1.6 MB: the peak stays below the formula's, which is far from the whole model's size. numpy's and
+    """Five layers of 1.3 MB: the peak stays below the formula's, which is far from the whole model's size. numpy's and
     Paddle's peaks are added, although they need not be at the same time; 0.5 MB are Python's objects.
     """
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "moe_num_experts": 6, "intermediate_size": 128}
-    model = tiny_model("moe", num_hidden_layers=6, moe_layer_start_index=0, **sizes)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "moe_num_experts": 4, "intermediate_size": 128}
+    model = tiny_model("moe", num_hidden_layers=5, moe_layer_start_index=0, **sizes)
     save_model(model, tmp_path / "model")
     total = 4 * sum(int(np.prod(parameter.shape)) for parameter in model.parameters())
-    bound = peak_bytes(model.config, Options(), 80)
+    bound = peak_bytes(model.config, Options(), 40)
     del model
-    quantised(tmp_path / "model", tmp_path / "first", rows(2))  # what is imported on first use
+    quantised(tmp_path / "model", tmp_path / "first", rows(1))  # what is imported on first use
     before = core.host_memory_stat_current_value("Allocated", 0)
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     tracemalloc.start()
-    quantised(tmp_path / "model", tmp_path / "work", rows(2))
+    quantised(tmp_path / "model", tmp_path / "work", rows(1))
     peak = tracemalloc.get_traced_memory()[1] + core.host_memory_stat_peak_value("Allocated", 0) - before
     tracemalloc.stop()
-    assert peak < bound + 0.5e6 < total / 2, (peak, bound, total)
+    assert peak < bound + 0.5e6 < 0.6 * total, (peak, bound, total)
 
 
 def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
