@@ -13,7 +13,6 @@ import argparse
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,68 +20,66 @@ import numpy as np
 from erniekit import config as configuration
 from erniekit.checkpoint.model_dir import copy_companions, find_checkpoint
 from erniekit.checkpoint.model_reader import ModelReader
-from erniekit.checkpoint.wint2_codec import Wint2
+from erniekit.checkpoint.quantised_codecs import Codec, Unpacked
+from erniekit.checkpoint.wint2_codec import CODEC as WINT2
 from erniekit.config import Config
 from erniekit.evaluate import evaluate
 from erniekit.export.convert import rewrite
-from erniekit.models.weights import Logical, Piece
-from erniekit.precision.codes import WINT2, CodeSpec, decode, full_range, symmetric
+from erniekit.models.weights import Logical
+from erniekit.precision.codes import full_range, symmetric
+from erniekit.quantize.algorithm import Algorithm, AlgorithmOptions
 from erniekit.quantize.calibration import CalibrationSource, read_calibration
-from erniekit.quantize.options import Algorithm, Options
-from erniekit.quantize.run import CalibratedModel, Target, calibrate, layer_number
+from erniekit.quantize.run import CalibratedModel, calibrate
+from erniekit.quantize.schemes import Scheme
 
-# name -> codes of the experts, algorithm, search of scales
-VARIANTS: dict[str, tuple[CodeSpec, Algorithm, bool]] = {
-    "2 bits, round to nearest": (full_range(2, 64), "rtn", False),
-    "2 bits, scales searched": (full_range(2, 64), "rtn", True),
-    "2 bits, GPTQ": (full_range(2, 64), "gptq", True),
+# name -> codes of the experts, algorithm, search of scales. Unpacked, since no file of codes is written.
+PLAIN_2, PLAIN_4 = Unpacked(full_range(2, 64)), Unpacked(full_range(4, 64))
+VARIANTS: dict[str, tuple[Codec, Algorithm, bool]] = {
+    "2 bits, round to nearest": (PLAIN_2, "rtn", False),
+    "2 bits, scales searched": (PLAIN_2, "rtn", True),
+    "2 bits, GPTQ": (PLAIN_2, "gptq", True),
     "wint2 without data": (WINT2, "rtn", False),
     "wint2, calibrated": (WINT2, "gptq", False),
-    "4 bits, round to nearest": (full_range(4, 64), "rtn", True),
-    "4 bits, GPTQ": (full_range(4, 64), "gptq", True),
-    "8 bits, round to nearest": (symmetric(8), "rtn", False),
+    "4 bits, round to nearest": (PLAIN_4, "rtn", True),
+    "4 bits, GPTQ": (PLAIN_4, "gptq", True),
+    "8 bits, round to nearest": (Unpacked(symmetric(8)), "rtn", False),
 }
-OTHERS = symmetric(8)
+OTHERS = Unpacked(symmetric(8))
 
 
 class Restored:
     """The weights that the codes of a quantised model stand for (export.convert.Edit), and the error of the experts."""
 
-    def __init__(self, source: ModelReader, result: CalibratedModel, spec_of: Callable[..., CodeSpec | None]) -> None:
-        self.source, self.result, self.spec_of = source, result, spec_of
+    def __init__(self, scheme: Scheme, result: CalibratedModel) -> None:
+        self.scheme, self.result = scheme, result
         self.squared = self.total = self.bits = self.count = 0.0
 
     def touches(self, logical: Logical) -> bool:
-        return self.spec_of(logical, logical.paddle[0]) is not None
+        return bool(self.scheme.matrices(logical))
 
     def apply(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
-        spec = self.spec_of(logical, logical.paddle[0])
-        assert spec is not None
-        codes, scales = self.result.codes(logical, logical.paddle[0])
-        restored = np.ascontiguousarray(logical.from_file([decode(codes, scales, spec).T], "paddle"))
+        (matrix,) = self.scheme.matrices(logical)
+        restored_out_in = matrix.codec.restored(*self.result.codes(matrix))
+        restored = np.ascontiguousarray(logical.from_file([np.ascontiguousarray(restored_out_in.T)], "paddle"))
         if logical.index is not None:
             self.squared += float(((restored - weight) ** 2).sum())
             self.total += float((weight**2).sum())
-            self.bits += bits_of(spec, weight.shape[::-1])
+            self.bits += bits_of(matrix.codec, matrix.shape)
             self.count += weight.size
         return restored
 
 
-def bits_of(spec: CodeSpec, shape: tuple[int, ...]) -> float:
+def bits_of(codec: Codec, shape: tuple[int, int]) -> float:
     """The bits of a matrix [out, in] with its scales."""
-    if spec.kind == "convolutional":
-        plan = Wint2(spec).plan("", (shape[0], shape[1]))
-        return 8 * sum({"U8": 1, "BF16": 2, "F32": 4}[dtype] * math.prod(part) for _, dtype, part in plan)
-    return spec.bits * math.prod(shape) + 16 * math.prod(spec.scale_shape((shape[0], shape[1])))
+    if codec is WINT2:
+        sizes = {"U8": 8, "BF16": 16, "F32": 32}
+        return sum(sizes[dtype] * math.prod(part) for _, dtype, part in codec.plan("", shape))
+    return codec.spec.bits * math.prod(shape) + 16 * math.prod(codec.spec.scale_shape(shape))
 
 
-def spec_for(experts: CodeSpec) -> Callable[[Logical, Piece], CodeSpec | None]:
-    def spec_of(logical: Logical, piece: Piece) -> CodeSpec | None:
-        if layer_number(logical) is None or len(logical.shape) != 2 or logical.keep_fp32:
-            return None
-        return OTHERS if logical.index is None else experts
-
-    return spec_of
+def scheme_of(name: str, experts: Codec) -> Scheme:
+    """The experts as `experts` has them and everything else that is quantised in 8 bits."""
+    return Scheme(name, "paddle", lambda logical, _: OTHERS if logical.index is None else experts, {}, name, "")
 
 
 def scores(cfg: Config, config: str, keys: list[str], model: Path, generate: bool) -> dict[str, float]:
@@ -112,12 +109,11 @@ def main() -> None:
     )
     print(f"{calibration.num_tokens} calibration tokens")
     rows = [("fp32", 32.0, 0.0, scores(cfg, args.config, args.keys, model, args.generate))]
-    for number, (name, (spec, algorithm, search)) in enumerate(VARIANTS.items()):
-        spec_of, work = spec_for(spec), args.out / f"work{number}"
-        options = Options(algorithm, clip_search=search)
-        target = Target("paddle", spec_of)
-        result = calibrate(source.config, source, calibration.batches, target, options, work, {"variant": name})
-        restored = Restored(source, result, spec_of)
+    for number, (name, (codec, algorithm, search)) in enumerate(VARIANTS.items()):
+        scheme, work = scheme_of(name, codec), args.out / f"work{number}"
+        options = AlgorithmOptions(algorithm, clip_search=search)
+        result = calibrate(source.config, source, calibration.batches, scheme, options, work, {"variant": name})
+        restored = Restored(scheme, result)
         directory = args.out / f"variant{number}"
         directory.mkdir(parents=True, exist_ok=True)
         rewrite(model, directory, "pt", "5GB", "float32", lambda _, restored=restored: restored)

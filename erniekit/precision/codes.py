@@ -57,10 +57,6 @@ class CodeSpec:
         rows, columns = self.tile(shape)
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
-    def code_columns(self, num_in: int) -> int:
-        """The columns of the codes of a matrix [out, in]: its inputs, or a byte for every four of them."""
-        return num_in // convolutional_code.WORD if self.kind == "convolutional" else num_in
-
 
 def full_range(bits: int, group: int | None = None) -> CodeSpec:
     """Whole numbers with every code of `bits` bits, -8 to 7 of 4; bf16 scales of channels, or of groups of inputs."""

@@ -8,6 +8,7 @@ Weights are in our layout, [in, out]: inputs are rows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from erniekit.nn.attention import HeadLayout
 INPUT_NORM, FEED_FORWARD_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 
 
-class LayerWeight(NamedTuple):
+@dataclass(frozen=True)
+class LayerWeight:
     """A weight of a layer: its parameter's name inside the layer, and which expert's."""
 
     param: str
@@ -73,7 +75,9 @@ def layer_matrices(config: ModelConfig, sparse: bool) -> LayerMatrices:
 
     def block(prefix: str) -> Block:
         up_gate = f"{prefix}.up_gate_proj"
-        return Block(LayerWeight(f"{up_gate}.weight"), LayerWeight(f"{prefix}.down_proj.weight"), bias(f"{up_gate}.bias"))
+        return Block(
+            LayerWeight(f"{up_gate}.weight"), LayerWeight(f"{prefix}.down_proj.weight"), bias(f"{up_gate}.bias")
+        )
 
     blocks, routers = [block("mlp")], []
     if sparse:
@@ -100,7 +104,11 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 
 def fold_norm(
-    tensors: LayerTensors, norm: str, targets: Sequence[LayerWeight], scale: np.ndarray, rounding: Rounding | None = None
+    tensors: LayerTensors,
+    norm: str,
+    targets: Sequence[LayerWeight],
+    scale: np.ndarray,
+    rounding: Rounding | None = None,
 ) -> np.ndarray:
     """Divide the gain of a norm by `scale` [in] > 0 and multiply the rows of what follows.
 

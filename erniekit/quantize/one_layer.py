@@ -41,7 +41,9 @@ class OneLayer:
         self._tensors = named_tensors(self._layer)
         self.sparse = self._layer.sparse
         for logical in source.logicals:  # experts one by one: a stack is never in memory twice
-            self.put(LayerWeight(logical.param.removeprefix(self.prefix), logical.index), source.read(logical, as_fp32=True))
+            self.put(
+                LayerWeight(logical.param.removeprefix(self.prefix), logical.index), source.read(logical, as_fp32=True)
+            )
 
     def get(self, place: LayerWeight) -> np.ndarray:
         """See LayerTensors: a copy, fp32."""

@@ -2,15 +2,14 @@
 
 Peak memory on the host, without that of Python, Paddle and the file's header, is the largest over the decoder layers of
 
-  4 (P + T D + C (D + 2 W) + 4 M) + 28 I^2
+  4 (P + T D + C (D + 2 W) + 4 M) + 40 I^2
 
 P weights of the layer (fp32), T calibration tokens, D the width of the model, C tokens of a chunk, W the widest product
-and M the weights of the largest matrix of the layer, I the most inputs of one (H, its copy and its factor in fp64, and
-the factor in fp32; only for GPTQ). `peak_bytes` computes it.
+and M the weights of the largest matrix of the layer, I the most inputs of one (in fp64: its H, that of all tokens, the
+damped H, and the factor with LAPACK's copy; only for GPTQ). `peak_bytes` computes it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -23,50 +22,33 @@ from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.data.packed_batch import PackedBatch
-from erniekit.models.config import Format, ModelConfig
-from erniekit.models.weights import Logical, Piece, logical_tensors
-from erniekit.precision.codes import CodeSpec
-from erniekit.quantize.folds import LayerWeight, Rounding, layer_matrices
-from erniekit.quantize.layer_pass import FOLDING, FilePart, LayerPass, LayerReport, quantised_places
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import Logical, logical_tensors
+from erniekit.quantize.algorithm import AlgorithmOptions
+from erniekit.quantize.folds import LayerWeight, layer_matrices
+from erniekit.quantize.layer_pass import FOLDING, LayerPass, LayerReport, quantised_weights
 from erniekit.quantize.one_layer import CHUNK, OneLayer, embedded
-from erniekit.quantize.options import Options
+from erniekit.quantize.schemes import Matrix, Scheme
 from erniekit.quantize.store import LayerStore, code_entries, read_codes, stored_codes
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.progress import track
 
-# The codes of a weight's tensors; None where it keeps its type.
-SpecOf = Callable[[Logical, Piece], CodeSpec | None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the file will hold: its layout, which tensors become codes (`spec_of`), and how other weights are rounded
-    (`rounding`: fp32 -> fp32 values of the file's type).
-    """
-
-    format: Format
-    spec_of: SpecOf
-    rounding: Rounding | None = None
-
 
 class CalibratedModel:
     """The results of `calibrate`, by tensor. Reads one tensor at a time from the store."""
 
-    def __init__(self, store: LayerStore, config: ModelConfig, target: Target) -> None:
-        self._store, self._target = store, target
+    def __init__(self, store: LayerStore, config: ModelConfig) -> None:
+        self._store = store
         self._reader: tuple[int, Reader] | None = None
         self.reports: list[LayerReport] = store.reports(config.num_hidden_layers)
 
-    def codes(self, logical: Logical, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [out, in] and scales of a tensor that `Target.spec_of` gives a CodeSpec, as codes.encode and
-        choose_scales give them.
-        """
-        spec, reader = self._target.spec_of(logical, piece), self._of_layer(logical)
-        assert spec is not None and reader is not None, piece.name
-        num_in = shape_of(piece)[1]
-        stored = reader.read(f"{piece.name}.codes")
-        return read_codes(stored, spec, num_in), reader.read(f"{piece.name}.scales")
+    def codes(self, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a matrix (see precision.codes)."""
+        reader = self._of_layer(matrix.logical)
+        assert reader is not None, matrix.name
+        codes = read_codes(reader.read(f"{matrix.name}.codes"), matrix.codec.spec, matrix.shape[1])
+        return codes, reader.read(f"{matrix.name}.scales")
 
     def folded(self, logical: Logical) -> np.ndarray | None:
         """The weight after all folds, fp32 in our layout, of a tensor without codes; None where no fold changed it."""
@@ -93,8 +75,8 @@ def calibrate(
     config: ModelConfig,
     source: WeightSource,
     batches: Sequence[PackedBatch],
-    target: Target,
-    options: Options,
+    scheme: Scheme,
+    options: AlgorithmOptions,
     directory: Path,
     identity: dict[str, Any],
 ) -> CalibratedModel:
@@ -104,7 +86,7 @@ def calibrate(
     are not quantised again. `identity`: what weights and tokens are, for that comparison. The result follows from the
     arguments alone. Raises CheckpointError where a layer cannot be quantised.
     """
-    store = LayerStore(directory, identity | _identity(config, source, target, options))
+    store = LayerStore(directory, identity | _identity(config, source, scheme, options))
     count, begin = config.num_hidden_layers, store.num_finished
     if begin:
         log.info(f"{directory}: {begin} of {count} layers are quantised already")
@@ -118,9 +100,9 @@ def calibrate(
         hidden_TD = store.hidden(begin - 1) if begin else embedded(config, source, batches)
     for number in track(range(begin, count), count, "quantising: layer", lambda number: number + 1):
         layer = OneLayer(config, number, _OfLayer(source, number))
-        sink = _LayerSink(store, source, layer, number, target, options.algorithm in FOLDING)
+        sink = _LayerSink(store, source, layer, number, scheme, options.algorithm in FOLDING)
         with sink.writer:
-            run = LayerPass(layer, batches, hidden_TD, options, sink, target.rounding)
+            run = LayerPass(layer, batches, hidden_TD, options, sink)
             try:
                 report = run.run(number)
             except ValueError as error:
@@ -128,7 +110,7 @@ def calibrate(
             sink.take_folded(layer)
         store.finish(report, hidden_TD)
         del layer, run
-    return CalibratedModel(store, config, target)
+    return CalibratedModel(store, config)
 
 
 class _OfLayer:
@@ -147,69 +129,41 @@ class _LayerSink:
     """Writes the results of a layer into the store (layer_pass.Sink)."""
 
     def __init__(
-        self, store: LayerStore, source: WeightSource, layer: OneLayer, number: int, target: Target, folds: bool
+        self, store: LayerStore, source: WeightSource, layer: OneLayer, number: int, scheme: Scheme, folds: bool
     ) -> None:
         prefix = f"model.layers.{number}."
-        self._target = target
+        self._scheme = scheme
         self._logicals = {
             LayerWeight(logical.param.removeprefix(prefix), logical.index): logical
             for logical in source.logicals
             if layer_number(logical) == number
         }
-        self._places = list(quantised_places(layer_matrices(layer.config, layer.sparse)))
         plan: Plan = []
-        for place in self._places:
-            for part, piece in self._parts(place):
-                plan += code_entries(part.name, part.spec, shape_of(piece))
+        for weight in quantised_weights(layer_matrices(layer.config, layer.sparse)):
+            for matrix in self.matrices_of(weight):
+                plan += code_entries(matrix.name, matrix.codec.spec, matrix.shape)
         # Weights without codes, which folds may change.
         self._plain = [
             place
             for place, logical in self._logicals.items()
-            if folds and not logical.is_state and not self.parts_of(place)
+            if folds and not logical.is_state and not self.matrices_of(place)
         ]
         plan += [(_stored_name(self._logicals[place]), "F32", self._logicals[place].shape) for place in self._plain]
         self.writer: Writer = store.writer(number, plan)
 
-    def parts_of(self, place: LayerWeight) -> list[FilePart]:
+    def matrices_of(self, weight: LayerWeight) -> list[Matrix]:
         """See Sink."""
-        return [part for part, _ in self._parts(place)]
+        return self._scheme.matrices(self._logicals[weight])
 
-    def _parts(self, place: LayerWeight) -> list[tuple[FilePart, Piece]]:
-        logical = self._logicals[place]
-        parts = []
-        for piece in logical.pieces(self._target.format):
-            spec = self._target.spec_of(logical, piece)
-            if spec is not None:
-                parts.append((FilePart(piece.name, spec, _extract(piece), _insert(piece)), piece))
-        return parts
-
-    def take(self, part: FilePart, codes: np.ndarray, scales: np.ndarray) -> None:
+    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """See Sink."""
-        self.writer.write(f"{part.name}.codes", stored_codes(codes, part.spec))
-        self.writer.write(f"{part.name}.scales", scales)
+        self.writer.write(f"{matrix.name}.codes", stored_codes(codes, matrix.codec.spec))
+        self.writer.write(f"{matrix.name}.scales", scales)
 
     def take_folded(self, layer: OneLayer) -> None:
         """Write the weights without codes, if the algorithm folds."""
         for place in self._plain:
             self.writer.write(_stored_name(self._logicals[place]), layer.get(place))
-
-
-def shape_of(piece: Piece) -> tuple[int, int]:
-    """[out, in] of a matrix's tensor."""
-    first, second = piece.shape
-    return (first, second) if piece.transposed else (second, first)
-
-
-def _extract(piece: Piece) -> Callable[[np.ndarray], np.ndarray]:
-    if piece.transposed:
-        return piece.extract
-    return lambda matrix: piece.extract(matrix).T
-
-
-def _insert(piece: Piece) -> Callable[[np.ndarray, np.ndarray], None]:
-    if piece.transposed:
-        return piece.insert
-    return lambda stored, matrix: piece.insert(stored.T, matrix)
 
 
 def layer_number(logical: Logical) -> int | None:
@@ -222,21 +176,19 @@ def _stored_name(logical: Logical) -> str:
     return logical.param if logical.index is None else f"{logical.param}.{logical.index}"
 
 
-def _identity(config: ModelConfig, source: WeightSource, target: Target, options: Options) -> dict[str, Any]:
-    specs = {
-        piece.name: repr(spec)
-        for logical in source.logicals
-        if layer_number(logical) is not None and len(logical.shape) == 2
-        for piece in logical.pieces(target.format)
-        if (spec := target.spec_of(logical, piece)) is not None
-    }
-    digest = blake2b(repr(sorted(specs.items())).encode(), digest_size=8).hexdigest()
-    return {"tensors and their codes": digest, "layout": target.format, "config.json": config.to_dict()} | {
-        f"quantization: {name}": value for name, value in vars(options).items()
-    }
+def _identity(config: ModelConfig, source: WeightSource, scheme: Scheme, options: AlgorithmOptions) -> dict[str, Any]:
+    """What the results follow from besides weights and tokens, under names that a user knows."""
+    matrices = [matrix for logical in source.logicals for matrix in scheme.matrices(logical)]
+    text = repr([(matrix.name, matrix.codec) for matrix in matrices])
+    return {
+        "quantization": scheme.name,
+        "format": scheme.format,
+        "codes of the tensors": blake2b(text.encode(), digest_size=8).hexdigest(),
+        "config.json": config.to_dict(),
+    } | {f"option {name}": value for name, value in vars(options).items()}
 
 
-def peak_bytes(config: ModelConfig, options: Options, num_tokens: int) -> int:
+def peak_bytes(config: ModelConfig, options: AlgorithmOptions, num_tokens: int) -> int:
     """The peak of memory by the formula at the top of this file."""
     layers: dict[int, list[Logical]] = {}
     for logical in logical_tensors(config):
@@ -249,5 +201,5 @@ def peak_bytes(config: ModelConfig, options: Options, num_tokens: int) -> int:
         chunk = min(CHUNK, num_tokens) * (config.hidden_size + 2 * widest)
         elements = sum(prod(each.shape) for each in logicals) + num_tokens * config.hidden_size + chunk
         elements += 4 * max(prod(shape) for shape in matrices)
-        peak = max(peak, 4 * elements + (28 * most_in**2 if options.algorithm == "gptq" else 0))
+        peak = max(peak, 4 * elements + (40 * most_in**2 if options.algorithm == "gptq" else 0))
     return peak

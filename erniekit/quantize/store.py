@@ -14,6 +14,7 @@ from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer, write_error
 from erniekit.precision.codes import CodeSpec
+from erniekit.precision.convolutional_code import WORD
 from erniekit.precision.weight_only import pack, unpack
 from erniekit.quantize.layer_pass import LayerReport, MatrixReport
 from erniekit.utils import atomic, log
@@ -116,11 +117,15 @@ class LayerStore:
 
 
 def code_entries(name: str, spec: CodeSpec, shape: Sequence[int]) -> Plan:
-    """How the codes and scales of a tensor [out, in] are stored: 4-bit codes two a byte, and two bits as they are."""
+    """How the codes and scales of a tensor [out, in] are stored: 4-bit codes two a byte."""
     num_out, num_in = shape
-    width = -(-num_in // 2) if _is_packed(spec) else spec.code_columns(num_in)
-    stored = ("U8" if _is_packed(spec) else _code_type(spec), (num_out, width))
-    return [(f"{name}.codes", *stored), (f"{name}.scales", "F32", spec.scale_shape((num_out, num_in)))]
+    code_type, width = ("I8" if spec.kind == "int" else "U8"), num_in
+    if spec.kind == "convolutional":
+        width = num_in // WORD
+    elif _is_packed(spec):
+        code_type, width = "U8", -(-num_in // 2)
+    scales = spec.scale_shape((num_out, num_in))
+    return [(f"{name}.codes", code_type, (num_out, width)), (f"{name}.scales", "F32", scales)]
 
 
 def stored_codes(codes: np.ndarray, spec: CodeSpec) -> np.ndarray:
@@ -135,7 +140,3 @@ def read_codes(stored: np.ndarray, spec: CodeSpec, num_in: int) -> np.ndarray:
 
 def _is_packed(spec: CodeSpec) -> bool:
     return spec.kind == "int" and spec.bits <= 4
-
-
-def _code_type(spec: CodeSpec) -> str:
-    return "I8" if spec.kind == "int" else "U8"

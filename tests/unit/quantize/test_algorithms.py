@@ -52,9 +52,7 @@ def test_matrices_count_by_their_tokens():
     mean = (np.abs(inputs).mean(axis=0) + np.abs(others).mean(axis=0)) / 2
 
     def both(many, few):
-        return search(
-            lambda: [Weighed(first, inputs, many, SPEC), Weighed(second, others, few, SPEC)], mean
-        ).scale
+        return search(lambda: [Weighed(first, inputs, many, SPEC), Weighed(second, others, few, SPEC)], mean).scale
 
     alone = search(lambda: [Weighed(first, inputs, 1.0, SPEC)], mean)
     # The mean weights of the candidates are those of both; only the choice of the ratio follows the tokens.

@@ -42,9 +42,7 @@ def test_conversations_fill_rows_in_the_order_of_the_seed(directory, tmp_path):
     for one, other in zip(first.batches, again.batches, strict=True):
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
     other = read(directory, path, 200, seed=7)
-    assert not all(
-        np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first.batches, other.batches, strict=True)
-    )
+    assert not all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first.batches, other.batches, strict=True))
     assert other.identity != first.identity
 
 

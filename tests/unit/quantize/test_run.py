@@ -12,6 +12,7 @@ from support.tiny_vision import CONFIG, packed_row
 
 from erniekit.checkpoint.model_io import load_weights, save_model
 from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.quantised_codecs import PackQuantized
 from erniekit.data.packed_batch import Document, make_row
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -19,26 +20,25 @@ from erniekit.models.inputs import batch_inputs
 from erniekit.precision.codes import choose_scales, decode, encode, full_range
 from erniekit.quantize import layer_pass
 from erniekit.quantize import run as module
-from erniekit.quantize.options import Options
-from erniekit.quantize.run import Target, calibrate, layer_number, peak_bytes
-from erniekit.utils.bfloat16 import bf16_to_fp32, fp32_to_bf16
+from erniekit.quantize.algorithm import AlgorithmOptions
+from erniekit.quantize.layer_pass import to_bf16
+from erniekit.quantize.places import EXPERTS
+from erniekit.quantize.run import calibrate, peak_bytes
+from erniekit.quantize.schemes import Scheme
 from erniekit.utils.errors import CheckpointError
 
 SPEC = full_range(4, group=16)
+CODEC = PackQuantized(SPEC)
 LAYERS = 3
 
 
-def spec_of(logical, piece):
-    """All projections of the decoder layers."""
-    return SPEC if len(logical.shape) == 2 and not logical.keep_fp32 and layer_number(logical) is not None else None
+def scheme(format="pt", experts_only=False):
+    """4 bits in groups of 16, of all projections or those of experts."""
 
+    def codec_of(logical, place):
+        return CODEC if place.role in EXPERTS or not experts_only else None
 
-def experts_only(logical, piece):
-    return spec_of(logical, piece) if logical.index is not None else None
-
-
-def to_bf16(values):
-    return bf16_to_fp32(fp32_to_bf16(values))
+    return Scheme("test", format, codec_of, {}, "", "")
 
 
 def rows(count=6, length=40, seed=0):
@@ -64,30 +64,27 @@ def vision_directory(tmp_path_factory):
     return path
 
 
-def quantised(directory, work, batches=None, choose=spec_of, format="pt", rounding=None, **options):
+def quantised(directory, work, batches=None, of=None, **options):
     reader = ModelReader(directory)
-    target = Target(format, choose, rounding)
-    return calibrate(reader.config, reader, batches or rows(), target, Options(**options), work, {"model": "tiny"})
+    chosen = AlgorithmOptions(**options)
+    return calibrate(reader.config, reader, batches or rows(), of or scheme(), chosen, work, {"model": "tiny"})
 
 
-def all_codes(directory, result, choose=spec_of, format="pt"):
-    return {
-        piece.name: result.codes(logical, piece)
-        for logical in ModelReader(directory).logicals
-        for piece in logical.pieces(format)
-        if choose(logical, piece)
-    }
+def all_codes(directory, result, of=None):
+    config = ModelReader(directory).config
+    return {matrix.name: result.codes(matrix) for matrix in (of or scheme()).every_matrix(config)}
 
 
-def assembled(directory, result, choose=spec_of):
+def assembled(directory, result):
     """The model that a reader of the results has: codes times scales, folded weights, everything else as it was."""
     reader = ModelReader(directory)
     model = CausalLM(reader.config)
     values = defaultdict(list)
     for logical in reader.logicals:
         folded = result.folded(logical)
-        if any(choose(logical, piece) for piece in logical.pt):
-            parts = [decode(*result.codes(logical, piece), choose(logical, piece)) for piece in logical.pt]
+        matrices = scheme().matrices(logical)
+        if matrices:
+            parts = [decode(*result.codes(matrix), SPEC) for matrix in matrices]
             values[logical.param].append(logical.from_file(parts, "pt"))
         else:
             values[logical.param].append(reader.read(logical, as_fp32=True) if folded is None else folded)
@@ -113,7 +110,7 @@ def plain(directory):
 @pytest.mark.parametrize("algorithm", ["gptq", "awq", "smoothquant"])
 def test_results_are_the_model_that_was_calibrated(directory, tmp_path, algorithm):
     """The pass ends with the outputs of the model that its results describe: fp32, sums of other lengths."""
-    result = quantised(directory, tmp_path / "work", algorithm=algorithm, rounding=to_bf16)
+    result = quantised(directory, tmp_path / "work", algorithm=algorithm)
     hidden = np.load(tmp_path / "work" / f"layer-{LAYERS - 1:05d}" / "hidden.npy")
     model = assembled(directory, result)
     np.testing.assert_allclose(last_hidden(model, rows()), hidden, rtol=1e-4, atol=1e-4 * np.abs(hidden).max())
@@ -129,10 +126,12 @@ def test_gptq_has_less_error_than_rounding(directory, tmp_path):
     rounded = quantised(directory, tmp_path / "b", algorithm="rtn")
     for batches in (rows(), rows(seed=1)):
         exact = last_hidden(plain(directory), batches)
-        errors = [np.linalg.norm(last_hidden(assembled(directory, each), batches) - exact) for each in (result, rounded)]
+        errors = [
+            np.linalg.norm(last_hidden(assembled(directory, each), batches) - exact) for each in (result, rounded)
+        ]
         assert errors[0] < 0.9 * errors[1]
     for name, (codes, scales) in all_codes(directory, rounded).items():
-        weight = ModelReader(directory).reader.read(name)
+        weight = ModelReader(directory).reader.read(f"{name}.weight")
         np.testing.assert_array_equal(codes, encode(weight, choose_scales(weight, SPEC), SPEC))
         np.testing.assert_array_equal(scales, choose_scales(weight, SPEC))
 
@@ -158,16 +157,17 @@ def test_same_arguments_same_bytes_and_an_interrupted_run_continues(directory, t
     lines = []
     monkeypatch.setattr(module.LayerStore.__init__.__globals__["log"], "warning", lines.append)
     quantised(directory, tmp_path / "work", damping=0.02)
-    assert opened[4:] == [0, 1, 2] and "other settings (quantization: damping)" in lines[0]
+    assert opened[4:] == [0, 1, 2] and "other settings (option damping)" in lines[0]
 
 
 def test_layouts_have_the_same_weights(directory, tmp_path):
     """-Paddle has fused tensors; without groups that span parts both layouts decode to the same model."""
-    pt, paddle_layout = (
-        all_codes(directory, quantised(directory, tmp_path / each, format=each), format=each) for each in ("pt", "paddle")
+    pt, fused = (
+        all_codes(directory, quantised(directory, tmp_path / each, of=scheme(each)), scheme(each))
+        for each in ("pt", "paddle")
     )
-    codes = paddle_layout["ernie.layers.1.self_attn.qkv_proj.weight"][0]
-    parts = [pt[f"model.layers.1.self_attn.{part}_proj.weight"][0] for part in "qkv"]
+    codes = fused["ernie.layers.1.self_attn.qkv_proj"][0]
+    parts = [pt[f"model.layers.1.self_attn.{part}_proj"][0] for part in "qkv"]
     np.testing.assert_array_equal(codes, np.concatenate(parts))
 
 
@@ -181,10 +181,10 @@ def test_tokens_of_experts(directory, tmp_path):
     for batch in batches:
         with paddle.no_grad():
             usage += model.model(batch_inputs(model, batch)).routings[1, 0].usage
-    report = quantised(directory, tmp_path / "work", batches, experts_only).reports[1]
+    report = quantised(directory, tmp_path / "work", batches, scheme(experts_only=True)).reports[1]
     assert report.expert_tokens == {0: usage.tolist()}
     tokens = {matrix.name: matrix.tokens for matrix in report.matrices}
-    assert [tokens[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(4)] == usage.tolist()
+    assert [tokens[f"model.layers.1.mlp.experts.{e}.down_proj"] for e in range(4)] == usage.tolist()
 
 
 def test_experts_with_few_tokens_are_named(directory, tmp_path, monkeypatch):
@@ -219,24 +219,25 @@ def test_pictures(vision_directory, tmp_path, algorithm, monkeypatch):
     assert any("vision" not in m.name and m.note == "rtn: no calibration token" for m in text.reports[3].matrices)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer(tmp_path):
-    """Six layers of 1.6 MB: the peak stays below the formula's, which is far from the whole model's size. numpy's and
+    """Five layers of 1.3 MB: the peak stays below the formula's, which is far from the whole model's size. numpy's and
     Paddle's peaks are added, although they need not be at the same time; 0.5 MB are Python's objects.
     """
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "moe_num_experts": 6, "intermediate_size": 128}
-    model = tiny_model("moe", num_hidden_layers=6, moe_layer_start_index=0, **sizes)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "moe_num_experts": 4, "intermediate_size": 128}
+    model = tiny_model("moe", num_hidden_layers=5, moe_layer_start_index=0, **sizes)
     save_model(model, tmp_path / "model")
     total = 4 * sum(int(np.prod(parameter.shape)) for parameter in model.parameters())
-    bound = peak_bytes(model.config, Options(), 80)
+    bound = peak_bytes(model.config, AlgorithmOptions(), 40)
     del model
-    quantised(tmp_path / "model", tmp_path / "first", rows(2))  # what is imported on first use
+    quantised(tmp_path / "model", tmp_path / "first", rows(1))  # what is imported on first use
     before = core.host_memory_stat_current_value("Allocated", 0)
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     tracemalloc.start()
-    quantised(tmp_path / "model", tmp_path / "work", rows(2))
+    quantised(tmp_path / "model", tmp_path / "work", rows(1))
     peak = tracemalloc.get_traced_memory()[1] + core.host_memory_stat_peak_value("Allocated", 0) - before
     tracemalloc.stop()
-    assert peak < bound + 0.5e6 < total / 2, (peak, bound, total)
+    assert peak < bound + 0.5e6 < 0.6 * total, (peak, bound, total)
 
 
 def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
@@ -251,6 +252,5 @@ def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
                 value[3, 3] = np.nan
             return value
 
-    target = Target("pt", spec_of)
     with pytest.raises(CheckpointError, match="layer 1 cannot be quantised: .*o_proj"):
-        calibrate(reader.config, Damaged(), rows(), target, Options(), tmp_path / "work", {})
+        calibrate(reader.config, Damaged(), rows(), scheme(), AlgorithmOptions(), tmp_path / "work", {})

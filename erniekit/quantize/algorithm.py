@@ -7,7 +7,7 @@ Algorithm = Literal["rtn", "gptq", "awq", "smoothquant"]
 
 
 @dataclass(frozen=True)
-class Options:
+class AlgorithmOptions:
     """The settings of a quantisation with calibration (keys quantization_* of the configuration).
 
     `damping`, `act_order`: of GPTQ (gptq.factorise). `clip_search`: scales are searched (codes.choose_scales).
