@@ -4,9 +4,11 @@
 
 With --steps the model is trained first; otherwise the newest checkpoint of output_dir is compared.
 
-Each row gives the experts of all sparse layers other codes; attention, dense and shared experts have 8 bits throughout.
-Every variant is written as the weights that its codes stand for and evaluated like any model (`erniekit eval`).
-Calibration tokens are training data. Bits a weight include all scales.
+Each row gives the routed experts of all layers other codes; attention, dense blocks and shared experts have 8 bits
+throughout, or, with --everything, the same codes as the experts. Every variant is written as the weights that its codes
+stand for and evaluated like any model (`erniekit eval`). Calibration tokens are training data. Of what has the row's
+codes the table states: bits a weight with all scales, |W' - W| / |W|, and the mean of |X (W' - W)^T| / |X W^T| over the
+matrices, X a sample of the calibration inputs of each.
 """
 
 import argparse
@@ -48,10 +50,13 @@ OTHERS = Unpacked(symmetric(8))
 
 
 class Restored:
-    """The weights that the codes of a quantised model stand for (export.convert.Edit), and the error of the experts."""
+    """The weights that the codes of a quantised model stand for (export.convert.Edit), and the error of those that have
+    `codec`.
+    """
 
-    def __init__(self, scheme: Scheme, result: CalibratedModel) -> None:
-        self.scheme, self.result = scheme, result
+    def __init__(self, scheme: Scheme, codec: Codec, result: CalibratedModel) -> None:
+        self.scheme, self.codec, self.result = scheme, codec, result
+        self.names: set[str] = set()
         self.squared = self.total = self.bits = self.count = 0.0
 
     def touches(self, logical: Logical) -> bool:
@@ -61,12 +66,18 @@ class Restored:
         (matrix,) = self.scheme.matrices(logical)
         restored_out_in = matrix.codec.restored(*self.result.codes(matrix))
         restored = np.ascontiguousarray(logical.from_file([np.ascontiguousarray(restored_out_in.T)], "paddle"))
-        if logical.index is not None:
+        if matrix.codec is self.codec:
+            self.names.add(matrix.name)
             self.squared += float(((restored - weight) ** 2).sum())
             self.total += float((weight**2).sum())
             self.bits += bits_of(matrix.codec, matrix.shape)
             self.count += weight.size
         return restored
+
+    def output_error(self) -> float:
+        """The mean over the matrices that have inputs."""
+        reports = [matrix for layer in self.result.reports for matrix in layer.matrices if matrix.name in self.names]
+        return float(np.mean([report.output_error for report in reports if report.output_error is not None]))
 
 
 def bits_of(codec: Codec, shape: tuple[int, int]) -> float:
@@ -77,9 +88,11 @@ def bits_of(codec: Codec, shape: tuple[int, int]) -> float:
     return codec.spec.bits * math.prod(shape) + 16 * math.prod(codec.spec.scale_shape(shape))
 
 
-def scheme_of(name: str, experts: Codec) -> Scheme:
-    """The experts as `experts` has them and everything else that is quantised in 8 bits."""
-    return Scheme(name, "paddle", lambda logical, _: OTHERS if logical.index is None else experts, {}, name, "")
+def scheme_of(name: str, codec: Codec, everything: bool) -> Scheme:
+    """The experts, or `everything`, with `codec`, and the others in 8 bits."""
+    return Scheme(
+        name, "paddle", lambda logical, _: codec if everything or logical.index is not None else OTHERS, {}, name, ""
+    )
 
 
 def scores(cfg: Config, config: str, keys: list[str], model: Path, generate: bool) -> dict[str, float]:
@@ -95,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="train so many steps first")
     parser.add_argument("--samples", type=int, default=128, help="rows of calibration tokens")
+    parser.add_argument("--everything", action="store_true", help="not only the experts")
     parser.add_argument("--generate", action="store_true", help="also answer the questions: exact match")
     args = parser.parse_intermixed_args()
     cfg = configuration.load(args.config, args.keys, "eval")
@@ -108,25 +122,29 @@ def main() -> None:
         cfg, CalibrationSource(source_data, samples=args.samples, length=256), model, source.config
     )
     print(f"{calibration.num_tokens} calibration tokens")
-    rows = [("fp32", 32.0, 0.0, scores(cfg, args.config, args.keys, model, args.generate))]
+    rows = [("fp32", 32.0, 0.0, 0.0, scores(cfg, args.config, args.keys, model, args.generate))]
     for number, (name, (codec, algorithm, search)) in enumerate(VARIANTS.items()):
-        scheme, work = scheme_of(name, codec), args.out / f"work{number}"
+        scheme, work = scheme_of(name, codec, args.everything), args.out / f"work{number}"
         options = AlgorithmOptions(algorithm, clip_search=search)
         result = calibrate(source.config, source, calibration.batches, scheme, options, work, {"variant": name})
-        restored = Restored(scheme, result)
+        restored = Restored(scheme, codec, result)
         directory = args.out / f"variant{number}"
         directory.mkdir(parents=True, exist_ok=True)
         rewrite(model, directory, "pt", "5GB", "float32", lambda _, restored=restored: restored)
         copy_companions(model, directory)
+        output_error = restored.output_error()
         result.finish()
         error = math.sqrt(restored.squared / restored.total)
         found = scores(cfg, args.config, args.keys, directory, args.generate)
-        rows.append((name, restored.bits / restored.count, error, found))
-    print("| experts | bits a weight | error of the experts | loss | perplexity | exact match |")
-    print("|---|---|---|---|---|---|")
-    for name, bits, error, found in rows:
+        rows.append((name, restored.bits / restored.count, error, output_error, found))
+    print("| codes | bits a weight | error of weights | of outputs | loss | perplexity | exact match |")
+    print("|---|---|---|---|---|---|---|")
+    for name, bits, error, output_error, found in rows:
         match = f"{found['exact_match']:.1%}" if "exact_match" in found else ""
-        print(f"| {name} | {bits:.2f} | {error:.1%} | {found['loss']:.4f} | {found['perplexity']:.3f} | {match} |")
+        print(
+            f"| {name} | {bits:.2f} | {error:.1%} | {output_error:.1%} | {found['loss']:.4f} "
+            f"| {found['perplexity']:.3f} | {match} |"
+        )
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ class LayerPass:
         importance = None
         if statistics.count and self._options.algorithm != "rtn":
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits == 4
+        search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
         scales = choose_scales(weight, spec, search, importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
