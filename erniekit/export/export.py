@@ -55,7 +55,11 @@ def quantisation_of(cfg: Config) -> Quantisation | None:
     if cfg.quantization == "none":
         return None
     quantiser = RoundToNearest(cfg.quantization_clip_search)
-    return Quantisation(cfg.quantization, Options(cfg.quantization_group_size), lambda source, scheme: quantiser)
+    return Quantisation(
+        cfg.quantization,
+        Options(cfg.quantization_group_size, cfg.quantization_first_layers),
+        lambda source, scheme: quantiser,
+    )
 
 
 def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:
