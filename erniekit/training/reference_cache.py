@@ -169,7 +169,7 @@ def read_cache(path: Path, now: dict[str, str]) -> Table:
     wanted = now | {"version": str(_VERSION)}
     changed = [
         f"{name} was {then.get(name)}, is {wanted.get(name)}"
-        for name in sorted(then.keys() | wanted.keys())
+        for name in wanted | then
         if then.get(name) != wanted.get(name)
     ]
     if changed:

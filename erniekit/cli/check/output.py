@@ -12,9 +12,8 @@ from erniekit.config import Config
 from erniekit.models.config import ModelConfig
 from erniekit.models.weights import num_parameters, our_shapes
 
-WEIGHT_BYTES = 4  # weights are saved in fp32
-MOMENT_BYTES = 8  # AdamW's two moments in fp32
-MASTER_BYTES = 4  # the fp32 copies of 16-bit weights, which exist on GPUs only
+FP32_BYTES = 4
+MOMENT_BYTES = 8  # AdamW's two moments, which files hold in fp32, whatever moment_dtype
 
 
 def inspect(report: Report, cfg: Config, facts: ModelFacts, steps: Steps) -> None:
@@ -81,11 +80,14 @@ def _space(section: Section, cfg: Config, path: Path, model: ModelConfig, steps:
 def _sizes(cfg: Config, model: ModelConfig) -> tuple[int, int]:
     """The bytes of a checkpoint and of the final model; for adapters, an upper bound."""
     trained = _adapter_parameters(model, cfg.lora_rank) if cfg.fine_tuning == "LoRA" else num_parameters(model)
-    weights = trained * WEIGHT_BYTES * (1 if cfg.ema_decay is None else 2)
-    state = trained * MOMENT_BYTES
-    if cfg.compute_type != "fp32" and launch.has_gpus():
-        state += trained * MASTER_BYTES
-    return weights + (0 if cfg.ignore_save_lr_and_optim else state), weights
+    # A CPU stores 16 bits only where it emulates a GPU (precision/policy.py). Routers, which stay in fp32, are few.
+    in_16_bits = cfg.compute_type != "fp32" and (launch.has_gpus() or cfg.emulate_precision)
+    each = 2 if in_16_bits else FP32_BYTES
+    final = trained * (each + (0 if cfg.ema_decay is None else FP32_BYTES))
+    state = 0 if cfg.ignore_save_lr_and_optim else trained * (MOMENT_BYTES + (FP32_BYTES if in_16_bits else 0))
+    follows = cfg.method.reads("ref_model_update_steps") and cfg.ref_model_update_steps > 0
+    reference = trained * each if follows and cfg.fine_tuning != "LoRA" and not cfg.reference_free else 0
+    return final + state + reference, final
 
 
 def _max_checkpoints(cfg: Config, steps: Steps) -> int | None:

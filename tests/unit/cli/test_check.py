@@ -213,6 +213,12 @@ def test_checkpoints_that_do_not_fit_on_the_disk(given, monkeypatch):
     assert "4 checkpoints at a time, each of 10.3 MB, and a final model of 3.45 MB: 44.8 MB" in findings(
         args, "warning"
     )
+    usage.free = 15_000_000
+    # 862,000 parameters: 2 bytes of weights, 12 of masters and moments, 4 of the average
+    args = given(save_steps=2, save_total_limit=3, compute_type="bf16", emulate_precision=True)
+    assert "each of 12.1 MB, and a final model of 1.72 MB" in findings(args, "warning")
+    args = given(save_steps=2, save_total_limit=3, compute_type="bf16", emulate_precision=True, ema_decay=0.9)
+    assert "each of 15.5 MB, and a final model of 5.17 MB" in findings(args, "error")
     usage.free = 5_000_000
     assert "disk: " in findings(args, "error")
     assert "no checkpoints, and a final model" in findings(given(save_strategy="no"), "ok")
