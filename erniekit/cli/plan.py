@@ -165,7 +165,9 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         least=advice.least_cluster(job, capacity, outline_stage) if needs_more else None,
         tokens=wishes.tokens or _tokens(job),
         assumptions=_assumptions(job, card, wishes),
-        found=search(job, card, lambda each: plan_memory(each, capacity, outline_stage)) if wishes.search else None,
+        found=None
+        if not wishes.search
+        else search(job, card, lambda each: plan_memory(each, capacity, outline_stage), capacity=capacity),
     )
 
 
