@@ -241,9 +241,13 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     weight = FP32 * width * vocabulary if not head.weight.stop_gradient else 0.0
     gathered = device.element * labelled * width
     gradients = FP32 * labelled * width
-    # fp32 logits and probabilities, the probabilities of the chunk before; on a GPU also the 16-bit logits
-    chunk = (3 if several else 2) * logits + (0 if device.on_cpu else logits / 2)
-    products = (2 if several else 1) * logits + 3 * FP32 * rows * width + (weight if several else 0.0)
+    # fp32 logits and probabilities, beside the probabilities of the chunk before; on a GPU also the 16-bit logits
+    last = FP32 * min(rows, labelled - rows) * vocabulary
+    chunk = max(2 * logits, logits + 2 * last) if several else 2 * logits
+    chunk += 0 if device.on_cpu else logits / 2
+    # the gradient of the logits, also in 16 bits where the head has these, and that of the weight by this chunk
+    narrow = 0.0 if device.element == FP32 else logits * device.element / FP32
+    products = logits + narrow + 3 * FP32 * rows * width + (weight if several else 0.0)
     waits = device.element / FP32 * weight if device.master_grad else 0.0
     if job.cfg.method.options is not None:
         backward = gathered + gradients + weight + max(chunk, products)
