@@ -51,7 +51,9 @@ def draw(run: Published, file: Path) -> None:
     step = simulate_step(run.time, Disturbance(JITTER))
     after = [stage.after for stage in run.time.stages]
     finished = step.timeline.finished[:, step.slowest].tolist()
-    title = f"{run.name}: {run.gpus} ranks, {step.seconds:.2f} s a step with a jitter of {JITTER:.0%}, slowest data rank"
+    title = (
+        f"{run.name}: {run.gpus} ranks, {step.seconds:.2f} s a step with a jitter of {JITTER:.0%}, slowest data rank"
+    )
     draw_timeline(file, step.timeline.events, after, finished, title)
 
 
