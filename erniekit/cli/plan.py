@@ -184,7 +184,9 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         assumptions=_assumptions(job, card, wishes),
         found=None
         if not wishes.search
-        else search(job, card, lambda each: plan_memory(each, capacity, outline_stage), capacity=capacity),
+        else search(
+            job, card, lambda each, stages: plan_memory(each, capacity, outline_stage, stages), capacity=capacity
+        ),
     )
 
 

@@ -7,7 +7,7 @@ is left can be faster than these: what is found is the fastest, and few layouts 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,10 @@ SAVING: tuple[dict[str, Any], ...] = (
 )
 _ALWAYS = ("batch_size", "gradient_accumulation_steps", "recompute")
 Plan = Callable[[Job], MemoryPlan]
+# The same of some stages alone (None: of all).
+StagePlan = Callable[[Job, Sequence[int] | None], MemoryPlan]
+# Where a layout does not fit, these stages mostly show it.
+_FIRST_STAGES = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Found:
     faster: tuple[str, ...]
 
 
-def search(job: Job, card: Hardware, plan: Plan, wanted: int = 3, capacity: float | None = None) -> Found:
+def search(job: Job, card: Hardware, plan: StagePlan, wanted: int = 3, capacity: float | None = None) -> Found:
     """The `wanted` fastest layouts that fit.
 
     Args:
@@ -109,12 +113,11 @@ def search(job: Job, card: Hardware, plan: Plan, wanted: int = 3, capacity: floa
             continue
         if memories.excludes(keys):
             continue
-        time = step_time(run_of(candidate, work), card)
-        if known is not None and time.seconds >= known.time.seconds:
-            continue
         memory = memories.of(keys, candidate)
         if memory.fits:
-            fits[_family(keys)] = Candidate(keys, candidate, time, memory)
+            time = step_time(run_of(candidate, work), card)
+            if known is None or time.seconds < known.time.seconds:
+                fits[_family(keys)] = Candidate(keys, candidate, time, memory)
         elif not fits and len(faster) < wanted:
             worst = memory.worst
             faster.append(f"{words(job, keys)}: {-worst.headroom / 1e9:.1f} GB too much on stage {worst.stage}")
@@ -128,7 +131,7 @@ class _Memories:
     be kept that was not needed before.)
     """
 
-    def __init__(self, plan: Plan, candidates: list[tuple[dict[str, Any], Job]]) -> None:
+    def __init__(self, plan: StagePlan, candidates: list[tuple[dict[str, Any], Job]]) -> None:
         self._plan = plan
         self._least: dict[tuple, tuple[int, Job]] = {}
         self._largest: dict[tuple, float] = {}  # rows of a microbatch from which on a layout is known not to fit
@@ -143,17 +146,24 @@ class _Memories:
         if variant not in self._largest:
             rows, least = self._least[variant]
             self._largest[variant] = math.inf
-            if keys["batch_size"] > rows and not self._plan(least).fits:
+            if keys["batch_size"] > rows and not self._made(least).fits:
                 self._largest[variant] = rows
         return keys["batch_size"] >= self._largest[variant]
 
     def of(self, keys: dict[str, Any], job: Job) -> MemoryPlan:
         """The plan of a layout."""
-        memory = self._plan(job)
+        memory = self._made(job)
         if not memory.fits:
             variant = _variant(keys)
             self._largest[variant] = min(self._largest[variant], keys["batch_size"])
         return memory
+
+    def _made(self, job: Job) -> MemoryPlan:
+        if job.degrees.pipeline > len(_FIRST_STAGES):
+            first = self._plan(job, _FIRST_STAGES)
+            if not first.fits:
+                return first
+        return self._plan(job, None)
 
 
 def words(job: Job, keys: dict[str, Any]) -> str:

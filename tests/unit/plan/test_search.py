@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ def job(*keys: str, shape: dict = MOE, gpus: int = 4) -> Job:
 def memory_of(limit: float, planned: list[Job] | None = None):
     """A plan of memory in which a rank needs its microbatch's tokens, four times as many without recomputation."""
 
-    def plan(candidate: Job) -> SimpleNamespace:
+    def plan(candidate: Job, stages: Sequence[int] | None = None) -> SimpleNamespace:
         if planned is not None:
             planned.append(candidate)
         needed = candidate.microbatch_tokens * (1 if candidate.cfg.recompute else 4) / candidate.degrees.pipeline
