@@ -81,6 +81,12 @@ def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
             f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
         )
     _check_precision(cfg, card)
+    pictures = _picture_tokens(cfg, model, wishes)
+    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+
+
+def _picture_tokens(cfg: Config, model: ModelConfig, wishes: Wishes) -> int:
+    """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
     if wishes.picture_tokens and (model.vision is None or not cfg.method.vision):
         reason = "the model has no vision" if model.vision is None else f"stage: {cfg.stage} reads text alone"
         raise ConfigError(f"picture_tokens: {wishes.picture_tokens}: {reason}. Leave it out.")
@@ -94,7 +100,7 @@ def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
         pictures = cfg.max_seq_len // 2
     if pictures > cfg.max_seq_len:
         raise ConfigError(f"picture_tokens: {pictures} of a row of max_seq_len: {cfg.max_seq_len} tokens")
-    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+    return pictures
 
 
 def _check_precision(cfg: Config, card: Hardware) -> None:
