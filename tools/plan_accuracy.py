@@ -3,6 +3,7 @@
     python tools/plan_accuracy.py             # prints the table of docs/plan-accuracy.md
     python tools/plan_accuracy.py --write     # writes it into that page
     python tools/plan_accuracy.py --check     # fails if the page's table differs
+    python tools/plan_accuracy.py --only "405B 16384" --timeline x.png   # all ranks of the first such run, simulated
 
 Efficiencies come from the sources in erniekit/plan/hardware.yaml; no number is fitted to one run.
 """
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from published_runs import Published, published
+
+from erniekit.plan.outlook import JITTER
+from erniekit.plan.simulate import Disturbance, simulate_step
+from erniekit.plan.timeline import draw_timeline
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan-accuracy.md"
 BEGIN, END = "<!-- table: tools/plan_accuracy.py -->", "<!-- end of table -->"
@@ -41,6 +46,17 @@ def table(runs: Sequence[Published]) -> str:
     return "\n".join(lines)
 
 
+def draw(run: Published, file: Path) -> None:
+    """Simulate all ranks of a run with jitter and draw the slowest data rank."""
+    step = simulate_step(run.time, Disturbance(JITTER))
+    after = [stage.after for stage in run.time.stages]
+    finished = step.timeline.finished[:, step.slowest].tolist()
+    title = (
+        f"{run.name}: {run.gpus} ranks, {step.seconds:.2f} s a step with a jitter of {JITTER:.0%}, slowest data rank"
+    )
+    draw_timeline(file, step.timeline.events, after, finished, title)
+
+
 def main() -> None:
     """Print, write or check the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,8 +64,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--kinds", action="store_true", help="also print where the time of each run goes")
     parser.add_argument("--only", default="", help="only runs whose name contains this")
+    parser.add_argument("--timeline", type=Path, help="draw the simulated step of the first run into this file")
     args = parser.parse_args()
     runs = published(args.only)
+    if args.timeline:
+        draw(runs[0], args.timeline)
+        return
     shown = table(runs)
     if args.kinds:
         for run in runs:

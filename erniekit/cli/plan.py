@@ -80,12 +80,35 @@ def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
             f"gpus: {gpus} do not make whole hosts of gpus_per_node: {per_node} ({gpus} / {per_node} = "
             f"{gpus / per_node:.2f}). Give a multiple of {per_node}."
         )
+    _check_precision(cfg, card)
+    pictures = _picture_tokens(cfg, model, wishes)
+    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+
+
+def _picture_tokens(cfg: Config, model: ModelConfig, wishes: Wishes) -> int:
+    """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
+    if wishes.picture_tokens and (model.vision is None or not cfg.method.vision):
+        reason = "the model has no vision" if model.vision is None else f"stage: {cfg.stage} reads text alone"
+        raise ConfigError(f"picture_tokens: {wishes.picture_tokens}: {reason}. Leave it out.")
+    if (wishes.document_tokens or 0) > cfg.max_seq_len:
+        raise ConfigError(
+            f"document_tokens: {wishes.document_tokens} is more than a row of max_seq_len: {cfg.max_seq_len} tokens "
+            "holds. Give at most that."
+        )
     pictures = wishes.picture_tokens or 0
     if wishes.picture_tokens is None and model.vision is not None and cfg.method.vision:
         pictures = cfg.max_seq_len // 2
     if pictures > cfg.max_seq_len:
         raise ConfigError(f"picture_tokens: {pictures} of a row of max_seq_len: {cfg.max_seq_len} tokens")
-    return make_job(cfg, model, Cluster(gpus, gpu, per_node), wishes.document_tokens, pictures)
+    return pictures
+
+
+def _check_precision(cfg: Config, card: Hardware) -> None:
+    """Refuse what the card has no units for."""
+    if cfg.compute_type == "bf16" and not card.bf16:
+        raise ConfigError(f"compute_type: bf16: {card.name} has no bf16 units. Plan compute_type=fp16 or another card.")
+    if cfg.fp8 != "none" and card.name.lower() != CPU:
+        card.peak("fp8")  # refuses a card without it, by its name
 
 
 def _model(cfg: Config) -> ModelConfig:
@@ -165,7 +188,11 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         least=advice.least_cluster(job, capacity, outline_stage) if needs_more else None,
         tokens=wishes.tokens or _tokens(job),
         assumptions=_assumptions(job, card, wishes),
-        found=search(job, card, lambda each: plan_memory(each, capacity, outline_stage)) if wishes.search else None,
+        found=None
+        if not wishes.search
+        else search(
+            job, card, lambda each, stages: plan_memory(each, capacity, outline_stage, stages), capacity=capacity
+        ),
     )
 
 

@@ -10,6 +10,7 @@ backward pass reaches). It is a matrix [S, width]: row i consists of the i-th ch
 flag for each parameter, which counts the ranks that had a gradient for it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Entry:
     @property
     def size(self) -> int:
         """The number of elements."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def chunk(self) -> int:

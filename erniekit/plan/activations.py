@@ -241,9 +241,13 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     weight = FP32 * width * vocabulary if not head.weight.stop_gradient else 0.0
     gathered = device.element * labelled * width
     gradients = FP32 * labelled * width
-    # fp32 logits and probabilities, the probabilities of the chunk before; on a GPU also the 16-bit logits
-    chunk = (3 if several else 2) * logits + (0 if device.on_cpu else logits / 2)
-    products = (2 if several else 1) * logits + 3 * FP32 * rows * width + (weight if several else 0.0)
+    # fp32 logits and probabilities, beside the probabilities of the chunk before; on a GPU also the 16-bit logits
+    last = FP32 * min(rows, labelled - rows) * vocabulary
+    chunk = max(2 * logits, logits + 2 * last) if several else 2 * logits
+    chunk += 0 if device.on_cpu else logits / 2
+    # the gradient of the logits, also in 16 bits where the head has these, and that of the weight by this chunk
+    narrow = 0.0 if device.element == FP32 else logits * device.element / FP32
+    products = logits + narrow + 3 * FP32 * rows * width + (weight if several else 0.0)
     waits = device.element / FP32 * weight if device.master_grad else 0.0
     if job.cfg.method.options is not None:
         backward = gathered + gradients + weight + max(chunk, products)
@@ -268,8 +272,7 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     """Run through a step's actions, and through the operations of each pass."""
     live = _Live([_by_kind(chunk) for chunk in chunks], inputs)
     forward, backward = [_forward_peak(chunk) for chunk in chunks], [_backward_peak(chunk) for chunk in chunks]
-    # With one chunk a stage, a step repeats itself after as many microbatches as there are stages.
-    most = 3 * job.degrees.pipeline if job.num_chunks == 1 else None
+    most = representative_microbatches(job)
     for action in job.actions(stage, most):
         if isinstance(action, Forward):
             live.microbatches.add(action.microbatch)
@@ -286,6 +289,14 @@ def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], input
     return StageActivations(live.peak, shown, kept, live.num_chunks, on_host * live.most_chunks)
 
 
+def representative_microbatches(job: Job) -> int:
+    """Microbatches of a step whose peaks are those of the whole step: after the warm-up, which takes less than twice as
+    many microbatches as there are stages, it repeats itself after as many as there are stages.
+    """
+    period = job.degrees.pipeline
+    return 3 * period if job.num_chunks == 1 else 4 * period + job.num_microbatches % period
+
+
 class _Live:
     """What is kept while a step runs: passes of chunks by number of the chunk, and microbatches; the peak so far, what
     it consisted of, and how many chunks it held.
@@ -293,6 +304,7 @@ class _Live:
 
     def __init__(self, kinds: list[Sizes], inputs: float) -> None:
         self.kinds, self.inputs = kinds, inputs
+        self._totals = [sum(sizes.values()) for sizes in kinds]
         self.chunks: Counter[int] = Counter()
         self.microbatches: set[int] = set()
         self.peak, self.num_chunks, self.most_chunks = 0.0, 0, 0
@@ -301,12 +313,15 @@ class _Live:
     def reach(self, beside: Sizes, num_chunks: int) -> None:
         """A pass takes `beside`, by kind, in addition to what is kept."""
         self.most_chunks = max(self.most_chunks, num_chunks)
-        kept: Sizes = {"inputs": self.inputs * len(self.microbatches)}
+        kept = sum(count * self._totals[number] for number, count in self.chunks.items())
+        now = self.inputs * len(self.microbatches) + kept + sum(beside.values())
+        if now <= self.peak:
+            return
+        self.peak, self.num_chunks = now, num_chunks
+        sizes: Sizes = {"inputs": self.inputs * len(self.microbatches)}
         for number, count in self.chunks.items():
-            kept = _sum(kept, {kind: count * size for kind, size in self.kinds[number].items()})
-        now = _sum(kept, beside)
-        if sum(now.values()) > self.peak:
-            self.peak, self.num_chunks, self.shown = sum(now.values()), num_chunks, now
+            sizes = _sum(sizes, {kind: count * size for kind, size in self.kinds[number].items()})
+        self.shown = _sum(sizes, beside)
 
 
 def _sum(first: Sizes, second: Sizes) -> Sizes:

@@ -200,7 +200,9 @@ class Router:
 
 
 def routing(device: Device, width: int, router: Router, beside: float) -> Operation:
-    """Router, softmax and the tables by which rows find their experts. Beside 16-bit weights the router's fp32 input is kept."""
+    """Router, softmax and the tables by which rows find their experts. Beside 16-bit weights the router's fp32 input is
+    kept.
+    """
     tokens = device.tokens
     table = tokens * router.num_experts * FP32
     pairs = tokens * router.top_k

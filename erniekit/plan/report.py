@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erniekit.models.weights import num_parameters
-from erniekit.plan.advice import Change
+from erniekit.plan.advice import MOST_GPUS, Change
 from erniekit.plan.job import Job
 from erniekit.plan.launches import launches_of
 from erniekit.plan.memory import RESERVE, MemoryPlan, StageMemory
@@ -64,7 +64,10 @@ class Report:
         elif self.least is not None:
             lines.append(f"no single change makes it fit; {layout_text(self.job, self.least)}")
         else:
-            lines.append("no single change makes it fit, and no cluster of this card does")
+            lines.append(
+                "no single change makes it fit, and no cluster of up to "
+                f"{MOST_GPUS:,} of these was found on which it does"
+            )
         return lines
 
     def _effect(self, change: Change) -> str:

@@ -1,11 +1,13 @@
 """The fastest layout of a run that fits a cluster: degrees, schedule, rows of a microbatch, recomputation and division
 of the optimizer's state, with the global batch as it is.
 
-All layouts are timed by formula; from the fastest on, their memory is planned until enough of them fit. What is more
-costly to plan (memory of every stage, the pipeline's actions) is so computed for few of them.
+Every layout has lower bounds of its time and of its memory, by formula. From the least bound of time on, the layouts
+are planned in full (the pipeline's actions, the memory of every stage), until as many fit as are wanted and none that
+is left can be faster than these: what is found is the fastest, and few layouts are planned.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +17,8 @@ from erniekit.plan.collectives import trained_entries
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
 from erniekit.plan.layout import Run, run_of
-from erniekit.plan.memory import MemoryPlan
-from erniekit.plan.timing import StepTime, estimate_seconds, step_time
+from erniekit.plan.memory import RESERVE, MemoryPlan
+from erniekit.plan.timing import StepTime, least_seconds, step_time
 from erniekit.plan.typed import changed, typed
 from erniekit.plan.work import Work, work_of
 from erniekit.utils.errors import UserError
@@ -33,9 +35,11 @@ SAVING: tuple[dict[str, Any], ...] = (
     {"recompute": True, "recompute_granularity": "full", "offload_optim": True},
 )
 _ALWAYS = ("batch_size", "gradient_accumulation_steps", "recompute")
-MOST_PLANNED = 200  # memory plans of one search
-
 Plan = Callable[[Job], MemoryPlan]
+# The same of some stages alone (None: of all).
+StagePlan = Callable[[Job, Sequence[int] | None], MemoryPlan]
+# Where a layout does not fit, these stages mostly show it.
+_FIRST_STAGES = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Found:
     faster: tuple[str, ...]
 
 
-def search(job: Job, card: Hardware, plan: Plan, wanted: int = 3) -> Found:
+def search(job: Job, card: Hardware, plan: StagePlan, wanted: int = 3, capacity: float | None = None) -> Found:
     """The `wanted` fastest layouts that fit.
 
     Args:
@@ -92,61 +96,74 @@ def search(job: Job, card: Hardware, plan: Plan, wanted: int = 3) -> Found:
         card: what each rank has.
         plan: the memory of a job (plan/memory.py).
         wanted: how many are returned at most.
+        capacity: bytes that a rank has for itself; None: the card's.
     """
     work = work_of(job)  # the layouts change nothing in it
-    timed = sorted(_timed(job, work, card), key=lambda entry: entry[0])
-    families: dict[tuple, list[dict[str, Any]]] = {}
-    for _, keys, _ in timed:
-        families.setdefault(_family(keys), []).append(keys)
-    memories = _Memories(job, plan, families)
-    fits: list[Candidate] = []
+    capacity = card.memory_bytes if capacity is None else capacity
+    timed = sorted(_timed(job, work, card, capacity), key=lambda entry: entry[0])
+    memories = _Memories(plan, [(keys, candidate) for _, keys, candidate in timed])
+    fits: dict[tuple, Candidate] = {}  # of the same degrees, the fastest
     faster: list[str] = []
-    for estimate, keys, candidate in timed:
-        # The estimate is a lower bound, because it does not know what ranks wait for one another's messages.
-        best = sorted(found.time.seconds for found in fits)[:wanted]
-        if (len(best) == wanted and estimate >= best[-1]) or memories.planned >= MOST_PLANNED:
+    for bound, keys, candidate in timed:
+        best = sorted(found.time.seconds for found in fits.values())[:wanted]
+        if len(best) == wanted and bound >= best[-1]:
             break
-        if any(_family(keys) == _family(known.keys) for known in fits):
-            continue  # the same degrees are listed once, with what makes them fastest
-        memory = memories.of(keys, candidate)
-        if memory is None:
+        known = fits.get(_family(keys))
+        if known is not None and bound >= known.time.seconds:
             continue
+        if memories.excludes(keys):
+            continue
+        memory = memories.of(keys, candidate)
         if memory.fits:
-            fits.append(Candidate(keys, candidate, step_time(run_of(candidate, work), card), memory))
+            time = step_time(run_of(candidate, work), card)
+            if known is None or time.seconds < known.time.seconds:
+                fits[_family(keys)] = Candidate(keys, candidate, time, memory)
         elif not fits and len(faster) < wanted:
             worst = memory.worst
             faster.append(f"{words(job, keys)}: {-worst.headroom / 1e9:.1f} GB too much on stage {worst.stage}")
-    fits.sort(key=lambda found: found.time.seconds)
-    return Found(tuple(fits[:wanted]), len(timed), tuple(faster))
+    found = sorted(fits.values(), key=lambda candidate: candidate.time.seconds)
+    return Found(tuple(found[:wanted]), len(timed), tuple(faster))
 
 
 class _Memories:
-    """Memory plans of layouts, without those whose outcome is known: where the variant of the same degrees with the
-    least memory does not fit, none does.
+    """Memory plans of layouts. Of layouts that differ in the rows of a microbatch alone, the one with the fewest is
+    planned first: where it does not fit, none does. (More recomputation is not always less memory, because an input may
+    be kept that was not needed before.)
     """
 
-    def __init__(self, job: Job, plan: Plan, families: dict[tuple, list[dict[str, Any]]]) -> None:
-        self._job, self._plan, self._families = job, plan, families
-        self._possible: dict[tuple, bool] = {}
-        self._refused: list[dict[str, Any]] = []
-        self.planned = 0
+    def __init__(self, plan: StagePlan, candidates: list[tuple[dict[str, Any], Job]]) -> None:
+        self._plan = plan
+        self._least: dict[tuple, tuple[int, Job]] = {}
+        self._largest: dict[tuple, float] = {}  # rows of a microbatch from which on a layout is known not to fit
+        for keys, job in candidates:
+            rows, _ = self._least.get(_variant(keys), (None, None))
+            if rows is None or keys["batch_size"] < rows:
+                self._least[_variant(keys)] = keys["batch_size"], job
 
-    def of(self, keys: dict[str, Any], job: Job) -> MemoryPlan | None:
-        """The plan, or None for a layout that cannot fit."""
-        family = _family(keys)
-        if family not in self._possible:
-            least = min(self._families[family], key=lambda variant: (variant["batch_size"], -_level(variant)))
-            self._possible[family] = self._made(self._job.changed(**least)).fits
-        if not self._possible[family] or any(_needs_more(keys, refused) for refused in self._refused):
-            return None
+    def excludes(self, keys: dict[str, Any]) -> bool:
+        """Whether it is known that a layout does not fit; plans that with the fewest rows if nothing is known."""
+        variant = _variant(keys)
+        if variant not in self._largest:
+            rows, least = self._least[variant]
+            self._largest[variant] = math.inf
+            if keys["batch_size"] > rows and not self._made(least).fits:
+                self._largest[variant] = rows
+        return keys["batch_size"] >= self._largest[variant]
+
+    def of(self, keys: dict[str, Any], job: Job) -> MemoryPlan:
+        """The plan of a layout."""
         memory = self._made(job)
         if not memory.fits:
-            self._refused.append(keys)
+            variant = _variant(keys)
+            self._largest[variant] = min(self._largest[variant], keys["batch_size"])
         return memory
 
     def _made(self, job: Job) -> MemoryPlan:
-        self.planned += 1
-        return self._plan(job)
+        if job.degrees.pipeline > len(_FIRST_STAGES):
+            first = self._plan(job, _FIRST_STAGES)
+            if not first.fits:
+                return first
+        return self._plan(job, None)
 
 
 def words(job: Job, keys: dict[str, Any]) -> str:
@@ -157,7 +174,7 @@ def words(job: Job, keys: dict[str, Any]) -> str:
     return typed({name: value for name, value in keys.items() if name in different or name in _ALWAYS})
 
 
-def _timed(job: Job, work: Work, card: Hardware) -> Iterator[tuple[float, dict[str, Any], Job]]:
+def _timed(job: Job, work: Work, card: Hardware, capacity: float) -> Iterator[tuple[float, dict[str, Any], Job]]:
     """(seconds, keys, job) of every layout that the configuration accepts."""
     for keys in layouts(job):
         try:
@@ -165,20 +182,32 @@ def _timed(job: Job, work: Work, card: Hardware) -> Iterator[tuple[float, dict[s
         except UserError:  # the degrees do not divide the cluster or the model
             continue
         run = run_of(candidate, work)
-        if _least_bytes(run) < card.memory_bytes:
-            yield estimate_seconds(run, card), keys, candidate
+        if least_bytes(run) <= capacity * (1 - RESERVE):
+            yield least_seconds(run, card), keys, candidate
 
 
-def _least_bytes(run: Run) -> float:
-    """What the fullest stage stores of trained weights, gradients and state; a lower bound of its memory."""
+def least_bytes(run: Run) -> float:
+    """What the fullest stage stores of trained weights, gradients and state, and of each layer the residual stream of
+    the microbatches between their passes; a lower bound of its memory.
+    """
     layout = run.layout
-    sizes = []
+    ranks = layout.tensor if layout.sequence_parallel else 1
+    row = layout.element_bytes * layout.rank_tokens / ranks * run.work.hidden
+    sizes: dict[tuple[int, ...], float] = {}
+    most = 0.0
     for stage in range(layout.pipeline):
-        entries = trained_entries(run.stage(stage), layout)
-        weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
-        gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
-        sizes.append(weights + gradients + (0 if layout.offload_optimizer else state_bytes(entries)))
-    return max(sizes)
+        layers = run.stage(stage)
+        alike = tuple(id(layer) for layer in layers)
+        if alike not in sizes:
+            entries = trained_entries(layers, layout)
+            weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
+            gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
+            sizes[alike] = weights + gradients + (0 if layout.offload_optimizer else state_bytes(entries))
+        # Before its first backward pass, a stage has computed at least one microbatch for each stage behind it.
+        layers_waiting = layout.chunks * min(map(len, run.numbers[stage]))
+        waiting = min(layout.microbatches, layout.pipeline - stage) * layers_waiting
+        most = max(most, sizes[alike] + row * waiting)
+    return most
 
 
 def layouts(job: Job) -> Iterator[dict[str, Any]]:
@@ -235,15 +264,9 @@ def _family(keys: dict[str, Any]) -> tuple:
     return tuple(keys[name] for name in _DEGREES)
 
 
-def _needs_more(keys: dict[str, Any], refused: dict[str, Any]) -> bool:
-    """Whether a layout needs at least the memory of one that does not fit: the same degrees, as many rows or more, as
-    much recomputation or less.
-    """
-    return (
-        _family(keys) == _family(refused)
-        and keys["batch_size"] >= refused["batch_size"]
-        and _level(keys) <= _level(refused)
-    )
+def _variant(keys: dict[str, Any]) -> tuple:
+    """What layouts share that differ in the rows of a microbatch alone."""
+    return *_family(keys), _level(keys)
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -145,7 +145,7 @@ def plan_time(job: Job, card: Hardware) -> StepTime:
 def step_time(run: Run, card: Hardware) -> StepTime:
     """The time of one step of a run."""
     layout = run.layout
-    stages = tuple(_stage_time(run, stage, card) for stage in range(layout.pipeline))
+    stages = stage_times(run, card)
     rate, latency = card.link("send", 2, layout.spans_hosts(2, layout.data * layout.context * layout.tensor))
     transfer = transfer_bytes(layout, run.work.hidden) / rate + latency if layout.pipeline > 1 else 0.0
     totals = [([sum(c.values()) for c in s.forward], [sum(c.values()) for c in s.backward]) for s in stages]
@@ -158,14 +158,38 @@ def step_time(run: Run, card: Hardware) -> StepTime:
     return StepTime(run, card, stages, timeline, flops, transfer)
 
 
-def estimate_seconds(run: Run, card: Hardware) -> float:
-    """The time of a step without executing its pipeline: the slowest stage, and the bubble by formula. For comparing
-    many layouts.
+def least_seconds(run: Run, card: Hardware) -> float:
+    """A lower bound of the time of a step, without executing its pipeline: for comparing many layouts.
+
+    A stage starts when the first chunks of the stages before it have passed a microbatch forward; then it computes all
+    microbatches; its last action is a backward pass of its first chunk, after which those of the stages before follow.
     """
-    layout = run.layout
-    stages = [_stage_time(run, stage, card) for stage in range(layout.pipeline)]
-    filled = layout.microbatches + (layout.pipeline - 1) / layout.chunks
-    return max(stage.microbatch * filled + stage.after for stage in stages)
+    times = run.layout.microbatches
+    least = before = behind = 0.0
+    stages = stage_times(run, card)
+    for stage in stages:
+        busy = before + times * stage.microbatch
+        least = max(least, busy + stage.after, busy + behind + stages[0].after)
+        before += sum(stage.forward[0].values())
+        behind += sum(stage.backward[0].values())
+    return least
+
+
+def stage_times(run: Run, card: Hardware) -> tuple[StageTime, ...]:
+    """The times of all stages. Those that have the same layers are computed once."""
+    known: dict[tuple[object, ...], StageTime] = {}
+    passes: _Passes = {}
+    found = []
+    for stage, chunks in enumerate(run.numbers):
+        alike = tuple(
+            (tuple(id(layer) for layer in run.chunk(stage, chunk)), tuple(run.is_recomputed(n) for n in numbers))
+            for chunk, numbers in enumerate(chunks)
+        )
+        key = (stage == 0, alike)
+        if key not in known:
+            known[key] = _stage_time(run, stage, card, passes)
+        found.append(known[key])
+    return tuple(found)
 
 
 def _pipeline(layout: Layout, duration: Duration, transfer: float) -> Timeline:
@@ -193,13 +217,16 @@ def _add(total: Seconds, spent: Mapping[str, float], times: float = 1.0) -> None
         total[kind] += seconds * times
 
 
-def _chunk_times(run: Run, stage: int, card: Hardware) -> tuple[list[Seconds], list[Seconds]]:
-    """Forward and backward pass of each chunk of a stage. Equal layers are computed once."""
+# Forward and backward pass of layers: by identity (most layers are one object), with embedding, recomputed.
+_Passes = dict[tuple[int, bool, bool], tuple[Seconds, Seconds]]
+
+
+def _chunk_times(run: Run, stage: int, card: Hardware, known: _Passes) -> tuple[list[Seconds], list[Seconds]]:
+    """Forward and backward pass of each chunk of a stage. Equal layers are computed once, and kept in `known`."""
     layout = run.layout
-    known: dict[tuple[int, bool, bool], tuple[Seconds, Seconds]] = {}
 
     def passes(layer: Layer, embedding: bool, recomputed: bool) -> tuple[Seconds, Seconds]:
-        key = (id(layer), embedding, recomputed)  # most layers are one object
+        key = (id(layer), embedding, recomputed)
         if key not in known:
             there = layer_forward(layer, layout, card, embedding)
             known[key] = (there, layer_backward(layer, layout, card, embedding, recomputed))
@@ -225,9 +252,9 @@ def _chunk_times(run: Run, stage: int, card: Hardware) -> tuple[list[Seconds], l
     return forward, backward
 
 
-def _stage_time(run: Run, stage: int, card: Hardware) -> StageTime:
+def _stage_time(run: Run, stage: int, card: Hardware, known: _Passes) -> StageTime:
     layout = run.layout
-    forward, backward = _chunk_times(run, stage, card)
+    forward, backward = _chunk_times(run, stage, card, known)
     microbatch = sum(sum(chunk.values()) for chunk in (*forward, *backward))
     layers = run.stage(stage)
     entries = trained_entries(layers, layout, run.work.embedding if stage == 0 else 0)

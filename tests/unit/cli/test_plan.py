@@ -113,7 +113,11 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
         (["memory=-1"], "expected a positive number"),
         (["memory=nan"], "expected a positive number"),
         (["tokens=1e99"], "expected a positive number"),
-        (["picture_tokens=100000000"], "picture_tokens"),
+        (["picture_tokens=100"], "the model has no vision"),
+        (["document_tokens=100000"], "is more than a row"),
+        (["gpu=V100", "compute_type=bf16"], "V100 has no bf16 units"),
+        (["gpu=A100", "fp8=blockwise"], "A100 has no FP8 units"),
+        (["recompute=true", "recompute_granularity=selective", "recompute_modules=atention"], "did you mean attention"),
         (["json=/nowhere/at/all.json"], "a directory that exists"),
         (["model_name_or_path=baidu/ERNIE-4.5-0.4B"], "nearest name is baidu/ERNIE-4.5-0.3B"),
         (["gpuz=8"], "gpuz"),
@@ -122,6 +126,11 @@ def test_a_search_lists_the_fastest_layouts_that_fit(capsys: pytest.CaptureFixtu
 def test_bad_requests_are_refused(words: list[str], expected: str):
     with pytest.raises(ConfigError, match=expected):
         plan.run([SFT_SMALL, *words])
+
+
+def test_a_model_that_fits_on_no_cluster_is_called_that(capsys: pytest.CaptureFixture[str]):
+    assert plan.run([SFT_SMALL, "memory=0.01"]) == 3
+    assert "no cluster of up to 16,384" in capsys.readouterr().out
 
 
 def test_nothing_to_plan_is_refused():
