@@ -36,12 +36,18 @@ def applies(x: paddle.Tensor) -> bool:
     )
 
 
+def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
+    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as onednn.sgemm takes it."""
+    size = matrix.shape[-1]
+    return matrix.data_ptr() + matrix.element_size() * row * size, size
+
+
 def matmul_into(
     out: paddle.Tensor, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False
 ) -> None:
     """Write the product of two matrices, to which oneDNN `applies`, to `out`: rows of a larger tensor, say."""
     inner = x.shape[0 if transpose_x else 1]
-    matrices = ((x.data_ptr(), x.shape[1]), (y.data_ptr(), y.shape[1]), (out.data_ptr(), out.shape[1]))
+    matrices = row_address(x), row_address(y), row_address(out)
     onednn.sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
 
 
@@ -124,6 +130,29 @@ def swish_backward(dy: paddle.Tensor, x: paddle.Tensor, factor: float = 1.0) -> 
     dx = paddle.empty_like(x)
     _activation_backward(get_ident(), _SWISH, x.size, factor).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
     return dx
+
+
+def swish_times(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x * sigmoid(x) * y for tensors of one shape."""
+    if not (applies(x) and applies(y)):
+        return swish(x).multiply_(y)
+    out = paddle.empty_like(x)
+    zero = _zero()
+    _swish_times(get_ident(), x.size).run(x.data_ptr(), zero.ctypes.data, out.data_ptr(), y.data_ptr())
+    return out
+
+
+@lru_cache(maxsize=1)
+def _zero() -> np.ndarray:
+    return np.zeros(1, np.float32)
+
+
+@lru_cache(maxsize=256)
+def _swish_times(thread: int, size: int) -> Primitive:
+    """(x + 0), its swish, times y: only binary operations may have another behind them."""
+    x, zero = dense(size), dense(1)
+    operands = ((SOURCE, x), (SECOND_SOURCE, zero), (RESULT, x))
+    return Primitive("binary", (c_int(_ADD), x, zero, x), operands, behind=(None, (_MULTIPLY, x)))
 
 
 def gelu(x: paddle.Tensor) -> paddle.Tensor:
@@ -219,6 +248,48 @@ def _elementwise(thread: int, algorithm: int, size: int) -> Primitive:
     layout = dense(size)
     arguments = (c_int(algorithm), layout, layout, layout)
     return Primitive("binary", arguments, ((SOURCE, layout), (SECOND_SOURCE, layout), (RESULT, layout)))
+
+
+def scale_rows(x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
+    """x times a number for each row."""
+    if not (applies(x_TD) and applies(factors_T1)):
+        return x_TD * factors_T1
+    out = paddle.empty_like(x_TD)
+    operands = (x_TD, factors_T1, out)
+    _scaled_rows(get_ident(), *x_TD.shape, None).run(*(each.data_ptr() for each in operands))
+    return out
+
+
+def scale_rows_and_columns(
+    x_TD: paddle.Tensor, of_rows_T1: paddle.Tensor, of_columns_D: paddle.Tensor
+) -> paddle.Tensor:
+    """x times a number for each row and one for each column."""
+    if not (applies(x_TD) and applies(of_rows_T1)):
+        # Broadcasting is slow: an outer product gives the factors.
+        return paddle.matmul(of_rows_T1, of_columns_D.unsqueeze(0)).multiply_(x_TD)
+    out = paddle.empty_like(x_TD)
+    operands = (x_TD, of_rows_T1, out, of_columns_D)
+    _scaled_rows(get_ident(), *x_TD.shape, _MULTIPLY).run(*(each.data_ptr() for each in operands))
+    return out
+
+
+def add_scaled_rows_(y_TD: paddle.Tensor, x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
+    """y + x times a number for each row, in place of y."""
+    if not (applies(y_TD) and applies(x_TD) and applies(factors_T1)):
+        ones_1D = paddle.ones([1, x_TD.shape[1]], dtype=x_TD.dtype)
+        return y_TD.add_(paddle.matmul(factors_T1, ones_1D).multiply_(x_TD))
+    operands = (x_TD, factors_T1, y_TD, y_TD)
+    _scaled_rows(get_ident(), *x_TD.shape, _ADD).run(*(each.data_ptr() for each in operands))
+    return y_TD
+
+
+@lru_cache(maxsize=256)
+def _scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> Primitive:
+    """x times [num_rows, 1]; the result times [1, size], or plus [num_rows, size], if so."""
+    x, factors = dense(num_rows, size), dense(num_rows, 1)
+    operands = ((SOURCE, x), (SECOND_SOURCE, factors), (RESULT, x))
+    further = () if behind is None else ((behind, dense(1, size) if behind == _MULTIPLY else x),)
+    return Primitive("binary", (c_int(_MULTIPLY), x, factors, x), operands, behind=further)
 
 
 def layer_norm(

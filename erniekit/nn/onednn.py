@@ -23,6 +23,8 @@ _FLAGS = {paddle.bfloat16: "avx512_bf16", paddle.float16: "avx512_fp16", paddle.
 _DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: 2, paddle.float32: 3}
 _CPU, _IN_ORDER = 1, 1
 SOURCE, SECOND_SOURCE, WEIGHTS, RESULT = 1, 2, 33, 17
+_BEHIND = 32768  # times the number of an operation behind, from 1 on; together with SECOND_SOURCE
+_SWISH = 0x2C
 _Dims = c_int64 * 12
 
 
@@ -145,6 +147,8 @@ class Primitive:
             for its memory descriptor.
         operands: kind (DNNL_ARG_...) and layout of each memory that `run` gets.
         forward: for a backward operation, the one whose adjoint it is.
+        behind: operations on the result, in this order: a swish of it (None), or an algorithm with one more operand of
+            a layout, which follows the others in `run`.
     """
 
     def __init__(
@@ -153,16 +157,21 @@ class Primitive:
         arguments: Sequence[Any],
         operands: Sequence[tuple[int, Layout]],
         forward: "Primitive | None" = None,
+        behind: Sequence[tuple[int, Layout] | None] = (),
     ) -> None:
         library = _library()
         assert library is not None
         self._library, self._primitive, self._memories = library, c_void_p(), []
         self._described = c_void_p()
+        numbered = [(number, each[1]) for number, each in enumerate(behind, 1) if each is not None]
+        operands = [*operands, *((_BEHIND * number | SECOND_SOURCE, layout) for number, layout in numbered)]
         descriptions = {layout: library.describe(layout) for layout in {layout for _, layout in operands}}
         given = [descriptions[each] if isinstance(each, Layout) else each for each in arguments]
         given += [] if forward is None else [forward._described]
         create = f"dnnl_{name}_primitive_desc_create"
-        library.call(create, byref(self._described), library.engine, *given, None)
+        attributes = _attributes(library, behind, descriptions)
+        library.call(create, byref(self._described), library.engine, *given, attributes)
+        library.call("dnnl_primitive_attr_destroy", attributes)
         library.call("dnnl_primitive_create", byref(self._primitive), self._described)
         for _, layout in operands:
             memory = c_void_p()
@@ -189,6 +198,23 @@ class Primitive:
             self._library.call("dnnl_primitive_destroy", self._primitive)
         if self._described:
             self._library.call("dnnl_primitive_desc_destroy", self._described)
+
+
+def _attributes(
+    library: _Library, behind: Sequence[tuple[int, Layout] | None], descriptions: dict[Layout, c_void_p]
+) -> c_void_p:
+    """See Primitive's `behind`."""
+    attributes, operations = c_void_p(), c_void_p()
+    library.call("dnnl_primitive_attr_create", byref(attributes))
+    library.call("dnnl_post_ops_create", byref(operations))
+    for each in behind:
+        if each is None:
+            library.call("dnnl_post_ops_append_eltwise", operations, c_int(_SWISH), c_float(1.0), c_float(0.0))
+        else:
+            library.call("dnnl_post_ops_append_binary", operations, c_int(each[0]), descriptions[each[1]])
+    library.call("dnnl_primitive_attr_set_post_ops", attributes, operations)
+    library.call("dnnl_post_ops_destroy", operations)
+    return attributes
 
 
 @lru_cache(maxsize=512)

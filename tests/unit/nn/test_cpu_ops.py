@@ -134,3 +134,22 @@ def test_products_are_written_to_rows_of_a_larger_tensor(transposed: tuple[bool,
     cpu_ops.matmul_into(out[1:8], *given, *transposed)
     np.testing.assert_allclose(out.numpy()[1:8], x.astype(np.float64) @ y, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out.numpy()[[0, 8]], 3.0)
+
+
+def test_rows_and_columns_are_scaled():
+    x, y, rows, columns = random(40, 50), random(50, 40).reshape(40, 50), random(41, 1)[:40], random(50)
+    given = paddle.to_tensor(x)
+    np.testing.assert_array_equal(cpu_ops.scale_rows(given, paddle.to_tensor(rows)).numpy(), x * rows)
+    found = cpu_ops.scale_rows_and_columns(given, paddle.to_tensor(rows), paddle.to_tensor(columns)).numpy()
+    np.testing.assert_allclose(found, x * rows * columns, **CLOSE)
+    total = paddle.to_tensor(y)
+    assert cpu_ops.add_scaled_rows_(total, given, paddle.to_tensor(rows)) is total
+    np.testing.assert_allclose(total.numpy(), y + x * rows, **CLOSE)
+    np.testing.assert_array_equal(given.numpy(), x)
+
+
+def test_swish_times_another_tensor():
+    x, y = random(40, 50, scale=4.0), random(50, 40).reshape(40, 50)
+    expected = x.astype(np.float64) / (1.0 + np.exp(-x.astype(np.float64))) * y
+    found = cpu_ops.swish_times(paddle.to_tensor(x), paddle.to_tensor(y)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
