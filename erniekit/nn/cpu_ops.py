@@ -1,7 +1,7 @@
 """Operations between the products of a training step, on a CPU in all threads of this process.
 
-Paddle's own take one thread there, and several passes over memory where oneDNN (nn/onednn.py) takes one. Each function
-falls back to Paddle's operations where the library is absent or does not apply; these are the reference. No function
+Paddle's own take one thread there, and read and write memory several times where oneDNN (nn/onednn.py) does it once.
+Each function falls back to Paddle's operations where the library is absent or does not apply; these are the reference. No function
 records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first argument.
 """
 
