@@ -1,8 +1,8 @@
 """Operations between the products of a training step, on a CPU in all threads of this process.
 
 Paddle's own take one thread there, and read and write memory several times where oneDNN (nn/onednn.py) does it once.
-Each function falls back to Paddle's operations where the library is absent or does not apply; these are the reference. No function
-records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first argument.
+Each function falls back to Paddle's operations where the library is absent or does not apply; these are the reference.
+No function records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first one.
 """
 
 import math
