@@ -19,7 +19,8 @@ from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
-_SOFTMAX, _ADD, _MULTIPLY, _SUBTRACT, _SWISH, _GELU = 0x30000, 0x1FFF0, 0x1FFF1, 0x1FFF5, 0x2C, 0x31
+_SOFTMAX, _SWISH, _GELU = 0x30000, 0x2C, 0x31
+_ADD, _MULTIPLY, _DIVIDE, _SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
 _MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
 _SOURCE_GRADIENT, _RESULT_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
 _WITH_SCALE_AND_SHIFT = c_uint(6)
@@ -281,6 +282,25 @@ def add_scaled_rows_(y_TD: paddle.Tensor, x_TD: paddle.Tensor, factors_T1: paddl
     operands = (x_TD, factors_T1, y_TD, y_TD)
     _scaled_rows(get_ident(), *x_TD.shape, _ADD).run(*(each.data_ptr() for each in operands))
     return y_TD
+
+
+def standardise_(
+    x_TD: paddle.Tensor, divisor_1: paddle.Tensor, mean_D: paddle.Tensor, std_D: paddle.Tensor
+) -> paddle.Tensor:
+    """(x / divisor - mean) / std, in place; the same bits on every path."""
+    if not applies(x_TD):
+        return x_TD.divide_(divisor_1).subtract_(mean_D).divide_(std_D)
+    operands = (x_TD, divisor_1, x_TD, mean_D, std_D)
+    _standardised(get_ident(), *x_TD.shape).run(*(each.data_ptr() for each in operands))
+    return x_TD
+
+
+@lru_cache(maxsize=256)
+def _standardised(thread: int, num_rows: int, size: int) -> Primitive:
+    x, one, row = dense(num_rows, size), dense(1, 1), dense(1, size)
+    operands = ((SOURCE, x), (SECOND_SOURCE, one), (RESULT, x))
+    behind = ((_SUBTRACT, row), (_DIVIDE, row))
+    return Primitive("binary", (c_int(_DIVIDE), x, one, x), operands, behind=behind)
 
 
 @lru_cache(maxsize=256)

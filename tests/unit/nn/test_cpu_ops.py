@@ -153,3 +153,11 @@ def test_swish_times_another_tensor():
     expected = x.astype(np.float64) / (1.0 + np.exp(-x.astype(np.float64))) * y
     found = cpu_ops.swish_times(paddle.to_tensor(x), paddle.to_tensor(y)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pixels_are_standardised_bit_for_bit():
+    levels = np.random.default_rng(0).integers(0, 256, (30, 12)).astype(np.float32)
+    mean, std = random(12), random(13)[:12] ** 2 + np.float32(0.1)
+    tables = (paddle.to_tensor(table) for table in (np.array([255.0], np.float32), mean, std))
+    found = cpu_ops.standardise_(paddle.to_tensor(levels), *tables).numpy()
+    np.testing.assert_array_equal(found, (levels / np.float32(255.0) - mean) / std)
