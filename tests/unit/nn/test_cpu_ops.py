@@ -161,3 +161,13 @@ def test_pixels_are_standardised_bit_for_bit():
     tables = (paddle.to_tensor(table) for table in (np.array([255.0], np.float32), mean, std))
     found = cpu_ops.standardise_(paddle.to_tensor(levels), *tables).numpy()
     np.testing.assert_array_equal(found, (levels / np.float32(255.0) - mean) / std)
+
+
+def test_one_column_of_each_row_is_read_and_added_to():
+    x, columns, values = random(6, 9), np.array([[3], [0], [8], [8], [1], [4]]), random(7, 1)[:6]
+    given = paddle.to_tensor(x)
+    rows = np.arange(6)[:, None]
+    np.testing.assert_array_equal(cpu_ops.take_at(given, paddle.to_tensor(columns)).numpy(), x[rows, columns])
+    assert cpu_ops.add_at_(given, paddle.to_tensor(columns), paddle.to_tensor(values)) is given
+    x[rows, columns] += values
+    np.testing.assert_array_equal(given.numpy(), x)
