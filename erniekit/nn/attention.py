@@ -196,7 +196,9 @@ def _is_blockwise(bucket: _BucketRows, rows: paddle.Tensor) -> bool:
     return bucket.num_prefix == 0 and blockwise.applies(bucket.length, rows)
 
 
-def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) -> blockwise.Heads:
+def _heads(
+    rows: paddle.Tensor, num_queries: int, num_keys: int, bucket: _BucketRows, heads: HeadLayout
+) -> blockwise.Heads:
     """The heads of a bucket without prefixes, block by block; `rows` are its queries, keys and values."""
     units, blocks, first = bucket.num_documents * heads.num_kv_heads, [], 0
     for start, stop in bucket.blocks():
@@ -204,7 +206,8 @@ def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) ->
         mask = _causal_corner(stop - start, heads.repeat)
         blocks.append(blockwise.Block(first, count, count, stop, mask))
         first += units * count
-    q, k, v = rows
+    k_end = num_queries + num_keys
+    q, k, v = rows[:num_queries], rows[num_queries:k_end], rows[k_end:]
     return blockwise.Heads(q, k, v, blocks, units, heads.dim**-0.5)
 
 
@@ -237,7 +240,7 @@ class _DocumentAttention(PyLayer):
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
             num_keys = shape[0] * g * shape[2]
             if masks is None and dtype == paddle.float32 and _is_blockwise(bucket, z):
-                single = _heads(fetched.split([num_queries, num_keys, num_keys]), bucket, heads)
+                single = _heads(fetched, num_queries, num_keys, bucket, heads)
                 outputs.append(single.attend(keep=shape[2] <= _KEEP_WEIGHTS))
                 saved.append(single)
                 continue

@@ -85,18 +85,18 @@ def take_at(x_TV: paddle.Tensor, columns_T1: paddle.Tensor) -> paddle.Tensor:
     """The number in one column of each row: [T, V], int64 [T, 1] -> [T, 1]. Paddle's own copies all of x on a CPU."""
     if not applies(x_TV):
         return paddle.take_along_axis(x_TV, columns_T1, axis=1)
-    return paddle.to_tensor(np.take_along_axis(_array(x_TV), columns_T1.numpy(), axis=1))
+    return paddle.to_tensor(np.take_along_axis(memory_of(x_TV), columns_T1.numpy(), axis=1))
 
 
 def add_at_(x_TV: paddle.Tensor, columns_T1: paddle.Tensor, values_T1: paddle.Tensor) -> paddle.Tensor:
     """Add a number to one column of each row, in place. See take_at."""
     if not applies(x_TV):
         return x_TV.put_along_axis_(columns_T1, values_T1, axis=1, reduce="add")
-    _array(x_TV)[np.arange(len(x_TV)), columns_T1.numpy()[:, 0]] += values_T1.numpy()[:, 0]
+    memory_of(x_TV)[np.arange(len(x_TV)), columns_T1.numpy()[:, 0]] += values_T1.numpy()[:, 0]
     return x_TV
 
 
-def _array(x: paddle.Tensor) -> np.ndarray:
+def memory_of(x: paddle.Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on the CPU, while that lives."""
     return np.ctypeslib.as_array((c_float * x.size).from_address(x.data_ptr())).reshape(x.shape)
 
