@@ -62,11 +62,11 @@ def _softmax_nll(logits_TV: paddle.Tensor, labels_T1: paddle.Tensor) -> tuple[pa
     """
     if cpu_ops.applies(logits_TV):
         p = cpu_ops.softmax(logits_TV)
-        nll = -paddle.log(paddle.take_along_axis(p, labels_T1, axis=1))
+        nll = -paddle.log(cpu_ops.take_at(p, labels_T1))
     else:
         p, nll = paddle._C_ops.cross_entropy_with_softmax(logits_TV, labels_T1, False, True, True, -100, -1)
     if logits_TV.place.is_cpu_place() and bool((nll > _KERNEL_RANGE).any()):
-        at_label = paddle.take_along_axis(logits_TV, labels_T1, axis=1)
+        at_label = cpu_ops.take_at(logits_TV, labels_T1)
         nll = paddle.logsumexp(logits_TV, axis=-1, keepdim=True) - at_label
     return p, nll
 
@@ -95,21 +95,21 @@ class Softmax:
     def minus_label(self, value_T1: paddle.Tensor) -> paddle.Tensor:
         """p + value at the label, in place of p."""
         value_T1 = value_T1 if self.holds_label is None else value_T1 * self.holds_label
-        return self.p.put_along_axis_(self.label_column, value_T1, axis=1, reduce="add")
+        return cpu_ops.add_at_(self.p, self.label_column, value_T1)
 
 
 def softmax_at(head: Head, hidden_TD: paddle.Tensor, labels_T1: paddle.Tensor, with_z: bool) -> Softmax:
     """Probabilities and losses of a chunk, in fp32. Ranks that share the vocabulary exchange three numbers a token."""
     logits = head.local_logits(hidden_TD).astype("float32")
     if head.group is None:
-        at_label = paddle.take_along_axis(logits, labels_T1, axis=1) if with_z else None
+        at_label = cpu_ops.take_at(logits, labels_T1) if with_z else None
         p, nll = _softmax_nll(logits, labels_T1)
         return Softmax(p, nll, labels_T1, None, nll + at_label if with_z else None)
     column = labels_T1 - head.group.index * head.vocab_size
     holds_label = ((column >= 0) & (column < head.vocab_size)).astype("float32")
     column = column.clip(0, head.vocab_size - 1)
     largest = comm.all_reduce_(logits.max(axis=1, keepdim=True), head.group, op="max")
-    at_label = paddle.take_along_axis(logits, column, axis=1) * holds_label
+    at_label = cpu_ops.take_at(logits, column) * holds_label
     p = paddle.exp(logits.subtract_(largest))
     sums = comm.all_reduce_(paddle.concat([p.sum(axis=1, keepdim=True), at_label], axis=1), head.group)
     total, at_label = sums[:, :1], sums[:, 1:]
@@ -132,9 +132,9 @@ class HeadGradients:
         """
         weight, bias, by_vocab = self.head.weight, self.head.bias, self.head.by_vocab
         p = dlogits_TV.astype(x_TD.dtype)
-        self._hidden.append(matmul(p, weight, transpose_y=not by_vocab).astype("float32") * scale_T1)
+        self._hidden.append(cpu_ops.scale_rows(matmul(p, weight, transpose_y=not by_vocab).astype("float32"), scale_T1))
         if not weight.stop_gradient:
-            scaled = (x_TD.astype("float32") * scale_T1).astype(x_TD.dtype)
+            scaled = cpu_ops.scale_rows(x_TD.astype("float32"), scale_T1).astype(x_TD.dtype)
             first, second = (p, scaled) if by_vocab else (scaled, p)
             self._weight = _add_product(first, second, self._weight)
         if bias is not None and not bias.stop_gradient:

@@ -15,13 +15,15 @@ from paddle.autograd import PyLayer
 
 from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
-from erniekit.nn.cpu_ops import swish, swish_backward
+from erniekit.nn.cpu_ops import standardise_, swish, swish_backward
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
 from erniekit.nn.linear import Linear
 from erniekit.nn.narrow import add, rounded
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
 from erniekit.nn.rotary import inverse_frequencies
+
+_LEVELS = np.array([255.0], np.float32)  # what 8-bit pixels are divided by
 
 
 def patch_positions(grid_N3: np.ndarray, merge_size: int) -> np.ndarray:
@@ -69,15 +71,14 @@ class PatchEmbedding(nn.Layer):
         super().__init__()
         self.proj = Linear(config.patch_features, config.hidden_size, init_std=init_std)
         area = config.patch_size**2
-        # 1/std and -mean/std of each pixel of a patch.
-        self._mean = np.repeat(MEAN, area)[None]
-        self._std = np.repeat(STD, area)[None]
+        # Of each number of a patch.
+        self._mean, self._std = np.repeat(MEAN, area), np.repeat(STD, area)
 
     def forward(self, patches: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
         """Patches as uint8 pixels, which are normalised here in fp32, or as normalised floats -> [P, C] in `dtype`."""
         if patches.dtype == paddle.uint8:
-            pixels = patches.astype("float32") / 255.0
-            patches = (pixels - paddle.to_tensor(self._mean)) / paddle.to_tensor(self._std)
+            tables = (paddle.to_tensor(table) for table in (_LEVELS, self._mean, self._std))
+            patches = standardise_(patches.astype("float32"), *tables)
         return self.proj(patches.astype(dtype))
 
 

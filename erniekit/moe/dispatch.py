@@ -6,7 +6,8 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn.narrow import gather, multiply
+from erniekit.nn.cpu_ops import multiply, scale_rows
+from erniekit.nn.narrow import gather, rounded
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Combine(PyLayer):
         ctx.save_for_backward(rows, weights_R1)
         ctx.assignment = assignment
         ctx.needs_gradient = not rows.stop_gradient, not weights_TK.stop_gradient
-        return _sum_back(multiply(rows, weights_R1.astype(rows.dtype)), assignment)
+        return _sum_back(rounded(scale_rows, rows, weights_R1.astype(rows.dtype)), assignment)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -94,9 +95,10 @@ class _Combine(PyLayer):
         copied = _copy_out(dy_TD, ctx.assignment)
         dweights_TK = None
         if weights_need_gradient:
-            product = copied.astype("float32") * rows.astype("float32")
+            product = multiply(copied.astype("float32"), rows.astype("float32"))
             dweights_TK = _by_pair(paddle.matmul(product, paddle.ones([rows.shape[1], 1])), ctx.assignment)
-        return multiply(copied, weights_R1.astype(copied.dtype)) if rows_need_gradient else None, dweights_TK
+        weighed = rounded(scale_rows, copied, weights_R1.astype(copied.dtype)) if rows_need_gradient else None
+        return weighed, dweights_TK
 
 
 class _RowWeights(PyLayer):

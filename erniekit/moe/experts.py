@@ -9,7 +9,7 @@ from paddle import nn
 
 from erniekit.nn.grouped import grouped_matmul
 from erniekit.nn.linear import Projection
-from erniekit.nn.mlp import swiglu
+from erniekit.nn.mlp import gated
 from erniekit.nn.roles import ComponentLayer, Role
 from erniekit.nn.shard import ShardSpec
 
@@ -77,7 +77,7 @@ class Experts(ComponentLayer):
         if self.block is not None and up_gate.adapter is None and down.adapter is None:
             assert up_gate.weight is not None and down.weight is not None
             return self.block(rows, up_gate.weight, down.weight, counts, weights_R1)
-        hidden = swiglu(up_gate(rows, counts))
+        hidden = gated(up_gate, rows, counts)
         if weights_R1 is not None:
             hidden = (hidden.astype("float32") * weights_R1).astype(hidden.dtype)
         return down(hidden, counts)

@@ -8,7 +8,7 @@ squared document lengths, not with the row length squared.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -196,7 +196,9 @@ def _is_blockwise(bucket: _BucketRows, rows: paddle.Tensor) -> bool:
     return bucket.num_prefix == 0 and blockwise.applies(bucket.length, rows)
 
 
-def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) -> blockwise.Heads:
+def _heads(
+    rows: paddle.Tensor, num_queries: int, num_keys: int, bucket: _BucketRows, heads: HeadLayout
+) -> blockwise.Heads:
     """The heads of a bucket without prefixes, block by block; `rows` are its queries, keys and values."""
     units, blocks, first = bucket.num_documents * heads.num_kv_heads, [], 0
     for start, stop in bucket.blocks():
@@ -204,7 +206,9 @@ def _heads(rows: list[paddle.Tensor], bucket: _BucketRows, heads: HeadLayout) ->
         mask = _causal_corner(stop - start, heads.repeat)
         blocks.append(blockwise.Block(first, count, count, stop, mask))
         first += units * count
-    return blockwise.Heads(*rows, blocks, units, heads.dim**-0.5)
+    k_end = num_queries + num_keys
+    q, k, v = rows[:num_queries], rows[num_queries:k_end], rows[k_end:]
+    return blockwise.Heads(q, k, v, blocks, units, heads.dim**-0.5)
 
 
 @lru_cache(maxsize=64)
@@ -228,14 +232,15 @@ class _DocumentAttention(PyLayer):
         num_tokens, g, d = qkv.shape[0], heads.num_kv_heads, heads.dim
         z = rotation.apply(qkv.reshape([num_tokens, heads.total, d])).reshape([num_tokens * heads.total, d])
         z, dtype = z.astype("float32"), qkv.dtype
-        saved, outputs = [], []
+        saved: list[Any] = []
+        outputs: list[paddle.Tensor] = []
         for number, bucket in enumerate(rows.buckets):
             fetched = paddle.gather(z, bucket.fetch)
             num_queries = bucket.num_documents * bucket.length * heads.num_heads
             shape = [bucket.num_documents, g, bucket.num_prefix + bucket.length, d]
             num_keys = shape[0] * g * shape[2]
             if masks is None and dtype == paddle.float32 and _is_blockwise(bucket, z):
-                single = _heads(fetched.split([num_queries, num_keys, num_keys]), bucket, heads)
+                single = _heads(fetched, num_queries, num_keys, bucket, heads)
                 outputs.append(single.attend(keep=shape[2] <= _KEEP_WEIGHTS))
                 saved.append(single)
                 continue
@@ -259,7 +264,7 @@ class _DocumentAttention(PyLayer):
         rows, heads = ctx.rows, ctx.heads
         num_tokens, d, dtype = dout.shape[0], heads.dim, dout.dtype
         dout = dout.reshape([num_tokens * heads.num_heads, d]).astype("float32")
-        grads = []
+        grads: list[paddle.Tensor] = []
         for number, (bucket, saved) in enumerate(zip(rows.buckets, ctx.saved, strict=True)):
             do = paddle.gather(dout, bucket.fetch_grad)
             if bucket.keep is not None:
@@ -269,7 +274,8 @@ class _DocumentAttention(PyLayer):
                 grads += saved.backward(do)
                 continue
             block = None if ctx.masks is None else partial(ctx.masks.block, number)
-            made = _bucket_backward(do, *saved, bucket, heads, block, dtype)
+            queries, k, v, weights = saved
+            made = _bucket_backward(do, queries, k, v, weights, bucket, heads, block, dtype)
             grads += [grad.reshape([-1, d]) for grad in made]
         ctx.saved = None
         dz = paddle.gather(_with_sums(grads, rows.shared), rows.merge_grad).reshape([num_tokens, heads.total, d])

@@ -52,7 +52,7 @@ class Heads:
         self.q, self.k, self.v, self.blocks = q, k, v, blocks
         self.num_units, self.dim, self.scale = num_units, q.shape[-1], scale
         self.num_keys = blocks[-1].seen
-        self._kept: list[np.ndarray] = []
+        self._kept: list[paddle.Tensor] = []
 
     def attend(self, keep: bool) -> paddle.Tensor:
         """softmax(scale * q k^T + mask) v, as q lies. `keep`: the weights wait for `backward`, which otherwise computes
@@ -62,11 +62,11 @@ class Heads:
         for unit in range(self.num_units):
             v = self._of_unit(self.v, unit)
             for block in self.blocks:
-                p = np.empty((block.rows, block.seen), np.float32) if keep else _part(scratch, block)
+                if keep:
+                    self._kept.append(paddle.empty([block.rows, block.seen], dtype=self.q.dtype))
+                p = cpu_ops.memory_of(self._kept[-1]) if keep else _part(scratch, block)
                 self._weigh(p, block, unit)
                 sgemm(False, False, block.rows, self.dim, block.seen, _matrix(p), v, self._queries(out, block, unit))
-                if keep:
-                    self._kept.append(p)
         return out
 
     def backward(self, dout: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
@@ -81,7 +81,7 @@ class Heads:
                 rows, seen, ds = block.rows, block.seen, _part(first, block)
                 q, do = self._queries(self.q, block, unit), self._queries(dout, block, unit)
                 if self._kept:
-                    p = self._kept[unit * len(self.blocks) + number]
+                    p = cpu_ops.memory_of(self._kept[unit * len(self.blocks) + number])
                 else:
                     p = _part(second, block)
                     self._weigh(p, block, unit)

@@ -1,8 +1,8 @@
 """Operations between the products of a training step, on a CPU in all threads of this process.
 
-Paddle's own take one thread there, and several passes over memory where oneDNN (nn/onednn.py) takes one. Each function
-falls back to Paddle's operations where the library is absent or does not apply; these are the reference. No function
-records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first argument.
+Paddle's own take one thread there, and read and write memory several times where oneDNN (nn/onednn.py) does it once.
+Each function falls back to Paddle's operations where the library is absent or does not apply; these are the reference.
+No function records a gradient: they are parts of autograd nodes. Arguments are fp32; "in place" changes the first one.
 """
 
 import math
@@ -19,7 +19,8 @@ from erniekit.nn.onednn import RESULT, SECOND_SOURCE, SOURCE, Primitive, dense
 
 # Numbers of oneDNN's C interface (dnnl_types.h).
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
-_SOFTMAX, _ADD, _MULTIPLY, _SUBTRACT, _SWISH, _GELU = 0x30000, 0x1FFF0, 0x1FFF1, 0x1FFF5, 0x2C, 0x31
+_SOFTMAX, _SWISH, _GELU = 0x30000, 0x2C, 0x31
+_ADD, _MULTIPLY, _DIVIDE, _SUBTRACT = 0x1FFF0, 0x1FFF1, 0x1FFF4, 0x1FFF5
 _MEAN, _VARIANCE, _SCALE, _SHIFT = 49, 50, 51, 52
 _SOURCE_GRADIENT, _RESULT_GRADIENT, _SCALE_GRADIENT, _SHIFT_GRADIENT = 129, 145, 255, 256
 _WITH_SCALE_AND_SHIFT = c_uint(6)
@@ -36,12 +37,18 @@ def applies(x: paddle.Tensor) -> bool:
     )
 
 
+def row_address(matrix: paddle.Tensor, row: int = 0) -> tuple[int, int]:
+    """Where a row of a contiguous matrix begins, and the numbers from one row to the next, as onednn.sgemm takes it."""
+    size = matrix.shape[-1]
+    return matrix.data_ptr() + matrix.element_size() * row * size, size
+
+
 def matmul_into(
     out: paddle.Tensor, x: paddle.Tensor, y: paddle.Tensor, transpose_x: bool = False, transpose_y: bool = False
 ) -> None:
     """Write the product of two matrices, to which oneDNN `applies`, to `out`: rows of a larger tensor, say."""
     inner = x.shape[0 if transpose_x else 1]
-    matrices = ((x.data_ptr(), x.shape[1]), (y.data_ptr(), y.shape[1]), (out.data_ptr(), out.shape[1]))
+    matrices = row_address(x), row_address(y), row_address(out)
     onednn.sgemm(transpose_x, transpose_y, out.shape[0], out.shape[1], inner, *matrices)
 
 
@@ -72,6 +79,26 @@ def softmax_backward_(dp: paddle.Tensor, p: paddle.Tensor) -> paddle.Tensor:
     length, address = p.shape[-1], dp.data_ptr()
     _softmax_backward(get_ident(), p.size // length, length).run(address, address, p.data_ptr())
     return dp
+
+
+def take_at(x_TV: paddle.Tensor, columns_T1: paddle.Tensor) -> paddle.Tensor:
+    """The number in one column of each row: [T, V], int64 [T, 1] -> [T, 1]. Paddle's own copies all of x on a CPU."""
+    if not applies(x_TV):
+        return paddle.take_along_axis(x_TV, columns_T1, axis=1)
+    return paddle.to_tensor(np.take_along_axis(memory_of(x_TV), columns_T1.numpy(), axis=1))
+
+
+def add_at_(x_TV: paddle.Tensor, columns_T1: paddle.Tensor, values_T1: paddle.Tensor) -> paddle.Tensor:
+    """Add a number to one column of each row, in place. See take_at."""
+    if not applies(x_TV):
+        return x_TV.put_along_axis_(columns_T1, values_T1, axis=1, reduce="add")
+    memory_of(x_TV)[np.arange(len(x_TV)), columns_T1.numpy()[:, 0]] += values_T1.numpy()[:, 0]
+    return x_TV
+
+
+def memory_of(x: paddle.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU, while that lives."""
+    return np.ctypeslib.as_array((c_float * x.size).from_address(x.data_ptr())).reshape(x.shape)
 
 
 def softmax_rows_(scores: np.ndarray) -> None:
@@ -124,6 +151,29 @@ def swish_backward(dy: paddle.Tensor, x: paddle.Tensor, factor: float = 1.0) -> 
     dx = paddle.empty_like(x)
     _activation_backward(get_ident(), _SWISH, x.size, factor).run(dx.data_ptr(), dy.data_ptr(), x.data_ptr())
     return dx
+
+
+def swish_times(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """x * sigmoid(x) * y for tensors of one shape."""
+    if not (applies(x) and applies(y)):
+        return swish(x).multiply_(y)
+    out = paddle.empty_like(x)
+    zero = _zero()
+    _swish_times(get_ident(), x.size).run(x.data_ptr(), zero.ctypes.data, out.data_ptr(), y.data_ptr())
+    return out
+
+
+@lru_cache(maxsize=1)
+def _zero() -> np.ndarray:
+    return np.zeros(1, np.float32)
+
+
+@lru_cache(maxsize=256)
+def _swish_times(thread: int, size: int) -> Primitive:
+    """(x + 0), its swish, times y: only binary operations may have another behind them."""
+    x, zero = dense(size), dense(1)
+    operands = ((SOURCE, x), (SECOND_SOURCE, zero), (RESULT, x))
+    return Primitive("binary", (c_int(_ADD), x, zero, x), operands, behind=(None, (_MULTIPLY, x)))
 
 
 def gelu(x: paddle.Tensor) -> paddle.Tensor:
@@ -219,6 +269,67 @@ def _elementwise(thread: int, algorithm: int, size: int) -> Primitive:
     layout = dense(size)
     arguments = (c_int(algorithm), layout, layout, layout)
     return Primitive("binary", arguments, ((SOURCE, layout), (SECOND_SOURCE, layout), (RESULT, layout)))
+
+
+def scale_rows(x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
+    """x times a number for each row."""
+    if not (applies(x_TD) and applies(factors_T1)):
+        return x_TD * factors_T1
+    out = paddle.empty_like(x_TD)
+    operands = (x_TD, factors_T1, out)
+    _scaled_rows(get_ident(), *x_TD.shape, None).run(*(each.data_ptr() for each in operands))
+    return out
+
+
+def scale_rows_and_columns(
+    x_TD: paddle.Tensor, of_rows_T1: paddle.Tensor, of_columns_D: paddle.Tensor
+) -> paddle.Tensor:
+    """x times a number for each row and one for each column."""
+    if not (applies(x_TD) and applies(of_rows_T1)):
+        # Broadcasting is slow: an outer product gives the factors.
+        return paddle.matmul(of_rows_T1, of_columns_D.unsqueeze(0)).multiply_(x_TD)
+    out = paddle.empty_like(x_TD)
+    operands = (x_TD, of_rows_T1, out, of_columns_D)
+    _scaled_rows(get_ident(), *x_TD.shape, _MULTIPLY).run(*(each.data_ptr() for each in operands))
+    return out
+
+
+def add_scaled_rows_(y_TD: paddle.Tensor, x_TD: paddle.Tensor, factors_T1: paddle.Tensor) -> paddle.Tensor:
+    """y + x times a number for each row, in place of y."""
+    if not (applies(y_TD) and applies(x_TD) and applies(factors_T1)):
+        ones_1D = paddle.ones([1, x_TD.shape[1]], dtype=x_TD.dtype)
+        return y_TD.add_(paddle.matmul(factors_T1, ones_1D).multiply_(x_TD))
+    operands = (x_TD, factors_T1, y_TD, y_TD)
+    _scaled_rows(get_ident(), *x_TD.shape, _ADD).run(*(each.data_ptr() for each in operands))
+    return y_TD
+
+
+def standardise_(
+    x_TD: paddle.Tensor, divisor_1: paddle.Tensor, mean_D: paddle.Tensor, std_D: paddle.Tensor
+) -> paddle.Tensor:
+    """(x / divisor - mean) / std, in place; the same bits on every path."""
+    if not applies(x_TD):
+        return x_TD.divide_(divisor_1).subtract_(mean_D).divide_(std_D)
+    operands = (x_TD, divisor_1, x_TD, mean_D, std_D)
+    _standardised(get_ident(), *x_TD.shape).run(*(each.data_ptr() for each in operands))
+    return x_TD
+
+
+@lru_cache(maxsize=256)
+def _standardised(thread: int, num_rows: int, size: int) -> Primitive:
+    x, one, row = dense(num_rows, size), dense(1, 1), dense(1, size)
+    operands = ((SOURCE, x), (SECOND_SOURCE, one), (RESULT, x))
+    behind = ((_SUBTRACT, row), (_DIVIDE, row))
+    return Primitive("binary", (c_int(_DIVIDE), x, one, x), operands, behind=behind)
+
+
+@lru_cache(maxsize=256)
+def _scaled_rows(thread: int, num_rows: int, size: int, behind: int | None) -> Primitive:
+    """x times [num_rows, 1]; the result times [1, size], or plus [num_rows, size], if so."""
+    x, factors = dense(num_rows, size), dense(num_rows, 1)
+    operands = ((SOURCE, x), (SECOND_SOURCE, factors), (RESULT, x))
+    further = () if behind is None else ((behind, dense(1, size) if behind == _MULTIPLY else x),)
+    return Primitive("binary", (c_int(_MULTIPLY), x, factors, x), operands, behind=further)
 
 
 def layer_norm(

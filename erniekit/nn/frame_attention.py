@@ -160,7 +160,8 @@ class _Attention(PyLayer):
             if isinstance(kept, blockwise.Heads):
                 grads = kept.backward(do)
             else:
-                grads = _backward(*saved[3 * number : 3 * number + 3], kept, do)
+                scaled, k, v = saved[3 * number : 3 * number + 3]
+                grads = _backward(scaled, k, v, kept, do)
             runs.append([grad.reshape([-1, head_dim]) for grad in grads])
         ctx.kept = None
         dq, dk, dv = (_join(list(parts)) for parts in zip(*runs, strict=True))

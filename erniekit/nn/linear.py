@@ -35,6 +35,11 @@ class Projection(Shardable):
         stack = () if self.num_experts is None else (self.num_experts,)
         return (*stack, self.in_features, self.out_features)
 
+    @property
+    def lone_weight(self) -> paddle.Tensor | None:
+        """The weight of a projection that computes x W and nothing else; None for any other."""
+        return self.weight if self.product is None and self.adapter is None else None
+
     def attach_product(self, product: Product) -> None:
         """Fill the slot. A product that holds the weight takes the parameter's place."""
         self.product = product
@@ -111,6 +116,12 @@ class Linear(Projection):
     def roles(self) -> dict[str, Role]:
         """See DeclaresRoles."""
         return {"weight": self.role, "bias": Role.BIAS}
+
+    @property
+    def lone_weight(self) -> paddle.Tensor | None:
+        """See Projection."""
+        alone = self.bias is None and self.gather_input is None and self.reduce_output is None
+        return super().lone_weight if alone else None
 
     def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
         """See Projection."""

@@ -1,5 +1,6 @@
 """The gated feed-forward block."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -7,10 +8,12 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import fused
-from erniekit.nn.cpu_ops import multiply, multiply_, swish, swish_backward
-from erniekit.nn.linear import Linear
+from erniekit.nn import cpu_ops, fused
+from erniekit.nn.cpu_ops import multiply, row_address, swish_backward, swish_times
+from erniekit.nn.grouped import row_spans
+from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.narrow import rounded
+from erniekit.nn.onednn import sgemm
 
 
 @lru_cache(maxsize=64)
@@ -27,13 +30,13 @@ class _SwiGLU(PyLayer):
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         both = paddle.gather(gate_up.reshape([2 * rows, size]), _halves_index(rows))
         ctx.save_for_backward(both)
-        return multiply_(swish(both[:rows]), both[rows:])
+        return swish_times(both[:rows], both[rows:])
 
     @staticmethod
     def backward(ctx, dy: paddle.Tensor) -> paddle.Tensor:
         (both,) = ctx.saved_tensor()
         gate, up = both[: dy.shape[0]], both[dy.shape[0] :]
-        dup = multiply_(swish(gate), dy)
+        dup = swish_times(gate, dy)
         return paddle.concat([swish_backward(multiply(dy, up), gate), dup], axis=-1)
 
 
@@ -52,6 +55,62 @@ def _cpu_swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     return _SwiGLU.apply(gate_up.reshape([-1, width])).reshape([*lead, width // 2])
 
 
+class _GatedProducts(PyLayer):
+    """swiglu(rows W) for rows sorted by group, for the CPU: gate and up are products of their own, written to whole
+    tensors, and their gradients to the halves of W's. Nothing is gathered or joined.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: paddle.Tensor, weight: paddle.Tensor, counts: Sequence[int]) -> paddle.Tensor:
+        wide = weight.shape[-1]
+        gate, up = (paddle.empty([rows.shape[0], wide // 2], dtype=rows.dtype) for _ in range(2))
+        for half, out in enumerate((gate, up)):
+            for group, begin, end in row_spans(counts):
+                sizes = end - begin, wide // 2, rows.shape[1]
+                sgemm(
+                    False, False, *sizes, row_address(rows, begin), _half(weight, group, half), row_address(out, begin)
+                )
+        ctx.save_for_backward(rows, weight, gate, up)
+        ctx.counts = counts
+        return swish_times(gate, up)
+
+    @staticmethod
+    def backward(ctx, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        rows, weight, gate, up = ctx.saved_tensor()
+        dy, spans, (inner, wide) = dy.contiguous(), row_spans(ctx.counts), weight.shape[-2:]
+        halves = swish_backward(multiply(dy, up), gate), swish_times(gate, dy)
+        drows = dweight = None
+        if not rows.stop_gradient:
+            drows = paddle.empty_like(rows)
+            for half, grad in enumerate(halves):
+                for group, begin, end in spans:
+                    places = row_address(grad, begin), _half(weight, group, half), row_address(drows, begin)
+                    sgemm(False, True, end - begin, inner, wide // 2, *places, beta=float(half))
+        if not weight.stop_gradient:
+            dweight = (paddle.empty_like if len(spans) == len(ctx.counts) else paddle.zeros_like)(weight)
+            for half, grad in enumerate(halves):
+                for group, begin, end in spans:
+                    places = row_address(rows, begin), row_address(grad, begin), _half(dweight, group, half)
+                    sgemm(True, False, inner, wide // 2, end - begin, *places)
+        return drows, dweight
+
+
+def _half(weight: paddle.Tensor, group: int, half: int) -> tuple[int, int]:
+    """The columns of gate (0) or up (1) of a group's matrix."""
+    inner, wide = weight.shape[-2:]
+    return weight.data_ptr() + weight.element_size() * (group * inner * wide + half * (wide // 2)), wide
+
+
+def gated(projection: Projection, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
+    """swiglu(projection(x)): [..., in] -> [..., F]. Of experts, `counts` are the rows of each, sorted by expert."""
+    weight = projection.lone_weight
+    if weight is None or not (cpu_ops.applies(x) and cpu_ops.applies(weight)):
+        return swiglu(projection(x) if counts is None else projection(x, counts))
+    rows = x.reshape([-1, x.shape[-1]])
+    made = _GatedProducts.apply(rows, weight, [rows.shape[0]] if counts is None else counts)
+    return made.reshape([*x.shape[:-1], weight.shape[-1] // 2])
+
+
 class SwiGLU(nn.Layer):
     """down(silu(gate x) * up x) with gate and up fused in one product."""
 
@@ -65,4 +124,4 @@ class SwiGLU(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return self.down_proj(swiglu(self.up_gate_proj(x)))
+        return self.down_proj(gated(self.up_gate_proj, x))

@@ -5,14 +5,14 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from erniekit.nn import cpu_ops, fused
-from erniekit.nn.cpu_ops import add_, multiply, multiply_
+from erniekit.nn.cpu_ops import add_scaled_rows_, multiply, scale_rows_and_columns
 from erniekit.nn.narrow import rounded
 from erniekit.nn.roles import DeclaresRoles, Role
 
 
 class _RMSNorm(PyLayer):
-    """y = x * (r w^T), r = 1/rms of each token, for the CPU: broadcasting and summing over an axis are slow there, so
-    the factors are one outer product and the sums are products with a vector. Keeps x and r, and nothing of y's size.
+    """y = x * (r w^T), r = 1/rms of each token, for the CPU: summing over an axis is slow there, so sums are products
+    with a vector. Keeps x and r, and nothing of y's size.
     """
 
     @staticmethod
@@ -21,7 +21,7 @@ class _RMSNorm(PyLayer):
         mean_square_T1 = paddle.matmul(multiply(x, x), paddle.full([x.shape[1], 1], 1.0 / x.shape[1]))
         rstd_T1 = paddle.rsqrt(mean_square_T1.scale_(1.0, bias=epsilon))
         ctx.save_for_backward(x_TD, rstd_T1, weight_D)
-        return multiply_(_outer(rstd_T1, weight_D), x).astype(x_TD.dtype)
+        return scale_rows_and_columns(x, rstd_T1, weight_D.astype("float32")).astype(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, dy_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
@@ -33,10 +33,10 @@ class _RMSNorm(PyLayer):
             dweight = paddle.matmul(rstd_T1, product, transpose_x=True).reshape([-1]).astype(weight_D.dtype)
         if not x_TD.stop_gradient:
             # dx = r (w * dy) - x r^3 (sum_j w_j dy_j x_j) / D
-            dot_T1 = paddle.matmul(product, weight_D.astype("float32").unsqueeze(-1))
+            weight = weight_D.astype("float32")
+            dot_T1 = paddle.matmul(product, weight.unsqueeze(-1))
             pull_T1 = dot_T1.multiply_(rstd_T1 * rstd_T1 * rstd_T1).scale_(-1.0 / x.shape[1])
-            dx = multiply_(_outer(rstd_T1, weight_D), dy)
-            dx = add_(dx, multiply_(_outer(pull_T1, paddle.ones_like(weight_D)), x)).astype(x_TD.dtype)
+            dx = add_scaled_rows_(scale_rows_and_columns(dy, rstd_T1, weight), x, pull_T1).astype(x_TD.dtype)
         return dx, dweight
 
 

@@ -9,7 +9,7 @@ processors with AMX have both); elsewhere they would be slower than fp32. nn/cpu
 import ctypes
 import threading
 from collections.abc import Sequence
-from ctypes import byref, c_char, c_int, c_int64, c_void_p
+from ctypes import byref, c_char, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ _FLAGS = {paddle.bfloat16: "avx512_bf16", paddle.float16: "avx512_fp16", paddle.
 _DATA_TYPES = {paddle.float16: 1, paddle.bfloat16: 2, paddle.float32: 3}
 _CPU, _IN_ORDER = 1, 1
 SOURCE, SECOND_SOURCE, WEIGHTS, RESULT = 1, 2, 33, 17
-_POST_OPERAND = 32768  # times the number of the operation behind, from 1 on; together with SECOND_SOURCE
+_BEHIND = 32768  # times the number of an operation behind, from 1 on; together with SECOND_SOURCE
+_SWISH = 0x2C
 _Dims = c_int64 * 12
 
 
@@ -103,9 +104,10 @@ class _Library:
         self._functions = functions
         self.set_address, self.execute = functions.dnnl_memory_set_data_handle, functions.dnnl_primitive_execute
         self.wait, self.sgemm = functions.dnnl_stream_wait, functions.dnnl_sgemm
-        matrix, real = [c_void_p, c_int64], [ctypes.c_float]
+        matrix: list[Any] = [c_void_p, c_int64]
+        sizes: list[Any] = [c_char, c_char, c_int64, c_int64, c_int64]
         self.set_address.argtypes, self.wait.argtypes = [c_void_p, c_void_p], [c_void_p]
-        self.sgemm.argtypes = [c_char, c_char, c_int64, c_int64, c_int64, *real, *matrix, *matrix, *real, *matrix]
+        self.sgemm.argtypes = [*sizes, c_float, *matrix, *matrix, c_float, *matrix]
         self.engine, self.stream = c_void_p(), c_void_p()
         self.call("dnnl_engine_create", byref(self.engine), c_int(_CPU), ctypes.c_size_t(0))
         self.call("dnnl_stream_create", byref(self.stream), self.engine, c_int(_IN_ORDER))
@@ -141,12 +143,12 @@ class Primitive:
 
     Args:
         name: the operation, as in oneDNN's `dnnl_NAME_primitive_desc_create`.
-        arguments: those of that function behind the engine and before the attributes; a Layout stands for its memory
-            descriptor.
+        arguments: those of that function behind the engine and before the attributes; the layout of an operand stands
+            for its memory descriptor.
         operands: kind (DNNL_ARG_...) and layout of each memory that `run` gets.
-        behind: operations on the result with one more operand each, (algorithm, layout), in the order of computing.
-            Their operands follow the others in `run`.
         forward: for a backward operation, the one whose adjoint it is.
+        behind: operations on the result, in this order: a swish of it (None), or an algorithm with one more operand of
+            a layout, which follows the others in `run`.
     """
 
     def __init__(
@@ -154,26 +156,23 @@ class Primitive:
         name: str,
         arguments: Sequence[Any],
         operands: Sequence[tuple[int, Layout]],
-        behind: Sequence[tuple[int, Layout]] = (),
         forward: "Primitive | None" = None,
+        behind: Sequence[tuple[int, Layout] | None] = (),
     ) -> None:
         library = _library()
         assert library is not None
         self._library, self._primitive, self._memories = library, c_void_p(), []
-        self._described, descriptions = c_void_p(), dict[Layout, c_void_p]()
-        extra = [(_POST_OPERAND * number | SECOND_SOURCE, each[1]) for number, each in enumerate(behind, 1)]
-        operands = [*operands, *extra]
-        for layout in [*(each for each in arguments if isinstance(each, Layout)), *(each[1] for each in operands)]:
-            if layout not in descriptions:
-                descriptions[layout] = library.describe(layout)
+        self._described = c_void_p()
+        numbered = [(number, each[1]) for number, each in enumerate(behind, 1) if each is not None]
+        operands = [*operands, *((_BEHIND * number | SECOND_SOURCE, layout) for number, layout in numbered)]
+        descriptions = {layout: library.describe(layout) for layout in {layout for _, layout in operands}}
         given = [descriptions[each] if isinstance(each, Layout) else each for each in arguments]
         given += [] if forward is None else [forward._described]
-        attributes = self._attributes([(algorithm, descriptions[layout]) for algorithm, layout in behind])
         create = f"dnnl_{name}_primitive_desc_create"
+        attributes = _attributes(library, behind, descriptions)
         library.call(create, byref(self._described), library.engine, *given, attributes)
+        library.call("dnnl_primitive_attr_destroy", attributes)
         library.call("dnnl_primitive_create", byref(self._primitive), self._described)
-        if attributes is not None:
-            library.call("dnnl_primitive_attr_destroy", attributes)
         for _, layout in operands:
             memory = c_void_p()
             library.call("dnnl_memory_create", byref(memory), descriptions[layout], library.engine, c_void_p())
@@ -182,18 +181,6 @@ class Primitive:
             library.call("dnnl_memory_desc_destroy", description)
         kinds = zip((kind for kind, _ in operands), self._memories, strict=True)
         self._arguments = (_Argument * len(operands))(*(_Argument(kind, memory) for kind, memory in kinds))
-
-    def _attributes(self, behind: list[tuple[int, c_void_p]]) -> c_void_p | None:
-        if not behind:
-            return None
-        attributes, operations, call = c_void_p(), c_void_p(), self._library.call
-        call("dnnl_primitive_attr_create", byref(attributes))
-        call("dnnl_post_ops_create", byref(operations))
-        for algorithm, description in behind:
-            call("dnnl_post_ops_append_binary", operations, c_int(algorithm), description)
-        call("dnnl_primitive_attr_set_post_ops", attributes, operations)
-        call("dnnl_post_ops_destroy", operations)
-        return attributes
 
     def run(self, *addresses: int) -> None:
         """Compute with the operands at these addresses."""
@@ -211,6 +198,23 @@ class Primitive:
             self._library.call("dnnl_primitive_destroy", self._primitive)
         if self._described:
             self._library.call("dnnl_primitive_desc_destroy", self._described)
+
+
+def _attributes(
+    library: _Library, behind: Sequence[tuple[int, Layout] | None], descriptions: dict[Layout, c_void_p]
+) -> c_void_p:
+    """See Primitive's `behind`."""
+    attributes, operations = c_void_p(), c_void_p()
+    library.call("dnnl_primitive_attr_create", byref(attributes))
+    library.call("dnnl_post_ops_create", byref(operations))
+    for each in behind:
+        if each is None:
+            library.call("dnnl_post_ops_append_eltwise", operations, c_int(_SWISH), c_float(1.0), c_float(0.0))
+        else:
+            library.call("dnnl_post_ops_append_binary", operations, c_int(each[0]), descriptions[each[1]])
+    library.call("dnnl_primitive_attr_set_post_ops", attributes, operations)
+    library.call("dnnl_post_ops_destroy", operations)
+    return attributes
 
 
 @lru_cache(maxsize=512)

@@ -143,7 +143,7 @@ def _swiglu(
 ) -> list[Operation]:
     return [
         ops.projection(device, block.up_gate_proj, rows, kind, keeps_input, beside),
-        ops.swiglu(device, block.down_proj.in_features, rows, kind, beside),
+        ops.swiglu(device, block.up_gate_proj, rows, kind, beside),
         ops.projection(device, block.down_proj, rows, kind, beside=beside if device.shares_tokens else 0.0),
     ]
 
@@ -203,7 +203,7 @@ def _experts(device: Device, experts: Experts, rows: float, beside: float) -> li
         return [ops.fp8_experts(device, experts, experts.block, rows, beside)]
     return [
         ops.projection(_alone(device), experts.up_gate_proj, rows, "experts", beside=beside),
-        ops.swiglu(device, experts.down_proj.in_features, rows, "experts", beside),
+        ops.swiglu(device, experts.up_gate_proj, rows, "experts", beside),
         ops.projection(_alone(device), experts.down_proj, rows, "experts", beside=beside),
     ]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from erniekit.lora.layers import Adapter, LinearAdapter
 from erniekit.moe.experts import Experts
 from erniekit.nn.attention import HeadLayout
+from erniekit.nn.blockwise import SHORTEST
 from erniekit.nn.linear import Projection
 from erniekit.precision.fp8_experts import Fp8Experts
 from erniekit.precision.fp8_product import Fp8Product
@@ -65,6 +66,11 @@ class Device:
         return FP32 if self.on_cpu else self.element
 
     @property
+    def in_place(self) -> bool:
+        """Whether operations between products are those of nn.cpu_ops in fp32."""
+        return self.on_cpu and self.element == FP32
+
+    @property
     def shares_tokens(self) -> bool:
         """Sequence parallelism."""
         return self.own_tokens < self.tokens
@@ -86,7 +92,8 @@ def projection(
     weight = e * matrices * num_in * num_out if trained else 0
     kept = rows * num_in * _input_bytes(device, layer) if keeps_input else 0.0
     forward, backward = e * rows * num_out, e * rows * (num_in + num_out)
-    if layer.num_experts is not None:  # a list of parts, then one tensor; the same for the weights' gradients
+    parts = layer.num_experts is not None and not device.in_place
+    if parts:  # a list of parts, then one tensor; the same for the weights' gradients
         forward, backward = 2 * forward, backward + e * rows * num_in
     wide = num_out if device.on_cpu else 0
     if isinstance(layer.adapter, Adapter):
@@ -103,7 +110,7 @@ def projection(
         forward += e * rows * num_out
         backward += e * rows * num_in
     waits = weight if not device.on_cpu and device.master_grad else 0.0
-    return Operation(kind, kept, forward, backward + (2 if layer.num_experts else 1) * weight + beside, waits)
+    return Operation(kind, kept, forward, backward + (2 if parts else 1) * weight + beside, waits)
 
 
 def _input_bytes(device: Device, layer: Projection) -> float:
@@ -141,11 +148,16 @@ def add(device: Device, width: int, kind: str) -> Operation:
     return Operation(kind, device.residual(width), device.residual(width), device.residual(width))
 
 
-def swiglu(device: Device, width: int, rows: float, kind: str, beside: float = 0.0) -> Operation:
+def swiglu(device: Device, up_gate: Projection, rows: float, kind: str, beside: float = 0.0) -> Operation:
     """silu(gate) * up: gate and up are kept, its result by the product that follows."""
-    block = device.computed * rows * width
-    if device.on_cpu:  # gate and up are gathered; sigmoid, silu, its slope, and the gradients of both
-        return Operation(kind, 2 * block, 6 * block, 6 * block + beside)
+    e, weight = device.element, up_gate.lone_weight
+    block = device.computed * rows * up_gate.out_features / 2
+    if device.in_place and weight is not None:  # one step with the products: all their gradients beside gate and up
+        of_weight = 0.0 if weight.stop_gradient else e * float(weight.size)
+        gradients = 3 * block + e * rows * up_gate.in_features + of_weight
+        return Operation(kind, 2 * block, 3 * block, gradients + beside)
+    if device.on_cpu:  # gate and up are gathered; the gradients of both, one by one and joined
+        return Operation(kind, 2 * block, 5 * block, 5 * block + beside)
     return Operation(kind, 2 * block, 3 * block, 3 * block + beside)
 
 
@@ -158,14 +170,19 @@ def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
         return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
     scores, kept, last, before = _scores(device.documents, heads.num_heads)
     values = device.computed * (heads.total - heads.num_heads) * heads.dim * device.tokens
+    if (
+        device.in_place and max(device.documents) >= SHORTEST
+    ):  # block by block: nothing is scaled, results are one tensor
+        forward, in_products = 3 * wide + 2 * narrow + kept, 2 * narrow + values
+        return Operation("attention", wide + kept, forward, max(in_products, 2 * narrow + 4 * wide) + beside)
     # rotated, fetched in the order of documents, scaled; blocks of results
-    forward = 2 * wide + (wide + 2 * narrow) + kept + 2 * last + (0 if scores == kept else before) - last * (kept > 0)
+    forward = 2 * wide + (wide + 2 * narrow) + kept + last + (0 if scores == kept else before) - last * (kept > 0)
     done = 1 - last / max(scores, 1)
     in_blocks = narrow * (2 + done) + values * 1.5 + last + max(before, 0)
     if not kept:
         in_blocks += last + max(before, last)
     in_rotation = 2 * narrow + 4 * wide
-    return Operation("attention", wide + 2 * narrow + kept, forward, max(in_blocks, in_rotation) + beside)
+    return Operation("attention", wide + narrow + kept, forward, max(in_blocks, in_rotation) + beside)
 
 
 def _scores(documents: Sequence[int], num_heads: int) -> tuple[float, float, float, float]:

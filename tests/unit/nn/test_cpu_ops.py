@@ -134,3 +134,40 @@ def test_products_are_written_to_rows_of_a_larger_tensor(transposed: tuple[bool,
     cpu_ops.matmul_into(out[1:8], *given, *transposed)
     np.testing.assert_allclose(out.numpy()[1:8], x.astype(np.float64) @ y, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out.numpy()[[0, 8]], 3.0)
+
+
+def test_rows_and_columns_are_scaled():
+    x, y, rows, columns = random(40, 50), random(50, 40).reshape(40, 50), random(41, 1)[:40], random(50)
+    given = paddle.to_tensor(x)
+    np.testing.assert_array_equal(cpu_ops.scale_rows(given, paddle.to_tensor(rows)).numpy(), x * rows)
+    found = cpu_ops.scale_rows_and_columns(given, paddle.to_tensor(rows), paddle.to_tensor(columns)).numpy()
+    np.testing.assert_allclose(found, x * rows * columns, **CLOSE)
+    total = paddle.to_tensor(y)
+    assert cpu_ops.add_scaled_rows_(total, given, paddle.to_tensor(rows)) is total
+    np.testing.assert_allclose(total.numpy(), y + x * rows, **CLOSE)
+    np.testing.assert_array_equal(given.numpy(), x)
+
+
+def test_swish_times_another_tensor():
+    x, y = random(40, 50, scale=4.0), random(50, 40).reshape(40, 50)
+    expected = x.astype(np.float64) / (1.0 + np.exp(-x.astype(np.float64))) * y
+    found = cpu_ops.swish_times(paddle.to_tensor(x), paddle.to_tensor(y)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pixels_are_standardised_bit_for_bit():
+    levels = np.random.default_rng(0).integers(0, 256, (30, 12)).astype(np.float32)
+    mean, std = random(12), random(13)[:12] ** 2 + np.float32(0.1)
+    tables = (paddle.to_tensor(table) for table in (np.array([255.0], np.float32), mean, std))
+    found = cpu_ops.standardise_(paddle.to_tensor(levels), *tables).numpy()
+    np.testing.assert_array_equal(found, (levels / np.float32(255.0) - mean) / std)
+
+
+def test_one_column_of_each_row_is_read_and_added_to():
+    x, columns, values = random(6, 9), np.array([[3], [0], [8], [8], [1], [4]]), random(7, 1)[:6]
+    given = paddle.to_tensor(x)
+    rows = np.arange(6)[:, None]
+    np.testing.assert_array_equal(cpu_ops.take_at(given, paddle.to_tensor(columns)).numpy(), x[rows, columns])
+    assert cpu_ops.add_at_(given, paddle.to_tensor(columns), paddle.to_tensor(values)) is given
+    x[rows, columns] += values
+    np.testing.assert_array_equal(given.numpy(), x)

@@ -5,7 +5,9 @@ import paddle
 import pytest
 from support.numeric import numeric_gradient
 
-from erniekit.nn.mlp import SwiGLU, swiglu
+from erniekit.moe.experts import StackedLinear
+from erniekit.nn.linear import Linear
+from erniekit.nn.mlp import SwiGLU, gated, swiglu
 
 
 def formula(gate_up: np.ndarray) -> np.ndarray:
@@ -52,3 +54,37 @@ def test_the_block_is_up_gate_and_down(bias: bool):
     hidden = formula(x @ weights["up_gate_proj.weight"] + weights.get("up_gate_proj.bias", 0.0))
     expected = hidden @ weights["down_proj.weight"] + weights.get("down_proj.bias", 0.0)
     np.testing.assert_allclose(block(paddle.to_tensor(x.astype(np.float32))).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [None, [3, 0, 4], [7, 0, 0], [2, 4, 1]], ids=str)
+@pytest.mark.parametrize("frozen", ["", "rows", "weight"])
+def test_gate_and_up_as_products_of_their_own(counts: list[int] | None, frozen: str, monkeypatch: pytest.MonkeyPatch):
+    """The same values and gradients as from one product that is divided."""
+    paddle.seed(0)
+    projection = Linear(6, 8, init_std=0.5) if counts is None else StackedLinear(3, 6, 8, 0.5)
+    projection.weight.stop_gradient = frozen == "weight"
+    x, upstream = (np.random.default_rng(n).normal(size=(7, n)).astype(np.float32) for n in (6, 4))
+    results = []
+    for lone in (True, False):
+        if not lone:
+            monkeypatch.setattr(type(projection), "lone_weight", None)
+        rows = paddle.to_tensor(x, stop_gradient=frozen == "rows")
+        y = gated(projection, rows, counts)
+        (y * paddle.to_tensor(upstream)).sum().backward()
+        results.append((y, rows.grad, projection.weight.grad))
+        projection.weight.clear_grad()
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_attached_to_a_projection_is_not_left_out():
+    projection = Linear(6, 8, bias=True, init_std=0.5)
+    assert projection.lone_weight is None
+    plain = Linear(6, 8)
+    assert plain.lone_weight is plain.weight
+    plain.adapter = paddle.nn.Identity()
+    assert plain.lone_weight is None
+    plain.adapter, plain.gather_input = None, lambda x: x
+    assert plain.lone_weight is None
