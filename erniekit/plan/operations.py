@@ -92,7 +92,7 @@ def projection(
     weight = e * matrices * num_in * num_out if trained else 0
     kept = rows * num_in * _input_bytes(device, layer) if keeps_input else 0.0
     forward, backward = e * rows * num_out, e * rows * (num_in + num_out)
-    parts = layer.num_experts is not None and not device.in_place
+    parts = _in_parts(device, layer)
     if parts:  # a list of parts, then one tensor; the same for the weights' gradients
         forward, backward = 2 * forward, backward + e * rows * num_in
     wide = num_out if device.on_cpu else 0
@@ -111,6 +111,11 @@ def projection(
         backward += e * rows * num_in
     waits = weight if not device.on_cpu and device.master_grad else 0.0
     return Operation(kind, kept, forward, backward + (2 if parts else 1) * weight + beside, waits)
+
+
+def _in_parts(device: Device, layer: Projection) -> bool:
+    """Whether the experts' products are tensors of their own before they are one."""
+    return layer.num_experts is not None and not device.in_place
 
 
 def _input_bytes(device: Device, layer: Projection) -> float:
