@@ -5,6 +5,7 @@ as they will be when the model is used. Routed experts are treated one by one, e
 to it.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,12 +62,15 @@ class MatrixReport:
 
 @dataclass
 class LayerReport:
-    """What was done to a layer: its matrices, and the tokens of each routed expert by modality (0 text, 1 vision)."""
+    """What was done to a layer: its matrices, the tokens of each routed expert by modality (0 text, 1 vision), and
+    how long it took.
+    """
 
     number: int
     matrices: list[MatrixReport]
     expert_tokens: dict[int, list[int]]
     notes: list[str]
+    seconds: float = 0.0
 
 
 def quantised_weights(matrices: LayerMatrices) -> Iterator[LayerWeight]:
@@ -99,7 +103,7 @@ class LayerPass:
 
     def run(self, number: int) -> LayerReport:
         """Quantise the layer; its results go to the sink."""
-        report = LayerReport(number, [], {}, [])
+        report, started = LayerReport(number, [], {}, []), time.monotonic()
         self._attention(report)
         self._layer.run_attention(self._batches, self._hidden)
         if self._options.algorithm in FOLDING:
@@ -113,6 +117,7 @@ class LayerPass:
         if not np.isfinite(self._hidden).all():
             raise ValueError(f"layer {number}: its output is not finite once it is quantised")
         self._summarise(report)
+        report.seconds = round(time.monotonic() - started, 2)
         return report
 
     # Attention ---------------------------------------------------------------------------------------------------
@@ -299,7 +304,7 @@ class LayerPass:
             codes, found = encode_with_feedback(weight, statistics.hessian, self._options.damping)
             return codes, found.to_array()
         importance = None
-        if statistics.count and self._options.algorithm != "rtn":
+        if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
         search = self._options.clip_search and spec.kind == "int" and spec.bits == 4
         scales = choose_scales(weight, spec, search, importance)
