@@ -17,6 +17,7 @@ from erniekit.quantize.calibration import Calibration, CalibrationSource, read_c
 from erniekit.quantize.layer_pass import MatrixReport
 from erniekit.quantize.run import CalibratedModel, calibrate
 from erniekit.quantize.schemes import Matrix, Scheme
+from erniekit.utils import log
 
 # Beside the exported directory: the layers that are finished, until all are.
 WORK_DIRECTORY = "export.calibration"
@@ -96,6 +97,8 @@ def calibrated(
         cfg.quantization_smoothing,
         cfg.quantization_calibrate_all_experts,
     )
+    if options.all_experts and not config.moe_num_experts:
+        log.info("quantization_calibrate_all_experts: no effect: the model has no experts")
     identity = calibration.identity | {"weights": fingerprint(model_dir)}
     if adapter_dir is not None:
         identity["adapter"] = weights_digest(adapter_dir)
