@@ -26,6 +26,7 @@ from erniekit.models.weights import Logical
 from erniekit.quantize.places import Place
 from erniekit.quantize.quantiser import Quantiser
 from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
+from erniekit.quantize.tensor_parallel import Degrees, degrees_of
 from erniekit.utils import log
 from erniekit.utils.arrays import transposed
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -78,11 +79,13 @@ class MatrixError:
 @dataclass(frozen=True)
 class QuantisedReport(Report):
     """See Report. `errors`: of every quantised matrix, in the order of the file; `scheme`: what was written;
-    `algorithm`: how the codes were chosen; `calibration`: what was measured (see Quantiser.measured).
+    `degrees`: with how many tensor-parallel ranks an engine can divide it; `algorithm`: how the codes were chosen;
+    `calibration`: what was measured (see Quantiser.measured).
     """
 
     scheme: Scheme
     errors: tuple[MatrixError, ...]
+    degrees: Degrees
     algorithm: str
     calibration: dict[str, Any] | None
 
@@ -124,8 +127,8 @@ def write_quantised(
     write_configs(target_dir, bf16, scheme.format, {"quantization_config": scheme.settings})
     job.verify(target_dir)
     quantiser.finish()
-    counts = len(plan), writer.num_bytes, len(writer.files)
-    return QuantisedReport(*counts, scheme, tuple(job.errors), quantiser.name, measured)
+    counts, degrees = (len(plan), writer.num_bytes, len(writer.files)), degrees_of(scheme, config)
+    return QuantisedReport(*counts, scheme, tuple(job.errors), degrees, quantiser.name, measured)
 
 
 class _Job:
@@ -227,7 +230,7 @@ def describe(report: QuantisedReport) -> str:
     count = sum(error.size for error in report.errors)
     return (
         f"{report.scheme.name}: {len(report.errors)} matrices, {count / 1e6:,.1f} M weights: {report.scheme.method}; "
-        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}"
+        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}; {report.degrees}"
     )
 
 
