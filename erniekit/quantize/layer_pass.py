@@ -17,7 +17,7 @@ from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.models.inputs import head_layout
 from erniekit.moe.layer import TEXT, VISION
 from erniekit.precision.codes import CodeSpec, choose_scales, encode
-from erniekit.precision.convolutional_feedback import encode_with_feedback
+from erniekit.precision.convolutional_feedback import BlockFactor, encode_with_feedback, factorise_blocks
 from erniekit.quantize import awq, folds
 from erniekit.quantize.algorithm import AlgorithmOptions
 from erniekit.quantize.folds import Block, LayerMatrices, LayerWeight, layer_matrices
@@ -288,25 +288,31 @@ class LayerPass:
             matrix.piece.insert(_out_in(matrix, restored), whole)
         self._layer.put(weight, whole)
 
-    def _factor(self, statistics: InputStatistics, spec: CodeSpec, note: str) -> tuple[Factor | None, str]:
-        """The factor of H for GPTQ, and the note about the matrix. The 2-bit code factors H by itself."""
-        if statistics.hessian is None or not statistics.count or spec.kind == "convolutional":
+    def _factor(
+        self, statistics: InputStatistics, spec: CodeSpec, note: str
+    ) -> tuple[Factor | BlockFactor | None, str]:
+        """The factor of H for GPTQ, by blocks for the 2-bit code, and the note about the matrix."""
+        if statistics.hessian is None or not statistics.count:
             return None, note
-        factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
+        factor: Factor | BlockFactor | None
+        if spec.kind == "convolutional":
+            factor = factorise_blocks(statistics.hessian, self._options.damping)
+        else:
+            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
         statistics.hessian = None  # it is large, and its copy in the factor is enough
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(
-        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | None, spec: CodeSpec
+        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | BlockFactor | None, spec: CodeSpec
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales of what is quantised of a matrix [out, in]."""
-        if spec.kind == "convolutional" and statistics.hessian is not None and statistics.count:
-            codes, found = encode_with_feedback(weight, statistics.hessian, self._options.damping)
+        if isinstance(factor, BlockFactor):
+            codes, found = encode_with_feedback(weight, factor)
             return codes, found.to_array()
         importance = None
         if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits == 4
+        search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
         scales = choose_scales(weight, spec, search, importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
