@@ -181,9 +181,14 @@ _RUN_RULES = [
     ),
     Rule("save_steps", lambda c, f: c.save_strategy != "steps", "save_strategy is {save_strategy}, not steps"),
     Rule(
-        "save_total_limit use_async_save ignore_save_lr_and_optim",
+        "save_total_limit use_async_save ignore_save_lr_and_optim ckpt_quant_stage",
         lambda c, f: c.save_strategy == "no",
         "save_strategy is no, so there are no checkpoints",
+    ),
+    Rule(
+        "ckpt_quant_stage",
+        lambda c, f: c.ignore_save_lr_and_optim,
+        "ignore_save_lr_and_optim is True, so checkpoints hold no moments",
     ),
     Rule(
         "logging_dir",

@@ -82,7 +82,7 @@ _KEYS = {
         ref_logps_cache
         do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
         overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
-        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
+        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
         ignore_data_skip optim offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
