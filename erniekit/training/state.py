@@ -89,7 +89,7 @@ def optimizer_rank_files(
         for entry, local in shapes.items():
             name, _, key = entry.rpartition("/")
             rows = None if key in POWERS else shares.rows(name, local)
-            coder = _coder(key, shares.whole_shape(name, local), code)
+            coder = None if key in POWERS else _coder(key, shares.whole_shape(name, local), code)
             if coder is None:
                 yield piece_name(entry, rows), _gathered(optimizer, shares, entry)
             elif key == MOMENTS[0]:

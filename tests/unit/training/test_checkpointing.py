@@ -96,10 +96,10 @@ def test_the_best_model_is_kept_although_saves_end_late(directory):
     assert same(weights(out), weights(out / "checkpoint-1"))
 
 
-@pytest.mark.parametrize(("stage", "distance"), [("O1", 0.002), ("O2", 0.03)])
+@pytest.mark.parametrize(("stage", "distance"), [("O1", 1e-4), ("O2", 0.005)])
 def test_a_run_resumed_from_coded_moments_stays_near_the_uninterrupted_one(directory, monkeypatch, stage, distance):
-    """`distance`: of the losses, which are about 4; three to five times what was measured. Moments that are lost (a
-    resume with ignore_load_lr_and_optim) are beyond it.
+    """`distance`: of the losses, which are about 4; some four times what was measured (1.5e-5 and 1.2e-3). Where
+    moments are lost (ignore_load_lr_and_optim) it is 0.03.
     """
     lines, losses = [], []
     monkeypatch.setattr(checkpointing.log, "info", lines.append)
@@ -115,7 +115,6 @@ def test_a_run_resumed_from_coded_moments_stays_near_the_uninterrupted_one(direc
     fit(directory, f"coded-{stage}", more=[Losses()], **back)
     resumed, losses[:] = np.array(losses), []
     fit(directory, f"coded-{stage}", more=[Losses()], **back, ignore_load_lr_and_optim=True)
-    print(np.abs(resumed - whole), np.abs(losses - whole))
     assert 0 < np.abs(resumed - whole)[1:].max() < distance < np.abs(losses - whole)[1:].max()
     said = [line for line in lines if line.startswith("ckpt_quant_stage")]
     assert f"{stage}: the moments of" in said[0] and "MiB instead of" in said[0] and "(relative RMS)" in said[0]
