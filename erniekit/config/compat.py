@@ -127,6 +127,8 @@ _QUANTISATIONS = {
     "weight_only_mix": "wint4/8",
     "fp8linear": "fp8",
 } | {name: name for name in ("wint8", "wint4", "wint4/8", "nf4")}
+# What can be said of the base in a run: the values of compute_type that quantise it.
+QUANTISED_TYPES = frozenset(_QUANTISATIONS.values())
 
 
 def quantisation(value: Any) -> tuple[Any, int] | None:

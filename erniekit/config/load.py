@@ -201,6 +201,29 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"stage: not given, so {values['stage']}, because dataset_type is pretrain")
 
 
+def _quantisation_of_base(state: "_State", command: str) -> None:
+    """Read quantization as compute_type, in which the base is stored, in commands that write no quantised model. It
+    overrides compute_type, which names the products' type.
+    """
+    given = state.given.get("quantization")
+    if command == "export" or given is None:
+        return
+    del state.given["quantization"]
+    if given.value == "none":
+        return
+    if given.value not in compat.QUANTISED_TYPES:
+        what = "exported, and not a way of storing the weights of a run: remove it, or set it for `erniekit export`"
+        state.problems.append(f"{given.written}: a scheme in which weights are {what} ({given.place})")
+        return
+    old = state.given.get("compute_type")
+    if old is not None and old.value in compat.QUANTISED_TYPES and old.value != given.value:
+        both = f"{old.written} ({old.place}) and {given.written} ({given.place})"
+        state.problems.append(f"compute_type: given twice: {both}. Keep one of them.")
+        return
+    state.notes.append(f"{given.written}: read as compute_type: {given.value} ({given.place})")
+    state.given["compute_type"] = given
+
+
 def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
     """Expand rslora_plus into the three keys that it stands for."""
     if values.get("rslora_plus"):
@@ -232,6 +255,7 @@ def _complete_paths(values: dict[str, Any], state: "_State") -> None:
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:
+    _quantisation_of_base(state, command)
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
         values.setdefault("temperature", 0.0)  # scores are deterministic unless the user sets a temperature
