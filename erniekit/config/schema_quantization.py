@@ -29,3 +29,8 @@ class QuantizationArgs:
     quantization_clip_search: bool = key(
         True, "Choose the scales of 4-bit codes by their error, instead of by the largest weight."
     )
+    quantization_eval: bool = key(
+        False,
+        "Also evaluate the model before and the exported one after, as `erniekit eval` does (eval_dataset_path, "
+        "predict_with_generate, ...), for quantization_report.json.",
+    )
