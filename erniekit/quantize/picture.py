@@ -112,7 +112,7 @@ def _lines(report: dict[str, Any]) -> str:
     """The metrics before and after, as a table of text."""
     before, after = (report["evaluation"][when] for when in ("before", "after"))
     lines = [f"{'':<14}{'before':>9}{'after':>9}"]
-    for key, form in (("loss", ".4f"), ("perplexity", ".4g"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
+    for key, form in (("loss", ".4f"), ("perplexity", ".5g"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
         if key in before and key in after:
             lines.append(f"{key.replace('_', ' '):<14}{before[key]:>9{form}}{after[key]:>9{form}}")
     return "\n".join(lines)
