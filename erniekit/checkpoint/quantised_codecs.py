@@ -51,6 +51,10 @@ class Codec(ABC):
         """What of a weight [out, in] fp32 is quantised: itself, or its rotation where the engine rotates the inputs."""
         return weight
 
+    def rotated_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Inputs [n, in] fp32 as the engine multiplies them by what is quantised."""
+        return inputs
+
     def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """The weight [out, in] fp32 that codes and scales stand for: what `weight` reads."""
         return decode(codes, scales, self.spec)

@@ -83,6 +83,10 @@ class W4A8(Codec):
             return weight
         return _rotate(weight, W4A8_ROTATION) / np.float32(math.sqrt(W4A8_ROTATION))
 
+    def rotated_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """See Codec."""
+        return self.rotated(inputs)
+
     def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """See Codec: a normalised rotation is its own inverse."""
         return self.rotated(decode(codes, scales, self.spec))
@@ -122,6 +126,10 @@ class TensorWiseFp8(Codec):
     def rotated(self, weight: np.ndarray) -> np.ndarray:
         """See Codec."""
         return _rotate(weight, FP8_ROTATION) / np.float32(FP8_ROTATION)
+
+    def rotated_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """See Codec."""
+        return _rotate(inputs, FP8_ROTATION)
 
     def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """See Codec."""

@@ -100,6 +100,11 @@ _DEGREES = (
     "sharding_parallel_degree"
 )
 
+_CALIBRATION = (
+    "quantization_calibration_type quantization_calibration_samples quantization_calibration_length "
+    "quantization_calibrate_all_experts quantization_damping quantization_act_order quantization_smoothing"
+)
+
 _DATA_RULES = [
     Rule(
         "train_dataset_type train_dataset_prob mix_strategy num_samples_each_epoch packing greedy_intokens buffer_size "
@@ -218,13 +223,41 @@ _RUN_RULES = [
         "`export` generates text only with quantization_eval: True",
         ("export",),
     ),
-    Rule("quantization_eval", lambda c, f: c.quantization == "none", "quantization is none", ("export",)),
-    Rule("quantization_eval", always, "read only by export", ("train", "eval", "chat", "split")),
     Rule("predict_with_generate", always, "read only by eval", ("chat",)),
     Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "export", "split")),
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
+    Rule(
+        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        always,
+        "read only by export",
+        ("train", "eval", "chat", "split"),
+    ),
+    Rule(
+        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        lambda c, f: c.quantization == "none",
+        "quantization is none",
+        ("export",),
+    ),
+    Rule(
+        _CALIBRATION,
+        lambda c, f: c.quantization_calibration_path is None,
+        "quantization_calibration_path is not given",
+        ("export",),
+    ),
+    Rule(
+        "quantization_damping quantization_act_order",
+        lambda c, f: c.quantization_algorithm != "gptq",
+        "read only with quantization_algorithm: gptq",
+        ("export",),
+    ),
+    Rule(
+        "quantization_smoothing",
+        lambda c, f: c.quantization_algorithm != "smoothquant",
+        "read only with quantization_algorithm: smoothquant",
+        ("export",),
+    ),
     Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 

@@ -37,7 +37,7 @@ def export_and_report(cfg: Config) -> Report:
     if not isinstance(written, QuantisedReport):
         reports.remove(target)
         return written
-    report = reports.build(*_written(written, target))
+    report = reports.build(*_written(written, target), written.calibration)
     if evaluates:
         after = RouterWatch()
         report["evaluation"] = {
@@ -75,7 +75,8 @@ def _written(written: QuantisedReport, target: Path) -> tuple[reports.Written, l
     ]
     sizes = {logical: prod(logical.shape) for logical in logicals}
     in_bf16 = sum(size * (4 if logical.keep_fp32 else 2) for logical, size in sizes.items())
-    facts = reports.Written(scheme.name, "rtn", scheme.format, sum(sizes.values()), in_bf16, written.num_bytes)
+    weights = sum(sizes.values())
+    facts = reports.Written(scheme.name, written.algorithm, scheme.format, weights, in_bf16, written.num_bytes)
     return facts, losses
 
 

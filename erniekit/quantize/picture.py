@@ -115,6 +115,10 @@ def _lines(report: dict[str, Any]) -> str:
     for key, form in (("loss", ".4f"), ("perplexity", ".5g"), ("token_accuracy", ".1%"), ("exact_match", ".1%")):
         if key in before and key in after:
             lines.append(f"{key.replace('_', ' '):<14}{before[key]:>9{form}}{after[key]:>9{form}}")
+    if "calibration" in report:
+        experts = [tokens for layer in report["calibration"]["expert_tokens"].values() for tokens in layer]
+        lines.append(f"\n{report['calibration']['tokens']:,} calibration tokens")
+        lines += [f"{min(experts):,} to {max(experts):,} for an expert"] if experts else []
     return "\n".join(lines)
 
 

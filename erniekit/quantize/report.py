@@ -6,7 +6,8 @@
      "bytes": {"bf16", "quantised"}: of the weight files, in 16 bits and as they are,
      "error": {"all", "by_kind": {kind: error}, "by_layer": [{"layer", "kind", "error", "bits", "matrices",
                "worst": the matrix with the largest error, "worst_error"}]},
-     "calibration": what the algorithm measured, where it calibrates,
+     "calibration": {"rows", "tokens", "seconds", "expert_tokens": {layer: the tokens of each expert; "3.vision": of
+                     those of pictures}, "notes": what was treated otherwise than most}, where data was used,
      "evaluation": {"data", "before", "after"}: the metrics of `erniekit eval`, with quantization_eval: true,
      "routing": {"tokens", "unchanged", "kept", "by_layer": {layer: unchanged}}, likewise, of models with experts}
 
@@ -64,7 +65,7 @@ def error_of(losses: Iterable[MatrixLoss]) -> float:
 
 
 def build(written: Written, losses: Sequence[MatrixLoss], calibration: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The report of an export, without the parts that an evaluation adds."""
+    """The report of an export, without the parts that an evaluation adds. `calibration`: see Quantiser.measured."""
     kinds = list(dict.fromkeys(loss.kind for loss in losses))
     quantised = sum(loss.size for loss in losses)
     report: dict[str, Any] = {
@@ -83,7 +84,27 @@ def build(written: Written, losses: Sequence[MatrixLoss], calibration: dict[str,
             "by_layer": _by_layer(losses),
         },
     }
-    return report if calibration is None else report | {"calibration": calibration}
+    return report if calibration is None else report | {"calibration": _calibration(calibration)}
+
+
+def _calibration(measured: dict[str, Any]) -> dict[str, Any]:
+    """What quantiser.measured says, without what is in "error" already."""
+    layers = measured["layers"]
+    experts = {
+        f"{layer['number']}.vision" if modality else str(layer["number"]): tokens
+        for layer in layers
+        for modality, tokens in layer["expert_tokens"].items()
+    }
+    notes = [
+        *(f"layer {layer['number']}: {note}" for layer in layers for note in layer["notes"]),
+        *(f"{one['name']}: {one['note']}" for layer in layers for one in layer["matrices"] if one["note"]),
+    ]
+    seconds = round(sum(layer["seconds"] for layer in layers), 2)
+    return {name: measured[name] for name in ("rows", "tokens")} | {
+        "seconds": seconds,
+        "expert_tokens": experts,
+        "notes": notes,
+    }
 
 
 def _by_layer(losses: Sequence[MatrixLoss]) -> list[dict[str, Any]]:
