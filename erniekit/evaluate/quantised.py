@@ -82,8 +82,15 @@ def _written(written: QuantisedReport, target: Path) -> tuple[reports.Written, l
 
 def _evaluate(cfg: Config, directory: Path, watch: "RouterWatch") -> dict[str, Any]:
     """The results of `erniekit eval` for a directory. The weights are there, however a training would begin."""
-    alone = dict.fromkeys(("tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree"), 1)
-    one = replace(cfg, checkpoint=str(directory), quantization="none", continue_training=True, **alone)
+    one = replace(
+        cfg,
+        checkpoint=str(directory),
+        quantization="none",
+        continue_training=True,
+        tensor_parallel_degree=1,
+        pipeline_parallel_degree=1,
+        virtual_pp_degree=1,
+    )
     results, _ = measure(one, Mesh.single(), watch.on)
     return {name: value for name, value in results.items() if name != "model"}
 

@@ -109,8 +109,9 @@ class MomentCode:
         fields = self.fields(shape)
         arrays = {field: np.empty(kind.shape, STORAGE[kind.dtype]) for field, kind in fields.items()}
         matrices = {field: array.reshape(-1, *array.shape[-2:]) for field, array in arrays.items()}
-        for index, pair in enumerate(zip(*(m.reshape(-1, *shape[-2:]) for m in (moment1, moment2)), strict=True)):
-            for field, array in self._encode_matrix(*pair, rounding).items():
+        firsts, seconds = (moment.reshape(-1, *shape[-2:]) for moment in (moment1, moment2))
+        for index, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+            for field, array in self._encode_matrix(first, second, rounding).items():
                 matrices[field][index] = array
         rounding.tensors += 1
         rounding.bytes_before += moment1.nbytes + moment2.nbytes
