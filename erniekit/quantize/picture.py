@@ -61,11 +61,15 @@ def _draw_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
         bits = sorted({round(row["bits"], 2) for row in of_kind})
         label = f"{kind.replace('_', ' ')} ({' and '.join(f'{value:g}' for value in bits)} bits)"
         axes.plot(places, errors, marker, markersize=5, color=color, label=label)
+        known = [(place, row) for place, row in zip(places, of_kind, strict=True) if "output_error" in row]
+        outputs = [100 * row["output_error"] for _, row in known]
+        axes.plot([place for place, _ in known], outputs, marker, markersize=5, color=color, fillstyle="none")
     axes.set_ylim(bottom=0)
     axes.set_xticks(layers if len(layers) <= 16 else layers[:: len(layers) // 12])
     axes.set_xlabel("layer")
-    axes.set_ylabel("error of the weights, %")
-    axes.set_title("|W' - W| / |W|; lines reach up to the worst matrix", loc="left", fontsize=10)
+    axes.set_ylabel("error, %")
+    hollow = "; hollow: of the outputs" if any("output_error" in row for row in rows) else ""
+    axes.set_title(f"|W' - W| / |W|; lines reach up to the worst matrix{hollow}", loc="left", fontsize=10)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=min(3, len(kinds) or 1))

@@ -5,19 +5,20 @@
      "bits_per_weight": {"quantised", "model"}: with scales; of the quantised matrices, and of all weights,
      "bytes": {"bf16", "quantised"}: of the weight files, in 16 bits and as they are,
      "error": {"all", "by_kind": {kind: error}, "by_layer": [{"layer", "kind", "error", "bits", "matrices",
-               "worst": the matrix with the largest error, "worst_error"}]},
+               "worst": the matrix with the largest error, "worst_error"[, "output_error"]}]},
      "calibration": {"rows", "tokens", "seconds", "expert_tokens": {layer: the tokens of each expert; "3.vision": of
                      those of pictures}, "notes": what was treated otherwise than most}, where data was used,
      "evaluation": {"data", "before", "after"}: the metrics of `erniekit eval`, with quantization_eval: true,
      "routing": {"tokens", "unchanged", "kept", "by_layer": {layer: unchanged}}, likewise, of models with experts}
 
-An error is |W' - W| / |W| over all the matrices that it is of (relative RMS). `unchanged` is the share of tokens whose
+An error is |W' - W| / |W| over all the matrices that it is of (relative RMS); `output_error` is |XW' - XW| / |XW| for
+calibration inputs X, the root mean square over these matrices. `unchanged` is the share of tokens whose
 set of experts is the same before and after, over all sparse layers; `kept` the share of the chosen experts that stay.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def error_of(losses: Iterable[MatrixLoss]) -> float:
 def build(written: Written, losses: Sequence[MatrixLoss], calibration: dict[str, Any] | None = None) -> dict[str, Any]:
     """The report of an export, without the parts that an evaluation adds. `calibration`: see Quantiser.measured."""
     kinds = list(dict.fromkeys(loss.kind for loss in losses))
+    layers = [] if calibration is None else calibration["layers"]
+    outputs = {one["name"]: one["output_error"] for layer in layers for one in layer["matrices"]}
     quantised = sum(loss.size for loss in losses)
     report: dict[str, Any] = {
         "scheme": written.scheme,
@@ -81,7 +84,7 @@ def build(written: Written, losses: Sequence[MatrixLoss], calibration: dict[str,
         "error": {
             "all": error_of(losses),
             "by_kind": {kind: error_of(loss for loss in losses if loss.kind == kind) for kind in kinds},
-            "by_layer": _by_layer(losses),
+            "by_layer": _by_layer(losses, outputs),
         },
     }
     return report if calibration is None else report | {"calibration": _calibration(calibration)}
@@ -107,9 +110,10 @@ def _calibration(measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_layer(losses: Sequence[MatrixLoss]) -> list[dict[str, Any]]:
+def _by_layer(losses: Sequence[MatrixLoss], outputs: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A row for each layer and kind. `outputs`: the errors of the matrices' outputs, where they are known."""
     places = sorted({(loss.layer, loss.kind) for loss in losses})
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer, kind in places:
         here = [loss for loss in losses if (loss.layer, loss.kind) == (layer, kind)]
         worst = max(here, key=lambda loss: error_of([loss]))
@@ -124,6 +128,9 @@ def _by_layer(losses: Sequence[MatrixLoss]) -> list[dict[str, Any]]:
                 "worst_error": error_of([worst]),
             }
         )
+        known = [error for loss in here if (error := outputs.get(loss.name)) is not None]
+        if known:
+            rows[-1]["output_error"] = math.sqrt(sum(error**2 for error in known) / len(known))
     return rows
 
 

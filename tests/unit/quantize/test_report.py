@@ -28,6 +28,39 @@ def test_errors_are_of_all_weights_together_and_bits_count_the_scales():
     assert error_of([LOSSES[3]]) == 0
 
 
+MEASURED = {
+    "rows": 2,
+    "tokens": 90,
+    "layers": [
+        {"number": 0, "seconds": 1.0, "expert_tokens": {}, "notes": [], "matrices": []},
+        {
+            "number": 1,
+            "seconds": 2.5,
+            "expert_tokens": {0: [90, 0], 1: [3, 4]},
+            "notes": ["one expert without tokens"],
+            "matrices": [
+                {"name": "b", "output_error": 0.3, "note": ""},
+                {"name": "c", "output_error": 0.4, "note": "rtn: no tokens"},
+                {"name": "d", "output_error": None, "note": ""},
+            ],
+        },
+    ],
+}
+
+
+def test_what_calibration_measured_is_in_the_report():
+    report = build(WRITTEN, LOSSES, MEASURED)
+    assert report["calibration"] == {
+        "rows": 2,
+        "tokens": 90,
+        "seconds": 3.5,
+        "expert_tokens": {"1": [90, 0], "1.vision": [3, 4]},
+        "notes": ["layer 1: one expert without tokens", "c: rtn: no tokens"],
+    }
+    outputs = {(row["layer"], row["kind"]): row.get("output_error") for row in report["error"]["by_layer"]}
+    assert outputs == {(0, "attention"): None, (1, "attention"): None, (1, "experts"): pytest.approx(0.125**0.5)}
+
+
 EVALUATED = {"loss": 0.25, "perplexity": math.exp(0.25), "num_samples": 4}
 
 
@@ -43,8 +76,8 @@ EVALUATED = {"loss": 0.25, "perplexity": math.exp(0.25), "num_samples": 4}
     ],
     ids=["errors alone", "dense", "sparse"],
 )
-def test_report_and_picture_are_written_and_removed(tmp_path, more, monkeypatch):
-    report = build(WRITTEN, LOSSES) | more
+def test_report_and_picture_are_written_and_removed(tmp_path, more):
+    report = build(WRITTEN, LOSSES, MEASURED if "routing" in more else None) | more
     write(report, tmp_path)
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == report
     assert (tmp_path / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
