@@ -44,7 +44,7 @@ SLOW = {
     "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
     "demo_quantise": (
-        "demo_quantise.py --schemes fp8 --model {tmp}/model --out {tmp}/demo --require 0 max_steps=2 max_evaluate_steps=1"
+        "demo_quantise.py --schemes fp8 --model {tmp}/m --out {tmp}/d --require 0 max_steps=2 max_evaluate_steps=1"
     ),
     "compare_moments": f"compare_moments.py {MOE} --steps 2 --out {{tmp}}/moments batch_size=1 max_seq_len=64",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
