@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_fp8 import Fp8Args
@@ -98,11 +99,6 @@ def _has_other_loss(loss: str) -> Callable[[Config, Facts], bool]:
 _DEGREES = (
     "tensor_parallel_degree pipeline_parallel_degree virtual_pp_degree expert_parallel_degree data_parallel_degree "
     "sharding_parallel_degree"
-)
-
-_CALIBRATION = (
-    "quantization_calibration_type quantization_calibration_samples quantization_calibration_length "
-    "quantization_calibrate_all_experts quantization_damping quantization_act_order quantization_smoothing"
 )
 
 _DATA_RULES = [
@@ -228,36 +224,6 @@ _RUN_RULES = [
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
-    Rule(
-        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
-        always,
-        "read only by export",
-        ("train", "eval", "chat", "split"),
-    ),
-    Rule(
-        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
-        lambda c, f: c.quantization == "none",
-        "quantization is none",
-        ("export",),
-    ),
-    Rule(
-        _CALIBRATION,
-        lambda c, f: c.quantization_calibration_path is None,
-        "quantization_calibration_path is not given",
-        ("export",),
-    ),
-    Rule(
-        "quantization_damping quantization_act_order",
-        lambda c, f: c.quantization_algorithm != "gptq",
-        "read only with quantization_algorithm: gptq",
-        ("export",),
-    ),
-    Rule(
-        "quantization_smoothing",
-        lambda c, f: c.quantization_algorithm != "smoothquant",
-        "read only with quantization_algorithm: smoothquant",
-        ("export",),
-    ),
     Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
@@ -510,6 +476,7 @@ _USE_RULES = [
 RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
+    *QUANTIZATION_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

@@ -21,7 +21,6 @@ from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.convert import Edit, Report, digest
 from erniekit.models.config import ModelConfig
-from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical
 from erniekit.quantize.places import Place
 from erniekit.quantize.quantiser import Quantiser
@@ -175,9 +174,8 @@ class _Job:
         try:
             codes, scales = self.quantiser.codes(matrix, codec.rotated(original))
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.source.reader.path}: {matrix.name}: {error}: it cannot be quantised."
-            ) from None
+            where = f"{self.source.reader.path}: {matrix.name}"
+            raise CheckpointError(f"{where}: {error}: it cannot be quantised.") from None
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed. Nothing was kept.")
         tensors = codec.stored(codes, scales, self.quantiser.input_range(matrix) if codec.needs_range else None)

@@ -78,8 +78,8 @@ def calibrated(
 ) -> CalibratedQuantiser:
     """Calibrate the model in `model_dir`, whose weights, with the adapter merged into them, `source` has.
 
-    Layers are kept in WORK_DIRECTORY of output_dir until the model is written. Raises DataError and CheckpointError (see
-    `read_calibration` and `calibrate`).
+    Layers are kept in WORK_DIRECTORY of output_dir until the model is written. Raises DataError and CheckpointError
+    (see `read_calibration` and `calibrate`).
     """
     assert cfg.quantization_calibration_path is not None and cfg.output_dir is not None, "config/checks.py"
     data = CalibrationSource(

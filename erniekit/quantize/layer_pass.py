@@ -1,8 +1,8 @@
 """Quantises one decoder layer with calibration tokens: statistics of the inputs, folds, codes.
 
 Attention first; the feed-forward block then gets the outputs of quantised attention, and the next layer those of both,
-as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router sends
-to it.
+as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router
+sends to it.
 """
 
 import time
@@ -48,8 +48,8 @@ class Sink(Protocol):
 class MatrixReport:
     """The error of one tensor: `rms` is |W' - W| / |W|, `output_error` |X (W' - W)^T| / |X W^T| on a sample of its
     inputs (None without any), both after folds. `tokens`: its calibration tokens. `input_range`: the largest magnitude
-    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way than
-    most.
+    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way
+    than most.
     """
 
     name: str

@@ -103,9 +103,9 @@ def test_ranges_of_inputs_that_a_file_keeps(checkpoint, tmp_path, data):
 def test_what_does_not_fit_is_refused_before_anything_is_read(checkpoint, tmp_path, data):
     with pytest.raises(ConfigError, match="smoothquant is for w8a8, and quantization is wint4: use gptq or awq or rtn"):
         keys(checkpoint, tmp_path, data, quantization_algorithm="smoothquant")
-    with pytest.raises(ConfigError, match="awq is for .*, and quantization is fp8"):
+    with pytest.raises(ConfigError, match=r"awq is for .*, and quantization is fp8"):
         keys(checkpoint, tmp_path, data, quantization_algorithm="awq", quantization="fp8")
-    with pytest.raises(ConfigError, match="quantization_calibration_path: .*gptq needs texts"):
+    with pytest.raises(ConfigError, match=r"quantization_calibration_path: .*gptq needs texts"):
         keys(checkpoint, tmp_path, None)
     with pytest.raises(DataError, match=r"quantization_calibration_path: .*absent.jsonl"):
         export(keys(checkpoint, tmp_path, tmp_path / "absent.jsonl"))
