@@ -31,7 +31,7 @@ def problems(cfg: Config, command: str) -> list[str]:
     rules = [_schedule(cfg), _datasets(cfg), _mixture(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
-    if command == "eval":
+    if command == "eval" or (command == "export" and cfg.quantization_eval):
         rules += [_answers(cfg)]
     if command == "export":
         rules += [_quantization(cfg)]
@@ -240,6 +240,11 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
         ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
         ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
+        (
+            "export",
+            cfg.eval_dataset_path or token_files or not cfg.quantization_eval,
+            "eval_dataset_path: needed with quantization_eval: True; the data to evaluate on",
+        ),
     )
     for commands, value, message in needs:
         if command in commands.split() and not value:

@@ -9,13 +9,13 @@ _CALIBRATION = (
 
 QUANTIZATION_RULES = [
     Rule(
-        f"quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
         always,
         "read only by export",
         ("train", "eval", "chat", "split"),
     ),
     Rule(
-        f"quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
         lambda c, f: c.quantization == "none",
         "quantization is none",
         ("export",),

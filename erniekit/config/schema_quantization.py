@@ -47,9 +47,7 @@ class QuantizationArgs:
         "Calibration data: a file, directory or Hub name, like training data, or a plain text (.txt).",
         path=True,
     )
-    quantization_calibration_type: str = key(
-        "erniekit", "Format of the calibration records.", choices=DATASET_TYPES
-    )
+    quantization_calibration_type: str = key("erniekit", "Format of the calibration records.", choices=DATASET_TYPES)
     quantization_calibration_samples: int = key(128, "Rows of calibration tokens.", ge=1)
     quantization_calibration_length: int = key(1024, "Tokens of a calibration row; documents are packed into it.", ge=2)
     quantization_calibrate_all_experts: bool = key(
@@ -63,4 +61,9 @@ class QuantizationArgs:
     )
     quantization_smoothing: float = key(
         0.5, "smoothquant: how much of the activations' range moves into the weights.", ge=0, le=1
+    )
+    quantization_eval: bool = key(
+        False,
+        "Also evaluate the model before and the exported one after, as `erniekit eval` does (eval_dataset_path, "
+        "predict_with_generate, ...), for quantization_report.json.",
     )

@@ -106,6 +106,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"metric_for_best_model": "loss", "greater_is_better": True}, {}, EVALUATED),
     ("train", {"save_steps": 500}, {"save_strategy": "epoch"}, {}),
     ("train", {"save_total_limit": 2, "use_async_save": True}, {"save_strategy": "no"}, {}),
+    ("train", {"ckpt_quant_stage": "O1"}, {"ignore_save_lr_and_optim": True}, {}),
     ("train", {"logging_dir": "l"}, {}, {"report_to": "tensorboard"}),
     ("train", {"ignore_data_skip": True}, {"resume_from_checkpoint": "none"}, {}),
     ("train", {"save_format": "paddle"}, LORA, {}),
