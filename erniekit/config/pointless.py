@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_fp8 import Fp8Args
@@ -181,9 +182,14 @@ _RUN_RULES = [
     ),
     Rule("save_steps", lambda c, f: c.save_strategy != "steps", "save_strategy is {save_strategy}, not steps"),
     Rule(
-        "save_total_limit use_async_save ignore_save_lr_and_optim",
+        "save_total_limit use_async_save ignore_save_lr_and_optim ckpt_quant_stage",
         lambda c, f: c.save_strategy == "no",
         "save_strategy is no, so there are no checkpoints",
+    ),
+    Rule(
+        "ckpt_quant_stage",
+        lambda c, f: c.ignore_save_lr_and_optim,
+        "ignore_save_lr_and_optim is True, so checkpoints hold no moments",
     ),
     Rule(
         "logging_dir",
@@ -205,7 +211,13 @@ _RUN_RULES = [
         _names(GenerateArgs) + " predict_with_generate",
         always,
         "`{command}` generates no text; read by eval and chat",
-        ("train", "export", "split"),
+        ("train", "split"),
+    ),
+    Rule(
+        _names(GenerateArgs) + " predict_with_generate",
+        lambda c, f: not c.quantization_eval,
+        "`export` generates text only with quantization_eval: True",
+        ("export",),
     ),
     Rule("predict_with_generate", always, "read only by eval", ("chat",)),
     Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "export", "split")),
@@ -464,6 +476,7 @@ _USE_RULES = [
 RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
+    *QUANTIZATION_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

@@ -1,9 +1,9 @@
 """AWQ (Lin et al. 2023, arXiv 2306.00978): inputs with large activations are scaled up in the weights before these are
 rounded, and the scale is folded into the operation in front (quantize/folds.py).
 
-For every ratio r of a grid, s = mean|x|^r / mean|w|^(1-r), where |w| is relative to the largest of its scale's tile, and
-the error of the outputs of all matrices that share the inputs decides. s = 1 is among the candidates, so that the result
-is never worse than plain rounding on the inputs that were searched with.
+For every ratio r of a grid, s = mean|x|^r / mean|w|^(1-r), where |w| is relative to the largest of its scale's tile,
+and the error of the outputs of all matrices that share the inputs decides. s = 1 is among the candidates, so that the
+result is never worse than plain rounding on the inputs that were searched with.
 """
 
 from collections.abc import Callable, Iterable

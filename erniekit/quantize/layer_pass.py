@@ -1,10 +1,11 @@
 """Quantises one decoder layer with calibration tokens: statistics of the inputs, folds, codes.
 
 Attention first; the feed-forward block then gets the outputs of quantised attention, and the next layer those of both,
-as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router sends
-to it.
+as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router
+sends to it.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +48,8 @@ class Sink(Protocol):
 class MatrixReport:
     """The error of one tensor: `rms` is |W' - W| / |W|, `output_error` |X (W' - W)^T| / |X W^T| on a sample of its
     inputs (None without any), both after folds. `tokens`: its calibration tokens. `input_range`: the largest magnitude
-    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way than
-    most.
+    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way
+    than most.
     """
 
     name: str
@@ -61,12 +62,15 @@ class MatrixReport:
 
 @dataclass
 class LayerReport:
-    """What was done to a layer: its matrices, and the tokens of each routed expert by modality (0 text, 1 vision)."""
+    """What was done to a layer: its matrices, the tokens of each routed expert by modality (0 text, 1 vision), and
+    how long it took.
+    """
 
     number: int
     matrices: list[MatrixReport]
     expert_tokens: dict[int, list[int]]
     notes: list[str]
+    seconds: float = 0.0
 
 
 def quantised_weights(matrices: LayerMatrices) -> Iterator[LayerWeight]:
@@ -99,7 +103,7 @@ class LayerPass:
 
     def run(self, number: int) -> LayerReport:
         """Quantise the layer; its results go to the sink."""
-        report = LayerReport(number, [], {}, [])
+        report, started = LayerReport(number, [], {}, []), time.monotonic()
         self._attention(report)
         self._layer.run_attention(self._batches, self._hidden)
         if self._options.algorithm in FOLDING:
@@ -113,6 +117,7 @@ class LayerPass:
         if not np.isfinite(self._hidden).all():
             raise ValueError(f"layer {number}: its output is not finite once it is quantised")
         self._summarise(report)
+        report.seconds = round(time.monotonic() - started, 2)
         return report
 
     # Attention ---------------------------------------------------------------------------------------------------
@@ -305,7 +310,7 @@ class LayerPass:
             codes, found = encode_with_feedback(weight, factor)
             return codes, found.to_array()
         importance = None
-        if statistics.count and self._options.algorithm != "rtn":
+        if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
         search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
         scales = choose_scales(weight, spec, search, importance)

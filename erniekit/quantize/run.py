@@ -82,9 +82,9 @@ def calibrate(
 ) -> CalibratedModel:
     """Quantise the decoder layers of the model whose weights `source` has, with the tokens of `batches`.
 
-    `directory`: where results are kept until `CalibratedModel.finish`; layers that an interrupted run has finished there
-    are not quantised again. `identity`: what weights and tokens are, for that comparison. The result follows from the
-    arguments alone. Raises CheckpointError where a layer cannot be quantised.
+    `directory`: where results are kept until `CalibratedModel.finish`; layers that an interrupted run has finished
+    there are not quantised again. `identity`: what weights and tokens are, for that comparison. The result follows from
+    the arguments alone. Raises CheckpointError where a layer cannot be quantised.
     """
     store = LayerStore(directory, identity | _identity(config, source, scheme, options))
     count, begin = config.num_hidden_layers, store.num_finished

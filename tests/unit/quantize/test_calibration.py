@@ -59,7 +59,7 @@ def test_text_records_and_plain_text(directory, tmp_path, said):
 
 
 def test_what_is_wrong_is_named(directory, tmp_path, said):
-    with pytest.raises(DataError, match="quantization_calibration_path: .*absent"):
+    with pytest.raises(DataError, match=r"quantization_calibration_path: .*absent"):
         read(directory, tmp_path / "absent.jsonl")
     (tmp_path / "short.txt").write_text("the cat\n")
     with pytest.raises(DataError, match=r"short.txt has \d+ tokens; a model of width 32 needs at least 8"):
