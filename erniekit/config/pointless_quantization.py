@@ -2,6 +2,7 @@
 
 from erniekit.config.pointless_rule import Rule, always
 
+_EXPORT = "quantization_eval quantization_first_layers quantization_algorithm quantization_calibration_path"
 _CALIBRATION = (
     "quantization_calibration_type quantization_calibration_samples quantization_calibration_length "
     "quantization_calibrate_all_experts quantization_damping quantization_act_order quantization_smoothing"
@@ -9,13 +10,13 @@ _CALIBRATION = (
 
 QUANTIZATION_RULES = [
     Rule(
-        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        f"{_EXPORT} {_CALIBRATION}",
         always,
         "read only by export",
         ("train", "eval", "chat", "split"),
     ),
     Rule(
-        f"quantization_eval quantization_algorithm quantization_calibration_path {_CALIBRATION}",
+        f"{_EXPORT} {_CALIBRATION}",
         lambda c, f: c.quantization == "none",
         "quantization is none",
         ("export",),
