@@ -294,12 +294,12 @@ class LayerPass:
         """The factor of H for GPTQ, by blocks for the 2-bit code, and the note about the matrix."""
         if statistics.hessian is None or not statistics.count:
             return None, note
+        damping, act_order = self._options.damping, self._options.act_order
         factor: Factor | BlockFactor | None
         if spec.kind == "convolutional":
-            factor = factorise_blocks(statistics.hessian, self._options.damping)
+            factor = factorise_blocks(statistics.take_hessian(), damping)
         else:
-            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
-        statistics.hessian = None  # it is large, and its copy in the factor is enough
+            factor = factorise(statistics.take_hessian(), damping, act_order)
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(
