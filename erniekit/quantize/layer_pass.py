@@ -175,7 +175,8 @@ class LayerPass:
             rows = list(self._layer.normed_rows(self._hidden, chosen))
             inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
             weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
-            yield awq.Weighed(weight, inputs, len(tokens) / max(len(inputs), 1), self._spec(block.up_gate))
+            spec, share = self._spec(block.up_gate), len(tokens) / max(len(inputs), 1)
+            yield awq.Weighed(weight, inputs, share, spec, self._searches(spec))
 
     def _route(self, report: LayerReport | None) -> None:
         """Find the experts of every token."""
@@ -259,7 +260,12 @@ class LayerPass:
 
     def _weighed(self, weight: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         matrix = np.ascontiguousarray(self._layer.get(weight).T)
-        return [awq.Weighed(matrix, statistics.sample, 1.0, self._spec(weight))]
+        spec = self._spec(weight)
+        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, self._searches(spec))]
+
+    def _searches(self, spec: CodeSpec | None) -> bool:
+        """Whether scales are searched: those of few bits, where it matters."""
+        return self._options.clip_search and spec is not None and spec.kind == "int" and spec.bits <= 4
 
     def _quantise(
         self,
@@ -312,8 +318,7 @@ class LayerPass:
         importance = None
         if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
-        scales = choose_scales(weight, spec, search, importance)
+        scales = choose_scales(weight, spec, self._searches(spec), importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
     def _summarise(self, report: LayerReport) -> None:
