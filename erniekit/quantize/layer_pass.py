@@ -175,7 +175,8 @@ class LayerPass:
             rows = list(self._layer.normed_rows(self._hidden, chosen))
             inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
             weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
-            yield awq.Weighed(weight, inputs, len(tokens) / max(len(inputs), 1), self._spec(block.up_gate))
+            spec, share = self._spec(block.up_gate), len(tokens) / max(len(inputs), 1)
+            yield awq.Weighed(weight, inputs, share, spec, self._searches(spec))
 
     def _route(self, report: LayerReport | None) -> None:
         """Find the experts of every token."""
@@ -259,7 +260,12 @@ class LayerPass:
 
     def _weighed(self, weight: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         matrix = np.ascontiguousarray(self._layer.get(weight).T)
-        return [awq.Weighed(matrix, statistics.sample, 1.0, self._spec(weight))]
+        spec = self._spec(weight)
+        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, self._searches(spec))]
+
+    def _searches(self, spec: CodeSpec | None) -> bool:
+        """Whether scales are searched: those of few bits, where it matters."""
+        return self._options.clip_search and spec is not None and spec.kind == "int" and spec.bits <= 4
 
     def _quantise(
         self,
@@ -294,12 +300,12 @@ class LayerPass:
         """The factor of H for GPTQ, by blocks for the 2-bit code, and the note about the matrix."""
         if statistics.hessian is None or not statistics.count:
             return None, note
+        damping, act_order = self._options.damping, self._options.act_order
         factor: Factor | BlockFactor | None
         if spec.kind == "convolutional":
-            factor = factorise_blocks(statistics.hessian, self._options.damping)
+            factor = factorise_blocks(statistics.take_hessian(), damping)
         else:
-            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
-        statistics.hessian = None  # it is large, and its copy in the factor is enough
+            factor = factorise(statistics.take_hessian(), damping, act_order)
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(
@@ -312,8 +318,7 @@ class LayerPass:
         importance = None
         if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
-        scales = choose_scales(weight, spec, search, importance)
+        scales = choose_scales(weight, spec, self._searches(spec), importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
     def _summarise(self, report: LayerReport) -> None:
