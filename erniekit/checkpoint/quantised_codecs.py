@@ -119,7 +119,7 @@ class Unpacked(Codec):
         """See Codec."""
         for size, block in zip(shape, self.spec.block or (), strict=False):
             if size > block and size % block:
-                return f"{size} is no multiple of {block}, the size of a block: transformers misreads such a file. Use w8a8"
+                return f"{size} is no multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
         return ""
 
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
