@@ -91,6 +91,7 @@ _KEYS = {
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
+        quantization quantization_group_size quantization_clip_search
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}
