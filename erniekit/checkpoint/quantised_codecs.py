@@ -52,7 +52,7 @@ class Codec(ABC):
         return ""
 
     def rotated(self, weight: np.ndarray) -> np.ndarray:
-        """What of a weight [out, in] fp32 is quantised: itself, or its rotation where the engine rotates the inputs."""
+        """The matrix that is quantised for a weight [out, in] fp32: rotated where the engine rotates the inputs."""
         return weight
 
     def rotated_inputs(self, inputs: np.ndarray) -> np.ndarray:
@@ -123,7 +123,7 @@ class Unpacked(Codec):
         """See Codec."""
         for size, block in zip(shape, self.spec.block or (), strict=False):
             if size > block and size % block:
-                return f"{size} is no multiple of {block}, the size of a block: transformers misreads such a file. Use w8a8"
+                return f"{size} is no multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
         return ""
 
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
