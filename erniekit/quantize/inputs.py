@@ -40,8 +40,8 @@ class InputStatistics:
         self.sample = np.concatenate([self.sample, rows[chosen]])
         self.count += len(rows)
 
-    def take_hessian(self) -> np.ndarray:
-        """H, which this object then has no more: it is large, and who factors it needs the memory."""
+    def pop_hessian(self) -> np.ndarray:
+        """H, which this object no longer keeps: it is large, and factoring needs the memory."""
         hessian, self.hessian = self.hessian, None
         assert hessian is not None
         return hessian

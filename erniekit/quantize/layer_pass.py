@@ -39,7 +39,7 @@ class Sink(Protocol):
         """The matrices of the file that a weight becomes; none where it is not quantised."""
         ...
 
-    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
+    def write(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """Keep codes and scales (see precision.codes). Weights come in the order of `quantised_weights`."""
         ...
 
@@ -287,7 +287,7 @@ class LayerPass:
                 codes, scales = self._codes(matrix.codec.rotated(original), statistics, factor, matrix.codec.spec)
             except ValueError as error:
                 raise ValueError(f"{matrix.name}: {error}") from None
-            self._sink.take(matrix, codes, scales)
+            self._sink.write(matrix, codes, scales)
             restored = matrix.codec.restored(codes, scales)
             count = statistics.count if tokens is None else tokens
             report.matrices.append(_error_of(matrix, original, restored, statistics, count, note))
@@ -303,9 +303,9 @@ class LayerPass:
         damping, act_order = self._options.damping, self._options.act_order
         factor: Factor | BlockFactor | None
         if spec.kind == "convolutional":
-            factor = factorise_blocks(statistics.take_hessian(), damping)
+            factor = factorise_blocks(statistics.pop_hessian(), damping)
         else:
-            factor = factorise(statistics.take_hessian(), damping, act_order)
+            factor = factorise(statistics.pop_hessian(), damping, act_order)
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(

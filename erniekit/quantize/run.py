@@ -108,7 +108,7 @@ def calibrate(
                 report = run.run(number)
             except ValueError as error:
                 raise CheckpointError(f"layer {number} cannot be quantised: {error}.") from None
-            sink.take_folded(layer)
+            sink.write_folded(layer)
         store.finish(report, hidden_TD)
         del layer, run
     return CalibratedModel(store, config)
@@ -156,12 +156,12 @@ class _LayerSink:
         """See Sink."""
         return self._scheme.matrices(self._logicals[weight])
 
-    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
+    def write(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """See Sink."""
         self.writer.write(f"{matrix.name}.codes", stored_codes(codes, matrix.codec.spec))
         self.writer.write(f"{matrix.name}.scales", scales)
 
-    def take_folded(self, layer: OneLayer) -> None:
+    def write_folded(self, layer: OneLayer) -> None:
         """Write the weights without codes, if the algorithm folds."""
         for place in self._plain:
             self.writer.write(_stored_name(self._logicals[place]), layer.get(place))
