@@ -2,6 +2,7 @@
 # make demo-pretrain   the same for pretraining: text, token files, two stages, a sample of its writing
 # make demo-align      SFT, then preference optimisation with LoRA, judged by what the model writes before and after
 # make demo-vl         pictures and clips: three stages of pretraining, fine-tuning, questions answered before and after
+# make demo-quantise   the trained model of `make demo` in every scheme of quantised weights: errors, answers, bytes
 # make test      set up .venv and run the test suite
 # make test-all  the slow tests as well
 # make lint      ruff and mypy
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do for p
 	"$$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$path" && exit; done; done)
 
-.PHONY: demo demo-pretrain demo-align demo-vl test test-all lint clean
+.PHONY: demo demo-pretrain demo-align demo-vl demo-quantise test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -31,6 +32,9 @@ demo-align: $(VENV)/.installed
 
 demo-vl: $(VENV)/.installed-vl
 	$(PY) tools/demo_vl.py
+
+demo-quantise: $(VENV)/.installed
+	$(PY) tools/demo_quantise.py
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -q -n 3 --dist loadfile -m "not slow"

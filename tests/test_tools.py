@@ -21,6 +21,8 @@ FAST = {
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_products": "bench_products.py --rounds 1",
     "bench_convolutional_code": "bench_convolutional_code.py --out 4 --in 128",
+    "bench_calibration": "bench_calibration.py --out 32 --in 64 --tokens 40",
+    "bench_quantise": "bench_quantise.py --out 128 --in 128 --rounds 1 --export 20 --directory {tmp}",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
     "gpu_acceptance, on a CPU": "gpu_acceptance.py --device cpu --steps 2 --out {tmp}/acceptance.txt",
@@ -39,9 +41,14 @@ SLOW = {
     "bench_lora": "bench_lora.py --batch 1 --seq 16 --rounds 1 --sides lora",
     "bench_recompute": "bench_recompute.py --batch 1 --seq 16 --rounds 1",
     "bench_save": "bench_save.py --rounds 1 --directory {tmp}",
+    "compare_ckpt_quant": f"compare_ckpt_quant.py {MOE} --steps 2 --out {{tmp}}/quant batch_size=1 max_seq_len=64",
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
     "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
+    "demo_quantise": (
+        "demo_quantise.py --schemes fp8 --model {tmp}/m --out {tmp}/d --require 0 max_steps=2 max_evaluate_steps=1"
+    ),
+    "compare_two_bits": f"compare_two_bits.py {MOE} --steps 2 --samples 2 --out {{tmp}}/2 output_dir={{tmp}}/run",
     "compare_moments": f"compare_moments.py {MOE} --steps 2 --out {{tmp}}/moments batch_size=1 max_seq_len=64",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",

@@ -1,6 +1,7 @@
 """The encoder of `wint2`: weights a second of one core, and the error that it leaves; or a search for its two numbers.
 
     OMP_NUM_THREADS=1 python tools/bench_convolutional_code.py
+    OMP_NUM_THREADS=1 python tools/bench_convolutional_code.py --in 8192 --calibrated
     OMP_NUM_THREADS=1 python tools/bench_convolutional_code.py --search 6000
 
 Weights are normal. Seconds are processor time, which other work on the machine disturbs least. With --search, pairs of
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from erniekit.precision.convolutional_code import choose_scales, decode, encode, nearest_point, reachable_points
+from erniekit.precision.convolutional_feedback import encode_with_feedback, factorise_blocks
 
 STEPS = (0.054, 0.058, 0.062, 0.066)
 
@@ -32,6 +34,23 @@ def bench(num_out: int, num_in: int) -> None:
         print(f"{name:9} {weight.size / seconds / 1e6:7.1f} M weights/s")
     print(f"encoding  {weight.size / (times[2] - times[0]) / 1e6:7.1f} M weights/s")
     print(f"|W' - W| / |W| = {np.linalg.norm(back - weight) / np.linalg.norm(weight):.4f}")
+
+
+def bench_calibrated(num_out: int, num_in: int) -> None:
+    """With moments of correlated inputs: the factor, once for all matrices with these inputs, and the encoder."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(num_out, num_in)).astype(np.float32)
+    mixed = rng.normal(size=(num_in, 64)) * np.sqrt(num_in)
+    moments = mixed @ mixed.T + num_in * np.eye(num_in)
+    choose_scales(weight[:1, :128])
+    times = [time.process_time()]
+    factor = factorise_blocks(moments)
+    times.append(time.process_time())
+    assert factor is not None
+    encode_with_feedback(weight, factor)
+    times.append(time.process_time())
+    seconds = np.diff(times)
+    print(f"factor of {num_in} inputs {seconds[0]:.1f} s; encoding {weight.size / seconds[1] / 1e6:.2f} M weights/s")
 
 
 def score(code: tuple[float, float], vectors: np.ndarray) -> float:
@@ -68,11 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=int, default=1024)
     parser.add_argument("--in", dest="num_in", type=int, default=4096)
+    parser.add_argument("--calibrated", action="store_true", help="the encoder with calibration")
     parser.add_argument("--search", type=int, metavar="PAIRS")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.search:
         search(args.search, args.seed)
+    elif args.calibrated:
+        bench_calibrated(args.out, args.num_in)
     else:
         bench(args.out, args.num_in)
 

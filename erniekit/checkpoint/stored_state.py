@@ -1,10 +1,12 @@
-"""Reads fp32 tensors of a training state from disk, each whole or in pieces that several ranks wrote."""
+"""Reads tensors of a training state from disk, each whole or in pieces that several ranks wrote."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from erniekit.checkpoint.safetensors_header import TensorInfo
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.weights import Shape
 from erniekit.utils.errors import CheckpointError
@@ -20,22 +22,27 @@ def piece_name(name: str, rows: tuple[int, int] | None) -> str:
 class StoredState:
     """Tensors on disk, some of them in several pieces "name[begin:end]" along their first axis."""
 
-    def __init__(self, directory: Path) -> None:
-        """CheckpointError if the pieces of a tensor do not make a whole."""
+    def __init__(self, directory: Path, dtypes: Sequence[str] = ("F32",)) -> None:
+        """CheckpointError if a tensor has none of the header types `dtypes`, or if the pieces of one do not make a
+        whole.
+        """
         self.reader = Reader(directory)
         self._pieces: dict[str, list[tuple[int, int, str]]] = {}
         for stored in self.reader.keys():  # noqa: SIM118 no mapping
             match = _ROWS.fullmatch(stored)
-            if self.reader.info(stored).dtype != "F32":
-                raise CheckpointError(f"{directory}: {stored} is not float32. Resume from an older checkpoint.")
+            if self.reader.info(stored).dtype not in dtypes:
+                raise CheckpointError(
+                    f"{directory}: {stored} is {self.reader.info(stored).dtype}, not {' or '.join(dtypes)}. Resume "
+                    "from an older checkpoint."
+                )
             if match:
                 self._pieces.setdefault(match[1], []).append((int(match[2]), int(match[3]), stored))
         for name, pieces in self._pieces.items():
             pieces.sort()
             ends = [0, *(end for _, end, _ in pieces)]
-            shapes = [self.reader.info(stored).shape for _, _, stored in pieces]
-            rows = [(end - begin, *shapes[0][1:]) for begin, end, _ in pieces]
-            if [begin for begin, _, _ in pieces] != ends[:-1] or shapes != rows or name in self.reader:
+            infos = [self.reader.info(stored) for _, _, stored in pieces]
+            rows = [TensorInfo(infos[0].dtype, (end - begin, *infos[0].shape[1:])) for begin, end, _ in pieces]
+            if [begin for begin, _, _ in pieces] != ends[:-1] or infos != rows or name in self.reader:
                 raise CheckpointError(
                     f"{directory}: the pieces of {name} leave gaps or overlap: {', '.join(p[2] for p in pieces)}. "
                     "Resume from an older checkpoint."
@@ -45,12 +52,17 @@ class StoredState:
         """The names of the whole tensors."""
         return list(dict.fromkeys(match[1] if (match := _ROWS.fullmatch(n)) else n for n in self.reader.keys()))  # noqa: SIM118
 
-    def shape(self, name: str) -> Shape:
-        """The shape of the whole tensor."""
+    def info(self, name: str) -> TensorInfo:
+        """(header dtype, shape) of the whole tensor."""
         pieces = self._pieces.get(name)
         if pieces is None:
-            return self.reader.info(name).shape
-        return (pieces[-1][1], *self.reader.info(pieces[0][2]).shape[1:])
+            return self.reader.info(name)
+        first = self.reader.info(pieces[0][2])
+        return TensorInfo(first.dtype, (pieces[-1][1], *first.shape[1:]))
+
+    def shape(self, name: str) -> Shape:
+        """The shape of the whole tensor."""
+        return self.info(name).shape
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
         """The tensor, or rows [begin, end) of its first axis; no other rows are read."""

@@ -66,7 +66,7 @@ COMMANDS = {
         takes_config=True,
     ),
     "export": Command(
-        "erniekit.export.export:export",
+        "erniekit.evaluate.quantised:export_and_report",
         "turn a training checkpoint into a model directory",
         "erniekit export run_export.yaml format=paddle",
         takes_config=True,

@@ -14,6 +14,13 @@ from erniekit.config.schema_preference import option_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
 from erniekit.config.token_files import weighted_prefixes
 
+# The schemes that each algorithm with calibration serves: SmoothQuant is about activations in 8 bits, and AWQ about
+# few bits of weights that no engine rotates.
+ALGORITHMS = {
+    "gptq": ("wint4", "wint8", "wint4/8", "w8a8", "fp8", "w4a8", "wint2"),
+    "awq": ("wint4", "wint8", "wint4/8", "w8a8"),
+    "smoothquant": ("w8a8",),
+}
 LOW_BIT = ("wint8", "wint4", "wint4/8", "nf4")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "wsd")
 _SUM_ROOM = 0.02  # tolerance of the sum, so that "0.33,0.33,0.33" is accepted
@@ -24,8 +31,10 @@ def problems(cfg: Config, command: str) -> list[str]:
     rules = [_schedule(cfg), _datasets(cfg), _mixture(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
-    if command == "eval":
+    if command == "eval" or (command == "export" and cfg.quantization_eval):
         rules += [_answers(cfg)]
+    if command == "export":
+        rules += [_quantization(cfg)]
     if command == "chat":
         rules += [_chat_tools(cfg)]
     if command == "train":
@@ -159,6 +168,24 @@ def _vision_start(cfg: Config) -> Iterator[str]:
         yield "vision_config_path: fine_tuning: LoRA would not train the new vision part; use fine_tuning: Full"
 
 
+def _quantization(cfg: Config) -> Iterator[str]:
+    algorithm, scheme = cfg.quantization_algorithm, cfg.quantization
+    if algorithm == "rtn" or scheme == "none":
+        return
+    if scheme not in ALGORITHMS[algorithm]:
+        schemes = ", ".join(ALGORITHMS[algorithm])
+        others = [name for name, known in ALGORITHMS.items() if scheme in known]
+        yield (
+            f"quantization_algorithm: {algorithm} is for {schemes}, and quantization is {scheme}: "
+            f"use {' or '.join([*others, 'rtn'])}"
+        )
+    if cfg.quantization_calibration_path is None:
+        yield (
+            f"quantization_calibration_path: quantization_algorithm: {algorithm} needs texts like those of the model's "
+            "use: name a data file, or set quantization_algorithm: rtn"
+        )
+
+
 def _answers(cfg: Config) -> Iterator[str]:
     if not cfg.predict_with_generate:
         return
@@ -214,6 +241,11 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
         ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
         ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
+        (
+            "export",
+            cfg.eval_dataset_path or token_files or not cfg.quantization_eval,
+            "eval_dataset_path: needed with quantization_eval: True; the data to evaluate on",
+        ),
     )
     for commands, value, message in needs:
         if command in commands.split() and not value:

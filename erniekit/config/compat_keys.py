@@ -75,13 +75,14 @@ _NO_EFFECT: dict[str, str] = {
     "checkpoints are always whole tensors in safetensors, written by all ranks together": (
         "unified_checkpoint save_sharded_model load_sharded_model "
         "load_sharded_model_remap_parameter_name save_sharding_stage1_model_include_freeze_params "
-        "disable_ckpt_quant ordered_save_group_size save_on_each_node force_reshard_pp "
+        "ordered_save_group_size save_on_each_node force_reshard_pp "
         "auto_parallel_resume_form_hybrid_parallel"
     ),
     "use_async_save alone decides whether checkpoints are written in the background": (
         "enable_zero_cost_checkpoint zcc_workers_num zcc_pipeline_hooks_capacity_usage "
         "flash_device_save_steps output_signal_dir"
     ),
+    "ckpt_quant_stage alone decides, and is O0 unless it is given": "disable_ckpt_quant",
     "always saved": "save_tokenizer save_rng_states",
     "a parameter's optimizer state is fetched as a whole": "optim_shard_num",
     "gradients are freed after every step": "release_grads",
@@ -159,7 +160,6 @@ _LATER: dict[str, Later] = {
     "hidden_dropout_prob": Later("dropout between layers", commands=("train",)),
     "moe_dropout_prob": Later("dropout in experts", commands=("train",)),
     "use_fp8": Later("FP8 with scales of earlier steps; fp8: tensorwise has those of the present values"),
-    "ckpt_quant_stage": Later("quantised optimizer state in checkpoints", safe=("o0",), commands=("train",)),
     "expert_max_capacity": Later("expert capacity", safe=(2**32,)),
     "expert_min_capacity": Later("expert capacity", safe=(1,)),
     "adaptive_norm_clip": Later("adaptive clipping", commands=("train",)),

@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_fp8 import Fp8Args
@@ -66,6 +67,10 @@ _FIELDS = fields()
 
 def _names(group: type) -> str:
     return " ".join(option_names(group))
+
+
+# Keys about the scales of exported 4-bit codes.
+_QUANTISED = "quantization_group_size quantization_clip_search"
 
 
 def _schedule(cfg: Config) -> str:
@@ -181,9 +186,14 @@ _RUN_RULES = [
     ),
     Rule("save_steps", lambda c, f: c.save_strategy != "steps", "save_strategy is {save_strategy}, not steps"),
     Rule(
-        "save_total_limit use_async_save ignore_save_lr_and_optim",
+        "save_total_limit use_async_save ignore_save_lr_and_optim ckpt_quant_stage",
         lambda c, f: c.save_strategy == "no",
         "save_strategy is no, so there are no checkpoints",
+    ),
+    Rule(
+        "ckpt_quant_stage",
+        lambda c, f: c.ignore_save_lr_and_optim,
+        "ignore_save_lr_and_optim is True, so checkpoints hold no moments",
     ),
     Rule(
         "logging_dir",
@@ -205,13 +215,27 @@ _RUN_RULES = [
         _names(GenerateArgs) + " predict_with_generate",
         always,
         "`{command}` generates no text; read by eval and chat",
-        ("train", "export", "split"),
+        ("train", "split"),
+    ),
+    Rule(
+        _names(GenerateArgs) + " predict_with_generate",
+        lambda c, f: not c.quantization_eval,
+        "`export` generates text only with quantization_eval: True",
+        ("export",),
     ),
     Rule("predict_with_generate", always, "read only by eval", ("chat",)),
     Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "export", "split")),
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
+    Rule(_QUANTISED, always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
+    Rule(
+        _QUANTISED,
+        lambda cfg, _: cfg.quantization not in ("wint4", "wint4/8", "w4a8", "wint2"),
+        "quantization: {quantization} has no 4-bit codes",
+        ("export",),
+    ),
     Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
@@ -480,6 +504,7 @@ _USE_RULES = [
 RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
+    *QUANTIZATION_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from erniekit.config.fields import key
+from erniekit.config.schema_data import DATASET_TYPES
 
 SCHEMES = ("wint4", "wint8", "wint4/8", "w8a8", "fp8", "w4a8", "wint2")
 # PaddleFormers' words.
@@ -34,4 +35,35 @@ class QuantizationArgs:
     )
     quantization_clip_search: bool = key(
         True, "Choose the scales of 4-bit codes by their error, instead of by the largest weight."
+    )
+    quantization_algorithm: str = key(
+        "rtn",
+        "How codes are chosen: rtn (the nearest ones), or with calibration data gptq (errors are compensated), awq "
+        "(inputs are scaled for 4 bits) or smoothquant (inputs are scaled for w8a8).",
+        choices=("rtn", "gptq", "awq", "smoothquant"),
+    )
+    quantization_calibration_path: str | None = key(
+        None,
+        "Calibration data: a file, directory or Hub name, like training data, or a plain text (.txt).",
+        path=True,
+    )
+    quantization_calibration_type: str = key("erniekit", "Format of the calibration records.", choices=DATASET_TYPES)
+    quantization_calibration_samples: int = key(128, "Rows of calibration tokens.", ge=1)
+    quantization_calibration_length: int = key(1024, "Tokens of a calibration row; documents are packed into it.", ge=2)
+    quantization_calibrate_all_experts: bool = key(
+        False, "Calibrate every expert with all tokens, instead of those that its router sends to it."
+    )
+    quantization_damping: float = key(
+        0.01, "gptq: share of the mean of H's diagonal that is added to it; raised where H needs more.", ge=0
+    )
+    quantization_act_order: bool = key(
+        True, "gptq: round inputs with larger activations first; the file is the same for its readers."
+    )
+    quantization_smoothing: float = key(
+        0.5, "smoothquant: how much of the activations' range moves into the weights.", ge=0, le=1
+    )
+    quantization_eval: bool = key(
+        False,
+        "Also evaluate the model before and the exported one after, as `erniekit eval` does (eval_dataset_path, "
+        "predict_with_generate, ...), for quantization_report.json.",
     )

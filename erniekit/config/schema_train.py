@@ -81,6 +81,12 @@ class TrainArgs:
     ignore_save_lr_and_optim: bool = key(
         False, "Checkpoints hold no optimizer state: small, but not resumable exactly."
     )
+    ckpt_quant_stage: str = key(
+        "O0",
+        "How checkpoints hold AdamW's moments: as they are (O0), in 8 bits (O1) or 4 bits (O2) for a matrix; weights "
+        "and masters are never rounded. A resumed run then differs from an uninterrupted one.",
+        choices=("O0", "O1", "O2"),
+    )
     ignore_data_skip: bool = key(False, "Resume at the beginning of the data, not after the rows already seen.")
 
 

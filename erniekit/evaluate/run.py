@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from erniekit.evaluate.answers import Prediction, answer_questions, read_questio
 from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import ChatModel, find_model
 from erniekit.join import GENERATION, join, require_same_files
+from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
+from erniekit.parallel.mesh import Mesh
 from erniekit.training.evaluators import EvaluatedModel
 from erniekit.training.evaluators import score as score_data
 from erniekit.training.methods import method_of
@@ -28,6 +30,8 @@ from erniekit.utils import atomic, log
 from erniekit.utils.directory_lock import make_directory
 from erniekit.utils.errors import ConfigError, UserError
 from erniekit.utils.user_files import read_json_object
+
+Watch = Callable[[CausalLM], AbstractContextManager[None]]
 
 RESULTS_FILE, PREDICTIONS_FILE = "eval_results.json", "eval_predictions.jsonl"
 
@@ -85,11 +89,27 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """
     started = time.monotonic()
     mesh = join(cfg, also_compared=GENERATION)
-    world, reports = mesh.world_group, mesh.rank == 0
+    reports = mesh.rank == 0
+    with all_or_none(mesh.world_group):
+        target = _target(cfg) if reports else None
+    results, predictions = measure(cfg, mesh)
+    results["seconds"] = round(time.monotonic() - started, 2)
+    with all_or_none(mesh.world_group):
+        if target is not None:
+            _write(target, results, predictions if cfg.predict_with_generate else None)
+    if reports:
+        print_table(results)
+    return results
+
+
+def measure(cfg: Config, mesh: Mesh, watch: Watch | None = None) -> tuple[dict[str, Any], Sequence[Prediction]]:
+    """What `evaluate` returns, without the seconds, and the model's answers; nothing is written. `watch`: a context
+    around the pass over the data for the scores, made with the model.
+    """
+    world = mesh.world_group
     predictions: Sequence[Prediction] = ()
     with ExitStack() as stack:
         with all_or_none(world):
-            target = _target(cfg) if reports else None
             found = find_model(cfg)
             require_pictures(cfg, found.prepared.config, found.path)
             chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
@@ -102,17 +122,12 @@ def evaluate(cfg: Config) -> dict[str, Any]:
             questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
         require_same_files(found.prepared.path, loader.identity, world)
         opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
-        results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
+        with nullcontext() if watch is None else watch(opened.model):
+            results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
         if cfg.predict_with_generate:
             predictions = answer_questions(cfg, opened, questions)
             results |= score(predictions)
-    results["seconds"] = round(time.monotonic() - started, 2)
-    with all_or_none(world):
-        if target is not None:
-            _write(target, results, predictions if cfg.predict_with_generate else None)
-    if reports:
-        print_table(results)
-    return results
+    return results, predictions
 
 
 def print_table(results: dict[str, Any]) -> None:

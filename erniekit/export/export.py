@@ -20,11 +20,12 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.vision.template import load_vision_template
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
-from erniekit.export.quantise import Quantisation, QuantisedReport, describe, write_quantised
+from erniekit.export.quantise import EditedModel, Quantisation, QuantisedReport, describe, write_quantised
 from erniekit.export.target import model_target
 from erniekit.models.config import Format, ModelConfig
-from erniekit.quantize.quantiser import RoundToNearest
-from erniekit.quantize.schemes import Options
+from erniekit.quantize.calibrated import calibrated, needs_calibration
+from erniekit.quantize.quantiser import Quantiser, RoundToNearest
+from erniekit.quantize.schemes import Options, Scheme
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -46,20 +47,22 @@ def export(cfg: Config) -> Report:
         # A full model has the overrides in its config.json already; an adapter was trained on its base with the
         # overrides.
         overrides=None if adapter is None else overrides_of(cfg),
-        quantisation=quantisation_of(cfg),
+        quantisation=quantisation_of(cfg, checkpoint, adapter),
     )
 
 
-def quantisation_of(cfg: Config) -> Quantisation | None:
-    """How the configuration quantises what it exports; None in 16 bits."""
+def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quantisation | None:
+    """How the configuration quantises the model that it exports; None in 16 bits."""
     if cfg.quantization == "none":
         return None
-    quantiser = RoundToNearest(cfg.quantization_clip_search)
-    return Quantisation(
-        cfg.quantization,
-        Options(cfg.quantization_group_size, cfg.quantization_first_layers),
-        lambda source, scheme: quantiser,
-    )
+
+    def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
+        if needs_calibration(cfg):
+            return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
+        return RoundToNearest(cfg.quantization_clip_search)
+
+    options = Options(cfg.quantization_group_size, cfg.quantization_first_layers)
+    return Quantisation(cfg.quantization, options, quantiser)
 
 
 def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:

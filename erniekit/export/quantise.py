@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,24 @@ class Quantisation:
 
     name: str
     options: Options
-    quantiser: Callable[[ModelReader, Scheme], Quantiser]
+    quantiser: Callable[["EditedModel", Scheme], Quantiser]
+
+
+class EditedModel:
+    """The weights that are quantised (model_io.WeightSource): those of an opened directory, with the changes of
+    `editor`. `config`: of the model, with the configuration's overrides.
+    """
+
+    def __init__(self, reader: ModelReader, editor: Edit | None, config: ModelConfig) -> None:
+        self.reader, self.editor, self.config = reader, editor, config
+        self.logicals = reader.logicals
+
+    def read(self, logical: Logical, as_fp32: bool = True) -> np.ndarray:
+        """A weight, fp32 in our layout."""
+        weight = self.reader.read(logical, as_fp32=True)
+        if self.editor is not None and self.editor.touches(logical):
+            weight = self.editor.apply(logical, weight)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,15 @@ class MatrixError:
 @dataclass(frozen=True)
 class QuantisedReport(Report):
     """See Report. `errors`: of every quantised matrix, in the order of the file; `scheme`: what was written;
-    `degrees`: with how many tensor-parallel ranks an engine can divide it.
+    `degrees`: with how many tensor-parallel ranks an engine can divide it; `algorithm`: how the codes were chosen;
+    `calibration`: what was measured (see Quantiser.measured).
     """
 
     scheme: Scheme
     errors: tuple[MatrixError, ...]
     degrees: Degrees
+    algorithm: str
+    calibration: dict[str, Any] | None
 
 
 def write_quantised(
@@ -92,25 +113,28 @@ def write_quantised(
     config = source.config if overrides is None else overrides.apply(source.config)
     scheme = scheme_for(quantisation.name, "paddle" if format == "paddle" else "pt", config, quantisation.options)
     _say_rounding(source)
-    quantiser = quantisation.quantiser(source, scheme)
+    edited = EditedModel(source, None if edit is None else edit(source), config)
+    quantiser = quantisation.quantiser(edited, scheme)
     _require_ranges(scheme, quantiser, config)
-    job = _Job(source, scheme, quantiser, None if edit is None else edit(source))
+    job = _Job(edited, scheme, quantiser)
     plan = [tensor for logical in source.logicals for tensor in job.plan(logical)]
     with Writer(target_dir, plan, max_shard_size, METADATA[scheme.format]) as writer:
         for logical in source.logicals:
             job.write(logical, writer)
+    measured = quantiser.measured()
     bf16 = dataclasses.replace(config, dtype="bfloat16")
     write_configs(target_dir, bf16, scheme.format, {"quantization_config": scheme.settings})
     job.verify(target_dir)
-    degrees = degrees_of(scheme, config)
-    return QuantisedReport(len(plan), writer.num_bytes, len(writer.files), scheme, tuple(job.errors), degrees)
+    quantiser.finish()
+    counts, degrees = (len(plan), writer.num_bytes, len(writer.files)), degrees_of(scheme, config)
+    return QuantisedReport(*counts, scheme, tuple(job.errors), degrees, quantiser.name, measured)
 
 
 class _Job:
     """One model while it is written."""
 
-    def __init__(self, source: ModelReader, scheme: Scheme, quantiser: Quantiser, editor: Edit | None) -> None:
-        self.source, self.scheme, self.quantiser, self.editor = source, scheme, quantiser, editor
+    def __init__(self, source: EditedModel, scheme: Scheme, quantiser: Quantiser) -> None:
+        self.source, self.scheme, self.quantiser = source, scheme, quantiser
         self.errors: list[MatrixError] = []
         self.digests: list[bytes] = []  # of each weight that the written tensors stand for, in the order of the file
 
@@ -123,9 +147,7 @@ class _Job:
 
     def write(self, logical: Logical, writer: Writer) -> None:
         """Read a weight, quantise it if the scheme says so, and write it."""
-        weight = self.source.read(logical, as_fp32=True)
-        if self.editor is not None and self.editor.touches(logical):
-            weight = self.editor.apply(logical, weight)
+        weight = self.source.read(logical)
         matrices = self.scheme.matrices(logical)
         if not matrices:
             self._write_plain(logical, self.quantiser.plain(logical, weight), writer)
@@ -139,7 +161,7 @@ class _Job:
         try:
             stored = dtypes.convert(weight, "F32", _plain_dtype(logical))
         except CheckpointError as error:
-            raise CheckpointError(f"{self.source.path}: {logical.param}: {error}") from error
+            raise CheckpointError(f"{self.source.reader.path}: {logical.param}: {error}") from error
         self.digests.append(digest(stored))
         for piece in logical.pieces(self.scheme.format):
             writer.write(piece.name, piece.extract(stored))
@@ -152,7 +174,8 @@ class _Job:
         try:
             codes, scales = self.quantiser.codes(matrix, codec.rotated(original))
         except ValueError as error:
-            raise CheckpointError(f"{self.source.path}: {matrix.name}: {error}: it cannot be quantised.") from None
+            where = f"{self.source.reader.path}: {matrix.name}"
+            raise CheckpointError(f"{where}: {error}: it cannot be quantised.") from None
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed. Nothing was kept.")
         tensors = codec.stored(codes, scales, self.quantiser.input_range(matrix) if codec.needs_range else None)
@@ -162,7 +185,8 @@ class _Job:
         piece.insert(restored if piece.transposed else transposed(restored), stands_for)
         total = float(np.vdot(original, original))
         restored -= original
-        squared = float(np.vdot(restored, restored))
+        relative = self.quantiser.error(matrix)
+        squared = float(np.vdot(restored, restored)) if relative is None else total * relative**2
         self.errors.append(MatrixError(matrix.name, matrix.place, original.size, squared, total))
 
     def verify(self, target_dir: Path) -> None:

@@ -56,9 +56,9 @@ def read_calibration(
 ) -> Calibration:
     """Read the rows: documents in the order that `seed` shuffles them, packed into rows of `source.length` tokens.
 
-    `cfg` has the other keys that data depends on (seed, on_bad_line, chat_template, those of pictures). The tokenizer is
-    that of tokenizer_name_or_path, else of the model; the template also that of the adapter, if any. Raises DataError
-    for data that cannot be read or is too short, CheckpointError where the tokenizer is not the model's.
+    `cfg` has the other keys that data depends on (seed, on_bad_line, chat_template, those of pictures). The tokenizer
+    is that of tokenizer_name_or_path, else of the model; the template also that of the adapter, if any. Raises
+    DataError for data that cannot be read or is too short, CheckpointError where the tokenizer is not the model's.
     """
     path = resolve_dataset(source.path, cfg.download_hub, _KEY)
     own = cfg.tokenizer_name_or_path
@@ -71,8 +71,8 @@ def read_calibration(
     least = -(-config.hidden_size // 4)
     if found.num_tokens < least:
         raise DataError(
-            f"{_KEY}: {source.path} has {found.num_tokens} tokens; a model of width {config.hidden_size} needs at least "
-            f"{least}, and some 100,000 for good statistics. Hint: name more data."
+            f"{_KEY}: {source.path} has {found.num_tokens} tokens; a model of width {config.hidden_size} needs at "
+            f"least {least}, and some 100,000 for good statistics. Hint: name more data."
         )
     if len(found.batches) < source.samples:
         log.warning(

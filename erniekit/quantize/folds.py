@@ -1,5 +1,5 @@
-"""Moves scales from the inputs of projections into the operation in front of them, which leaves a layer's function as it
-was: x / s from the operation, times s W, is x W.
+"""Moves scales from the inputs of projections into the operation in front of them, which leaves a layer's function as
+it was: x / s from the operation, times s W, is x W.
 
 A gain in front of the feed-forward block feeds the routers, too. If their rows were not multiplied, other experts would
 be chosen. Every function here takes them with the projections.
@@ -51,8 +51,8 @@ class Block(NamedTuple):
 
 
 class LayerMatrices(NamedTuple):
-    """The matrices of a decoder layer: `qkv` and `output` of attention, the feed-forward `blocks` (one of a dense layer;
-    routed experts, those of images and the shared ones of a sparse layer), and the `routers` by modality.
+    """The matrices of a decoder layer: `qkv` and `output` of attention, the feed-forward `blocks` (one of a dense
+    layer; routed experts, those of images and the shared ones of a sparse layer), and the `routers` by modality.
     """
 
     qkv: LayerWeight
@@ -112,8 +112,8 @@ def fold_norm(
 ) -> np.ndarray:
     """Divide the gain of a norm by `scale` [in] > 0 and multiply the rows of what follows.
 
-    `rounding`: what happens to the gain in a file. The targets are multiplied by the quotient of the old and the rounded
-    new gain, so that rounding it changes nothing. Returns that quotient, the scale that was really folded.
+    `rounding`: what happens to the gain in a file. The targets are multiplied by the quotient of the old and the
+    rounded new gain, so that rounding it changes nothing. Returns that quotient, the scale that was really folded.
     """
     gain = tensors.get(LayerWeight(norm))
     divided = (gain / scale).astype(gain.dtype)

@@ -1,10 +1,11 @@
 """Quantises one decoder layer with calibration tokens: statistics of the inputs, folds, codes.
 
 Attention first; the feed-forward block then gets the outputs of quantised attention, and the next layer those of both,
-as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router sends
-to it.
+as they will be when the model is used. Routed experts are treated one by one, each with the tokens that its router
+sends to it.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ class Sink(Protocol):
         """The matrices of the file that a weight becomes; none where it is not quantised."""
         ...
 
-    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
+    def write(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """Keep codes and scales (see precision.codes). Weights come in the order of `quantised_weights`."""
         ...
 
@@ -47,8 +48,8 @@ class Sink(Protocol):
 class MatrixReport:
     """The error of one tensor: `rms` is |W' - W| / |W|, `output_error` |X (W' - W)^T| / |X W^T| on a sample of its
     inputs (None without any), both after folds. `tokens`: its calibration tokens. `input_range`: the largest magnitude
-    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way than
-    most.
+    of its inputs, rotated if the engine rotates them; None without any. `note`: where it was treated in another way
+    than most.
     """
 
     name: str
@@ -61,12 +62,15 @@ class MatrixReport:
 
 @dataclass
 class LayerReport:
-    """What was done to a layer: its matrices, and the tokens of each routed expert by modality (0 text, 1 vision)."""
+    """What was done to a layer: its matrices, the tokens of each routed expert by modality (0 text, 1 vision), and
+    how long it took.
+    """
 
     number: int
     matrices: list[MatrixReport]
     expert_tokens: dict[int, list[int]]
     notes: list[str]
+    seconds: float = 0.0
 
 
 def quantised_weights(matrices: LayerMatrices) -> Iterator[LayerWeight]:
@@ -99,7 +103,7 @@ class LayerPass:
 
     def run(self, number: int) -> LayerReport:
         """Quantise the layer; its results go to the sink."""
-        report = LayerReport(number, [], {}, [])
+        report, started = LayerReport(number, [], {}, []), time.monotonic()
         self._attention(report)
         self._layer.run_attention(self._batches, self._hidden)
         if self._options.algorithm in FOLDING:
@@ -113,6 +117,7 @@ class LayerPass:
         if not np.isfinite(self._hidden).all():
             raise ValueError(f"layer {number}: its output is not finite once it is quantised")
         self._summarise(report)
+        report.seconds = round(time.monotonic() - started, 2)
         return report
 
     # Attention ---------------------------------------------------------------------------------------------------
@@ -170,7 +175,8 @@ class LayerPass:
             rows = list(self._layer.normed_rows(self._hidden, chosen))
             inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
             weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
-            yield awq.Weighed(weight, inputs, len(tokens) / max(len(inputs), 1), self._spec(block.up_gate))
+            spec, share = self._spec(block.up_gate), len(tokens) / max(len(inputs), 1)
+            yield awq.Weighed(weight, inputs, share, spec, self._searches(spec))
 
     def _route(self, report: LayerReport | None) -> None:
         """Find the experts of every token."""
@@ -254,7 +260,12 @@ class LayerPass:
 
     def _weighed(self, weight: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         matrix = np.ascontiguousarray(self._layer.get(weight).T)
-        return [awq.Weighed(matrix, statistics.sample, 1.0, self._spec(weight))]
+        spec = self._spec(weight)
+        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, self._searches(spec))]
+
+    def _searches(self, spec: CodeSpec | None) -> bool:
+        """Whether scales are searched: those of few bits, where it matters."""
+        return self._options.clip_search and spec is not None and spec.kind == "int" and spec.bits <= 4
 
     def _quantise(
         self,
@@ -276,7 +287,7 @@ class LayerPass:
                 codes, scales = self._codes(matrix.codec.rotated(original), statistics, factor, matrix.codec.spec)
             except ValueError as error:
                 raise ValueError(f"{matrix.name}: {error}") from None
-            self._sink.take(matrix, codes, scales)
+            self._sink.write(matrix, codes, scales)
             restored = matrix.codec.restored(codes, scales)
             count = statistics.count if tokens is None else tokens
             report.matrices.append(_error_of(matrix, original, restored, statistics, count, note))
@@ -289,12 +300,12 @@ class LayerPass:
         """The factor of H for GPTQ, by blocks for the 2-bit code, and the note about the matrix."""
         if statistics.hessian is None or not statistics.count:
             return None, note
+        damping, act_order = self._options.damping, self._options.act_order
         factor: Factor | BlockFactor | None
         if spec.kind == "convolutional":
-            factor = factorise_blocks(statistics.hessian, self._options.damping)
+            factor = factorise_blocks(statistics.pop_hessian(), damping)
         else:
-            factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
-        statistics.hessian = None  # it is large, and its copy in the factor is enough
+            factor = factorise(statistics.pop_hessian(), damping, act_order)
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(
@@ -305,10 +316,9 @@ class LayerPass:
             codes, found = encode_with_feedback(weight, factor)
             return codes, found.to_array()
         importance = None
-        if statistics.count and self._options.algorithm != "rtn":
+        if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits <= 4
-        scales = choose_scales(weight, spec, search, importance)
+        scales = choose_scales(weight, spec, self._searches(spec), importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
     def _summarise(self, report: LayerReport) -> None:

@@ -26,8 +26,8 @@ CHUNK = 4096
 
 
 class OneLayer:
-    """Decoder layer `number` of a model. `source` has the weights of this layer and no others. `prefix` stands before the names of its
-    parameters in the model. It implements folds.LayerTensors.
+    """Decoder layer `number` of a model. `source` has the weights of this layer and no others. `prefix` stands before
+    the names of its parameters in the model. It implements folds.LayerTensors.
     """
 
     def __init__(self, config: ModelConfig, number: int, source: WeightSource) -> None:

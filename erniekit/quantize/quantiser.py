@@ -1,7 +1,7 @@
 """What turns a weight into codes and scales while a model is written: round to nearest, or another algorithm."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,11 @@ class Quantiser(Protocol):
     """An algorithm. The writer asks for the model's weights in the order of the file, so one layer after another: an
     algorithm can work on a layer when the first weight of it is asked for.
     """
+
+    @property
+    def name(self) -> str:
+        """Its name in the report."""
+        ...
 
     def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
         """A weight that is not quantised (fp32, our layout), as it is to be written: scales may be moved into it."""
@@ -29,6 +34,18 @@ class Quantiser(Protocol):
         """The largest magnitude of the inputs of a matrix, rotated as its weight; None where it is not known."""
         ...
 
+    def error(self, matrix: Matrix) -> float | None:
+        """|W' - W| / |W| where W is not the source's weight, because scales were moved into it; None: it is."""
+        ...
+
+    def measured(self) -> dict[str, Any] | None:
+        """What calibration measured, for the report; None without calibration."""
+        ...
+
+    def finish(self) -> None:
+        """The files are complete and verified: remove what was kept for an interrupted run."""
+        ...
+
 
 @dataclass(frozen=True)
 class RoundToNearest:
@@ -37,6 +54,7 @@ class RoundToNearest:
     """
 
     search: bool = True
+    name: str = "rtn"
 
     def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
         """See Quantiser."""
@@ -51,3 +69,14 @@ class RoundToNearest:
     def input_range(self, matrix: Matrix) -> float | None:
         """See Quantiser."""
         return None
+
+    def error(self, matrix: Matrix) -> float | None:
+        """See Quantiser."""
+        return None
+
+    def measured(self) -> dict[str, Any] | None:
+        """See Quantiser."""
+        return None
+
+    def finish(self) -> None:
+        """See Quantiser."""

@@ -1,5 +1,5 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers of activations are moved into the weights, so that both can
-be rounded to 8 bits. The scale is folded into the operation in front (quantize/folds.py).
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers of activations are moved into the weights, so that both
+can be rounded to 8 bits. The scale is folded into the operation in front (quantize/folds.py).
 """
 
 from collections.abc import Iterable

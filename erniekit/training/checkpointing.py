@@ -19,6 +19,7 @@ from erniekit.training import resume_checks
 from erniekit.training.build import Run
 from erniekit.training.ema import DIRECTORY as EMA
 from erniekit.training.ema import WeightAverage
+from erniekit.training.moment_codes import CODES, Rounding
 from erniekit.training.output_dir import OutputDir
 from erniekit.training.state import (
     OPTIMIZER_DIR,
@@ -27,6 +28,7 @@ from erniekit.training.state import (
     optimizer_rank_files,
     read_state,
     state_writer,
+    stored_code,
 )
 from erniekit.training.trainable import load_trained, prepare_save, trained_tensors
 from erniekit.utils import log
@@ -152,6 +154,12 @@ class Saver:
             log.info("ignore_load_lr_and_optim: the optimizer's state is reset")
         elif _holds(source, OPTIMIZER_DIR, bool(state.has_optimizer)):
             load_optimizer(source, self.run.optimizer, self.shares)
+            code = stored_code(source)
+            if code is not None:
+                log.info(
+                    f"ckpt_quant_stage: {source.name} holds AdamW's moments in {code.bits} bits ({code.stage}), so the "
+                    "next steps differ from an uninterrupted run's (docs/resuming.md says by how much)"
+                )
         else:
             self.run.optimizer.reset()
             log.warning(
@@ -195,8 +203,10 @@ class Saver:
             more, add = self._prepare_save(tensors, below=directory)
             files += more
             adds.append(add)
+        rounding = Rounding()
         if not self.cfg.ignore_save_lr_and_optim:
-            files.append(optimizer_rank_files(self.run.optimizer, self.shares))
+            code = CODES.get(self.cfg.ckpt_quant_stage)
+            files.append(optimizer_rank_files(self.run.optimizer, self.shares, code, rounding))
         adds.append(state_writer(self.cfg, state))  # last, so that a directory without it is not a training checkpoint
 
         def add_all(checkpoint: Path) -> None:
@@ -204,7 +214,10 @@ class Saver:
                 add(checkpoint)
 
         best = None if state.best_step is None else checkpoint_dir(self.output_dir, state.best_step)
-        return self.manager.save(state.step, add_all, files, keep=best, background=self.cfg.use_async_save)
+        saved = self.manager.save(state.step, add_all, files, keep=best, background=self.cfg.use_async_save)
+        if rounding.tensors:
+            log.info(f"ckpt_quant_stage: {self.cfg.ckpt_quant_stage}: {rounding}")
+        return saved
 
     def save_final(self, state: TrainState, data_ended: bool = False) -> Path:
         """Write the final model into output_dir: the last step's, or the best checkpoint's with

@@ -7,7 +7,7 @@ nearest it would never move again, so values are rounded up or down at random, w
 it, which lie closer together the smaller they are (Dettmers et al. 2021, arXiv 2110.02861, section 2). Of the second
 moment the levels are those of its square root, by which the update divides: they reach twice as many orders of
 magnitude down, and a positive one is never rounded to 0. Tensors below 4096 numbers stay in fp32. A checkpoint holds
-fp32 values, from which the stored ones follow exactly.
+fp32 values, from which the stored ones follow exactly, unless ckpt_quant_stage rounds them (moment_codes.py).
 """
 
 from collections.abc import Mapping, MutableMapping

@@ -83,7 +83,7 @@ _KEYS = {
         ref_logps_cache
         do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
         overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
-        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim
+        resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
         ignore_data_skip optim offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
@@ -92,6 +92,10 @@ _KEYS = {
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
+        quantization quantization_group_size quantization_first_layers quantization_clip_search quantization_eval
+        quantization_algorithm quantization_calibration_path quantization_calibration_type
+        quantization_calibration_samples quantization_calibration_length quantization_calibrate_all_experts
+        quantization_damping quantization_act_order quantization_smoothing
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}

@@ -10,14 +10,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from erniekit.checkpoint.mismatch import listed
 from erniekit.checkpoint.rank_files import RankFiles
 from erniekit.checkpoint.reshard import Shares
 from erniekit.checkpoint.safetensors_header import Plan
+from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.stored_state import StoredState, piece_name
 from erniekit.config.schema import Config
 from erniekit.models.weights import Shape
 from erniekit.nn.shard import WHOLE
 from erniekit.training.adamw import POWERS, AdamW
+from erniekit.training.moment_codes import CODES, Field, MomentCode, Rounding
+from erniekit.training.moments import MOMENTS
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject, read_json_object
 
@@ -65,25 +69,55 @@ def state_writer(cfg: Config, state: TrainState) -> Callable[[Path], None]:
     return write
 
 
-def optimizer_rank_files(optimizer: AdamW, shares: Shares) -> RankFiles:
+def optimizer_rank_files(
+    optimizer: AdamW, shares: Shares, code: MomentCode | None = None, rounding: Rounding | None = None
+) -> RankFiles:
     """This rank's share of the optimizer's state: whole tensors "parameter/key", and of experts that several ranks
-    hold "parameter/key[begin:end]", the rows from begin to end.
+    hold "parameter/key[begin:end]", the rows from begin to end. `code`: how the moments are stored; None: in fp32.
+    `rounding` collects what a code changes.
     """
     plan: Plan = []
-    stored: dict[str, str] = {}  # our name -> that of what this rank holds, in files
-    for entry, local in optimizer.state_shapes().items():
+    shapes = optimizer.state_shapes()
+    for entry, local in shapes.items():
         name, _, key = entry.rpartition("/")
         rows = None if key in POWERS else shares.rows(name, local)
-        stored[entry] = piece_name(entry, rows)
         if _writes(shares, entry, optimizer):
             shape = local if rows or key in POWERS else shares.whole_shape(name, local)
-            plan.append((stored[entry], "F32", shape))
+            plan += [(piece_name(f"{name}/{f}", rows), *kind) for f, kind in _fields(key, shape, code).items()]
 
     def tensors() -> Iterator[tuple[str, np.ndarray | None]]:
-        for entry in stored:
-            yield stored[entry], _gathered(optimizer, shares, entry)
+        for entry, local in shapes.items():
+            name, _, key = entry.rpartition("/")
+            rows = None if key in POWERS else shares.rows(name, local)
+            coder = None if key in POWERS else _coder(key, shares.whole_shape(name, local), code)
+            if coder is None:
+                yield piece_name(entry, rows), _gathered(optimizer, shares, entry)
+            elif key == MOMENTS[0]:
+                first, second = (_gathered(optimizer, shares, f"{name}/{moment}") for moment in MOMENTS)
+                if first is not None and second is not None:
+                    coded = coder.encode(name, first, second, rounding or Rounding())
+                    yield from ((piece_name(f"{name}/{field}", rows), array) for field, array in coded.items())
 
-    return RankFiles(OPTIMIZER_DIR, plan, tensors(), lambda name, array: [(name, array)], {"format": "pt"})
+    metadata = {"format": "pt"} | ({} if code is None else {_STAGE: code.stage})
+    return RankFiles(OPTIMIZER_DIR, plan, tensors(), lambda name, array: [(name, array)], metadata)
+
+
+_STAGE = "ckpt_quant_stage"  # in the headers of files with coded moments
+
+
+def _fields(key: str, shape: Shape, code: MomentCode | None) -> dict[str, Field]:
+    """What a file has for one entry of a parameter's state: of coded moments, all with the first and none with the
+    second.
+    """
+    coder = _coder(key, shape, code)
+    if coder is None:
+        return {key: Field("F32", shape)}
+    return coder.fields(shape) if key == MOMENTS[0] else {}
+
+
+def _coder(key: str, shape: Shape, code: MomentCode | None) -> MomentCode | None:
+    """The code of one entry of the state of a parameter of this shape; None if it is stored in fp32."""
+    return code if code is not None and key in MOMENTS and code.applies(shape) else None
 
 
 def _writes(shares: Shares, entry: str, optimizer: AdamW) -> bool:
@@ -168,26 +202,49 @@ def _check_position(data: JsonObject, value: Any) -> None:
         level = inner
 
 
+def stored_code(directory: Path) -> MomentCode | None:
+    """How the moments of a checkpoint are stored; None: in fp32. CheckpointError for a code of a later version."""
+    stage = Reader(directory / OPTIMIZER_DIR).metadata.get(_STAGE)
+    if stage is not None and stage not in CODES:
+        raise CheckpointError(
+            f"{directory / OPTIMIZER_DIR}: {_STAGE} is {stage!r:.40} in its header, which this version does not know. "
+            "Set ignore_load_lr_and_optim: true to continue with the weights alone."
+        )
+    return None if stage is None else CODES[stage]
+
+
 def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
-    """Restore every entry of the optimizer's state, whatever the layout that wrote it; CheckpointError lists what is
-    missing, left over or misshapen.
+    """Restore every entry of the optimizer's state, whatever the layout and the code that wrote it; CheckpointError
+    lists what is missing, left over or misshapen.
     """
-    stored = StoredState(directory / OPTIMIZER_DIR)
-    wanted: dict[str, Shape] = {}
+    code = stored_code(directory)
+    stored = StoredState(directory / OPTIMIZER_DIR, ("F32",) if code is None else ("F32", "I8", "U8"))
+    wanted: dict[str, Field] = {}
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")
-        wanted[entry] = local if key in POWERS else shares.whole_shape(name, local)
+        shape = local if key in POWERS else shares.whole_shape(name, local)
+        wanted |= {f"{name}/{field}": kind for field, kind in _fields(key, shape, code).items()}
     # Entries that this rank does not have are checked by other ranks.
-    found = {name: stored.shape(name) for name in stored.keys() if name in wanted or shares.shard == WHOLE}  # noqa: SIM118
+    names = [name for name in stored.keys() if name in wanted or shares.shard == WHOLE]  # noqa: SIM118
+    found = {name: Field(*stored.info(name)) for name in names}
     if wanted != found:
-        wrong = sorted(set(wanted.items()) ^ set(found.items()))[:8]
+        wrong = [f"{name} {kind.dtype} {list(kind.shape)}" for name, kind in wanted.items() - found.items()]
+        left = [f"{name} {kind.dtype} {list(kind.shape)}" for name, kind in found.items() - wanted.items()]
         raise CheckpointError(
-            f"{directory / OPTIMIZER_DIR} does not fit this model: {wrong}. Set ignore_load_lr_and_optim: true to "
-            "continue with the weights alone."
+            f"{directory / OPTIMIZER_DIR} does not fit this model: expected {listed(sorted(wrong)) or 'no more'}; "
+            f"found {listed(sorted(left)) or 'none of them'}. Set ignore_load_lr_and_optim: true to continue with the "
+            "weights alone."
         )
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")
         if key in POWERS:
             optimizer.load_state_array(entry, stored.read(entry))
-        else:
-            optimizer.load_state_array(entry, shares.shard_of(name, stored.read(entry, shares.rows(name, local))))
+            continue
+        whole, rows = shares.whole_shape(name, local), shares.rows(name, local)
+        coder = _coder(key, whole, code)
+        if coder is None:
+            optimizer.load_state_array(entry, shares.shard_of(name, stored.read(entry, rows)))
+        elif key == MOMENTS[0]:
+            coded = {field: stored.read(f"{name}/{field}", rows) for field in coder.fields(whole)}
+            for moment, array in coder.decode(coded).items():
+                optimizer.load_state_array(f"{name}/{moment}", shares.shard_of(name, array))

@@ -204,7 +204,6 @@ def test_each_command_needs_only_its_own_keys():
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),
-        ({"ckpt_quant_stage": "O1"}, "ckpt_quant_stage: O1 (quantised optimizer state"),
     ],
 )
 def test_what_this_version_cannot_do_is_refused_by_name(given, expected):

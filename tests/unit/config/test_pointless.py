@@ -17,6 +17,10 @@ TWO = {"train_dataset_path": "a,b", "max_steps": 1}
 DPO: dict[str, Any] = {"stage": "DPO"}
 VL: dict[str, Any] = {"stage": "VL-SFT"}
 VL_DPO: dict[str, Any] = {"stage": "VL-DPO"}
+W4: dict[str, Any] = {"quantization": "wint4"}
+CALIBRATED: dict[str, Any] = {**W4, "quantization_calibration_path": "a.jsonl"}
+GPTQ = {"quantization_algorithm": "gptq"}
+SMOOTH = {**CALIBRATED, "quantization": "w8a8", "quantization_algorithm": "smoothquant"}
 LORA = {"fine_tuning": "LoRA"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
@@ -24,6 +28,9 @@ LORA = {"fine_tuning": "LoRA"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
     ("train", {"packing": True, "mix_strategy": "interleave_over", "on_bad_line": "skip"}, TOKENS, {}),
     ("train", {"dataloader_num_workers": 2}, TOKENS, {}),
+    ("chat", {"quantization_group_size": 64}, {}, None),
+    ("export", {"quantization_clip_search": False}, {}, {"quantization": "wint4"}),
+    ("export", {"quantization_group_size": 64}, {"quantization": "w8a8"}, {"quantization": "wint4/8"}),
     ("train", {"split": "8,1,1", "isolate_documents": True}, {}, TOKENS),
     ("train", {"train_dataset_prob": "0.5,0.5"}, TWO, {**TWO, "mix_strategy": "random"}),
     ("eval", {"eval_dataset_prob": "0.5,0.5"}, {"eval_dataset_path": "a,b"}, None),
@@ -108,6 +115,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"metric_for_best_model": "loss", "greater_is_better": True}, {}, EVALUATED),
     ("train", {"save_steps": 500}, {"save_strategy": "epoch"}, {}),
     ("train", {"save_total_limit": 2, "use_async_save": True}, {"save_strategy": "no"}, {}),
+    ("train", {"ckpt_quant_stage": "O1"}, {"ignore_save_lr_and_optim": True}, {}),
     ("train", {"logging_dir": "l"}, {}, {"report_to": "tensorboard"}),
     ("train", {"ignore_data_skip": True}, {"resume_from_checkpoint": "none"}, {}),
     ("train", {"save_format": "paddle"}, LORA, {}),
@@ -181,6 +189,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"balance_pictures": True}, {}, VL),
     ("train", {"balance_pictures": True}, {**VL, "facts": Facts(data_ranks=1)}, {**VL, "facts": Facts(data_ranks=2)}),
     ("train", {"distributed_timeout": 9}, {"facts": Facts(ranks=1)}, {"facts": Facts(ranks=2)}),
+    ("train", {"quantization_algorithm": "gptq", "quantization_damping": 0.1}, {}, None),
+    ("export", {"quantization_algorithm": "gptq", "quantization_calibration_path": "a"}, {}, {"quantization": "wint4"}),
+    ("export", {"quantization_calibration_type": "text", "quantization_calibration_samples": 9}, W4, CALIBRATED),
+    ("export", {"quantization_damping": 0.1, "quantization_act_order": False}, CALIBRATED, {**CALIBRATED, **GPTQ}),
+    ("export", {"quantization_smoothing": 0.8}, CALIBRATED, SMOOTH),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
     ("chat", {"data_parallel_degree": 2}, {}, None),

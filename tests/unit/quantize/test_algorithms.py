@@ -75,7 +75,7 @@ def test_a_matrix_that_is_not_rounded_has_no_say():
 
 
 def test_smoothing_equalises_ranges():
-    """At strength 0.5 the largest activation and the largest weight of each input become equal (the paper's figure 5)."""
+    """At strength 0.5 the largest activation and the largest weight of each input become equal (figure 5)."""
     weight, inputs = layer()
     weight[:, 5], inputs[:, 9] = 0, 0
     scale = smoothing_scale(np.abs(inputs).max(axis=0), [weight[:30], weight[30:]])

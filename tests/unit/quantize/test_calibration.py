@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 from erniekit import config
 from erniekit.models.config import ModelConfig
@@ -59,7 +60,7 @@ def test_text_records_and_plain_text(directory, tmp_path, said):
 
 
 def test_what_is_wrong_is_named(directory, tmp_path, said):
-    with pytest.raises(DataError, match="quantization_calibration_path: .*absent"):
+    with pytest.raises(DataError, match=r"quantization_calibration_path: .*absent"):
         read(directory, tmp_path / "absent.jsonl")
     (tmp_path / "short.txt").write_text("the cat\n")
     with pytest.raises(DataError, match=r"short.txt has \d+ tokens; a model of width 32 needs at least 8"):
@@ -79,3 +80,12 @@ def test_another_tokenizer(directory, tmp_path):
     (tmp_path / "a.txt").write_text(SENTENCE)
     with pytest.raises(CheckpointError, match="Use the tokenizer that belongs to this model"):
         read(small, tmp_path / "a.txt")
+
+
+def test_records_with_pictures(tmp_path):
+    """Rows have both modalities, and the pixels of their pictures."""
+    directory = vision_model_directory(tmp_path / "model")
+    path = write_lines(tmp_path / "data.jsonl", picture_records(tmp_path))
+    found = read(directory, path, length=256, type="messages")
+    assert all({0, 1} <= set(batch.modality.tolist()) for batch in found.batches)
+    assert all(len(batch.pictures.patches) for batch in found.batches)

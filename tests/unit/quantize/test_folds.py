@@ -63,7 +63,8 @@ def scale(size, seed):
 
 
 def every_layer(model):
-    for model.number in range(model.config.num_hidden_layers):
+    for number in range(model.config.num_hidden_layers):
+        model.number = number
         yield layer_matrices(model.config, model.config.is_moe_layer(model.number))
 
 

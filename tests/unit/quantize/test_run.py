@@ -126,9 +126,8 @@ def test_gptq_has_less_error_than_rounding(directory, tmp_path):
     rounded = quantised(directory, tmp_path / "b", algorithm="rtn")
     for batches in (rows(), rows(seed=1)):
         exact = last_hidden(plain(directory), batches)
-        errors = [
-            np.linalg.norm(last_hidden(assembled(directory, each), batches) - exact) for each in (result, rounded)
-        ]
+        outputs = [last_hidden(assembled(directory, each), batches) for each in (result, rounded)]
+        errors = [np.linalg.norm(output - exact) for output in outputs]
         assert errors[0] < 0.9 * errors[1]
     for name, (codes, scales) in all_codes(directory, rounded).items():
         weight = ModelReader(directory).reader.read(f"{name}.weight")
@@ -252,5 +251,5 @@ def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
                 value[3, 3] = np.nan
             return value
 
-    with pytest.raises(CheckpointError, match="layer 1 cannot be quantised: .*o_proj"):
+    with pytest.raises(CheckpointError, match=r"layer 1 cannot be quantised: .*o_proj"):
         calibrate(reader.config, Damaged(), rows(), scheme(), AlgorithmOptions(), tmp_path / "work", {})

@@ -1,0 +1,42 @@
+"""Keys of a quantised export that another key makes pointless (see pointless.py)."""
+
+from erniekit.config.pointless_rule import Rule, always
+
+_EXPORT = "quantization_eval quantization_first_layers quantization_algorithm quantization_calibration_path"
+_CALIBRATION = (
+    "quantization_calibration_type quantization_calibration_samples quantization_calibration_length "
+    "quantization_calibrate_all_experts quantization_damping quantization_act_order quantization_smoothing"
+)
+
+QUANTIZATION_RULES = [
+    Rule(
+        f"{_EXPORT} {_CALIBRATION}",
+        always,
+        "read only by export",
+        ("train", "eval", "chat", "split"),
+    ),
+    Rule(
+        f"{_EXPORT} {_CALIBRATION}",
+        lambda c, f: c.quantization == "none",
+        "quantization is none",
+        ("export",),
+    ),
+    Rule(
+        _CALIBRATION,
+        lambda c, f: c.quantization_calibration_path is None,
+        "quantization_calibration_path is not given",
+        ("export",),
+    ),
+    Rule(
+        "quantization_damping quantization_act_order",
+        lambda c, f: c.quantization_algorithm != "gptq",
+        "read only with quantization_algorithm: gptq",
+        ("export",),
+    ),
+    Rule(
+        "quantization_smoothing",
+        lambda c, f: c.quantization_algorithm != "smoothquant",
+        "read only with quantization_algorithm: smoothquant",
+        ("export",),
+    ),
+]
