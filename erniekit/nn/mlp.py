@@ -102,9 +102,12 @@ def _half(weight: paddle.Tensor, group: int, half: int) -> tuple[int, int]:
 
 
 def gated(projection: Projection, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
-    """swiglu(projection(x)): [..., in] -> [..., F]. Of experts, `counts` are the rows of each, sorted by expert."""
+    """swiglu(projection(x)): [..., in] -> [..., F]. Of experts, `counts` are the rows of each, sorted by expert.
+
+    The steps of the graph do not depend on the number of rows, which may be none: see moe.all_to_all.permute.
+    """
     weight = projection.lone_weight
-    if weight is None or not (cpu_ops.applies(x) and cpu_ops.applies(weight)):
+    if weight is None or not (cpu_ops.knows(x) and cpu_ops.applies(weight)):
         return swiglu(projection(x) if counts is None else projection(x, counts))
     rows = x.reshape([-1, x.shape[-1]])
     made = _GatedProducts.apply(rows, weight, [rows.shape[0]] if counts is None else counts)
