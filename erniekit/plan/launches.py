@@ -87,15 +87,15 @@ _SPARSE_STATISTICS = _table("clip 1 log 1 multiply 1 sum 1")  # the entropy of t
 _RECOMPUTED_SPARSE = _table("full_like 4")  # gradients of what a layer returns beside its output
 # The same by plain operations.
 _PLAIN_DENSE = _table(
-    """cast 28 matmul 18 scale 8 multiply 13 concat 7 gather 6 multiply_grad 5 full 4 add 4 matmul_grad 4 square 2
+    """cast 28 matmul 16 scale 8 multiply 13 concat 3 gather 6 multiply_grad 5 add 4 matmul_grad 4 square 2 subtract 2
     mean 2 rsqrt 2 rsqrt_grad 2 mean_grad 2 square_grad 2 add_grad 2 as_complex 2 as_real 2 softmax 2 silu 1 silu_grad 1
-    conj 1"""
+    sum 2"""
 )
 _PLAIN_SPARSE = _table(
-    """cast 40 matmul 20 scale 9 multiply 18 concat 13 gather 15 multiply_grad 6 full 7 matmul_grad 5 add 8 add_grad 3
-    softmax 3 clip 2 sum 2 expand 2 square 2 mean 2 rsqrt 2 rsqrt_grad 2 mean_grad 2 square_grad 2 silu 2 silu_grad 2
+    """cast 40 matmul 18 scale 9 multiply 18 concat 9 gather 15 multiply_grad 6 full 3 matmul_grad 5 add 8 add_grad 3
+    softmax 3 clip 2 sum 4 subtract 2 expand 2 square 2 mean 2 rsqrt 2 rsqrt_grad 2 mean_grad 2 square_grad 2 silu 2 silu_grad 2
     as_complex 2 as_real 2 stack 2 log 1 divide 1 divide_grad 1 clip_grad 1 sum_grad 1 take_along_axis 1
-    take_along_axis_grad 1 expand_grad 1 softmax_grad 1 topk 1 conj 1"""
+    take_along_axis_grad 1 expand_grad 1 softmax_grad 1 topk 1"""
 )
 _PLAIN_EXPERT = _table("matmul 6")  # two projections, forward and for both gradients
 # One router and microbatch.

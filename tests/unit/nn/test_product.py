@@ -40,7 +40,9 @@ def pair(kind: str) -> tuple[CausalLM, CausalLM]:
 
 @KINDS
 def test_it_replaces_every_matrix_product_of_the_layers(kind: str):
-    """Powers of two are exact: the same logits bit by bit, and half the gradient of the weights."""
+    """Powers of two are exact: the same logits bit by bit, and half the gradient of the weights, which sum in another
+    order where gate and up are products of their own: an fp32 unit of the largest gradients, of about 100, is 1e-5.
+    """
     plain, model = pair(kind)
     assert describe(model) == f"{len(products(model))} projections multiply in scaled" and not held_weights(model)
     for each in (plain, model):
@@ -51,7 +53,7 @@ def test_it_replaces_every_matrix_product_of_the_layers(kind: str):
         assert product.calls.item() == 2.0, name
         np.testing.assert_array_equal(product.dense(projection.weight), expected[name].numpy(), name)
         np.testing.assert_allclose(
-            projection.weight.grad.numpy() * 2, expected[name].grad.numpy(), rtol=1e-5, atol=1e-5
+            projection.weight.grad.numpy() * 2, expected[name].grad.numpy(), rtol=1e-5, atol=5e-5
         )
         assert np.isfinite(product.scale.grad.numpy()).all()
 
