@@ -93,8 +93,8 @@ _PLAIN_DENSE = _table(
 )
 _PLAIN_SPARSE = _table(
     """cast 40 matmul 18 scale 9 multiply 18 concat 9 gather 15 multiply_grad 6 full 3 matmul_grad 5 add 8 add_grad 3
-    softmax 3 clip 2 sum 4 subtract 2 expand 2 square 2 mean 2 rsqrt 2 rsqrt_grad 2 mean_grad 2 square_grad 2 silu 2 silu_grad 2
-    as_complex 2 as_real 2 stack 2 log 1 divide 1 divide_grad 1 clip_grad 1 sum_grad 1 take_along_axis 1
+    softmax 3 clip 2 sum 4 subtract 2 expand 2 square 2 mean 2 rsqrt 2 rsqrt_grad 2 mean_grad 2 square_grad 2 silu 2
+    silu_grad 2 as_complex 2 as_real 2 stack 2 log 1 divide 1 divide_grad 1 clip_grad 1 sum_grad 1 take_along_axis 1
     take_along_axis_grad 1 expand_grad 1 softmax_grad 1 topk 1"""
 )
 _PLAIN_EXPERT = _table("matmul 6")  # two projections, forward and for both gradients
