@@ -60,8 +60,8 @@ def main() -> None:
     scales = timed("scales with clip search", size, lambda: choose_scales(weight, spec, True, found.mean_square))
     factor = timed("gptq: factor of H", size, lambda: factorise(hessian))
     codes = timed("gptq: codes", size, lambda: gptq(weight, factor, scales, spec))  # type: ignore[arg-type]
-    sampled = [Weighed(weight, found.sample, 1.0, spec)]
-    timed("awq: search, 20 ratios", size, lambda: search(lambda: sampled, found.mean_abs))
+    sampled = [Weighed(weight, found.sample, 1.0, spec, True)]
+    timed("awq: search, 10 ratios", size, lambda: search(lambda: sampled, found.mean_abs))
     timed("smoothquant: scale", size, lambda: smoothing_scale(found.max_abs, [weight]))
     compensated = decode(codes, scales, spec)  # type: ignore[arg-type]
     plain_error, error = (np.linalg.norm(inputs @ (each - weight).T) for each in (rounded, compensated))

@@ -27,6 +27,12 @@ class QuantizationArgs:
     quantization_group_size: int | None = key(
         None, "Inputs that share a scale in 4 bits; null: 128, 64 or 32, the first that the model's sizes allow.", ge=8
     )
+    quantization_first_layers: int | None = key(
+        None,
+        "wint2: the number of first layers, counted with dense ones, whose experts have 4 bits; null: 7 of 54 in "
+        "proportion, as in the published 300B-A47B model.",
+        ge=0,
+    )
     quantization_clip_search: bool = key(
         True, "Choose the scales of 4-bit codes by their error, instead of by the largest weight."
     )

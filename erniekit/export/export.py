@@ -61,7 +61,8 @@ def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quan
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
         return RoundToNearest(cfg.quantization_clip_search)
 
-    return Quantisation(cfg.quantization, Options(cfg.quantization_group_size), quantiser)
+    options = Options(cfg.quantization_group_size, cfg.quantization_first_layers)
+    return Quantisation(cfg.quantization, options, quantiser)
 
 
 def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:

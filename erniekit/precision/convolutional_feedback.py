@@ -9,6 +9,9 @@ the mean square. Let H = (I + U) D (I + U)^T with blocks of four inputs: U above
 so each block, from the first to the last, is the nearest point to t_k in the metric D_k.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
 from erniekit.precision.convolutional_code import (
@@ -25,40 +28,46 @@ from erniekit.precision.convolutional_code import (
     round_super_scales,
 )
 
-DAMPING = 0.01  # of the mean of the diagonal, added to it: GPTQ's
 _ROUNDS = 2  # of encoding with a super scale and fitting the super scale
+_ATTEMPTS = 4  # how often the damping is multiplied by 10
 
 
-def encode_with_feedback(
-    weight: np.ndarray, moments: np.ndarray, damping: float = DAMPING
-) -> tuple[np.ndarray, Scales]:
-    """weight [out, in] fp32 and second moments [in, in] of its inputs (a common factor does not matter) -> bytes uint8
-    [out, in / 4] and scales, which make e H e^T of each channel small.
+@dataclass(frozen=True)
+class BlockFactor:
+    """H = (I + U) D (I + U)^T of the inputs of a matrix. `moments` [in, in] fp32: H with damping, divided by the mean
+    of its diagonal; `upper` [in, in] fp32: U; `metrics` [in / 4, 4, 4] fp64: the blocks of D; `damping`: what was used.
+    """
 
-    Raises ValueError where a weight or a moment is not finite, and numpy.linalg.LinAlgError where the moments with
-    `damping` are not positive definite.
+    moments: np.ndarray
+    upper: np.ndarray
+    metrics: np.ndarray
+    damping: float
+
+
+def factorise_blocks(moments: np.ndarray, damping: float = 0.01) -> BlockFactor | None:
+    """The factor of the second moments [in, in] of inputs, up to a constant. `damping`: this share of the mean of the
+    diagonal is added to it, ten times as much each time where the sum is not positive definite. None where no damping
+    suffices, or no input differs from 0. Raises ValueError where a moment is not finite.
     """
     if not np.isfinite(moments).all():
-        raise ValueError("a second moment of the inputs is not finite")
-    damped = np.asarray(moments, np.float64).copy()
-    mean = float(np.trace(damped)) / len(damped)
-    damped /= mean if mean > 0 else 1
-    damped[np.diag_indices_from(damped)] += damping if mean > 0 else 1
-    upper, metrics = block_factors(damped)
-    scales = choose_scales(weight, np.diag(damped))
-    damped, best = damped.astype(np.float32), None
-    for _ in range(_ROUNDS):
-        words, scales, losses = _encoded(weight, scales, upper, metrics)
-        best = (words, scales, losses) if best is None else _better(best, (words, scales, losses))
-        scales = _with_fitted_super_scales(weight, words, scales, damped)
-    assert best is not None
-    return best[0], best[1]
+        raise ValueError("the calibration inputs are not finite")
+    mean = float(np.trace(moments)) / len(moments)
+    if mean <= 0:
+        return None
+    for attempt in range(_ATTEMPTS):
+        share = damping * 10**attempt if damping else (0.0, 0.01, 0.1, 1.0)[attempt]
+        damped = moments / mean
+        damped[np.diag_indices_from(damped)] += share
+        try:
+            upper, metrics = _block_factors(damped)
+        except np.linalg.LinAlgError:
+            continue
+        return BlockFactor(damped.astype(np.float32), upper, metrics, share)
+    return None
 
 
-def block_factors(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """moments [in, in] fp64, positive definite -> U [in, in] fp32 (zeros on and below its diagonal blocks) and D
-    [in / 4, 4, 4] fp64.
-    """
+def _block_factors(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """moments [in, in] fp64 -> U [in, in] fp32 and D [in / 4, 4, 4] fp64; LinAlgError if not positive definite."""
     # The Cholesky factor of the reversed matrix, reversed: H = R R^T with R upper triangular.
     upper = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
     blocks = range(0, len(upper), WORD)
@@ -69,12 +78,33 @@ def block_factors(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return factors, diagonal @ diagonal.transpose(0, 2, 1)
 
 
-def _encoded(
-    weight: np.ndarray, scales: Scales, upper: np.ndarray, metrics: np.ndarray
-) -> tuple[np.ndarray, Scales, np.ndarray]:
-    """Bytes [out, in / 4], scales with the local scales chosen again from the targets at the start of each group, and
-    the losses [out] in fp64, all with the super scales of `scales`.
+def encode_with_feedback(weight: np.ndarray, factor: BlockFactor) -> tuple[np.ndarray, Scales]:
+    """weight [out, in] fp32 -> bytes uint8 [out, in / 4] and scales, which make e H e^T of each channel small. Raises
+    ValueError where a weight is not finite.
     """
+    scales = choose_scales(weight, np.diag(factor.moments))
+    best: _Result | None = None
+    for _ in range(_ROUNDS):
+        result = _encoded(weight, scales, factor)
+        best = result if best is None else _better(best, result)
+        scales = _with_fitted_super_scales(weight, result, factor.moments)
+    assert best is not None
+    return best.words, best.scales
+
+
+class _Result(NamedTuple):
+    """Bytes [out, in / 4], their scales, and the losses e H e^T [out] fp64."""
+
+    words: np.ndarray
+    scales: Scales
+    losses: np.ndarray
+
+
+def _encoded(weight: np.ndarray, scales: Scales, factor: BlockFactor) -> _Result:
+    """The bytes with the super scales of `scales`, and local scales chosen again at the start of each group for the
+    targets there, which differ more from one another than the weights.
+    """
+    upper, metrics = factor.upper, factor.metrics
     targets, errors = weight.astype(np.float32), np.empty(weight.shape, np.float32)
     words = np.empty((len(weight), weight.shape[1] // WORD), np.uint8)
     local, losses = np.empty_like(scales.local_scales), np.zeros(len(weight))
@@ -94,7 +124,7 @@ def _encoded(
             errors[:, inputs] = weight[:, inputs] - chosen
             targets[:, i + WORD : end] += errors[:, inputs] @ upper[inputs, i + WORD : end]
         targets[:, end:] += errors[:, begin:end] @ upper[begin:end, end:]
-    return words, Scales(local, scales.super_scales, scales.code_scale, scales.code_zp), losses
+    return _Result(words, Scales(local, scales.super_scales, scales.code_scale, scales.code_zp), losses)
 
 
 def _local_scales(targets: np.ndarray, super_scales: np.ndarray, importance: np.ndarray) -> np.ndarray:
@@ -104,27 +134,27 @@ def _local_scales(targets: np.ndarray, super_scales: np.ndarray, importance: np.
     return choose_local_scales(targets[:, None], super_scales, importance[None], steps)[0][:, 0]
 
 
-def _with_fitted_super_scales(weight: np.ndarray, words: np.ndarray, scales: Scales, moments: np.ndarray) -> Scales:
-    """`scales` with the super scale s of each channel that makes (w - s y) H (w - s y)^T least, for the points y that
-    were chosen.
+def _with_fitted_super_scales(weight: np.ndarray, result: _Result, moments: np.ndarray) -> Scales:
+    """The scales of `result` with the super scale s of each channel that makes (w - s y) H (w - s y)^T least, for the
+    points y that were chosen.
     """
+    scales = result.scales
     ones = np.ones_like(scales.super_scales)
-    y = decode(words, Scales(scales.local_scales, ones, scales.code_scale, scales.code_zp))
+    y = decode(result.words, Scales(scales.local_scales, ones, scales.code_scale, scales.code_zp))
     weighted = y @ moments
     along, length = np.einsum("ni,ni->n", weight, weighted), np.einsum("ni,ni->n", y, weighted)
     fitted = np.divide(along, length, out=scales.super_scales.copy(), where=(length > 0) & (along > 0))
     return Scales(scales.local_scales, round_super_scales(fitted), scales.code_scale, scales.code_zp)
 
 
-def _better(
-    first: tuple[np.ndarray, Scales, np.ndarray], second: tuple[np.ndarray, Scales, np.ndarray]
-) -> tuple[np.ndarray, Scales, np.ndarray]:
+def _better(first: _Result, second: _Result) -> _Result:
     """Of each channel the result with the smaller loss."""
-    take = second[2] < first[2]
+    take = second.losses < first.losses
     scales = Scales(
-        np.where(take[:, None], second[1].local_scales, first[1].local_scales),
-        np.where(take, second[1].super_scales, first[1].super_scales),
-        first[1].code_scale,
-        first[1].code_zp,
+        np.where(take[:, None], second.scales.local_scales, first.scales.local_scales),
+        np.where(take, second.scales.super_scales, first.scales.super_scales),
+        first.scales.code_scale,
+        first.scales.code_zp,
     )
-    return np.where(take[:, None], second[0], first[0]), scales, np.where(take, second[2], first[2])
+    words = np.where(take[:, None], second.words, first.words)
+    return _Result(words, scales, np.where(take, second.losses, first.losses))

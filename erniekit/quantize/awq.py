@@ -3,7 +3,7 @@ rounded, and the scale is folded into the operation in front (quantize/folds.py)
 
 For every ratio r of a grid, s = mean|x|^r / mean|w|^(1-r), where |w| is relative to the largest of its scale's tile,
 and the error of the outputs of all matrices that share the inputs decides. s = 1 is among the candidates, so that the
-result is never worse than plain rounding on the inputs that were searched with.
+result is never worse than rounding to nearest on the inputs that were searched with.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,19 +13,21 @@ import numpy as np
 
 from erniekit.precision.codes import CodeSpec, choose_scales, decode, encode
 
-NUM_RATIOS = 20
+NUM_RATIOS = 10
 _SMALLEST = 1e-4
 
 
 class Weighed(NamedTuple):
-    """A matrix [out, in] with inputs [n, in] on which its error is measured, and how much that error counts: the number
-    of calibration tokens that these inputs stand for, over n. `spec` None: the matrix is not rounded.
+    """A matrix [out, in] with inputs [n, in] on which its error is measured, and how much that error counts: the
+    number of calibration tokens that these inputs stand for, over n. `spec` None: the matrix is not rounded.
+    `clip_search`: its scales are searched (codes.choose_scales), as they will be in the end.
     """
 
     weight: np.ndarray
     inputs: np.ndarray
     tokens_per_input: float
     spec: CodeSpec | None
+    clip_search: bool = False
 
 
 class Search(NamedTuple):
@@ -82,7 +84,7 @@ def _candidate(mean_abs: np.ndarray, relative: np.ndarray, ratio: float) -> np.n
 def _mean_relative_weight(matrices: Iterable[Weighed], num_in: int) -> np.ndarray:
     """For each input the mean over all its weights of |w| over the largest magnitude of its tile [in] fp64."""
     total, count = np.zeros(num_in), 0
-    for weight, _, _, spec in matrices:
+    for weight, _, _, spec, _ in matrices:
         if spec is None:
             continue
         tile = spec.tile((len(weight), num_in))[1]
@@ -96,12 +98,12 @@ def _mean_relative_weight(matrices: Iterable[Weighed], num_in: int) -> np.ndarra
 
 def _error(matrix: Weighed, scale: np.ndarray) -> float:
     """Squared error of the outputs when the weights times `scale` are rounded and divided again."""
-    weight, inputs, _, spec = matrix
+    weight, inputs, _, spec, clip_search = matrix
     assert spec is not None
     scale = scale.astype(np.float32)
-    scaled = weight * scale
-    steps = choose_scales(scaled, spec)
+    scaled, inputs = weight * scale, inputs / scale
+    steps = choose_scales(scaled, spec, clip_search, np.square(inputs).mean(axis=0) if clip_search else None)
     rounded = decode(encode(scaled, steps, spec), steps, spec)
     rounded -= scaled
-    difference = (inputs / scale) @ rounded.T
+    difference = inputs @ rounded.T
     return float(np.einsum("no,no->", difference, difference, dtype=np.float64))

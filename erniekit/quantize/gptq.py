@@ -59,6 +59,7 @@ def factorise(hessian: np.ndarray, damping: float = 0.01, act_order: bool = True
     # U is upper triangular and the Cholesky factor lower: both orders are reversed before and after it.
     reversed_order = order[::-1]
     permuted = hessian[np.ix_(reversed_order, reversed_order)]
+    del hessian  # freed here if the caller has given it away
     share = damping
     for _ in range(_ATTEMPTS):
         np.fill_diagonal(permuted, diagonal[reversed_order] + share * mean)

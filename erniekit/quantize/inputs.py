@@ -40,6 +40,12 @@ class InputStatistics:
         self.sample = np.concatenate([self.sample, rows[chosen]])
         self.count += len(rows)
 
+    def pop_hessian(self) -> np.ndarray:
+        """H, which this object no longer keeps: it is large, and factoring needs the memory."""
+        hessian, self.hessian = self.hessian, None
+        assert hessian is not None
+        return hessian
+
     @property
     def mean_abs(self) -> np.ndarray:
         """Mean magnitude of each input [in] fp64."""

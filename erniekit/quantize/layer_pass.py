@@ -17,7 +17,7 @@ from erniekit.data.packed_batch import Modality, PackedBatch
 from erniekit.models.inputs import head_layout
 from erniekit.moe.layer import TEXT, VISION
 from erniekit.precision.codes import CodeSpec, choose_scales, encode
-from erniekit.precision.convolutional_feedback import encode_with_feedback
+from erniekit.precision.convolutional_feedback import BlockFactor, encode_with_feedback, factorise_blocks
 from erniekit.quantize import awq, folds
 from erniekit.quantize.algorithm import AlgorithmOptions
 from erniekit.quantize.folds import Block, LayerMatrices, LayerWeight, layer_matrices
@@ -39,7 +39,7 @@ class Sink(Protocol):
         """The matrices of the file that a weight becomes; none where it is not quantised."""
         ...
 
-    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
+    def write(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """Keep codes and scales (see precision.codes). Weights come in the order of `quantised_weights`."""
         ...
 
@@ -175,7 +175,8 @@ class LayerPass:
             rows = list(self._layer.normed_rows(self._hidden, chosen))
             inputs = np.concatenate(rows) if rows else np.empty((0, self._hidden.shape[1]), np.float32)
             weight = np.ascontiguousarray(self._layer.get(block.up_gate).T)
-            yield awq.Weighed(weight, inputs, len(tokens) / max(len(inputs), 1), self._spec(block.up_gate))
+            spec, share = self._spec(block.up_gate), len(tokens) / max(len(inputs), 1)
+            yield awq.Weighed(weight, inputs, share, spec, self._searches(spec))
 
     def _route(self, report: LayerReport | None) -> None:
         """Find the experts of every token."""
@@ -259,7 +260,12 @@ class LayerPass:
 
     def _weighed(self, weight: LayerWeight, statistics: InputStatistics) -> list[awq.Weighed]:
         matrix = np.ascontiguousarray(self._layer.get(weight).T)
-        return [awq.Weighed(matrix, statistics.sample, 1.0, self._spec(weight))]
+        spec = self._spec(weight)
+        return [awq.Weighed(matrix, statistics.sample, 1.0, spec, self._searches(spec))]
+
+    def _searches(self, spec: CodeSpec | None) -> bool:
+        """Whether scales are searched: those of few bits, where it matters."""
+        return self._options.clip_search and spec is not None and spec.kind == "int" and spec.bits <= 4
 
     def _quantise(
         self,
@@ -281,33 +287,38 @@ class LayerPass:
                 codes, scales = self._codes(matrix.codec.rotated(original), statistics, factor, matrix.codec.spec)
             except ValueError as error:
                 raise ValueError(f"{matrix.name}: {error}") from None
-            self._sink.take(matrix, codes, scales)
+            self._sink.write(matrix, codes, scales)
             restored = matrix.codec.restored(codes, scales)
             count = statistics.count if tokens is None else tokens
             report.matrices.append(_error_of(matrix, original, restored, statistics, count, note))
             matrix.piece.insert(_out_in(matrix, restored), whole)
         self._layer.put(weight, whole)
 
-    def _factor(self, statistics: InputStatistics, spec: CodeSpec, note: str) -> tuple[Factor | None, str]:
-        """The factor of H for GPTQ, and the note about the matrix. The 2-bit code factors H by itself."""
-        if statistics.hessian is None or not statistics.count or spec.kind == "convolutional":
+    def _factor(
+        self, statistics: InputStatistics, spec: CodeSpec, note: str
+    ) -> tuple[Factor | BlockFactor | None, str]:
+        """The factor of H for GPTQ, by blocks for the 2-bit code, and the note about the matrix."""
+        if statistics.hessian is None or not statistics.count:
             return None, note
-        factor = factorise(statistics.hessian, self._options.damping, self._options.act_order)
-        statistics.hessian = None  # it is large, and its copy in the factor is enough
+        damping, act_order = self._options.damping, self._options.act_order
+        factor: Factor | BlockFactor | None
+        if spec.kind == "convolutional":
+            factor = factorise_blocks(statistics.pop_hessian(), damping)
+        else:
+            factor = factorise(statistics.pop_hessian(), damping, act_order)
         return factor, note if factor is not None else "rtn: its inputs have no positive definite H"
 
     def _codes(
-        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | None, spec: CodeSpec
+        self, weight: np.ndarray, statistics: InputStatistics, factor: Factor | BlockFactor | None, spec: CodeSpec
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales of what is quantised of a matrix [out, in]."""
-        if spec.kind == "convolutional" and statistics.hessian is not None and statistics.count:
-            codes, found = encode_with_feedback(weight, statistics.hessian, self._options.damping)
+        if isinstance(factor, BlockFactor):
+            codes, found = encode_with_feedback(weight, factor)
             return codes, found.to_array()
         importance = None
         if statistics.count:
             importance = statistics.mean_square.astype(np.float32)
-        search = self._options.clip_search and spec.kind == "int" and spec.bits == 4
-        scales = choose_scales(weight, spec, search, importance)
+        scales = choose_scales(weight, spec, self._searches(spec), importance)
         return encode(weight, scales, spec) if factor is None else gptq(weight, factor, scales, spec), scales
 
     def _summarise(self, report: LayerReport) -> None:

@@ -2,11 +2,12 @@
 
 Peak memory on the host, without that of Python, Paddle and the file's header, is the largest over the decoder layers of
 
-  4 (P + T D + C (D + 2 W) + 4 M) + 40 I^2
+  4 (P + T D + C (D + 2 W) + 4 M) + 8 k I^2
 
 P weights of the layer (fp32), T calibration tokens, D the width of the model, C tokens of a chunk, W the widest product
-and M the weights of the largest matrix of the layer, I the most inputs of one (in fp64: its H, that of all tokens, the
-damped H, and the factor with LAPACK's copy; only for GPTQ). `peak_bytes` computes it.
+and M the weights of the largest matrix of the layer, I the most inputs of one. k, only for GPTQ, counts matrices in
+fp64: the damped H, its factor and LAPACK's copy are 3; a sparse layer also keeps the H of all tokens, and with codes of
+2 bits that of the expert, 5. `peak_bytes` computes it.
 """
 
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def calibrate(
                 report = run.run(number)
             except ValueError as error:
                 raise CheckpointError(f"layer {number} cannot be quantised: {error}.") from None
-            sink.take_folded(layer)
+            sink.write_folded(layer)
         store.finish(report, hidden_TD)
         del layer, run
     return CalibratedModel(store, config)
@@ -155,12 +156,12 @@ class _LayerSink:
         """See Sink."""
         return self._scheme.matrices(self._logicals[weight])
 
-    def take(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
+    def write(self, matrix: Matrix, codes: np.ndarray, scales: np.ndarray) -> None:
         """See Sink."""
         self.writer.write(f"{matrix.name}.codes", stored_codes(codes, matrix.codec.spec))
         self.writer.write(f"{matrix.name}.scales", scales)
 
-    def take_folded(self, layer: OneLayer) -> None:
+    def write_folded(self, layer: OneLayer) -> None:
         """Write the weights without codes, if the algorithm folds."""
         for place in self._plain:
             self.writer.write(_stored_name(self._logicals[place]), layer.get(place))
@@ -201,5 +202,6 @@ def peak_bytes(config: ModelConfig, options: AlgorithmOptions, num_tokens: int) 
         chunk = min(CHUNK, num_tokens) * (config.hidden_size + 2 * widest)
         elements = sum(prod(each.shape) for each in logicals) + num_tokens * config.hidden_size + chunk
         elements += 4 * max(prod(shape) for shape in matrices)
-        peak = max(peak, 4 * elements + (40 * most_in**2 if options.algorithm == "gptq" else 0))
+        squares = (5 if any(each.index is not None for each in logicals) else 3) if options.algorithm == "gptq" else 0
+        peak = max(peak, 4 * elements + 8 * squares * most_in**2)
     return peak

@@ -20,8 +20,8 @@ from erniekit.utils.errors import ConfigError
 
 # Numbers of inputs that share a scale, the preferred one first: what vLLM's kernels take.
 GROUPS = (128, 64, 32)
-# The last layer of wint2 whose experts have 4 bits, as in the published 300B-A47B model of 54 layers.
-_WINT2_FIRST_LAYERS = 6
+# The share of layers, the first ones, whose experts have 4 bits in wint2: that of the published 300B-A47B model.
+_WINT2_FIRST_LAYERS = 7 / 54
 _FASTDEPLOY, _VLLM = "FastDeploy on CUDA (not run here)", "vLLM (not run here)"
 _BOTH = f"transformers, {_VLLM}"
 
@@ -51,9 +51,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Options:
-    """`group`: the number of inputs that share a scale in 4 bits; None: chosen by the model's sizes."""
+    """`group`: the number of inputs that share a scale in 4 bits; None: chosen by the model's sizes. `first_layers`: of
+    wint2, the number of layers whose experts have 4 bits; None: 7 of 54 in proportion.
+    """
 
     group: int | None = None
+    first_layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ def scheme_for(name: str, format: Format, config: ModelConfig, options: Options 
         formats = [known for scheme, known in SCHEMES if scheme == name]
         cure = f"; set format: {' or '.join(formats)}" if formats else ""
         raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}{cure}")
+    if options.first_layers is not None and name != "wint2":
+        raise ConfigError(
+            f"quantization_first_layers: {options.first_layers}: of use with quantization: wint2 only, not {name}: "
+            "remove it"
+        )
     scheme = make(config, options)
     for matrix in scheme.every_matrix(config):
         reason = matrix.codec.unfit(matrix.shape)
@@ -235,7 +243,7 @@ def _fd_wint2(config: ModelConfig, options: Options) -> Scheme:
     _refuse_vision(config, "wint2")
     _refuse_group(options, "wint2")
     _require_experts(config, "wint2", "wint4")
-    last = min(_WINT2_FIRST_LAYERS, config.num_hidden_layers - 2)
+    last = _wint2_first_layers(config, options) - 1
 
     def codec_of(logical: Logical, place: Place) -> Codec:
         if place.role not in EXPERTS:
@@ -243,8 +251,20 @@ def _fd_wint2(config: ModelConfig, options: Options) -> Scheme:
         return fastdeploy.WINT4 if place.layer <= last else wint2_codec.CODEC
 
     said = settings.wint2(last, config.num_hidden_layers - 1)
-    method = f"experts 2-bit codes from layer {last + 1} on, 4 bits before; the others 8 bits"
+    method = f"experts 2-bit codes from layer {last + 1} on (counted from 0), 4 bits before; the others 8 bits"
     return Scheme("wint2", "paddle", codec_of, said, method, _FASTDEPLOY)
+
+
+def _wint2_first_layers(config: ModelConfig, options: Options) -> int:
+    """The number of layers, counted with dense ones, whose experts have 4 bits."""
+    layers = config.num_hidden_layers
+    first = round(_WINT2_FIRST_LAYERS * layers) if options.first_layers is None else options.first_layers
+    if not any(config.is_moe_layer(layer) for layer in range(first, layers)):
+        raise ConfigError(
+            f"quantization: wint2: none of the {layers} layers has experts behind the first {first}, so nothing would "
+            "have 2 bits: set a smaller quantization_first_layers, or quantization: wint4/8"
+        )
+    return first
 
 
 def _refuse_vision(config: ModelConfig, name: str) -> None:

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import paddle
 import pytest
+from support.adapters import attach_random
 from support.tiny_directories import model_directory, write_lines
 
 from erniekit import config
 from erniekit.build import load_model
 from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.export.export import export
 from erniekit.quantize import layer_pass
 from erniekit.quantize.calibrated import WORK_DIRECTORY
@@ -65,6 +67,19 @@ def test_the_directory_is_a_model_near_the_checkpoint(checkpoint, tmp_path, data
     assert sum(report.calibration["layers"][1]["expert_tokens"][0]) == 2 * report.calibration["tokens"]
     json.dumps(report.calibration)
     assert not (tmp_path / WORK_DIRECTORY).exists()
+
+
+def test_an_adapter_is_merged_before_the_calibration(checkpoint, tmp_path, data):
+    """The same bytes as from the merged model in fp32."""
+    model = attach_random(load_model(checkpoint))
+    save_adapter(model, tmp_path / "adapter")
+    merged = {"quantization": None, "quantization_algorithm": None, "quantization_calibration_path": None}
+    base = {"model_name_or_path": str(checkpoint), "tokenizer_name_or_path": str(checkpoint)}
+    export(keys(tmp_path / "adapter", tmp_path / "merged", data, **base, **merged))
+    export(keys(tmp_path / "adapter", tmp_path / "a", data, **base, quantization_algorithm="awq"))
+    export(keys(tmp_path / "merged" / "export", tmp_path / "b", data, quantization_algorithm="awq"))
+    files = [tmp_path / each / "export" / "model.safetensors" for each in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_interrupted_export_continues(checkpoint, tmp_path, data, monkeypatch):

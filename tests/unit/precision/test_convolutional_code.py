@@ -98,13 +98,13 @@ def test_words_are_the_nearest_of_all():
 
 
 def test_error_on_normal_weights():
-    """At most 33.5 %, as the documentation states. Plain 2-bit codes with 64 inputs a scale leave 38 % with the best
-    scales and 51 % with the largest weight kept, the best scalar code 34.3 %; 25 % is the bound of information theory
-    for 2 bits a normal number. The spread of a matrix of 262144 is 0.0003.
+    """At most 32.5 %, as the documentation states (32.36 % measured). Plain 2-bit codes with 64 inputs a scale leave
+    38 % with the best scales and 51 % with the largest weight kept, the best scalar code 34.3 %; 25 % is the bound of
+    information theory for 2 bits a normal number. The spread of a matrix of 262144 weights is 0.0003.
     """
     weight = normal(256, 1024)
     scales = choose_scales(weight)
-    assert relative_error(decode(encode(weight, scales), scales), weight) <= 0.335
+    assert relative_error(decode(encode(weight, scales), scales), weight) <= 0.325
     # Neither the size of a channel nor that of a group changes it: scales follow both. Ratios of groups up to 4 leave
     # local scales of 4 or more, whose steps are coarser.
     sizes = np.repeat(np.exp2(np.random.default_rng(1).uniform(-1, 1, (256, 16))), GROUP, axis=1)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.tiny_directories import model_directory, write_lines
+from support.vision_directories import picture_records, vision_model_directory
 
 from erniekit import config
 from erniekit.models.config import ModelConfig
@@ -79,3 +80,12 @@ def test_another_tokenizer(directory, tmp_path):
     (tmp_path / "a.txt").write_text(SENTENCE)
     with pytest.raises(CheckpointError, match="Use the tokenizer that belongs to this model"):
         read(small, tmp_path / "a.txt")
+
+
+def test_records_with_pictures(tmp_path):
+    """Rows have both modalities, and the pixels of their pictures."""
+    directory = vision_model_directory(tmp_path / "model")
+    path = write_lines(tmp_path / "data.jsonl", picture_records(tmp_path))
+    found = read(directory, path, length=256, type="messages")
+    assert all({0, 1} <= set(batch.modality.tolist()) for batch in found.batches)
+    assert all(len(batch.pictures.patches) for batch in found.batches)
