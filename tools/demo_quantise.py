@@ -95,9 +95,9 @@ TITLES = ["scheme", "algorithm", "bits a weight", "files", "perplexity", "exact 
 
 
 def print_table(reports: dict[Row, dict[str, Any]]) -> None:
-    """The model as it was trained, then each scheme. Bits are of the quantised weights, with their scales."""
+    """The model as it was trained, in fp32, then each scheme. Bits are of the quantised weights, with their scales."""
     first = next(iter(reports.values()))
-    table = [TITLES, cells("bf16", "", 16, first["bytes"]["bf16"], first["evaluation"]["before"], "")]
+    table = [TITLES, cells("as trained", "", 32, 2 * first["bytes"]["bf16"], first["evaluation"]["before"], "")]
     for row, report in reports.items():
         bits, size = report["bits_per_weight"]["quantised"], report["bytes"]["quantised"]
         routing = f"{100 * report['routing']['unchanged']:.1f} %"

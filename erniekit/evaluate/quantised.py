@@ -34,8 +34,8 @@ def export_and_report(cfg: Config) -> Report:
     evaluates = cfg.quantization_eval and cfg.quantization != "none"
     first = _evaluate(cfg, checkpoint_of(cfg), before) if evaluates else {}
     written = export(cfg)
+    reports.remove(target)  # of an earlier export
     if not isinstance(written, QuantisedReport):
-        reports.remove(target)
         return written
     report = reports.build(*_written(written, target), written.calibration)
     if evaluates:

@@ -52,18 +52,9 @@ def _draw_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
     layers = sorted({row["layer"] for row in rows})
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
     for number, kind in enumerate(kinds):
-        color, marker = _KINDS[kind]
-        of_kind = [row for row in rows if row["kind"] == kind]
         # Kinds stand beside one another, so that none hides another.
-        places = [row["layer"] + (number - (len(kinds) - 1) / 2) * 0.16 for row in of_kind]
-        errors, worst = ([100 * row[key] for row in of_kind] for key in ("error", "worst_error"))
-        axes.vlines(places, errors, worst, color=color, linewidth=1, alpha=0.6)
-        bits = sorted({round(row["bits"], 2) for row in of_kind})
-        label = f"{kind.replace('_', ' ')} ({' and '.join(f'{value:g}' for value in bits)} bits)"
-        axes.plot(places, errors, marker, markersize=5, color=color, label=label)
-        known = [(place, row) for place, row in zip(places, of_kind, strict=True) if "output_error" in row]
-        outputs = [100 * row["output_error"] for _, row in known]
-        axes.plot([place for place, _ in known], outputs, marker, markersize=5, color=color, fillstyle="none")
+        offset = (number - (len(kinds) - 1) / 2) * 0.16
+        _draw_kind(axes, kind, [row for row in rows if row["kind"] == kind], offset)
     axes.set_ylim(bottom=0)
     axes.set_xticks(layers if len(layers) <= 16 else layers[:: len(layers) // 12])
     axes.set_xlabel("layer")
@@ -73,6 +64,20 @@ def _draw_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=min(3, len(kinds) or 1))
+
+
+def _draw_kind(axes: Any, kind: str, rows: list[dict[str, Any]], offset: float) -> None:
+    """The rows of one kind, `offset` beside their layers."""
+    color, marker = _KINDS[kind]
+    places = [row["layer"] + offset for row in rows]
+    errors, worst = ([100 * row[key] for row in rows] for key in ("error", "worst_error"))
+    axes.vlines(places, errors, worst, color=color, linewidth=1, alpha=0.6)
+    bits = sorted({round(row["bits"], 2) for row in rows})
+    label = f"{kind.replace('_', ' ')} ({' and '.join(f'{value:g}' for value in bits)} bits)"
+    axes.plot(places, errors, marker, markersize=5, color=color, label=label)
+    known = [row for row in rows if "output_error" in row]
+    outputs = [100 * row["output_error"] for row in known]
+    axes.plot([row["layer"] + offset for row in known], outputs, marker, markersize=5, color=color, fillstyle="none")
 
 
 def _draw_bytes(axes: Any, report: dict[str, Any]) -> None:

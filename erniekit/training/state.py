@@ -3,7 +3,7 @@ for bit.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -219,22 +219,7 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
     """
     code = stored_code(directory)
     stored = StoredState(directory / OPTIMIZER_DIR, ("F32",) if code is None else ("F32", "I8", "U8"))
-    wanted: dict[str, Field] = {}
-    for entry, local in optimizer.state_shapes().items():
-        name, _, key = entry.rpartition("/")
-        shape = local if key in POWERS else shares.whole_shape(name, local)
-        wanted |= {f"{name}/{field}": kind for field, kind in _fields(key, shape, code).items()}
-    # Entries that this rank does not have are checked by other ranks.
-    names = [name for name in stored.keys() if name in wanted or shares.shard == WHOLE]  # noqa: SIM118
-    found = {name: Field(*stored.info(name)) for name in names}
-    if wanted != found:
-        wrong = [f"{name} {kind.dtype} {list(kind.shape)}" for name, kind in wanted.items() - found.items()]
-        left = [f"{name} {kind.dtype} {list(kind.shape)}" for name, kind in found.items() - wanted.items()]
-        raise CheckpointError(
-            f"{directory / OPTIMIZER_DIR} does not fit this model: expected {listed(sorted(wrong)) or 'no more'}; "
-            f"found {listed(sorted(left)) or 'none of them'}. Set ignore_load_lr_and_optim: true to continue with the "
-            "weights alone."
-        )
+    _require_fit(stored, directory / OPTIMIZER_DIR, optimizer, shares, code)
     for entry, local in optimizer.state_shapes().items():
         name, _, key = entry.rpartition("/")
         if key in POWERS:
@@ -248,3 +233,27 @@ def load_optimizer(directory: Path, optimizer: AdamW, shares: Shares) -> None:
             coded = {field: stored.read(f"{name}/{field}", rows) for field in coder.fields(whole)}
             for moment, array in coder.decode(coded).items():
                 optimizer.load_state_array(f"{name}/{moment}", shares.shard_of(name, array))
+
+
+def _require_fit(
+    stored: StoredState, directory: Path, optimizer: AdamW, shares: Shares, code: MomentCode | None
+) -> None:
+    """CheckpointError if the tensors in a directory are not those of the optimizer's state under this code."""
+    wanted: dict[str, Field] = {}
+    for entry, local in optimizer.state_shapes().items():
+        name, _, key = entry.rpartition("/")
+        shape = local if key in POWERS else shares.whole_shape(name, local)
+        wanted |= {f"{name}/{field}": kind for field, kind in _fields(key, shape, code).items()}
+    # Entries that this rank does not have are checked by other ranks.
+    names = [name for name in stored.keys() if name in wanted or shares.shard == WHOLE]  # noqa: SIM118
+    found = {name: Field(*stored.info(name)) for name in names}
+    if wanted != found:
+        missing, left = (_shown(a.items() - b.items()) for a, b in ((wanted, found), (found, wanted)))
+        raise CheckpointError(
+            f"{directory} does not fit this model: expected {missing or 'no more'}; found {left or 'none of them'}. "
+            "Set ignore_load_lr_and_optim: true to continue with the weights alone."
+        )
+
+
+def _shown(entries: Iterable[tuple[str, Field]]) -> str:
+    return listed(f"{name} {kind.dtype} {list(kind.shape)}" for name, kind in sorted(entries))

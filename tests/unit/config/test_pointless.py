@@ -20,6 +20,7 @@ VL_DPO: dict[str, Any] = {"stage": "VL-DPO"}
 W4: dict[str, Any] = {"quantization": "wint4"}
 CALIBRATED: dict[str, Any] = {**W4, "quantization_calibration_path": "a.jsonl"}
 GPTQ = {"quantization_algorithm": "gptq"}
+MEASURED = {**W4, "quantization_eval": True, "eval_dataset_path": "e", "eval_dataset_type": "erniekit"}
 SMOOTH = {**CALIBRATED, "quantization": "w8a8", "quantization_algorithm": "smoothquant"}
 LORA = {"fine_tuning": "LoRA"}
 
@@ -194,6 +195,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("export", {"quantization_calibration_type": "text", "quantization_calibration_samples": 9}, W4, CALIBRATED),
     ("export", {"quantization_damping": 0.1, "quantization_act_order": False}, CALIBRATED, {**CALIBRATED, **GPTQ}),
     ("export", {"quantization_smoothing": 0.8}, CALIBRATED, SMOOTH),
+    ("train", {"quantization_eval": True}, {}, None),
+    ("export", {"quantization_eval": True}, {"eval_dataset_path": "e"}, {**W4, "eval_dataset_path": "e"}),
+    ("export", {"temperature": 0.5, "predict_with_generate": True}, W4, MEASURED),
     ("eval", {"max_new_tokens": 9}, EVAL, {**EVAL, "predict_with_generate": True}),
     ("eval", {"stream": True}, {**EVAL, "predict_with_generate": True}, None),
     ("chat", {"data_parallel_degree": 2}, {}, None),
