@@ -43,6 +43,8 @@ class StackedLinear(Projection):
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
+        if self.quantises_adapted:
+            return self.multiply_adapted(rows, counts)
         y = self.multiply(rows, counts)
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
