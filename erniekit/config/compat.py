@@ -126,6 +126,8 @@ _QUANTISATIONS = {
     "weight_only_int4": "wint4",
     "weight_only_mix": "wint4/8",
     "fp8linear": "fp8",
+    "a8w8linear": "w8a8",
+    "a8w4linear": "w4a8",
 } | {name: name for name in ("wint8", "wint4", "wint4/8", "nf4")}
 
 

@@ -9,6 +9,7 @@ from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.methods import DEFAULT, METHODS
 from erniekit.config.schema import Config
+from erniekit.config.schema_qat import QAT_COMPUTE_TYPES, STATIC
 from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
 
@@ -211,6 +212,19 @@ def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
         )
 
 
+def _complete_qat(values: dict[str, Any], notes: list[str]) -> None:
+    """Read ERNIEKit's names of quantisation-aware training, which stand in place of the products' type."""
+    name = values.get("compute_type")
+    if name not in QAT_COMPUTE_TYPES:
+        return
+    values["compute_type"] = "bf16"
+    scheme = values.setdefault("qat", QAT_COMPUTE_TYPES[name])
+    differs = "weights stay in bf16, where ERNIEKit keeps them in FP8"
+    if scheme != STATIC:
+        differs = "inputs have a scale for each token, where ERNIEKit has a moving one for each matrix"
+    notes.append(f"compute_type: {name}: read as qat: {scheme} with compute_type: bf16; {differs}")
+
+
 def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str]) -> None:
     """Switch recomputation on where recompute_granularity is given: PaddleFormers has no separate switch."""
     asked = names & {"recompute_method", "recompute_num_layers", "recompute_modules"}
@@ -245,6 +259,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
+    _complete_qat(values, state.notes)
     _complete_recompute(values, state.names, state.notes)
     _complete_paths(values, state)
     extras = tuple((name, given.value) for name, given in state.extras.items())

@@ -17,6 +17,7 @@ from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_parts import FREEZE_VISION
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
+from erniekit.config.schema_qat import STATIC, QatArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
@@ -253,6 +254,21 @@ _OPTIMIZER_RULES = [
         lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
         "no routed experts multiply in FP8",
     ),
+    Rule(_names(QatArgs).removeprefix("qat "), lambda c, f: c.qat == "none", "qat is none", RUN),
+    Rule(
+        "apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate",
+        lambda c, f: c.qat != STATIC,
+        f"read only with qat: {STATIC}",
+        RUN,
+    ),
+    Rule("hadamard_block_size", lambda c, f: not c.apply_hadamard, "apply_hadamard is False", RUN),
+    Rule(
+        "apply_online_actscale_step actscale_moving_rate quant_input_grad quant_weight_grad qat_distill_weight",
+        always,
+        "read only by train",
+        USE,
+    ),
+    Rule(_names(QatArgs), always, "`{command}` keeps weights as they are", ("split",)),
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),

@@ -24,6 +24,7 @@ class Projection(Shardable):
     in_features: int
     out_features: int
     num_experts: int | None = None
+    parts: dict[str, int]  # the outputs that one fused weight holds, in column order; empty if it holds one matrix
     weight: paddle.Tensor | None  # None where the product holds it
     product: Product | None
     adapter: nn.Layer | None

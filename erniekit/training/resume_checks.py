@@ -58,6 +58,8 @@ _KEYS = {
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
+        qat apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate quant_input_grad
+        quant_weight_grad qat_distill_weight
         fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps

@@ -1,0 +1,58 @@
+"""Keys of quantisation-aware training."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from erniekit.config.fields import key
+
+# ERNIEKit's static FP8, which alone has ranges that move, and rotations.
+STATIC = "fp8_static"
+QAT_SCHEMES = ("w8a8", "fp8", STATIC, "w4a8", "wint4", "wint8", "wint4/8")
+# What ERNIEKit's fp8linear, a8w8linear and a8w4linear become as a compute_type, and the schemes that they stand for.
+QAT_COMPUTE_TYPES = {"fp8": STATIC, "w8a8": "w8a8", "w4a8": "w4a8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatArgs:
+    """Training for a scheme in which the model will be exported; see docs/quantisation.md. Read only with qat."""
+
+    group: ClassVar[str] = "quantisation-aware training"
+
+    qat: str = key(
+        "none",
+        "Fake quantisation of the layers' products: w8a8 (int8 weights by channel, int8 inputs by token), fp8 (E4M3, "
+        "blocks of 128 x 128, inputs by token and 128), fp8_static (E4M3, a scale for each matrix and one for its "
+        "inputs: ERNIEKit's fp8linear), w4a8 (int4 experts with int8 inputs, the rest w8a8); weights alone: wint4 "
+        "(groups of 128 inputs), wint8 (by channel), wint4/8 (experts wint4, the rest wint8); none: no quantisation.",
+        choices=("none", *QAT_SCHEMES),
+    )
+    apply_hadamard: bool = key(
+        True,
+        "With qat: fp8_static: inputs are multiplied by Hadamard matrices in blocks, and weights by their inverse, as "
+        "FastDeploy's tensor_wise_fp8 does; the product without rounding stays the same.",
+    )
+    hadamard_block_size: int = key(
+        32, "The order of the Hadamard matrices, a power of two. FastDeploy has only 32.", ge=2, le=4096
+    )
+    apply_online_actscale_step: int = key(
+        200,
+        "With qat: fp8_static: for this number of steps inputs are rounded with the scale of the present inputs, and "
+        "their mean range is kept.",
+        ge=1,
+    )
+    actscale_moving_rate: float = key(
+        0.01, "With qat: fp8_static: the share of a step's range in the kept range after these steps.", gt=0, le=1
+    )
+    quant_input_grad: bool = key(
+        False, "Round the gradients of products to E5M2 where they give the gradients of inputs."
+    )
+    quant_weight_grad: bool = key(
+        False, "Round the gradients of products to E5M2 where they give the gradients of weights."
+    )
+    qat_distill_weight: float = key(
+        0.0,
+        "The share d of distillation in the loss, (1 - d) * cross-entropy + d * KL to the predictions of the model "
+        "before training, without quantisation. It needs that model's memory once more.",
+        ge=0,
+        le=1,
+    )

@@ -1,0 +1,80 @@
+"""Which projections a run fake-quantises, and how (the keys of config/schema_qat.py)."""
+
+from dataclasses import dataclass, replace
+
+from erniekit.config.schema import Config
+from erniekit.config.schema_qat import STATIC
+from erniekit.nn.linear import Projection
+from erniekit.precision import codes
+from erniekit.precision.fake_quant import FakeQuant, InputCodes, MovingRange, Recipe
+from erniekit.precision.fake_rounding import Grid
+from erniekit.precision.fp8_tensor import Tile
+
+_INT8_TOKENS = InputCodes(Grid("int", 127.0, Tile(1, None)))
+_FP8_GROUPS = InputCodes(Grid("e4m3", 448.0, Tile(1, 128)))
+_FP8_WHOLE = Grid("e4m3", 448.0, Tile(None, None))
+
+_W8A8 = Recipe(codes.INT8, _INT8_TOKENS)
+_WINT8, _WINT4 = Recipe(codes.INT8), Recipe(codes.INT4_GROUP128)
+# By qat: the projections of attention, dense blocks and shared experts, and the routed experts.
+_RECIPES = {
+    "w8a8": (_W8A8, _W8A8),
+    "fp8": (Recipe(codes.FP8_BLOCK, _FP8_GROUPS),) * 2,
+    STATIC: (Recipe(codes.FP8_TENSOR, InputCodes(_FP8_WHOLE)),) * 2,
+    "w4a8": (_W8A8, Recipe(codes.INT4, _INT8_TOKENS)),
+    "wint4": (_WINT4, _WINT4),
+    "wint8": (_WINT8, _WINT8),
+    "wint4/8": (_WINT8, _WINT4),
+}
+
+
+@dataclass(frozen=True)
+class QatOptions:
+    """`projections`: how those of attention, dense blocks and shared experts are fake-quantised; `experts`: the routed
+    ones.
+    """
+
+    name: str
+    projections: Recipe
+    experts: Recipe
+
+    def product(self, projection: Projection) -> FakeQuant:
+        """The product of a projection (nn.linear.ProductFactory)."""
+        recipe = self.projections if projection.num_experts is None else self.experts
+        return FakeQuant(recipe, self.name, tuple(projection.parts.values()), projection.num_experts)
+
+
+def choose_qat(cfg: Config) -> QatOptions | None:
+    """The options of a run; None without quantisation-aware training."""
+    if cfg.qat == "none":
+        return None
+    recipes = []
+    for recipe in _RECIPES[cfg.qat]:
+        if cfg.qat == STATIC:
+            moving = MovingRange(cfg.apply_online_actscale_step, cfg.actscale_moving_rate)
+            rotation = cfg.hadamard_block_size if cfg.apply_hadamard else None
+            recipe = replace(recipe, inputs=InputCodes(_FP8_WHOLE, moving), rotation=rotation)
+        recipes.append(
+            replace(recipe, rounds_input_grad=cfg.quant_input_grad, rounds_weight_grad=cfg.quant_weight_grad)
+        )
+    return QatOptions(cfg.qat, *recipes)
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """For the log: what is rounded, and what shares a scale."""
+    spec, inputs = recipe.weight, recipe.inputs
+    kind = "E4M3" if spec.kind == "e4m3" else f"int{spec.bits}"
+    shared = "channel" if spec.group is None else f"{spec.group} inputs"
+    if spec.whole:
+        shared = "matrix"
+    elif spec.block is not None:
+        shared = f"{spec.block[0]} x {spec.block[1]}"
+    text = f"weights {kind}, a scale for each {shared}"
+    if inputs is not None:
+        tile = inputs.grid.tile
+        each = "token" if tile.columns is None else f"token and {tile.columns} inputs"
+        each = "matrix, which moves slowly" if inputs.moving is not None else each
+        text += f"; inputs {'E4M3' if inputs.grid.kind == 'e4m3' else 'int8'}, a scale for each {each}"
+    if recipe.rotation is not None:
+        text += f"; rotated in blocks of {recipe.rotation}"
+    return text
