@@ -68,7 +68,7 @@ class FakeQuant(Product):
     """See nn/product.py. `widths`: outputs of each fused part of the projection, which blocks of weights do not cross.
 
     A moving range is state: `range` [E or 1] fp32, the largest magnitude of (rotated) inputs, and `updates` [E or 1],
-    the number of steps in which there were some. `present` is the largest magnitude since the last update.
+    the number of steps in which there were some.
     """
 
     quantises_adapted = True
@@ -81,12 +81,18 @@ class FakeQuant(Product):
         if self.moving is not None:
             self.register_buffer("range", paddle.zeros([num_experts or 1], dtype="float32"))
             self.register_buffer("updates", paddle.zeros([num_experts or 1], dtype="float32"))
-            self.present = paddle.zeros([num_experts or 1], dtype="float32")
+            # In a list, so that Paddle does not register it as a buffer.
+            self._present = [paddle.zeros([num_experts or 1], dtype="float32")]
 
     @property
     def moving(self) -> MovingRange | None:
         """How the range of the inputs moves; None if it is not kept."""
         return None if self.recipe.inputs is None else self.recipe.inputs.moving
+
+    @property
+    def present(self) -> paddle.Tensor:
+        """[E or 1] fp32: the largest magnitude of the inputs since the last update of the range; 0 without any."""
+        return self._present[0]
 
     def roles(self) -> dict[str, Role]:
         """See DeclaresRoles."""
@@ -201,7 +207,8 @@ class FakeQuant(Product):
         present, updates = largest_of(span, _WHOLE), self.updates[number]
         if self.training:
             # The largest one is the same however often activation checkpointing computes a pass again.
-            self.present[number] = paddle.maximum(self.present[number], present[0, 0])
+            noted = self._present[0]
+            noted[number] = paddle.maximum(noted[number], present[0, 0])
             is_online = updates < float(max(inputs.moving.online_steps, 1))
         else:
             is_online = updates == 0.0
@@ -224,7 +231,7 @@ class FakeQuant(Product):
 
     def forget_present(self) -> None:
         """Drop what was noted since the last update."""
-        self.present = paddle.zeros_like(self.present)
+        self._present = [paddle.zeros_like(self.present)]
 
 
 class _FakeQuantMatmul(PyLayer):
