@@ -5,8 +5,9 @@ the way forward, and gradients pass straight through the rounding (Bengio et al.
 
 q gives the values that codes and scales stand for (precision/fake_rounding.py), and mask is 0 where q clips. Scales of
 weights follow from the weights themselves, anew in each pass, by the rule by which an export quantises them, so that
-nothing has to be kept; a weight is the largest of its tile or smaller, so that none is clipped. With a rotation H
-(precision/hadamard.py) x H and H W / n are rounded instead, and the gradients are rotated back.
+nothing has to be kept. No weight is beyond the range of its tile by more than the rounding of the scale, so that none
+has a mask: the largest ones would stop moving. With a rotation H (precision/hadamard.py) x H and H W / n are rounded
+instead, and the gradients are rotated back.
 """
 
 from collections.abc import Callable, Sequence
@@ -152,7 +153,7 @@ class FakeQuant(Product):
             tile = _WHOLE
         elif spec.block is not None:
             tile = Tile(spec.block[1], spec.block[0])
-        return Grid(spec.kind, spec.largest, tile, spec.scale_type)
+        return Grid(spec.kind, spec.lowest, spec.largest, tile, spec.scale_type)
 
     def dense(self, weight: paddle.Tensor | None) -> np.ndarray:
         """See Product. Of a rotated weight: H q(H W / n)."""

@@ -1,8 +1,8 @@
 """Fake quantisation of tensors: the values that codes and scales stand for, on any device.
 
-The arithmetic is that of precision/codes.py, bit for bit: a tile's scale is its largest magnitude over the largest
-code, rounded to the type in which files keep it, and 1 for a tile of zeros; a code is the nearest one to the value over
-the scale. A value is clipped if the nearest point of a grid without end would be beyond the largest code.
+The arithmetic is that of precision/codes.py, bit for bit: a tile's scale is its largest magnitude over half the range
+of codes, rounded to the type in which files keep it, and 1 for a tile of zeros; a code is the nearest one to the value
+over the scale. A value is clipped if the nearest point of a grid without end would be beyond the last code.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,18 @@ _E4M3_END = 464.0
 
 @dataclass(frozen=True)
 class Grid:
-    """The codes of a tensor [..., A, B]: their kind, the largest one, and the values that share a scale."""
+    """The codes of a tensor [..., A, B]: their kind, the first and the last one, and the values that share a scale."""
 
     kind: CodeKind
+    lowest: float
     largest: float
     tile: Tile
     scale_type: ScaleType = "fp32"
 
     @property
-    def end(self) -> float:
-        """Magnitudes of value over scale from which a value is clipped."""
-        return _E4M3_END if self.kind == "e4m3" else self.largest + 0.5
+    def ends(self) -> tuple[float, float]:
+        """Value over scale from which, downwards and upwards, a value is clipped."""
+        return (-_E4M3_END, _E4M3_END) if self.kind == "e4m3" else (self.lowest - 0.5, self.largest + 0.5)
 
 
 @paddle.no_grad()
@@ -46,7 +47,7 @@ def largest_of(x: paddle.Tensor, tile: Tile) -> paddle.Tensor:
 @paddle.no_grad()
 def scales_for(largest: paddle.Tensor, grid: Grid) -> paddle.Tensor:
     """The scales, fp32 of the same shape, of tiles with these largest magnitudes."""
-    scales = _divided(largest, paddle.full_like(largest, grid.largest))
+    scales = _divided(largest, paddle.full_like(largest, (grid.largest - grid.lowest) / 2))
     if grid.scale_type != "fp32":
         scales = scales.astype(_SCALE_DTYPES[grid.scale_type]).astype("float32")
     return paddle.where(scales > 0, scales, paddle.ones_like(scales))
@@ -65,7 +66,7 @@ def codes_of(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tens
     """The numbers that the codes of a tensor stand for, before the scale: fp32 of its shape. NaN stays NaN."""
     *_, num_rows, num_columns = x.shape
     tiles = _over_scales(x, scales, grid)
-    inside = tiles.clip(-grid.largest, grid.largest)
+    inside = tiles.clip(grid.lowest, grid.largest)
     if grid.kind == "int":
         return from_tiles(paddle.round(inside), num_rows, num_columns)
     values = inside.astype("float8_e4m3fn").astype("float32")  # on a CPU this cast makes NaN the largest value
@@ -83,7 +84,8 @@ def decoded(codes: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.T
 def is_inside(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tensor:
     """1 where a value is not clipped, 0 where it is: fp32 of its shape. The gradient of a clipped value is 0."""
     *_, num_rows, num_columns = x.shape
-    return from_tiles((_over_scales(x, scales, grid).abs() < grid.end).astype("float32"), num_rows, num_columns)
+    tiles, (low, high) = _over_scales(x, scales, grid), grid.ends
+    return from_tiles(((tiles > low) & (tiles < high)).astype("float32"), num_rows, num_columns)
 
 
 def _over_scales(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tensor:

@@ -10,18 +10,18 @@ from erniekit.precision.fake_quant import FakeQuant, InputCodes, MovingRange, Re
 from erniekit.precision.fake_rounding import Grid
 from erniekit.precision.fp8_tensor import Tile
 
-_INT8_TOKENS = InputCodes(Grid("int", 127.0, Tile(1, None)))
-_FP8_GROUPS = InputCodes(Grid("e4m3", 448.0, Tile(1, 128)))
-_FP8_WHOLE = Grid("e4m3", 448.0, Tile(None, None))
+_INT8_TOKENS = InputCodes(Grid("int", -127.0, 127.0, Tile(1, None)))
+_FP8_GROUPS = InputCodes(Grid("e4m3", -448.0, 448.0, Tile(1, 128)))
+_FP8_WHOLE = Grid("e4m3", -448.0, 448.0, Tile(None, None))
 
-_W8A8 = Recipe(codes.INT8, _INT8_TOKENS)
-_WINT8, _WINT4 = Recipe(codes.INT8), Recipe(codes.INT4_GROUP128)
+_W8A8 = Recipe(codes.full_range(8), _INT8_TOKENS)
+_WINT8, _WINT4 = Recipe(codes.full_range(8)), Recipe(codes.full_range(4, group=128))
 # By qat: the projections of attention, dense blocks and shared experts, and the routed experts.
 _RECIPES = {
     "w8a8": (_W8A8, _W8A8),
     "fp8": (Recipe(codes.FP8_BLOCK, _FP8_GROUPS),) * 2,
     STATIC: (Recipe(codes.FP8_TENSOR, InputCodes(_FP8_WHOLE)),) * 2,
-    "w4a8": (_W8A8, Recipe(codes.INT4, _INT8_TOKENS)),
+    "w4a8": (_W8A8, Recipe(codes.symmetric(4), _INT8_TOKENS)),
     "wint4": (_WINT4, _WINT4),
     "wint8": (_WINT8, _WINT8),
     "wint4/8": (_WINT8, _WINT4),

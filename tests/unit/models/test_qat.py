@@ -122,7 +122,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(directory: Path, out: str, scheme: str, steps: int):
+def train(directory: Path, out: str, scheme: str, steps: int, **changes: object):
     keys = {
         "qat": scheme,
         "max_steps": steps,
@@ -135,7 +135,8 @@ def train(directory: Path, out: str, scheme: str, steps: int):
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "constant",  # a longer run has the same first steps
     }
-    run = build_run(config.load(None, equality.keys_for(str(directory), "moe", **keys), "train"), Mesh.single())
+    given = equality.keys_for(str(directory), "moe", **(keys | changes))
+    run = build_run(config.load(None, given, "train"), Mesh.single())
     Trainer(run, []).fit()
     return run
 
@@ -187,3 +188,23 @@ def test_files_hold_the_weights_whose_codes_were_trained_with(directory: Path, t
             np.testing.assert_array_equal(bits, codes.encode(weight.T, scales, spec), name)
             checked += 1
     assert checked > 30
+
+
+def test_distillation_compares_with_the_model_before_training(directory: Path, capfd: pytest.CaptureFixture[str]):
+    """With d = 1 the only term is the divergence; the teacher is not quantised, so that without training it is the
+    rounding's, and training lowers it.
+    """
+    keys = {"qat_distill_weight": 1.0, "learning_rate": 1e-3, "moe_aux_loss_lambda": 0.0, "logging_steps": 1}
+    losses = {}
+    for scheme in ("wint8", "wint4"):
+        cfg = equality.keys_for(str(directory), "moe", qat=scheme, continue_training=True, **keys)
+        run = build_run(config.load(None, cfg | {"output_dir": str(directory / f"distil-{scheme}")}, "train"), Mesh.single())
+        trainer = Trainer(run, [])
+        batches = run.loader.next_step()
+        losses[scheme] = [trainer.train_step(batches).parts["loss_distill"] for _ in range(6)]
+        run.close()
+        teacher = run.recipe.teacher.model
+        assert not products(teacher) and all(p.stop_gradient for p in teacher.parameters())
+    assert 0 < losses["wint8"][0] < losses["wint4"][0] / 20  # 16 times finer steps: some 256 times less divergence
+    assert losses["wint4"][-1] < 0.7 * losses["wint4"][0]
+    assert "the teacher is a second copy of the model, without quantisation" in capfd.readouterr().err

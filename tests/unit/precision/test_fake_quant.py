@@ -12,14 +12,14 @@ from erniekit.precision.hadamard import rotate_rows
 from erniekit.precision.rounding import round_to
 
 SPECS = {
-    "int8": codes.INT8,
-    "int4": codes.INT4,
-    "int4-groups": codes.INT4_GROUP128,
+    "int8": codes.full_range(8),
+    "int4": codes.symmetric(4),
+    "int4-groups": codes.full_range(4, group=128),
     "fp8-blocks": codes.FP8_BLOCK,
     "fp8-tensor": codes.FP8_TENSOR,
 }
-TOKEN_INT8 = InputCodes(Grid("int", 127.0, Tile(1, None)))
-GROUP_FP8 = InputCodes(Grid("e4m3", 448.0, Tile(1, 128)))
+TOKEN_INT8 = InputCodes(Grid("int", -127.0, 127.0, Tile(1, None)))
+GROUP_FP8 = InputCodes(Grid("e4m3", -448.0, 448.0, Tile(1, 128)))
 
 
 def draws(*shape: int, seed: int = 0) -> np.ndarray:
@@ -28,7 +28,7 @@ def draws(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def static(online_steps: int = 2, rate: float = 0.25) -> InputCodes:
-    return InputCodes(Grid("e4m3", 448.0, Tile(None, None)), MovingRange(online_steps, rate))
+    return InputCodes(Grid("e4m3", -448.0, 448.0, Tile(None, None)), MovingRange(online_steps, rate))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -168,7 +168,7 @@ def test_gradients_are_rounded_to_e5m2_where_asked():
     rounded = round_to(dy / scale, "e5m2") * scale
     assert (rounded != dy).any()
     for on_input, on_weight in ((True, False), (False, True)):
-        recipe = Recipe(codes.INT8, None, None, on_input, on_weight)
+        recipe = Recipe(codes.full_range(8), None, None, on_input, on_weight)
         x, w = (paddle.to_tensor(np.eye(2, dtype=np.float32)[: n], stop_gradient=False) for n in (1, 2))
         FakeQuant(recipe, "int8")(x, w).backward(paddle.to_tensor(dy))
         q_w = FakeQuant(recipe, "int8").dense(w)
