@@ -48,9 +48,8 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, to "
-        "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4. ERNIEKit's fp8 (also "
-        "w8a8, w4a8) trains for a scheme: it is read as qat with bf16.",
+        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, for "
+        "LoRA or to use: wint8, wint4, wint4/8 (experts in 4), nf4. ERNIEKit's fp8, w8a8 and w4a8 are read as qat.",
         choices=("bf16", "fp16", "fp32", "wint8", "wint4", "wint4/8", "nf4", *QAT_COMPUTE_TYPES),
     )
     fused_operators: bool = key(

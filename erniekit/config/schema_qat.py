@@ -20,16 +20,14 @@ class QatArgs:
 
     qat: str = key(
         "none",
-        "Fake quantisation of the layers' products: w8a8 (int8 weights by channel, int8 inputs by token), fp8 (E4M3, "
-        "blocks of 128 x 128, inputs by token and 128), fp8_static (E4M3, a scale for each matrix and one for its "
-        "inputs: ERNIEKit's fp8linear), w4a8 (int4 experts with int8 inputs, the rest w8a8); weights alone: wint4 "
-        "(groups of 128 inputs), wint8 (by channel), wint4/8 (experts wint4, the rest wint8); none: no quantisation.",
+        "Train for a scheme: products round as the exported model's do. w8a8; fp8 (blocks of 128 x 128); fp8_static "
+        "(scales of matrices: ERNIEKit's fp8linear); w4a8 (int4 experts); weights alone: wint4, wint8, wint4/8.",
         choices=("none", *QAT_SCHEMES),
     )
     apply_hadamard: bool = key(
         True,
         "With qat: fp8_static: inputs are multiplied by Hadamard matrices in blocks, and weights by their inverse, as "
-        "FastDeploy's tensor_wise_fp8 does; the product without rounding stays the same.",
+        "FastDeploy's tensor_wise_fp8 does; without rounding nothing changes.",
     )
     hadamard_block_size: int = key(
         32, "The order of the Hadamard matrices, a power of two. FastDeploy has only 32.", ge=2, le=4096
@@ -51,8 +49,8 @@ class QatArgs:
     )
     qat_distill_weight: float = key(
         0.0,
-        "The share d of distillation in the loss, (1 - d) * cross-entropy + d * KL to the predictions of the model "
-        "before training, without quantisation. It needs that model's memory once more.",
+        "The share d of distillation in the loss: (1 - d) * cross-entropy + d * KL to the predictions of the model "
+        "before training, unquantised, which needs its memory once more.",
         ge=0,
         le=1,
     )
