@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("checkpoint", "plan"),
     ("build", "join"),
+    ("quantize",),
     ("export", "generation"),
     ("training",),
     ("evaluate", "serve"),

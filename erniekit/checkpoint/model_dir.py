@@ -4,9 +4,10 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from erniekit.checkpoint.run_record import read_record
 from erniekit.checkpoint.safetensors_header import INDEX_FILE, SINGLE_FILE, WEIGHT_FILE
@@ -209,9 +210,11 @@ def move_staged(staging: Path, target: Path) -> None:
         replace_weights(target, weights)
 
 
-def write_configs(directory: Path, config: ModelConfig, format: Format) -> None:
-    """Write config.json in `format`, and generation_config.json if there is none yet."""
-    atomic.write_json(directory / CONFIG_FILE, config.to_dict(format))
+def write_configs(directory: Path, config: ModelConfig, format: Format, more: Mapping[str, Any] | None = None) -> None:
+    """Write config.json in `format`, with the keys of `more` beside those of the model, and generation_config.json if
+    there is none yet.
+    """
+    atomic.write_json(directory / CONFIG_FILE, config.to_dict(format) | dict(more or {}))
     generation = directory / GENERATION_CONFIG_FILE
     if not generation.exists():
         end = config.extra.get("eos_token_id", config.eos_token_id)

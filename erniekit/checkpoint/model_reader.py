@@ -7,8 +7,8 @@ import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
 from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
-from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import (
     EMBEDDINGS,
@@ -32,14 +32,15 @@ class ModelReader:
 
     `config` is config.json's, corrected where the weights differ, each time with a log line: a tied model whose file
     has another head is not tied (as in transformers), a file without multi-token prediction is a model without.
-    `logicals` are its units; with `keep_mtp`, also the multi-token prediction that `config` does not mention. Raises
+    Quantised weights are read as what their codes stand for, in fp32; `quantised` is then their method. `logicals` are
+    the model's units; with `keep_mtp`, also the multi-token prediction that `config` does not mention. Raises
     CheckpointError with every missing, unexpected and misshapen tensor.
     """
 
     def __init__(self, path: str | Path, config: ModelConfig | None = None, keep_mtp: bool = False) -> None:
         """`config`: what the caller expects in the directory, instead of its config.json."""
         self.path = Path(path)
-        self.reader = Reader(self.path, u16_is_bf16=True)
+        self.reader = open_weights(self.path)
         names = self.reader.keys()
         self.format: Format = detect_format(names, str(self.path))
         read = ModelConfig.from_dir(self.path) if config is None else config
@@ -55,6 +56,11 @@ class ModelReader:
             if piece.name in self._stored and self.info(piece.name).shape != piece.shape
         ]
         self._complain(match.missing, match.unexpected, misshapen)
+
+    @property
+    def quantised(self) -> str:
+        """The method by which the weights are quantised; empty if they are not."""
+        return self.reader.description if isinstance(self.reader, QuantisedReader) else ""
 
     def info(self, name: str) -> TensorInfo:
         """(header dtype, shape) of the tensor that the table of weights calls `name`."""

@@ -9,7 +9,6 @@ _ALIASES: dict[str, Alias] = {
     "fp16": Alias("compute_type", compat.fp16_flag),
     "weight_quantize_algo": Alias("compute_type", compat.quantisation),
     "use_lowprecision_moment": Alias("moment_dtype", compat.lowprecision_moment),
-    "quantization": Alias("compute_type", compat.quantisation),
     "use_recompute": Alias("recompute"),
     "use_fp8_mlp": Alias("fp8", compat.fp8_flag),
     "dequant_input": Alias("fp8_store"),

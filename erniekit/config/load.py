@@ -202,6 +202,33 @@ def _complete_pretraining(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"stage: not given, so {values['stage']}, because dataset_type is pretrain")
 
 
+def _quantisation_of_base(state: "_State", command: str) -> None:
+    """Read quantization as compute_type, in which the base is stored, in commands that write no quantised model. It
+    overrides compute_type, which names the products' type.
+    """
+    given = state.given.get("quantization")
+    if command == "export" or given is None:
+        return
+    del state.given["quantization"]
+    if given.value == "none":
+        return
+    qat, products = (state.given.get(name) for name in ("qat", "compute_type"))
+    if (qat is not None and qat.value != "none") or (products is not None and products.value in QAT_COMPUTE_TYPES):
+        state.notes.append(f"{given.written}: no effect: with qat it is read only by export ({given.place})")
+        return
+    if given.value not in compat.QUANTISED_TYPES:
+        what = "exported, and not a way of storing the weights of a run: remove it, or set it for `erniekit export`"
+        state.problems.append(f"{given.written}: a scheme in which weights are {what} ({given.place})")
+        return
+    old = state.given.get("compute_type")
+    if old is not None and old.value in compat.QUANTISED_TYPES and old.value != given.value:
+        both = f"{old.written} ({old.place}) and {given.written} ({given.place})"
+        state.problems.append(f"compute_type: given twice: {both}. Keep one of them.")
+        return
+    state.notes.append(f"{given.written}: read as compute_type: {given.value} ({given.place})")
+    state.given["compute_type"] = given
+
+
 def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
     """Expand rslora_plus into the three keys that it stands for."""
     if values.get("rslora_plus"):
@@ -212,11 +239,28 @@ def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
         )
 
 
-def _complete_qat(values: dict[str, Any], notes: list[str]) -> None:
-    """Read ERNIEKit's names of quantisation-aware training, which stand in place of the products' type."""
+def _complete_qat(values: dict[str, Any], command: str, notes: list[str]) -> None:
+    """Read ERNIEKit's names of quantisation-aware training, which stand in place of the products' type, and let an
+    export of what was trained choose the scales of the training.
+    """
     name = values.get("compute_type")
-    if name not in QAT_COMPUTE_TYPES:
+    if name in QAT_COMPUTE_TYPES:
+        _name_of_scheme(name, values, notes)
+    scheme, written = values.get("qat", "none"), values.get("quantization", "none")
+    if command != "export" or scheme == "none":
         return
+    wanted = "fp8" if scheme == STATIC else scheme
+    layout = " with format: paddle" if scheme == STATIC else ""
+    if written != wanted:
+        how = "in 16 bits" if written == "none" else f"in {written}"
+        notes.append(f"qat: {scheme}: exported {how}; quantization: {wanted}{layout} writes the codes of the training")
+    elif values.setdefault("quantization_clip_search", False):
+        notes.append(f"quantization_clip_search: True: the codes are not those of the training (qat: {scheme})")
+    else:
+        notes.append(f"qat: {scheme}: scales are those of the training (quantization_clip_search: False)")
+
+
+def _name_of_scheme(name: str, values: dict[str, Any], notes: list[str]) -> None:
     values["compute_type"] = "bf16"
     scheme = values.setdefault("qat", QAT_COMPUTE_TYPES[name])
     differs = "weights stay in bf16, where ERNIEKit keeps them in FP8"
@@ -246,6 +290,7 @@ def _complete_paths(values: dict[str, Any], state: "_State") -> None:
 
 
 def _finish(state: _State, path: str | None, command: str) -> Config:
+    _quantisation_of_base(state, command)
     values = {name: given.value for name, given in state.given.items()}
     if command == "eval":
         values.setdefault("temperature", 0.0)  # scores are deterministic unless the user sets a temperature
@@ -259,7 +304,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
-    _complete_qat(values, state.notes)
+    _complete_qat(values, command, state.notes)
     _complete_recompute(values, state.names, state.notes)
     _complete_paths(values, state)
     extras = tuple((name, given.value) for name, given in state.extras.items())

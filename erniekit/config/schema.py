@@ -17,6 +17,7 @@ from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_qat import QatArgs
+from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
@@ -43,6 +44,7 @@ class Config(
     ChatArgs,
     EvalArgs,
     ExportArgs,
+    QuantizationArgs,
 ):
     """All keys as attributes, checked and frozen; `erniekit.config.load` makes it. The base classes are the groups of
     keys in the order of config.yaml.

@@ -107,6 +107,9 @@ def rewrite(
     if format not in FORMATS:
         raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
     source = ModelReader(source_dir, keep_mtp=True)
+    if source.quantised and dtype is None:
+        dtype = source.config.dtype or "bfloat16"
+        log.info(f"{source_dir}: quantised weights ({source.quantised}) are written as what they stand for, in {dtype}")
     editor = None if edit is None else edit(source)
     edited: dict[str, bytes] = {}
     target_dtype = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}

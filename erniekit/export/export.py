@@ -20,8 +20,11 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.vision.template import load_vision_template
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
+from erniekit.export.quantise import Quantisation, QuantisedReport, describe, write_quantised
 from erniekit.export.target import model_target
 from erniekit.models.config import Format, ModelConfig
+from erniekit.quantize.quantiser import RoundToNearest
+from erniekit.quantize.schemes import Options
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -43,7 +46,16 @@ def export(cfg: Config) -> Report:
         # A full model has the overrides in its config.json already; an adapter was trained on its base with the
         # overrides.
         overrides=None if adapter is None else overrides_of(cfg),
+        quantisation=quantisation_of(cfg),
     )
+
+
+def quantisation_of(cfg: Config) -> Quantisation | None:
+    """How the configuration quantises what it exports; None in 16 bits."""
+    if cfg.quantization == "none":
+        return None
+    quantiser = RoundToNearest(cfg.quantization_clip_search)
+    return Quantisation(cfg.quantization, Options(cfg.quantization_group_size), lambda source, scheme: quantiser)
 
 
 def _with_base(checkpoint: Path, cfg: Config) -> tuple[Path, Path | None]:
@@ -84,13 +96,16 @@ def export_checkpoint(
     adapter_dir: str | Path | None = None,
     overwrite: bool = False,
     overrides: Overrides | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Report:
     """Write a full checkpoint (either layout, with config.json and tokenizer files) to `target_dir`, and verify it.
 
     `adapter_dir`: an adapter for it, which is merged into the weights in fp32. `dtype`: the type of the weights; None
     keeps the checkpoint's. `chat_template`: the name of a built-in template, or a .jinja file; None uses that of the
     adapter or of the checkpoint, otherwise `text`. Another model in `target_dir` is replaced only with `overwrite`.
-    `overrides`: changes of config.json. Raises CheckpointError for an incomplete checkpoint or a full disk.
+    `overrides`: changes of config.json. `quantisation`: quantise the weights; the others are bf16, and `dtype` is not
+    read. Raises CheckpointError for an incomplete checkpoint or a full disk, and ConfigError for a scheme that does not
+    fit.
     """
 
     def merge(source: ModelReader) -> Merge:
@@ -101,9 +116,14 @@ def export_checkpoint(
     for source in sources:
         require_apart(source, target_dir)
     with model_target(target_dir, "export", sources, overwrite, OVERWRITE) as staging:
-        report = rewrite(
-            checkpoint_dir, staging, format, max_shard_size, dtype, merge if adapter_dir else None, overrides
-        )
+        edit = merge if adapter_dir else None
+        if quantisation is not None:
+            assert dtype is None
+            report: Report = write_quantised(
+                checkpoint_dir, staging, format, quantisation, max_shard_size, edit, overrides
+            )
+        else:
+            report = rewrite(checkpoint_dir, staging, format, max_shard_size, dtype, edit, overrides)
         copied = copy_companions(checkpoint_dir, staging, with_tokenizer=copy_tokenizer)
         config, adapter = ModelConfig.from_dir(staging), None if adapter_dir is None else Path(adapter_dir)
         write_processor(staging, config, settings_of(adapter, Path(checkpoint_dir)))
@@ -120,5 +140,8 @@ def export_checkpoint(
     compared = f"read again and equal to {checkpoint_dir}"
     if adapter_dir is not None:
         compared = f"{checkpoint_dir} with the adapter {adapter_dir} merged into it, read again"
+    if isinstance(report, QuantisedReport):
+        compared = "read again and equal to what was written"
+        log.info(describe(report))
     log.info(f"{target_dir}: {report}, layout {format}; {compared}")
     return report

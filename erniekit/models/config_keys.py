@@ -130,7 +130,12 @@ _CHANGES_THE_MODEL: Mapping[str, tuple[Any, ...]] = {
     "topk_group": (1,),
     "use_shared_expert_gate": _OFF,
 }
-_QUANTISED = ("quantization_config", "quantization", "quant_method", "compression_config", "weight_quantize_algo")
+# What says that the weights are quantised: whoever opens them follows it (checkpoint/quantised_read.py), and the model
+# is the same.
+QUANTISED = (
+    *("quantization_config", "quantization", "quant_method", "compression_config", "weight_quantize_algo"),
+    "is_quantized",
+)
 
 # These act while training only; the run's own keys decide there. A value that does nothing needs no line.
 _NOT_USED: Mapping[str, tuple[Any, ...]] = {
@@ -221,14 +226,13 @@ def check_keys(config: JsonObject, fields: Mapping[str, Any]) -> list[str]:
     `fields`: what was read of the keys that are honoured. Every other key is one of: known to change the model (refused
     unless its value does nothing), known to act in training only (named), known to be harmless, or unknown (named).
     """
-    _refuse_quantised(config)
     is_dense = "moe_num_experts" not in fields
     if is_dense and any(config.values.get(key) for key in ("moe_num_experts", "num_experts")):
         raise CheckpointError(f"{config.where}: model_type: must be ernie4_5_moe for a model with experts.")
     lines = []
     for key, value in config.values.items():
         without_effect = value is None or (is_dense and key.startswith("moe_"))
-        if not without_effect and key not in fields and key not in OWN_KEYS:
+        if not without_effect and key not in fields and key not in OWN_KEYS and key not in QUANTISED:
             lines += _check_key(config, key, value, fields)
     return lines
 
@@ -253,14 +257,6 @@ def refusal(config: JsonObject, key: str, reason: str) -> CheckpointError:
     """The error for a key whose value this model cannot follow."""
     value = _shown(config.values[key])
     return CheckpointError(f"{config.where}: {key}: {value} is not supported: {reason}. Use another checkpoint.")
-
-
-def _refuse_quantised(config: JsonObject) -> None:
-    for key in _QUANTISED:
-        if config.values.get(key):
-            raise CheckpointError(
-                f"{config.where}: {key}: quantised weights are not supported. Use the bfloat16 checkpoint of the model."
-            )
 
 
 def _window(config: JsonObject, key: str, fields: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from erniekit.models import config_vision
-from erniekit.models.config_keys import ALIASES, OWN_KEYS, check_keys, refusal
+from erniekit.models.config_keys import ALIASES, OWN_KEYS, QUANTISED, check_keys, refusal
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject
@@ -89,7 +89,8 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     fields["extra"] = {
         key: value
         for key, value in config.values.items()
-        if key not in OWN_KEYS | fields.keys() or (key == "eos_token_id" and isinstance(value, list))
+        if (key not in OWN_KEYS | fields.keys() and key not in QUANTISED)
+        or (key == "eos_token_id" and isinstance(value, list))
     }
     fields["head_dim"] = _head_dim(config, fields, model_type)
     fields["rope_theta"] = _rope_theta(config)

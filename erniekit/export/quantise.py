@@ -1,0 +1,198 @@
+"""Writes a model with quantised weights, tensor by tensor, and reads it again.
+
+About two weights are in memory at a time. What the finished files stand for is compared bit for bit with what the codes
+and scales stood for when they were chosen; how far that is from the source is the report.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from erniekit.build import Overrides
+from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.model_dir import write_configs
+from erniekit.checkpoint.model_reader import METADATA, ModelReader
+from erniekit.checkpoint.safetensors_header import Plan
+from erniekit.checkpoint.safetensors_write import Writer
+from erniekit.export.convert import Edit, Report, digest
+from erniekit.models.weights import Logical
+from erniekit.precision.codes import decode
+from erniekit.quantize.quantiser import Quantiser
+from erniekit.quantize.schemes import Matrix, Options, Place, Scheme, scheme_for
+from erniekit.utils import log
+from erniekit.utils.arrays import copy_transposed
+from erniekit.utils.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a model is quantised: by the scheme `name` with `options`; `quantiser` makes the algorithm for an opened
+    source.
+    """
+
+    name: str
+    options: Options
+    quantiser: Callable[[ModelReader, Scheme], Quantiser]
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """What a quantised matrix lost: `squared` is the sum of (w' - w)^2, `total` that of w^2."""
+
+    name: str
+    place: Place
+    size: int
+    squared: float
+    total: float
+
+    @property
+    def relative(self) -> float:
+        """|W' - W| / |W|, 0 for a matrix of zeros."""
+        return math.sqrt(self.squared / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class QuantisedReport(Report):
+    """See Report. `errors`: of every quantised matrix, in the order of the file; `scheme`: what was written."""
+
+    scheme: Scheme
+    errors: tuple[MatrixError, ...]
+
+
+def write_quantised(
+    source_dir: str | Path,
+    target_dir: Path,
+    format: str,
+    quantisation: Quantisation,
+    max_shard_size: int | str,
+    edit: Callable[[ModelReader], Edit] | None = None,
+    overrides: Overrides | None = None,
+) -> QuantisedReport:
+    """Write quantised weights, config.json and, if there is none, generation_config.json; then verify them. `edit` and
+    `overrides` as in export.convert.rewrite.
+
+    Raises ConfigError where the scheme does not fit the format or the model, and CheckpointError where the source is
+    quantised already, or has weights that are not finite.
+    """
+    source = ModelReader(source_dir, keep_mtp=True)
+    if source.quantised:
+        raise CheckpointError(
+            f"{source_dir} is quantised already ({source.quantised}): quantising twice adds both errors. Export the "
+            "checkpoint that it was made from."
+        )
+    config = source.config if overrides is None else overrides.apply(source.config)
+    scheme = scheme_for(quantisation.name, "paddle" if format == "paddle" else "pt", config, quantisation.options)
+    _say_rounding(source)
+    job = _Job(source, scheme, quantisation.quantiser(source, scheme), None if edit is None else edit(source))
+    plan = [tensor for logical in source.logicals for tensor in job.plan(logical)]
+    with Writer(target_dir, plan, max_shard_size, METADATA[scheme.format]) as writer:
+        for logical in source.logicals:
+            job.write(logical, writer)
+    bf16 = dataclasses.replace(config, dtype="bfloat16")
+    write_configs(target_dir, bf16, scheme.format, {"quantization_config": scheme.settings})
+    job.verify(target_dir)
+    return QuantisedReport(len(plan), writer.num_bytes, len(writer.files), scheme, tuple(job.errors))
+
+
+class _Job:
+    """One model while it is written."""
+
+    def __init__(self, source: ModelReader, scheme: Scheme, quantiser: Quantiser, editor: Edit | None) -> None:
+        self.source, self.scheme, self.quantiser, self.editor = source, scheme, quantiser, editor
+        self.errors: list[MatrixError] = []
+        self.digests: list[bytes] = []  # of each weight that the written tensors stand for, in the order of the file
+
+    def plan(self, logical: Logical) -> Plan:
+        """The tensors of the file for a weight."""
+        matrices = self.scheme.matrices(logical)
+        if matrices:
+            return [tensor for matrix in matrices for tensor in matrix.codec.plan(matrix.name, matrix.shape)]
+        return [(piece.name, _plain_dtype(logical), piece.shape) for piece in logical.pieces(self.scheme.format)]
+
+    def write(self, logical: Logical, writer: Writer) -> None:
+        """Read a weight, quantise it if the scheme says so, and write it."""
+        weight = self.source.read(logical, as_fp32=True)
+        if self.editor is not None and self.editor.touches(logical):
+            weight = self.editor.apply(logical, weight)
+        matrices = self.scheme.matrices(logical)
+        if not matrices:
+            self._write_plain(logical, self.quantiser.plain(logical, weight), writer)
+            return
+        stands_for = np.empty(logical.shape, np.float32)
+        for matrix in matrices:
+            self._write_matrix(matrix, weight, stands_for, writer)
+        self.digests.append(digest(stands_for))
+
+    def _write_plain(self, logical: Logical, weight: np.ndarray, writer: Writer) -> None:
+        try:
+            stored = dtypes.convert(weight, "F32", _plain_dtype(logical))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source.path}: {logical.param}: {error}") from error
+        self.digests.append(digest(stored))
+        for piece in logical.pieces(self.scheme.format):
+            writer.write(piece.name, piece.extract(stored))
+
+    def _write_matrix(self, matrix: Matrix, weight: np.ndarray, stands_for: np.ndarray, writer: Writer) -> None:
+        columns = slice(*(matrix.piece.columns or (0, weight.shape[1])))
+        original = np.empty(matrix.shape, np.float32)
+        copy_transposed(weight[:, columns], original)
+        try:
+            codes, scales = self.quantiser.codes(matrix, original)
+        except ValueError as error:
+            raise CheckpointError(f"{self.source.path}: {matrix.name}: {error}: it cannot be quantised.") from None
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed; nothing was kept.")
+        tensors = matrix.codec.stored(codes, scales)
+        for (name, _, _), stored in zip(matrix.codec.plan(matrix.name, matrix.shape), tensors, strict=True):
+            writer.write(name, stored)
+        restored = decode(codes, scales, matrix.codec.spec)
+        copy_transposed(restored, stands_for[:, columns])
+        total = float(np.vdot(original, original))
+        restored -= original
+        squared = float(np.vdot(restored, restored))
+        self.errors.append(MatrixError(matrix.name, matrix.place, original.size, squared, total))
+
+    def verify(self, target_dir: Path) -> None:
+        """Read every weight of the target and compare it with what the written tensors stood for, bit for bit."""
+        target = ModelReader(target_dir, keep_mtp=True)
+        assert len(target.logicals) == len(self.source.logicals)
+        for logical, expected in zip(target.logicals, self.digests, strict=True):
+            if digest(target.read(logical)) != expected:
+                raise CheckpointError(
+                    f"{logical.param} read again from {target_dir} differs from what was written: the disk or the "
+                    "memory of this machine is at fault. Nothing was kept; try again."
+                )
+
+
+def _plain_dtype(logical: Logical) -> str:
+    """The type of a weight that is not quantised: engines multiply in bf16."""
+    return "F32" if logical.keep_fp32 else "BF16"
+
+
+def describe(report: QuantisedReport) -> str:
+    """For the log: what was quantised, what it lost by kind, and the bits of a weight."""
+    kinds: dict[str, list[MatrixError]] = {}
+    for error in report.errors:
+        kinds.setdefault(error.place.role, []).append(error)
+    lost = []
+    for role, errors in kinds.items():
+        total = sum(error.total for error in errors)
+        relative = math.sqrt(sum(error.squared for error in errors) / total) if total else 0.0
+        lost.append(f"{role} {100 * relative:.3g} %")
+    count = sum(error.size for error in report.errors)
+    return (
+        f"{report.scheme.name}: {len(report.errors)} matrices, {count / 1e6:,.1f} M weights: {report.scheme.method}; "
+        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}"
+    )
+
+
+def _say_rounding(source: ModelReader) -> None:
+    """Log a line if weights that are not quantised lose precision."""
+    kept = {source.dtype_of(logical) for logical in source.logicals if not logical.keep_fp32} - {"BF16"}
+    if kept:
+        names = ", ".join(sorted(kept))
+        log.info(f"{source.path}: weights that are not quantised are rounded from {names} to bfloat16")

@@ -1,0 +1,1 @@
+"""Quantised models: which weights a scheme makes codes of, how, and by which algorithm."""

@@ -1,0 +1,45 @@
+"""What turns a weight into codes and scales while a model is written: round to nearest, or another algorithm."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from erniekit.models.weights import Logical
+from erniekit.precision.codes import choose_scales, encode
+from erniekit.quantize.schemes import Matrix
+
+
+class Quantiser(Protocol):
+    """An algorithm. The writer asks for the model's weights in the order of the file, so one layer after another: an
+    algorithm can work on a layer when the first weight of it is asked for.
+    """
+
+    def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
+        """A weight that is not quantised (fp32, our layout), as it is to be written: scales may be moved into it."""
+        ...
+
+    def codes(self, matrix: Matrix, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [out, in] and scales of `weight` [out, in] fp32 (see precision.codes). ValueError where it is not
+        finite.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Every weight by itself: the nearest code. `search`: also find the scale with the least error, where a code has 4
+    bits.
+    """
+
+    search: bool = True
+
+    def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
+        """See Quantiser."""
+        return weight
+
+    def codes(self, matrix: Matrix, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See Quantiser."""
+        spec = matrix.codec.spec
+        scales = choose_scales(weight, spec, search=self.search and spec.kind == "int" and spec.bits == 4)
+        return encode(weight, scales, spec), scales
