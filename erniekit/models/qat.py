@@ -1,5 +1,6 @@
 """Attach fake quantisation (precision/qat.py) to a model, say what is quantised, and move the ranges of inputs."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.products import attach_products, parts_of, products
+from erniekit.models.weights import our_shapes
 from erniekit.nn.linear import EVERY_PART, Linear, Part, Projection
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
@@ -15,16 +17,25 @@ from erniekit.precision.fake_quant import FakeQuant
 from erniekit.precision.qat import QatOptions, describe_recipe
 from erniekit.utils.errors import ConfigError
 
+_PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(qkv|o|up_gate|down)_proj\.weight")
+
 
 def attach_qat(model: CausalLM, options: QatOptions) -> None:
     """Let the projections of the decoder's layers multiply fake-quantised operands. Raises ConfigError for a matrix
     that the scheme cannot take; no weight has to be read before.
     """
-    attach_products(model, options.product)
+    sized = options.for_widths(_widths(model))
+    attach_products(model, sized.product)
     for name, projection, product in _found(model):
         reason = _refused(projection, product, model.shard.tensor_degree)
         if reason:
             raise ConfigError(f"qat: {options.name}: {name} {list(projection.weight_shape)}: {reason}")
+
+
+def _widths(model: CausalLM) -> list[int]:
+    """The numbers of inputs of the projections of the decoder's layers, in the whole model."""
+    shapes = our_shapes(model.config)
+    return [shape[-2] for name, shape in shapes.items() if _PROJECTION.fullmatch(name)]
 
 
 def _found(model: CausalLM) -> Iterator[tuple[str, Projection, FakeQuant]]:
@@ -67,6 +78,7 @@ def describe_qat(model: CausalLM, options: QatOptions) -> str:
     for layer in model.model.layers:
         for part, module in parts_of(layer):
             matrices[part] += sum(isinstance(each, FakeQuant) for each in module.sublayers())
+    options = options.for_widths(_widths(model))
     ways: dict[str, list[str]] = {}
     for part in sorted(EVERY_PART & matrices.keys()):
         how = describe_recipe(options.experts if part == "experts" else options.projections)

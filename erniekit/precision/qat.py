@@ -1,5 +1,6 @@
 """Which projections a run fake-quantises, and how (the keys of config/schema_qat.py)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from erniekit.config.schema import Config
@@ -9,6 +10,10 @@ from erniekit.precision import codes
 from erniekit.precision.fake_quant import FakeQuant, InputCodes, MovingRange, Recipe
 from erniekit.precision.fake_rounding import Grid
 from erniekit.precision.fp8_tensor import Tile
+from erniekit.utils.errors import ConfigError
+
+# Numbers of inputs that share a scale in 4 bits, the preferred one first (quantize/schemes.py has the same).
+GROUPS = (128, 64, 32)
 
 _INT8_TOKENS = InputCodes(Grid("int", -127.0, 127.0, Tile(1, None)))
 _FP8_GROUPS = InputCodes(Grid("e4m3", -448.0, 448.0, Tile(1, 128)))
@@ -31,17 +36,38 @@ _RECIPES = {
 @dataclass(frozen=True)
 class QatOptions:
     """`projections`: how those of attention, dense blocks and shared experts are fake-quantised; `experts`: the routed
-    ones.
+    ones. `group`: the number of inputs that share a scale where a scheme has groups; None: chosen by the model's sizes.
     """
 
     name: str
     projections: Recipe
     experts: Recipe
+    group: int | None = None
+
+    def for_widths(self, widths: Iterable[int]) -> "QatOptions":
+        """The options for a model whose projections have these numbers of inputs: as an export does, the first of
+        GROUPS that divides them all. ConfigError if there is none.
+        """
+        if self.projections.weight.group is None and self.experts.weight.group is None:
+            return self
+        every, tried = sorted(set(widths)), GROUPS if self.group is None else (self.group,)
+        group = next((size for size in tried if not any(width % size for width in every)), None)
+        if group is None:
+            raise ConfigError(
+                f"qat: {self.name}: projections with {', '.join(map(str, every))} inputs do not divide into groups of "
+                f"{' or '.join(map(str, tried))}: set quantization_group_size to a divisor of all, or qat: wint8"
+            )
+        return replace(self, projections=_grouped(self.projections, group), experts=_grouped(self.experts, group))
 
     def product(self, projection: Projection) -> FakeQuant:
         """The product of a projection (nn.linear.ProductFactory)."""
         recipe = self.projections if projection.num_experts is None else self.experts
         return FakeQuant(recipe, self.name, tuple(projection.parts.values()), projection.num_experts)
+
+
+def _grouped(recipe: Recipe, group: int) -> Recipe:
+    spec = recipe.weight
+    return recipe if spec.group is None else replace(recipe, weight=replace(spec, group=group))
 
 
 def choose_qat(cfg: Config) -> QatOptions | None:
@@ -57,7 +83,7 @@ def choose_qat(cfg: Config) -> QatOptions | None:
         recipes.append(
             replace(recipe, rounds_input_grad=cfg.quant_input_grad, rounds_weight_grad=cfg.quant_weight_grad)
         )
-    return QatOptions(cfg.qat, *recipes)
+    return QatOptions(cfg.qat, *recipes, group=cfg.quantization_group_size)
 
 
 def describe_recipe(recipe: Recipe) -> str:

@@ -59,7 +59,7 @@ _KEYS = {
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
         qat apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate quant_input_grad
-        quant_weight_grad qat_distill_weight
+        quant_weight_grad qat_distill_weight quantization_group_size
         fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps
@@ -92,7 +92,7 @@ _KEYS = {
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
-        format max_shard_size copy_tokenizer
+        format max_shard_size copy_tokenizer quantization quantization_clip_search
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}

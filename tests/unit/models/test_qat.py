@@ -31,7 +31,8 @@ IDS = np.random.default_rng(0).integers(0, 60, [2, 24]).tolist()
 
 def options(scheme: str, **keys: object) -> QatOptions:
     given = {"model_name_or_path": "m", "output_dir": "o", "train_dataset_path": "t", "qat": scheme}
-    chosen = choose_qat(config.load(None, given | {"hadamard_block_size": 4} | keys, "train"))
+    sizes = {"hadamard_block_size": 4, "quantization_group_size": 8}
+    chosen = choose_qat(config.load(None, given | sizes | keys, "train"))
     assert chosen is not None
     return chosen
 
@@ -108,11 +109,13 @@ def test_sizes_that_a_scheme_cannot_take_are_named():
     made = tiny_model("moe")
     with pytest.raises(ConfigError, match=r"qkv_proj\.weight \[\d+, \d+\]: hadamard_block_size: 4096 does not divide"):
         attach_qat(made, options("fp8_static", hadamard_block_size=4096))
-    for scheme, what in (("fp8", r"128 outputs share a scale"), ("wint4", r"128 inputs share a scale")):
+    for scheme, what in (("fp8", r"128 outputs share a scale"), ("wint4", r"16 inputs share a scale")):
         with paddle.LazyGuard():
             share = CausalLM(made.config, RankShard(tensor_rank=1, tensor_degree=2))
         with pytest.raises(ConfigError, match=rf"{what}, and a tensor rank has .*tensor_parallel_degree: 2"):
-            attach_qat(share, options(scheme))
+            attach_qat(share, options(scheme, quantization_group_size=16))
+    with pytest.raises(ConfigError, match="do not divide into groups of 128 or 64 or 32: set quantization_group_size"):
+        attach_qat(made, options("wint4", quantization_group_size=None))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def test_distillation_compares_with_the_model_before_training(directory: Path, c
     """With d = 1 the only term is the divergence; the teacher is not quantised, so that without training it is the
     rounding's, and training lowers it.
     """
-    keys = {"qat_distill_weight": 1.0, "learning_rate": 1e-3, "moe_aux_loss_lambda": 0.0, "logging_steps": 1}
+    keys = {"quantization_group_size": 16, "qat_distill_weight": 1.0, "learning_rate": 1e-3, "moe_aux_loss_lambda": 0.0, "logging_steps": 1}
     losses = {}
     for scheme in ("wint8", "wint4"):
         cfg = equality.keys_for(str(directory), "moe", qat=scheme, continue_training=True, **keys)
