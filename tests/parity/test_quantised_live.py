@@ -1,0 +1,64 @@
+"""Quantised directories in transformers and compressed-tensors themselves. Skipped where torch is absent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from erniekit.build import load_model
+from erniekit.checkpoint.model_io import save_model
+from erniekit.export.export import export_checkpoint
+from erniekit.export.quantise import Quantisation
+from erniekit.quantize.quantiser import RoundToNearest
+from erniekit.quantize.schemes import Options
+from support.tiny_models import tiny_model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("compressed_tensors")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+torch.set_num_threads(1)
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "moe_intermediate_size": 96}
+TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24))
+# transformers rounds a code times its scale to bf16; our weights are rounded in the same way here, so that both sides
+# have the same numbers. The logits, of magnitude 3, differ by the order of fp32 additions.
+TOLERANCE = 2e-5
+
+
+def quantised(path: Path, kind: str, scheme: str) -> Path:
+    """A tiny model exported in a scheme."""
+    save_model(tiny_model(kind, **SIZES), path / "model", dtype="bfloat16")
+    quantisation = Quantisation(scheme, Options(), lambda source, scheme: RoundToNearest(search=False))
+    export_checkpoint(path / "model", path / "export", copy_tokenizer=False, quantisation=quantisation)
+    return path / "export"
+
+
+def our_logits(path: Path) -> np.ndarray:
+    """Logits of the directory, its weights rounded to bf16, products in fp32."""
+    return load_model(path, "bfloat16")(paddle.to_tensor(TOKENS)).numpy()
+
+
+def in_transformers(path: Path) -> np.ndarray:
+    """Logits of transformers, with weights dequantised to fp32 on loading."""
+    settings = json.loads((path / "config.json").read_text())["quantization_config"]
+    if settings["quant_method"] == "compressed-tensors":
+        quantisation = transformers.CompressedTensorsConfig(dequantize=True)
+    else:
+        quantisation = transformers.FineGrainedFP8Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, quantization_config=quantisation
+    ).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [("dense", "wint4")])
+def test_transformers_computes_the_same_logits(tmp_path: Path, kind: str, scheme: str):
+    path = quantised(tmp_path, kind, scheme)
+    ours = our_logits(path)
+    np.testing.assert_allclose(in_transformers(path), ours, atol=TOLERANCE)
+    unquantised = our_logits(tmp_path / "model")
+    assert np.abs(ours - unquantised).max() > 100 * TOLERANCE  # quantised it is
