@@ -41,7 +41,8 @@ SLOW = {
     "compare_balancing": f"compare_balancing.py {MOE} --steps 2 --out {{tmp}}/balancing",
     "compare_fp8": f"compare_fp8.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 2 --out {{tmp}}/curve",
     "compare_layouts": "compare_layouts.py dense-dp2",
-    "compare_qat": f"compare_qat.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 1 --more 1 --schemes wint4 --out {{tmp}}/qat",
+    "compare_qat": f"compare_qat.py {MOE} batch_size=1 max_evaluate_steps=1 --steps 1 --more 1 --schemes w8a8 "
+    "--out {tmp}/qat",
     "compare_moments": f"compare_moments.py {MOE} --steps 2 --out {{tmp}}/moments batch_size=1 max_seq_len=64",
     "compare_layouts, cost": "compare_layouts.py --cost dense-dp2",
     "make_pretrain_corpus": "make_pretrain_corpus.py --out {tmp}/corpus.jsonl --max-bytes 20000",

@@ -291,8 +291,8 @@ def _fp8(cfg: Config) -> Iterator[str]:
 def _qat(cfg: Config) -> Iterator[str]:
     if cfg.qat != "none" and cfg.compute_type in LOW_BIT:
         yield (
-            f"qat: {cfg.qat}: it trains 16-bit weights for a scheme, but compute_type: {cfg.compute_type} holds a frozen "
-            "base in 8 or 4 bits. Set compute_type: bf16, or qat: none"
+            f"qat: {cfg.qat}: it trains 16-bit weights for a scheme, but compute_type: {cfg.compute_type} holds a "
+            "frozen base in 8 or 4 bits. Set compute_type: bf16, or qat: none"
         )
     order = cfg.hadamard_block_size
     if order & (order - 1):

@@ -182,10 +182,10 @@ class FakeQuant(Product):
 
     # Inputs
 
-    def input_values(
-        self, rows: paddle.Tensor, counts: Sequence[int]
-    ) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """q(x) of rows [R, in] sorted by matrix, in their dtype, and the mask [R, in] fp32 (None: nothing is clipped)."""
+    def input_values(self, rows: paddle.Tensor, counts: Sequence[int]) -> tuple[paddle.Tensor, paddle.Tensor | None]:
+        """q(x) of rows [R, in] sorted by matrix, in their dtype, and the mask [R, in] fp32; None: nothing is
+        clipped.
+        """
         inputs, rotation = self.recipe.inputs, self.recipe.rotation
         if inputs is None:
             return (rows if rotation is None else rotated_columns(rows, rotation).astype(rows.dtype)), None
@@ -278,16 +278,16 @@ class _FakeQuantMatmul(PyLayer):
         return drows, dweight
 
 
-def _times(rows: paddle.Tensor, values: paddle.Tensor, counts: Sequence[int], transposed: bool = False) -> paddle.Tensor:
+def _times(
+    rows: paddle.Tensor, values: paddle.Tensor, counts: Sequence[int], transposed: bool = False
+) -> paddle.Tensor:
     """Each matrix's rows times it, or times its transpose."""
     spans = row_spans(counts)
     parts = [matmul(rows[begin:end], values[number], transpose_y=transposed) for number, begin, end in spans]
     return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
-def _weight_gradient(
-    x: paddle.Tensor, dy: paddle.Tensor, shape: Sequence[int], counts: Sequence[int]
-) -> paddle.Tensor:
+def _weight_gradient(x: paddle.Tensor, dy: paddle.Tensor, shape: Sequence[int], counts: Sequence[int]) -> paddle.Tensor:
     """x^T dy of each matrix's rows: [E, in, out], zeros for one without rows."""
     parts = [paddle.zeros(shape[1:], dtype=dy.dtype)] * len(counts)
     for number, begin, end in row_spans(counts):

@@ -23,7 +23,7 @@ class Policy:
     """How a model stores and multiplies. `param_dtype` is the dtype of weights and matrix products ("float32",
     "bfloat16" or "float16"); 16-bit weights have fp32 masters in the optimizer. `product`: how the projections of the
     layers multiply and keep their weights; None: plainly. `rounded_to`: the dtype that weights are rounded to when they
-    are read, where `param_dtype` is wider. `fp8`, `qat`: the products in FP8 or with fake quantisation, which keep their
+    are read, where `param_dtype` is wider. `fp8`, `qat`: products in FP8, or with fake quantisation, which keep their
     weights as they are.
     """
 

@@ -74,7 +74,7 @@ def choose_qat(cfg: Config) -> QatOptions | None:
     """The options of a run; None without quantisation-aware training."""
     if cfg.qat == "none":
         return None
-    recipes = []
+    recipes = list[Recipe]()
     for recipe in _RECIPES[cfg.qat]:
         if cfg.qat == STATIC:
             moving = MovingRange(cfg.apply_online_actscale_step, cfg.actscale_moving_rate)
@@ -83,7 +83,7 @@ def choose_qat(cfg: Config) -> QatOptions | None:
         recipes.append(
             replace(recipe, rounds_input_grad=cfg.quant_input_grad, rounds_weight_grad=cfg.quant_weight_grad)
         )
-    return QatOptions(cfg.qat, *recipes, group=cfg.quantization_group_size)
+    return QatOptions(cfg.qat, recipes[0], recipes[1], cfg.quantization_group_size)
 
 
 def describe_recipe(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from support.tiny_models import tiny_model
 
 from erniekit.build import load_model
 from erniekit.checkpoint.model_io import save_model
@@ -13,7 +14,6 @@ from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import Quantisation
 from erniekit.quantize.quantiser import RoundToNearest
 from erniekit.quantize.schemes import Options
-from support.tiny_models import tiny_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")

@@ -1,5 +1,4 @@
-"""Next-token training that is also distilled from the model before training, without quantisation (qat_distill_weight).
-"""
+"""Next-token training that is also distilled from the model before training, unquantised (qat_distill_weight)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

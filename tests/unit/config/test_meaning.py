@@ -374,7 +374,11 @@ def test_preference_keys_that_do_nothing_are_said(given: dict, expected: list):
     ("given", "scheme", "said"),
     [
         ({"compute_type": "fp8"}, "fp8_static", "compute_type: fp8: read as qat: fp8_static with compute_type: bf16"),
-        ({"weight_quantize_algo": "fp8linear", "compute_type": "bf16"}, "fp8_static", "where ERNIEKit keeps them in FP8"),
+        (
+            {"weight_quantize_algo": "fp8linear", "compute_type": "bf16"},
+            "fp8_static",
+            "where ERNIEKit keeps them in FP8",
+        ),
         ({"weight_quantize_algo": "a8w8linear"}, "w8a8", "inputs have a scale for each token, where ERNIEKit has"),
         ({"weight_quantize_algo": "a8w4linear"}, "w4a8", "read as qat: w4a8 with compute_type: bf16"),
         ({"compute_type": "fp8", "qat": "fp8"}, "fp8", "read as qat: fp8 with compute_type: bf16"),
@@ -430,6 +434,9 @@ def test_what_training_for_a_scheme_refuses(given, problem):
 
 
 def test_options_of_a_scheme_that_is_not_chosen_have_no_effect():
-    assert "apply_hadamard, quant_input_grad: no effect: qat is none" in cfg(apply_hadamard=True, quant_input_grad=True).notes
+    assert (
+        "apply_hadamard, quant_input_grad: no effect: qat is none"
+        in cfg(apply_hadamard=True, quant_input_grad=True).notes
+    )
     static = "apply_hadamard, actscale_moving_rate: no effect: read only with qat: fp8_static"
     assert static in cfg(qat="w8a8", apply_hadamard=True, actscale_moving_rate=0.5).notes

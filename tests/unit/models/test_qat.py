@@ -1,4 +1,4 @@
-"""Quantisation-aware training of a whole model: what is quantised, what is saved, and that files hold what was trained."""
+"""Quantisation-aware training of a model: what is quantised, what is saved, and that files hold what was trained."""
 
 from pathlib import Path
 
@@ -101,7 +101,10 @@ def test_an_adapter_is_quantised_within_the_weights(kind: str):
             suffix = f"_{part}" if part else ""
             for which, wanted in (("A", dw @ b.swapaxes(-1, -2)), ("B", a.swapaxes(-1, -2) @ dw)):
                 np.testing.assert_allclose(
-                    found[f"{name}.adapter.{which}{suffix}"], scale * wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max()
+                    found[f"{name}.adapter.{which}{suffix}"],
+                    scale * wanted,
+                    rtol=1e-3,
+                    atol=1e-3 * np.abs(wanted).max(),
                 )
 
 
@@ -197,11 +200,19 @@ def test_distillation_compares_with_the_model_before_training(directory: Path, c
     """With d = 1 the only term is the divergence; the teacher is not quantised, so that without training it is the
     rounding's, and training lowers it.
     """
-    keys = {"quantization_group_size": 16, "qat_distill_weight": 1.0, "learning_rate": 1e-3, "moe_aux_loss_lambda": 0.0, "logging_steps": 1}
+    keys = {
+        "quantization_group_size": 16,
+        "qat_distill_weight": 1.0,
+        "learning_rate": 1e-3,
+        "moe_aux_loss_lambda": 0.0,
+        "logging_steps": 1,
+    }
     losses = {}
     for scheme in ("wint8", "wint4"):
         cfg = equality.keys_for(str(directory), "moe", qat=scheme, continue_training=True, **keys)
-        run = build_run(config.load(None, cfg | {"output_dir": str(directory / f"distil-{scheme}")}, "train"), Mesh.single())
+        run = build_run(
+            config.load(None, cfg | {"output_dir": str(directory / f"distil-{scheme}")}, "train"), Mesh.single()
+        )
         trainer = Trainer(run, [])
         batches = run.loader.next_step()
         losses[scheme] = [trainer.train_step(batches).parts["loss_distill"] for _ in range(6)]
