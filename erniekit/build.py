@@ -325,6 +325,8 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
         text = ModelReader(path)
         reader = text if options.vision_start is None else TextWeights(text, options.vision_start)
         stored = reader.config
+        if text.quantised:
+            _say_quantised(text, options.training)
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers
     if reader is not None and depths > stored.num_nextn_predict_layers:
@@ -338,6 +340,15 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     elif options.adapter is not None:
         lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
+
+
+def _say_quantised(reader: ModelReader, training: bool) -> None:
+    """Log that quantised weights are used as what their codes stand for."""
+    what = f"{reader.path}: quantised weights ({reader.quantised}) are used as the numbers that their codes stand for"
+    if training:
+        log.warning(f"{what}; training from the checkpoint that was quantised would start from better weights")
+    else:
+        log.info(f"{what}, in the memory of a model that is not quantised; activations are not quantised")
 
 
 def load_model(

@@ -1,12 +1,14 @@
 """How a quantised matrix lies in a weight file: the tensors that stand for it, written and read.
 
-A codec belongs to one matrix of a model, which is [out, in] in -PT files. Its tensors replace NAME.weight and have
-that name with other endings.
+A codec belongs to one matrix of a model, [out, in]. Its tensors replace NAME.weight and have that name with other
+endings. Those of -PT files are compressed-tensors' and the block FP8 of vLLM and transformers; those of -Paddle files,
+FastDeploy's, are in quantised_paddle.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,37 +18,54 @@ from erniekit.precision.packing import pack_words, unpack_words
 from erniekit.utils.bfloat16 import fp32_to_bf16
 
 Read = Callable[[str], np.ndarray]  # a tensor by its name: floating ones as fp32, others as stored
-
-
-class Codec(Protocol):
-    """The tensors of a quantised matrix."""
-
-    spec: CodeSpec
-
-    def plan(self, name: str, shape: tuple[int, int]) -> Plan:
-        """The tensors that stand for the matrix `name` [out, in], `shape`, in the order of `stored`."""
-        ...
-
-    def stored(self, codes: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:
-        """Their values, from codes [out, in] and scales (see precision.codes)."""
-        ...
-
-    def weight(self, read: Read, name: str, shape: tuple[int, int]) -> np.ndarray:
-        """The matrix that they stand for, [out, in] fp32."""
-        ...
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class PackQuantized:
-    """compressed-tensors' `pack-quantized`: whole numbers packed into int32 words, bf16 scales by groups or channels.
+class Codec(ABC):
+    """The tensors of a quantised matrix whose codes are `spec`'s.
+
+    `is_transposed`: the file's layout has the unquantised matrix as [in, out]. `needs_range`: the file also keeps the
+    largest magnitude of the matrix's inputs, from calibration or training.
+    """
+
+    spec: CodeSpec
+    is_transposed: ClassVar[bool] = False
+    needs_range: ClassVar[bool] = False
+
+    @abstractmethod
+    def plan(self, name: str, shape: Shape) -> Plan:
+        """The tensors that stand for the matrix `name` [out, in] of `shape`, in the order of `stored`."""
+
+    @abstractmethod
+    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+        """Their values, from codes and scales (see precision.codes), and the largest magnitude of the inputs if
+        `needs_range`.
+        """
+
+    @abstractmethod
+    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+        """The matrix that they stand for, [out, in] fp32."""
+
+    def rotated(self, weight: np.ndarray) -> np.ndarray:
+        """What of a weight [out, in] fp32 is quantised: itself, or its rotation where the engine rotates the inputs."""
+        return weight
+
+    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """The weight [out, in] fp32 that codes and scales stand for: what `weight` reads."""
+        return decode(codes, scales, self.spec)
+
+
+@dataclass(frozen=True)
+class PackQuantized(Codec):
+    """compressed-tensors' `pack-quantized`: whole numbers packed into int32 words, scales by groups or channels.
 
     `has_zeros`: the codes are asymmetric, and each group has one that stands for 0; files of other tools only.
     """
 
-    spec: CodeSpec
     has_zeros: bool = False
 
-    def plan(self, name: str, shape: tuple[int, int]) -> Plan:
+    def plan(self, name: str, shape: Shape) -> Plan:
         """See Codec."""
         width = -(-shape[1] * self.spec.bits // 32)
         groups = self.spec.scale_shape(shape)
@@ -60,15 +79,44 @@ class PackQuantized:
             *zeros,
         ]
 
-    def stored(self, codes: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:
+    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec."""
         return [pack_words(codes, self.spec.bits), fp32_to_bf16(scales), np.array(codes.shape, np.int64)]
 
-    def weight(self, read: Read, name: str, shape: tuple[int, int]) -> np.ndarray:
+    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
         """See Codec."""
         codes = unpack_words(read(f"{name}.weight_packed"), self.spec.bits, shape[1])
         zeros = None
         if self.has_zeros:  # packed along the outputs
             zeros = unpack_words(read(f"{name}.weight_zero_point").T, self.spec.bits, shape[0]).T
-        scales = read(f"{name}.weight_scale").reshape(self.spec.scale_shape(shape))
-        return decode(codes, scales, self.spec, zeros)
+        return decode(codes, read(f"{name}.weight_scale").reshape(self.spec.scale_shape(shape)), self.spec, zeros)
+
+
+@dataclass(frozen=True)
+class Unpacked(Codec):
+    """A code an element beside its scales: compressed-tensors' `int-quantized` and `float-quantized`, with bf16 scales
+    in `weight_scale`, and block FP8, with fp32 scales in `weight_scale_inv`, which multiply the codes as well.
+
+    `has_zeros`: see PackQuantized.
+    """
+
+    scale_name: str = "weight_scale"
+    has_zeros: bool = False
+
+    def plan(self, name: str, shape: Shape) -> Plan:
+        """See Codec."""
+        scales = (1,) if self.spec.whole else self.spec.scale_shape(shape)
+        scale_type = "BF16" if self.spec.scale_type == "bf16" else "F32"
+        zeros: Plan = [(f"{name}.weight_zero_point", "I8", scales)] if self.has_zeros else []
+        code_type = "I8" if self.spec.kind == "int" else "F8_E4M3"
+        return [(f"{name}.weight", code_type, shape), (f"{name}.{self.scale_name}", scale_type, scales), *zeros]
+
+    def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
+        """See Codec."""
+        return [codes, fp32_to_bf16(scales) if self.spec.scale_type == "bf16" else scales]
+
+    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+        """See Codec."""
+        by_tile = self.spec.scale_shape(shape)
+        zeros = read(f"{name}.weight_zero_point").reshape(by_tile) if self.has_zeros else None
+        return decode(read(f"{name}.weight"), read(f"{name}.{self.scale_name}").reshape(by_tile), self.spec, zeros)

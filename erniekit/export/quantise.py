@@ -19,13 +19,14 @@ from erniekit.checkpoint.model_reader import METADATA, ModelReader
 from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.convert import Edit, Report, digest
+from erniekit.models.config import ModelConfig
 from erniekit.models.weights import Logical
-from erniekit.precision.codes import decode
+from erniekit.quantize.places import Place
 from erniekit.quantize.quantiser import Quantiser
-from erniekit.quantize.schemes import Matrix, Options, Place, Scheme, scheme_for
+from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
 from erniekit.utils import log
-from erniekit.utils.arrays import copy_transposed
-from erniekit.utils.errors import CheckpointError
+from erniekit.utils.arrays import transposed
+from erniekit.utils.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def write_quantised(
     config = source.config if overrides is None else overrides.apply(source.config)
     scheme = scheme_for(quantisation.name, "paddle" if format == "paddle" else "pt", config, quantisation.options)
     _say_rounding(source)
-    job = _Job(source, scheme, quantisation.quantiser(source, scheme), None if edit is None else edit(source))
+    quantiser = quantisation.quantiser(source, scheme)
+    _require_ranges(scheme, quantiser, config)
+    job = _Job(source, scheme, quantiser, None if edit is None else edit(source))
     plan = [tensor for logical in source.logicals for tensor in job.plan(logical)]
     with Writer(target_dir, plan, max_shard_size, METADATA[scheme.format]) as writer:
         for logical in source.logicals:
@@ -137,20 +140,21 @@ class _Job:
             writer.write(piece.name, piece.extract(stored))
 
     def _write_matrix(self, matrix: Matrix, weight: np.ndarray, stands_for: np.ndarray, writer: Writer) -> None:
-        columns = slice(*(matrix.piece.columns or (0, weight.shape[1])))
-        original = np.empty(matrix.shape, np.float32)
-        copy_transposed(weight[:, columns], original)
+        piece, codec = matrix.piece, matrix.codec
+        original = piece.extract(weight)
+        if not piece.transposed:
+            original = transposed(original)
         try:
-            codes, scales = self.quantiser.codes(matrix, original)
+            codes, scales = self.quantiser.codes(matrix, codec.rotated(original))
         except ValueError as error:
             raise CheckpointError(f"{self.source.path}: {matrix.name}: {error}: it cannot be quantised.") from None
         if not np.isfinite(scales).all():
-            raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed; nothing was kept.")
-        tensors = matrix.codec.stored(codes, scales)
-        for (name, _, _), stored in zip(matrix.codec.plan(matrix.name, matrix.shape), tensors, strict=True):
+            raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed. Nothing was kept.")
+        tensors = codec.stored(codes, scales, self.quantiser.input_range(matrix) if codec.needs_range else None)
+        for (name, _, _), stored in zip(codec.plan(matrix.name, matrix.shape), tensors, strict=True):
             writer.write(name, stored)
-        restored = decode(codes, scales, matrix.codec.spec)
-        copy_transposed(restored, stands_for[:, columns])
+        restored = codec.restored(codes, scales)
+        piece.insert(restored if piece.transposed else transposed(restored), stands_for)
         total = float(np.vdot(original, original))
         restored -= original
         squared = float(np.vdot(restored, restored))
@@ -166,6 +170,17 @@ class _Job:
                     f"{logical.param} read again from {target_dir} differs from what was written: the disk or the "
                     "memory of this machine is at fault. Nothing was kept; try again."
                 )
+
+
+def _require_ranges(scheme: Scheme, quantiser: Quantiser, config: ModelConfig) -> None:
+    """Raise ConfigError where the file keeps the ranges of inputs and the algorithm does not know one."""
+    for matrix in scheme.every_matrix(config):
+        if matrix.codec.needs_range and quantiser.input_range(matrix) is None:
+            raise ConfigError(
+                f"quantization: {scheme.name} with format: {scheme.format}: the file keeps the largest magnitude of "
+                f"the inputs of {matrix.name}, which only calibration or training for the scheme measures: set "
+                "quantization_calibration_path, or export a run with qat"
+            )
 
 
 def _plain_dtype(logical: Logical) -> str:

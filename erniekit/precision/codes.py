@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from erniekit.precision import convolutional_code
 from erniekit.precision.rounding import round_to
 
 # Weights a step: with the temporaries of a step they stay in the second cache of a core.
@@ -34,7 +35,7 @@ class CodeSpec:
     `scale_type`: the type in which the scales are kept.
     """
 
-    kind: Literal["int", "e4m3"]
+    kind: Literal["int", "e4m3", "convolutional"]
     bits: int
     lowest: float
     largest: float
@@ -51,6 +52,8 @@ class CodeSpec:
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the scales of a matrix: [out, groups] of channels, or the numbers of blocks."""
+        if self.kind == "convolutional":
+            return shape[0], convolutional_code.scale_columns(shape[1])
         rows, columns = self.tile(shape)
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
@@ -66,6 +69,9 @@ def symmetric(bits: int, group: int | None = None, scale_type: Literal["bf16", "
     return CodeSpec("int", bits, -largest, largest, group, scale_type=scale_type)
 
 
+# The convolutional code of FastDeploy's wint2: codes uint8 [out, in / 4], scales [out, in / 64 + 3]; see
+# precision.convolutional_code. In what follows it does not use tiles.
+WINT2 = CodeSpec("convolutional", 2, -32.0, 31.0, convolutional_code.GROUP)
 FP8_BLOCK = CodeSpec("e4m3", 8, -448.0, 448.0, block=(128, 128), scale_type="fp32")
 FP8_CHANNEL = CodeSpec("e4m3", 8, -448.0, 448.0)
 FP8_TENSOR = CodeSpec("e4m3", 8, -448.0, 448.0, whole=True, scale_type="fp32")
@@ -81,6 +87,8 @@ def choose_scales(
     input; None: 1. Raises ValueError where a weight is not finite.
     """
     shape = _matrix(weight)
+    if spec.kind == "convolutional":
+        return convolutional_code.choose_scales(weight, importance).to_array()
     scales = np.empty(spec.scale_shape(shape), np.float32)
     if spec.whole:
         largest = np.max([_largest(tiles) for _, _, tiles in _blocks(weight, spec)], initial=0.0)
@@ -102,6 +110,8 @@ def encode(weight: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> np.ndarray
     """
     shape = _matrix(weight)
     assert scales.shape == spec.scale_shape(shape), (scales.shape, shape, spec)
+    if spec.kind == "convolutional":
+        return convolutional_code.encode(weight, convolutional_code.Scales.from_array(scales))
     codes = np.empty(shape, np.uint8 if spec.kind == "e4m3" else np.int8)
     for span, rows, tiles in _blocks(weight, spec):
         tiles /= scales[rows][:, None, :, None]
@@ -119,6 +129,8 @@ def decode(codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, zeros: np.ndar
     code that stands for 0 in each tile, for asymmetric codes of other tools; the shape of `scales`.
     """
     shape = _matrix(codes)
+    if spec.kind == "convolutional":
+        return convolutional_code.decode(codes, convolutional_code.Scales.from_array(scales))
     assert scales.shape == spec.scale_shape(shape), (scales.shape, shape, spec)
     weight = np.empty(shape, np.float32)
     for span, rows, _ in _spans(shape, spec):

@@ -20,9 +20,13 @@ class Quantiser(Protocol):
         ...
 
     def codes(self, matrix: Matrix, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [out, in] and scales of `weight` [out, in] fp32 (see precision.codes). ValueError where it is not
-        finite.
+        """Codes and scales (see precision.codes) of `weight` [out, in] fp32, which is the matrix as in the file, and
+        rotated where `matrix.codec` rotates. ValueError where it is not finite.
         """
+        ...
+
+    def input_range(self, matrix: Matrix) -> float | None:
+        """The largest magnitude of the inputs of a matrix, rotated as its weight; None where it is not known."""
         ...
 
 
@@ -43,3 +47,7 @@ class RoundToNearest:
         spec = matrix.codec.spec
         scales = choose_scales(weight, spec, search=self.search and spec.kind == "int" and spec.bits == 4)
         return encode(weight, scales, spec), scales
+
+    def input_range(self, matrix: Matrix) -> float | None:
+        """See Quantiser."""
+        return None

@@ -4,50 +4,33 @@ One table, `SCHEMES`, has a row for every scheme and layout. Only projections of
 never the embeddings, the head, norms, routers, multi-token prediction, the vision transformer and the resampler.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from erniekit.checkpoint.quantised_codecs import Codec, PackQuantized
+from erniekit.checkpoint import quantised_paddle as fastdeploy
+from erniekit.checkpoint import wint2_codec
+from erniekit.checkpoint.quantised_codecs import Codec, PackQuantized, Unpacked
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import Logical, Piece, logical_tensors
-from erniekit.precision.codes import CodeSpec, full_range
+from erniekit.precision.codes import FP8_BLOCK, full_range
+from erniekit.precision.convolutional_code import PACKED
+from erniekit.quantize import settings
+from erniekit.quantize.places import EXPERTS, Place, place_of
 from erniekit.utils.errors import ConfigError
 
-Role = Literal["attention", "mlp", "shared_experts", "experts", "vision_experts"]
-
-_PROJECTION = re.compile(
-    r"model\.layers\.(\d+)\.(self_attn|mlp)\.(?:(shared_experts|experts|vision_experts)\.)?"
-    r"(?:qkv_proj|o_proj|up_gate_proj|down_proj)\.weight"
-)
 # Numbers of inputs that share a scale, the preferred one first: what vLLM's kernels take.
-_GROUPS = (128, 64, 32)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a weight that can be quantised is: the number of its layer, and its part there."""
-
-    layer: int
-    role: Role
-
-
-def place_of(logical: Logical) -> Place | None:
-    """Where a weight is; None for one that no scheme quantises."""
-    match = _PROJECTION.fullmatch(logical.param)
-    if match is None:
-        return None
-    if match[2] == "self_attn":
-        return Place(int(match[1]), "attention")
-    role: Role = match[3] or "mlp"  # type: ignore[assignment]
-    return Place(int(match[1]), role)
+GROUPS = (128, 64, 32)
+# The last layer of wint2 whose experts have 4 bits, as in the published 300B-A47B model of 54 layers.
+_WINT2_FIRST_LAYERS = 6
+_FASTDEPLOY, _VLLM = "FastDeploy on CUDA (not run here)", "vLLM (not run here)"
+_BOTH = f"transformers, {_VLLM}"
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix to quantise: the piece of a logical tensor that is `name`.weight in the file. It is [out, in], that is
-    the transposed columns `piece.columns` of the logical tensor.
+    """A matrix to quantise, in the order of the file: the piece of a logical tensor that is `name`.weight there. Its
+    codes are [out, in]; `codec.rotated` gives what is quantised of it.
     """
 
     logical: Logical
@@ -63,13 +46,13 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
-        begin, end = self.piece.columns or (0, self.logical.shape[1])
-        return end - begin, self.logical.shape[0]
+        first, second = self.piece.shape
+        return (first, second) if self.piece.transposed else (second, first)
 
 
 @dataclass(frozen=True)
 class Options:
-    """`group`: the number of inputs that share a scale; None: chosen by the model's sizes."""
+    """`group`: the number of inputs that share a scale in 4 bits; None: chosen by the model's sizes."""
 
     group: int | None = None
 
@@ -82,7 +65,7 @@ class Scheme:
 
     name: str
     format: Format
-    codec_of: Callable[[Place], Codec | None]
+    codec_of: Callable[[Logical, Place], Codec | None]
     settings: Mapping[str, Any]
     method: str
     readers: str
@@ -90,18 +73,60 @@ class Scheme:
     def matrices(self, logical: Logical) -> list[Matrix]:
         """The matrices to quantise of a weight, in the order of its pieces; none where it stays in 16 bits."""
         place = place_of(logical)
-        codec = None if place is None else self.codec_of(place)
+        codec = None if place is None else self.codec_of(logical, place)
         if place is None or codec is None:
             return []
         return [Matrix(logical, piece, place, codec) for piece in logical.pieces(self.format)]
 
+    def every_matrix(self, config: ModelConfig) -> Iterator[Matrix]:
+        """The matrices to quantise of a model."""
+        return (matrix for logical in logical_tensors(config) for matrix in self.matrices(logical))
 
-def _group_of(config: ModelConfig, options: Options, name: str) -> int:
+    def needs_ranges(self, config: ModelConfig) -> bool:
+        """Whether the file keeps the largest magnitudes of inputs, which only calibration or training knows."""
+        return any(matrix.codec.needs_range for matrix in self.every_matrix(config))
+
+
+def scheme_for(name: str, format: Format, config: ModelConfig, options: Options = Options()) -> Scheme:
+    """The scheme `name` in files of `format` for a model. ConfigError: no reader of the scheme knows the format, or the
+    model's sizes do not allow it (the tensor is named).
+    """
+    make = SCHEMES.get((name, format))
+    if make is None:
+        formats = [known for scheme, known in SCHEMES if scheme == name]
+        cure = f"; set format: {' or '.join(formats)}" if formats else ""
+        raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}{cure}")
+    scheme = make(config, options)
+    for matrix in scheme.every_matrix(config):
+        reason = _refused(matrix)
+        if reason:
+            raise ConfigError(f"quantization: {name}: {matrix.name} [{matrix.shape[0]}, {matrix.shape[1]}]: {reason}")
+    return scheme
+
+
+def _refused(matrix: Matrix) -> str:
+    """Why a matrix cannot be stored in this way; empty if it can."""
+    num_out, num_in = matrix.shape
+    codec = matrix.codec
+    if isinstance(codec, fastdeploy.WeightOnly) and (num_in % 64 or num_out % 16):
+        return "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs. Use format: pt"
+    if isinstance(codec, fastdeploy.W4A8) and num_in % (fastdeploy.W4A8_ROTATION if codec.is_rotated else 2):
+        return f"w4a8 needs a multiple of {fastdeploy.W4A8_ROTATION} inputs of down_proj, which its kernel rotates"
+    if isinstance(codec, fastdeploy.TensorWiseFp8) and num_in % fastdeploy.FP8_ROTATION:
+        return f"its {num_in} inputs do not divide into blocks of {fastdeploy.FP8_ROTATION}, which the engine rotates"
+    if isinstance(codec, wint2_codec.Wint2) and num_in % PACKED:
+        return f"2-bit codes need a multiple of {PACKED} inputs. Use wint4"
+    return ""
+
+
+def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bool = False) -> int:
     """The number of inputs that share a scale. ConfigError where a matrix cannot have such groups."""
-    widths = {
-        logical.shape[0]: logical.pt[0].name for logical in logical_tensors(config) if place_of(logical) is not None
-    }
-    tried = _GROUPS if options.group is None else (options.group,)
+    widths: dict[int, str] = {}
+    for logical in logical_tensors(config):
+        place = place_of(logical)
+        if place is not None and (place.role in EXPERTS or not experts_only):
+            widths.setdefault(logical.shape[0], logical.pt[0].name)
+    tried = GROUPS if options.group is None else (options.group,)
     for group in tried:
         if all(width % group == 0 for width in widths):
             return group
@@ -114,74 +139,155 @@ def _group_of(config: ModelConfig, options: Options, name: str) -> int:
     )
 
 
-def ignored_modules(config: ModelConfig) -> list[str]:
-    """The modules of a -PT checkpoint that are not quantised, as compressed-tensors and vLLM name them: a name, or a
-    regular expression behind `re:`, which must match from the beginning. Anchored, so that `mlp.gate` is not gate_proj.
-    """
-    names = ["lm_head"]
-    if config.moe_num_experts:
-        names.append(r"re:.*mlp\.gate$")
-    if config.vision is not None:
-        names += [r"re:.*(text|vision)_experts_gate$", r"re:.*vision_(model|tower)\..*", r"re:.*resampler_model\..*"]
-    if config.num_nextn_predict_layers:
-        names.append(r"re:.*mtp_.*")
-    return names
-
-
-def _compressed_group(spec: CodeSpec, targets: list[str], format: str) -> dict[str, Any]:
-    """A config group of compressed-tensors."""
-    strategy = "channel" if spec.group is None else "group"
-    weights = {
-        "num_bits": spec.bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": spec.group,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-    }
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": format,
-    }
-
-
-def _compressed(config: ModelConfig, groups: list[dict[str, Any]], format: str) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors."""
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "quantization_status": "compressed",
-        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
-        "ignore": ignored_modules(config),
-        "kv_cache_scheme": None,
-    }
+def _require_experts(config: ModelConfig, name: str, instead: str) -> None:
+    if not config.moe_num_experts:
+        raise ConfigError(
+            f"quantization: {name}: its 4- and 2-bit codes are those of experts, which this model does not have: set "
+            f"quantization: {instead}"
+        )
 
 
 def _wint4(config: ModelConfig, options: Options) -> Scheme:
-    spec = full_range(4, _group_of(config, options, "wint4"))
-    settings = _compressed(config, [_compressed_group(spec, ["Linear"], "pack-quantized")], "pack-quantized")
-    codec = PackQuantized(spec)
-    method = f"4-bit codes, a bf16 scale for {spec.group} inputs"
-    return Scheme("wint4", "pt", lambda place: codec, settings, method, "vLLM, transformers")
+    codec = PackQuantized(full_range(4, _group_of(config, options, "wint4")))
+    said = settings.compressed(config, [settings.group(codec.spec, ["Linear"], "pack-quantized")], "pack-quantized")
+    method = f"4-bit codes, a bf16 scale for {codec.spec.group} inputs"
+    return Scheme("wint4", "pt", lambda logical, place: codec, said, method, _BOTH)
+
+
+def _wint8(config: ModelConfig, options: Options) -> Scheme:
+    codec = PackQuantized(full_range(8))
+    said = settings.compressed(config, [settings.group(codec.spec, ["Linear"], "pack-quantized")], "pack-quantized")
+    return Scheme("wint8", "pt", lambda logical, place: codec, said, "8-bit codes, a bf16 scale for a channel", _BOTH)
+
+
+def _wint4_8(config: ModelConfig, options: Options) -> Scheme:
+    _require_experts(config, "wint4/8", "wint4 or wint8")
+    few = PackQuantized(full_range(4, _group_of(config, options, "wint4/8", experts_only=True)))
+    many = PackQuantized(full_range(8))
+    groups = [
+        settings.group(few.spec, [settings.EXPERT_PROJECTIONS], "pack-quantized"),
+        settings.group(many.spec, list(settings.OTHER_PROJECTIONS), "pack-quantized"),
+    ]
+    method = f"experts 4-bit codes, a bf16 scale for {few.spec.group} inputs; the others 8 bits, a scale for a channel"
+
+    def codec_of(logical: Logical, place: Place) -> Codec:
+        return few if place.role in EXPERTS else many
+
+    return Scheme("wint4/8", "pt", codec_of, settings.compressed(config, groups, "pack-quantized"), method, _BOTH)
+
+
+def _w8a8(config: ModelConfig, options: Options) -> Scheme:
+    codec = Unpacked(full_range(8))
+    inputs = settings.dynamic_inputs(8)
+    groups = [settings.group(codec.spec, ["Linear"], "int-quantized", inputs)]
+    said = settings.compressed(config, groups, "int-quantized")
+    method = "8-bit codes, a bf16 scale for a channel; the engine quantises activations by token"
+    readers = _VLLM if config.moe_num_experts else _BOTH  # transformers has no fused experts in this form
+    return Scheme("w8a8", "pt", lambda logical, place: codec, said, method, readers)
+
+
+def _fp8(config: ModelConfig, options: Options) -> Scheme:
+    codec = Unpacked(FP8_BLOCK, scale_name="weight_scale_inv")
+    method = "E4M3 codes, an fp32 scale for 128 x 128; the engine quantises activations by token and 128 inputs"
+    readers = f"{_BOTH}, {_FASTDEPLOY}"
+    return Scheme("fp8", "pt", lambda logical, place: codec, settings.block_fp8(config), method, readers)
+
+
+def _fd_weight_only(name: str) -> Callable[[ModelConfig, Options], Scheme]:
+    codec = fastdeploy.WINT8 if name == "wint8" else fastdeploy.WINT4
+
+    def make(config: ModelConfig, options: Options) -> Scheme:
+        _refuse_vision(config, name)
+        _refuse_group(options, name)
+        said = settings.fastdeploy(name)
+        method = f"{codec.spec.bits}-bit codes in the order of GPU kernels, a bf16 scale for a channel"
+        return Scheme(name, "paddle", lambda logical, place: codec, said, method, _FASTDEPLOY)
+
+    return make
+
+
+def _fd_wint4_8(config: ModelConfig, options: Options) -> Scheme:
+    _refuse_vision(config, "wint4/8")
+    _refuse_group(options, "wint4/8")
+    _require_experts(config, "wint4/8", "wint4 or wint8")
+
+    def codec_of(logical: Logical, place: Place) -> Codec:
+        return fastdeploy.WINT4 if place.role in EXPERTS else fastdeploy.WINT8
+
+    said = settings.fastdeploy("mix_quant", dense_quant_type="wint8", moe_quant_type="wint4")
+    method = "experts 4-bit codes, the others 8 bits, in the order of GPU kernels, a bf16 scale for a channel"
+    return Scheme("wint4/8", "paddle", codec_of, said, method, _FASTDEPLOY)
+
+
+def _fd_w4a8(config: ModelConfig, options: Options) -> Scheme:
+    _refuse_vision(config, "w4a8")
+    _refuse_group(options, "w4a8")
+    _require_experts(config, "w4a8", "w8a8")
+
+    def codec_of(logical: Logical, place: Place) -> Codec:
+        if place.role not in EXPERTS:
+            return fastdeploy.WINT8
+        return fastdeploy.W4A8_DOWN if logical.param.endswith("down_proj.weight") else fastdeploy.W4A8_UP_GATE
+
+    said = settings.fastdeploy(
+        "mix_quant",
+        dense_quant_type="wint8",
+        moe_quant_type="w4a8",
+        is_permuted=False,
+        hadamard_block_size=fastdeploy.W4A8_ROTATION,
+    )
+    method = "experts 4-bit codes, a scale for a channel, and the range of their inputs; the others 8 bits"
+    return Scheme("w4a8", "paddle", codec_of, said, method, _FASTDEPLOY)
+
+
+def _fd_fp8(config: ModelConfig, options: Options) -> Scheme:
+    codec = fastdeploy.TENSOR_WISE_FP8
+    method = "E4M3 codes of weights that are rotated by blocks of 32, a scale for a matrix and one for its inputs"
+    said = settings.fastdeploy("tensor_wise_fp8")
+    return Scheme("fp8", "paddle", lambda logical, place: codec, said, method, _FASTDEPLOY)
+
+
+def _fd_wint2(config: ModelConfig, options: Options) -> Scheme:
+    _refuse_vision(config, "wint2")
+    _refuse_group(options, "wint2")
+    _require_experts(config, "wint2", "wint4")
+    last = min(_WINT2_FIRST_LAYERS, config.num_hidden_layers - 2)
+
+    def codec_of(logical: Logical, place: Place) -> Codec:
+        if place.role not in EXPERTS:
+            return fastdeploy.WINT8
+        return fastdeploy.WINT4 if place.layer <= last else wint2_codec.CODEC
+
+    said = settings.wint2(last, config.num_hidden_layers - 1)
+    method = f"experts 2-bit codes from layer {last + 1} on, 4 bits before; the others 8 bits"
+    return Scheme("wint2", "paddle", codec_of, said, method, _FASTDEPLOY)
+
+
+def _refuse_vision(config: ModelConfig, name: str) -> None:
+    if config.vision is not None:
+        raise ConfigError(
+            f"quantization: {name}: FastDeploy knows no names of quantised vision-language weights in this form: use "
+            "format: pt for vLLM, or export in 16 bits and let FastDeploy quantise on loading (--quantization)"
+        )
+
+
+def _refuse_group(options: Options, name: str) -> None:
+    if options.group is not None:
+        raise ConfigError(
+            f"quantization_group_size: {options.group}: FastDeploy reads {name} with a scale for a channel: remove it"
+        )
 
 
 SCHEMES: dict[tuple[str, Format], Callable[[ModelConfig, Options], Scheme]] = {
     ("wint4", "pt"): _wint4,
+    ("wint8", "pt"): _wint8,
+    ("wint4/8", "pt"): _wint4_8,
+    ("w8a8", "pt"): _w8a8,
+    ("fp8", "pt"): _fp8,
+    ("wint8", "paddle"): _fd_weight_only("wint8"),
+    ("wint4", "paddle"): _fd_weight_only("wint4"),
+    ("wint4/8", "paddle"): _fd_wint4_8,
+    ("w4a8", "paddle"): _fd_w4a8,
+    ("fp8", "paddle"): _fd_fp8,
+    ("wint2", "paddle"): _fd_wint2,
 }
-
-
-def scheme_for(name: str, format: Format, config: ModelConfig, options: Options) -> Scheme:
-    """The scheme `name` in files of `format` for a model. ConfigError: no reader of the scheme knows the format, or the
-    model's sizes do not allow it.
-    """
-    make = SCHEMES.get((name, format))
-    if make is None:
-        formats = [known for scheme, known in SCHEMES if scheme == name]
-        cure = f"; set format: {' or '.join(formats)}" if formats else ""
-        raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}{cure}")
-    return make(config, options)

@@ -13,6 +13,13 @@ def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
         target[:, start : start + _BLOCK] = source[start : start + _BLOCK].T
 
 
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """The transpose of a matrix, contiguous."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    copy_transposed(matrix, out)
+    return out
+
+
 def seeded_generator(seed: int, name: str) -> np.random.Generator:
     """A random generator that depends on (seed, name) only, so that other random draws do not change its numbers."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
