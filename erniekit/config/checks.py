@@ -295,8 +295,8 @@ def _qat(cfg: Config) -> Iterator[str]:
             "frozen base in 8 or 4 bits. Set compute_type: bf16, or qat: none"
         )
     order = cfg.hadamard_block_size
-    if order & (order - 1):
-        yield f"hadamard_block_size: {order} is no power of two; there is no such Hadamard matrix here. Set 32"
+    if order is not None and order & (order - 1):
+        yield f"hadamard_block_size: {order} is no power of two; there is no such Hadamard matrix here. Leave it out"
 
 
 def _qat_training(cfg: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.methods import DEFAULT, METHODS
 from erniekit.config.schema import Config
-from erniekit.config.schema_qat import QAT_COMPUTE_TYPES, STATIC
+from erniekit.config.schema_qat import QAT_COMPUTE_TYPES, STATIC, WITH_RANGES
 from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
 
@@ -250,9 +250,10 @@ def _complete_qat(values: dict[str, Any], command: str, notes: list[str]) -> Non
     if command != "export" or scheme == "none":
         return
     wanted = "fp8" if scheme == STATIC else scheme
-    layout = " with format: paddle" if scheme == STATIC else ""
-    if written != wanted:
-        how = "in 16 bits" if written == "none" else f"in {written}"
+    paddle = values.get("format") == "paddle"
+    layout = f" with format: {'paddle' if scheme in WITH_RANGES else 'pt'}"
+    if written != wanted or paddle != (scheme in WITH_RANGES):
+        how = "in 16 bits" if written == "none" else f"in {written} with format: {'paddle' if paddle else 'pt'}"
         notes.append(f"qat: {scheme}: exported {how}; quantization: {wanted}{layout} writes the codes of the training")
     elif values.setdefault("quantization_clip_search", False):
         notes.append(f"quantization_clip_search: True: the codes are not those of the training (qat: {scheme})")
@@ -264,8 +265,10 @@ def _name_of_scheme(name: str, values: dict[str, Any], notes: list[str]) -> None
     values["compute_type"] = "bf16"
     scheme = values.setdefault("qat", QAT_COMPUTE_TYPES[name])
     differs = "weights stay in bf16, where ERNIEKit keeps them in FP8"
-    if scheme != STATIC:
+    if scheme == "w8a8":
         differs = "inputs have a scale for each token, where ERNIEKit has a moving one for each matrix"
+    elif scheme == "w4a8":
+        differs = "only experts have 4 bits, and the other weights 8, as FastDeploy's w4a8 has them"
     notes.append(f"compute_type: {name}: read as qat: {scheme} with compute_type: bf16; {differs}")
 
 

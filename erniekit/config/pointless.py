@@ -17,7 +17,7 @@ from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_parts import FREEZE_VISION
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
-from erniekit.config.schema_qat import STATIC, QatArgs
+from erniekit.config.schema_qat import WITH_RANGES, QatArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
@@ -257,8 +257,8 @@ _OPTIMIZER_RULES = [
     Rule(_names(QatArgs).removeprefix("qat "), lambda c, f: c.qat == "none", "qat is none", RUN),
     Rule(
         "apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate",
-        lambda c, f: c.qat != STATIC,
-        f"read only with qat: {STATIC}",
+        lambda c, f: c.qat not in WITH_RANGES,
+        f"read only with qat: {' or '.join(WITH_RANGES)}",
         RUN,
     ),
     Rule("hadamard_block_size", lambda c, f: not c.apply_hadamard, "apply_hadamard is False", RUN),

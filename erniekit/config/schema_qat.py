@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from erniekit.config.fields import key
 
-# ERNIEKit's static FP8, which alone has ranges that move, and rotations.
 STATIC = "fp8_static"
+WITH_RANGES = (STATIC, "w4a8")  # inputs have ranges that move, and rotations
 QAT_SCHEMES = ("w8a8", "fp8", STATIC, "w4a8", "wint4", "wint8", "wint4/8")
 # What ERNIEKit's fp8linear, a8w8linear and a8w4linear become as a compute_type, and the schemes that they stand for.
 QAT_COMPUTE_TYPES = {"fp8": STATIC, "w8a8": "w8a8", "w4a8": "w4a8"}
@@ -21,25 +21,31 @@ class QatArgs:
     qat: str = key(
         "none",
         "Train for a scheme: products round as the exported model's do. w8a8; fp8 (blocks of 128 x 128); fp8_static "
-        "(scales of matrices: ERNIEKit's fp8linear); w4a8 (int4 experts); weights alone: wint4, wint8, wint4/8.",
+        "(scales of matrices: ERNIEKit's fp8linear); w4a8 (experts); weights alone: wint4, wint8, wint4/8.",
         choices=("none", *QAT_SCHEMES),
     )
     apply_hadamard: bool = key(
         True,
-        "With qat: fp8_static: inputs are multiplied by Hadamard matrices in blocks, and weights by their inverse, as "
-        "FastDeploy's tensor_wise_fp8 does; without rounding nothing changes.",
+        "Multiply inputs by Hadamard matrices in blocks, and weights by their inverse, where FastDeploy's kernels do: "
+        "all of them with qat: fp8_static, down_proj of experts with w4a8.",
     )
-    hadamard_block_size: int = key(
-        32, "The order of the Hadamard matrices, a power of two. FastDeploy has only 32.", ge=2, le=4096
+    hadamard_block_size: int | None = key(
+        None,
+        "The order of the Hadamard matrices, a power of two; null: FastDeploy's, 32 with fp8_static and 128 with w4a8.",
+        ge=2,
+        le=4096,
     )
     apply_online_actscale_step: int = key(
         200,
-        "With qat: fp8_static: for this number of steps inputs are rounded with the scale of the present inputs, and "
-        "their mean range is kept.",
+        "With qat: fp8_static or w4a8: for this number of steps inputs are rounded with the scale of the present "
+        "inputs, and their mean range is kept.",
         ge=1,
     )
     actscale_moving_rate: float = key(
-        0.01, "With qat: fp8_static: the share of a step's range in the kept range after these steps.", gt=0, le=1
+        0.01,
+        "With qat: fp8_static or w4a8: the share of a step's range in the kept range after these steps.",
+        gt=0,
+        le=1,
     )
     quant_input_grad: bool = key(
         False, "Round the gradients of products to E5M2 where they give the gradients of inputs."

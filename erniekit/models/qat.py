@@ -24,18 +24,23 @@ def attach_qat(model: CausalLM, options: QatOptions) -> None:
     """Let the projections of the decoder's layers multiply fake-quantised operands. Raises ConfigError for a matrix
     that the scheme cannot take; no weight has to be read before.
     """
-    sized = options.for_widths(_widths(model))
-    attach_products(model, sized.product)
+    if options.needs_experts and not model.config.moe_num_experts:
+        raise ConfigError(
+            f"qat: {options.name}: its 4-bit codes are those of experts, which this model does not have. Set qat: "
+            f"{'w8a8' if options.name == 'w4a8' else 'wint4'}"
+        )
+    attach_products(model, _sized(model, options).product)
     for name, projection, product in _found(model):
         reason = _refused(projection, product, model.shard.tensor_degree)
         if reason:
             raise ConfigError(f"qat: {options.name}: {name} {list(projection.weight_shape)}: {reason}")
 
 
-def _widths(model: CausalLM) -> list[int]:
-    """The numbers of inputs of the projections of the decoder's layers, in the whole model."""
-    shapes = our_shapes(model.config)
-    return [shape[-2] for name, shape in shapes.items() if _PROJECTION.fullmatch(name)]
+def _sized(model: CausalLM, options: QatOptions) -> QatOptions:
+    """The options for the sizes of the whole model, of which this process may have a part."""
+    shapes = {name: shape for name, shape in our_shapes(model.config).items() if _PROJECTION.fullmatch(name)}
+    experts = [shape[-2] for shape in shapes.values() if len(shape) == 3]
+    return options.for_widths([shape[-2] for shape in shapes.values()], experts)
 
 
 def _found(model: CausalLM) -> Iterator[tuple[str, Projection, FakeQuant]]:
@@ -49,9 +54,9 @@ def _refused(projection: Projection, product: FakeQuant, tensor_degree: int) -> 
     recipe, spec = product.recipe, product.recipe.weight
     split = projection.split if isinstance(projection, Linear) and tensor_degree > 1 else None
     fewer = f"Use fewer than tensor_parallel_degree: {tensor_degree} ranks"
-    if recipe.rotation is not None and projection.in_features % recipe.rotation:
+    if recipe.rotation is not None and projection.in_features % recipe.rotation.order:
         return (
-            f"hadamard_block_size: {recipe.rotation} does not divide its {projection.in_features} inputs. Choose a "
+            f"hadamard_block_size: {recipe.rotation.order} does not divide its {projection.in_features} inputs. Choose a "
             "smaller power of two, or set apply_hadamard: False"
         )
     tile = spec.group or (spec.block[1] if spec.block else 1)
@@ -78,10 +83,12 @@ def describe_qat(model: CausalLM, options: QatOptions) -> str:
     for layer in model.model.layers:
         for part, module in parts_of(layer):
             matrices[part] += sum(isinstance(each, FakeQuant) for each in module.sublayers())
-    options = options.for_widths(_widths(model))
+    options = _sized(model, options)
     ways: dict[str, list[str]] = {}
     for part in sorted(EVERY_PART & matrices.keys()):
         how = describe_recipe(options.experts if part == "experts" else options.projections)
+        if part == "experts" and options.experts_down != options.experts:
+            how += f"; down_proj: {describe_recipe(options.experts_down)}"
         ways.setdefault(how, []).append(f"{part} ({matrices[part]} weights)")
     found = "; ".join(f"{', '.join(parts)}: {how}" for how, parts in ways.items())
     return (

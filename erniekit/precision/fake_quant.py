@@ -10,6 +10,7 @@ has a mask: the largest ones would stop moving. With a rotation H (precision/had
 instead, and the gradients are rotated back.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,16 @@ from erniekit.nn.roles import Role
 from erniekit.nn.shard import ShardSpec
 from erniekit.precision import fp8_tensor
 from erniekit.precision.codes import CodeSpec
-from erniekit.precision.fake_rounding import Grid, codes_of, decoded, is_inside, largest_of, scales_for, scales_of
+from erniekit.precision.fake_rounding import (
+    Grid,
+    codes_of,
+    decoded,
+    divided,
+    is_inside,
+    largest_of,
+    scales_for,
+    scales_of,
+)
 from erniekit.precision.fp8_tensor import Tile
 from erniekit.precision.hadamard import rotated_columns, rotated_rows
 
@@ -52,15 +62,40 @@ class InputCodes:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """A rotation by Hadamard blocks of order n. `normalised`: inputs and weights are both divided by sqrt(n), instead
+    of weights alone by n; as the engines' kernels do it, which decides what is rounded.
+    """
+
+    order: int
+    normalised: bool = False
+
+    def of_weight(self, weight: paddle.Tensor) -> paddle.Tensor:
+        """H W / n, or H W / sqrt(n), of [E, in, out]: fp32. The same bits as numpy gives (precision/hadamard.py)."""
+        by = math.sqrt(self.order) if self.normalised else float(self.order)
+        return divided(rotated_rows(weight, self.order), paddle.full([], by, dtype="float32"))
+
+    def of_inputs(self, rows: paddle.Tensor) -> paddle.Tensor:
+        """x H, or x H / sqrt(n), of [R, in]: fp32."""
+        turned = rotated_columns(rows, self.order)
+        return turned / math.sqrt(self.order) if self.normalised else turned
+
+    def back(self, values: paddle.Tensor) -> paddle.Tensor:
+        """The weights [E, in, out] that rotated weights stand for: H W', or H W' / sqrt(n)."""
+        turned = rotated_rows(values, self.order)
+        return turned / math.sqrt(self.order) if self.normalised else turned
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one projection is fake-quantised. `weight`: of each matrix [out, in]. `inputs`: None leaves them as they are.
-    `rotation`: the order of the Hadamard blocks; None: no rotation. `rounds_input_grad`, `rounds_weight_grad`: the
-    gradient of the result is rounded to E5M2, one scale for all of it, in the product that gives dx or dW.
+    `rotation`: None: no rotation. `rounds_input_grad`, `rounds_weight_grad`: the gradient of the result is rounded to
+    E5M2, one scale for all of it, in the product that gives dx or dW.
     """
 
     weight: CodeSpec
     inputs: InputCodes | None = None
-    rotation: int | None = None
+    rotation: Rotation | None = None
     rounds_input_grad: bool = False
     rounds_weight_grad: bool = False
 
@@ -125,7 +160,7 @@ class FakeQuant(Product):
         """
         wide = weight.detach().astype("float32")
         if self.recipe.rotation is not None:
-            wide = rotated_rows(wide, self.recipe.rotation) / float(self.recipe.rotation)
+            wide = self.recipe.rotation.of_weight(wide)
         pieces = paddle.split(wide, list(self._widths), axis=-1) if len(self._widths) > 1 else [wide]
         grid = self._weight_grid
         if scales is None:
@@ -160,7 +195,7 @@ class FakeQuant(Product):
         assert weight is not None
         values, _ = self.weight_values(weight.reshape([-1, *weight.shape[-2:]]))
         if self.recipe.rotation is not None:
-            values = rotated_rows(values, self.recipe.rotation)
+            values = self.recipe.rotation.back(values)
         return values.reshape(weight.shape).numpy()
 
     def quantized_tensors(self, weight: paddle.Tensor | None) -> list[dict[str, paddle.Tensor]]:
@@ -188,8 +223,8 @@ class FakeQuant(Product):
         """
         inputs, rotation = self.recipe.inputs, self.recipe.rotation
         if inputs is None:
-            return (rows if rotation is None else rotated_columns(rows, rotation).astype(rows.dtype)), None
-        wide = rows.astype("float32") if rotation is None else rotated_columns(rows, rotation)
+            return (rows if rotation is None else rotation.of_inputs(rows).astype(rows.dtype)), None
+        wide = rows.astype("float32") if rotation is None else rotation.of_inputs(rows)
         if inputs.moving is None:
             scales = scales_of(wide, inputs.grid)
             return decoded(codes_of(wide, scales, inputs.grid), scales, inputs.grid).astype(rows.dtype), None
@@ -268,12 +303,12 @@ class _FakeQuantMatmul(PyLayer):
             if len(kept) == 2:
                 drows = drows.astype("float32") * kept[1]
             if recipe.rotation is not None:
-                drows = rotated_columns(drows, recipe.rotation)
+                drows = recipe.rotation.of_inputs(drows)  # H is symmetric
             drows = drows.astype(ctx.dtype)
         if not weight.stop_gradient:
             dweight = _weight_gradient(kept[0], rounded if recipe.rounds_weight_grad else dy, weight.shape, counts)
             if recipe.rotation is not None:
-                dweight = rotated_rows(dweight, recipe.rotation) / float(recipe.rotation)
+                dweight = recipe.rotation.of_weight(dweight)
             dweight = dweight.astype(weight.dtype)
         return drows, dweight
 

@@ -47,7 +47,7 @@ def largest_of(x: paddle.Tensor, tile: Tile) -> paddle.Tensor:
 @paddle.no_grad()
 def scales_for(largest: paddle.Tensor, grid: Grid) -> paddle.Tensor:
     """The scales, fp32 of the same shape, of tiles with these largest magnitudes."""
-    scales = _divided(largest, paddle.full_like(largest, (grid.largest - grid.lowest) / 2))
+    scales = divided(largest, paddle.full_like(largest, (grid.largest - grid.lowest) / 2))
     if grid.scale_type != "fp32":
         scales = scales.astype(_SCALE_DTYPES[grid.scale_type]).astype("float32")
     return paddle.where(scales > 0, scales, paddle.ones_like(scales))
@@ -90,12 +90,12 @@ def is_inside(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Ten
 
 def _over_scales(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tensor:
     tiles = tiles_of(x.astype("float32"), grid.tile)
-    return _divided(tiles, scales.unsqueeze(-1).unsqueeze(-3))
+    return divided(tiles, scales.unsqueeze(-1).unsqueeze(-3))
 
 
-def _divided(values: paddle.Tensor, by: paddle.Tensor) -> paddle.Tensor:
-    """values / by in fp32, rounded once. Paddle's fp32 division on a CPU may be wrong by a unit in the last place; the
-    fp64 quotient of fp32 numbers has enough bits for the rounding to be right.
+def divided(values: paddle.Tensor, by: paddle.Tensor) -> paddle.Tensor:
+    """values / by in fp32, of shapes that broadcast, rounded once. Paddle's fp32 division on a CPU may be wrong by a
+    unit in the last place; the fp64 quotient of fp32 numbers has enough bits for the rounding to be right.
     """
     if not values.place.is_cpu_place():
         return values / by

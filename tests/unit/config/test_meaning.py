@@ -438,5 +438,5 @@ def test_options_of_a_scheme_that_is_not_chosen_have_no_effect():
         "apply_hadamard, quant_input_grad: no effect: qat is none"
         in cfg(apply_hadamard=True, quant_input_grad=True).notes
     )
-    static = "apply_hadamard, actscale_moving_rate: no effect: read only with qat: fp8_static"
+    static = "apply_hadamard, actscale_moving_rate: no effect: read only with qat: fp8_static or w4a8"
     assert static in cfg(qat="w8a8", apply_hadamard=True, actscale_moving_rate=0.5).notes

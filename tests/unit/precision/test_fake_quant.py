@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from erniekit.precision import codes
-from erniekit.precision.fake_quant import FakeQuant, InputCodes, MovingRange, Recipe
+from erniekit.precision.fake_quant import FakeQuant, InputCodes, MovingRange, Recipe, Rotation
 from erniekit.precision.fake_rounding import Grid
 from erniekit.precision.fp8_tensor import Tile
 from erniekit.precision.hadamard import rotate_rows
@@ -70,20 +70,22 @@ def rounded_rows(x: np.ndarray, inputs: InputCodes | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-groups", "fp8-blocks"])
-@pytest.mark.parametrize("rotation", [None, 4])
-def test_gradients_pass_straight_through(name: str, rotation: int | None):
+@pytest.mark.parametrize(("rotation", "normalised"), [(None, False), (4, False), (8, True)])
+def test_gradients_pass_straight_through(name: str, rotation: int | None, normalised: bool):
     """y, dx and dW of experts, one of them without rows, against the formulas in float64; 1e-5 for fp32 sums."""
     inputs = {"int8": TOKEN_INT8, "fp8-blocks": GROUP_FP8}.get(name)
     counts, (num_in, num_out) = [3, 0, 5], (136, 20)
     weight, rows, dy = draws(3, num_in, num_out), draws(8, num_in, seed=1), draws(8, num_out, seed=2)
-    product = FakeQuant(Recipe(SPECS[name], inputs, rotation), name)
+    product = FakeQuant(Recipe(SPECS[name], inputs, None if rotation is None else Rotation(rotation, normalised)), name)
     w, x = (paddle.to_tensor(value, stop_gradient=False) for value in (weight, rows))
     y = product(x, w, counts)
     y.backward(paddle.to_tensor(dy))
     order = np.ones((1, 1)) if rotation is None else hadamard(rotation)
     big = np.kron(np.eye(num_in // len(order)), order)
-    turned = weight if rotation is None else rotate_rows(weight, rotation) / np.float32(rotation)
-    q_x = rounded_rows((rows @ big).astype(np.float32), inputs).astype(np.float64)
+    by = np.float32(np.sqrt(len(order)) if normalised else len(order))
+    turned = weight if rotation is None else rotate_rows(weight, rotation) / by
+    of_x = np.float32(np.sqrt(len(order)) if normalised else 1)
+    q_x = rounded_rows((rows @ big).astype(np.float32) / of_x, inputs).astype(np.float64)
     spec, begin = SPECS[name], 0
     for expert, count in enumerate(counts):
         span = slice(begin, begin + count)
@@ -91,8 +93,8 @@ def test_gradients_pass_straight_through(name: str, rotation: int | None):
         scales = codes.choose_scales(turned[expert].T, spec)
         q_w = codes.decode(codes.encode(turned[expert].T, scales, spec), scales, spec).T.astype(np.float64)
         close(y.numpy()[span], q_x[span] @ q_w)
-        close(x.grad.numpy()[span], dy[span] @ q_w.T @ big)
-        close(w.grad.numpy()[expert], big @ (q_x[span].T @ dy[span]) / len(order))
+        close(x.grad.numpy()[span], dy[span] @ q_w.T @ big / of_x)
+        close(w.grad.numpy()[expert], big @ (q_x[span].T @ dy[span]) / by)
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
