@@ -8,6 +8,8 @@ import paddle
 import pytest
 from support.tiny_models import tiny_model
 
+from parity.support import LOGIT_TOLERANCE
+
 from erniekit.build import load_model
 from erniekit.checkpoint.model_io import save_model
 from erniekit.export.export import export_checkpoint
@@ -21,11 +23,11 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 torch.set_num_threads(1)
 
-SIZES = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "moe_intermediate_size": 96}
+SIZES = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "moe_intermediate_size": 96}
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24))
-# transformers rounds a code times its scale to bf16; our weights are rounded in the same way here, so that both sides
-# have the same numbers. The logits, of magnitude 3, differ by the order of fp32 additions.
-TOLERANCE = 2e-5
+# transformers rounds a code times its scale to bf16, but not those of FP8; our weights are rounded in the same way here,
+# so that both sides have the same numbers. The logits, of magnitude 3, differ by the order of fp32 additions.
+TOLERANCE = LOGIT_TOLERANCE
 
 
 def quantised(path: Path, kind: str, scheme: str) -> Path:
@@ -36,9 +38,9 @@ def quantised(path: Path, kind: str, scheme: str) -> Path:
     return path / "export"
 
 
-def our_logits(path: Path) -> np.ndarray:
-    """Logits of the directory, its weights rounded to bf16, products in fp32."""
-    return load_model(path, "bfloat16")(paddle.to_tensor(TOKENS)).numpy()
+def our_logits(path: Path, dtype: str) -> np.ndarray:
+    """Logits of the directory, its weights rounded to a type, products in fp32."""
+    return load_model(path, dtype)(paddle.to_tensor(TOKENS)).numpy()
 
 
 def in_transformers(path: Path) -> np.ndarray:
@@ -50,15 +52,18 @@ def in_transformers(path: Path) -> np.ndarray:
         quantisation = transformers.FineGrainedFP8Config(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, quantization_config=quantisation
-    ).eval()
+    )
+    model = model.float().eval()  # experts stay in bf16 otherwise
     with torch.no_grad():
         return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("dense", "wint4")])
+LOADED = [(kind, scheme) for kind in ("dense", "moe") for scheme in ("wint4", "wint8", "fp8")]
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [*LOADED, ("moe", "wint4/8"), ("dense", "w8a8")])
 def test_transformers_computes_the_same_logits(tmp_path: Path, kind: str, scheme: str):
     path = quantised(tmp_path, kind, scheme)
-    ours = our_logits(path)
+    ours = our_logits(path, "float32" if scheme == "fp8" else "bfloat16")
     np.testing.assert_allclose(in_transformers(path), ours, atol=TOLERANCE)
-    unquantised = our_logits(tmp_path / "model")
-    assert np.abs(ours - unquantised).max() > 100 * TOLERANCE  # quantised it is
+    assert np.abs(ours - our_logits(tmp_path / "model", "bfloat16")).max() > 100 * TOLERANCE  # quantised it is
