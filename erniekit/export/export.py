@@ -25,6 +25,7 @@ from erniekit.export.target import model_target
 from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.quantiser import RoundToNearest
 from erniekit.quantize.schemes import Options
+from erniekit.quantize.trained import AsTrained
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -46,15 +47,19 @@ def export(cfg: Config) -> Report:
         # A full model has the overrides in its config.json already; an adapter was trained on its base with the
         # overrides.
         overrides=None if adapter is None else overrides_of(cfg),
-        quantisation=quantisation_of(cfg),
+        quantisation=quantisation_of(cfg, adapter or checkpoint),
     )
 
 
-def quantisation_of(cfg: Config) -> Quantisation | None:
-    """How the configuration quantises what it exports; None in 16 bits."""
+def quantisation_of(cfg: Config, trained: Path) -> Quantisation | None:
+    """How the configuration quantises what it exports; None in 16 bits. `trained`: the directory of what was trained,
+    with the ranges of inputs if it was trained for a scheme that has them.
+    """
     if cfg.quantization == "none":
         return None
     quantiser = RoundToNearest(cfg.quantization_clip_search)
+    if cfg.qat != "none":
+        quantiser = AsTrained(cfg.quantization_clip_search, trained)
     return Quantisation(cfg.quantization, Options(cfg.quantization_group_size), lambda source, scheme: quantiser)
 
 

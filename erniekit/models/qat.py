@@ -56,8 +56,8 @@ def _refused(projection: Projection, product: FakeQuant, tensor_degree: int) -> 
     fewer = f"Use fewer than tensor_parallel_degree: {tensor_degree} ranks"
     if recipe.rotation is not None and projection.in_features % recipe.rotation.order:
         return (
-            f"hadamard_block_size: {recipe.rotation.order} does not divide its {projection.in_features} inputs. Choose a "
-            "smaller power of two, or set apply_hadamard: False"
+            f"hadamard_block_size: {recipe.rotation.order} does not divide its {projection.in_features} inputs. Choose "
+            "a smaller power of two, or set apply_hadamard: False"
         )
     tile = spec.group or (spec.block[1] if spec.block else 1)
     if split == "row" and projection.in_features % tile:

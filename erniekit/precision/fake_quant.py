@@ -82,8 +82,7 @@ class Rotation:
 
     def back(self, values: paddle.Tensor) -> paddle.Tensor:
         """The weights [E, in, out] that rotated weights stand for: H W', or H W' / sqrt(n)."""
-        turned = rotated_rows(values, self.order)
-        return turned / math.sqrt(self.order) if self.normalised else turned
+        return self.of_weight(values) if self.normalised else rotated_rows(values, self.order)
 
 
 @dataclass(frozen=True)
