@@ -259,6 +259,12 @@ def _complete_qat(values: dict[str, Any], command: str, notes: list[str]) -> Non
         notes.append(f"quantization_clip_search: True: the codes are not those of the training (qat: {scheme})")
     else:
         notes.append(f"qat: {scheme}: scales are those of the training (quantization_clip_search: False)")
+    order = {STATIC: 32, "w4a8": 128}.get(scheme)
+    if order and not (values.get("apply_hadamard", True) and values.get("hadamard_block_size") in (None, order)):
+        notes.append(
+            f"apply_hadamard, hadamard_block_size: FastDeploy rotates by {order}, so the codes are not those of the "
+            "training. Train with apply_hadamard: True and without hadamard_block_size"
+        )
 
 
 def _name_of_scheme(name: str, values: dict[str, Any], notes: list[str]) -> None:

@@ -269,6 +269,12 @@ _OPTIMIZER_RULES = [
         USE,
     ),
     Rule(_names(QatArgs), always, "`{command}` keeps weights as they are", ("split",)),
+    Rule(
+        _names(QatArgs).removeprefix("qat "),
+        always,
+        "`{command}` reads qat alone: the rest is a matter of training",
+        ("export",),
+    ),
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),

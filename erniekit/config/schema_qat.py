@@ -14,7 +14,9 @@ QAT_COMPUTE_TYPES = {"fp8": STATIC, "w8a8": "w8a8", "w4a8": "w4a8"}
 
 @dataclass(frozen=True, kw_only=True)
 class QatArgs:
-    """Training for a scheme in which the model will be exported; see docs/quantisation-training.md. Read only with qat."""
+    """Training for a scheme in which the model will be exported; see docs/quantisation-training.md. Read only with
+    qat.
+    """
 
     group: ClassVar[str] = "quantisation-aware training"
 

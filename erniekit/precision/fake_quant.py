@@ -217,7 +217,7 @@ class FakeQuant(Product):
     # Inputs
 
     def input_values(self, rows: paddle.Tensor, counts: Sequence[int]) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        """q(x) of rows [R, in] sorted by matrix, in their dtype, and the mask [R, in] fp32; None: nothing is
+        """q(x) of rows [R, in] sorted by matrix, in their dtype, and the mask [R, in] uint8; None: nothing is
         clipped.
         """
         inputs, rotation = self.recipe.inputs, self.recipe.rotation
@@ -300,7 +300,7 @@ class _FakeQuantMatmul(PyLayer):
             upper = rounded if recipe.rounds_input_grad else dy
             drows = _times(upper, values.astype(dy.dtype), counts, transposed=True)
             if len(kept) == 2:
-                drows = drows.astype("float32") * kept[1]
+                drows = drows.astype("float32") * kept[1].astype("float32")
             if recipe.rotation is not None:
                 drows = recipe.rotation.of_inputs(drows)  # H is symmetric
             drows = drows.astype(ctx.dtype)

@@ -82,10 +82,10 @@ def decoded(codes: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.T
 
 @paddle.no_grad()
 def is_inside(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tensor:
-    """1 where a value is not clipped, 0 where it is: fp32 of its shape. The gradient of a clipped value is 0."""
+    """1 where a value is not clipped, 0 where it is: uint8 of its shape. The gradient of a clipped value is 0."""
     *_, num_rows, num_columns = x.shape
     tiles, (low, high) = _over_scales(x, scales, grid), grid.ends
-    return from_tiles(((tiles > low) & (tiles < high)).astype("float32"), num_rows, num_columns)
+    return from_tiles(((tiles > low) & (tiles < high)).astype("uint8"), num_rows, num_columns)
 
 
 def _over_scales(x: paddle.Tensor, scales: paddle.Tensor, grid: Grid) -> paddle.Tensor:

@@ -56,8 +56,9 @@ def keys_of(tmp_path: Path, qat: str, **changes: object) -> dict[str, object]:
     } | changes
 
 
-def check(tmp_path: Path, qat: str) -> None:
+def check(tmp_path: Path, qat: str, more: dict[str, object] | None = None) -> None:
     scheme, layout, changes = EXPORTS[qat]
+    changes = changes | (more or {})
     given = keys_of(tmp_path, qat, **changes)
     run = build_run(config.load(None, given, "train"), Mesh.single())
     Trainer(run, []).fit()
@@ -96,6 +97,13 @@ def _check_ranges(model, exported: Path, largest: float) -> None:
 @pytest.mark.parametrize("qat", QUICK)
 def test_files_hold_what_was_trained(tmp_path: Path, qat: str):
     check(tmp_path, qat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qat", ["w8a8", "fp8_static"])
+def test_so_it_is_with_16_bit_weights(tmp_path: Path, qat: str):
+    """As on a GPU: weights in bf16, with fp32 masters; what is quantised are the weights as they are saved."""
+    check(tmp_path, qat, {"compute_type": "bf16", "emulate_precision": True})
 
 
 @pytest.mark.slow
@@ -139,6 +147,9 @@ def test_notes_say_where_an_export_is_not_what_was_trained(tmp_path: Path):
     )
     other = "qat: w8a8: exported in wint4 with format: pt; quantization: w8a8 with format: pt writes the codes of the"
     assert any(note.startswith(other) for note in notes(quantization="wint4"))
+    static = notes(qat="fp8_static", quantization="fp8", format="paddle", apply_hadamard=False)
+    assert any("FastDeploy rotates by 32, so the codes are not those of the training" in note for note in static)
+    assert any(note.startswith("apply_hadamard: no effect: `export` reads qat alone") for note in static)
     searched = notes(quantization="w8a8", quantization_clip_search=True)
     assert "quantization_clip_search: True: the codes are not those of the training (qat: w8a8)" in searched
 
