@@ -24,6 +24,7 @@ from erniekit.models.weights import Logical
 from erniekit.quantize.places import Place
 from erniekit.quantize.quantiser import Quantiser
 from erniekit.quantize.schemes import Matrix, Options, Scheme, scheme_for
+from erniekit.quantize.tensor_parallel import Degrees, degrees_of
 from erniekit.utils import log
 from erniekit.utils.arrays import transposed
 from erniekit.utils.errors import CheckpointError, ConfigError
@@ -58,10 +59,13 @@ class MatrixError:
 
 @dataclass(frozen=True)
 class QuantisedReport(Report):
-    """See Report. `errors`: of every quantised matrix, in the order of the file; `scheme`: what was written."""
+    """See Report. `errors`: of every quantised matrix, in the order of the file; `scheme`: what was written;
+    `degrees`: with how many tensor-parallel ranks an engine can divide it.
+    """
 
     scheme: Scheme
     errors: tuple[MatrixError, ...]
+    degrees: Degrees
 
 
 def write_quantised(
@@ -98,7 +102,8 @@ def write_quantised(
     bf16 = dataclasses.replace(config, dtype="bfloat16")
     write_configs(target_dir, bf16, scheme.format, {"quantization_config": scheme.settings})
     job.verify(target_dir)
-    return QuantisedReport(len(plan), writer.num_bytes, len(writer.files), scheme, tuple(job.errors))
+    degrees = degrees_of(scheme, config)
+    return QuantisedReport(len(plan), writer.num_bytes, len(writer.files), scheme, tuple(job.errors), degrees)
 
 
 class _Job:
@@ -201,7 +206,7 @@ def describe(report: QuantisedReport) -> str:
     count = sum(error.size for error in report.errors)
     return (
         f"{report.scheme.name}: {len(report.errors)} matrices, {count / 1e6:,.1f} M weights: {report.scheme.method}; "
-        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}"
+        f"error |W' - W| / |W|: {', '.join(lost)}; read by {report.scheme.readers}; {report.degrees}"
     )
 
 

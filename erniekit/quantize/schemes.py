@@ -117,9 +117,7 @@ def _refused(matrix: Matrix) -> str:
     if isinstance(codec, Unpacked) and codec.spec.block is not None:
         size = next((size for size in matrix.shape if size > 128 and size % 128), None)
         if size is not None:
-            return (
-                f"{size} does not divide into blocks of 128: transformers reads such files wrongly. Use wint8 or w8a8"
-            )
+            return f"{size} does not divide into blocks of 128: transformers reads such files wrongly. Use w8a8"
     if isinstance(codec, wint2_codec.Wint2) and num_in % PACKED:
         return f"2-bit codes need a multiple of {PACKED} inputs. Use wint4"
     return ""

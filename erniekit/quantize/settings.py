@@ -7,9 +7,11 @@ from erniekit.models.weights import EMBEDDINGS, logical_tensors
 from erniekit.precision.codes import FP8_BLOCK, CodeSpec
 from erniekit.quantize.places import place_of
 
-# The modules of two config groups of compressed-tensors, by their names in -PT files.
+# The modules of two config groups of compressed-tensors, by their names in -PT files. transformers takes a group for
+# that of the routed experts if the word "experts" is in an expression, so the shared ones are written without it; vLLM
+# takes the class "Linear" for the routed experts, so it is not used here.
 EXPERT_PROJECTIONS = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
-OTHER_PROJECTIONS = (r"re:.*\.self_attn\.[qkvo]_proj$", r"re:.*\.mlp\.(shared_experts\.)?(gate|up|down)_proj$")
+OTHER_PROJECTIONS = (r"re:.*\.self_attn\.[qkvo]_proj$", r"re:.*\.mlp\.(shared_\w+\.)?(gate|up|down)_proj$")
 
 
 def ignored_modules(config: ModelConfig) -> list[str]:

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from support.tiny_models import tiny_model
-
 from parity.support import LOGIT_TOLERANCE
+from support.tiny_models import tiny_model
 
 from erniekit.build import load_model
 from erniekit.checkpoint.model_io import save_model
@@ -25,8 +24,8 @@ torch.set_num_threads(1)
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "moe_intermediate_size": 96}
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24))
-# transformers rounds a code times its scale to bf16, but not those of FP8; our weights are rounded in the same way here,
-# so that both sides have the same numbers. The logits, of magnitude 3, differ by the order of fp32 additions.
+# transformers rounds a code times its scale to bf16, but not those of FP8. Our weights are rounded in the same way
+# here, so that both sides have the same numbers. The logits, of magnitude 3, differ by the order of fp32 additions.
 TOLERANCE = LOGIT_TOLERANCE
 
 

@@ -1,0 +1,161 @@
+"""Quantised directories hold the model's weights within each scheme's error, and everything else as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.adapters import attach_random
+from support.quantised import quantisation, quantised_model, saved_model
+from support.vision_directories import vision_model_directory
+
+import erniekit
+from erniekit.checkpoint import dtypes, quantised_codecs
+from erniekit.checkpoint.model_reader import ModelReader
+from erniekit.checkpoint.peft_attach import save_adapter
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.checkpoint.safetensors_write import Writer
+from erniekit.export.convert import convert
+from erniekit.export.export import export_checkpoint
+from erniekit.models.weights import Logical
+from erniekit.precision.codes import decode
+from erniekit.quantize.schemes import SCHEMES
+from erniekit.utils.errors import CheckpointError, ConfigError
+
+IDS = np.arange(20).reshape(2, 10) * 3 % 61
+# |W' - W| / |W|: rounding of normal weights with 128 inputs to a scale, whose bounds quantize/codes tests measure.
+BOUNDS = {"wint4": 0.13, "wint8": 0.01, "wint4/8": 0.13, "w8a8": 0.01, "fp8": 0.03, "w4a8": 0.13, "wint2": 0.36}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sparse, with multi-token prediction, and with as many key heads as query heads: -Paddle files order them by head."""
+    return saved_model(tmp_path_factory.mktemp("model") / "m", num_nextn_predict_layers=1, num_key_value_heads=4)
+
+
+def weights_of(path: Path) -> dict[tuple[str, int | None], tuple[Logical, np.ndarray]]:
+    reader = ModelReader(path, keep_mtp=True)
+    return {(each.param, each.index): (each, reader.read(each, as_fp32=True)) for each in reader.logicals}
+
+
+@pytest.mark.parametrize(("name", "format"), SCHEMES)
+def test_weights_within_the_error_and_the_rest_unchanged(models: Path, tmp_path: Path, name: str, format: Any):
+    report = quantised_model(models, tmp_path / "q", name, format)
+    before, after = weights_of(models), weights_of(tmp_path / "q")
+    quantised = {matrix.logical.param for matrix in report.scheme.every_matrix(ModelReader(models).config)}
+    assert before.keys() == after.keys() and len(quantised) == 10
+    for key, (_, weight) in before.items():
+        if key[0] in quantised:
+            lost = np.linalg.norm(after[key][1] - weight) / np.linalg.norm(weight)
+            assert 1e-4 < lost < BOUNDS[name], key
+        else:
+            np.testing.assert_array_equal(after[key][1], weight)
+    assert {error.name for error in report.errors} == {
+        matrix.name for matrix in report.scheme.every_matrix(ModelReader(models).config)
+    }
+    assert all(0 < error.relative < BOUNDS[name] for error in report.errors)
+    stored = Reader(tmp_path / "q")
+    for error in report.errors:  # only as codes
+        assert f"{error.name}.weight" not in stored or stored.info(f"{error.name}.weight").dtype in ("I8", "F8_E4M3")
+
+
+def test_the_same_bytes_twice(models: Path, tmp_path: Path):
+    for target in ("a", "b"):
+        quantised_model(models, tmp_path / target, "wint4", search=True)
+    one, other = ((tmp_path / target / "model.safetensors").read_bytes() for target in ("a", "b"))
+    assert one == other
+
+
+def test_a_tied_head_and_fp32_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The embeddings, which are the head, keep 16 bits; the router keeps fp32."""
+    saved_model(tmp_path / "m", dtype="float32", tie_word_embeddings=True)
+    quantised_model(tmp_path / "m", tmp_path / "q", "wint4")
+    reader = Reader(tmp_path / "q")
+    assert "lm_head.weight" not in reader and reader.info("model.embed_tokens.weight").dtype == "BF16"
+    assert reader.info("model.layers.1.mlp.gate.weight").dtype == "F32"
+    assert "are rounded from F32 to bfloat16" in caplog.text
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_merged_adapter_is_quantised(tmp_path: Path):
+    """As the merged model would be, weight by weight."""
+    base = saved_model(tmp_path / "base", "dense", dtype="float32")
+    model = erniekit.load_model(base)
+    attach_random(model)
+    save_adapter(model, tmp_path / "adapter")
+    export_checkpoint(base, tmp_path / "merged", adapter_dir=tmp_path / "adapter", copy_tokenizer=False)
+    quantised_model(tmp_path / "merged", tmp_path / "one", "wint8")
+    wint8 = quantisation("wint8")
+    export_checkpoint(
+        base, tmp_path / "two", adapter_dir=tmp_path / "adapter", copy_tokenizer=False, quantisation=wint8
+    )
+    one, other = ((tmp_path / target / "model.safetensors").read_bytes() for target in ("one", "two"))
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["wint4", "fp8"])
+def test_vision_and_language(tmp_path: Path, name: str):
+    """Experts of both modalities are quantised; the vision transformer, the resampler and both routers are not."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": [64, 32]}
+    vision_model_directory(tmp_path / "m", weights=True, **sizes)
+    report = quantised_model(tmp_path / "m", tmp_path / "q", name, group=16 if name == "wint4" else None)
+    assert {error.place.role for error in report.errors} >= {"attention", "experts", "vision_experts"}
+    before, after = weights_of(tmp_path / "m"), weights_of(tmp_path / "q")
+    for key, (_, weight) in before.items():
+        as_bf16 = dtypes.to_fp32(dtypes.convert(weight, "F32", "BF16"), "BF16")
+        if "vision_model" in key[0] or "resampler" in key[0]:
+            np.testing.assert_array_equal(after[key][1], as_bf16)
+        if ".gate.weight" in key[0]:
+            np.testing.assert_array_equal(after[key][1], weight)
+    with pytest.raises(ConfigError, match="FastDeploy knows no names"):
+        quantised_model(tmp_path / "m", tmp_path / "p", "wint8", "paddle")
+
+
+def test_converting_a_quantised_directory_writes_what_it_stands_for(models: Path, tmp_path: Path):
+    quantised_model(models, tmp_path / "q", "wint8")
+    convert(tmp_path / "q", tmp_path / "c", "paddle", dtype="float32")
+    assert "quantization_config" not in (tmp_path / "c" / "config.json").read_text()
+    converted = weights_of(tmp_path / "c")
+    for key, (_, weight) in weights_of(tmp_path / "q").items():
+        np.testing.assert_array_equal(converted[key][1], weight)
+    with pytest.raises(CheckpointError, match="quantised already"):
+        quantised_model(tmp_path / "q", tmp_path / "twice", "wint8")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_file_that_keeps_ranges_of_inputs_needs_them(models: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"w4a8 with format: paddle: .*experts.0.up_gate_proj, .*calibration_path"):
+        quantised_model(models, tmp_path / "q", "w4a8", "paddle", ranges=False)
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float):
+    saved_model(tmp_path / "m", "dense", dtype="float32")
+    reader = Reader(tmp_path / "m")
+    tensors = {name: reader.read(name) for name in reader.keys()}  # noqa: SIM118
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = bad
+    with Writer(tmp_path / "m", [(name, *reader.info(name)) for name in tensors]) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj: a weight is not finite"):
+        quantised_model(tmp_path / "m", tmp_path / "q", "wint4")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_file_that_stands_for_other_weights_is_not_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The reader and the writer disagree in one code: the export notices."""
+
+    def off_by_one(codes: np.ndarray, *rest: Any) -> np.ndarray:
+        codes = codes.copy()
+        codes[0, 0] ^= 1
+        return decode(codes, *rest)
+
+    monkeypatch.setattr(quantised_codecs.PackQuantized, "restored", lambda self, c, s: decode(c, s, self.spec))
+    monkeypatch.setattr(quantised_codecs, "decode", off_by_one)
+    with pytest.raises(CheckpointError, match=r"read again from .* differs from what was written"):
+        quantised_model(models, tmp_path / "q", "wint4")
+    assert not (tmp_path / "q").exists()
