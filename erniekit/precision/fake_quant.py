@@ -4,7 +4,7 @@ the way forward, and gradients pass straight through the rounding (Bengio et al.
     y = q(x) q(W),    dx = mask(x) * (dy q(W)^T),    dW = q(x)^T dy
 
 q gives the values that codes and scales stand for (precision/fake_rounding.py), and mask is 0 where q clips. Scales of
-weights follow from the weights themselves, anew in each pass, by the rule by which an export quantises them, so that
+weights follow from the weights themselves, again in each pass, by the rule by which an export quantises them, so that
 nothing has to be kept. No weight is beyond the range of its tile by more than the rounding of the scale, so that none
 has a mask: the largest ones would stop moving. With a rotation H (precision/hadamard.py) x H and H W / n are rounded
 instead, and the gradients are rotated back.
