@@ -21,6 +21,7 @@ FAST = {
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_products": "bench_products.py --rounds 1",
     "bench_convolutional_code": "bench_convolutional_code.py --out 4 --in 128",
+    "bench_quantise": "bench_quantise.py --out 128 --in 128 --rounds 1 --export 20 --directory {tmp}",
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
     "gpu_acceptance, on a CPU": "gpu_acceptance.py --device cpu --steps 2 --out {tmp}/acceptance.txt",

@@ -47,6 +47,10 @@ class Codec(ABC):
     def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
         """The matrix that they stand for, [out, in] fp32."""
 
+    def unfit(self, shape: Shape) -> str:
+        """Why a matrix [out, in] of this shape cannot be stored in this way; empty if it can."""
+        return ""
+
     def rotated(self, weight: np.ndarray) -> np.ndarray:
         """What of a weight [out, in] fp32 is quantised: itself, or its rotation where the engine rotates the inputs."""
         return weight
@@ -110,6 +114,13 @@ class Unpacked(Codec):
         zeros: Plan = [(f"{name}.weight_zero_point", "I8", scales)] if self.has_zeros else []
         code_type = "I8" if self.spec.kind == "int" else "F8_E4M3"
         return [(f"{name}.weight", code_type, shape), (f"{name}.{self.scale_name}", scale_type, scales), *zeros]
+
+    def unfit(self, shape: Shape) -> str:
+        """See Codec."""
+        for size, block in zip(shape, self.spec.block or (), strict=False):
+            if size > block and size % block:
+                return f"{size} is no multiple of {block}, the size of a block, so transformers misreads it. Use w8a8"
+        return ""
 
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec."""

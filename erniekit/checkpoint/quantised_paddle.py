@@ -34,6 +34,11 @@ class WeightOnly(Codec):
         rows = shape[0] * self.spec.bits // 8
         return [(f"{name}.quant_weight", "I8", (rows, shape[1])), (f"{name}.weight_scale", "BF16", shape[:1])]
 
+    def unfit(self, shape: Shape) -> str:
+        """See Codec."""
+        fits = shape[0] % 16 == 0 and shape[1] % 64 == 0
+        return "" if fits else "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs. Use format: pt"
+
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec."""
         return [pack_for_kernels(codes, self.spec.bits), fp32_to_bf16(scales[:, 0])]
@@ -66,6 +71,11 @@ class W4A8(Codec):
             (f"{name}.weight_scale", "F32", shape[:1]),
             (f"{name}.activation_scale", "F32", (1,)),
         ]
+
+    def unfit(self, shape: Shape) -> str:
+        """See Codec."""
+        unit = W4A8_ROTATION if self.is_rotated else 2
+        return "" if shape[1] % unit == 0 else f"w4a8 needs a multiple of {unit} inputs here. Use wint4/8"
 
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec. 7 times a bf16 scale is exact in fp32."""
@@ -107,6 +117,11 @@ class TensorWiseFp8(Codec):
             (f"{name}.weight_scale", "F32", (1,)),
             (f"{name}.activation_scale", "F32", (1,)),
         ]
+
+    def unfit(self, shape: Shape) -> str:
+        """See Codec."""
+        fits = shape[1] % FP8_ROTATION == 0
+        return "" if fits else f"{shape[1]} inputs do not divide into the engine's blocks of {FP8_ROTATION}"
 
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec."""

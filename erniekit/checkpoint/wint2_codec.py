@@ -32,6 +32,10 @@ class Wint2(Codec):
             (f"{name}.code_zp", "F32", (num_out,)),
         ]
 
+    def unfit(self, shape: Shape) -> str:
+        """See Codec."""
+        return "" if shape[1] % PACKED == 0 else f"2-bit codes need a multiple of {PACKED} inputs. Use wint4"
+
     def stored(self, codes: np.ndarray, scales: np.ndarray, input_range: float | None) -> list[np.ndarray]:
         """See Codec."""
         tensors = to_file(codes, Scales.from_array(scales))

@@ -131,7 +131,7 @@ _OTHERWISE: dict[str, str] = {
     "vit_lr aligner_lr": "vit_lr_ratio and resampler_lr_ratio are shares of learning_rate",
     "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
-    "export_quantization_bit export_quantization_dataset": "exporting quantised weights is not built",
+    "export_quantization_bit export_quantization_dataset": "quantization names the scheme of exported weights",
     "reward_model ref_model_adapters": f"{_STAGES}; reward models and PPO are not built",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",

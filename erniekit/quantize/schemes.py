@@ -14,7 +14,6 @@ from erniekit.checkpoint.quantised_codecs import Codec, PackQuantized, Unpacked
 from erniekit.models.config import Format, ModelConfig
 from erniekit.models.weights import Logical, Piece, logical_tensors
 from erniekit.precision.codes import FP8_BLOCK, full_range
-from erniekit.precision.convolutional_code import PACKED
 from erniekit.quantize import settings
 from erniekit.quantize.places import EXPERTS, Place, place_of
 from erniekit.utils.errors import ConfigError
@@ -98,29 +97,10 @@ def scheme_for(name: str, format: Format, config: ModelConfig, options: Options 
         raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}{cure}")
     scheme = make(config, options)
     for matrix in scheme.every_matrix(config):
-        reason = _refused(matrix)
+        reason = matrix.codec.unfit(matrix.shape)
         if reason:
             raise ConfigError(f"quantization: {name}: {matrix.name} [{matrix.shape[0]}, {matrix.shape[1]}]: {reason}")
     return scheme
-
-
-def _refused(matrix: Matrix) -> str:
-    """Why a matrix cannot be stored in this way; empty if it can."""
-    num_out, num_in = matrix.shape
-    codec = matrix.codec
-    if isinstance(codec, fastdeploy.WeightOnly) and (num_in % 64 or num_out % 16):
-        return "FastDeploy's kernels need a multiple of 64 inputs and of 16 outputs. Use format: pt"
-    if isinstance(codec, fastdeploy.W4A8) and num_in % (fastdeploy.W4A8_ROTATION if codec.is_rotated else 2):
-        return f"w4a8 needs a multiple of {fastdeploy.W4A8_ROTATION} inputs of down_proj, which its kernel rotates"
-    if isinstance(codec, fastdeploy.TensorWiseFp8) and num_in % fastdeploy.FP8_ROTATION:
-        return f"its {num_in} inputs do not divide into blocks of {fastdeploy.FP8_ROTATION}, which the engine rotates"
-    if isinstance(codec, Unpacked) and codec.spec.block is not None:
-        size = next((size for size in matrix.shape if size > 128 and size % 128), None)
-        if size is not None:
-            return f"{size} does not divide into blocks of 128: transformers reads such files wrongly. Use w8a8"
-    if isinstance(codec, wint2_codec.Wint2) and num_in % PACKED:
-        return f"2-bit codes need a multiple of {PACKED} inputs. Use wint4"
-    return ""
 
 
 def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bool = False) -> int:

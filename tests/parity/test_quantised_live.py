@@ -2,23 +2,32 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 import pytest
 from parity.support import LOGIT_TOLERANCE
+from support.quantised import quantised_model, saved_model
 from support.tiny_models import tiny_model
 
 from erniekit.build import load_model
 from erniekit.checkpoint.model_io import save_model
-from erniekit.export.export import export_checkpoint
-from erniekit.export.quantise import Quantisation
-from erniekit.quantize.quantiser import RoundToNearest
-from erniekit.quantize.schemes import Options
+from erniekit.models.config import ModelConfig
+from erniekit.models.weights import export_tensors
+from erniekit.precision.rounding import round_to
+from erniekit.quantize import settings
+from erniekit.quantize.settings import linear_modules
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 transformers = pytest.importorskip("transformers")
+from compressed_tensors.compressors import BaseCompressor  # noqa: E402
+from compressed_tensors.compressors.format import infer_module_format  # noqa: E402
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # noqa: E402
+from compressed_tensors.quantization.utils.helpers import calculate_qparams  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 pytestmark = pytest.mark.parity
 torch.set_num_threads(1)
 
@@ -32,8 +41,7 @@ TOLERANCE = LOGIT_TOLERANCE
 def quantised(path: Path, kind: str, scheme: str) -> Path:
     """A tiny model exported in a scheme."""
     save_model(tiny_model(kind, **SIZES), path / "model", dtype="bfloat16")
-    quantisation = Quantisation(scheme, Options(), lambda source, scheme: RoundToNearest(search=False))
-    export_checkpoint(path / "model", path / "export", copy_tokenizer=False, quantisation=quantisation)
+    quantised_model(path / "model", path / "export", scheme)
     return path / "export"
 
 
@@ -66,3 +74,50 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, kind: str, scheme
     ours = our_logits(path, "float32" if scheme == "fp8" else "bfloat16")
     np.testing.assert_allclose(in_transformers(path), ours, atol=TOLERANCE)
     assert np.abs(ours - our_logits(tmp_path / "model", "bfloat16")).max() > 100 * TOLERANCE  # quantised it is
+
+
+PRESETS = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")
+
+
+def scales_and_zeros(weight: Any, args: Any) -> tuple[Any, Any]:
+    """Scales and zero points of compressed-tensors' own rule, from the least and largest weight of each tile."""
+    rows, columns = {
+        "tensor": tuple(weight.shape),
+        "channel": (1, weight.shape[1]),
+        "group": (1, args.group_size),
+        "block": tuple(args.block_structure or ()),
+    }[args.strategy]
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+    tiles = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    scales, zeros = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), args)
+    return (scales.flatten(), zeros.flatten()) if args.strategy == "tensor" else (scales, zeros)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_files_of_compressed_tensors_are_read(tmp_path: Path, preset: str):
+    """Every matrix of a sparse model is compressed by compressed-tensors itself, as llm-compressor does; ours equals
+    what it decompresses, which is rounded to bf16.
+    """
+    source = saved_model(tmp_path / "model")
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    form = infer_module_format(torch.nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(form.value)
+    tensors, expected = load_file(source / "model.safetensors"), {}
+    for name in linear_modules(ModelConfig.from_dir(source), quantised=True):
+        weight = tensors.pop(f"{name}.weight")
+        scales, zeros = scales_and_zeros(weight, scheme.weights)
+        state = {"weight": weight, "weight_scale": scales.to(torch.bfloat16), "weight_zero_point": zeros}
+        if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+            state["input_scale"] = torch.ones(1)
+        packed = compressor.compress(state, scheme)
+        expected[f"{name}.weight"] = compressor.decompress(packed, scheme)["weight"].float().numpy()
+        tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+    (tmp_path / "q").mkdir()
+    save_file(tensors, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    group = json.loads(scheme.model_dump_json()) | {"format": form.value}
+    config["quantization_config"] = settings.compressed(ModelConfig.from_dir(source), [group], form.value)
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    read = dict(export_tensors(load_model(tmp_path / "q")))
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(round_to(read[name], "bf16"), weight)

@@ -24,6 +24,9 @@ LORA = {"fine_tuning": "LoRA"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
     ("train", {"packing": True, "mix_strategy": "interleave_over", "on_bad_line": "skip"}, TOKENS, {}),
     ("train", {"dataloader_num_workers": 2}, TOKENS, {}),
+    ("chat", {"quantization_group_size": 64}, {}, None),
+    ("export", {"quantization_clip_search": False}, {}, {"quantization": "wint4"}),
+    ("export", {"quantization_group_size": 64}, {"quantization": "w8a8"}, {"quantization": "wint4/8"}),
     ("train", {"split": "8,1,1", "isolate_documents": True}, {}, TOKENS),
     ("train", {"train_dataset_prob": "0.5,0.5"}, TWO, {**TWO, "mix_strategy": "random"}),
     ("eval", {"eval_dataset_prob": "0.5,0.5"}, {"eval_dataset_path": "a,b"}, None),

@@ -30,7 +30,7 @@ BOUNDS = {"wint4": 0.13, "wint8": 0.01, "wint4/8": 0.13, "w8a8": 0.01, "fp8": 0.
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sparse, with multi-token prediction, and with as many key heads as query heads: -Paddle files order them by head."""
+    """Sparse, with multi-token prediction, and as many key heads as query heads: -Paddle files order them by head."""
     return saved_model(tmp_path_factory.mktemp("model") / "m", num_nextn_predict_layers=1, num_key_value_heads=4)
 
 

@@ -180,7 +180,6 @@ def test_written_config_reads_back_equal(source, format):
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"compression_ratio": 2.0}, ["compression_ratio"]),
         ({"use_rmsnorm": False}, ["use_rmsnorm"]),
-        ({"quantization_config": {"bits": 8}}, ["quantization_config"]),
         ({"num_hidden_layers": "4"}, ["num_hidden_layers", "integer"]),
         ({"hidden_size": 0}, ["hidden_size"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads", "num_key_value_heads"]),

@@ -1,0 +1,100 @@
+"""Round to nearest: how fast weights become codes, beside one pass over memory, and a whole export beside the disk.
+
+    OMP_NUM_THREADS=1 python tools/bench_quantise.py --rounds 5
+    OMP_NUM_THREADS=1 python tools/bench_quantise.py --rounds 1 --export 1000 --directory /a/large/disk
+
+Weights are normal, [out, in] fp32. The first table has MB of fp32 weights a second of processor time, the best of the
+rounds: of choosing scales, of encoding, of decoding, and of a copy of the same array, which is one pass over memory.
+With --export, a synthetic bfloat16 model of that many MB is exported in each scheme: seconds of the clock, and of a
+plain copy of its files.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from measure_convert_memory import make_checkpoint, synthetic_config
+
+from erniekit.export.quantise import Quantisation, write_quantised
+from erniekit.precision.codes import FP8_BLOCK, FP8_TENSOR, CodeSpec, choose_scales, decode, encode, full_range
+from erniekit.precision.packing import pack_for_kernels, pack_words
+from erniekit.quantize.quantiser import RoundToNearest
+from erniekit.quantize.schemes import Options
+
+SPECS: dict[str, tuple[CodeSpec, bool]] = {
+    "int8 channel": (full_range(8), False),
+    "int4 group 128": (full_range(4, 128), False),
+    "int4 group 128, search": (full_range(4, 128), True),
+    "fp8 block": (FP8_BLOCK, False),
+    "fp8 tensor": (FP8_TENSOR, False),
+}
+
+
+def rate(action: Callable[[], object], size: int, rounds: int) -> float:
+    """MB/s of `size` bytes in the fastest round, in processor time."""
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.process_time()
+        action()
+        best = min(best, time.process_time() - begin)
+    return size / max(best, 1e-9) / 1e6
+
+
+def bench_codes(num_out: int, num_in: int, rounds: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(num_out, num_in)).astype(np.float32)
+    print(f"{'[' + str(num_out) + ', ' + str(num_in) + '], MB/s':24} {'scales':>8} {'encode':>8} {'decode':>8}")
+    for name, (spec, search) in SPECS.items():
+        scales = choose_scales(weight, spec, search)
+        codes = encode(weight, scales, spec)
+        rates = (
+            rate(lambda: choose_scales(weight, spec, search), weight.nbytes, rounds),  # noqa: B023 - called here
+            rate(lambda: encode(weight, scales, spec), weight.nbytes, rounds),  # noqa: B023
+            rate(lambda: decode(codes, scales, spec), weight.nbytes, rounds),  # noqa: B023
+        )
+        print(f"{name:24} {rates[0]:8.0f} {rates[1]:8.0f} {rates[2]:8.0f}")
+    codes = np.random.default_rng(1).integers(-8, 8, weight.shape).astype(np.int8)
+    print(f"{'packing, 4 bits':24} words {rate(lambda: pack_words(codes, 4), weight.nbytes, rounds):.0f}", end="")
+    print(f", order of kernels {rate(lambda: pack_for_kernels(codes, 4), weight.nbytes, rounds):.0f}")
+    print(f"{'a copy':24} {rate(weight.copy, weight.nbytes, rounds):8.0f}")
+
+
+def bench_export(megabytes: int, directory: Path) -> None:
+    config = synthetic_config(megabytes)
+    source = directory / "source"
+    make_checkpoint(source, config)
+    size = sum(file.stat().st_size for file in source.iterdir()) / 1e6
+    begin = time.perf_counter()
+    shutil.copytree(source, directory / "copy")
+    print(f"{size:.0f} MB of bfloat16; a copy takes {time.perf_counter() - begin:.1f} s")
+    for name, search in (("wint8", False), ("wint4", False), ("wint4", True), ("fp8", False)):
+        quantisation = Quantisation(name, Options(), lambda source, scheme: RoundToNearest(search))  # noqa: B023
+        begin = time.perf_counter()
+        report = write_quantised(source, directory / "target", "pt", quantisation, "5GB")
+        seconds = time.perf_counter() - begin
+        shutil.rmtree(directory / "target")
+        print(
+            f"{name + (', search' if search else ''):14} {seconds:7.1f} s, {size / seconds:6.0f} MB/s of bfloat16, "
+            f"{report.num_bytes / 1e6:.0f} MB written, written and read again"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=int, default=4096)
+    parser.add_argument("--in", type=int, default=2560, dest="num_in")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--export", type=int, metavar="MB")
+    parser.add_argument("--directory", type=Path, help="where --export writes; else the system's temporary directory")
+    args = parser.parse_args()
+    bench_codes(args.out, args.num_in, args.rounds)
+    if args.export:
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            bench_export(args.export, Path(directory))
+
+
+if __name__ == "__main__":
+    main()
