@@ -217,7 +217,14 @@ _RUN_RULES = [
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
-    Rule(_QUANTISED, always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule("quantization_group_size", always, "read only by export", ("split",)),
+    Rule(
+        "quantization_group_size",
+        lambda cfg, _: cfg.qat not in ("wint4", "wint4/8"),
+        "read only by export, and with qat: wint4 or wint4/8",
+        RUN,
+    ),
     Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
     Rule(
         _QUANTISED,
