@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_fp8 import Fp8Args
@@ -17,7 +18,6 @@ from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_parts import FREEZE_VISION
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
-from erniekit.config.schema_qat import WITH_RANGES, QatArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
 from erniekit.config.schema_vision import VisionArgs
@@ -219,12 +219,6 @@ _RUN_RULES = [
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
     Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
     Rule("quantization_group_size", always, "read only by export", ("split",)),
-    Rule(
-        "quantization_group_size",
-        lambda cfg, _: cfg.qat not in ("wint4", "wint4/8"),
-        "read only by export, and with qat: wint4 or wint4/8",
-        RUN,
-    ),
     Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
     Rule(
         _QUANTISED,
@@ -273,27 +267,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
         "no routed experts multiply in FP8",
     ),
-    Rule(_names(QatArgs).removeprefix("qat "), lambda c, f: c.qat == "none", "qat is none", RUN),
-    Rule(
-        "apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate",
-        lambda c, f: c.qat not in WITH_RANGES,
-        f"read only with qat: {' or '.join(WITH_RANGES)}",
-        RUN,
-    ),
-    Rule("hadamard_block_size", lambda c, f: not c.apply_hadamard, "apply_hadamard is False", RUN),
-    Rule(
-        "apply_online_actscale_step actscale_moving_rate quant_input_grad quant_weight_grad qat_distill_weight",
-        always,
-        "read only by train",
-        USE,
-    ),
-    Rule(_names(QatArgs), always, "`{command}` keeps weights as they are", ("split",)),
-    Rule(
-        _names(QatArgs).removeprefix("qat "),
-        always,
-        "`{command}` reads qat alone: the rest is a matter of training",
-        ("export",),
-    ),
+    *QAT_RULES,
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),

@@ -182,6 +182,7 @@ class FakeQuant(Product):
     def _weight_grid(self) -> Grid:
         """The grid of matrices [in, out]; a CodeSpec describes [out, in]."""
         spec = self.recipe.weight
+        assert spec.kind != "convolutional", "no scheme of training has 2-bit codes"
         tile = Tile(spec.group, 1)
         if spec.whole:
             tile = _WHOLE
