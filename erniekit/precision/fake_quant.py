@@ -36,7 +36,7 @@ from erniekit.precision.fake_rounding import (
     scales_of,
 )
 from erniekit.precision.fp8_tensor import Tile
-from erniekit.precision.hadamard import rotated_columns, rotated_rows
+from erniekit.precision.rotation import rotated_columns, rotated_rows
 
 _WHOLE = Tile(None, None)
 
