@@ -23,16 +23,16 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     Returns:
         A `paddle.nn.Layer` in eval mode: `model(input_ids, position_ids=None, segment_ids=None)` maps int64 ids
         [batch, seq] to logits [batch, seq, vocab]; `model.generate(...)` continues a prompt (see
-        erniekit/generation/engine.py).
+        erniekit/generation/generate.py).
 
     Raises:
         CheckpointError: the directory is not a model, or tensors are missing, unexpected or misshapen.
     """
-    from erniekit.generation import engine
+    from erniekit.generation import generate
 
     model = build.load_model(path, dtype=dtype, adapter=adapter)
     # `generation` is a layer above `models`, so the model class cannot define this method itself.
-    model.generate = types.MethodType(engine.generate, model)
+    model.generate = types.MethodType(generate.generate, model)
     return model
 
 

@@ -24,8 +24,9 @@ from erniekit.evaluate import text_metrics
 from erniekit.evaluate.question_pictures import QuestionPictures
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.evaluate.vision_metrics import answer_score, picture_scores
-from erniekit.generation.decode import Answer, decode
+from erniekit.generation.decode import decode
 from erniekit.generation.load import ChatModel, PreparedChatModel, sampling_of
+from erniekit.generation.request import Answer
 from erniekit.generation.thinking import CLOSE, opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.parallel import comm

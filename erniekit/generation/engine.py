@@ -1,151 +1,249 @@
-"""`model.generate`: the public way to continue prompts."""
+"""Continuous batching: requests join and leave a running batch, one model pass at a time.
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+Each step first continues every running answer by one token, then gives waiting prompts to the model, at most
+`prefill_tokens` of them, so that a long prompt does not hold up the answers. A prompt that has been read whole joins
+the running batch. What a prompt has in common with one that was read before, and whose keys and values are still kept,
+is not computed again; equal prompts that wait together are read once.
 
-import numpy as np
-import paddle
+An answer does not depend on what else runs: its draws follow from (seed, draw) and its own position. Scores may differ
+in their last bit with the number of rows of a matrix product, so two tokens that tie to within rounding may be chosen
+otherwise.
 
-from erniekit.generation.decode import Limits, decode
-from erniekit.generation.sampling import Sampling
+All ranks of one copy of the model make the same calls in the same order. One thread owns an engine.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from erniekit.generation.choosing import choose_next
+from erniekit.generation.pictures import PromptPictures, num_shared
+from erniekit.generation.request import Generation, Request, check_prompts
+from erniekit.generation.steppers import CachedStepper
 from erniekit.models.decoder import CausalLM
-from erniekit.models.pictures import PictureArguments, PictureTables, picture_tables, rows_of
-from erniekit.utils.errors import UserError
+from erniekit.nn.kv_cache import KVCache
+
+PREFILL_TOKENS = 16384  # tokens of prompts that go through the model at once
 
 
-def generate(
-    model: CausalLM,
-    input_ids: Any,
-    attention_mask: Any = None,
-    *,
-    max_new_tokens: int = 1024,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    repetition_penalty: float = 1.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    seed: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    use_cache: bool = True,
-    stream: Callable[[int, int], None] | None = None,
-    position_ids: Any = None,
-    **pictures: Any,
-) -> paddle.Tensor:
-    """Continue prompts, token by token.
-
-    Args:
-        input_ids: integers [B, S] (tensor, array, nested lists), one list of ids (one prompt), or lists of different
-            lengths, which are padded on the left.
-        attention_mask: [B, S], 0 marks padding, on either side; default: nothing is padding.
-        max_new_tokens, min_new_tokens: bounds on the number of new tokens; an end token is banned before the lower one.
-        do_sample: True draws tokens, False takes the likeliest. Not given: drawn if temperature (other than 0), top_p
-            or top_k is given.
-        temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty: see sampling.Sampling;
-            temperature is 1 when drawing without it.
-        seed: equal seeds give equal tokens, whatever else is in the batch.
-        eos_token_id: token or tokens that end a row (default: the model's, from its generation_config.json or, if that
-            does not say, its config.json).
-        pad_token_id: fills rows that ended early (default: the model's).
-        use_cache: False runs the whole sequence at each step: slow, for checking only. The tokens are the same.
-        stream: called with (row, token) as each token is chosen.
-        position_ids: [3, B, S] of prompts with images or videos (default: by position_rule).
-        pictures: the images and videos of prompts, see models.pictures.PictureArguments.
-
-    Returns:
-        int64 [B, S + N]: the input as given (padded to the longest prompt, S), then the new tokens of each row, its end
-        token included, padded on the right to the longest answer. So `result[:, S:]` holds the answers.
-
-    Raises:
-        UserError: an argument is out of its range, a prompt is empty, longer than the model's context, or outside its
-            vocabulary.
+@dataclass
+class _Prompts:
+    """Prompts that are being read. `members[i]` are the generations that continue row i of the stepper; `rest[i]` are
+    the tokens of that row that have not been fed, of which each pass takes the first `count`.
     """
-    padding = model.fill_id if pad_token_id is None else pad_token_id
-    ids, mask = _prompts(input_ids, attention_mask, padding)
-    limits = Limits(max_new_tokens, min_new_tokens, model.end_ids if eos_token_id is None else _as_ids(eos_token_id))
-    sampling = Sampling(
-        _temperature(do_sample, temperature, draws=top_p is not None or top_k is not None),
-        top_k or 0,
-        1.0 if top_p is None else top_p,
-        repetition_penalty,
-        frequency_penalty,
-        presence_penalty,
-        seed,
+
+    members: list[list[Generation]]
+    stepper: CachedStepper
+    rest: list[Sequence[int]]
+    pictures: PromptPictures | None
+    fed: int = 0
+
+
+@dataclass
+class _Kept:
+    """The keys and values of a conversation that has ended; `ids` are the tokens that they belong to."""
+
+    ids: list[int]
+    request: Request
+    cache: KVCache
+
+
+class Engine:
+    """Answers requests with one model, up to `max_running` at a time, in the order in which they came.
+
+    Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and while one
+    joins or leaves a copy of the running ones. `num_kept`: conversations that are kept after their end, so that prompts
+    that begin with them are read faster; the one that was used least recently goes first.
+
+    num_reused: prompt tokens so far that did not have to be computed.
+    """
+
+    def __init__(
+        self, model: CausalLM, max_running: int = 16, prefill_tokens: int = PREFILL_TOKENS, num_kept: int = 0
+    ) -> None:
+        assert max_running > 0 and prefill_tokens > 0, (max_running, prefill_tokens)
+        self.model = model
+        self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
+        self.num_reused = 0
+        self._waiting: deque[Generation] = deque()
+        self._reading: _Prompts | None = None
+        self._running: list[Generation] = []
+        self._stepper: CachedStepper | None = None  # of the running rows
+        self._kept: list[_Kept] = []  # least recently used first
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests of which no token has been read."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are read or answered."""
+        return len(self._running) + (sum(map(len, self._reading.members)) if self._reading else 0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has ended."""
+        return not (self._waiting or self._reading or self._running)
+
+    def add(self, request: Request) -> Generation:
+        """Take a request. Its answer grows as `step` is called. Raises UserError for a prompt that does not fit."""
+        check_prompts(self.model, [request.prompt])
+        generation = Generation(request, self.model.config.max_position_embeddings)
+        self._waiting.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
+        """End a request that has not ended, wherever it is. `reason` becomes its answer's `stop`."""
+        if generation.answer.stop:
+            return
+        generation.answer.stop = reason
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        elif generation in self._running:
+            self._remove_ended()
+        elif self._reading is not None:
+            for members in self._reading.members:
+                if generation in members:
+                    members.remove(generation)
+            if not any(self._reading.members):
+                self._reading = None
+
+    def step(self) -> list[Generation]:
+        """Continue every running answer by one token and read waiting prompts -> the requests with a new token, of
+        which those with a `stop` have ended.
+        """
+        advanced = self._continue_running()
+        self._remove_ended()
+        if self._reading is None:
+            self._reading = self._next_prompts()
+        if self._reading is not None:
+            advanced += self._read(self._reading)
+            self._remove_ended()
+        return advanced
+
+    def _continue_running(self) -> list[Generation]:
+        if not self._running:
+            return []
+        assert self._stepper is not None, "running rows have a cache"
+        rows = list(self._running)
+        choose_next(self._stepper.extend([[row.answer.ids[-1]] for row in rows]), rows, self.model.mesh)
+        return rows
+
+    def _next_prompts(self) -> _Prompts | None:
+        """The next waiting prompts that are read together, if there is room for them."""
+        room = self.max_running - len(self._running)
+        groups: list[list[Generation]] = []
+        widest = 0
+        while self._waiting and room:
+            first = self._waiting[0]
+            widest = max(widest, len(first.request.prompt))
+            if groups and (len(groups) + 1) * widest > self.prefill_tokens:
+                break
+            members = [first]
+            for other in list(self._waiting)[1:]:
+                if len(members) < room and _has_same_prompt(first.request, other.request):
+                    members.append(other)
+            for member in members:
+                self._waiting.remove(member)
+            groups.append(members)
+            room -= len(members)
+        return self._opened(groups) if groups else None
+
+    def _opened(self, groups: list[list[Generation]]) -> _Prompts:
+        caches, rest, tables = [], [], []
+        for members in groups:
+            request = members[0].request
+            cache, reused = self._reusable(request)
+            self.num_reused += reused * len(members) + (len(request.prompt) - reused) * (len(members) - 1)
+            caches.append(self.model.new_cache(1) if cache is None else cache)
+            rest.append(request.prompt[reused:])
+            tables.append(request.open_pictures(reused) if request.open_pictures else None)
+        stepper = CachedStepper(self.model, len(groups), caches[0] if len(caches) == 1 else KVCache.joined(caches))
+        has_pictures = any(table is not None for table in tables)
+        return _Prompts(groups, stepper, rest, PromptPictures(self.model, tables) if has_pictures else None)
+
+    def _reusable(self, request: Request) -> tuple[KVCache | None, int]:
+        """(a copy of the kept keys and values of the longest known beginning of a prompt, its length)."""
+        best, length = None, 0
+        for kept in self._kept:
+            common = _num_common(kept, request)
+            if common > length:
+                best, length = kept, common
+        if best is None:
+            return None, 0
+        self._kept.remove(best)
+        self._kept.append(best)
+        cache = best.cache.copy([0])
+        cache.truncate(length)
+        return cache, length
+
+    def _read(self, prompts: _Prompts) -> list[Generation]:
+        """Give the model the next tokens of `prompts` -> the requests whose prompt is now read whole."""
+        is_single = len(prompts.rest) == 1
+        longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
+        pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
+        scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+        prompts.fed += len(pieces[0]) if is_single else 0
+        prompts.rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
+        if any(len(rest) for rest in prompts.rest):
+            return []
+        self._reading = None
+        rows = [member for members in prompts.members for member in members]
+        places = [place for place, members in enumerate(prompts.members) for _ in members]
+        if places != list(range(len(prompts.members))):
+            prompts.stepper.keep(places)
+            scores = None if scores is None else scores[places]
+        choose_next(scores, rows, self.model.mesh)
+        self._join(prompts.stepper, rows)
+        return rows
+
+    def _join(self, stepper: CachedStepper, rows: list[Generation]) -> None:
+        if self._running:
+            assert self._stepper is not None, "running rows have a cache"
+            stepper = CachedStepper(self.model, 0, KVCache.joined([self._stepper.cache, stepper.cache]))
+        self._stepper, self._running = stepper, self._running + rows
+
+    def _remove_ended(self) -> None:
+        """Ended rows leave the batch; their keys and values may be kept."""
+        going = [place for place, row in enumerate(self._running) if not row.answer.stop]
+        if len(going) == len(self._running):
+            return
+        assert self._stepper is not None, "running rows have a cache"
+        if self.num_kept:
+            self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
+        self._running = [self._running[place] for place in going]
+        if going:
+            self._stepper.keep(going)
+        else:
+            self._stepper = None
+
+    def _keep(self, places: list[int]) -> None:
+        assert self._stepper is not None
+        for place in places[-self.num_kept :]:
+            row, cache = self._running[place], self._stepper.cache.copy([place])
+            ids = [*row.request.prompt, *row.answer.ids][: int(cache.lengths[0])]
+            self._kept.append(_Kept(ids, row.request, cache))
+        del self._kept[: -self.num_kept]
+
+
+def _has_same_prompt(one: Request, other: Request) -> bool:
+    """Whether two requests can share the reading of their prompt."""
+    return (
+        one.picture_prompt is other.picture_prompt
+        and one.open_pictures is other.open_pictures
+        and list(one.prompt) == list(other.prompt)
     )
-    prompts = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    on_token = (lambda row, token: None) if stream is None else stream
-    rows = _picture_rows(model, ids, mask, PictureArguments(**pictures), position_ids)
-    answers = decode(model, prompts, limits, sampling, use_cache=use_cache, on_token=on_token, pictures=rows)
-    new = np.full((len(ids), max(len(answer.all_ids) for answer in answers)), padding, dtype=np.int64)
-    for row, answer in zip(new, answers, strict=True):
-        row[: len(answer.all_ids)] = answer.all_ids
-    return paddle.to_tensor(np.concatenate([ids, new], axis=1))
 
 
-def _temperature(do_sample: bool | None, temperature: float | None, draws: bool) -> float:
-    """The temperature of sampling; 0 always takes the likeliest token. draws: another argument asks for drawing."""
-    if do_sample is None:
-        do_sample = temperature != 0 and (temperature is not None or draws)
-    if not do_sample:
-        return 0.0
-    if temperature == 0:
-        raise UserError(
-            "temperature: 0 always takes the likeliest token, which do_sample=True excludes. Give one of them."
-        )
-    return 1.0 if temperature is None else temperature
-
-
-def _picture_rows(
-    model: CausalLM, ids: np.ndarray, mask: np.ndarray, arguments: PictureArguments, position_ids: Any
-) -> list[PictureTables] | None:
-    """The images and videos of each prompt; None where there are none."""
-    tables = picture_tables(model.config, ids, mask.astype(np.int64), arguments)
-    if position_ids is not None:
-        axes = _host(position_ids)
-        if tables is None or axes.shape != (3, *ids.shape):
-            raise UserError(
-                f"position_ids: expected [3, batch, seq] beside images or videos, got {list(axes.shape)}. Positions of "
-                "text alone are counted."
-            )
-        tables = replace(tables, positions=np.moveaxis(axes, 0, -1))
-    if tables is None or model.config.vision is None:
-        return None
-    return rows_of(tables, mask, model.config.vision.spatial_merge_size)
-
-
-def _as_ids(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (int(value),) if isinstance(value, int | np.integer) else tuple(int(item) for item in value)
-
-
-def _prompts(input_ids: Any, attention_mask: Any, padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [B, S] int64, padded on the left; what is real [B, S] bool)."""
-    if isinstance(input_ids, list | tuple) and input_ids and isinstance(input_ids[0], list | tuple | np.ndarray):
-        ids, real = _pad_left(input_ids, padding)
-    else:
-        ids = _host(input_ids)
-        ids = ids[None] if ids.ndim == 1 else ids
-        real = np.ones(ids.shape, dtype=bool)
-    if ids.ndim != 2 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"input_ids: expected token ids of shape [batch, seq], got {ids.dtype} of shape {ids.shape}")
-    if attention_mask is not None:
-        mask = _host(attention_mask)
-        if mask.shape != ids.shape:
-            raise UserError(f"attention_mask: shape {mask.shape} differs from that of input_ids, {ids.shape}")
-        real &= mask.astype(bool)
-    return ids.astype(np.int64), real
-
-
-def _pad_left(lists: Sequence[Any], padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads lists of different lengths on the left: (array [B, longest], mask of their own tokens)."""
-    rows = [np.asarray(row) if len(row) else np.empty(0, dtype=np.int64) for row in lists]
-    width = max(len(row) for row in rows)
-    ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in rows])
-    return ids, np.arange(width) >= width - np.array([[len(row)] for row in rows])
-
-
-def _host(values: Any) -> np.ndarray:
-    return values.numpy() if isinstance(values, paddle.Tensor) else np.asarray(values)
+def _num_common(kept: _Kept, request: Request) -> int:
+    """How many of the first tokens of a request's prompt, at most all but the last, a kept conversation begins with."""
+    common = 0
+    for old, new in zip(kept.ids, request.prompt[:-1], strict=False):
+        if old != new:
+            break
+        common += 1
+    if request.picture_prompt is not None:
+        return num_shared(kept.request.picture_prompt, request.picture_prompt, common)
+    has_pictures = request.open_pictures is not None or kept.request.open_pictures is not None
+    return 0 if has_pictures else common

@@ -17,7 +17,7 @@ from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.options import inference_spec
 from erniekit.data.vision.template import load_vision_template
-from erniekit.generation.decode import Limits
+from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.hub import resolve_model, resolve_tokenizer
 from erniekit.models.decoder import CausalLM

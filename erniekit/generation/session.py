@@ -11,10 +11,12 @@ import numpy as np
 
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.prompt import PicturePrompt
-from erniekit.generation.decode import Answer, CachedStepper, Limits, check_prompts, decode_one
+from erniekit.generation.decode import decode_one
 from erniekit.generation.pictures import num_shared, tables_of
 from erniekit.generation.ranks import arrays_from_leader, from_leader
+from erniekit.generation.request import Answer, Limits, check_prompts
 from erniekit.generation.sampling import Sampling
+from erniekit.generation.steppers import CachedStepper
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pictures import PictureTables
 from erniekit.models.stages import finish_passes

@@ -126,6 +126,44 @@ class KVCache:
         self._resize(np.asarray(rows, dtype=np.int64), self.capacity)
         self.lengths = self.lengths[rows]
 
+    def copy(self, rows: Sequence[int]) -> "KVCache":
+        """A cache of its own with these rows, in this order."""
+        copied = KVCache(len(self.keys), self.batch_size, self.heads, self.rotary, self.capacity)
+        copied.lengths, copied._next_positions = self.lengths, self._next_positions
+        copied.keys, copied.values = list(self.keys), list(self.values)
+        copied.keep(rows)  # which copies
+        return copied
+
+    @classmethod
+    def joined(cls, caches: "Sequence[KVCache]") -> "KVCache":
+        """The rows of several caches of one model in one cache, in their order. The caches may be changed by it."""
+        first, capacity = caches[0], max(cache.capacity for cache in caches)
+        for cache in caches:
+            if cache.capacity < capacity:
+                cache._resize(np.arange(cache.batch_size), capacity)
+        whole = cls(len(first.keys), sum(cache.batch_size for cache in caches), first.heads, first.rotary, capacity)
+        whole.lengths = np.concatenate([cache.lengths for cache in caches])
+        whole._next_positions = np.concatenate([cache._next_positions for cache in caches])
+        whole.keys = [cls._stacked(caches, [cache.keys[layer] for cache in caches]) for layer in range(len(first.keys))]
+        whole.values = [
+            cls._stacked(caches, [cache.values[layer] for cache in caches]) for layer in range(len(first.keys))
+        ]
+        return whole
+
+    @staticmethod
+    def _stacked(caches: "Sequence[KVCache]", parts: Sequence[paddle.Tensor | None]) -> paddle.Tensor | None:
+        """One layer's buffers of caches of equal capacity, behind one another; a cache that has none has no tokens."""
+        present = [part for part in parts if part is not None]
+        if not present:
+            return None
+        width, dtype = present[0].shape[1], present[0].dtype
+        sizes = [cache.batch_size * cache.heads.num_kv_heads * cache.capacity for cache in caches]
+        filled = [
+            paddle.zeros([size, width], dtype=dtype) if part is None else part
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+        return paddle.concat(filled)
+
     def _block(self, start: int, stop: int) -> _Block:
         same = bool((self.lengths == self.lengths[0]).all())
         lengths = self.lengths[:1] if same else self.lengths

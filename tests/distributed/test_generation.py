@@ -13,9 +13,11 @@ from erniekit import build, lora
 from erniekit.build import AdapterDirectory, ModelOptions, prepare_model
 from erniekit.checkpoint.model_io import save_model
 from erniekit.checkpoint.peft_attach import save_adapter
-from erniekit.generation.decode import CachedStepper, Limits, decode
+from erniekit.generation.decode import decode
+from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.generation.session import Session, follow
+from erniekit.generation.steppers import CachedStepper
 from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel.mesh import Mesh, ParallelDims, build_mesh

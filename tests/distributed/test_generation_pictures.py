@@ -16,8 +16,9 @@ from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.processor import load_processor
 from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
-from erniekit.generation.decode import Limits, decode
+from erniekit.generation.decode import decode
 from erniekit.generation.pictures import tables_of
+from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.generation.session import Session, follow
 from erniekit.models.decoder import CausalLM

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from erniekit.build import load_model
-from erniekit.generation.engine import generate
+from erniekit.generation.generate import generate
 
 pytestmark = pytest.mark.parity
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -11,7 +11,7 @@ from erniekit.config import load
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import answers, evaluate
 from erniekit.evaluate.tool_metrics import call_scores, same_calls
-from erniekit.generation.decode import Answer
+from erniekit.generation.request import Answer
 
 
 def call(name="f", **arguments):

@@ -1,22 +1,17 @@
-"""Generation gives the tokens that running the whole sequence at each step gives, in the form that users expect."""
-
-import logging
+"""Requests that join and leave a running batch get the tokens that each gets alone."""
 
 import numpy as np
-import paddle
 import pytest
 from support.tiny_models import tiny_model
 
-from erniekit.generation import decode as decoding
-from erniekit.generation.decode import Limits, decode
-from erniekit.generation.engine import generate
-from erniekit.generation.sampling import Sampling, choose
+from erniekit.generation.engine import Engine
+from erniekit.generation.request import Generation, Limits, Request
+from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
 from erniekit.utils.errors import UserError
 
-PROMPTS = [[5, 9, 33], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [30, 31, 32, 33, 34]]
-NO_END = 60  # an id that these models are asked to end at when they should not end
-DRAW = {"temperature": 0.9, "top_k": 20, "top_p": 0.9}
+DRAWN = Sampling(temperature=1.1, top_p=0.95, seed=3)
+PROMPTS = [[5, 9, 33], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [30, 31, 32, 33, 34], [5, 9, 34, 2]]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -29,164 +24,147 @@ def dense() -> CausalLM:
     return tiny_model("dense")
 
 
-def naive(model: CausalLM, prompt: list[int], count: int, sampling: Sampling, row: int = 0) -> list[int]:
-    """The plain loop: the whole sequence through `model(input_ids)` for each token."""
-    ids, rng = list(prompt), np.random.default_rng([sampling.seed or 0, row])
-    for _ in range(count):
-        scores = model(np.array([ids])).numpy()[0, -1]
-        ids.append(choose(scores, prompt, ids[len(prompt) :], sampling, rng))
-    return ids[len(prompt) :]
+def requests(sampling: Sampling = DRAWN, tokens: int = 9) -> list[Request]:
+    return [Request(prompt, Limits(tokens + 2 * draw), sampling, draw) for draw, prompt in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(seed=4, repetition_penalty=1.2, presence_penalty=0.3), Sampling(seed=7, **DRAW)],
-    ids=["greedy", "penalties", "drawn"],
-)
-def test_cached_equals_uncached_token_for_token(model: CausalLM, sampling: Sampling):
-    limits = Limits(max_new_tokens=12)
-    found = decode(model, PROMPTS, limits, sampling)
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, found, strict=True)):
-        assert answer.ids == naive(model, prompt, 12, sampling, row)
-    for batch_size in (3, 1):
-        assert decode(model, PROMPTS, limits, sampling, batch_size=batch_size) == found
-    assert decode(model, PROMPTS, limits, sampling, use_cache=False) == found
+def alone(model: CausalLM, request: Request) -> list[int]:
+    engine = Engine(model, max_running=1)
+    return finished(engine, engine.add(request)).answer.ids
 
 
-def test_rows_that_end_leave_and_the_others_go_on_unchanged(model: CausalLM):
-    free = decode(model, PROMPTS, Limits(max_new_tokens=15), Sampling())
-    ends = tuple({answer.ids[place] for answer, place in zip(free, (2, 5, 9, 14), strict=True)})
-    bounded = decode(model, PROMPTS, Limits(max_new_tokens=15, stop_ids=ends), Sampling())
-    for whole, answer in zip(free, bounded, strict=True):
-        first = min(whole.ids.index(end) for end in ends if end in whole.ids)
-        assert answer.ids == whole.ids[:first]
-        assert (answer.stop, answer.stop_id) == ("stop", whole.ids[first])
-    assert len({len(answer.ids) for answer in bounded}) > 1, "the test needs rows that end at different steps"
+def finished(engine: Engine, generation: Generation) -> Generation:
+    while not generation.answer.stop:
+        engine.step()
+    return generation
 
 
-def test_a_rectangular_batch_gives_prompts_and_answers(model: CausalLM):
-    ids = np.array([[5, 6, 7], [8, 9, 10]])
-    found = generate(model, paddle.to_tensor(ids), max_new_tokens=6, eos_token_id=NO_END)
-    assert found.dtype == paddle.int64
-    assert found.shape == [2, 9]
-    assert found.numpy()[:, :3].tolist() == ids.tolist()
-    assert found.numpy()[1, 3:].tolist() == naive(model, ids[1].tolist(), 6, Sampling())
-    assert generate(model, ids.tolist(), max_new_tokens=6, eos_token_id=NO_END).tolist() == found.tolist()
-    assert generate(model, ids[0], max_new_tokens=6, eos_token_id=NO_END).tolist() == found[:1].tolist()
+def run(engine: Engine) -> None:
+    for _ in range(1000):
+        if engine.is_idle:
+            return
+        engine.step()
+    pytest.fail("the engine does not come to an end")
 
 
-def test_ragged_lists_and_masked_padding_on_either_side_give_the_same_answers(model: CausalLM):
-    options = {"max_new_tokens": 5, "eos_token_id": NO_END}
-    width = max(len(prompt) for prompt in PROMPTS)
-    ragged = generate(model, PROMPTS, **options).numpy()
-    for row, prompt in zip(ragged, PROMPTS, strict=True):
-        assert row[:width].tolist() == [0] * (width - len(prompt)) + prompt
-        assert row[width:].tolist() == naive(model, prompt, 5, Sampling())
-    left = ragged[:, :width]
-    lengths = np.array([len(prompt) for prompt in PROMPTS])
-    mask = np.arange(width) >= width - lengths[:, None]
-    assert generate(model, left, mask.astype(int), **options).tolist() == ragged.tolist()
-    right = np.stack([np.roll(row, len(prompt) - width) for row, prompt in zip(left, PROMPTS, strict=True)])
-    found = generate(model, right, np.arange(width) < lengths[:, None], **options).numpy()
-    assert found[:, :width].tolist() == right.tolist()
-    assert found[:, width:].tolist() == ragged[:, width:].tolist()
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_requests_that_come_at_different_steps_get_the_tokens_that_they_get_alone(model: CausalLM, sampling: Sampling):
+    expected = [alone(model, request) for request in requests(sampling)]
+    engine = Engine(model, max_running=3, prefill_tokens=8)
+    generations = []
+    for request in requests(sampling):
+        generations.append(engine.add(request))
+        engine.step()
+        assert engine.num_running <= 3
+    run(engine)
+    assert [generation.answer.ids for generation in generations] == expected
 
 
-def test_end_tokens_are_kept_and_padding_follows(dense: CausalLM):
-    free = generate(dense, PROMPTS, max_new_tokens=10, eos_token_id=[]).numpy()[:, -10:]
-    end = int(free[0, 3])
-    found = generate(dense, PROMPTS, max_new_tokens=10, eos_token_id=end, pad_token_id=50).numpy()[:, 11:]
-    first = free[0].tolist().index(end)
-    assert found[0].tolist() == free[0, : first + 1].tolist() + [50] * (found.shape[1] - first - 1)
+def test_equal_prompts_are_read_once(model: CausalLM, monkeypatch: pytest.MonkeyPatch):
+    group = [Request(PROMPTS[2], Limits(6), DRAWN, draw) for draw in range(4)]
+    expected = [alone(model, request) for request in group]
+    fed: list[int] = []
+    extend = type(model).extend
+
+    def count(self: CausalLM, ids: np.ndarray, *rest: object) -> object:
+        fed.append(ids.size)
+        return extend(self, ids, *rest)
+
+    monkeypatch.setattr(type(model), "extend", count)
+    engine = Engine(model, max_running=4)
+    generations = [engine.add(request) for request in group]
+    engine.step()
+    assert fed == [len(PROMPTS[2])]
+    run(engine)
+    assert [generation.answer.ids for generation in generations] == expected
+    assert len({tuple(ids) for ids in expected}) == 4
+    assert engine.num_reused == 3 * len(PROMPTS[2])
 
 
-def test_the_models_own_end_tokens_are_the_default():
-    first = generate(tiny_model(), [PROMPTS[0]], max_new_tokens=8, eos_token_id=[]).numpy()[0, 3:].tolist()
-    several = tiny_model(eos_token_id=[1, first[4]])
-    found = generate(several, [PROMPTS[0]], max_new_tokens=8).numpy()[0, 3:].tolist()
-    assert found == first[: first.index(first[4]) + 1]
+def test_the_beginning_of_an_ended_conversation_is_reused(model: CausalLM):
+    engine = Engine(model, num_kept=2)
+    first = finished(engine, engine.add(Request(PROMPTS[2], Limits(5), DRAWN)))
+    longer = Request([*PROMPTS[2], *first.answer.ids, 8, 4], Limits(6), DRAWN, 7)
+    second = finished(engine, engine.add(longer))
+    # The last token of an answer has not been fed.
+    assert engine.num_reused == len(PROMPTS[2]) + 4
+    assert second.answer.ids == alone(model, longer)
+    other = Request([*PROMPTS[2][:4], 50], Limits(6), DRAWN, 1)
+    assert finished(engine, engine.add(other)).answer.ids == alone(model, other)
+    assert engine.num_reused == len(PROMPTS[2]) + 4 + 4
 
 
-def test_an_end_token_is_banned_before_the_lower_bound(dense: CausalLM):
-    free = generate(dense, [PROMPTS[0]], max_new_tokens=8, eos_token_id=[]).numpy()[0, 3:].tolist()
-    found = generate(dense, [PROMPTS[0]], max_new_tokens=8, min_new_tokens=5, eos_token_id=free[0]).numpy()[0, 3:]
-    assert free[0] not in found[:5]
-    assert len(found) >= 6 or free[0] not in found
+def test_what_is_kept_has_a_bound(dense: CausalLM):
+    engine = Engine(dense, num_kept=2)
+    for draw, prompt in enumerate(PROMPTS):
+        engine.add(Request(prompt, Limits(2), DRAWN, draw))
+    run(engine)
+    assert len(engine._kept) == 2
 
 
-def test_drawing_depends_on_the_seed_only(dense: CausalLM):
-    def answers(prompts: list[list[int]], seed: int | None) -> np.ndarray:
-        return generate(dense, prompts, max_new_tokens=10, seed=seed, eos_token_id=[], **DRAW).numpy()[:, -10:]
-
-    four = answers(PROMPTS, 1)
-    assert four.tolist() == answers(PROMPTS, 1).tolist() != answers(PROMPTS, 2).tolist()
-    assert answers(PROMPTS[:2], 1).tolist() == four[:2].tolist()
-    assert answers(PROMPTS, None).tolist() != answers(PROMPTS, None).tolist()
-    same = answers([PROMPTS[0]] * 3, 1)
-    assert len(np.unique(same, axis=0)) == 3, "equal prompts in a batch are drawn apart"
-
-
-def test_greedy_unless_asked_otherwise(dense: CausalLM):
-    def run(**options: object) -> list[list[int]]:
-        return generate(dense, PROMPTS, max_new_tokens=10, seed=1, eos_token_id=[], **options).tolist()
-
-    greedy = run()
-    assert run(temperature=0) == run(do_sample=False, temperature=0.9) == run(temperature=0, top_p=0.9) == greedy
-    assert run(top_k=1) == greedy
-    assert run(do_sample=True) == run(temperature=1.0) != greedy
-    with pytest.raises(UserError, match="temperature"):
-        run(do_sample=True, temperature=0)
+@pytest.mark.parametrize("steps", [0, 1, 3], ids=["waiting", "read", "running"])
+def test_a_cancelled_request_leaves_and_the_others_stay_as_they_are(dense: CausalLM, steps: int):
+    expected = [alone(dense, request) for request in requests()]
+    engine = Engine(dense, max_running=2, prefill_tokens=4)
+    generations = [engine.add(request) for request in requests()]
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(generations[0])
+    engine.cancel(generations[2], "time-out")
+    run(engine)
+    assert [generations[0].answer.stop, generations[2].answer.stop] == ["cancelled", "time-out"]
+    for number in (1, 3, 4):
+        assert generations[number].answer.ids == expected[number]
 
 
-def test_each_token_is_handed_on_as_it_comes(dense: CausalLM):
-    seen: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
-    found = generate(
-        dense, PROMPTS, max_new_tokens=6, eos_token_id=NO_END, stream=lambda row, token: seen[row].append(token)
-    )
-    assert list(seen.values()) == found.numpy()[:, -6:].tolist()
+def test_a_long_prompt_is_read_between_the_steps_of_running_answers(dense: CausalLM):
+    prompt = np.random.default_rng(0).integers(3, 60, 40).tolist()
+    long = Request(prompt, Limits(4), DRAWN, 9)
+    engine = Engine(dense, prefill_tokens=8)
+    running = engine.add(Request(PROMPTS[0], Limits(20), DRAWN))
+    engine.step()
+    reading = engine.add(long)
+    for step in range(5):
+        assert not reading.answer.ids
+        engine.step()
+        assert len(running.answer.ids) == 2 + step
+    assert len(reading.answer.ids) == 1
+    run(engine)
+    assert reading.answer.ids == alone(dense, long)
 
 
-def test_a_full_context_stops_with_a_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logging.getLogger("erniekit"), "propagate", True)
-    small = tiny_model(max_position_embeddings=12)
-    found = decode(small, [[5] * 9, [6] * 2], Limits(max_new_tokens=8), Sampling())
-    assert [len(answer.ids) for answer in found] == [3, 8]
-    assert [answer.stop for answer in found] == ["context", "length"]
-    assert "1 of 2 answers stopped because the model's context of 12 tokens" in caplog.text
+def test_scores_are_the_models_log_probabilities(model: CausalLM):
+    request = Request(PROMPTS[0], Limits(5), Sampling(temperature=0.7, seed=1, repetition_penalty=1.3), num_scores=3)
+    plain = Request(PROMPTS[1], Limits(5), Sampling(), num_scores=0, score_temperature=2.0)
+    engine = Engine(model)
+    found, other = engine.add(request), engine.add(plain)
+    run(engine)
+    for generation, temperature, count in ((found, 1.0, 3), (other, 2.0, 0)):
+        ids = [*generation.request.prompt, *generation.answer.ids]
+        logits = model(np.array([ids])).numpy()[0].astype(np.float64) / temperature
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert len(generation.answer.scores) == 5
+        for place, score in enumerate(generation.answer.scores):
+            row = logprobs[len(generation.request.prompt) - 1 + place]
+            assert score.logprob == pytest.approx(row[generation.answer.ids[place]], abs=1e-5)
+            assert [token for token, _ in score.top] == np.argsort(-row)[:count].tolist()
 
 
-def test_a_long_prompt_in_pieces_gives_the_same(dense: CausalLM, monkeypatch: pytest.MonkeyPatch):
-    prompt = np.random.default_rng(0).integers(3, 60, 50).tolist()
-    expected = naive(dense, prompt, 5, Sampling())
-    monkeypatch.setattr(decoding, "_PREFILL_STEP", 16)
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 60)
-    found = decode(dense, [prompt, prompt[:10], prompt], Limits(max_new_tokens=5), Sampling())
-    assert found[0].ids == found[2].ids == expected
-    assert found[1].ids == naive(dense, prompt[:10], 5, Sampling())
+def test_a_constraint_restricts_the_choice(dense: CausalLM):
+    def even(ids: list[int]) -> np.ndarray:
+        return np.arange(dense.config.vocab_size) % 2 == len(ids) % 2
+
+    for sampling in (Sampling(), DRAWN):
+        engine = Engine(dense)
+        free = engine.add(Request(PROMPTS[0], Limits(8), sampling, 0))
+        bound = engine.add(Request(PROMPTS[0], Limits(8), sampling, 1, constraint=even))
+        run(engine)
+        assert [token % 2 for token in bound.answer.ids] == [0, 1] * 4
+        assert free.answer.ids == alone(dense, Request(PROMPTS[0], Limits(8), sampling, 0))
 
 
-def test_scores_that_are_not_finite_are_an_error_not_an_answer():
-    broken = tiny_model()
-    broken.model.norm.weight.set_value(np.full(broken.model.norm.weight.shape, np.nan, dtype=np.float32))
-    with pytest.raises(UserError, match="not finite"):
-        generate(broken, PROMPTS, max_new_tokens=3)
-
-
-@pytest.mark.parametrize(
-    ("ids", "options", "message"),
-    [
-        ([[]], {}, "no tokens"),
-        ([[5], []], {}, "prompt 1 has no tokens"),
-        ([[5] * 4096], {}, "4096 tokens"),
-        ([[5, 61]], {}, "vocabulary"),
-        ([[0.5]], {}, "token ids"),
-        ([[[1]]], {}, "token ids"),
-        ([[5]], {"max_new_tokens": 0}, "max_new_tokens"),
-        ([[5]], {"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens"),
-        ([[5]], {"attention_mask": [[1, 1]]}, "attention_mask"),
-        ([[5]], {"attention_mask": [[0]]}, "no tokens"),
-    ],
-)
-def test_what_cannot_be_is_said(dense: CausalLM, ids: object, options: dict[str, object], message: str):
-    with pytest.raises(UserError, match=message):
-        generate(dense, ids, **options)
+def test_a_prompt_that_does_not_fit_is_refused_and_nothing_waits(dense: CausalLM):
+    engine = Engine(dense)
+    with pytest.raises(UserError, match="no tokens"):
+        engine.add(Request([], Limits(1), Sampling()))
+    assert engine.is_idle

@@ -5,7 +5,8 @@ import paddle
 import pytest
 from support.tiny_vision import CONFIG, IMAGE, START, VIDEO
 
-from erniekit.generation import decode, engine
+from erniekit.generation import generate
+from erniekit.generation.steppers import CachedStepper
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
 from erniekit.models.init import init_weights
@@ -49,21 +50,21 @@ def without_cache(model: CausalLM, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("piece", [2048, 7])
 def test_the_cache_changes_nothing(model: CausalLM, piece: int, monkeypatch):
     """In pieces of 7 tokens the prompt is cut within the image and within the video."""
-    monkeypatch.setattr(decode, "_PREFILL_STEP", piece)
+    monkeypatch.setattr(CachedStepper, "piece_tokens", piece)
     expected = without_cache(model, PROMPT, 6)
     assert len(set(expected)) > 1
-    result = engine.generate(model, [PROMPT], max_new_tokens=6, eos_token_id=[], **PICTURES)
+    result = generate.generate(model, [PROMPT], max_new_tokens=6, eos_token_id=[], **PICTURES)
     assert result.numpy()[0, len(PROMPT) :].tolist() == expected
 
 
 def test_rows_with_and_without_pictures_share_a_batch(model: CausalLM):
     text = [9, 10, 11]
-    alone = engine.generate(model, [text], max_new_tokens=4, eos_token_id=[]).numpy()[0, 3:]
-    result = engine.generate(model, [text, PROMPT], max_new_tokens=4, eos_token_id=[], **PICTURES).numpy()
+    alone = generate.generate(model, [text], max_new_tokens=4, eos_token_id=[]).numpy()[0, 3:]
+    result = generate.generate(model, [text, PROMPT], max_new_tokens=4, eos_token_id=[], **PICTURES).numpy()
     np.testing.assert_array_equal(result[0, len(PROMPT) :], alone)
     assert result[1, len(PROMPT) :].tolist() == without_cache(model, PROMPT, 4)
 
 
 def test_without_the_cache_pictures_are_refused(model: CausalLM):
     with pytest.raises(UserError, match="use_cache: images and videos need the cache"):
-        engine.generate(model, [PROMPT], max_new_tokens=1, use_cache=False, **PICTURES)
+        generate.generate(model, [PROMPT], max_new_tokens=1, use_cache=False, **PICTURES)

@@ -11,7 +11,7 @@ from support.tiny_directories import DEMO_MODEL, model_directory
 from erniekit.build import load_model
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.config import Config, load
-from erniekit.generation.engine import generate
+from erniekit.generation.generate import generate
 from erniekit.generation.load import open_model
 from erniekit.lora import LoraOptions, attach, state_of
 from erniekit.utils.errors import CheckpointError, ConfigError

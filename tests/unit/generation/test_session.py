@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from support.tiny_models import tiny_model
 
-from erniekit.generation.decode import Limits, decode
+from erniekit.generation.decode import decode
+from erniekit.generation.request import Limits
 from erniekit.generation.sampling import Sampling
 from erniekit.generation.session import Session
 from erniekit.models.decoder import CausalLM

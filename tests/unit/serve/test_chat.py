@@ -15,7 +15,7 @@ from support.tiny_directories import model_directory
 
 from erniekit.config import Config, load
 from erniekit.data.chat.tokenizer import StreamDecoder
-from erniekit.generation import decode
+from erniekit.generation import choosing
 from erniekit.generation.load import open_model
 from erniekit.serve.chat import Screen, chat
 from erniekit.serve.conversation import Conversation
@@ -114,7 +114,7 @@ class TestConversation:
         opened = open_model(settings(model_dir, **keys))
         said = opened.tokenizer.encode("why\n</think>\n\n<response>\nyes\n</response>\n")
         rigged = iter([*said, opened.template.stop_ids[0]])
-        monkeypatch.setattr(decode._Work, "_choose", lambda *_: [next(rigged)])
+        monkeypatch.setattr(choosing, "_fill", lambda table, *_: table.fill(next(rigged)))
         talk = conversation(model_dir, **keys)
         pieces = list(talk.ask("a"))
         assert "".join(text for part, text in pieces if part == "thought") == "why"

@@ -16,7 +16,7 @@ from support.vision_directories import vision_model_directory
 import erniekit
 from erniekit.config import Config, load
 from erniekit.data.vision.sequence import MediaTokens, expand
-from erniekit.generation import decode, engine
+from erniekit.generation import choosing, generate
 from erniekit.generation.load import ChatModel, open_model
 from erniekit.generation.session import Session
 from erniekit.serve.chat import chat
@@ -69,7 +69,7 @@ def from_arrays(model_dir: Path, messages: list[dict[str, Any]]) -> str:
     model, processor = opened(model_dir, None).model, erniekit.load_processor(model_dir)
     arrays = processor(messages, add_generation_prompt=True)
     ends = [*processor.template.stop_ids, *model.end_ids]
-    ids = engine.generate(model, **arrays, max_new_tokens=6, eos_token_id=ends).numpy()[
+    ids = generate.generate(model, **arrays, max_new_tokens=6, eos_token_id=ends).numpy()[
         0, arrays["input_ids"].shape[1] :
     ]
     return processor.tokenizer.decode([i for i in ids.tolist() if i not in ends])
@@ -197,7 +197,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[int]]]:
         template = talk._chat_model.template
         ids = [i for text in texts for i in (*template.tokenizer.encode(text), template.stop_ids[0])]
         said: Iterator[int] = iter(ids)
-        monkeypatch.setattr(decode._Work, "_choose", lambda *_: [next(said)])
+        monkeypatch.setattr(choosing, "_fill", lambda table, *_: table.fill(next(said)))
         fed: list[list[int]] = []
         answer = Session.answer
 

@@ -1,0 +1,85 @@
+"""Chooses the next token of each row of a batch, on the rank that has the scores, and tells every rank of the copy."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+
+from erniekit.generation.ranks import chooses, from_chooser
+from erniekit.generation.request import Generation, TokenScore
+from erniekit.generation.sampling import choose
+from erniekit.parallel.mesh import Mesh
+from erniekit.utils import heartbeat
+from erniekit.utils.errors import CheckpointError
+
+_NOT_FINITE = -1  # in the place of a token: the scores have no meaning
+
+
+def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mesh: Mesh) -> list[int]:
+    """Choose the next token of each of `rows`, whose scores [B, V] the choosing rank gives, and append it to its answer
+    on every rank.
+
+    Raises CheckpointError for scores that are not finite: any token chosen from them would be noise.
+    """
+    heartbeat.waiting(None)
+    width = max((row.request.num_scores for row in rows if row.request.num_scores is not None), default=-1)
+    table = np.full((len(rows), 1 if width < 0 else 2 + 2 * width), _NOT_FINITE, dtype=np.int64)
+    if chooses(mesh):
+        assert scores_BV is not None, "the last stage has the scores"
+        if math.isfinite(float(scores_BV.astype("float32").sum())):
+            _fill(table, scores_BV, rows)
+    table = from_chooser(table, mesh)
+    tokens = table[:, 0].tolist()
+    if _NOT_FINITE in tokens:
+        raise CheckpointError(
+            "the model gives scores that are not finite, so its weights are not, or are too large. "
+            "Use an earlier checkpoint."
+        )
+    for row, token, line in zip(rows, tokens, table, strict=True):
+        row.append(token, None if row.request.num_scores is None else _token_score(line, row.request.num_scores))
+    return tokens
+
+
+def _fill(table: np.ndarray, scores_BV: paddle.Tensor, rows: Sequence[Generation]) -> None:
+    """Writes into each row of the table: the token, the bits of its log-probability (float64), and the likeliest tokens
+    followed by the bits of theirs; the numbers of a row that asks for no, or fewer, scores are left as they are.
+    """
+    if table.shape[1] == 1 and all(row.is_choice_plain for row in rows):
+        table[:, 0] = scores_BV.argmax(axis=-1).numpy()
+        return
+    for line, scores, row in zip(table, scores_BV.astype("float32").numpy(), rows, strict=True):
+        line[0] = _choose(scores, row)
+        count = row.request.num_scores
+        if count is None:
+            continue
+        logprobs = _log_softmax(scores, row.request.score_temperature)
+        likeliest = np.argsort(-logprobs, kind="stable")[:count] if count else np.zeros(0, np.int64)
+        line[1:2] = logprobs[[line[0]]].view(np.int64)
+        line[2 : 2 + len(likeliest)] = likeliest
+        line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
+
+
+def _choose(scores_V: np.ndarray, row: Generation) -> int:
+    if row.is_choice_plain:
+        return int(scores_V.argmax())
+    request, ids = row.request, row.answer.ids
+    allowed = None if request.constraint is None else request.constraint(ids)
+    if allowed is not None:
+        scores_V = np.where(allowed, scores_V, np.float32(-np.inf))
+    banned = request.limits.stop_ids if len(ids) < request.limits.min_new_tokens else ()
+    return choose(scores_V, request.prompt, ids, request.sampling, row.generator, banned)
+
+
+def _log_softmax(scores_V: np.ndarray, temperature: float) -> np.ndarray:
+    """Log-probabilities [V] float64 of scores divided by a temperature."""
+    scaled = scores_V.astype(np.float64) / temperature
+    scaled -= scaled.max()
+    return scaled - np.log(np.exp(scaled).sum())
+
+
+def _token_score(line: np.ndarray, count: int) -> TokenScore:
+    """The scores in a row of the table; see `_fill`."""
+    tokens, bits = line[2 : 2 + count], line[2 + count : 2 + 2 * count]
+    pairs = zip(tokens.tolist(), bits.view(np.float64).tolist(), strict=True)
+    return TokenScore(float(line[1:2].view(np.float64)[0]), tuple((t, p) for t, p in pairs if t >= 0))

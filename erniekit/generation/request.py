@@ -1,0 +1,156 @@
+"""What is asked of a model and what it has answered: limits, requests and growing answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from erniekit.data.vision.prompt import PicturePrompt
+from erniekit.generation.sampling import Sampling
+from erniekit.models.decoder import CausalLM
+from erniekit.models.pictures import PictureTables
+from erniekit.utils import log
+from erniekit.utils.errors import UserError
+
+# Tokens whose scores become -inf: a function of the answer so far, which gives a mask [V] (True: allowed) or None.
+Constraint = Callable[[Sequence[int]], np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends: at a token of `stop_ids` (not before `min_new_tokens`), at `max_new_tokens`, or where the
+    model's context is full.
+    """
+
+    max_new_tokens: int = 1024
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens: expected 0 to max_new_tokens ({self.max_new_tokens}), got {self.min_new_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """The log-probability of a chosen token in the model's distribution, before penalties and filters; `top` are the
+    likeliest tokens with theirs, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Answer:
+    """Generated token ids, without the prompt and without the end token.
+
+    stop: "stop" (an end token came: `stop_id`), "length" (max_new_tokens), "context" (the model's context is full),
+    "cancelled", or "" while it grows. scores: one for each of `all_ids`, where the request asks for them.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    stop: str = ""
+    stop_id: int | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+
+    @property
+    def all_ids(self) -> list[int]:
+        """The ids with the end token, if there is one."""
+        return self.ids if self.stop_id is None else [*self.ids, self.stop_id]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids, at least one) that the model is to continue.
+
+    draw: the answer's random generator is made of (sampling.seed, draw).
+    picture_prompt: the prompt with its images and videos, from which beginnings are recognised and reused.
+    open_pictures: gives the images and videos among the prompt's tokens from a given one on, decoded when the request
+        is admitted; None: there are none.
+    num_scores: None for an answer without scores; otherwise the number of likeliest tokens whose log-probabilities are
+        kept beside that of each chosen token.
+    score_temperature: the log-probabilities are those of the scores divided by it.
+    constraint: restricts the tokens that may be chosen.
+    """
+
+    prompt: Sequence[int]
+    limits: Limits
+    sampling: Sampling
+    draw: int = 0
+    picture_prompt: PicturePrompt | None = None
+    open_pictures: Callable[[int], PictureTables | None] | None = None
+    num_scores: int | None = None
+    score_temperature: float = 1.0
+    constraint: Constraint | None = None
+
+
+class Generation:
+    """A request and its growing answer."""
+
+    def __init__(self, request: Request, context: int) -> None:
+        """`context`: the number of tokens that the model can take."""
+        self.request = request
+        self.answer = Answer()
+        self._context = context
+        self.generator = _generator(request.sampling.seed, request.draw)
+
+    @property
+    def is_choice_plain(self) -> bool:
+        """Whether the next token is simply the one with the highest score."""
+        request, count = self.request, len(self.answer.ids)
+        return request.sampling.plain and count >= request.limits.min_new_tokens and request.constraint is None
+
+    def append(self, token: int, score: TokenScore | None = None) -> None:
+        """Add a chosen token to the answer, or end it."""
+        answer, limits = self.answer, self.request.limits
+        if score is not None:
+            answer.scores.append(score)
+        if token in limits.stop_ids:
+            answer.stop, answer.stop_id = "stop", token
+            return
+        answer.ids.append(token)
+        if len(answer.ids) >= limits.max_new_tokens:
+            answer.stop = "length"
+        elif len(self.request.prompt) + len(answer.ids) >= self._context:
+            answer.stop = "context"
+
+
+def _generator(seed: int | None, draw: int) -> np.random.Generator:
+    """The random generator of an answer; without a seed, a fresh one."""
+    return np.random.default_rng() if seed is None else np.random.default_rng([seed, draw])
+
+
+def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UserError for a prompt that is empty, too long for the model's context, or not of its vocabulary."""
+    config = model.config
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(
+                f"prompt {row} has no tokens. Give at least one (the begin-of-sentence token, for instance)."
+            )
+        if len(prompt) >= config.max_position_embeddings:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens and leaves no room for an answer: the model's context is "
+                f"{config.max_position_embeddings} tokens (max_position_embeddings in its config.json). "
+                "Shorten the prompt."
+            )
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise UserError(
+                f"prompt {row} has token ids {min(prompt)}..{max(prompt)}, outside the model's vocabulary "
+                f"0..{config.vocab_size - 1}. Use the tokenizer that belongs to the model."
+            )
+
+
+def report_full(answers: Sequence[Answer], model: CausalLM) -> None:
+    """A warning if answers stopped because the model's context was full."""
+    full = sum(answer.stop == "context" for answer in answers)
+    if full:
+        log.warning(
+            f"{full} of {len(answers)} answers stopped because the model's context of "
+            f"{model.config.max_position_embeddings} tokens (max_position_embeddings in its config.json) is full"
+        )
