@@ -52,7 +52,7 @@ class Codec(ABC):
         return ""
 
     def rotated(self, weight: np.ndarray) -> np.ndarray:
-        """What of a weight [out, in] fp32 is quantised: itself, or its rotation where the engine rotates the inputs."""
+        """The matrix that is quantised for a weight [out, in] fp32: rotated where the engine rotates the inputs."""
         return weight
 
     def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

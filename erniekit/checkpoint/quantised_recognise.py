@@ -36,6 +36,9 @@ class Recognised:
 
     def add(self, reader: Reader, name: str, shape: tuple[int, ...], codec: Codec) -> None:
         """Add a matrix if it has all its tensors, each of the right type and shape; axes of length 1 do not matter."""
+        if len(shape) != 2 or 0 in shape:
+            self.problems.append(f"{name}: codes of a matrix {list(shape)}")
+            return
         wrong = []
         for part, dtype, expected in codec.plan(name, (shape[0], shape[1])):
             if part not in reader:
@@ -145,8 +148,8 @@ def _block_fp8(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
 def _fastdeploy(reader: Reader, settings: Mapping[str, Any]) -> Recognised:
     """Weights of FastDeploy's own methods, by the types that config.json names for experts and for the rest."""
     found = Recognised()
-    method = settings["quantization"]
-    dense, experts = settings.get("dense_quant_type", method), settings.get("moe_quant_type", method)
+    method = settings.get("quantization", settings.get("quant_method"))
+    dense, experts = (str(settings.get(f"{part}_quant_type") or method) for part in ("dense", "moe"))
     if experts == "w4a8" and settings.get("is_permuted", True):
         found.problems.append("is_permuted: true: these experts are in the order of a kernel, which is not read here")
         return found

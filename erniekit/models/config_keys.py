@@ -130,8 +130,7 @@ _CHANGES_THE_MODEL: Mapping[str, tuple[Any, ...]] = {
     "topk_group": (1,),
     "use_shared_expert_gate": _OFF,
 }
-# What says that the weights are quantised: whoever opens them follows it (checkpoint/quantised_read.py), and the model
-# is the same.
+# Keys of quantised weights: checkpoint/quantised_read.py follows them, and the model is the same.
 QUANTISED = (
     *("quantization_config", "quantization", "quant_method", "compression_config", "weight_quantize_algo"),
     "is_quantized",

@@ -14,7 +14,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from erniekit.utils.arrays import copy_transposed
+from erniekit.precision.codes import CodeSpec, choose_scales, decode, encode, symmetric
+from erniekit.utils.arrays import transposed
 
 _BLOCK = 1 << 20  # weights a step: bounds the temporaries
 
@@ -91,7 +92,14 @@ def quantise(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     rows = max(1, _BLOCK // max(num_in, 1))
     for begin in range(0, num_out, rows):
         block = slice(begin, begin + rows)
-        grouped = _grouped(_transposed(weight[:, block]), scheme)
+        channels = _transposed(weight[:, block])
+        if scheme is not NF4:
+            spec = _spec(scheme)
+            scales[block] = choose_scales(channels, spec)
+            found = encode(channels, scales[block], spec)
+            codes[block] = found if scheme.bits == 8 else pack(found + 8)
+            continue
+        grouped = _grouped(channels, scheme)
         largest = np.abs(grouped).max(axis=-1)
         if not np.isfinite(largest).all():
             raise ValueError("a weight is not finite")
@@ -99,19 +107,23 @@ def quantise(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
         # Where a group is all zeros, or so small that its scale is, every code is that of 0.
         divisor = np.where(scales[block] > 0, scales[block], np.float32(np.inf))
         grouped /= divisor[..., None]
-        codes[block] = _encode(grouped.reshape(grouped.shape[0], -1)[:, :num_in], scheme)
+        codes[block] = _nf4_codes(grouped.reshape(grouped.shape[0], -1)[:, :num_in])
     return codes, scales
 
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, scheme: Scheme, num_in: int) -> np.ndarray:
     """The inverse: codes and scales as `quantise` gives them -> weight [in, out] fp32."""
-    if scheme.bits == 8:
-        values = codes.astype(np.float32)
-    else:
-        values = np.asarray(scheme.levels, np.float32)[unpack(codes, num_in)]
-    grouped = _grouped(values, scheme)
+    if scheme is not NF4:
+        whole = codes if scheme.bits == 8 else unpack(codes, num_in).astype(np.int8) - 8
+        return _transposed(decode(whole, scales, _spec(scheme)))
+    grouped = _grouped(np.asarray(scheme.levels, np.float32)[unpack(codes, num_in)], scheme)
     grouped = grouped * scales[..., None]
     return _transposed(grouped.reshape(len(codes), -1)[:, :num_in])
+
+
+def _spec(scheme: Scheme) -> CodeSpec:
+    """The codes of a scheme of whole numbers; its scales are not rounded, as no file keeps them."""
+    return symmetric(scheme.bits, scheme.group, scale_type="fp32")
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
@@ -129,9 +141,7 @@ def unpack(packed: np.ndarray, length: int) -> np.ndarray:
 
 def _transposed(weight: np.ndarray) -> np.ndarray:
     """[in, out] -> [out, in] fp32."""
-    out = np.empty(weight.shape[::-1], np.float32)
-    copy_transposed(weight, out)
-    return out
+    return transposed(weight.astype(np.float32, copy=False))
 
 
 def _grouped(rows: np.ndarray, scheme: Scheme) -> np.ndarray:
@@ -142,13 +152,9 @@ def _grouped(rows: np.ndarray, scheme: Scheme) -> np.ndarray:
     return (np.pad(rows, ((0, 0), (0, missing))) if missing else rows).reshape(num_out, -1, size)
 
 
-def _encode(values: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """Nearest levels' codes for `values` [out, in] in scales."""
-    if scheme is NF4:
-        levels, codes = np.asarray(scheme.levels, np.float32), np.zeros(values.shape, np.uint8)
-        for border in (levels[1:] + levels[:-1]) / 2:  # ten times as fast as a binary search
-            codes += values > border
-        return pack(codes)
-    largest = scheme.levels[-1]
-    rounded = np.clip(np.rint(values), -largest, largest).astype(np.int8)
-    return rounded if scheme.bits == 8 else pack(rounded + 8)
+def _nf4_codes(values: np.ndarray) -> np.ndarray:
+    """Packed codes of the nearest levels for `values` [out, in] in scales."""
+    levels, codes = np.asarray(NF4.levels, np.float32), np.zeros(values.shape, np.uint8)
+    for border in (levels[1:] + levels[:-1]) / 2:  # ten times as fast as a binary search
+        codes += values > border
+    return pack(codes)

@@ -92,7 +92,8 @@ _KEYS = {
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
-        format max_shard_size copy_tokenizer quantization quantization_clip_search
+        format max_shard_size copy_tokenizer
+        quantization quantization_clip_search
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.mutations import mutated_bytes, mutated_json
+from support.quantised import quantised_model, saved_model
 from support.tiny_models import tiny_model
 
 import erniekit
@@ -258,3 +259,13 @@ def test_named_pipes_are_refused_at_once(model: Callable[[str], Path]) -> None:
         file.unlink(missing_ok=True)
         os.mkfifo(file)
         assert str(file.parent) in str(outcome(read))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "file"), [("wint4", "pt", "model.safetensors"), ("wint8", "paddle", "config.json")]
+)
+def test_quantised_directories(tmp_path: Path, name: str, format: Any, file: str) -> None:
+    quantised_model(saved_model(tmp_path / "model", "dense", num_hidden_layers=1), tmp_path / "q", name, format)
+    target = tmp_path / "q" / file
+    damage = json_damage(target) if file == "config.json" else header_damage(target)
+    fuzz(target, damage, lambda: ModelReader(tmp_path / "q"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.adapters import attach_random
 from support.quantised import quantisation, quantised_model, saved_model
+from support.streaming import peak_bytes
 from support.vision_directories import vision_model_directory
 
 import erniekit
@@ -159,3 +160,10 @@ def test_a_file_that_stands_for_other_weights_is_not_kept(
     with pytest.raises(CheckpointError, match=r"read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint4")
     assert not (tmp_path / "q").exists()
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path):
+    """A quarter of the model, of which most are Python's objects for 24 layers; the largest matrix is a fiftieth."""
+    saved_model(tmp_path / "m", "dense", "float32", num_hidden_layers=24, intermediate_size=512)
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert peak_bytes(lambda: quantised_model(tmp_path / "m", tmp_path / "q", "wint8")) < size / 4
