@@ -33,6 +33,7 @@ from erniekit.models.fp8 import adapted_layers, attach_fp8, describe_fp8
 from erniekit.models.init import init_weights
 from erniekit.models.parallelize import parallelize, rank_shard_of
 from erniekit.models.products import attach_products, describe
+from erniekit.models.qat import attach_qat, describe_qat
 from erniekit.models.weights import our_shapes
 from erniekit.nn import fused
 from erniekit.nn.linear import ProductFactory
@@ -40,6 +41,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.precision import policy
 from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.policy import Policy
+from erniekit.precision.qat import choose_qat
 from erniekit.utils import log, runtime
 
 
@@ -145,7 +147,7 @@ def _training_precision(cfg: Config, device: str | None) -> Policy:
     here = device or paddle.get_device()
     fp8 = choose_fp8(cfg, here, is_assumed=device is not None)
     emulates = cfg.emulate_precision and (fp8 is None or here == "cpu")
-    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8)
+    return dataclasses.replace(policy.choose(cfg.compute_type, here, emulates), fp8=fp8, qat=choose_qat(cfg))
 
 
 def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start: bool = False) -> ModelOptions:
@@ -153,7 +155,7 @@ def inference_options(cfg: Config, adapter_dir: Path | None = None, random_start
     trained, with the same configuration.
     """
     return ModelOptions(
-        precision=policy.choose(cfg.compute_type, paddle.get_device()),
+        precision=dataclasses.replace(policy.choose(cfg.compute_type, paddle.get_device()), qat=choose_qat(cfg)),
         random_start=random_start,
         seed=cfg.seed,
         overrides=overrides_of(cfg),
@@ -246,6 +248,8 @@ class PreparedModel:
             log.info(f"{self.path}: {describe(model)}")
         if precision.fp8 is not None:
             log.info(describe_fp8(model, precision.fp8))
+        if precision.qat is not None:
+            log.info(describe_qat(model, precision.qat))
         parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
@@ -279,6 +283,8 @@ def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequ
         attach_products(model, precision.product)
     if precision.fp8 is not None:
         attach_fp8(model, precision.fp8)
+    if precision.qat is not None:
+        attach_qat(model, precision.qat)
     return model
 
 

@@ -55,6 +55,7 @@ VL-424B-A47B sft/run_sft_wint8mix_lora 8k,32k,128k
 MADE_BY_DEMOS = (
     *(f"./demo_output/pretrain/{name}" for name in ("text", "long", "vision", "joint")),
     "./demo_output/dense",
+    "./demo_output/moe",
     "./demo_output/styles",
     "./demo_output/vl/stage1_text",
     "./demo_output/vl/stage2_vision",

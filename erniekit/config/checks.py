@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from erniekit.config.compat import DATA
+from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
@@ -31,6 +31,8 @@ def problems(cfg: Config, command: str) -> list[str]:
     rules = [_schedule(cfg), _datasets(cfg), _mixture(cfg), _numbers(cfg), _needed(cfg, command)]
     if command in DATA:
         rules += [_token_files(cfg, command), _dataset_types(cfg, command), _pictures(cfg), _vision_start(cfg)]
+    if command in RUN:
+        rules += [_qat(cfg)]
     if command == "eval" or (command == "export" and cfg.quantization_eval):
         rules += [_answers(cfg)]
     if command == "export":
@@ -46,6 +48,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _precision(cfg),
             _recompute(cfg),
             _fp8(cfg),
+            _qat_training(cfg),
             _expressions(cfg),
             _lora(cfg),
             _preference(cfg),
@@ -327,6 +330,31 @@ def _fp8(cfg: Config) -> Iterator[str]:
         )
     if cfg.fp8 != "none" and not cfg.fp8_modules:
         yield "fp8_modules: empty: name what multiplies in FP8, such as experts,shared_experts; or set fp8: none"
+
+
+def _qat(cfg: Config) -> Iterator[str]:
+    if cfg.qat != "none" and cfg.compute_type in LOW_BIT:
+        yield (
+            f"qat: {cfg.qat}: it trains 16-bit weights for a scheme, but compute_type: {cfg.compute_type} holds a "
+            "frozen base in 8 or 4 bits. Set compute_type: bf16, or qat: none"
+        )
+    order = cfg.hadamard_block_size
+    if order is not None and order & (order - 1):
+        yield f"hadamard_block_size: {order} is no power of two; there is no such Hadamard matrix here. Leave it out"
+
+
+def _qat_training(cfg: Config) -> Iterator[str]:
+    if cfg.qat == "none":
+        return
+    if cfg.fp8 != "none":
+        yield f"qat: {cfg.qat}: not together with fp8: {cfg.fp8}, which multiplies in FP8 itself. Set fp8: none"
+    if cfg.fine_tuning == "LoRA" and cfg.use_dora:
+        yield f"qat: {cfg.qat}: weights with a DoRA adapter in them are not quantised here. Set use_dora: False"
+    if cfg.fine_tuning == "LoRA" and cfg.lora_dropout:
+        yield (
+            f"qat: {cfg.qat}: the adapter is quantised within the weights, so its input cannot be dropped apart from "
+            "theirs. Set lora_dropout: 0"
+        )
 
 
 def _expressions(cfg: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from erniekit.config.schema_qat import QAT_COMPUTE_TYPES
 from erniekit.config.values import Scalar, plain, to_bool, to_float
 
 RUN = ("train", "eval", "chat")
@@ -126,9 +127,11 @@ _QUANTISATIONS = {
     "weight_only_int4": "wint4",
     "weight_only_mix": "wint4/8",
     "fp8linear": "fp8",
+    "a8w8linear": "w8a8",
+    "a8w4linear": "w4a8",
 } | {name: name for name in ("wint8", "wint4", "wint4/8", "nf4")}
 # What can be said of the base in a run: the values of compute_type that quantise it.
-QUANTISED_TYPES = frozenset(_QUANTISATIONS.values())
+QUANTISED_TYPES = frozenset(_QUANTISATIONS.values()) - QAT_COMPUTE_TYPES.keys()
 
 
 def quantisation(value: Any) -> tuple[Any, int] | None:

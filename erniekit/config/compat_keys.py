@@ -137,10 +137,7 @@ _NO_EFFECT: dict[str, str] = {
 
 # A feature that is not built -> the keys that are options of that feature only.
 _DETAILS: dict[str, str] = {
-    "compute_type: fp8": (
-        "apply_hadamard hadamard_block_size quant_input_grad quant_weight_grad apply_online_actscale_step "
-        "actscale_moving_rate fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis"
-    ),
+    "use_fp8: True": "fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis",
     "self_constraint_cpt: True": "prob_nums cpt_kl_ratio pt_kl_ratio cpt_ce_ratio pt_ce_ratio",
     "`erniekit server`": (
         "host port metrics_port engine_worker_queue_port max_model_len max_num_seqs use_warmup "

@@ -9,6 +9,7 @@ from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.methods import DEFAULT, METHODS
 from erniekit.config.schema import Config
+from erniekit.config.schema_qat import QAT_COMPUTE_TYPES, STATIC, WITH_RANGES
 from erniekit.config.values import plain, shortened
 from erniekit.utils.errors import ConfigError
 
@@ -211,6 +212,10 @@ def _quantisation_of_base(state: "_State", command: str) -> None:
     del state.given["quantization"]
     if given.value == "none":
         return
+    qat, products = (state.given.get(name) for name in ("qat", "compute_type"))
+    if (qat is not None and qat.value != "none") or (products is not None and products.value in QAT_COMPUTE_TYPES):
+        state.notes.append(f"{given.written}: no effect: with qat it is read only by export ({given.place})")
+        return
     if given.value not in compat.QUANTISED_TYPES:
         what = "exported, and not a way of storing the weights of a run: remove it, or set it for `erniekit export`"
         state.problems.append(f"{given.written}: a scheme in which weights are {what} ({given.place})")
@@ -232,6 +237,45 @@ def _complete_lora(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(
             f"rslora_plus: rslora, lora_plus_scale: {values['lora_plus_scale']:g}, lora_alpha: {values['lora_alpha']:g}"
         )
+
+
+def _complete_qat(values: dict[str, Any], command: str, notes: list[str]) -> None:
+    """Read ERNIEKit's names of quantisation-aware training, which stand in place of the products' type, and let an
+    export of what was trained choose the scales of the training.
+    """
+    name = values.get("compute_type")
+    if name in QAT_COMPUTE_TYPES:
+        _name_of_scheme(name, values, notes)
+    scheme, written = values.get("qat", "none"), values.get("quantization", "none")
+    if command != "export" or scheme == "none":
+        return
+    wanted = "fp8" if scheme == STATIC else scheme
+    paddle = values.get("format") == "paddle"
+    layout = f" with format: {'paddle' if scheme in WITH_RANGES else 'pt'}"
+    if written != wanted or paddle != (scheme in WITH_RANGES):
+        how = "in 16 bits" if written == "none" else f"in {written} with format: {'paddle' if paddle else 'pt'}"
+        notes.append(f"qat: {scheme}: exported {how}; quantization: {wanted}{layout} writes the codes of the training")
+    elif values.setdefault("quantization_clip_search", False):
+        notes.append(f"quantization_clip_search: True: the codes are not those of the training (qat: {scheme})")
+    else:
+        notes.append(f"qat: {scheme}: scales are those of the training (quantization_clip_search: False)")
+    order = {STATIC: 32, "w4a8": 128}.get(scheme)
+    if order and not (values.get("apply_hadamard", True) and values.get("hadamard_block_size") in (None, order)):
+        notes.append(
+            f"apply_hadamard, hadamard_block_size: FastDeploy rotates by {order}, so the codes are not those of the "
+            "training. Train with apply_hadamard: True and without hadamard_block_size"
+        )
+
+
+def _name_of_scheme(name: str, values: dict[str, Any], notes: list[str]) -> None:
+    values["compute_type"] = "bf16"
+    scheme = values.setdefault("qat", QAT_COMPUTE_TYPES[name])
+    differs = "weights stay in bf16, where ERNIEKit keeps them in FP8"
+    if scheme == "w8a8":
+        differs = "inputs have a scale for each token, where ERNIEKit has a moving one for each matrix"
+    elif scheme == "w4a8":
+        differs = "only experts have 4 bits, and the other weights 8, as FastDeploy's w4a8 has them"
+    notes.append(f"compute_type: {name}: read as qat: {scheme} with compute_type: bf16; {differs}")
 
 
 def _complete_recompute(values: dict[str, Any], names: set[str], notes: list[str]) -> None:
@@ -269,6 +313,7 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         state.notes.append(f"eval_steps: not given, so {values['eval_steps']} (logging_steps, or ERNIEKit's 500)")
     _complete_pretraining(values, state.notes)
     _complete_lora(values, state.notes)
+    _complete_qat(values, command, state.notes)
     _complete_recompute(values, state.names, state.notes)
     _complete_paths(values, state)
     extras = tuple((name, given.value) for name, given in state.extras.items())

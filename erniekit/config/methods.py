@@ -58,6 +58,7 @@ def option_names(group: type) -> tuple[str, ...]:
 
 _UNREAD_BY_PREFERENCES = {
     "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
+    "qat_distill_weight": "preference losses have no term for the predictions of another model",
     "token_balance_loss": "every pair weighs the same",
     "z_loss_lambda": "it belongs to the next-token loss",
 }

@@ -64,7 +64,7 @@ NO_EFFECT: dict[str, str] = {
     ),
     "gradients are freed after every step": "pp_release_grads sd_release_grads",
     "offload_optim and tensorwise_offload_optimizer decide where the optimizer's state is": (
-        "offload_queue sharding_offload_opt_buffersize_GB"
+        "offload_queue sharding_offload_opt_buffersize_GB offload_fp8_expert_master_weight"
     ),
     "a document is never cut to fill a row": "truncate_packing",
     "records are encoded as they are read, by dataloader_num_workers processes": (
@@ -87,7 +87,6 @@ NO_EFFECT: dict[str, str] = {
 
 # A feature that is not built -> the keys that are options of that feature only.
 DETAILS: dict[str, str] = {
-    "compute_type: fp8": "offload_fp8_expert_master_weight",
     "context_parallel_degree": "cp_balance_mode cp_comm_type",
     "optim: muon": (
         "muon_exclude_patterns muon_extra_scale_factor muon_ffn_split muon_momentum muon_ns_coeff_type muon_ns_coeffs "

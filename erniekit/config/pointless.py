@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
@@ -228,7 +229,8 @@ _RUN_RULES = [
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
-    Rule(_QUANTISED, always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule("quantization_group_size", always, "read only by export", ("split",)),
     Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
     Rule(
         _QUANTISED,
@@ -282,6 +284,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: 0 < c.max_steps < c.fp8_statistics_steps,
         "max_steps: {max_steps} ends before",
     ),
+    *QAT_RULES,
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),
     Rule("scale_loss", lambda c, f: c.compute_type != "fp16", "compute_type: {compute_type} needs no loss scaling"),

@@ -24,25 +24,28 @@ _OF_TRAINING = set(
     """.split()
 )
 
+# With them eval and chat multiply as the exported model will.
+_QAT = "qat apply_hadamard hadamard_block_size quantization_group_size"
+
 # Command -> (the groups of keys that it reads, further single keys that it reads).
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
-        "data,vision,text beside pictures,model,FP8,shape,LoRA,preference,train,optimizer,parts of the model,parallel,"
-        "mixture of experts",
+        "data,vision,text beside pictures,model,FP8,quantisation-aware training,shape,LoRA,preference,train,optimizer,"
+        "parts of the model,parallel,mixture of experts",
         "",
     ),
     "eval": (
         "data,vision,model,preference,generation,evaluation",
-        f"output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm {_RANKS} "
+        f"{_QAT} output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm {_RANKS} "
         "data_parallel_degree sharding_parallel_degree",
     ),
     "chat": (
         "vision,model,generation,chat",
-        f"checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
+        f"{_QAT} checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
     ),
     "export": (
-        "export",
-        "model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
+        "export,quantization",
+        "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",
     ),
     "split": ("", "checkpoint output_dir overwrite_output_dir max_shard_size copy_tokenizer"),
 }

@@ -16,6 +16,7 @@ from erniekit.config.schema_model import ModelArgs, MoEArgs
 from erniekit.config.schema_parallel import ParallelArgs
 from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -30,6 +31,7 @@ class Config(
     MixtureArgs,
     ModelArgs,
     Fp8Args,
+    QatArgs,
     LoraArgs,
     PreferenceArgs,
     TrainArgs,

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from erniekit.config import methods
 from erniekit.config.fields import key, list_of
+from erniekit.config.schema_qat import QAT_COMPUTE_TYPES
 
 # See recompute_modules. loss_fn: other tools' name for what is always done (losses/lm.py).
 RECOMPUTE_MODULES = ("attention", "core_attn", "mlp", "moe", "experts", "shared_experts", "vision", "loss_fn")
@@ -50,9 +51,9 @@ class ModelArgs:
     )
     compute_type: str = key(
         "bf16",
-        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, to "
-        "train LoRA on or to use: wint8, wint4, wint4/8 (experts in 4 bits, the rest in 8), nf4; fp8 is not built yet.",
-        choices=("bf16", "fp16", "fp32", "fp8", "wint8", "wint4", "wint4/8", "nf4"),
+        "Precision of weights and products: bf16, fp16 (with loss scaling), fp32; or a frozen base in 8 or 4 bits, for "
+        "LoRA or to use: wint8, wint4, wint4/8 (experts in 4), nf4. ERNIEKit's fp8, w8a8 and w4a8 are read as qat.",
+        choices=("bf16", "fp16", "fp32", "wint8", "wint4", "wint4/8", "nf4", *QAT_COMPUTE_TYPES),
     )
     fused_operators: bool = key(
         True, "On a GPU, Paddle's fused operators where they apply (docs/gpu.md); false: plain operations, to compare."

@@ -1,14 +1,10 @@
 """Lists what a configuration requests that this version cannot do, and which of its keys have no effect."""
 
 from erniekit.config import methods, pointless
-from erniekit.config.compat import RUN, Detail, Later, NoEffect
+from erniekit.config.compat import Detail, Later, NoEffect
 from erniekit.config.compat_keys import RULES
 from erniekit.config.schema import Config
 from erniekit.utils.errors import ConfigError
-
-_COMPUTE = {
-    "fp8": "weights in FP8 with scales of their own, FP8-QAT; fp8: blockwise trains 16-bit weights in FP8",
-}
 
 
 def unsupported(cfg: Config, command: str = "train") -> list[str]:
@@ -17,12 +13,6 @@ def unsupported(cfg: Config, command: str = "train") -> list[str]:
     if cfg.method.later and command in ("train", "eval"):
         built = methods.join_names(methods.BUILT, "and")
         lines.append(f"stage: {cfg.method.name} ({cfg.method.later}); it has {built}")
-    if cfg.compute_type in _COMPUTE and command in RUN:
-        kind = _COMPUTE[cfg.compute_type]
-        lines.append(
-            f"compute_type: {cfg.compute_type} ({kind}); it has bf16, fp16 and fp32, and for a frozen base wint8, "
-            "wint4, wint4/8 and nf4"
-        )
     for name, value in cfg.extras:
         rule = RULES[name]
         if isinstance(rule, Later) and command in rule.commands and rule.asks(value):

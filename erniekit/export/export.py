@@ -26,6 +26,7 @@ from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.calibrated import calibrated, needs_calibration
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest
 from erniekit.quantize.schemes import Options, Scheme
+from erniekit.quantize.trained import AsTrained
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -52,11 +53,15 @@ def export(cfg: Config) -> Report:
 
 
 def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quantisation | None:
-    """How the configuration quantises the model that it exports; None in 16 bits."""
+    """How the configuration quantises the model that it exports; None in 16 bits. A model that was trained for a scheme
+    (qat) keeps the ranges of inputs beside its weights or its adapter.
+    """
     if cfg.quantization == "none":
         return None
 
     def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
+        if cfg.qat != "none":
+            return AsTrained(cfg.quantization_clip_search, adapter or checkpoint)
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
         return RoundToNearest(cfg.quantization_clip_search)

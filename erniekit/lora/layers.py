@@ -236,6 +236,23 @@ class LinearAdapter(Adapter):
                 adapted = add(adapted, y - base)
         return adapted if len(shape) == 2 else adapted.reshape(shape)
 
+    def added(self, weight: paddle.Tensor) -> paddle.Tensor:
+        """The projection's weight [in, out] with the adapter in it, W + s A B, summed in fp32 and in the dtype of W;
+        differentiable in all of them. Not for DoRA, and without dropout.
+        """
+        assert not self.dora
+        if not self.enabled:
+            return weight
+        columns, begin = [], 0
+        for part, (start, end) in self.spans.items():
+            a, b = (factor.astype("float32") for factor in self.factors(part))
+            columns += [paddle.zeros([weight.shape[0], start - begin])] if start > begin else []
+            columns.append(paddle.matmul(a, b * self.slots[part].scaling))
+            begin = end
+        columns += [paddle.zeros([weight.shape[0], weight.shape[1] - begin])] if weight.shape[1] > begin else []
+        change = columns[0] if len(columns) == 1 else paddle.concat(columns, axis=1)
+        return (weight.astype("float32") + change).astype(weight.dtype)
+
     @property
     def missing_bytes(self) -> int:
         """Bytes of the squared lengths that DoRA keeps, where the model has no weights to measure them."""
@@ -319,6 +336,13 @@ class StackedAdapter(Adapter):
         if not self.enabled:
             return y
         return _GroupedLowRank.apply(self._dropped(rows), y, counts, self.slots[""].scaling, *self.factors(""))
+
+    def added(self, weight: paddle.Tensor) -> paddle.Tensor:
+        """The stacked weight [E, in, out] with the adapters in it; see LinearAdapter."""
+        if not self.enabled:
+            return weight
+        a, b = (factor.astype("float32") for factor in self.factors(""))
+        return (weight.astype("float32") + paddle.matmul(a, b * self.slots[""].scaling)).astype(weight.dtype)
 
     @paddle.no_grad()
     def merged(self, base: paddle.Tensor) -> paddle.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.picture_balance import PictureRanks
+from erniekit.models.qat import connect_ranks
 from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.linear import Linear
@@ -52,6 +53,7 @@ def parallelize(
             layer.ranks = ExpertRanks(mesh.tensor_group, mesh.expert_group, sequence)
         elif isinstance(layer, Linear) and layer is not model.lm_head and ranks is not None:
             ranks.attach(layer)
+            connect_ranks(layer, mesh)
     model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
     model.tensor = ranks
     if ranks is not None and model.model.embed_tokens is not None:

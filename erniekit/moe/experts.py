@@ -19,8 +19,16 @@ class StackedLinear(Projection):
     `adapter` are called with the rows and the counts.
     """
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, init_std: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        init_std: float,
+        parts: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
+        self.parts = parts or {}
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = self.create_parameter(
             [num_experts, in_features, out_features], default_initializer=nn.initializer.Normal(0.0, init_std)
@@ -43,6 +51,8 @@ class StackedLinear(Projection):
 
     def forward(self, rows: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """[R, in] sorted by expert -> [R, out]."""
+        if self.quantises_adapted:
+            return self.multiply_adapted(rows, counts)
         y = self.multiply(rows, counts)
         return y if self.adapter is None else self.adapter(rows, counts, y)
 
@@ -68,7 +78,8 @@ class Experts(ComponentLayer):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, init_std: float = 0.02) -> None:
         super().__init__()
-        self.up_gate_proj = StackedLinear(num_experts, hidden_size, 2 * intermediate_size, init_std)
+        gate_up = {"gate": intermediate_size, "up": intermediate_size}
+        self.up_gate_proj = StackedLinear(num_experts, hidden_size, 2 * intermediate_size, init_std, gate_up)
         self.down_proj = StackedLinear(num_experts, intermediate_size, hidden_size, init_std)
 
     def forward(self, rows: paddle.Tensor, counts: list[int], weights_R1: paddle.Tensor | None = None) -> paddle.Tensor:

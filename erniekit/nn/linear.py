@@ -25,6 +25,7 @@ class Projection(Shardable):
     in_features: int
     out_features: int
     num_experts: int | None = None
+    parts: dict[str, int]  # the outputs that one fused weight holds, in column order; empty if it holds one matrix
     weight: paddle.Tensor | None  # None where the product holds it
     product: Product | None
     adapter: nn.Layer | None
@@ -53,6 +54,16 @@ class Projection(Shardable):
         if self.product is not None:
             return self.product(x, self.weight, counts)
         return self.plain_product(x, counts)
+
+    @property
+    def quantises_adapted(self) -> bool:
+        """Whether the product gets the weight with the adapter in it."""
+        return self.adapter is not None and self.product is not None and self.product.quantises_adapted
+
+    def multiply_adapted(self, x: paddle.Tensor, counts: list[int] | None = None) -> paddle.Tensor:
+        """As `multiply`, by the weight with the adapter in it, where `quantises_adapted`."""
+        assert self.adapter is not None and self.product is not None and self.weight is not None
+        return self.product(x, self.adapter.added(self.weight), counts)
 
     def plain_product(self, x: paddle.Tensor, counts: list[int] | None) -> paddle.Tensor:
         """x W by the parameter as it is; see `multiply`."""
@@ -131,9 +142,11 @@ class Linear(Projection):
         """[..., in_features] -> [..., out_features], in the dtype of x."""
         if self.gather_input is not None:
             x = self.gather_input(x)
-        y = self.multiply(x)
-        if self.adapter is not None:
-            y = self.adapter(x, y)
+        if self.quantises_adapted:
+            y = self.multiply_adapted(x)
+        else:
+            y = self.multiply(x)
+            y = y if self.adapter is None else self.adapter(x, y)
         if self.reduce_output is not None:
             y = self.reduce_output(y)
         return y if self.bias is None else add_bias(y, self.bias)

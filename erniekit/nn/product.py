@@ -35,11 +35,13 @@ class Product(Shardable):
 
     An adapter (LoRA) is independent of the product: it takes the same x, adds to the result, and never sees the weight.
     A product is therefore the same with and without an adapter, and a frozen weight (`weight.stop_gradient`) needs no
-    gradient. `merge` adds the adapter to the projection's parameter, and is refused where there is none.
+    gradient. `merge` adds the adapter to the projection's parameter, and is refused where there is none. A product that
+    `quantises_adapted` gets W + s A B as its weight instead (LoRA, not DoRA), because that is what an export quantises.
     """
 
     name = "product"  # for the log, such as "int8"
     holds_weight = False
+    quantises_adapted = False
 
     def forward(self, x: paddle.Tensor, weight: paddle.Tensor | None, counts: list[int] | None = None) -> paddle.Tensor:
         """x W in the dtype of x, differentiable in x and, where there is one that is trained, in the weight.

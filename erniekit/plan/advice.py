@@ -74,7 +74,7 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
     candidates: list[tuple[bool, dict[str, Any]]] = [
         (degrees.data > 1 and not cfg.sharding, {"sharding": "stage1"}),
         (degrees.tensor > 1 and not cfg.sequence_parallel, {"sequence_parallel": True}),
-        (job.has_second_model, {"ref_logps_cache": "logps.safetensors"}),
+        (job.has_second_model and not job.is_distilled, {"ref_logps_cache": "logps.safetensors"}),
         (job.num_chunks > 1 and cfg.pipeline_schedule == "1f1b", {"pipeline_schedule": "memory_efficient"}),
         (not cfg.recompute, {"recompute": True, "recompute_granularity": "core_attn"}),
         (not cfg.recompute and job.model.moe_num_experts > 0, {"recompute": True, "recompute_granularity": "moe"}),
@@ -86,7 +86,7 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
         ),
         (not job.is_lora and cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
         (not job.is_lora and not job.on_cpu and not job.offloads_state, {"offload_optim": True}),
-        (job.is_lora and not job.quantized_base, {"compute_type": "wint8"}),
+        (job.is_lora and not job.quantized_base and cfg.qat == "none", {"compute_type": "wint8"}),
         (cfg.batch_size > 1, halves),
         (job.model.moe_num_experts > 0, {"expert_parallel_degree": 2 * degrees.expert}),
         (True, {"pipeline_parallel_degree": 2 * degrees.pipeline}),

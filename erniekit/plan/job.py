@@ -176,14 +176,22 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a preference loss compares with a reference model, which costs a forward pass more."""
+        """Whether the loss compares with a reference model or a teacher, which costs a forward pass more."""
         cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
+        if self.is_distilled:
+            return True
         return cfg.method.options is PreferenceArgs and not cfg.reference_free and loss not in REFERENCE_FREE
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the loss has a teacher: the model before training, without quantisation."""
+        cfg = self.cfg
+        return cfg.qat != "none" and cfg.qat_distill_weight > 0 and cfg.method.reads("qat_distill_weight")
 
     @property
     def has_second_model(self) -> bool:
         """Whether that reference is a second copy of the model in memory."""
-        return self.has_reference and not self.is_lora and not self.cfg.ref_logps_cache
+        return self.is_distilled or (self.has_reference and not self.is_lora and not self.cfg.ref_logps_cache)
 
     @property
     def mtp_depths(self) -> int:

@@ -43,16 +43,16 @@ class Quantised:
 
     def dequantised(self) -> paddle.Tensor:
         """The values that the codes stand for, in fp32."""
-        tiles = _tiles(self.codes.astype("float32"), self.tile)
+        tiles = tiles_of(self.codes.astype("float32"), self.tile)
         *_, num_rows, num_columns = self.codes.shape
-        return _from_tiles(tiles * self.scales.unsqueeze(-1).unsqueeze(-3), num_rows, num_columns)
+        return from_tiles(tiles * self.scales.unsqueeze(-1).unsqueeze(-3), num_rows, num_columns)
 
 
 @paddle.no_grad()
 def quantise(x: paddle.Tensor, tile: Tile, form: Fp8Format = "e4m3", pow2: bool = True) -> Quantised:
     """A floating tensor [..., A, B] in FP8. `pow2`: scales are powers of two."""
     *_, num_rows, num_columns = x.shape
-    tiles, largest = _tiles(x.astype("float32"), tile), FORMATS[form].largest
+    tiles, largest = tiles_of(x.astype("float32"), tile), FORMATS[form].largest
     finite = paddle.isfinite(tiles)
     all_finite = bool(finite.all())
     if not all_finite:
@@ -65,7 +65,7 @@ def quantise(x: paddle.Tensor, tile: Tile, form: Fp8Format = "e4m3", pow2: bool 
         bits = codes.view("uint8").astype("int32")
         codes = paddle.where(finite, bits, paddle.full_like(bits, _NAN_CODE)).astype("uint8").view(_DTYPES[form])
     scales = paddle.ones_like(factor) / factor
-    return Quantised(_from_tiles(codes, num_rows, num_columns), scales.squeeze([-3, -1]), tile)
+    return Quantised(from_tiles(codes, num_rows, num_columns), scales.squeeze([-3, -1]), tile)
 
 
 def _factor(amax: paddle.Tensor, form: Fp8Format, pow2: bool) -> paddle.Tensor:
@@ -83,7 +83,7 @@ def _factor(amax: paddle.Tensor, form: Fp8Format, pow2: bool) -> paddle.Tensor:
     return paddle.where(amax > 0, factor, paddle.ones_like(factor))
 
 
-def _tiles(x: paddle.Tensor, tile: Tile) -> paddle.Tensor:
+def tiles_of(x: paddle.Tensor, tile: Tile) -> paddle.Tensor:
     """[..., A, B] -> [..., tiles of A, rows of a tile, tiles of B, columns of a tile], padded with zeros."""
     *lead, num_rows, num_columns = x.shape
     rows, columns = tile.rows or num_rows, tile.columns or num_columns
@@ -96,8 +96,8 @@ def _tiles(x: paddle.Tensor, tile: Tile) -> paddle.Tensor:
     return x.reshape([*lead, num_rows // rows, rows, num_columns // columns, columns])
 
 
-def _from_tiles(tiles: paddle.Tensor, num_rows: int, num_columns: int) -> paddle.Tensor:
-    """The inverse of `_tiles`, without its padding."""
+def from_tiles(tiles: paddle.Tensor, num_rows: int, num_columns: int) -> paddle.Tensor:
+    """The inverse of `tiles_of`, without its padding."""
     *lead, row_tiles, rows, column_tiles, columns = tiles.shape
     whole = tiles.reshape([*lead, row_tiles * rows, column_tiles * columns])
     if whole.shape[-2] != num_rows:

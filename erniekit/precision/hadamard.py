@@ -2,11 +2,10 @@
 
 H is Sylvester's matrix of order n = 2^k: entries of 1 and -1, symmetric. A rotation spreads large values of a few
 inputs over their block, which makes a coarse scale less harmful (QuaRot: Ashkboos et al. 2024, arXiv 2404.00456).
-Both implementations add and subtract in the same order, so that their fp32 results are equal bit for bit.
+precision/rotation.py adds and subtracts in the same order on a device, so that fp32 results are equal bit for bit.
 """
 
 import numpy as np
-import paddle
 
 
 def is_order(block: int) -> bool:
@@ -25,20 +24,3 @@ def rotate_rows(weight: np.ndarray, block: int) -> np.ndarray:
         blocks = np.stack([first + second, first - second], axis=-3)
         half *= 2
     return blocks.reshape(weight.shape)
-
-
-def rotated_rows(weight: paddle.Tensor, block: int) -> paddle.Tensor:
-    """`rotate_rows` of a tensor, on any device."""
-    *lead, num_in, num_out = weight.shape
-    blocks, half = weight.astype("float32"), 1
-    while half < block:
-        pairs = blocks.reshape([*lead, num_in // (2 * half), 2, half, num_out])
-        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        blocks = paddle.stack([first + second, first - second], axis=-3)
-        half *= 2
-    return blocks.reshape(weight.shape)
-
-
-def rotated_columns(x: paddle.Tensor, block: int) -> paddle.Tensor:
-    """x H for rows [R, in], in blocks of `block` inputs: fp32 of the same shape."""
-    return rotated_rows(x.unsqueeze(-1), block).squeeze(-1)

@@ -11,6 +11,7 @@ from erniekit.nn import onednn
 from erniekit.nn.linear import ProductFactory
 from erniekit.nn.roles import FP32_ROLES, Role, named_roles
 from erniekit.precision.fp8 import Fp8Options
+from erniekit.precision.qat import QatOptions
 from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.precision.weight_only import SCHEMES
 from erniekit.utils import log
@@ -22,13 +23,15 @@ class Policy:
     """How a model stores and multiplies. `param_dtype` is the dtype of weights and matrix products ("float32",
     "bfloat16" or "float16"); 16-bit weights have fp32 masters in the optimizer. `product`: how the projections of the
     layers multiply and keep their weights; None: plainly. `rounded_to`: the dtype that weights are rounded to when they
-    are read, where `param_dtype` is wider. `fp8`: the products in FP8, which keep their weights as they are.
+    are read, where `param_dtype` is wider. `fp8`, `qat`: products in FP8, or with fake quantisation, which keep their
+    weights as they are.
     """
 
     param_dtype: str
     product: ProductFactory | None = None
     rounded_to: str | None = None
     fp8: Fp8Options | None = None
+    qat: QatOptions | None = None
 
 
 DTYPES = {"float32": paddle.float32, "bfloat16": paddle.bfloat16, "float16": paddle.float16}

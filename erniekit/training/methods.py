@@ -23,7 +23,7 @@ from erniekit.config.schema import Config
 from erniekit.losses.preference import wants_reference
 from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
-from erniekit.training.recipes.causal import CausalRecipe
+from erniekit.training.recipes.distilled import causal_recipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 
 
@@ -44,10 +44,10 @@ class Method:
 METHODS: dict[str, Method] = {
     method.facts.name: method
     for method in (
-        Method(FACTS["SFT"], CausalRecipe.build, label_scores),
-        Method(FACTS["PT"], CausalRecipe.build, label_scores),
-        Method(FACTS["VL-SFT"], CausalRecipe.build, label_scores),
-        Method(FACTS["VL-PT"], CausalRecipe.build, label_scores),
+        Method(FACTS["SFT"], causal_recipe, label_scores),
+        Method(FACTS["PT"], causal_recipe, label_scores),
+        Method(FACTS["VL-SFT"], causal_recipe, label_scores),
+        Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )

@@ -58,6 +58,8 @@ _KEYS = {
         moe_aux_loss_lambda moe_z_loss_lambda moe_orthogonal_loss_lambda moe_use_aux_free moe_use_aux_free_update_coef
         moe_capacity_factor moe_gate_lr_ratio vit_lr_ratio visual_ld resampler_lr_ratio
         lora_dropout lora_plus_scale
+        qat apply_hadamard hadamard_block_size apply_online_actscale_step actscale_moving_rate quant_input_grad
+        quant_weight_grad qat_distill_weight quantization_group_size
         fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps
@@ -95,7 +97,7 @@ _KEYS = {
         quantization quantization_group_size quantization_first_layers quantization_clip_search quantization_eval
         quantization_algorithm quantization_calibration_path quantization_calibration_type
         quantization_calibration_samples quantization_calibration_length quantization_calibrate_all_experts
-        quantization_damping quantization_act_order quantization_smoothing quantization_first_layers
+        quantization_damping quantization_act_order quantization_smoothing
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}

@@ -11,6 +11,7 @@ import paddle
 
 from erniekit.checkpoint.model_dir import what_is_saved
 from erniekit.data.packed_batch import PackedBatch
+from erniekit.models.qat import MovingRanges
 from erniekit.models.weights import num_parameters
 from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
@@ -59,6 +60,7 @@ class Trainer:
         self.profiler = make_profiler(run) if run.cfg.profile else None
         self.scaler = LossScaler(self.cfg.scale_loss) if run.model.residual_dtype == paddle.float16 else None
         self._fp8_shares = Fp8Shares(run.model, self.cfg.fp8_statistics_steps)
+        self._ranges = MovingRanges(run.model, run.mesh)
         self._saved_step: int | None = None
         self._stopped_by: signal.Signals | None = None
         self._data_ended = False
@@ -194,6 +196,7 @@ class Trainer:
             self._require_finite(sums.loss, norm, gradients, microbatches)
             with span("optimizer"):
                 biases = self._update(gradients, norm, learning_rate, sums, biases)
+        self._ranges.forget()  # a step that is skipped moves nothing
         self.run.sync.clear()
         routers = self._router_records(sums, biases)
         num_tokens = int(sums.counts["tokens"])
@@ -239,6 +242,7 @@ class Trainer:
             usages = {router: stats.usage for router, stats in sums.routers.items()}
             changes = update_biases(self._sparse_layers(), usages, self.cfg.moe_use_aux_free_update_coef)
             biases = {layer: bias + changes[layer] for layer, bias in biases.items()}
+        self._ranges.update()
         if self.run.average is not None:
             self.run.average.update()
         return biases

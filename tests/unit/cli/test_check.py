@@ -115,8 +115,8 @@ def test_what_this_version_does_not_have(given, keys, expected):
 
 
 def test_keys_without_effect_and_refused_ones(given):
-    args = given(compute_type="fp8", max_steps=3, num_train_epochs=1, use_flash_attention=True)
-    assert "compute_type: fp8 (weights in FP8" in findings(args, "error")
+    args = given(use_fp8=True, max_steps=3, num_train_epochs=1, use_flash_attention=True)
+    assert "use_fp8: True (FP8 with scales" in findings(args, "error")
     notes = findings(args, "note")
     assert "num_train_epochs: no effect: max_steps: 3 decides" in notes and "use_flash_attention: no effect" in notes
     assert "12 keys given: 9 honoured, 2 without effect, 1 refused" in findings(args, "ok")

@@ -80,8 +80,8 @@ def test_an_unknown_key_is_refused_unless_the_environment_allows_it(yaml_file, m
 
 
 def test_what_this_version_cannot_do_is_refused(yaml_file):
-    with pytest.raises(ConfigError, match=r"cannot do yet:\n.*compute_type: fp8"):
-        launch.configure([yaml_file("stage: SFT", "train_dataset_path: x.jsonl", "compute_type: fp8")], "train")
+    with pytest.raises(ConfigError, match=r"cannot do yet:\n.*use_fp8: True"):
+        launch.configure([yaml_file("stage: SFT", "train_dataset_path: x.jsonl", "use_fp8: true")], "train")
 
 
 @pytest.mark.parametrize("name", ["NNODES", "PADDLE_TRAINERS_NUM"])

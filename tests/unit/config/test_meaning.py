@@ -1,5 +1,7 @@
 """What keys mean together: other names, derived values, checks over several keys, notes and refusals."""
 
+import re
+
 import pytest
 
 from erniekit.config import load, require_supported, unsupported
@@ -197,10 +199,7 @@ def test_each_command_needs_only_its_own_keys():
     ("given", "expected"),
     [
         ({"stage": "OCR-VL-SFT"}, "stage: OCR-VL-SFT (PaddleOCR-VL)"),
-        (
-            {"compute_type": "fp8"},
-            "compute_type: fp8 (weights in FP8 with scales of their own, FP8-QAT; fp8: blockwise",
-        ),
+        ({"use_fp8": True}, "use_fp8: True (FP8 with scales of earlier steps"),
         ({"context_parallel_degree": "4"}, "context_parallel_degree: 4 (context parallelism)"),
         ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: 0.1 (dropout between layers)"),
         ({"data_filelist": "list.txt"}, "data_filelist: list.txt (pretraining data in HDF5"),
@@ -322,7 +321,7 @@ def test_ways_to_ask_for_a_base_in_few_bits(given: dict, expected: str):
         ({"compute_type": "wint8"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
         ({"quantization": "wint4"}, "fine_tuning: Full trains it: set fine_tuning: LoRA"),
         ({"compute_type": "nf4", "fine_tuning": "LoRA", "continue_training": False}, "adapts trained weights"),
-        ({"weight_quantize_algo": "a8w8linear"}, "weight_quantize_algo: expected one of weight_only_int8"),
+        ({"weight_quantize_algo": "a4w4linear"}, "weight_quantize_algo: expected one of weight_only_int8"),
         ({"weight_quantize_algo": {"weight_only_int4": [".*"]}}, "weight_quantize_algo: expected one of"),
         ({"quantization": "wint8", "weight_quantize_algo": "nf4"}, "compute_type: given twice: "),
     ],
@@ -368,3 +367,75 @@ def test_preference_keys_that_do_nothing_are_said(given: dict, expected: list):
     notes = cfg(**given).notes
     assert len(notes) == len(expected)
     assert all(note.startswith(text) for note, text in zip(notes, expected, strict=True)), notes
+
+
+@pytest.mark.parametrize(
+    ("given", "scheme", "said"),
+    [
+        ({"compute_type": "fp8"}, "fp8_static", "compute_type: fp8: read as qat: fp8_static with compute_type: bf16"),
+        (
+            {"weight_quantize_algo": "fp8linear", "compute_type": "bf16"},
+            "fp8_static",
+            "where ERNIEKit keeps them in FP8",
+        ),
+        ({"weight_quantize_algo": "a8w8linear"}, "w8a8", "inputs have a scale for each token, where ERNIEKit has"),
+        ({"weight_quantize_algo": "a8w4linear"}, "w4a8", "read as qat: w4a8 with compute_type: bf16"),
+        ({"compute_type": "fp8", "qat": "fp8"}, "fp8", "read as qat: fp8 with compute_type: bf16"),
+    ],
+)
+def test_erniekits_names_of_training_for_a_scheme(given, scheme, said):
+    read = cfg(**given)
+    assert (read.qat, read.compute_type) == (scheme, "bf16") and any(said in note for note in read.notes)
+    assert not unsupported(read)
+
+
+# What ERNIEKit's run_sft_fp8_8k.yaml and run_sft_fp8_32k.yaml give beside the keys of its other files.
+ERNIEKIT_FP8 = {
+    "compute_type": "fp8",
+    "apply_hadamard": True,
+    "hadamard_block_size": 32,
+    "optim": "adamw_custom",
+    "optim_shard_num": 8,
+    "use_lowprecision_moment": True,
+    "tensorwise_offload_optimizer": True,
+    "unified_checkpoint_config": "ignore_merge_optimizer",
+    "disable_ckpt_quant": True,
+    "quant_input_grad": False,
+    "quant_weight_grad": False,
+    "apply_online_actscale_step": 200,
+    "actscale_moving_rate": 0.01,
+    "fp8_format_type": "hybrid",
+}
+
+
+def test_erniekits_fp8_files_are_read_whole():
+    read = cfg(**ERNIEKIT_FP8)
+    assert read.qat == "fp8_static" and read.apply_hadamard and read.moment_dtype == "bf16" and not unsupported(read)
+    silent = {"apply_online_actscale_step", "actscale_moving_rate", "apply_hadamard", "hadamard_block_size"}
+    assert not any(f"{name}: no effect" in note for name in silent for note in read.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"qat": "w8a8", "compute_type": "wint4", "fine_tuning": "LoRA"}, "qat: w8a8: it trains 16-bit weights for"),
+        ({"qat": "w8a8", "fp8": "blockwise"}, "qat: w8a8: not together with fp8: blockwise"),
+        ({"qat": "w8a8", "fine_tuning": "LoRA", "use_dora": True}, "qat: w8a8: weights with a DoRA adapter"),
+        ({"qat": "w8a8", "fine_tuning": "LoRA", "lora_dropout": 0.1}, "the adapter is quantised within the weights"),
+        ({"qat": "fp8_static", "hadamard_block_size": 24}, "hadamard_block_size: 24 is no power of two"),
+        ({"qat": "w8a9"}, "qat: expected one of none, w8a8"),
+        ({"qat_distill_weight": 1.5}, "qat_distill_weight: must be at least 0 and at most 1"),
+    ],
+)
+def test_what_training_for_a_scheme_refuses(given, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        cfg(**given)
+
+
+def test_options_of_a_scheme_that_is_not_chosen_have_no_effect():
+    assert (
+        "apply_hadamard, quant_input_grad: no effect: qat is none"
+        in cfg(apply_hadamard=True, quant_input_grad=True).notes
+    )
+    static = "apply_hadamard, actscale_moving_rate: no effect: read only with qat: fp8_static or w4a8"
+    assert static in cfg(qat="w8a8", apply_hadamard=True, actscale_moving_rate=0.5).notes
