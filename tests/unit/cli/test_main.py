@@ -62,13 +62,13 @@ def test_what_erniekit_has_and_this_version_has_not_says_what_to_use_instead(nam
 
 
 def test_a_command_that_takes_a_configuration_gets_it_before_its_module_is_imported(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "erniekit.export.export", None)  # to import it would raise
+    monkeypatch.setitem(sys.modules, "erniekit.evaluate.quantised", None)  # to import it would raise
     assert cli.main(["export", "no_such_key=1"]) == cli.EXIT_USER_ERROR
     assert "no_such_key: unknown key" in capsys.readouterr().err
     seen = []
-    module = types.ModuleType("erniekit.export.export")
-    module.export = seen.append
-    monkeypatch.setitem(sys.modules, "erniekit.export.export", module)
+    module = types.ModuleType("erniekit.evaluate.quantised")
+    module.export_and_report = seen.append
+    monkeypatch.setitem(sys.modules, "erniekit.evaluate.quantised", module)
     assert cli.main(["export", "model_name_or_path=m", "output_dir=o"]) == 0
     assert [cfg.output_dir for cfg in seen] == ["o"]
 
