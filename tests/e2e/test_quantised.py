@@ -26,7 +26,13 @@ def test_the_whole_way(workspace, capfd):
     before, after = loss(out), loss(out / "export")
     assert 0 < abs(after - before) < 0.01 and loss(out / "export") == after
     again = workspace / "again"
-    base = [yaml, f"model_name_or_path={out / 'export'}", "continue_training=true", f"output_dir={again}", "max_steps=1"]
+    base = [
+        yaml,
+        f"model_name_or_path={out / 'export'}",
+        "continue_training=true",
+        f"output_dir={again}",
+        "max_steps=1",
+    ]
     assert main(["train", *base]) == 0
     assert "training from the checkpoint that was quantised would start from better weights" in capfd.readouterr().err
     assert "quantization_config" not in (again / "config.json").read_text()
