@@ -26,7 +26,8 @@ def test_the_whole_way(workspace, capfd):
     before, after = loss(out), loss(out / "export")
     assert 0 < abs(after - before) < 0.01 and loss(out / "export") == after
     again = workspace / "again"
-    base = [
+    base = [yaml, f"model_name_or_path={out / 'export'}", "continue_training=true", f"output_dir={again}"]
+    base.append("max_steps=1")
         yaml,
         f"model_name_or_path={out / 'export'}",
         "continue_training=true",
