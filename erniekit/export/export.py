@@ -61,7 +61,7 @@ def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quan
 
     def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
         if cfg.qat != "none":
-            return AsTrained(cfg.quantization_clip_search, adapter or checkpoint)
+            return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
         return RoundToNearest(cfg.quantization_clip_search)

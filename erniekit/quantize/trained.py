@@ -21,6 +21,7 @@ class AsTrained(RoundToNearest):
     expert that no token has reached has the largest range of its layer's experts.
     """
 
+    name: str = "qat"
     directory: Path = Path()
 
     def input_range(self, matrix: Matrix) -> float | None:
