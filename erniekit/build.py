@@ -244,12 +244,7 @@ class PreparedModel:
             fill_weights(model, self.reader, precision.rounded_to)
             load_product_state(model, self.path)
         policy.apply(model, precision)
-        if precision.product is not None:
-            log.info(f"{self.path}: {describe(model)}")
-        if precision.fp8 is not None:
-            log.info(describe_fp8(model, precision.fp8))
-        if precision.qat is not None:
-            log.info(describe_qat(model, precision.qat))
+        self._report_products(model)
         parallelize(model, mesh, options.sequence_parallel, layers, options.balance_pictures)
         if isinstance(options.adapter, AdapterDirectory):
             assert self.adapter is not None
@@ -273,6 +268,16 @@ class PreparedModel:
         else:
             model.eval()
         return model
+
+    def _report_products(self, model: CausalLM) -> None:
+        """Log lines about the products that compute with other weights than the model's own."""
+        precision = self.options.precision
+        if precision.product is not None:
+            log.info(f"{self.path}: {describe(model)}")
+        if precision.fp8 is not None:
+            log.info(describe_fp8(model, precision.fp8))
+        if precision.qat is not None:
+            log.info(describe_qat(model, precision.qat))
 
 
 def _lazy_model(config: ModelConfig, precision: Policy, mesh: Mesh, layers: Sequence[Sequence[int]]) -> CausalLM:

@@ -9,11 +9,11 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
-from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
@@ -272,18 +272,7 @@ _OPTIMIZER_RULES = [
         lambda c, f: c.fine_tuning == "LoRA",
         "fine_tuning: LoRA trains no routers",
     ),
-    Rule(_names(Fp8Args), lambda c, f: c.fp8 != "none", "only training multiplies in FP8", ("eval", "chat")),
-    Rule(_names(Fp8Args).removeprefix("fp8 "), lambda c, f: c.fp8 == "none", "fp8 is none", RUN),
-    Rule(
-        "fp8_recompute_up_gate_layers fp8_routing_weight",
-        lambda c, f: "experts" not in c.fp8_modules or f.num_experts == 0,
-        "no routed experts multiply in FP8",
-    ),
-    Rule(
-        "fp8_statistics_steps",
-        lambda c, f: 0 < c.max_steps < c.fp8_statistics_steps,
-        "max_steps: {max_steps} ends before",
-    ),
+    *FP8_RULES,
     *QAT_RULES,
     Rule("profile_step_start profile_step_end", lambda c, f: not c.profile, "only read with profile: true"),
     Rule("emulate_precision scale_loss", always, "read only by train", USE),

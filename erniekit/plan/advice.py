@@ -84,15 +84,23 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
             not job.on_cpu and not (is_full and cfg.offload_activations),
             {"recompute": True, "recompute_granularity": "full", "offload_activations": True},
         ),
-        (not job.is_lora and cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
-        (not job.is_lora and not job.on_cpu and not job.offloads_state, {"offload_optim": True}),
-        (job.is_lora and not job.quantized_base and cfg.qat == "none", {"compute_type": "wint8"}),
+        *_of_weights(job),
         (cfg.batch_size > 1, halves),
         (job.model.moe_num_experts > 0, {"expert_parallel_degree": 2 * degrees.expert}),
         (True, {"pipeline_parallel_degree": 2 * degrees.pipeline}),
         (True, {"tensor_parallel_degree": 2 * degrees.tensor}),
     ]
     return (keys for makes_sense, keys in candidates if makes_sense)
+
+
+def _of_weights(job: Job) -> list[tuple[bool, dict[str, Any]]]:
+    """Keys for what weights and optimizer take, each with whether it applies."""
+    if job.is_lora:
+        return [(not job.quantized_base and job.cfg.qat == "none", {"compute_type": "wint8"})]
+    return [
+        (job.cfg.moment_dtype == "fp32", {"moment_dtype": "bf16"}),
+        (not job.on_cpu and not job.offloads_state, {"offload_optim": True}),
+    ]
 
 
 def least_cluster(job: Job, capacity: float, outline: Outline, gpus: int | None = None) -> MemoryPlan | None:
