@@ -54,16 +54,16 @@ def export(cfg: Config) -> Report:
 
 def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quantisation | None:
     """How the configuration quantises the model that it exports; None in 16 bits. A model that was trained for a scheme
-    (qat) keeps the ranges of inputs beside its weights or its adapter.
+    (qat) keeps the ranges of inputs beside its weights or its adapter; calibration that is asked for replaces them.
     """
     if cfg.quantization == "none":
         return None
 
     def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
-        if cfg.qat != "none":
-            return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
+        if cfg.qat != "none":
+            return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         return RoundToNearest(cfg.quantization_clip_search)
 
     options = Options(cfg.quantization_group_size, cfg.quantization_first_layers)
