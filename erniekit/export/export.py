@@ -61,8 +61,8 @@ def export(cfg: Config) -> Report:
 
 
 def check_quantised_export(cfg: Config) -> None:
-    """Raise what `export` of a quantised model raises before it reads a weight: a scheme that does not fit, a model that
-    is quantised already, a target with another model, calibration data that is not there.
+    """Raise what `export` of a quantised model raises before it reads a weight: a scheme that does not fit, a model
+    that is quantised already, a target with another model, calibration data that is not there.
     """
     checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
     quantisation = quantisation_of(cfg, checkpoint, adapter)

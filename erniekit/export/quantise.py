@@ -120,11 +120,17 @@ def write_quantised(
     job.verify(target_dir)
     quantiser.finish()
     counts, degrees = (len(plan), writer.num_bytes, len(writer.files)), degrees_of(scheme, config)
+    if not degrees.good:
+        log.warning(f"{scheme.name}: vLLM takes no file with these sizes, on any number of ranks: {degrees.limit}")
     return QuantisedReport(*counts, scheme, tuple(job.errors), degrees, quantiser.name, measured)
 
 
 def check_quantised(
-    source_dir: str | Path, format: str, quantisation: Quantisation, calibrates: bool, overrides: Overrides | None = None
+    source_dir: str | Path,
+    format: str,
+    quantisation: Quantisation,
+    calibrates: bool,
+    overrides: Overrides | None,
 ) -> None:
     """Raise what `write_quantised` raises before it reads a weight. `calibrates`: whether the quantiser measures the
     ranges of inputs, so that it is not made here.
