@@ -114,9 +114,11 @@ def output_of(cfg: Config) -> Path:
 
 def checkpoint_of(cfg: Config) -> Path:
     """The directory that the key `checkpoint` names, else the final model or the newest checkpoint in `output_dir`,
-    else the adapter that `lora_path` names.
+    else the adapter that `lora_path` names. Raises CheckpointError where there is none.
     """
     if cfg.checkpoint:
+        if not Path(cfg.checkpoint).is_dir():
+            raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
         return Path(cfg.checkpoint)
     try:
         return find_checkpoint(output_of(cfg))
