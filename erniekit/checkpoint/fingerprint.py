@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from erniekit.checkpoint import dtypes
+from erniekit.checkpoint.quantised_read import open_weights
 from erniekit.checkpoint.safetensors_header import WEIGHT_FILE
-from erniekit.checkpoint.safetensors_read import Reader
 
 _BLOCK = 1 << 24  # bytes that are read at a time
 
 
 def fingerprint(model_dir: str | Path) -> str:
     """A digest of a model's weights: of the first and the last layer's attention output, rounded to bfloat16, so that
-    layouts (-PT, -Paddle) and copies in fp32 or bf16 have the same one.
+    layouts (-PT, -Paddle) and copies in fp32 or bf16 have the same one. Of a quantised model it is that of the weights
+    that its codes stand for.
     """
-    reader = Reader(model_dir, u16_is_bf16=True)
+    reader = open_weights(Path(model_dir), say=False)
     pattern = re.compile(r"(model|ernie)\.layers\.([0-9]{1,6})\.self_attn\.o_proj\.weight")
     by_layer = sorted((int(m[2]), name) for name, m in ((n, pattern.fullmatch(n)) for n in reader.keys()) if m)  # noqa: SIM118
     state = hashlib.blake2b(digest_size=8)

@@ -63,9 +63,9 @@ class QuantisedReader:
         return self._reader.read(name, as_fp32=self._reader.info(name).dtype in FLOATS)
 
 
-def open_weights(path: Path) -> Reader | QuantisedReader:
-    """The tensors of a model directory, quantised or not. Raises CheckpointError: quantised by a method that is not
-    read here, or with tensors that do not belong together (all of them are named).
+def open_weights(path: Path, say: bool = True) -> Reader | QuantisedReader:
+    """The tensors of a model directory, quantised or not. `say`: log which are not read. Raises CheckpointError:
+    quantised by a method that is not read here, or with tensors that do not belong together (all of them are named).
     """
     reader = Reader(path, u16_is_bf16=True)
     settings = quantisation_of(path)
@@ -86,7 +86,7 @@ def open_weights(path: Path) -> Reader | QuantisedReader:
             f"{path}: the quantised weights are incomplete or of another format: {listed(found.problems)}. Copy the "
             "directory again from where it was quantised."
         )
-    for reason, names in found.left_out.items():
+    for reason, names in found.left_out.items() if say else ():
         log.info(f"{path}: {len(names)} tensors are not read, because {reason}: {listed(names)}")
     return QuantisedReader(reader, found, str(method))
 

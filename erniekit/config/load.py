@@ -255,6 +255,8 @@ def _complete_qat(values: dict[str, Any], command: str, notes: list[str]) -> Non
     if written != wanted or paddle != (scheme in WITH_RANGES):
         how = "in 16 bits" if written == "none" else f"in {written} with format: {'paddle' if paddle else 'pt'}"
         notes.append(f"qat: {scheme}: exported {how}; quantization: {wanted}{layout} writes the codes of the training")
+    elif values.get("quantization_calibration_path"):
+        notes.append(f"quantization_calibration_path: codes are calibrated, not those of the training (qat: {scheme})")
     elif values.setdefault("quantization_clip_search", False):
         notes.append(f"quantization_clip_search: True: the codes are not those of the training (qat: {scheme})")
     else:

@@ -13,7 +13,7 @@ from erniekit.checkpoint.dtypes import num_bytes
 from erniekit.config import Config
 from erniekit.evaluate.run import measure
 from erniekit.export.convert import Report
-from erniekit.export.export import checkpoint_of, export, output_of
+from erniekit.export.export import check_quantised_export, checkpoint_of, export, output_of
 from erniekit.export.quantise import QuantisedReport
 from erniekit.models.config import ModelConfig
 from erniekit.models.decoder import CausalLM
@@ -32,6 +32,8 @@ def export_and_report(cfg: Config) -> Report:
     """
     target, before = output_of(cfg) / "export", RouterWatch()
     evaluates = cfg.quantization_eval and cfg.quantization != "none"
+    if evaluates:
+        check_quantised_export(cfg)  # before minutes or hours of evaluation
     first = _evaluate(cfg, checkpoint_of(cfg), before) if evaluates else {}
     written = export(cfg)
     reports.remove(target)  # of an earlier export

@@ -20,10 +20,18 @@ from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.vision.template import load_vision_template
 from erniekit.export.convert import Report, require_apart, rewrite
 from erniekit.export.merge import Merge
-from erniekit.export.quantise import EditedModel, Quantisation, QuantisedReport, describe, write_quantised
-from erniekit.export.target import model_target
+from erniekit.export.quantise import (
+    EditedModel,
+    Quantisation,
+    QuantisedReport,
+    check_quantised,
+    describe,
+    write_quantised,
+)
+from erniekit.export.target import check_target, model_target
 from erniekit.models.config import Format, ModelConfig
 from erniekit.quantize.calibrated import calibrated, needs_calibration
+from erniekit.quantize.calibration import find_data
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest
 from erniekit.quantize.schemes import Options, Scheme
 from erniekit.quantize.trained import AsTrained
@@ -39,7 +47,7 @@ def export(cfg: Config) -> Report:
     return export_checkpoint(
         checkpoint,
         output_of(cfg) / "export",
-        format="paddle" if cfg.format == "paddle" else "pt",
+        format=_format_of(cfg),
         max_shard_size=f"{cfg.max_shard_size:g}GB",
         chat_template=cfg.chat_template,
         copy_tokenizer=cfg.copy_tokenizer,
@@ -52,18 +60,39 @@ def export(cfg: Config) -> Report:
     )
 
 
+def check_quantised_export(cfg: Config) -> None:
+    """Raise what `export` of a quantised model raises before it reads a weight: a scheme that does not fit, a model
+    that is quantised already, a target with another model, calibration data that is not there.
+    """
+    checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
+    quantisation = quantisation_of(cfg, checkpoint, adapter)
+    if quantisation is None:
+        return
+    sources = [checkpoint] if adapter is None else [checkpoint, adapter]
+    check_target(output_of(cfg) / "export", "export", sources, cfg.overwrite_output_dir, OVERWRITE)
+    calibrates = needs_calibration(cfg)
+    overrides = None if adapter is None else overrides_of(cfg)
+    check_quantised(checkpoint, _format_of(cfg), quantisation, calibrates, overrides)
+    if cfg.quantization_calibration_path is not None:
+        find_data(cfg.quantization_calibration_path, cfg.download_hub)
+
+
+def _format_of(cfg: Config) -> Format:
+    return "paddle" if cfg.format == "paddle" else "pt"
+
+
 def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quantisation | None:
     """How the configuration quantises the model that it exports; None in 16 bits. A model that was trained for a scheme
-    (qat) keeps the ranges of inputs beside its weights or its adapter.
+    (qat) keeps the ranges of inputs beside its weights or its adapter; calibration that is asked for replaces them.
     """
     if cfg.quantization == "none":
         return None
 
     def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
-        if cfg.qat != "none":
-            return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
+        if cfg.qat != "none":
+            return AsTrained(cfg.quantization_clip_search, directory=adapter or checkpoint)
         return RoundToNearest(cfg.quantization_clip_search)
 
     options = Options(cfg.quantization_group_size, cfg.quantization_first_layers)
@@ -85,9 +114,11 @@ def output_of(cfg: Config) -> Path:
 
 def checkpoint_of(cfg: Config) -> Path:
     """The directory that the key `checkpoint` names, else the final model or the newest checkpoint in `output_dir`,
-    else the adapter that `lora_path` names.
+    else the adapter that `lora_path` names. Raises CheckpointError where there is none.
     """
     if cfg.checkpoint:
+        if not Path(cfg.checkpoint).is_dir():
+            raise CheckpointError(f"checkpoint: there is no directory {cfg.checkpoint!r} (looked in {Path.cwd()}).")
         return Path(cfg.checkpoint)
     try:
         return find_checkpoint(output_of(cfg))

@@ -104,14 +104,7 @@ def write_quantised(
     Raises ConfigError where the scheme does not fit the format or the model, and CheckpointError where the source is
     quantised already, or has weights that are not finite.
     """
-    source = ModelReader(source_dir, keep_mtp=True)
-    if source.quantised:
-        raise CheckpointError(
-            f"{source_dir} is quantised already ({source.quantised}): quantising twice adds both errors. Export the "
-            "checkpoint that it was made from."
-        )
-    config = source.config if overrides is None else overrides.apply(source.config)
-    scheme = scheme_for(quantisation.name, "paddle" if format == "paddle" else "pt", config, quantisation.options)
+    source, config, scheme = _opened(source_dir, format, quantisation, overrides)
     _say_rounding(source)
     edited = EditedModel(source, None if edit is None else edit(source), config)
     quantiser = quantisation.quantiser(edited, scheme)
@@ -127,7 +120,39 @@ def write_quantised(
     job.verify(target_dir)
     quantiser.finish()
     counts, degrees = (len(plan), writer.num_bytes, len(writer.files)), degrees_of(scheme, config)
+    if not degrees.good:
+        log.warning(f"{scheme.name}: vLLM takes no file with these sizes, on any number of ranks: {degrees.limit}")
     return QuantisedReport(*counts, scheme, tuple(job.errors), degrees, quantiser.name, measured)
+
+
+def check_quantised(
+    source_dir: str | Path,
+    format: str,
+    quantisation: Quantisation,
+    calibrates: bool,
+    overrides: Overrides | None,
+) -> None:
+    """Raise what `write_quantised` raises before it reads a weight. `calibrates`: whether the quantiser measures the
+    ranges of inputs, so that it is not made here.
+    """
+    source, config, scheme = _opened(source_dir, format, quantisation, overrides)
+    if not calibrates:
+        _require_ranges(scheme, quantisation.quantiser(EditedModel(source, None, config), scheme), config)
+
+
+def _opened(
+    source_dir: str | Path, format: str, quantisation: Quantisation, overrides: Overrides | None
+) -> tuple[ModelReader, ModelConfig, Scheme]:
+    """The source, its configuration with `overrides`, and the scheme for it."""
+    source = ModelReader(source_dir, keep_mtp=True)
+    if source.quantised:
+        raise CheckpointError(
+            f"{source_dir} is quantised already ({source.quantised}): quantising twice adds both errors. Export the "
+            "checkpoint that it was made from."
+        )
+    config = source.config if overrides is None else overrides.apply(source.config)
+    scheme = scheme_for(quantisation.name, "paddle" if format == "paddle" else "pt", config, quantisation.options)
+    return source, config, scheme
 
 
 class _Job:
@@ -175,7 +200,7 @@ class _Job:
             codes, scales = self.quantiser.codes(matrix, codec.rotated(original))
         except ValueError as error:
             where = f"{self.source.reader.path}: {matrix.name}"
-            raise CheckpointError(f"{where}: {error}: it cannot be quantised.") from None
+            raise CheckpointError(f"{where}: {error}: it cannot be quantised. Export another checkpoint.") from None
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{matrix.name}: a scale is not finite: the algorithm failed. Nothing was kept.")
         tensors = codec.stored(codes, scales, self.quantiser.input_range(matrix) if codec.needs_range else None)

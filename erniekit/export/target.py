@@ -40,6 +40,8 @@ def model_target(
     target = Path(target_dir)
     mark = _mark(command, sources)
     replaced = _is_replaced(target, mark, overwrite, sources[0], cure)
+    if replaced:
+        log.info(f"{cure}: replaces the model in {target}")
     make_directory(target.parent, "the target")
     for source in sources:
         say_links(source)
@@ -51,6 +53,13 @@ def model_target(
         for name in (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE):
             if name not in written:
                 (target / name).unlink(missing_ok=True)
+
+
+def check_target(
+    target_dir: str | Path, command: str, sources: Sequence[str | Path], overwrite: bool, cure: str
+) -> None:
+    """Raise CheckpointError where `model_target` would, and change nothing."""
+    _is_replaced(Path(target_dir), _mark(command, sources), overwrite, sources[0], cure)
 
 
 def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: str | Path, cure: str) -> bool:
@@ -68,7 +77,6 @@ def _is_replaced(target: Path, mark: dict[str, str], overwrite: bool, source: st
             f"{target} holds another model than what was written from {source}. Choose another directory, remove that "
             f"model, or set {cure} to replace it."
         )
-    log.info(f"{cure}: replaces the model in {target}")
     return True
 
 

@@ -51,6 +51,11 @@ class Calibration:
         return sum(batch.num_tokens for batch in self.batches)
 
 
+def find_data(path: str, hub: str | None) -> Path:
+    """The file or directory that the key quantization_calibration_path names; an error where there is none."""
+    return resolve_dataset(path, hub, _KEY)
+
+
 def read_calibration(
     cfg: Config, source: CalibrationSource, model_dir: Path, config: ModelConfig, adapter_dir: Path | None = None
 ) -> Calibration:
@@ -60,7 +65,7 @@ def read_calibration(
     is that of tokenizer_name_or_path, else of the model; the template also that of the adapter, if any. Raises
     DataError for data that cannot be read or is too short, CheckpointError where the tokenizer is not the model's.
     """
-    path = resolve_dataset(source.path, cfg.download_hub, _KEY)
+    path = find_data(source.path, cfg.download_hub)
     own = cfg.tokenizer_name_or_path
     tokenizer = load_tokenizer(model_dir if own is None else resolve_tokenizer(own, cfg.download_hub))
     check_fits(tokenizer, config.vocab_size, str(model_dir))

@@ -107,7 +107,9 @@ def calibrate(
             try:
                 report = run.run(number)
             except ValueError as error:
-                raise CheckpointError(f"layer {number} cannot be quantised: {error}.") from None
+                raise CheckpointError(
+                    f"layer {number} cannot be quantised: {error}. Export another checkpoint."
+                ) from None
             sink.write_folded(layer)
         store.finish(report, hidden_TD)
         del layer, run

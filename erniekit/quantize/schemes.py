@@ -23,7 +23,6 @@ GROUPS = (128, 64, 32)
 # The share of layers, the first ones, whose experts have 4 bits in wint2: that of the published 300B-A47B model.
 _WINT2_FIRST_LAYERS = 7 / 54
 _FASTDEPLOY, _VLLM = "FastDeploy on CUDA (not run here)", "vLLM (not run here)"
-_BOTH = f"transformers, {_VLLM}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,11 @@ def scheme_for(name: str, format: Format, config: ModelConfig, options: Options 
     make = SCHEMES.get((name, format))
     if make is None:
         formats = [known for scheme, known in SCHEMES if scheme == name]
-        cure = f"; set format: {' or '.join(formats)}" if formats else ""
-        raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}{cure}")
+        if not formats:
+            known = ", ".join(dict.fromkeys(scheme for scheme, _ in SCHEMES))
+            raise ConfigError(f"quantization: {name}: no engine reads files of this scheme; use one of {known}")
+        cure = f"set format: {' or '.join(formats)}"
+        raise ConfigError(f"quantization: {name}: no engine reads such a file in the layout format: {format}; {cure}")
     if options.first_layers is not None and name != "wint2":
         raise ConfigError(
             f"quantization_first_layers: {options.first_layers}: of use with quantization: wint2 only, not {name}: "
@@ -131,6 +133,11 @@ def _group_of(config: ModelConfig, options: Options, name: str, experts_only: bo
     )
 
 
+def _readers(config: ModelConfig) -> str:
+    """Who loads -PT files. transformers stacks experts, and cannot do so with those of two widths."""
+    return _VLLM if config.vision is not None else f"transformers, {_VLLM}"
+
+
 def _require_experts(config: ModelConfig, name: str, instead: str) -> None:
     if not config.moe_num_experts:
         raise ConfigError(
@@ -143,13 +150,14 @@ def _wint4(config: ModelConfig, options: Options) -> Scheme:
     codec = PackQuantized(full_range(4, _group_of(config, options, "wint4")))
     said = settings.compressed(config, [settings.group(codec.spec, ["Linear"], "pack-quantized")], "pack-quantized")
     method = f"4-bit codes, a bf16 scale for {codec.spec.group} inputs"
-    return Scheme("wint4", "pt", lambda logical, place: codec, said, method, _BOTH)
+    return Scheme("wint4", "pt", lambda logical, place: codec, said, method, _readers(config))
 
 
 def _wint8(config: ModelConfig, options: Options) -> Scheme:
     codec = PackQuantized(full_range(8))
     said = settings.compressed(config, [settings.group(codec.spec, ["Linear"], "pack-quantized")], "pack-quantized")
-    return Scheme("wint8", "pt", lambda logical, place: codec, said, "8-bit codes, a bf16 scale for a channel", _BOTH)
+    method = "8-bit codes, a bf16 scale for a channel"
+    return Scheme("wint8", "pt", lambda logical, place: codec, said, method, _readers(config))
 
 
 def _wint4_8(config: ModelConfig, options: Options) -> Scheme:
@@ -165,7 +173,8 @@ def _wint4_8(config: ModelConfig, options: Options) -> Scheme:
     def codec_of(logical: Logical, place: Place) -> Codec:
         return few if place.role in EXPERTS else many
 
-    return Scheme("wint4/8", "pt", codec_of, settings.compressed(config, groups, "pack-quantized"), method, _BOTH)
+    said = settings.compressed(config, groups, "pack-quantized")
+    return Scheme("wint4/8", "pt", codec_of, said, method, _readers(config))
 
 
 def _w8a8(config: ModelConfig, options: Options) -> Scheme:
@@ -174,14 +183,14 @@ def _w8a8(config: ModelConfig, options: Options) -> Scheme:
     groups = [settings.group(codec.spec, ["Linear"], "int-quantized", inputs)]
     said = settings.compressed(config, groups, "int-quantized")
     method = "8-bit codes, a bf16 scale for a channel; the engine quantises activations by token"
-    readers = _VLLM if config.moe_num_experts else _BOTH  # transformers has no fused experts in this form
+    readers = _VLLM if config.moe_num_experts else _readers(config)  # transformers has no fused experts in this form
     return Scheme("w8a8", "pt", lambda logical, place: codec, said, method, readers)
 
 
 def _fp8(config: ModelConfig, options: Options) -> Scheme:
     codec = Unpacked(FP8_BLOCK, scale_name="weight_scale_inv")
     method = "E4M3 codes, an fp32 scale for 128 x 128; the engine quantises activations by token and 128 inputs"
-    readers = f"{_BOTH}, {_FASTDEPLOY}"
+    readers = f"{_readers(config)}, {_FASTDEPLOY}"
     return Scheme("fp8", "pt", lambda logical, place: codec, settings.block_fp8(config), method, readers)
 
 
@@ -214,7 +223,7 @@ def _fd_wint4_8(config: ModelConfig, options: Options) -> Scheme:
 def _fd_w4a8(config: ModelConfig, options: Options) -> Scheme:
     _refuse_vision(config, "w4a8")
     _refuse_group(options, "w4a8")
-    _require_experts(config, "w4a8", "w8a8")
+    _require_experts(config, "w4a8", "w8a8 with format: pt")
 
     def codec_of(logical: Logical, place: Place) -> Codec:
         if place.role not in EXPERTS:
@@ -269,9 +278,10 @@ def _wint2_first_layers(config: ModelConfig, options: Options) -> int:
 
 def _refuse_vision(config: ModelConfig, name: str) -> None:
     if config.vision is not None:
+        for_vllm = "format: pt" if (name, "pt") in SCHEMES else "quantization: wint4 with format: pt"
         raise ConfigError(
             f"quantization: {name}: FastDeploy knows no names of quantised vision-language weights in this form: use "
-            "format: pt for vLLM, or export in 16 bits and let FastDeploy quantise on loading (--quantization)"
+            f"{for_vllm} for vLLM, or export in 16 bits and let FastDeploy quantise on loading (--quantization)"
         )
 
 

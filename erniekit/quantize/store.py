@@ -76,7 +76,9 @@ class LayerStore:
         directory = self._layer(report.number)
         try:
             with atomic.new_file(directory / _HIDDEN) as temporary, open(temporary, "wb") as file:
-                np.save(file, hidden_TD)
+                # np.save, which writes around Python, raises an error without a number where the disk is full.
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(hidden_TD))
+                file.write(np.ascontiguousarray(hidden_TD).data)
             atomic.write_json(directory / _REPORT, asdict(report))
         except OSError as error:
             raise write_error(error, directory, hidden_TD.nbytes) from error

@@ -10,9 +10,11 @@ import pytest
 from support.quantised import quantised_model, saved_model
 
 from erniekit.checkpoint.dtypes import STORAGE
+from erniekit.checkpoint.fingerprint import fingerprint
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
+from erniekit.export.convert import convert
 from erniekit.utils.errors import CheckpointError
 
 UP = "model.layers.0.mlp.up_proj"
@@ -141,3 +143,11 @@ def test_a_truncated_file(sources: Path, tmp_path: Path, size: float):
     (tmp_path / "config.json").write_text((sources / "wint4" / "config.json").read_text())
     with pytest.raises(CheckpointError, match=r"truncated|too short"):
         ModelReader(tmp_path)
+
+
+def test_a_fingerprint_is_that_of_what_the_codes_stand_for(sources: Path, tmp_path: Path) -> None:
+    """So training begins from every form, and an adapter is refused by weights in another one."""
+    forms = {name: fingerprint(sources / name) for name in ("model", "wint4", "w8a8", "fp8", "wint8-paddle")}
+    assert len(set(forms.values())) == len(forms)
+    convert(sources / "w8a8", tmp_path / "wide", "paddle", dtype="float32")
+    assert fingerprint(tmp_path / "wide") == forms["w8a8"]

@@ -109,3 +109,27 @@ def test_the_same_model_routes_alike_and_another_bias_does_not():
         (first.choices["1"][0] < 2).mean()
     )
     assert agreement(RouterWatch(), RouterWatch()) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"quantization": "wint2"}, "no engine reads such a file in the layout format: pt"),
+        ({"quantization_group_size": 48}, "do not divide into groups of 48"),
+        ({"quantization_calibration_path": "missing.jsonl"}, "quantization_calibration_path: there is no file"),
+        ({"quantization": "fp8", "format": "paddle"}, "which only calibration or training for the scheme measures"),
+        ({"checkpoint": "quantised"}, "quantised already"),
+        ({"output_dir": "taken"}, "holds another model"),
+    ],
+)
+def test_what_stops_an_export_is_found_before_the_evaluation(model, tmp_path, monkeypatch, wrong, said):
+    if "checkpoint" in wrong or "output_dir" in wrong:
+        export_and_report(cfg_for(model, tmp_path, quantization="wint8"))
+    if "checkpoint" in wrong:
+        wrong = {"checkpoint": str(tmp_path / "export"), "output_dir": str(tmp_path / "out")}
+    elif "output_dir" in wrong:
+        (tmp_path / "export" / ".erniekit_source.json").unlink()
+        wrong = {}
+    monkeypatch.setattr("erniekit.evaluate.quantised.measure", lambda *given: pytest.fail("it was evaluated"))
+    with pytest.raises(UserError, match=said):
+        export_and_report(cfg_for(model, tmp_path, quantization_eval=True, **wrong))

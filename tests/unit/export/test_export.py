@@ -53,6 +53,12 @@ def test_the_newest_checkpoint_of_a_run(tmp_path):
         np.testing.assert_array_equal(again[name], value)
 
 
+@pytest.mark.parametrize("quantised", [{}, {"quantization": "wint8"}])
+def test_a_checkpoint_that_is_not_there(tmp_path, quantised):
+    with pytest.raises(CheckpointError, match="checkpoint: there is no directory 'nowhere'"):
+        export(load({"output_dir": str(tmp_path), "checkpoint": "nowhere"} | quantised))
+
+
 def test_layout_dtype_and_template_can_be_chosen(tmp_path):
     trained(tmp_path / "run", "tiny-dense")
     export(load({"output_dir": str(tmp_path / "out"), "checkpoint": str(tmp_path / "run"), "format": "paddle"}))

@@ -152,6 +152,9 @@ def test_notes_say_where_an_export_is_not_what_was_trained(tmp_path: Path):
     assert any(note.startswith("apply_hadamard: no effect: `export` reads qat alone") for note in static)
     searched = notes(quantization="w8a8", quantization_clip_search=True)
     assert "quantization_clip_search: True: the codes are not those of the training (qat: w8a8)" in searched
+    calibrated = notes(quantization="w8a8", quantization_calibration_path="texts.txt")
+    said = "quantization_calibration_path: codes are calibrated, not those of the training (qat: w8a8)"
+    assert said in calibrated and not any("scales are those of the training" in note for note in calibrated)
 
 
 def test_static_ranges_come_from_training_alone(tmp_path: Path):
@@ -163,3 +166,7 @@ def test_static_ranges_come_from_training_alone(tmp_path: Path):
         ConfigError, match=r"the largest magnitude of the inputs of .*, which only calibration or training"
     ):
         export(cfg)
+    data = {"quantization_calibration_path": given["train_dataset_path"], "quantization_calibration_samples": 2}
+    data |= {"quantization_calibration_length": 64, "quantization_algorithm": "gptq", "overwrite_output_dir": True}
+    asked = export(config.load(None, given | data | {"qat": "wint4", "quantization": "wint4"}, "export"))
+    assert asked.algorithm == "gptq", "calibration that is asked for is done, whatever the model was trained for"

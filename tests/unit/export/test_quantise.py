@@ -102,6 +102,7 @@ def test_vision_and_language(tmp_path: Path, name: str):
     vision_model_directory(tmp_path / "m", weights=True, **sizes)
     report = quantised_model(tmp_path / "m", tmp_path / "q", name, group=16 if name == "wint4" else None)
     assert {error.place.role for error in report.errors} >= {"attention", "experts", "vision_experts"}
+    assert "transformers" not in report.scheme.readers  # which cannot stack experts of two widths
     before, after = weights_of(tmp_path / "m"), weights_of(tmp_path / "q")
     for key, (_, weight) in before.items():
         as_bf16 = dtypes.to_fp32(dtypes.convert(weight, "F32", "BF16"), "BF16")
@@ -111,6 +112,12 @@ def test_vision_and_language(tmp_path: Path, name: str):
             np.testing.assert_array_equal(after[key][1], weight)
     with pytest.raises(ConfigError, match="FastDeploy knows no names"):
         quantised_model(tmp_path / "m", tmp_path / "p", "wint8", "paddle")
+
+
+def test_sizes_that_no_engine_divides_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    saved_model(tmp_path / "m", "dense", num_key_value_heads=2)  # 64 outputs of k_proj
+    assert not quantised_model(tmp_path / "m", tmp_path / "q", "fp8").degrees.good
+    assert "fp8: vLLM takes no file with these sizes" in caplog.text and "has 64 outputs of" in caplog.text
 
 
 def test_converting_a_quantised_directory_writes_what_it_stands_for(models: Path, tmp_path: Path):

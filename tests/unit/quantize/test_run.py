@@ -1,5 +1,6 @@
 """The pass over a model's directory: results, resuming, experts with few tokens, pictures, memory."""
 
+import resource
 import tracemalloc
 from collections import defaultdict
 
@@ -21,10 +22,11 @@ from erniekit.precision.codes import choose_scales, decode, encode, full_range
 from erniekit.quantize import layer_pass
 from erniekit.quantize import run as module
 from erniekit.quantize.algorithm import AlgorithmOptions
-from erniekit.quantize.layer_pass import to_bf16
+from erniekit.quantize.layer_pass import LayerReport, to_bf16
 from erniekit.quantize.places import EXPERTS
 from erniekit.quantize.run import calibrate, peak_bytes
 from erniekit.quantize.schemes import Scheme
+from erniekit.quantize.store import LayerStore
 from erniekit.utils.errors import CheckpointError
 
 SPEC = full_range(4, group=16)
@@ -253,3 +255,16 @@ def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"layer 1 cannot be quantised: .*o_proj"):
         calibrate(reader.config, Damaged(), rows(), scheme(), AlgorithmOptions(), tmp_path / "work", {})
+
+
+def test_a_write_that_fails_has_its_number(tmp_path):
+    """By which a full disk is recognised. Here the system refuses files of more than 2000 bytes."""
+    store = LayerStore(tmp_path, {})
+    (tmp_path / "layer-00000").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            store.finish(LayerReport(0, [], {}, []), np.zeros((100, 100), np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

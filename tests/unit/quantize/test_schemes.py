@@ -84,7 +84,12 @@ def test_every_scheme_of_the_key_is_in_the_table():
 
 @pytest.mark.parametrize(
     ("name", "format", "cure"),
-    [("w4a8", "pt", "paddle"), ("wint2", "pt", "paddle"), ("w8a8", "paddle", "pt"), ("nf4", "pt", "no engine")],
+    [
+        ("w4a8", "pt", "paddle"),
+        ("wint2", "pt", "paddle"),
+        ("w8a8", "paddle", "pt"),
+        ("nf4", "pt", "no engine .*use one of wint4"),
+    ],
 )
 def test_a_layout_that_no_reader_of_the_scheme_knows(name: str, format: str, cure: str):
     with pytest.raises(ConfigError, match=f"quantization: {name}: .*{cure}"):
@@ -115,6 +120,13 @@ def test_codes_of_experts_need_experts(name: str):
     format = "pt" if name == "wint4/8" else "paddle"
     with pytest.raises(ConfigError, match="experts, which this model does not have"):
         scheme_for(name, format, published("0.3B"))
+
+
+@pytest.mark.parametrize("name", ["wint4", "w4a8", "wint2"])
+def test_vision_and_language_for_fastdeploy_names_what_can_be_written(name: str):
+    with pytest.raises(ConfigError, match="format: pt for vLLM") as raised:
+        scheme_for(name, "paddle", published("VL-28B-A3B"))
+    assert ("quantization: wint4 with" in str(raised.value)) == (name != "wint4")
 
 
 def test_group_size_is_chosen_or_given():
