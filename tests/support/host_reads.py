@@ -17,8 +17,9 @@ from typing import Any
 
 import paddle
 
-# Paddle's CPU kernel of the cross-entropy needs a look at its result; on a GPU nobody looks.
-ON_A_CPU_ALONE = ("losses/lm.py:_softmax_nll",)
+# Paddle's CPU kernel of the cross-entropy needs a look at its result, and nn/cpu_ops.py reads the CPU's own memory; on
+# a GPU nobody looks.
+ON_A_CPU_ALONE = ("losses/lm.py:_softmax_nll", "nn/cpu_ops.py:take_at", "nn/cpu_ops.py:add_at_")
 # Uploads of what a microbatch is: tokens, positions, and where attention finds what. Some are kept from step to step.
 INPUTS = ("models/inputs.py", "nn/attention.py", "nn/mlp.py", "nn/rotary.py")
 
