@@ -97,7 +97,8 @@ def of_a_step(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     reads = {place: count for place, count in transfers.reads.items() if place not in ON_A_CPU_ALONE}
     uploads: Counter[str] = Counter()
     for place, count in transfers.uploads.items():
-        uploads[place.partition(":")[0]] += count
+        if place not in ON_A_CPU_ALONE:
+            uploads[place.partition(":")[0]] += count
     return {"reads": reads, "uploads": {file: count for file, count in uploads.items() if file not in INPUTS}}
 
 
