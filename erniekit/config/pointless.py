@@ -70,10 +70,6 @@ def _names(group: type) -> str:
     return " ".join(option_names(group))
 
 
-# Keys about the scales of exported 4-bit codes.
-_QUANTISED = "quantization_group_size quantization_clip_search"
-
-
 def _schedule(cfg: Config) -> str:
     return cfg.lr_scheduler_type.partition(":")[0]
 
@@ -229,15 +225,6 @@ _RUN_RULES = [
     Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
     Rule("checkpoint", always, "read only by eval, export, split and chat"),
     Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
-    Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
-    Rule("quantization_group_size", always, "read only by export", ("split",)),
-    Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
-    Rule(
-        _QUANTISED,
-        lambda cfg, _: cfg.quantization not in ("wint4", "wint4/8", "w4a8", "wint2"),
-        "quantization: {quantization} has no 4-bit codes",
-        ("export",),
-    ),
     Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
