@@ -8,15 +8,16 @@ _CALIBRATION = (
     "quantization_calibrate_all_experts quantization_damping quantization_act_order quantization_smoothing"
 )
 
-_SCALES = "quantization_group_size quantization_clip_search"  # of exported 4-bit codes
+# Keys about the scales of exported 4-bit codes.
+_QUANTISED = "quantization_group_size quantization_clip_search"
 
 QUANTIZATION_RULES = [
     Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
     Rule("quantization_group_size", always, "read only by export", ("split",)),
-    Rule(_SCALES, lambda c, f: c.quantization == "none", "quantization: none exports 16 bits", ("export",)),
+    Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
     Rule(
-        _SCALES,
-        lambda c, f: c.quantization not in ("wint4", "wint4/8", "w4a8", "wint2"),
+        _QUANTISED,
+        lambda cfg, _: cfg.quantization not in ("wint4", "wint4/8", "w4a8", "wint2"),
         "quantization: {quantization} has no 4-bit codes",
         ("export",),
     ),

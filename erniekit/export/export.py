@@ -34,7 +34,7 @@ from erniekit.quantize.calibrated import calibrated, needs_calibration
 from erniekit.quantize.calibration import find_data
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest
 from erniekit.quantize.schemes import Options, Scheme
-from erniekit.quantize.trained import AsTrained
+from erniekit.quantize.trained import AsTrained, say_if_qat_differs
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 
@@ -89,6 +89,7 @@ def quantisation_of(cfg: Config, checkpoint: Path, adapter: Path | None) -> Quan
         return None
 
     def quantiser(source: EditedModel, scheme: Scheme) -> Quantiser:
+        say_if_qat_differs(adapter or checkpoint, cfg.qat)
         if needs_calibration(cfg):
             return calibrated(cfg, checkpoint, adapter, source.config, source, scheme)
         if cfg.qat != "none":

@@ -183,6 +183,10 @@ class _Job:
         self.digests.append(digest(stands_for))
 
     def _write_plain(self, logical: Logical, weight: np.ndarray, writer: Writer) -> None:
+        if not np.isfinite(weight).all():
+            raise CheckpointError(
+                f"{self.source.reader.path}: {logical.param}: a weight is not finite. Export another checkpoint."
+            )
         try:
             stored = dtypes.convert(weight, "F32", _plain_dtype(logical))
         except CheckpointError as error:

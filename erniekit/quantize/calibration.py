@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.checkpoint.model_dir import TOKENIZER_FILES
 from erniekit.checkpoint.processor import settings_of
 from erniekit.config import Config
 from erniekit.data.chat.template import load_template
@@ -69,6 +70,8 @@ def read_calibration(
     own = cfg.tokenizer_name_or_path
     tokenizer = load_tokenizer(model_dir if own is None else resolve_tokenizer(own, cfg.download_hub))
     check_fits(tokenizer, config.vocab_size, str(model_dir))
+    if own is not None:
+        _say_if_another(tokenizer, model_dir)
     if path.is_file() and is_prose(path):
         found = _prose(path, source, tokenizer)
     else:
@@ -85,6 +88,17 @@ def read_calibration(
             f"quantization_calibration_samples asks for {source.samples}: all {found.num_tokens:,} tokens are used"
         )
     return found
+
+
+def _say_if_another(tokenizer: Tokenizer, model_dir: Path) -> None:
+    """Log a warning if the model's directory has another tokenizer: its ids would be other words to the model."""
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        return
+    if load_tokenizer(model_dir).fingerprint != tokenizer.fingerprint:
+        log.warning(
+            f"tokenizer_name_or_path: the tokenizer in {tokenizer.directory} is another one than that of {model_dir}: "
+            "calibration with texts that the model reads otherwise makes it worse. Remove the key"
+        )
 
 
 def _records(

@@ -96,6 +96,12 @@ def calibrate(
         f"quantising with {options.algorithm}: {count} layers, {tokens:,} calibration tokens, up to "
         f"{peak_bytes(config, options, tokens) / 1e9:.2f} GB of memory"
     )
+    widest = max(matrix.shape[1] for matrix in scheme.every_matrix(config))
+    if options.algorithm == "gptq" and tokens < widest:
+        log.warning(
+            f"quantization_calibration_path: {tokens:,} tokens for matrices of up to {widest:,} inputs: there are "
+            "fewer equations than unknowns, so that gptq compensates errors on these texts alone. Name more data"
+        )
     hidden_TD = np.empty((0, 0), np.float32)
     if begin < count:
         hidden_TD = store.hidden(begin - 1) if begin else embedded(config, source, batches)

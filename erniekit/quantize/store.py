@@ -107,8 +107,11 @@ class LayerStore:
         return Writer(self._layer(number), plan, _SHARD)
 
     def reader(self, number: int) -> Reader:
-        """A reader of the tensors of a finished layer."""
-        return Reader(self._layer(number))
+        """A reader of the tensors of a finished layer. CheckpointError where its file is damaged."""
+        try:
+            return Reader(self._layer(number))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Remove {self.directory} to begin the quantisation again.") from None
 
     def remove(self) -> None:
         """Remove everything."""

@@ -6,11 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from erniekit.checkpoint.product_state import DIRECTORY
 from erniekit.checkpoint.stored_state import StoredState
 from erniekit.quantize.quantiser import RoundToNearest
 from erniekit.quantize.schemes import Matrix
+from erniekit.utils import log
+from erniekit.utils.errors import ConfigError, UserError
+from erniekit.utils.user_files import read_text
 
 _ENDING = ".product.range"
 
@@ -31,6 +35,20 @@ class AsTrained(RoundToNearest):
             return None
         own = float(found[matrix.logical.index or 0])
         return own or float(found.max()) or None
+
+
+def say_if_qat_differs(directory: Path, qat: str) -> None:
+    """Log a warning if config.yaml beside the weights or the adapter says that they were trained with another `qat`."""
+    try:
+        settings = yaml.safe_load(read_text(directory / "config.yaml", ConfigError))
+    except (OSError, UserError, yaml.YAMLError):
+        return  # the file is only a hint
+    trained = settings.get("qat") if isinstance(settings, dict) else None
+    if isinstance(trained, str) and trained != qat:
+        log.warning(
+            f"{directory / 'config.yaml'}: trained with qat: {trained}, and exported with qat: {qat}: codes and scales "
+            f"are not those of the training. Set qat: {trained}"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.export.export import export
 from erniekit.models.products import products
 from erniekit.parallel.mesh import Mesh
+from erniekit.quantize.trained import say_if_qat_differs
 from erniekit.training.build import build_run
 from erniekit.training.trainer import Trainer
 from erniekit.utils.errors import ConfigError
@@ -170,3 +171,12 @@ def test_static_ranges_come_from_training_alone(tmp_path: Path):
     data |= {"quantization_calibration_length": 64, "quantization_algorithm": "gptq", "overwrite_output_dir": True}
     asked = export(config.load(None, given | data | {"qat": "wint4", "quantization": "wint4"}, "export"))
     assert asked.algorithm == "gptq", "calibration that is asked for is done, whatever the model was trained for"
+
+
+@pytest.mark.parametrize(("trained", "exported"), [("w8a8", "none"), ("none", "wint4"), ("w8a8", "w8a8")])
+def test_a_model_that_was_trained_otherwise_is_a_warning(tmp_path: Path, caplog, trained: str, exported: str):
+    (tmp_path / "config.yaml").write_text(f"qat: {trained}\n")
+    say_if_qat_differs(tmp_path, exported)
+    assert (f"trained with qat: {trained}, and exported with qat: {exported}" in caplog.text) == (trained != exported)
+    assert ("Set qat" in caplog.text) == (trained != exported)
+    say_if_qat_differs(tmp_path / "without", "w8a8")

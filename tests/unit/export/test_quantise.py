@@ -139,15 +139,17 @@ def test_a_file_that_keeps_ranges_of_inputs_needs_them(models: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, bad: float):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.embed_tokens"])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, bad: float):
+    """Whether they are quantised or not."""
     saved_model(tmp_path / "m", "dense", dtype="float32")
     reader = Reader(tmp_path / "m")
-    tensors = {name: reader.read(name) for name in reader.keys()}  # noqa: SIM118
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = bad
-    with Writer(tmp_path / "m", [(name, *reader.info(name)) for name in tensors]) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj: a weight is not finite"):
+    tensors = {each: reader.read(each) for each in reader.keys()}  # noqa: SIM118
+    tensors[f"{name}.weight"][3, 3] = bad
+    with Writer(tmp_path / "m", [(each, *reader.info(each)) for each in tensors]) as writer:
+        for each, tensor in tensors.items():
+            writer.write(each, tensor)
+    with pytest.raises(CheckpointError, match=rf"{name}.*: a weight is not finite"):
         quantised_model(tmp_path / "m", tmp_path / "q", "wint4")
     assert not (tmp_path / "q").exists()
 

@@ -1,6 +1,7 @@
 """Calibration data: what it becomes, and what is wrong with it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,22 @@ def test_another_tokenizer(directory, tmp_path):
     (tmp_path / "a.txt").write_text(SENTENCE)
     with pytest.raises(CheckpointError, match="Use the tokenizer that belongs to this model"):
         read(small, tmp_path / "a.txt")
+
+
+def test_a_tokenizer_that_is_not_the_models(directory, tmp_path, said):
+    plain = tmp_path / "a.txt"
+    plain.write_text("\n".join([SENTENCE] * 50))
+    other = shutil.copytree(directory, tmp_path / "other")
+    read(directory, plain, tokenizer_name_or_path=str(other))
+    assert not said
+    file = other / "tokenizer.json"
+    values = json.loads(file.read_text())
+    first, second = list(values["model"]["vocab"])[-2:]
+    vocabulary = values["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(values))
+    read(directory, plain, tokenizer_name_or_path=str(other))
+    assert len(said) == 1 and "is another one than that of" in said[0]
 
 
 def test_records_with_pictures(tmp_path):

@@ -268,3 +268,19 @@ def test_a_write_that_fails_has_its_number(tmp_path):
             store.finish(LayerReport(0, [], {}, []), np.zeros((100, 100), np.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_finished_layer_that_is_damaged(directory, tmp_path):
+    result = quantised(directory, tmp_path / "work")
+    file = tmp_path / "work" / "layer-00000" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"Remove .*work to begin the quantisation again"):
+        all_codes(directory, result)
+
+
+def test_too_few_tokens_for_gptq_are_a_warning(directory, tmp_path, caplog):
+    quantised(directory, tmp_path / "few", batches=rows(1, 20))
+    assert "20 tokens for matrices of up to" in caplog.text
+    caplog.clear()
+    quantised(directory, tmp_path / "rounded", batches=rows(1, 20), algorithm="rtn")
+    assert "tokens for matrices" not in caplog.text
