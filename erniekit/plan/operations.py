@@ -178,8 +178,10 @@ def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
     if (
         device.in_place and max(device.documents) >= SHORTEST
     ):  # block by block: nothing is scaled, results are one tensor
-        forward, in_products = 3 * wide + 2 * narrow + kept, 2 * narrow + values
-        return Operation("attention", wide + kept, forward, max(in_products, 2 * narrow + 4 * wide) + beside)
+        forward, in_products = 3 * wide + 2 * narrow + kept, 3 * narrow + values
+        # the weights are gone when the gradients are put into the order of the tokens and rotated back
+        in_rotation = 2 * narrow + 4 * wide - kept
+        return Operation("attention", wide + kept, forward, max(in_products, in_rotation) + beside)
     # rotated, fetched in the order of documents, scaled; blocks of results
     forward = 2 * wide + (wide + 2 * narrow) + kept + last + (0 if scores == kept else before) - last * (kept > 0)
     done = 1 - last / max(scores, 1)
