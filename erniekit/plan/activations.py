@@ -47,6 +47,7 @@ def device_of(job: Job) -> Device:
         tensor_ranks=ranks,
         expert_ranks=job.degrees.expert,
         master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
+        pairs=job.has_pairs,
     )
 
 

@@ -170,12 +170,17 @@ class Job:
         return self.cfg.fine_tuning == "LoRA"
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether a document is a prompt with a preferred and another answer."""
+        return self.cfg.method.options is PreferenceArgs
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference model or a teacher, which costs a forward pass more."""
         cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
         if self.is_distilled:
             return True
-        return cfg.method.options is PreferenceArgs and not cfg.reference_free and loss not in REFERENCE_FREE
+        return self.has_pairs and not cfg.reference_free and loss not in REFERENCE_FREE
 
     @property
     def is_distilled(self) -> bool:
