@@ -173,7 +173,7 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
     from erniekit.plan.report import Report
     from erniekit.plan.search import search
     from erniekit.plan.timing import plan_time
-    from erniekit.training.outline import outline_stage
+    from erniekit.training.outline import outline_layers, outline_stage
 
     capacity = wishes.memory or _capacity(job, card)
     memory = plan_memory(job, capacity, outline_stage)
@@ -191,7 +191,11 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         found=None
         if not wishes.search
         else search(
-            job, card, lambda each, stages: plan_memory(each, capacity, outline_stage, stages), capacity=capacity
+            job,
+            card,
+            lambda each, stages: plan_memory(each, capacity, outline_stage, stages),
+            capacity=capacity,
+            outline=outline_layers,
         ),
     )
 
