@@ -13,8 +13,8 @@ from typing import Any
 
 from erniekit.config.values import Scalar, plain, to_bool, to_float
 
-RUN = ("train", "eval", "chat")
-EVERY = ("train", "eval", "chat", "export", "split")
+RUN = ("train", "eval", "chat", "server")
+EVERY = ("train", "eval", "chat", "server", "export", "split")
 DATA = ("train", "eval")
 WRITE = ("export", "split")
 

@@ -18,7 +18,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
-from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -39,6 +39,7 @@ class Config(
     ShapeArgs,
     GenerateArgs,
     ChatArgs,
+    ServerArgs,
     EvalArgs,
     ExportArgs,
 ):
