@@ -34,17 +34,32 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Answering:
-    """One answer that is being generated, as the event loop sees it. Times are those of time.monotonic.
-
-    came: when it was submitted; read: when its first token came, 0 before. reused: see num_reused.
+    """One answer that is being generated, as the event loop sees it; `index` is its number in its job. `read` is the
+    time (time.monotonic) of its first token, 0 before.
     """
 
     request: Request
-    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
-    came: float = field(default_factory=time.monotonic)
+    index: int
+    job: "Job"
     read: float = 0.0
     is_ended: bool = False
     generation: Generation | None = None
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens of the prompt that did not have to be computed."""
+        return 0 if self.generation is None else self.generation.num_reused
+
+
+@dataclass(eq=False)
+class Job:
+    """The answers to one request of a client. `events` are theirs: (index of the answer, event). came: the time
+    (time.monotonic) at which it was submitted.
+    """
+
+    answers: list[Answering] = field(default_factory=list)
+    events: "asyncio.Queue[tuple[int, Event]]" = field(default_factory=asyncio.Queue)
+    came: float = field(default_factory=time.monotonic)
 
 
 class EngineThread:
@@ -106,13 +121,14 @@ class EngineThread:
         """Give places back that were not used."""
         self.num_reserved -= count
 
-    def submit(self, requests: Sequence[Request]) -> list[Answering]:
+    def submit(self, requests: Sequence[Request]) -> Job:
         """Begin to answer requests for which places were reserved."""
         self.num_reserved -= len(requests)
-        answers = [Answering(request) for request in requests]
-        self._open += len(answers)
-        self._call(lambda: self._add(answers))
-        return answers
+        job = Job()
+        job.answers = [Answering(request, index, job) for index, request in enumerate(requests)]
+        self._open += len(requests)
+        self._call(lambda: self._add(job.answers))
+        return job
 
     def cancel(self, answers: Sequence[Answering]) -> None:
         """End answers that nobody reads any more, within one step."""
@@ -202,4 +218,4 @@ class EngineThread:
             if event.stop and not answer.is_ended:
                 answer.is_ended = True
                 self._open -= 1
-            answer.events.put_nowait(event)
+            answer.job.events.put_nowait((answer.index, event))
