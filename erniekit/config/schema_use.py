@@ -65,9 +65,7 @@ class ServerArgs:
         None, "The largest number of tokens of a prompt and its answer together; not given: the model's context.", ge=2
     )
     max_num_seqs: int = key(16, "The number of answers that `server` generates at a time.", ge=1)
-    max_num_batched_tokens: int = key(
-        16384, "The number of tokens of prompts that go through the model at once.", ge=1
-    )
+    max_num_batched_tokens: int = key(16384, "The number of tokens of prompts that go through the model at once.", ge=1)
     max_waiting_requests: int = key(
         64, "The number of answers that may wait for one to end; a request beyond it is refused (429).", ge=1
     )

@@ -42,7 +42,11 @@ def serve(cfg: Config) -> None:
         _say(served, listening)
         server = uvicorn.Server(
             uvicorn.Config(
-                make_app(served), log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False
+                make_app(served),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=3,
+                server_header=False,
             )
         )
         server.run(sockets=[listening])
@@ -72,7 +76,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host.strip("[]"), port))
         listening.listen(2048)
     except OSError as error:
-        raise ConfigError(f"host: {host}, port: {port}: cannot listen there: {error.strerror}. Choose another.") from None
+        raise ConfigError(
+            f"host: {host}, port: {port}: cannot listen there: {error.strerror}. Choose another."
+        ) from None
     return listening
 
 

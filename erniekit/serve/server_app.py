@@ -16,9 +16,12 @@ from starlette.routing import Route
 
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_chat import chat
+from erniekit.serve.server_completions import complete
 from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.serve.server_openapi import document
 from erniekit.serve.server_run import ClientLeft
 from erniekit.serve.server_state import Served
+from erniekit.serve.server_tokens import detokenize, tokenize
 from erniekit.utils import log
 from erniekit.utils.version import __version__
 
@@ -29,12 +32,16 @@ def make_app(served: Served) -> Starlette:
     """The application; its engine thread starts and ends with it."""
     routes = [
         _route("/v1/chat/completions", chat, served, "POST"),
+        _route("/v1/completions", complete, served, "POST"),
+        _route("/tokenize", tokenize, served, "POST"),
+        _route("/detokenize", detokenize, served, "POST"),
         _route("/v1/models", _models, served),
         _route("/v1/models/{name:path}", _model, served),
         _route("/health", _health, served),
         _route("/ping", _health, served),
         _route("/version", _version, served),
         _route("/metrics", _metrics, served),
+        _route("/openapi.json", _openapi, served),
     ]
     gate = Middleware(Gate, host=served.cfg.host, allowed_hosts=served.cfg.allowed_hosts, keys=served.keys)
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error, ClientLeft: _nobody, Exception: _defect}
@@ -93,6 +100,10 @@ async def _version(request: HttpRequest, served: Served) -> Response:
 
 async def _metrics(request: HttpRequest, served: Served) -> Response:
     return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _openapi(request: HttpRequest, served: Served) -> Response:
+    return json_response(document())
 
 
 async def _api_error(request: HttpRequest, error: Exception) -> Response:

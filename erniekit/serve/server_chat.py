@@ -1,5 +1,6 @@
 """`/v1/chat/completions`."""
 
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
+from erniekit.utils.version import __version__
 
 TAIL = 16  # last tokens of a prompt, among which it may open a thought
 
@@ -35,6 +37,7 @@ class _Chat:
     values: dict[str, Any]
     served: Served
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str) -> dict[str, Any]:
         return {
@@ -44,11 +47,6 @@ class _Chat:
             "model": self.served.name,
             "system_fingerprint": fingerprint(self.served),
         }
-
-    def __post_init__(self) -> None:
-        import time
-
-        self.created = int(time.time())
 
     def num_scores(self) -> int | None:
         """How many likeliest tokens are sent beside each; None: no log-probabilities are."""
@@ -95,20 +93,25 @@ def stream_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(served: Served) -> str:
     """A word that changes with the program and the model."""
-    from erniekit.utils.version import __version__
-
     return f"erniekit-{__version__}"
 
 
 def thinking_of(values: dict[str, Any], served: Served) -> bool | None:
     """Whether the model is to think; None: as the template does by itself. Raises ApiError for what it cannot do."""
-    kwargs = fields.read_fields(values.get("chat_template_kwargs", {}), fields.TEMPLATE_OPTIONS, "chat_template_kwargs.")
-    given = {name: source["enable_thinking"] for name, source in (("enable_thinking", values), ("kwargs", kwargs))
-             if "enable_thinking" in source}
+    kwargs = fields.read_fields(
+        values.get("chat_template_kwargs", {}), fields.TEMPLATE_OPTIONS, "chat_template_kwargs."
+    )
+    given = {
+        name: source["enable_thinking"]
+        for name, source in (("enable_thinking", values), ("kwargs", kwargs))
+        if "enable_thinking" in source
+    }
     mode = kwargs.get("options", {}).get("thinking_mode")
     if mode is not None:
         if mode not in ("open", "close"):
-            raise ApiError(400, "chat_template_kwargs.options.thinking_mode: expected open or close.", "chat_template_kwargs")
+            raise ApiError(
+                400, "chat_template_kwargs.options.thinking_mode: expected open or close.", "chat_template_kwargs"
+            )
         given["thinking_mode"] = mode == "open"
     if values.get("reasoning_effort") == "none":
         given["reasoning_effort"] = False
@@ -162,8 +165,10 @@ async def _whole(talk: _Chat, wanted: Plan, run: Run) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [{"thought": "", "text": "", "call": []} for _ in run.readers]
     async for step in run.steps():
         for piece in step.pieces:
-            parts[step.index][piece.kind] += piece.text if piece.call is None else [piece]
-    choices = [_choice(talk, index, reader, said) for index, (reader, said) in enumerate(zip(run.readers, parts, strict=True))]
+            parts[step.choice][piece.kind] += piece.text if piece.call is None else [piece]
+    choices = [
+        _choice(talk, index, reader, said) for index, (reader, said) in enumerate(zip(run.readers, parts, strict=True))
+    ]
     return {**talk.head("chat.completion"), "choices": choices, "usage": _usage(wanted, run)}
 
 
@@ -197,7 +202,9 @@ async def _stream(
     num_begun, num_scored = 0, [0] * len(run.readers)
     writers = [_Deltas(talk.values.get("parallel_tool_calls") is not False) for _ in run.readers]
 
-    def chunk(index: int, delta: dict[str, Any], reader: AnswerReader | None = None, ends: bool = False) -> dict[str, Any]:
+    def chunk(
+        index: int, delta: dict[str, Any], reader: AnswerReader | None = None, ends: bool = False
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         if reader is not None and talk.values.get("logprobs"):
             choice["logprobs"] = _logprobs(talk, reader.tokens[num_scored[index] :])
@@ -212,19 +219,19 @@ async def _stream(
         return piece
 
     async for step in run.steps():
-        if step.index < 0:
+        if step.choice < 0:
             yield None
             continue
-        while num_begun <= step.index:
+        while num_begun <= step.choice:
             yield chunk(num_begun, {"role": "assistant", "content": ""})
             num_begun += 1
-        reader = run.readers[step.index]
+        reader = run.readers[step.choice]
         for piece in step.pieces:
-            delta = writers[step.index].delta(piece)
+            delta = writers[step.choice].delta(piece)
             if delta:
-                yield chunk(step.index, delta, reader)
-        if reader.finish_reason is not None:
-            yield chunk(step.index, {}, reader, ends=True)
+                yield chunk(step.choice, delta, reader)
+        if reader.is_over:
+            yield chunk(step.choice, {}, reader, ends=True)
     if usage.get("include_usage"):
         yield {**head, "choices": [], "usage": _usage(wanted, run)}
 

@@ -45,7 +45,9 @@ class Field:
             return schema
         if self.why:
             return schema | {"enum": [None, *self.neutral]}
-        schema["type"] = names[0] if self.required and len(names) == 1 else [*names, *([] if self.required else ["null"])]
+        schema["type"] = (
+            names[0] if self.required and len(names) == 1 else [*names, *([] if self.required else ["null"])]
+        )
         bounds = {"minimum": self.ge, "maximum": self.le, "exclusiveMinimum": self.gt}
         schema |= {name: bound for name, bound in bounds.items() if bound is not None}
         if self.choices:
@@ -122,9 +124,7 @@ CHAT: dict[str, Field] = {
         "none: the model does not think; other words leave that to the template.",
         choices=("none", "minimal", "low", "medium", "high", "xhigh"),
     ),
-    "response_format": _refused(
-        "The form of the answer.", "answers cannot be constrained to JSON", {"type": "text"}
-    ),
+    "response_format": _refused("The form of the answer.", "answers cannot be constrained to JSON", {"type": "text"}),
     "modalities": _refused("Kinds of answers.", "answers are text", ["text"]),
     "add_generation_prompt": _refused("Whether the model answers.", "it always does", True),
     "continue_final_message": _refused("Continues a message.", "use /v1/completions with a prompt", False),

@@ -15,6 +15,7 @@ from erniekit.data.vision.media import MediaReader
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
 from erniekit.utils import log
+from erniekit.utils.errors import DataError
 
 MAX_MESSAGES = 10_000
 MAX_IMAGE_PIXELS = 50_000_000
@@ -83,7 +84,7 @@ class Messages:
         result: dict[str, Any] = {}
         thought = next((message[field] for field in _THOUGHTS if message.get(field)), None)
         if thought is not None:
-            if self._template.shows("reasoning_content"):
+            if self._shows_thoughts():
                 result["reasoning_content"] = _text(thought, f"{name}.reasoning_content")
             else:
                 log.once(f"thoughts in earlier messages: no effect: chat template {self._template.name} shows none")
@@ -93,6 +94,15 @@ class Messages:
                 raise _wrong(f"{name}.tool_calls", f"expected a list, got {type_name(calls)}")
             result["tool_calls"] = [self._call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
         return result
+
+    def _shows_thoughts(self) -> bool:
+        """Whether the template shows earlier thoughts; one that has no place for them refuses them."""
+        answer = {"role": "assistant", "content": "a", "reasoning_content": "t"}
+        try:
+            self._template.render([{"role": "user", "content": "q"}, answer])
+        except DataError:
+            return False
+        return self._template.shows("reasoning_content")
 
     def _call(self, call: Any, name: str) -> dict[str, Any]:
         """One call. Its arguments stay the text that the model wrote, where the template takes text."""

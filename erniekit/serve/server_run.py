@@ -42,9 +42,9 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """What one event of answer `index` has brought; `index` is -1 where nothing came for KEEP_ALIVE seconds."""
+    """What one event of the answer `choice` has brought; `choice` is -1 where nothing came for KEEP_ALIVE seconds."""
 
-    index: int
+    choice: int
     pieces: list[Piece]
 
 
@@ -109,9 +109,7 @@ def _limits(values: dict[str, Any], served: Served, room: int) -> Limits:
     most = min(asked, room)
     least = values.get("min_tokens", min(served.limits.min_new_tokens, most))
     if least > most:
-        raise ApiError(
-            400, f"min_tokens: {least} is more than max_tokens, {most}.", "min_tokens", "invalid_value"
-        )
+        raise ApiError(400, f"min_tokens: {least} is more than max_tokens, {most}.", "min_tokens", "invalid_value")
     vocab_size = served.chat_model.model.config.vocab_size
     stops = set(id_list(values.get("stop_token_ids", []), "stop_token_ids", vocab_size))
     if not values.get("ignore_eos"):
@@ -155,13 +153,13 @@ class Run:
                     yield Step(index, [])
                     continue
                 reader = self.readers[index]
-                if reader.finish_reason is not None:
+                if reader.is_over:
                     continue  # the engine was a step further
                 if event.stop in ("error", "cancelled"):
                     raise ApiError(500, event.error or "the server is closing.", code="engine_failed", repeats=False)
                 pieces = reader.push(event)
                 self._measure_token(index)
-                if reader.finish_reason is not None:
+                if reader.is_over:
                     open_answers -= 1
                     self.served.thread.cancel([self.job.answers[index]])
                     self._measure_end(index)

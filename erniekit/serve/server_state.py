@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-
 from erniekit.config import Config
 from erniekit.data.records.errors import BadRecord
 from erniekit.generation.load import ChatModel
@@ -54,7 +53,9 @@ class Served:
             )
 
     def reserve(self, count: int) -> None:
-        """Take places in the queue. Raises ApiError with the status 429 where it is full."""
+        """Take places in the queue. Raises ApiError with the status 429 where it is full, 503 without an engine."""
+        if not self.thread.is_alive:
+            raise ApiError(503, "the engine has ended; start the server again.", code="engine_failed")
         try:
             self.thread.reserve(count)
         except QueueFull as error:
@@ -91,7 +92,9 @@ class Served:
         text = self.chat_model.tokenizer.decode([number])
         return text, None if "\ufffd" in text else list(text.encode())
 
-    def usage(self, num_prompt: int, num_answer: int, num_cached: int, num_thought: int | None = None) -> dict[str, Any]:
+    def usage(
+        self, num_prompt: int, num_answer: int, num_cached: int, num_thought: int | None = None
+    ) -> dict[str, Any]:
         """The numbers of tokens of a response."""
         usage: dict[str, Any] = {
             "prompt_tokens": num_prompt,

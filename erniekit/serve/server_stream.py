@@ -45,7 +45,7 @@ class EventStream(Response):
         async def write(kind: str, **values: Any) -> None:
             await asyncio.wait_for(send({"type": kind, **values}), WRITE_SECONDS)
 
-        first = None
+        first: dict[str, Any] | None = None
         try:
             while first is None:  # a request that waits in the queue may still be refused
                 first = await anext(self._pieces, {})

@@ -105,6 +105,11 @@ class AnswerReader:
         self._calls = CallSplitter()
 
     @property
+    def is_over(self) -> bool:
+        """Whether the answer has ended."""
+        return self.finish_reason is not None
+
+    @property
     def num_unreadable(self) -> int:
         """Calls that could not be read."""
         return self._calls.num_unreadable
