@@ -157,25 +157,28 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._calls or self._is_closing) and self.engine.is_idle:
+                while not (self._calls or self._is_closing) and (self.failure or self.engine.is_idle):
                     self._wake.wait()
                 calls, self._calls = self._calls, deque()
-            if self._is_closing:
-                return self._end_all(Event(stop="cancelled"))
             try:
                 for call in calls:
                     call()
-                self._send(self.engine.step())
-            except Exception as error:
+                if self._is_closing:
+                    return self._end_all(Event(stop="cancelled"))
+                if not self.failure:
+                    self._send(self.engine.step())
+            except Exception as error:  # the thread lives on, to tell later requests
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(f"the engine has failed, and the server answers no more: {self.failure}")
                 if not isinstance(error, UserError):
                     log.warning("".join(traceback.format_exception(error)))
-                return self._end_all(Event(stop="error", error=self.failure))
+                self._end_all(Event(stop="error", error=self.failure))
 
     def _add(self, answers: Sequence[Answering]) -> None:
         for answer in answers:
             try:
+                if self.failure:
+                    raise UserError(self.failure)
                 answer.generation = self.engine.add(answer.request)
             except UserError as error:
                 self._post([(answer, Event(stop="error", error=str(error)))])

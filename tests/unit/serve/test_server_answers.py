@@ -207,8 +207,9 @@ def test_history_comes_back_as_it_was_written(server: Asking):
     tokens = server.good("/tokenize", {"messages": history, "tools": TOOLS})["tokens"]
     text = server.good("/detokenize", {"tokens": tokens})["prompt"]
     assert '"arguments": {"a":  1}' in text and text.index("first </think>") < text.index("second")
-    assert server.good("/tokenize", {"messages": [{"role": "developer", "content": "s"}, *QUESTION]})["tokens"] == (
-        server.good("/tokenize", {"messages": [{"role": "system", "content": "s"}, *QUESTION]})["tokens"]
+    assert (
+        server.good("/tokenize", {"messages": [{"role": "developer", "content": "s"}, *QUESTION]})["tokens"]
+        == (server.good("/tokenize", {"messages": [{"role": "system", "content": "s"}, *QUESTION]})["tokens"])
     )
 
 

@@ -142,7 +142,9 @@ def test_other_paths_methods_kinds_and_sizes(server: Asking):
     assert http.get("/openapi.json").json()["paths"][CHAT]["post"]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[::1", "2130706433", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[::1", "2130706433", ""]
+)
 def test_a_page_whose_name_points_here_is_refused(server: Asking, host: str):
     for path in ("/v1/models", "/health"):
         assert error_of(server.http.get(path, headers={"host": host}), 403)["code"] == "host_not_allowed"
