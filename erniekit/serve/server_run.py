@@ -145,22 +145,19 @@ class Run:
         """What each event brings, until all answers have ended. When the caller leaves, they are cancelled. Raises
         ApiError for answers that fail or take too long.
         """
-        open_answers = len(self.readers)
         try:
-            while open_answers:
+            while not all(reader.is_over for reader in self.readers):
                 index, event = await self._next()
                 if index < 0:
                     yield Step(index, [])
                     continue
-                reader = self.readers[index]
-                if reader.is_over:
+                if self.readers[index].is_over:
                     continue  # the engine was a step further
                 if event.stop in ("error", "cancelled"):
                     raise ApiError(500, event.error or "the server is closing.", code="engine_failed", repeats=False)
-                pieces = reader.push(event)
+                pieces = self.readers[index].push(event)
                 self._measure_token(index)
-                if reader.is_over:
-                    open_answers -= 1
+                if self.readers[index].finish_reason:
                     self.served.thread.cancel([self.job.answers[index]])
                     self._measure_end(index)
                 yield Step(index, pieces)

@@ -1,4 +1,4 @@
-"""`erniekit server` as a process on a real socket, asked by OpenAI's client; and all that its OpenAPI document allows."""
+"""`erniekit server` as a process on a real socket, asked by OpenAI's client and by its OpenAPI document."""
 
 import json
 import re
@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.tiny_directories import model_directory

@@ -15,6 +15,8 @@ from erniekit.generation.sampling import Sampling
 from erniekit.serve.server_engine import Event
 from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
 
+GREEDY = Sampling()
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +34,7 @@ def server(model_dir: Path, model: ChatModel):
         yield asking
 
 
-def expected(model: ChatModel, ids: list[int], tokens: int = 8, sampling: Sampling = Sampling(), draw: int = 0) -> str:
+def expected(model: ChatModel, ids: list[int], tokens: int = 8, sampling: Sampling = GREEDY, draw: int = 0) -> str:
     """What the engine alone says."""
     engine = Engine(model.model)
     answer = engine.add(Request(ids, Limits(tokens, stop_ids=tuple(model.template.stop_ids)), sampling, draw)).answer

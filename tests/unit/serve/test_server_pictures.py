@@ -13,7 +13,6 @@ from support.tiny_server import Asking, client
 from support.vision_directories import vision_model_directory
 
 from erniekit.config import load
-from erniekit.generation.load import open_model
 from erniekit.serve.conversation import Conversation
 from erniekit.serve.typed_media import Medium, picture_part
 

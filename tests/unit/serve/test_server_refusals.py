@@ -1,24 +1,19 @@
 """What a server refuses, with which status and words; nothing reaches the engine that could end it."""
 
 import asyncio
-import base64
 import hashlib
-import io
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from support.tiny_directories import model_directory
 from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, error_of, opened
 
 from erniekit.config import load
 from erniekit.generation.load import ChatModel
-from erniekit.serve import server_access, server_messages
 from erniekit.serve.server import serve
 from erniekit.serve.server_access import is_loopback, key_digests
-from erniekit.serve.server_errors import ApiError
 from erniekit.utils.errors import ConfigError
 
 JSON = {"content-type": "application/json"}
@@ -68,7 +63,7 @@ def server(model_dir: Path, model: ChatModel):
         ({"stream": True, "stream_options": {"use": 1}}, "stream_options.use", "unknown field"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "cannot be changed"),
         ({"response_format": {"type": "json_object"}}, "response_format", "constrained"),
-        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice", "auto"),
+        ({"tool_choice": "required", "tools": [{"function": {"name": "f"}}]}, "tool_choice", "auto"),
         ({"tool_choice": "auto"}, "tool_choice", "no tools"),
         ({"tools": [{}]}, "tools[0]", "function"),
         ({"enable_thinking": True}, "enable_thinking", "never thinks"),
