@@ -204,23 +204,29 @@ def read_fields(body: Mapping[str, Any], table: Mapping[str, Field], where: str 
 
 
 def _checked(value: Any, field: Field, name: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if float in field.types and is_number:
-        pass
-    elif int in field.types and is_number and float(value).is_integer():
+    """The value of a field, whole numbers as int. Raises ApiError for one that it does not take."""
+    if int in field.types and float not in field.types and isinstance(value, float) and value.is_integer():
         value = int(value)
-    elif not isinstance(value, field.types) or (isinstance(value, bool) and bool not in field.types):
-        expected = " or ".join(_NAMES[kind] for kind in field.types if kind is not int or float not in field.types)
-        raise ApiError(400, f"{name}: expected {expected}, got {type_name(value)}.", name, "invalid_type")
-    for is_fine, text in (
-        (field.ge is None or value >= field.ge, f"{field.ge} or more"),
-        (field.gt is None or value > field.gt, f"more than {field.gt}"),
-        (field.le is None or value <= field.le, f"at most {field.le}"),
-        (not field.choices or value in field.choices, " or ".join(field.choices)),
-    ):
-        if not is_fine:
-            raise ApiError(400, f"{name}: expected {text}, got {str(value)[:40]}.", name, "invalid_value")
+    is_of_type = isinstance(value, field.types) and (not isinstance(value, bool) or bool in field.types)
+    if not is_of_type:
+        names = [_NAMES[kind] for kind in field.types if kind is not int or float not in field.types]
+        message = f"{name}: expected {' or '.join(names)}, got {type_name(value)}."
+        raise ApiError(400, message, name, "invalid_type")
+    expected = _not_within(value, field)
+    if expected:
+        raise ApiError(400, f"{name}: expected {expected}, got {str(value)[:40]}.", name, "invalid_value")
     return value
+
+
+def _not_within(value: Any, field: Field) -> str:
+    """What is expected, where a value of the right type is not; else nothing."""
+    if field.ge is not None and value < field.ge:
+        return f"{field.ge} or more"
+    if field.gt is not None and value <= field.gt:
+        return f"more than {field.gt}"
+    if field.le is not None and value > field.le:
+        return f"at most {field.le}"
+    return " or ".join(field.choices) if field.choices and value not in field.choices else ""
 
 
 def type_name(value: Any) -> str:

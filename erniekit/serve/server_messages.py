@@ -60,28 +60,27 @@ class Messages:
         if not isinstance(role, str) or role not in _ROLES:
             raise _wrong(f"{name}.role", f"expected {', '.join(_ROLES)}, got {str(role)[:40]!r}")
         role = _ROLES[role]
-        for field, value in message.items():
-            if field not in _FIELDS[role] and value is not None:
-                raise _wrong(f"{name}.{field[:40]}", f"unknown field of a message with the role {role}")
-        result: dict[str, Any] = {"role": role, "content": self._content(message.get("content"), role, name)}
+        unknown = [field for field, value in message.items() if field not in _FIELDS[role] and value is not None]
+        if unknown:
+            raise _wrong(f"{name}.{unknown[0][:40]}", f"unknown field of a message with the role {role}")
+        if role == "assistant":
+            return self._of_assistant(message, name)
+        if message.get("content") is None:
+            raise _wrong(f"{name}.content", "the field is missing")
+        result: dict[str, Any] = {"role": role, "content": self._content(message["content"], name)}
         if role == "tool":
             call_id = message.get("tool_call_id")
             if call_id is not None and not isinstance(call_id, str):
                 raise _wrong(f"{name}.tool_call_id", f"expected text, got {type_name(call_id)}")
             result |= {"tool_call_id": call_id or "", "name": _text(message.get("name"), f"{name}.name")}
-        if role == "assistant":
-            result |= self._of_assistant(message, name)
-            if not result["content"] and not result.get("tool_calls") and message.get("content") is None:
-                raise _wrong(f"{name}.content", "expected text where there are no tool_calls")
-        elif message.get("content") is None:
-            raise _wrong(f"{name}.content", "the field is missing")
         return result
 
     def _of_assistant(self, message: dict[str, Any], name: str) -> dict[str, Any]:
         for field in ("audio", "function_call", "refusal"):
             if message.get(field):
                 raise _wrong(f"{name}.{field}", "such answers are not known; leave the field out")
-        result: dict[str, Any] = {}
+        content = message.get("content")
+        result: dict[str, Any] = {"role": "assistant", "content": self._content(content, name)}
         thought = next((message[field] for field in _THOUGHTS if message.get(field)), None)
         if thought is not None:
             if self._shows_thoughts():
@@ -93,6 +92,8 @@ class Messages:
             if not isinstance(calls, list):
                 raise _wrong(f"{name}.tool_calls", f"expected a list, got {type_name(calls)}")
             result["tool_calls"] = [self._call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        elif content is None:
+            raise _wrong(f"{name}.content", "expected text where there are no tool_calls")
         return result
 
     def _shows_thoughts(self) -> bool:
@@ -123,19 +124,19 @@ class Messages:
         shown = {"name": function["name"], "arguments": arguments if keeps_text else parsed}
         return {"id": _text(call.get("id"), f"{name}.id"), "type": "function", "function": shown}
 
-    def _content(self, content: Any, role: str, name: str) -> Any:
+    def _content(self, content: Any, name: str) -> Any:
         if content is None:
             return ""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
             raise _wrong(f"{name}.content", f"expected text or a list of parts, got {type_name(content)}")
-        parts = [self._part(part, role, f"{name}.content[{i}]") for i, part in enumerate(content)]
+        parts = [self._part(part, f"{name}.content[{i}]") for i, part in enumerate(content)]
         if all(part["type"] == "text" for part in parts):
             return "".join(part["text"] for part in parts)
         return parts
 
-    def _part(self, part: Any, role: str, name: str) -> dict[str, Any]:
+    def _part(self, part: Any, name: str) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}

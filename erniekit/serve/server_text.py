@@ -146,15 +146,18 @@ class AnswerReader:
         else:
             parts = [("answer", text)] if text else []
         pieces = [Piece("thought", part) for kind, part in parts if kind == "thought"]
-        may_stop = self.num_tokens >= self.reading.min_tokens
         said = "".join(part for kind, part in parts if kind == "answer")
-        shown = self._stops.push(said, may_stop)
-        is_over = is_last or bool(self._stops.found)
+        shown = self._stops.push(said, may_stop=self.num_tokens >= self.reading.min_tokens)
         if is_last and not self._stops.found:
             shown += self._stops.flush()
-        if not self.reading.has_calls:
-            return pieces + ([Piece("text", shown)] if shown else [])
-        for found in self._calls.push(shown) + (self._calls.flush() if is_over else []):
+        if self.reading.has_calls:
+            return pieces + self._without_calls(shown, is_last or bool(self._stops.found))
+        return pieces + ([Piece("text", shown)] if shown else [])
+
+    def _without_calls(self, text: str, is_last: bool) -> list[Piece]:
+        """Text and calls of the next part of an answer."""
+        pieces = []
+        for found in self._calls.push(text) + (self._calls.flush() if is_last else []):
             if isinstance(found, WrittenCall):
                 self.num_calls += 1
                 pieces.append(Piece("call", call=found))
