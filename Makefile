@@ -63,7 +63,7 @@ $(VENV)/.installed-vl: $(PY) pyproject.toml setup.py
 
 $(VENV)/.installed-dev: $(PY) pyproject.toml setup.py
 	@echo "Installing into $(VENV), with what the tests need; the first time this takes some minutes, Paddle is large."
-	$(PY) -m pip install --quiet --editable '.[cpu,dev,parquet,video]'
+	$(PY) -m pip install --quiet --editable '.[cpu,dev,parquet,serve,video]'
 	touch $(VENV)/.installed $@
 
 $(PY):

@@ -27,7 +27,7 @@ COMMANDS = {
         "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]\n"
         "       [decode=true] [preview=N] [sheet=OUT.png]",
         (
-            "command=train: the command that the file is for: train, eval, export, split or chat",
+            "command=train: the command that the file is for: train, eval, export, split, chat or server",
             "strict=false: true: warnings alone make the exit code 3 (errors make it 1)",
             "json=FILE: also write the report to this file",
             "decode=false: true: also decode every picture and video, which takes as long as reading all of them",
@@ -110,6 +110,12 @@ COMMANDS = {
         "erniekit chat run_chat.yaml temperature=0.7",
         takes_config=True,
     ),
+    "server": Command(
+        "erniekit.serve.server:serve",
+        "answer OpenAI's clients over HTTP (`erniekit serve` is another name)",
+        "erniekit server run_chat.yaml port=8188",
+        takes_config=True,
+    ),
     "version": Command(
         "erniekit.cli.info:version",
         "print the version and the commit",
@@ -124,15 +130,10 @@ COMMANDS = {
     ),
 }
 
-ALIASES = {"-h": "help", "--help": "help", "-v": "version", "-V": "version", "--version": "version"}
+ALIASES = {"serve": "server", "-h": "help", "--help": "help", "-v": "version", "-V": "version", "--version": "version"}
 
 # Commands of ERNIEKit that this version does not have, with the message that says what to use instead.
 NOT_HERE = {
-    "server": (
-        "`erniekit server` is not in this version; it is planned for a later one. To serve a model, write it with "
-        "`erniekit export` and give the directory to an inference server: vLLM reads the -PT layout (format=pt), "
-        "FastDeploy the -Paddle layout (format=paddle). `erniekit chat` talks to a model in the terminal."
-    ),
     "webui": (
         "`erniekit webui` is not in this version; a page in the browser is planned for a later one. A YAML file and "
         "`erniekit train` start a run (`erniekit check` looks at the file first), and `erniekit chat` talks to the "

@@ -47,6 +47,7 @@ _LOWER = {
     ),
     "eval": "Lower batch_size, max_seq_len or max_new_tokens, or use a smaller model.",
     "chat": "Lower max_seq_len or max_new_tokens, or use a smaller model.",
+    "server": "Lower max_num_seqs or max_model_len, or use a smaller model.",
     "export": "Lower max_shard_size.",
     "split": "Lower max_shard_size.",
 }

@@ -88,7 +88,7 @@ def job_of(cfg: Config, wishes: Wishes, card: Hardware) -> Job:
 def _picture_tokens(cfg: Config, model: ModelConfig, wishes: Wishes) -> int:
     """Tokens of a row that stand for pictures. ConfigError for pictures or documents that a row cannot hold."""
     if wishes.picture_tokens and (model.vision is None or not cfg.method.vision):
-        reason = "the model has no vision" if model.vision is None else f"stage: {cfg.stage} reads text alone"
+        reason = "the model has no vision" if model.vision is None else "this stage reads text alone"
         raise ConfigError(f"picture_tokens: {wishes.picture_tokens}: {reason}. Leave it out.")
     if (wishes.document_tokens or 0) > cfg.max_seq_len:
         raise ConfigError(
@@ -173,7 +173,7 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
     from erniekit.plan.report import Report
     from erniekit.plan.search import search
     from erniekit.plan.timing import plan_time
-    from erniekit.training.outline import outline_stage
+    from erniekit.training.outline import outline_layers, outline_stage
 
     capacity = wishes.memory or _capacity(job, card)
     memory = plan_memory(job, capacity, outline_stage)
@@ -191,7 +191,11 @@ def _report(job: Job, card: Hardware, wishes: Wishes) -> Any:
         found=None
         if not wishes.search
         else search(
-            job, card, lambda each, stages: plan_memory(each, capacity, outline_stage, stages), capacity=capacity
+            job,
+            card,
+            lambda each, stages: plan_memory(each, capacity, outline_stage, stages),
+            capacity=capacity,
+            outline=outline_layers,
         ),
     )
 

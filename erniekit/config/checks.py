@@ -39,6 +39,8 @@ def problems(cfg: Config, command: str) -> list[str]:
         rules += [_quantization(cfg)]
     if command == "chat":
         rules += [_chat_tools(cfg)]
+    if command == "server":
+        rules += [_one_process(cfg)]
     if command == "train":
         rules += [
             _training(cfg),
@@ -55,6 +57,12 @@ def problems(cfg: Config, command: str) -> list[str]:
             _best(cfg),
         ]
     return [problem for rule in rules for problem in rule]
+
+
+def _one_process(cfg: Config) -> Iterator[str]:
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
+        if vars(cfg)[name] > 1:
+            yield f"{name}: {vars(cfg)[name]}: `server` runs the model in one process. Leave the key out."
 
 
 def _schedule(cfg: Config) -> Iterator[str]:

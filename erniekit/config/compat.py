@@ -14,8 +14,8 @@ from typing import Any
 from erniekit.config.schema_qat import QAT_COMPUTE_TYPES
 from erniekit.config.values import Scalar, plain, to_bool, to_float
 
-RUN = ("train", "eval", "chat")
-EVERY = ("train", "eval", "chat", "export", "split")
+RUN = ("train", "eval", "chat", "server")
+EVERY = ("train", "eval", "chat", "server", "export", "split")
 DATA = ("train", "eval")
 WRITE = ("export", "split")
 

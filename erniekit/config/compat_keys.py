@@ -127,6 +127,16 @@ _NO_EFFECT: dict[str, str] = {
     "models run in dynamic graphs": "to_static ddp_find_unused_parameters flatten_param_grads past_index",
     "only for jobs in PaddleCloud": "pdc_download_ckpt pdc_download_timeout",
     "environment variables are set in the shell": "env",
+    "`erniekit server` has one port, and its metrics are at /metrics": "metrics_port engine_worker_queue_port",
+    "`erniekit server` reads the chat template to know how thoughts and tool calls are written": (
+        "reasoning_parser tool_call_parser"
+    ),
+    "`erniekit server` keeps keys and values in one piece a conversation, as long as it is": (
+        "block_size kv_cache_ratio gpu_memory_utilization"
+    ),
+    "`erniekit server` loads weights in one way, and answers at once": "load_choices use_warmup",
+    "`max_request_images` bounds the pictures of a request": "limit_mm_per_prompt",
+    "requests say themselves whether usage is sent (stream_options)": "stream_options",
     "what parallel ranks exchange, and when, follows from the degrees": (
         "use_sp_callback fuse_sequence_parallel_allreduce sequence_parallel_config tensor_parallel_config "
         "tensor_parallel_output pipeline_parallel_config disable_pipeline_warmup pp_need_data pp_need_data_degree "
@@ -139,11 +149,6 @@ _NO_EFFECT: dict[str, str] = {
 _DETAILS: dict[str, str] = {
     "use_fp8: True": "fp8_format_type fp8_force_clear_state enable_fp8_quantize_analysis",
     "self_constraint_cpt: True": "prob_nums cpt_kl_ratio pt_kl_ratio cpt_ce_ratio pt_ce_ratio",
-    "`erniekit server`": (
-        "host port metrics_port engine_worker_queue_port max_model_len max_num_seqs use_warmup "
-        "gpu_memory_utilization limit_mm_per_prompt reasoning_parser tool_call_parser max_num_batched_tokens "
-        "block_size kv_cache_ratio load_choices server_tp_degree stream_options"
-    ),
 }
 
 _LATER: dict[str, Later] = {
@@ -162,6 +167,7 @@ _LATER: dict[str, Later] = {
     "adaptive_norm_clip": Later("adaptive clipping", commands=("train",)),
     "self_constraint_cpt": Later("continued pretraining held near the first model", commands=("train",)),
     "reshard_save_then_exit": Later("re-sharding training checkpoints", commands=("train",)),
+    "server_tp_degree": Later("a server on several ranks", safe=(1,), commands=("server",)),
     "skip_data_intervals": Later("skipping intervals of the data", commands=("train",)),
     "offline_dataset_path": Later("data sets prepared offline", commands=DATA),
     "data_filelist": Later("pretraining data in HDF5 (use input_dir)", commands=DATA),

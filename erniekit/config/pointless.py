@@ -20,7 +20,7 @@ from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_parts import FREEZE_VISION
 from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
-from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs, ServerArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -220,11 +220,12 @@ _RUN_RULES = [
         "`export` generates text only with quantization_eval: True",
         ("export",),
     ),
-    Rule("predict_with_generate", always, "read only by eval", ("chat",)),
-    Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "export", "split")),
-    Rule("eval_output", always, "read only by eval", ("train", "chat", "export", "split")),
-    Rule("checkpoint", always, "read only by eval, export, split and chat"),
-    Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat")),
+    Rule("predict_with_generate", always, "read only by eval", ("chat", "server")),
+    Rule(_names(ChatArgs), always, "read only by chat", ("train", "eval", "server", "export", "split")),
+    Rule(_names(ServerArgs), always, "read only by server", ("train", "eval", "chat", "export", "split")),
+    Rule("eval_output", always, "read only by eval", ("train", "chat", "server", "export", "split")),
+    Rule("checkpoint", always, "read only by eval, export, split, chat and server"),
+    Rule(_names(ExportArgs), always, "read only by export and split", ("train", "eval", "chat", "server")),
     Rule("format", always, "`split` keeps the layout of what it reads; `convert` changes it", ("split",)),
 ]
 
@@ -344,7 +345,7 @@ _MODEL_RULES = [
         _names(ShapeArgs),
         always,
         "`{command}` reads the model's config.json",
-        ("eval", "chat", "export", "split"),
+        ("eval", "chat", "server", "export", "split"),
     ),
     Rule(_names(MoEArgs), lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
@@ -437,7 +438,7 @@ _RANK_RULES = [
         "data_parallel_degree sharding_parallel_degree balance_pictures",
         always,
         "a conversation needs one copy of the model",
-        ("chat",),
+        ("chat", "server"),
     ),
     Rule("sequence_parallel", lambda c, f: c.tensor_parallel_degree <= 1, "tensor_parallel_degree is 1"),
     Rule(
@@ -446,7 +447,7 @@ _RANK_RULES = [
         "pipeline_parallel_degree is 1",
     ),
     Rule("elastic", lambda c, f: not c.max_restarts, "max_restarts is 0"),
-    Rule("max_restarts elastic", always, "`{command}` has no checkpoints to start again from", ("eval", "chat")),
+    Rule("max_restarts elastic", always, "`{command}` has no checkpoints to start again from", USE),
     Rule("balance_pictures", lambda c, f: not c.method.vision, "the method reads no pictures"),
     Rule("sharding balance_pictures", lambda c, f: f.data_ranks == 1, "there is one data rank"),
     Rule(
@@ -464,19 +465,20 @@ _USE_RULES = [
         ("eval",),
     ),
     Rule("stream", always, "`eval` prints no answers", ("eval",)),
+    Rule("stream", always, "each request says whether its answer is streamed", ("server",)),
     Rule(
         "image_search_dir",
         lambda c, f: "image_search" not in c.chat_tools,
         "chat_tools does not have image_search",
         ("chat",),
     ),
-    Rule("box_coordinates missing_media_tags", always, "`chat` reads no records", ("chat",)),
+    Rule("box_coordinates missing_media_tags", always, "`{command}` reads no records", ("chat", "server")),
     Rule("max_tool_rounds", lambda c, f: not c.chat_tools, "chat_tools is empty", ("chat",)),
     Rule(
         "top_p top_k",
         lambda c, f: c.temperature == 0,
         "temperature: 0 always takes the likeliest token",
-        ("eval", "chat"),
+        USE,
     ),
 ]
 

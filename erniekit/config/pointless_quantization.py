@@ -12,7 +12,7 @@ _CALIBRATION = (
 _QUANTISED = "quantization_group_size quantization_clip_search"
 
 QUANTIZATION_RULES = [
-    Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "split")),
+    Rule("quantization_clip_search", always, "read only by export", ("train", "eval", "chat", "server", "split")),
     Rule("quantization_group_size", always, "read only by export", ("split",)),
     Rule(_QUANTISED, lambda cfg, _: cfg.quantization == "none", "quantization: none exports 16 bits", ("export",)),
     Rule(
@@ -25,7 +25,7 @@ QUANTIZATION_RULES = [
         f"{_EXPORT} {_CALIBRATION}",
         always,
         "read only by export",
-        ("train", "eval", "chat", "split"),
+        ("train", "eval", "chat", "server", "split"),
     ),
     Rule(
         f"{_EXPORT} {_CALIBRATION}",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from erniekit.config.schema import Config
 
-TRAIN, USE = ("train",), ("eval", "chat")
+TRAIN, USE = ("train",), ("eval", "chat", "server")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ KEYS: dict[str, tuple[str, str]] = {
         "vision,model,generation,chat",
         f"{_QAT} checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts {_RANKS}",
     ),
+    "server": (
+        "vision,model,generation,server",
+        "checkpoint output_dir lora_path chat_template max_seq_len seed moe_group_experts",
+    ),
     "export": (
         "export,quantization",
         "qat model_name_or_path download_hub checkpoint output_dir lora_path chat_template overwrite_output_dir",

@@ -20,7 +20,7 @@ from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
-from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs
+from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -42,6 +42,7 @@ class Config(
     ShapeArgs,
     GenerateArgs,
     ChatArgs,
+    ServerArgs,
     EvalArgs,
     ExportArgs,
     QuantizationArgs,

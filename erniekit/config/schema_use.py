@@ -49,6 +49,41 @@ class ChatArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """What `erniekit server` listens to and how much it takes on."""
+
+    group: ClassVar[str] = "server"
+
+    host: str = key(
+        "127.0.0.1", "The address that `server` listens to; one that other machines reach needs a key (api_key_file)."
+    )
+    port: int = key(8188, "The port that `server` listens to; 0: a free one.", ge=0, le=65535)
+    served_model_name: str | None = key(
+        None, "The model's name in requests and in /v1/models; not given: the name of its directory."
+    )
+    max_model_len: int | None = key(
+        None, "The largest number of tokens of a prompt and its answer together; not given: the model's context.", ge=2
+    )
+    max_num_seqs: int = key(16, "The number of answers that `server` generates at a time.", ge=1)
+    max_num_batched_tokens: int = key(16384, "The number of tokens of prompts that go through the model at once.", ge=1)
+    max_waiting_requests: int = key(
+        64, "The number of answers that may wait for one to end; a request beyond it is refused (429).", ge=1
+    )
+    queue_timeout: float = key(60.0, "Seconds that a request waits at most before it is refused (408).", gt=0)
+    request_timeout: float = key(600.0, "Seconds that an answer takes at most (408).", gt=0)
+    max_request_mb: int = key(64, "The largest body of a request, in MB, pictures included.", ge=1, le=4096)
+    max_request_images: int = key(8, "The largest number of pictures in a request.", ge=0)
+    api_key_file: str | None = key(
+        None,
+        "A file with one API key a line; requests then have to carry one. ERNIEKIT_API_KEY is another key.",
+        path=True,
+    )
+    allowed_hosts: tuple[str, ...] = list_of(
+        str, "Further names by which clients on this machine may address the server, beside localhost."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalArgs:
     """What `erniekit eval` does in addition to the loss."""
 
@@ -60,7 +95,7 @@ class EvalArgs:
     eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(
         None,
-        "The model directory that eval, export, split and chat read; not given: the newest in output_dir.",
+        "The model directory that eval, export, split, chat and server read; not given: the newest in output_dir.",
         path=True,
     )
 

@@ -156,6 +156,8 @@ class Engine:
             request = members[0].request
             cache, reused = self._reusable(request)
             self.num_reused += reused * len(members) + (len(request.prompt) - reused) * (len(members) - 1)
+            for place, member in enumerate(members):
+                member.num_reused = len(request.prompt) if place else reused
             caches.append(self.model.new_cache(1) if cache is None else cache)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)

@@ -90,12 +90,13 @@ class Request:
 
 
 class Generation:
-    """A request and its growing answer."""
+    """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed."""
 
     def __init__(self, request: Request, context: int) -> None:
         """`context`: the number of tokens that the model can take."""
         self.request = request
         self.answer = Answer()
+        self.num_reused = 0
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
 

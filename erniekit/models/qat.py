@@ -1,6 +1,5 @@
 """Attach fake quantisation (precision/qat.py) to a model, say what is quantised, and move the ranges of inputs."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -8,7 +7,7 @@ import paddle
 
 from erniekit.models.decoder import CausalLM
 from erniekit.models.products import attach_products, parts_of, products
-from erniekit.models.weights import our_shapes
+from erniekit.models.weights import projection_shapes
 from erniekit.nn.linear import EVERY_PART, Linear, Part, Projection
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
@@ -16,8 +15,6 @@ from erniekit.parallel.process_group import Group
 from erniekit.precision.fake_quant import FakeQuant
 from erniekit.precision.qat import QatOptions, describe_recipe
 from erniekit.utils.errors import ConfigError
-
-_PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(qkv|o|up_gate|down)_proj\.weight")
 
 
 def attach_qat(model: CausalLM, options: QatOptions) -> None:
@@ -38,7 +35,7 @@ def attach_qat(model: CausalLM, options: QatOptions) -> None:
 
 def _sized(model: CausalLM, options: QatOptions) -> QatOptions:
     """The options for the sizes of the whole model, of which this process may have a part."""
-    shapes = {name: shape for name, shape in our_shapes(model.config).items() if _PROJECTION.fullmatch(name)}
+    shapes = projection_shapes(model.config)
     experts = [shape[-2] for shape in shapes.values() if len(shape) == 3]
     return options.for_widths([shape[-2] for shape in shapes.values()], experts)
 
@@ -88,7 +85,7 @@ def describe_qat(model: CausalLM, options: QatOptions) -> str:
     for part in sorted(EVERY_PART & matrices.keys()):
         how = describe_recipe(options.experts if part == "experts" else options.projections)
         if part == "experts" and options.experts_down != options.experts:
-            how += f"; down_proj: {describe_recipe(options.experts_down)}"
+            how += f"; their last projection: {describe_recipe(options.experts_down)}"
         ways.setdefault(how, []).append(f"{part} ({matrices[part]} weights)")
     found = "; ".join(f"{', '.join(parts)}: {how}" for how, parts in ways.items())
     return (

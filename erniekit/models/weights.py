@@ -7,6 +7,7 @@ docs/weights.md shows the table.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,9 @@ EXPERTS = ("experts", "vision_experts")  # of a sparse layer, by modality
 # The names, in files, of the tensors that decide whether a head is tied.
 HEAD = "lm_head.weight"
 EMBEDDINGS: dict[Format, str] = {"pt": "model.embed_tokens.weight", "paddle": "ernie.embed_tokens.weight"}
+
+
+_PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(qkv|o|up_gate|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,11 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
         stacked = logical.index is not None
         shapes[logical.param] = (config.moe_num_experts, *logical.shape) if stacked else logical.shape
     return shapes
+
+
+def projection_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The same of the weights of the projections of the decoder's layers, without multi-token prediction."""
+    return {name: shape for name, shape in our_shapes(config).items() if _PROJECTION.fullmatch(name)}
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -76,7 +76,7 @@ def plan(
     """Each stage's actions of one training step. A single stage gives F0 B0 F1 B1 ... without transfers."""
     assert (schedule in ("interleaved", "memory_efficient")) == (chunks > 1) or stages == 1, "config/checks.py"
     assert schedule in SCHEDULES and (chunks == 1 or stages > 1), "config/checks.py refuses this"
-    orders = [_compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)]
+    orders = [compute_order(schedule, s, stages, microbatches, chunks) for s in range(stages)]
     return _in_one_order(orders) if blocking_sends else _sent_at_once(orders)
 
 
@@ -145,7 +145,8 @@ def _warm_up(schedule: str, stage: int, stages: int, microbatches: int, chunks: 
     return ahead_of_next * (stages - 1 - stage) + (chunks - 1) * largest_group
 
 
-def _compute_order(schedule: str, stage: int, stages: int, microbatches: int, chunks: int) -> list[Compute]:
+def compute_order(schedule: str, stage: int, stages: int, microbatches: int, chunks: int = 1) -> list[Compute]:
+    """The passes of one stage in the order of its actions, without transfers."""
     order = _in_groups(stages, microbatches, chunks)
     forwards: list[Compute] = [Forward(c, i) for c, i in order]
     backwards: list[Compute] = [Backward(chunks - 1 - c, i) for c, i in order]

@@ -11,7 +11,7 @@ from erniekit.models.inputs import head_layout
 from erniekit.moe.experts import Experts
 from erniekit.moe.layer import MoELayer
 from erniekit.nn.mlp import SwiGLU
-from erniekit.parallel.pipeline_schedule import Backward, Forward
+from erniekit.parallel.pipeline_schedule import Forward
 from erniekit.plan import operations as ops
 from erniekit.plan.job import Job
 from erniekit.plan.operations import FP32, INT64, Device, Operation
@@ -47,6 +47,7 @@ def device_of(job: Job) -> Device:
         tensor_ranks=ranks,
         expert_ranks=job.degrees.expert,
         master_grad=job.cfg.amp_master_grad and job.element_bytes == 2,
+        pairs=job.has_pairs,
     )
 
 
@@ -70,7 +71,7 @@ def stage_operations(job: Job, model: CausalLM, stage: int) -> list[list[Operati
             vision = vision_operations(device, model, pictures, again, job.offloads_activations)
             chunk = [_entrance(job, device, model), *vision]
         for layer in layers:
-            chunk += _layer(job, device, model, next(own_layers), layer)
+            chunk += layer_operations(job, device, model, next(own_layers), layer)
         if number == last and model.shard.has_head:
             chunk += _behind_layers(job, device, model)
         chunks.append(chunk)
@@ -94,8 +95,8 @@ def _received(job: Job, device: Device) -> Operation:
     return Operation("pipeline transfers", rows, rows, 2 * rows)
 
 
-def _layer(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
-    """One decoder layer with what is recomputed in it."""
+def layer_operations(job: Job, device: Device, model: CausalLM, layer: DecoderLayer, number: int) -> list[Operation]:
+    """One decoder layer with what is recomputed in it; `number`: which one it is in the whole model."""
     width = job.model.hidden_size
     modules = frozenset() if number in job.cfg.no_recompute_layers else job.cfg.recomputed_modules
     attention = _attention(job, device, model, layer)
@@ -223,7 +224,7 @@ def _behind_layers(job: Job, device: Device, model: CausalLM) -> list[Operation]
             "multi-token prediction", device.element * tokens * 4 * width, device.element * tokens * 2 * width
         )
         recomputes = job.cfg.recompute and job.cfg.use_recompute_mtp
-        inside = _layer(job, device, model, block, -1 if recomputes else job.model.num_hidden_layers)
+        inside = layer_operations(job, device, model, block, -1 if recomputes else job.model.num_hidden_layers)
         result += [joined, *ops.with_kind(inside, "multi-token prediction")]
         result += [ops.norm(device, width, tokens, "output head"), _head(job, device, model)]
     return result
@@ -269,16 +270,16 @@ def _input_bytes(job: Job, model: CausalLM) -> float:
 
 
 def _simulate(job: Job, stage: int, chunks: Sequence[Sequence[Operation]], inputs: float) -> StageActivations:
-    """Run through a step's actions, and through the operations of each pass."""
+    """Run through a step's passes, and through the operations of each pass."""
     live = _Live([_by_kind(chunk) for chunk in chunks], inputs)
     forward, backward = [_forward_peak(chunk) for chunk in chunks], [_backward_peak(chunk) for chunk in chunks]
     most = representative_microbatches(job)
-    for action in job.actions(stage, most):
+    for action in job.passes(stage, most):
         if isinstance(action, Forward):
             live.microbatches.add(action.microbatch)
             live.reach(forward[action.chunk], live.chunks.total() + 1)
             live.chunks[action.chunk] += 1
-        elif isinstance(action, Backward):
+        else:
             live.chunks[action.chunk] -= 1
             live.reach(backward[action.chunk], live.chunks.total() + 1)
             if action.chunk == 0:

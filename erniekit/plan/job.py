@@ -6,7 +6,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from erniekit.config import checks
@@ -15,16 +15,11 @@ from erniekit.config.schema_preference import ALIASES, REFERENCE_FREE, Preferenc
 from erniekit.models.config import ModelConfig
 from erniekit.models.pipeline_layout import check_layout, cut_layers, schedule_of
 from erniekit.parallel.mesh import ParallelDims
-from erniekit.parallel.pipeline_schedule import Action, plan
+from erniekit.parallel.pipeline_schedule import Compute, compute_order
 from erniekit.utils.errors import ConfigError
 
 _CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 28  # logits at one time, as in losses/lm.py
 CPU = "cpu"  # the name of the device on which nothing is in 16 bits
-
-
-@lru_cache(maxsize=8)
-def _all_actions(schedule: str, stages: int, microbatches: int, chunks: int, waits: bool) -> list[list[Action]]:
-    return plan(schedule, stages, microbatches, chunks, waits)
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,12 @@ class Job:
         """The layer numbers of each chunk of each stage: stages[stage][chunk]."""
         return cut_layers(self.cfg, self.model, self.degrees.pipeline)
 
-    def actions(self, stage: int, most: int | None = None) -> list[Action]:
-        """The actions of a stage in one step of at most `most` microbatches, as training runs them on a GPU (where
-        sends wait) or a CPU.
+    def passes(self, stage: int, most: int) -> list[Compute]:
+        """The forward and backward passes of a stage in one step of at most `most` microbatches, in their order.
+        Transfers do not change it.
         """
-        number = self.num_microbatches if most is None else min(self.num_microbatches, most)
-        return _all_actions(self.schedule, self.degrees.pipeline, number, self.num_chunks, not self.on_cpu)[stage]
+        number = min(self.num_microbatches, most)
+        return compute_order(self.schedule, stage, self.degrees.pipeline, number, self.num_chunks)
 
     # Batch
 
@@ -175,12 +170,17 @@ class Job:
         return self.cfg.fine_tuning == "LoRA"
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether a document is a prompt with a preferred and another answer."""
+        return self.cfg.method.options is PreferenceArgs
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference model or a teacher, which costs a forward pass more."""
         cfg, loss = self.cfg, ALIASES.get(self.cfg.loss_type, self.cfg.loss_type)
         if self.is_distilled:
             return True
-        return cfg.method.options is PreferenceArgs and not cfg.reference_free and loss not in REFERENCE_FREE
+        return self.has_pairs and not cfg.reference_free and loss not in REFERENCE_FREE
 
     @property
     def is_distilled(self) -> bool:

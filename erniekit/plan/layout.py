@@ -5,6 +5,7 @@ and overlaps that this one has not; the planner's accuracy is measured on publis
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from erniekit.parallel.pipeline_schedule import Action, plan
 from erniekit.plan.flops import NOTHING, Recomputed, recomputed_by
@@ -83,7 +84,11 @@ class Layout:
     def actions(self, microbatches: int | None = None) -> list[list[Action]]:
         """The actions of each stage in one step, or in a step of another number of microbatches."""
         count = self.microbatches if microbatches is None else microbatches
-        return plan(self.schedule, self.pipeline, count, self.chunks, self.synchronous_sends)
+        return _actions(self.schedule, self.pipeline, count, self.chunks, self.synchronous_sends)
+
+
+# Layouts that differ in recomputation alone have the same lists.
+_actions = lru_cache(maxsize=32)(plan)
 
 
 @dataclass(frozen=True)

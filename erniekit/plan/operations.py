@@ -48,7 +48,8 @@ class Operation:
 class Device:
     """How this rank computes: `element` bytes of weights and activations; the code path of a CPU or a GPU; tokens of a
     microbatch, all of them and those of this rank between projections; `documents`: lengths of the documents of a
-    microbatch; 16-bit gradients wait for the end of a pass and become fp32 then (`master_grad`).
+    microbatch, each of them a prompt and two answers where it is one of `pairs`; 16-bit gradients wait for the end of a
+    pass and become fp32 then (`master_grad`).
     """
 
     element: int
@@ -59,6 +60,7 @@ class Device:
     tensor_ranks: int = 1
     expert_ranks: int = 1
     master_grad: bool = True
+    pairs: bool = False
 
     @property
     def computed(self) -> int:
@@ -173,44 +175,59 @@ def attention(device: Device, heads: HeadLayout, beside: float) -> Operation:
     if not device.on_cpu:  # FlashMask keeps q, k, v and the logarithm of each sum; the rotation is one kernel
         lengths = FP32 * device.tokens * heads.num_heads
         return Operation("attention", wide + lengths, 2 * wide + narrow, 3 * wide + 2 * narrow + beside)
-    scores, kept, last, before = _scores(device.documents, heads.num_heads)
+    scores, kept, last, before = _scores(device, heads.num_heads)
     values = device.computed * (heads.total - heads.num_heads) * heads.dim * device.tokens
     if (
         device.in_place and max(device.documents) >= SHORTEST
     ):  # block by block: nothing is scaled, results are one tensor
-        forward, in_products = 3 * wide + 2 * narrow + kept, 2 * narrow + values
-        return Operation("attention", wide + kept, forward, max(in_products, 2 * narrow + 4 * wide) + beside)
+        forward, in_products = 3 * wide + 2 * narrow + kept, 3 * narrow + values
+        # the weights are gone when the gradients are put into the order of the tokens and rotated back
+        in_rotation = 2 * narrow + 4 * wide - kept
+        return Operation("attention", wide + kept, forward, max(in_products, in_rotation) + beside)
     # rotated, fetched in the order of documents, scaled; blocks of results
     forward = 2 * wide + (wide + 2 * narrow) + kept + last + (0 if scores == kept else before) - last * (kept > 0)
     done = 1 - last / max(scores, 1)
-    in_blocks = narrow * (2 + done) + values * 1.5 + last + max(before, 0)
+    # with 16 bits: the gradient of a block's weights, that of its scores and its weights, both rounded through 16 bits
+    of_block = last + before if device.element == FP32 else 3.5 * last
+    in_blocks = narrow * (2 + done) + values * 1.5 + of_block
     if not kept:
         in_blocks += last + max(before, last)
     in_rotation = 2 * narrow + 4 * wide
     return Operation("attention", wide + narrow + kept, forward, max(in_blocks, in_rotation) + beside)
 
 
-def _scores(documents: Sequence[int], num_heads: int) -> tuple[float, float, float, float]:
+def _scores(device: Device, num_heads: int) -> tuple[float, float, float, float]:
     """Bytes of softmax weights on a CPU: of all blocks of queries, of those that are kept, of the last block of the
     longest documents, and of the block before it.
     """
     total = kept = 0.0
-    longest = max(documents)
+    longest = max(device.documents)
     of_longest: list[float] = []
-    for length in documents:
-        blocks = [
-            min(_ATTENTION_BLOCK, length - start) * min(start + _ATTENTION_BLOCK, length)
-            for start in range(0, length, _ATTENTION_BLOCK)
-        ]
-        size = float(FP32 * num_heads * sum(blocks))
-        total += size
-        kept += size if length <= _KEEP_WEIGHTS else 0.0
+    for length in device.documents:
+        blocks: list[int] = []
+        for own, prefix in _sequences(length, device.pairs):
+            of_sequence = [
+                min(_ATTENTION_BLOCK, own - start) * (prefix + min(start + _ATTENTION_BLOCK, own))
+                for start in range(0, own, _ATTENTION_BLOCK)
+            ]
+            size = float(FP32 * num_heads * sum(of_sequence))
+            total += size
+            kept += size if prefix + own <= _KEEP_WEIGHTS else 0.0
+            blocks += of_sequence
         if length == longest and not of_longest:
             of_longest = [float(FP32 * num_heads * block) for block in blocks]
-    several = sum(length == longest for length in documents)
+    several = sum(length == longest for length in device.documents)
     last = of_longest[-1] * several
     before = of_longest[-2] * several if len(of_longest) > 1 else 0.0
     return total, kept, last, before
+
+
+def _sequences(length: int, pairs: bool) -> list[tuple[int, int]]:
+    """(tokens of its own, tokens before these that it also sees) of what attends to itself in a document: all of it, or
+    a prompt and two answers, which are assumed to be of the same length.
+    """
+    third = length // 3
+    return [(length - 2 * third, 0), *[(third, length - 2 * third)] * 2] if pairs else [(length, 0)]
 
 
 @dataclass(frozen=True)

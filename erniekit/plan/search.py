@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from erniekit.parallel.buckets import item_bytes
-from erniekit.parallel.memory import gradient_bytes, state_bytes
-from erniekit.plan.collectives import trained_entries
+from erniekit.plan.bounds import LayerOutline, LeastMemory
 from erniekit.plan.hardware import Hardware
 from erniekit.plan.job import Job
-from erniekit.plan.layout import Run, run_of
+from erniekit.plan.layout import run_of
 from erniekit.plan.memory import RESERVE, MemoryPlan
 from erniekit.plan.timing import StepTime, least_seconds, step_time
 from erniekit.plan.typed import changed, typed
@@ -88,7 +86,14 @@ class Found:
     faster: tuple[str, ...]
 
 
-def search(job: Job, card: Hardware, plan: StagePlan, wanted: int = 3, capacity: float | None = None) -> Found:
+def search(
+    job: Job,
+    card: Hardware,
+    plan: StagePlan,
+    wanted: int = 3,
+    capacity: float | None = None,
+    outline: LayerOutline | None = None,
+) -> Found:
     """The `wanted` fastest layouts that fit.
 
     Args:
@@ -97,10 +102,12 @@ def search(job: Job, card: Hardware, plan: StagePlan, wanted: int = 3, capacity:
         plan: the memory of a job (plan/memory.py).
         wanted: how many are returned at most.
         capacity: bytes that a rank has for itself; None: the card's.
+        outline: makes one layer of each kind, for the lower bounds of memory (plan/bounds.py).
     """
     work = work_of(job)  # the layouts change nothing in it
     capacity = card.memory_bytes if capacity is None else capacity
-    timed = sorted(_timed(job, work, card, capacity), key=lambda entry: entry[0])
+    least = LeastMemory(outline)
+    timed = sorted(_timed(job, work, card, capacity, least), key=lambda entry: entry[0])
     memories = _Memories(plan, [(keys, candidate) for _, keys, candidate in timed])
     fits: dict[tuple, Candidate] = {}  # of the same degrees, the fastest
     faster: list[str] = []
@@ -174,40 +181,18 @@ def words(job: Job, keys: dict[str, Any]) -> str:
     return typed({name: value for name, value in keys.items() if name in different or name in _ALWAYS})
 
 
-def _timed(job: Job, work: Work, card: Hardware, capacity: float) -> Iterator[tuple[float, dict[str, Any], Job]]:
-    """(seconds, keys, job) of every layout that the configuration accepts."""
+def _timed(
+    job: Job, work: Work, card: Hardware, capacity: float, least: LeastMemory
+) -> Iterator[tuple[float, dict[str, Any], Job]]:
+    """(seconds, keys, job) of every layout that the configuration accepts and that may fit."""
     for keys in layouts(job):
         try:
             candidate = job.changed(**keys)
         except UserError:  # the degrees do not divide the cluster or the model
             continue
         run = run_of(candidate, work)
-        if least_bytes(run) <= capacity * (1 - RESERVE):
+        if least.of(candidate, run) <= capacity * (1 - RESERVE):
             yield least_seconds(run, card), keys, candidate
-
-
-def least_bytes(run: Run) -> float:
-    """What the fullest stage stores of trained weights, gradients and state, and of each layer the residual stream of
-    the microbatches between their passes; a lower bound of its memory.
-    """
-    layout = run.layout
-    ranks = layout.tensor if layout.sequence_parallel else 1
-    row = layout.element_bytes * layout.rank_tokens / ranks * run.work.hidden
-    sizes: dict[tuple[int, ...], float] = {}
-    most = 0.0
-    for stage in range(layout.pipeline):
-        layers = run.stage(stage)
-        alike = tuple(id(layer) for layer in layers)
-        if alike not in sizes:
-            entries = trained_entries(layers, layout)
-            weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
-            gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
-            sizes[alike] = weights + gradients + (0 if layout.offload_optimizer else state_bytes(entries))
-        # Before its first backward pass, a stage has computed at least one microbatch for each stage behind it.
-        layers_waiting = layout.chunks * min(map(len, run.numbers[stage]))
-        waiting = min(layout.microbatches, layout.pipeline - stage) * layers_waiting
-        most = max(most, sizes[alike] + row * waiting)
-    return most
 
 
 def layouts(job: Job) -> Iterator[dict[str, Any]]:

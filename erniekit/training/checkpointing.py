@@ -157,7 +157,7 @@ class Saver:
             code = stored_code(source)
             if code is not None:
                 log.info(
-                    f"ckpt_quant_stage: {source.name} holds AdamW's moments in {code.bits} bits ({code.stage}), so the "
+                    f"ckpt_quant_stage: {source.name} holds AdamW's moments in {code.bits} bits ({code.name}), so the "
                     "next steps differ from an uninterrupted run's (docs/resuming.md says by how much)"
                 )
         else:

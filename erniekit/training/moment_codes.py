@@ -79,7 +79,7 @@ class MomentCode:
     of an output's.
     """
 
-    stage: str
+    name: str
     bits: int
     group: int | None
 
@@ -102,7 +102,7 @@ class MomentCode:
         """
         if not (np.isfinite(moment1).all() and np.isfinite(moment2).all()):
             raise CheckpointError(
-                f"ckpt_quant_stage: {self.stage}: a moment of {name} is not finite. Lower learning_rate or "
+                f"ckpt_quant_stage: {self.name}: a moment of {name} is not finite. Lower learning_rate or "
                 "max_grad_norm, or set ckpt_quant_stage: O0 to save the moments as they are."
             )
         shape = moment1.shape
@@ -193,4 +193,4 @@ class MomentCode:
         return np.where(level > 0, roots, np.float32(0))
 
 
-CODES = {code.stage: code for code in (MomentCode("O1", 8, None), MomentCode("O2", 4, 32))}
+CODES = {code.name: code for code in (MomentCode("O1", 8, None), MomentCode("O2", 4, 32))}

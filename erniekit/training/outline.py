@@ -9,7 +9,7 @@ from erniekit import build
 from erniekit.checkpoint.peft_read import read_adapter
 from erniekit.config.schema import Config, fields
 from erniekit.models.decoder import CausalLM
-from erniekit.parallel.mesh import Mesh
+from erniekit.parallel.mesh import Mesh, ParallelDims
 from erniekit.plan.job import Job
 from erniekit.plan.tensors import RankTensors, rank_tensors
 from erniekit.training.freezing import freeze, freeze_untrained_mtp
@@ -54,6 +54,18 @@ def _kinds(job: Job, stage: int) -> tuple[object, ...]:
     """What the parameters of a stage follow from."""
     ends = stage == 0, stage == job.degrees.pipeline - 1
     return *ends, *(tuple(job.model.is_moe_layer(layer) for layer in chunk) for chunk in job.stages[stage])
+
+
+def outline_layers(job: Job) -> CausalLM | None:
+    """One decoder layer of each kind that the model has, as a rank of these tensor and expert degrees has it, without
+    the ends of the model; None where keys may treat layers of one kind differently.
+    """
+    if _names_layers(job.cfg):
+        return None
+    sparse = [job.model.is_moe_layer(layer) for layer in range(job.model.num_hidden_layers)]
+    layers = tuple(sorted({kind: sparse.index(kind) for kind in sparse}.values()))
+    middle = ParallelDims(pipeline=3, data=job.degrees.expert, tensor=job.degrees.tensor, expert=job.degrees.expert)
+    return _outline(dataclasses.replace(job, degrees=middle), 1, (layers,))[0]
 
 
 @lru_cache(maxsize=128)

@@ -94,10 +94,10 @@ _KEYS = {
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
-        quantization quantization_group_size quantization_first_layers quantization_clip_search quantization_eval
+        quantization quantization_first_layers quantization_clip_search quantization_eval
         quantization_algorithm quantization_calibration_path quantization_calibration_type
         quantization_calibration_samples quantization_calibration_length quantization_calibrate_all_experts
-        quantization_damping quantization_act_order quantization_smoothing quantization_first_layers
+        quantization_damping quantization_act_order quantization_smoothing
     """,
 }
 DECISIONS: dict[str, Decision] = {key: decision for decision, keys in _KEYS.items() for key in keys.split()}

@@ -98,7 +98,7 @@ def optimizer_rank_files(
                     coded = coder.encode(name, first, second, rounding or Rounding())
                     yield from ((piece_name(f"{name}/{field}", rows), array) for field, array in coded.items())
 
-    metadata = {"format": "pt"} | ({} if code is None else {_STAGE: code.stage})
+    metadata = {"format": "pt"} | ({} if code is None else {_STAGE: code.name})
     return RankFiles(OPTIMIZER_DIR, plan, tensors(), lambda name, array: [(name, array)], metadata)
 
 

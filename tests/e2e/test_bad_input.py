@@ -164,7 +164,7 @@ def test_infinite_loss_names_step_and_parameter(fail, workspace):
     [
         ("stage=OCR-VL-SFT", "OCR-VL-SFT"),
         ("context_parallel_degree=2", "context parallelism"),
-        ("compute_type=fp8", "fp8"),
+        ("use_fp8=True", "fp8: tensorwise"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_before_anything_starts(fail, workspace, override, word):

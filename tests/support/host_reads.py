@@ -17,8 +17,9 @@ from typing import Any
 
 import paddle
 
-# Paddle's CPU kernel of the cross-entropy needs a look at its result; on a GPU nobody looks.
-ON_A_CPU_ALONE = ("losses/lm.py:_softmax_nll",)
+# Paddle's CPU kernel of the cross-entropy needs a look at its result, and nn/cpu_ops.py reads the CPU's own memory; on
+# a GPU nobody looks.
+ON_A_CPU_ALONE = ("losses/lm.py:_softmax_nll", "nn/cpu_ops.py:take_at", "nn/cpu_ops.py:add_at_")
 # Uploads of what a microbatch is: tokens, positions, and where attention finds what. Some are kept from step to step.
 INPUTS = ("models/inputs.py", "nn/attention.py", "nn/mlp.py", "nn/rotary.py")
 
@@ -96,7 +97,8 @@ def of_a_step(keys: dict[str, Any]) -> dict[str, dict[str, int]]:
     reads = {place: count for place, count in transfers.reads.items() if place not in ON_A_CPU_ALONE}
     uploads: Counter[str] = Counter()
     for place, count in transfers.uploads.items():
-        uploads[place.partition(":")[0]] += count
+        if place not in ON_A_CPU_ALONE:
+            uploads[place.partition(":")[0]] += count
     return {"reads": reads, "uploads": {file: count for file, count in uploads.items() if file not in INPUTS}}
 
 

@@ -56,7 +56,7 @@ def _count(text: str) -> int:
 
 
 _OPTIONS: options.Readers = {
-    "command": options.one_of("train", "eval", "export", "split", "chat"),
+    "command": options.one_of("train", "eval", "export", "split", "chat", "server"),
     "strict": to_bool,
     "json": _new_file,
     "decode": to_bool,

@@ -50,7 +50,7 @@ def test_the_commit_of_a_checkout_says_whether_files_were_changed(monkeypatch: p
     assert info.commit() == f"{sha}.dirty"
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "chat", "export", "split"])
+@pytest.mark.parametrize("command", ["train", "eval", "chat", "server", "export", "split"])
 def test_help_of_a_command_lists_its_keys_with_their_documentation(command: str):
     text = " ".join(info.usage(command).split())
     names = [entry.name for entries in reference.by_group(command).values() for entry in entries]
@@ -90,7 +90,7 @@ def test_help_of_a_command_without_keys_lists_its_options():
             assert f"{option}=" in command.syntax, (name, option)
 
 
-@pytest.mark.parametrize("name", ["server", "webui"])
+@pytest.mark.parametrize("name", ["webui"])
 def test_help_says_that_a_command_is_planned(name: str):
     text = info.usage(name)
     assert "is planned for a later" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 100

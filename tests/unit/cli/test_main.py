@@ -50,7 +50,7 @@ def test_every_command_that_help_lists_is_there(name: str):
     assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("name", ["server", "webui"])
+@pytest.mark.parametrize("name", ["webui"])
 def test_what_erniekit_has_and_this_version_has_not_says_what_to_use_instead(name: str, capsys):
     assert cli.main([name, "x.yaml"]) == cli.EXIT_USAGE
     said = capsys.readouterr().err

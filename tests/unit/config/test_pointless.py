@@ -119,6 +119,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("chat", {"image_search_dir": "d"}, {}, {"chat_tools": "image_search"}),
     ("chat", {"max_tool_rounds": 3}, {}, {"chat_tools": "image_zoom_in_tool"}),
     ("chat", {"box_coordinates": "pixels"}, {}, None),
+    ("chat", {"host": "0.0.0.0", "max_num_seqs": 4}, {}, None),
+    ("server", {"stream": False}, {}, None),
     ("train", {"max_estimate_samples": 9}, {"max_steps": 5}, {"max_steps": 5, "save_strategy": "epoch"}),
     ("train", {"num_train_epochs": 1}, {"max_steps": 5}, {}),
     ("train", {"eval_steps": 5}, EVALUATED, {**EVAL, "evaluation_strategy": "steps"}),

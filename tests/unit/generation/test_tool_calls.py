@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniekit.generation.tool_calls import CallFilter, format_call, read_calls
+from erniekit.generation.tool_calls import CallFilter, CallSplitter, WrittenCall, format_call, read_calls
 
 ADD, MAP = (
     {"name": "add", "arguments": {"a": 1, "b": 2}},
@@ -81,3 +81,31 @@ def test_a_stream_shows_what_stands_before_the_first_call(step: int):
     assert shown("a <b> tool_call <tool_") == "a <b> tool_call <tool_"
     assert shown("two\nlines\n") == "two\nlines\n"
     assert shown(f"a\n{call}", hides=False) == f"a\n{call}"
+
+
+WRITTEN = '{"a":  1, "t": "</tool_call> \\" <tool_call>"}'
+AS_WRITTEN = f'<tool_call>\n{{"name": "f", "arguments": {WRITTEN}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "unreadable"),
+    [
+        ("plain \n", ["plain \n"], 0),
+        (AS_WRITTEN, [WRITTEN], 0),
+        (f"A \n{AS_WRITTEN}\n{AS_WRITTEN}\nB\n{AS_WRITTEN} \n", ["A", WRITTEN, WRITTEN, "\nB", WRITTEN], 0),
+        (f"a <tool_call> x </tool_call> {AS_WRITTEN}", ["a <tool_call> x </tool_call>", WRITTEN], 1),
+        (f'<tool_call>{{"name": 1}}</tool_call>\n{AS_WRITTEN}', ['<tool_call>{"name": 1}</tool_call>', WRITTEN], 1),
+        ('a\n\n<tool_call>\n{"name": ', ['a\n\n<tool_call>\n{"name": '], 1),
+        ("a <tool_c", ["a <tool_c"], 0),
+    ],
+)
+def test_streamed_calls_do_not_depend_on_how_the_text_is_cut(text, found, unreadable):
+    for parts in [list(text), *([text[:at], text[at:]] for at in range(len(text) + 1))]:
+        splitter, said = CallSplitter(), []
+        for piece in [*(piece for part in parts for piece in splitter.push(part)), *splitter.flush()]:
+            if isinstance(piece, str) and said and isinstance(said[-1], str):
+                said[-1] += piece
+            else:
+                said.append(piece)
+        assert [piece.arguments if isinstance(piece, WrittenCall) else piece for piece in said] == found
+        assert splitter.num_unreadable == unreadable

@@ -112,7 +112,9 @@ DESCRIBE_FILES = (
     "checkpoint.peft_read",
     "checkpoint.peft_write",
     "checkpoint.adapter_config",
+    "checkpoint.quantised_recognise",
 )
+VALUES = {"shared_experts"}  # a part of a model, as values of keys name it
 ASKS_ABOUT_TEXT = {"startswith", "endswith", "removeprefix", "removesuffix", "compile", "match", "fullmatch", "search"}
 
 
@@ -130,7 +132,7 @@ def test_nobody_reads_a_meaning_out_of_a_parameter_s_name():
         inner = module.name.removeprefix("erniekit.")
         if inner.partition(".")[0] not in ("precision", "training", "models", "checkpoint") or inner in DESCRIBE_FILES:
             continue
-        texts = [(line, text) for line, text in strings_of(module.tree) if named.search(text)]
+        texts = [(line, text) for line, text in strings_of(module.tree) if named.search(text) and text not in VALUES]
         for node in ast.walk(module.tree):
             asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
             if asks and node.func.attr in ASKS_ABOUT_TEXT:

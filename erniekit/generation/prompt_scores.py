@@ -1,0 +1,30 @@
+"""The log-probabilities that a model gives to the tokens of a prompt itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+
+from erniekit.generation.request import TokenScore
+from erniekit.models.decoder import CausalLM
+
+_PIECE = 256  # tokens whose scores [V] are in memory at a time
+
+
+@paddle.no_grad()
+def score_prompt(model: CausalLM, prompt: Sequence[int], num_top: int) -> list[TokenScore | None]:
+    """A score for each token of a prompt, given those before it, with the `num_top` likeliest tokens; None for the
+    first, which nothing precedes. One process has the whole model, which is in eval mode. The prompt is computed at
+    once, its scores in pieces.
+    """
+    assert model.mesh.degrees.world == 1, "one process scores a prompt"
+    logits_SV = model(np.asarray([prompt], np.int64))[0]
+    scores: list[TokenScore | None] = [None]
+    for start in range(0, len(prompt) - 1, _PIECE):
+        rows_SV = logits_SV[start : min(start + _PIECE, len(prompt) - 1)].astype("float32").numpy().astype(np.float64)
+        rows_SV -= rows_SV.max(axis=1, keepdims=True)
+        rows_SV -= np.log(np.exp(rows_SV).sum(axis=1, keepdims=True))
+        for row, token in zip(rows_SV, prompt[start + 1 :], strict=False):
+            likeliest = np.argsort(-row, kind="stable")[:num_top]
+            scores.append(TokenScore(float(row[token]), tuple((int(i), float(row[i])) for i in likeliest)))
+    return scores

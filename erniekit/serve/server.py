@@ -1,0 +1,101 @@
+"""`erniekit server`: answers OpenAI's clients over HTTP with the model that a YAML names.
+
+One process, one port. It is for checking and using a model beside its training, on one machine.
+"""
+
+import socket
+
+from erniekit.config import Config
+from erniekit.generation.engine import Engine
+from erniekit.generation.load import ChatModel, open_model
+from erniekit.serve.server_access import key_digests, require_key_if_reachable
+from erniekit.utils import log, runtime
+from erniekit.utils.errors import ConfigError, UserError
+
+try:
+    import uvicorn
+
+    from erniekit.serve.server_app import make_app
+    from erniekit.serve.server_engine import EngineThread
+    from erniekit.serve.server_metrics import Metrics
+    from erniekit.serve.server_state import Served
+except ModuleNotFoundError as error:
+    if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+        raise
+    raise UserError(f"`erniekit server` needs {error.name}: pip install 'erniekit[serve]'.") from None
+
+NUM_KEPT = 4  # conversations whose keys and values are kept for the next question
+KEY_VARIABLE = "ERNIEKIT_API_KEY"
+
+
+def serve(cfg: Config) -> None:
+    """Serve the model that `cfg` names (see generation.load.find_model) until the process is interrupted.
+
+    Raises UserError, before a weight is read, for an address that is not free, one that others reach without a key, and
+    for a model that cannot be loaded.
+    """
+    keys = key_digests(cfg.api_key_file, runtime.environment_variable(KEY_VARIABLE))
+    require_key_if_reachable(cfg.host, keys)
+    listening = _listen(cfg.host, cfg.port)
+    try:
+        served = prepare(cfg, open_model(cfg), keys)
+        _say(served, listening)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(served),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=3,
+                server_header=False,
+            )
+        )
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) -> "Served":
+    """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not."""
+    context = chat_model.model.config.max_position_embeddings
+    if cfg.max_model_len is not None:
+        if cfg.max_model_len > context:
+            raise ConfigError(f"max_model_len: {cfg.max_model_len} is more than the model's context, {context}.")
+        context = cfg.max_model_len
+    engine = Engine(chat_model.model, cfg.max_num_seqs, cfg.max_num_batched_tokens, min(NUM_KEPT, cfg.max_num_seqs))
+    thread = EngineThread(engine, cfg.max_waiting_requests)
+    name = cfg.served_model_name or chat_model.path.resolve().name
+    return Served(cfg, chat_model, thread, Metrics(thread, name), name, context, chat_model.limits(cfg), keys)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens to an address. Raises ConfigError for one that is taken, or not of this machine."""
+    try:
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host.strip("[]"), port))
+        listening.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"host: {host}, port: {port}: cannot listen there: {error.strerror}. Choose another."
+        ) from None
+    return listening
+
+
+def _say(served: "Served", listening: socket.socket) -> None:
+    cfg, address = served.cfg, listening.getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    engine = served.thread.engine
+    most = "what is left of the context"
+    if "max_new_tokens" in cfg.given:
+        most = str(cfg.max_new_tokens)
+    log.info(
+        f"requests that do not say otherwise: temperature {cfg.temperature:g}, top_p {cfg.top_p:g}, top_k {cfg.top_k}, "
+        f"max_tokens {most} (the YAML's, or the defaults of `erniekit chat`)"
+    )
+    log.info(
+        f"up to {engine.max_running} answers at a time, {cfg.max_waiting_requests} may wait; keys and values of up to "
+        f"{engine.max_running} + {engine.num_kept} conversations of {served.context} tokens are kept"
+    )
+    keyless = "" if served.keys else ", no key is asked for"
+    log.info(f"{served.name} is served at http://{host}:{address[1]}/v1 (this process ends by Ctrl-C{keyless})")

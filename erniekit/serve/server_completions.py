@@ -1,0 +1,214 @@
+"""`/v1/completions`: continues texts or token ids, and scores them (echo with logprobs)."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from erniekit.generation.prompt_scores import score_prompt
+from erniekit.generation.request import TokenScore
+from erniekit.serve import server_fields as fields
+from erniekit.serve.server_body import read_body
+from erniekit.serve.server_chat import fingerprint, stream_options
+from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.serve.server_run import MAX_ANSWERS, Plan, Run, plan, reading, unless_client_leaves
+from erniekit.serve.server_state import Served
+from erniekit.serve.server_stream import EventStream
+from erniekit.serve.server_text import AnswerReader
+
+MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for: [tokens, vocabulary] is in memory at once
+
+Scored = Sequence[tuple[int, TokenScore | None]]
+
+
+@dataclass
+class _Completion:
+    """A request for continuations, and what its response says about itself. `prompts`: token ids."""
+
+    values: dict[str, Any]
+    served: Served
+    prompts: list[list[int]]
+
+    def __post_init__(self) -> None:
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.served.name,
+            "system_fingerprint": fingerprint(self.served),
+        }
+        self.num_scores: int | None = self.values.get("logprobs")
+        self.echoes = bool(self.values.get("echo"))
+
+    def echoed(self, index: int, n: int) -> str:
+        """The text of the prompt of a choice, if it is part of the answer."""
+        return self.served.chat_model.tokenizer.decode(self.prompts[index // n]) if self.echoes else ""
+
+
+async def complete(request: HttpRequest, served: Served) -> Response:
+    """Continue prompts, whole or in pieces."""
+    values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.COMPLETION)
+    served.check_model(values["model"])
+    usage = stream_options(values)
+    only_scores = bool(values.get("echo")) and values.get("max_tokens") == 0
+    if only_scores and (values.get("stream") or values.get("n", 1) > 1):
+        raise ApiError(400, "max_tokens: 0 goes without stream and with n 1.", "max_tokens", "invalid_value")
+    if isinstance(values["prompt"], list) and len(values["prompt"]) == 0:
+        raise ApiError(400, "prompt: the list is empty.", "prompt", "invalid_value")
+    count = values.get("n", 1) * _num_prompts(values["prompt"])
+    if count > MAX_ANSWERS:
+        raise ApiError(400, f"n: at most {MAX_ANSWERS} answers to a request.", "n", "invalid_value")
+    served.reserve(count)
+    submitted = False
+    try:
+        prompts = await served.in_pool(lambda: _prompts(values["prompt"], served))
+        ask = _Completion(values, served, prompts)
+        wanted = plan(values | ({"max_tokens": 1} if only_scores else {}), prompts, served, ask.num_scores, "prompt")
+        how = reading(values, served, opened=False, has_thoughts=False, has_calls=False)
+        scored = await unless_client_leaves(request, _scores_of_prompts(ask))
+        if only_scores:
+            return json_response(_only_scores(ask, scored), headers=wanted.headers)
+        submitted = True
+        run = Run(served, served.thread.submit(wanted.requests), how)
+    finally:
+        if not submitted:
+            served.thread.release(count)
+    served.metrics.request_params_n.observe(wanted.n)
+    if values.get("stream"):
+        return EventStream(_stream(ask, wanted, run, scored, usage), wanted.headers)
+    return json_response(await unless_client_leaves(request, _whole(ask, wanted, run, scored)), headers=wanted.headers)
+
+
+def _num_prompts(prompt: Any) -> int:
+    is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    return 1 if is_one else len(prompt)
+
+
+def _prompts(prompt: Any, served: Served) -> list[list[int]]:
+    """The token ids of the prompts. Special tokens in a text are one id each: the caller writes the template."""
+    model = served.chat_model
+    items = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    prompts = []
+    for item in items:
+        if isinstance(item, str):
+            prompts.append(model.tokenizer.encode(item))
+        elif isinstance(item, list):
+            prompts.append(fields.id_list(item, "prompt", model.model.config.vocab_size))
+        else:
+            raise ApiError(
+                400, f"prompt: expected texts or lists of ids, got {fields.type_name(item)}.", "prompt", "invalid_type"
+            )
+    return prompts
+
+
+async def _scores_of_prompts(ask: _Completion) -> list[list[TokenScore | None]]:
+    """The scores of each prompt, where they are asked for."""
+    if not ask.echoes or ask.num_scores is None:
+        return []
+    scored, model = [], ask.served.chat_model.model
+    for ids in ask.prompts:
+        if len(ids) > MAX_SCORED:
+            raise ApiError(400, f"prompt: at most {MAX_SCORED} tokens with echo and logprobs.", "prompt")
+        scored.append(await ask.served.thread.run(partial(score_prompt, model, ids, ask.num_scores)))
+    return scored
+
+
+def _only_scores(ask: _Completion, scored: list[list[TokenScore | None]]) -> dict[str, Any]:
+    """The response to a request that echoes its prompts and continues none."""
+    choices = []
+    for index, ids in enumerate(ask.prompts):
+        logprobs = _logprobs(ask, list(zip(ids, scored[index], strict=True)), 0) if scored else None
+        choices.append({"index": index, "text": ask.echoed(index, 1), "logprobs": logprobs, "finish_reason": "length"})
+    return {**ask.head, "choices": choices, "usage": ask.served.usage(sum(map(len, ask.prompts)), 0, 0)}
+
+
+async def _whole(ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]]) -> dict[str, Any]:
+    texts = [ask.echoed(index, wanted.n) for index in range(len(run.readers))]
+    async for step in run.steps():
+        for piece in step.pieces:
+            texts[step.choice] += piece.text
+    choices = []
+    for index, reader in enumerate(run.readers):
+        tokens: list[tuple[int, TokenScore | None]] = list(reader.tokens)
+        if scored:
+            row = index // wanted.n
+            tokens = [*zip(ask.prompts[row], scored[row], strict=True), *tokens]
+        logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, 0)
+        choices.append({"index": index, "text": texts[index], "logprobs": logprobs, **_end(reader)})
+    return {**ask.head, "choices": choices, "usage": _usage(ask, wanted, run)}
+
+
+async def _stream(
+    ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]], usage: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any] | None, None]:
+    num_begun, num_scored, lengths = 0, [0] * len(run.readers), [0] * len(run.readers)
+
+    def chunk(index: int, text: str, tokens: Scored, reader: AnswerReader | None = None) -> dict[str, Any]:
+        logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, lengths[index])
+        lengths[index] += len(text)
+        end = {"finish_reason": None} if reader is None else _end(reader)
+        piece = {**ask.head, "choices": [{"index": index, "text": text, "logprobs": logprobs, **end}]}
+        if usage.get("continuous_usage_stats"):
+            piece["usage"] = _usage(ask, wanted, run)
+        elif usage.get("include_usage"):
+            piece["usage"] = None
+        return piece
+
+    async for step in run.steps():
+        if step.choice < 0:
+            yield None
+            continue
+        while num_begun <= step.choice:
+            row = num_begun // wanted.n
+            tokens = list(zip(ask.prompts[row], scored[row], strict=True)) if scored else []
+            yield chunk(num_begun, ask.echoed(num_begun, wanted.n), tokens)
+            num_begun += 1
+        reader = run.readers[step.choice]
+        text = "".join(piece.text for piece in step.pieces)
+        is_over = reader.is_over
+        if text or is_over:
+            new = reader.tokens[num_scored[step.choice] :]
+            num_scored[step.choice] = len(reader.tokens)
+            yield chunk(step.choice, text, new, reader if is_over else None)
+    if usage.get("include_usage"):
+        yield {**ask.head, "choices": [], "usage": _usage(ask, wanted, run)}
+
+
+def _end(reader: AnswerReader) -> dict[str, Any]:
+    return {"finish_reason": reader.finish_reason, "stop_reason": reader.stop_reason}
+
+
+def _usage(ask: _Completion, wanted: Plan, run: Run) -> dict[str, Any]:
+    answer = sum(reader.num_tokens for reader in run.readers)
+    return ask.served.usage(wanted.num_prompt_tokens, answer, run.num_cached)
+
+
+def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:
+    """The scores of tokens, in the older form. `offset`: where the first one's text begins."""
+    texts, offsets, tops = [], [], []
+    for number, score in tokens:
+        text = ask.served.token(number)[0]
+        texts.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        tops.append(None if score is None else _top(ask, number, score))
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if score is None else max(score.logprob, -9999.0) for _, score in tokens],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def _top(ask: _Completion, number: int, score: TokenScore) -> dict[str, float]:
+    """The likeliest tokens by their text, and the chosen one; of two with one text the likelier is shown."""
+    top: dict[str, float] = {}
+    for candidate, logprob in score.top:
+        top.setdefault(ask.served.token(candidate)[0], max(logprob, -9999.0))
+    top.setdefault(ask.served.token(number)[0], max(score.logprob, -9999.0))
+    return top

@@ -1,0 +1,60 @@
+"""Errors of a server, in the one shape that OpenAI's clients read."""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "TimeoutError",
+    413: "RequestTooLargeError",
+    429: "RateLimitError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ApiError(Exception):
+    """A request that is refused. `param`: the field that is wrong; `code`: a word for programs; `headers`: those of the
+    response. `repeats`: a second attempt would fail as well, so clients should make none.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+        repeats: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+        if repeats:
+            self.headers["x-should-retry"] = "false"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the response."""
+        kind = _TYPES.get(self.status, "InternalServerError")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The response."""
+        return json_response(self.body, self.status, self.headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with a JSON body."""
+    return Response(to_json(body), status, headers, media_type="application/json")
+
+
+def to_json(body: Any) -> bytes:
+    """JSON as bytes of UTF-8."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -1,0 +1,230 @@
+"""The messages of a request in the form that chat templates take."""
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any
+
+from erniekit.data.chat.template import Template
+from erniekit.data.records.errors import BadRecord
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.encode import VisionSpec
+from erniekit.data.vision.images import load_image
+from erniekit.data.vision.media import MediaReader
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_fields import type_name
+from erniekit.utils import log
+from erniekit.utils.errors import DataError
+
+MAX_MESSAGES = 10_000
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_TOOLS = 256
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_FIELDS = {
+    "system": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": (
+        "role content name tool_calls reasoning_content reasoning thoughts refusal audio annotations function_call"
+    ).split(),
+    "tool": ("role", "content", "tool_call_id", "name"),
+}
+_THOUGHTS = ("reasoning_content", "reasoning", "thoughts")
+_IMAGES = ("data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/webp", "data:image/bmp")
+
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")  # of the files of these formats
+
+
+class Messages:
+    """Reads the messages of one request. `notes` collects what was decided about its pictures."""
+
+    def __init__(self, template: Template, vision: VisionSpec | None, max_images: int) -> None:
+        self.notes = Notes()
+        self.num_images = 0
+        self._template, self._vision, self._max_images = template, vision, max_images
+        self._takes_json_text = "arguments is string" in template.source
+
+    def read(self, messages: list[Any]) -> list[dict[str, Any]]:
+        """The messages, tool results in the order of their calls. Raises ApiError that names what is wrong."""
+        if not messages:
+            raise _wrong("messages", "expected at least one message")
+        if len(messages) > MAX_MESSAGES:
+            raise _wrong("messages", f"at most {MAX_MESSAGES} messages, got {len(messages)}")
+        read = [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        return _in_order_of_calls(read)
+
+    def _message(self, message: Any, name: str) -> dict[str, Any]:
+        if not isinstance(message, dict):
+            raise _wrong(name, f"expected an object, got {type_name(message)}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise _wrong(f"{name}.role", f"expected {', '.join(_ROLES)}, got {str(role)[:40]!r}")
+        role = _ROLES[role]
+        unknown = [field for field, value in message.items() if field not in _FIELDS[role] and value is not None]
+        if unknown:
+            raise _wrong(f"{name}.{unknown[0][:40]}", f"unknown field of a message with the role {role}")
+        if role == "assistant":
+            return self._of_assistant(message, name)
+        if message.get("content") is None:
+            raise _wrong(f"{name}.content", "the field is missing")
+        result: dict[str, Any] = {"role": role, "content": self._content(message["content"], name)}
+        if role == "tool":
+            call_id = message.get("tool_call_id")
+            if call_id is not None and not isinstance(call_id, str):
+                raise _wrong(f"{name}.tool_call_id", f"expected text, got {type_name(call_id)}")
+            result |= {"tool_call_id": call_id or "", "name": _text(message.get("name"), f"{name}.name")}
+        return result
+
+    def _of_assistant(self, message: dict[str, Any], name: str) -> dict[str, Any]:
+        for field in ("audio", "function_call", "refusal"):
+            if message.get(field):
+                raise _wrong(f"{name}.{field}", "such answers are not known; leave the field out")
+        content = message.get("content")
+        result: dict[str, Any] = {"role": "assistant", "content": self._content(content, name)}
+        thought = next((message[field] for field in _THOUGHTS if message.get(field)), None)
+        if thought is not None:
+            if self._shows_thoughts():
+                result["reasoning_content"] = _text(thought, f"{name}.reasoning_content")
+            else:
+                log.once(f"thoughts in earlier messages: no effect: chat template {self._template.name} shows none")
+        calls = message.get("tool_calls")
+        if calls:
+            if not isinstance(calls, list):
+                raise _wrong(f"{name}.tool_calls", f"expected a list, got {type_name(calls)}")
+            result["tool_calls"] = [self._call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        elif content is None:
+            raise _wrong(f"{name}.content", "expected text where there are no tool_calls")
+        return result
+
+    def _shows_thoughts(self) -> bool:
+        """Whether the template shows earlier thoughts; one that has no place for them refuses them."""
+        answer = {"role": "assistant", "content": "a", "reasoning_content": "t"}
+        try:
+            self._template.render([{"role": "user", "content": "q"}, answer])
+        except DataError:
+            return False
+        return self._template.shows("reasoning_content")
+
+    def _call(self, call: Any, name: str) -> dict[str, Any]:
+        """One call. Its arguments stay the text that the model wrote, where the template takes text."""
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise _wrong(name, 'expected {"id", "type": "function", "function": {"name", "arguments"}}')
+        arguments = function.get("arguments")
+        parsed = arguments
+        if isinstance(arguments, str):
+            try:
+                parsed = json.loads(arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise _wrong(f"{name}.function.arguments", f"not valid JSON: {error}") from None
+        parsed = {} if parsed is None else parsed
+        if not isinstance(parsed, dict):
+            raise _wrong(f"{name}.function.arguments", f"expected an object as JSON text, got {type_name(parsed)}")
+        keeps_text = self._takes_json_text and isinstance(arguments, str) and arguments
+        shown = {"name": function["name"], "arguments": arguments if keeps_text else parsed}
+        return {"id": _text(call.get("id"), f"{name}.id"), "type": "function", "function": shown}
+
+    def _content(self, content: Any, name: str) -> Any:
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise _wrong(f"{name}.content", f"expected text or a list of parts, got {type_name(content)}")
+        parts = [self._part(part, f"{name}.content[{i}]") for i, part in enumerate(content)]
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+        return parts
+
+    def _part(self, part: Any, name: str) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
+        if kind != "image_url":
+            raise _wrong(f"{name}.type", f"expected text or image_url, got {str(kind)[:40]!r}")
+        if self._vision is None:
+            raise _wrong(name, "this model reads text alone, so it cannot be shown a picture")
+        self.num_images += 1
+        if self.num_images > self._max_images:
+            raise _wrong(name, f"at most {self._max_images} pictures in a request (max_request_images)")
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        return {"type": "image", "image": self._pixels(url, name)}
+
+    def _pixels(self, url: Any, name: str) -> Any:
+        """The pixels of a data URI; nothing else is opened."""
+        assert self._vision is not None
+        name = f"{name}.image_url"
+        if not isinstance(url, str):
+            raise _wrong(name, f'expected {{"url": "data:image/png;base64,..."}}, got {type_name(url)}')
+        head, comma, data = url.partition(",")
+        kind, _, coding = head.lower().partition(";")
+        if kind not in _IMAGES or coding != "base64" or not comma:
+            shown = head[:60]
+            raise _wrong(
+                name,
+                "pictures are taken as data URIs of PNG, JPEG, WebP or BMP in base64 alone; the server opens no "
+                f"addresses and no files. Got {shown!r}",
+            )
+        try:
+            content = base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError):
+            raise _wrong(name, "the data URI is not valid base64") from None
+        if not content.startswith(_BEGINNINGS):
+            raise _wrong(name, "the data URI holds no PNG, JPEG, WebP or BMP")
+        options = self._vision.images
+        if options.max_pixels_decoded > MAX_IMAGE_PIXELS:
+            options = type(options)(options.apply_exif, MAX_IMAGE_PIXELS, options.max_seconds)
+        try:
+            return load_image(content, MediaReader(Path("/nonexistent")), options, self.notes)
+        except BadRecord as error:
+            raise _wrong(name, error.reason) from None
+
+
+def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:
+    """The tools that are offered to the model; None: none. Raises ApiError."""
+    if isinstance(choice, dict) or choice == "required":
+        raise ApiError(
+            400, "tool_choice: a call cannot be enforced; use auto or none.", "tool_choice", "unsupported_value"
+        )
+    if choice not in (None, "auto", "none"):
+        raise ApiError(400, f"tool_choice: expected auto or none, got {choice[:40]!r}.", "tool_choice", "invalid_value")
+    if not tools and choice == "auto":
+        raise ApiError(400, "tool_choice: there are no tools to choose from.", "tool_choice", "invalid_value")
+    if len(tools) > MAX_TOOLS:
+        raise _wrong("tools", f"at most {MAX_TOOLS}, got {len(tools)}")
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise _wrong(f"tools[{i}]", 'expected {"type": "function", "function": {"name", "parameters"}}')
+    if not tools or choice == "none":
+        return None
+    return tools
+
+
+def _in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring results of tools, sorted as the calls before them; results without an id stay where they are."""
+    result: list[dict[str, Any]] = []
+    order: dict[str, int] = {}
+    start = 0
+    for message in messages:
+        if message["role"] != "tool":
+            start = len(result) + 1
+            order = {call["id"]: i for i, call in enumerate(message.get("tool_calls", ()))}
+        result.append(message)
+        ids = [item["tool_call_id"] for item in result[start:]] if message["role"] == "tool" else []
+        if len(ids) > 1 and all(item in order for item in ids):
+            result[start:] = sorted(result[start:], key=lambda item: order[item["tool_call_id"]])
+    return result
+
+
+def _text(value: Any, name: str, required: bool = False) -> str:
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        raise _wrong(name, f"expected text, got {type_name(value)}")
+    return value
+
+
+def _wrong(name: str, what: str) -> ApiError:
+    return ApiError(400, f"{name}: {what}.", name, "invalid_value")

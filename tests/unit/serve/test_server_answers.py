@@ -1,0 +1,243 @@
+"""What a server answers: equal to the engine's tokens, whole and in pieces."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny_directories import model_directory
+from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, joined, opened, rigged
+
+from erniekit.data.chat.tokenizer import StreamDecoder
+from erniekit.generation.engine import Engine
+from erniekit.generation.load import ChatModel
+from erniekit.generation.request import Limits, Request
+from erniekit.generation.sampling import Sampling
+from erniekit.serve.server_engine import Event
+from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
+
+GREEDY = Sampling()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_directory(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ChatModel:
+    return opened(model_dir)
+
+
+@pytest.fixture(scope="module")
+def server(model_dir: Path, model: ChatModel):
+    with client(model_dir, model) as asking:
+        yield asking
+
+
+def expected(model: ChatModel, ids: list[int], tokens: int = 8, sampling: Sampling = GREEDY, draw: int = 0) -> str:
+    """What the engine alone says."""
+    engine = Engine(model.model)
+    answer = engine.add(Request(ids, Limits(tokens, stop_ids=tuple(model.template.stop_ids)), sampling, draw)).answer
+    while not answer.stop:
+        engine.step()
+    # one id after another: decoded together, a letter among stray bytes would be one of them
+    decoder, hidden = StreamDecoder(model.tokenizer), hidden_ids(model.tokenizer)
+    return "".join([*(decoder.push(i) for i in answer.ids if i not in hidden), decoder.flush()])
+
+
+def test_an_answer_is_the_engines_and_a_stream_is_the_answer(server: Asking, model: ChatModel):
+    text = expected(model, model.template.prompt_ids(QUESTION))
+    whole = server.chat()
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text} and choice["finish_reason"] == "length"
+    assert whole["object"] == "chat.completion" and whole["model"] == "tiny" and whole["id"].startswith("chatcmpl-")
+    prompt = len(model.template.prompt_ids(QUESTION))
+    counts = {name: whole["usage"][f"{name}_tokens"] for name in ("prompt", "completion", "total")}
+    assert counts == {"prompt": prompt, "completion": 8, "total": prompt + 8}
+    chunks = server.stream(stream_options={"include_usage": True})
+    said = joined(chunks)
+    assert (said["role"], said["content"], said["finish_reason"]) == ("assistant", text, "length")
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 8
+    assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks}) == 1
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+def test_seeds_and_several_answers(server: Asking, model: ChatModel):
+    drawn = {"temperature": 1.2, "top_p": 0.9, "seed": 7, "n": 3}
+    ids = model.template.prompt_ids(QUESTION)
+    wanted = [expected(model, ids, 8, Sampling(1.2, 0, 0.9, seed=7), draw) for draw in range(3)]
+    assert len(set(wanted)) > 1
+    assert [choice["message"]["content"] for choice in server.chat(**drawn)["choices"]] == wanted
+    chunks = server.stream(**drawn)
+    assert [joined(chunks, index)["content"] for index in range(3)] == wanted
+    begun = [c["choices"][0]["index"] for c in chunks if "role" in c["choices"][0]["delta"]]
+    assert begun == [0, 1, 2], "clients make a list of the choices in this order"
+    assert server.chat(seed=-3, temperature=1.0)["choices"] == server.chat(seed=-3, temperature=1.0)["choices"]
+
+
+def test_log_probabilities_are_those_of_the_model(server: Asking, model: ChatModel):
+    choice = server.chat(logprobs=True, top_logprobs=3, temperature=0.5, seed=1)["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == 8 and all(len(entry["top_logprobs"]) == 3 for entry in entries)
+    scores = model.model(np.array([model.template.prompt_ids(QUESTION)])).numpy()[0, -1].astype(np.float64)
+    logprobs = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+    top = [entry["logprob"] for entry in entries[0]["top_logprobs"]]
+    # fp32 matrix products of other shapes: a few ulp of scores near 10
+    np.testing.assert_allclose(top, np.sort(logprobs)[::-1][:3], atol=1e-5)
+    streamed = server.stream(logprobs=True, top_logprobs=3, temperature=0.5, seed=1)
+    parts = [c["choices"][0]["logprobs"] for c in streamed]
+    assert [entry for part in parts if part for entry in part["content"]] == entries
+    for entry in entries:
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"] or len(entry["bytes"]) == 1
+
+
+def test_completions_continue_texts_and_ids(server: Asking, model: ChatModel):
+    ids = [model.tokenizer.encode(text) for text in ("25加16", "等于")]
+    texts = [expected(model, row) for row in ids]
+    for prompt in (["25加16", "等于"], ids):
+        answer = server.complete(prompt=prompt)
+        assert [choice["text"] for choice in answer["choices"]] == texts and answer["object"] == "text_completion"
+    assert server.complete(prompt=ids[0])["choices"][0]["text"] == texts[0]
+    chunks = server.stream(COMPLETIONS, prompt=ids, echo=True)
+    for index, text in enumerate(texts):
+        said = "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == index)
+        assert said == model.tokenizer.decode(ids[index]) + text
+
+
+def test_the_log_likelihood_of_a_prompt_as_lm_eval_asks_for_it(server: Asking, model: ChatModel):
+    ids = model.tokenizer.encode("25加16等于41")
+    scores = model.model(np.array([ids])).numpy()[0].astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    for tokens in (1, 0):
+        answer = server.complete(prompt=[ids], echo=True, logprobs=1, max_tokens=tokens, temperature=0, seed=1234)
+        found = answer["choices"][0]["logprobs"]
+        assert len(found["tokens"]) == len(ids) + tokens == len(found["token_logprobs"]) == len(found["text_offset"])
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        wanted = [scores[i, token] for i, token in enumerate(ids[1:])]
+        np.testing.assert_allclose(found["token_logprobs"][1 : len(ids)], wanted, atol=1e-5)
+        for row, top in zip(scores, found["top_logprobs"][1 : len(ids)], strict=False):
+            assert max(top.values()) == pytest.approx(row.max(), abs=1e-5)
+
+
+def test_limits_are_honoured(server: Asking, model: ChatModel):
+    text = server.chat()["choices"][0]["message"]["content"]
+    stop = text[2:5]
+    stopped = server.chat(stop=stop)["choices"][0]
+    assert (stopped["message"]["content"], stopped["finish_reason"]) == (text[:2], "stop")
+    assert stopped["stop_reason"] == stop
+    assert server.chat(stop=[stop], include_stop_str_in_output=True)["choices"][0]["message"]["content"] == text[:5]
+    ids = model.tokenizer.encode(text)
+    first = server.chat(logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert server.chat(max_completion_tokens=3, max_tokens=8)["usage"]["completion_tokens"] == 3
+    assert len(first) == 8 and ids
+    ended = server.chat(stop_token_ids=list(range(model.model.config.vocab_size)))["choices"][0]
+    assert ended["message"]["content"] == "" and ended["finish_reason"] == "stop"
+    assert server.chat(stop_token_ids=list(range(300)), min_tokens=4)["usage"]["completion_tokens"] >= 4
+
+
+def test_max_tokens_beyond_the_context_are_lowered_and_the_response_says_so(server: Asking, model: ChatModel):
+    with client(server.served.chat_model.path, model, max_model_len=32) as small:
+        answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "max_tokens": 65535})
+        used = answer.json()["usage"]
+        assert answer.headers["x-erniekit-max-tokens"] == str(32 - used["prompt_tokens"])
+        assert used["total_tokens"] == 32
+        assert small.chat(max_tokens=None)["usage"]["total_tokens"] == 32
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1, "t": "</tool_call>"}}\n</tool_call>\n'
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def read(model: ChatModel, text: str, **how: object) -> tuple[str, str, list[str], str | None]:
+    """(thought, text, arguments of the calls, why it ended) of what a model says."""
+    reader = AnswerReader(model.tokenizer, Reading(**how))
+    said: dict[str, list[str]] = {"thought": [], "text": [], "call": []}
+    for event in [*map(Event, model.tokenizer.encode(text)), Event(stop="stop", stop_id=2)]:
+        for piece in reader.push(event):
+            said[piece.kind].append(piece.call.arguments if piece.call else piece.text)
+        if reader.is_over:
+            break
+    return "".join(said["thought"]), "".join(said["text"]), said["call"], reader.finish_reason
+
+
+def test_thoughts_calls_and_stop_texts_are_taken_apart(model: ChatModel):
+    framed = "why\n</think>\n\n<response>\nso <b>\n</response>\n"
+    assert read(model, framed, opened=True) == ("why", "so <b>", [], "stop")
+    assert read(model, f"<think>{framed}") == ("why", "so <b>", [], "stop")
+    arguments = '{"a":  1, "t": "</tool_call>"}'
+    assert read(model, f"好\n{CALL}{CALL}", has_calls=True) == ("", "好", [arguments] * 2, "tool_calls")
+    assert read(model, CALL) == ("", CALL, [], "stop"), "no tools were offered"
+    assert read(model, f"<think>{CALL}</think>a", has_calls=True) == (CALL.strip(), "a", [], "stop")
+    broken = "<tool_call>{]</tool_call>"
+    assert read(model, broken, has_calls=True) == ("", broken, [], "stop")
+    assert read(model, "<think>a b</think>c b d", stops=(" b",)) == ("a b", "c", [], "stop")
+    assert read(model, "never ends", opened=True) == ("never ends", "", [], "stop")
+
+
+def test_a_client_gets_thought_text_and_call_once_each(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    text = '<think>a</think>b\n<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>'
+    with rigged(monkeypatch, server.served, text):
+        choice = server.chat(max_tokens=99, tools=TOOLS)["choices"][0]
+        streamed = joined(server.stream(max_tokens=99, tools=TOOLS, parallel_tool_calls=False))
+    whole = choice["message"] | {"finish_reason": choice["finish_reason"]}
+    ids = [message["tool_calls"][0].pop("id") for message in (whole, streamed)]
+    assert all(name.startswith("chatcmpl-tool-") for name in ids)
+    assert streamed["tool_calls"][0].pop("index") == 0
+    assert whole == streamed
+    assert whole["reasoning"] == whole["reasoning_content"] == "a" and whole["content"] == "b"
+    function = {"name": "add", "arguments": '{"x": 1}'}
+    assert whole["tool_calls"] == [{"type": "function", "function": function}]
+    assert whole["finish_reason"] == "tool_calls"
+
+
+def test_history_comes_back_as_it_was_written(server: Asking):
+    history = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "hm",
+            "tool_calls": [
+                {"id": name, "type": "function", "function": {"name": "add", "arguments": '{"a":  1}'}}
+                for name in ("x", "y")
+            ],
+        },
+        {"role": "tool", "tool_call_id": "y", "content": [{"type": "text", "text": "second"}]},
+        {"role": "tool", "tool_call_id": "x", "content": "first </think>"},
+    ]
+    tokens = server.good("/tokenize", {"messages": history, "tools": TOOLS})["tokens"]
+    text = server.good("/detokenize", {"tokens": tokens})["prompt"]
+    assert '"arguments": {"a":  1}' in text and text.index("first </think>") < text.index("second")
+    assert (
+        server.good("/tokenize", {"messages": [{"role": "developer", "content": "s"}, *QUESTION]})["tokens"]
+        == (server.good("/tokenize", {"messages": [{"role": "system", "content": "s"}, *QUESTION]})["tokens"])
+    )
+
+
+def test_what_cannot_change_the_answer_is_ignored_and_neutral_values_pass(server: Asking):
+    plain = server.chat()["choices"]
+    harmless = {"user": "u", "store": True, "metadata": {"a": 1}, "service_tier": "auto", "verbosity": "low"}
+    neutral = {"n": 1, "tools": None, "logprobs": False, "logit_bias": {}, "presence_penalty": 0, "min_p": 0}
+    neutral |= {"modalities": ["text"], "response_format": {"type": "text"}, "stop": None, "stream_options": None}
+    assert server.chat(**harmless, **neutral)["choices"] == plain
+
+
+@pytest.mark.parametrize("text", ["abcXYdef", "abXcX", "abcX", "XYXY", "aXYb"])
+def test_stop_texts_are_found_however_the_text_is_cut(text: str):
+    for at in range(len(text) + 1):
+        stops = StopTexts(["XY", "Z"])
+        said = stops.push(text[:at])
+        said += "" if stops.found else stops.push(text[at:])
+        said += "" if stops.found else stops.flush()
+        assert said == text.partition("XY")[0] and bool(stops.found) == ("XY" in text)
+
+
+def test_half_a_character_at_the_end_is_shown_once(model: ChatModel):
+    ids = [model.tokenizer.token_id(f"<0x{byte:02X}>") for byte in "加".encode()]
+    for count, shown in ((2, "\ufffd"), (3, "加")):
+        reader = AnswerReader(model.tokenizer, Reading())
+        events = [Event(token) for token in ids[: count - 1]] + [Event(ids[count - 1], stop="length")]
+        pieces = [piece for event in events for piece in reader.push(event)]
+        assert set("".join(piece.text for piece in pieces)) == set(shown) and reader.num_tokens == count
+        assert reader.finish_reason == "length"

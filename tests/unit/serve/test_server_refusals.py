@@ -1,0 +1,265 @@
+"""What a server refuses, with which status and words; nothing reaches the engine that could end it."""
+
+import asyncio
+import hashlib
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_directories import model_directory
+from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, error_of, opened
+
+from erniekit.config import load
+from erniekit.generation.load import ChatModel
+from erniekit.serve.server import serve
+from erniekit.serve.server_access import is_loopback, key_digests
+from erniekit.utils.errors import ConfigError
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_directory(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> ChatModel:
+    return opened(model_dir)
+
+
+@pytest.fixture(scope="module")
+def server(model_dir: Path, model: ChatModel):
+    with client(model_dir, model, max_request_mb=1) as asking:
+        yield asking
+        assert asking.served.thread.is_alive and asking.chat(max_tokens=1), "whatever was asked before"
+        assert asking.served.thread.num_running == asking.served.thread.num_waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean temperature"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "expected system"),
+        ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages[0].mood", "unknown field"),
+        ({"messages": [7]}, "messages[0]", "expected an object"),
+        ({"messages": "hi"}, "messages", "expected array, got string"),
+        ({"temperature": "hot"}, "temperature", "expected number"),
+        ({"temperature": -1}, "temperature", "0 or more"),
+        ({"top_p": 0}, "top_p", "more than 0"),
+        ({"n": 10**6}, "n", "at most 128"),
+        ({"n": True}, "n", "expected integer, got boolean"),
+        ({"top_logprobs": 99, "logprobs": True}, "top_logprobs", "at most 20"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"max_tokens": 0}, "max_tokens", "1 or more"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "more than max_tokens"),
+        ({"stop": ""}, "stop", "1 to 1000"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop_token_ids": [10**9]}, "stop_token_ids", "outside the vocabulary"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"stream": True, "stream_options": {"use": 1}}, "stream_options.use", "unknown field"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "cannot be changed"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "constrained"),
+        ({"tool_choice": "required", "tools": [{"function": {"name": "f"}}]}, "tool_choice", "auto"),
+        ({"tool_choice": "auto"}, "tool_choice", "no tools"),
+        ({"tools": [{}]}, "tools[0]", "function"),
+        ({"enable_thinking": True}, "enable_thinking", "never thinks"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unknown field"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
+        ({"messages": [{"role": "user", "content": "a" * 9000}]}, "messages", "no room"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y"}}]}]},
+         "messages[0].content[0]", "text alone"),
+    ],
+)  # fmt: skip
+def test_fields(server: Asking, fields: dict, param: str, said: str):
+    error = server.bad(**fields)
+    assert error["param"] == param and said in error["message"] and error["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": [[5, -1]]}, "outside the vocabulary"),
+        ({"prompt": [5, 10**30]}, "outside the vocabulary"),
+        ({"prompt": [5, True]}, "expected token ids"),
+        ({"prompt": [{}]}, "expected texts or lists of ids"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": [""]}, "no tokens"),
+        ({"prompt": [[]]}, "no tokens"),
+        ({"prompt": ["a"] * 600}, "at most 512 answers"),
+        ({"suffix": "b"}, "continue a prompt only"),
+        ({"max_tokens": 0}, "1 or more"),
+        ({"max_tokens": 0, "echo": True, "stream": True}, "without stream"),
+    ],
+)
+def test_fields_of_completions(server: Asking, fields: dict, said: str):
+    assert said in server.bad(COMPLETIONS, **fields)["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "JSON object"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"temperature": NaN}', "NaN"),
+        (b'{"temperature": 1e999}', "too large"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", "64 levels"),
+        (b'{"messages": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"user": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_bodies(server: Asking, body: bytes, said: str):
+    assert said in error_of(server.http.post(CHAT, content=body, headers=JSON), 400)["message"]
+
+
+def test_other_paths_methods_kinds_and_sizes(server: Asking):
+    http = server.http
+    error_of(http.get("/v1/nothing"), 404)
+    error_of(http.get(CHAT), 405)
+    error_of(http.post("/v1/models"), 405)
+    error_of(http.post(CHAT, content=b"{}", headers={"content-type": "text/plain"}), 400)
+    assert error_of(http.post(CHAT, content=b"x" * (2 << 20), headers=JSON), 413)["type"] == "RequestTooLargeError"
+    pieces = iter([b"x" * (1 << 19)] * 4)  # without a length in the header
+    error_of(http.post(CHAT, content=pieces, headers=JSON), 413)
+    assert "tiny" in server.bad(status=404, model="gpt-4")["message"]
+    error_of(http.get("/v1/models/other"), 404)
+    assert http.get("/v1/models/tiny").json()["max_model_len"] == server.served.context
+    for path in ("/%2e%2e/%2e%2e/etc/passwd", "/v1/models/../../etc/passwd", "//etc/passwd"):
+        error_of(http.get(path), 404)
+    assert http.get("/version").json()["version"] and http.get("/health").json() == {"status": "ok"}
+    assert http.get("/openapi.json").json()["paths"][CHAT]["post"]
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[::1", "2130706433", ""]
+)
+def test_a_page_whose_name_points_here_is_refused(server: Asking, host: str):
+    for path in ("/v1/models", "/health"):
+        assert error_of(server.http.get(path, headers={"host": host}), 403)["code"] == "host_not_allowed"
+
+
+def test_names_of_this_machine_are_answered(server: Asking, model_dir: Path, model: ChatModel):
+    for host in ("localhost", "LOCALHOST:8188", "127.0.0.1:1", "127.9.9.9", "[::1]:8188", "[::1]"):
+        assert server.http.get("/v1/models", headers={"host": host}).status_code == 200
+    with client(model_dir, model, allowed_hosts="my.box") as other:
+        assert other.http.get("/v1/models", headers={"host": "my.box:80"}).status_code == 200
+
+
+def test_pages_of_other_servers_are_refused(server: Asking):
+    for origin in ("http://evil.example", "null", "http://localhost:9999", "http://localhost:8188.evil.example"):
+        error = error_of(server.http.post(CHAT, json={}, headers={"origin": origin}), 403)
+        assert error["code"] == "origin_not_allowed"
+    assert server.http.get("/v1/models", headers={"origin": "http://localhost:8188"}).status_code == 200
+    assert "access-control-allow-origin" not in server.http.get("/v1/models").headers
+
+
+def test_keys(model_dir: Path, model: ChatModel, tmp_path: Path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsecret-one\n\nsecret-two\n")
+    keys = key_digests(str(file), "secret-three")
+    assert keys == tuple(hashlib.sha256(f"secret-{n}".encode()).digest() for n in ("three", "one", "two"))
+    with client(model_dir, model, keys) as guarded:
+        for header in (None, "Bearer", "Bearer secret", "Basic secret-one", "secret-one", "Bearer secret-one x"):
+            headers = {} if header is None else {"authorization": header}
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing", "/v1/models/../health"):
+                assert error_of(guarded.http.get(path, headers=headers), 401)["code"] == "invalid_api_key"
+        for key in ("one", "two", "three"):
+            headers = {"authorization": f"Bearer secret-{key}"}
+            assert guarded.http.get("/v1/models", headers=headers).status_code == 200
+        assert guarded.http.get("/health").status_code == 200
+    for text, said in (("# none\n", "holds no key"), ("short\n", "at least 8")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            key_digests(str(file), None)
+
+
+def test_an_address_that_others_reach_needs_a_key(monkeypatch: pytest.MonkeyPatch, model_dir: Path):
+    monkeypatch.delenv("ERNIEKIT_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        with pytest.raises(ConfigError, match="no key"):
+            serve(load(None, {"model_name_or_path": str(model_dir), "host": host}, command="server"))
+    assert is_loopback("127.0.0.2") and is_loopback("::1") and not is_loopback("127.0.0.1.evil")
+
+
+def test_a_port_that_is_taken(model_dir: Path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port: {port}: cannot listen"):
+            serve(load(None, {"model_name_or_path": str(model_dir), "port": port}, command="server"))
+
+
+def test_a_full_queue_is_said_with_the_time_to_come_back(model_dir: Path, model: ChatModel):
+    with client(model_dir, model, max_num_seqs=1, max_waiting_requests=1) as small:
+        answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 3})
+        assert error_of(answer, 429)["code"] == "queue_full" and answer.headers["retry-after"] == "1"
+        assert "x-should-retry" not in answer.headers
+        assert len(small.chat(n=2, max_tokens=1)["choices"]) == 2, "places are given back"
+        assert 'admission_rejections_total{model_name="tiny"} 1.0' in small.http.get("/metrics").text
+
+
+def test_time_limits(model_dir: Path, model: ChatModel, monkeypatch: pytest.MonkeyPatch):
+    with client(model_dir, model, max_num_seqs=1, queue_timeout=0.2, request_timeout=1.0) as slow:
+        step = slow.served.thread.engine.step
+        monkeypatch.setattr(slow.served.thread.engine, "step", lambda: (time.sleep(0.05), step())[1])
+        busy = threading.Thread(target=lambda: slow.bad(status=408, max_tokens=4000, ignore_eos=True))
+        busy.start()
+        while not slow.served.thread.num_running:
+            time.sleep(0.01)
+        assert slow.bad(status=408, stream=True)["code"] == "queue_timeout"
+        busy.join()
+        wait_until_idle(slow)
+
+
+def wait_until_idle(server: Asking) -> None:
+    for _ in range(500):
+        if server.served.thread.engine.is_idle:
+            return
+        time.sleep(0.01)
+    pytest.fail("the engine still computes")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_answer(server: Asking, stream: bool):
+    """The client closes its connection once the engine runs."""
+    import json
+
+    app, body = server.http.app, {"model": "tiny", "messages": QUESTION, "stream": stream, "ignore_eos": True}
+    thread = server.served.thread
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": CHAT, "raw_path": CHAT.encode()}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "headers": [
+        (b"host", b"localhost"), (b"content-type", b"application/json")]}  # fmt: skip
+
+    async def ask() -> None:
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive() -> dict:
+            if (message := next(messages, None)) is not None:
+                return message
+            while not thread.num_running:
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            pass
+
+        await app(scope, receive, send)
+
+    server.http.portal.call(ask)
+    wait_until_idle(server)
+
+
+def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeypatch: pytest.MonkeyPatch):
+    with client(model_dir, model) as dying:
+        monkeypatch.setattr(dying.served.thread.engine, "step", lambda: 1 / 0)
+        assert "ZeroDivisionError" in dying.bad(status=500)["message"]
+        assert error_of(dying.http.get("/health"), 503)["code"] == "engine_failed"
+        assert dying.bad(status=503)["code"] == "engine_failed", "later requests do not wait for ever"
