@@ -54,14 +54,14 @@ def test_no_layout_needs_less_than_its_bound(model: str, keys: tuple[str, ...], 
     given = job_of(model, *keys, gpus=gpus, pictures=pictures)
     work, bounds, residual = work_of(given), LeastMemory(outline_layers), LeastMemory()
     shares = []
-    for each in sample(given, 12):
+    for each in sample(given, 7):
         run = run_of(each, work)
         needed = max(stage.peak for stage in plan_memory(each, CARD.memory_bytes, outline_stage).stages)
         least = bounds.of(each, run)
         assert residual.of(each, run) <= needed, each.degrees
         assert least <= needed, each.degrees
         shares.append(least / needed)
-    assert len(shares) > 5
+    assert len(shares) > 4
     if not given.is_lora and not given.cfg.frozen_parameters and not given.cfg.freeze_config:
         assert sorted(shares)[len(shares) // 2] > 0.7, shares  # a bound far below would exclude nothing
 
