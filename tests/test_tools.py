@@ -23,7 +23,8 @@ FAST = {
     "bench_moe": "bench_moe.py --experts 2 --tokens 16 --hidden 16 --ffn 16 --rounds 1",
     "bench_token_files": f"bench_token_files.py {{tmp}}/text.jsonl --tokenizer {TOKENIZER} --rounds 1",
     "gpu_acceptance, on a CPU": "gpu_acceptance.py --device cpu --steps 2 --out {tmp}/acceptance.txt",
-    "bench_serving": f"bench_serving.py --start model_name_or_path={TOKENIZER} continue_training=false compute_type=fp32 "
+    "bench_serving": f"bench_serving.py --start model_name_or_path={TOKENIZER} continue_training=false "
+    "compute_type=fp32 "
     "--concurrency 2 --requests 2 --tokens 4 --out {tmp}/load.png",
     "make_config_page": "make_config_page.py --check",
     "bench_data": f"bench_data.py --tokenizer {TOKENIZER} --steps 2 --seq 256 --rounds 1 data/demo/test.jsonl",

@@ -66,7 +66,8 @@ class EngineThread:
     """Runs an engine in a thread of its own. All methods are called from one event loop, which `start` names.
 
     max_waiting: how many answers may wait beside those that run; `reserve` counts an answer before its prompt is
-    rendered, so that a burst is refused before any work is done for it. num_running: answers that are read or generated.
+    rendered, so that a burst is refused before any work is done for it. num_running: answers that are
+    read or generated.
     """
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
