@@ -123,9 +123,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def start(keys: list[str]) -> tuple[subprocess.Popen, str]:
     """A server with these keys of its YAML on a free port -> (its process, its address)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "erniekit", "server", *keys, "port=0"], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "erniekit", "server", *keys, "port=0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said = []
     for text in process.stderr:
         said.append(text)

@@ -278,4 +278,4 @@ def _logprobs(talk: _Chat, tokens: list[Any]) -> dict[str, Any]:
 def _usage(wanted: Plan, run: Run) -> dict[str, Any]:
     answer = sum(reader.num_tokens for reader in run.readers)
     thought = sum(reader.num_thought_tokens for reader in run.readers)
-    return run.served.usage(wanted.num_prompt_tokens, answer, run.num_cached, thought)
+    return run.served.usage(wanted.num_prompt_tokens, answer, run.num_cached(wanted.n), thought)

@@ -185,7 +185,7 @@ def _end(reader: AnswerReader) -> dict[str, Any]:
 
 def _usage(ask: _Completion, wanted: Plan, run: Run) -> dict[str, Any]:
     answer = sum(reader.num_tokens for reader in run.readers)
-    return ask.served.usage(wanted.num_prompt_tokens, answer, run.num_cached)
+    return ask.served.usage(wanted.num_prompt_tokens, answer, run.num_cached(wanted.n))
 
 
 def _logprobs(ask: _Completion, tokens: Scored, offset: int) -> dict[str, Any]:

@@ -66,13 +66,15 @@ class EngineThread:
     """Runs an engine in a thread of its own. All methods are called from one event loop, which `start` names.
 
     max_waiting: how many answers may wait beside those that run; `reserve` counts an answer before its prompt is
-    rendered, so that a burst is refused before any work is done for it.
+    rendered, so that a burst is refused before any work is done for it. num_running: answers that are
+    read or generated.
     """
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine, self.max_waiting = engine, max_waiting
         self.failure = ""
         self.num_reserved = 0
+        self.num_running = self._num_queued = 0  # of the engine, as its thread has last counted them
         self._open = 0  # answers that have been submitted and have not ended
         self._wake = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
@@ -87,14 +89,9 @@ class EngineThread:
         return self._thread.is_alive() and not self.failure
 
     @property
-    def num_running(self) -> int:
-        """Answers that are read or generated."""
-        return self.engine.num_running
-
-    @property
     def num_waiting(self) -> int:
         """Answers that wait, those whose prompt is being rendered included."""
-        return self.engine.num_waiting + self.num_reserved
+        return self._num_queued + self.num_reserved
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to answer; events go to queues of `loop`."""
@@ -163,16 +160,21 @@ class EngineThread:
             try:
                 for call in calls:
                     call()
+                self._count()
                 if self._is_closing:
                     return self._end_all(Event(stop="cancelled"))
                 if not self.failure:
                     self._send(self.engine.step())
+                self._count()
             except Exception as error:  # the thread lives on, to tell later requests
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(f"the engine has failed, and the server answers no more: {self.failure}")
                 if not isinstance(error, UserError):
                     log.warning("".join(traceback.format_exception(error)))
                 self._end_all(Event(stop="error", error=self.failure))
+
+    def _count(self) -> None:
+        self.num_running, self._num_queued = self.engine.num_running, self.engine.num_waiting
 
     def _add(self, answers: Sequence[Answering]) -> None:
         for answer in answers:

@@ -136,10 +136,9 @@ class Run:
         self.readers = [AnswerReader(served.chat_model.tokenizer, how) for _ in job.answers]
         self._last = [0.0] * len(job.answers)
 
-    @property
-    def num_cached(self) -> int:
-        """Tokens of the prompts that did not have to be computed, each prompt counted once."""
-        return self.job.answers[0].num_reused if self.job.answers else 0
+    def num_cached(self, n: int) -> int:
+        """Tokens of the prompts that did not have to be computed; each prompt, which has `n` answers, counts once."""
+        return sum(answer.num_reused for answer in self.job.answers[::n])
 
     async def steps(self) -> AsyncIterator[Step]:
         """What each event brings, until all answers have ended. When the caller leaves, they are cancelled. Raises

@@ -57,6 +57,7 @@ def test_openais_client_gets_whole_and_streamed_answers_and_errors(address: str)
     ):
         for _ in stream:
             pass
+        stream.get_final_completion()
     final = cut.value.completion
     assert [choice.message.content for choice in final.choices] == [c.message.content for c in whole.choices]
     assert final.usage.completion_tokens == whole.usage.completion_tokens == 16
