@@ -164,8 +164,9 @@ class EngineThread:
                 if self._is_closing:
                     return self._end_all(Event(stop="cancelled"))
                 if not self.failure:
-                    self._send(self.engine.step())
-                self._count()
+                    advanced = self.engine.step()
+                    self._count()  # before anybody hears of an answer's end
+                    self._send(advanced)
             except Exception as error:  # the thread lives on, to tell later requests
                 self.failure = f"{type(error).__name__}: {error}"
                 log.warning(f"the engine has failed, and the server answers no more: {self.failure}")
