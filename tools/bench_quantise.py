@@ -6,10 +6,11 @@
 Weights are normal, [out, in] fp32. The first table has MB of fp32 weights a second of processor time, the best of the
 rounds: of choosing scales, of encoding, of decoding, and of a copy of the same array, which is one pass over memory.
 With --export, a synthetic bfloat16 model of that many MB is exported in some schemes: seconds of the clock and of the
-processor, beside a plain copy of its files.
+processor, beside a plain copy of its files and one sequential write of as many bytes with fsync.
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -62,6 +63,19 @@ def bench_codes(num_out: int, num_in: int, rounds: int) -> None:
     print(f"{'a copy':24} {rate(weight.copy, weight.nbytes, rounds):8.0f}")
 
 
+def write_seconds(path: Path, size: int) -> float:
+    """Seconds of the clock that the disk takes for a sequential write of `size` bytes and its fsync."""
+    block = np.random.default_rng(0).bytes(1 << 24)
+    begin = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(max(1, size // len(block))):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - begin
+    path.unlink()
+    return seconds
+
+
 def bench_export(megabytes: int, directory: Path) -> None:
     config = synthetic_config(megabytes)
     source = directory / "source"
@@ -69,7 +83,9 @@ def bench_export(megabytes: int, directory: Path) -> None:
     size = sum(file.stat().st_size for file in source.iterdir()) / 1e6
     begin = time.perf_counter()
     shutil.copytree(source, directory / "copy")
-    print(f"{size:.0f} MB of bfloat16; a copy takes {time.perf_counter() - begin:.1f} s")
+    seconds = time.perf_counter() - begin
+    written = write_seconds(directory / "written", int(size * 1e6))
+    print(f"{size:.0f} MB of bfloat16; a copy takes {seconds:.1f} s, a write with fsync {size / written:.0f} MB/s")
     for name, search in (("wint8", False), ("wint4", False), ("wint4", True), ("fp8", False)):
         quantisation = Quantisation(name, Options(), lambda source, scheme: RoundToNearest(search))  # noqa: B023
         begin, busy = time.perf_counter(), time.process_time()

@@ -14,6 +14,7 @@ from erniekit.models.weights import (
     EMBEDDINGS,
     HEAD,
     Logical,
+    Piece,
     detect_format,
     is_mtp,
     logical_tensors,
@@ -78,6 +79,10 @@ class ModelReader:
             whole = logical.from_file((self.reader.read(name) for name in names), self.format)
             return to_fp32(whole, stored.pop())
         return logical.from_file((self.reader.read(name, as_fp32) for name in names), self.format)
+
+    def read_piece(self, piece: Piece, as_fp32: bool = False) -> np.ndarray:
+        """Read one tensor as it lies in a file of this directory's layout: as stored, or widened to float32."""
+        return self.reader.read(self._stored[piece.name], as_fp32)
 
     def dtype_of(self, logical: Logical) -> str:
         """The header dtype of a unit; CheckpointError if its pieces differ."""

@@ -6,7 +6,7 @@ time.
 """
 
 import dataclasses
-import hashlib
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -111,7 +111,7 @@ def rewrite(
         dtype = source.config.dtype or "bfloat16"
         log.info(f"{source_dir}: quantised weights ({source.quantised}) are written as what they stand for, in {dtype}")
     editor = None if edit is None else edit(source)
-    edited: dict[str, bytes] = {}
+    edited: dict[str, int] = {}
     target_dtype = {id(logical): _target_dtype(source, logical, dtype) for logical in source.logicals}
     plan: Plan = [
         (piece.name, target_dtype[id(logical)], piece.shape)
@@ -158,11 +158,11 @@ def _read_as(source: ModelReader, logical: Logical, dtype: str, editor: Edit | N
         raise CheckpointError(f"{source.path}: {logical.param}: {error}") from error
 
 
-def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, bytes]) -> None:
-    """Read every tensor of the target, convert it back to the source's layout, and compare it with the source bit for
-    bit. Edited tensors are compared with the digests of what was written, by their names in the target.
+def _verify(source: ModelReader, target_dir: Path, edited: Mapping[str, int]) -> None:
+    """Read every tensor of the target, convert it back to the source's layout, and compare the checksum of its bits
+    with the source's. Edited tensors are compared with the checksums of what was written, by their names in the target.
 
-    Digests are compared, so that both sides need not be in memory at the same time.
+    Checksums are compared, so that both sides need not be in memory at the same time.
     """
     target = ModelReader(target_dir, keep_mtp=True)
     assert len(target.logicals) == len(source.logicals)
@@ -189,6 +189,8 @@ def _misread(name: str, source: ModelReader, target_dir: Path) -> CheckpointErro
     )
 
 
-def digest(array: np.ndarray) -> bytes:
-    """A digest of the bits of a contiguous array."""
-    return hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=16).digest()
+def digest(array: np.ndarray) -> int:
+    """A checksum of the bits of a contiguous array: CRC-32, which finds every run of up to 32 changed bits and misses
+    one in 4e9 other faults, at twice the speed of a cryptographic digest.
+    """
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)

@@ -225,8 +225,7 @@ def _search(
 ) -> None:
     """Replace the scales of the tiles by smaller ones where the error is less."""
     least = np.full(largest.shape, np.inf, np.float32)
-    for share in _CLIPS:
-        tried = _stored(largest * np.float32(share), spec)
+    for tried in _stored(largest * np.array(_CLIPS, np.float32)[:, None, None], spec):  # all at once: they are small
         step = tried[:, None, :, None]
         rounded = tiles / step
         np.clip(rounded, spec.lowest, spec.largest, out=rounded)

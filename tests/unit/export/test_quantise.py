@@ -171,6 +171,24 @@ def test_a_file_that_stands_for_other_weights_is_not_kept(
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_a_changed_bit_of_a_weight_that_is_not_quantised_is_not_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+):
+    written = Writer.write
+
+    def with_a_changed_bit(writer: Writer, name: str, tensor: np.ndarray) -> None:
+        if name.endswith("embed_tokens.weight"):
+            tensor = tensor.copy()
+            tensor[-1, -1] ^= 1
+        written(writer, name, tensor)
+
+    monkeypatch.setattr(Writer, "write", with_a_changed_bit)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.* read again from .* differs from what was written"):
+        quantised_model(models, tmp_path / "q", "wint8", format)
+    assert not (tmp_path / "q").exists()
+
+
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path):
     """A quarter of the model, of which most are Python's objects for 24 layers; the largest matrix is a fiftieth."""
     saved_model(tmp_path / "m", "dense", "float32", num_hidden_layers=24, intermediate_size=512)
