@@ -25,10 +25,6 @@ class Stepper(Protocol):
         """
         ...
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Continue with these rows only, in this order; a row that is named twice continues twice."""
-        ...
-
 
 class CachedStepper:
     """Feeds only what is new; keys and values of the rest are cached."""
@@ -50,7 +46,7 @@ class CachedStepper:
         return self.extend(tokens, prompt, start)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See Stepper."""
+        """Continue with these rows only, in this order; a row that is named twice continues twice."""
         self.cache.keep(rows)
 
     def extend(
@@ -84,10 +80,6 @@ class UncachedStepper:
         logits = self.model(pad_right(self.rows, 0), segment_ids=segments)
         batch, width, vocab = logits.shape
         return paddle.gather(logits.reshape([batch * width, vocab]), paddle.to_tensor(np.arange(batch) * width + last))
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """See Stepper."""
-        self.rows = [list(self.rows[row]) for row in rows]
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
