@@ -8,21 +8,22 @@ import socket
 from erniekit.config import Config
 from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel, open_model
-from erniekit.serve.server_access import key_digests, require_key_if_reachable
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import ConfigError, UserError
 
 try:
     import uvicorn
 
+    from erniekit.serve.server_access import key_digests, require_key_if_reachable
     from erniekit.serve.server_app import make_app
     from erniekit.serve.server_engine import EngineThread
     from erniekit.serve.server_metrics import Metrics
     from erniekit.serve.server_state import Served
 except ModuleNotFoundError as error:
-    if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("starlette", "uvicorn", "prometheus_client"):
         raise
-    raise UserError(f"`erniekit server` needs {error.name}: pip install 'erniekit[serve]'.") from None
+    raise UserError(f"`erniekit server` needs {missing}: pip install 'erniekit[serve]'.") from None
 
 NUM_KEPT = 4  # conversations whose keys and values are kept for the next question
 KEY_VARIABLE = "ERNIEKIT_API_KEY"

@@ -263,3 +263,16 @@ def test_an_engine_that_fails_says_so(model_dir: Path, model: ChatModel, monkeyp
         assert "ZeroDivisionError" in dying.bad(status=500)["message"]
         assert error_of(dying.http.get("/health"), 503)["code"] == "engine_failed"
         assert dying.bad(status=503)["code"] == "engine_failed", "later requests do not wait for ever"
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
+def test_a_package_that_is_not_installed_is_named(package: str):
+    import subprocess
+    import sys
+
+    code = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['erniekit', 'server', 'port=0']\n"
+    code += "from erniekit.cli.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode not in (0, 70)
+    assert f"`erniekit server` needs {package}: pip install 'erniekit[serve]'" in done.stderr
+    assert "bug in erniekit" not in done.stderr
