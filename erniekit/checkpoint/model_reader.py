@@ -7,6 +7,7 @@ import numpy as np
 
 from erniekit.checkpoint.dtypes import to_fp32
 from erniekit.checkpoint.mismatch import mismatch_lines
+from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_read import QuantisedReader, open_weights
 from erniekit.checkpoint.safetensors_header import Plan, TensorInfo
 from erniekit.models.config import Format, ModelConfig
@@ -83,6 +84,16 @@ class ModelReader:
     def read_piece(self, piece: Piece, as_fp32: bool = False) -> np.ndarray:
         """Read one tensor as it lies in a file of this directory's layout: as stored, or widened to float32."""
         return self.reader.read(self._stored[piece.name], as_fp32)
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """Read a tensor of the file, by its name there, as it is stored; also codes and scales of quantised weights."""
+        stored = self.reader.stored if isinstance(self.reader, QuantisedReader) else self.reader
+        return stored.read(name)
+
+    def codec_of(self, piece: Piece) -> Codec | None:
+        """How a matrix is quantised; None if it is not."""
+        reader = self.reader
+        return reader.codec_of(self._stored[piece.name]) if isinstance(reader, QuantisedReader) else None
 
     def dtype_of(self, logical: Logical) -> str:
         """The header dtype of a unit; CheckpointError if its pieces differ."""

@@ -7,8 +7,8 @@ FastDeploy's, are in quantised_paddle.py.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,14 @@ from erniekit.utils.bfloat16 import fp32_to_bf16
 
 Read = Callable[[str], np.ndarray]  # a tensor by its name: floating ones as fp32, others as stored
 Shape = tuple[int, int]
+
+
+class Codes(NamedTuple):
+    """A quantised matrix in memory, see precision.codes. `zeros`: of asymmetric codes; see precision.codes.decode."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,23 @@ class Codec(ABC):
         """
 
     @abstractmethod
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
+        """The inverse of `stored`: the codes and scales of the matrix `name` [out, in] of `shape`."""
+
     def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
-        """The matrix that they stand for, [out, in] fp32."""
+        """The matrix that its tensors stand for, [out, in] fp32."""
+        return self.restored(*self.unstored(read, name, shape))
+
+    def reads_as(self, other: "Codec", shape: Shape) -> bool:
+        """Whether both read the same weights from the tensors of a matrix [out, in] of `shape`. The description of the
+        same scales may differ: a group of all inputs is a channel.
+        """
+
+        def meaning(codec: Codec) -> Codec:
+            tiles = replace(codec.spec, group=None, block=codec.spec.tile(shape), whole=False)
+            return replace(codec, spec=tiles)
+
+        return meaning(self) == meaning(other)
 
     def unfit(self, shape: Shape) -> str:
         """Why a matrix [out, in] of this shape cannot be stored in this way; empty if it can."""
@@ -59,9 +82,9 @@ class Codec(ABC):
         """Inputs [n, in] fp32 as the engine multiplies them by what is quantised."""
         return inputs
 
-    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        """The weight [out, in] fp32 that codes and scales stand for: what `weight` reads."""
-        return decode(codes, scales, self.spec)
+    def restored(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
+        """The weight [out, in] fp32 that codes and scales stand for (see precision.codes.decode)."""
+        return decode(codes, scales, self.spec, zeros)
 
 
 @dataclass(frozen=True)
@@ -91,13 +114,13 @@ class PackQuantized(Codec):
         """See Codec."""
         return [pack_words(codes, self.spec.bits), fp32_to_bf16(scales), np.array(codes.shape, np.int64)]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         codes = unpack_words(read(f"{name}.weight_packed"), self.spec.bits, shape[1])
         zeros = None
         if self.has_zeros:  # packed along the outputs
             zeros = unpack_words(read(f"{name}.weight_zero_point").T, self.spec.bits, shape[0]).T
-        return decode(codes, read(f"{name}.weight_scale").reshape(self.spec.scale_shape(shape)), self.spec, zeros)
+        return Codes(codes, read(f"{name}.weight_scale").reshape(self.spec.scale_shape(shape)), zeros)
 
 
 @dataclass(frozen=True)
@@ -130,8 +153,8 @@ class Unpacked(Codec):
         """See Codec."""
         return [codes, fp32_to_bf16(scales) if self.spec.scale_type == "bf16" else scales]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         by_tile = self.spec.scale_shape(shape)
         zeros = read(f"{name}.weight_zero_point").reshape(by_tile) if self.has_zeros else None
-        return decode(read(f"{name}.weight"), read(f"{name}.{self.scale_name}").reshape(by_tile), self.spec, zeros)
+        return Codes(read(f"{name}.weight"), read(f"{name}.{self.scale_name}").reshape(by_tile), zeros)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from erniekit.checkpoint.quantised_codecs import Codec, Read, Shape
+from erniekit.checkpoint.quantised_codecs import Codec, Codes, Read, Shape
 from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.precision.codes import FP8_TENSOR, decode, symmetric
 from erniekit.precision.hadamard import rotate_rows
@@ -43,10 +43,10 @@ class WeightOnly(Codec):
         """See Codec."""
         return [pack_for_kernels(codes, self.spec.bits), fp32_to_bf16(scales[:, 0])]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         codes = unpack_for_kernels(read(f"{name}.quant_weight"), self.spec.bits)
-        return self.restored(codes, read(f"{name}.weight_scale")[:, None])
+        return Codes(codes, read(f"{name}.weight_scale")[:, None])
 
 
 WINT8, WINT4 = WeightOnly(symmetric(8)), WeightOnly(symmetric(4))
@@ -82,10 +82,10 @@ class W4A8(Codec):
         assert input_range is not None
         return [pack_input_pairs(codes), scales[:, 0] * np.float32(7), np.array([input_range], np.float32)]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         codes = unpack_input_pairs(read(f"{name}.quant_weight"))
-        return self.restored(codes, read(f"{name}.weight_scale")[:, None] / np.float32(7))
+        return Codes(codes, read(f"{name}.weight_scale")[:, None] / np.float32(7))
 
     def rotated(self, weight: np.ndarray) -> np.ndarray:
         """See Codec."""
@@ -97,9 +97,9 @@ class W4A8(Codec):
         """See Codec."""
         return self.rotated(inputs)
 
-    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    def restored(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
         """See Codec: a normalised rotation is its own inverse."""
-        return self.rotated(decode(codes, scales, self.spec))
+        return self.rotated(decode(codes, scales, self.spec, zeros))
 
 
 W4A8_UP_GATE, W4A8_DOWN = W4A8(symmetric(4)), W4A8(symmetric(4), is_rotated=True)
@@ -133,10 +133,10 @@ class TensorWiseFp8(Codec):
         scale = np.array([np.float32(input_range) / np.float32(self.spec.largest)], np.float32)
         return [transposed(codes).view(np.int8), scales.reshape(1), scale]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
         codes = transposed(read(f"{name}.quant_weight")).view(np.uint8)
-        return self.restored(codes, read(f"{name}.weight_scale").reshape(1, 1))
+        return Codes(codes, read(f"{name}.weight_scale").reshape(1, 1))
 
     def rotated(self, weight: np.ndarray) -> np.ndarray:
         """See Codec."""
@@ -146,9 +146,9 @@ class TensorWiseFp8(Codec):
         """See Codec."""
         return _rotate(inputs, FP8_ROTATION)
 
-    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    def restored(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
         """See Codec."""
-        return _rotate(decode(codes, scales, self.spec), FP8_ROTATION)
+        return _rotate(decode(codes, scales, self.spec, zeros), FP8_ROTATION)
 
 
 TENSOR_WISE_FP8 = TensorWiseFp8(FP8_TENSOR)

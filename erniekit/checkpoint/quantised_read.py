@@ -12,6 +12,7 @@ import numpy as np
 
 from erniekit.checkpoint.dtypes import FLOATS
 from erniekit.checkpoint.mismatch import listed
+from erniekit.checkpoint.quantised_codecs import Codec
 from erniekit.checkpoint.quantised_recognise import METHODS, Recognised
 from erniekit.checkpoint.safetensors_header import TensorInfo
 from erniekit.checkpoint.safetensors_read import Reader
@@ -27,13 +28,18 @@ class QuantisedReader:
     """The tensors of a directory of quantised weights; each quantised matrix is one fp32 tensor. See Reader."""
 
     def __init__(self, reader: Reader, found: Recognised, description: str) -> None:
-        """`description`: the method, for messages."""
+        """`description`: the method, for messages. `stored` is `reader`: codes and scales as they lie in the files."""
         self.path, self.metadata, self.description = reader.path, reader.metadata, description
-        self._reader = reader
+        self.stored = reader
         self._matrices = {f"{matrix.name}.weight": matrix for matrix in found.matrices}
         plans = [matrix.codec.plan(matrix.name, matrix.shape) for matrix in found.matrices]
         hidden = {name for plan in plans for name, _, _ in plan}.union(*found.left_out.values())
         self._plain = {name: None for name in reader.keys() if name not in hidden}  # noqa: SIM118 - it is not iterable
+
+    def codec_of(self, name: str) -> Codec | None:
+        """How the matrix `name`, with its ending, is quantised; None if it is not."""
+        matrix = self._matrices.get(name)
+        return None if matrix is None else matrix.codec
 
     def keys(self) -> list[str]:
         """See Reader."""
@@ -46,21 +52,21 @@ class QuantisedReader:
         """See Reader."""
         matrix = self._matrices.get(name)
         if matrix is None:
-            return self._reader.info(name)
+            return self.stored.info(name)
         return TensorInfo("F32", matrix.shape[::-1] if matrix.codec.is_transposed else matrix.shape)
 
     def read(self, name: str, as_fp32: bool = False) -> np.ndarray:
         """See Reader. A quantised matrix has its whole fp32 size."""
         matrix = self._matrices.get(name)
         if matrix is None:
-            return self._reader.read(name, as_fp32)
+            return self.stored.read(name, as_fp32)
         weight = matrix.codec.weight(self._read_part, matrix.name, matrix.shape)
         if not np.isfinite(weight).all():
             raise CheckpointError(f"{self.path}: {matrix.name}: a code or a scale is not finite. Quantise it again.")
         return transposed(weight) if matrix.codec.is_transposed else weight
 
     def _read_part(self, name: str) -> np.ndarray:
-        return self._reader.read(name, as_fp32=self._reader.info(name).dtype in FLOATS)
+        return self.stored.read(name, as_fp32=self.stored.info(name).dtype in FLOATS)
 
 
 def open_weights(path: Path, say: bool = True) -> Reader | QuantisedReader:

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from erniekit.checkpoint.quantised_codecs import Codec, Read, Shape
+from erniekit.checkpoint.quantised_codecs import Codec, Codes, Read, Shape
 from erniekit.checkpoint.safetensors_header import Plan
 from erniekit.precision.codes import WINT2
-from erniekit.precision.convolutional_code import PACKED, WORD, Scales, decode, from_file, to_file
+from erniekit.precision.convolutional_code import PACKED, WORD, Scales, from_file, to_file
 from erniekit.utils.bfloat16 import fp32_to_bf16
 
 # The endings of a matrix's tensors.
@@ -42,11 +42,11 @@ class Wint2(Codec):
         tensors["super_scales"] = fp32_to_bf16(tensors["super_scales"])
         return [tensors[part] for part in PARTS]
 
-    def weight(self, read: Read, name: str, shape: Shape) -> np.ndarray:
+    def unstored(self, read: Read, name: str, shape: Shape) -> Codes:
         """See Codec."""
-        weight = decode(*from_file({part: read(f"{name}.{part}") for part in PARTS}))
-        assert weight.shape == shape, (name, weight.shape, shape)
-        return weight
+        codes, scales = from_file({part: read(f"{name}.{part}") for part in PARTS})
+        assert codes.shape == (shape[0], shape[1] // WORD), (name, codes.shape, shape)
+        return Codes(codes, scales.to_array())
 
 
 CODEC = Wint2(WINT2)

@@ -112,16 +112,59 @@ def encode(weight: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> np.ndarray
     assert scales.shape == spec.scale_shape(shape), (scales.shape, shape, spec)
     if spec.kind == "convolutional":
         return convolutional_code.encode(weight, convolutional_code.Scales.from_array(scales))
-    codes = np.empty(shape, np.uint8 if spec.kind == "e4m3" else np.int8)
+    codes = np.empty(shape, _code_type(spec))
     for span, rows, tiles in _blocks(weight, spec):
-        tiles /= scales[rows][:, None, :, None]
-        np.clip(tiles, spec.lowest, spec.largest, out=tiles)
-        if spec.kind == "int":
-            np.rint(tiles, out=tiles)
-            codes[span] = _untiled(tiles, shape[1])[: codes[span].shape[0]]
-        else:
-            codes[span] = fp32_to_e4m3(_untiled(tiles, shape[1])[: codes[span].shape[0]])
+        _encode_tiles(tiles, scales[rows], spec, codes[span])
     return codes
+
+
+def quantise(weight: np.ndarray, spec: CodeSpec, search: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scales) of `weight`: `choose_scales` and `encode` in one pass over the weights, where scales are not of
+    the whole matrix.
+    """
+    shape = _matrix(weight)
+    if spec.kind == "convolutional" or spec.whole:
+        scales = choose_scales(weight, spec, search)
+        return encode(weight, scales, spec), scales
+    codes, scales = np.empty(shape, _code_type(spec)), np.empty(spec.scale_shape(shape), np.float32)
+    for span, rows, tiles in _blocks(weight, spec):
+        largest = _largest(tiles)
+        scales[rows] = _stored(largest, spec)
+        if search:
+            _search(tiles, largest, scales[rows], spec, None)
+        _encode_tiles(tiles, scales[rows], spec, codes[span])
+    return codes, scales
+
+
+def squared_error(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, spec: CodeSpec) -> tuple[float, float]:
+    """Of `weight` [out, in] fp32 and what codes and scales stand for: the sum of (w' - w)^2, and that of w^2."""
+    squared = total = 0.0
+    if spec.kind == "convolutional":
+        lost = decode(codes, scales, spec)
+        lost -= weight
+        return float(np.vdot(lost, lost)), float(np.vdot(weight, weight))
+    shape = _matrix(codes)
+    for span, rows, _ in _spans(shape, spec):
+        part, lost = weight[span], _decode_rows(codes[span], scales[rows], spec, shape)
+        lost -= part
+        squared += float(np.vdot(lost, lost))
+        total += float(np.vdot(part, part))
+    return squared, total
+
+
+def _code_type(spec: CodeSpec) -> type[np.integer]:
+    return np.uint8 if spec.kind == "e4m3" else np.int8
+
+
+def _encode_tiles(tiles: np.ndarray, scales: np.ndarray, spec: CodeSpec, codes: np.ndarray) -> None:
+    """Write the codes of tiles, which are overwritten, into `codes` [rows, in]."""
+    tiles /= scales[:, None, :, None]
+    np.clip(tiles, spec.lowest, spec.largest, out=tiles)
+    if spec.kind == "int":
+        np.rint(tiles, out=tiles)
+        codes[...] = _untiled(tiles, codes.shape[1])[: len(codes)]
+    else:
+        codes[...] = fp32_to_e4m3(_untiled(tiles, codes.shape[1])[: len(codes)])
 
 
 def decode(codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, zeros: np.ndarray | None = None) -> np.ndarray:
@@ -134,12 +177,20 @@ def decode(codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, zeros: np.ndar
     assert scales.shape == spec.scale_shape(shape), (scales.shape, shape, spec)
     weight = np.empty(shape, np.float32)
     for span, rows, _ in _spans(shape, spec):
-        part = codes[span]
-        tiles = _tiles(_e4m3_values()[part] if spec.kind == "e4m3" else part.astype(np.float32), spec.tile(shape))
-        if zeros is not None:
-            tiles = tiles - zeros[rows][:, None, :, None]
-        weight[span] = _untiled(tiles * scales[rows][:, None, :, None], shape[1])[: part.shape[0]]
+        weight[span] = _decode_rows(codes[span], scales[rows], spec, shape, None if zeros is None else zeros[rows])
     return weight
+
+
+def _decode_rows(
+    codes: np.ndarray, scales: np.ndarray, spec: CodeSpec, shape: tuple[int, int], zeros: np.ndarray | None = None
+) -> np.ndarray:
+    """`decode` of some rows of a matrix [out, in] of `shape`."""
+    values = np.take(_e4m3_values(), codes) if spec.kind == "e4m3" else codes.astype(np.float32)
+    tiles = _tiles(values, spec.tile(shape))
+    if zeros is not None:
+        tiles -= zeros[:, None, :, None]
+    tiles *= scales[:, None, :, None]
+    return _untiled(tiles, shape[1])[: len(codes)]
 
 
 def fp32_to_e4m3(values: np.ndarray) -> np.ndarray:
@@ -150,11 +201,20 @@ def fp32_to_e4m3(values: np.ndarray) -> np.ndarray:
     magnitude = bits & 0x7FFFFFFF
     # 3 of 23 bits of the mantissa stay: half a unit less one, plus the last bit that stays, carries where rounding is
     # up. The exponent's bias is 127 there and 7 here.
-    normal = (magnitude + (0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    code = magnitude >> 20
+    code &= 1
+    code += 0x7FFFF
+    code += magnitude
+    code >>= 20
+    code -= (127 - 7) << 3
     # Adding 2^14 to a number below 2^-6 leaves its multiple of 2^-9 in the last bits, rounded to even.
-    small = (magnitude.view(np.float32) + np.float32(2.0**14)).view(np.uint32) & 0xF
-    code = np.where(magnitude < (127 - 6) << 23, small, normal)
-    return (code | (bits >> 24 & 0x80)).astype(np.uint8)
+    small = (magnitude.view(np.float32) + np.float32(2.0**14)).view(np.uint32)
+    small &= 0xF
+    np.copyto(code, small, where=magnitude < (127 - 6) << 23)
+    sign = np.right_shift(bits, 24, out=small)
+    sign &= 0x80
+    code |= sign
+    return code.astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -232,7 +292,7 @@ def _search(
         if spec.kind == "int":
             np.rint(rounded, out=rounded)
         else:
-            rounded = _e4m3_values()[fp32_to_e4m3(rounded)]
+            rounded = np.take(_e4m3_values(), fp32_to_e4m3(rounded))
         rounded *= step
         rounded -= tiles
         np.square(rounded, out=rounded)

@@ -80,9 +80,13 @@ def _word_order(bits: int) -> list[int]:
 
 def _joined(values: np.ndarray) -> np.ndarray:
     """uint8 [..., n] of 0..15 -> uint8 [..., n / 2], the even ones in the low halves."""
-    return values[..., 0::2] | values[..., 1::2] << 4
+    pairs = np.ascontiguousarray(values).view("<u2")  # even + 256 * odd
+    return (pairs | pairs >> 4).astype(np.uint8)
 
 
 def _halves(data: np.ndarray) -> np.ndarray:
     """The inverse of `_joined`."""
-    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
+    pairs = data.astype("<u2")
+    pairs |= pairs << 4
+    pairs &= 0x0F0F
+    return pairs.view(np.uint8)

@@ -26,6 +26,8 @@ WORK_DIRECTORY = "export.calibration"
 class CalibratedQuantiser:
     """The results of `run.calibrate` (quantiser.Quantiser)."""
 
+    is_local = False
+
     def __init__(self, model: CalibratedModel, calibration: Calibration, algorithm: Algorithm) -> None:
         self.name: str = algorithm
         self._model, self._calibration = model, calibration

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from erniekit.models.weights import Logical
-from erniekit.precision.codes import choose_scales, encode
+from erniekit.precision.codes import quantise
 from erniekit.quantize.schemes import Matrix
 
 
@@ -18,6 +18,13 @@ class Quantiser(Protocol):
     @property
     def name(self) -> str:
         """Its name in the report."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each matrix is quantised by itself, and `plain` changes nothing: then the writer may ask for codes in
+        any order, and from several threads at a time.
+        """
         ...
 
     def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
@@ -55,6 +62,7 @@ class RoundToNearest:
 
     search: bool = True
     name: str = "rtn"
+    is_local: bool = True
 
     def plain(self, logical: Logical, weight: np.ndarray) -> np.ndarray:
         """See Quantiser."""
@@ -63,8 +71,7 @@ class RoundToNearest:
     def codes(self, matrix: Matrix, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Quantiser."""
         spec = matrix.codec.spec
-        scales = choose_scales(weight, spec, search=self.search and spec.kind == "int" and spec.bits == 4)
-        return encode(weight, scales, spec), scales
+        return quantise(weight, spec, search=self.search and spec.kind == "int" and spec.bits == 4)
 
     def input_range(self, matrix: Matrix) -> float | None:
         """See Quantiser."""

@@ -60,7 +60,7 @@ def _cpuinfo() -> str:
 
 
 @lru_cache(maxsize=1)
-def _keep_freed_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Make glibc's malloc keep large freed blocks for reuse. Returns False if there is no glibc (macOS, musl)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -152,8 +152,8 @@ def set_threads(num_threads: int | None = None) -> int:
     import paddle
 
     global _threads_are_set
-    _keep_freed_memory()
-    threads = num_threads or _wanted_threads()
+    keep_freed_memory()
+    threads = num_threads or wanted_threads()
     paddle.base.core.set_num_threads(threads)
     _threads_are_set = True
     return threads
@@ -165,7 +165,8 @@ def ensure_threads() -> None:
         set_threads()
 
 
-def _wanted_threads() -> int:
+def wanted_threads() -> int:
+    """The number of threads for computing: ERNIEKIT_NUM_THREADS, OMP_NUM_THREADS, else all cores of this process."""
     return (int(_ASKED_THREADS) if _ASKED_THREADS.isdigit() else 0) or num_cores()
 
 
@@ -178,7 +179,7 @@ def device_name() -> str:
         return f"{paddle.device.cuda.get_device_name()} ({device})"
     lines = (line.partition(":") for line in _cpuinfo().splitlines())
     model = next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
-    threads = _wanted_threads()
+    threads = wanted_threads()
     return f"{model or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
 
 

@@ -86,7 +86,7 @@ for module in pkgutil.walk_packages(erniekit.__path__, "erniekit."):
         assert module.name == "erniekit.data.vision.video_file"
 from erniekit.utils import runtime
 assert state() == before, "environment, signal handlers, threads or search path"
-assert not thread_counts and not runtime._keep_freed_memory.cache_info().misses, "thread counts or malloc"
+assert not thread_counts and not runtime.keep_freed_memory.cache_info().misses, "thread counts or malloc"
 assert not any("ccache" in str(entry) for entry in warnings.filters if str(entry) not in filters)
 print(sum(name.startswith("erniekit") for name in sys.modules))
 """

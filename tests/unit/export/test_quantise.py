@@ -12,15 +12,17 @@ from support.streaming import peak_bytes
 from support.vision_directories import vision_model_directory
 
 import erniekit
-from erniekit.checkpoint import dtypes, quantised_codecs
+from erniekit.checkpoint import dtypes, quantised_codecs, quantised_paddle, quantised_recognise
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
+from erniekit.export.quantise import write_quantised
 from erniekit.models.weights import Logical
-from erniekit.precision.codes import decode
+from erniekit.precision.codes import full_range
+from erniekit.precision.packing import pack_words
 from erniekit.quantize.schemes import SCHEMES
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -154,43 +156,71 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, bad: f
     assert not (tmp_path / "q").exists()
 
 
-def test_a_file_that_stands_for_other_weights_is_not_kept(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The reader and the writer disagree in one code: the export notices."""
+def test_codes_that_are_packed_wrongly_are_not_kept(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One code in the form of the file is another one: found before it is written."""
 
-    def off_by_one(codes: np.ndarray, *rest: Any) -> np.ndarray:
-        codes = codes.copy()
-        codes[0, 0] ^= 1
-        return decode(codes, *rest)
+    def off_by_one(codes: np.ndarray, bits: int) -> np.ndarray:
+        words = pack_words(codes, bits)
+        words[0, 0] ^= 1
+        return words
 
-    monkeypatch.setattr(quantised_codecs.PackQuantized, "restored", lambda self, c, s: decode(c, s, self.spec))
-    monkeypatch.setattr(quantised_codecs, "decode", off_by_one)
-    with pytest.raises(CheckpointError, match=r"read again from .* differs from what was written"):
+    monkeypatch.setattr(quantised_codecs, "pack_words", off_by_one)
+    with pytest.raises(AssertionError, match=r"q_proj: codes in the form of the file are read as others"):
         quantised_model(models, tmp_path / "q", "wint4")
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("format", ["pt", "paddle"])
-def test_a_changed_bit_of_a_weight_that_is_not_quantised_is_not_kept(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+def test_a_file_that_is_recognised_as_another_scheme_is_not_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """The reader takes a scale for that of other weights: what the file stands for is not what was written."""
+    wrong = quantised_paddle.WeightOnly(full_range(8, 64))
+    monkeypatch.setitem(quantised_recognise._FASTDEPLOY_ROWS, "wint8", (wrong, 1))
+    with pytest.raises(AssertionError, match=r"qkv_proj: written as .*, and recognised as .*group=64"):
+        quantised_model(models, tmp_path / "q", "wint8", "paddle")
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str):
+    """Of a weight that is not quantised (-PT), and of codes (-Paddle)."""
+    ending = "embed_tokens.weight" if format == "pt" else "0.mlp.down_proj.quant_weight"
     written = Writer.write
 
     def with_a_changed_bit(writer: Writer, name: str, tensor: np.ndarray) -> None:
-        if name.endswith("embed_tokens.weight"):
+        if name.endswith(ending):
             tensor = tensor.copy()
             tensor[-1, -1] ^= 1
         written(writer, name, tensor)
 
     monkeypatch.setattr(Writer, "write", with_a_changed_bit)
-    with pytest.raises(CheckpointError, match=r"embed_tokens.* read again from .* differs from what was written"):
+    with pytest.raises(CheckpointError, match=rf"{ending} read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint8", format)
     assert not (tmp_path / "q").exists()
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path):
-    """A quarter of the model, of which most are Python's objects for 24 layers; the largest matrix is a fiftieth."""
+@pytest.mark.parametrize(("num_threads", "share"), [(1, 1 / 4), (4, 1 / 3)])
+def test_a_few_weights_are_in_memory_at_a_time(tmp_path: Path, num_threads: int, share: float):
+    """A part of the model, of which most are Python's objects for 24 layers; the largest matrix is a fiftieth, and each
+    further thread has one with its codes and what is computed of it.
+    """
     saved_model(tmp_path / "m", "dense", "float32", num_hidden_layers=24, intermediate_size=512)
     size = (tmp_path / "m" / "model.safetensors").stat().st_size
-    assert peak_bytes(lambda: quantised_model(tmp_path / "m", tmp_path / "q", "wint8")) < size / 4
+
+    def export() -> None:
+        write_quantised(tmp_path / "m", tmp_path / "q", "pt", quantisation("wint8"), "5GB", num_threads=num_threads)
+
+    assert peak_bytes(export) < size * share
+
+
+@pytest.mark.parametrize(("name", "format"), SCHEMES)
+def test_the_same_bytes_by_several_threads(models: Path, tmp_path: Path, name: str, format: Any):
+    for num_threads in (1, 3):
+        target = tmp_path / str(num_threads)
+        report = write_quantised(models, target, format, quantisation(name), "100KB", num_threads=num_threads)
+        names = [matrix.name for matrix in report.scheme.every_matrix(ModelReader(models).config)]
+        assert [error.name for error in report.errors][: len(names)] == names
+    one, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / num_threads).iterdir()} for num_threads in ("1", "3")
+    )
+    assert one == other and len(one) > 3
