@@ -13,10 +13,12 @@ from starlette.responses import Response
 from erniekit.generation.prompt_scores import score_prompt
 from erniekit.generation.request import TokenScore
 from erniekit.serve import server_fields as fields
+from erniekit.serve.request_plan import MAX_ANSWERS, Plan, plan, reading
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_chat import fingerprint, stream_options
-from erniekit.serve.server_errors import ApiError, json_response
-from erniekit.serve.server_run import MAX_ANSWERS, Plan, Run, plan, reading, unless_client_leaves
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import json_response
+from erniekit.serve.server_run import Run, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader

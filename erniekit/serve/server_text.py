@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple
 
 from erniekit.data.chat.tokenizer import StreamDecoder, Tokenizer
 from erniekit.generation import thinking, tool_calls
-from erniekit.generation.request import TokenScore
+from erniekit.generation.request import Event, TokenScore
 from erniekit.generation.thinking import ThoughtParser
 from erniekit.generation.tool_calls import CallSplitter, WrittenCall
-from erniekit.serve.server_engine import Event
 
 FRAMING = (thinking.OPEN, thinking.CLOSE, "<response>", "</response>", tool_calls.OPEN, tool_calls.CLOSE)
 

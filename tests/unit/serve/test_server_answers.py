@@ -10,9 +10,8 @@ from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, joi
 from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel
-from erniekit.generation.request import Limits, Request
+from erniekit.generation.request import Event, Limits, Request
 from erniekit.generation.sampling import Sampling
-from erniekit.serve.server_engine import Event
 from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
 
 GREEDY = Sampling()
