@@ -60,11 +60,11 @@ def thinking_of(values: dict[str, Any], served: ServedModel) -> bool | None:
 
 
 def prompt_of(
-    values: dict[str, Any], served: ServedModel, tools: Any, answers: bool = True
+    values: dict[str, Any], served: ServedModel, tools: Any, answers: bool = True, is_local: bool = False
 ) -> list[int] | PicturePrompt:
-    """The prompt of a conversation. Raises ApiError, UserError or BadRecord."""
+    """The prompt of a conversation; `is_local` as in Messages. Raises ApiError, UserError or BadRecord."""
     model = served.chat_model
-    reader = Messages(model.template, model.vision, served.cfg.max_request_images)
+    reader = Messages(model.template, model.vision, served.cfg.max_request_images, is_local)
     messages = reader.read(values["messages"])
     ids = model.template.prompt_ids(messages, tools, thinking_of(values, served), answers)
     media = list(media_of(messages))
@@ -78,10 +78,12 @@ def prompt_of(
     return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)
 
 
-def chat_prompt(values: dict[str, Any], served: ServedModel) -> tuple[list[int] | PicturePrompt, Reading]:
+def chat_prompt(
+    values: dict[str, Any], served: ServedModel, is_local: bool = False
+) -> tuple[list[int] | PicturePrompt, Reading]:
     """The prompt of a request with `messages`, and how its answers are read. Raises as `prompt_of`."""
     tools = read_tools(values.get("tools", []), values.get("tool_choice"))
-    prompt = prompt_of(values, served, tools)
+    prompt = prompt_of(values, served, tools, is_local=is_local)
     ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
     opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
     return prompt, reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)

@@ -10,9 +10,10 @@ from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.generation.load import sampling_of
 from erniekit.generation.pictures import tables_of
 from erniekit.generation.request import Limits, Request
+from erniekit.generation.sampling import Sampling
 from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_errors import ApiError
-from erniekit.serve.server_fields import id_list, text_list
+from erniekit.serve.server_fields import bias_table, id_list, text_list
 from erniekit.serve.server_text import Reading
 from erniekit.utils import log
 
@@ -79,11 +80,13 @@ class _Tables:
         return tables_of(self.prompt, start)
 
 
-def _sampling(values: dict[str, Any], served: ServedModel) -> Any:
-    names = ("temperature", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+def _sampling(values: dict[str, Any], served: ServedModel) -> Sampling:
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
     given: dict[str, Any] = {name: float(values[name]) for name in names if name in values}
     if "top_k" in values:
         given["top_k"] = max(values["top_k"], 0)
+    if "logit_bias" in values:
+        given["logit_bias"] = bias_table(values["logit_bias"], served.chat_model.model.config.vocab_size)
     seed = values.get("seed")
     # numpy takes seeds from 0 on
     return replace(sampling_of(served.cfg), **given, seed=None if seed is None else seed % 2**64)

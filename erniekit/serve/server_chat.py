@@ -97,7 +97,10 @@ async def _whole(talk: _Chat, wanted: Plan, run: Run) -> dict[str, Any]:
     choices = [
         _choice(talk, index, reader, said) for index, (reader, said) in enumerate(zip(run.readers, parts, strict=True))
     ]
-    return {**talk.head("chat.completion"), "choices": choices, "usage": _usage(wanted, run)}
+    body = {**talk.head("chat.completion"), "choices": choices, "usage": _usage(wanted, run)}
+    if talk.values.get("return_token_ids"):
+        body["prompt_token_ids"] = list(wanted.requests[0].prompt)
+    return body
 
 
 def _choice(talk: _Chat, index: int, reader: AnswerReader, said: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +115,14 @@ def _choice(talk: _Chat, index: int, reader: AnswerReader, said: dict[str, Any])
     if calls:
         message["tool_calls"] = calls
     logprobs = _logprobs(talk, reader.tokens) if talk.values.get("logprobs") else None
-    return {
+    choice = {
         "index": index,
         "message": message,
         "logprobs": logprobs,
         "finish_reason": reader.finish_reason,
         "stop_reason": reader.stop_reason,
     }
+    return choice | ({"token_ids": reader.ids} if talk.values.get("return_token_ids") else {})
 
 
 async def _stream(
@@ -127,7 +131,8 @@ async def _stream(
     """The chunks of a streamed response. Each choice begins with its role, in the order of the choices."""
     head = talk.head("chat.completion.chunk")
     each = usage.get("continuous_usage_stats")
-    num_begun, num_scored = 0, [0] * len(run.readers)
+    num_begun, num_scored, num_ids = 0, [0] * len(run.readers), [0] * len(run.readers)
+    returns_ids = talk.values.get("return_token_ids")
     writers = [_Deltas(talk.values.get("parallel_tool_calls") is not False) for _ in run.readers]
 
     def chunk(
@@ -139,7 +144,12 @@ async def _stream(
             num_scored[index] = len(reader.tokens)
         if reader is not None and ends:
             choice |= {"finish_reason": reader.finish_reason, "stop_reason": reader.stop_reason}
+        if reader is not None and returns_ids:
+            choice["token_ids"] = reader.ids[num_ids[index] :]
+            num_ids[index] = len(reader.ids)
         piece = {**head, "choices": [choice]}
+        if reader is None and returns_ids:
+            piece["prompt_token_ids"] = list(wanted.requests[0].prompt)
         if each:
             piece["usage"] = _usage(wanted, run)
         elif usage.get("include_usage"):

@@ -119,6 +119,22 @@ def test_the_log_likelihood_of_a_prompt_as_lm_eval_asks_for_it(server: Asking, m
             assert max(top.values()) == pytest.approx(row.max(), abs=1e-5)
 
 
+def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
+    forced = model.tokenizer.encode("数")[0]
+    biased = {"logit_bias": {str(forced): 100}, "return_token_ids": True, "max_tokens": 3}
+    whole = server.chat(**biased)
+    prompt = model.template.prompt_ids(QUESTION)
+    assert whole["choices"][0]["token_ids"] == [forced] * 3 and whole["prompt_token_ids"] == prompt
+    chunks = server.stream(**biased)
+    assert chunks[0]["prompt_token_ids"] == prompt
+    assert [i for c in chunks for i in c["choices"][0].get("token_ids", [])] == [forced] * 3
+    answer = server.complete(prompt=[prompt], **biased)["choices"][0]
+    assert (answer["token_ids"], answer["prompt_token_ids"]) == ([forced] * 3, prompt)
+    chunks = server.stream(COMPLETIONS, prompt=[prompt], **biased)
+    assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == [forced] * 3
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
+
+
 def test_limits_are_honoured(server: Asking, model: ChatModel):
     text = server.chat()["choices"][0]["message"]["content"]
     stop = text[2:5]
