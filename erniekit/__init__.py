@@ -1,7 +1,7 @@
 """erniekit: pretrain, fine-tune, evaluate and export ERNIE 4.5 models on PaddlePaddle.
 
-`load_model`, `load_processor`, `save_model` and `train` come from erniekit/api.py on first use, so that importing
-erniekit imports neither Paddle nor anything else heavy.
+`LLM`, `SamplingParams`, `load_model`, `load_processor`, `save_model` and `train` come from erniekit/api.py on first
+use, so that importing erniekit imports neither Paddle nor anything else heavy.
 """
 
 # ruff: noqa: E402  what the command needs comes before other modules are looked for
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 from erniekit.utils.version import __version__
 
 if TYPE_CHECKING:
-    from erniekit.api import load_model, load_processor, save_model, train
+    from erniekit.api import LLM, SamplingParams, load_model, load_processor, save_model, train
 
-__all__ = ["__version__", "load_model", "load_processor", "save_model", "train"]
+__all__ = ["LLM", "SamplingParams", "__version__", "load_model", "load_processor", "save_model", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__[1:]:
+    if name in __all__:
         from erniekit.utils import runtime
 
         runtime.prepare()  # api imports Paddle, which reads these settings once

@@ -7,8 +7,10 @@ from erniekit import build, config
 from erniekit.checkpoint.model_io import save_model
 from erniekit.cli import launch
 from erniekit.data.vision.processor import load_processor
+from erniekit.serve.llm import LLM
+from erniekit.serve.sampling_params import SamplingParams
 
-__all__ = ["load_model", "load_processor", "save_model", "train"]
+__all__ = ["LLM", "SamplingParams", "load_model", "load_processor", "save_model", "train"]
 
 
 def load_model(path: str, dtype: str = "float32", adapter: str | None = None) -> Any:

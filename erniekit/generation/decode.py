@@ -68,7 +68,10 @@ def decode(
         return Request(prompts[row], limits, sampling, row, open_pictures=tables)
 
     def report(row: int, generation: Generation) -> None:
-        on_token(row, generation.answer.all_ids[-1])
+        for event in generation.new_events():
+            token = event.stop_id if event.token is None else event.token
+            assert token is not None, "no prompt is cancelled"
+            on_token(row, token)
         if generation.answer.stop:
             answers[row] = generation.answer
             on_answer(row, generation.answer)

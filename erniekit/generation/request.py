@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -89,6 +90,18 @@ class Request:
     constraint: Constraint | None = None
 
 
+class Event(NamedTuple):
+    """One token of an answer, if it is part of it, its score, and why the answer ended ("" while it grows); `stop_id`
+    is the end token. `error`: the answer has failed.
+    """
+
+    token: int | None = None
+    score: TokenScore | None = None
+    stop: str = ""
+    stop_id: int | None = None
+    error: str = ""
+
+
 class Generation:
     """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed."""
 
@@ -99,6 +112,7 @@ class Generation:
         self.num_reused = 0
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
+        self._num_told = 0  # of the tokens, by new_events
 
     @property
     def is_choice_plain(self) -> bool:
@@ -119,6 +133,18 @@ class Generation:
             answer.stop = "length"
         elif len(self.request.prompt) + len(answer.ids) >= self._context:
             answer.stop = "context"
+
+    def new_events(self) -> list[Event]:
+        """What has come since the last call, an event for each token; the last one says how the answer ended."""
+        answer, first = self.answer, self._num_told
+        self._num_told = len(answer.ids)
+        scores = answer.scores[first:] if answer.scores else []
+        events = [Event(token, scores[place] if scores else None) for place, token in enumerate(answer.ids[first:])]
+        if answer.stop_id is not None:
+            events.append(Event(stop=answer.stop, stop_id=answer.stop_id))
+        elif answer.stop:
+            events[-1:] = [(events[-1] if events else Event())._replace(stop=answer.stop)]
+        return events
 
 
 def _generator(seed: int | None, draw: int) -> np.random.Generator:

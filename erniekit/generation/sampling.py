@@ -1,7 +1,8 @@
 """Chooses a token from next-token scores: penalties, filters and the draw. Plain numpy on one row of scores [V].
 
-The order is that of Hugging Face transformers: repetition penalty, frequency and presence penalties, the ban on early
-end tokens, then, when sampling, temperature, top-k, top-p, and the draw. Greedy choice obeys the penalties too.
+The order is that of Hugging Face transformers: repetition penalty, frequency and presence penalties, biases of single
+tokens, the ban on early end tokens, then, when sampling, temperature, top-k, top-p, min-p, and the draw. Greedy choice
+obeys penalties and biases too.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ class Sampling:
     temperature: the scores are divided by it; 0 is greedy. top_k: draw among the k likeliest tokens, 0 is all. top_p:
     draw among the likeliest tokens that together reach this probability. repetition_penalty: see `penalise_repetition`;
     it counts the prompt too. frequency_penalty, presence_penalty: see `penalise_frequency`; they count generated tokens
-    only. seed: equal seeds give equal tokens; None draws a fresh one.
+    only. min_p: draw among the tokens that have at least this share of the likeliest one's probability, 0 is all.
+    logit_bias: (token, what is added to its score) of single tokens. seed: equal seeds give equal tokens; None draws a
+    fresh one.
     """
 
     temperature: float = 0.0
@@ -29,6 +32,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         rules = (
@@ -36,6 +41,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1: off)"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
         )
         for name, fine, expected in rules:
             if not fine:
@@ -48,9 +54,8 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether the choice is simply the highest score."""
-        return (
-            self.greedy and self.repetition_penalty == 1 and self.frequency_penalty == 0 and self.presence_penalty == 0
-        )
+        penalises = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return self.greedy and not penalises and not self.logit_bias
 
 
 def penalise_repetition(scores_V: np.ndarray, previous: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:
@@ -102,6 +107,13 @@ def keep_top_p(scores_V: np.ndarray, p: float) -> np.ndarray:
     return filtered
 
 
+def keep_min_p(scores_V: np.ndarray, p: float) -> np.ndarray:
+    """-inf for tokens that are less likely than p times the likeliest one (Nguyen et al. 2024, arXiv 2407.01082)."""
+    if p <= 0:
+        return scores_V
+    return np.where(scores_V < scores_V.max() + np.log(p), -np.inf, scores_V)
+
+
 def softmax(scores_V: np.ndarray) -> np.ndarray:
     """Probabilities, float64."""
     e = np.exp(scores_V.astype(np.float64) - scores_V.max())
@@ -133,8 +145,10 @@ def choose(
         scores_V, [*prompt, *generated] if sampling.repetition_penalty != 1 else (), sampling.repetition_penalty
     )
     scores_V = penalise_frequency(scores_V, generated, sampling.frequency_penalty, sampling.presence_penalty)
+    for token, bias in sampling.logit_bias:
+        scores_V[token] += np.float32(bias)
     scores_V[list(banned)] = -np.inf
     if sampling.greedy:
         return int(scores_V.argmax())
     scores_V = keep_top_k(scores_V / np.float32(sampling.temperature), sampling.top_k)
-    return draw(keep_top_p(scores_V, sampling.top_p), rng)
+    return draw(keep_min_p(keep_top_p(scores_V, sampling.top_p), sampling.min_p), rng)

@@ -6,8 +6,8 @@ One process, one port. It is for checking and using a model beside its training,
 import socket
 
 from erniekit.config import Config
-from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel, open_model
+from erniekit.serve.served_model import context_of, engine_of
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import ConfigError, UserError
 
@@ -25,7 +25,6 @@ except ModuleNotFoundError as error:
         raise
     raise UserError(f"`erniekit server` needs {missing}: pip install 'erniekit[serve]'.") from None
 
-NUM_KEPT = 4  # conversations whose keys and values are kept for the next question
 KEY_VARIABLE = "ERNIEKIT_API_KEY"
 
 
@@ -57,15 +56,10 @@ def serve(cfg: Config) -> None:
 
 def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) -> "Served":
     """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not."""
-    context = chat_model.model.config.max_position_embeddings
-    if cfg.max_model_len is not None:
-        if cfg.max_model_len > context:
-            raise ConfigError(f"max_model_len: {cfg.max_model_len} is more than the model's context, {context}.")
-        context = cfg.max_model_len
-    engine = Engine(chat_model.model, cfg.max_num_seqs, cfg.max_num_batched_tokens, min(NUM_KEPT, cfg.max_num_seqs))
-    thread = EngineThread(engine, cfg.max_waiting_requests)
+    context = context_of(cfg, chat_model)
+    thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
     name = cfg.served_model_name or chat_model.path.resolve().name
-    return Served(cfg, chat_model, thread, Metrics(thread, name), name, context, chat_model.limits(cfg), keys)
+    return Served(cfg, chat_model, context, chat_model.limits(cfg), thread, Metrics(thread, name), name, keys)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import error_response
 from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import read_text
 
@@ -67,7 +68,7 @@ class Gate:
             try:
                 self._check(scope["path"], Headers(scope=scope))
             except ApiError as error:
-                return await error.response()(scope, receive, send)
+                return await error_response(error)(scope, receive, send)
         elif scope["type"] != "lifespan":
             return
         await self._app(scope, receive, send)

@@ -17,8 +17,9 @@ from starlette.routing import Route
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_chat import chat
 from erniekit.serve.server_completions import complete
-from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_openapi import document
+from erniekit.serve.server_responses import error_response, json_response
 from erniekit.serve.server_run import ClientLeft
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_tokens import detokenize, tokenize
@@ -108,7 +109,7 @@ async def _openapi(request: HttpRequest, served: Served) -> Response:
 
 async def _api_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error_response(error)
 
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
@@ -117,7 +118,7 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     path = request.scope["path"][:100]
     said = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
     message = said.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, f"{message}.", headers=dict(error.headers or {})).response()
+    return error_response(ApiError(error.status_code, f"{message}.", headers=dict(error.headers or {})))
 
 
 async def _nobody(request: HttpRequest, error: Exception) -> Response:
@@ -126,4 +127,4 @@ async def _nobody(request: HttpRequest, error: Exception) -> Response:
 
 async def _defect(request: HttpRequest, error: Exception) -> Response:
     log.warning("".join(traceback.format_exception(error)))
-    return ApiError(500, "a defect of the server; its log has the details.", code="internal_error").response()
+    return error_response(ApiError(500, "a defect of the server; its log has the details.", code="internal_error"))

@@ -4,30 +4,22 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from erniekit.data.vision.media import MediaReader
-from erniekit.data.vision.parts import media_of
-from erniekit.data.vision.plan import plan_media
-from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
-from erniekit.data.vision.sequence import MediaTokens
-from erniekit.generation.thinking import opens_thought
 from erniekit.serve import server_fields as fields
+from erniekit.serve.prompts import chat_prompt
+from erniekit.serve.request_plan import Plan, plan
 from erniekit.serve.server_body import read_body
-from erniekit.serve.server_errors import ApiError, json_response
-from erniekit.serve.server_messages import Messages, read_tools
-from erniekit.serve.server_run import Plan, Run, plan, reading, unless_client_leaves
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import json_response
+from erniekit.serve.server_run import Run, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
-from erniekit.serve.server_text import AnswerReader, Piece, Reading
-from erniekit.utils import log
+from erniekit.serve.server_text import AnswerReader, Piece
 from erniekit.utils.version import __version__
-
-TAIL = 16  # last tokens of a prompt, among which it may open a thought
 
 
 @dataclass
@@ -67,7 +59,7 @@ async def chat(request: HttpRequest, served: Served) -> Response:
     served.reserve(count)
     submitted = False
     try:
-        prompt, how = await served.in_pool(lambda: _prompt(values, served))
+        prompt, how = await served.in_pool(lambda: chat_prompt(values, served))
         wanted = plan(values, [prompt], served, num_scores, "messages")
         submitted = True
         run = Run(served, served.thread.submit(wanted.requests), how)
@@ -96,70 +88,6 @@ def fingerprint(served: Served) -> str:
     return f"erniekit-{__version__}"
 
 
-def thinking_of(values: dict[str, Any], served: Served) -> bool | None:
-    """Whether the model is to think; None: as the template does by itself. Raises ApiError for what it cannot do."""
-    kwargs = fields.read_fields(
-        values.get("chat_template_kwargs", {}), fields.TEMPLATE_OPTIONS, "chat_template_kwargs."
-    )
-    given = {
-        name: source["enable_thinking"]
-        for name, source in (("enable_thinking", values), ("kwargs", kwargs))
-        if "enable_thinking" in source
-    }
-    mode = kwargs.get("options", {}).get("thinking_mode")
-    if mode is not None:
-        if mode not in ("open", "close"):
-            raise ApiError(
-                400, "chat_template_kwargs.options.thinking_mode: expected open or close.", "chat_template_kwargs"
-            )
-        given["thinking_mode"] = mode == "open"
-    if values.get("reasoning_effort") == "none":
-        given["reasoning_effort"] = False
-    if len(set(given.values())) > 1:
-        raise ApiError(400, f"enable_thinking: {' and '.join(given)} contradict each other.", "enable_thinking")
-    if not given:
-        return served.chat_model.enable_thinking
-    wanted = next(iter(given.values()))
-    template = served.chat_model.template
-    if "enable_thinking" not in template.source:
-        thinks = opens_thought(template.render([{"role": "user", "content": "q"}], add_generation_prompt=True))
-        if wanted != thinks:
-            state = "always thinks" if thinks else "never thinks"
-            raise ApiError(
-                400,
-                f"enable_thinking: {str(wanted).lower()}: chat template {template.name} {state}.",
-                "enable_thinking",
-                "unsupported_value",
-            )
-        return None
-    return wanted
-
-
-def prompt_of(values: dict[str, Any], served: Served, tools: Any, answers: bool = True) -> list[int] | PicturePrompt:
-    """The prompt of a conversation. Raises ApiError, UserError or BadRecord."""
-    model = served.chat_model
-    reader = Messages(model.template, model.vision, served.cfg.max_request_images)
-    messages = reader.read(values["messages"])
-    ids = model.template.prompt_ids(messages, tools, thinking_of(values, served), answers)
-    media = list(media_of(messages))
-    if not media:
-        return ids
-    vision = model.vision
-    assert vision is not None, "Messages refuses pictures for models of text"
-    plans = plan_media(media, MediaReader(Path("/nonexistent")), vision.settings, vision.video, reader.notes)
-    for doubt in sorted(reader.notes.doubts):
-        log.info(doubt)
-    return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)
-
-
-def _prompt(values: dict[str, Any], served: Served) -> tuple[list[int] | PicturePrompt, Reading]:
-    tools = read_tools(values.get("tools", []), values.get("tool_choice"))
-    prompt = prompt_of(values, served, tools)
-    ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
-    opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
-    return prompt, reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)
-
-
 async def _whole(talk: _Chat, wanted: Plan, run: Run) -> dict[str, Any]:
     """The response to a request that is not streamed: the pieces of a stream, joined."""
     parts: list[dict[str, Any]] = [{"thought": "", "text": "", "call": []} for _ in run.readers]
@@ -169,7 +97,10 @@ async def _whole(talk: _Chat, wanted: Plan, run: Run) -> dict[str, Any]:
     choices = [
         _choice(talk, index, reader, said) for index, (reader, said) in enumerate(zip(run.readers, parts, strict=True))
     ]
-    return {**talk.head("chat.completion"), "choices": choices, "usage": _usage(wanted, run)}
+    body = {**talk.head("chat.completion"), "choices": choices, "usage": _usage(wanted, run)}
+    if talk.values.get("return_token_ids"):
+        body["prompt_token_ids"] = list(wanted.requests[0].prompt)
+    return body
 
 
 def _choice(talk: _Chat, index: int, reader: AnswerReader, said: dict[str, Any]) -> dict[str, Any]:
@@ -184,13 +115,14 @@ def _choice(talk: _Chat, index: int, reader: AnswerReader, said: dict[str, Any])
     if calls:
         message["tool_calls"] = calls
     logprobs = _logprobs(talk, reader.tokens) if talk.values.get("logprobs") else None
-    return {
+    choice = {
         "index": index,
         "message": message,
         "logprobs": logprobs,
         "finish_reason": reader.finish_reason,
         "stop_reason": reader.stop_reason,
     }
+    return choice | ({"token_ids": reader.ids} if talk.values.get("return_token_ids") else {})
 
 
 async def _stream(
@@ -199,7 +131,8 @@ async def _stream(
     """The chunks of a streamed response. Each choice begins with its role, in the order of the choices."""
     head = talk.head("chat.completion.chunk")
     each = usage.get("continuous_usage_stats")
-    num_begun, num_scored = 0, [0] * len(run.readers)
+    num_begun, num_scored, num_ids = 0, [0] * len(run.readers), [0] * len(run.readers)
+    returns_ids = talk.values.get("return_token_ids")
     writers = [_Deltas(talk.values.get("parallel_tool_calls") is not False) for _ in run.readers]
 
     def chunk(
@@ -211,7 +144,12 @@ async def _stream(
             num_scored[index] = len(reader.tokens)
         if reader is not None and ends:
             choice |= {"finish_reason": reader.finish_reason, "stop_reason": reader.stop_reason}
+        if reader is not None and returns_ids:
+            choice["token_ids"] = reader.ids[num_ids[index] :]
+            num_ids[index] = len(reader.ids)
         piece = {**head, "choices": [choice]}
+        if reader is None and returns_ids:
+            piece["prompt_token_ids"] = list(wanted.requests[0].prompt)
         if each:
             piece["usage"] = _usage(wanted, run)
         elif usage.get("include_usage"):

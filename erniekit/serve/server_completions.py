@@ -13,10 +13,12 @@ from starlette.responses import Response
 from erniekit.generation.prompt_scores import score_prompt
 from erniekit.generation.request import TokenScore
 from erniekit.serve import server_fields as fields
+from erniekit.serve.request_plan import MAX_ANSWERS, Plan, plan, reading
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_chat import fingerprint, stream_options
-from erniekit.serve.server_errors import ApiError, json_response
-from erniekit.serve.server_run import MAX_ANSWERS, Plan, Run, plan, reading, unless_client_leaves
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import json_response
+from erniekit.serve.server_run import Run, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader
@@ -44,6 +46,7 @@ class _Completion:
         }
         self.num_scores: int | None = self.values.get("logprobs")
         self.echoes = bool(self.values.get("echo"))
+        self.returns_ids = bool(self.values.get("return_token_ids"))
 
     def echoed(self, index: int, n: int) -> str:
         """The text of the prompt of a choice, if it is part of the answer."""
@@ -139,7 +142,8 @@ async def _whole(ask: _Completion, wanted: Plan, run: Run, scored: list[list[Tok
             row = index // wanted.n
             tokens = [*zip(ask.prompts[row], scored[row], strict=True), *tokens]
         logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, 0)
-        choices.append({"index": index, "text": texts[index], "logprobs": logprobs, **_end(reader)})
+        ids = {"prompt_token_ids": ask.prompts[index // wanted.n], "token_ids": reader.ids} if ask.returns_ids else {}
+        choices.append({"index": index, "text": texts[index], "logprobs": logprobs, **_end(reader), **ids})
     return {**ask.head, "choices": choices, "usage": _usage(ask, wanted, run)}
 
 
@@ -147,12 +151,20 @@ async def _stream(
     ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]], usage: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any] | None, None]:
     num_begun, num_scored, lengths = 0, [0] * len(run.readers), [0] * len(run.readers)
+    num_ids = [0] * len(run.readers)
 
     def chunk(index: int, text: str, tokens: Scored, reader: AnswerReader | None = None) -> dict[str, Any]:
         logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, lengths[index])
         lengths[index] += len(text)
         end = {"finish_reason": None} if reader is None else _end(reader)
-        piece = {**ask.head, "choices": [{"index": index, "text": text, "logprobs": logprobs, **end}]}
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, **end}
+        if ask.returns_ids:
+            ids = run.readers[index].ids
+            choice["token_ids"] = ids[num_ids[index] :]
+            if not num_ids[index]:
+                choice["prompt_token_ids"] = ask.prompts[index // wanted.n]
+            num_ids[index] = len(ids)
+        piece = {**ask.head, "choices": [choice]}
         if usage.get("continuous_usage_stats"):
             piece["usage"] = _usage(ask, wanted, run)
         elif usage.get("include_usage"):

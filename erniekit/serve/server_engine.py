@@ -8,28 +8,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from erniekit.generation.engine import Engine
-from erniekit.generation.request import Generation, Request, TokenScore
+from erniekit.generation.request import Event, Generation, Request
 from erniekit.utils import log
 from erniekit.utils.errors import UserError
 
 
 class QueueFull(UserError):
     """As many answers wait as may wait."""
-
-
-class Event(NamedTuple):
-    """One step of an answer: the token that was chosen, if it is part of the answer, its score, and why the answer
-    ended ("" while it grows); `stop_id` is the end token. `error`: the answer has failed.
-    """
-
-    token: int | None = None
-    score: TokenScore | None = None
-    stop: str = ""
-    stop_id: int | None = None
-    error: str = ""
 
 
 @dataclass(eq=False)
@@ -199,12 +187,9 @@ class EngineThread:
     def _send(self, advanced: Sequence[Generation]) -> None:
         events = []
         for generation in advanced:
-            said = generation.answer
             answer = self._answers[id(generation)]
-            token = said.ids[-1] if said.stop_id is None else None
-            score = said.scores[-1] if said.scores and token is not None else None
-            events.append((answer, Event(token, score, said.stop, said.stop_id)))
-            if said.stop:
+            events += [(answer, event) for event in generation.new_events()]
+            if generation.answer.stop:
                 del self._answers[id(generation)]
         self._post(events)
 

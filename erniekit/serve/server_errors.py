@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-from starlette.responses import Response
-
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -44,15 +42,6 @@ class ApiError(Exception):
         """The body of the response."""
         kind = _TYPES.get(self.status, "InternalServerError")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> Response:
-        """The response."""
-        return json_response(self.body, self.status, self.headers)
-
-
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response with a JSON body."""
-    return Response(to_json(body), status, headers, media_type="application/json")
 
 
 def to_json(body: Any) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from erniekit.serve.server_errors import ApiError
 
-MAX_N, MAX_TOP_LOGPROBS, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 16, 1000
+MAX_N, MAX_TOP_LOGPROBS, MAX_STOPS, MAX_STOP_CHARACTERS, MAX_BIASES = 128, 20, 16, 1000, 1024
 _INT64 = 2**63 - 1
 
 _NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
@@ -96,10 +96,10 @@ _SAMPLING: dict[str, Field] = {
     "skip_special_tokens": Field((bool,), "Whether special tokens are left out of the text (default: true)."),
     "stream": Field((bool,), "Whether the answer comes in pieces (server-sent events)."),
     "stream_options": Field((dict,), "Of a stream: {include_usage, continuous_usage_stats}."),
-    "logit_bias": _refused("Scores added to tokens.", "scores of single tokens cannot be changed", {}),
-    "min_p": _refused("A filter of tokens.", "this filter is not built; top_p and top_k are", 0, 0.0),
+    "logit_bias": Field((dict,), "Added to the scores of tokens: {id: -100 to 100}."),
+    "min_p": _number("Draw among tokens with at least this share of the likeliest one's probability; 0: all.", 0, 1),
     "bad_words": _refused("Forbidden texts.", "words cannot be forbidden", []),
-    "return_token_ids": _refused("Token ids in the answer.", "/tokenize gives the ids of a text", False),
+    "return_token_ids": Field((bool,), "Whether the ids of the prompt and of the answer are sent."),
     "structured_outputs": _refused("A grammar of the answer.", "answers cannot be constrained"),
     **{
         name: _refused("A grammar of the answer.", "answers cannot be constrained")
@@ -261,3 +261,24 @@ def id_list(value: list[Any], name: str, vocab_size: int) -> list[int]:
             message = f"{name}: {str(item)[:40]} is outside the vocabulary, 0 to {vocab_size - 1}."
             raise ApiError(400, message, name, "invalid_value")
     return value
+
+
+def bias_table(value: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """The entries of logit_bias. Raises ApiError for what is no id of the vocabulary, or no score."""
+    if len(value) > MAX_BIASES:
+        raise ApiError(
+            400, f"logit_bias: at most {MAX_BIASES} tokens, got {len(value)}.", "logit_bias", "invalid_value"
+        )
+    table = []
+    for name, bias in value.items():
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
+        if not 0 <= token < vocab_size:
+            message = f"logit_bias: {name[:40]!r} is no token id, 0 to {vocab_size - 1}."
+            raise ApiError(400, message, "logit_bias", "invalid_value")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ApiError(400, f"logit_bias: expected numbers, got {type_name(bias)}.", "logit_bias", "invalid_type")
+        if not -100 <= bias <= 100:
+            message = f"logit_bias: expected -100 to 100, got {str(bias)[:40]}."
+            raise ApiError(400, message, "logit_bias", "invalid_value")
+        table.append((token, float(bias)))
+    return tuple(table)

@@ -2,9 +2,13 @@
 
 import base64
 import binascii
+import io
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
 
 from erniekit.data.chat.template import Template
 from erniekit.data.records.errors import BadRecord
@@ -36,11 +40,14 @@ _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"BM")  # of the files 
 
 
 class Messages:
-    """Reads the messages of one request. `notes` collects what was decided about its pictures."""
+    """Reads the messages of one request. `notes` collects what was decided about its pictures. `is_local`: they are of
+    this process itself, which may name files and give pictures in memory.
+    """
 
-    def __init__(self, template: Template, vision: VisionSpec | None, max_images: int) -> None:
+    def __init__(self, template: Template, vision: VisionSpec | None, max_images: int, is_local: bool = False) -> None:
         self.notes = Notes()
         self.num_images = 0
+        self._is_local = is_local
         self._template, self._vision, self._max_images = template, vision, max_images
         self._takes_json_text = "arguments is string" in template.source
 
@@ -140,14 +147,17 @@ class Messages:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
-        if kind != "image_url":
-            raise _wrong(f"{name}.type", f"expected text or image_url, got {str(kind)[:40]!r}")
+        kinds = ("image_url", "image_pil") if self._is_local else ("image_url",)
+        if kind not in kinds:
+            raise _wrong(f"{name}.type", f"expected text or {' or '.join(kinds)}, got {str(kind)[:40]!r}")
         if self._vision is None:
             raise _wrong(name, "this model reads text alone, so it cannot be shown a picture")
         self.num_images += 1
         if self.num_images > self._max_images:
             raise _wrong(name, f"at most {self._max_images} pictures in a request (max_request_images)")
-        image = part.get("image_url")
+        image = part.get(kind)
+        if kind == "image_pil" or (self._is_local and isinstance(image, dict) and _is_file(image.get("url"))):
+            return {"type": "image", "image": self._local_pixels(image, name)}
         url = image.get("url") if isinstance(image, dict) else image
         return {"type": "image", "image": self._pixels(url, name)}
 
@@ -172,6 +182,24 @@ class Messages:
             raise _wrong(name, "the data URI is not valid base64") from None
         if not content.startswith(_BEGINNINGS):
             raise _wrong(name, "the data URI holds no PNG, JPEG, WebP or BMP")
+        return self._decoded(content, name)
+
+    def _local_pixels(self, image: Any, name: str) -> Any:
+        """The pixels of a picture of Pillow, or of a file that is named by file://."""
+        if not isinstance(image, dict):
+            if not isinstance(image, Image.Image):
+                raise _wrong(f"{name}.image_pil", f"expected a PIL.Image.Image, got {type_name(image)}")
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            return self._decoded(file.getvalue(), name)
+        path = Path(unquote(urlsplit(image["url"]).path))
+        try:
+            return self._decoded(path.read_bytes(), name)
+        except OSError as error:
+            raise _wrong(f"{name}.image_url", f"cannot read {path}: {error.strerror}") from None
+
+    def _decoded(self, content: bytes, name: str) -> Any:
+        assert self._vision is not None
         options = self._vision.images
         if options.max_pixels_decoded > MAX_IMAGE_PIXELS:
             options = type(options)(options.apply_exif, MAX_IMAGE_PIXELS, options.max_seconds)
@@ -179,6 +207,10 @@ class Messages:
             return load_image(content, MediaReader(Path("/nonexistent")), options, self.notes)
         except BadRecord as error:
             raise _wrong(name, error.reason) from None
+
+
+def _is_file(url: Any) -> bool:
+    return isinstance(url, str) and url.startswith("file://")
 
 
 def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:

@@ -2,19 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from erniekit.data.vision.prompt import PicturePrompt
-from erniekit.generation.load import sampling_of
-from erniekit.generation.pictures import tables_of
-from erniekit.generation.request import Limits, Request
-from erniekit.serve.server_engine import Event, Job
+from erniekit.generation.request import Event
+from erniekit.serve.server_engine import Job
 from erniekit.serve.server_errors import ApiError
-from erniekit.serve.server_fields import id_list, text_list
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
@@ -24,108 +19,11 @@ MAX_ANSWERS = 512  # of one request: n times its prompts
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The answers that a request asks for. `prompts` are token ids, or a prompt with pictures; each gets `n` answers.
-    `headers`: what the response says about them.
-    """
-
-    prompts: Sequence[Sequence[int] | PicturePrompt]
-    requests: Sequence[Request]
-    n: int
-    headers: dict[str, str]
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(request.prompt) for request in self.requests[:: self.n])
-
-
 class Step(NamedTuple):
     """What one event of the answer `choice` has brought; `choice` is -1 where nothing came for KEEP_ALIVE seconds."""
 
     choice: int
     pieces: list[Piece]
-
-
-def plan(
-    values: dict[str, Any],
-    prompts: Sequence[list[int] | PicturePrompt],
-    served: Served,
-    num_scores: int | None,
-    name: str,
-) -> Plan:
-    """The requests to the engine for the fields of a client's request. `name`: the field that has the prompts."""
-    n = values.get("n", 1)
-    if n * len(prompts) > MAX_ANSWERS:
-        raise ApiError(400, f"n: at most {MAX_ANSWERS} answers to a request.", "n", "invalid_value")
-    lengths = [len(prompt.ids if isinstance(prompt, PicturePrompt) else prompt) for prompt in prompts]
-    for length in lengths:
-        served.check_length(length, name)
-    sampling = _sampling(values, served)
-    requests, room = [], served.context - max(lengths)
-    limits = _limits(values, served, room)
-    asked = values.get("max_completion_tokens", values.get("max_tokens"))
-    headers = {}
-    if asked is not None and asked > room:
-        headers["x-erniekit-max-tokens"] = str(room)
-        log.info(f"max_tokens: {asked} is more than the {room} tokens that the context has left, which are used")
-    for row, prompt in enumerate(prompts):
-        for number in range(n):
-            draw = row * n + number
-            if isinstance(prompt, PicturePrompt):
-                request = Request(prompt.ids, limits, sampling, draw, prompt, _Tables(prompt), num_scores)
-            else:
-                request = Request(prompt, limits, sampling, draw, num_scores=num_scores)
-            requests.append(request)
-    return Plan(prompts, requests, n, headers)
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Decodes the pictures of a prompt when the engine asks for them."""
-
-    prompt: PicturePrompt
-
-    def __call__(self, start: int) -> Any:
-        return tables_of(self.prompt, start)
-
-
-def _sampling(values: dict[str, Any], served: Served) -> Any:
-    names = ("temperature", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-    given: dict[str, Any] = {name: float(values[name]) for name in names if name in values}
-    if "top_k" in values:
-        given["top_k"] = max(values["top_k"], 0)
-    seed = values.get("seed")
-    # numpy takes seeds from 0 on
-    return replace(sampling_of(served.cfg), **given, seed=None if seed is None else seed % 2**64)
-
-
-def _limits(values: dict[str, Any], served: Served, room: int) -> Limits:
-    default = served.limits.max_new_tokens if "max_new_tokens" in served.cfg.given else room
-    asked = values.get("max_completion_tokens", values.get("max_tokens", default))
-    if asked < 1:
-        raise ApiError(400, "max_tokens: expected 1 or more.", "max_tokens", "invalid_value")
-    most = min(asked, room)
-    least = values.get("min_tokens", min(served.limits.min_new_tokens, most))
-    if least > most:
-        raise ApiError(400, f"min_tokens: {least} is more than max_tokens, {most}.", "min_tokens", "invalid_value")
-    vocab_size = served.chat_model.model.config.vocab_size
-    stops = set(id_list(values.get("stop_token_ids", []), "stop_token_ids", vocab_size))
-    if not values.get("ignore_eos"):
-        stops |= set(served.limits.stop_ids)
-    return Limits(most, least, tuple(sorted(stops)))
-
-
-def reading(values: dict[str, Any], served: Served, **parts: bool) -> Reading:
-    """How the tokens of the answers are read; `parts`: opened, has_thoughts and has_calls."""
-    return Reading(
-        **parts,
-        stops=text_list(values.get("stop", []), "stop"),
-        includes_stop=values.get("include_stop_str_in_output", False),
-        min_tokens=values.get("min_tokens", 0),
-        hidden=served.hidden if values.get("skip_special_tokens", True) else frozenset(),
-    )
 
 
 class Run:

@@ -7,38 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from erniekit.config import Config
 from erniekit.data.records.errors import BadRecord
-from erniekit.generation.load import ChatModel
-from erniekit.generation.request import Limits
+from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_engine import EngineThread, QueueFull
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_metrics import Metrics
-from erniekit.serve.server_text import hidden_ids
 from erniekit.utils.errors import UserError
 
 T = TypeVar("T")
 
 
 @dataclass
-class Served:
-    """A model that is served. `context`: tokens of a prompt and its answer at most. `limits`: as the YAML has them."""
+class Served(ServedModel):
+    """A model that is served, with the thread of its engine. `keys` are SHA-256 digests."""
 
-    cfg: Config
-    chat_model: ChatModel
     thread: EngineThread
     metrics: Metrics
     name: str
-    context: int
-    limits: Limits
-    keys: tuple[bytes, ...] = ()  # SHA-256 digests
+    keys: tuple[bytes, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "prompts"))
-
-    def __post_init__(self) -> None:
-        self.hidden = hidden_ids(self.chat_model.tokenizer)
-        find = self.chat_model.tokenizer.find_id
-        self._bytes = {number: byte for byte in range(256) if (number := find(f"<0x{byte:02X}>")) is not None}
 
     @property
     def max_body_bytes(self) -> int:
@@ -70,27 +58,6 @@ class Served:
             raise ApiError(400, f"{error.reason}.", code="invalid_value") from None
         except UserError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
-
-    def check_length(self, num_tokens: int, name: str) -> None:
-        """Raises ApiError for a prompt without tokens, or one that leaves no room for an answer."""
-        if not num_tokens:
-            raise ApiError(400, f"{name}: the prompt has no tokens.", name, "invalid_value")
-        if num_tokens >= self.context:
-            raise ApiError(
-                400,
-                f"{name}: the prompt has {num_tokens} tokens and leaves no room for an answer: the context is "
-                f"{self.context} tokens. Shorten it.",
-                name,
-                "context_length_exceeded",
-            )
-
-    def token(self, number: int) -> tuple[str, list[int] | None]:
-        """The text of a token and its bytes; None where they are not known (a part of a character)."""
-        if number in self._bytes:
-            byte = self._bytes[number]
-            return (chr(byte) if byte < 128 else "\ufffd"), [byte]
-        text = self.chat_model.tokenizer.decode([number])
-        return text, None if "\ufffd" in text else list(text.encode())
 
     def usage(
         self, num_prompt: int, num_answer: int, num_cached: int, num_thought: int | None = None

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError, to_json
+from erniekit.serve.server_responses import error_response
 from erniekit.utils import log
 
 WRITE_SECONDS = 30.0  # that a client has to take a piece
@@ -50,7 +51,7 @@ class EventStream(Response):
             while first is None:  # a request that waits in the queue may still be refused
                 first = await anext(self._pieces, {})
         except ApiError as error:
-            return await error.response()(scope, receive, send)
+            return await error_response(error)(scope, receive, send)
         try:
             await write("http.response.start", status=self.status_code, headers=self.raw_headers)
             if first:

@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple
 
 from erniekit.data.chat.tokenizer import StreamDecoder, Tokenizer
 from erniekit.generation import thinking, tool_calls
-from erniekit.generation.request import TokenScore
+from erniekit.generation.request import Event, TokenScore
 from erniekit.generation.thinking import ThoughtParser
 from erniekit.generation.tool_calls import CallSplitter, WrittenCall
-from erniekit.serve.server_engine import Event
 
 FRAMING = (thinking.OPEN, thinking.CLOSE, "<response>", "</response>", tool_calls.OPEN, tool_calls.CLOSE)
 
@@ -86,7 +85,8 @@ class Reading:
 class AnswerReader:
     """Reads the events of one answer. After its end `finish_reason` and `stop_reason` (the stop text or id) are set.
 
-    num_tokens: tokens so far, the end token included; num_thought_tokens: those of the thought. calls: so far.
+    num_tokens: tokens so far, the end token included; num_thought_tokens: those of the thought. ids: the tokens, with
+    the end token. num_calls: calls so far.
     """
 
     tokenizer: Tokenizer
@@ -97,6 +97,7 @@ class AnswerReader:
     num_thought_tokens: int = 0
     num_calls: int = 0
     tokens: list[tuple[int, TokenScore]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._decoder = StreamDecoder(self.tokenizer)
@@ -119,11 +120,13 @@ class AnswerReader:
         text = ""
         if event.token is not None:
             self.num_tokens += 1
+            self.ids.append(event.token)
             text = "" if event.token in self.reading.hidden else self._decoder.push(event.token)
             if event.score is not None:
                 self.tokens.append((event.token, event.score))
         elif event.stop_id is not None:
             self.num_tokens += 1
+            self.ids.append(event.stop_id)
         if event.stop:
             text += self._decoder.flush()
         pieces = self._parted(text, is_last=bool(event.stop))

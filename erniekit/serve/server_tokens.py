@@ -7,10 +7,11 @@ from starlette.responses import Response
 
 from erniekit.data.vision.prompt import PicturePrompt
 from erniekit.serve import server_fields as fields
+from erniekit.serve.prompts import prompt_of
 from erniekit.serve.server_body import read_body
-from erniekit.serve.server_chat import prompt_of
-from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_messages import read_tools
+from erniekit.serve.server_responses import json_response
 from erniekit.serve.server_state import Served
 
 

@@ -9,6 +9,7 @@ from erniekit.generation.sampling import (
     Sampling,
     choose,
     draw,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     penalise_frequency,
@@ -51,6 +52,20 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert kept(keep_top_p(scores, 0.8)) == [1, 2, 3]
     assert kept(keep_top_p(scores, 1.0)) == [0, 1, 2, 3]
     assert kept(keep_top_p(scores, 1e-20)) == [1], "at least one token is left"
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+    scores = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
+    assert kept(keep_min_p(scores, 0.4)) == [1, 3]
+    assert kept(keep_min_p(scores, 0.29)) == [1, 2, 3]
+    assert kept(keep_min_p(scores, 1.0)) == [1] and kept(keep_min_p(scores, 0.0)) == [0, 1, 2, 3]
+    likely = Sampling(temperature=1.0, min_p=0.4, seed=0)
+    assert {choose(scores, [0], [], likely, rng(seed)) for seed in range(40)} == {1, 3}
+
+
+def test_a_bias_is_added_to_the_score_of_its_token_alone():
+    assert choose(SCORES, [0], [], Sampling(logit_bias=((2, 2.6), (3, -1.0))), rng()) == 2
+    assert choose(SCORES, [0], [], Sampling(logit_bias=((2, 2.4),)), rng()) == 3
 
 
 def test_draws_follow_the_probabilities():
@@ -111,9 +126,10 @@ def test_equal_to_transformers(seed: int):
         hf.TemperatureLogitsWarper(0.7),
         hf.TopKLogitsWarper(50),
         hf.TopPLogitsWarper(0.8),
+        hf.MinPLogitsWarper(0.05),
     ):
         expected = processor(ids, expected)
     ours = penalise_repetition(scores, prompt + generated, 1.3) / np.float32(0.7)
-    ours = keep_top_p(keep_top_k(ours, 50), 0.8)
+    ours = keep_min_p(keep_top_p(keep_top_k(ours, 50), 0.8), 0.05)
     assert len(kept(ours)) < 50
     np.testing.assert_allclose(ours, expected[0].numpy(), rtol=1e-6)

@@ -10,9 +10,8 @@ from support.tiny_server import CHAT, COMPLETIONS, QUESTION, Asking, client, joi
 from erniekit.data.chat.tokenizer import StreamDecoder
 from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel
-from erniekit.generation.request import Limits, Request
+from erniekit.generation.request import Event, Limits, Request
 from erniekit.generation.sampling import Sampling
-from erniekit.serve.server_engine import Event
 from erniekit.serve.server_text import AnswerReader, Reading, StopTexts, hidden_ids
 
 GREEDY = Sampling()
@@ -118,6 +117,22 @@ def test_the_log_likelihood_of_a_prompt_as_lm_eval_asks_for_it(server: Asking, m
         np.testing.assert_allclose(found["token_logprobs"][1 : len(ids)], wanted, atol=1e-5)
         for row, top in zip(scores, found["top_logprobs"][1 : len(ids)], strict=False):
             assert max(top.values()) == pytest.approx(row.max(), abs=1e-5)
+
+
+def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
+    forced = model.tokenizer.encode("数")[0]
+    biased = {"logit_bias": {str(forced): 100}, "return_token_ids": True, "max_tokens": 3}
+    whole = server.chat(**biased)
+    prompt = model.template.prompt_ids(QUESTION)
+    assert whole["choices"][0]["token_ids"] == [forced] * 3 and whole["prompt_token_ids"] == prompt
+    chunks = server.stream(**biased)
+    assert chunks[0]["prompt_token_ids"] == prompt
+    assert [i for c in chunks for i in c["choices"][0].get("token_ids", [])] == [forced] * 3
+    answer = server.complete(prompt=[prompt], **biased)["choices"][0]
+    assert (answer["token_ids"], answer["prompt_token_ids"]) == ([forced] * 3, prompt)
+    chunks = server.stream(COMPLETIONS, prompt=[prompt], **biased)
+    assert [i for c in chunks for i in c["choices"][0]["token_ids"]] == [forced] * 3
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
 
 
 def test_limits_are_honoured(server: Asking, model: ChatModel):

@@ -1,0 +1,64 @@
+"""A model that answers: its limits, and what turns its tokens into text. Shared by the server and `erniekit.LLM`."""
+
+from dataclasses import dataclass
+
+from erniekit.config import Config
+from erniekit.generation.engine import Engine
+from erniekit.generation.load import ChatModel
+from erniekit.generation.request import Limits
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_text import hidden_ids
+from erniekit.utils.errors import ConfigError
+
+NUM_KEPT = 4  # conversations whose keys and values are kept for the next question
+
+
+@dataclass
+class ServedModel:
+    """A model that answers. `context`: tokens of a prompt and its answer at most. `limits`: as the YAML has them."""
+
+    cfg: Config
+    chat_model: ChatModel
+    context: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self.hidden = hidden_ids(self.chat_model.tokenizer)
+        find = self.chat_model.tokenizer.find_id
+        self._bytes = {number: byte for byte in range(256) if (number := find(f"<0x{byte:02X}>")) is not None}
+
+    def check_length(self, num_tokens: int, name: str) -> None:
+        """Raises ApiError for a prompt without tokens, or one that leaves no room for an answer."""
+        if not num_tokens:
+            raise ApiError(400, f"{name}: the prompt has no tokens.", name, "invalid_value")
+        if num_tokens >= self.context:
+            raise ApiError(
+                400,
+                f"{name}: the prompt has {num_tokens} tokens and leaves no room for an answer: the context is "
+                f"{self.context} tokens. Shorten it.",
+                name,
+                "context_length_exceeded",
+            )
+
+    def token(self, number: int) -> tuple[str, list[int] | None]:
+        """The text of a token and its bytes; None where they are not known (a part of a character)."""
+        if number in self._bytes:
+            byte = self._bytes[number]
+            return (chr(byte) if byte < 128 else "\ufffd"), [byte]
+        text = self.chat_model.tokenizer.decode([number])
+        return text, None if "\ufffd" in text else list(text.encode())
+
+
+def context_of(cfg: Config, chat_model: ChatModel) -> int:
+    """Tokens of a prompt and its answer at most. Raises ConfigError for a max_model_len that the model has not."""
+    context = chat_model.model.config.max_position_embeddings
+    if cfg.max_model_len is None:
+        return context
+    if cfg.max_model_len > context:
+        raise ConfigError(f"max_model_len: {cfg.max_model_len} is more than the model's context, {context}.")
+    return cfg.max_model_len
+
+
+def engine_of(cfg: Config, chat_model: ChatModel) -> Engine:
+    """An engine with the bounds of a configuration."""
+    return Engine(chat_model.model, cfg.max_num_seqs, cfg.max_num_batched_tokens, min(NUM_KEPT, cfg.max_num_seqs))
