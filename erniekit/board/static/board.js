@@ -124,7 +124,7 @@ class Charts {
   }
 
   size(name) {
-    return { width: $(`chart-${name}`).clientWidth, height: 210 };
+    return { width: $(`chart-${name}`).clientWidth, height: 190 };
   }
 
   draw(again) {
@@ -157,7 +157,7 @@ class Charts {
       points: { show: tables[n][0].length < 3 }, value: (plot, value) => number(value) }));
     this.plots.set(name, new uPlot({ ...this.size(name), series: [{ label: T.step }, ...series], cursor: { sync: { key: "step" } },
       scales: { x: { time: false }, y: { distr: logs ? 3 : 1 } }, legend: { show: this.ids.length > 1 },
-      axes: [axis, { ...axis, size: 62, values: (plot, ticks) => ticks.map((tick) => tick == null ? "" : number(tick)) }] }, data, box));
+      axes: [{ ...axis, size: 30 }, { ...axis, size: 62, values: (plot, ticks) => ticks.map((tick) => tick == null ? "" : number(tick)) }] }, data, box));
   }
 }
 
