@@ -22,6 +22,7 @@ LAYERS = (
     ("export", "generation"),
     ("training",),
     ("evaluate", "serve"),
+    ("board",),
     ("cli",),
 )
 ROOT = ("", "api", "__main__")
@@ -33,8 +34,14 @@ FORBIDDEN = {
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",
 }
-WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster")  # not even inside a function
-WITHOUT_PADDLE_AT_IMPORT = ("erniekit", "erniekit.config", "erniekit.cli.main", "erniekit.cli.info")
+WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "board")  # not even inside a function
+WITHOUT_PADDLE_AT_IMPORT = (
+    "erniekit",
+    "erniekit.config",
+    "erniekit.cli.main",
+    "erniekit.cli.info",
+    "erniekit.board.server",
+)
 
 LEVEL = {unit: level for level, units in enumerate([*LAYERS, ROOT]) for unit in units}
 

@@ -25,13 +25,15 @@ COMMANDS = {
         "report what is wrong with a YAML and its data, without training",
         "erniekit check sft.yaml max_seq_len=8192",
         "erniekit check CONFIG.yaml [key=value ...] [command=train] [strict=true] [json=OUT.json]\n"
-        "       [decode=true] [preview=N] [sheet=OUT.png]",
+        "       [decode=true] [preview=N] [first=1] [sheet=OUT.png] [records=OUT.json]",
         (
             "command=train: the command that the file is for: train, eval, export, split, chat or server",
             "strict=false: true: warnings alone make the exit code 3 (errors make it 1)",
             "json=FILE: also write the report to this file",
             "decode=false: true: also decode every picture and video, which takes as long as reading all of them",
             "preview=N: show this number of records as the model gets them, with a sheet of pictures; else one",
+            "first=1: the number of the first record that is shown",
+            "records=FILE: also write the records that are shown to this file: tokens, what is trained, pictures",
             "sheet=preview.png: where preview draws their pictures, resized and with the boxes of the answers",
         ),
     ),
@@ -116,6 +118,21 @@ COMMANDS = {
         "erniekit server run_chat.yaml port=8188",
         takes_config=True,
     ),
+    "webui": Command(
+        "erniekit.cli.webui:run",
+        "show a board in the browser: make a YAML, start and watch runs, look at data, chat",
+        "erniekit webui runs=./runs",
+        "erniekit webui [runs=./runs] [host=127.0.0.1] [port=7860] [allow=DIR,DIR] [allowed_hosts=NAME,NAME]\n"
+        "       [api_key_file=FILE]",
+        (
+            "runs=./runs: the directory of the runs, one board at a time",
+            "host=127.0.0.1: the address that the board listens to; one that other machines reach needs a key",
+            "port=7860: its port; 0: a free one",
+            "allow=DIR,DIR: directories beside the working directory and runs to which a YAML may point",
+            "allowed_hosts=NAME,NAME: further names by which browsers on this machine may address it",
+            "api_key_file=FILE: a file with one key a line, instead of the key that the board makes for itself",
+        ),
+    ),
     "version": Command(
         "erniekit.cli.info:version",
         "print the version and the commit",
@@ -131,12 +148,3 @@ COMMANDS = {
 }
 
 ALIASES = {"serve": "server", "-h": "help", "--help": "help", "-v": "version", "-V": "version", "--version": "version"}
-
-# Commands of ERNIEKit that this version does not have, with the message that says what to use instead.
-NOT_HERE = {
-    "webui": (
-        "`erniekit webui` is not in this version; a page in the browser is planned for a later one. A YAML file and "
-        "`erniekit train` start a run (`erniekit check` looks at the file first), and `erniekit chat` talks to the "
-        "result. With report_to: visualdl or tensorboard, those tools draw the curves of a run in the browser."
-    ),
-}

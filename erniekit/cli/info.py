@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import erniekit
-from erniekit.cli.commands import COMMANDS, NOT_HERE
+from erniekit.cli.commands import COMMANDS
 from erniekit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ def usage(name: str | None = None) -> str:
     if name is None:
         rows = (f"  {key:<9}{command.summary}\n{'':<11}{command.example}" for key, command in COMMANDS.items())
         return USAGE.format(commands="\n".join(rows))
-    if name in NOT_HERE:
-        return textwrap.fill(NOT_HERE[name], 100, break_on_hyphens=False)
     if name not in COMMANDS:
         near = nearest(name)
         hint = f" (did you mean {near}?)" if near else ""

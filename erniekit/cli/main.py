@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from erniekit.cli.commands import ALIASES, COMMANDS, NOT_HERE, Command
+from erniekit.cli.commands import ALIASES, COMMANDS, Command
 from erniekit.utils import heartbeat, runtime, stop_signals, streams
 from erniekit.utils.errors import UserError, disk_is_full
 
@@ -108,8 +108,6 @@ def _interrupted(error: BaseException | None) -> int:
 
 
 def _dispatch(name: str, args: list[str]) -> int:
-    if name in NOT_HERE:
-        return _fail(NOT_HERE[name], EXIT_USAGE)
     if name not in COMMANDS:
         return _unknown(name)
     if name != "help" and any(arg in ("-h", "--help") for arg in args):

@@ -18,6 +18,7 @@ try:
     from erniekit.serve.server_app import make_app
     from erniekit.serve.server_engine import EngineThread
     from erniekit.serve.server_metrics import Metrics
+    from erniekit.serve.server_socket import listen, url_of
     from erniekit.serve.server_state import Served
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -36,7 +37,7 @@ def serve(cfg: Config) -> None:
     """
     keys = key_digests(cfg.api_key_file, runtime.environment_variable(KEY_VARIABLE))
     require_key_if_reachable(cfg.host, keys)
-    listening = _listen(cfg.host, cfg.port)
+    listening = listen(cfg.host, cfg.port)
     try:
         served = prepare(cfg, open_model(cfg), keys)
         _say(served, listening)
@@ -62,24 +63,8 @@ def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) ->
     return Served(cfg, chat_model, context, chat_model.limits(cfg), thread, Metrics(thread, name), name, keys)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens to an address. Raises ConfigError for one that is taken, or not of this machine."""
-    try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host.strip("[]"), port))
-        listening.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"host: {host}, port: {port}: cannot listen there: {error.strerror}. Choose another."
-        ) from None
-    return listening
-
-
 def _say(served: "Served", listening: socket.socket) -> None:
-    cfg, address = served.cfg, listening.getsockname()
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    cfg = served.cfg
     engine = served.thread.engine
     most = "what is left of the context"
     if "max_new_tokens" in cfg.given:
@@ -93,4 +78,4 @@ def _say(served: "Served", listening: socket.socket) -> None:
         f"{engine.max_running} + {engine.num_kept} conversations of {served.context} tokens are kept"
     )
     keyless = "" if served.keys else ", no key is asked for"
-    log.info(f"{served.name} is served at http://{host}:{address[1]}/v1 (this process ends by Ctrl-C{keyless})")
+    log.info(f"{served.name} is served at {url_of(listening)}/v1 (this process ends by Ctrl-C{keyless})")

@@ -14,7 +14,7 @@ from erniekit.utils.errors import ConfigError
 from erniekit.utils.user_files import read_text
 
 MIN_KEY = 8  # characters
-_OPEN_PATHS = ("/health",)  # answered without a key
+OPEN_PATHS = ("/health",)  # answered without a key
 
 
 def key_digests(file: str | None, variable: str | None) -> tuple[bytes, ...]:
@@ -55,11 +55,19 @@ class Gate:
     """Refuses requests before they reach a route.
 
     On loopback the Host header has to name this machine: a web page whose name was made to point here (DNS rebinding)
-    has its own name in it. A request from a web page (Origin) has to come from this server's own pages.
+    has its own name in it. A request from a web page (Origin) has to come from this server's own pages. The paths in
+    `open_paths` are answered without a key.
     """
 
-    def __init__(self, app: ASGIApp, host: str, allowed_hosts: tuple[str, ...], keys: tuple[bytes, ...]) -> None:
-        self._app, self._keys = app, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        allowed_hosts: tuple[str, ...],
+        keys: tuple[bytes, ...],
+        open_paths: tuple[str, ...] = OPEN_PATHS,
+    ) -> None:
+        self._app, self._keys, self._open_paths = app, keys, open_paths
         self._only_local = is_loopback(host)
         self._allowed = {name.lower() for name in allowed_hosts}
 
@@ -86,7 +94,7 @@ class Gate:
         for origin in headers.getlist("origin"):
             if origin.lower() not in (f"http://{hosts[0]}".lower(), f"https://{hosts[0]}".lower()):
                 raise ApiError(403, "requests from pages of other servers are refused.", code="origin_not_allowed")
-        if self._keys and path not in _OPEN_PATHS:
+        if self._keys and path not in self._open_paths:
             self._check_key(headers.getlist("authorization"))
 
     def _is_local(self, host: str) -> bool:

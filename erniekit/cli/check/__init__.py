@@ -20,7 +20,8 @@ def run(args: list[str]) -> int:
     """Check a configuration, print the findings and return the exit code."""
     values, command_args = read_options(args)
     strict = values["strict"]
-    wishes = data.Wishes(values["decode"], values["preview"], Path(values["sheet"]))
+    records = Path(values["records"]) if values["records"] else None
+    wishes = data.Wishes(values["decode"], values["preview"], Path(values["sheet"]), values["first"], records)
     report = inspect(command_args, values["command"], wishes)
     print(report.to_text())
     if values["json"]:
@@ -38,6 +39,7 @@ def read_options(args: list[str]) -> tuple[dict[str, Any], list[str]]:
     values, command_args = options.read("check", args, _OPTIONS)
     options.require("check", command_args, "Missing configuration files. Give a YAML or JSON file, or --key value.")
     defaults = {"command": "train", "strict": False, "json": "", "decode": False, "preview": 0, "sheet": "preview.png"}
+    defaults |= {"first": 1, "records": ""}
     return defaults | values, command_args
 
 
@@ -55,6 +57,13 @@ def _count(text: str) -> int:
     return count
 
 
+def _number(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= 10**12:
+        raise ValueError("expected the number of a record, from 1 on")
+    return number
+
+
 _OPTIONS: options.Readers = {
     "command": options.one_of("train", "eval", "export", "split", "chat", "server"),
     "strict": to_bool,
@@ -62,6 +71,8 @@ _OPTIONS: options.Readers = {
     "decode": to_bool,
     "preview": _count,
     "sheet": _new_file,
+    "first": _number,
+    "records": _new_file,
 }
 
 

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 def write_sheet(tiles: Sequence[Tile], path: Path) -> None:
     """Draw the first MOST_TILES tiles and write them as a PNG file."""
-    drawn = [_drawn(tile) for tile in tiles[:MOST_TILES]]
+    drawn = [draw(tile) for tile in tiles[:MOST_TILES]]
     columns = min(_COLUMNS, len(drawn))
     heights = [max(t.height for t in drawn[at : at + columns]) + _GAP for at in range(0, len(drawn), columns)]
     sheet = Image.new("RGB", (columns * (_SIDE + _GAP) + _GAP, sum(heights) + _GAP), _BACKGROUND)
@@ -45,8 +45,8 @@ def write_sheet(tiles: Sequence[Tile], path: Path) -> None:
         sheet.save(temporary, "PNG")
 
 
-def _drawn(tile: Tile) -> Image.Image:
-    """The picture above its text."""
+def draw(tile: Tile) -> Image.Image:
+    """A picture or video above its text."""
     plan = tile.plan
     try:
         picture = _picture(plan.pixels(), tile.boxes)

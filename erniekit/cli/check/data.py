@@ -27,6 +27,7 @@ from erniekit.data.records.readers import load_record
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import ProcessorSettings
 from erniekit.training.batch_warmup import last_step
+from erniekit.utils import atomic
 from erniekit.utils.errors import UserError
 
 # Limits that let a check end in seconds. Larger data is sampled, and the report says so.
@@ -39,13 +40,15 @@ _WITHOUT_ERROR = {"error": "drop"}  # samples that are too long are counted, and
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a check is to do beside the usual: decode every picture, and show `preview` records as the model gets them,
-    with their pictures in the file `sheet`.
+    """What a check is to do beside the usual: decode every picture, and show `preview` records from number `first` on
+    as the model gets them, with their pictures in the file `sheet`; also as JSON in the file `records`.
     """
 
     decode: bool = False
     preview: int = 0
     sheet: Path = Path("preview.png")
+    first: int = 1
+    records: Path | None = None
 
 
 NO_WISHES = Wishes()
@@ -64,6 +67,7 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
     tiles: list[Tile] = []
     steps = Steps(total=cfg.max_steps if cfg.max_steps > 0 else None)
     opened: dict[str, Dataset] = {}
+    written: preview.Written | None = None if wishes.records is None else []
     for split in _splits(cfg, command):
         section = report.section(f"{split} data")
         if not _is_local(section, cfg, split):
@@ -85,8 +89,11 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
                     _steps(section, cfg, loader, ranks, steps)
         if wishes.preview or not report.count("error"):
             for name, part in _record_feeds(feed, split):
-                tiles += preview.inspect(report, part, tokenizer, name, wishes.preview or 1)
+                count, first = wishes.preview or 1, wishes.first
+                tiles += preview.inspect(report, part, tokenizer, name, count, first, written)
     _draw(report, tiles, wishes)
+    if wishes.records is not None:
+        atomic.write_json(wishes.records, written)
     _duplicates(report, opened)
     return steps
 

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from erniekit.cli.check.contact_sheet import Tile
+from erniekit.cli.check.records_file import document_json, record_json
 from erniekit.cli.check.report import Finding, Report, Section, count_of
 from erniekit.data.chat.encode import Encoded
 from erniekit.data.chat.tokenizer import Tokenizer
@@ -21,25 +23,48 @@ _SHOWN_CHARACTERS = 600  # characters shown of each span of text
 _RUN = re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in PLACEHOLDERS.values()))
 
 
-def inspect(report: Report, feed: RecordFeed, tokenizer: Tokenizer, split: str, count: int) -> list[Tile]:
-    """Add a section for each of the first `count` records; their pictures, to be drawn."""
+Written = list[dict[str, Any]]  # records as JSON values
+
+
+def inspect(
+    report: Report,
+    feed: RecordFeed,
+    tokenizer: Tokenizer,
+    split: str,
+    count: int,
+    first: int = 1,
+    written: Written | None = None,
+) -> list[Tile]:
+    """Add a section for each of `count` records from number `first` on; their pictures, to be drawn. The records are
+    also added to `written`, if it is there.
+    """
     tiles: list[Tile] = []
-    numbers = range(min(count, len(feed.dataset)))
+    numbers = range(first - 1, min(first - 1 + count, len(feed.dataset)))
+    if not numbers and first > 1:
+        report.section(f"{split} record {first}").add("note", f"there are {len(feed.dataset)} records")
     with closing(feed.encode(numbers)) as records:
         for number in numbers:
             which = f"the first {split} record" if number == 0 else f"{split} record {number + 1}"
             section = report.section(f"{which} as the model gets it")
             with section.collecting():
-                tiles += _record(section, next(records), tokenizer, count > 1)
+                tiles += _record(section, next(records), tokenizer, count > 1 or written is not None, split, written)
     return tiles
 
 
-def _record(section: Section, record: Encoded, tokenizer: Tokenizer, is_preview: bool) -> list[Tile]:
+def _record(
+    section: Section, record: Encoded, tokenizer: Tokenizer, is_preview: bool, split: str, written: Written | None
+) -> list[Tile]:
     """Add one record, and return its pictures."""
     if record.dropped:
         section.add("note", f"{record.where}: dropped: {record.dropped}")
     shown = record.documents if is_preview else record.documents[:1]
     tiles = [_document(section, record, number, tokenizer) for number in range(len(shown))]
+    if written is not None:
+        documents = [
+            document_json(document, _sizes(record, document, number), tiles[number], tokenizer)
+            for number, document in enumerate(shown)
+        ]
+        written.append(record_json(split, record.where, record.dropped, documents))
     return tiles[0] if tiles else []
 
 

@@ -90,12 +90,6 @@ def test_help_of_a_command_without_keys_lists_its_options():
             assert f"{option}=" in command.syntax, (name, option)
 
 
-@pytest.mark.parametrize("name", ["webui"])
-def test_help_says_that_a_command_is_planned(name: str):
-    text = info.usage(name)
-    assert "is planned for a later" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 100
-
-
 def test_help_of_a_misspelt_command_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no command named 'trian' \(did you mean train\?\)"):
         info.usage("trian")

@@ -50,17 +50,6 @@ def test_every_command_that_help_lists_is_there(name: str):
     assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("name", ["webui"])
-def test_what_erniekit_has_and_this_version_has_not_says_what_to_use_instead(name: str, capsys):
-    assert cli.main([name, "x.yaml"]) == cli.EXIT_USAGE
-    said = capsys.readouterr().err
-    assert f"`erniekit {name}` is not in this version" in said and "usage:" not in said
-    assert cli.main(["help", name]) == 0
-    assert f"`erniekit {name}` is not in this version" in capsys.readouterr().out
-    assert cli.main(["help"]) == 0
-    assert name not in capsys.readouterr().out
-
-
 def test_a_command_that_takes_a_configuration_gets_it_before_its_module_is_imported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "erniekit.evaluate.quantised", None)  # to import it would raise
     assert cli.main(["export", "no_such_key=1"]) == cli.EXIT_USER_ERROR

@@ -1,0 +1,307 @@
+"""The pages of the board, and what they ask for."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from erniekit.board import chat, forms
+from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cookies
+from erniekit.board.runs import COMMANDS, Run, Runs, cli, short
+from erniekit.serve.server_access import Gate
+from erniekit.serve.server_body import read_body
+from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.utils.errors import UserError
+from erniekit.utils.version import __version__
+
+_HERE = Path(__file__).parent
+_MAX_BYTES = 64 << 20  # of a request: pictures of a conversation
+_SECONDS = 300  # that `check` and `plan` may take
+_OPEN = (LOGIN, "/static/board.css", "/static/board.js", "/health")
+_COOKIE_SECONDS = 30 * 86400
+STRINGS = {code: json.loads((_HERE / f"strings/{code}.json").read_text("utf-8")) for code in ("en", "zh")}
+_PAGES = {"/": "runs", "/new": "new", "/data": "data", "/plan": "plan", "/chat": "chat", "/compare": "run"}
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What the pages are about."""
+
+    runs: Runs
+    keys: tuple[bytes, ...]
+    host: str
+    allowed_hosts: tuple[str, ...]
+    port: int
+
+    @property
+    def cookie(self) -> str:
+        """The name of its cookie."""
+        return f"erniekit-board-{self.port}"
+
+
+def make_app(board: Board) -> Starlette:
+    """The application."""
+    actions: dict[str, Callable[[Board, Body], Any]] = {
+        "form": _form, "source": _source, "start": _start, "again": _again, "stop": _stop, "plan": _plan,
+        "records": _records, "sample": _sample,
+    }  # fmt: skip
+    routes = [
+        *(Route(path, partial(_page, board, name)) for path, name in _PAGES.items()),
+        Route("/run/{id}", partial(_page, board, "run")),
+        Route(LOGIN, partial(_login, board), methods=["GET", "POST"]),
+        Route("/health", _health),
+        Route("/api/runs", partial(_list, board)),
+        Route("/api/runs/{id}", partial(_poll, board)),
+        Route("/api/chat", partial(_chat, board), methods=["POST"]),
+        *(Route(f"/api/{name}", partial(_act, board, act), methods=["POST"]) for name, act in actions.items()),
+        Mount("/static", StaticFiles(directory=_HERE / "static")),
+    ]
+    keys = with_cookies(board.keys)
+    gate = Middleware(Gate, board.host, board.allowed_hosts, keys, _OPEN)
+    cookie = Middleware(Cookie, board.cookie, not keys)
+    handlers: Any = {ApiError: _api_error, UserError: _user_error, HTTPException: _http_error}
+    return Starlette(routes=routes, middleware=[cookie, gate], exception_handlers=handlers)
+
+
+# Pages
+
+
+_templates = Environment(loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined)
+
+
+def _language(request: Request) -> str:
+    chosen = request.cookies.get("language", "")
+    return chosen if chosen in STRINGS else "zh" if request.headers.get("accept-language", "")[:2] == "zh" else "en"
+
+
+def _render(request: Request, name: str, status: int = 200, **facts: Any) -> Response:
+    language, theme = _language(request), request.cookies.get("theme", "")
+    strings = STRINGS[language]
+    shown = {"page": name, "t": strings, "language": language, "version": __version__, "path": request.scope["path"]}
+    shown["theme"] = theme if theme in ("dark", "light") else ""
+    return HTMLResponse(_templates.get_template(f"{name}.html").render(shown | facts), status)
+
+
+async def _page(board: Board, name: str, request: Request) -> Response:
+    """A page; what changes on it comes by /api."""
+    facts: dict[str, Any] = {"ids": [], "command": "train", "groups": [], "examples": [], "runs": []}
+    if name == "run":
+        ids = request.query_params.get("runs", "").split(",") if "id" not in request.path_params else []
+        facts["ids"] = [board.runs.get(each).id for each in ids or [request.path_params["id"]]]
+    if name in ("new", "data", "plan"):
+        command = request.query_params.get("command", "train")
+        if command not in COMMANDS:
+            raise UserError(f"command: expected one of {', '.join(COMMANDS)}")
+        runs = await run_in_threadpool(board.runs.list)
+        facts |= {"command": command, "examples": _examples(), "runs": [run.id for run in runs]}
+        facts["groups"] = forms.groups(command) if name == "new" else []
+    return _render(request, name, **facts)
+
+
+def _examples() -> list[str]:
+    """Configurations to begin with: the shipped ones, where the working directory is a checkout, and those in it."""
+    here = Path.cwd()
+    found = [*sorted(here.glob("*.yaml")), *sorted((here / "examples" / "configs").rglob("*.yaml"))]
+    tiny = [path for path in found if "tiny" in path.parts]  # they run on any machine
+    return [short(path) for path in (*tiny, *(path for path in found if path not in tiny))]
+
+
+async def _login(board: Board, request: Request) -> Response:
+    """Takes a key, from the link that the board prints or from the page, and sets the cookie."""
+    key = request.query_params.get("key")
+    if request.method == "POST":
+        key = (await read_body(request, 1 << 16)).get("key")
+    digest = digest_of(key) if isinstance(key, str) else b""
+    if digest not in board.keys:
+        return _render(request, "login", 401 if key else 200, wrong=bool(key))
+    response = RedirectResponse("/", 303) if request.method == "GET" else json_response({})
+    response.set_cookie(board.cookie, cookie_of(digest), _COOKIE_SECONDS, httponly=True, samesite="strict")
+    return response
+
+
+async def _health(request: Request) -> Response:
+    return json_response({"status": "ok"})
+
+
+# What pages ask for
+
+
+async def _list(board: Board, request: Request) -> Response:
+    def facts() -> list[dict[str, Any]]:
+        return [run.facts() | {"address": chat.address_of(run)} for run in board.runs.list()]
+
+    return json_response({"runs": await run_in_threadpool(facts)})
+
+
+async def _poll(board: Board, request: Request) -> Response:
+    """What is new about a run since the marks of the last answer."""
+    run, query = board.runs.get(request.path_params["id"]), request.query_params
+
+    def news() -> Body:
+        offset = query.get("log", "0")
+        log = run.log(int(offset) if offset.isdecimal() else 0)
+        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": log, **_results(run)}
+
+    return json_response(await run_in_threadpool(news))
+
+
+def _results(run: Run) -> Body:
+    """What an evaluation measured, and what a run of reinforcement learning wrote."""
+    results = run.output / "eval_results.json"
+    text = results.read_text("utf-8")[:100_000] if results.is_file() else ""
+    return {"results": text, "samples": run.table("samples.jsonl")}
+
+
+async def _act(board: Board, act: Callable[[Board, Body], Any], request: Request) -> Response:
+    body = await read_body(request, _MAX_BYTES)
+    return json_response(await run_in_threadpool(act, board, body))
+
+
+def _text(body: Body, name: str, default: str | None = None) -> str:
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise ApiError(400, f"{name}: expected text.", name)
+    return value
+
+
+def _command(body: Body) -> str:
+    command = _text(body, "command", "train")
+    if command not in COMMANDS:
+        raise ApiError(400, f"command: expected one of {', '.join(COMMANDS)}.", "command")
+    return command
+
+
+def _form(board: Board, body: Body) -> Body:
+    """A text after a change (`key`, `value`), its values, and what is wrong with it."""
+    text, command = _text(body, "yaml"), _command(body)
+    directory = board.runs.new_directory(_text(body, "name", "run") or "run")
+    words = board.runs.words(command, directory, body.get("own_output") is True)
+    said: Body = {"yaml": text, "values": None, "words": ["erniekit", *words]}
+    try:
+        if "key" in body:
+            said["yaml"] = text = forms.change(text, _text(body, "key"), _text(body, "value"))
+        said["values"] = forms.values(text)
+    except UserError as error:
+        return said | {"problems": {"": [str(error)]}, "notes": []}
+    return said | forms.check(text, command, board.runs, words[2:] if command != "server" else ())
+
+
+def _source(board: Board, body: Body) -> Body:
+    """The text of an example or of a run; that of a run names its output, so that other commands find it there."""
+    if "run" in body:
+        run = board.runs.get(_text(body, "run"))
+        text = run.yaml.read_text("utf-8")
+        output = "" if body.get("base") else short(run.output)
+        text = forms.change(text, "output_dir", output)
+        return {"yaml": forms.change(forms.change(text, "lora_path", ""), "checkpoint", "") if not output else text}
+    name = _text(body, "example")
+    if name not in _examples():
+        raise UserError(f"there is no example {name[:100]!r}")
+    return {"yaml": Path(name).read_text("utf-8")}
+
+
+def _start(board: Board, body: Body) -> Body:
+    """A new run of a text without problems."""
+    text, command = _text(body, "yaml"), _command(body)
+    directory = board.runs.new_directory(_text(body, "name", command) or command)
+    own = body.get("own_output") is True
+    words = board.runs.words(command, directory, own)
+    said = forms.check(text, command, board.runs, words[2:] if command != "server" else ())
+    if said["problems"]:
+        raise UserError("\n".join(line for lines in said["problems"].values() for line in lines))
+    written = forms.values(text).get("output_dir", "")
+    output = directory / "output" if command == "eval" or own or not written else Path(written).expanduser()
+    return {"id": board.runs.create(directory, text, words, output.absolute()).id}
+
+
+def _again(board: Board, body: Body) -> Body:
+    return board.runs.start(board.runs.get(_text(body, "run"))).facts()
+
+
+def _stop(board: Board, body: Body) -> Body:
+    run = board.runs.get(_text(body, "run"))
+    board.runs.stop(run, body.get("force") is True)
+    return run.facts()
+
+
+def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) -> Body:
+    """What a command that ends soon prints and writes about a text. `results`: its options that name JSON files."""
+    with forms.draft(text, board.runs) as path:
+        files = {name: path.with_name(f"{name}.json") for name in results}
+        whole = [words[0], str(path), *words[1:], *(f"{name}={file}" for name, file in files.items())]
+        if words[0] == "check":
+            whole.append(f"sheet={path.with_name('sheet.png')}")
+        try:
+            done = subprocess.run(
+                cli(*whole), capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"`erniekit {words[0]}` takes more than {_SECONDS} seconds here.") from None
+        shown = (done.stdout if done.stdout.strip() else done.stderr).replace(str(path), "the YAML")
+        read = {name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in files.items()}
+        return {"code": done.returncode, "text": shown, "words": f"erniekit {' '.join(words)}", **read}
+
+
+def _plan(board: Board, body: Body) -> Body:
+    """`erniekit plan` of a text."""
+    names = ("gpu", "gpus", "gpus_per_node", "memory", "tokens", "search")
+    options = [f"{name}={value}" for name in names if (value := _text(body, name, "").strip())]
+    return _ask(board, _text(body, "yaml"), ["plan", *options], ("json",))
+
+
+def _records(board: Board, body: Body) -> Body:
+    """`erniekit check` of a text, with records as the model gets them."""
+    count, first = (body.get(name, 1) for name in ("count", "first"))
+    if type(count) is not int or type(first) is not int:
+        raise ApiError(400, "count, first: expected whole numbers.", "count")
+    words = ["check", f"preview={max(1, min(count, 50))}", f"first={max(1, first)}", f"command={_command(body)}"]
+    return _ask(board, _text(body, "yaml"), words, ("json", "records"))
+
+
+def _sample(board: Board, body: Body) -> Body:
+    messages, tools = body.get("messages"), body.get("tools")
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ApiError(400, "messages: expected a list of objects.", "messages")
+    path = board.runs.root / "saved-samples.jsonl"
+    return {"path": short(path), "count": chat.save_sample(path, messages, tools if isinstance(tools, list) else None)}
+
+
+async def _chat(board: Board, request: Request) -> Response:
+    body = await read_body(request, _MAX_BYTES)
+    server, asked = _text(body, "server"), body.get("body")
+    if not isinstance(asked, dict):
+        raise ApiError(400, "body: expected an object.", "body")
+    run = None if "/" in server else board.runs.get(server)
+    address, key = await run_in_threadpool(chat.target, server, _text(body, "key", ""), run)
+    return await chat.answer(address, key, asked)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _user_error(request: Request, error: Exception) -> Response:
+    if request.scope["path"].startswith("/api/"):
+        return ApiError(400, str(error)).response()
+    return _render(request, "error", 404, message=str(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method[:20]} {request.scope['path'][:100]}"
+    return ApiError(error.status_code, f"{where}: {error.detail}.").response()

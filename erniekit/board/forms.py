@@ -1,0 +1,171 @@
+"""The form of a configuration. Its text is what counts: the form shows the values of the text and changes its lines, so
+that comments, other names of keys and keys without a field stay as they are.
+"""
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from erniekit import config
+from erniekit.board.runs import Runs
+from erniekit.config import reference, schema
+from erniekit.config.read import MAX_BYTES
+from erniekit.utils.errors import ConfigError, UserError
+
+_FIELDS = schema.fields()
+_KEY = re.compile(r"\s*([A-Za-z_]\w*): ")
+_TREE = tuple[yaml.ScalarNode, yaml.Node]
+
+
+def groups(command: str) -> list[dict[str, Any]]:
+    """The fields of a command's form: name and fields of each group of keys, in the schema's order."""
+    return [
+        {"name": name, "fields": [_field(entry) for entry in entries]}
+        for name, entries in reference.by_group(command).items()
+    ]
+
+
+def _field(entry: reference.KeyEntry) -> dict[str, Any]:
+    choices = list(_FIELDS[entry.name].metadata["choices"]) if "item" not in _FIELDS[entry.name].metadata else []
+    if entry.type == "switch":
+        choices = ["True", "False"]
+    return {**vars(entry), "choices": [choice for choice in choices if choice]}
+
+
+def values(text: str) -> dict[str, str]:
+    """The values that a text gives to keys of the schema, as a field shows them. Raises UserError if it is no YAML."""
+    return {key.value: _shown(node) for key, node in _leaves(_root(text)) if key.value in _FIELDS}
+
+
+def change(text: str, name: str, value: str) -> str:
+    """The text with another value of a key; without the key where `value` is empty. Raises UserError if the text is no
+    YAML, or has a form in which lines cannot be changed.
+    """
+    if name not in _FIELDS:
+        raise UserError(f"{name[:80]}: unknown key")
+    root = _root(text)
+    line = f"{name}: {_written(name, value.strip())}"
+    found = next(((key, node) for key, node in _leaves(root) if key.value == name), None)
+    if root is not None and root.flow_style and text.strip():
+        raise UserError("this file is written in braces; change its text, or load another one.")
+    if found is None:
+        return text if not value.strip() else text + ("\n" if text and not text.endswith("\n") else "") + line + "\n"
+    begin, end = found[0].start_mark.index, _end(found[1])
+    if value.strip():
+        return text[:begin] + line + text[end:]
+    begin = text.rfind("\n", 0, begin) + 1
+    after = text.find("\n", end)
+    return text[:begin] + ("" if after < 0 else text[after + 1 :])
+
+
+def check(text: str, command: str, runs: Runs, words: Sequence[str] = ()) -> dict[str, Any]:
+    """What `config.load` says about a text: `problems` by key, those of no key under "", and `notes`."""
+    problems: dict[str, list[str]] = {}
+    notes: list[str] = []
+    with draft(text, runs) as path:
+        try:
+            cfg = config.load(str(path), list(words), command)
+            notes = list(cfg.notes)
+            config.require_supported(cfg, command)
+            said: Sequence[str] = _outside(cfg, runs)
+        except ConfigError as error:
+            said = error.problems or (str(error),)
+        for line in said:
+            line = line.replace(str(path) + ":", "line ").replace(str(path), "the YAML")
+            key = _KEY.match(line)
+            problems.setdefault(key[1] if key and key[1] in _FIELDS else "", []).append(line)
+        return {"problems": problems, "notes": [note.replace(str(path) + ":", "line ") for note in notes]}
+
+
+class draft:
+    """A context with a file that holds a text, below the root of the runs. Raises UserError for a text that names
+    environment variables, whose values a page must not show, and for one that is too long.
+    """
+
+    def __init__(self, text: str, runs: Runs) -> None:
+        if "oc.env" in text:
+            raise UserError("oc.env: the board reads no environment variables. Write the value.")
+        if len(text.encode()) > MAX_BYTES:
+            raise UserError(f"the YAML has more than {MAX_BYTES} bytes.")
+        self._directory = tempfile.TemporaryDirectory(prefix=".draft-", dir=runs.root)
+        self._text = text
+
+    def __enter__(self) -> Path:
+        path = Path(self._directory.name) / "draft.yaml"
+        path.write_text(self._text, encoding="utf-8")
+        return path
+
+    def __exit__(self, *error: object) -> None:
+        self._directory.cleanup()
+
+
+def _outside(cfg: config.Config, runs: Runs) -> list[str]:
+    """A line for each path that leaves the directories of the board. Names of a Hub stay below the working directory,
+    like any relative path.
+    """
+    lines = []
+    for name, field in _FIELDS.items():
+        value = vars(cfg)[name]
+        paths = value if isinstance(value, tuple) else (value,)
+        if field.metadata["path"]:
+            lines += [
+                f"{name}: {path} is not below a directory that the board may use. Start it with allow=DIRECTORY."
+                for path in paths
+                if path and not runs.is_below(path)
+            ]
+    return lines
+
+
+def _root(text: str) -> yaml.MappingNode | None:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"the text is no YAML: {' '.join(str(error).split())[:300]}") from None
+    if root is None or isinstance(root, yaml.MappingNode):
+        return root
+    raise UserError("the text is no YAML with lines `key: value`.")
+
+
+def _leaves(node: yaml.Node | None, depth: int = 0) -> Iterator[_TREE]:
+    """The keys of a text, those within blocks included, with their values."""
+    if not isinstance(node, yaml.MappingNode) or depth > 8:
+        return
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            yield from _leaves(value, depth + 1)
+        elif isinstance(key, yaml.ScalarNode):
+            yield key, value
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        items = [_shown(item) for item in node.value]
+        if all(isinstance(item, yaml.ScalarNode) and not set(item.value) & set(",[]\"'") for item in node.value):
+            return ", ".join(items)
+        return "[" + ", ".join(json.dumps(item, ensure_ascii=False) for item in items) + "]"
+    return str(node.value)
+
+
+def _end(node: yaml.Node) -> int:
+    """The index after a value. A block ends after its last item: its own mark is after the comments that follow."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
+
+
+def _written(name: str, value: str) -> str:
+    """A value as YAML: as it stands where YAML reads just that, else quoted."""
+    if "item" in _FIELDS[name].metadata and value.startswith("["):
+        return value
+    node = None
+    with contextlib.suppress(UserError):
+        node = next((node for _, node in _leaves(_root(f"{name}: {value}"))), None)
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.value == value and "\n" not in value
+    return value if plain else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,52 @@
+"""The process around one command of the board: keeps its log and its exit code, whether or not the board still runs.
+
+It leads a process group of its own. SIGTERM is passed on to the command, which finishes its step and saves; SIGKILL to
+the group ends everything, and then there is no exit code.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+LOG, PROCESS, EXIT = "log.txt", "process.json", "exit.json"
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since the machine did (proc(5)); None if it is gone or has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def main() -> int:
+    """Run a command, sys.argv[2:], with the directory sys.argv[1] for its files; the result is its exit code."""
+    directory, command = Path(sys.argv[1]), sys.argv[2:]
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    _write(directory / PROCESS, {"pid": os.getpid(), "started": start_time(os.getpid())})
+    with open(directory / LOG, "ab") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    if asked:  # it arrived before the command had started
+        child.send_signal(signal.SIGTERM)
+    code = child.wait()
+    _write(directory / EXIT, {"code": code if code >= 0 else 128 - code, "ended": time.time()})
+    return code
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,273 @@
+"""Runs as files: a directory for each under one root, so that they are found again whatever happens to the board.
+
+DIRECTORY/run.yaml is the configuration as written, job.json what was started, process.json and exit.json what became of
+it (board.job), log.txt what it printed, and output/ what it wrote, unless its YAML names another directory.
+"""
+
+import codecs
+import json
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erniekit.board import job
+from erniekit.utils import atomic, runtime
+from erniekit.utils.directory_lock import DirectoryLock
+from erniekit.utils.errors import ConfigError, UserError
+
+COMMANDS = ("train", "eval", "export", "split", "server")
+MOST_LOG = 1 << 16  # bytes of a log in one answer
+MOST_RECORDS = 2000  # of metrics.jsonl in one answer; of more, every k-th
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_JOB, _METRICS = "job.json", "metrics.jsonl"
+_ENTRY = "from erniekit.cli.main import main; sys.exit(main())"
+
+
+def cli(*words: str) -> tuple[str, ...]:
+    """The command that runs `erniekit WORDS`."""
+    return runtime.python_command(_ENTRY, *words)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `words`: what follows `erniekit`; none for a run that something else has started."""
+
+    directory: Path
+    words: tuple[str, ...] = ()
+    output: Path = Path()
+    created: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The name of its directory."""
+        return self.directory.name
+
+    @property
+    def command(self) -> str:
+        """train, eval ..."""
+        return self.words[0] if self.words else "train"
+
+    @property
+    def yaml(self) -> Path:
+        """Its configuration."""
+        return self.directory / ("run.yaml" if self.words else "config.yaml")
+
+    def pid(self) -> int | None:
+        """The process that leads its group; None if it does not run. A number that another process got is not its."""
+        facts = _read_json(self.directory / job.PROCESS)
+        pid = facts.get("pid")
+        return pid if isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None else None
+
+    def state(self) -> dict[str, Any]:
+        """`state`: running, done, failed, stopped (by a signal), killed or other (not started here), with the exit
+        code and the time of its end.
+        """
+        if not self.words:
+            return {"state": "other"}
+        ended = _read_json(self.directory / job.EXIT)
+        if ended:
+            names = {0: "done", 128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "stopped"}
+            return {"state": names.get(ended["code"], "failed"), **ended}
+        return {"state": "running" if self.pid() else "killed"}
+
+    def facts(self) -> dict[str, Any]:
+        """What the pages show of it."""
+        shown = {"id": self.id, "command": self.command, "created": self.created, "output": short(self.output)}
+        words = shlex.join(["erniekit", *self.words]) if self.words else ""
+        return {**shown, **self.state(), "words": words, "last": self._last()}
+
+    def _last(self) -> dict[str, Any]:
+        """The newest values of its metrics."""
+        last: dict[str, Any] = {}
+        for line in _tail(self.output / _METRICS, 8192)[0].splitlines()[-20:]:
+            last |= _record(line) or {}
+        return last
+
+    def log(self, offset: int) -> dict[str, Any]:
+        """The log from a byte on, or its end where there is more of it."""
+        text, end, skipped = _tail(self.directory / job.LOG, MOST_LOG, offset)
+        return {"text": text, "offset": end, "skipped": skipped}
+
+    def metrics(self, mark: str) -> dict[str, Any]:
+        """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
+        since (a resumed run drops steps that it repeats). `every`: k where only every k-th step is returned.
+        """
+        path = self.output / _METRICS
+        try:
+            with open(path, "rb") as file:
+                facts = os.fstat(file.fileno())
+                inode, _, text = mark.partition(":")
+                offset = int(text) if text.isdecimal() and inode == str(facts.st_ino) else 0
+                offset = offset if offset <= facts.st_size else 0
+                file.seek(offset)
+                data = file.read()
+        except OSError:
+            return {"mark": "", "records": [], "restart": bool(mark), "every": 1}
+        whole = data[: data.rfind(b"\n") + 1]
+        records = [record for line in whole.decode(errors="replace").splitlines() if (record := _record(line))]
+        every = -(-len(records) // MOST_RECORDS)
+        kept = [record for n, record in enumerate(records) if n % max(every, 1) == 0 or "loss" not in record]
+        mark_now = f"{facts.st_ino}:{offset + len(whole)}"
+        return {"mark": mark_now, "records": kept, "restart": offset == 0, "every": max(every, 1)}
+
+    def table(self, name: str, most: int = 200) -> list[dict[str, Any]]:
+        """The last objects of a file of JSON lines in its output."""
+        return [row for line in _tail(self.output / name, 1 << 20)[0].splitlines()[-most:] if (row := _object(line))]
+
+
+class Runs:
+    """The runs below `root`, which one board at a time uses. `roots`: where paths of a configuration may point to."""
+
+    def __init__(self, root: Path, allowed: tuple[Path, ...] = ()) -> None:
+        self.root = root.absolute()
+        self.roots = tuple(path.resolve() for path in (Path.cwd(), root, *allowed))
+        self._lock, self._starting = DirectoryLock(self.root, "runs"), threading.Lock()
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def open(self) -> None:
+        """Lock the root. Raises ConfigError if another board, or another user, has it."""
+        if self.root.exists() and self.root.stat().st_uid != os.geteuid():
+            raise ConfigError(f"runs: {self.root} belongs to another user. Choose a directory of your own: runs=DIR.")
+        self._lock.acquire()
+
+    def close(self) -> None:
+        """Release the root. The runs go on."""
+        self._lock.release()
+
+    def list(self) -> list[Run]:
+        """All runs, the newest first."""
+        runs = [run for path in self.root.iterdir() if _NAME.fullmatch(path.name) and (run := self._read(path))]
+        return sorted(runs, key=lambda run: -run.created)
+
+    def get(self, name: str) -> Run:
+        """A run. Raises UserError for a name that none has."""
+        run = self._read(self.root / name) if _NAME.fullmatch(name) else None
+        if run is None:
+            raise UserError(f"there is no run {name[:80]!r}")
+        return run
+
+    def _read(self, directory: Path) -> Run | None:
+        if directory.is_symlink():
+            return None
+        facts = _read_json(directory / _JOB)
+        if facts:
+            return Run(directory, tuple(facts["words"]), Path(facts["output"]), facts["created"])
+        metrics = directory / _METRICS
+        return Run(directory, (), directory, metrics.stat().st_mtime) if metrics.is_file() else None
+
+    def is_below(self, path: str) -> bool:
+        """Whether a path, with all links followed, is below a directory that the board may use."""
+        target = Path(path).expanduser().resolve()
+        return any(target.is_relative_to(root) for root in self.roots)
+
+    def words(self, command: str, directory: Path, own_output: bool) -> tuple[str, ...]:
+        """What follows `erniekit` for a run in `directory`."""
+        file, output = short(directory / "run.yaml"), short(directory / "output")
+        more: tuple[str, ...] = ()
+        if command == "train" and own_output:
+            more = (f"output_dir={output}",)
+        elif command == "eval":
+            more = (f"eval_output={output}",)
+        elif command == "server":
+            more = ("host=127.0.0.1", "port=0", f"api_key_file={short(directory / 'key')}")
+        return (command, file, *more)
+
+    def new_directory(self, name: str) -> Path:
+        """A directory for a run of this name, or of this name and a number. It is not made. Raises UserError."""
+        if not _NAME.fullmatch(name):
+            raise UserError(f"name: {name[:80]!r}: expected letters, digits, dots, - and _, at most 64.")
+        numbered = (f"{name[:60]}-{number}" for number in range(2, 1000))
+        return self.root / next(each for each in (name, *numbered) if not (self.root / each).exists())
+
+    def create(self, directory: Path, text: str, words: tuple[str, ...], output: Path) -> Run:
+        """Write the files of a new run, and start it."""
+        directory.mkdir()
+        (directory / "run.yaml").write_text(text, encoding="utf-8")
+        if words[0] == "server":
+            with open(directory / "key", "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(secrets.token_urlsafe(24) + "\n")
+        facts = {"words": words, "output": str(output), "created": time.time()}
+        atomic.write_json(directory / _JOB, facts)
+        return self.start(self.get(directory.name))
+
+    def start(self, run: Run) -> Run:
+        """Start a run, or one that has ended once more: a training resumes from its newest checkpoint. Raises
+        UserError for one that runs.
+        """
+        with self._starting:
+            if not run.words or run.pid():
+                raise UserError(f"{run.id}: runs already, or was not started by a board")
+            for name in (job.PROCESS, job.EXIT):
+                (run.directory / name).unlink(missing_ok=True)
+            code = "from erniekit.board.job import main; sys.exit(main())"
+            command = runtime.python_command(code, str(run.directory), *cli(*run.words))
+            null = subprocess.DEVNULL
+            child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+            self._children = [each for each in (*self._children, child) if each.poll() is None]
+            deadline = time.monotonic() + 20
+            while not (run.directory / job.PROCESS).exists() and child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        return run
+
+    def stop(self, run: Run, force: bool) -> None:
+        """Ask a run to end after its step, or kill it with all its processes. Raises UserError if it does not run."""
+        pid = run.pid()
+        if pid is None:
+            raise UserError(f"{run.id}: does not run")
+        if force:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGTERM)
+
+
+def short(path: Path) -> str:
+    """A path as a user of the working directory writes it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return _object(path.read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
+        return {}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text, parse_constant=lambda word: None)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The numbers of a line of metrics.jsonl."""
+    record = _object(line)
+    if record is None or type(record.get("step")) is not int:
+        return None
+    return {name: value for name, value in record.items() if value is None or type(value) in (int, float)}
+
+
+def _tail(path: Path, most: int, offset: int = 0) -> tuple[str, int, int]:
+    """(the text from a byte on, the byte after it, how many bytes before it were left out)."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = offset if offset <= size else 0
+            begin = max(start, size - most)
+            file.seek(begin)
+            data = file.read(most)
+    except OSError:
+        return "", 0, 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(data)
+    return text, begin + len(data) - len(decoder.getstate()[0]), begin - start  # half a character waits for its rest
