@@ -21,6 +21,7 @@ class Records(Enum):
     CONVERSATIONS = "conversations"
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
+    PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
