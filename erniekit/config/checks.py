@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from erniekit.config import rl_keys
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
@@ -54,6 +55,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _expressions(cfg),
             _lora(cfg),
             _preference(cfg),
+            rl_keys.problems(cfg),
             _best(cfg),
         ]
     return [problem for rule in rules for problem in rule]
