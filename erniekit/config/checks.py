@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from erniekit.config import rl_keys
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
@@ -54,6 +55,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _expressions(cfg),
             _lora(cfg),
             _preference(cfg),
+            rl_keys.problems(cfg),
             _best(cfg),
         ]
     return [problem for rule in rules for problem in rule]
@@ -133,9 +135,9 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
     instead = next(facts.name for facts in METHODS.values() if facts.vision == cfg.method.vision)
     for split in splits:
         for name in dict.fromkeys(vars(cfg)[f"{split}_dataset_type"]):
-            if records is Records.PAIRS and name == "text":
+            if records in (Records.PAIRS, Records.PROMPTS) and name == "text":
                 yield (
-                    f"{split}_dataset_type: stage: {stage} reads pairs of answers, not {name}. Use erniekit, messages, "
+                    f"{split}_dataset_type: stage: {stage} reads {records.value}, not {name}. Use erniekit, messages, "
                     "sharegpt or alpaca"
                 )
             if records is Records.TEXT and name not in ("erniekit", "text"):

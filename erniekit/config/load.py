@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from erniekit.config import checks, compat, dialects, peft_keys, read, references, schema, support, synonyms
+from erniekit.config import checks, compat, dialects, peft_keys, read, references, rl_keys, schema, support, synonyms
 from erniekit.config.compat_keys import RULES
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.methods import DEFAULT, METHODS
@@ -30,8 +30,10 @@ def load(
         raise ConfigError("Missing configuration files. Give a YAML or JSON file, or --key value.")
     layers = [read.read_file(path, is_known) if path is not None else [], read.read_overrides(overrides, is_known)]
     state = _State(allow_extra=allow_extra)
-    for entries in references.resolve(layers):
+    resolved, renamed = rl_keys.translate(references.resolve(layers))
+    for entries in resolved:
         state.add_layer(entries)
+    state.notes += renamed
     state.raise_problems(path)
     return _finish(state, path, command)
 
@@ -318,6 +320,8 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_qat(values, command, state.notes)
     _complete_recompute(values, state.names, state.notes)
     _complete_paths(values, state)
+    if command == "train":
+        rl_keys.complete(values, state.notes)
     extras = tuple((name, given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
     places = {name: given.place for name, given in state.given.items()}

@@ -9,9 +9,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -21,6 +23,7 @@ class Records(Enum):
     CONVERSATIONS = "conversations"
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
+    PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class MethodFacts:
     title: its description in the documentation of `stage`.
     records: the kind of its records. vision: whether records may contain pictures and videos.
     token_files: whether it also trains on token files (dataset_type: pretrain).
-    options: the group of keys that only this method, and others with the same group, reads.
+    options: the groups of keys that only this method, and others with the same group, reads.
+    also_reads: keys that it reads although their group belongs to other methods, or to commands that generate.
     unread: the keys of other groups that it does not read, with the reason.
+    defaults: the values of keys that are not given when it trains, where they are not those of the schema.
     later: the missing feature that it needs; empty if the method is built.
     """
 
@@ -40,15 +45,19 @@ class MethodFacts:
     records: Records
     vision: bool = False
     token_files: bool = False
-    options: type | None = None
+    options: tuple[type, ...] = ()
+    also_reads: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     later: str = ""
 
     def reads(self, key: str) -> bool:
         """Whether the method reads this key of the configuration."""
         if key in self.unread or (key in OPTIONS_OF_VISION and not self.vision):
             return False
-        return key not in OPTIONS_OF_METHODS or (self.options is not None and key in option_names(self.options))
+        if key not in OPTIONS_OF_METHODS or key in self.also_reads:
+            return True
+        return any(key in option_names(group) for group in self.options)
 
 
 def option_names(group: type) -> tuple[str, ...]:
@@ -62,6 +71,24 @@ _UNREAD_BY_PREFERENCES = {
     "token_balance_loss": "every pair weighs the same",
     "z_loss_lambda": "it belongs to the next-token loss",
 }
+_UNREAD_BY_POLICIES = {
+    "num_nextn_predict_layers": "policy losses have no term for tokens further ahead",
+    "qat_distill_weight": "policy losses have no term for the predictions of another model",
+    "token_balance_loss": "rl_loss_type says what is averaged",
+    "z_loss_lambda": "it belongs to the next-token loss",
+    "truncation": "a prompt that is longer than max_prompt_len is left out and counted",
+    "gradient_accumulation_steps": "the microbatches of a step follow from its completions and batch_size",
+    "batch_size_warmup_steps": "every step has the completions that rollout_batch_size and num_generations give",
+    "max_estimate_samples": "the steps follow from the number of prompts",
+} | {
+    key: why
+    for keys, why in (
+        ("packing buffer_size greedy_intokens", "the completions of a microbatch are never padded"),
+        ("mix_strategy train_dataset_prob num_samples_each_epoch", "every prompt is drawn once in an epoch"),
+    )
+    for key in keys.split()
+}
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking")
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
@@ -77,7 +104,7 @@ METHODS: dict[str, MethodFacts] = {
             "DPO",
             "pairs of answers",
             Records.PAIRS,
-            options=PreferenceArgs,
+            options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES,
         ),
         MethodFacts("VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True),
@@ -88,17 +115,33 @@ METHODS: dict[str, MethodFacts] = {
             "with pictures",
             Records.PAIRS,
             vision=True,
-            options=PreferenceArgs,
+            options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES
             | {"max_prompt_len": "a prompt with pictures is not shortened"}
             | dict.fromkeys(option_names(MixtureArgs), "pairs without pictures may stand in train_dataset_path"),
+        ),
+        MethodFacts(
+            "RL",
+            "reinforcement learning from rewards that are computed",
+            Records.PROMPTS,
+            later="policy optimisation",
+            options=(RLArgs,),
+            also_reads=("max_prompt_len", *_SAMPLING),
+            unread=_UNREAD_BY_POLICIES,
+            defaults={
+                "learning_rate": 1e-6,
+                "batch_size": 8,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "moe_aux_loss_lambda": 0.0,
+            },
         ),
     )
 }
 DEFAULT = next(iter(METHODS))
 BUILT = [facts.name for facts in METHODS.values() if not facts.later]
 OPTIONS_OF_METHODS = frozenset(
-    name for facts in METHODS.values() if facts.options is not None for name in option_names(facts.options)
+    name for facts in METHODS.values() for group in facts.options for name in option_names(group)
 )
 OPTIONS_OF_VISION = frozenset([*option_names(VisionArgs), *option_names(MixtureArgs)])
 

@@ -4,7 +4,7 @@ Only keys that the user gave are reported, in one line for all keys with the sam
 number at a default that means off, requests nothing and is not reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from erniekit.config.compat import DATA, RUN
@@ -12,6 +12,7 @@ from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, opt
 from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
+from erniekit.config.pointless_rl import RL_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
@@ -95,6 +96,13 @@ def _only_token_files(cfg: Config) -> bool:
 def _has_other_loss(loss: str) -> Callable[[Config, Facts], bool]:
     """A condition: the method has a preference loss, and it is not `loss`."""
     return lambda c, f: _prefers(c) and c.loss_type != loss
+
+
+def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
+    """A condition: the method does not read this key of generation when it trains."""
+    if not any(key in facts.also_reads for facts in METHODS.values()):
+        return always
+    return lambda cfg, facts: key not in cfg.method.also_reads
 
 
 _DEGREES = (
@@ -208,12 +216,12 @@ _RUN_RULES = [
         "overwrite_output_dir: True removes the run that would be resumed",
     ),
     Rule("save_format", lambda c, f: c.fine_tuning == "LoRA", "adapters are saved in PEFT's format"),
-    Rule(
-        _names(GenerateArgs) + " predict_with_generate",
-        always,
-        "`{command}` generates no text; read by eval and chat",
-        ("train", "split"),
+    *(
+        Rule(key, _trains_without(key), "`{command}` generates no text; read by eval and chat")
+        for key in option_names(GenerateArgs)
     ),
+    Rule("predict_with_generate", always, "`{command}` generates no text; read by eval and chat"),
+    Rule(_names(GenerateArgs) + " predict_with_generate", always, "`{command}` generates no text", ("split",)),
     Rule(
         _names(GenerateArgs) + " predict_with_generate",
         lambda c, f: not c.quantization_eval,
@@ -360,8 +368,8 @@ def _has_method(method: MethodFacts, cfg: Config, facts: Facts) -> bool:
     return cfg.method is method
 
 
-def _has_no_options(group: type, cfg: Config, facts: Facts) -> bool:
-    return cfg.method.options is not group
+def _does_not_read(key: str, cfg: Config, facts: Facts) -> bool:
+    return not cfg.method.reads(key)
 
 
 def _has_no_pictures(cfg: Config, facts: Facts) -> bool:
@@ -379,16 +387,18 @@ def _method_rules() -> list[Rule]:
     for facts in METHODS.values():
         for key, why in facts.unread.items():
             rules.append(Rule(key, partial(_has_method, facts), f"stage {facts.name}: {why}", DATA))
-    for group in {facts.options for facts in METHODS.values() if facts.options is not None}:
-        rules.append(Rule(_names(group), partial(_has_no_options, group), _only_readers(group), DATA))
-    rules.append(Rule(_names(VisionArgs), _has_no_pictures, _only_readers(VisionArgs), DATA))
-    rules.append(Rule(_names(MixtureArgs), _mixes_nothing, _only_readers(MixtureArgs), DATA))
+    for group in dict.fromkeys(group for facts in METHODS.values() for group in facts.options):
+        rules += [
+            Rule(name, partial(_does_not_read, name), _only_readers([name]), DATA) for name in option_names(group)
+        ]
+    for group, is_idle in ((VisionArgs, _has_no_pictures), (MixtureArgs, _mixes_nothing)):
+        rules.append(Rule(_names(group), is_idle, _only_readers(option_names(group)), DATA))
     return rules
 
 
-def _only_readers(group: type) -> str:
-    """The reason that names the methods which read a group of keys, or most of it."""
-    names = [name for name in BUILT if any(METHODS[name].reads(key) for key in option_names(group))]
+def _only_readers(keys: Sequence[str]) -> str:
+    """The reason that names the methods which read some of these keys."""
+    names = [name for name in BUILT if any(METHODS[name].reads(key) for key in keys)]
     return f"read only with stage: {join_names(names, 'or')}"
 
 
@@ -491,6 +501,7 @@ RULES: list[Rule] = [
     *_MODEL_RULES,
     *_method_rules(),
     *_PREFERENCE_RULES,
+    *RL_RULES,
     *_RANK_RULES,
     *_USE_RULES,
 ]

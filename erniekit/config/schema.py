@@ -18,6 +18,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
+from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
@@ -34,6 +35,7 @@ class Config(
     QatArgs,
     LoraArgs,
     PreferenceArgs,
+    RLArgs,
     TrainArgs,
     OptimArgs,
     PartsArgs,

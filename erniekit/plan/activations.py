@@ -250,7 +250,7 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     narrow = 0.0 if device.element == FP32 else logits * device.element / FP32
     products = logits + narrow + 3 * FP32 * rows * width + (weight if several else 0.0)
     waits = device.element / FP32 * weight if device.master_grad else 0.0
-    if job.cfg.method.options is not None:
+    if job.cfg.method.options:
         backward = gathered + gradients + weight + max(chunk, products)
         return Operation("output head", gathered, gathered + chunk, backward, waits)
     forward = gathered + gradients + weight + max(chunk, products)

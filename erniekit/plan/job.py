@@ -172,7 +172,7 @@ class Job:
     @property
     def has_pairs(self) -> bool:
         """Whether a document is a prompt with a preferred and another answer."""
-        return self.cfg.method.options is PreferenceArgs
+        return PreferenceArgs in self.cfg.method.options
 
     @property
     def has_reference(self) -> bool:

@@ -41,13 +41,13 @@ class BestModel:
 
     def measured_under(self) -> dict[str, Any]:
         """The conditions that must be equal for two evaluations to be comparable."""
-        cfg, options = self.cfg, self.cfg.method.options
+        cfg = self.cfg
         basis: dict[str, Any] = {"metric_for_best_model": self.metric, "greater_is_better": self.greater_is_better}
         basis["max_evaluate_steps"] = cfg.max_evaluate_steps
         if cfg.max_evaluate_steps > 0:
             basis["batch_size"] = cfg.batch_size
-        if options is not None:
-            values = asdict(cfg)
+        values = asdict(cfg)
+        for options in cfg.method.options:
             basis |= {name: values[name] for name in option_names(options) if name not in _NOT_OF_SCORES}
         return basis | {key: value for key, value in self.data.items() if key not in _OF_TRAINING}
 

@@ -42,7 +42,7 @@ _KEYS = {
     Decision.DATA: """
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
-        max_prompt_len seed
+        max_prompt_len seed max_completion_length
         adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
@@ -63,6 +63,14 @@ _KEYS = {
         fp8 fp8_modules fp8_scale fp8_gradients fp8_store fp8_recompute_up_gate_layers fp8_routing_weight
         loss_type beta label_smoothing pref_loss_ratio sft_loss_ratio offset_alpha simpo_gamma dpop_lambda
         normalize_logps reference_free ref_model_update_steps
+        rl_algorithm rl_loss_type importance_sampling_level epsilon epsilon_high delta scale_rewards
+        num_generations rollout_batch_size steps_per_generation num_iterations
+        kl_coef kl_estimator kl_in_reward kl_bias_correction sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
+        rollout_seed rollout_dtype mask_truncated_completions soft_max_length soft_cache_length
+        rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
+        entropy_coef top_entropy_quantile router_replay freeze_router_bias
+        upo_weight upo_beta upo_margin upo_reference
+        temperature top_p top_k repetition_penalty enable_thinking
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
         max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
         early_stopping_patience
@@ -90,8 +98,8 @@ _KEYS = {
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
-        max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
-        enable_thinking chat_tools image_search_dir max_tool_rounds
+        rollout_max_running log_completions num_completions_to_print print_completions_steps
+        max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
         host port served_model_name max_model_len max_num_seqs max_num_batched_tokens
@@ -116,6 +124,7 @@ _TEXT = {
     "packing",
     "chat_template",
 }
+_SAMPLING = {"temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking"}
 _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
     (_LORA, lambda cfg: cfg.fine_tuning == "LoRA"),
     (_TOKEN_FILES, lambda cfg: cfg.dataset_type == "pretrain"),
@@ -123,6 +132,7 @@ _CONDITIONS: tuple[tuple[set[str], Callable[[Config], bool]], ...] = (
     ({"train_dataset_prob"}, lambda cfg: cfg.mix_strategy != "concat"),
     ({"greedy_intokens"}, lambda cfg: cfg.packing),
     ({"buffer_size"}, lambda cfg: cfg.packing and cfg.greedy_intokens),
+    (_SAMPLING, lambda cfg: bool(cfg.method.also_reads)),
     ({"num_train_epochs"}, lambda cfg: cfg.max_steps <= 0),
 )
 

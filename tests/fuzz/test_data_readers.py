@@ -23,7 +23,9 @@ from support.token_files import write_token_files
 from erniekit.data.chat.encode import Encoder
 from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
-from erniekit.data.records.dataset import Source, SourceSpec
+from erniekit.data.prompts import PromptOptions, PromptSet
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec
+from erniekit.data.records.formats import PROMPT_FORMATS
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.tokens.build import build_token_files
 from erniekit.data.tokens.files import TokenFile
@@ -59,6 +61,10 @@ RECORDS = {
     "alpaca (DPO)": {"question": "q", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]},
     "messages (DPO)": {"chosen": CALLED, "rejected": [*ASKED, {"role": "assistant", "content": "no"}], "tools": TOOLS},
     "sharegpt (DPO)": {"conversations": SHARED[:1], "chosen": SHARED[-1], "rejected": {"from": "gpt", "value": "b"}},
+    "erniekit (RL)": {"src": ["a", "b"], "tgt": ["x"], "answer": "y", "domain": "d", "reward_model": {"n": [1]}},
+    "alpaca (RL)": {"instruction": "q", "input": "i", "history": [["q", "a"]], "solution": "a"},
+    "messages (RL)": {"prompt": CALLED, "tools": TOOLS, "reward_model": {"ground_truth": "42"}, "ability": "m"},
+    "sharegpt (RL)": {"conversations": SHARED[:3], "system": "s", "answer": [1, 2]},
 }
 ODD_VALUES = [
     None,
@@ -253,6 +259,10 @@ def fuzz_records(rng, folder, count, tries):
 
 def encode_all(path, kind, skip, encoder):
     source = Source(SourceSpec(str(path), kind, 1.0), "train", skip)
+    if kind in PROMPT_FORMATS:
+        prompts = PromptSet(Dataset([source]), PromptOptions(encoder.template, 400, on_bad_line=skip))
+        assert all(prompts[i].ids and prompts[i].messages[-1]["role"] in ("user", "tool") for i in range(len(prompts)))
+        return
     for i in range(len(source)):
         encoded = encoder(kind, *source.record(i))
         assert bool(encoded.documents) != bool(encoded.dropped)

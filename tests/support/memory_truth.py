@@ -234,7 +234,7 @@ def _row(cfg: Any, model: Any, seed: int) -> Any:
     ids = random.integers(20, 500, length).astype(np.int32)
     labels = np.append(ids[1:], -100).astype(np.int32)
     pair = None
-    if cfg.method.options is not None:
+    if cfg.method.options:
         third = length // 3
         pair = PairLayout(length - 2 * third, third, third, 1.0)
         labels[: length - 2 * third] = -100

@@ -2,7 +2,8 @@
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
 ...} or {"tgt": [...]}; at stage PT the type `erniekit` means this type). At stage DPO the first four mean pairs of
-answers, see preference_formats. The module `fields` describes the treatment of unknown fields.
+answers, see preference_formats; at stage RL they mean prompts, see prompt_formats. The module `fields` describes the
+treatment of unknown fields.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
+from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
 from erniekit.data.records.sample import (
     Format,
     Sample,
@@ -31,6 +33,7 @@ _SIGNATURES = {  # field -> the type that a record with it probably is
     "src": "erniekit",
     "text": "text",
     "prompt": "messages",
+    "problem": "messages",
 }
 _PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_response")
 
@@ -38,8 +41,8 @@ _PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_r
 def parse_record(record: Any, type_name: str, where: str = "record", notes: Notes | None = None) -> Sample:
     """Check a record and turn it into a Sample.
 
-    `type_name` is a key of FORMATS, of PREFERENCE_FORMATS, or an alias. `where` ("file:line") begins the message of the
-    DataError that a wrong record raises. Ignored fields and doubts are added to `notes`.
+    `type_name` is a key of FORMATS, PREFERENCE_FORMATS or PROMPT_FORMATS, or an alias. `where` ("file:line") begins the
+    message of the DataError that a wrong record raises. Ignored fields and doubts are added to `notes`.
     """
     format = _ALL[ALIASES.get(type_name, type_name)]
     notes = Notes() if notes is None else notes
@@ -50,7 +53,8 @@ def parse_record(record: Any, type_name: str, where: str = "record", notes: Note
                 "write one JSON object per record",
             )
         _check_type(record, format, type_name)
-        check_fields(record, format.fields, f"type {type_name}", DECISIVE, notes)
+        if not format.keeps_fields:
+            check_fields(record, format.fields, f"type {type_name}", DECISIVE, notes)
         try:
             return format.read(record, notes)
         except BadRecord as bad:
@@ -158,4 +162,17 @@ FORMATS = {
     "sharegpt": Format(_sharegpt, ("conversations", "system", "tools", "label"), ("conversations",)),
     "text": Format(_pretraining, ("text", "tgt"), ("text",)),
 }
-_ALL = FORMATS | PREFERENCE_FORMATS
+
+
+def _prompts(name: str) -> Format:
+    format = FORMATS[name]
+
+    def read(record: dict[str, Any], notes: Notes) -> Sample:
+        return read_prompt(record, name, format.fields, lambda closed: format.read(closed, notes), notes)
+
+    marks = PROMPT_NAMES if name == "messages" else format.marks
+    return Format(read, (*format.fields, *marks), marks, keeps_fields=True)
+
+
+PROMPT_FORMATS = {name + RL_SUFFIX: _prompts(name) for name in CLOSERS}
+_ALL = FORMATS | PREFERENCE_FORMATS | PROMPT_FORMATS

@@ -2,7 +2,7 @@
 (formats) turns into a DataError with the record's place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from erniekit.data.records.fields import DECISIVE_IN_MESSAGES, MESSAGE, Notes, c
 from erniekit.data.records.tool_calls import match_calls, result_text, tool_calls_of, tools_of
 from erniekit.data.records.values import content_of, json_of, kind_of, list_of, text_of
 
-_ROLES = {
+ROLES = {  # role as written -> its usual name
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
@@ -40,7 +40,8 @@ class Sample:
     a 0 or 1 for each assistant message (None: all 1); 0 means no loss on it. kind "text": `text` is one pretraining
     document. kind "pair": `messages` end with a user (or a tool) and `answers` are what may follow, the chosen one
     first, each as messages that begin and end with an assistant; `score_delta` > 0 is how much better the chosen one is
-    (1 where the data do not say).
+    (1 where the data do not say). kind "prompt": `messages` end with a user (or a tool), and `fields` has the record's
+    other fields, for rewards (see prompt_formats).
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -50,14 +51,18 @@ class Sample:
     text: str = ""
     answers: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None
     score_delta: float = 1.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Format(NamedTuple):
-    """A record type: its reader, the fields that it knows, and the fields that mark a record as being of this type."""
+    """A record type: its reader, the fields that it knows, and the fields that mark a record as being of this type.
+    `keeps_fields`: it keeps fields that it does not know, so its reader checks them itself.
+    """
 
     read: Callable[[dict[str, Any], Notes], Sample]
     fields: tuple[str, ...]
     marks: tuple[str, ...]
+    keeps_fields: bool = False
 
 
 TurnReader = Callable[[Any, str, tuple[str, str], Notes], dict[str, Any]]  # as turn_of
@@ -138,14 +143,14 @@ def _role(turn: Any, name: str, keys: tuple[str, str], notes: Notes) -> str:
         )
     openai = ("tool_calls", "reasoning_content", "name", "tool_call_id") if keys[0] == "role" else ()
     given = turn.get(keys[0])
-    role = _ROLES.get(given) if isinstance(given, str) else None
+    role = ROLES.get(given) if isinstance(given, str) else None
     # a weight without effect: on a message without loss, or equal to the default
     idle = [key for key in _WEIGHTS if key in turn and (turn[key] == 1 or role not in (None, "assistant", "function"))]
     fields = {key: value for key, value in turn.items() if key not in idle} if idle else turn
     check_fields(fields, (*keys, *openai), MESSAGE, DECISIVE_IN_MESSAGES, notes)
     notes.unused.update(f"{key!r} of {MESSAGE}" for key in idle)
     if role is None:
-        raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(_ROLES)}")
+        raise BadRecord(f"{name} has the role {given!r}", f"the roles are {', '.join(ROLES)}")
     return role
 
 

@@ -14,6 +14,7 @@ from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
 from erniekit.data.records.formats import ALIASES, VISION_TYPE
 from erniekit.data.records.formats import FORMATS as TEXT_FORMATS
+from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
 from erniekit.data.records.sample import Sample, alpaca_prompt, check_order, label_of, system_messages
 from erniekit.data.records.tool_calls import match_calls, tools_of
 from erniekit.data.records.values import kind_of, list_of, text_of
@@ -63,15 +64,17 @@ def parse_vision_record(
         read, fields = _ERNIEKIT_TEXT if is_text else FORMATS[name]
         media = "image_info and video_info, beside text_info" if name == "erniekit" else "images and videos"
         decisive = DECISIVE | dict.fromkeys(_ALL_MEDIA, f"type {name} has {media}")
-        check_fields(record, fields, f"type {name}", decisive, notes)
+        if not name.endswith(RL_SUFFIX):  # prompts keep other fields, and check them themselves
+            check_fields(record, fields, f"type {name}", decisive, notes)
         sample = read(record, options, notes)
         return sample if sample.kind == "text" else _with_relative_boxes(sample, options)
 
 
 def _check_type(record: dict[str, Any], name: str) -> None:
     """Raise BadRecord if the fields of the record are those of other types only."""
-    likely_types = [likely_type for field, likely_type in _SIGNATURES.items() if field in record]
-    if not likely_types or name.removesuffix(" (DPO)") in likely_types:
+    signatures = _SIGNATURES | (dict.fromkeys(PROMPT_NAMES, "messages") if name.endswith(RL_SUFFIX) else {})
+    likely_types = [likely_type for field, likely_type in signatures.items() if field in record]
+    if not likely_types or name.removesuffix(" (DPO)").removesuffix(RL_SUFFIX) in likely_types:
         return
     likely = likely_types[0]
     hint = f"set the dataset type to {likely}"
@@ -203,11 +206,26 @@ def _erniekit_text(record: dict[str, Any], options: FormatOptions, notes: Notes)
     return TEXT_FORMATS["erniekit"].read(record, notes)
 
 
+def _prompts(name: str) -> tuple[_READ, tuple[str, ...]]:
+    """The reader of the prompts of a type, and the fields that it knows."""
+
+    def read_record(record: dict[str, Any], options: FormatOptions, notes: Notes) -> Sample:
+        is_text = name == "erniekit" and "text_info" not in record
+        read, fields = _ERNIEKIT_TEXT if is_text else _CONVERSATIONS[name]
+        return read_prompt(record, name, fields, lambda closed: read(closed, options, notes), notes)
+
+    return read_record, _CONVERSATIONS[name][1]
+
+
 _ERNIEKIT_TEXT = _erniekit_text, TEXT_FORMATS["erniekit"].fields  # the form of the type erniekit for text alone
-FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
+_CONVERSATIONS: dict[str, tuple[_READ, tuple[str, ...]]] = {
     "erniekit": (_erniekit, ("text_info", "image_info", "video_info", "order", "system", "is_system", "tools")),
     "messages": (_messages, ("messages", "tools", "label", "system", *_MEDIA)),
     "sharegpt": (_sharegpt, ("conversations", "system", "tools", "label", *_MEDIA)),
     "alpaca": (_alpaca, ("instruction", "input", "output", "history", "system", *_MEDIA)),
+}
+FORMATS: dict[str, tuple[_READ, tuple[str, ...]]] = {
+    **_CONVERSATIONS,
     **READERS,
+    **{name + RL_SUFFIX: _prompts(name) for name in CLOSERS},
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from erniekit.data.records.formats import FORMATS, parse_record
+from erniekit.data.records.formats import FORMATS, PROMPT_FORMATS, parse_record
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.readers import load_record
 from erniekit.utils.errors import DataError
@@ -16,7 +16,7 @@ LINES = [(kind, bool(refused), line) for kind, refused, block in BLOCKS for line
 
 
 def test_every_type_has_an_example():
-    assert {kind for kind, refused, _ in LINES if not refused} == set(FORMATS) | set(PREFERENCE_FORMATS)
+    assert {kind for kind, refused, _ in LINES if not refused} == {*FORMATS, *PREFERENCE_FORMATS, *PROMPT_FORMATS}
     assert PAGE.count("```json") == len(BLOCKS)
 
 

@@ -1,0 +1,53 @@
+"""Keys of reinforcement learning that another key makes pointless (see config/pointless.py)."""
+
+from collections.abc import Callable
+
+from erniekit.config.methods import Records
+from erniekit.config.pointless_rule import Facts, Rule
+from erniekit.config.schema import Config
+
+
+def _rl(when: Callable[[Config], bool]) -> Callable[[Config, Facts], bool]:
+    """A condition of a method that learns from rewards."""
+    return lambda cfg, facts: cfg.method.records is Records.PROMPTS and when(cfg)
+
+
+def has_reference(cfg: Config) -> bool:
+    """Whether the policy is compared with a reference model."""
+    return cfg.kl_coef > 0 or (cfg.upo_weight > 0 and cfg.upo_reference == "ref")
+
+
+RL_RULES = [
+    Rule("kl_estimator kl_in_reward kl_bias_correction", _rl(lambda c: c.kl_coef == 0), "kl_coef is 0"),
+    Rule("kl_bias_correction", _rl(lambda c: c.kl_in_reward), "the divergence is subtracted from the reward"),
+    Rule(
+        "ref_model_sync_steps ref_model_mixup_alpha",
+        _rl(lambda c: not c.sync_ref_model),
+        "sync_ref_model is False",
+    ),
+    Rule("epsilon delta", _rl(lambda c: c.rl_loss_type == "cispo"), "rl_loss_type: cispo has epsilon_high alone"),
+    Rule(
+        "icepop_alpha icepop_beta",
+        _rl(lambda c: c.rollout_correction not in ("icepop", "icepop_sequence", "misc")),
+        "rollout_correction is {rollout_correction}",
+    ),
+    Rule("tis_cap", _rl(lambda c: c.rollout_correction != "tis"), "rollout_correction is {rollout_correction}"),
+    Rule("mis_cap", _rl(lambda c: c.rollout_correction != "mis"), "rollout_correction is {rollout_correction}"),
+    Rule(
+        "importance_sampling_level",
+        _rl(lambda c: c.rollout_correction == "misc"),
+        "rollout_correction: misc has the level sequence_token",
+    ),
+    Rule("upo_beta upo_margin upo_reference", _rl(lambda c: c.upo_weight == 0), "upo_weight is 0"),
+    Rule(
+        "print_completions_steps",
+        _rl(lambda c: c.num_completions_to_print == 0),
+        "num_completions_to_print is 0",
+    ),
+    Rule("router_replay freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
+    Rule(
+        "moe_use_aux_free moe_use_aux_free_update_coef",
+        _rl(lambda c: c.freeze_router_bias),
+        "freeze_router_bias is True",
+    ),
+]

@@ -1,0 +1,152 @@
+"""What stage RL adds to the reading of a configuration: TRL's names, the values that rl_algorithm stands for, and the
+rules over several of its keys.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from erniekit.config.methods import METHODS, Records
+from erniekit.config.pointless_rl import has_reference
+from erniekit.config.read import Entry
+from erniekit.config.schema import Config
+from erniekit.config.schema_rl import PRESETS
+from erniekit.config.values import plain
+
+# Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
+TRL_NAMES = {
+    "beta": "kl_coef",
+    "loss_type": "rl_loss_type",
+    "max_prompt_length": "max_prompt_len",
+    "use_bias_correction_kl": "kl_bias_correction",
+}
+_WIDE_FOR_SEQUENCES = 0.05  # a clip range that the mean of a completion's log-ratios hardly ever leaves
+
+
+def optimises_rewards(values: Mapping[str, Any]) -> bool:
+    """Whether the method that these values name learns from prompts and rewards."""
+    facts = METHODS.get(str(values.get("stage", "")))
+    return facts is not None and facts.records is Records.PROMPTS
+
+
+def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], list[str]]:
+    """(the entries with TRL's names replaced where the method learns from rewards, a note for each).
+
+    A name is left alone in a layer that also has the key that it would stand for, such as a saved config.yaml.
+    """
+    names = {entry.name: plain(entry.value) for entries in layers for entry in entries}
+    stage = next((name for name in METHODS if name.lower() == str(names.get("stage", "")).lower()), "")
+    if not optimises_rewards({"stage": stage}):
+        return [list(entries) for entries in layers], []
+    notes: list[str] = []
+    translated = []
+    for entries in layers:
+        given = {entry.name for entry in entries}
+        result = []
+        for entry in entries:
+            to = TRL_NAMES.get(entry.name)
+            if to is None or to in given or entry.value is None:
+                result.append(entry)
+                continue
+            result.append(dataclasses.replace(entry, name=to))
+            notes.append(f"{entry.name}: read as {to}, as stage: {stage} means TRL's name ({entry.place})")
+        translated.append(result)
+    return translated, notes
+
+
+def complete(values: dict[str, Any], notes: list[str]) -> None:
+    """Fill in the values that rl_algorithm stands for, and those that the method has by itself."""
+    if not optimises_rewards(values):
+        return
+    preset = PRESETS[values.get("rl_algorithm", "gspo")]
+    for name, value in preset.items():
+        values.setdefault(name, value)
+    for name, value in METHODS[values["stage"]].defaults.items():
+        values.setdefault(name, value)
+    if "max_completion_length" not in values and "max_new_tokens" in values:
+        values["max_completion_length"] = values["max_new_tokens"]
+        notes.append(f"max_completion_length: not given, so {values['max_new_tokens']}, because max_new_tokens is")
+
+
+def problems(cfg: Config) -> Iterator[str]:
+    """The problems of a configuration that learns from rewards, each as "key: what is wrong, and what to do"."""
+    if cfg.method.records is not Records.PROMPTS:
+        return
+    yield from _numbers(cfg)
+    yield from _loss(cfg)
+    yield from _reference(cfg)
+
+
+def _numbers(cfg: Config) -> Iterator[str]:
+    if cfg.temperature == 0:
+        yield "temperature: 0 gives the same completion every time, and nothing to compare. Use 1.0"
+    if cfg.rollout_batch_size % cfg.steps_per_generation:
+        working = [n for n in range(1, cfg.rollout_batch_size + 1) if cfg.rollout_batch_size % n == 0]
+        yield (
+            f"steps_per_generation: {cfg.steps_per_generation} does not divide rollout_batch_size: "
+            f"{cfg.rollout_batch_size} prompts. Each step takes whole groups of {cfg.num_generations} completions: use "
+            f"one of {', '.join(map(str, working))}, or rollout_batch_size: "
+            f"{-(-cfg.rollout_batch_size // cfg.steps_per_generation) * cfg.steps_per_generation}"
+        )
+    if cfg.max_completion_length >= cfg.max_seq_len:
+        yield (
+            f"max_completion_length: {cfg.max_completion_length} leaves no room for a prompt in max_seq_len: "
+            f"{cfg.max_seq_len}"
+        )
+    if cfg.soft_max_length is not None and cfg.soft_max_length > cfg.max_completion_length:
+        yield (
+            f"soft_max_length: {cfg.soft_max_length} is more than max_completion_length: {cfg.max_completion_length}, "
+            "so no completion would reach it"
+        )
+    if cfg.soft_cache_length is not None and cfg.soft_max_length is None:
+        yield "soft_max_length: needed with soft_cache_length; the length from which on the penalty is -1"
+    elif cfg.soft_cache_length is not None and cfg.soft_cache_length > (cfg.soft_max_length or 0):
+        yield f"soft_cache_length: {cfg.soft_cache_length} is more than soft_max_length: {cfg.soft_max_length}"
+
+
+def _loss(cfg: Config) -> Iterator[str]:
+    if cfg.delta is not None and cfg.delta <= 1 + cfg.epsilon_high:
+        yield f"delta: {cfg.delta:g} must be more than 1 + epsilon_high ({1 + cfg.epsilon_high:g})"
+    if cfg.icepop_alpha > 1 or cfg.icepop_beta < 1 or cfg.icepop_alpha >= cfg.icepop_beta:
+        yield (
+            f"icepop_alpha: {cfg.icepop_alpha:g} and icepop_beta: {cfg.icepop_beta:g}: the range has to hold 1, the "
+            "weight of a token that both computations agree on"
+        )
+
+
+def _reference(cfg: Config) -> Iterator[str]:
+    if cfg.sync_ref_model and not has_reference(cfg):
+        yield "sync_ref_model: there is no reference: set kl_coef, or upo_weight with upo_reference: ref"
+    if cfg.sync_ref_model and cfg.fine_tuning == "LoRA":
+        yield "sync_ref_model: with fine_tuning: LoRA the reference is the model without its adapter. Leave it out"
+    if cfg.kl_in_reward and cfg.kl_coef == 0:
+        yield "kl_coef: needed with kl_in_reward: True; its weight in the reward"
+
+
+def warnings(cfg: Config) -> list[str]:
+    """What is allowed and rarely meant, one line each."""
+    if cfg.method.records is not Records.PROMPTS:
+        return []
+    lines = []
+    level = cfg.importance_sampling_level or ("sequence" if cfg.rl_loss_type.startswith("gspo") else "token")
+    if level.startswith("sequence") and cfg.epsilon >= _WIDE_FOR_SEQUENCES:
+        lines.append(
+            f"epsilon: {cfg.epsilon:g} clips next to nothing with ratios of whole completions, which are geometric "
+            "means over tokens; GSPO's paper has 3e-4 and 4e-4"
+        )
+    filters = [
+        f"{name}: {vars(cfg)[name]:g}"
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0))
+        if vars(cfg)[name] != off
+    ]
+    if filters:
+        lines.append(
+            f"{', '.join(filters)}: completions are drawn from a filtered distribution, and the loss knows the whole "
+            "one: the ratios are biased"
+        )
+    if cfg.attention_probs_dropout_prob:
+        lines.append(
+            "attention_probs_dropout_prob: with dropout the policy that is trained is not the one that made the "
+            "completions; set it to 0"
+        )
+    return lines
