@@ -14,6 +14,7 @@ from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rl import RL_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
+from erniekit.config.pointless_schedule import SCHEDULE_RULES
 from erniekit.config.schema import Config, fields
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
@@ -69,10 +70,6 @@ _FIELDS = fields()
 
 def _names(group: type) -> str:
     return " ".join(option_names(group))
-
-
-def _schedule(cfg: Config) -> str:
-    return cfg.lr_scheduler_type.partition(":")[0]
 
 
 def _loss(cfg: Config) -> str:
@@ -238,25 +235,7 @@ _RUN_RULES = [
 ]
 
 _OPTIMIZER_RULES = [
-    Rule(
-        "min_lr",
-        lambda c, f: _schedule(c) not in ("cosine", "wsd"),
-        "lr_scheduler_type: {lr_scheduler_type} has no lowest rate; cosine and wsd have",
-    ),
-    Rule("decay_function", lambda c, f: _schedule(c) != "wsd", "read only with lr_scheduler_type: wsd:N"),
-    Rule("num_cycles", lambda c, f: _schedule(c) != "cosine", "read only with lr_scheduler_type: cosine"),
-    Rule("power lr_end", lambda c, f: _schedule(c) != "polynomial", "read only with lr_scheduler_type: polynomial"),
-    Rule(
-        "decay_steps",
-        lambda c, f: _schedule(c) in ("constant", "constant_with_warmup"),
-        "lr_scheduler_type: {lr_scheduler_type} does not decay",
-    ),
-    Rule(
-        "warmup_steps warmup_ratio",
-        lambda c, f: _schedule(c) == "constant",
-        "lr_scheduler_type: constant has no warm-up; constant_with_warmup has",
-    ),
-    Rule("warmup_ratio", lambda c, f: c.warmup_steps > 0, "warmup_steps: {warmup_steps} decides"),
+    *SCHEDULE_RULES,
     Rule("neftune_noise_alpha", lambda c, f: not c.neftune, "neftune is False"),
     Rule(
         "batch_size_warmup_steps",

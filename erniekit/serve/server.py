@@ -9,7 +9,7 @@ from erniekit.config import Config
 from erniekit.generation.load import ChatModel, open_model
 from erniekit.serve.served_model import context_of, engine_of
 from erniekit.utils import log, runtime
-from erniekit.utils.errors import ConfigError, UserError
+from erniekit.utils.errors import UserError
 
 try:
     import uvicorn
