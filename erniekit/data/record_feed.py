@@ -17,7 +17,7 @@ from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
-from erniekit.data.records.dataset import Dataset, Source, SourceSpec, path_key, read_specs, with_pictures
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, length_key, path_key, read_specs, with_pictures
 from erniekit.data.sampler import Sampler
 from erniekit.data.vision.decode import MediaDecoder
 from erniekit.data.vision.encode import VisionSpec
@@ -240,7 +240,7 @@ def open_text(
         cfg.max_prompt_len if cfg.method.reads("max_prompt_len") else None,
         template,
         vision=vision,
-        length_key="quantization_calibration_length" if split == "calibration" else "max_seq_len",
+        length_key=length_key(split),
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)

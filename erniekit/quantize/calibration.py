@@ -16,7 +16,7 @@ from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.packed_batch import IGNORE, Document, PackedBatch, make_row
-from erniekit.data.records.dataset import path_key
+from erniekit.data.records.dataset import length_key, path_key
 from erniekit.data.records.find_files import is_prose
 from erniekit.data.vision.options import inference_spec
 from erniekit.data.vision.template import load_vision_template
@@ -25,7 +25,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
-_KEY, _LENGTH_KEY = path_key("calibration"), "quantization_calibration_length"
+_KEY = path_key("calibration")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _records(
                     break
             identity = loader.identity
     except DataError as error:  # what is read speaks of the key of training
-        raise DataError(str(error).replace("max_seq_len", _LENGTH_KEY)) from None
+        raise DataError(str(error).replace("max_seq_len", length_key("calibration"))) from None
     return Calibration(batches[: source.samples], identity | {"quantization_calibration_samples": source.samples})
 
 

@@ -42,6 +42,11 @@ def path_key(split: str) -> str:
     return "quantization_calibration_path" if split == "calibration" else f"{split}_dataset_path"
 
 
+def length_key(split: str) -> str:
+    """The key that limits the tokens of a row of a split."""
+    return "quantization_calibration_length" if split == "calibration" else "max_seq_len"
+
+
 @dataclass(frozen=True)
 class SourceSpec:
     """One entry of train_dataset_path: its path, the type of its records (a key of FORMATS or PREFERENCE_FORMATS) and
