@@ -43,14 +43,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("export", {"quantization_clip_search": False}, {}, {"quantization": "wint4"}),
     (
         "export",
-        {
-            "quantization_clip_search": False,
-            "quantization": "wint2",
-            "quantization_first_layers": 0,
-            "format": "paddle",
-        },
-        {},
-        {"quantization_first_layers": 1},
+        {"quantization_clip_search": False},
+        {"quantization": "wint2", "format": "paddle", "quantization_first_layers": 0},
+        {"quantization": "wint2", "format": "paddle", "quantization_first_layers": 1},
     ),
     ("export", {"quantization_group_size": 64}, {"quantization": "w8a8"}, {"quantization": "wint4/8"}),
     ("train", {"split": "8,1,1", "isolate_documents": True}, {}, TOKENS),
