@@ -42,6 +42,7 @@ from erniekit.precision import policy
 from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.policy import Policy
 from erniekit.precision.qat import choose_qat
+from erniekit.precision.quantized_weight import QuantizedWeights
 from erniekit.utils import log, runtime
 
 
@@ -338,7 +339,7 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
         reader = text if options.vision_start is None else TextWeights(text, options.vision_start)
         stored = reader.config
         if text.quantised:
-            _say_quantised(text, options.training)
+            _say_quantised(text, options)
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers
     if reader is not None and depths > stored.num_nextn_predict_layers:
@@ -354,13 +355,20 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
 
 
-def _say_quantised(reader: ModelReader, training: bool) -> None:
-    """Log that quantised weights are used as what their codes stand for."""
+def _say_quantised(reader: ModelReader, options: ModelOptions) -> None:
+    """Log that quantised weights are used as what their codes stand for, and whether they are rounded again."""
     what = f"{reader.path}: quantised weights ({reader.quantised}) are used as the numbers that their codes stand for"
-    if training:
+    if options.training:
         log.warning(f"{what}; training from the checkpoint that was quantised would start from better weights")
     else:
         log.info(f"{what}, in the memory of a model that is not quantised; activations are not quantised")
+    if isinstance(options.precision.product, QuantizedWeights):
+        schemes = options.precision.product.schemes
+        names = " and ".join(dict.fromkeys((schemes.projections.name, schemes.experts.name)))
+        log.warning(
+            f"compute_type: these weights are rounded a second time, to {names}, which adds an error that the files do "
+            "not have. Set compute_type: bf16 for the model as it is"
+        )
 
 
 def load_model(

@@ -22,6 +22,13 @@ QUANTIZATION_RULES = [
         ("export",),
     ),
     Rule(
+        "quantization_clip_search",
+        lambda cfg, _: cfg.quantization == "wint2" and cfg.quantization_first_layers == 0,
+        "quantization: wint2 with quantization_first_layers: 0 has no 4-bit codes; the scales of 2-bit codes are "
+        "always chosen by their error",
+        ("export",),
+    ),
+    Rule(
         f"{_EXPORT} {_CALIBRATION}",
         always,
         "read only by export",

@@ -34,7 +34,8 @@ class QuantizationArgs:
         ge=0,
     )
     quantization_clip_search: bool = key(
-        True, "Choose the scales of 4-bit codes by their error, instead of by the largest weight."
+        True,
+        "Choose the scales of 4-bit codes by their error, instead of by the largest weight; always in 2 bits.",
     )
     quantization_algorithm: str = key(
         "rtn",

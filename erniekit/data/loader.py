@@ -284,16 +284,17 @@ def build_loader(
     accumulation: int | None = None,
     vision: VisionSpec | None = None,
 ) -> Loader:
-    """Open and check the data of `split` ("train" or "eval") and make the loader of one rank of `world` data ranks.
+    """Open and check the data of `split` ("train", "eval" or "calibration") and make the loader of one rank of `world`
+    data ranks.
 
     `cfg` has the configuration's data keys. With dataset_type: pretrain, training rows come from token files
     (input_dir), and so do evaluation rows unless eval_dataset_path is given; otherwise rows come from text. `template`
     is for a custom chat template; None loads the one that cfg.chat_template and the tokenizer's directory select.
     Training follows mix_strategy, random_shuffle and num_train_epochs or max_steps. Evaluation reads every data set
-    once, in the order of the files. `inspection`: how records are checked first. `accumulation`: the microbatches of a
-    training step, by default gradient_accumulation_steps. `vision`: the options for records with pictures; None: all
-    records are text. Raises DataError (file:line, reason, hint) for data that cannot be read and ConfigError for keys
-    that contradict each other.
+    once, in the order of the files. Calibration reads the keys of training. `inspection`: how records are checked
+    first. `accumulation`: the microbatches of a training step, by default gradient_accumulation_steps. `vision`: the
+    options for records with pictures; None: all records are text. Raises DataError (file:line, reason, hint) for data
+    that cannot be read and ConfigError for keys that contradict each other.
     """
     training = split == "train"
     feed: Feed

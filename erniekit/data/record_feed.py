@@ -17,7 +17,7 @@ from erniekit.data.lengths import Lengths, choose_sample, measure_lengths
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.data.packed_stream import PackedStream, Position
 from erniekit.data.packing import Packer, greedy, no_packing, sequential
-from erniekit.data.records.dataset import Dataset, Source, SourceSpec, read_specs, with_pictures
+from erniekit.data.records.dataset import Dataset, Source, SourceSpec, length_key, path_key, read_specs, with_pictures
 from erniekit.data.sampler import Sampler
 from erniekit.data.vision.decode import MediaDecoder
 from erniekit.data.vision.encode import VisionSpec
@@ -205,7 +205,7 @@ def _basis_of_estimate(lengths: Lengths, exact: bool) -> str:
 
 
 def specs_of(cfg: Config, split: str) -> list[SourceSpec]:
-    """The text data sets that a configuration names for `split` ("train" or "eval")."""
+    """The text data sets that a configuration names for `split` ("train", "eval" or "calibration")."""
     keys = _split_keys(cfg, split)
     return read_specs(keys.paths, keys.types, keys.probs, split, cfg.method)
 
@@ -218,11 +218,11 @@ def open_text(
     inspection: Inspection = EVERY_RECORD,
     vision: VisionSpec | None = None,
 ) -> RecordFeed:
-    """Open and check the records of `split` ("train" or "eval"); see loader.build_loader."""
+    """Open and check the records of `split`; see loader.build_loader."""
     keys, specs = _split_keys(cfg, split), specs_of(cfg, split)
     if vision is not None:
         specs = with_pictures(specs)
-        vision = vision if split == "train" else replace(vision, drawn_bounds=None)  # an evaluation draws nothing
+        vision = vision if split == "train" else replace(vision, drawn_bounds=None)  # only a training draws
     on_bad_line = "gather" if inspection.gather_faults else cfg.on_bad_line
     dataset = Dataset([Source(spec, split, on_bad_line, cfg.download_hub, inspection.every, vision) for spec in specs])
     sizes = ", ".join(f"{spec.path} ({size})" for spec, size in zip(specs, dataset.sizes, strict=True))
@@ -240,6 +240,7 @@ def open_text(
         cfg.max_prompt_len if cfg.method.reads("max_prompt_len") else None,
         template,
         vision=vision,
+        length_key=length_key(split),
     )
     remember = len(dataset) <= cfg.max_estimate_samples
     service = EncodingService(dataset, spec, cfg.dataloader_num_workers, remember)
@@ -248,7 +249,7 @@ def open_text(
     samples = cfg.num_samples_each_epoch if order.endless else None
     extent = Extent(cfg.max_seq_len, cfg.max_estimate_samples, keys.num_epochs, samples)
     identity = _identity(cfg, specs, dataset, packer) | {
-        f"content of {split}_dataset_path": dataset.digests,
+        f"content of {path_key(split)}": dataset.digests,
         "tokenizer": tokenizer.fingerprint,
         "chat template": None if _is_plain(specs) else _hash(template),
     }
@@ -298,7 +299,7 @@ class _SplitKeys:
 
 
 def _split_keys(cfg: Config, split: str) -> _SplitKeys:
-    if split == "train":
+    if split != "eval":  # calibration has its data under the same keys
         paths, types, probs = cfg.train_dataset_path, cfg.train_dataset_type, cfg.train_dataset_prob
         num_epochs = None if cfg.max_steps > 0 else float(cfg.num_train_epochs)
         return _SplitKeys(paths, types, probs, cfg.mix_strategy, cfg.random_shuffle, num_epochs)

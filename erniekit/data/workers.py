@@ -35,7 +35,7 @@ _SHOWN_DROPS = 3  # the others are only counted
 @dataclass(frozen=True)
 class EncoderSpec:
     """The arguments of an Encoder, or with `vision` of a VisionEncoder, in a form that can be sent to a worker. Plain
-    text needs no `template`.
+    text needs no `template`. `length_key`: the configuration's key that `max_seq_len` has its value from, for messages.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +46,7 @@ class EncoderSpec:
     template: Template | None = None
     template_text: tuple[str, str] | None = None
     vision: VisionSpec | None = None
+    length_key: str = "max_seq_len"
 
     def __getstate__(self) -> dict[str, Any]:
         """The picklable state: a compiled template is replaced by its name and text."""
@@ -184,7 +185,7 @@ class EncodingService:
         self._cache: dict[int, Encoded] = {}
         self._room = CACHE_BYTES if remember else 0
         self._workers: set[Worker] = set()
-        self._drops = 0
+        self._drops, self._length_key = 0, spec.length_key
 
     def stream(self, numbers: Iterable[int], num_workers: int | None = None) -> Generator[Encoded, None, None]:
         """Yields the encoded records in the order of `numbers`, which may be endless, since it is read only a little
@@ -268,8 +269,9 @@ class EncodingService:
         if encoded.dropped:
             self._drops += 1
             if self._drops <= _SHOWN_DROPS:
+                reason = encoded.dropped.replace("max_seq_len", self._length_key)
                 log.warning(
-                    f"{encoded.where}: sample dropped: {encoded.dropped}"
+                    f"{encoded.where}: sample dropped: {reason}"
                     + (" (further ones are only counted)" if self._drops == _SHOWN_DROPS else "")
                 )
         # 600: about the bytes of the objects around the arrays

@@ -30,7 +30,7 @@ from erniekit.export.quantise import (
 )
 from erniekit.export.target import check_target, model_target
 from erniekit.models.config import Format, ModelConfig
-from erniekit.quantize.calibrated import calibrated, needs_calibration
+from erniekit.quantize.calibrated import calibrated, needs_calibration, say_if_interrupted
 from erniekit.quantize.calibration import find_data
 from erniekit.quantize.quantiser import Quantiser, RoundToNearest
 from erniekit.quantize.schemes import Options, Scheme
@@ -44,6 +44,8 @@ OVERWRITE = "overwrite_output_dir: true"
 def export(cfg: Config) -> Report:
     """Export the checkpoint that `cfg` names to `output_dir`/export, in `format`, in files of `max_shard_size` GB."""
     checkpoint, adapter = _with_base(checkpoint_of(cfg), cfg)
+    if not needs_calibration(cfg):
+        say_if_interrupted(output_of(cfg))
     return export_checkpoint(
         checkpoint,
         output_of(cfg) / "export",

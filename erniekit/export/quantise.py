@@ -36,8 +36,10 @@ from erniekit.utils.errors import CheckpointError, ConfigError
 from erniekit.utils.ordered_pool import in_order
 from erniekit.utils.runtime import keep_freed_memory, wanted_threads
 
-# More threads need more memory, one weight each, and four are faster than most disks.
+# More threads need more memory, one weight each, and four are faster than most disks. Operations on small matrices are
+# over before another thread has the interpreter: two threads took twice as long as one with 131,072 weights a matrix.
 _MOST_THREADS = 4
+_LARGE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def write_quantised(
 ) -> QuantisedReport:
     """Write quantised weights, config.json and, if there is none, generation_config.json; then verify them. `edit` and
     `overrides` as in export.convert.rewrite. `num_threads`: None: ERNIEKIT_NUM_THREADS, OMP_NUM_THREADS or the cores of
-    this process, at most 4. The bytes do not depend on it.
+    this process, at most 4, and 1 where matrices are small. The bytes do not depend on it.
 
     Raises ConfigError where the scheme does not fit the format or the model, and CheckpointError where the source is
     quantised already, or has weights that are not finite.
@@ -137,7 +139,7 @@ def write_quantised(
     quantiser = quantisation.quantiser(edited, scheme)
     _require_ranges(scheme, quantiser, config)
     keep_freed_memory()
-    job = _Job(edited, scheme, quantiser, num_threads or min(_MOST_THREADS, wanted_threads()))
+    job = _Job(edited, scheme, quantiser, num_threads or _num_threads(scheme, config))
     plan = [tensor for logical in source.logicals for tensor in job.plan(logical)]
     with Writer(target_dir, plan, max_shard_size, METADATA[scheme.format]) as writer:
         job.write(writer)
@@ -150,6 +152,12 @@ def write_quantised(
     if not degrees.good:
         log.warning(f"{scheme.name}: vLLM takes no file with these sizes, on any number of ranks: {degrees.limit}")
     return QuantisedReport(*counts, scheme, tuple(job.errors), degrees, quantiser.name, measured)
+
+
+def _num_threads(scheme: Scheme, config: ModelConfig) -> int:
+    """How many threads are of use: one where most matrices are small."""
+    sizes = sorted(matrix.shape[0] * matrix.shape[1] for matrix in scheme.every_matrix(config))
+    return min(_MOST_THREADS, wanted_threads()) if sizes and sizes[len(sizes) // 2] >= _LARGE else 1
 
 
 def check_quantised(

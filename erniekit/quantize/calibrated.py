@@ -70,6 +70,17 @@ def needs_calibration(cfg: Config) -> bool:
     return cfg.quantization_algorithm != "rtn" or cfg.quantization_calibration_path is not None
 
 
+def say_if_interrupted(output_dir: Path) -> None:
+    """Log a warning if an interrupted calibration has left its layers, for an export that does not continue it."""
+    work = output_dir / WORK_DIRECTORY
+    if work.is_dir():
+        size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+        log.warning(
+            f"{work} has the finished layers of an interrupted quantisation with calibration ({size / 1e6:,.1f} MB). "
+            "This export does not use them: remove the directory, unless you continue that one"
+        )
+
+
 def calibrated(
     cfg: Config,
     model_dir: Path,

@@ -16,6 +16,7 @@ from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
 from erniekit.data.loader import build_loader
 from erniekit.data.packed_batch import IGNORE, Document, PackedBatch, make_row
+from erniekit.data.records.dataset import length_key, path_key
 from erniekit.data.records.find_files import is_prose
 from erniekit.data.vision.options import inference_spec
 from erniekit.data.vision.template import load_vision_template
@@ -24,7 +25,7 @@ from erniekit.models.config import ModelConfig
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
-_KEY = "quantization_calibration_path"
+_KEY = path_key("calibration")
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,16 @@ def _records(
     if config.vision is not None:
         vision = inference_spec(keys, settings_of(*directories, model=config.vision.patching))
     batches: list[PackedBatch] = []
-    with build_loader(keys, tokenizer, template=template, vision=vision) as loader:
-        while len(batches) < source.samples:
-            try:
-                batches += loader.next_step()
-            except StopIteration:
-                break
-        identity = loader.identity
+    try:
+        with build_loader(keys, tokenizer, "calibration", template=template, vision=vision) as loader:
+            while len(batches) < source.samples:
+                try:
+                    batches += loader.next_step()
+                except StopIteration:
+                    break
+            identity = loader.identity
+    except DataError as error:  # what is read speaks of the key of training
+        raise DataError(str(error).replace("max_seq_len", length_key("calibration"))) from None
     return Calibration(batches[: source.samples], identity | {"quantization_calibration_samples": source.samples})
 
 

@@ -24,7 +24,7 @@ from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.config import ModelConfig
-from erniekit.models.weights import Logical, logical_tensors
+from erniekit.models.weights import EMBEDDINGS, Logical, logical_tensors
 from erniekit.quantize.algorithm import AlgorithmOptions
 from erniekit.quantize.folds import LayerWeight, layer_matrices
 from erniekit.quantize.layer_pass import FOLDING, LayerPass, LayerReport, quantised_weights
@@ -105,6 +105,11 @@ def calibrate(
     hidden_TD = np.empty((0, 0), np.float32)
     if begin < count:
         hidden_TD = store.hidden(begin - 1) if begin else embedded(config, source, batches)
+        if not np.isfinite(hidden_TD).all():
+            raise CheckpointError(
+                f"{EMBEDDINGS[scheme.format]}: the embeddings of the calibration tokens are not finite. Export another "
+                "checkpoint."
+            )
     for number in track(range(begin, count), count, "quantising: layer", lambda number: number + 1):
         layer = OneLayer(config, number, _OfLayer(source, number))
         sink = _LayerSink(store, source, layer, number, scheme, options.algorithm in FOLDING)

@@ -260,7 +260,8 @@ def _fd_wint2(config: ModelConfig, options: Options) -> Scheme:
         return fastdeploy.WINT4 if place.layer <= last else wint2_codec.CODEC
 
     said = settings.wint2(last, config.num_hidden_layers - 1)
-    method = f"experts 2-bit codes from layer {last + 1} on (counted from 0), 4 bits before; the others 8 bits"
+    before = ", 4 bits before" if any(config.is_moe_layer(layer) for layer in range(last + 1)) else ""
+    method = f"experts 2-bit codes from layer {last + 1} on (counted from 0){before}; the others 8 bits"
     return Scheme("wint2", "paddle", codec_of, said, method, _FASTDEPLOY)
 
 

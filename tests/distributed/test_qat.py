@@ -21,7 +21,7 @@ CASES = {
     "static-tp2-sp": (1, STATIC, TENSOR2),
     "static-ep2-sharding": (2, STATIC, SHARD2 | {"expert_parallel_degree": 2, "recompute": True}),
     "w8a8-tp2": (1, {"qat": "w8a8"}, TENSOR2 | MTP),
-    "w4a8-pp2": (1, {"qat": "w4a8"}, {"pipeline_parallel_degree": 2} | MTP),
+    "w4a8-pp2": (1, {"qat": "w4a8", "hadamard_block_size": 16}, {"pipeline_parallel_degree": 2} | MTP),
     "fp8-ep2": (2, {"qat": "fp8"}, {"expert_parallel_degree": 2}),
     "wint8-tp2-recompute": (1, {"qat": "wint8"}, TENSOR2 | {"recompute": True}),
 }

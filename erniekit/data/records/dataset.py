@@ -32,7 +32,21 @@ _SHOWN_BAD_LINES = 5  # the others are only counted
 _SHOWN_FIELDS = 20  # unused fields of a file that are listed
 _SECONDS_BETWEEN_NOTES = 30.0
 _SUFFIXES = {Records.PAIRS: " (DPO)", Records.PROMPTS: RL_SUFFIX}  # of the types of records of a method
-_SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "eval": ("validation", "valid", "val", "eval", "dev", "test"),
+    "calibration": ("calibration", "calib", "train", "training"),
+}
+
+
+def path_key(split: str) -> str:
+    """The key that names the data of a split: "train", "eval", or "calibration" of a quantisation."""
+    return "quantization_calibration_path" if split == "calibration" else f"{split}_dataset_path"
+
+
+def length_key(split: str) -> str:
+    """The key that limits the tokens of a row of a split."""
+    return "quantization_calibration_length" if split == "calibration" else "max_seq_len"
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,8 @@ def read_specs(
     split: str,
     method: MethodFacts = METHODS[DEFAULT],
 ) -> list[SourceSpec]:
-    """The sources that {split}_dataset_path/type/prob describe; config/checks.py has checked that their counts agree.
+    """The sources that the keys of a split (path, type, prob) describe; config/checks.py has checked that their counts
+    agree.
 
     The default type is erniekit. For a method that trains on text, it means the type `text`; for a method that trains
     on pairs of answers, each type means that of preference_formats, and for one that answers prompts that of
@@ -61,8 +76,9 @@ def read_specs(
     their sum.
     """
     if not paths:
-        key = f"{split}_dataset_path"
-        raise DataError(f"{key} is not set. Hint: give the data file, a directory of data files, or a Hub name.")
+        raise DataError(
+            f"{path_key(split)} is not set. Hint: give the data file, a directory of data files, or a Hub name."
+        )
     types, shares = types or ["erniekit"] * len(paths), shares or [1.0] * len(paths)
     return [
         SourceSpec(path, _type(name, method), share / sum(shares))
@@ -125,7 +141,7 @@ class Source:
             )
 
     def _find(self, split: str, download_hub: str | None) -> list[Path]:
-        path = hub.resolve_dataset(self.spec.path, download_hub, f"{split}_dataset_path")
+        path = hub.resolve_dataset(self.spec.path, download_hub, path_key(split))
         data, other_files = find_files(path)
         if other_files:
             listing = ", ".join(other_file.name for other_file in other_files[:3]) + (

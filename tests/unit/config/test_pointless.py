@@ -41,6 +41,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"qat_distill_weight": 0.5}, {**DPO, "qat": "w8a8"}, {"qat": "w8a8"}),
     ("train", {"qat_distill_weight": 0.5}, {**VL_DPO, "qat": "w8a8"}, {**VL, "qat": "w8a8"}),
     ("export", {"quantization_clip_search": False}, {}, {"quantization": "wint4"}),
+    (
+        "export",
+        {"quantization_clip_search": False},
+        {"quantization": "wint2", "format": "paddle", "quantization_first_layers": 0},
+        {"quantization": "wint2", "format": "paddle", "quantization_first_layers": 1},
+    ),
     ("export", {"quantization_group_size": 64}, {"quantization": "w8a8"}, {"quantization": "wint4/8"}),
     ("train", {"split": "8,1,1", "isolate_documents": True}, {}, TOKENS),
     ("train", {"train_dataset_prob": "0.5,0.5"}, TWO, {**TWO, "mix_strategy": "random"}),

@@ -82,7 +82,7 @@ def test_an_adapter_is_merged_before_the_calibration(checkpoint, tmp_path, data)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_an_interrupted_export_continues(checkpoint, tmp_path, data, monkeypatch):
+def test_an_interrupted_export_continues(checkpoint, tmp_path, data, monkeypatch, caplog):
     run, layers = layer_pass.LayerPass.run, []
 
     def once_killed(self, number):
@@ -95,6 +95,9 @@ def test_an_interrupted_export_continues(checkpoint, tmp_path, data, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         export(keys(checkpoint, tmp_path, data))
     assert (tmp_path / WORK_DIRECTORY).exists() and not (tmp_path / "export").exists()
+    uncalibrated = {"quantization_algorithm": None, "quantization_calibration_path": None}
+    export(keys(checkpoint, tmp_path, data, **uncalibrated, overwrite_output_dir=True))
+    assert "of an interrupted quantisation with calibration (" in caplog.text
     export(keys(checkpoint, tmp_path, data))
     assert layers == [0, 1, 1]
     monkeypatch.undo()

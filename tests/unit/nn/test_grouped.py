@@ -6,6 +6,7 @@ import pytest
 from support.by_expert import products
 from support.numeric import numeric_gradient
 
+from erniekit.nn import cpu_ops
 from erniekit.nn.grouped import grouped_matmul, row_spans
 
 COUNTS = [[2, 3, 1], [0, 6, 0], [6, 0, 0], [0, 0, 6], [3, 0, 3]]
@@ -13,6 +14,19 @@ COUNTS = [[2, 3, 1], [0, 6, 0], [6, 0, 0], [0, 0, 6], [3, 0, 3]]
 
 def test_spans_leave_out_groups_without_rows():
     assert row_spans([2, 0, 3]) == [(0, 0, 2), (2, 2, 5)] and row_spans([0, 0]) == []
+
+
+def test_products_are_written_into_parts_of_a_tensor():
+    """Paddle's slices of the first axis are views: a copy would leave the tensor as it was."""
+    out = paddle.full([6, 5], -1.0)
+    x, y = (paddle.to_tensor(np.random.default_rng(n).normal(size=(3, 4 + n)).astype(np.float32)) for n in range(2))
+    cpu_ops.matmul_into(out[2:5], x[:, :3].contiguous(), y)
+    np.testing.assert_allclose(out[2:5].numpy(), x.numpy()[:, :3] @ y.numpy(), rtol=1e-5)
+    assert (out.numpy()[[0, 1, 5]] == -1).all()
+    stack = paddle.full([2, 4, 5], -1.0)
+    cpu_ops.matmul_into(stack[1], x, y, transpose_x=True)
+    np.testing.assert_allclose(stack[1].numpy(), x.numpy().T @ y.numpy(), rtol=1e-5)
+    assert (stack.numpy()[0] == -1).all()
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)

@@ -70,6 +70,16 @@ def test_what_is_wrong_is_named(directory, tmp_path, said):
         read(directory, write_lines(tmp_path / "b.jsonl", [{"question": "x"}]))
 
 
+def test_messages_name_the_keys_of_calibration(directory, tmp_path, caplog):
+    """Not those of training, whose reader it uses."""
+    path = write_lines(tmp_path / "a.jsonl", [{"src": [SENTENCE], "tgt": [SENTENCE]}] * 9)
+    with pytest.raises(DataError, match="raise quantization_calibration_length"):
+        read(directory, path, length=2)
+    assert f"calibration data: 9 samples from {path}" in caplog.text
+    assert "fills quantization_calibration_length" in caplog.text
+    assert "train data" not in caplog.text and "max_seq_len" not in caplog.text
+
+
 def test_another_tokenizer(directory, tmp_path):
     """One with more tokens than the model."""
     values = json.loads((directory / "config.json").read_text())

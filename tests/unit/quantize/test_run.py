@@ -241,7 +241,14 @@ def test_memory_is_that_of_one_layer(tmp_path):
     assert peak < bound + 0.5e6 < 0.6 * total, (peak, bound, total)
 
 
-def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", r"layer 1 cannot be quantised: .*o_proj"),
+        ("model.embed_tokens.weight", r"embed_tokens.weight: the embeddings of the calibration tokens are not"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(directory, tmp_path, param, message):
     reader = ModelReader(directory)
 
     class Damaged:
@@ -249,11 +256,11 @@ def test_a_layer_that_cannot_be_quantised_is_named(directory, tmp_path):
 
         def read(self, logical, as_fp32=False):
             value = reader.read(logical, as_fp32)
-            if logical.param == "model.layers.1.self_attn.o_proj.weight":
-                value[3, 3] = np.nan
+            if logical.param == param:
+                value[:, 3] = np.nan
             return value
 
-    with pytest.raises(CheckpointError, match=r"layer 1 cannot be quantised: .*o_proj"):
+    with pytest.raises(CheckpointError, match=message):
         calibrate(reader.config, Damaged(), rows(), scheme(), AlgorithmOptions(), tmp_path / "work", {})
 
 
