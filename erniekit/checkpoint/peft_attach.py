@@ -10,9 +10,11 @@ import paddle
 from erniekit.checkpoint.model_dir import staged
 from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.checkpoint.peft_write import adapter_parameters, write_adapter
-from erniekit.lora import LoraState, attach_slots, describe, state_of
+from erniekit.lora import LoraState, attach_slots, describe, state_of, take_off
+from erniekit.lora.several import AdapterSet, put_together
 from erniekit.models.decoder import CausalLM
 from erniekit.models.weights import to_numpy
+from erniekit.moe.layer import MoELayer
 from erniekit.nn.shard import named_shard_specs, shard
 from erniekit.utils.errors import CheckpointError
 
@@ -25,6 +27,21 @@ def attach_stored(model: CausalLM, stored: StoredAdapter, dropout: float | None 
     state = attach_slots(model, options, stored.slots, stored.saved)
     fill(model, stored)
     return state
+
+
+def attach_several(model: CausalLM, stored: Mapping[str, StoredAdapter]) -> AdapterSet:
+    """Attach adapters by name to `model`, which has its weights and no adapter, so that each row of a batch may use
+    another (see lora.several). They train nothing whole, and adapt only the layers of the decoder.
+    """
+    taken = {}
+    for name, adapter in stored.items():
+        attach_stored(model, adapter, dropout=0.0)
+        taken[name] = take_off(model)
+    chosen = put_together(model, taken)
+    for layer in model.sublayers():
+        if isinstance(layer, MoELayer):
+            layer.on_routing = chosen.note_routing
+    return chosen
 
 
 def load_adapter(model: CausalLM, directory: str | Path, into: Mapping[str, paddle.Tensor] | None = None) -> None:

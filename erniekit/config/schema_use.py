@@ -61,6 +61,9 @@ class ServerArgs:
     served_model_name: str | None = key(
         None, "The model's name in requests and in /v1/models; not given: the name of its directory."
     )
+    lora_modules: tuple[str, ...] = list_of(
+        str, "LoRA adapters that requests may name as their model, as name=directory; all on the model that is served."
+    )
     max_model_len: int | None = key(
         None, "The largest number of tokens of a prompt and its answer together; not given: the model's context.", ge=2
     )

@@ -47,7 +47,7 @@ _SAME: dict[str, str] = {
     "lora_rank": "r rank lora_dim lora_config_r",
     "lora_alpha": "alpha",
     "lora_dropout": "lora_drop",
-    "lora_target_modules": "target_modules lora_modules lora_target_module",
+    "lora_target_modules": "target_modules lora_target_module",
     "modules_to_save": "additional_target trainable_modules",
     "lora_plus_scale": "loraplus_lr_ratio lora_plus_lr_ratio",
     "lora_path": "adapter_name_or_path adapter adapters lora_name_or_path peft_path",

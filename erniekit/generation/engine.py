@@ -20,8 +20,10 @@ from erniekit.generation.choosing import choose_next
 from erniekit.generation.pictures import PromptPictures, num_shared
 from erniekit.generation.request import Generation, Request, check_prompts
 from erniekit.generation.steppers import CachedStepper
+from erniekit.lora.several import adapter_set_of, rows_of
 from erniekit.models.decoder import CausalLM
 from erniekit.nn.kv_cache import KVCache
+from erniekit.utils.errors import UserError
 
 PREFILL_TOKENS = 16384  # tokens of prompts that go through the model at once
 
@@ -89,6 +91,10 @@ class Engine:
     def add(self, request: Request) -> Generation:
         """Take a request. Its answer grows as `step` is called. Raises UserError for a prompt that does not fit."""
         check_prompts(self.model, [request.prompt])
+        if request.adapter is not None:
+            adapters = adapter_set_of(self.model)
+            if adapters is None or request.adapter not in adapters.names:
+                raise UserError(f"adapter: the model has no adapter {request.adapter!r}.")
         generation = Generation(request, self.model.config.max_position_embeddings)
         self._waiting.append(generation)
         return generation
@@ -127,7 +133,9 @@ class Engine:
             return []
         assert self._stepper is not None, "running rows have a cache"
         rows = list(self._running)
-        choose_next(self._stepper.extend([[row.answer.ids[-1]] for row in rows]), rows, self.model.mesh)
+        with rows_of(self.model, [row.request.adapter for row in rows]):
+            scores = self._stepper.extend([[row.answer.ids[-1]] for row in rows])
+        choose_next(scores, rows, self.model.mesh)
         return rows
 
     def _next_prompts(self) -> _Prompts | None:
@@ -185,7 +193,8 @@ class Engine:
         is_single = len(prompts.rest) == 1
         longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
         pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
-        scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+        with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
+            scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
         prompts.fed += len(pieces[0]) if is_single else 0
         prompts.rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
         if any(len(rest) for rest in prompts.rest):
@@ -232,7 +241,8 @@ class Engine:
 def _has_same_prompt(one: Request, other: Request) -> bool:
     """Whether two requests can share the reading of their prompt."""
     return (
-        one.picture_prompt is other.picture_prompt
+        one.adapter == other.adapter
+        and one.picture_prompt is other.picture_prompt
         and one.open_pictures is other.open_pictures
         and list(one.prompt) == list(other.prompt)
     )
@@ -240,6 +250,8 @@ def _has_same_prompt(one: Request, other: Request) -> bool:
 
 def _num_common(kept: _Kept, request: Request) -> int:
     """How many of the first tokens of a request's prompt, at most all but the last, a kept conversation begins with."""
+    if kept.request.adapter != request.adapter:
+        return 0
     common = 0
     for old, new in zip(kept.ids, request.prompt[:-1], strict=False):
         if old != new:

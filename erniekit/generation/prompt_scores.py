@@ -6,19 +6,23 @@ import numpy as np
 import paddle
 
 from erniekit.generation.request import TokenScore
+from erniekit.lora.several import rows_of
 from erniekit.models.decoder import CausalLM
 
 _PIECE = 256  # tokens whose scores [V] are in memory at a time
 
 
 @paddle.no_grad()
-def score_prompt(model: CausalLM, prompt: Sequence[int], num_top: int) -> list[TokenScore | None]:
+def score_prompt(
+    model: CausalLM, prompt: Sequence[int], num_top: int, adapter: str | None = None
+) -> list[TokenScore | None]:
     """A score for each token of a prompt, given those before it, with the `num_top` likeliest tokens; None for the
     first, which nothing precedes. One process has the whole model, which is in eval mode. The prompt is computed at
-    once, its scores in pieces.
+    once, its scores in pieces. `adapter`: its name, as in Request.
     """
     assert model.mesh.degrees.world == 1, "one process scores a prompt"
-    logits_SV = model(np.asarray([prompt], np.int64))[0]
+    with rows_of(model, [adapter]):
+        logits_SV = model(np.asarray([prompt], np.int64))[0]
     scores: list[TokenScore | None] = [None]
     for start in range(0, len(prompt) - 1, _PIECE):
         rows_SV = logits_SV[start : min(start + _PIECE, len(prompt) - 1)].astype("float32").numpy().astype(np.float64)

@@ -77,6 +77,7 @@ class Request:
         kept beside that of each chosen token.
     score_temperature: the log-probabilities are those of the scores divided by it.
     constraint: restricts the tokens that may be chosen.
+    adapter: the name of the adapter that the model has for this answer (lora.several); None: none.
     """
 
     prompt: Sequence[int]
@@ -88,6 +89,7 @@ class Request:
     num_scores: int | None = None
     score_temperature: float = 1.0
     constraint: Constraint | None = None
+    adapter: str | None = None
 
 
 class Event(NamedTuple):

@@ -41,6 +41,7 @@ __all__ = [
     "merge",
     "parameter_names",
     "state_of",
+    "take_off",
     "unload",
 ]
 
@@ -275,3 +276,12 @@ def unload(model: nn.Layer) -> None:
     vars(model).pop(_STATE, None)
     for parameter in model.parameters():
         parameter.stop_gradient = False
+
+
+def take_off(model: nn.Layer) -> dict[str, Adapter]:
+    """Empty the adapter slots of `model`, whose weights stay frozen -> projection -> the adapter that was there."""
+    taken = {name: adapter for name, _, adapter in adapters(model)}
+    for _, layer, _ in list(adapters(model)):
+        layer.adapter = None
+    vars(model).pop(_STATE, None)
+    return taken

@@ -24,6 +24,8 @@ from erniekit.utils import heartbeat
 
 TEXT, VISION = 0, 1
 Finish = Callable[[], paddle.Tensor]
+# (experts [T, K] that were chosen, the numbers of these tokens or None for all, the number of all tokens)
+OnRouting = Callable[[np.ndarray, np.ndarray | None, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class MoELayer(nn.Layer):
         self.gate = Gate(sizes.hidden_size, sizes.num_experts, modalities, sizes.init_std)
         self.moe_statics = RouterStatics(modalities, sizes.num_experts)
         self.ranks: ExpertRanks | None = None  # set by parallelize() where the experts are sharded over processes
+        self.on_routing: OnRouting | None = None  # told of each choice of experts, where it is set
         widths = sizes.intermediate_sizes
         self.experts = Experts(sizes.num_local_experts, sizes.hidden_size, widths[TEXT], sizes.init_std)
         if modalities == 2:
@@ -121,7 +124,7 @@ class MoELayer(nn.Layer):
         num_rows, num_tokens = all_TD.shape[0], sum(tokens.row_lengths)
         all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
         if tokens.modality is None:
-            finish, routed = self._start(all_TD, TEXT, tokens.row_lengths)
+            finish, routed = self._start(all_TD, TEXT, tokens.row_lengths, None, num_tokens)
             decisions = {TEXT: routed}
         else:
             finish, decisions = self._by_modality(all_TD, tokens)
@@ -144,7 +147,7 @@ class MoELayer(nn.Layer):
             where, row_lengths = tokens.of_modality(modality)
             if modality == TEXT or len(where) or needed:
                 selected = gather(x_TD, paddle.to_tensor(where))
-                finish, routed = self._start(selected, modality, row_lengths)
+                finish, routed = self._start(selected, modality, row_lengths, where, x_TD.shape[0])
                 finishes.append(finish)
                 places.append(where)
                 if len(where):
@@ -152,8 +155,12 @@ class MoELayer(nn.Layer):
         back = paddle.to_tensor(np.argsort(np.concatenate(places)))
         return lambda: gather(concat([finish() for finish in finishes]), back), decisions
 
-    def _start(self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int]) -> tuple[Finish, Routed]:
-        """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D]."""
+    def _start(
+        self, x_TD: paddle.Tensor, modality: int, row_lengths: list[int], where: np.ndarray | None, num_tokens: int
+    ) -> tuple[Finish, Routed]:
+        """Route the tokens and start to send them; the function that is returned gives the weighted sum [T, D].
+        `where`: their numbers among the `num_tokens` of the pass; None: they are all of them.
+        """
         num_experts = self.sizes.num_experts
         agree = None if self.ranks is None else self.ranks.agree
         # The text router always runs: a rank without tokens has the graph of the others, and gradients of zero. The
@@ -176,11 +183,13 @@ class MoELayer(nn.Layer):
             keep = local if keep is None else keep & local
             x_TD, weights = self.ranks.copy(x_TD), self.ranks.copy(weights)
         rows, of_rows, counts, add_up = _dispatch(
-            x_TD, weights, routing.experts, chosen, num_experts, keep, experts.takes_weights
+            x_TD, weights, routing.experts, chosen, num_experts, keep, experts.takes_weights, self.on_routing is None
         )
         done = None if self.ranks is None else self.ranks.start(experts, rows, of_rows, counts, len(chosen))
 
         def finish() -> paddle.Tensor:
+            if self.on_routing is not None:
+                self.on_routing(chosen, where, num_tokens)
             return add_up(experts(rows, counts, of_rows) if done is None else done())
 
         return finish, Routed(routing, usage, dropped, row_lengths)
@@ -194,14 +203,15 @@ def _dispatch(
     num_experts: int,
     keep_TK: np.ndarray | None,
     weigh_rows: bool,
+    may_sort_on_device: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor | None, list[int], Callable[[paddle.Tensor], paddle.Tensor]]:
     """The tokens' copies sorted by expert [R, D]; their routing weights [R, 1], if the experts take these
     (`weigh_rows`); the number of each expert's rows; and the function that sums the experts' outputs [R, D] -> [T, D],
-    weighing them unless the experts do.
+    weighing them unless the experts do. Where the rows are sorted on the host, tokens of one expert keep their order.
     """
     num_pairs = on_host_TK.size if keep_TK is None else int(keep_TK.sum())
     # Both modules have the same functions.
-    on_device = device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1])
+    on_device = may_sort_on_device and device_dispatch.applies(x_TD, num_pairs, num_experts, on_host_TK.shape[1])
     by: ModuleType = device_dispatch if on_device else dispatch
     if on_device:
         pairs: Any = device_dispatch.assign(experts_TK, weights_TK, on_host_TK, num_experts, keep_TK)

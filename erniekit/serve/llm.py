@@ -11,15 +11,16 @@ from typing import Any
 
 from erniekit.config import load, require_supported
 from erniekit.data.records.errors import BadRecord
-from erniekit.generation.load import ChatModel, find_model
+from erniekit.generation.load import ChatModel
 from erniekit.generation.prompt_scores import score_prompt
-from erniekit.generation.request import Event, Generation, TokenScore
+from erniekit.generation.request import Event, Generation, Request, TokenScore
 from erniekit.serve import server_fields as fields
 from erniekit.serve.llm_results import CompletionOutput, Logprob, RequestOutput
 from erniekit.serve.prompts import chat_prompt
 from erniekit.serve.request_plan import Plan, plan, reading
 from erniekit.serve.sampling_params import SamplingParams
-from erniekit.serve.served_model import ServedModel, context_of, engine_of
+from erniekit.serve.served_adapters import open_with_adapters
+from erniekit.serve.served_model import ServedModel, context_of, engine_of, name_of
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
 from erniekit.utils import log
@@ -48,7 +49,7 @@ class LLM:
         tokenizer: another directory with a tokenizer.
         dtype: "auto", "float32", "bfloat16", "float16", or a value of the YAML's compute_type.
         keys: any key of the YAML for `erniekit server`, such as max_model_len, max_num_seqs, seed, chat_template or
-            weight_quantize_algo.
+            lora_modules ({name: directory} here), whose adapters requests may name.
 
     Raises:
         UserError: a key is unknown (the message names the nearest) or wrong, or the directory is not a model.
@@ -60,6 +61,8 @@ class LLM:
         for name, neutral in _NEUTRAL.items():
             if name in keys and keys.pop(name) not in neutral:
                 raise ConfigError(f"{name}: LLM runs the whole model in this process; leave the argument out.")
+        if isinstance(keys.get("lora_modules"), dict):
+            keys["lora_modules"] = [f"{name}={path}" for name, path in keys["lora_modules"].items()]
         values = {_KEYS.get(name, name): value for name, value in (keys | {"tokenizer": tokenizer}).items()}
         if dtype != "auto":
             values["compute_type"] = _DTYPES.get(dtype, dtype)
@@ -68,8 +71,9 @@ class LLM:
         require_supported(cfg, "server")
         for note in cfg.notes:
             log.info(note)
-        chat_model = find_model(cfg).load()
-        self._served = ServedModel(cfg, chat_model, context_of(cfg, chat_model), chat_model.limits(cfg))
+        chat_model = open_with_adapters(cfg)
+        name = name_of(cfg, chat_model)
+        self._served = ServedModel(cfg, chat_model, context_of(cfg, chat_model), chat_model.limits(cfg), name)
         self._engine = engine_of(cfg, chat_model)
         self._lock, self._num_requests = threading.Lock(), 0
 
@@ -91,6 +95,7 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora_request: str | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue prompts.
@@ -99,6 +104,7 @@ class LLM:
             prompts: a text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, or a list of these. Special tokens
                 in a text are one id each; no chat template is applied (`chat` does).
             sampling_params: for all prompts, or one for each; None: SamplingParams().
+            lora_request: the adapter to use, by its name in lora_modules; None: none.
             use_tqdm: show the progress.
 
         Returns:
@@ -112,7 +118,8 @@ class LLM:
         for item, params in zip(items, _params_list(sampling_params, len(items)), strict=True):
             text, ids = self._ids(item)
             with _as_user_errors():
-                wanted = plan(params.fields(), [ids], self._served, params.logprobs, "prompt")
+                values = params.fields() | {"model": lora_request}
+                wanted = plan(values, [ids], self._served, params.logprobs, "prompt")
                 how = reading(params.fields(), self._served, opened=False, has_thoughts=False, has_calls=False)
             plans.append((wanted, how, text))
         scores = [params.prompt_logprobs for params in _params_list(sampling_params, len(items))]
@@ -123,6 +130,7 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora_request: str | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         tool_choice: Any = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -135,6 +143,7 @@ class LLM:
                 conversations. Pictures are parts {"type": "image_url", "image_url": {"url": a data URI or file://path}}
                 or {"type": "image_pil", "image_pil": a PIL.Image.Image}.
             sampling_params: for all conversations, or one for each; None: SamplingParams().
+            lora_request: the adapter to use, by its name in lora_modules; None: none.
             tools, tool_choice: the functions that the model may call, and whether, as OpenAI's API has them.
             chat_template_kwargs: {"enable_thinking": True or False}.
             use_tqdm: show the progress.
@@ -153,7 +162,7 @@ class LLM:
         for talk, params in zip(talks, _params_list(sampling_params, len(talks)), strict=True):
             with _as_user_errors():
                 body = {"model": "", "messages": list(talk)} | {n: _plain(v) for n, v in asked.items()}
-                values = fields.read_fields(body, fields.CHAT) | params.fields()
+                values = fields.read_fields(body, fields.CHAT) | params.fields() | {"model": lora_request}
                 prompt, how = chat_prompt(values, self._served, is_local=True)
                 plans.append((plan(values, [prompt], self._served, params.logprobs, "messages"), how, None))
         if any(params.prompt_logprobs is not None for params in _params_list(sampling_params, len(talks))):
@@ -184,7 +193,7 @@ class LLM:
         tokenizer = self._served.chat_model.tokenizer
         with self._lock:
             prompt_scores = [
-                None if num is None else score_prompt(self._served.chat_model.model, wanted.requests[0].prompt, num)
+                None if num is None else self._prompt_scores(wanted.requests[0], num)
                 for (wanted, _, _), num in zip(plans, scores, strict=True)
             ]
             told = [_Answer(AnswerReader(tokenizer, how)) for wanted, how, _ in plans for _ in wanted.requests]
@@ -205,6 +214,9 @@ class LLM:
                 results.append(self._result(wanted, text, scored, told[first:last], generations[first]))
                 first = last
         return results
+
+    def _prompt_scores(self, request: Request, num: int) -> list[TokenScore | None]:
+        return score_prompt(self._served.chat_model.model, request.prompt, num, request.adapter)
 
     def _answers(self, told: dict[int, "_Answer"]) -> Iterator[None]:
         """Runs the engine, and gives something for each answer that has ended."""

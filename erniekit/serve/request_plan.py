@@ -48,10 +48,11 @@ def plan(
     n = values.get("n", 1)
     if n * len(prompts) > MAX_ANSWERS:
         raise ApiError(400, f"n: at most {MAX_ANSWERS} answers to a request.", "n", "invalid_value")
-    lengths = [len(prompt.ids if isinstance(prompt, PicturePrompt) else prompt) for prompt in prompts]
+    lengths = [len(_ids(prompt)) for prompt in prompts]
     for length in lengths:
         served.check_length(length, name)
     sampling = _sampling(values, served)
+    adapter = served.adapter_of(values.get("model"))
     requests, room = [], served.context - max(lengths)
     limits = _limits(values, served, room)
     asked = values.get("max_completion_tokens", values.get("max_tokens"))
@@ -62,12 +63,15 @@ def plan(
     for row, prompt in enumerate(prompts):
         for number in range(n):
             draw = row * n + number
+            request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter)
             if isinstance(prompt, PicturePrompt):
-                request = Request(prompt.ids, limits, sampling, draw, prompt, _Tables(prompt), num_scores)
-            else:
-                request = Request(prompt, limits, sampling, draw, num_scores=num_scores)
+                request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
             requests.append(request)
     return Plan(prompts, requests, n, headers)
+
+
+def _ids(prompt: list[int] | PicturePrompt) -> list[int]:
+    return prompt.ids if isinstance(prompt, PicturePrompt) else prompt
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from erniekit.config import Config
 from erniekit.generation.engine import Engine
 from erniekit.generation.load import ChatModel
 from erniekit.generation.request import Limits
+from erniekit.lora.several import adapter_set_of
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_text import hidden_ids
 from erniekit.utils.errors import ConfigError
@@ -15,17 +16,36 @@ NUM_KEPT = 4  # conversations whose keys and values are kept for the next questi
 
 @dataclass
 class ServedModel:
-    """A model that answers. `context`: tokens of a prompt and its answer at most. `limits`: as the YAML has them."""
+    """A model that answers. `context`: tokens of a prompt and its answer at most. `limits`: as the YAML has them.
+    `name`: of the model in requests; each of its adapters has a name of its own.
+    """
 
     cfg: Config
     chat_model: ChatModel
     context: int
     limits: Limits
+    name: str
 
     def __post_init__(self) -> None:
         self.hidden = hidden_ids(self.chat_model.tokenizer)
         find = self.chat_model.tokenizer.find_id
         self._bytes = {number: byte for byte in range(256) if (number := find(f"<0x{byte:02X}>")) is not None}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may name."""
+        adapters = adapter_set_of(self.chat_model.model)
+        return () if adapters is None else adapters.names
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request for the model `name` uses. Raises ApiError for a model that is not served."""
+        if name is None or name == self.name:
+            return None
+        if name not in self.adapters:
+            known = ", ".join(map(repr, (self.name, *self.adapters)))
+            verb = "are" if self.adapters else "is"
+            raise ApiError(404, f"model: {name[:80]!r} is not served here; {known} {verb}.", "model", "model_not_found")
+        return name
 
     def check_length(self, num_tokens: int, name: str) -> None:
         """Raises ApiError for a prompt without tokens, or one that leaves no room for an answer."""
@@ -47,6 +67,15 @@ class ServedModel:
             return (chr(byte) if byte < 128 else "\ufffd"), [byte]
         text = self.chat_model.tokenizer.decode([number])
         return text, None if "\ufffd" in text else list(text.encode())
+
+
+def name_of(cfg: Config, chat_model: ChatModel) -> str:
+    """The name of the model in requests. Raises ConfigError where it is an adapter's."""
+    name = cfg.served_model_name or chat_model.path.resolve().name
+    adapters = adapter_set_of(chat_model.model)
+    if adapters is not None and name in adapters.names:
+        raise ConfigError(f"lora_modules: {name} is the name of the model itself (served_model_name). Choose another.")
+    return name
 
 
 def context_of(cfg: Config, chat_model: ChatModel) -> int:

@@ -6,8 +6,9 @@ One process, one port. It is for checking and using a model beside its training,
 import socket
 
 from erniekit.config import Config
-from erniekit.generation.load import ChatModel, open_model
-from erniekit.serve.served_model import context_of, engine_of
+from erniekit.generation.load import ChatModel
+from erniekit.serve.served_adapters import open_with_adapters
+from erniekit.serve.served_model import context_of, engine_of, name_of
 from erniekit.utils import log, runtime
 from erniekit.utils.errors import UserError
 
@@ -39,7 +40,7 @@ def serve(cfg: Config) -> None:
     require_key_if_reachable(cfg.host, keys)
     listening = listen(cfg.host, cfg.port)
     try:
-        served = prepare(cfg, open_model(cfg), keys)
+        served = prepare(cfg, open_with_adapters(cfg), keys)
         _say(served, listening)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -59,8 +60,8 @@ def prepare(cfg: Config, chat_model: ChatModel, keys: tuple[bytes, ...] = ()) ->
     """What the application needs to serve a model. Raises ConfigError for a max_model_len that the model has not."""
     context = context_of(cfg, chat_model)
     thread = EngineThread(engine_of(cfg, chat_model), cfg.max_waiting_requests)
-    name = cfg.served_model_name or chat_model.path.resolve().name
-    return Served(cfg, chat_model, context, chat_model.limits(cfg), thread, Metrics(thread, name), name, keys)
+    name = name_of(cfg, chat_model)
+    return Served(cfg, chat_model, context, chat_model.limits(cfg), name, thread, Metrics(thread, name), keys)
 
 
 def _say(served: "Served", listening: socket.socket) -> None:

@@ -69,22 +69,25 @@ async def _life(served: Served, app: Starlette) -> AsyncIterator[None]:
 
 
 async def _models(request: HttpRequest, served: Served) -> Response:
-    return json_response({"object": "list", "data": [_described(served)]})
+    return json_response(
+        {"object": "list", "data": [_described(served, name) for name in (served.name, *served.adapters)]}
+    )
 
 
 async def _model(request: HttpRequest, served: Served) -> Response:
-    served.check_model(request.path_params["name"])
-    return json_response(_described(served))
+    name = request.path_params["name"]
+    served.adapter_of(name)
+    return json_response(_described(served, name))
 
 
-def _described(served: Served) -> dict[str, Any]:
+def _described(served: Served, name: str) -> dict[str, Any]:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "erniekit",
-        "root": served.name,
-        "parent": None,
+        "root": name,
+        "parent": None if name == served.name else served.name,
         "max_model_len": served.context,
     }
 

@@ -41,7 +41,7 @@ class _Completion:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": self.served.name,
+            "model": self.values["model"],
             "system_fingerprint": fingerprint(self.served),
         }
         self.num_scores: int | None = self.values.get("logprobs")
@@ -56,7 +56,7 @@ class _Completion:
 async def complete(request: HttpRequest, served: Served) -> Response:
     """Continue prompts, whole or in pieces."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.COMPLETION)
-    served.check_model(values["model"])
+    served.adapter_of(values["model"])
     usage = stream_options(values)
     only_scores = bool(values.get("echo")) and values.get("max_tokens") == 0
     if only_scores and (values.get("stream") or values.get("n", 1) > 1):
@@ -113,11 +113,11 @@ async def _scores_of_prompts(ask: _Completion) -> list[list[TokenScore | None]]:
     """The scores of each prompt, where they are asked for."""
     if not ask.echoes or ask.num_scores is None:
         return []
-    scored, model = [], ask.served.chat_model.model
+    scored, model, adapter = [], ask.served.chat_model.model, ask.served.adapter_of(ask.values["model"])
     for ids in ask.prompts:
         if len(ids) > MAX_SCORED:
             raise ApiError(400, f"prompt: at most {MAX_SCORED} tokens with echo and logprobs.", "prompt")
-        scored.append(await ask.served.thread.run(partial(score_prompt, model, ids, ask.num_scores)))
+        scored.append(await ask.served.thread.run(partial(score_prompt, model, ids, ask.num_scores, adapter)))
     return scored
 
 

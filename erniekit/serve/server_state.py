@@ -23,7 +23,6 @@ class Served(ServedModel):
 
     thread: EngineThread
     metrics: Metrics
-    name: str
     keys: tuple[bytes, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "prompts"))
@@ -32,13 +31,6 @@ class Served(ServedModel):
     def max_body_bytes(self) -> int:
         """The largest body of a request."""
         return self.cfg.max_request_mb << 20
-
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError for a model that is not served."""
-        if name is not None and name != self.name:
-            raise ApiError(
-                404, f"model: {name[:80]!r} is not served here; {self.name!r} is.", "model", "model_not_found"
-            )
 
     def reserve(self, count: int) -> None:
         """Take places in the queue. Raises ApiError with the status 429 where it is full, 503 without an engine."""

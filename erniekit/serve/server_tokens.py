@@ -18,7 +18,7 @@ from erniekit.serve.server_state import Served
 async def tokenize(request: HttpRequest, served: Served) -> Response:
     """The token ids of a text, or of a conversation as the model gets it."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.TOKENIZE)
-    served.check_model(values.get("model"))
+    served.adapter_of(values.get("model"))
     if ("prompt" in values) == ("messages" in values):
         raise ApiError(400, "prompt: give either prompt or messages.", "prompt", "invalid_value")
 
@@ -41,7 +41,7 @@ async def tokenize(request: HttpRequest, served: Served) -> Response:
 async def detokenize(request: HttpRequest, served: Served) -> Response:
     """The text of token ids."""
     values = fields.read_fields(await read_body(request, served.max_body_bytes), fields.DETOKENIZE)
-    served.check_model(values.get("model"))
+    served.adapter_of(values.get("model"))
     model = served.chat_model
     ids = fields.id_list(values["tokens"], "tokens", model.model.config.vocab_size)
     return json_response({"prompt": await served.in_pool(lambda: model.tokenizer.decode(ids))})

@@ -102,7 +102,7 @@ _KEYS = {
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
         format max_shard_size copy_tokenizer
-        host port served_model_name max_model_len max_num_seqs max_num_batched_tokens
+        host port served_model_name lora_modules max_model_len max_num_seqs max_num_batched_tokens
         max_waiting_requests queue_timeout request_timeout max_request_mb max_request_images
         api_key_file allowed_hosts
         quantization quantization_first_layers quantization_clip_search quantization_eval

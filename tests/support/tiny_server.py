@@ -10,7 +10,8 @@ from starlette.testclient import TestClient
 
 from erniekit.config import load
 from erniekit.generation import choosing
-from erniekit.generation.load import ChatModel, open_model
+from erniekit.generation.load import ChatModel
+from erniekit.serve.served_adapters import open_with_adapters
 from erniekit.serve.server import prepare
 from erniekit.serve.server_app import make_app
 from erniekit.serve.server_state import Served
@@ -20,7 +21,7 @@ QUESTION = [{"role": "user", "content": "25加16等于几？"}]
 
 
 def opened(model_dir: Path, **keys: object) -> ChatModel:
-    return open_model(_settings(model_dir, **keys))
+    return open_with_adapters(_settings(model_dir, **keys))
 
 
 def _settings(model_dir: Path, **keys: object):
@@ -32,7 +33,7 @@ def _settings(model_dir: Path, **keys: object):
 def client(model_dir: Path, model: ChatModel | None = None, keys: tuple[bytes, ...] = (), **settings: object):
     """(a client, what it asks) of a server of its own; `model` saves loading the weights again."""
     cfg = _settings(model_dir, **settings)
-    served = prepare(cfg, model or open_model(cfg), keys)
+    served = prepare(cfg, model or open_with_adapters(cfg), keys)
     with TestClient(make_app(served), base_url="http://localhost:8188", raise_server_exceptions=False) as asking:
         yield Asking(asking, served)
 

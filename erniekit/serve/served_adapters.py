@@ -1,0 +1,80 @@
+"""The model of a server with the adapters that requests may name (`lora_modules`)."""
+
+from pathlib import Path
+
+from erniekit.checkpoint.model_dir import ADAPTER_CONFIG_FILE, find_checkpoint, is_adapter
+from erniekit.checkpoint.peft_attach import attach_several
+from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
+from erniekit.config import Config
+from erniekit.data.chat.template import say_if_trained_otherwise
+from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
+from erniekit.utils import log
+from erniekit.utils.errors import CheckpointError, ConfigError
+
+
+def open_with_adapters(cfg: Config) -> ChatModel:
+    """Find and load the model that `cfg` names, with the adapters of `lora_modules`. Raises CheckpointError or
+    ConfigError that names the key, before weights are read.
+    """
+    found = find_model(cfg)
+    adapters = _read(cfg, found)
+    chat_model = found.load()
+    if adapters:
+        attach_several(chat_model.model, adapters)
+        log.info(f"adapters that requests may name: {', '.join(adapters)}")
+    return chat_model
+
+
+def adapter_directories(cfg: Config) -> dict[str, Path]:
+    """The directory of each adapter by its name. Raises ConfigError."""
+    directories: dict[str, Path] = {}
+    for entry in cfg.lora_modules:
+        name, equals, path = entry.partition("=")
+        name, path = name.strip(), path.strip()
+        if not (equals and name and path):
+            raise ConfigError(f"lora_modules: expected name=directory, got {entry!r}.")
+        if name in directories or name == cfg.served_model_name:
+            raise ConfigError(f"lora_modules: {name}: there is another model of this name. Choose another.")
+        directories[name] = Path(path).expanduser()
+    return directories
+
+
+def _read(cfg: Config, found: PreparedChatModel) -> dict[str, StoredAdapter]:
+    directories = adapter_directories(cfg)
+    prepared, adapters = found.prepared, {}
+    if directories and prepared.adapter is not None:
+        raise ConfigError(
+            f"lora_modules: {found.path} is itself an adapter. Name its base as the model, and list it in lora_modules."
+        )
+    if directories and prepared.options.precision.qat is not None:
+        raise ConfigError(
+            "lora_modules: a model with fake quantisation has one adapter at most. Leave one of them out."
+        )
+    for name, given in directories.items():
+        try:
+            path = given if is_adapter(given) else find_checkpoint(given)
+            if not is_adapter(path):
+                raise CheckpointError(f"{path} holds no adapter ({ADAPTER_CONFIG_FILE}).")
+            base = None if prepared.options.random_start else prepared.path
+            stored = read_adapter(path, prepared.config, base)
+        except CheckpointError as error:
+            raise CheckpointError(f"lora_modules: {name}: {error}") from None
+        _require_plain(name, stored)
+        say_if_trained_otherwise(path, found.template)
+        adapters[name] = stored
+    return adapters
+
+
+def _require_plain(name: str, stored: StoredAdapter) -> None:
+    """Raises ConfigError for an adapter that cannot share its base with others."""
+    if stored.saved:
+        raise ConfigError(
+            f"lora_modules: {name}: {stored.path} trained {', '.join(stored.saved)} whole (modules_to_save), which "
+            "other requests would get too. Serve it alone: checkpoint: its directory."
+        )
+    outside = [module for module in stored.slots if not module.startswith("model.layers.")]
+    if outside:
+        raise ConfigError(
+            f"lora_modules: {name}: {stored.path} adapts {outside[0]}, which the pictures of several requests pass "
+            "together. Serve it alone: checkpoint: its directory."
+        )
