@@ -205,6 +205,8 @@ def _source(board: Board, body: Body) -> Body:
     if "run" in body:
         run = board.runs.get(_text(body, "run"))
         text = run.yaml.read_text("utf-8")
+        if body.get("copy") is True:
+            return {"yaml": text}
         output = "" if body.get("base") else short(run.output)
         text = forms.change(text, "output_dir", output)
         return {"yaml": forms.change(forms.change(text, "lora_path", ""), "checkpoint", "") if not output else text}

@@ -73,8 +73,8 @@ function actionsOf(run, small) {
     };
     return [button(T.stop, stop(false)), ...(small ? [] : [button(T.kill, stop(true), "danger")])];
   }
-  const label = run.command === "train" ? T.again : T.repeat;
-  return run.state === "other" ? [] : [button(label, () => api("again", { run: run.id }))];
+  const [label, trains] = run.command === "train" ? [T.again, true] : [T.repeat, false];
+  return run.state === "other" || (trains && run.state === "done") ? [] : [button(label, () => api("again", { run: run.id }))];
 }
 
 function runsPage() {
@@ -187,7 +187,7 @@ function runPage() {
       const link = (href, text) => h("a", { class: "button quiet", href }, text);
       const uses = run.command !== "train" ? [] : [link(`/new?command=eval&run=${run.id}`, T.evaluate),
         link(`/new?command=export&run=${run.id}`, T.export), link(`/chat?run=${run.id}`, T.chat)];
-      const copy = link(`/new?command=${run.command}&run=${run.id}&copy=1`, T.yaml);
+      const copy = link(`/new?command=${run.command}&run=${run.id}&copy=1`, T.edit_copy);
       $("actions").replaceChildren(...(run.state === "running" ? [] : uses), copy, ...actionsOf(run, false));
       $("words").textContent = run.words;
     }
@@ -221,8 +221,8 @@ async function withSource(changed) {
   });
   box.addEventListener("input", () => [draft(box.value), changed()]);
   box.value = draft();
-  const asked = new URLSearchParams(location.search).get("run");
-  if (asked) await load({ run: asked });
+  const query = new URLSearchParams(location.search);
+  if (query.has("run")) [$("source").value = `run:${query.get("run")}`, await load({ run: query.get("run"), copy: query.has("copy") })];
 }
 
 function formPage() {
@@ -290,7 +290,7 @@ function formPage() {
 const report = (said) => [$("report-part").hidden = false, $("report").textContent = said.text, $("words").textContent = said.words];
 
 function dataPage() {
-  const token = ([text, trained, times]) => h("span", { class: `token ${trained ? "trained" : ""}` }, times > 1 ? `${text} × ${times}` : text);
+  const token = ([text, trained, times]) => h("span", { class: `token ${trained ? "trained" : ""}` }, text.replaceAll("\n", "↵\n") + (times > 1 ? ` × ${times}` : ""));
   $("show").addEventListener("click", () => busy($("show"), async () => {
     const said = await api("records", { yaml: $("yaml").value, first: +$("first").value, count: +$("count").value });
     if (!said) return;
@@ -372,6 +372,7 @@ class Pane {
       }
     } catch (error) {
       view.foot.textContent = error.name === "AbortError" ? T.stopped : String(error.message);
+      if (!answer.content) return [this.messages.length -= messages.length, view.text.remove()];
     }
     view.text.hidden = !answer.content;
     this.messages.push(answer);
@@ -436,18 +437,18 @@ function chatPage() {
   };
   poll(async () => {
     const runs = (await api("runs", null, true))?.runs ?? [];
-    const served = runs.filter((run) => run.command === "server" && run.state === "running").map((run) => [run.id, run.address ? run.id : `${run.id} (${T.loading})`]);
+    const served = runs.filter((run) => run.command === "server" && run.state === "running").map((run) => [run.id, run.address ? run.id : `${run.id} ${T.is_loading}`]);
     for (const side of ["left", "right"]) if ($(side) !== document.activeElement) fill($(side), served, T.none);
     if (!$("left").value && served.length && !$("address").value) $("left").value = served[0][0];
     const trained = runs.filter((run) => run.command === "train" && run.words);
-    if ($("serve") !== document.activeElement) fill($("serve"), trained.flatMap((run) => [[run.id, run.id], [`base ${run.id}`, `${T.base_of} ${run.id}`]]), T.choose.replace(/^.*[,，]/, ""));
+    if ($("serve") !== document.activeElement) fill($("serve"), trained.flatMap((run) => [[run.id, run.id], [`base ${run.id}`, `${T.base_of} ${run.id}`]]), T.pick);
   });
   const serve = async (name) => {
     const base = name.startsWith("base ");
     const run = base ? name.slice(5) : name;
     const source = await api("source", { run, base });
     const said = source && await api("start", { yaml: source.yaml, command: "server", name: `${base ? "base" : "serve"}-${run}`.slice(0, 60) });
-    if (said) toast(`${said.id}: ${T.loading}`);
+    if (said) toast(`${said.id} ${T.is_loading}`);
     $("serve").value = "";
   };
   $("serve").addEventListener("change", () => $("serve").value && serve($("serve").value));
