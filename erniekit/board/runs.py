@@ -64,7 +64,8 @@ class Run:
         """The process that leads its group; None if it does not run. A number that another process got is not its."""
         facts = _read_json(self.directory / job.PROCESS)
         pid = facts.get("pid")
-        return pid if isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None else None
+        is_it = isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None
+        return pid if is_it and not (self.directory / job.EXIT).exists() else None
 
     def state(self) -> dict[str, Any]:
         """`state`: running, done, failed, stopped (by a signal), killed or other (not started here), with the exit
