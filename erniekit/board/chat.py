@@ -38,7 +38,7 @@ def target(server: str, key: str, run: Run | None) -> tuple[str, str]:
             raise ApiError(503, f"{run.id} does not serve a model (yet); its log says why.", "server")
         return address, (run.directory / "key").read_text(encoding="utf-8").strip()
     try:
-        parts = urlsplit(server)
+        parts = urlsplit(server if "://" in server else f"http://{server}")
         good = parts.scheme == "http" and is_loopback(parts.hostname or "") and parts.port
     except ValueError:
         good = False

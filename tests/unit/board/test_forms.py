@@ -90,7 +90,9 @@ def test_what_is_typed_is_what_is_read(value: str):
     assert forms.values(text)["stage"] == "SFT", "nothing else is changed"
 
 
-@pytest.mark.parametrize("value", ["a\nseed: 9", "x # y", "a: b", "[1", "*a", "!!python/object:os.system x", "- a", "{}"])
+@pytest.mark.parametrize(
+    "value", ["a\nseed: 9", "x # y", "a: b", "[1", "*a", "!!python/object:os.system x", "- a", "{}"]
+)
 def test_what_yaml_would_read_otherwise_is_quoted(value: str):
     assert forms.values(forms.change("", "output_dir", value)) == {"output_dir": value}
 

@@ -111,7 +111,9 @@ def test_names_stay_below_the_root(runs: Runs, tmp_path: Path):
     start(runs, "a", "quick0")
     assert runs.new_directory("a").name == "a-2" and [run.id for run in runs.list()] == ["a"]
     (tmp_path / "inside").symlink_to("/etc")
-    allowed = {path: runs.is_below(path) for path in ("data.jsonl", "runs/x", "../x", "/etc/passwd", "inside/passwd", "~")}
+    allowed = {
+        path: runs.is_below(path) for path in ("data.jsonl", "runs/x", "../x", "/etc/passwd", "inside/passwd", "~")
+    }
     assert allowed == dict.fromkeys(("data.jsonl", "runs/x"), True) | dict.fromkeys(
         ("../x", "/etc/passwd", "inside/passwd", "~"), False
     )
@@ -164,7 +166,9 @@ def test_long_metrics_are_thinned_and_evaluations_kept(runs: Runs):
     run = start(runs, "a", "quick0")
     write(run, [{"step": n, "loss": 1.0} for n in range(3 * MOST_RECORDS)] + [{"step": 7, "eval_loss": 1.0}])
     said = run.metrics("")
-    assert said["every"] == 4 and len(said["records"]) == 3 * MOST_RECORDS // 4 + 1 and "eval_loss" in said["records"][-1]
+    assert (
+        said["every"] == 4 and len(said["records"]) == 3 * MOST_RECORDS // 4 + 1 and "eval_loss" in said["records"][-1]
+    )
 
 
 def test_a_log_comes_from_an_offset_on_and_half_a_character_waits(runs: Runs):
