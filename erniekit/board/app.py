@@ -205,6 +205,8 @@ def _source(board: Board, body: Body) -> Body:
     if "run" in body:
         run = board.runs.get(_text(body, "run"))
         text = run.yaml.read_text("utf-8")
+        if body.get("copy") is True:
+            return {"yaml": text}
         output = "" if body.get("base") else short(run.output)
         text = forms.change(text, "output_dir", output)
         return {"yaml": forms.change(forms.change(text, "lora_path", ""), "checkpoint", "") if not output else text}
@@ -285,7 +287,7 @@ async def _chat(board: Board, request: Request) -> Response:
     server, asked = _text(body, "server"), body.get("body")
     if not isinstance(asked, dict):
         raise ApiError(400, "body: expected an object.", "body")
-    run = None if "/" in server else board.runs.get(server)
+    run = None if ":" in server else board.runs.get(server)
     address, key = await run_in_threadpool(chat.target, server, _text(body, "key", ""), run)
     return await chat.answer(address, key, asked)
 
@@ -296,12 +298,15 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _user_error(request: Request, error: Exception) -> Response:
+    return _error(request, 400, str(error))
+
+
+def _error(request: Request, status: int, message: str) -> Response:
     if request.scope["path"].startswith("/api/"):
-        return ApiError(400, str(error)).response()
-    return _render(request, "error", 404, message=str(error))
+        return ApiError(status, message).response()
+    return _render(request, "error", status, message=message)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    where = f"{request.method[:20]} {request.scope['path'][:100]}"
-    return ApiError(error.status_code, f"{where}: {error.detail}.").response()
+    return _error(request, error.status_code, f"{request.scope['path'][:100]}: {error.detail}")

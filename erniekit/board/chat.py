@@ -38,7 +38,7 @@ def target(server: str, key: str, run: Run | None) -> tuple[str, str]:
             raise ApiError(503, f"{run.id} does not serve a model (yet); its log says why.", "server")
         return address, (run.directory / "key").read_text(encoding="utf-8").strip()
     try:
-        parts = urlsplit(server)
+        parts = urlsplit(server if "://" in server else f"http://{server}")
         good = parts.scheme == "http" and is_loopback(parts.hostname or "") and parts.port
     except ValueError:
         good = False
@@ -51,10 +51,13 @@ async def answer(address: str, key: str, body: dict[str, Any]) -> Response:
     """The answer to a request, streamed. When the page closes the connection, that to the server is closed too."""
     client = httpx.AsyncClient(trust_env=False, timeout=_TIMEOUT)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = client.build_request("POST", f"{address}/v1/chat/completions", json=body, headers=headers)
     try:
+        if "model" not in body:
+            models = (await client.get(f"{address}/v1/models", headers=headers)).json()
+            body = {"model": models["data"][0]["id"], **body} if "data" in models else body
+        request = client.build_request("POST", f"{address}/v1/chat/completions", json=body, headers=headers)
         response = await client.send(request, stream=True)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         await client.aclose()
         raise ApiError(502, f"{address} does not answer: {error or type(error).__name__}", "server") from None
 

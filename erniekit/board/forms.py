@@ -83,26 +83,19 @@ def check(text: str, command: str, runs: Runs, words: Sequence[str] = ()) -> dic
         return {"problems": problems, "notes": [note.replace(str(path) + ":", "line ") for note in notes]}
 
 
-class draft:
+@contextlib.contextmanager
+def draft(text: str, runs: Runs) -> Iterator[Path]:
     """A context with a file that holds a text, below the root of the runs. Raises UserError for a text that names
     environment variables, whose values a page must not show, and for one that is too long.
     """
-
-    def __init__(self, text: str, runs: Runs) -> None:
-        if "oc.env" in text:
-            raise UserError("oc.env: the board reads no environment variables. Write the value.")
-        if len(text.encode()) > MAX_BYTES:
-            raise UserError(f"the YAML has more than {MAX_BYTES} bytes.")
-        self._directory = tempfile.TemporaryDirectory(prefix=".draft-", dir=runs.root)
-        self._text = text
-
-    def __enter__(self) -> Path:
-        path = Path(self._directory.name) / "draft.yaml"
-        path.write_text(self._text, encoding="utf-8")
-        return path
-
-    def __exit__(self, *error: object) -> None:
-        self._directory.cleanup()
+    if "oc.env" in text:
+        raise UserError("oc.env: the board reads no environment variables. Write the value.")
+    if len(text.encode()) > MAX_BYTES:
+        raise UserError(f"the YAML has more than {MAX_BYTES} bytes.")
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=runs.root) as directory:
+        path = Path(directory) / "draft.yaml"
+        path.write_text(text, encoding="utf-8")
+        yield path
 
 
 def _outside(cfg: config.Config, runs: Runs) -> list[str]:

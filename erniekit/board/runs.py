@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ COMMANDS = ("train", "eval", "export", "split", "server")
 MOST_LOG = 1 << 16  # bytes of a log in one answer
 MOST_RECORDS = 2000  # of metrics.jsonl in one answer; of more, every k-th
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_JOB, _METRICS = "job.json", "metrics.jsonl"
+_JOB = "job.json"
 _ENTRY = "from erniekit.cli.main import main; sys.exit(main())"
 
 
@@ -64,7 +64,8 @@ class Run:
         """The process that leads its group; None if it does not run. A number that another process got is not its."""
         facts = _read_json(self.directory / job.PROCESS)
         pid = facts.get("pid")
-        return pid if isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None else None
+        is_it = isinstance(pid, int) and facts["started"] == job.start_time(pid) is not None
+        return pid if is_it and not (self.directory / job.EXIT).exists() else None
 
     def state(self) -> dict[str, Any]:
         """`state`: running, done, failed, stopped (by a signal), killed or other (not started here), with the exit
@@ -84,10 +85,15 @@ class Run:
         words = shlex.join(["erniekit", *self.words]) if self.words else ""
         return {**shown, **self.state(), "words": words, "last": self._last()}
 
+    @property
+    def metrics_file(self) -> Path:
+        """Where its metrics are; of a command that only uses the output of a training, there are none."""
+        return (self.output if self.command == "train" else self.directory) / "metrics.jsonl"
+
     def _last(self) -> dict[str, Any]:
         """The newest values of its metrics."""
         last: dict[str, Any] = {}
-        for line in _tail(self.output / _METRICS, 8192)[0].splitlines()[-20:]:
+        for line in _tail(self.metrics_file, 8192)[0].splitlines()[-20:]:
             last |= _record(line) or {}
         return last
 
@@ -100,9 +106,8 @@ class Run:
         """The records after `mark`, which an earlier answer gave; all, with `restart`, where the file is another one
         since (a resumed run drops steps that it repeats). `every`: k where only every k-th step is returned.
         """
-        path = self.output / _METRICS
         try:
-            with open(path, "rb") as file:
+            with open(self.metrics_file, "rb") as file:
                 facts = os.fstat(file.fileno())
                 inode, _, text = mark.partition(":")
                 offset = int(text) if text.isdecimal() and inode == str(facts.st_ino) else 0
@@ -160,8 +165,8 @@ class Runs:
         facts = _read_json(directory / _JOB)
         if facts:
             return Run(directory, tuple(facts["words"]), Path(facts["output"]), facts["created"])
-        metrics = directory / _METRICS
-        return Run(directory, (), directory, metrics.stat().st_mtime) if metrics.is_file() else None
+        run = Run(directory, (), directory)
+        return replace(run, created=run.metrics_file.stat().st_mtime) if run.metrics_file.is_file() else None
 
     def is_below(self, path: str) -> bool:
         """Whether a path, with all links followed, is below a directory that the board may use."""

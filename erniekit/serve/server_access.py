@@ -23,7 +23,10 @@ def key_digests(file: str | None, variable: str | None) -> tuple[bytes, ...]:
     """
     keys = [variable] if variable else []
     if file is not None:
-        lines = [line.strip() for line in read_text(Path(file), ConfigError).splitlines()]
+        try:
+            lines = [line.strip() for line in read_text(Path(file), ConfigError).splitlines()]
+        except FileNotFoundError:
+            raise ConfigError(f"api_key_file: there is no file {file!r}.") from None
         of_file = [line for line in lines if line and not line.startswith("#")]
         if not of_file:
             raise ConfigError(f"api_key_file: {file} holds no key. Write one on each line.")

@@ -1,8 +1,11 @@
 // The pages of the board. Whatever comes from files, models or users is put in as text, never as HTML.
 
-const T = JSON.parse(document.getElementById("strings").textContent);
 const $ = (id) => document.getElementById(id);
+const T = JSON.parse($("strings").textContent);
 const say = (name, ...values) => values.reduce((text, value, n) => text.replace(`{${n}}`, value), T[name] ?? name);
+const on = (id, event, act) => $(id)?.addEventListener(event, act);
+const put = (id, ...nodes) => $(id).replaceChildren(...nodes.flat());
+const root = document.documentElement;
 
 /** An element: h("a", {href, class, onclick}, children...). */
 function h(tag, props = {}, ...children) {
@@ -10,24 +13,30 @@ function h(tag, props = {}, ...children) {
   for (const [name, value] of Object.entries(props)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "style") Object.assign(element.style, value);
-    else if (value === true || value === false) element[name] = value;
-    else if (value != null) element.setAttribute(name, value);
+    else if (typeof value === "boolean") element[name] = value;
+    else element.setAttribute(name, value);
   }
   element.append(...children.flat().filter((child) => child != null));
   return element;
 }
 
+const div = (kind, ...children) => h("div", { class: kind }, ...children);
+const doc = (...children) => h("p", { class: "doc" }, ...children);
+const button = (text, kind, onclick) => h("button", { class: kind, onclick, type: "button" }, text);
+
 function toast(text) {
-  const box = h("div", { class: "toast" }, text);
+  const box = div("toast", text);
   $("toasts").append(box);
   setTimeout(() => box.remove(), 8000);
 }
 
+const JSON_TYPE = { "Content-Type": "application/json" };
+const post = (body) => ({ method: "POST", headers: JSON_TYPE, body: JSON.stringify(body) });
+
 /** The JSON answer to a request; null, with a message to the user, where it fails. */
 async function api(path, body, quiet = false) {
   try {
-    const headers = { "Content-Type": "application/json" };
-    const answer = await fetch(`/api/${path}`, body ? { method: "POST", headers, body: JSON.stringify(body) } : {});
+    const answer = await fetch(`/api/${path}`, body ? post(body) : {});
     if (answer.status === 401) location.href = "/login";
     const said = await answer.json();
     if (answer.ok) return said;
@@ -46,55 +55,56 @@ async function poll(act) {
   }
 }
 
-async function busy(button, act) {
-  const text = button.textContent;
-  button.disabled = true;
-  button.textContent = T.loading;
-  try {
-    return await act();
-  } finally {
-    button.disabled = false;
-    button.textContent = text;
-  }
+/** Calls `act` when a button is clicked, which shows that for as long as it takes. */
+function onClick(id, act) {
+  on(id, "click", async () => {
+    const text = $(id).textContent;
+    [$(id).disabled, $(id).textContent] = [true, T.loading];
+    await act();
+    [$(id).disabled, $(id).textContent] = [false, text];
+  });
 }
 
-const badge = (state) => h("span", { class: `badge ${state}` }, say(state));
-const number = (value) => value == null ? "" : Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(5));
-const draft = (text) => text === undefined ? sessionStorage.getItem("draft") ?? "" : sessionStorage.setItem("draft", text);
+const badge = (run) => h("span", { class: `badge ${run.state}` }, say(run.state), run.code > 0 ? ` (${run.code})` : "");
+const sizeOf = (bytes) => bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
+
+function number(value) {
+  if (value == null) return "";
+  const size = Math.abs(value);
+  return size >= 1e5 || (size > 0 && size < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(5));
+}
 
 // The list of runs
 
-function actionsOf(run, small) {
-  const button = (text, act, kind = "quiet") => h("button", { class: `${kind} ${small ? "small" : ""}`, onclick: act }, text);
+function actionsOf(run, size) {
+  const stop = (force) => async () => {
+    if (force && !confirm(T.kill_hint)) return;
+    if (await api("stop", { run: run.id, force })) toast(force ? T.killed : T.stopping);
+  };
   if (run.state === "running") {
-    const stop = (force) => async () => {
-      if (force && !confirm(T.kill_hint)) return;
-      if (await api("stop", { run: run.id, force })) toast(force ? say("killed") : T.stopping);
-    };
-    return [button(T.stop, stop(false)), ...(small ? [] : [button(T.kill, stop(true), "danger")])];
+    return [button(T.stop, `quiet ${size}`, stop(false)), ...(size ? [] : [button(T.kill, "danger", stop(true))])];
   }
-  const label = run.command === "train" ? T.again : T.repeat;
-  return run.state === "other" ? [] : [button(label, () => api("again", { run: run.id }))];
+  const trains = run.command === "train";
+  if (run.state === "other" || (trains && run.state === "done")) return [];
+  return [button(trains ? T.again : T.repeat, `quiet ${size}`, () => api("again", { run: run.id }))];
 }
 
 function runsPage() {
   const chosen = new Set();
+  const choose = (run) => (event) => {
+    chosen[event.target.checked ? "add" : "delete"](run.id);
+    [$("compare").hidden, $("compare").href] = [chosen.size < 2, `/compare?runs=${[...chosen].join(",")}`];
+  };
+  const row = (run) => h("tr", { "data-run": run.id }, [
+    h("input", { type: "checkbox", "aria-label": T.compare, checked: chosen.has(run.id), onchange: choose(run) }),
+    h("a", { href: `/run/${run.id}` }, run.id), run.command, badge(run), number(run.last.step), number(run.last.loss),
+    new Date(run.created * 1000).toLocaleString(root.lang), actionsOf(run, "small"),
+  ].map((cell, n) => h("td", n > 3 ? { class: n === 6 ? "quiet" : "num" } : {}, cell)));
   poll(async () => {
     const said = await api("runs", null, true);
     if (!said) return;
-    $("empty").hidden = said.runs.length > 0;
-    $("runs").hidden = !said.runs.length;
-    const rows = said.runs.map((run) => h("tr", { "data-run": run.id },
-      h("td", {}, h("input", { type: "checkbox", "aria-label": `${T.compare} ${run.id}`, checked: chosen.has(run.id), onchange: (event) => {
-        chosen[event.target.checked ? "add" : "delete"](run.id);
-        $("compare").hidden = chosen.size < 2;
-        $("compare").href = `/compare?runs=${[...chosen].join(",")}`;
-      } })),
-      h("td", {}, h("a", { href: `/run/${run.id}` }, run.id)), h("td", {}, run.command), h("td", {}, badge(run.state)),
-      h("td", { class: "num" }, number(run.last.step)), h("td", { class: "num" }, number(run.last.loss)),
-      h("td", { class: "quiet" }, new Date(run.created * 1000).toLocaleString(document.documentElement.lang)),
-      h("td", { class: "num" }, actionsOf(run, true))));
-    if (!$("runs").contains(document.activeElement)) $("runs").tBodies[0].replaceChildren(...rows);
+    [$("empty").hidden, $("runs").hidden] = [said.runs.length > 0, !said.runs.length];
+    if (!$("runs").contains(document.activeElement)) $("runs").tBodies[0].replaceChildren(...said.runs.map(row));
   });
 }
 
@@ -105,13 +115,16 @@ const FIRST = ["loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_se
 
 function smoothed(values, share) {
   let mean = null;
-  return values.map((value) => value == null ? null : (mean = mean == null ? value : share * mean + (1 - share) * value));
+  return values.map((value) => {
+    if (value != null) mean = mean == null ? value : share * mean + (1 - share) * value;
+    return value == null ? null : mean;
+  });
 }
 
 class Charts {
   constructor(ids) {
     [this.ids, this.data, this.plots] = [ids, new Map(ids.map((id) => [id, []])), new Map()];
-    for (const id of ["smooth", "log-scale"]) $(id).addEventListener("input", () => this.draw(id === "log-scale"));
+    for (const id of ["smooth", "log-scale"]) on(id, "input", () => this.draw(id === "log-scale"));
     new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name)))).observe($("charts"));
   }
 
@@ -130,9 +143,9 @@ class Charts {
   draw(again) {
     const names = new Set([...this.data.values()].flatMap((records) => records.flatMap(Object.keys)));
     names.delete("step");
-    const order = (name) => FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length;
+    const place = (name) => FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length;
     $("charts-part").hidden = !names.size;
-    for (const name of [...names].sort((a, b) => order(a) - order(b) || a.localeCompare(b))) this.drawOne(name, again);
+    for (const name of [...names].sort((a, b) => place(a) - place(b) || a.localeCompare(b))) this.drawOne(name, again);
   }
 
   drawOne(name, again) {
@@ -144,20 +157,28 @@ class Charts {
       return [records.map((record) => record.step), smoothed(records.map((record) => record[name]), share)];
     });
     const data = uPlot.join(tables);
-    const logs = $("log-scale").checked && data.slice(1).flat().every((value) => value == null || value > 0);
     const old = this.plots.get(name);
     if (old && !again) return old.setData(data);
     old?.destroy();
-    let box = $(`chart-${name}`);
-    if (!box) $("charts").append(h("div", { class: "card" }, h("h3", {}, name), box = h("div", { id: `chart-${name}` })));
-    const style = getComputedStyle(document.documentElement);
-    const [ink, line] = ["--quiet", "--line"].map((each) => style.getPropertyValue(each));
+    const id = `chart-${name}`;
+    if (!$(id)) $("charts").append(div("card", h("h3", {}, name), h("div", { id })));
+    this.plots.set(name, new uPlot({ ...this.size(name), ...this.look(tables, data) }, data, $(id)));
+  }
+
+  look(tables, data) {
+    const positive = data.slice(1).flat().every((value) => value == null || value > 0);
+    const [ink, line] = [getComputedStyle($("remarks")).color, getComputedStyle($("log")).borderTopColor];
     const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
-    const series = this.ids.map((id, n) => ({ label: id, stroke: COLOURS[n % COLOURS.length], width: 1.6, spanGaps: true,
-      points: { show: tables[n][0].length < 3 }, value: (plot, value) => number(value) }));
-    this.plots.set(name, new uPlot({ ...this.size(name), series: [{ label: T.step }, ...series], cursor: { sync: { key: "step" } },
-      scales: { x: { time: false }, y: { distr: logs ? 3 : 1 } }, legend: { show: this.ids.length > 1 },
-      axes: [{ ...axis, size: 30 }, { ...axis, size: 62, values: (plot, ticks) => ticks.map((tick) => tick == null ? "" : number(tick)) }] }, data, box));
+    const value = (plot, each) => number(each);
+    const series = this.ids.map((label, n) => ({ label, value, stroke: COLOURS[n % COLOURS.length], width: 1.6,
+      spanGaps: true, points: { show: tables[n][0].length < 3 } }));
+    return {
+      series: [{ label: T.step }, ...series],
+      axes: [{ ...axis, size: 30 }, { ...axis, size: 62, values: (plot, ticks) => ticks.map(number) }],
+      scales: { x: { time: false }, y: { distr: $("log-scale").checked && positive ? 3 : 1 } },
+      legend: { show: this.ids.length > 1 },
+      cursor: { sync: { key: "step" } },
+    };
   }
 }
 
@@ -168,8 +189,7 @@ function runPage() {
   let shown = "";
   poll(async () => {
     let changed = false;
-    for (const id of ids) {
-      const mark = marks.get(id);
+    for (const [id, mark] of marks) {
       const said = await api(`runs/${id}?metrics=${encodeURIComponent(mark.metrics)}&log=${mark.log}`, null, true);
       if (!said) continue;
       mark.metrics = said.metrics.mark;
@@ -180,230 +200,168 @@ function runPage() {
   });
 
   function showRun({ run, log, results, samples }, offset) {
-    const state = `${run.state} ${run.code ?? ""}`;
-    if (state !== shown) {
-      shown = state;
-      $("state").replaceChildren(badge(run.state));
+    if (shown !== run.state) {
+      shown = run.state;
+      put("state", badge(run));
       const link = (href, text) => h("a", { class: "button quiet", href }, text);
-      const uses = run.command !== "train" ? [] : [link(`/new?command=eval&run=${run.id}`, T.evaluate),
-        link(`/new?command=export&run=${run.id}`, T.export), link(`/chat?run=${run.id}`, T.chat)];
-      const copy = link(`/new?command=${run.command}&run=${run.id}&copy=1`, T.yaml);
-      $("actions").replaceChildren(...(run.state === "running" ? [] : uses), copy, ...actionsOf(run, false));
+      const uses = run.command !== "train" || run.state === "running" ? [] : [
+        link(`/new?command=eval&run=${run.id}`, T.evaluate), link(`/new?command=export&run=${run.id}`, T.export),
+        link(`/chat?run=${run.id}`, T.chat)];
+      put("actions", uses, link(`/new?command=${run.command}&run=${run.id}&copy=1`, T.edit_copy), actionsOf(run, ""));
       $("words").textContent = run.words;
     }
-    $("log-part").hidden = false;
     const box = $("log");
     const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 8;
     if (log.offset < offset) box.textContent = "";
     box.append((log.skipped ? say("skipped", log.skipped) + "\n" : "") + log.text);
     if (log.text && atEnd) box.scrollTop = box.scrollHeight;
-    $("results-part").hidden = !results;
     $("results").textContent = results;
-    $("samples-part").hidden = !samples.length;
+    [$("log-part").hidden, $("results-part").hidden, $("samples-part").hidden] = [false, !results, !samples.length];
     const columns = [...new Set(samples.flatMap(Object.keys))];
     const text = (value) => value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
-    if (samples.length) $("samples").replaceChildren(h("thead", {}, h("tr", {}, columns.map((name) => h("th", {}, name)))),
-      h("tbody", {}, samples.map((row) => h("tr", {}, columns.map((name) => h("td", {}, text(row[name])))))));
+    const row = (tag, cells) => h("tr", {}, cells.map((cell) => h(tag, {}, cell)));
+    put("samples", h("thead", {}, row("th", columns)),
+      h("tbody", {}, samples.map((sample) => row("td", columns.map((name) => text(sample[name]))))));
   }
 }
 
 // The text that the pages share, and where it comes from
 
 async function withSource(changed) {
-  const box = $("yaml");
+  const draft = (text) => sessionStorage.setItem("draft", text);
   const load = async (body) => {
     const said = await api("source", body);
-    if (said) [box.value = said.yaml, draft(said.yaml), changed()];
+    if (said) [$("yaml").value = said.yaml, draft(said.yaml), changed()];
   };
-  $("source").addEventListener("change", () => {
-    const [kind, name] = [$("source").value.split(":", 1)[0], $("source").value.replace(/^\w+:/, "")];
-    if (name) load({ [kind]: name });
+  on("source", "change", () => {
+    const [kind, ...name] = $("source").value.split(":");
+    if (kind) load({ [kind]: name.join(":") });
   });
-  box.addEventListener("input", () => [draft(box.value), changed()]);
-  box.value = draft();
-  const asked = new URLSearchParams(location.search).get("run");
-  if (asked) await load({ run: asked });
+  on("yaml", "input", () => [draft($("yaml").value), changed()]);
+  $("yaml").value = sessionStorage.getItem("draft") ?? "";
+  const query = new URLSearchParams(location.search);
+  const run = query.get("run");
+  if (run) [$("source").value = `run:${run}`, await load({ run, copy: query.has("copy") })];
 }
 
 function formPage() {
   const command = $("form").dataset.command;
   const fields = [...document.querySelectorAll(".field")];
   const input = (field) => field.querySelector("input, select");
-  let turn = 0;
+  const own = () => $("own-output")?.checked ?? false;
+  const asked = () => ({ yaml: $("yaml").value, command, name: $("name").value, own_output: own() });
+  let [turn, later] = [0, null];
 
   async function show(change = {}) {
     const mine = ++turn;
-    const said = await api("form", { yaml: $("yaml").value, command, name: $("name").value,
-      own_output: $("own-output")?.checked ?? false, ...change });
+    const said = await api("form", { ...asked(), ...change });
     if (!said || mine !== turn) return;
-    if (said.yaml !== $("yaml").value) [$("yaml").value = said.yaml, draft(said.yaml)];
-    for (const field of fields) {
-      const [key, control] = [field.dataset.key, input(field)];
-      const value = said.values?.[key] ?? "";
-      if (said.values && control !== document.activeElement) {
-        if (control.tagName === "SELECT") {
-          const same = [...control.options].find((option) => option.value.toLowerCase() === value.toLowerCase());
-          control.value = (same ?? control.appendChild(h("option", {}, value))).value;
-        } else control.value = value;
-      }
-      if (said.values) field.classList.toggle("given", key in said.values);
-      const lines = said.problems[key] ?? [];
-      field.lastElementChild.textContent = lines.join("\n");
-      field.lastElementChild.hidden = !lines.length;
-      control.setAttribute("aria-invalid", lines.length > 0);
-    }
-    const lines = Object.values(said.problems).flat();
-    $("problems").replaceChildren(...lines.map((line) => h("li", {}, line)));
+    if (said.yaml !== $("yaml").value) [$("yaml").value = said.yaml, sessionStorage.setItem("draft", said.yaml)];
+    for (const field of fields) showField(field, said.values, said.problems[field.dataset.key] ?? []);
+    const items = (lines) => lines.map((line) => h("li", {}, line));
+    const problems = Object.values(said.problems).flat();
+    put("problems", items(problems));
+    put("notes", items(said.notes));
     $("notes-part").hidden = !said.notes.length;
     $("notes-part").firstElementChild.textContent = say("notes", said.notes.length);
-    $("notes").replaceChildren(...said.notes.map((line) => h("li", {}, line)));
     $("words").textContent = said.words.join(" ");
-    $("start").disabled = lines.length > 0 || !$("yaml").value.trim();
+    $("start").disabled = problems.length > 0 || !said.yaml.trim();
     filter();
   }
 
+  function showField(field, values, problems) {
+    const [control, value] = [input(field), values?.[field.dataset.key] ?? ""];
+    if (values) field.classList.toggle("given", field.dataset.key in values);
+    if (values && control !== document.activeElement) {
+      const same = [...(control.options ?? [])].find((option) => option.value.toLowerCase() === value.toLowerCase());
+      if (control.options && !same) control.append(h("option", {}, value));
+      control.value = same?.value ?? value;
+    }
+    [field.lastElementChild.textContent, field.lastElementChild.hidden] = [problems.join("\n"), !problems.length];
+    control.setAttribute("aria-invalid", problems.length > 0);
+  }
+
   function filter() {
-    const words = $("search").value.toLowerCase();
+    const [words, given] = [$("search").value.toLowerCase(), $("only-given").checked];
     for (const group of document.querySelectorAll(".group")) {
       const inside = [...group.querySelectorAll(".field")];
-      const given = inside.filter((field) => field.classList.contains("given"));
-      for (const field of inside) field.hidden = ($("only-given").checked && !given.includes(field)) || !field.textContent.toLowerCase().includes(words);
-      group.querySelector(".count").textContent = given.length || "";
+      for (const field of inside) {
+        const fits = field.textContent.toLowerCase().includes(words);
+        field.hidden = !fits || (given && !field.classList.contains("given"));
+      }
+      group.querySelector(".count").textContent = group.querySelectorAll(".given").length || "";
       group.hidden = inside.every((field) => field.hidden);
-      if ((words || $("only-given").checked) && !group.hidden) group.open = true;
+      if ((words || given) && !group.hidden) group.open = true;
     }
   }
 
-  let later;
-  for (const field of fields) input(field).addEventListener("change", () => show({ key: field.dataset.key, value: input(field).value }));
-  for (const id of ["search", "only-given"]) $(id).addEventListener("input", filter);
-  for (const id of ["name", "own-output"]) $(id)?.addEventListener("input", () => show());
-  $("start").addEventListener("click", () => busy($("start"), async () => {
-    const said = await api("start", { yaml: $("yaml").value, command, name: $("name").value, own_output: $("own-output")?.checked ?? false });
+  for (const field of fields) {
+    const control = input(field);
+    control.addEventListener("change", () => show({ key: field.dataset.key, value: control.value }));
+  }
+  for (const id of ["search", "only-given"]) on(id, "input", filter);
+  for (const id of ["name", "own-output"]) on(id, "input", () => show());
+  onClick("start", async () => {
+    const said = await api("start", asked());
     if (said) location.href = `/run/${said.id}`;
-  }));
+  });
   withSource(() => [clearTimeout(later), later = setTimeout(show, 250)]).then(() => show());
 }
 
 // Data and plan
 
-const report = (said) => [$("report-part").hidden = false, $("report").textContent = said.text, $("words").textContent = said.words];
+async function ask(path, body) {
+  const said = await api(path, { yaml: $("yaml").value, ...body });
+  if (!said) return null;
+  [$("report-part").hidden, $("report").textContent, $("words").textContent] = [false, said.text, said.words];
+  return said;
+}
 
 function dataPage() {
-  const token = ([text, trained, times]) => h("span", { class: `token ${trained ? "trained" : ""}` }, times > 1 ? `${text} × ${times}` : text);
-  $("show").addEventListener("click", () => busy($("show"), async () => {
-    const said = await api("records", { yaml: $("yaml").value, first: +$("first").value, count: +$("count").value });
-    if (!said) return;
-    $("records").replaceChildren(...(said.records ?? []).flatMap((record) => {
-      const head = h("h3", {}, `${record.split} · ${record.where}`);
-      if (!record.documents.length) return h("div", { class: "card record" }, head, h("p", { class: "doc" }, record.dropped));
-      return record.documents.map((each) => h("div", { class: "card record" }, head.cloneNode(true), h("p", { class: "doc" }, each.sizes),
-        h("p", {}, each.tokens.map(token)), each.left_out ? h("p", { class: "doc" }, say("left_out", each.left_out)) : null,
-        each.pictures.map((png) => h("img", { src: `data:image/png;base64,${png}`, alt: record.where }))));
-    }));
-    report(said);
-  }));
+  const token = ([text, trained, times]) => h("span", { class: `token ${trained ? "trained" : ""}` },
+    text.replaceAll("\n", "↵\n") + (times > 1 ? ` × ${times}` : ""));
+  const picture = (png) => h("img", { src: `data:image/png;base64,${png}`, alt: T.picture });
+  const shown = (each) => [doc(each.sizes), h("p", {}, each.tokens.map(token)),
+    doc(each.left_out ? say("left_out", each.left_out) : ""), each.pictures.map(picture)];
+  onClick("show", async () => {
+    const said = await ask("records", { first: +$("first").value, count: +$("count").value });
+    if (said) put("records", (said.records ?? []).map((record) => div("card record",
+      h("h3", {}, `${record.split} · ${record.where}`), doc(record.dropped), record.documents.flatMap(shown))));
+  });
   withSource(() => {});
 }
 
 function planPage() {
-  const size = (bytes) => bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
-  $("show").addEventListener("click", () => busy($("show"), async () => {
-    const said = await api("plan", { yaml: $("yaml").value, gpu: $("gpu").value, gpus: $("gpus-count").value, search: $("search-layouts").checked ? "true" : "" });
-    if (!said) return;
-    report(said);
-    const plan = said.json;
-    const fact = (value, name) => h("div", {}, h("b", {}, value), " ", h("span", { class: "quiet" }, name));
-    $("verdict").replaceChildren(...(plan ? [h("div", { class: "card verdict" }, h("b", { class: plan.fits ? "good" : "bad" }, plan.fits ? T.fits : T.fits_not),
-      fact(`${number(plan.step_seconds)} s`, T.per_step), fact(Math.round(plan.tokens_per_second).toLocaleString(), T.tokens_per_second))] : []));
-    const kinds = [...new Set((plan?.stages ?? []).flatMap((stage) => Object.keys(stage.bytes)))];
-    const most = Math.max(...(plan?.stages ?? []).map((stage) => Math.max(stage.peak, stage.peak + stage.headroom)));
-    const colour = (kind) => COLOURS[kinds.indexOf(kind) % COLOURS.length];
-    const stages = (plan?.stages ?? []).map((stage) => h("div", { class: "stage" }, h("span", {}, `${T.stage} ${stage.stage}`),
-      h("div", { class: "stack" }, kinds.map((kind) => h("span", { title: `${kind}: ${size(stage.bytes[kind] ?? 0)}`,
-        style: { background: colour(kind), width: `${100 * (stage.bytes[kind] ?? 0) / most}%` } }))),
-      h("span", { class: stage.headroom < 0 ? "bad" : "quiet" }, `${size(stage.peak)}, ${size(stage.headroom)} ${T.free}`)));
-    const key = kinds.flatMap((kind) => [h("span", { class: "swatch", style: { background: colour(kind) } }), kind]);
-    $("stages").replaceChildren(...(stages.length ? [h("div", { class: "card" }, stages, h("p", { class: "doc" }, key))] : []));
-  }));
+  onClick("show", async () => {
+    const search = $("search-layouts").checked ? "true" : "";
+    const said = await ask("plan", { gpu: $("gpu").value, gpus: $("gpus-count").value, search });
+    if (said) showPlan(said.json);
+  });
   withSource(() => {});
+
+  function showPlan(plan) {
+    put("verdict");
+    put("stages");
+    if (!plan) return;
+    const fact = (value, name) => h("div", {}, h("b", {}, value), " ", h("span", { class: "quiet" }, name));
+    const fits = h("b", { class: plan.fits ? "good" : "bad" }, plan.fits ? T.fits : T.fits_not);
+    put("verdict", div("card verdict", fits, fact(`${number(plan.step_seconds)} s`, T.per_step),
+      fact(Math.round(plan.tokens_per_second).toLocaleString(), T.tokens_per_second)));
+    const kinds = [...new Set(plan.stages.flatMap((stage) => Object.keys(stage.bytes)))];
+    const most = Math.max(...plan.stages.map((stage) => Math.max(stage.peak, stage.peak + stage.headroom)));
+    const swatch = (kind, width, title) => h("span", { class: "swatch", title,
+      style: { background: COLOURS[kinds.indexOf(kind) % COLOURS.length], width } });
+    const part = ([kind, size]) => swatch(kind, `${100 * size / most}%`, `${kind}: ${sizeOf(size)}`);
+    const row = ({ stage, bytes, peak, headroom }) => div("stage", `${T.stage} ${stage}`,
+      div("stack", Object.entries(bytes).map(part)),
+      h("span", { class: headroom < 0 ? "bad" : "quiet" }, `${sizeOf(peak)}, ${sizeOf(headroom)} ${T.free}`));
+    put("stages", div("card", plan.stages.map(row), doc(kinds.flatMap((kind) => [swatch(kind, "10px", kind), kind]))));
+  }
 }
 
 // Chat
 
-class Pane {
-  constructor(side) {
-    [this.side, this.box, this.messages] = [side, h("div", { class: "pane", "aria-live": "polite" }), []];
-  }
-
-  clear() {
-    [this.messages, this.box.textContent] = [[], ""];
-  }
-
-  async ask(messages, signal) {
-    const server = $(this.side).value || (this.side === "left" && $("address").value);
-    if (!server) return toast(T.no_server);
-    this.messages.push(...messages);
-    for (const message of messages) if (message.role === "user") {
-      const parts = typeof message.content === "string" ? [{ text: message.content }] : message.content;
-      this.box.append(h("div", { class: "message user" }, h("div", { class: "text" }, parts.map((part) => part.text ??
-        h("img", { src: part.image_url.url, alt: T.picture })))));
-    }
-    const body = { messages: [...($("system").value ? [{ role: "system", content: $("system").value }] : []), ...this.messages], stream: true, stream_options: { include_usage: true } };
-    for (const [id, name] of [["temperature", "temperature"], ["max-tokens", "max_tokens"]]) if ($(id).value) body[name] = +$(id).value;
-    if ($("thinking").value) body.enable_thinking = $("thinking").value === "true";
-    const tools = toolsOf();
-    if (tools === null) return;
-    if (tools.length) body.tools = tools;
-    const view = this.view();
-    const answer = { role: "assistant", content: "" };
-    const start = performance.now();
-    try {
-      const response = await fetch("/api/chat", { method: "POST", signal, headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ server, key: $("key").value, body }) });
-      if (!response.ok) throw new Error((await response.json()).error.message);
-      for await (const chunk of events(response.body)) {
-        if (chunk.error) throw new Error(chunk.error.message);
-        const delta = chunk.choices[0]?.delta ?? {};
-        if (delta.reasoning) view.think(answer.reasoning_content = (answer.reasoning_content ?? "") + delta.reasoning);
-        if (delta.content) view.text.textContent = answer.content += delta.content;
-        if (delta.tool_calls) answer.tool_calls = [...(answer.tool_calls ?? []), ...delta.tool_calls.map(({ index, ...call }) => call)];
-        if (chunk.usage) view.foot.textContent = `${chunk.usage.completion_tokens} tokens, ${number(1000 * chunk.usage.completion_tokens / (performance.now() - start))} ${T.tokens_per_second}`;
-      }
-    } catch (error) {
-      view.foot.textContent = error.name === "AbortError" ? T.stopped : String(error.message);
-    }
-    view.text.hidden = !answer.content;
-    this.messages.push(answer);
-    this.finish(view, answer);
-  }
-
-  view() {
-    const view = { thought: h("div", { class: "thought" }), text: h("div", { class: "text" }), foot: h("p", { class: "doc" }) };
-    const fold = h("details", { hidden: true }, h("summary", { class: "quiet" }, T.thought), view.thought);
-    view.think = (text) => [fold.hidden = false, view.thought.textContent = text];
-    view.root = h("div", { class: "message" }, fold, view.text, view.foot);
-    this.box.append(view.root);
-    view.root.scrollIntoView({ block: "nearest" });
-    return view;
-  }
-
-  finish(view, answer) {
-    const results = (answer.tool_calls ?? []).map((call) => {
-      const result = h("input", { "aria-label": say("result_of", call.function.name), placeholder: say("result_of", call.function.name) });
-      view.foot.before(h("div", { class: "call" }, h("b", {}, call.function.name), h("pre", {}, call.function.arguments), result));
-      return () => ({ role: "tool", tool_call_id: call.id, content: result.value });
-    });
-    const send = h("button", { class: "quiet small", onclick: () => [send.remove(), this.ask(results.map((result) => result()))] }, T.send_results);
-    if (results.length) view.foot.before(send);
-    const history = [...this.messages];
-    view.root.append(h("button", { class: "quiet small", onclick: async () => {
-      const system = $("system").value ? [{ role: "system", content: $("system").value }] : [];
-      const said = await api("sample", { messages: [...system, ...history], tools: toolsOf() ?? [] });
-      if (said) toast(say("saved", said.path, said.count));
-    } }, T.save_sample));
-  }
-}
+const system = () => $("system").value ? [{ role: "system", content: $("system").value }] : [];
 
 function toolsOf() {
   try {
@@ -421,80 +379,169 @@ async function* events(stream) {
     if (done) return;
     const lines = (text + value).split("\n");
     text = lines.pop();
-    for (const line of lines) if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+    for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+  }
+}
+
+class Pane {
+  constructor(side) {
+    [this.side, this.box, this.messages] = [side, h("div", { class: "pane", "aria-live": "polite" }), []];
+  }
+
+  clear() {
+    [this.messages, this.box.textContent] = [[], ""];
+  }
+
+  /** Asks the model of this side with further messages, and shows the answer as it comes. */
+  async ask(messages, signal) {
+    const server = $(this.side).value || (this.side === "left" && $("address").value);
+    const tools = toolsOf();
+    if (!server || !tools) return server || toast(T.no_server);
+    this.messages.push(...messages);
+    for (const message of messages) if (message.role === "user") this.showQuestion(message);
+    const body = { messages: [...system(), ...this.messages], stream: true, stream_options: { include_usage: true } };
+    if (tools.length) body.tools = tools;
+    for (const name of ["temperature", "max_tokens"]) if ($(name).value) body[name] = +$(name).value;
+    if ($("thinking").value) body.enable_thinking = $("thinking").value === "true";
+    const [answer, view] = [{ role: "assistant", content: "" }, this.view()];
+    try {
+      const response = await fetch("/api/chat", { ...post({ server, key: $("key").value, body }), signal });
+      if (!response.ok) throw new Error((await response.json()).error.message);
+      const start = performance.now();
+      for await (const chunk of events(response.body)) this.take(chunk, answer, view, start);
+    } catch (error) {
+      view.foot.textContent = error.name === "AbortError" ? T.stopped : error.message;
+      if (!answer.content) return [this.messages.length -= messages.length, view.text.remove()];
+    }
+    view.text.hidden = !answer.content;
+    this.messages.push(answer);
+    this.finish(view, answer);
+  }
+
+  take(chunk, answer, view, start) {
+    if (chunk.error) throw new Error(chunk.error.message);
+    const delta = chunk.choices[0]?.delta ?? {};
+    if (delta.reasoning) view.think(answer.reasoning_content = (answer.reasoning_content ?? "") + delta.reasoning);
+    if (delta.content) view.text.textContent = answer.content += delta.content;
+    for (const { index, ...call } of delta.tool_calls ?? []) (answer.tool_calls ??= []).push(call);
+    if (!chunk.usage) return;
+    const [count, seconds] = [chunk.usage.completion_tokens, (performance.now() - start) / 1000];
+    view.foot.textContent = `${count} tokens, ${(count / seconds).toFixed(1)} ${T.tokens_per_second}`;
+  }
+
+  showQuestion({ content }) {
+    const parts = typeof content === "string" ? [{ text: content }] : content;
+    const shown = parts.map((part) => part.text ?? h("img", { src: part.image_url.url, alt: T.picture }));
+    this.box.append(div("message user", div("text", shown)));
+  }
+
+  view() {
+    const [thought, text, foot] = [div("thought"), div("text"), doc()];
+    const fold = h("details", { hidden: true }, h("summary", { class: "quiet" }, T.thought), thought);
+    const box = div("message", fold, text, foot);
+    this.box.append(box);
+    box.scrollIntoView({ block: "nearest" });
+    return { box, text, foot, think: (words) => [fold.hidden = false, thought.textContent = words] };
+  }
+
+  finish(view, answer) {
+    const results = (answer.tool_calls ?? []).map(({ id, function: call }) => {
+      const label = say("result_of", call.name);
+      const result = h("input", { "aria-label": label, placeholder: label });
+      view.foot.before(div("call", h("b", {}, call.name), h("pre", {}, call.arguments), result));
+      return () => ({ role: "tool", tool_call_id: id, content: result.value });
+    });
+    const answered = () => [send.remove(), this.ask(results.map((result) => result()))];
+    const send = button(T.send_results, "quiet small", answered);
+    if (results.length) view.foot.before(send);
+    const messages = [...system(), ...this.messages];
+    view.foot.append(" ", button(T.save_sample, "quiet small", async () => {
+      const said = await api("sample", { messages, tools: toolsOf() ?? [] });
+      if (said) toast(say("saved", said.path, said.count));
+    }));
   }
 }
 
 function chatPage() {
   const panes = [new Pane("left"), new Pane("right")];
-  let pictures = [], stopper = null;
-  $("panes").append(panes[0].box);
-  const fill = (box, options, first) => {
-    const value = box.value;
-    box.replaceChildren(h("option", { value: "" }, first), ...options.map(([id, text]) => h("option", { value: id }, text)));
-    box.value = options.some(([id]) => id === value) ? value : "";
+  let [pictures, stopper] = [[], null];
+  put("panes", panes[0].box);
+  const fill = (id, options, first) => {
+    if ($(id) === document.activeElement) return;
+    const value = $(id).value;
+    put(id, [["", first], ...options].map(([name, text]) => h("option", { value: name }, text)));
+    $(id).value = options.some(([name]) => name === value) ? value : "";
   };
   poll(async () => {
     const runs = (await api("runs", null, true))?.runs ?? [];
-    const served = runs.filter((run) => run.command === "server" && run.state === "running").map((run) => [run.id, run.address ? run.id : `${run.id} (${T.loading})`]);
-    for (const side of ["left", "right"]) if ($(side) !== document.activeElement) fill($(side), served, T.none);
-    if (!$("left").value && served.length && !$("address").value) $("left").value = served[0][0];
+    const serves = runs.filter((run) => run.command === "server" && run.state === "running");
     const trained = runs.filter((run) => run.command === "train" && run.words);
-    if ($("serve") !== document.activeElement) fill($("serve"), trained.flatMap((run) => [[run.id, run.id], [`base ${run.id}`, `${T.base_of} ${run.id}`]]), T.choose.replace(/^.*[,，]/, ""));
+    const servers = serves.map((run) => [run.id, run.address ? run.id : `${run.id} ${T.is_loading}`]);
+    for (const side of ["left", "right"]) fill(side, servers, T.none);
+    if (!$("left").value && servers.length && !$("address").value) $("left").value = servers[0][0];
+    fill("serve", trained.flatMap(({ id }) => [[id, id], [`base ${id}`, `${T.base_of} ${id}`]]), T.pick);
   });
   const serve = async (name) => {
-    const base = name.startsWith("base ");
-    const run = base ? name.slice(5) : name;
+    const [run, base] = [name.replace(/^base /, ""), name.startsWith("base ")];
     const source = await api("source", { run, base });
-    const said = source && await api("start", { yaml: source.yaml, command: "server", name: `${base ? "base" : "serve"}-${run}`.slice(0, 60) });
-    if (said) toast(`${said.id}: ${T.loading}`);
+    const server = `${base ? "base" : "serve"}-${run}`.slice(0, 60);
+    const said = source && await api("start", { yaml: source.yaml, command: "server", name: server });
+    if (said) toast(`${said.id} ${T.is_loading}`);
     $("serve").value = "";
   };
-  $("serve").addEventListener("change", () => $("serve").value && serve($("serve").value));
+  on("serve", "change", () => $("serve").value && serve($("serve").value));
   const asked = new URLSearchParams(location.search).get("run");
   if (asked) [history.replaceState(null, "", "/chat"), serve(asked)];
-  $("right").addEventListener("change", () => $("right").value ? $("panes").append(panes[1].box) : panes[1].box.remove());
-  $("clear").addEventListener("click", () => panes.forEach((pane) => pane.clear()));
-  $("cancel").addEventListener("click", () => stopper?.abort());
-  $("picture").addEventListener("change", async () => {
+  on("right", "change", () => put("panes", panes[0].box, $("right").value ? panes[1].box : []));
+  on("clear", "click", () => panes.forEach((pane) => pane.clear()));
+  on("cancel", "click", () => stopper?.abort());
+  on("picture", "change", async () => {
     for (const file of $("picture").files) pictures.push(await new Promise((resolve) => {
-      const reader = Object.assign(new FileReader(), { onload: () => resolve(reader.result) });
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
       reader.readAsDataURL(file);
     }));
     $("picture").value = "";
-    $("pictures").replaceChildren(...pictures.map((src) => h("img", { src, alt: T.picture })));
+    put("pictures", pictures.map((src) => h("img", { src, alt: T.picture })));
   });
-  $("question").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) [event.preventDefault(), $("ask").requestSubmit()];
+  on("question", "keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    $("ask").requestSubmit();
   });
-  $("ask").addEventListener("submit", async (event) => {
+  on("ask", "submit", async (event) => {
     event.preventDefault();
     const text = $("question").value.trim();
     if (!text || stopper) return;
-    const content = pictures.length ? [...pictures.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }] : text;
+    const images = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+    const content = images.length ? [...images, { type: "text", text }] : text;
     [$("question").value, pictures, stopper] = ["", [], new AbortController()];
-    [$("pictures").textContent, $("cancel").hidden, $("send").disabled] = ["", false, true];
-    const sides = panes.filter((pane) => pane.box.isConnected);
-    await Promise.all(sides.map((pane) => pane.ask([{ role: "user", content }], stopper.signal)));
+    put("pictures");
+    [$("cancel").hidden, $("send").disabled] = [false, true];
+    const asked = panes.filter((pane) => pane.box.isConnected);
+    await Promise.all(asked.map((pane) => pane.ask([{ role: "user", content }], stopper.signal)));
     [stopper, $("cancel").hidden, $("send").disabled] = [null, true, false];
   });
 }
 
 function loginPage() {
-  $("login").addEventListener("submit", async (event) => {
+  on("login", "submit", async (event) => {
     event.preventDefault();
-    const body = JSON.stringify({ key: $("login-key").value });
-    const answer = await fetch("/login", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    const answer = await fetch("/login", post({ key: $("login-key").value }));
     if (answer.ok) location.href = "/";
-    else $("wrong").hidden = false;
+    $("wrong").hidden = answer.ok;
   });
 }
 
-const keep = (name, value) => document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=strict`;
-$("language")?.addEventListener("click", () => [keep("language", document.documentElement.lang === "en" ? "zh" : "en"), location.reload()]);
-$("theme")?.addEventListener("click", () => {
-  const dark = document.documentElement.dataset.theme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  [keep("theme", dark ? "light" : "dark"), location.reload()];
+function keep(name, value) {
+  document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=strict`;
+  location.reload();
+}
+
+on("language", "click", () => keep("language", root.lang === "en" ? "zh" : "en"));
+on("theme", "click", () => {
+  const theme = root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  keep("theme", theme === "dark" ? "light" : "dark");
 });
-const PAGES = { runs: runsPage, run: runPage, new: formPage, data: dataPage, plan: planPage, chat: chatPage, login: loginPage };
-PAGES[document.body.dataset.page]?.();
+const PAGES = { runs: runsPage, run: runPage, new: formPage, data: dataPage, plan: planPage, chat: chatPage };
+({ ...PAGES, login: loginPage })[document.body.dataset.page]?.();
