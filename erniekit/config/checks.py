@@ -200,7 +200,7 @@ def _quantization(cfg: Config) -> Iterator[str]:
 
 
 def _answers(cfg: Config) -> Iterator[str]:
-    if not cfg.predict_with_generate:
+    if not cfg.predict_with_generate or cfg.eval_benchmark:
         return
     if cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path:
         yield "predict_with_generate: token files have no questions. Set it to False, or give eval_dataset_path"
@@ -253,7 +253,16 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
         ("train export split", cfg.output_dir, "output_dir: needed; where the results go"),
         ("eval", cfg.eval_output or cfg.output_dir, "eval_output: needed; where the results go (or output_dir)"),
         ("train", cfg.train_dataset_path or token_files, "train_dataset_path: needed; the training data"),
-        ("eval", cfg.eval_dataset_path or token_files, "eval_dataset_path: needed; the data to evaluate on"),
+        (
+            "eval",
+            cfg.eval_dataset_path or token_files or cfg.eval_benchmark,
+            "eval_dataset_path: needed; the data to evaluate on (or eval_benchmark)",
+        ),
+        (
+            "eval",
+            cfg.eval_benchmark_path or not cfg.eval_benchmark,
+            f"eval_benchmark_path: needed with eval_benchmark: {cfg.eval_benchmark}; the directory with its files",
+        ),
         (
             "export",
             cfg.eval_dataset_path or token_files or not cfg.quantization_eval,

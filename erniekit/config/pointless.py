@@ -9,6 +9,7 @@ from functools import partial
 
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
+from erniekit.config.pointless_benchmark import BENCHMARK_RULES
 from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
@@ -449,7 +450,7 @@ _RANK_RULES = [
 _USE_RULES = [
     Rule(
         _names(GenerateArgs),
-        lambda c, f: not c.predict_with_generate,
+        lambda c, f: not c.predict_with_generate and c.eval_benchmark is None,
         "predict_with_generate is False",
         ("eval",),
     ),
@@ -475,6 +476,7 @@ RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
     *QUANTIZATION_RULES,
+    *BENCHMARK_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

@@ -8,6 +8,9 @@ from erniekit.config.fields import key, list_of
 # What `chat` can execute for a model that sees pictures (serve/image_tools.py).
 CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 
+# The multiple-choice benchmarks whose files and prompts `eval` knows (evaluate/benchmark_prompts.py).
+BENCHMARKS = ("mmlu", "ceval", "cmmlu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
@@ -94,6 +97,22 @@ class EvalArgs:
 
     predict_with_generate: bool = key(
         False, "`eval` also answers the last question of each sample and scores the answers."
+    )
+    eval_benchmark: str | None = key(
+        None,
+        "`eval` scores the multiple-choice questions of a benchmark instead: mmlu, ceval or cmmlu.",
+        choices=BENCHMARKS,
+    )
+    eval_benchmark_path: str | None = key(None, "The directory with that benchmark's files, csv or jsonl.", path=True)
+    num_fewshot: int = key(5, "Solved examples before each question of a benchmark, from its split dev.", ge=0)
+    eval_mode: str = key(
+        "loglikelihood",
+        "How a benchmark's answer is found: the letter of the highest probability (loglikelihood), or the one that the "
+        "model writes (generate).",
+        choices=("loglikelihood", "generate"),
+    )
+    eval_chat_template: bool = key(
+        False, "Put a benchmark's questions into the chat template, a turn for each example; False: plain text."
     )
     eval_output: str | None = key(None, "Directory for eval_results.json; not given: output_dir.", path=True)
     checkpoint: str | None = key(

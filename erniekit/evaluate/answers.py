@@ -203,7 +203,7 @@ def _decode(
     if not sampling.greedy:
         how = f"drawn tokens (temperature: {cfg.temperature}, seed: {cfg.seed})"
     log.info(f"answering {len(questions)} questions with {how}, at most {cfg.max_new_tokens} tokens each")
-    with _progress(cfg) as progress:
+    with progress_bar(cfg) as progress:
         task = progress.add_task("answers", total=len(questions))
         return decode(
             opened.model,
@@ -256,7 +256,7 @@ def _path(source: Any) -> Any:
     return plain if isinstance(plain, str) and plain[:5].lower() != "data:" else describe(plain)
 
 
-def _progress(cfg: Config) -> Progress:
+def progress_bar(cfg: Config) -> Progress:
     """A bar on stderr; nothing where there is no terminal or disable_tqdm says so."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

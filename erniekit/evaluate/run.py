@@ -15,9 +15,10 @@ from erniekit.checkpoint.model_shape import require_pictures
 from erniekit.config import Config
 from erniekit.data.loader import Loader, build_loader
 from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
+from erniekit.evaluate.benchmark import Choice, measure_benchmark, print_benchmark
 from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import ChatModel, find_model
-from erniekit.join import GENERATION, join, require_same_files
+from erniekit.join import BENCHMARK, GENERATION, join, require_same_files
 from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
@@ -81,6 +82,8 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     those of call_answers too, and for questions with pictures those of picture_answers. In pairs of answers, the
     model's is compared with the chosen one.
 
+    With eval_benchmark the questions of a benchmark are scored instead (evaluate/benchmark.py).
+
     The model and the data are divided over the ranks of the job as the degrees in `cfg` say; the numbers are those of
     one process, and every rank has them. The first rank writes them to `eval_output` or `output_dir` and prints a
     table: eval_results.json, and with answers eval_predictions.jsonl, a line each.
@@ -88,17 +91,21 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     Returns what is in eval_results.json. Raises UserError that names the key, file or line, on every rank.
     """
     started = time.monotonic()
-    mesh = join(cfg, also_compared=GENERATION)
+    mesh = join(cfg, also_compared=GENERATION | BENCHMARK)
     reports = mesh.rank == 0
     with all_or_none(mesh.world_group):
         target = _target(cfg) if reports else None
-    results, predictions = measure(cfg, mesh)
+    predictions: Sequence[Prediction | Choice]
+    if cfg.eval_benchmark is None:
+        results, predictions = measure(cfg, mesh)
+    else:
+        results, predictions = measure_benchmark(cfg, mesh)
     results["seconds"] = round(time.monotonic() - started, 2)
     with all_or_none(mesh.world_group):
         if target is not None:
-            _write(target, results, predictions if cfg.predict_with_generate else None)
+            _write(target, results, predictions if cfg.predict_with_generate or cfg.eval_benchmark else None)
     if reports:
-        print_table(results)
+        (print_table if cfg.eval_benchmark is None else print_benchmark)(results)
     return results
 
 
@@ -167,9 +174,9 @@ def _target(cfg: Config) -> Path:
     return target
 
 
-def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction] | None) -> None:
+def _write(target: Path, results: dict[str, Any], predictions: Sequence[Prediction | Choice] | None) -> None:
     """Write the files atomically; predictions first, since the results mark a finished evaluation."""
-    _say_replaced(target / RESULTS_FILE, results["model"])
+    _say_replaced(target / RESULTS_FILE, results)
     files = {RESULTS_FILE: json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"}
     if predictions is not None:
         lines = (json.dumps(prediction.record(), ensure_ascii=False) for prediction in predictions)
@@ -184,11 +191,12 @@ def _write(target: Path, results: dict[str, Any], predictions: Sequence[Predicti
     log.info(f"results: {', '.join(str(target / name) for name in files)}")
 
 
-def _say_replaced(file: Path, model: str) -> None:
-    """Log if the results of another model are replaced."""
+def _say_replaced(file: Path, results: dict[str, Any]) -> None:
+    """Log if the results of another model, or of another kind of evaluation, are replaced."""
     try:
-        before = read_json_object(file, UserError).get("model")
+        before = read_json_object(file, UserError)
     except (FileNotFoundError, UserError):
         return
-    if before != model:
-        log.info(f"{file}: replaces the results of {before}; eval_output keeps them apart")
+    if any(before.get(name) != results.get(name) for name in ("model", "benchmark")):
+        benchmark = f" on {before['benchmark']}" if "benchmark" in before else ""
+        log.info(f"{file}: replaces the results of {before.get('model')}{benchmark}; eval_output keeps them apart")

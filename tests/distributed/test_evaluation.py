@@ -1,10 +1,12 @@
 """`erniekit eval` on several ranks: the numbers and the answers of one process, written once."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.benchmark_oracle import BENCHMARKS
 from support.tiny_directories import model_directory, write_lines
 from support.worlds import World
 
@@ -126,3 +128,28 @@ def differing(directory: str) -> dict[str, Any]:
 def test_ranks_that_would_answer_otherwise_are_refused(world2: World, directory: Path):
     for rank in world2.run(differing, directory=str(directory)):
         assert "max_new_tokens: 4 on rank 0, 5 on rank 1" in rank["error"]
+
+
+@pytest.mark.parametrize(
+    ("model", "degrees", "keys"),
+    [
+        ("dense", DATA2, {"num_fewshot": 0}),
+        ("moe", EXPERT2, {"num_fewshot": 0}),
+        ("moe", PIPE2, {"num_fewshot": 0}),
+        ("dense", TENSOR2 | SEQUENCE, {"num_fewshot": 0}),
+        ("dense", DATA2, {"num_fewshot": 0, "eval_mode": "generate", "max_new_tokens": 4}),
+    ],
+)
+def test_a_benchmark_on_two_ranks(
+    world2: World, directory: Path, model: str, degrees: dict[str, Any], keys: dict[str, Any]
+):
+    shutil.copytree(BENCHMARKS / "mmlu", directory / "mmlu", dirs_exist_ok=True)
+    keys = keys | {"eval_benchmark": "mmlu", "eval_benchmark_path": "mmlu"}
+    alone = results(str(directory), "benchmark-1", keys, model)
+    ranks = world2.run(results, directory=str(directory), output="benchmark-2", keys=keys | degrees, model=model)
+    for reported in ranks:
+        assert reported | {"seconds": alone["seconds"]} == alone
+    lines = [(directory / f"benchmark-{count}" / PREDICTIONS_FILE).read_text().splitlines() for count in (1, 2)]
+    for one, two in zip(*(map(json.loads, text) for text in lines), strict=True):
+        scores = [line.pop("logprobs", {}) for line in (one, two)]
+        assert one == two and scores[1] == pytest.approx(scores[0], abs=1e-4)
