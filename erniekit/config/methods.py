@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_rewards import RewardArgs
@@ -126,7 +127,7 @@ METHODS: dict[str, MethodFacts] = {
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
             later="policy optimisation",
-            options=(RLArgs, RewardArgs),
+            options=(RLArgs, RewardArgs, CurriculumArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
             defaults={

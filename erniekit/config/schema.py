@@ -8,6 +8,7 @@ import yaml
 
 from erniekit.config import references
 from erniekit.config.methods import METHODS, MethodFacts
+from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
@@ -38,6 +39,7 @@ class Config(
     PreferenceArgs,
     RLArgs,
     RewardArgs,
+    CurriculumArgs,
     TrainArgs,
     OptimArgs,
     PartsArgs,

@@ -74,6 +74,8 @@ _KEYS = {
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
+        dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
+        difficulty_momentum difficulty_weighting difficulty_floor
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
         max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
         early_stopping_patience
