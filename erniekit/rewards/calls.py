@@ -12,8 +12,8 @@ def tool_calls(sample: Sample, cfg: RewardArgs) -> float:
     """How well the calls of a completion agree with the record's list of {"name", "arguments"}, from 0 to 1.
 
     The same calls are 1. Otherwise each expected call is compared with one of the completion's: a third for the name, a
-    third for the share of arguments that both have, a third for the share that has the same value; the sum is divided by
-    the larger number of calls, unreadable ones included. Where no call is due, 1 for none and 0 for any.
+    third for the share of arguments that both have, a third for the share that has the same value; the sum is divided
+    by the larger number of calls, unreadable ones included. Where no call is due, 1 for none and 0 for any.
     """
     expected = _expected(sample, cfg)
     found, unreadable = sample.calls.calls, sample.calls.unreadable
@@ -56,6 +56,8 @@ def _expected(sample: Sample, cfg: RewardArgs) -> list[dict[str, Any]]:
         arguments = call.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-            raise ValueError(f'{cfg.answer_key!r} of the record must be a list of {{"name": ..., "arguments": {{...}}}}')
+            raise ValueError(
+                f'{cfg.answer_key!r} of the record must be a list of {{"name": ..., "arguments": {{...}}}}'
+            )
         calls.append({"name": call["name"], "arguments": arguments})
     return calls
