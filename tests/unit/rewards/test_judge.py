@@ -76,18 +76,17 @@ def sample(text: str) -> Sample:
 
 
 def by_length(body: dict[str, Any]) -> str:
-    return f"Fine. Score: {body['messages'][0]['content'].count('x')}"
+    return f"Fine. Score: {body['messages'][0]['content'].count('ж')}"
 
 
 def test_marks_become_rewards_and_are_kept(server: Server, tmp_path: Path):
     server.replies = [(200, by_length)]
     cfg = arguments(server, judge_cache=str(tmp_path / "marks.jsonl"))
-    samples = [sample("x"), sample("xxx"), sample("x")]
+    samples = [sample("ж"), sample("жжж"), sample("ж")]
     with Scorer(cfg) as one:
         table = one.score(samples)
         again = one.score(samples)
-    base = server.seen[0][1]["messages"][0]["content"].count("x") - 1  # of the instruction
-    np.testing.assert_allclose(table.values["judge"] * 10 - base, [1, 3, 1])
+    np.testing.assert_allclose(table.values["judge"], [0.1, 0.3, 0.1])
     np.testing.assert_array_equal(again.total, table.total)
     assert len(server.seen) == 2
     assert table.metrics == {
