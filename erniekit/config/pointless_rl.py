@@ -44,6 +44,16 @@ RL_RULES = [
         _rl(lambda c: c.num_completions_to_print == 0),
         "num_completions_to_print is 0",
     ),
+    Rule(
+        "max_resample_times difficulty_low difficulty_high difficulty_pause",
+        _rl(lambda c: not c.dynamic_sample),
+        "dynamic_sample is False",
+    ),
+    Rule(
+        "difficulty_momentum difficulty_floor",
+        _rl(lambda c: c.difficulty_weighting == "none"),
+        "difficulty_weighting is none",
+    ),
     Rule("router_replay freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free moe_use_aux_free_update_coef",

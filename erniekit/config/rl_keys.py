@@ -10,6 +10,7 @@ from erniekit.config.methods import METHODS, Records
 from erniekit.config.pointless_rl import has_reference
 from erniekit.config.read import Entry
 from erniekit.config.schema import Config
+from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
 from erniekit.config.values import plain
 
@@ -75,6 +76,9 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from curriculum_problems(
+        cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
+    )
 
 
 def _numbers(cfg: Config) -> Iterator[str]:

@@ -8,6 +8,7 @@ import yaml
 
 from erniekit.config import references
 from erniekit.config.methods import METHODS, MethodFacts
+from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_fp8 import Fp8Args
 from erniekit.config.schema_lora import LoraArgs
@@ -18,6 +19,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
+from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -36,6 +38,8 @@ class Config(
     LoraArgs,
     PreferenceArgs,
     RLArgs,
+    RewardArgs,
+    CurriculumArgs,
     TrainArgs,
     OptimArgs,
     PartsArgs,

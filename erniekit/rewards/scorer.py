@@ -1,7 +1,9 @@
 """Scores completions by the configured functions, in processes with time limits."""
 
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import numpy as np
 
 from erniekit.config.schema import Config
 from erniekit.config.schema_rewards import RIGHT_OR_WRONG, RewardArgs, reward_names, reward_problems
+from erniekit.rewards.code import limits_of
 from erniekit.rewards.domains import DomainStatistics
+from erniekit.rewards.judge import Judge
 from erniekit.rewards.sample import Sample, ScoreTable
+from erniekit.rewards.sandbox import problem_of
 from erniekit.rewards.table import BUILTINS
 from erniekit.rewards.workers import Chunk, Result, Step, Workers
 from erniekit.utils import log
@@ -41,7 +46,11 @@ class Scorer:
         self._right = next((name for name in self.names if name in RIGHT_OR_WRONG), None)
         self._domains = DomainStatistics()
         self._shown: Counter[str] = Counter()
-        self._in_workers = [name for name in self.names if name not in GIVEN]
+        self._in_workers = [name for name in self.names if name not in (*GIVEN, "judge")]
+        _check_packages(self.names)
+        if "code" in self.names:
+            _check_sandbox(cfg)
+        self._judge = Judge(cfg) if "judge" in self.names else None
         self._workers = Workers(_reward_args(cfg), base_dir or Path.cwd())
 
     def __enter__(self) -> "Scorer":
@@ -61,8 +70,9 @@ class Scorer:
             needed = builtin.fields if builtin else self._workers.fields.get(name, ())
             if builtin and builtin.reads_answer:
                 needed = (self._cfg.answer_key, *needed)
-            missing = [field for field in needed if fields.get(field) in (None, "", [])]
-            if missing and not (name == "tool_calls" and fields.get(missing[0]) == []):
+            empty: tuple[object, ...] = (None, "") if builtin and builtin.may_be_empty else (None, "", [])
+            missing = [field for field in needed if fields.get(field) in empty]
+            if missing:
                 keys = ", ".join(repr(field) for field in missing)
                 raise DataError(
                     f"{place}: the record has no {keys}, which the reward {name} needs. Add it, name the field of the "
@@ -85,7 +95,7 @@ class Scorer:
         seconds = dict.fromkeys(self.names, 0.0)
         logged: dict[str, list[float]] = {}
         extras: dict[str, list[Any]] = {}
-        for result in self._workers.run(self._chunks(samples), step):
+        for result in self._results(samples, step):
             seconds[result.name] += result.seconds
             for number, value in zip(result.numbers, result.values, strict=True):
                 if isinstance(value, str):
@@ -100,7 +110,7 @@ class Scorer:
             values[self._right] if self._right else None,
             dict(failures),
             seconds,
-            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(logged.items())},
+            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(logged.items())} | self._usage(),
             extras,
         )
 
@@ -115,6 +125,26 @@ class Scorer:
     def close(self) -> None:
         """End all processes."""
         self._workers.close()
+        if self._judge:
+            self._judge.close()
+
+    def _results(self, samples: Sequence[Sample], step: int) -> Iterator[Result]:
+        """The results of all functions; the judge works while the processes do."""
+        begin, asked = time.perf_counter(), {}
+        if self._judge:
+            judged = [i for i, sample in enumerate(samples) if "judge" in self._wanted(sample.fields, sample.place)]
+            asked = dict(zip(judged, self._judge.ask([samples[i] for i in judged]), strict=True))
+        yield from self._workers.run(self._chunks(samples), step)
+        for number, future in asked.items():
+            yield Result("judge", (number,), [future.result()])
+        if asked:
+            yield Result("judge", (), [], time.perf_counter() - begin)
+
+    def _usage(self) -> dict[str, float]:
+        """What the judge has been asked since the start of the process."""
+        return (
+            {f"judge/{name}": float(count) for name, count in sorted(self._judge.usage.items())} if self._judge else {}
+        )
 
     def _wanted(self, fields: Mapping[str, Any], place: str) -> list[str]:
         """The functions that score a record: all, or those that its field `reward_funcs` names."""
@@ -184,6 +214,27 @@ def _collect(result: Result, num_samples: int, logged: dict[str, list[float]], e
         rows = extras.setdefault(name, [None] * num_samples)
         for number, value in zip(result.numbers, column, strict=False):
             rows[number] = value
+
+
+def _check_packages(names: Sequence[str]) -> None:
+    for name in names:
+        missing = [package for package in BUILTINS[name].packages if not find_spec(package)] if name in BUILTINS else []
+        if missing:
+            raise ConfigError(
+                f"reward_funcs: {name} needs {' and '.join(missing)}, not installed here: pip install 'erniekit[rl]'"
+            )
+
+
+def _check_sandbox(cfg: RewardArgs) -> None:
+    problem = problem_of(limits_of(cfg))
+    if problem:
+        more = "" if cfg.code_network else ". If it may have the network, set code_network: true"
+        raise ConfigError(f"code_sandbox: programs cannot be run here: {problem}{more}")
+    log.warning(
+        "code_sandbox: subprocess: programs that the model writes are run on this machine, with limits "
+        f"({cfg.code_time_limit:g} s, {cfg.code_memory_mb} MB) that are no protection against attacks (docs/rewards.md)"
+        + (", and with its network" if cfg.code_network else "")
+    )
 
 
 def _reward_args(cfg: RewardArgs) -> RewardArgs:
