@@ -125,7 +125,6 @@ METHODS: dict[str, MethodFacts] = {
             "RL",
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
-            later="policy optimisation",
             options=(RLArgs, CurriculumArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,

@@ -16,7 +16,7 @@ from erniekit.checkpoint.model_shape import model_config
 from erniekit.config.fields import from_saved
 from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
-from erniekit.data.loader import Loader
+from erniekit.data.loader import StepSource
 from erniekit.training.lr_scheduler import build_schedule
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
@@ -167,7 +167,7 @@ class Present:
 
     cfg: Config
     base: dict[str, Any]
-    loader: Loader
+    loader: StepSource
 
 
 @dataclass(frozen=True)
