@@ -14,6 +14,7 @@ from typing import Any
 from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_vision import VisionArgs
 
@@ -96,7 +97,7 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS),
         MethodFacts(
             "PT",
-            "pretraining; ernie_pretrain is another word for it",
+            "pretraining, or ernie_pretrain",
             Records.TEXT,
             token_files=True,
             unread={"truncation": "a text that is longer than max_seq_len is split, and nothing of it is lost"},
@@ -125,7 +126,7 @@ METHODS: dict[str, MethodFacts] = {
             "RL",
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
-            options=(RLArgs, CurriculumArgs),
+            options=(RLArgs, RewardArgs, CurriculumArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
             defaults={

@@ -26,6 +26,7 @@ REWARD_FUNCS = {
     "judge": "another model's mark (judge_base_url)",
     "reward_model": "the score of a model that stage: RM trained (reward_model_path)",
 }
+READS_ANSWER = tuple("accuracy math exact choice cosine box_iou box_f1 point_in_box tool_calls judge".split())
 RIGHT_OR_WRONG = ("accuracy", "math", "exact", "choice")  # what the reward cosine takes correctness from
 
 

@@ -115,7 +115,8 @@ class StepReport(NamedTuple):
 class StepSource(Protocol):
     """The data of a training as the trainer and its checkpoints see them; Loader describes what they have in common."""
 
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]: ...
 
     def next_step(self) -> list[PackedBatch]: ...
 

@@ -70,6 +70,9 @@ _KEYS = {
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
         entropy_coef top_entropy_quantile router_replay freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
+        reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
+        reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
+        code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
         difficulty_momentum difficulty_weighting difficulty_floor
@@ -100,6 +103,8 @@ _KEYS = {
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        reward_workers reward_max_failures code_sandbox code_network
+        judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint

@@ -133,11 +133,8 @@ class _Columns:
         if values_L is None:
             return None
         values_L = values_L if len(values_L) else np.zeros(1, np.float32)
-        return paddle.where(
-            self.mask > 0,
-            paddle.gather(paddle.to_tensor(values_L), self._places).reshape(self._shape),
-            paddle.zeros(self._shape),
-        )
+        values_NT = paddle.gather(paddle.to_tensor(values_L), self._places).reshape(self._shape)
+        return paddle.where(self.mask > 0, values_NT, paddle.zeros(self._shape))  # NaN times 0 would be NaN
 
 
 def _places(lengths_N: np.ndarray, num_values: int) -> tuple[np.ndarray, np.ndarray]:

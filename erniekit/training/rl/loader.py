@@ -8,7 +8,7 @@ and all of that is repeated `num_iterations` times; then the next rollout is mad
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +121,7 @@ class RolloutLoader:
 
     def _make(self) -> Rollout:
         cfg, started = self._cfg, time.perf_counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._drawn: Counter[int] = Counter()
         self._all_rewards: list[np.ndarray] = []
         self._samples: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ class PolicyReference:
 
     @paddle.no_grad()
     def update(self, policy: CausalLM, share: float) -> None:
-        """Move towards the policy: share * policy + (1 - share) * reference (TR-DPO's soft update, arXiv 2404.09656)."""
+        """Move towards the policy: share * policy + (1 - share) * reference (arXiv 2404.09656, TR-DPO, soft)."""
         assert self.second_model is not None, "config/rl_keys.py refuses an adapter"
         own = dict(self.second_model.named_parameters()) | dict(self.second_model.named_buffers())
         for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
