@@ -111,11 +111,12 @@ class PolicyRecipe(Recipe):
             name: Term(total, divisors[loss.divisors[name]], loss.weights[name]) for name, total in loss.sums.items()
         }
         divisors["clipped_of"] = "sequences" if self._level == "sequence" else "loss_tokens"
-        return terms | {
-            name: Term(value, divisors[METRIC_DIVISORS[name]], None)
-            for name, value in loss.metrics.items()
-            if name in METRIC_DIVISORS
-        }
+        for name, value in loss.metrics.items():
+            if name in METRIC_DIVISORS:
+                terms[name] = Term(value, divisors[METRIC_DIVISORS[name]], None)
+            else:
+                terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
+        return terms
 
 
 class _Columns:
