@@ -17,13 +17,18 @@ New kinds of records also need a reader in data/records/. No other code tests fo
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from erniekit.build import PreparedModel
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
+from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.losses.preference import wants_reference
 from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
+from erniekit.training.judged_evaluator import judged_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
+from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
+from erniekit.training.recipes.kto import KtoRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 
 
@@ -31,14 +36,25 @@ def _no_reference(cfg: Config) -> bool:
     return False
 
 
+def _has_reference(cfg: Config) -> bool:
+    return True
+
+
+def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class Method:
-    """A method. `wants_reference`: whether the loss of a configuration compares with another model."""
+    """A method. `wants_reference`: whether the loss of a configuration compares with another model. `check` raises a
+    UserError for what the method needs beside model and data and does not find; it is called before weights are read.
+    """
 
     facts: MethodFacts
     build_recipe: Callable[[RecipeContext], Recipe]
     evaluator: Evaluator
     wants_reference: Callable[[Config], bool] = _no_reference
+    check: Callable[[Config, PreparedModel, Tokenizer], None] = _nothing_to_check
 
 
 METHODS: dict[str, Method] = {
@@ -50,6 +66,8 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
+        Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),
     )
 }
 

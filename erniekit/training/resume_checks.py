@@ -71,6 +71,7 @@ _KEYS = {
         entropy_coef top_entropy_quantile router_replay freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
         temperature top_p top_k repetition_penalty enable_thinking
+        kto_loss_type desirable_weight undesirable_weight teacher_model_name_or_path gkd_beta lmbda
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
         difficulty_momentum difficulty_weighting difficulty_floor
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
