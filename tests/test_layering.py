@@ -20,6 +20,7 @@ LAYERS = (
     ("build", "join"),
     ("quantize",),
     ("export", "generation"),
+    ("rewards",),
     ("training",),
     ("evaluate", "serve"),
     ("cli",),
@@ -33,8 +34,15 @@ FORBIDDEN = {
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",
 }
-WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster")  # not even inside a function
-WITHOUT_PADDLE_AT_IMPORT = ("erniekit", "erniekit.config", "erniekit.cli.main", "erniekit.cli.info")
+WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards")  # not even inside a function
+WITHOUT_PADDLE_AT_IMPORT = (
+    "erniekit",
+    "erniekit.config",
+    "erniekit.cli.main",
+    "erniekit.cli.info",
+    "erniekit.rewards.workers",
+    "erniekit.rewards.scorer",
+)
 
 LEVEL = {unit: level for level, units in enumerate([*LAYERS, ROOT]) for unit in units}
 

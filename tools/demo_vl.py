@@ -91,7 +91,7 @@ def draw_samples(tasks: dict[str, list[dict[str, Any]]], path: Path, per_task: i
     from matplotlib.patches import Rectangle
     from PIL import Image
 
-    from erniekit.evaluate.vision_metrics import read_boxes
+    from erniekit.rewards.picture_answers import read_boxes
 
     font = font_manager.FontProperties(fname=str(ROOT / "tools/fonts/NotoSansSC-Subset.ttf"), size=7)
     figure, axes = plt.subplots(len(tasks), per_task, figsize=(2.6 * per_task, 1.9 * len(tasks)))

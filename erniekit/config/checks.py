@@ -12,6 +12,7 @@ from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import METHODS, Records
 from erniekit.config.schema import Config
 from erniekit.config.schema_preference import option_problems
+from erniekit.config.schema_rewards import reward_problems
 from erniekit.config.schema_shape import NEEDED, NEEDED_OF_EXPERTS, ShapeArgs
 from erniekit.config.token_files import weighted_prefixes
 
@@ -57,6 +58,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _preference(cfg),
             rl_keys.problems(cfg),
             _distillation(cfg),
+            reward_problems(cfg) if cfg.method.reads("reward_funcs") else iter(()),
             _best(cfg),
         ]
     return [problem for rule in rules for problem in rule]

@@ -16,6 +16,7 @@ from erniekit.config.schema_gkd import GkdArgs
 from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_vision import VisionArgs
 
@@ -105,7 +106,7 @@ METHODS: dict[str, MethodFacts] = {
         MethodFacts("SFT", "fine-tuning", Records.CONVERSATIONS),
         MethodFacts(
             "PT",
-            "pretraining; ernie_pretrain is another word for it",
+            "pretraining, or ernie_pretrain",
             Records.TEXT,
             token_files=True,
             unread={"truncation": "a text that is longer than max_seq_len is split, and nothing of it is lost"},
@@ -151,8 +152,7 @@ METHODS: dict[str, MethodFacts] = {
             "RL",
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
-            later="policy optimisation",
-            options=(RLArgs, CurriculumArgs),
+            options=(RLArgs, RewardArgs, CurriculumArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
             defaults={

@@ -12,6 +12,7 @@ from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, opt
 from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
+from erniekit.config.pointless_rewards import REWARD_RULES
 from erniekit.config.pointless_rl import RL_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
 from erniekit.config.schema import Config, fields
@@ -502,6 +503,7 @@ RULES: list[Rule] = [
     *_method_rules(),
     *_PREFERENCE_RULES,
     *RL_RULES,
+    *REWARD_RULES,
     *_RANK_RULES,
     *_USE_RULES,
 ]

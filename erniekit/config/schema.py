@@ -21,6 +21,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
+from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
@@ -39,6 +40,7 @@ class Config(
     LoraArgs,
     PreferenceArgs,
     RLArgs,
+    RewardArgs,
     CurriculumArgs,
     KtoArgs,
     GkdArgs,

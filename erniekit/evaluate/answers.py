@@ -22,14 +22,14 @@ from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.evaluate import text_metrics
 from erniekit.evaluate.question_pictures import QuestionPictures
-from erniekit.evaluate.tool_metrics import call_scores, same_calls
-from erniekit.evaluate.vision_metrics import answer_score, picture_scores
 from erniekit.generation.decode import decode
 from erniekit.generation.load import ChatModel, PreparedChatModel, sampling_of
 from erniekit.generation.request import Answer
 from erniekit.generation.thinking import CLOSE, opens_thought, split_thought
 from erniekit.generation.tool_calls import read_calls
 from erniekit.parallel import comm
+from erniekit.rewards.call_answers import call_scores, same_calls
+from erniekit.rewards.picture_answers import answer_score, picture_scores
 from erniekit.utils import log
 
 _BATCH = 128  # the number of questions that are answered at a time
@@ -217,8 +217,8 @@ def _decode(
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The metrics of text_metrics over all predictions, those of tool_metrics over the ones that have tools, and those
-    of vision_metrics over the ones that have pictures.
+    """The metrics of text_metrics over all predictions, those of call_answers over the ones that have tools, and those
+    of picture_answers over the ones that have pictures.
     """
     found = [prediction.answer for prediction in predictions]
     expected = [prediction.question.reference for prediction in predictions]

@@ -78,8 +78,8 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     modality. With predict_with_generate the
     model also answers the last question of each sample and those whose answers call tools, choosing tokens as
     temperature, top_p and so on say, and the metrics of evaluate.text_metrics are added, for conversations with tools
-    those of tool_metrics too, and for questions with pictures those of vision_metrics. In pairs of answers, the model's
-    is compared with the chosen one.
+    those of call_answers too, and for questions with pictures those of picture_answers. In pairs of answers, the
+    model's is compared with the chosen one.
 
     The model and the data are divided over the ranks of the job as the degrees in `cfg` say; the numbers are those of
     one process, and every rank has them. The first rank writes them to `eval_output` or `output_dir` and prints a

@@ -22,14 +22,18 @@ from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.loader import Loader, StepSource
 from erniekit.losses.preference import wants_reference
+from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
 from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
 from erniekit.training.judged_evaluator import judged_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
 from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
 from erniekit.training.recipes.kto import KtoRecipe
+from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.rl.loader import open_prompts
 
 
 def _no_reference(cfg: Config) -> bool:
@@ -46,8 +50,9 @@ def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer
 
 @dataclass(frozen=True)
 class Method:
-    """A method. `wants_reference`: whether the loss of a configuration compares with another model. `check` raises a
-    UserError for what the method needs beside model and data and does not find; it is called before weights are read.
+    """A method. `wants_reference`: whether the loss of a configuration compares with another model. `open_data`,
+    `open_evaluation_data`: open what it trains on, and what it is evaluated on, before a weight is read. `check`, which
+    is called before that too, raises a UserError for what the method needs beside model and data and does not find.
     """
 
     facts: MethodFacts
@@ -55,6 +60,8 @@ class Method:
     evaluator: Evaluator
     wants_reference: Callable[[Config], bool] = _no_reference
     check: Callable[[Config, PreparedModel, Tokenizer], None] = _nothing_to_check
+    open_data: Callable[[DataContext], StepSource] = open_rows
+    open_evaluation_data: Callable[[DataContext], Loader] = open_evaluation_rows
 
 
 METHODS: dict[str, Method] = {
@@ -65,6 +72,7 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-SFT"], causal_recipe, label_scores),
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["RL"], PolicyRecipe.build, label_scores, open_data=open_prompts),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
         Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),

@@ -16,7 +16,7 @@ from erniekit.checkpoint.model_shape import model_config
 from erniekit.config.fields import from_saved
 from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
-from erniekit.data.loader import Loader
+from erniekit.data.loader import StepSource
 from erniekit.training.lr_scheduler import build_schedule
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
@@ -42,7 +42,7 @@ _KEYS = {
     Decision.DATA: """
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
-        max_prompt_len seed max_completion_length
+        max_prompt_len seed max_completion_length rl_stages
         adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
@@ -70,10 +70,13 @@ _KEYS = {
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
         entropy_coef top_entropy_quantile router_replay freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
+        reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
+        reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
+        code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
         kto_loss_type desirable_weight undesirable_weight teacher_model_name_or_path gkd_beta lmbda
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
-        difficulty_momentum difficulty_weighting difficulty_floor
+        difficulty_momentum difficulty_weighting difficulty_floor rl_stage_steps
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
         max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
         early_stopping_patience
@@ -101,6 +104,8 @@ _KEYS = {
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps
+        reward_workers reward_max_failures code_sandbox code_network
+        judge_base_url judge_concurrency judge_timeout judge_max_retries judge_cache
         rollout_max_running log_completions num_completions_to_print print_completions_steps
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
@@ -168,7 +173,7 @@ class Present:
 
     cfg: Config
     base: dict[str, Any]
-    loader: Loader
+    loader: StepSource
 
 
 @dataclass(frozen=True)

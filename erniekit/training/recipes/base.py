@@ -10,6 +10,7 @@ from erniekit.build import PreparedModel
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.loader import StepSource
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
@@ -75,6 +76,7 @@ class Recipe(ABC):
 class RecipeContext:
     """What a recipe may be built from. `model` has its first weights, so it is still its own reference; `prepared` can
     build a second copy of it. `template`: the run's chat template; None for plain text.
+    `loader`: the training data.
     """
 
     cfg: Config
@@ -82,3 +84,4 @@ class RecipeContext:
     model: CausalLM
     tokenizer: Tokenizer
     template: Template | None
+    loader: StepSource

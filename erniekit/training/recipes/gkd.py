@@ -28,16 +28,19 @@ from erniekit.training.forward_pass import final_norm
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.training.recipes.distilled import Teacher, places_of
 from erniekit.utils import log
-from erniekit.utils.errors import ConfigError
+from erniekit.utils.errors import ConfigError, UserError
 
 _KEY = 71  # tells this draw from others of the same seed
 
 
 def require_teacher(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if the teacher is not a model with weights and with the vocabulary of the trained one."""
-    path = resolve_model(_name(cfg), cfg.download_hub)
-    require_model(path)
-    require_weights(path)
+    try:
+        path = resolve_model(_name(cfg), cfg.download_hub)
+        require_model(path)
+        require_weights(path)
+    except UserError as error:  # these speak of the key of the trained model
+        raise type(error)(str(error).replace("model_name_or_path", "teacher_model_name_or_path", 1)) from None
     theirs = load_tokenizer(path)
     teacher = _prepared_teacher(cfg, prepared)
     if theirs.fingerprint != tokenizer.fingerprint or teacher.config.vocab_size != prepared.config.vocab_size:

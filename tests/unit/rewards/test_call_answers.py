@@ -10,8 +10,8 @@ from support.tiny_directories import model_directory, write_lines
 from erniekit.config import load
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.evaluate import answers, evaluate
-from erniekit.evaluate.tool_metrics import call_scores, same_calls
 from erniekit.generation.request import Answer
+from erniekit.rewards.call_answers import call_scores, same_calls
 
 
 def call(name="f", **arguments):

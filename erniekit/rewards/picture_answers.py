@@ -37,7 +37,7 @@ _STANDING = re.compile(
 @dataclass(frozen=True)
 class Boxes:
     """The boxes of a text, in its order, within 0 to SCALE. `labels`: what each is called, None where it has no name.
-    `overshoots`: boxes that reached beyond 0 to SCALE and were clamped. `refused`: boxes with swapped corners, which
+    `overshoots`: boxes that reached beyond that and were clamped. `refused`: boxes with swapped corners, which
     are not among `boxes`.
     """
 
@@ -55,9 +55,9 @@ def kind_of_reference(reference: str) -> Kind:
     return "boxes" if _is_boxes(text) and read_boxes(text).boxes else "text"
 
 
-def read_boxes(text: str) -> Boxes:
+def read_boxes(text: str, largest: float = SCALE) -> Boxes:
     """The boxes in a text: JSON objects with `bbox_2d`, one or a list, or plain [x1, y1, x2, y2], whole numbers or not,
-    also in a code block and between other words.
+    also in a code block and between other words. Coordinates are clamped to 0 ... largest.
     """
     found = _in_json(text)
     if found is None:
@@ -70,7 +70,7 @@ def read_boxes(text: str) -> Boxes:
         if values[0] > values[2] or values[1] > values[3]:
             refused += 1
             continue
-        x1, y1, x2, y2 = (min(max(value, 0.0), float(SCALE)) for value in values)
+        x1, y1, x2, y2 = (min(max(value, 0.0), float(largest)) for value in values)
         overshoots += [x1, y1, x2, y2] != values
         boxes.append((x1, y1, x2, y2))
         labels.append(label)
@@ -110,7 +110,11 @@ def box_score(prediction: str, reference: str) -> float:
     """F1 of the boxes of an answer at IoU 0.5: twice the pairs over the boxes of both sides. With one box on each side
     that is 1 or 0. A box with swapped corners is one that is wrong.
     """
-    found, expected = read_boxes(prediction), read_boxes(reference)
+    return f1_of_boxes(read_boxes(prediction), read_boxes(reference))
+
+
+def f1_of_boxes(found: Boxes, expected: Boxes) -> float:
+    """As box_score, of boxes that were read."""
     pairs = sum(overlap > 0 for overlap in matches(found, expected))
     total = len(found.boxes) + found.refused + len(expected.boxes)
     return 2 * pairs / total if total else 0.0

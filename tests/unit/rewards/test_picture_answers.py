@@ -2,7 +2,7 @@
 
 import pytest
 
-from erniekit.evaluate.vision_metrics import (
+from erniekit.rewards.picture_answers import (
     anls,
     answer_score,
     box_score,

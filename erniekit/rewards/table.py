@@ -1,0 +1,42 @@
+"""The table of the built-in reward functions that worker processes compute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from erniekit.config.schema_rewards import RIGHT_OR_WRONG, RewardArgs
+from erniekit.rewards import numbers, texts
+from erniekit.rewards.sample import Sample
+
+RewardFunction = Callable[[Sample, RewardArgs], float | None]
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A built-in function, from 0 to 1 unless it says otherwise; None where it does not apply. It raises ValueError for
+    a wrong record. `reads_answer`: it needs the right answer; `fields`: other fields of the record that it needs.
+    `seconds`: what it may take beyond reward_timeout.
+    """
+
+    function: RewardFunction
+    reads_answer: bool = False
+    fields: tuple[str, ...] = ()
+    seconds: Callable[[Sample, RewardArgs], float] = lambda sample, cfg: 0.0
+
+
+def _cosine(sample: Sample, cfg: RewardArgs) -> float:
+    name = next(name for name in cfg.reward_funcs if name in RIGHT_OR_WRONG)
+    is_right = BUILTINS[name].function(sample, cfg) == 1.0
+    return texts.cosine(len(sample.completion_ids), is_right, cfg.cosine_max_length)
+
+
+BUILTINS: dict[str, Builtin] = {
+    "accuracy": Builtin(numbers.accuracy, reads_answer=True),
+    "exact": Builtin(texts.exact, reads_answer=True),
+    "choice": Builtin(texts.choice, reads_answer=True),
+    "format": Builtin(texts.thinking_format),
+    "json_schema": Builtin(texts.json_schema, fields=("json_schema",)),
+    "length": Builtin(texts.length),
+    "cosine": Builtin(_cosine, reads_answer=True),
+    "repetition": Builtin(texts.repetition),
+    "language": Builtin(texts.language),
+}
