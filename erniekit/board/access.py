@@ -9,6 +9,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import error_response
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
@@ -58,7 +59,7 @@ class Cookie:
         headers, path = Headers(scope=scope), scope["path"]
         if scope["method"] != "GET" and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             refused = ApiError(403, "requests from pages of other sites are refused.", code="origin_not_allowed")
-            return await refused.response()(scope, receive, send_with_headers)
+            return await error_response(refused)(scope, receive, send_with_headers)
         cookie = cookie_parser(headers.get("cookie", "")).get(self._name)
         if cookie and "authorization" not in headers:
             scope = {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + cookie.encode())]}

@@ -23,7 +23,8 @@ from erniekit.board.access import LOGIN, Cookie, cookie_of, digest_of, with_cook
 from erniekit.board.runs import COMMANDS, Run, Runs, cli, short
 from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
-from erniekit.serve.server_errors import ApiError, json_response
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_responses import error_response, json_response
 from erniekit.utils.errors import UserError
 from erniekit.utils.version import __version__
 
@@ -294,7 +295,7 @@ async def _chat(board: Board, request: Request) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error_response(error)
 
 
 async def _user_error(request: Request, error: Exception) -> Response:
@@ -303,7 +304,7 @@ async def _user_error(request: Request, error: Exception) -> Response:
 
 def _error(request: Request, status: int, message: str) -> Response:
     if request.scope["path"].startswith("/api/"):
-        return ApiError(status, message).response()
+        return error_response(ApiError(status, message))
     return _render(request, "error", status, message=message)
 
 

@@ -16,7 +16,6 @@ from erniekit.evaluate.answers import progress_bar
 from erniekit.evaluate.benchmark_files import LETTERS, ChoiceQuestion, by_subject, fingerprint, read_split
 from erniekit.evaluate.benchmark_prompts import BENCHMARKS, Benchmark
 from erniekit.evaluate.continuations import log_likelihoods
-from erniekit.evaluate.vision_metrics import option_of
 from erniekit.generation.decode import decode
 from erniekit.generation.load import ChatModel, PreparedChatModel, find_model, sampling_of
 from erniekit.generation.thinking import opens_thought, split_thought
@@ -24,6 +23,7 @@ from erniekit.join import require_same_files
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh
+from erniekit.rewards.picture_answers import option_of
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, EvaluationError
 
