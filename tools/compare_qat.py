@@ -58,10 +58,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the further steps")
     parser.add_argument("--schemes", nargs="+", default=["wint4", "w4a8", "w8a8"])
     parser.add_argument("--answers", type=int, default=0, help="evaluation batches, with generated answers; 0: losses")
+    parser.add_argument("--start", type=Path, help="a trained model to begin with, instead of --steps")
     parser.add_argument("--out", type=Path, default=Path("demo_output/qat"))
     args = parser.parse_args()
     out = ROOT / args.out
-    start = train(args.config, args.keys, out / "start", args.steps)
+    start = args.start.resolve() if args.start else train(args.config, args.keys, out / "start", args.steps)
     further = {
         "model_name_or_path": start,
         "continue_training": True,
@@ -73,12 +74,12 @@ def main() -> None:
     for scheme in ["none", *args.schemes]:
         models = {"at the start": start, f"{args.more} plain steps": plain}
         for name, distilled in () if scheme == "none" else (("qat", 0.0), ("qat, distilled", 0.5)):
-            keys = further | {"qat": scheme, "qat_distill_weight": distilled}
+            keys = further | {"qat": scheme} | ({"qat_distill_weight": distilled} if distilled else {})
             target = out / f"{scheme.replace('/', '_')}-{distilled:g}"
             models[f"{args.more} steps, {name}"] = train(args.config, args.keys, target, args.more, **keys)
         for name, model in models.items():
             rows.append((scheme, name, *evaluate(args.config, args.keys, model, scheme, args.answers)))
-    print(f"\n{args.steps} steps, then {args.more} more")
+    print(f"\n{args.start or f'{args.steps} steps'}, then {args.more} more")
     print("| evaluated in | trained | loss | exact answers |\n|---|---|---|---|")
     for scheme, name, loss, exact in rows:
         print(f"| {scheme} | {name} | {loss:.4f} | {'-' if exact != exact else f'{exact:.1%}'} |")

@@ -21,6 +21,10 @@ CALIBRATION = (
     "quantization_calibration_samples=32",
     "quantization_calibration_length=256",
 )
+QUIET = ("evaluation_strategy=no", "do_eval=false", "save_strategy=no")
+
+# Not an algorithm: the model is trained for the scheme first, then every weight gets its nearest code.
+QAT, QAT_STEPS = "qat", 60
 
 
 class Row(NamedTuple):
@@ -39,7 +43,7 @@ class Row(NamedTuple):
     @property
     def calibrates(self) -> bool:
         """Whether the export needs data: for the algorithm, or for the ranges of activations in the file."""
-        return self.algorithm != "rtn" or self.scheme == "w4a8"
+        return self.algorithm not in ("rtn", QAT) or self.scheme == "w4a8"
 
 
 ROWS = [
@@ -51,6 +55,7 @@ ROWS = [
     Row("wint4", "rtn", "pt", 95),
     Row("wint4", "awq", "pt", 95),
     Row("wint4", "gptq", "pt", 95),
+    Row("wint4", QAT, "pt", 97),
     Row("w4a8", "rtn", "paddle", 95),
     Row("w4a8", "gptq", "paddle", 95),
     Row("wint2", "rtn", "paddle", 95),
@@ -58,16 +63,36 @@ ROWS = [
 ]
 
 
+def train_for(scheme: str, model: Path, target: Path, overrides: list[str]) -> Path:
+    """Train the model further, with the rounding of the scheme."""
+    run(
+        "train",
+        CONFIG,
+        f"model_name_or_path={model}",
+        "continue_training=true",
+        f"output_dir={target}",
+        f"qat={scheme}",
+        f"max_steps={QAT_STEPS}",
+        "learning_rate=3e-4",
+        "min_lr=3e-6",
+        *QUIET,
+        *overrides,
+    )
+    return target
+
+
 def report_of(row: Row, model: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     """Export with this scheme; its report."""
-    target = out / row.name
+    target, keys = out / row.name, [f"quantization_algorithm={row.algorithm}"]
+    if row.algorithm == QAT:
+        model, keys = train_for(row.scheme, model, target / "trained", overrides), [f"qat={row.scheme}"]
     run(
         "export",
         CONFIG,
         f"checkpoint={model}",
         f"output_dir={target}",
         f"quantization={row.scheme}",
-        f"quantization_algorithm={row.algorithm}",
+        *keys,
         f"format={row.layout}",
         "quantization_eval=true",
         "predict_with_generate=true",
@@ -124,7 +149,7 @@ def draw(reports: dict[Row, dict[str, Any]], path: Path) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     schemes = list(dict.fromkeys(row.scheme for row in reports))
-    markers = {"rtn": "o", "gptq": "D", "awq": "^", "smoothquant": "s"}
+    markers = {"rtn": "o", "gptq": "D", "awq": "^", "smoothquant": "s", QAT: "*"}
     for row, report in reports.items():
         bits, style = report["bits_per_weight"]["quantised"], f"C{schemes.index(row.scheme)}"
         for axes, value in (
@@ -162,8 +187,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     started = time.monotonic()
     if not (ROOT / args.model / "model.safetensors").exists():
-        quiet = ("evaluation_strategy=no", "do_eval=false", "save_strategy=no")
-        run("train", CONFIG, f"output_dir={args.model}", "overwrite_output_dir=true", *quiet, *args.overrides)
+        run("train", CONFIG, f"output_dir={args.model}", "overwrite_output_dir=true", *QUIET, *args.overrides)
     shutil.rmtree(ROOT / args.out, ignore_errors=True)
     rows = [row for row in ROWS if args.schemes is None or row.scheme in args.schemes]
     reports = {row: report_of(row, args.model, args.out, args.overrides) for row in rows}
