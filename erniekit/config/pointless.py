@@ -383,6 +383,9 @@ def _only_readers(keys: Sequence[str]) -> str:
     return f"read only with stage: {join_names(names, 'or')}"
 
 
+METHOD_RULES = _method_rules()  # keys that the method of the configuration does not read
+
+
 _PREFERENCE_RULES = [
     Rule(
         "reference_free",
@@ -481,7 +484,7 @@ RULES: list[Rule] = [
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,
-    *_method_rules(),
+    *METHOD_RULES,
     *_PREFERENCE_RULES,
     *RL_RULES,
     *REWARD_RULES,

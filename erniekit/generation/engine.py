@@ -53,8 +53,8 @@ class _Kept:
 class Engine:
     """Answers requests with one model, up to `max_running` at a time, in the order in which they came.
 
-    Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and while one
-    joins or leaves a copy of the running ones. `num_kept`: conversations that are kept after their end, so that prompts
+    Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and a copy of the
+    running ones while they need more room. `num_kept`: conversations that are kept after their end, so that prompts
     that begin with them are read faster; the one that was used least recently goes first.
 
     num_reused: prompt tokens so far that did not have to be computed.
@@ -212,8 +212,10 @@ class Engine:
     def _join(self, stepper: CachedStepper, rows: list[Generation]) -> None:
         if self._running:
             assert self._stepper is not None, "running rows have a cache"
-            stepper = CachedStepper(self.model, 0, KVCache.joined([self._stepper.cache, stepper.cache]))
-        self._stepper, self._running = stepper, self._running + rows
+            self._stepper.cache.add_rows(stepper.cache, self.max_running)
+        else:
+            self._stepper = stepper
+        self._running += rows
 
     def _remove_ended(self) -> None:
         """Ended rows leave the batch; their keys and values may be kept."""
@@ -223,6 +225,10 @@ class Engine:
         assert self._stepper is not None, "running rows have a cache"
         if self.num_kept:
             self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
+        # The last rows fill the gaps, so that few change their places.
+        behind = [place for place in going if place >= len(going)]
+        is_going = set(going)
+        going = [place if place in is_going else behind.pop() for place in range(len(going))]
         self._running = [self._running[place] for place in going]
         if going:
             self._stepper.keep(going)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, fused
+from erniekit.nn import cpu_ops, decoding, fused, mkl
 from erniekit.nn.narrow import matmul
 from erniekit.nn.nodes import call
 from erniekit.nn.onednn import sgemm
@@ -56,6 +57,16 @@ def _of_groups(
     if cpu_ops.applies(rows) and cpu_ops.applies(weight):
         out = paddle.empty([rows.shape[0], columns], dtype=rows.dtype)
         inner, stored_columns, size = rows.shape[1], weight.shape[2], weight.shape[1] * weight.shape[2]
+        if decoding.is_running() and mkl.is_available():
+            groups, begins, ends = np.array(spans, np.uint64).T
+            strides, row_size = (inner, stored_columns, columns), np.uint64(rows.element_size())
+            products = mkl.Products((ends - begins).astype(np.int32), columns, inner, strides, transpose)
+            products.run(
+                np.uint64(rows.data_ptr()) + row_size * np.uint64(inner) * begins,
+                np.uint64(weight.data_ptr()) + row_size * np.uint64(size) * groups,
+                np.uint64(out.data_ptr()) + row_size * np.uint64(columns) * begins,
+            )
+            return out
         for e, begin, end in spans:
             matrix = weight.data_ptr() + weight.element_size() * e * size, stored_columns
             places = cpu_ops.row_address(rows, begin), matrix, cpu_ops.row_address(out, begin)

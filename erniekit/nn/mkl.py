@@ -35,26 +35,33 @@ def is_available() -> bool:
 
 
 class Products:
-    """N products x_i y_i of fp32 matrices that are stored row by row: x_i [rows, inner_i] and y_i [inner_i, columns_i],
-    or with `transpose_y` [columns_i, inner_i].
+    """N products x_i y_i of fp32 matrices that are stored row by row: x_i [rows_i, inner_i] and y_i [inner_i,
+    columns_i], or with `transpose_y` [columns_i, inner_i].
 
     Args:
-        rows: of every x_i.
-        columns, inner: integers [N].
+        rows, columns, inner: integers [N], or one for all; at least one of them is an array.
         strides: numbers from one row to the next in the memory of each x, y and result.
     """
 
     def __init__(
-        self, rows: int, columns: np.ndarray, inner: np.ndarray, strides: tuple[int, int, int], transpose_y: bool
+        self,
+        rows: np.ndarray | int,
+        columns: np.ndarray | int,
+        inner: np.ndarray | int,
+        strides: tuple[int, int, int],
+        transpose_y: bool,
     ) -> None:
         function = _sgemm_batch()
         assert function is not None
-        self._function, count = function, len(columns)
+        self._function = function
+        count = next(len(each) for each in (rows, columns, inner) if isinstance(each, np.ndarray))
 
-        def each(value: float, dtype: type = np.int32) -> np.ndarray:
-            return np.full(count, value, dtype)
+        def each(value: float | np.ndarray, dtype: type = np.int32) -> np.ndarray:
+            made = np.empty(count, dtype)
+            made[:] = value
+            return made
 
-        sizes = each(rows), columns.astype(np.int32), inner.astype(np.int32)
+        sizes = each(rows), each(columns), each(inner)
         orders = each(_AS_STORED), each(_TRANSPOSED if transpose_y else _AS_STORED)
         factors = each(1, np.float32), each(0, np.float32)
         by = tuple(each(stride) for stride in strides)

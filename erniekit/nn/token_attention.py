@@ -60,9 +60,8 @@ class TokenAttention:
             behind = np.arange(longest) >= lengths[:, None]
             self._hidden = np.where(behind, np.float32(MASK_VALUE), np.float32(0))[:, None]
         count, each = batch * g, np.repeat(lengths, g)
-        sizes = np.full(count, d)
-        self._score = mkl.Products(r, each, sizes, (d, d, longest), transpose_y=True)
-        self._mix = mkl.Products(r, sizes, each, (longest, d, d), transpose_y=False)
+        self._score = mkl.Products(r, each, d, (d, d, longest), transpose_y=True)
+        self._mix = mkl.Products(r, d, each, (longest, d, d), transpose_y=False)
         self._query_places = mkl.addresses(mkl.address_of(self._queries), count, r * d)
         self._score_places = mkl.addresses(mkl.address_of(self._scores), count, r * longest)
 

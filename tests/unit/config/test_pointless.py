@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from erniekit.config import Config, load, pointless
-from erniekit.config.pointless import RULES, Facts
+from erniekit.config.methods import BUILT, option_names
+from erniekit.config.pointless import METHOD_RULES, RULES, Facts
+from erniekit.config.schema_mixture import MixtureArgs
 
 BASE = {"model_name_or_path": "m", "output_dir": "o"}
 TRAIN = {**BASE, "train_dataset_path": "a.jsonl"}
@@ -252,9 +254,22 @@ def fires(rule: pointless.Rule, case: tuple) -> bool:
     return bool(about) and command in rule.commands and rule.when(cfg, facts or Facts())
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.keys.split()[0]}-{rule.why[:30]}")
+@pytest.mark.parametrize(
+    "rule",
+    [rule for rule in RULES if rule not in METHOD_RULES],
+    ids=lambda rule: f"{rule.keys.split()[0]}-{rule.why[:30]}",
+)
 def test_every_rule_has_a_case(rule):
     assert any(fires(rule, case) for case in CASES)
+
+
+@pytest.mark.parametrize("stage", BUILT)
+def test_the_rules_of_methods_name_the_keys_that_a_method_does_not_read(stage):
+    cfg, _ = configuration("train", METHOD_EXTRAS.get(stage, {}), {"stage": stage})
+    named_keys = {key for rule in METHOD_RULES if rule.when(cfg, Facts()) for key in rule.keys.split()}
+    unread = {field.name for field in dataclasses.fields(Config) if not cfg.method.reads(field.name)}
+    mixes = set() if cfg.text_dataset_path else set(option_names(MixtureArgs)) - {"text_dataset_path"}
+    assert named_keys == unread | mixes
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.keys.split()[0]}-{rule.why[:30]}")
