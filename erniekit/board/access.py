@@ -63,10 +63,8 @@ class Cookie:
         cookie = cookie_parser(headers.get("cookie", "")).get(self._name)
         if cookie and "authorization" not in headers:
             scope = {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + cookie.encode())]}
-        elif not self._is_open and not cookie and "authorization" not in headers and _is_page(path):
+        elif not (
+            self._is_open or cookie or "authorization" in headers or path.startswith((LOGIN, "/api/", "/static/"))
+        ):
             return await RedirectResponse(LOGIN, 303)(scope, receive, send_with_headers)
         await self._app(scope, receive, send_with_headers)
-
-
-def _is_page(path: str) -> bool:
-    return path != LOGIN and not path.startswith(("/api/", "/static/"))

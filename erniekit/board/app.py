@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from erniekit.serve.server_access import Gate
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import error_response, json_response
+from erniekit.utils import log
 from erniekit.utils.errors import UserError
 from erniekit.utils.version import __version__
 
@@ -35,31 +37,24 @@ _OPEN = (LOGIN, "/static/board.css", "/static/board.js", "/health")
 _COOKIE_SECONDS = 30 * 86400
 STRINGS = {code: json.loads((_HERE / f"strings/{code}.json").read_text("utf-8")) for code in ("en", "zh")}
 _PAGES = {"/": "runs", "/new": "new", "/data": "data", "/plan": "plan", "/chat": "chat", "/compare": "run"}
+_TITLES = {"eval": "evaluate", "export": "export"}
 Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Board:
-    """What the pages are about."""
+    """What the pages are about; `cookie` is the name of its cookie."""
 
     runs: Runs
     keys: tuple[bytes, ...]
     host: str
     allowed_hosts: tuple[str, ...]
-    port: int
-
-    @property
-    def cookie(self) -> str:
-        """The name of its cookie."""
-        return f"erniekit-board-{self.port}"
+    cookie: str
 
 
 def make_app(board: Board) -> Starlette:
     """The application."""
-    actions: dict[str, Callable[[Board, Body], Any]] = {
-        "form": _form, "source": _source, "start": _start, "again": _again, "stop": _stop, "plan": _plan,
-        "records": _records, "sample": _sample,
-    }  # fmt: skip
+    actions = (_form, _source, _start, _again, _stop, _plan, _records, _sample)
     routes = [
         *(Route(path, partial(_page, board, name)) for path, name in _PAGES.items()),
         Route("/run/{id}", partial(_page, board, "run")),
@@ -68,13 +63,13 @@ def make_app(board: Board) -> Starlette:
         Route("/api/runs", partial(_list, board)),
         Route("/api/runs/{id}", partial(_poll, board)),
         Route("/api/chat", partial(_chat, board), methods=["POST"]),
-        *(Route(f"/api/{name}", partial(_act, board, act), methods=["POST"]) for name, act in actions.items()),
+        *(Route(f"/api/{act.__name__[1:]}", partial(_act, board, act), methods=["POST"]) for act in actions),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
     keys = with_cookies(board.keys)
     gate = Middleware(Gate, board.host, board.allowed_hosts, keys, _OPEN)
     cookie = Middleware(Cookie, board.cookie, not keys)
-    handlers: Any = {ApiError: _api_error, UserError: _user_error, HTTPException: _http_error}
+    handlers: Any = dict.fromkeys((ApiError, UserError, HTTPException, Exception), _refused)
     return Starlette(routes=routes, middleware=[cookie, gate], exception_handlers=handlers)
 
 
@@ -92,24 +87,25 @@ def _language(request: Request) -> str:
 def _render(request: Request, name: str, status: int = 200, **facts: Any) -> Response:
     language, theme = _language(request), request.cookies.get("theme", "")
     strings = STRINGS[language]
-    shown = {"page": name, "t": strings, "language": language, "version": __version__, "path": request.scope["path"]}
-    shown["theme"] = theme if theme in ("dark", "light") else ""
+    shown = {"page": name, "t": strings, "title": strings["board"], "language": language, "version": __version__}
+    shown |= {"path": request.scope["path"], "theme": theme if theme in ("dark", "light") else ""}
     return HTMLResponse(_templates.get_template(f"{name}.html").render(shown | facts), status)
 
 
 async def _page(board: Board, name: str, request: Request) -> Response:
     """A page; what changes on it comes by /api."""
-    facts: dict[str, Any] = {"ids": [], "command": "train", "groups": [], "examples": [], "runs": []}
+    strings = STRINGS[_language(request)]
+    facts: Body = {"title": strings.get(name, "")}
     if name == "run":
         ids = request.query_params.get("runs", "").split(",") if "id" not in request.path_params else []
         facts["ids"] = [board.runs.get(each).id for each in ids or [request.path_params["id"]]]
+        facts["title"] = " · ".join(facts["ids"])
     if name in ("new", "data", "plan"):
-        command = request.query_params.get("command", "train")
-        if command not in COMMANDS:
-            raise UserError(f"command: expected one of {', '.join(COMMANDS)}")
+        command = _command(request.query_params.get("command", "train"))
         runs = await run_in_threadpool(board.runs.list)
         facts |= {"command": command, "examples": _examples(), "runs": [run.id for run in runs]}
-        facts["groups"] = forms.groups(command) if name == "new" else []
+        if name == "new":
+            facts |= {"groups": forms.groups(command), "title": strings[_TITLES.get(command, name)]}
     return _render(request, name, **facts)
 
 
@@ -142,10 +138,8 @@ async def _health(request: Request) -> Response:
 
 
 async def _list(board: Board, request: Request) -> Response:
-    def facts() -> list[dict[str, Any]]:
-        return [run.facts() | {"address": chat.address_of(run)} for run in board.runs.list()]
-
-    return json_response({"runs": await run_in_threadpool(facts)})
+    runs = await run_in_threadpool(lambda: [run.facts() for run in board.runs.list()])
+    return json_response({"runs": runs})
 
 
 async def _poll(board: Board, request: Request) -> Response:
@@ -154,8 +148,8 @@ async def _poll(board: Board, request: Request) -> Response:
 
     def news() -> Body:
         offset = query.get("log", "0")
-        log = run.log(int(offset) if offset.isdecimal() else 0)
-        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": log, **_results(run)}
+        tail = run.log(int(offset) if offset.isdecimal() else 0)
+        return {"run": run.facts(), "metrics": run.metrics(query.get("metrics", "")), "log": tail, **_results(run)}
 
     return json_response(await run_in_threadpool(news))
 
@@ -179,18 +173,22 @@ def _text(body: Body, name: str, default: str | None = None) -> str:
     return value
 
 
-def _command(body: Body) -> str:
-    command = _text(body, "command", "train")
+def _asked(board: Board, body: Body) -> tuple[str, Path, tuple[str, ...], tuple[str, ...]]:
+    """Of a run to be: its text, its directory, what follows `erniekit`, and which of that overrides the text."""
+    directory = board.runs.new_directory(_text(body, "name", "") or "run")
+    words = board.runs.words(_command(_text(body, "command", "train")), directory, body.get("own_output") is True)
+    return _text(body, "yaml"), directory, words, words[2:] if words[0] != "server" else ()
+
+
+def _command(command: str) -> str:
     if command not in COMMANDS:
-        raise ApiError(400, f"command: expected one of {', '.join(COMMANDS)}.", "command")
+        raise UserError(f"command: expected one of {', '.join(COMMANDS)}")
     return command
 
 
 def _form(board: Board, body: Body) -> Body:
     """A text after a change (`key`, `value`), its values, and what is wrong with it."""
-    text, command = _text(body, "yaml"), _command(body)
-    directory = board.runs.new_directory(_text(body, "name", "run") or "run")
-    words = board.runs.words(command, directory, body.get("own_output") is True)
+    text, _, words, overrides = _asked(board, body)
     said: Body = {"yaml": text, "values": None, "words": ["erniekit", *words]}
     try:
         if "key" in body:
@@ -198,7 +196,7 @@ def _form(board: Board, body: Body) -> Body:
         said["values"] = forms.values(text)
     except UserError as error:
         return said | {"problems": {"": [str(error)]}, "notes": []}
-    return said | forms.check(text, command, board.runs, words[2:] if command != "server" else ())
+    return said | forms.check(text, words[0], board.runs, overrides)
 
 
 def _source(board: Board, body: Body) -> Body:
@@ -219,15 +217,12 @@ def _source(board: Board, body: Body) -> Body:
 
 def _start(board: Board, body: Body) -> Body:
     """A new run of a text without problems."""
-    text, command = _text(body, "yaml"), _command(body)
-    directory = board.runs.new_directory(_text(body, "name", command) or command)
-    own = body.get("own_output") is True
-    words = board.runs.words(command, directory, own)
-    said = forms.check(text, command, board.runs, words[2:] if command != "server" else ())
-    if said["problems"]:
-        raise UserError("\n".join(line for lines in said["problems"].values() for line in lines))
+    text, directory, words, overrides = _asked(board, body)
+    problems = forms.check(text, words[0], board.runs, overrides)["problems"]
+    if problems:
+        raise UserError("\n".join(line for lines in problems.values() for line in lines))
     written = forms.values(text).get("output_dir", "")
-    output = directory / "output" if command == "eval" or own or not written else Path(written).expanduser()
+    output = directory / "output" if overrides or not written else Path(written).expanduser()
     return {"id": board.runs.create(directory, text, words, output.absolute()).id}
 
 
@@ -271,7 +266,12 @@ def _records(board: Board, body: Body) -> Body:
     count, first = (body.get(name, 1) for name in ("count", "first"))
     if type(count) is not int or type(first) is not int:
         raise ApiError(400, "count, first: expected whole numbers.", "count")
-    words = ["check", f"preview={max(1, min(count, 50))}", f"first={max(1, first)}", f"command={_command(body)}"]
+    words = [
+        "check",
+        f"preview={max(1, min(count, 50))}",
+        f"first={max(1, first)}",
+        f"command={_command(_text(body, 'command', 'train'))}",
+    ]
     return _ask(board, _text(body, "yaml"), words, ("json", "records"))
 
 
@@ -293,21 +293,16 @@ async def _chat(board: Board, request: Request) -> Response:
     return await chat.answer(address, key, asked)
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _user_error(request: Request, error: Exception) -> Response:
-    return _error(request, 400, str(error))
-
-
-def _error(request: Request, status: int, message: str) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
+    """The answer to what goes wrong: JSON to the script, a page to the user."""
+    status, message = 400, str(error)
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, f"{request.scope['path'][:100]}: {error.detail}"
+    elif isinstance(error, ApiError):
+        return error_response(error)
+    elif not isinstance(error, UserError):
+        log.warning("".join(traceback.format_exception(error)))
+        status, message = 500, "a defect of the board; its log has the details."
     if request.scope["path"].startswith("/api/"):
         return error_response(ApiError(status, message))
     return _render(request, "error", status, message=message)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(request, error.status_code, f"{request.scope['path'][:100]}: {error.detail}")

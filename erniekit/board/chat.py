@@ -9,23 +9,11 @@ from urllib.parse import urlsplit
 import httpx
 from starlette.responses import Response, StreamingResponse
 
-from erniekit.board import job
 from erniekit.board.runs import Run
 from erniekit.serve.server_access import is_loopback
 from erniekit.serve.server_errors import ApiError, to_json
 
-_SERVED = " is served at "
 _TIMEOUT = httpx.Timeout(10, read=3600)
-
-
-def address_of(run: Run) -> str | None:
-    """Where a server that the board has started listens; None while it loads its model."""
-    try:
-        text = (run.directory / job.LOG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    _, found, rest = text.rpartition(_SERVED)
-    return rest.split()[0].removesuffix("/v1") if found and run.pid() else None
 
 
 def target(server: str, key: str, run: Run | None) -> tuple[str, str]:
@@ -33,7 +21,7 @@ def target(server: str, key: str, run: Run | None) -> tuple[str, str]:
     other address, so a page cannot make it ask around in the network. Raises ApiError.
     """
     if run is not None:
-        address = address_of(run)
+        address = run.address()
         if address is None:
             raise ApiError(503, f"{run.id} does not serve a model (yet); its log says why.", "server")
         return address, (run.directory / "key").read_text(encoding="utf-8").strip()

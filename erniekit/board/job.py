@@ -4,7 +4,6 @@ It leads a process group of its own. SIGTERM is passed on to the command, which 
 the group ends everything, and then there is no exit code.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+from erniekit.utils import atomic
 
 LOG, PROCESS, EXIT = "log.txt", "process.json", "exit.json"
 
@@ -31,7 +31,7 @@ def main() -> int:
     directory, command = Path(sys.argv[1]), sys.argv[2:]
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    _write(directory / PROCESS, {"pid": os.getpid(), "started": start_time(os.getpid())})
+    atomic.write_json(directory / PROCESS, {"pid": os.getpid(), "started": start_time(os.getpid())})
     with open(directory / LOG, "ab") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
@@ -42,11 +42,5 @@ def main() -> int:
     if asked:  # it arrived before the command had started
         child.send_signal(signal.SIGTERM)
     code = child.wait()
-    _write(directory / EXIT, {"code": code if code >= 0 else 128 - code, "ended": time.time()})
+    atomic.write_json(directory / EXIT, {"code": code if code >= 0 else 128 - code, "ended": time.time()})
     return code
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)

@@ -83,7 +83,14 @@ class Run:
         """What the pages show of it."""
         shown = {"id": self.id, "command": self.command, "created": self.created, "output": short(self.output)}
         words = shlex.join(["erniekit", *self.words]) if self.words else ""
-        return {**shown, **self.state(), "words": words, "last": self._last()}
+        return {**shown, **self.state(), "words": words, "last": self._last(), "address": self.address()}
+
+    def address(self) -> str | None:
+        """Where it serves a model; None while it loads the model, and for all other commands."""
+        if self.command != "server" or not self.pid():
+            return None
+        found = re.search(r" is served at (http://\S+)/v1", _tail(self.directory / job.LOG, 1 << 22)[0])
+        return found[1] if found else None
 
     @property
     def metrics_file(self) -> Path:
@@ -175,15 +182,12 @@ class Runs:
 
     def words(self, command: str, directory: Path, own_output: bool) -> tuple[str, ...]:
         """What follows `erniekit` for a run in `directory`."""
-        file, output = short(directory / "run.yaml"), short(directory / "output")
-        more: tuple[str, ...] = ()
-        if command == "train" and own_output:
-            more = (f"output_dir={output}",)
-        elif command == "eval":
-            more = (f"eval_output={output}",)
-        elif command == "server":
-            more = ("host=127.0.0.1", "port=0", f"api_key_file={short(directory / 'key')}")
-        return (command, file, *more)
+        more = {
+            "train": [f"output_dir={short(directory / 'output')}"] if own_output else [],
+            "eval": [f"eval_output={short(directory / 'output')}"],
+            "server": ["host=127.0.0.1", "port=0", f"api_key_file={short(directory / 'key')}"],
+        }
+        return (command, short(directory / "run.yaml"), *more.get(command, []))
 
     def new_directory(self, name: str) -> Path:
         """A directory for a run of this name, or of this name and a number. It is not made. Raises UserError."""

@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from erniekit.board.runs import Runs, short
 from erniekit.utils import log, runtime
@@ -25,43 +25,33 @@ except ModuleNotFoundError as error:
 KEY_VARIABLE, KEY_FILE = "ERNIEKIT_API_KEY", ".board-key"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of `erniekit webui`."""
-
-    runs: Path = Path("runs")
-    host: str = "127.0.0.1"
-    port: int = 7860
-    allow: tuple[Path, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    api_key_file: str | None = None
-
-
-def serve(settings: Settings) -> None:
+def serve(
+    directory: Path = Path("runs"),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    allow: tuple[Path, ...] = (),
+    allowed_hosts: tuple[str, ...] = (),
+    api_key_file: str | None = None,
+) -> None:
     """Show the board until the process is interrupted; runs go on. Raises ConfigError for a root of runs that another
     board uses, an address that is not free, and one that others reach without a key of the user's own.
     """
-    keys = key_digests(settings.api_key_file, runtime.environment_variable(KEY_VARIABLE))
-    require_key_if_reachable(settings.host, keys)
-    runs = Runs(settings.runs, settings.allow)
+    keys = key_digests(api_key_file, runtime.environment_variable(KEY_VARIABLE))
+    require_key_if_reachable(host, keys)
+    runs = Runs(directory, allow)
     runs.open()
     try:
-        with listen(settings.host, settings.port) as listening:
+        with listen(host, port) as listening:
             link = url_of(listening)
             if not keys:
                 link += f"/login?key={_own_key(runs.root / KEY_FILE)}"
                 keys = key_digests(str(runs.root / KEY_FILE), None)
-            board = Board(runs, keys, settings.host, settings.allowed_hosts, listening.getsockname()[1])
+            board = Board(runs, keys, host, allowed_hosts, f"erniekit-board-{listening.getsockname()[1]}")
             log.info(f"runs are in {short(runs.root)}, and go on when the board ends; it may read and write below:")
             log.info("  " + ", ".join(dict.fromkeys(str(root) for root in runs.roots)))
             log.info(f"board: {link} (this process ends by Ctrl-C)")
-            config = uvicorn.Config(
-                make_app(board),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=1,
-                server_header=False,
-            )
+            quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
+            config = uvicorn.Config(make_app(board), timeout_graceful_shutdown=1, **quiet)
             uvicorn.Server(config).run(sockets=[listening])
     finally:
         runs.close()

@@ -12,9 +12,10 @@ def run(args: list[str]) -> int:
     """Show the board until it is interrupted. Raises ConfigError for an option that it does not have."""
     values, others = options.read("webui", args, _OPTIONS)
     options.require("webui", not others, f"{' '.join(others)}: the options are {', '.join(_OPTIONS)}")
-    from erniekit.board.server import Settings, serve
+    from erniekit.board.server import serve
 
-    serve(Settings(**values))
+    directory = values.pop("runs", Path("runs"))
+    serve(directory, **values)
     return 0
 
 

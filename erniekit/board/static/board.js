@@ -30,8 +30,8 @@ function toast(text) {
   setTimeout(() => box.remove(), 8000);
 }
 
-const JSON_TYPE = { "Content-Type": "application/json" };
-const post = (body) => ({ method: "POST", headers: JSON_TYPE, body: JSON.stringify(body) });
+const headers = { "Content-Type": "application/json" };
+const post = (body) => ({ method: "POST", headers, body: JSON.stringify(body) });
 
 /** The JSON answer to a request; null, with a message to the user, where it fails. */
 async function api(path, body, quiet = false) {
@@ -68,11 +68,8 @@ function onClick(id, act) {
 const badge = (run) => h("span", { class: `badge ${run.state}` }, say(run.state), run.code > 0 ? ` (${run.code})` : "");
 const sizeOf = (bytes) => bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
 
-function number(value) {
-  if (value == null) return "";
-  const size = Math.abs(value);
-  return size >= 1e5 || (size > 0 && size < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(5));
-}
+const isLong = (value) => Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3);
+const number = (value) => value == null ? "" : isLong(value) ? value.toExponential(2) : String(+value.toPrecision(5));
 
 // The list of runs
 
@@ -81,9 +78,8 @@ function actionsOf(run, size) {
     if (force && !confirm(T.kill_hint)) return;
     if (await api("stop", { run: run.id, force })) toast(force ? T.killed : T.stopping);
   };
-  if (run.state === "running") {
-    return [button(T.stop, `quiet ${size}`, stop(false)), ...(size ? [] : [button(T.kill, "danger", stop(true))])];
-  }
+  const ends = [button(T.stop, `quiet ${size}`, stop(false)), ...(size ? [] : [button(T.kill, "danger", stop(true))])];
+  if (run.state === "running") return ends;
   const trains = run.command === "train";
   if (run.state === "other" || (trains && run.state === "done")) return [];
   return [button(trains ? T.again : T.repeat, `quiet ${size}`, () => api("again", { run: run.id }))];
@@ -113,18 +109,14 @@ function runsPage() {
 const COLOURS = ["#3b6fe0", "#e0733b", "#2a9d6f", "#a04fd0", "#d0457e", "#8a7a2e", "#2f9fc0", "#777"];
 const FIRST = ["loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second"];
 
-function smoothed(values, share) {
-  let mean = null;
-  return values.map((value) => {
-    if (value != null) mean = mean == null ? value : share * mean + (1 - share) * value;
-    return value == null ? null : mean;
-  });
-}
+const smoothed = (values, share, mean = null) =>
+  values.map((value) => value == null ? null : mean = share * (mean ?? value) + (1 - share) * value);
 
 class Charts {
   constructor(ids) {
     [this.ids, this.data, this.plots] = [ids, new Map(ids.map((id) => [id, []])), new Map()];
-    for (const id of ["smooth", "log-scale"]) on(id, "input", () => this.draw(id === "log-scale"));
+    on("smooth", "input", () => this.draw(false));
+    on("log-scale", "input", () => this.draw(true));
     new ResizeObserver(() => this.plots.forEach((plot, name) => plot.setSize(this.size(name)))).observe($("charts"));
   }
 
@@ -244,7 +236,7 @@ async function withSource(changed) {
   if (run) [$("source").value = `run:${run}`, await load({ run, copy: query.has("copy") })];
 }
 
-function formPage() {
+function newPage() {
   const command = $("form").dataset.command;
   const fields = [...document.querySelectorAll(".field")];
   const input = (field) => field.querySelector("input, select");
@@ -321,8 +313,9 @@ function dataPage() {
   const token = ([text, trained, times]) => h("span", { class: `token ${trained ? "trained" : ""}` },
     text.replaceAll("\n", "↵\n") + (times > 1 ? ` × ${times}` : ""));
   const picture = (png) => h("img", { src: `data:image/png;base64,${png}`, alt: T.picture });
-  const shown = (each) => [doc(each.sizes), h("p", {}, each.tokens.map(token)),
-    doc(each.left_out ? say("left_out", each.left_out) : ""), each.pictures.map(picture)];
+  const rest = (count) => count ? doc(say("left_out", count)) : null;
+  const shown = (each) => [doc(each.sizes), h("p", {}, each.tokens.map(token)), rest(each.left_out),
+    each.pictures.map(picture)];
   onClick("show", async () => {
     const said = await ask("records", { first: +$("first").value, count: +$("count").value });
     if (said) put("records", (said.records ?? []).map((record) => div("card record",
@@ -340,8 +333,7 @@ function planPage() {
   withSource(() => {});
 
   function showPlan(plan) {
-    put("verdict");
-    put("stages");
+    [put("verdict"), put("stages")];
     if (!plan) return;
     const fact = (value, name) => h("div", {}, h("b", {}, value), " ", h("span", { class: "quiet" }, name));
     const fits = h("b", { class: plan.fits ? "good" : "bad" }, plan.fits ? T.fits : T.fits_not);
@@ -386,10 +378,6 @@ async function* events(stream) {
 class Pane {
   constructor(side) {
     [this.side, this.box, this.messages] = [side, h("div", { class: "pane", "aria-live": "polite" }), []];
-  }
-
-  clear() {
-    [this.messages, this.box.textContent] = [[], ""];
   }
 
   /** Asks the model of this side with further messages, and shows the answer as it comes. */
@@ -466,6 +454,7 @@ function chatPage() {
   const panes = [new Pane("left"), new Pane("right")];
   let [pictures, stopper] = [[], null];
   put("panes", panes[0].box);
+  const image = (src) => h("img", { src, alt: T.picture });
   const fill = (id, options, first) => {
     if ($(id) === document.activeElement) return;
     const value = $(id).value;
@@ -493,17 +482,13 @@ function chatPage() {
   const asked = new URLSearchParams(location.search).get("run");
   if (asked) [history.replaceState(null, "", "/chat"), serve(asked)];
   on("right", "change", () => put("panes", panes[0].box, $("right").value ? panes[1].box : []));
-  on("clear", "click", () => panes.forEach((pane) => pane.clear()));
+  on("clear", "click", () => panes.forEach((pane) => [pane.messages, pane.box.textContent] = [[], ""]));
   on("cancel", "click", () => stopper?.abort());
-  on("picture", "change", async () => {
-    for (const file of $("picture").files) pictures.push(await new Promise((resolve) => {
-      const reader = new FileReader();
-      reader.onload = () => resolve(reader.result);
-      reader.readAsDataURL(file);
-    }));
-    $("picture").value = "";
-    put("pictures", pictures.map((src) => h("img", { src, alt: T.picture })));
-  });
+  on("picture", "change", () => [...$("picture").files].forEach((file) => {
+    const reader = new FileReader();
+    reader.onload = () => pictures.push(reader.result) && put("pictures", pictures.map(image));
+    reader.readAsDataURL(file);
+  }));
   on("question", "keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -515,7 +500,7 @@ function chatPage() {
     if (!text || stopper) return;
     const images = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
     const content = images.length ? [...images, { type: "text", text }] : text;
-    [$("question").value, pictures, stopper] = ["", [], new AbortController()];
+    [$("question").value, $("picture").value, pictures, stopper] = ["", "", [], new AbortController()];
     put("pictures");
     [$("cancel").hidden, $("send").disabled] = [false, true];
     const asked = panes.filter((pane) => pane.box.isConnected);
@@ -543,5 +528,5 @@ on("theme", "click", () => {
   const theme = root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   keep("theme", theme === "dark" ? "light" : "dark");
 });
-const PAGES = { runs: runsPage, run: runPage, new: formPage, data: dataPage, plan: planPage, chat: chatPage };
-({ ...PAGES, login: loginPage })[document.body.dataset.page]?.();
+const PAGES = { runsPage, runPage, newPage, dataPage, planPage, chatPage, loginPage };
+PAGES[`${document.body.dataset.page}Page`]?.();

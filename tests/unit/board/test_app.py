@@ -21,8 +21,9 @@ from support.source_tree import REPOSITORY
 from erniekit.board import server as board_server
 from erniekit.board.app import STRINGS, Board, make_app
 from erniekit.board.runs import Runs
-from erniekit.board.server import Settings, serve
+from erniekit.board.server import serve
 from erniekit.cli import main as cli
+from erniekit.config.schema import GROUPS
 from erniekit.serve.server_access import key_digests
 from erniekit.utils.errors import ConfigError, UserError
 
@@ -43,7 +44,7 @@ def root(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def board(root: Path) -> Board:
-    return Board(Runs(root), key_digests(None, KEY), "127.0.0.1", (), 7860)
+    return Board(Runs(root), key_digests(None, KEY), "127.0.0.1", (), "erniekit-board-7860")
 
 
 @pytest.fixture
@@ -87,19 +88,17 @@ def test_the_language_is_the_browsers_until_one_is_chosen(page: TestClient):
 
 
 def test_both_languages_have_the_same_strings_and_all_are_used():
-    assert STRINGS["en"].keys() == STRINGS["zh"].keys()
+    groups = {f"group: {name}" for name in (*GROUPS, "others")}  # in English they are the schema's own words
+    assert STRINGS["en"].keys() | groups == STRINGS["zh"].keys()
     assert all(
         re.findall(r"\{\d}", STRINGS["en"][name]) == re.findall(r"\{\d}", STRINGS["zh"][name]) for name in STRINGS["en"]
     )
     templates = "".join(path.read_text("utf-8") for path in (BOARD / "templates").glob("*.html"))
     script = (BOARD / "static" / "board.js").read_text("utf-8")
-    used = set(re.findall(r"\bt\.(\w+)", templates)) | set(re.findall(r"\bT\.(\w+)|say\(\"(\w+)\"", script))
+    used = set(re.findall(r"\bt\.(\w+)\b(?!\()", templates)) | set(re.findall(r"\bT\.(\w+)|say\(\"(\w+)\"", script))
     names = {name for each in used for name in ([each] if isinstance(each, str) else each) if name}
     states = {"running", "done", "failed", "stopped", "killed", "other"}
-    from erniekit.config.schema import GROUPS
-
-    groups = {f"group: {name}" for name in (*GROUPS, "others")}
-    assert names | states | groups == STRINGS["en"].keys()
+    assert names | states | {"new", "runs", "data", "plan", "chat"} == STRINGS["en"].keys()
     assert not names & set(dir(dict)), "jinja would find the method"
 
 
@@ -173,7 +172,7 @@ def test_the_cookie_is_for_this_board_alone_and_is_not_the_key(board: Board):
     assert answer.headers["location"] == "/", "the key leaves the address"
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie and cookie.startswith("erniekit-board-7860=")
     assert KEY not in cookie and hashlib.sha256(KEY.encode()).hexdigest() not in cookie
-    other = Board(board.runs, key_digests(None, "another-key"), "127.0.0.1", (), 7860)
+    other = Board(board.runs, key_digests(None, "another-key"), "127.0.0.1", (), "erniekit-board-7860")
     with client(other) as browser:
         browser.cookies.set("erniekit-board-7860", cookie.partition("=")[2].partition(";")[0])
         assert browser.get("/api/runs").status_code == 401
@@ -416,12 +415,12 @@ def test_a_board_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ERNIEKIT_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="other machines reach this address"):
-        serve(Settings(host="0.0.0.0"))
+        serve(host="0.0.0.0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match=r"Address already in use\. Choose another"):
-            serve(Settings(port=taken.getsockname()[1]))
+            serve(port=taken.getsockname()[1])
     again = Runs(tmp_path / "runs")
     again.open()  # the root was released
     again.close()
