@@ -137,6 +137,6 @@ NOT_HERE = {
     "webui": (
         "`erniekit webui` is not in this version; a page in the browser is planned for a later one. A YAML file and "
         "`erniekit train` start a run (`erniekit check` looks at the file first), and `erniekit chat` talks to the "
-        "result. With report_to: visualdl or tensorboard, those tools draw the curves of a run in the browser."
+        "result. With report_to, VisualDL, TensorBoard and other tools draw the curves of a run in the browser."
     ),
 }

@@ -7,7 +7,7 @@ from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.reporting.progress import ProgressReport
 from erniekit.training.reporting.routers import RouterLog
 from erniekit.training.reporting.summary import Summary
-from erniekit.training.reporting.trackers import Board
+from erniekit.training.reporting.trackers import boards
 
 __all__ = ["Callback", "RunInfo", "StepMetrics", "build_callbacks"]
 
@@ -17,9 +17,7 @@ def build_callbacks(cfg: Config) -> list[Callback]:
 
     The progress bar comes first, so that it is removed before the others write their last lines. The metrics file comes
     before the plot and the summary, which read it.
-    Raises ConfigError if report_to needs a package that is not installed.
+    Raises ConfigError if report_to needs a package that is not installed, or not logged in.
     """
     callbacks: list[Callback] = [ProgressReport(cfg.logging_steps, cfg.disable_tqdm), MetricsFile()]
-    if cfg.report_to != "none":
-        callbacks.append(Board(cfg))
-    return [*callbacks, RouterLog(), LossPlot(), Summary()]
+    return [*callbacks, *boards(cfg), RouterLog(), LossPlot(), Summary()]
