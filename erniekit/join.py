@@ -29,7 +29,7 @@ from erniekit.utils.version import __version__
 PER_HOST = {
     *("model_name_or_path", "download_hub", "lora_path", "train_dataset_path", "eval_dataset_path", "input_dir"),
     *("chat_template", "ref_logps_cache", "logging_dir"),
-    *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "disable_tqdm"),
+    *("dataloader_num_workers", "prefetch_factor", "logging_steps", "report_to", "run_name", "project", "disable_tqdm"),
     *("distributed_timeout", "rendezvous_timeout", "max_restarts"),
     *(name for group in (GenerateArgs, EvalArgs, ExportArgs) for name in option_names(group)),
 }

@@ -282,6 +282,8 @@ def _needed(cfg: Config, command: str) -> Iterator[str]:
 def _training(cfg: Config) -> Iterator[str]:
     if not cfg.do_train:
         yield "do_train: False leaves `erniekit train` nothing to do; to evaluate only, use `erniekit eval`"
+    if "none" in cfg.report_to and len(cfg.report_to) > 1:
+        yield f"report_to: {', '.join(cfg.report_to)}: none goes with no other name. Remove one of them"
     if cfg.mix_strategy == "random" and cfg.max_steps <= 0:
         yield "max_steps: mix_strategy: random has no end, so max_steps must be more than 0 (or mix_strategy: concat)"
     if cfg.do_eval and not cfg.eval_dataset_path and cfg.dataset_type != "pretrain":

@@ -114,10 +114,11 @@ _NO_EFFECT: dict[str, str] = {
     "metrics.jsonl records loss, norm, rate, tokens and speed of every step": (
         "enable_global_training_logs log_global_grad_norm global_logging_interval record_optimizer_stat "
         "logging_strategy logging_first_step sft_benchmark count_trained_tokens metrics_output_path "
-        "skip_profile_timer skip_memory_metrics enable_timer enable_optimizer_timer run_name"
+        "skip_profile_timer skip_memory_metrics enable_timer enable_optimizer_timer"
     ),
     "one process writes the log": "log_on_each_node",
-    "logs go to files, and with report_to to VisualDL or TensorBoard": "wandb_api_key wandb_http_proxy",
+    "a secret in a file would be copied with it: run `wandb login`, or set WANDB_API_KEY": "wandb_api_key",
+    "set HTTPS_PROXY in the environment": "wandb_http_proxy",
     "eval_steps decides": "minimum_eval_times",
     "evaluation always sums over all its batches": "eval_accumulation_steps",
     "predict_with_generate decides": "prediction_loss_only",
@@ -219,3 +220,6 @@ def _table() -> dict[str, Rule]:
 
 # The rule of every key that has no field. Each name appears in one table only.
 RULES = _table()
+
+# Keys without an effect whose values are not kept.
+SECRETS = frozenset({"wandb_api_key", "wandb_http_proxy"})

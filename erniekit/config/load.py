@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from erniekit.config import checks, compat, dialects, peft_keys, read, references, rl_keys, schema, support, synonyms
-from erniekit.config.compat_keys import RULES
+from erniekit.config.compat_keys import RULES, SECRETS
 from erniekit.config.fields import coerce, is_null
 from erniekit.config.methods import DEFAULT, METHODS
 from erniekit.config.schema import Config
@@ -322,7 +322,8 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
     _complete_paths(values, state)
     if command == "train":
         rl_keys.complete(values, state.notes)
-    extras = tuple((name, given.value) for name, given in state.extras.items())
+    hidden = "***"  # in place of secrets, since extras are written into every config.yaml
+    extras = tuple((name, hidden if name in SECRETS else given.value) for name, given in state.extras.items())
     cfg = Config(**values, extras=extras, given=state.keys_given(), source=path or "")
     places = {name: given.place for name, given in state.given.items()}
     for problem in checks.problems(cfg, command):

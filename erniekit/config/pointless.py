@@ -13,6 +13,7 @@ from erniekit.config.pointless_benchmark import BENCHMARK_RULES
 from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
+from erniekit.config.pointless_report import REPORT_RULES
 from erniekit.config.pointless_rewards import REWARD_RULES
 from erniekit.config.pointless_rl import RL_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
@@ -198,11 +199,6 @@ _RUN_RULES = [
         "ckpt_quant_stage",
         lambda c, f: c.ignore_save_lr_and_optim,
         "ignore_save_lr_and_optim is True, so checkpoints hold no moments",
-    ),
-    Rule(
-        "logging_dir",
-        lambda c, f: c.report_to == "none",
-        "report_to is none; metrics.jsonl and loss.png go to output_dir",
     ),
     Rule(
         "ignore_load_lr_and_optim ignore_data_skip",
@@ -481,6 +477,7 @@ RULES: list[Rule] = [
     *_RUN_RULES,
     *QUANTIZATION_RULES,
     *BENCHMARK_RULES,
+    *REPORT_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from erniekit.config.fields import key
+from erniekit.config.fields import key, list_of
+
+# Trackers know runs by name; the others only write files.
+TRACKERS = ("wandb", "swanlab", "mlflow", "trackio")
+BOARDS = ("visualdl", "tensorboard", *TRACKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,16 @@ class TrainArgs:
         1, "Steps between log lines (ERNIEKit's default is 500, which logs nothing in short runs).", ge=1
     )
     logging_dir: str | None = key(None, "Where report_to writes; not given: output_dir/runs.", path=True)
-    report_to: str = key(
-        "none",
-        "Also log to visualdl or tensorboard; metrics.jsonl and loss.png are always written.",
-        choices=("none", "visualdl", "tensorboard"),
+    report_to: tuple[str, ...] = list_of(
+        str,
+        "Also log to these: visualdl, tensorboard, wandb, swanlab, mlflow, trackio; metrics.jsonl and loss.png are "
+        "always written.",
+        choices=("none", *BOARDS),
     )
+    run_name: str | None = key(
+        None, "The run's name in wandb, swanlab, mlflow and trackio; not given: that of output_dir."
+    )
+    project: str | None = key(None, "The project of the run there, in mlflow the experiment; not given: erniekit.")
     output_dir: str | None = key(None, "Where checkpoints, the final model, metrics and results go.", path=True)
     overwrite_output_dir: bool = key(
         False,

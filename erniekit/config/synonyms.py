@@ -12,6 +12,8 @@ _CLOSE = 0.82  # from this difflib ratio on, a name counts as a typo of another;
 
 # Our key -> its names elsewhere, with the same values.
 _SAME: dict[str, str] = {
+    "project": "wandb_project swanlab_project experiment_name",
+    "run_name": "wandb_run_name swanlab_run_name experiment_run_name",
     "model_name_or_path": "model model_name model_path base_model base_model_name_or_path pretrained_model",
     "train_dataset_path": "dataset datasets dataset_path train_dataset train_data train_file train_path data_path data",
     "train_dataset_type": "dataset_format data_format formatting",
@@ -152,7 +154,9 @@ _OTHERWISE: dict[str, str] = {
     ),
     "label_smoothing_factor": "smoothing of the next-token loss is not built; label_smoothing is for stage: DPO",
     "push_to_hub hub_model_id": "uploading is not built; upload output_dir with the Hub's own tool",
-    "wandb use_wandb swanlab use_swanlab": "report_to takes visualdl or tensorboard",
+    "wandb use_wandb swanlab use_swanlab": "use report_to: wandb or swanlab; several names may be a list",
+    "wandb_mode swanlab_mode offline_tracking": "set WANDB_MODE or SWANLAB_MODE in the environment",
+    "trackio_space_id mlflow_tracking_uri": "set TRACKIO_SPACE_ID or MLFLOW_TRACKING_URI in the environment",
     "nproc_per_node num_processes n_gpu gpus devices": (
         "the number of processes is the product of the parallel degrees"
     ),

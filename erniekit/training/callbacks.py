@@ -8,7 +8,7 @@ from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.reporting.progress import ProgressReport
 from erniekit.training.reporting.routers import RouterLog
 from erniekit.training.reporting.summary import Summary
-from erniekit.training.reporting.trackers import Board
+from erniekit.training.reporting.trackers import boards
 
 __all__ = ["Callback", "RunInfo", "StepMetrics", "build_callbacks"]
 
@@ -18,11 +18,9 @@ def build_callbacks(cfg: Config) -> list[Callback]:
 
     The progress bar comes first, so that it is removed before the others write their last lines. The metrics file comes
     before the plot and the summary, which read it.
-    Raises ConfigError if report_to needs a package that is not installed.
+    Raises ConfigError if report_to needs a package that is not installed, or not logged in.
     """
     callbacks: list[Callback] = [ProgressReport(cfg.logging_steps, cfg.disable_tqdm), MetricsFile()]
-    if cfg.report_to != "none":
-        callbacks.append(Board(cfg))
     if cfg.method.reads("log_completions"):
         callbacks.append(CompletionLog(cfg.log_completions, cfg.num_completions_to_print, cfg.print_completions_steps))
-    return [*callbacks, RouterLog(), LossPlot(), Summary()]
+    return [*callbacks, *boards(cfg), RouterLog(), LossPlot(), Summary()]

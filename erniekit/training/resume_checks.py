@@ -97,7 +97,8 @@ _KEYS = {
         recompute recompute_granularity recompute_modules offload_activations use_recompute_moe use_recompute_mtp
         no_recompute_layers
         ref_logps_cache
-        do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to output_dir
+        do_train save_strategy save_steps save_total_limit use_async_save logging_steps logging_dir report_to
+        run_name project output_dir
         overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
         resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
         ignore_data_skip optim offload_optim tensorwise_offload_optimizer

@@ -15,14 +15,13 @@ from rich.console import Console
 from erniekit.config.schema import Config
 from erniekit.models.picture_balance import PatchLoad
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics, build_callbacks
-from erniekit.training.reporting import metrics_file, plot, trackers
+from erniekit.training.reporting import metrics_file, plot
 from erniekit.training.reporting.metrics_file import MetricsFile, read_metrics
 from erniekit.training.reporting.plot import LossPlot, smooth
 from erniekit.training.reporting.progress import ProgressReport
 from erniekit.training.reporting.routers import RouterLog
 from erniekit.training.reporting.summary import Summary
-from erniekit.training.reporting.trackers import Board
-from erniekit.utils.errors import ConfigError, TrainError
+from erniekit.utils.errors import TrainError
 
 
 def run_info(directory: Path, start_step: int = 0, max_steps: int = 10, show_progress: bool = False) -> RunInfo:
@@ -292,56 +291,6 @@ def test_evaluations_and_saves_are_said(tmp_path: Path, messages: list[str]):
     assert messages[2].endswith("checkpoint-5")
     report.on_evaluate(6, {"eval_loss": 2.5, "eval_perplexity": 12.0, "eval_loss_text": 2.0, "eval_loss_image": 3.0})
     assert messages[-1] == "step 6: evaluation: loss 2.5 (text 2.0000, image 3.0000), perplexity 12"
-
-
-class FakeWriter:
-    """Stands for either board's writer: the packages are extras."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[tuple[int, float]]] = {}
-        self.closed = False
-
-    def open(self, directory: str, last_step: int) -> Any:
-        self.directory, self.last_step = directory, last_step
-        return self.add, self.close
-
-    def add(self, tag: str, value: float, step: int) -> None:
-        self.values.setdefault(tag, []).append((step, value))
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.mark.parametrize("board", ["tensorboard", "visualdl"])
-def test_a_board_gets_every_step_and_evaluation(tmp_path: Path, board: str, monkeypatch: pytest.MonkeyPatch):
-    fake = FakeWriter()
-    monkeypatch.setitem(trackers._WRITERS, board, lambda: fake.open)
-    callback = next(c for c in build_callbacks(Config(report_to=board)) if isinstance(c, Board))
-    callback.on_start(run_info(tmp_path, start_step=3))
-    callback.on_step(step_metrics(4, parts={"lm_loss": 1.0}))
-    callback.on_evaluate(4, {"eval_loss": 2.0})
-    callback.on_end({})
-    assert (fake.directory, fake.last_step, fake.closed) == (str(tmp_path / "runs"), 3, True)
-    assert fake.values["train/loss"] == [(4, 1.25)] and fake.values["train/lm_loss"] == [(4, 1.0)]
-    assert fake.values["eval/loss"] == [(4, 2.0)]
-
-
-@pytest.mark.parametrize(("board", "package"), [("tensorboard", "tensorboardX"), ("visualdl", "visualdl")])
-def test_a_missing_board_package_names_the_extra_before_the_run(
-    board: str, package: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
-    with pytest.raises(ConfigError, match=rf"report_to: {board} .*pip install \"erniekit\[{board}\]\""):
-        build_callbacks(Config(report_to=board))
-
-
-@pytest.mark.parametrize(("board", "package"), [("tensorboard", "tensorboardX"), ("visualdl", "visualdl")])
-def test_the_real_board_writes_its_log(tmp_path: Path, board: str, package: str):
-    pytest.importorskip(package)
-    callback = Board(Config(report_to=board, logging_dir=str(tmp_path / "logs")))
-    play([callback], run_info(tmp_path, start_step=2), range(3, 6))
-    written = [path for path in (tmp_path / "logs").rglob("*") if path.is_file()]
-    assert written and b"train/loss" in written[0].read_bytes()
 
 
 def test_the_metrics_file_comes_before_those_who_read_it():
