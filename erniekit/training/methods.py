@@ -25,6 +25,7 @@ from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
 from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.recipes.reward_model import RewardModelRecipe, reward_model_scores
 
 
 def _no_reference(cfg: Config) -> bool:
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-SFT"], causal_recipe, label_scores),
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["RM"], RewardModelRecipe.build, reward_model_scores),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )
 }
