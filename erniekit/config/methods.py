@@ -41,6 +41,7 @@ class MethodFacts:
     unread: the keys of other groups that it does not read, with the reason.
     defaults: the values of keys that are not given when it trains, where they are not those of the schema.
     scores: whether its model gives a text one number instead of logits.
+    metric: the metric of evaluations that metric_for_best_model stands for where it is not given.
     later: the missing feature that it needs; empty if the method is built.
     """
 
@@ -54,6 +55,7 @@ class MethodFacts:
     unread: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     scores: bool = False
+    metric: str = "loss"
     later: str = ""
 
     def reads(self, key: str) -> bool:
@@ -139,10 +141,10 @@ METHODS: dict[str, MethodFacts] = {
             "RL",
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
-            later="policy optimisation",
             options=(RLArgs, RewardArgs, CurriculumArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
+            metric="reward",
             defaults={
                 "learning_rate": 1e-6,
                 "batch_size": 8,

@@ -17,7 +17,8 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from erniekit.config import Config
 from erniekit.data.chat.encode import Template, Tokenizer
@@ -102,6 +103,58 @@ class Feed(Protocol):
     def interrupt(self) -> None:
         """Wake a thread that waits inside rows(), so that it can end."""
         ...
+
+
+class StepReport(NamedTuple):
+    """What a step's data say of themselves: numbers for metrics.jsonl, and lines for samples.jsonl."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+class StepSource(Protocol):
+    """The data of a training as the trainer and its checkpoints see them; Loader describes what they have in common."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def next_step(self) -> list[PackedBatch]: ...
+
+    def steps_left(self) -> int | None:
+        """Optimizer steps from here to the end of num_train_epochs; None: they follow from rows_left."""
+        ...
+
+    def rows_left(self) -> float: ...
+
+    def report_step(self) -> StepReport:
+        """Numbers and lines about the step that next_step returned last."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def files(self) -> dict[str, bytes]:
+        """Files of a checkpoint, by name, with what state_dict has no room for."""
+        ...
+
+    def load_files(self, directory: Path) -> None:
+        """Read them again."""
+        ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def epochs_done(self) -> int: ...
+
+    def announce(self) -> None: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
 
 
 class Loader:
@@ -201,6 +254,22 @@ class Loader:
         extrapolates. `exact` and a log line say which. Token files need no measurement.
         """
         return self._feed.rows_left(self._position)
+
+    def steps_left(self) -> int | None:
+        """See StepSource."""
+        return None
+
+    def report_step(self) -> StepReport:
+        """See StepSource."""
+        return StepReport({}, [])
+
+    def files(self) -> dict[str, bytes]:
+        """See StepSource: the position is all that there is."""
+        return {}
+
+    def load_files(self, directory: Path) -> None:
+        """See StepSource."""
+        return
 
     def announce(self) -> None:
         """Log how large the rows of data with pictures are; rows_left() logs it, too."""

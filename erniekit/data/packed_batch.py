@@ -131,6 +131,36 @@ class PairTable:
 NO_PAIRS = PairTable.of([])
 
 
+@dataclass(frozen=True)
+class CompletionTable:
+    """The N completions in a batch that a policy made, of which each is one segment.
+
+    `prompts` and `segments` int64 [N] are segment numbers: a completion's segment begins with the last token of its
+    prompt, and attends to the prompt's segment, which several completions share; NO_SEGMENT for a prompt of one token.
+    `advantages` float32 [N]. `groups` int64 [N]: equal numbers for completions of one prompt. `lengths` int64 [N]: the
+    labels of each, which stand in this order in the columns of labels, float32 [L]: `rollout_log_probs` (NaN: unknown),
+    `old_log_probs` and `reference_log_probs` (None: not needed). `pairs` int64 [P, 2]: completions of one group, the
+    better one first.
+    """
+
+    prompts: np.ndarray
+    segments: np.ndarray
+    advantages: np.ndarray
+    groups: np.ndarray
+    lengths: np.ndarray
+    rollout_log_probs: np.ndarray
+    old_log_probs: np.ndarray | None = None
+    reference_log_probs: np.ndarray | None = None
+    pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+
+_NO_FLOATS = np.zeros(0, np.float32)
+NO_COMPLETIONS = CompletionTable(*(np.zeros(0, np.int64),) * 2, _NO_FLOATS, *(np.zeros(0, np.int64),) * 2, _NO_FLOATS)
+
+
 _NO_NUMBERS = np.zeros(0, np.int64)
 
 
@@ -201,11 +231,12 @@ class PackedBatch:
     which restart at 0 in each document, [T, 3] (time, height, width) where a row has pictures; `segment_ids` int64;
     `modality` int8 (see Modality; the start and end tokens of a picture have the picture's). Segments are consecutive
     tokens that attend only to one another, and are numbered 0, 1, ... over the whole batch. A document is one segment,
-    a pair of answers up to three: prompt, chosen and rejected. The positions of both answers continue the prompt's.
+    a pair of answers up to three: prompt, chosen and rejected. The positions of both answers continue the prompt's, and
+    so do those of completions.
 
     `row_lengths` [R] are the numbers of tokens of the rows, with the sum T. `sources` has each document's place,
-    "file:line", for error messages about a step. `pairs` are the pairs of answers, `pictures` the images and videos;
-    they are empty for other data.
+    "file:line", for error messages about a step. `pairs` are the pairs of answers, `pictures` the images and videos,
+    `completions` those of a policy; they are empty for other data.
 
     A side table such as `pairs` or `pictures` has one column per fact, and refers to tokens or segments by their
     numbers in the whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts
@@ -223,6 +254,7 @@ class PackedBatch:
     sources: list[str]
     pairs: PairTable = NO_PAIRS
     pictures: PictureTable = NO_PICTURES
+    completions: CompletionTable = NO_COMPLETIONS
 
     @staticmethod
     def text_row(
@@ -287,9 +319,10 @@ class PackedBatch:
     @property
     def prefixes(self) -> np.ndarray | None:
         """For each segment, the segment that it also attends to, or NO_SEGMENT; None if there is no such segment."""
-        if not len(self.pairs):
+        if not len(self.pairs) and not len(self.completions):
             return None
         prefixes = np.full(self.num_segments, NO_SEGMENT)
+        prefixes[self.completions.segments] = self.completions.prompts
         prefixes[self.pairs.chosen] = self.pairs.prompts
         prefixes[self.pairs.rejected] = self.pairs.prompts
         return prefixes
@@ -349,6 +382,7 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
     Without rows the batch has no tokens. With such a batch a rank without data takes part in a short last step, with a
     loss of zero.
     """
+    assert not any(len(row.completions) for row in rows), "completions are added to joined rows"
     batches = [_EMPTY, *rows]
     first_segments = _starts([row.num_segments for row in batches])
     return PackedBatch(

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from erniekit.data.chat.template import Template
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec, with_pictures
 from erniekit.data.records.errors import BadLine, BadRecord, reading
@@ -103,6 +105,12 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         prompt = self._kept.get(index)
         return self._render(self._records[index]) if prompt is None else prompt
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of prompts of each data set."""
+        ends = np.cumsum([0, *self._dataset.sizes])
+        return np.diff(np.searchsorted(self._records, ends)).tolist()
 
     @property
     def identity(self) -> dict[str, Any]:

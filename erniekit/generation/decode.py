@@ -73,7 +73,7 @@ def decode(
             answers[row] = generation.answer
             on_answer(row, generation.answer)
 
-    with _eval_mode(model):
+    with eval_mode(model):
         if use_cache:
             engine = Engine(model, batch_size)
             rows = {id(generation): row for row in share if (generation := engine.add(request(row)))}
@@ -107,7 +107,8 @@ def _uncached(model: CausalLM, generation: Generation) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: CausalLM) -> Iterator[None]:
+def eval_mode(model: CausalLM) -> Iterator[None]:
+    """Run a block in eval mode."""
     was_training = model.training
     model.eval()
     try:

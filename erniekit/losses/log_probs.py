@@ -1,11 +1,14 @@
 """Log-probabilities of given tokens, and of answers made of them, as differentiable numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
 from erniekit.losses.lm import Head, HeadGradients, chunks_of, softmax_at
 from erniekit.nn.narrow import gather
+from erniekit.parallel import comm
 
 
 class _TokenLogProbs(PyLayer):
@@ -14,27 +17,50 @@ class _TokenLogProbs(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight, bias, labels_T, by_vocab, group, max_tokens):
+    def forward(ctx, hidden_TD, weight, bias, labels_T, by_vocab, group, max_tokens, with_entropy, entropy_gradient):
         head = Head(weight, by_vocab, bias, group)
         ctx.head, ctx.hidden, ctx.labels, ctx.max_tokens = head, hidden_TD, labels_T, max_tokens
-        parts = [
-            softmax_at(head, hidden_TD[rows], labels_T[rows].unsqueeze(-1), False).nll.squeeze(-1)
-            for rows in chunks_of(hidden_TD, head.vocab_size, max_tokens)
-        ]
-        return -paddle.concat(parts)
+        log_p, entropy = [], []
+        for rows in chunks_of(hidden_TD, head.vocab_size, max_tokens):
+            softmax = softmax_at(head, hidden_TD[rows], labels_T[rows].unsqueeze(-1), False)
+            log_p.append(-softmax.nll.squeeze(-1))
+            if with_entropy:
+                entropy.append(_entropy(softmax.p, head)[0].squeeze(-1))
+        entropy_T = paddle.concat(entropy) if with_entropy else paddle.zeros([0])
+        ctx.entropy_gradient = entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_T)
+        return paddle.concat(log_p), entropy_T
 
     @staticmethod
     @paddle.no_grad()
-    def backward(ctx, dlog_p_T):
+    def backward(ctx, dlog_p_T, dentropy_T):
         gradients = HeadGradients(ctx.head)
         for rows in chunks_of(ctx.hidden, ctx.head.vocab_size, ctx.max_tokens):
-            x = ctx.hidden[rows]
+            x, scale = ctx.hidden[rows], -dlog_p_T[rows].unsqueeze(-1)
             softmax = softmax_at(ctx.head, x, ctx.labels[rows].unsqueeze(-1), False)
-            # d log p / d logits = onehot(label) - p
-            gradients.add(x, softmax.minus_label(paddle.full_like(softmax.nll, -1.0)), -dlog_p_T[rows].unsqueeze(-1))
+            if not ctx.entropy_gradient:
+                # d log p / d logits = onehot(label) - p
+                gradients.add(x, softmax.minus_label(paddle.full_like(softmax.nll, -1.0)), scale)
+                continue
+            # d H / d logits = -p (log p + H)
+            entropy, log_p = _entropy(softmax.p, ctx.head)
+            of_entropy = -softmax.p * (log_p + entropy) * dentropy_T[rows].unsqueeze(-1)
+            of_label = softmax.minus_label(paddle.full_like(softmax.nll, -1.0)) * scale
+            gradients.add(x, of_label + of_entropy, paddle.ones_like(scale))
         result = gradients.result(ctx.hidden)
         ctx.head = ctx.hidden = ctx.labels = None
         return result
+
+
+_SMALLEST = 1e-38  # a probability whose share of the entropy is nothing, and whose logarithm is finite
+
+
+def _entropy(p_TV: paddle.Tensor, head: Head) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """(-sum over the vocabulary of p log p [T, 1], log p [T, V]), V the probabilities of this rank."""
+    log_p = paddle.log(p_TV.clip(min=_SMALLEST))
+    entropy = -(p_TV * log_p).sum(axis=-1, keepdim=True)
+    return (entropy if head.group is None else comm.all_reduce_(entropy, head.group)), log_p
 
 
 def token_log_probs(hidden_TD: paddle.Tensor, head: Head, labels_T: paddle.Tensor, max_tokens: int) -> paddle.Tensor:
@@ -43,7 +69,47 @@ def token_log_probs(hidden_TD: paddle.Tensor, head: Head, labels_T: paddle.Tenso
     hidden [T, D] after the final norm, labels [T] int64, every one a real label. The logits of up to `max_tokens`
     tokens exist at a time. Where ranks share the vocabulary, the gradient of hidden is a partial sum on each.
     """
-    return _TokenLogProbs.apply(hidden_TD, head.weight, head.bias, labels_T, head.by_vocab, head.group, max_tokens)
+    return _apply(hidden_TD, head, labels_T, max_tokens)[0]
+
+
+def token_statistics(
+    hidden_TD: paddle.Tensor,
+    head: Head,
+    labels_T: paddle.Tensor,
+    max_tokens: int,
+    temperature: float = 1.0,
+    entropy_gradient: bool = True,
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """The log-probability of each label and the entropy of each token's distribution, softmax(head(h_t) / temperature):
+    fp32 [T] each, with gradients, the entropy without if `entropy_gradient` is False; the other arguments are those of
+    token_log_probs.
+    """
+    if temperature != 1.0:  # (h W + b) / t = (h / t) W + b / t
+        hidden_TD = hidden_TD / temperature
+        head = head if head.bias is None else replace(head, bias=head.bias / temperature)
+    log_p, entropy = _apply(hidden_TD, head, labels_T, max_tokens, True, entropy_gradient)
+    return log_p, entropy
+
+
+def _apply(
+    hidden_TD: paddle.Tensor,
+    head: Head,
+    labels_T: paddle.Tensor,
+    max_tokens: int,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    return _TokenLogProbs.apply(
+        hidden_TD,
+        head.weight,
+        head.bias,
+        labels_T,
+        head.by_vocab,
+        head.group,
+        max_tokens,
+        with_entropy,
+        entropy_gradient,
+    )
 
 
 def answer_log_probs(

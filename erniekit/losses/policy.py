@@ -67,9 +67,10 @@ class PolicyLoss:
     sums: scalars with gradient, "policy" and, where asked for, "kl" and "entropy": sums over these completions, which
         `divisors` turn into the means of a step ("sequences" or "tokens").
     weights: of each term in the loss.
-    counts: "sequences", "tokens" and "clipped_of" of these completions.
+    counts: "sequences", "tokens" and "clipped_of" of these completions, on the device where they depend on the mask.
     metrics: scalars without gradient; sums over these completions under the names of METRIC_DIVISORS, smallest and
-        largest values under "ratio/min", "ratio/max" and "rollout/logp_difference_max".
+        largest values under "ratio/min", "ratio/max" and
+        "rollout/logp_difference/max".
     loss: the sum of weight * sum / divisor over the terms, with the divisors that were given or, by default, those of
         these completions.
     """
@@ -77,7 +78,7 @@ class PolicyLoss:
     sums: dict[str, paddle.Tensor]
     divisors: dict[str, str]
     weights: dict[str, float]
-    counts: dict[str, float]
+    counts: dict[str, paddle.Tensor | float]
     metrics: dict[str, paddle.Tensor]
     loss: paddle.Tensor
 
@@ -86,7 +87,7 @@ class PolicyLoss:
         result = {}
         for name, value in self.metrics.items():
             divisor = METRIC_DIVISORS.get(name)
-            result[name] = float(value) / (1.0 if divisor is None else max(self.counts[divisor], 1.0))
+            result[name] = float(value) / (1.0 if divisor is None else max(float(self.counts[divisor]), 1.0))
         return result
 
 
@@ -211,11 +212,11 @@ def policy_loss(
         loss = loss if weight is None else loss * weight
         metrics |= _mismatch_metrics(log_k, weight, mask)
     sums, weights, divisors = _sums(o, given, loss, ratio, metrics)
-    counts = {"sequences": float(mask.shape[0]), "tokens": float(mask.sum())}
+    counts: dict[str, paddle.Tensor | float] = {"sequences": float(mask.shape[0]), "tokens": mask.sum()}
     counts["clipped_of"] = counts["sequences" if o.variant.level == "sequence" else "tokens"]
     whole = {
         "sequences": counts["sequences"] if num_sequences is None else num_sequences,
-        "tokens": max(counts["tokens"], 1.0) if num_tokens is None else num_tokens,
+        "tokens": mask.sum().clip(min=1.0) if num_tokens is None else num_tokens,
     }
     total = sum(weights[name] * value / whole[divisors[name]] for name, value in sums.items())
     return PolicyLoss(sums, divisors, weights, counts, metrics, total)
@@ -365,7 +366,7 @@ def _mismatch_metrics(
         "rollout/kl_k3": ((log_k.exp() - log_k - 1) * mask).sum(),
         "rollout/token_mult_prob_error": (distance.exp() * mask).sum(),
         "rollout/logp_difference": (distance * mask).sum(),
-        "rollout/logp_difference_max": (distance * mask).max(),
+        "rollout/logp_difference/max": (distance * mask).max(),
     }
     if weight is not None:
         metrics["rollout/masked_fraction"] = ((weight == 0).astype(mask.dtype) * mask).sum()

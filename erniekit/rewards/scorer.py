@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from erniekit.config.methods import option_names
 from erniekit.config.schema import Config
 from erniekit.config.schema_rewards import RIGHT_OR_WRONG, RewardArgs, reward_names, reward_problems
 from erniekit.rewards.code import limits_of
@@ -241,4 +242,4 @@ def _reward_args(cfg: RewardArgs) -> RewardArgs:
     """The keys about rewards alone, for the worker processes."""
     if not isinstance(cfg, Config):
         return cfg
-    return RewardArgs(**{name: vars(cfg)[name] for name in RewardArgs.__dataclass_fields__})
+    return RewardArgs(**{name: vars(cfg)[name] for name in option_names(RewardArgs)})

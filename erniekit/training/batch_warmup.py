@@ -5,7 +5,7 @@ quickly (McCandlish et al. 2018, arXiv 1812.06162). It also determines the numbe
 import math
 
 from erniekit.config.schema import Config
-from erniekit.data.loader import Loader
+from erniekit.data.loader import StepSource
 
 
 def microbatches_at(step: int, full: int, warmup_steps: int) -> int:
@@ -24,16 +24,24 @@ def steps_for(num_microbatches: int, full: int, warmup_steps: int, done: int = 0
     return step - done + -(-max(num_microbatches - used, 0) // full)
 
 
+def warmup_steps(cfg: Config) -> int:
+    """The steps over which the batch grows; 0 for methods whose steps do not consist of such microbatches."""
+    return cfg.batch_size_warmup_steps if cfg.method.reads("batch_size_warmup_steps") else 0
+
+
 def microbatches_per_read(cfg: Config) -> int:
     """The microbatches that the loader yields at a time: those of a step, or one while the batch size still grows."""
-    return 1 if cfg.batch_size_warmup_steps else cfg.gradient_accumulation_steps
+    return 1 if warmup_steps(cfg) else cfg.gradient_accumulation_steps
 
 
-def last_step(cfg: Config, loader: Loader, data_ranks: int, done: int = 0) -> int:
+def last_step(cfg: Config, loader: StepSource, data_ranks: int, done: int = 0) -> int:
     """The number of the last step: max_steps, or where num_train_epochs end for a run that has done `done` steps and
     whose next rows are the loader's next.
     """
     if cfg.max_steps > 0:
         return cfg.max_steps
+    steps = loader.steps_left()
+    if steps is not None:
+        return done + steps
     together = math.ceil(loader.rows_left() / (cfg.batch_size * data_ranks))
-    return done + steps_for(together, cfg.gradient_accumulation_steps, cfg.batch_size_warmup_steps, done)
+    return done + steps_for(together, cfg.gradient_accumulation_steps, warmup_steps(cfg), done)

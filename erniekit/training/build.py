@@ -25,7 +25,7 @@ from erniekit.checkpoint.model_shape import (
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
-from erniekit.data.loader import Loader, build_loader
+from erniekit.data.loader import StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import read_settings
@@ -48,9 +48,11 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.parallel.zero import ShardedParameters
 from erniekit.training.adamw import AdamW, parameter_rules
-from erniekit.training.batch_warmup import last_step, microbatches_per_read
+from erniekit.training.batch_warmup import last_step, warmup_steps
 from erniekit.training.best import BestModel
+from erniekit.training.data import DataContext
 from erniekit.training.ema import WeightAverage
+from erniekit.training.evaluators import EvaluationData
 from erniekit.training.fit_check import warn_if_too_large
 from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
 from erniekit.training.lr_scheduler import Schedule, build_schedule
@@ -81,8 +83,8 @@ class Run:
     optimizer: AdamW
     schedule: Schedule
     max_steps: int
-    loader: Loader
-    eval_loader: Loader | None
+    loader: StepSource
+    eval_loader: EvaluationData | None
     best: BestModel | None
     update_router_bias: bool
     average: WeightAverage | None
@@ -96,10 +98,16 @@ class Run:
         self.schedule = build_schedule(cfg, self.max_steps)
         if cfg.max_steps > 0:
             return
+        if self.loader.steps_left() is not None:
+            log.info(
+                f"num_train_epochs: {cfg.num_train_epochs:g}: {self.max_steps - done} steps"
+                + (f" after step {done}" if done else "")
+            )
+            return
         rows = f"{'' if self.loader.exact else 'about '}{self.loader.rows_left():.0f} rows"
         after = f" after step {done}" if done else ""
         each = cfg.batch_size * cfg.gradient_accumulation_steps * self.mesh.degrees.data
-        fewer = " (fewer during batch_size_warmup_steps)" if done < cfg.batch_size_warmup_steps else ""
+        fewer = " (fewer during batch_size_warmup_steps)" if done < warmup_steps(cfg) else ""
         log.info(
             f"num_train_epochs: {cfg.num_train_epochs:g}: {rows}{after} at {each} a step{fewer}: "
             f"{self.max_steps - done} steps"
@@ -135,7 +143,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
-    template, loader, eval_loader = _open_data(cfg, model_dir, tokenizer, mesh, prepared.config.vision)
+    template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     loader.announce()
     schedule = build_schedule(cfg, max_steps)
@@ -185,7 +193,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         ),
         tokenizer=tokenizer,
         template=template,
-        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, tokenizer, template)),
+        recipe=method.build_recipe(RecipeContext(cfg, prepared, model, tokenizer, template, loader)),
         sync=sync,
         optimizer=optimizer,
         schedule=schedule,
@@ -211,8 +219,8 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
 
 
 def _open_data(
-    cfg: Config, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
-) -> tuple[Template | None, Loader, Loader | None]:
+    cfg: Config, method: Method, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
+) -> tuple[Template | None, StepSource, EvaluationData | None]:
     """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
     `vision`: of the model, whose template is used for text, too; None: a model of text alone.
     """
@@ -222,16 +230,9 @@ def _open_data(
         spec = None
         if cfg.method.vision and vision is not None:
             spec = vision_spec(cfg, read_settings(processor_directory(cfg, model_dir), vision.patching))
-        build = partial(
-            build_loader,
-            tokenizer=tokenizer,
-            rank=mesh.data,
-            world=mesh.degrees.data,
-            template=template,
-            vision=spec,
-        )
-        loader = build(cfg, split="train", accumulation=microbatches_per_read(cfg))
-        eval_loader = build(cfg, split="eval") if wants_eval else None
+        context = DataContext(cfg, tokenizer, template, mesh, spec)
+        loader = method.open_data(context)
+        eval_loader = method.open_evaluation_data(context) if wants_eval else None
     data = {f"training data: {name}": value for name, value in loader.identity.items()}
     if eval_loader is not None:
         data |= {f"evaluation data: {name}": value for name, value in eval_loader.identity.items()}
@@ -241,5 +242,7 @@ def _open_data(
 
 def _wants_bias_update(cfg: Config, config: ModelConfig) -> bool:
     """Whether to use loss-free balancing: moe_use_aux_free, or the model's config.json if the key is not set."""
+    if cfg.freeze_router_bias and cfg.method.reads("freeze_router_bias"):
+        return False
     asked = bool(config.extra.get("moe_use_aux_free", False)) if cfg.moe_use_aux_free is None else cfg.moe_use_aux_free
     return asked and config.moe_num_experts > 0

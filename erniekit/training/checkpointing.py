@@ -104,7 +104,8 @@ class Saver:
     def _layout(self) -> dict[str, int]:
         """The parallel degrees and the rows of a step; a run may be resumed under another layout."""
         rows = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.run.mesh.degrees.data
-        return asdict(self.run.mesh.degrees) | {"rows_per_step": rows}
+        accumulates = self.cfg.method.reads("gradient_accumulation_steps")
+        return asdict(self.run.mesh.degrees) | ({"rows_per_step": rows} if accumulates else {})
 
     def _load(self, source: Path) -> TrainState:
         state, run = read_state(source), self.run
@@ -173,11 +174,13 @@ class Saver:
         """
         if not self.cfg.ignore_data_skip:
             self.run.loader.load_state_dict(state.data)
+            self.run.loader.load_files(source)
             return
         if state.data and not self.run.loader.changes(state.data) and self.cfg.max_steps <= 0:
             begin = self.run.loader.state_dict()
             self.run.loader.load_state_dict(state.data)
             if not self.run.loader.rows_left():
+                self.run.loader.load_files(source)
                 return
             self.run.loader.load_state_dict(begin)
         log.info(f"ignore_data_skip: the data start again after step {state.step} of {source.name}")
@@ -187,7 +190,7 @@ class Saver:
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed:
             log.info(f"{source.name} was saved under another layout: {', '.join(changed)}")
-        if before.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"]:
+        if "rows_per_step" in now and before.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"]:
             log.warning(
                 f"batch_size * gradient_accumulation_steps * data ranks: a step now takes {now['rows_per_step']} rows, "
                 f"before {before['rows_per_step']}. Change gradient_accumulation_steps to continue as before"
@@ -207,6 +210,7 @@ class Saver:
         if not self.cfg.ignore_save_lr_and_optim:
             code = CODES.get(self.cfg.ckpt_quant_stage)
             files.append(optimizer_rank_files(self.run.optimizer, self.shares, code, rounding))
+        adds.append(_files_writer(self.run.loader.files()))
         adds.append(state_writer(self.cfg, state))  # last, so that a directory without it is not a training checkpoint
 
         def add_all(checkpoint: Path) -> None:
@@ -227,10 +231,8 @@ class Saver:
         if self.cfg.load_best_model_at_end and state.best_step not in (None, state.step):
             best = checkpoint_dir(self.output_dir, state.best_step)
             if on_first(self.ranks, best.is_dir):
-                log.info(
-                    f"the final model is that of {best.name}: {self.cfg.metric_for_best_model or 'loss'} "
-                    f"{state.best_metric:.6g}"
-                )
+                metric = self.cfg.metric_for_best_model or self.cfg.method.metric
+                log.info(f"the final model is that of {best.name}: {metric} {state.best_metric:.6g}")
                 with all_or_none(self.ranks):
                     load_trained(self.run.model, best)
             else:
@@ -259,6 +261,16 @@ class Saver:
             self.processor,
             directory=below,
         )
+
+
+def _files_writer(files: dict[str, bytes]) -> Callable[[Path], None]:
+    """A function that writes these files into a checkpoint."""
+
+    def write(directory: Path) -> None:
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+
+    return write
 
 
 def _holds(checkpoint: Path, directory: str, was_saved: bool) -> bool:

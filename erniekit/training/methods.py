@@ -20,12 +20,17 @@ from dataclasses import dataclass
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
+from erniekit.data.loader import StepSource
 from erniekit.losses.preference import wants_reference
-from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
+from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
+from erniekit.training.evaluators import EvaluationData, Evaluator, label_scores, pair_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
+from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.recipes.reward_model import RewardModelRecipe, reward_model_scores
+from erniekit.training.rl.evaluate import open_evaluation_prompts, reward_scores
+from erniekit.training.rl.loader import open_prompts
 
 
 def _no_reference(cfg: Config) -> bool:
@@ -34,12 +39,16 @@ def _no_reference(cfg: Config) -> bool:
 
 @dataclass(frozen=True)
 class Method:
-    """A method. `wants_reference`: whether the loss of a configuration compares with another model."""
+    """A method. `wants_reference`: whether the loss of a configuration compares with another model. `open_data`,
+    `open_evaluation_data`: open what it trains on, and what it is evaluated on, before a weight is read.
+    """
 
     facts: MethodFacts
     build_recipe: Callable[[RecipeContext], Recipe]
     evaluator: Evaluator
     wants_reference: Callable[[Config], bool] = _no_reference
+    open_data: Callable[[DataContext], StepSource] = open_rows
+    open_evaluation_data: Callable[[DataContext], EvaluationData] = open_evaluation_rows
 
 
 METHODS: dict[str, Method] = {
@@ -51,6 +60,13 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["RM"], RewardModelRecipe.build, reward_model_scores),
+        Method(
+            FACTS["RL"],
+            PolicyRecipe.build,
+            reward_scores,
+            open_data=open_prompts,
+            open_evaluation_data=open_evaluation_prompts,
+        ),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
     )
 }

@@ -16,7 +16,7 @@ from erniekit.checkpoint.model_shape import model_config
 from erniekit.config.fields import from_saved
 from erniekit.config.methods import option_names
 from erniekit.config.schema import GROUPS, Config, fields
-from erniekit.data.loader import Loader
+from erniekit.data.loader import StepSource
 from erniekit.training.lr_scheduler import build_schedule
 from erniekit.training.state import TrainState
 from erniekit.utils.errors import CheckpointError
@@ -42,7 +42,7 @@ _KEYS = {
     Decision.DATA: """
         train_dataset_type train_dataset_prob dataset_type split isolate_documents long_document_min_tokens
         long_document_weight max_seq_len truncation mix_strategy random_shuffle packing greedy_intokens buffer_size
-        max_prompt_len seed max_completion_length
+        max_prompt_len seed max_completion_length rl_stages
         adaptive_max_imgtoken_option adaptive_max_imgtoken_rate
         min_pixels max_pixels video_min_pixels video_max_pixels video_fps video_min_frames video_max_frames
         video_target_frames video_frames_sample render_timestamp apply_exif missing_media_tags box_coordinates
@@ -76,7 +76,7 @@ _KEYS = {
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
-        difficulty_momentum difficulty_weighting difficulty_floor
+        difficulty_momentum difficulty_weighting difficulty_floor rl_stage_steps
         do_eval batch_size gradient_accumulation_steps num_train_epochs max_steps evaluation_strategy eval_steps
         max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
         early_stopping_patience
@@ -173,7 +173,7 @@ class Present:
 
     cfg: Config
     base: dict[str, Any]
-    loader: Loader
+    loader: StepSource
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from erniekit.moe.expert_bias import update_biases
 from erniekit.moe.layer import MoELayer
 from erniekit.parallel import comm, pipeline
 from erniekit.parallel.grad_clip import clip_, global_norm, squared_norms
-from erniekit.training.batch_warmup import microbatches_at
+from erniekit.training.batch_warmup import microbatches_at, warmup_steps
 from erniekit.training.build import Run
 from erniekit.training.callbacks import Callback, RunInfo, StepMetrics
 from erniekit.training.checkpointing import Saver
@@ -146,7 +146,11 @@ class Trainer:
             self._data_ended = True
             return False
         waited = time.perf_counter() - began
-        metrics = replace(self.train_step(batches), data_seconds=waited)
+        report = self.run.loader.report_step()
+        metrics = self.train_step(batches)
+        metrics = replace(
+            metrics, data_seconds=waited, parts=metrics.parts | report.metrics, samples=tuple(report.samples)
+        )
         if self.profiler is not None:
             self.profiler.after_step(metrics)
         heartbeat.step(self.state.step)
@@ -167,7 +171,7 @@ class Trainer:
 
     def _next_batches(self) -> list[PackedBatch]:
         """This step's microbatches. While the batch still grows, the loader gives them one by one."""
-        warmup = self.cfg.batch_size_warmup_steps
+        warmup = warmup_steps(self.cfg)
         if not warmup:
             return self.run.loader.next_step()
         batches = self.run.loader.next_step()

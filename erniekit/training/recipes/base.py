@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import paddle
 
@@ -10,6 +11,7 @@ from erniekit.build import PreparedModel
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer
+from erniekit.data.loader import StepSource
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
@@ -22,13 +24,15 @@ class Term:
 
     `total` is a scalar sum over this microbatch. The trainer logs `total / count` as "loss_" and the term's name; a
     term without weight is no part of the loss and only logged, under its name alone. `gradient_divisor`: the count that
-    the gradient is divided by, where it is not that of the logged value.
+    the gradient is divided by, where it is not that of the logged value. `reduce`: of a term without weight, "max" or
+    "min" if its number for the step is the largest or smallest of the microbatches', which nothing divides.
     """
 
     total: paddle.Tensor
     divisor: str
     weight: float | None = 1.0
     gradient_divisor: str | None = None
+    reduce: Literal["sum", "max", "min"] = "sum"
 
 
 class Recipe(ABC):
@@ -71,6 +75,7 @@ class Recipe(ABC):
 class RecipeContext:
     """What a recipe may be built from. `model` has its first weights, so it is still its own reference; `prepared` can
     build a second copy of it. `template`: the run's chat template; None for plain text.
+    `loader`: the training data.
     """
 
     cfg: Config
@@ -78,3 +83,4 @@ class RecipeContext:
     model: CausalLM
     tokenizer: Tokenizer
     template: Template | None
+    loader: StepSource

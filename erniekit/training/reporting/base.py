@@ -30,7 +30,8 @@ class StepMetrics:
     `data_seconds` the time before it that this rank waited for its batches.
     `parts` are the named parts of the loss and other numbers; `routers` what each router did, by layer; `sent` the
     bytes that this rank sent to others, by kind of operation; `patch_load` how data ranks divide the patches of
-    pictures, None where each encodes its own.
+    pictures, None where each encodes its own. `samples` are the completions that were generated for the step, as
+    samples.jsonl has them.
     """
 
     step: int
@@ -45,6 +46,7 @@ class StepMetrics:
     sent: dict[str, int] = field(default_factory=dict)
     data_seconds: float = 0.0
     patch_load: PatchLoad | None = None
+    samples: tuple[dict[str, Any], ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

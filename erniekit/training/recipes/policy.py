@@ -1,0 +1,151 @@
+"""Policy optimisation: completions with advantages (losses/policy.py)."""
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.packed_batch import PackedBatch
+from erniekit.losses.log_probs import token_log_probs
+from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, policy_loss
+from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import ModelInputs
+from erniekit.training.forward_pass import final_norm
+from erniekit.training.recipes.base import Recipe, RecipeContext, Term
+from erniekit.training.rl.loader import RolloutLoader
+from erniekit.training.rl.reference import PolicyReference, build_reference
+from erniekit.training.rl.token_scores import TokenScorer
+from erniekit.training.trainable import trained_tensors
+
+_CAPS = {"tis": "tis_cap", "mis": "mis_cap"}  # the key of the largest weight of a correction; of the others icepop_beta
+
+
+def policy_options(cfg: Config) -> dict[str, Any]:
+    """The arguments of policy_loss that a configuration stands for."""
+    return {
+        "loss_type": cfg.rl_loss_type,
+        "clip_low": cfg.epsilon,
+        "clip_high": cfg.epsilon_high,
+        "delta": cfg.delta,
+        "level": cfg.importance_sampling_level,
+        "kl_coef": 0.0 if cfg.kl_in_reward else cfg.kl_coef,
+        "kl_estimator": cfg.kl_estimator,
+        "kl_bias_correction": cfg.kl_bias_correction,
+        "correction": cfg.rollout_correction,
+        "correction_low": cfg.icepop_alpha,
+        "correction_high": vars(cfg)[_CAPS.get(cfg.rollout_correction, "icepop_beta")],
+        "off_policy_threshold": cfg.off_policy_mask_threshold,
+        "entropy_coef": cfg.entropy_coef,
+        "max_completion_length": cfg.max_completion_length,
+    }
+
+
+class PolicyRecipe(Recipe):
+    """The policy loss of completions that the run's own model generates between its steps (training/rl/)."""
+
+    def __init__(self, cfg: Config, policy: CausalLM, loader: RolloutLoader, reference: PolicyReference | None) -> None:
+        self.cfg, self._policy, self._loader, self._reference = cfg, policy, loader, reference
+        self._scorer = TokenScorer(cfg.temperature, cfg.loss_subbatch_seqlen, cfg.entropy_coef > 0)
+        self._options = policy_options(cfg)
+        self._level = PolicyOptions(**self._options).variant.level
+
+    @classmethod
+    def build(cls, context: RecipeContext) -> "PolicyRecipe":
+        """The recipe of a run, whose loader gets the model to generate with."""
+        cfg, loader = context.cfg, context.loader
+        assert isinstance(loader, RolloutLoader), "the method's data are prompts"
+        reference = build_reference(context)
+        loader.connect(context.model, reference)
+        return cls(cfg, context.model, loader, reference)
+
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
+        """Completions, their tokens with loss, and all tokens."""
+        table = batch.completions
+        return {
+            "sequences": float(len(table)),
+            "loss_tokens": float(table.lengths.sum()),
+            "tokens": float(batch.num_tokens),
+        }
+
+    def after_step(self, step: int) -> None:
+        """sync_ref_model: the reference moves towards the policy."""
+        cfg = self.cfg
+        if cfg.sync_ref_model and step % cfg.ref_model_sync_steps == 0 and self._reference is not None:
+            self._reference.update(self._policy, cfg.ref_model_mixup_alpha)
+
+    def extra_weights(self) -> dict[str, dict[str, paddle.Tensor]]:
+        """The weights of a reference that moves; any other one is loaded from model_name_or_path."""
+        model = None if self._reference is None else self._reference.second_model
+        return {"reference": trained_tensors(model)} if self.cfg.sync_ref_model and model is not None else {}
+
+    def head_terms(
+        self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
+    ) -> dict[str, Term]:
+        """Terms "policy" and, if asked for, "kl" and "entropy"; the metrics of the loss are only reported."""
+        hidden_TD = model.enter_head(final_norm(model, x_TD))
+        if len(batch.supervised):
+            log_probs, entropy = self._scorer.statistics(model, hidden_TD, batch)
+        else:
+            # The head runs all the same, so that all ranks complete their gradients in the same order.
+            label = paddle.zeros([1], dtype="int64")
+            log_probs = token_log_probs(hidden_TD[:1], model.output_head(), label, 1) * 0.0
+            entropy = paddle.zeros([1])
+        places, mask = _places(batch.completions.lengths, len(log_probs))
+        columns = _Columns(places, mask)
+        table = batch.completions
+        loss = policy_loss(
+            columns.of(log_probs),
+            columns.of_numbers(table.old_log_probs),
+            paddle.to_tensor(table.advantages if len(table) else np.zeros(1, np.float32)),
+            columns.mask,
+            ref_logps=None if self.cfg.kl_in_reward else columns.of_numbers(table.reference_log_probs),
+            rollout_logps=columns.of_numbers(table.rollout_log_probs),
+            entropy=columns.of(entropy),
+            num_sequences=1.0,
+            num_tokens=1.0,
+            **self._options,
+        )
+        divisors = {"sequences": "sequences", "tokens": "loss_tokens"}
+        terms = {
+            name: Term(total, divisors[loss.divisors[name]], loss.weights[name]) for name, total in loss.sums.items()
+        }
+        divisors["clipped_of"] = "sequences" if self._level == "sequence" else "loss_tokens"
+        for name, value in loss.metrics.items():
+            if name in METRIC_DIVISORS:
+                terms[name] = Term(value, divisors[METRIC_DIVISORS[name]], None)
+            else:
+                terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
+        return terms
+
+
+class _Columns:
+    """Puts numbers of labels [L] into rows of completions [N, T], 0 where a row is shorter."""
+
+    def __init__(self, places_NT: np.ndarray, mask_NT: np.ndarray) -> None:
+        self._places = paddle.to_tensor(places_NT.reshape(-1))
+        self.mask = paddle.to_tensor(mask_NT)
+        self._shape = list(mask_NT.shape)
+
+    def of(self, values_L: paddle.Tensor) -> paddle.Tensor:
+        return paddle.gather(values_L, self._places).reshape(self._shape) * self.mask
+
+    def of_numbers(self, values_L: np.ndarray | None) -> paddle.Tensor | None:
+        if values_L is None:
+            return None
+        values_L = values_L if len(values_L) else np.zeros(1, np.float32)
+        values_NT = paddle.gather(paddle.to_tensor(values_L), self._places).reshape(self._shape)
+        return paddle.where(self.mask > 0, values_NT, paddle.zeros(self._shape))  # NaN times 0 would be NaN
+
+
+def _places(lengths_N: np.ndarray, num_values: int) -> tuple[np.ndarray, np.ndarray]:
+    """For rows of these lengths, of which the values stand one after another: the number of the value at each place
+    [N, T] (any number where there is none), and whether there is one, float32 [N, T].
+    """
+    lengths_N = lengths_N if len(lengths_N) else np.zeros(1, np.int64)
+    width = max(int(lengths_N.max()), 1)
+    starts = np.cumsum(lengths_N) - lengths_N
+    steps = np.arange(width)
+    mask = steps < lengths_N[:, None]
+    places = np.where(mask, starts[:, None] + steps, 0)
+    return np.minimum(places, num_values - 1).astype(np.int64), mask.astype(np.float32)

@@ -1,0 +1,101 @@
+"""Turns completions into the microbatches of a step."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
+from erniekit.data.prompts import Prompt
+from erniekit.training.rl.completions import Completion
+
+
+def microbatches(
+    completions: Sequence[Completion],
+    prompt_of: Callable[[int], Prompt],
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    mask_truncated: bool = False,
+) -> list[PackedBatch]:
+    """A data rank's microbatches of up to `batch_size` completions; every rank has the same number, the last ones
+    perhaps without completions. Microbatch m of rank r has the completions (m * world + r) * batch_size + [0,
+    batch_size).
+    """
+    share = batch_size * world
+    starts = range(rank * batch_size, rank * batch_size + math.ceil(len(completions) / share) * share, share)
+    return [batch_of(completions[start : start + batch_size], prompt_of, mask_truncated) for start in starts]
+
+
+def batch_of(
+    completions: Sequence[Completion], prompt_of: Callable[[int], Prompt], mask_truncated: bool = False
+) -> PackedBatch:
+    """One row of completions. Neighbours of one prompt share its tokens: the prompt without its last token is a segment
+    which the completions attend to; each of them begins with that last token, which predicts its first one.
+
+    The labels are the tokens that the policy chose; with `mask_truncated` a completion without an end token has none.
+    """
+    if not completions:
+        return join_rows([])
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    prompt_segments: list[int] = []
+    segments: list[int] = []
+    sources: list[str] = []
+    for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
+        prompt = prompt_of(number)
+        before = len(prompt.ids) - 1
+        shared = NO_SEGMENT
+        if before:
+            shared = len(ids)
+            ids.append(np.array(prompt.ids[:-1], np.int64))
+            labels.append(np.full(before, IGNORE))
+            positions.append(np.arange(before))
+        for completion in neighbours:
+            prompt_segments.append(shared)
+            segments.append(len(ids))
+            sources.append(prompt.place)
+            ids.append(np.append(prompt.ids[-1], completion.ids[:-1]))
+            labels.append(np.where(_has_loss(completion, mask_truncated), completion.ids, IGNORE))
+            positions.append(np.arange(before, before + len(completion.ids)))
+    row = PackedBatch.text_row(
+        np.concatenate(ids),
+        np.concatenate(labels),
+        np.concatenate(positions),
+        np.repeat(np.arange(len(ids)), [len(part) for part in ids]),
+        sources,
+    )
+    return replace(row, completions=_table(completions, prompt_segments, segments, mask_truncated))
+
+
+def _has_loss(completion: Completion, mask_truncated: bool) -> np.ndarray:
+    """bool [n]: the tokens of a completion that carry loss."""
+    return completion.is_sampled & (not (mask_truncated and completion.is_truncated))
+
+
+def _table(
+    completions: Sequence[Completion], prompts: list[int], segments: list[int], mask_truncated: bool
+) -> CompletionTable:
+    masks = [_has_loss(completion, mask_truncated) for completion in completions]
+
+    def column(name: str) -> np.ndarray | None:
+        parts = [vars(completion)[name] for completion in completions]
+        if parts[0] is None:
+            return None
+        return np.concatenate([part[mask] for part, mask in zip(parts, masks, strict=True)]).astype(np.float32)
+
+    rollout = column("rollout_logps")
+    assert rollout is not None
+    return CompletionTable(
+        prompts=np.array(prompts, np.int64),
+        segments=np.array(segments, np.int64),
+        advantages=np.array([completion.advantage for completion in completions], np.float32),
+        groups=np.array([completion.group for completion in completions], np.int64),
+        lengths=np.array([mask.sum() for mask in masks], np.int64),
+        rollout_log_probs=rollout,
+        old_log_probs=column("old_logps"),
+        reference_log_probs=column("reference_logps"),
+    )

@@ -1,0 +1,51 @@
+"""The reference of policy optimisation, which the policy is kept near."""
+
+from collections.abc import Sequence
+
+import paddle
+
+from erniekit import lora
+from erniekit.config.pointless_rl import has_reference
+from erniekit.data.packed_batch import PackedBatch
+from erniekit.models.decoder import CausalLM
+from erniekit.training.recipes.base import RecipeContext
+from erniekit.training.rl.token_scores import TokenScorer
+from erniekit.utils import log
+
+
+class PolicyReference:
+    """A frozen model, or the trained one without its adapter (`second_model` is then None)."""
+
+    def __init__(self, policy: CausalLM, second_model: CausalLM | None, scorer: TokenScorer) -> None:
+        self._policy, self.second_model, self._scorer = policy, second_model, scorer
+        if second_model is not None:
+            for parameter in second_model.parameters():
+                parameter.stop_gradient = True
+
+    def log_probs(self, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
+        """Log-probabilities of each microbatch's labels; see TokenScorer."""
+        if self.second_model is not None:
+            return self._scorer.log_probs(self.second_model, batches)
+        with lora.disabled(self._policy):
+            return self._scorer.log_probs(self._policy, batches)
+
+    @paddle.no_grad()
+    def update(self, policy: CausalLM, share: float) -> None:
+        """Move towards the policy: share * policy + (1 - share) * reference (arXiv 2404.09656, TR-DPO, soft)."""
+        assert self.second_model is not None, "config/rl_keys.py refuses an adapter"
+        own = dict(self.second_model.named_parameters()) | dict(self.second_model.named_buffers())
+        for name, tensor in (dict(policy.named_parameters()) | dict(policy.named_buffers())).items():
+            own[name].set_value(tensor * share + own[name] * (1 - share))
+
+
+def build_reference(context: RecipeContext) -> PolicyReference | None:
+    """The reference that the configuration asks for."""
+    cfg, model = context.cfg, context.model
+    if not has_reference(cfg):
+        return None
+    scorer = TokenScorer(cfg.temperature, cfg.loss_subbatch_seqlen)
+    if lora.state_of(model) is not None:
+        log.info("reference: the model without its adapter")
+        return PolicyReference(model, None, scorer)
+    log.info("reference: a second copy of the model")
+    return PolicyReference(model, context.prepared.build(model.mesh, model.chunks), scorer)

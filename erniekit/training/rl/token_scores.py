@@ -1,0 +1,89 @@
+"""Log-probabilities of completions' tokens by passes of the training computation without gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from erniekit.config.schema import Config
+from erniekit.data.packed_batch import PackedBatch
+from erniekit.data.prompts import Prompt
+from erniekit.losses.log_probs import token_statistics
+from erniekit.models.decoder import CausalLM
+from erniekit.models.inputs import ModelInputs
+from erniekit.nn.narrow import gather
+from erniekit.parallel import comm
+from erniekit.parallel.mesh import Mesh
+from erniekit.training.forward_pass import final_norm, forward_pass
+from erniekit.training.rl.batches import microbatches
+from erniekit.training.rl.completions import Completion
+
+
+@dataclass(frozen=True)
+class TokenScorer:
+    """Log-probabilities [L] fp32 of a batch's labels, whose distributions have this temperature; at most
+    `max_logit_tokens` tokens' logits exist at a time.
+    """
+
+    temperature: float
+    max_logit_tokens: int
+    entropy_gradient: bool = False
+
+    def log_probs(self, model: CausalLM, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
+        """Those of each microbatch for the present weights of `model`, in eval mode; zeros on stages without the head.
+        Every rank calls it at the same time.
+        """
+        log_probs = [paddle.zeros([len(batch.supervised)]) for batch in batches]
+
+        def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
+            hidden_TD = model.enter_head(final_norm(model, x_TD))
+            if len(batches[number].supervised):
+                log_probs[number] = self.statistics(model, hidden_TD, batches[number])[0].detach()
+
+        forward_pass(model, batches, note)
+        return log_probs
+
+    def statistics(
+        self, model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """(log-probability of each label, entropy of its distribution) [L], with gradients, from the hidden states of
+        all tokens as the head takes them. There must be labels.
+        """
+        places = batch.supervised
+        rows = gather(hidden_TD, paddle.to_tensor(places))
+        labels, head = paddle.to_tensor(batch.labels[places]), model.output_head()
+        return token_statistics(rows, head, labels, self.max_logit_tokens, self.temperature, self.entropy_gradient)
+
+
+def score_completions(
+    cfg: Config,
+    mesh: Mesh,
+    completions: Sequence[Completion],
+    prompt_of: Callable[[int], Prompt],
+    log_probs: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+) -> list[np.ndarray]:
+    """Log-probabilities float32 [n] of the tokens of each completion, NaN for those that the policy did not choose, by
+    passes of `log_probs` in the microbatches of training. Every rank gets all.
+    """
+    size, world = cfg.batch_size, mesh.degrees.data
+    batches = microbatches(completions, prompt_of, size, mesh.data, world)
+    mine: list[list[float]] = []
+    for batch, values in zip(batches, log_probs(batches), strict=True):
+        ends = np.cumsum(batch.completions.lengths)[:-1]
+        mine += [part.tolist() for part in np.split(values.numpy(), ends)] if len(batch.completions) else []
+    numbers = [
+        number
+        for start in range(mesh.data * size, len(completions), size * world)
+        for number in range(start, min(start + size, len(completions)))
+    ]
+    # The last stage has the numbers, and all its tensor ranks have the same.
+    holds_results = mesh.is_last_stage and mesh.tensor == 0
+    lines = list(zip(numbers, mine, strict=True)) if holds_results else []
+    result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(completions)
+    for part in comm.gather_objects(lines, mesh.world_group):
+        for number, values in part:
+            completion = completions[number]
+            result[number] = np.full(len(completion.ids), np.nan, np.float32)
+            result[number][completion.is_sampled] = values
+    return result
