@@ -12,6 +12,8 @@ from enum import Enum
 from typing import Any
 
 from erniekit.config.schema_curriculum import CurriculumArgs
+from erniekit.config.schema_gkd import GkdArgs
+from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
@@ -27,6 +29,7 @@ class Records(Enum):
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
     PROMPTS = "prompts"
+    JUDGED = "judged answers"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ _UNREAD_BY_PREFERENCES = {
     "num_nextn_predict_layers": "preference losses have no term for tokens further ahead",
     "qat_distill_weight": "preference losses have no term for the predictions of another model",
     "token_balance_loss": "every pair weighs the same",
+    "z_loss_lambda": "it belongs to the next-token loss",
+}
+_UNREAD_BY_DISTILLATION = {
+    "num_nextn_predict_layers": "the teacher's predictions are of the next token alone",
+    "qat_distill_weight": "the loss is a divergence from a teacher already",
+    "token_balance_loss": "every token of an answer weighs the same",
     "z_loss_lambda": "it belongs to the next-token loss",
 }
 _UNREAD_BY_POLICIES = {
@@ -136,6 +145,23 @@ METHODS: dict[str, MethodFacts] = {
             unread=_UNREAD_BY_PREFERENCES
             | {"max_prompt_len": "a prompt with pictures is not shortened"}
             | dict.fromkeys(option_names(MixtureArgs), "pairs without pictures may stand in train_dataset_path"),
+        ),
+        MethodFacts(
+            "KTO",
+            "answers that are judged one by one",
+            Records.JUDGED,
+            options=(KtoArgs,),
+            also_reads=("beta",),
+            unread=_UNREAD_BY_PREFERENCES | {"token_balance_loss": "every answer weighs the same"},
+        ),
+        MethodFacts(
+            "GKD",
+            "distillation from a teacher, also on the model's own answers",
+            Records.CONVERSATIONS,
+            options=(GkdArgs,),
+            also_reads=("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+            unread=_UNREAD_BY_DISTILLATION,
+            defaults={"max_new_tokens": 128, "temperature": 0.9, "top_p": 1.0},
         ),
         MethodFacts(
             "RL",

@@ -18,6 +18,11 @@ def has_reference(cfg: Config) -> bool:
 
 
 RL_RULES = [
+    Rule(
+        "max_new_tokens top_p top_k repetition_penalty",
+        lambda c, f: c.method.reads("lmbda") and c.lmbda == 0,
+        "lmbda is 0, so all answers are those of the data",
+    ),
     Rule("kl_estimator kl_in_reward kl_bias_correction", _rl(lambda c: c.kl_coef == 0), "kl_coef is 0"),
     Rule("kl_bias_correction", _rl(lambda c: c.kl_in_reward), "the divergence is subtracted from the reward"),
     Rule(

@@ -57,12 +57,13 @@ def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], lis
 
 def complete(values: dict[str, Any], notes: list[str]) -> None:
     """Fill in the values that rl_algorithm stands for, and those that the method has by itself."""
+    facts = METHODS.get(values.get("stage", ""))
+    for name, value in (facts.defaults if facts is not None else {}).items():
+        values.setdefault(name, value)
     if not optimises_rewards(values):
         return
     preset = PRESETS[values.get("rl_algorithm", "gspo")]
     for name, value in preset.items():
-        values.setdefault(name, value)
-    for name, value in METHODS[values["stage"]].defaults.items():
         values.setdefault(name, value)
     if "max_completion_length" not in values and "max_new_tokens" in values:
         values["max_completion_length"] = values["max_new_tokens"]

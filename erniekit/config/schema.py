@@ -11,6 +11,8 @@ from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_fp8 import Fp8Args
+from erniekit.config.schema_gkd import GkdArgs
+from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
@@ -42,6 +44,8 @@ class Config(
     RLArgs,
     RewardArgs,
     CurriculumArgs,
+    KtoArgs,
+    GkdArgs,
     TrainArgs,
     OptimArgs,
     PartsArgs,
