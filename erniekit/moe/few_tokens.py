@@ -39,6 +39,7 @@ def route(logits_TE: np.ndarray, bias_E: np.ndarray, options: RouterOptions) -> 
 
 def run(x_TD: paddle.Tensor, experts: Experts, experts_TK: np.ndarray, weights_TK: np.ndarray) -> paddle.Tensor:
     """The weighted sum of each token's experts [T, D]."""
+    assert experts.up_gate_proj.num_experts is not None, "experts are stacked"
     (num_tokens, top_k), width = experts_TK.shape, x_TD.shape[1]
     chosen = experts_TK.reshape(-1)
     order = np.argsort(chosen, kind="stable")
