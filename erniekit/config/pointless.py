@@ -10,6 +10,7 @@ from functools import partial
 from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
 from erniekit.config.pointless_fp8 import FP8_RULES
+from erniekit.config.pointless_optimizer import OPTIMIZER_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_rule import USE, Facts, Rule, always
@@ -486,6 +487,7 @@ RULES: list[Rule] = [
     *_DATA_RULES,
     *_RUN_RULES,
     *QUANTIZATION_RULES,
+    *OPTIMIZER_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,
