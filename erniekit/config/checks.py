@@ -400,6 +400,8 @@ def _lora(cfg: Config) -> Iterator[str]:
                 "adapter first and train the merged model"
             )
         return
+    if cfg.optim == "muon":
+        yield "optim: muon updates the matrices of layers, which fine_tuning: LoRA freezes: set optim: adamw"
     if not cfg.continue_training:
         yield "continue_training: fine_tuning: LoRA adapts trained weights; with a random start use fine_tuning: Full"
     if cfg.mtp_depths:

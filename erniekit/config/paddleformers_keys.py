@@ -77,6 +77,9 @@ NO_EFFECT: dict[str, str] = {
     "training keeps no cache of keys and values": "use_cache",
     "on a CPU a run repeats bit for bit; on a GPU Paddle's flags decide, in the environment": "deterministic_mode",
     "models of ERNIE 4.5 have no such part": "dsa_indexer_loss_coeff",
+    "a parameter's role decides: embeddings, head, norms, biases and routers are AdamW's, all other matrices Muon's": (
+        "muon_exclude_patterns"
+    ),
     "no token is dropped unless moe_capacity_factor is given": "moe_capacity",
     "there is no clipping that adapts itself": (
         "adaptive_norm_clip_ratio adaptive_norm_clip_force_clear_state adaptive_norm_clip_enable_record"
@@ -88,10 +91,6 @@ NO_EFFECT: dict[str, str] = {
 # A feature that is not built -> the keys that are options of that feature only.
 DETAILS: dict[str, str] = {
     "context_parallel_degree": "cp_balance_mode cp_comm_type",
-    "optim: muon": (
-        "muon_exclude_patterns muon_extra_scale_factor muon_ffn_split muon_momentum muon_ns_coeff_type muon_ns_coeffs "
-        "muon_ns_steps muon_qkv_update_mode muon_version"
-    ),
     "internal_medicine_monitors": "internal_medicine_monitor_interval",
     "enable_auto_parallel: True": (
         "auto_parallel_sync_shared_params use_intermediate_api tensor_fusion overlap replace_with_c_embedding "
@@ -124,6 +123,8 @@ DEGREES: dict[str, str] = {
 FIXED: dict[str, Fixed] = {
     "use_template": Fixed((True,), "answers are always trained behind the chat template; for plain text set stage: PT"),
     "use_global_causal_attn": Fixed((False,), "documents that share a row never see one another; remove it"),
+    "muon_ns_coeff_type": Fixed(("simple",), "Newton-Schulz steps have the coefficients of `simple`; remove it"),
+    "muon_ns_coeffs": Fixed((), "Newton-Schulz steps have the published coefficients; remove it"),
     "data_impl": Fixed(("mmap",), "token files are mapped (a .bin and an .idx); remove it"),
     "dataset_text_field": Fixed(("text",), "the text of a pretraining record stands in `text` (or in `tgt`)"),
     "resume_from_huggingface_ckpt": Fixed((), "give that directory as model_name_or_path"),

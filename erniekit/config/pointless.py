@@ -11,6 +11,7 @@ from erniekit.config.compat import DATA, RUN
 from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, option_names
 from erniekit.config.pointless_benchmark import BENCHMARK_RULES
 from erniekit.config.pointless_fp8 import FP8_RULES
+from erniekit.config.pointless_optimizer import OPTIMIZER_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_report import REPORT_RULES
@@ -478,6 +479,7 @@ RULES: list[Rule] = [
     *QUANTIZATION_RULES,
     *BENCHMARK_RULES,
     *REPORT_RULES,
+    *OPTIMIZER_RULES,
     *_OPTIMIZER_RULES,
     *_VISION_RULES,
     *_MODEL_RULES,

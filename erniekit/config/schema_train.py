@@ -107,9 +107,29 @@ class OptimArgs:
 
     optim: str = key(
         "adamw",
-        "The optimizer: AdamW with decoupled weight decay, under either of its names.",
-        choices=("adamw", "adamw_custom"),
+        "The optimizer: AdamW with decoupled weight decay, or muon (orthogonal momentum for the matrices of layers, "
+        "AdamW for the rest; docs/muon.md).",
+        choices=("adamw", "muon"),
+        words={"adamw_custom": "adamw"},
     )
+    muon_momentum: float = key(0.95, "Muon's momentum (Nesterov's).", ge=0, lt=1)
+    muon_ns_steps: int = key(5, "Newton-Schulz steps by which Muon makes momentum orthogonal.", ge=1)
+    muon_version: int = key(
+        3,
+        "What Muon multiplies the orthogonal update of a matrix [in, out] by: the root of max(1, out / in) (1), of "
+        "out / in (2), or of max(in, out) (3).",
+        ge=1,
+        le=3,
+    )
+    muon_extra_scale_factor: float = key(
+        0.2, "A further factor of Muon's updates; 0.2 with muon_version: 3 makes them as large as AdamW's.", gt=0
+    )
+    muon_qkv_update_mode: str = key(
+        "split_head",
+        "What Muon makes orthogonal of q|k|v: each head (split_head), q, k and v (split_qkv), or all (fused_qkv).",
+        choices=("split_head", "split_qkv", "fused_qkv"),
+    )
+    muon_ffn_split: bool = key(False, "Muon makes gate and up orthogonal each by itself, instead of gate|up.")
     learning_rate: float = key(5e-5, "Highest learning rate.", ge=0)
     min_lr: float = key(0.0, "Lowest learning rate of the cosine and wsd schedules.", ge=0)
     lr_scheduler_type: str = key(

@@ -89,7 +89,7 @@ class VisionAttention(nn.Layer):
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_heads
-        self.qkv = Linear(size, 3 * size, bias=True, init_std=init_std)
+        self.qkv = Linear(size, 3 * size, bias=True, init_std=init_std, head_dim=config.head_dim)
         self.proj = Linear(size, size, bias=True, init_std=init_std)
 
     def forward(self, x_PC: paddle.Tensor, mixer: FrameAttention) -> paddle.Tensor:

@@ -406,7 +406,13 @@ class SelfAttention(nn.Layer):
             "v": heads.num_kv_heads * heads.dim,
         }
         self.qkv_proj = Linear(
-            hidden_size, heads.total * heads.dim, bias=bias, parts=parts, split="column", init_std=init_std
+            hidden_size,
+            heads.total * heads.dim,
+            bias=bias,
+            parts=parts,
+            split="column",
+            init_std=init_std,
+            head_dim=heads.dim,
         )
         self.o_proj = Linear(heads.num_heads * heads.dim, hidden_size, bias=bias, split="row", init_std=init_std)
 

@@ -28,6 +28,7 @@ class Projection(Shardable):
     out_features: int
     num_experts: int | None = None
     parts: dict[str, int]  # the outputs that one fused weight holds, in column order; empty if it holds one matrix
+    head_dim: int | None = None  # of fused q|k|v: the columns of one attention head; without `parts`: three equal ones
     weight: paddle.Tensor | None  # None where the product holds it
     product: Product | None
     adapter: nn.Layer | None
@@ -102,8 +103,10 @@ class Linear(Projection):
         split: Split | None = None,
         init_std: float = 0.02,
         role: Role = Role.PROJECTION,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.role = role  # of the weight
         self.in_features = in_features
         self.out_features = out_features

@@ -72,6 +72,14 @@ def named_roles(model: nn.Layer) -> dict[str, Role]:
     return roles
 
 
+def matrix_names(model: nn.Layer) -> list[str]:
+    """The trained matrices of layers: what Muon updates. Embeddings, head, norms, biases, routers and adapters are not
+    among them.
+    """
+    roles = named_roles(model)
+    return [name for name, p in model.named_parameters() if roles[name] is Role.PROJECTION and not p.stop_gradient]
+
+
 def named_components(model: nn.Layer) -> dict[str, Component]:
     """The component of every parameter of `model` by its name in the model."""
     components: dict[str, Component] = {}

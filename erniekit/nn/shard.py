@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import paddle
 from paddle import nn
 
 from erniekit.nn.roles import DeclaresRoles
@@ -54,6 +55,22 @@ def unshard(shares: Sequence[np.ndarray], spec: ShardSpec) -> np.ndarray:
         return shares[0]
     spans = _spans(shares[0].shape[spec.axis], spec)
     return np.concatenate([_slice(share, spec.axis, *span) for span in spans for share in shares], axis=spec.axis)
+
+
+def share_of(whole: paddle.Tensor, spec: ShardSpec, index: int, count: int) -> paddle.Tensor:
+    """`shard` of a tensor on the device."""
+    axis, pieces = spec.axis, []
+    for begin, end in _spans(whole.shape[axis], spec):
+        width = (end - begin) // count
+        pieces.append(whole.slice([axis], [begin + index * width], [begin + (index + 1) * width]))
+    return pieces[0] if len(pieces) == 1 else paddle.concat(pieces, axis=axis)
+
+
+def joined(shares: Sequence[paddle.Tensor], spec: ShardSpec) -> paddle.Tensor:
+    """`unshard` of tensors on the device."""
+    spans = _spans(shares[0].shape[spec.axis], spec)
+    pieces = [share.slice([spec.axis], [begin], [end]) for begin, end in spans for share in shares]
+    return paddle.concat(pieces, axis=spec.axis)
 
 
 def _spans(size: int, spec: ShardSpec) -> list[tuple[int, int]]:

@@ -47,6 +47,7 @@ class Entry:
     dtype: str
     placement: Placement
     model_chunk: int = 0
+    num_moments: int = 2  # of the optimizer's state: AdamW's two, or Muon's momentum
 
     @property
     def size(self) -> int:

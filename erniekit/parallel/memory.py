@@ -23,13 +23,15 @@ def moment_bytes(num_elements: int, moment_dtype: str) -> int:
 
 
 def state_bytes(entries: Iterable[Entry], divided: bool = True, moment_dtype: str = "fp32") -> int:
-    """Bytes of AdamW's state on this rank: two moments of each chunk, a fp32 master copy for 16-bit parameters, and two
-    fp32 powers of the betas a parameter. Not `divided`: what it would be if each rank had all of it.
+    """Bytes of the optimizer's state on this rank: for AdamW two moments of each chunk and two fp32 powers of the betas
+    a parameter, for Muon one moment, and a fp32 master copy for 16-bit parameters. Not `divided`: what it would be if
+    each rank had all of it.
     """
     total = 0
     for entry in entries:
         size = entry.chunk if divided else entry.size
-        total += 2 * moment_bytes(size, moment_dtype) + (0 if item_bytes(entry.dtype) == 4 else 4 * size) + 8
+        total += entry.num_moments * moment_bytes(size, moment_dtype) + (8 if entry.num_moments == 2 else 0)
+        total += 0 if item_bytes(entry.dtype) == 4 else 4 * size
     return total
 
 

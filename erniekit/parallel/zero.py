@@ -5,7 +5,7 @@ Where a parameter's state is not divided (`placement.shard` of one rank), its on
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 import paddle
@@ -17,11 +17,16 @@ from erniekit.parallel.process_group import ALONE
 
 
 def entries_of(
-    tensors: Mapping[str, paddle.Tensor], placements: Mapping[str, Placement], model_chunks: Mapping[str, int]
+    tensors: Mapping[str, paddle.Tensor],
+    placements: Mapping[str, Placement],
+    model_chunks: Mapping[str, int],
+    one_moment: Container[str] = (),
 ) -> dict[str, Entry]:
     """Trainable parameters as the plan of buckets sees them, by name; see ShardedParameters. Their shapes suffice."""
     return {
-        name: Entry(name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0))
+        name: Entry(
+            name, tuple(p.shape), _dtype(p), placements[name], model_chunks.get(name, 0), 1 if name in one_moment else 2
+        )
         for name, p in tensors.items()
     }
 
@@ -34,6 +39,7 @@ class ShardedParameters:
         placements: the placement of each trainable parameter.
         model_chunks: the chunk of the pipeline stage that a parameter belongs to; 0 where it is not named.
         limit: elements of a bucket.
+        one_moment: the parameters whose optimizer state has one moment instead of two.
     """
 
     def __init__(
@@ -42,18 +48,21 @@ class ShardedParameters:
         placements: Mapping[str, Placement],
         model_chunks: Mapping[str, int] | None = None,
         limit: int = DEFAULT_LIMIT,
+        one_moment: Container[str] = (),
     ) -> None:
         self.tensors = {name: p for name, p in parameters if not p.stop_gradient}
-        self.entries = entries_of(self.tensors, placements, model_chunks or {})
+        self.entries = entries_of(self.tensors, placements, model_chunks or {}, one_moment)
         self.buckets = plan_buckets(list(self.entries.values()), limit)
         self._check_plan()
 
     @classmethod
-    def single(cls, parameters: Iterable[tuple[str, paddle.Tensor]]) -> "ShardedParameters":
+    def single(
+        cls, parameters: Iterable[tuple[str, paddle.Tensor]], one_moment: Container[str] = ()
+    ) -> "ShardedParameters":
         """The parameters of one process, of which nothing is divided."""
         named = list(parameters)
         placement = Placement(ALONE, ALONE, ALONE, ALONE, ALONE, copies=1)
-        return cls(named, {name: placement for name, _ in named})
+        return cls(named, {name: placement for name, _ in named}, one_moment=one_moment)
 
     def _check_plan(self) -> None:
         """Ranks that exchange gradients must have planned the same buckets, otherwise they would add up gradients of
@@ -74,7 +83,12 @@ class ShardedParameters:
         """What this rank updates of a parameter: the parameter itself, or where the state is divided this
         rank's chunk [c], a copy padded with zeros.
         """
-        entry, parameter = self.entries[name], self.tensors[name]
+        return self.chunk_of(name, self.tensors[name])
+
+    @paddle.no_grad()
+    def chunk_of(self, name: str, parameter: paddle.Tensor) -> paddle.Tensor:
+        """As `local_chunk`, of another tensor of a parameter's shape."""
+        entry = self.entries[name]
         shard = entry.placement.shard
         if shard.size == 1:
             return parameter

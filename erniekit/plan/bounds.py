@@ -5,6 +5,7 @@ operations of one layer of each kind, which is made once for each tensor and exp
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from erniekit.models.decoder import CausalLM
@@ -94,6 +95,8 @@ def _resident(job: Job, run: Run, stage: int) -> float:
     layout = run.layout
     embedding = run.work.embedding if stage == 0 and not job.is_lora else 0
     entries = trained_entries(run.stage(stage), layout, embedding)
+    if job.cfg.optim == "muon":  # embeddings have two moments, too, but a bound is from below
+        entries = [replace(entry, num_moments=1) for entry in entries]
     weights = sum(entry.size * item_bytes(entry.dtype) for entry in entries)
     gradients = gradient_bytes(entries, layout.zero_stage, layout.gradient_bytes == 4)
     state = 0 if layout.offload_optimizer else state_bytes(entries, moment_dtype=job.cfg.moment_dtype)

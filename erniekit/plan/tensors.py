@@ -23,6 +23,7 @@ from erniekit.moe.layer import MoELayer
 from erniekit.nn.attention import SelfAttention
 from erniekit.nn.mlp import SwiGLU
 from erniekit.nn.norm import RMSNorm
+from erniekit.nn.roles import matrix_names
 from erniekit.parallel.buckets import Bucket, Entry, plan_buckets
 from erniekit.parallel.memory import gradient_bytes, state_bytes
 from erniekit.parallel.mesh import Mesh
@@ -79,7 +80,8 @@ def rank_tensors(job: Job, mesh: Mesh, model: CausalLM) -> RankTensors:
     parameters = dict(model.named_parameters())
     trained = {name: p for name, p in parameters.items() if not p.stop_gradient}
     where = placements(model, mesh, bool(job.cfg.sharding))
-    entries = entries_of(trained, where, parameter_chunks(model, model.chunks))
+    one_moment = matrix_names(model) if job.cfg.optim == "muon" else ()
+    entries = entries_of(trained, where, parameter_chunks(model, model.chunks), one_moment)
     state = state_bytes(entries.values(), moment_dtype=job.cfg.moment_dtype)
     waits = job.offloads_state and bool(entries)
     held = sum(prod(projection.weight_shape) for projection, _ in held_weights(model).values())

@@ -109,14 +109,23 @@ class AdamW:
         """Reset the state. Master copies get the present values of the parameters."""
         for name in self.parameters.tensors:
             own, fields = self.parameters.local_chunk(name), dict[str, paddle.Tensor]()
-            for moment in MOMENTS:
+            for moment in self._moments(name):
                 zeros = paddle.zeros(own.shape, dtype="float32")
                 self._stores[name].write(fields, moment, zeros, at_random=False)
             if own.dtype != paddle.float32:
                 fields["master"] = own.astype("float32")
             self._home.put(name, fields)
             betas = zip(POWERS, (self.beta1, self.beta2), strict=True)
-            self._powers[name] = {power: paddle.full([1], beta, dtype="float32") for power, beta in betas}
+            powers = {power: paddle.full([1], beta, dtype="float32") for power, beta in betas}
+            self._powers[name] = {power: powers[power] for power in self._power_names(name)}
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        """The moments of a parameter."""
+        return MOMENTS
+
+    def _power_names(self, name: str) -> tuple[str, ...]:
+        """The fields of a parameter's state that are a single number."""
+        return POWERS
 
     @property
     def state(self) -> dict[str, dict[str, paddle.Tensor]]:
@@ -156,7 +165,7 @@ class AdamW:
         rates = {ratio: paddle.full([1], learning_rate * ratio, dtype="float32") for ratio in ratios}
         for name, fields in self._home.visit(gradients):
             parameter, store = self.parameters.local_chunk(name), self._stores[name]
-            moments = [store.read(fields, moment) for moment in MOMENTS]
+            moments = [store.read(fields, moment) for moment in self._moments(name)]
             master = fields.get("master")
             rate = rates[self.rules[name].lr_ratio]
             if master is not None and parameter.place.is_cpu_place():
@@ -169,7 +178,7 @@ class AdamW:
                 self._update(name, parameter, gradient, rate, moments, master)
             if self._rounds_at_random:  # the same on every rank that has a copy
                 paddle.seed(zlib.crc32(f"{seed} {name}".encode()))
-            for moment, values in zip(MOMENTS, moments, strict=True):
+            for moment, values in zip(self._moments(name), moments, strict=True):
                 store.write(fields, moment, values, at_random=self._rounds_at_random)
             parameter._bump_inplace_version()  # the kernel does not do this, and products rely on it (nn/product.py)
             updated[name] = parameter
@@ -217,7 +226,7 @@ class AdamW:
         }
 
     def _field_names(self, name: str) -> tuple[str, ...]:
-        return (*MOMENTS, *POWERS, *(("master",) if self._has_master(name) else ()))
+        return (*self._moments(name), *self._power_names(name), *(("master",) if self._has_master(name) else ()))
 
     def _shape(self, name: str, field: str) -> tuple[int, ...]:
         return (1,) if field in POWERS else self.parameters.entries[name].shape
@@ -229,7 +238,7 @@ class AdamW:
         if field in POWERS:
             return self._powers[name][field].numpy()
         fields = self._home.get(name)
-        chunk = self._stores[name].read(fields, field) if field in MOMENTS else fields[field]
+        chunk = self._stores[name].read(fields, field) if field in self._moments(name) else fields[field]
         return self.parameters.gather(name, chunk)
 
     @paddle.no_grad()
@@ -246,7 +255,7 @@ class AdamW:
             self._powers[name][field].set_value(array)
             return
         chunk, fields = paddle.to_tensor(self.parameters.scatter(name, array)), self._home.get(name)
-        if field in MOMENTS:
+        if field in self._moments(name):
             self._stores[name].write(fields, field, chunk, at_random=False)
         else:
             fields[field] = chunk

@@ -4,7 +4,7 @@ model is built (erniekit/build.py), then gradient synchronisation, optimizer and
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from erniekit.parallel.grad_sync import GradientSync
 from erniekit.parallel.mesh import Mesh
 from erniekit.parallel.pipeline_schedule import Action
 from erniekit.parallel.zero import ShardedParameters
+from erniekit.training import muon
 from erniekit.training.adamw import AdamW, parameter_rules
 from erniekit.training.batch_warmup import last_step, warmup_steps
 from erniekit.training.best import BestModel
@@ -127,6 +128,27 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
+def build_optimizer(
+    cfg: Config, model: CausalLM, parameters: ShardedParameters, matrices: Mapping[str, muon.MatrixLayout]
+) -> AdamW:
+    """The optimizer that `optim` names; `matrices` are those that Muon updates, none for AdamW."""
+    arguments = (
+        parameters,
+        parameter_rules(model, cfg),
+        cfg.adam_beta1,
+        cfg.adam_beta2,
+        cfg.adam_epsilon,
+        cast(MomentDtype, cfg.moment_dtype),
+        build_home(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
+    )
+    if cfg.optim != "muon":
+        return AdamW(*arguments)
+    if matrices:
+        sizes = sum(entry.size for name, entry in parameters.entries.items() if name in matrices)
+        log.info(f"optim: muon updates {len(matrices)} parameters ({sizes / 1e6:.2f} M numbers), adamw the others")
+    return muon.Muon(*arguments, matrices=matrices, options=muon.MuonOptions.from_config(cfg))
+
+
 def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     """Build what this process needs, in the order of the module's docstring. `method`: None stands for the one that the
     configuration names.
@@ -162,8 +184,9 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         log.info(f"{model_dir} holds {prepared.config.dtype}; what this run saves is {saved}")
     freeze_untrained_mtp(model, cfg)
     freeze(model, cfg)
+    where, matrices = placements(model, mesh, bool(cfg.sharding)), muon.matrix_layouts(model, cfg, mesh)
     parameters = ShardedParameters(
-        model.named_parameters(), placements(model, mesh, bool(cfg.sharding)), parameter_chunks(model, chunks)
+        model.named_parameters(), where, parameter_chunks(model, chunks), one_moment=matrices
     )
     sync = GradientSync(
         parameters,
@@ -171,15 +194,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
         master_grad=cfg.amp_master_grad,
         overlap=mesh.world_group.handle is not None,
     )
-    optimizer = AdamW(
-        parameters,
-        parameter_rules(model, cfg),
-        cfg.adam_beta1,
-        cfg.adam_beta2,
-        cfg.adam_epsilon,
-        cast(MomentDtype, cfg.moment_dtype),
-        build_home(cfg.offload_optim, cfg.tensorwise_offload_optimizer, cfg.emulate_precision),
-    )
+    optimizer = build_optimizer(cfg, model, parameters, matrices)
     if mesh.world > 1:
         log.info(sync.memory_line(cfg.moment_dtype))
     return Run(

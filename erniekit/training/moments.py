@@ -105,7 +105,7 @@ def _levels(moment: str) -> paddle.Tensor:
     """The multiples of a scale, rising: 0, 1, and between them seven powers of ten, each with twice as many equidistant
     levels as the one below; 256 for the second moment, 127 with either sign and 0 for the first.
     """
-    signed = moment == "moment1"
+    signed = moment != "moment2"
     positive = []
     for power in range(7):
         edges = np.linspace(0.1, 1.0, 2 ** (power + (not signed)) + 1)

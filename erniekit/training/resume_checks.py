@@ -82,7 +82,9 @@ _KEYS = {
         max_evaluate_steps save_format load_best_model_at_end metric_for_best_model greater_is_better
         early_stopping_patience
         learning_rate min_lr lr_scheduler_type decay_function decay_steps warmup_steps warmup_ratio num_cycles power
-        lr_end weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm layerwise_lr_decay_bound ema_decay
+        lr_end weight_decay optim muon_momentum muon_ns_steps muon_version muon_extra_scale_factor
+        muon_qkv_update_mode muon_ffn_split adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+        layerwise_lr_decay_bound ema_decay
         batch_size_warmup_steps neftune neftune_noise_alpha token_balance_loss
         attention_probs_dropout_prob dropout_warmup_steps
     """,
@@ -102,7 +104,7 @@ _KEYS = {
         run_name project output_dir
         overwrite_output_dir disable_tqdm profile profile_step_start profile_step_end
         resume_from_checkpoint ignore_load_lr_and_optim ignore_save_lr_and_optim ckpt_quant_stage
-        ignore_data_skip optim offload_optim tensorwise_offload_optimizer
+        ignore_data_skip offload_optim tensorwise_offload_optimizer
         tensor_parallel_degree sequence_parallel pipeline_parallel_degree virtual_pp_degree pp_seg_method
         pipeline_schedule expert_parallel_degree data_parallel_degree sharding sharding_parallel_degree
         balance_pictures distributed_timeout rendezvous_timeout max_restarts elastic check_replicas_steps

@@ -61,7 +61,9 @@ def test_a_run_writes_what_the_design_promises_and_its_loss_falls(workspace):
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(workspace, model):
-    """Every kind of state at once: packing across epochs, accumulation, noise, MTP, router bias, optimizer state."""
+    """Every kind of state at once: packing across epochs, accumulation, noise, MTP, router bias, optimizer state: of
+    AdamW, and with moments in 16 bits of Muon.
+    """
     keys = {
         "model_name_or_path": str(workspace / model),
         "gradient_accumulation_steps": 2,
@@ -75,7 +77,9 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(workspace, model
         "batch_size_warmup_steps": 6,
         "z_loss_lambda": 1e-3,
     }
-    if model == "moe":
+    if model == "dense":
+        keys |= {"optim": "muon", "moment_dtype": "bf16"}
+    else:
         keys |= {"moe_use_aux_free": True, "moe_aux_loss_lambda": 0.01, "moe_capacity_factor": 1.0}
     whole = erniekit.train(str(workspace / "run.yaml"), output_dir=str(workspace / "whole"), **keys)
     erniekit.train(str(workspace / "run.yaml"), output_dir=str(workspace / "parts"), **keys)

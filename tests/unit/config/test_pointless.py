@@ -36,6 +36,7 @@ MMLU = {"eval_benchmark": "mmlu", "eval_benchmark_path": "b"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
     ("train", {"packing": True, "mix_strategy": "interleave_over", "on_bad_line": "skip"}, TOKENS, {}),
     ("train", {"dataloader_num_workers": 2}, TOKENS, {}),
+    ("train", {"muon_momentum": 0.9, "muon_ns_steps": 6, "muon_ffn_split": True}, {}, {"optim": "muon"}),
     ("chat", {"quantization_group_size": 64}, {}, {"qat": "wint4/8"}),
     ("train", {"quantization_clip_search": False}, {}, None),
     ("split", {"quantization_group_size": 64}, {}, None),

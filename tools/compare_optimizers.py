@@ -1,0 +1,59 @@
+"""AdamW and Muon at equal tokens: the evaluation loss of a model from a random start, for several learning rates each.
+
+    python tools/compare_optimizers.py examples/configs/tiny/sft/run_sft_dense.yaml --steps 200
+    python tools/compare_optimizers.py x.yaml --rates 1e-3 3e-3 1e-2 batch_size=4
+
+Every run has the same data in the same order, the same schedule and the same start. The times are those of the clock,
+so that they are of use on a quiet machine only.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from compare_qat import ROOT, evaluate, run
+
+
+def loss_of(config: str, words: list[str], target: Path, steps: int, optim: str, rate: float) -> tuple[float, float]:
+    """(evaluation loss, seconds of the training) of one run."""
+    keys = {
+        "max_steps": steps,
+        "output_dir": target,
+        "optim": optim,
+        "learning_rate": rate,
+        "min_lr": rate / 100,
+        "continue_training": False,
+        "save_strategy": "no",
+        "evaluation_strategy": "no",
+        "do_eval": False,
+        "overwrite_output_dir": True,
+        "disable_tqdm": True,
+        "logging_steps": steps,
+    }
+    run("train", config, keys, words)
+    loss, _ = evaluate(config, words, target, "none", 0)
+    return loss, json.loads((target / "summary.json").read_text())["step_seconds"]
+
+
+def main() -> None:
+    """Parse the arguments, train, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("keys", nargs="*", help="key=value for every run")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--optims", nargs="+", default=["adamw", "muon"])
+    parser.add_argument("--out", type=Path, default=Path("demo_output/optimizers"))
+    args = parser.parse_intermixed_args()
+    rows = []
+    for rate in args.rates:
+        for optim in args.optims:
+            target = ROOT / args.out / f"{optim}-{rate:g}"
+            rows.append((optim, rate, *loss_of(args.config, args.keys, target, args.steps, optim, rate)))
+    print(f"\n{args.steps} steps\n| optim | learning_rate | evaluation loss | seconds |\n|---|---|---|---|")
+    for optim, rate, loss, seconds in sorted(rows):
+        print(f"| {optim} | {rate:g} | {loss:.4f} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
