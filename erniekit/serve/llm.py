@@ -11,10 +11,12 @@ from typing import Any
 
 from erniekit.config import load, require_supported
 from erniekit.data.records.errors import BadRecord
+from erniekit.generation.guided import grammar_error
 from erniekit.generation.load import ChatModel
 from erniekit.generation.prompt_scores import score_prompt
 from erniekit.generation.request import Event, Generation, Request, TokenScore
 from erniekit.serve import server_fields as fields
+from erniekit.serve.guides import compiled_guide
 from erniekit.serve.llm_results import CompletionOutput, Logprob, RequestOutput
 from erniekit.serve.prompts import chat_prompt
 from erniekit.serve.request_plan import Plan, plan, reading
@@ -119,7 +121,8 @@ class LLM:
             text, ids = self._ids(item)
             with _as_user_errors():
                 values = params.fields() | {"model": lora_request}
-                wanted = plan(values, [ids], self._served, params.logprobs, "prompt")
+                grammar = compiled_guide(values, self._served)
+                wanted = plan(values, [ids], self._served, params.logprobs, "prompt", grammar)
                 how = reading(params.fields(), self._served, opened=False, has_thoughts=False, has_calls=False)
             plans.append((wanted, how, text))
         scores = [params.prompt_logprobs for params in _params_list(sampling_params, len(items))]
@@ -163,8 +166,8 @@ class LLM:
             with _as_user_errors():
                 body = {"model": "", "messages": list(talk)} | {n: _plain(v) for n, v in asked.items()}
                 values = fields.read_fields(body, fields.CHAT) | params.fields() | {"model": lora_request}
-                prompt, how = chat_prompt(values, self._served, is_local=True)
-                plans.append((plan(values, [prompt], self._served, params.logprobs, "messages"), how, None))
+                prompt, how, grammar = chat_prompt(values, self._served, is_local=True)
+                plans.append((plan(values, [prompt], self._served, params.logprobs, "messages", grammar), how, None))
         if any(params.prompt_logprobs is not None for params in _params_list(sampling_params, len(talks))):
             raise UserError("prompt_logprobs: `generate` scores prompts, `chat` does not.")
         return self._run(plans, [None] * len(plans), use_tqdm)
@@ -236,6 +239,9 @@ class LLM:
         told: Sequence["_Answer"],
         generation: Generation,
     ) -> RequestOutput:
+        for request in wanted.requests:
+            if problem := grammar_error(request):
+                raise UserError(f"structured_outputs: the answer cannot follow its grammar further: {problem}")
         ids, self._num_requests = list(wanted.requests[0].prompt), self._num_requests + 1
         prompt_logprobs = None
         if scored is not None:

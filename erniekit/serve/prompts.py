@@ -1,15 +1,17 @@
 """The prompts of conversations. Shared by the server and `erniekit.LLM`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import media_of
 from erniekit.data.vision.plan import plan_media
 from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
+from erniekit.generation.guided import Compiled
 from erniekit.generation.thinking import opens_thought
 from erniekit.serve import server_fields as fields
+from erniekit.serve.guides import compiled_guide
 from erniekit.serve.request_plan import reading
 from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_errors import ApiError
@@ -78,12 +80,20 @@ def prompt_of(
     return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)
 
 
-def chat_prompt(
-    values: dict[str, Any], served: ServedModel, is_local: bool = False
-) -> tuple[list[int] | PicturePrompt, Reading]:
-    """The prompt of a request with `messages`, and how its answers are read. Raises as `prompt_of`."""
+class ChatPrompt(NamedTuple):
+    """The prompt of a conversation, how its answers are read, and the grammar that they follow."""
+
+    prompt: list[int] | PicturePrompt
+    reading: Reading
+    grammar: Compiled | None
+
+
+def chat_prompt(values: dict[str, Any], served: ServedModel, is_local: bool = False) -> ChatPrompt:
+    """The prompt of a request with `messages`. Raises as `prompt_of`."""
     tools = read_tools(values.get("tools", []), values.get("tool_choice"))
     prompt = prompt_of(values, served, tools, is_local=is_local)
     ids = prompt.ids if isinstance(prompt, PicturePrompt) else prompt
     opened = opens_thought(served.chat_model.tokenizer.decode(ids[-TAIL:]))
-    return prompt, reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)
+    grammar = compiled_guide(values, served, tools, opened)
+    how = reading(values, served, opened=opened, has_thoughts=True, has_calls=tools is not None)
+    return ChatPrompt(prompt, how, grammar)

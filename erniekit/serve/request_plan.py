@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from erniekit.data.vision.prompt import PicturePrompt
+from erniekit.generation.guided import Compiled
 from erniekit.generation.load import sampling_of
 from erniekit.generation.pictures import tables_of
 from erniekit.generation.request import Limits, Request
@@ -43,8 +44,11 @@ def plan(
     served: ServedModel,
     num_scores: int | None,
     name: str,
+    grammar: Compiled | None = None,
 ) -> Plan:
-    """The requests to the engine for the fields of a client's request. `name`: the field that has the prompts."""
+    """The requests to the engine for the fields of a client's request. `name`: the field that has the prompts.
+    `grammar`: what the answers have to follow.
+    """
     n = values.get("n", 1)
     if n * len(prompts) > MAX_ANSWERS:
         raise ApiError(400, f"n: at most {MAX_ANSWERS} answers to a request.", "n", "invalid_value")
@@ -55,6 +59,7 @@ def plan(
     adapter = served.adapter_of(values.get("model"))
     requests, room = [], served.context - max(lengths)
     limits = _limits(values, served, room)
+    limits = limits if grammar is None else replace(limits, min_new_tokens=0)
     asked = values.get("max_completion_tokens", values.get("max_tokens"))
     headers = {}
     if asked is not None and asked > room:
@@ -66,6 +71,8 @@ def plan(
             request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter)
             if isinstance(prompt, PicturePrompt):
                 request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
+            if grammar is not None:
+                request = replace(request, constraint=grammar.state())
             requests.append(request)
     return Plan(prompts, requests, n, headers)
 

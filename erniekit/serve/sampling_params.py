@@ -30,6 +30,8 @@ class SamplingParams:
         skip_special_tokens: whether special tokens are left out of the text.
         logprobs: the number of likeliest tokens whose log-probabilities are given beside each token's; None: none are.
         prompt_logprobs: the same of the prompt's tokens (`generate` alone).
+        structured_outputs: the form of the answer: one of {"json": schema}, {"json_object": True}, {"regex": pattern},
+            {"choice": texts} and {"grammar": text}; needs the extra `guided`.
 
     Raises UserError for an unknown argument, with the nearest name, and for a value that is out of range.
     """
@@ -53,6 +55,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         try:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from erniekit.config import Config
 from erniekit.generation.engine import Engine
+from erniekit.generation.guided import Grammars
 from erniekit.generation.load import ChatModel
 from erniekit.generation.request import Limits
 from erniekit.lora.several import adapter_set_of
@@ -27,7 +28,9 @@ class ServedModel:
     name: str
 
     def __post_init__(self) -> None:
-        self.hidden = hidden_ids(self.chat_model.tokenizer)
+        model = self.chat_model
+        self.hidden = hidden_ids(model.tokenizer)
+        self.grammars = Grammars(model.tokenizer, model.model.config.vocab_size, self.limits.stop_ids)
         find = self.chat_model.tokenizer.find_id
         self._bytes = {number: byte for byte in range(256) if (number := find(f"<0x{byte:02X}>")) is not None}
 

@@ -59,8 +59,8 @@ async def chat(request: HttpRequest, served: Served) -> Response:
     served.reserve(count)
     submitted = False
     try:
-        prompt, how = await served.in_pool(lambda: chat_prompt(values, served))
-        wanted = plan(values, [prompt], served, num_scores, "messages")
+        prompt, how, grammar = await served.in_pool(lambda: chat_prompt(values, served))
+        wanted = plan(values, [prompt], served, num_scores, "messages", grammar)
         submitted = True
         run = Run(served, served.thread.submit(wanted.requests), how)
     finally:

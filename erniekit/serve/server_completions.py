@@ -13,6 +13,7 @@ from starlette.responses import Response
 from erniekit.generation.prompt_scores import score_prompt
 from erniekit.generation.request import TokenScore
 from erniekit.serve import server_fields as fields
+from erniekit.serve.guides import compiled_guide
 from erniekit.serve.request_plan import MAX_ANSWERS, Plan, plan, reading
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_chat import fingerprint, stream_options
@@ -70,8 +71,11 @@ async def complete(request: HttpRequest, served: Served) -> Response:
     submitted = False
     try:
         prompts = await served.in_pool(lambda: _prompts(values["prompt"], served))
+        grammar = await served.in_pool(lambda: compiled_guide(values, served))
         ask = _Completion(values, served, prompts)
-        wanted = plan(values | ({"max_tokens": 1} if only_scores else {}), prompts, served, ask.num_scores, "prompt")
+        wanted = plan(
+            values | ({"max_tokens": 1} if only_scores else {}), prompts, served, ask.num_scores, "prompt", grammar
+        )
         how = reading(values, served, opened=False, has_thoughts=False, has_calls=False)
         scored = await unless_client_leaves(request, _scores_of_prompts(ask))
         if only_scores:

@@ -100,11 +100,16 @@ _SAMPLING: dict[str, Field] = {
     "min_p": _number("Draw among tokens with at least this share of the likeliest one's probability; 0: all.", 0, 1),
     "bad_words": _refused("Forbidden texts.", "words cannot be forbidden", []),
     "return_token_ids": Field((bool,), "Whether the ids of the prompt and of the answer are sent."),
-    "structured_outputs": _refused("A grammar of the answer.", "answers cannot be constrained"),
-    **{
-        name: _refused("A grammar of the answer.", "answers cannot be constrained")
-        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    },
+    "response_format": Field(
+        (dict,), 'The form of the answer: {"type": "text", "json_object" or "json_schema", "json_schema": {"schema"}}.'
+    ),
+    "structured_outputs": Field(
+        (dict,), "The form of the answer: one of {json, json_object, regex, choice, grammar} (vLLM's name)."
+    ),
+    "guided_json": Field((dict, str), "A JSON schema that the answer follows (FastDeploy's name)."),
+    "guided_regex": Field((str,), "A regular expression that the answer matches."),
+    "guided_choice": Field((list,), "Texts of which the answer is one."),
+    "guided_grammar": Field((str,), "A grammar of the answer, in llguidance's form of Lark."),
 }
 
 CHAT: dict[str, Field] = {
@@ -115,7 +120,9 @@ CHAT: dict[str, Field] = {
     "logprobs": Field((bool,), "Whether the log-probability of each token is sent, before temperature and penalties."),
     "top_logprobs": _whole("The number of likeliest tokens whose log-probabilities are sent.", 0, MAX_TOP_LOGPROBS),
     "tools": Field((list,), "The functions that the model may call."),
-    "tool_choice": Field((str, dict), "auto or none.", choices=()),
+    "tool_choice": Field(
+        (str, dict), 'auto, none, required, or {"type": "function", "function": {"name"}}: that one is called.'
+    ),
     "parallel_tool_calls": Field((bool,), "false: only the first call of an answer is sent."),
     "chat_template_kwargs": Field((dict,), "Variables of the chat template: {enable_thinking}."),
     "enable_thinking": Field((bool,), "Whether the model thinks before it answers; as in chat_template_kwargs."),
@@ -124,7 +131,6 @@ CHAT: dict[str, Field] = {
         "none: the model does not think; other words leave that to the template.",
         choices=("none", "minimal", "low", "medium", "high", "xhigh"),
     ),
-    "response_format": _refused("The form of the answer.", "answers cannot be constrained to JSON", {"type": "text"}),
     "modalities": _refused("Kinds of answers.", "answers are text", ["text"]),
     "add_generation_prompt": _refused("Whether the model answers.", "it always does", True),
     "continue_final_message": _refused("Continues a message.", "use /v1/completions with a prompt", False),
@@ -149,7 +155,6 @@ COMPLETION: dict[str, Field] = {
     "best_of": _refused("Several attempts.", "use n", 1),
     "suffix": _refused("The text behind the gap.", "these models continue a prompt only", ""),
     "prompt_logprobs": _refused("Scores of the prompt.", "use echo and logprobs", 0, False),
-    "response_format": _refused("The form of the answer.", "answers cannot be constrained to JSON", {"type": "text"}),
 }
 
 TOKENIZE: dict[str, Field] = {

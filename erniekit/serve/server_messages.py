@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -215,13 +216,10 @@ def _is_file(url: Any) -> bool:
 
 def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:
     """The tools that are offered to the model; None: none. Raises ApiError."""
-    if isinstance(choice, dict) or choice == "required":
-        raise ApiError(
-            400, "tool_choice: a call cannot be enforced; use auto or none.", "tool_choice", "unsupported_value"
-        )
-    if choice not in (None, "auto", "none"):
-        raise ApiError(400, f"tool_choice: expected auto or none, got {choice[:40]!r}.", "tool_choice", "invalid_value")
-    if not tools and choice == "auto":
+    if not isinstance(choice, dict) and choice not in (None, "auto", "none", "required"):
+        message = f"tool_choice: expected auto, none, required or a function, got {choice[:40]!r}."
+        raise ApiError(400, message, "tool_choice", "invalid_value")
+    if not tools and choice not in (None, "none"):
         raise ApiError(400, "tool_choice: there are no tools to choose from.", "tool_choice", "invalid_value")
     if len(tools) > MAX_TOOLS:
         raise _wrong("tools", f"at most {MAX_TOOLS}, got {len(tools)}")
@@ -232,6 +230,22 @@ def read_tools(tools: list[Any], choice: Any) -> list[dict[str, Any]] | None:
     if not tools or choice == "none":
         return None
     return tools
+
+
+def called_tools(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]]:
+    """The tools of which `tool_choice` demands a call; none where the model decides. Raises ApiError."""
+    if not tools or choice in (None, "auto", "none"):
+        return []
+    if choice == "required":
+        return list(tools)
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    called = [tool for tool in tools if tool["function"]["name"] == name]
+    if choice.get("type") != "function" or not called:
+        known = ", ".join(tool["function"]["name"] for tool in tools)[:200]
+        message = f'tool_choice: expected {{"type": "function", "function": {{"name"}}}} with one of {known}.'
+        raise ApiError(400, message, "tool_choice", "invalid_value")
+    return called[:1]
 
 
 def _in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

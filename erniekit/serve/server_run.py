@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from erniekit.generation.guided import grammar_error
 from erniekit.generation.request import Event
 from erniekit.serve.server_engine import Job
 from erniekit.serve.server_errors import ApiError
@@ -52,6 +53,10 @@ class Run:
                     continue  # the engine was a step further
                 if event.stop in ("error", "cancelled"):
                     raise ApiError(500, event.error or "the server is closing.", code="engine_failed", repeats=False)
+                if event.stop and (problem := grammar_error(self.job.answers[index].request)):
+                    raise ApiError(
+                        500, f"the answer cannot follow its grammar further: {problem}", code="grammar_failed"
+                    )
                 pieces = self.readers[index].push(event)
                 self._measure_token(index)
                 if self.readers[index].finish_reason:

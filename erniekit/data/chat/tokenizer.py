@@ -56,6 +56,8 @@ class _Engine(Protocol):
 
     def decode(self, ids: Sequence[int], skip: bool) -> str: ...
 
+    def described(self) -> str | list[bytes]: ...
+
 
 class _SentencePiece:
     """A tokenizer.model: sentencepiece splits ordinary text, after added tokens were separated, longest first, as in
@@ -107,6 +109,9 @@ class _SentencePiece:
         unknown = REPLACEMENT.encode()
         parts = (self._bytes[i] if 0 <= i < self.size else unknown for i in ids if not (skip and i in self._special))
         return b"".join(parts).decode(errors="replace")
+
+    def described(self) -> list[bytes]:
+        return self._bytes
 
 
 class _Fast:
@@ -164,6 +169,9 @@ class _Fast:
             text += self._model.decode(run, skip_special_tokens=skip) + REPLACEMENT
             run = []
         return text + self._model.decode(run, skip_special_tokens=skip)
+
+    def described(self) -> str:
+        return self._model.to_str()
 
 
 def _read_sentencepiece(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
@@ -295,6 +303,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`. Bytes that are not UTF-8 and ids outside the vocabulary become U+FFFD."""
         return self._engine.decode([int(i) for i in ids], skip_special_tokens)
+
+    def described(self) -> str | list[bytes]:
+        """The whole tokenizer as the text of a tokenizer.json, or the bytes of each id."""
+        return self._engine.described()
 
     def find_id(self, token: str) -> int | None:
         """Id of a piece of the vocabulary, given exactly; None if there is no such piece."""
