@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const T = JSON.parse($("strings").textContent);
 const say = (name, ...values) => values.reduce((text, value, n) => text.replace(`{${n}}`, value), T[name] ?? name);
 const on = (id, event, act) => $(id)?.addEventListener(event, act);
-const put = (id, ...nodes) => $(id).replaceChildren(...nodes.flat());
+const put = (id, ...nodes) => $(id).replaceChildren(...nodes.flat(Infinity));
 const root = document.documentElement;
 
 /** An element: h("a", {href, class, onclick}, children...). */
@@ -16,7 +16,7 @@ function h(tag, props = {}, ...children) {
     else if (typeof value === "boolean") element[name] = value;
     else element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child != null));
+  element.append(...children.flat(Infinity).filter((child) => child != null));
   return element;
 }
 
@@ -530,3 +530,4 @@ on("theme", "click", () => {
 });
 const PAGES = { runsPage, runPage, newPage, dataPage, planPage, chatPage, loginPage };
 PAGES[`${document.body.dataset.page}Page`]?.();
+root.dataset.ready = "";

@@ -1,0 +1,198 @@
+"""The board in a headless Chromium, as a user sees it. Skipped where there is none."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from support.browser import CHROMIUM, DRIVER, BoardProcess, Page, browser
+from support.source_tree import REPOSITORY
+
+from erniekit.board.app import STRINGS
+from erniekit.board.forms import values
+from erniekit.config import load
+
+FIELDS = (  # the values of the fields of given keys
+    "Object.fromEntries([...document.querySelectorAll('.field.given')].map("
+    "(field) => [field.dataset.key, field.querySelector('input, select').value]))"
+)
+HAS_BROWSER = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
+pytestmark = pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium, chromedriver and selenium")
+TINY = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "examples/configs/tiny").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("board")
+
+
+@pytest.fixture(scope="module")
+def board(root: Path) -> Iterator[BoardProcess]:
+    board = BoardProcess(root / "runs", root.parent)
+    yield board
+    board.end()
+
+
+@pytest.fixture(scope="module")
+def page(root: Path, board: BoardProcess) -> Iterator[Page]:
+    with browser(root / "profile") as page:
+        page.open(board.link)
+        page.wait(lambda: page.js("document.body.dataset.page") == "runs")
+        yield page
+
+
+def test_every_page_in_both_languages_is_silent_and_asks_this_machine_alone(page: Page, board: BoardProcess):
+    for language in ("en", "zh"):
+        page.open(board.address)
+        if page.js("document.documentElement.lang")[:2] != language:
+            page.click("#language")
+            page.wait(lambda: (page.js("document.documentElement.lang") or "")[:2] == language, language)  # noqa: B023
+        links = page.js("[...document.querySelectorAll('nav a')].map((a) => a.href)")
+        assert len(links) == 8
+        for link in [*links, f"{board.address}/login", f"{board.address}/run/none"]:
+            page.open(link)
+            text = page.find("main").text
+            assert text.strip() and "undefined" not in text and "[object" not in text, link
+        page.open(f"{board.address}/new?command=train")
+        assert page.find("h1").text == STRINGS[language]["new"]
+        problems = [line for line in page.problems() if "/run/none" not in line]  # Chromium logs its status, 400
+        assert problems == [], language
+    page.click("#language")
+    page.click("#theme")
+    page.wait(lambda: page.js("document.documentElement.dataset.theme") == "dark", "dark")
+
+
+def test_the_form_shows_each_example_and_keeps_it(page: Page, board: BoardProcess, tmp_path: Path):
+    page.open(f"{board.address}/new?command=train")
+    for name in TINY:
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        page.choose("#source", f"example:{name}")
+        page.wait(lambda: page.js("$('yaml').value") == text, name)  # noqa: B023
+        shown = values(text)
+        page.wait(lambda: shown.keys() - set(page.js(FIELDS)) <= {"temperature", "max_new_tokens"}, name)  # noqa: B023
+        for key, value in page.js(FIELDS).items():
+            assert value.lower() == shown[key].lower(), (name, key)
+    page.type("#f-max_steps", "many\t")
+    page.wait(lambda: "expected an integer" in page.find("[data-key=max_steps] .problem").text, "the error")
+    assert not page.find("#start").is_enabled()
+    page.type("#f-max_steps", "7\t")
+    page.wait(lambda: page.find("#start").is_enabled(), "no error")
+    (tmp_path / "a.yaml").write_text(page.js("$('yaml').value"), encoding="utf-8")
+    assert load(str(tmp_path / "a.yaml")).max_steps == 7
+    page.type("#search", "learning rate at the end")
+    page.wait(lambda: page.js("[...document.querySelectorAll('.field')].filter((f) => f.offsetParent).length") < 10)
+    assert page.problems() == []
+
+
+def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: Path):
+    """Started by a click; the tab is closed and the board killed; another board finds it, stops and resumes it."""
+    text = (workspace / "run.yaml").read_text().replace("max_steps: 6", "max_steps: 100000")
+    text = text.replace("save_steps: 2", "save_steps: 1000")
+    runs = root / "outlives"
+    board = BoardProcess(runs, root.parent)
+    try:
+        with browser(root / "first") as page:
+            page.open(board.link)
+            page.open(f"{board.address}/new?command=train")
+            page.js("($('yaml').value = arguments[0], $('yaml').dispatchEvent(new Event('input')))", text)
+            page.type("#name", "long")
+            page.wait(lambda: page.find("#start").is_enabled() and "long" in page.find("#words").text, "start")
+            page.click("#start")
+            page.wait(lambda: page.js("location.pathname") == "/run/long", "its page")
+            page.wait(lambda: page.js("!!document.querySelector('#chart-loss canvas')"), "a curve")
+            page.wait(lambda: "training begins" in page.find("#log").text, "the log")
+            assert page.problems() == []
+        board.end(signal.SIGKILL)
+        metrics = runs / "long" / "output" / "metrics.jsonl"
+        before = metrics.stat().st_size
+        deadline = time.monotonic() + 60
+        while metrics.stat().st_size <= before:
+            assert time.monotonic() < deadline, "the run has ended with its tab or its board"
+            time.sleep(0.1)
+        board = BoardProcess(runs, root.parent, board.port)
+        with browser(root / "first") as page:  # the cookie still holds
+            page.open(board.address)
+            page.wait(lambda: page.find("[data-run=long] .badge").text == "running", "it is found again")
+            page.click("[data-run=long] button")
+            page.wait(lambda: page.find("[data-run=long] .badge").text.startswith("stopped"), "stopped")
+            page.open(f"{board.address}/run/long")
+            page.wait(lambda: "saved" in page.find("#log").text, "its checkpoint")
+            last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+            page.js("[...document.querySelectorAll('#actions button')].at(-1).click()")
+            page.wait(lambda: "resuming after step" in page.find("#log").text, "resumed")
+            page.wait(lambda: json.loads(metrics.read_text().splitlines()[-1])["step"] > last, "further steps")
+            page.js("(window.confirm = () => true)")
+            page.click("#actions .danger")
+            page.wait(lambda: page.find("#state").text == "killed", "killed")
+            assert page.problems() == []
+    finally:
+        board.end()
+        for process in runs.glob("*/process.json"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(json.loads(process.read_text())["pid"], signal.SIGKILL)
+
+
+class Upstream(BaseHTTPRequestHandler):
+    """A model that thinks, calls a tool, and answers when it has the result."""
+
+    def do_GET(self) -> None:
+        self._say(b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        call = {
+            "index": 0,
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "price", "arguments": '{"item": "K37"}'},
+        }
+        deltas = [{"reasoning": "Let me "}, {"reasoning": "look."}, {"tool_calls": [call]}]
+        if body["messages"][-1]["role"] == "tool":
+            deltas = [{"content": "<b>58</b>"}, {"content": f" yuan, {body['messages'][-1]['content']}"}]
+        chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        chunks.append({"choices": [], "usage": {"completion_tokens": 5}})
+        self._say(b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n")
+
+    def _say(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_conversation_shows_thoughts_and_calls_and_is_saved(page: Page, board: BoardProcess, root: Path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page.open(f"{board.address}/chat")
+    page.js("document.querySelector('details').open = true")
+    page.type("#address", f"http://127.0.0.1:{server.server_address[1]}")
+    page.type("#question", "What does K37 cost?\n")
+    page.wait(lambda: page.js("!!document.querySelector('.call pre')"), "the call")
+    assert page.js("document.querySelector('.thought').textContent") == "Let me look."
+    assert not page.js("document.querySelector('.message details').open"), "the thought is folded"
+    assert page.find(".call pre").text == '{"item": "K37"}'
+    page.type(".call input", "58 in stock")
+    page.js("document.querySelector('.call + button').click()")
+    page.wait(
+        lambda: "58 in stock" in page.js("[...document.querySelectorAll('.text')].at(-1).textContent"), "the answer"
+    )
+    assert page.js("[...document.querySelectorAll('.text')].at(-1).textContent").startswith("<b>58</b>"), "as text"
+    page.js("[...document.querySelectorAll('.message button')].at(-1).click()")
+    saved = root / "runs" / "saved-samples.jsonl"
+    page.wait(saved.exists, "the sample")
+    roles = [message["role"] for message in json.loads(saved.read_text("utf-8"))["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    page.type("#question", "Again?\n")
+    server.shutdown()
+    server.server_close()
+    assert page.problems() == []
