@@ -48,9 +48,12 @@ def benchmark_model(path: Path) -> Path:
     return path
 
 
-def lm_eval_scores(model_dir: Path, scratch: Path, benchmark: str, mode: str, num_fewshot: int) -> dict[str, Any]:
-    """What lm-eval reports: `accuracy`, `stderr`, `macro`, and of each subject the accuracy and a list of the four
-    log-probabilities of each question, or of the answers.
+def lm_eval_scores(
+    model_dir: Path, scratch: Path, benchmark: str, mode: str, num_fewshot: int, server: str | None = None
+) -> dict[str, Any]:
+    """What lm-eval reports of a model directory, or of what a `server` ("http://127.0.0.1:8188/v1") makes of it:
+    `accuracy`, `stderr`, `macro`, and of each subject the accuracy and a list of the four log-probabilities of each
+    question, or of the answers.
     """
     import lm_eval
     import yaml
@@ -81,11 +84,11 @@ def lm_eval_scores(model_dir: Path, scratch: Path, benchmark: str, mode: str, nu
         group["aggregate_metric_list"][0]["filter_list"] = ["get_response"]
     (scratch / "group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model_dir), "dtype": "float32", "device": "cpu"},
+        model="hf" if server is None else "local-completions",
+        model_args=_model_args(model_dir, server),
         tasks=[group["group"]],
         num_fewshot=num_fewshot,
-        batch_size=4,
+        batch_size=4 if server is None else 1,
         task_manager=TaskManager(include_path=str(scratch), include_defaults=False),
         bootstrap_iters=100,
         log_samples=True,
@@ -105,6 +108,13 @@ def lm_eval_scores(model_dir: Path, scratch: Path, benchmark: str, mode: str, nu
             for subject, name in zip(SUBJECTS[benchmark], names, strict=True)
         },
     }
+
+
+def _model_args(model_dir: Path, server: str | None) -> dict[str, Any]:
+    if server is None:
+        return {"pretrained": str(model_dir), "dtype": "float32", "device": "cpu"}
+    options = {"num_concurrent": 2, "max_retries": 1, "tokenizer": str(model_dir)}
+    return {"model": model_dir.name, "base_url": f"{server}/completions", **options}
 
 
 def _in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
