@@ -1,8 +1,9 @@
 """Scores completions by the configured functions, in processes with time limits."""
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from erniekit.rewards.judge import Judge
 from erniekit.rewards.sample import Sample, ScoreTable
 from erniekit.rewards.sandbox import problem_of
 from erniekit.rewards.table import BUILTINS
-from erniekit.rewards.workers import Chunk, Result, Step, Workers
+from erniekit.rewards.workers import Chunk, Result, Step, Workers, checked
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, TrainError
 
 _SHOWN_FAILURES = 3  # of each function; the others are only counted
-GIVEN = ("reward_model",)  # functions whose values the caller computes, since they need the engine
+GIVEN = ("reward_model",)  # functions that the caller gives, since they need the engine
+GivenFunction = Callable[[Sequence[Sample]], np.ndarray]
 
 
 class Scorer:
@@ -32,8 +34,14 @@ class Scorer:
     names: of the functions, as in tables and logs. weights: float64, one each.
     """
 
-    def __init__(self, cfg: RewardArgs, base_dir: Path | None = None) -> None:
-        """`base_dir`: what paths of the user's functions are relative to; None: the working directory.
+    def __init__(
+        self,
+        cfg: RewardArgs,
+        base_dir: Path | None = None,
+        given: Mapping[str, GivenFunction] | None = None,
+    ) -> None:
+        """`base_dir`: what paths of the user's functions are relative to; None: the working directory. `given`: the
+        functions of GIVEN that the configuration names; they return float64 [N], NaN for no reward.
 
         Raises ConfigError for unknown names, files that cannot be imported, packages that are not installed, and a
         wrong number of weights.
@@ -45,6 +53,7 @@ class Scorer:
         self.names = reward_names(cfg.reward_funcs)
         self.weights = np.array(cfg.reward_weights or [1.0] * len(self.names))
         self._right = next((name for name in self.names if name in RIGHT_OR_WRONG), None)
+        self._given = {name: (given or {})[name] for name in self.names if name in GIVEN}
         self._domains = DomainStatistics()
         self._shown: Counter[str] = Counter()
         self._in_workers = [name for name in self.names if name not in (*GIVEN, "judge")]
@@ -80,18 +89,12 @@ class Scorer:
                     "right answer (answer_key), or leave the function out of reward_funcs"
                 )
 
-    def score(
-        self, samples: Sequence[Sample], given: Mapping[str, np.ndarray] | None = None, step: int = 0
-    ) -> ScoreTable:
+    def score(self, samples: Sequence[Sample], step: int = 0) -> ScoreTable:
         """The rewards of N completions; those of one prompt must be neighbours.
 
-        given: values [N] of functions that the caller computes (GIVEN). step: the optimizer step, for the user's
-        functions. Raises TrainError for a failure with reward_on_failure: stop, or too many failures of a function.
+        step: the optimizer step, for the user's functions. Raises TrainError for a failure with reward_on_failure: stop, or too many failures of a function.
         """
         values = {name: np.full(len(samples), np.nan) for name in self.names}
-        for name in set(self.names) & set(GIVEN):
-            assert given is not None and given[name].shape == (len(samples),), name
-            values[name][:] = given[name]
         failures: Counter[str] = Counter()
         seconds = dict.fromkeys(self.names, 0.0)
         logged: dict[str, list[float]] = {}
@@ -136,6 +139,13 @@ class Scorer:
             judged = [i for i, sample in enumerate(samples) if "judge" in self._wanted(sample.fields, sample.place)]
             asked = dict(zip(judged, self._judge.ask([samples[i] for i in judged]), strict=True))
         yield from self._workers.run(self._chunks(samples), step)
+        for name, function in self._given.items():
+            start = time.perf_counter()
+            chosen = [i for i, sample in enumerate(samples) if name in self._wanted(sample.fields, sample.place)]
+            found = function([samples[i] for i in chosen])
+            assert found.shape == (len(chosen),), (name, found.shape)
+            values = [checked(None if math.isnan(value) else value) for value in found.tolist()]
+            yield Result(name, tuple(chosen), values, time.perf_counter() - start)
         for number, future in asked.items():
             yield Result("judge", (number,), [future.result()])
         if asked:

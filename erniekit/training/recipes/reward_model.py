@@ -2,19 +2,20 @@
 (losses/reward_model.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
+from erniekit.data.loader import Loader
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.reward_model import METRICS, center_loss, pairwise_loss, score_metrics
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.models.scoring import last_token_scores
 from erniekit.parallel import comm
-from erniekit.training.evaluators import EvaluatedModel, Scores
+from erniekit.training.evaluators import EvaluatedModel, Scores, batch_groups
 from erniekit.training.forward_pass import final_norm, forward_pass
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
 from erniekit.utils.errors import DataError
@@ -65,7 +66,7 @@ class RewardModelRecipe(Recipe):
         return {name: value.sum() for name, value in values.items()}
 
 
-def reward_model_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+def reward_model_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     """The loss that the configuration asks for, and the means of losses.reward_model.score_metrics, over all pairs."""
     cfg, model, mesh = evaluated.cfg, evaluated.model, evaluated.mesh
     columns: list[list[float]] = [[], [], []]  # chosen, rejected, score_deltas
@@ -77,7 +78,7 @@ def reward_model_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[Pac
             for column, values in zip(columns, (*scores, batch.pairs.score_deltas), strict=True):
                 column.extend(values.tolist())
 
-    for microbatches in groups:
+    for microbatches in batch_groups(evaluated, loader):
         forward_pass(model, microbatches, lambda *at, batches=microbatches: note(batches, *at))
     gathered = comm.gather_objects(columns, mesh.world_group)
     table = np.concatenate([np.array(of_rank, np.float32).reshape([3, -1]) for of_rank in gathered], axis=1)
