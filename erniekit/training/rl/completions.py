@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ def from_bytes(data: bytes, where: str) -> list[Completion]:
             )
             for i in range(len(arrays["lengths"]))
         ]
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{where}: cannot be read ({error!r:.100}). Resume from an older checkpoint.") from None
 
 
