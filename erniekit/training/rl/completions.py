@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ class Completion:
     float32 [n]: log-probabilities that generating reported, NaN where there is none. is_truncated: whether it ended
     without an end token. reward: the weighted sum of its rewards with penalties, NaN where no function gave one.
     old_logps, reference_logps float32 [n]: of the policy before the first update and of the reference, as the training
-    computation evaluates them; None where nobody needs them.
+    computation evaluates them, and entropies float32 [n] of the policy's distributions; None where nobody needs them.
     """
 
     prompt: int
@@ -34,6 +35,7 @@ class Completion:
     advantage: float = 0.0
     old_logps: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
+    entropies: np.ndarray | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -41,7 +43,7 @@ class Completion:
         return int(self.is_sampled.sum())
 
 
-_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps")
+_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies")
 
 
 def to_bytes(completions: Sequence[Completion]) -> bytes:
@@ -78,7 +80,7 @@ def from_bytes(data: bytes, where: str) -> list[Completion]:
             )
             for i in range(len(arrays["lengths"]))
         ]
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{where}: cannot be read ({error!r:.100}). Resume from an older checkpoint.") from None
 
 
