@@ -84,6 +84,7 @@ class KVCache:
             positions.reshape(batch * num_tokens, *positions.shape[2:]),
             heads.num_heads + heads.num_kv_heads,
             heads.num_kv_heads,
+            row=num_tokens,
         )
         rows = np.arange(batch * heads.num_kv_heads)[:, None] * self.capacity
         self._slots = paddle.to_tensor((rows + np.repeat(places, heads.num_kv_heads, axis=0)).reshape(-1))
