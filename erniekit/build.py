@@ -361,6 +361,7 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
         stored = reader.config
         if text.quantised:
             _say_quantised(text, options)
+            options = _without_qat(options)
     model_config = options.overrides.apply(stored)
     depths = model_config.num_nextn_predict_layers
     if reader is not None and depths > stored.num_nextn_predict_layers:
@@ -374,6 +375,14 @@ def prepare_model(model_dir: str | Path, options: ModelOptions, shape: ModelConf
     elif options.adapter is not None:
         lora.choose_slots(our_shapes(model_config), options.adapter, model_config.tie_word_embeddings)
     return PreparedModel(path, options, model_config, reader, adapter, read_generation_config(path, model_config))
+
+
+def _without_qat(options: ModelOptions) -> ModelOptions:
+    """The options for using weights that are quantised: their codes would be rounded again, to other ones."""
+    if options.training or options.precision.qat is None:
+        return options
+    log.info(f"qat: {options.precision.qat.name}: no effect on weights that are quantised already")
+    return dataclasses.replace(options, precision=dataclasses.replace(options.precision, qat=None))
 
 
 def _say_quantised(reader: ModelReader, options: ModelOptions) -> None:

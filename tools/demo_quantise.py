@@ -55,7 +55,7 @@ ROWS = [
     Row("wint4", "rtn", "pt", 95),
     Row("wint4", "awq", "pt", 95),
     Row("wint4", "gptq", "pt", 95),
-    Row("wint4", QAT, "pt", 97),
+    Row("wint4", QAT, "pt", 95),
     Row("w4a8", "rtn", "paddle", 95),
     Row("w4a8", "gptq", "paddle", 95),
     Row("wint2", "rtn", "paddle", 95),

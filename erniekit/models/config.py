@@ -9,6 +9,7 @@ from erniekit.models import config_vision
 from erniekit.models.config_keys import PADDLE_ONLY, PT_ONLY
 from erniekit.models.config_values import ARCHITECTURES, CAUSAL, SEQUENCE, read_values, token_ids
 from erniekit.models.vision_config import VisionConfig
+from erniekit.nn.frequencies import RopeScaling
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import read_json_object
@@ -56,6 +57,7 @@ class ModelConfig:
     head_dim: int  # not always hidden_size / num_attention_heads: the 0.3B model has 128 with 1024 / 16
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None  # of models for longer texts
     max_position_embeddings: int = 131072
     use_bias: bool = False
     tie_word_embeddings: bool = True
@@ -151,7 +153,7 @@ class ModelConfig:
         if format not in FORMATS:
             raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
         other_only = (PADDLE_ONLY if format == "pt" else PT_ONLY) | _NEVER_WRITTEN
-        left_out = {"extra", "dtype", "vision", "moe_capacity_factor", "has_score_head"}
+        left_out = {"extra", "dtype", "vision", "moe_capacity_factor", "has_score_head", "rope_scaling"}
         left_out |= set(_MOE_FIELDS) if self.model_type == "ernie4_5" else set()
         left_out |= {key for key, usual in _RARE_ROUTING.items() if vars(self)[key] == usual}
         out = {key: value for key, value in vars(self).items() if key not in left_out}
@@ -166,8 +168,11 @@ class ModelConfig:
             hidden_act="silu",
             rope_theta=self.rope_theta,
         )
+        scaling = {} if self.rope_scaling is None else dict(self.rope_scaling.given)
         if format == "pt":
-            out["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+            out["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta} | scaling
+        if scaling:  # read by transformers before 5, and in -Paddle
+            out["rope_scaling"] = scaling | {"rope_theta": self.rope_theta}
         if self.dtype is not None:
             out["torch_dtype" if format == "pt" else "dtype"] = self.dtype
         out.update({key: value for key, value in self.extra.items() if key not in other_only})
@@ -191,6 +196,10 @@ class ModelConfig:
         if self.moe_num_experts:
             self._check_experts(fail)
         if self.vision is not None:
+            if self.rope_scaling is not None:
+                fail(
+                    f"rope_scaling {self.rope_scaling.kind}: positions of pictures (time, height, width) are not scaled"
+                )
             self._check_vision(self.vision, fail)
         if self.num_hidden_layers * max(1, self.moe_num_experts) > _MAX_EXPERTS_IN_ALL:
             fail(f"num_hidden_layers {self.num_hidden_layers} of moe_num_experts {self.moe_num_experts} is too many")

@@ -1,12 +1,11 @@
 """The values of a config.json, checked one by one; how they must fit together: ModelConfig."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from erniekit.models import config_vision
 from erniekit.models.config_keys import ALIASES, OWN_KEYS, QUANTISED, check_keys, refusal
-from erniekit.utils import log
+from erniekit.models.config_rope import read_rope
 from erniekit.utils.errors import CheckpointError
 from erniekit.utils.user_files import JsonObject
 
@@ -51,8 +50,6 @@ _OPTIONAL_MOE_INT = {
 }
 _TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TINY = 1e-38  # positive numbers are at least the smallest that float32 holds
-_DEFAULT_ROPE_THETA = 500000.0
-_MAX_ROPE_THETA = 1e18
 _DENSE_HEAD_DIM = 128
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -97,7 +94,7 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
         or (key == "eos_token_id" and isinstance(value, list))
     }
     fields["head_dim"] = _head_dim(config, fields, model_type)
-    fields["rope_theta"] = _rope_theta(config)
+    fields["rope_theta"], fields["rope_scaling"] = read_rope(config, fields["max_position_embeddings"])
     fields["dtype"] = _dtype(config)
     return {"model_type": model_type, **fields, "vision": vision}, lines
 
@@ -198,34 +195,6 @@ def _head_dim(config: JsonObject, fields: Mapping[str, Any], model_type: str) ->
     if "head_dim" not in config and model_type == "ernie4_5":
         return _DENSE_HEAD_DIM
     return config.get_int("head_dim", fields["hidden_size"] // fields["num_attention_heads"], 1, 1 << 16)
-
-
-def _rope_theta(config: JsonObject) -> float:
-    """The base of the rotary frequencies. As in transformers 5, `rope_scaling`, the older name, stands for
-    `rope_parameters` where both are there, and a base inside of it counts more than the one at the top level.
-    """
-    for key in ("rope_scaling", "rope_parameters"):
-        inner = config.get_object(key)
-        for name, value in inner.values.items():
-            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(name)
-            if name != "rope_theta" and value is not None and value != plain:
-                raise refusal(
-                    config,
-                    key,
-                    f"{name} {value!r:.40}: rotary positions without scaling (rope_type default) are supported",
-                )
-    own = config.get_number("rope_theta", _DEFAULT_ROPE_THETA, 1, _MAX_ROPE_THETA)
-    key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
-    theta = float(config.get_object(key).get_number("rope_theta", own, 1, _MAX_ROPE_THETA))
-    if theta != own and "rope_theta" in config:
-        _warn_once(f"{config.where}: rope_theta: {own:g} at the top level, {theta:g} in {key}: the latter counts")
-    return theta
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """A configuration is read several times in a run."""
-    log.warning(message)
 
 
 def _dtype(config: JsonObject) -> str | None:

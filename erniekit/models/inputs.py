@@ -238,7 +238,8 @@ def cached_inputs(
 
 
 def _rotary(config: ModelConfig) -> Rotary:
-    return Rotary(config.head_dim, config.rope_theta, config.vision.time_frequencies if config.vision else 0)
+    time = config.vision.time_frequencies if config.vision else 0
+    return Rotary(config.head_dim, config.rope_theta, time, config.rope_scaling)
 
 
 class Embedding(Shardable):

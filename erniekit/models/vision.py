@@ -17,11 +17,11 @@ from erniekit.data.vision.pixels import MEAN, STD
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.cpu_ops import standardise_, swish, swish_backward
 from erniekit.nn.frame_attention import FrameAttention, frame_runs
+from erniekit.nn.frequencies import inverse_frequencies
 from erniekit.nn.linear import Linear
 from erniekit.nn.narrow import add, rounded
 from erniekit.nn.norm import LayerNorm
 from erniekit.nn.roles import Component, ComponentLayer
-from erniekit.nn.rotary import inverse_frequencies
 
 _LEVELS = np.array([255.0], np.float32)  # what 8-bit pixels are divided by
 

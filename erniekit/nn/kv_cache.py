@@ -250,7 +250,7 @@ class _Step:
     def rotation(self) -> Rotation:
         """Of all tokens [B*n]."""
         heads, flat = self.heads, self.positions.reshape(-1, *self.positions.shape[2:])
-        return self.rotary.at(flat, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
+        return self.rotary.at(flat, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads, row=self.num_tokens)
 
     @cached_property
     def slots(self) -> paddle.Tensor:

@@ -3,12 +3,13 @@
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import paddle
 
 from erniekit.nn import fused
+from erniekit.nn.frequencies import RopeScaling, scaled_frequencies
 
 # A table with a row for every head lets one complex product rotate a fused projection. Paddle's CPU product is six
 # times slower where it has to broadcast over heads, so such a table is made there up to this size.
@@ -17,47 +18,43 @@ _BLOCK = 256  # tokens whose table is expanded at once where the whole would be 
 _ITEM_BYTES = np.dtype(np.complex64).itemsize
 
 
-@lru_cache(maxsize=8)
-def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """theta^(-2j/head_dim) for j = 0, 1, ...: fp32 [head_dim/2], rounded as transformers and Paddle round it: the
-    exponent, the power and its reciprocal are fp32 each. Published models were trained with these numbers; the last
-    bit of a frequency moves an angle by 0.005 at position 100,000.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # numpy's own fp32 power is off by a bit now and then, and differs between processors.
-    powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
-    frequencies = np.float32(1.0) / powers
-    frequencies.setflags(write=False)  # all callers share the array
-    return frequencies
-
-
 @dataclass(frozen=True)
 class Rotary:
     """The rotary embedding of a model: the same for training, evaluation and the cache of generation.
 
     `time_frequencies`: in a model with positions (time, height, width), how many of the lowest frequencies turn with
-    time; the others alternate between height and width, beginning with height. 0: a model of text alone.
+    time; the others alternate between height and width, beginning with height. 0: a model of text alone. `scaling`: of
+    models for longer texts, see nn/frequencies.py; not with positions (time, height, width).
     """
 
     head_dim: int
     theta: float
     time_frequencies: int = 0
+    scaling: RopeScaling | None = None
 
-    def at(self, positions: np.ndarray, num_rotated: int, num_plain: int = 0) -> "Rotation":
+    def at(self, positions: np.ndarray, num_rotated: int, num_plain: int = 0, row: int | None = None) -> "Rotation":
         """The rotation of T tokens at `positions`, integers [T] or (time, height, width) [T, 3], for projections of
-        num_rotated + num_plain heads, of which the last (the values in a fused q|k|v) are left as they are.
+        num_rotated + num_plain heads, of which the last (the values in a fused q|k|v) are left as they are. `row`: the
+        tokens of a row, where each row is a part of one text.
         """
-        table = self.table(positions)[:, None]
+        table = self.table(positions, row)[:, None]
         if _is_expanded(len(positions), num_rotated + num_plain, self.head_dim):
             expanded = np.ones((len(table), num_rotated + num_plain, self.head_dim // 2), dtype=np.complex64)
             expanded[:, :num_rotated] = table
             table = expanded
         return Rotation(paddle.to_tensor(table), num_rotated, num_plain)
 
-    def table(self, positions: np.ndarray) -> np.ndarray:
-        """exp(i * position * frequency) of T tokens, complex64 [T, head_dim/2]; positions as in `at`."""
-        angles = self._of_frequencies(positions.astype(np.float32)) * inverse_frequencies(self.head_dim, self.theta)
-        return (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)
+    def table(self, positions: np.ndarray, row: int | None = None) -> np.ndarray:
+        """exp(i * position * frequency) of T tokens, times the factor of a scaling: complex64 [T, head_dim/2];
+        `positions` and `row` as in `at`.
+        """
+        assert self.scaling is None or positions.ndim == 1
+        frequencies = scaled_frequencies(self.head_dim, self.theta, self.scaling, positions, row)
+        angles = self._of_frequencies(positions.astype(np.float32)) * frequencies
+        table = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)
+        if self.scaling is not None:
+            table *= np.float32(self.scaling.attention_factor)
+        return table
 
     def _of_frequencies(self, positions: np.ndarray) -> np.ndarray:
         """The position that each frequency turns with: [T, 1] or [T, head_dim/2]."""
@@ -84,9 +81,9 @@ def table_bytes(num_tokens: int, num_heads: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Rotation:
-    """exp(i * position * frequency) of T tokens, as all layers use it: `table` complex64 [T, 1, head_dim/2], the same
-    for every head; or [T, heads, head_dim/2] with ones for the heads that are not rotated, where that is faster and
-    small.
+    """exp(i * position * frequency) of T tokens, times the factor of a scaling, as all layers use it: `table` complex64
+    [T, 1, head_dim/2], the same for every head; or [T, heads, head_dim/2] with ones for the heads that are not rotated,
+    where that is faster and small.
     """
 
     table: paddle.Tensor

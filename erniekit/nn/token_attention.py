@@ -48,7 +48,7 @@ class TokenAttention:
     def __init__(self, heads: HeadLayout, rotary: Rotary, places: np.ndarray, positions: np.ndarray) -> None:
         self.heads, self._places, self._rows = heads, places, np.arange(len(places))
         batch, g, r, d = len(places), heads.num_kv_heads, heads.repeat, heads.dim
-        self._turn = rotary.table(positions)[:, None]  # [B, 1, d/2]
+        self._turn = rotary.table(positions, row=1)[:, None]  # [B, 1, d/2]
         self._turn_scaled = self._turn * np.float32(d**-0.5)
         lengths = places + 1
         longest = int(lengths.max())

@@ -22,6 +22,7 @@ from erniekit.checkpoint.model_shape import (
     require_pictures,
     vision_start,
 )
+from erniekit.config.methods import Records
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -63,6 +64,7 @@ from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.state_home import build_home
 from erniekit.training.trainable import describe_lora
 from erniekit.utils import log
+from erniekit.utils.errors import ConfigError
 
 
 @dataclass
@@ -128,6 +130,19 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
+def _require_own_prompts(cfg: Config, config: ModelConfig) -> None:
+    """ConfigError where the two answers of a pair, which share their prompt, could each want another rotation of it."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "dynamic" or cfg.method.records is not Records.PAIRS:
+        return
+    if cfg.max_seq_len > scaling.length:
+        raise ConfigError(
+            f"max_seq_len: {cfg.max_seq_len}: this model's positions (rope_type dynamic) depend on a text's length "
+            f"beyond {scaling.length} tokens, and the answers of a pair share their prompt: set it to at most "
+            f"{scaling.length}, or rope_type: yarn in config.json"
+        )
+
+
 def build_optimizer(
     cfg: Config, model: CausalLM, parameters: ShardedParameters, matrices: Mapping[str, muon.MatrixLayout]
 ) -> AdamW:
@@ -165,6 +180,7 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     tokenizer = load_tokenizer(tokenizer_dir)
     check_fits(tokenizer, prepared.config.vocab_size, str(model_dir))
     require_pictures(cfg, prepared.config, model_dir)
+    _require_own_prompts(cfg, prepared.config)
     template, loader, eval_loader = _open_data(cfg, method, model_dir, tokenizer, mesh, prepared.config.vision)
     max_steps = last_step(cfg, loader, mesh.degrees.data)
     loader.announce()

@@ -8,7 +8,8 @@ import paddle
 import pytest
 
 from erniekit.build import load_model
-from erniekit.nn.rotary import Rotary, inverse_frequencies
+from erniekit.nn.frequencies import inverse_frequencies
+from erniekit.nn.rotary import Rotary
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 ROTARY = np.load(FIXTURES / "rotary.npz")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from support.adapters import attach_random
 from support.quantised import quantisation, quantised_model, saved_model
@@ -12,11 +13,13 @@ from support.streaming import peak_bytes
 from support.vision_directories import vision_model_directory
 
 import erniekit
+from erniekit.build import inference_options, prepare_model
 from erniekit.checkpoint import dtypes, quantised_codecs, quantised_paddle, quantised_recognise
 from erniekit.checkpoint.model_reader import ModelReader
 from erniekit.checkpoint.peft_attach import save_adapter
 from erniekit.checkpoint.safetensors_read import Reader
 from erniekit.checkpoint.safetensors_write import Writer
+from erniekit.config import load
 from erniekit.export.convert import convert
 from erniekit.export.export import export_checkpoint
 from erniekit.export.quantise import write_quantised
@@ -197,6 +200,24 @@ def test_a_changed_bit_is_not_kept(models: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match=rf"{ending} read again from .* differs from what was written"):
         quantised_model(models, tmp_path / "q", "wint8", format)
     assert not (tmp_path / "q").exists()
+
+
+def test_a_quantised_directory_is_not_rounded_again(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """By the configuration of the training that it comes from; by compute_type it is, with a warning."""
+    quantised_model(models, tmp_path / "q", "wint4")
+
+    def logits(**keys: Any) -> np.ndarray:
+        data = {"eval_dataset_path": "unused", "eval_dataset_type": "erniekit", "output_dir": "unused"}
+        cfg = load(None, {**data, "checkpoint": str(tmp_path / "q"), **keys}, "eval")
+        model = prepare_model(tmp_path / "q", inference_options(cfg)).build()
+        with paddle.no_grad():
+            return model(IDS).numpy()
+
+    plain = logits()
+    np.testing.assert_array_equal(logits(qat="wint4"), plain)
+    assert "qat: wint4: no effect on weights that are quantised already" in caplog.text
+    assert np.abs(logits(compute_type="wint4") - plain).max() > 1e-3
+    assert "these weights are rounded a second time, to wint4" in caplog.text
 
 
 @pytest.mark.parametrize(("num_threads", "share"), [(1, 1 / 4), (4, 1 / 3)])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from erniekit.models import config_values
+from erniekit.models import config_rope
 from erniekit.models.config import ModelConfig
 from erniekit.utils.errors import CheckpointError
 
@@ -82,10 +82,30 @@ def test_both_spellings_of_theta(rope, theta):
     assert ModelConfig.from_dict({**without(DENSE, "rope_theta"), **rope}).rope_theta == theta
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16, "truncate": False},
+    ],
+)
+@pytest.mark.parametrize("format", ["pt", "paddle"])
+def test_scaling_of_positions_is_read_and_written(scaling, format):
+    config = ModelConfig.from_dict({**DENSE, "rope_scaling": scaling})
+    assert config.rope_scaling is not None and config.rope_scaling.kind == scaling["rope_type"]
+    out = config.to_dict(format)
+    written = out["rope_parameters"] if format == "pt" else out["rope_scaling"]
+    assert written == scaling | {"rope_theta": config.rope_theta}
+    assert ModelConfig.from_dict(out).rope_scaling == config.rope_scaling
+    old = {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
+    assert ModelConfig.from_dict({**DENSE, "rope_parameters": old}).rope_scaling == config.rope_scaling
+
+
 def test_two_values_of_theta_are_said(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(config_values.log, "warning", said.append)
-    config_values._warn_once.cache_clear()
+    monkeypatch.setattr(config_rope.log, "warning", said.append)
+    config_rope._warn_once.cache_clear()
     for inner in (10000, 9.5):
         ModelConfig.from_dict({**DENSE, "rope_parameters": {"rope_theta": inner}})
     assert len(said) == 1 and "10000 at the top level, 9.5 in rope_parameters" in said[0]
@@ -175,8 +195,15 @@ def test_written_config_reads_back_equal(source, format):
         ({"model_type": "ernie4_5_moe_vl"}, ["model_type", "vision-language"]),
         ({"vision_config": {"depth": 2}}, ["vision_config"]),
         ({"model_type": "llama"}, ["model_type", "llama"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, ["rope_parameters", "yarn"]),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["rope_scaling", "llama3", "one of default, linear"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 9.0}}, ["rope_parameters: factor", "yarn"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["rope_scaling: factor", "from 1"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 32}}, ["beta_fast 32", "linear"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 7}},
+            ["original_max_position_embeddings: 7", "max_position_embeddings"],
+        ),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"compression_ratio": 2.0}, ["compression_ratio"]),
         ({"use_rmsnorm": False}, ["use_rmsnorm"]),
