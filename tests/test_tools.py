@@ -18,6 +18,7 @@ MOE = "examples/configs/tiny/sft/run_sft_moe.yaml"
 FAST = {
     "bench_sft, ours alone": "bench_sft.py --num-samples 60 --batches 4 --rounds 1 --against",
     "bench_step, ours alone": "bench_step.py tiny --only ours --rounds 1 --warmup 1 --batch 1 --seq 16",
+    "bench_generate, ours alone": "bench_generate.py tiny --only ours --rounds 1 --turn 0 --batches 2 --tokens 3",
     "bench_vl, ours alone": "bench_vl.py tiny --only ours --rows 1 --seq 436 --rounds 1 --warmup 1",
     "bench_products": "bench_products.py --rounds 1",
     "bench_convolutional_code": "bench_convolutional_code.py --out 4 --in 128",
@@ -64,6 +65,10 @@ SLOW = {
 # Needs these modules.
 FOREIGN = {
     "bench_step": ("bench_step.py tiny --rounds 1 --warmup 1 --batch 1 --seq 16", ("torch", "transformers")),
+    "bench_generate": (
+        "bench_generate.py tiny tinymoe --rounds 1 --turn 0 --batches 2 --tokens 8",
+        ("torch", "transformers"),
+    ),
     "bench_vl": ("bench_vl.py tiny --rows 1 --seq 436 --rounds 1 --warmup 1", ("torch", "transformers")),
     "bench_sft": ("bench_sft.py --num-samples 60 --batches 4 --rounds 1", ("torch", "transformers", "trl")),
     "make_parity_fixtures": ("make_parity_fixtures.py --out {tmp} dense_tied", ("torch", "transformers")),

@@ -1,6 +1,5 @@
 """Chooses the next token of each row of a batch, on the rank that has the scores, and tells every rank of the copy."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,8 +26,9 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
     table = np.full((len(rows), 1 if width < 0 else 2 + 2 * width), _NOT_FINITE, dtype=np.int64)
     if chooses(mesh):
         assert scores_BV is not None, "the last stage has the scores"
-        if math.isfinite(float(scores_BV.astype("float32").sum())):
-            _fill(table, scores_BV, rows)
+        scores = scores_on_host(scores_BV)
+        if np.isfinite(scores.sum()):
+            _fill(table, scores, rows)
     table = from_chooser(table, mesh)
     tokens = table[:, 0].tolist()
     if _NOT_FINITE in tokens:
@@ -41,15 +41,21 @@ def choose_next(scores_BV: paddle.Tensor | None, rows: Sequence[Generation], mes
     return tokens
 
 
-def _fill(table: np.ndarray, scores_BV: paddle.Tensor, rows: Sequence[Generation]) -> None:
+def scores_on_host(scores_BV: paddle.Tensor) -> np.ndarray:
+    """Scores as fp32 [B, V] on the host; on a CPU in the tensor's own memory."""
+    scores_BV = scores_BV.astype("float32")
+    return np.from_dlpack(scores_BV) if scores_BV.place.is_cpu_place() else scores_BV.numpy()
+
+
+def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) -> None:
     """Writes into each row of the table: the token, the bits of its log-probability (float64), and the likeliest tokens
     followed by the bits of theirs; the numbers of a row that asks for no, or fewer, scores are left as they are.
     """
     if table.shape[1] == 1 and all(row.is_choice_plain for row in rows):
-        table[:, 0] = scores_BV.argmax(axis=-1).numpy()
+        table[:, 0] = scores_BV.argmax(axis=-1)
         return
-    for line, scores, row in zip(table, scores_BV.astype("float32").numpy(), rows, strict=True):
-        line[0] = _choose(scores, row)
+    for line, scores, row in zip(table, scores_BV, rows, strict=True):
+        line[0] = choose_alone(scores, row)
         count = row.request.num_scores
         if count is None:
             continue
@@ -60,7 +66,8 @@ def _fill(table: np.ndarray, scores_BV: paddle.Tensor, rows: Sequence[Generation
         line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
 
 
-def _choose(scores_V: np.ndarray, row: Generation) -> int:
+def choose_alone(scores_V: np.ndarray, row: Generation) -> int:
+    """The token that a row chooses by these scores, which its answer does not get."""
     if row.is_choice_plain:
         return int(scores_V.argmax())
     request, ids = row.request, row.answer.ids

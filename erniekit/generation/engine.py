@@ -12,6 +12,7 @@ otherwise.
 All ranks of one copy of the model make the same calls in the same order. One thread owns an engine.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from erniekit.generation.choosing import choose_next
 from erniekit.generation.pictures import PromptPictures, num_shared
 from erniekit.generation.request import Generation, Request, check_prompts
+from erniekit.generation.speculative import Drafting
 from erniekit.generation.steppers import CachedStepper
 from erniekit.lora.several import adapter_set_of, rows_of
 from erniekit.models.decoder import CausalLM
@@ -53,20 +55,28 @@ class _Kept:
 class Engine:
     """Answers requests with one model, up to `max_running` at a time, in the order in which they came.
 
-    Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and while one
-    joins or leaves a copy of the running ones. `num_kept`: conversations that are kept after their end, so that prompts
+    Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and a copy of the
+    running ones while they need more room. `num_kept`: conversations that are kept after their end, so that prompts
     that begin with them are read faster; the one that was used least recently goes first.
+
+    drafts: whether the model's prediction block drafts tokens, so that a step may bring two (generation.speculative).
 
     num_reused: prompt tokens so far that did not have to be computed.
     """
 
     def __init__(
-        self, model: CausalLM, max_running: int = 16, prefill_tokens: int = PREFILL_TOKENS, num_kept: int = 0
+        self,
+        model: CausalLM,
+        max_running: int = 16,
+        prefill_tokens: int = PREFILL_TOKENS,
+        num_kept: int = 0,
+        drafts: bool = False,
     ) -> None:
         assert max_running > 0 and prefill_tokens > 0, (max_running, prefill_tokens)
         self.model = model
         self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
         self.num_reused = 0
+        self.drafting = Drafting(model) if drafts else None
         self._waiting: deque[Generation] = deque()
         self._reading: _Prompts | None = None
         self._running: list[Generation] = []
@@ -82,6 +92,11 @@ class Engine:
     def num_running(self) -> int:
         """Requests that are read or answered."""
         return len(self._running) + (sum(map(len, self._reading.members)) if self._reading else 0)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the running answers and their prompts whose keys and values are kept."""
+        return 0 if self._stepper is None else int(self._stepper.cache.lengths.sum())
 
     @property
     def is_idle(self) -> bool:
@@ -116,8 +131,8 @@ class Engine:
                 self._reading = None
 
     def step(self) -> list[Generation]:
-        """Continue every running answer by one token and read waiting prompts -> the requests with a new token, of
-        which those with a `stop` have ended.
+        """Continue every running answer by one token, or by two with drafts, and read waiting prompts -> the requests
+        with new tokens (Generation.new_events), of which those with a `stop` have ended.
         """
         advanced = self._continue_running()
         self._remove_ended()
@@ -134,6 +149,9 @@ class Engine:
         assert self._stepper is not None, "running rows have a cache"
         rows = list(self._running)
         with rows_of(self.model, [row.request.adapter for row in rows]):
+            if self.drafting is not None:
+                self.drafting.continue_rows(self._stepper, rows)
+                return rows
             scores = self._stepper.extend([[row.answer.ids[-1]] for row in rows])
         choose_next(scores, rows, self.model.mesh)
         return rows
@@ -166,6 +184,7 @@ class Engine:
             self.num_reused += reused * len(members) + (len(request.prompt) - reused) * (len(members) - 1)
             for place, member in enumerate(members):
                 member.num_reused = len(request.prompt) if place else reused
+                member.began = time.monotonic()
             caches.append(self.model.new_cache(1) if cache is None else cache)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
@@ -184,6 +203,10 @@ class Engine:
             return None, 0
         self._kept.remove(best)
         self._kept.append(best)
+        if self.drafting is not None:  # what the prediction block keeps of a token depends on the one behind it
+            length -= 1
+        if not length:
+            return None, 0
         cache = best.cache.copy([0])
         cache.truncate(length)
         return cache, length
@@ -193,10 +216,15 @@ class Engine:
         is_single = len(prompts.rest) == 1
         longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
         pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
+        rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
+        states = None
         with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
-            scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+            if self.drafting is None:
+                scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+            else:
+                scores, states = self.drafting.read(prompts.stepper, pieces, [next(iter(row), None) for row in rest])
         prompts.fed += len(pieces[0]) if is_single else 0
-        prompts.rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
+        prompts.rest = rest
         if any(len(rest) for rest in prompts.rest):
             return []
         self._reading = None
@@ -204,16 +232,21 @@ class Engine:
         places = [place for place, members in enumerate(prompts.members) for _ in members]
         if places != list(range(len(prompts.members))):
             prompts.stepper.keep(places)
-            scores = None if scores is None else scores[places]
+            scores, states = (None if each is None else each[places] for each in (scores, states))
         choose_next(scores, rows, self.model.mesh)
+        if self.drafting is not None:
+            with rows_of(self.model, [row.request.adapter for row in rows]):
+                self.drafting.draft_first(prompts.stepper, states, rows)
         self._join(prompts.stepper, rows)
         return rows
 
     def _join(self, stepper: CachedStepper, rows: list[Generation]) -> None:
         if self._running:
             assert self._stepper is not None, "running rows have a cache"
-            stepper = CachedStepper(self.model, 0, KVCache.joined([self._stepper.cache, stepper.cache]))
-        self._stepper, self._running = stepper, self._running + rows
+            self._stepper.cache.add_rows(stepper.cache, self.max_running)
+        else:
+            self._stepper = stepper
+        self._running += rows
 
     def _remove_ended(self) -> None:
         """Ended rows leave the batch; their keys and values may be kept."""
@@ -223,6 +256,10 @@ class Engine:
         assert self._stepper is not None, "running rows have a cache"
         if self.num_kept:
             self._keep([place for place, row in enumerate(self._running) if row.answer.stop])
+        # The last rows fill the gaps, so that few change their places.
+        behind = [place for place in going if place >= len(going)]
+        is_going = set(going)
+        going = [place if place in is_going else behind.pop() for place in range(len(going))]
         self._running = [self._running[place] for place in going]
         if going:
             self._stepper.keep(going)

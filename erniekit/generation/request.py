@@ -105,13 +105,18 @@ class Event(NamedTuple):
 
 
 class Generation:
-    """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed."""
+    """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed. began: the
+    time (time.monotonic) at which the model began to read the prompt, 0 before. draft: the token that may come behind
+    the next one (generation.speculative).
+    """
 
     def __init__(self, request: Request, context: int) -> None:
         """`context`: the number of tokens that the model can take."""
         self.request = request
         self.answer = Answer()
         self.num_reused = 0
+        self.began = 0.0
+        self.draft = 0
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
         self._num_told = 0  # of the tokens, by new_events

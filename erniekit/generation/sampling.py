@@ -95,13 +95,11 @@ def keep_top_p(scores_V: np.ndarray, p: float) -> np.ndarray:
     """
     if p >= 1:
         return scores_V
-    probabilities = softmax(scores_V)
-    # Tokens below (1 - p) / V reach 1 - p not even together: they go unsorted, which spares most of a large vocabulary.
-    rest = np.flatnonzero(probabilities * len(scores_V) >= 1 - p)
-    order = rest[np.argsort(scores_V[rest], kind="stable")]  # ascending
-    below = np.cumsum(probabilities[order]) + (1 - probabilities[rest].sum())
-    nucleus = order[below > 1 - p]
-    nucleus = nucleus if len(nucleus) else order[-1:]
+    weights = np.exp(scores_V - scores_V.max()).astype(np.float32, copy=False)
+    total = float(weights.sum(dtype=np.float64))
+    # Tokens below (1 - p) / V reach 1 - p not even together, which spares most of a large vocabulary.
+    rest = np.flatnonzero(weights >= (1 - p) * total / len(scores_V))
+    nucleus = rest[_heaviest(weights[rest], total, p)]
     filtered = np.full_like(scores_V, -np.inf)
     filtered[nucleus] = scores_V[nucleus]
     return filtered
@@ -114,6 +112,23 @@ def keep_min_p(scores_V: np.ndarray, p: float) -> np.ndarray:
     return np.where(scores_V < scores_V.max() + np.log(p), -np.inf, scores_V)
 
 
+def _heaviest(weights_N: np.ndarray, total: float, p: float) -> np.ndarray:
+    """The numbers of the fewest weights (positive, fp32) that sum to p * total or more, at least one. `total` includes
+    lighter ones that are not among them. Only those near the border are sorted.
+    """
+    bins = weights_N.view(np.int32) >> 20  # exponent and three bits of the mantissa: in the order of the weights
+    bins -= bins.min()
+    lighter = total - float(weights_N.sum(dtype=np.float64))
+    up_to_bin = lighter + np.cumsum(np.bincount(bins, weights_N))
+    border = int(np.searchsorted(up_to_bin, (1 - p) * total, side="right"))
+    heavy = np.flatnonzero(bins > border)
+    near = np.flatnonzero(bins == border)
+    near = near[np.argsort(weights_N[near], kind="stable")]
+    below = np.cumsum(weights_N[near], dtype=np.float64) + (up_to_bin[border - 1] if border else lighter)
+    chosen = np.concatenate([near[below > (1 - p) * total], heavy])
+    return chosen if len(chosen) else weights_N.argmax(keepdims=True)
+
+
 def softmax(scores_V: np.ndarray) -> np.ndarray:
     """Probabilities, float64."""
     e = np.exp(scores_V.astype(np.float64) - scores_V.max())
@@ -124,12 +139,14 @@ def draw(scores_V: np.ndarray, rng: np.random.Generator) -> int:
     """A token with the probability that softmax gives it: the first whose cumulative probability exceeds a uniform
     draw.
     """
-    probabilities = softmax(scores_V)
-    cumulative = np.cumsum(probabilities)
-    # The sum may end a little beside 1, and the product may round up to it: stay among the tokens that have a
-    # probability.
-    last = np.flatnonzero(probabilities)[-1]
-    return int(min(last, np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")))
+    possible = np.flatnonzero(scores_V > -np.inf)
+    scores = scores_V[possible]
+    weights = np.exp(scores - scores.max())
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    if place == len(weights) or not weights[place]:  # the product was rounded up to the sum
+        place = np.flatnonzero(weights)[-1]
+    return int(possible[place])
 
 
 def choose(

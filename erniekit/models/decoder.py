@@ -38,6 +38,7 @@ from erniekit.models.stages import run_stages
 from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
 from erniekit.moe.router import RouterOptions
+from erniekit.nn import decoding
 from erniekit.nn.attention import AttentionContext, SelfAttention
 from erniekit.nn.kv_cache import KVCache
 from erniekit.nn.linear import Linear
@@ -370,7 +371,7 @@ class CausalLM(nn.Layer):
         """An empty cache for `batch_size` conversations, of the layers and heads that this process holds."""
         return new_cache(self, batch_size)
 
-    @paddle.no_grad()
+    @decoding.running()
     def extend(
         self,
         input_ids_BS: np.ndarray,

@@ -16,6 +16,7 @@ from erniekit.data.vision.positions import num_tokens
 from erniekit.models.config import ModelConfig
 from erniekit.models.picture_balance import PicturePlan
 from erniekit.moe.layer import TEXT, VISION, TokenInfo
+from erniekit.nn import decoding
 from erniekit.nn.attention import AttentionContext, HeadLayout, PackedAttention
 from erniekit.nn.attention_mask import make_plan, next_in_document
 from erniekit.nn.dropout import AttentionDropout, DropoutStep, number_documents
@@ -210,10 +211,11 @@ def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = Non
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
     """An empty cache for `batch_size` conversations: of the heads that this process has, and of the layers that it
-    runs, whose buffers are made when they are first needed.
+    runs, prediction blocks behind them, whose buffers are made when they are first needed.
     """
-    heads = head_layout(model.config, model.shard)
-    return KVCache(model.config.num_hidden_layers, batch_size, heads, _rotary(model.config))
+    heads, config = head_layout(model.config, model.shard), model.config
+    num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return KVCache(num_layers, batch_size, heads, _rotary(config))
 
 
 def cached_inputs(
@@ -252,7 +254,7 @@ class Embedding(Shardable):
         self.weight = self.create_parameter(
             [vocab_size, hidden_size], default_initializer=nn.initializer.Normal(0.0, init_std)
         )
-        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = nn.functional.embedding
+        self.lookup: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] = _rows
         self.own_span: Callable[[int], tuple[int, int]] = lambda num_tokens: (0, num_tokens)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
@@ -266,6 +268,13 @@ class Embedding(Shardable):
     def forward(self, ids: paddle.Tensor) -> paddle.Tensor:
         """[...] int64 -> [..., D]."""
         return self.lookup(ids, self.weight)
+
+
+def _rows(ids: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    """weight[ids]. Paddle's embedding takes ten times as long as its gather, but only it has every dtype."""
+    if decoding.is_running() and weight.dtype == paddle.float32:
+        return paddle.gather(weight, ids)
+    return nn.functional.embedding(ids, weight)
 
 
 def embed(embedding: Embedding, inputs: ModelInputs) -> paddle.Tensor:

@@ -8,6 +8,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.cpu_ops import multiply, scale_rows
 from erniekit.nn.narrow import gather, rounded
+from erniekit.nn.nodes import call
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,19 @@ def _by_pair(of_rows_R1: paddle.Tensor, assignment: Assignment) -> paddle.Tensor
 
 def dispatch(x_TD: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """[T, D] -> rows sorted by expert [R, D]."""
-    return _Dispatch.apply(x_TD, assignment)
+    return call(_Dispatch, x_TD, assignment)
 
 
 def combine(rows: paddle.Tensor, weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """Weighted sum of each token's rows: [R, D], [T, K] fp32 -> [T, D]. A dropped pair contributes nothing."""
-    return _Combine.apply(rows, weights_TK, assignment)
+    return call(_Combine, rows, weights_TK, assignment)
 
 
 def row_weights(weights_TK: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """The routing weight of each sorted row: [T, K] fp32 -> [R, 1] fp32."""
-    return _RowWeights.apply(weights_TK, assignment)
+    return call(_RowWeights, weights_TK, assignment)
 
 
 def sum_rows(rows: paddle.Tensor, assignment: Assignment) -> paddle.Tensor:
     """Plain sum of each token's rows, which the experts have weighed: [R, D] -> [T, D]."""
-    return _SumRows.apply(rows, assignment)
+    return call(_SumRows, rows, assignment)

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from erniekit.moe import device_dispatch, dispatch
+from erniekit.moe import device_dispatch, dispatch, few_tokens
 from erniekit.moe.all_to_all import ExpertRanks
 from erniekit.moe.experts import Experts
 from erniekit.moe.router import Gate, RouterOptions, RouterStatics, Routing, route, within_capacity
@@ -119,7 +119,9 @@ class MoELayer(nn.Layer):
         return self.gate.matrix(modality)
 
     def forward(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[paddle.Tensor, dict[int, Routed]]:
-        """[T, D] -> ([T, D], what each modality's router decided)."""
+        """[T, D] -> ([T, D], what each modality's router decided; nothing in a decoding step, which counts nothing)."""
+        if self._has_few(x_TD, tokens):
+            return self._of_few(x_TD), {}
         all_TD = x_TD if self.ranks is None else self.ranks.enter(x_TD)
         num_rows, num_tokens = all_TD.shape[0], sum(tokens.row_lengths)
         all_TD = all_TD if num_rows == num_tokens else all_TD[:num_tokens]
@@ -136,6 +138,19 @@ class MoELayer(nn.Layer):
         if self.ranks is not None:
             y = self.ranks.leave(y)
         return y if shared is None else add(y, shared), decisions
+
+    def _has_few(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> bool:
+        """Whether these are a few tokens of text, of a decoding step in one process."""
+        is_text = tokens.modality is None or not tokens.modality.any()
+        return self.ranks is None and is_text and few_tokens.applies(x_TD)
+
+    def _of_few(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+        logits, bias = (np.from_dlpack(each) for each in (self.gate(x_TD, TEXT), self.correction_bias))
+        chosen, weights = few_tokens.route(logits, bias[TEXT], self.options)
+        if self.on_routing is not None:
+            self.on_routing(chosen, None, len(chosen))
+        y = few_tokens.run(x_TD, self.experts, chosen, weights)
+        return y if self.shared_experts is None else add(y, self.shared_experts(x_TD))
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:
         """Run each modality's tokens through its own router and experts. Vision is skipped where it has no tokens,

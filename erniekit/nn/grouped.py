@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, fused
+from erniekit.nn import cpu_ops, decoding, fused, mkl
 from erniekit.nn.narrow import matmul
+from erniekit.nn.nodes import call
+from erniekit.nn.onednn import sgemm
 
 
 def row_spans(counts: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -53,8 +56,21 @@ def _of_groups(
         return paddle.zeros([0, columns], dtype=rows.dtype)
     if cpu_ops.applies(rows) and cpu_ops.applies(weight):
         out = paddle.empty([rows.shape[0], columns], dtype=rows.dtype)
+        inner, stored_columns, size = rows.shape[1], weight.shape[2], weight.shape[1] * weight.shape[2]
+        if decoding.is_running() and mkl.is_available():
+            groups, begins, ends = np.array(spans, np.uint64).T
+            strides, row_size = (inner, stored_columns, columns), np.uint64(rows.element_size())
+            products = mkl.Products((ends - begins).astype(np.int32), columns, inner, strides, transpose)
+            products.run(
+                np.uint64(rows.data_ptr()) + row_size * np.uint64(inner) * begins,
+                np.uint64(weight.data_ptr()) + row_size * np.uint64(size) * groups,
+                np.uint64(out.data_ptr()) + row_size * np.uint64(columns) * begins,
+            )
+            return out
         for e, begin, end in spans:
-            cpu_ops.matmul_into(out[begin:end], rows[begin:end], weight[e], transpose_y=transpose)
+            matrix = weight.data_ptr() + weight.element_size() * e * size, stored_columns
+            places = cpu_ops.row_address(rows, begin), matrix, cpu_ops.row_address(out, begin)
+            sgemm(False, transpose, end - begin, columns, inner, *places)
         return out
     return paddle.concat([matmul(rows[begin:end], weight[e], transpose_y=transpose) for e, begin, end in spans], axis=0)
 
@@ -83,4 +99,4 @@ def grouped_matmul(rows: paddle.Tensor, weight: paddle.Tensor, counts: list[int]
     """rows [R, in] sorted by expert, weight [E, in, out], counts [E] summing to R -> [R, out]. An expert without rows
     gets a zero gradient.
     """
-    return _GroupedMatmul.apply(rows, weight, counts)
+    return call(_GroupedMatmul, rows, weight, counts)

@@ -1,6 +1,7 @@
 """The one projection layer. Tensor parallelism, LoRA, FP8 and quantisation attach here and nowhere else."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Literal, get_args
 
 import paddle
@@ -9,6 +10,7 @@ from paddle.autograd import PyLayer
 
 from erniekit.nn.cpu_ops import add_to_each
 from erniekit.nn.narrow import matmul, rounded
+from erniekit.nn.nodes import call
 from erniekit.nn.product import Product
 from erniekit.nn.roles import Role
 from erniekit.nn.shard import Shardable, ShardSpec
@@ -173,4 +175,4 @@ def add_bias(y: paddle.Tensor, bias_N: paddle.Tensor) -> paddle.Tensor:
     """y + b: [..., N], [N] -> [..., N]."""
     if not y.place.is_cpu_place():
         return y + bias_N
-    return rounded(_AddBias.apply, y.reshape([-1, y.shape[-1]]), bias_N).reshape(y.shape)
+    return rounded(partial(call, _AddBias), y.reshape([-1, y.shape[-1]]), bias_N).reshape(y.shape)

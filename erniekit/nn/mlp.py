@@ -8,11 +8,12 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, fused
+from erniekit.nn import cpu_ops, decoding, fused
 from erniekit.nn.cpu_ops import multiply, row_address, swish_backward, swish_times
 from erniekit.nn.grouped import row_spans
 from erniekit.nn.linear import Linear, Projection
 from erniekit.nn.narrow import rounded
+from erniekit.nn.nodes import call
 from erniekit.nn.onednn import sgemm
 
 
@@ -52,7 +53,17 @@ def swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
 
 def _cpu_swiglu(gate_up: paddle.Tensor) -> paddle.Tensor:
     *lead, width = gate_up.shape
-    return _SwiGLU.apply(gate_up.reshape([-1, width])).reshape([*lead, width // 2])
+    rows = gate_up.reshape([-1, width])
+    made = cpu_ops.swiglu(rows) if _is_small(rows) else call(_SwiGLU, rows)
+    return made.reshape([*lead, width // 2])
+
+
+def _is_small(gate_up_RW: paddle.Tensor) -> bool:
+    """Whether one thread should compute with gate | up [R, 2F], without a backward pass."""
+    if not (decoding.is_running() and cpu_ops.applies(gate_up_RW)):
+        return False
+    rows, width = gate_up_RW.shape
+    return rows * width <= cpu_ops.MOST_IN_ONE_THREAD
 
 
 class _GatedProducts(PyLayer):
@@ -107,10 +118,11 @@ def gated(projection: Projection, x: paddle.Tensor, counts: list[int] | None = N
     The steps of the graph do not depend on the number of rows, which may be none: see moe.all_to_all.permute.
     """
     weight = projection.lone_weight
-    if weight is None or not (cpu_ops.knows(x) and cpu_ops.applies(weight)):
+    few = decoding.is_running() and x.shape[0] * projection.out_features <= cpu_ops.MOST_IN_ONE_THREAD
+    if few or weight is None or not (cpu_ops.knows(x) and cpu_ops.applies(weight)):
         return swiglu(projection(x) if counts is None else projection(x, counts))
     rows = x.reshape([-1, x.shape[-1]])
-    made = _GatedProducts.apply(rows, weight, [rows.shape[0]] if counts is None else counts)
+    made = call(_GatedProducts, rows, weight, [rows.shape[0]] if counts is None else counts)
     return made.reshape([*x.shape[:-1], weight.shape[-1] // 2])
 
 

@@ -4,9 +4,10 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, fused
+from erniekit.nn import cpu_ops, decoding, fused
 from erniekit.nn.cpu_ops import add_scaled_rows_, multiply, scale_rows_and_columns
 from erniekit.nn.narrow import rounded
+from erniekit.nn.nodes import call
 from erniekit.nn.roles import DeclaresRoles, Role
 
 
@@ -60,8 +61,12 @@ def rms_norm(x: paddle.Tensor, weight_D: paddle.Tensor, epsilon: float) -> paddl
         return fused.rms_norm(x, weight_D, epsilon)
     if not x.place.is_cpu_place():
         return _plain(x, weight_D, epsilon)
-    rows = x.reshape([-1, x.shape[-1]])
-    return _RMSNorm.apply(rows, weight_D, epsilon).reshape(x.shape)
+    rows = x if x.ndim == 2 else x.reshape([-1, x.shape[-1]])
+    if decoding.is_running() and cpu_ops.applies(rows) and weight_D.dtype == x.dtype:
+        normed = cpu_ops.rms_norm(rows, weight_D, epsilon)
+    else:
+        normed = call(_RMSNorm, rows, weight_D, epsilon)
+    return normed if x.ndim == 2 else normed.reshape(x.shape)
 
 
 class RMSNorm(DeclaresRoles):

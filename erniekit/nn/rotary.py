@@ -3,7 +3,7 @@
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import paddle
@@ -17,6 +17,7 @@ _BLOCK = 256  # tokens whose table is expanded at once where the whole would be 
 _ITEM_BYTES = np.dtype(np.complex64).itemsize
 
 
+@lru_cache(maxsize=8)
 def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
     """theta^(-2j/head_dim) for j = 0, 1, ...: fp32 [head_dim/2], rounded as transformers and Paddle round it: the
     exponent, the power and its reciprocal are fp32 each. Published models were trained with these numbers; the last
@@ -25,7 +26,9 @@ def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # numpy's own fp32 power is off by a bit now and then, and differs between processors.
     powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / powers
+    frequencies = np.float32(1.0) / powers
+    frequencies.setflags(write=False)  # all callers share the array
+    return frequencies
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,17 @@ class Rotary:
         """The rotation of T tokens at `positions`, integers [T] or (time, height, width) [T, 3], for projections of
         num_rotated + num_plain heads, of which the last (the values in a fused q|k|v) are left as they are.
         """
-        angles = self._of_frequencies(positions.astype(np.float32)) * inverse_frequencies(self.head_dim, self.theta)
-        table = (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)[:, None]
+        table = self.table(positions)[:, None]
         if _is_expanded(len(positions), num_rotated + num_plain, self.head_dim):
             expanded = np.ones((len(table), num_rotated + num_plain, self.head_dim // 2), dtype=np.complex64)
             expanded[:, :num_rotated] = table
             table = expanded
         return Rotation(paddle.to_tensor(table), num_rotated, num_plain)
+
+    def table(self, positions: np.ndarray) -> np.ndarray:
+        """exp(i * position * frequency) of T tokens, complex64 [T, head_dim/2]; positions as in `at`."""
+        angles = self._of_frequencies(positions.astype(np.float32)) * inverse_frequencies(self.head_dim, self.theta)
+        return (np.cos(angles) + 1j * np.sin(angles)).astype(np.complex64)
 
     def _of_frequencies(self, positions: np.ndarray) -> np.ndarray:
         """The position that each frequency turns with: [T, 1] or [T, head_dim/2]."""

@@ -1,0 +1,88 @@
+"""Many products of small matrices in one call of MKL, the math library in Paddle's wheel for x86.
+
+Paddle's own product of stacked matrices takes one size for all of them. The conversations of a batch have different
+lengths, so that one size would multiply what is empty, too.
+"""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_int, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+# Numbers of the CBLAS interface.
+_BY_ROWS, _AS_STORED, _TRANSPOSED = 101, 111, 112
+
+
+@lru_cache(maxsize=1)
+def _sgemm_batch() -> Callable[..., None] | None:
+    for file in sorted((Path(paddle.__file__).parent / "libs").glob("libmklml_intel.so*")):
+        try:
+            function = ctypes.CDLL(str(file)).cblas_sgemm_batch
+        except (OSError, AttributeError):
+            continue
+        function.argtypes, function.restype = [c_int, *[c_void_p] * 13, c_int, c_void_p], None
+        return function
+    return None
+
+
+def is_available() -> bool:
+    """Whether Paddle's wheel contains the library."""
+    return _sgemm_batch() is not None
+
+
+class Products:
+    """N products x_i y_i of fp32 matrices that are stored row by row: x_i [rows_i, inner_i] and y_i [inner_i,
+    columns_i], or with `transpose_y` [columns_i, inner_i].
+
+    Args:
+        rows, columns, inner: integers [N], or one for all; at least one of them is an array.
+        strides: numbers from one row to the next in the memory of each x, y and result.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray | int,
+        columns: np.ndarray | int,
+        inner: np.ndarray | int,
+        strides: tuple[int, int, int],
+        transpose_y: bool,
+    ) -> None:
+        function = _sgemm_batch()
+        assert function is not None
+        self._function = function
+        count = next(len(each) for each in (rows, columns, inner) if isinstance(each, np.ndarray))
+
+        def each(value: float | np.ndarray, dtype: type = np.int32) -> np.ndarray:
+            made = np.empty(count, dtype)
+            made[:] = value
+            return made
+
+        sizes = each(rows), each(columns), each(inner)
+        orders = each(_AS_STORED), each(_TRANSPOSED if transpose_y else _AS_STORED)
+        factors = each(1, np.float32), each(0, np.float32)
+        by = tuple(each(stride) for stride in strides)
+        self._arrays = (*orders, *sizes, *factors, *by)  # MKL reads them at every call
+        alpha, beta = (address_of(factor) for factor in factors)
+        self._head = _BY_ROWS, *(address_of(array) for array in (*orders, *sizes)), alpha
+        self._by_x, self._by_y, self._by_out = (address_of(stride) for stride in by)
+        self._beta, self._ones, self._count = beta, each(1), count
+        self._tail = count, address_of(self._ones)
+
+    def run(self, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
+        """Write the products to `out`; each argument has the addresses of N matrices, uint64 [N]."""
+        x_at, y_at, out_at = address_of(x), address_of(y), address_of(out)
+        self._function(*self._head, x_at, self._by_x, y_at, self._by_y, self._beta, out_at, self._by_out, *self._tail)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where the memory of an array begins."""
+    return array.__array_interface__["data"][0]
+
+
+def addresses(start: int, count: int, size: int) -> np.ndarray:
+    """Where each of `count` matrices of `size` fp32 numbers begins, one behind another from `start`: uint64 [count]."""
+    return np.uint64(start) + np.uint64(4 * size) * np.arange(count, dtype=np.uint64)
