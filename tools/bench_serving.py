@@ -2,12 +2,16 @@
 token, throughput, percentiles, and a picture.
 
   python tools/bench_serving.py --url http://127.0.0.1:8188 --concurrency 1 2 4 8 16 --requests 32 --tokens 64
-  python tools/bench_serving.py --url http://127.0.0.1:8188 --rate 2 --requests 60
+  python tools/bench_serving.py --url http://127.0.0.1:8188 --concurrency --rate 2 5 --requests 60
 
 Each request streams `--tokens` tokens (ignore_eos) after a prompt of `--words` random words, which differ, so that no
 prompt is known before. TTFT is the time to the first chunk with text; TPOT is (latency - TTFT) / (tokens - 1);
 throughput counts all tokens that the server reports, over the wall time. With --start KEY=VALUE ... the tool starts a
 server of its own on a free port.
+
+--against DIRECTORY also measures transformers' `generate` on torch with the configuration in that directory, random
+weights, fp32: one static batch of as many prompts as the largest number of requests at a time, prompts and answers as
+long as the server's. Server and torch take turns for --rounds rounds; needs the extra `parity`.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import asyncio
 import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -23,15 +28,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+from bench_worker import PAUSE, Worker, serve
 
 
 @dataclass
 class Result:
-    """One request: seconds to the first token and to the last, tokens, and what went wrong."""
+    """One request: seconds to the first token and to the last, tokens, those of the prompt, and what went wrong."""
 
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
+    prompt_tokens: int = 0
     error: str = ""
 
     @property
@@ -66,14 +73,17 @@ async def ask(url: str, model: str, prompt: str, tokens: int, key: str) -> Resul
                 result.last = time.monotonic() - begun
             if event.get("usage"):
                 result.tokens = event["usage"]["completion_tokens"]
+                result.prompt_tokens = event["usage"]["prompt_tokens"]
     finally:
         writer.close()
     return result
 
 
-async def load(args: argparse.Namespace, model: str, at_a_time: int | None, rate: float | None) -> list[Result]:
-    """All requests of one setting."""
-    draws = random.Random(args.seed)
+async def load(
+    args: argparse.Namespace, model: str, at_a_time: int | None, rate: float | None, number: int
+) -> list[Result]:
+    """All requests of one setting, whose `number` decides about the prompts."""
+    draws = random.Random(f"{args.seed} {number}")
     gate = asyncio.Semaphore(at_a_time or args.requests)
 
     async def one(prompt: str) -> Result:
@@ -102,22 +112,28 @@ def line(name: str, results: list[Result], seconds: float) -> dict[str, float | 
     return row
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Throughput and time to the first token, load by load."""
+def draw(tables: dict[str, list[dict]], path: Path) -> None:
+    """Throughput, time to the first token and time per token, a row of panels for each kind of load."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    names = [row["load"] for row in rows]
-    left.bar(names, [row["tokens/s"] for row in rows], color="#3867d6")
-    left.set(title="Throughput", ylabel="tokens/s", xlabel="load")
-    for percent, style in ((50, "o-"), (99, "s--")):
-        right.plot(names, [row[f"TTFT p{percent} ms"] for row in rows], style, label=f"TTFT p{percent}")
-        right.plot(names, [row[f"TPOT p{percent} ms"] for row in rows], style, label=f"TPOT p{percent}")
-    right.set(title="Times", ylabel="ms", xlabel="load", yscale="log")
-    right.legend(fontsize=8)
+    size = 10, 3.1 * len(tables)
+    figure, panels = pyplot.subplots(len(tables), 3, figsize=size, layout="constrained", squeeze=False)
+    for (kind, rows), (throughput, *times) in zip(tables.items(), panels, strict=True):
+        names = [row["load"] for row in rows]
+        throughput.plot(names, [row["tokens/s"] for row in rows], "o-", color="#2d3436")
+        throughput.set(title="Throughput", ylabel="tokens/s", xlabel=kind)
+        for panel, name, title in zip(times, ("TTFT", "TPOT"), ("Time to the first token", "Time per token")):
+            for percent, style, color in ((50, "o-", "#3867d6"), (99, "s--", "#eb3b5a")):
+                values = [row[f"{name} p{percent} ms"] for row in rows]
+                panel.plot(names, values, style, color=color, label=f"{percent}th percentile")
+            panel.set(title=f"{title} ({name})", ylabel="ms", xlabel=kind)
+            panel.legend(fontsize=8)
+        for panel in (throughput, *times):
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
@@ -133,43 +149,121 @@ def start(keys: list[str]) -> tuple[subprocess.Popen, str]:
     raise SystemExit("".join(said))
 
 
+class Static:
+    """transformers' generate on torch with one batch that stays as it is."""
+
+    def __init__(self, job: dict) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        self.torch = torch
+        config = AutoConfig.from_pretrained(job["directory"])
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
+        self.ids = torch.randint(3, config.vocab_size, (job["batch"], job["prompt"]))
+
+    def run(self, tokens: int) -> float:
+        """Continue all prompts by `tokens` tokens -> tokens a second."""
+        begun = time.monotonic()
+        with self.torch.inference_mode():
+            mask = self.torch.ones_like(self.ids)
+            made = self.model.generate(
+                self.ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+        assert made.shape[1] == self.ids.shape[1] + tokens
+        return self.ids.shape[0] * tokens / (time.monotonic() - begun)
+
+
+def compare(args: argparse.Namespace, model: str, prompt: int) -> None:
+    """The server at its largest number of requests at a time and a static batch of transformers, by turns."""
+    batch = max(args.concurrency)
+    job = {"directory": str(args.against), "batch": batch, "prompt": prompt, "tokens": args.tokens}
+    worker = Worker(__file__, "torch", job)
+    calls = max(1, round(args.requests / batch))
+    pairs = []
+    for number in range(args.rounds):
+        time.sleep(PAUSE)
+        begun = time.monotonic()
+        results = asyncio.run(load(args, model, batch, None, 100 + number))
+        served = sum(result.tokens for result in results) / (time.monotonic() - begun)
+        time.sleep(PAUSE)
+        pairs.append((served, statistics.median(worker.ask("run")["rate"] for _ in range(calls))))
+    worker.close()
+    ratios = [served / static for served, static in pairs]
+    served, static = (statistics.median(each) for each in zip(*pairs, strict=True))
+    print(
+        f"\n{batch} requests at a time: server {served:.0f} tokens/s, transformers' generate with a static batch of "
+        f"{batch} {static:.0f} tokens/s (prompts of {prompt} tokens), ratio {statistics.median(ratios):.2f} "
+        f"(rounds {min(ratios):.2f}-{max(ratios):.2f})"
+    )
+
+
+def serve_static() -> None:
+    """The worker of `compare`: a job, then calls to make."""
+    commands, answer = serve()
+    job = next(commands)
+    static = Static(job)
+    static.run(job["tokens"])  # warm-up
+    answer({})
+    for _ in commands:
+        answer({"rate": static.run(job["tokens"])})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8188")
     parser.add_argument("--start", metavar="KEY=VALUE", nargs="+", help="start a server with these keys")
     parser.add_argument("--model", help="its name; default: the first in /v1/models")
     parser.add_argument("--key", default="EMPTY")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--rate", type=float, nargs="+", help="requests a second, arriving at random (Poisson)")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="requests at a time")
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="requests a second, at random (Poisson)")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--words", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a PNG file")
+    parser.add_argument("--against", type=Path, metavar="DIRECTORY", help="compare with transformers on torch")
+    parser.add_argument("--rounds", type=int, default=5, help="of --against")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        serve_static()
+        return
     process = None
     if args.start:
         process, args.url = start(args.start)
+    tables: dict[str, list[dict]] = {}
     try:
         model = args.model or first_model(args)
-        asyncio.run(load(argparse.Namespace(**vars(args) | {"requests": 2}), model, 1, None))  # warm-up
-        rows = []
-        loads = [(None, rate) for rate in args.rate] if args.rate else [(count, None) for count in args.concurrency]
-        for at_a_time, rate in loads:
-            begun = time.monotonic()
-            results = asyncio.run(load(args, model, at_a_time, rate))
-            name = f"{rate:g}/s" if rate else f"{at_a_time}"
-            rows.append(line(name, results, time.monotonic() - begun))
+        settings = {"requests at a time": [(count, None) for count in args.concurrency]}
+        settings |= {"requests a second": [(None, rate) for rate in args.rate]}
+        warm = max([1, *args.concurrency])
+        args.requests, requests = 2 * warm, args.requests
+        asyncio.run(load(args, model, warm, None, -1))
+        args.requests = requests
+        prompt = 0
+        for kind, loads in ((kind, loads) for kind, loads in settings.items() if loads):
+            tables[kind] = []
+            for at_a_time, rate in loads:
+                begun = time.monotonic()
+                results = asyncio.run(load(args, model, at_a_time, rate, len(tables) * 10 + len(tables[kind])))
+                name = f"{rate:g}" if rate else f"{at_a_time}"
+                tables[kind].append(line(name, results, time.monotonic() - begun))
+                prompt = prompt or results[0].prompt_tokens
+        for kind, rows in tables.items():
+            print(f"\n| {kind} | " + " | ".join(list(rows[0])[1:]) + " |\n|" + "---|" * len(rows[0]))
+            for row in rows:
+                print("| " + " | ".join(map(str, row.values())) + " |")
+        if args.against:
+            compare(args, model, prompt)
     finally:
         if process:
             process.terminate()
             process.wait()
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
     if args.out:
-        draw(rows, args.out)
-    if any(row["failed"] for row in rows):
+        draw(tables, args.out)
+    if any(row["failed"] for rows in tables.values() for row in rows):
         raise SystemExit(1)
 
 

@@ -177,7 +177,8 @@ class Engine:
         return self._opened(groups) if groups else None
 
     def _opened(self, groups: list[list[Generation]]) -> _Prompts:
-        caches, rest, tables = [], [], []
+        caches: list[KVCache | None] = []
+        rest, tables = [], []
         for members in groups:
             request = members[0].request
             cache, reused = self._reusable(request)
@@ -185,12 +186,18 @@ class Engine:
             for place, member in enumerate(members):
                 member.num_reused = len(request.prompt) if place else reused
                 member.began = time.monotonic()
-            caches.append(self.model.new_cache(1) if cache is None else cache)
+            caches.append(cache)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
-        stepper = CachedStepper(self.model, len(groups), caches[0] if len(caches) == 1 else KVCache.joined(caches))
+        stepper = CachedStepper(self.model, len(groups), self._joined(caches))
         has_pictures = any(table is not None for table in tables)
         return _Prompts(groups, stepper, rest, PromptPictures(self.model, tables) if has_pictures else None)
+
+    def _joined(self, caches: list[KVCache | None]) -> KVCache | None:
+        """One cache of all rows, of which some begin with kept keys and values; None where none does."""
+        if not any(caches):
+            return None
+        return KVCache.joined([self.model.new_cache(1) if cache is None else cache for cache in caches])
 
     def _reusable(self, request: Request) -> tuple[KVCache | None, int]:
         """(a copy of the kept keys and values of the longest known beginning of a prompt, its length)."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import paddle
 from paddle.autograd import PyLayer
 
-from erniekit.nn import cpu_ops, fused
+from erniekit.nn import cpu_ops, decoding, fused, onednn
 from erniekit.nn.narrow import add, matmul
 from erniekit.parallel import comm
 from erniekit.parallel.process_group import Group
 
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at once on a CPU: 64 MB in fp32
 _GPU_CHUNK_ELEMENTS = 1 << 28  # on a GPU, where few rows would be slow: 1 GB in fp32
+_LARGE_EMBEDDING = 1 << 23  # numbers from which it does not fit a processor's cache
 _KERNEL_RANGE = 60.0  # losses (nats) up to which Paddle's CPU kernel is exact
 
 
@@ -34,7 +35,10 @@ class Head:
 
     def local_logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, V], V those of this rank."""
-        logits = matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
+        if self.by_vocab and _suits_onednn(hidden_TD, self.weight):
+            logits = onednn.matmul(hidden_TD, self.weight, transpose_y=True)
+        else:
+            logits = matmul(hidden_TD, self.weight, transpose_y=self.by_vocab)
         return logits if self.bias is None else add(logits, self.bias)
 
     def logits(self, hidden_TD: paddle.Tensor) -> paddle.Tensor:
@@ -44,6 +48,16 @@ class Head:
             return logits
         shares = comm.all_gather(logits.detach(), self.group).split(self.group.size)
         return paddle.concat(shares, axis=-1)
+
+
+def _suits_onednn(hidden_TD: paddle.Tensor, weight_VD: paddle.Tensor) -> bool:
+    """Whether oneDNN has the faster product of a few tokens and a large embedding, which is read as it stands: MKL
+    transposes pieces of it first, which takes up to twice as long.
+    """
+    if not (decoding.is_running() and hidden_TD.dtype == weight_VD.dtype and cpu_ops.applies(hidden_TD)):
+        return False
+    vocab_size, size = weight_VD.shape
+    return hidden_TD.shape[0] >= 4 and vocab_size * size >= _LARGE_EMBEDDING
 
 
 def chunks_of(hidden_TD: paddle.Tensor, vocab_size: int, max_tokens: int) -> list[slice]:

@@ -79,6 +79,30 @@ def test_rows_leave_and_change_places(model: CausalLM):
     assert cache.lengths.tolist() == [11, 12]
 
 
+def test_rows_join_and_leave_without_disturbing_the_others(model: CausalLM):
+    ids = tokens(5, 200)
+    whole, other = model.new_cache(2), model.new_cache(2)
+    feed(model, whole, [ids[0, :6], ids[1, :140]])  # more than the other has room for
+    feed(model, other, [ids[2, :3], ids[3, :9]])
+    whole.add_rows(other, 8)
+    assert whole.num_places == 8
+    feed(model, whole, [ids[0, 6:7], ids[1, 140:141], ids[2, 3:4], ids[3, 9:10]])
+    buffers = list(whole.keys)
+    kept = whole.copy([3, 1])
+    whole.keep([0, 3])  # the last row takes the place of one that leaves
+    assert [buffer.data_ptr() for buffer in buffers] == [buffer.data_ptr() for buffer in whole.keys]
+    late = model.new_cache(1)
+    feed(model, late, [ids[4, :2]])
+    whole.add_rows(late)
+    found = feed(model, whole, [ids[0, 7:8], ids[3, 10:11], ids[4, 2:3]])
+    expected = np.stack([last_scores(model, row) for row in (ids[0, :8], ids[3, :11], ids[4, :3])])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert whole.lengths.tolist() == [8, 11, 3] and whole.next_position.tolist() == [8, 11, 3]
+    found = feed(model, kept, [ids[3, 10:12], ids[1, 141:142]])
+    expected = np.stack([last_scores(model, ids[3, :12]), last_scores(model, ids[1, :142])])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("length", [4, 0])
 def test_forgetting_the_end(model: CausalLM, length: int):
     old, new = tokens(1, 150)[0], tokens(1, 151)[0]
