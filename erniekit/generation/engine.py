@@ -12,6 +12,7 @@ otherwise.
 All ranks of one copy of the model make the same calls in the same order. One thread owns an engine.
 """
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ class _Kept:
 
 
 class Engine:
-    """Answers requests with one model, up to `max_running` at a time, in the order in which they came.
+    """Answers requests with one model, up to `max_running` at a time, in the order in which they came; those of several
+    owners by turns, so that many requests of one do not hold up the others.
 
     Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and a copy of the
     running ones while they need more room. `num_kept`: conversations that are kept after their end, so that prompts
@@ -77,7 +79,8 @@ class Engine:
         self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
         self.num_reused = 0
         self.drafting = Drafting(model) if drafts else None
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[Generation] = deque()  # in the order of their turns
+        self._turn, self._turns = 0, dict[str, int]()  # of the last request that was admitted; of each owner's last one
         self._reading: _Prompts | None = None
         self._running: list[Generation] = []
         self._stepper: CachedStepper | None = None  # of the running rows
@@ -111,7 +114,9 @@ class Engine:
             if adapters is None or request.adapter not in adapters.names:
                 raise UserError(f"adapter: the model has no adapter {request.adapter!r}.")
         generation = Generation(request, self.model.config.max_position_embeddings)
-        self._waiting.append(generation)
+        turn = self._turns[request.owner] = max(self._turn, self._turns.get(request.owner, -1) + 1)
+        generation.turn = turn
+        bisect.insort(self._waiting, generation, key=lambda other: other.turn)
         return generation
 
     def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
@@ -166,6 +171,7 @@ class Engine:
             widest = max(widest, len(first.request.prompt))
             if groups and (len(groups) + 1) * widest > self.prefill_tokens:
                 break
+            self._turn = first.turn
             members = [first]
             for other in list(self._waiting)[1:]:
                 if len(members) < room and _has_same_prompt(first.request, other.request):
@@ -174,6 +180,8 @@ class Engine:
                 self._waiting.remove(member)
             groups.append(members)
             room -= len(members)
+        if not self._waiting:
+            self._turns = {}
         return self._opened(groups) if groups else None
 
     def _opened(self, groups: list[list[Generation]]) -> _Prompts:
@@ -285,7 +293,7 @@ class Engine:
 def _has_same_prompt(one: Request, other: Request) -> bool:
     """Whether two requests can share the reading of their prompt."""
     return (
-        one.adapter == other.adapter
+        (one.adapter, one.owner) == (other.adapter, other.owner)
         and one.picture_prompt is other.picture_prompt
         and one.open_pictures is other.open_pictures
         and list(one.prompt) == list(other.prompt)
@@ -294,7 +302,7 @@ def _has_same_prompt(one: Request, other: Request) -> bool:
 
 def _num_common(kept: _Kept, request: Request) -> int:
     """How many of the first tokens of a request's prompt, at most all but the last, a kept conversation begins with."""
-    if kept.request.adapter != request.adapter:
+    if (kept.request.adapter, kept.request.owner) != (request.adapter, request.owner):
         return 0
     common = 0
     for old, new in zip(kept.ids, request.prompt[:-1], strict=False):
