@@ -70,6 +70,12 @@ class ServerArgs:
     max_model_len: int | None = key(
         None, "The largest number of tokens of a prompt and its answer together; not given: the model's context.", ge=2
     )
+    num_speculative_tokens: int = key(
+        0,
+        "1: the model's prediction block (num_nextn_predict_layers) drafts a token each step; same answers.",
+        ge=0,
+        le=1,
+    )
     max_num_seqs: int = key(16, "The number of answers that `server` generates at a time.", ge=1)
     max_num_batched_tokens: int = key(16384, "The number of tokens of prompts that go through the model at once.", ge=1)
     max_waiting_requests: int = key(

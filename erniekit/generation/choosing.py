@@ -55,7 +55,7 @@ def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) 
         table[:, 0] = scores_BV.argmax(axis=-1)
         return
     for line, scores, row in zip(table, scores_BV, rows, strict=True):
-        line[0] = _choose(scores, row)
+        line[0] = choose_alone(scores, row)
         count = row.request.num_scores
         if count is None:
             continue
@@ -66,7 +66,8 @@ def _fill(table: np.ndarray, scores_BV: np.ndarray, rows: Sequence[Generation]) 
         line[2 + count : 2 + count + len(likeliest)] = logprobs[likeliest].view(np.int64)
 
 
-def _choose(scores_V: np.ndarray, row: Generation) -> int:
+def choose_alone(scores_V: np.ndarray, row: Generation) -> int:
+    """The token that a row chooses by these scores, which its answer does not get."""
     if row.is_choice_plain:
         return int(scores_V.argmax())
     request, ids = row.request, row.answer.ids

@@ -12,6 +12,8 @@ otherwise.
 All ranks of one copy of the model make the same calls in the same order. One thread owns an engine.
 """
 
+import bisect
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from erniekit.generation.choosing import choose_next
 from erniekit.generation.pictures import PromptPictures, num_shared
 from erniekit.generation.request import Generation, Request, check_prompts
+from erniekit.generation.speculative import Drafting
 from erniekit.generation.steppers import CachedStepper
 from erniekit.lora.several import adapter_set_of, rows_of
 from erniekit.models.decoder import CausalLM
@@ -51,23 +54,33 @@ class _Kept:
 
 
 class Engine:
-    """Answers requests with one model, up to `max_running` at a time, in the order in which they came.
+    """Answers requests with one model, up to `max_running` at a time, in the order in which they came; those of several
+    owners by turns, so that many requests of one do not hold up the others.
 
     Memory: keys and values of `max_running` + `num_kept` conversations of up to the model's context, and a copy of the
     running ones while they need more room. `num_kept`: conversations that are kept after their end, so that prompts
     that begin with them are read faster; the one that was used least recently goes first.
 
+    drafts: whether the model's prediction block drafts tokens, so that a step may bring two (generation.speculative).
+
     num_reused: prompt tokens so far that did not have to be computed.
     """
 
     def __init__(
-        self, model: CausalLM, max_running: int = 16, prefill_tokens: int = PREFILL_TOKENS, num_kept: int = 0
+        self,
+        model: CausalLM,
+        max_running: int = 16,
+        prefill_tokens: int = PREFILL_TOKENS,
+        num_kept: int = 0,
+        drafts: bool = False,
     ) -> None:
         assert max_running > 0 and prefill_tokens > 0, (max_running, prefill_tokens)
         self.model = model
         self.max_running, self.prefill_tokens, self.num_kept = max_running, prefill_tokens, num_kept
         self.num_reused = 0
-        self._waiting: deque[Generation] = deque()
+        self.drafting = Drafting(model) if drafts else None
+        self._waiting: deque[Generation] = deque()  # in the order of their turns
+        self._turn, self._turns = 0, dict[str, int]()  # of the last request that was admitted; of each owner's last one
         self._reading: _Prompts | None = None
         self._running: list[Generation] = []
         self._stepper: CachedStepper | None = None  # of the running rows
@@ -84,6 +97,11 @@ class Engine:
         return len(self._running) + (sum(map(len, self._reading.members)) if self._reading else 0)
 
     @property
+    def num_cached(self) -> int:
+        """Tokens of the running answers and their prompts whose keys and values are kept."""
+        return 0 if self._stepper is None else int(self._stepper.cache.lengths.sum())
+
+    @property
     def is_idle(self) -> bool:
         """Whether every request has ended."""
         return not (self._waiting or self._reading or self._running)
@@ -96,7 +114,9 @@ class Engine:
             if adapters is None or request.adapter not in adapters.names:
                 raise UserError(f"adapter: the model has no adapter {request.adapter!r}.")
         generation = Generation(request, self.model.config.max_position_embeddings)
-        self._waiting.append(generation)
+        turn = self._turns[request.owner] = max(self._turn, self._turns.get(request.owner, -1) + 1)
+        generation.turn = turn
+        bisect.insort(self._waiting, generation, key=lambda other: other.turn)
         return generation
 
     def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
@@ -116,8 +136,8 @@ class Engine:
                 self._reading = None
 
     def step(self) -> list[Generation]:
-        """Continue every running answer by one token and read waiting prompts -> the requests with a new token, of
-        which those with a `stop` have ended.
+        """Continue every running answer by one token, or by two with drafts, and read waiting prompts -> the requests
+        with new tokens (Generation.new_events), of which those with a `stop` have ended.
         """
         advanced = self._continue_running()
         self._remove_ended()
@@ -134,6 +154,9 @@ class Engine:
         assert self._stepper is not None, "running rows have a cache"
         rows = list(self._running)
         with rows_of(self.model, [row.request.adapter for row in rows]):
+            if self.drafting is not None:
+                self.drafting.continue_rows(self._stepper, rows)
+                return rows
             scores = self._stepper.extend([[row.answer.ids[-1]] for row in rows])
         choose_next(scores, rows, self.model.mesh)
         return rows
@@ -148,6 +171,7 @@ class Engine:
             widest = max(widest, len(first.request.prompt))
             if groups and (len(groups) + 1) * widest > self.prefill_tokens:
                 break
+            self._turn = first.turn
             members = [first]
             for other in list(self._waiting)[1:]:
                 if len(members) < room and _has_same_prompt(first.request, other.request):
@@ -156,6 +180,8 @@ class Engine:
                 self._waiting.remove(member)
             groups.append(members)
             room -= len(members)
+        if not self._waiting:
+            self._turns = {}
         return self._opened(groups) if groups else None
 
     def _opened(self, groups: list[list[Generation]]) -> _Prompts:
@@ -167,6 +193,7 @@ class Engine:
             self.num_reused += reused * len(members) + (len(request.prompt) - reused) * (len(members) - 1)
             for place, member in enumerate(members):
                 member.num_reused = len(request.prompt) if place else reused
+                member.began = time.monotonic()
             caches.append(cache)
             rest.append(request.prompt[reused:])
             tables.append(request.open_pictures(reused) if request.open_pictures else None)
@@ -191,6 +218,10 @@ class Engine:
             return None, 0
         self._kept.remove(best)
         self._kept.append(best)
+        if self.drafting is not None:  # what the prediction block keeps of a token depends on the one behind it
+            length -= 1
+        if not length:
+            return None, 0
         cache = best.cache.copy([0])
         cache.truncate(length)
         return cache, length
@@ -200,10 +231,15 @@ class Engine:
         is_single = len(prompts.rest) == 1
         longest = min(self.prefill_tokens, prompts.stepper.piece_tokens)
         pieces = [rest[:longest] if is_single else rest for rest in prompts.rest]
+        rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
+        states = None
         with rows_of(self.model, [members[0].request.adapter if members else None for members in prompts.members]):
-            scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+            if self.drafting is None:
+                scores = prompts.stepper.extend(pieces, prompts.pictures, prompts.fed)
+            else:
+                scores, states = self.drafting.read(prompts.stepper, pieces, [next(iter(row), None) for row in rest])
         prompts.fed += len(pieces[0]) if is_single else 0
-        prompts.rest = [rest[len(piece) :] for rest, piece in zip(prompts.rest, pieces, strict=True)]
+        prompts.rest = rest
         if any(len(rest) for rest in prompts.rest):
             return []
         self._reading = None
@@ -211,8 +247,11 @@ class Engine:
         places = [place for place, members in enumerate(prompts.members) for _ in members]
         if places != list(range(len(prompts.members))):
             prompts.stepper.keep(places)
-            scores = None if scores is None else scores[places]
+            scores, states = (None if each is None else each[places] for each in (scores, states))
         choose_next(scores, rows, self.model.mesh)
+        if self.drafting is not None:
+            with rows_of(self.model, [row.request.adapter for row in rows]):
+                self.drafting.draft_first(prompts.stepper, states, rows)
         self._join(prompts.stepper, rows)
         return rows
 
@@ -254,7 +293,7 @@ class Engine:
 def _has_same_prompt(one: Request, other: Request) -> bool:
     """Whether two requests can share the reading of their prompt."""
     return (
-        one.adapter == other.adapter
+        (one.adapter, one.owner) == (other.adapter, other.owner)
         and one.picture_prompt is other.picture_prompt
         and one.open_pictures is other.open_pictures
         and list(one.prompt) == list(other.prompt)
@@ -263,7 +302,7 @@ def _has_same_prompt(one: Request, other: Request) -> bool:
 
 def _num_common(kept: _Kept, request: Request) -> int:
     """How many of the first tokens of a request's prompt, at most all but the last, a kept conversation begins with."""
-    if kept.request.adapter != request.adapter:
+    if (kept.request.adapter, kept.request.owner) != (request.adapter, request.owner):
         return 0
     common = 0
     for old, new in zip(kept.ids, request.prompt[:-1], strict=False):

@@ -51,9 +51,9 @@ class Guide:
             body = {"type": "object", "properties": properties, "required": list(properties), "x-guidance": _JSON}
             bodies.append(body | {"additionalProperties": False})
         rules = "".join(f"body_{number}: %json {json.dumps(body)}\n" for number, body in enumerate(bodies))
-        alternatives = " | ".join(f"body_{number}" for number in range(len(bodies)))
+        any_body = " | ".join(f"body_{number}" for number in range(len(bodies)))
         more = "" if only_one else ' ("\\n" call)*'
-        return cls("grammar", f"start: call{more}\ncall: {_TAG_OPEN} ({alternatives}) {_TAG_CLOSE}\n{rules}")
+        return cls("grammar", f"start: call{more}\ncall: {_TAG_OPEN} ({any_body}) {_TAG_CLOSE}\n{rules}")
 
 
 _TAG_OPEN, _TAG_CLOSE = "OPENING_TAG", "CLOSING_TAG"  # replaced by what the vocabulary has for them

@@ -78,6 +78,7 @@ class Request:
     score_temperature: the log-probabilities are those of the scores divided by it.
     constraint: restricts the tokens that may be chosen.
     adapter: the name of the adapter that the model has for this answer (lora.several); None: none.
+    owner: who asks. Owners wait by turns, and share no keys and values.
     """
 
     prompt: Sequence[int]
@@ -90,6 +91,7 @@ class Request:
     score_temperature: float = 1.0
     constraint: Constraint | None = None
     adapter: str | None = None
+    owner: str = ""
 
 
 class Event(NamedTuple):
@@ -105,13 +107,18 @@ class Event(NamedTuple):
 
 
 class Generation:
-    """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed."""
+    """A request and its growing answer. num_reused: tokens of the prompt that did not have to be computed. began: the
+    time (time.monotonic) at which the model began to read the prompt, 0 before. draft: the token that may come behind
+    the next one (generation.speculative). turn: requests are read in the order of their turns.
+    """
 
     def __init__(self, request: Request, context: int) -> None:
         """`context`: the number of tokens that the model can take."""
         self.request = request
         self.answer = Answer()
         self.num_reused = 0
+        self.began = 0.0
+        self.draft = self.turn = 0
         self._context = context
         self.generator = _generator(request.sampling.seed, request.draw)
         self._num_told = 0  # of the tokens, by new_events

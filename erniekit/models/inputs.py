@@ -211,10 +211,11 @@ def pictures_of(model: Built, batch: PackedBatch, plan: PicturePlan | None = Non
 
 def new_cache(model: Built, batch_size: int) -> KVCache:
     """An empty cache for `batch_size` conversations: of the heads that this process has, and of the layers that it
-    runs, whose buffers are made when they are first needed.
+    runs, prediction blocks behind them, whose buffers are made when they are first needed.
     """
-    heads = head_layout(model.config, model.shard)
-    return KVCache(model.config.num_hidden_layers, batch_size, heads, _rotary(model.config))
+    heads, config = head_layout(model.config, model.shard), model.config
+    num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return KVCache(num_layers, batch_size, heads, _rotary(config))
 
 
 def cached_inputs(

@@ -146,7 +146,10 @@ class MoELayer(nn.Layer):
 
     def _of_few(self, x_TD: paddle.Tensor) -> paddle.Tensor:
         logits, bias = (np.from_dlpack(each) for each in (self.gate(x_TD, TEXT), self.correction_bias))
-        y = few_tokens.run(x_TD, self.experts, *few_tokens.route(logits, bias[TEXT], self.options))
+        chosen, weights = few_tokens.route(logits, bias[TEXT], self.options)
+        if self.on_routing is not None:
+            self.on_routing(chosen, None, len(chosen))
+        y = few_tokens.run(x_TD, self.experts, chosen, weights)
         return y if self.shared_experts is None else add(y, self.shared_experts(x_TD))
 
     def _by_modality(self, x_TD: paddle.Tensor, tokens: TokenInfo) -> tuple[Finish, dict[int, Routed]]:

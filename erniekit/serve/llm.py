@@ -211,6 +211,8 @@ class LLM:
             finally:
                 for generation in generations:
                     self._engine.cancel(generation)
+            if self._engine.drafting is not None:
+                log.info(self._engine.drafting.line)
             results, first = [], 0
             for (wanted, _, text), scored in zip(plans, prompt_scores, strict=True):
                 last = first + len(wanted.requests)

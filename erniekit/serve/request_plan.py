@@ -45,9 +45,10 @@ def plan(
     num_scores: int | None,
     name: str,
     grammar: Compiled | None = None,
+    owner: str = "",
 ) -> Plan:
     """The requests to the engine for the fields of a client's request. `name`: the field that has the prompts.
-    `grammar`: what the answers have to follow.
+    `grammar`: what the answers have to follow. `owner`: whose request it is.
     """
     n = values.get("n", 1)
     if n * len(prompts) > MAX_ANSWERS:
@@ -68,7 +69,7 @@ def plan(
     for row, prompt in enumerate(prompts):
         for number in range(n):
             draw = row * n + number
-            request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter)
+            request = Request(_ids(prompt), limits, sampling, draw, num_scores=num_scores, adapter=adapter, owner=owner)
             if isinstance(prompt, PicturePrompt):
                 request = replace(request, picture_prompt=prompt, open_pictures=_Tables(prompt))
             if grammar is not None:

@@ -8,6 +8,7 @@ from erniekit.checkpoint.peft_read import StoredAdapter, read_adapter
 from erniekit.config import Config
 from erniekit.data.chat.template import say_if_trained_otherwise
 from erniekit.generation.load import ChatModel, PreparedChatModel, find_model
+from erniekit.generation.speculative import require_drafts
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError, ConfigError
 
@@ -17,6 +18,8 @@ def open_with_adapters(cfg: Config) -> ChatModel:
     ConfigError that names the key, before weights are read.
     """
     found = find_model(cfg)
+    if cfg.num_speculative_tokens:
+        require_drafts(found.prepared.config)
     adapters = _read(cfg, found)
     chat_model = found.load()
     if adapters:

@@ -93,4 +93,6 @@ def context_of(cfg: Config, chat_model: ChatModel) -> int:
 
 def engine_of(cfg: Config, chat_model: ChatModel) -> Engine:
     """An engine with the bounds of a configuration."""
-    return Engine(chat_model.model, cfg.max_num_seqs, cfg.max_num_batched_tokens, min(NUM_KEPT, cfg.max_num_seqs))
+    kept = min(NUM_KEPT, cfg.max_num_seqs)
+    drafts = cfg.num_speculative_tokens > 0
+    return Engine(chat_model.model, cfg.max_num_seqs, cfg.max_num_batched_tokens, kept, drafts)

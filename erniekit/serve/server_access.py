@@ -55,7 +55,7 @@ def require_key_if_reachable(host: str, keys: tuple[bytes, ...]) -> None:
 
 
 class Gate:
-    """Refuses requests before they reach a route.
+    """Refuses requests before they reach a route, and notes whose they are (`owner` in the scope).
 
     On loopback the Host header has to name this machine: a web page whose name was made to point here (DNS rebinding)
     has its own name in it. A request from a web page (Origin) has to come from this server's own pages. The paths in
@@ -77,14 +77,15 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(scope["path"], Headers(scope=scope))
+                scope["owner"] = self._check(scope["path"], Headers(scope=scope))
             except ApiError as error:
                 return await error_response(error)(scope, receive, send)
         elif scope["type"] != "lifespan":
             return
         await self._app(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, headers: Headers) -> str:
+        """Raises ApiError for a request that is refused; a word for the key of one that is not, "" without keys."""
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise ApiError(400, "the request has to have one Host header.", code="host_not_allowed")
@@ -98,13 +99,14 @@ class Gate:
             if origin.lower() not in (f"http://{hosts[0]}".lower(), f"https://{hosts[0]}".lower()):
                 raise ApiError(403, "requests from pages of other servers are refused.", code="origin_not_allowed")
         if self._keys and path not in self._open_paths:
-            self._check_key(headers.getlist("authorization"))
+            return self._checked_key(headers.getlist("authorization"))
+        return ""
 
     def _is_local(self, host: str) -> bool:
         name = _without_port(host).lower()
         return is_loopback(name) or name in self._allowed
 
-    def _check_key(self, given: list[str]) -> None:
+    def _checked_key(self, given: list[str]) -> str:
         scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         # all keys are compared, so that the time does not tell which one was near
@@ -116,6 +118,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return str(matches.index(True))
 
 
 def _without_port(host: str) -> str:

@@ -60,7 +60,7 @@ async def chat(request: HttpRequest, served: Served) -> Response:
     submitted = False
     try:
         prompt, how, grammar = await served.in_pool(lambda: chat_prompt(values, served))
-        wanted = plan(values, [prompt], served, num_scores, "messages", grammar)
+        wanted = plan(values, [prompt], served, num_scores, "messages", grammar, request.scope["owner"])
         submitted = True
         run = Run(served, served.thread.submit(wanted.requests), how)
     finally:

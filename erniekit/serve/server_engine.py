@@ -62,7 +62,7 @@ class EngineThread:
         self.engine, self.max_waiting = engine, max_waiting
         self.failure = ""
         self.num_reserved = 0
-        self.num_running = self._num_queued = 0  # of the engine, as its thread has last counted them
+        self.num_running = self._num_queued = self._num_cached = 0  # of the engine, as its thread has last counted them
         self._open = 0  # answers that have been submitted and have not ended
         self._wake = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
@@ -81,6 +81,11 @@ class EngineThread:
         """Answers that wait, those whose prompt is being rendered included."""
         return self._num_queued + self.num_reserved
 
+    @property
+    def kv_usage(self) -> float:
+        """The share of the tokens that all running answers may have in the cache that they have."""
+        return self._num_cached / (self.engine.max_running * self.engine.model.config.max_position_embeddings)
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to answer; events go to queues of `loop`."""
         self._loop = loop
@@ -88,6 +93,8 @@ class EngineThread:
 
     def close(self) -> None:
         """End the thread; answers that have not ended are cancelled."""
+        if self.engine.drafting is not None and self.engine.drafting.num_drafts:
+            log.info(self.engine.drafting.line)
         with self._wake:
             self._is_closing = True
             self._wake.notify()
@@ -163,7 +170,8 @@ class EngineThread:
                 self._end_all(Event(stop="error", error=self.failure))
 
     def _count(self) -> None:
-        self.num_running, self._num_queued = self.engine.num_running, self.engine.num_waiting
+        engine = self.engine
+        self.num_running, self._num_queued, self._num_cached = engine.num_running, engine.num_waiting, engine.num_cached
 
     def _add(self, answers: Sequence[Answering]) -> None:
         for answer in answers:

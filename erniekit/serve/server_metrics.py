@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from erniekit.serve.server_engine import EngineThread
@@ -14,7 +14,7 @@ _LABEL = ("model_name",)
 
 
 class _Gauges(Collector):
-    """What is read from the engine when someone asks."""
+    """What is read from the engine when someone asks. Its counters are those of drafts (num_speculative_tokens)."""
 
     def __init__(self, thread: EngineThread, name: str) -> None:
         self._thread, self._name = thread, name
@@ -23,10 +23,20 @@ class _Gauges(Collector):
         for name, text, value in (
             ("num_requests_running", "Answers that are read or generated.", self._thread.num_running),
             ("num_requests_waiting", "Answers that wait for one to end.", self._thread.num_waiting),
+            ("kv_cache_usage_perc", "The used share of the room for running answers, 0 to 1.", self._thread.kv_usage),
         ):
             gauge = GaugeMetricFamily(f"erniekit:{name}", text, labels=_LABEL)
             gauge.add_metric([self._name], value)
             yield gauge
+        drafting = self._thread.engine.drafting
+        if drafting is not None:
+            for name, text, value in (
+                ("spec_decode_num_draft_tokens", "Drafted tokens that were checked.", drafting.num_drafts),
+                ("spec_decode_num_accepted_tokens", "Drafted tokens that were right.", drafting.num_accepted),
+            ):
+                counter = CounterMetricFamily(f"erniekit:{name}", text, labels=_LABEL)
+                counter.add_metric([self._name], value)
+                yield counter
 
 
 class Metrics:
@@ -47,6 +57,14 @@ class Metrics:
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Until the first token.", _SECONDS)
         self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Between two tokens.", _SECONDS)
         self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Until the last token.", _SECONDS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Until the prompt is read.", _SECONDS)
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the reading of the prompt to the first token.", _SECONDS
+        )
+        self.decode_time = self._histogram("request_decode_time_seconds", "From the first token to the last.", _SECONDS)
+        self.inference_time = self._histogram(
+            "request_inference_time_seconds", "From the reading of the prompt to the last token.", _SECONDS
+        )
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self.request_params_n = self._histogram("request_params_n", "Answers of a request.", (1, 2, 5, 10, 20, 128))

@@ -99,7 +99,13 @@ class Run:
     def _measure_end(self, index: int) -> None:
         metrics, reader, answer = self.served.metrics, self.readers[index], self.job.answers[index]
         metrics.ended(reader.finish_reason or "")
-        metrics.e2e_latency.observe(time.monotonic() - self.job.came)
+        now, began = time.monotonic(), answer.generation.began if answer.generation else 0.0
+        metrics.e2e_latency.observe(now - self.job.came)
+        if began and answer.read:
+            metrics.queue_time.observe(max(0.0, began - self.job.came))
+            metrics.prefill_time.observe(answer.read - began)
+            metrics.decode_time.observe(now - answer.read)
+            metrics.inference_time.observe(now - began)
         metrics.generation_tokens.inc(reader.num_tokens)
         metrics.request_generation_tokens.observe(reader.num_tokens)
         metrics.prompt_tokens.inc(len(answer.request.prompt))

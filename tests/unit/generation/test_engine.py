@@ -94,6 +94,19 @@ def test_the_beginning_of_an_ended_conversation_is_reused(model: CausalLM):
     assert engine.num_reused == len(PROMPTS[2]) + 4 + 4
 
 
+def test_owners_wait_by_turns_and_share_nothing(dense: CausalLM):
+    engine = Engine(dense, max_running=1, num_kept=4)
+    owners = ["a"] * 4 + ["b"] * 2 + ["c"]
+    generations = [
+        engine.add(Request([5, 9, 33, 7], Limits(2), DRAWN, draw, owner=owner)) for draw, owner in enumerate(owners)
+    ]
+    order: list[int] = []
+    while not engine.is_idle:
+        order += [generations.index(generation) for generation in engine.step() if generation.answer.stop]
+    assert order == [0, 4, 6, 1, 5, 2, 3]
+    assert [generations[place].num_reused for place in order] == [0, 0, 0, 3, 3, 3, 3], "each its own conversations"
+
+
 def test_what_is_kept_has_a_bound(dense: CausalLM):
     engine = Engine(dense, num_kept=2)
     for draw, prompt in enumerate(PROMPTS):

@@ -162,6 +162,27 @@ def test_an_adapters_directory_is_used_with_its_base(model_dir: Path, llm: LLM, 
     assert found == answer.ids
 
 
+def test_drafts_leave_the_answers_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    path = model_directory(tmp_path / "m", num_nextn_predict_layers=1)
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=9, n=2, stop=["a"])
+    plain, drafting = (
+        LLM(path, dtype="float32", num_speculative_tokens=number).generate(["25加16", "等于"], params)
+        for number in (0, 1)
+    )
+    assert [result.outputs for result in drafting] == [result.outputs for result in plain]
+    assert "were right" in capsys.readouterr().err
+    with client(path, num_speculative_tokens=1) as server:
+        said = server.complete(prompt="25加16", temperature=1.0, top_p=1.0, seed=3, max_tokens=9, n=2, stop=["a"])
+        metrics = server.http.get("/metrics").text
+    assert [choice["text"] for choice in said["choices"]] == [output.text for output in plain[0].outputs]
+    assert "erniekit:spec_decode_num_draft_tokens_total" in metrics
+    monkeypatch.setattr("erniekit.generation.load.PreparedChatModel.load", lambda self: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match="num_speculative_tokens: the model has no block"):
+        LLM(model_directory(tmp_path / "plain"), dtype="float32", num_speculative_tokens=1)
+
+
 def test_an_interrupted_call_leaves_the_engine_free(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     step, count = Engine.step, [0]
 

@@ -135,6 +135,20 @@ def test_biases_and_ids_of_tokens(server: Asking, model: ChatModel):
     assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
 
 
+def test_what_a_server_measures(model_dir: Path, model: ChatModel):
+    with client(model_dir, model) as asking:
+        asking.chat(n=2, max_tokens=3)
+        lines = asking.http.get("/metrics").text.splitlines()
+    values = {line.partition("{")[0]: float(line.split()[-1]) for line in lines if 'le="' not in line and "{" in line}
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert values[f"erniekit:request_{name}_time_seconds_count"] == 2
+    parts = [values[f"erniekit:request_{name}_time_seconds_sum"] for name in ("queue", "inference")]
+    assert sum(parts) == pytest.approx(values["erniekit:e2e_request_latency_seconds_sum"], rel=1e-6)
+    assert values["erniekit:kv_cache_usage_perc"] == 0, "nothing runs"
+    assert values["erniekit:generation_tokens_total"] == 6
+    assert "erniekit:spec_decode_num_draft_tokens_total" not in values
+
+
 def test_limits_are_honoured(server: Asking, model: ChatModel):
     text = server.chat()["choices"][0]["message"]["content"]
     stop = text[2:5]

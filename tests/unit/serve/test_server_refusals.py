@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import threading
 import time
 from pathlib import Path
@@ -201,6 +202,20 @@ def test_a_port_that_is_taken(model_dir: Path):
             serve(load(None, {"model_name_or_path": str(model_dir), "port": port}, command="server"))
 
 
+def test_kept_prompts_are_not_shared_between_keys(model_dir: Path, model: ChatModel):
+    names = ("first-key", "second-key")
+    with client(model_dir, model, tuple(hashlib.sha256(name.encode()).digest() for name in names)) as guarded:
+
+        def cached(key: str) -> int:
+            headers, body = {"Authorization": f"Bearer {key}"}, {"model": "tiny", "messages": QUESTION, "max_tokens": 2}
+            return guarded.http.post(CHAT, json=body, headers=headers).json()["usage"]["prompt_tokens_details"][
+                "cached_tokens"
+            ]
+
+        first, other, again = cached(names[0]), cached(names[1]), cached(names[0])
+        assert first == other == 0 < again
+
+
 def test_a_full_queue_is_said_with_the_time_to_come_back(model_dir: Path, model: ChatModel):
     with client(model_dir, model, max_num_seqs=1, max_waiting_requests=1) as small:
         answer = small.http.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 3})
@@ -231,11 +246,38 @@ def wait_until_idle(server: Asking) -> None:
     pytest.fail("the engine still computes")
 
 
+def test_a_client_that_does_not_read_ends_its_answer(server: Asking, monkeypatch: pytest.MonkeyPatch):
+    """The connection takes the first pieces and no more."""
+    monkeypatch.setattr("erniekit.serve.server_stream.WRITE_SECONDS", 0.2)
+    body, sent = {"model": "tiny", "messages": QUESTION, "stream": True, "ignore_eos": True}, []
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": CHAT, "raw_path": CHAT.encode()}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "headers": [
+        (b"host", b"localhost"), (b"content-type", b"application/json")]}  # fmt: skip
+
+    async def ask() -> None:
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive() -> dict:
+            if (message := next(messages, None)) is not None:
+                return message
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            sent.append(message["type"])
+            if len(sent) > 4:
+                await asyncio.sleep(60)
+
+        await asyncio.wait_for(server.http.app(scope, receive, send), 30)
+
+    server.http.portal.call(ask)
+    wait_until_idle(server)
+    assert len(sent) == 5
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_answer(server: Asking, stream: bool):
     """The client closes its connection once the engine runs."""
-    import json
-
     app, body = server.http.app, {"model": "tiny", "messages": QUESTION, "stream": stream, "ignore_eos": True}
     thread = server.served.thread
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": CHAT, "raw_path": CHAT.encode()}
