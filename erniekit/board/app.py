@@ -35,6 +35,7 @@ _SECONDS = 300  # that `check` and `plan` may take
 _OPEN = (LOGIN, "/static/board.css", "/static/board.js", "/health")
 _COOKIE_SECONDS = 30 * 86400
 STRINGS = {code: json.loads((_HERE / f"strings/{code}.json").read_text("utf-8")) for code in ("en", "zh")}
+KEY_DOCS: dict[str, str] = json.loads((_HERE / "strings/keys_zh.json").read_text("utf-8"))
 _PAGES = {"/": "runs", "/new": "new", "/data": "data", "/plan": "plan", "/chat": "chat", "/compare": "run"}
 _TITLES = {"eval": "evaluate", "export": "export"}
 Body = dict[str, Any]
@@ -104,7 +105,8 @@ async def _page(board: Board, name: str, request: Request) -> Response:
         runs = await run_in_threadpool(board.runs.list)
         facts |= {"command": command, "examples": _examples(), "runs": [run.id for run in runs]}
         if name == "new":
-            facts |= {"groups": forms.groups(command), "title": strings[_TITLES.get(command, name)]}
+            docs = KEY_DOCS if _language(request) == "zh" else {}
+            facts |= {"groups": forms.groups(command, docs), "title": strings[_TITLES.get(command, name)]}
     return _render(request, name, **facts)
 
 
