@@ -252,7 +252,12 @@ def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) ->
             raise UserError(f"`erniekit {words[0]}` takes more than {_SECONDS} seconds here.") from None
         shown = (done.stdout if done.stdout.strip() else done.stderr).replace(str(path), "the YAML")
         read = {name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in files.items()}
-        return {"code": done.returncode, "text": shown, "words": f"erniekit {' '.join(words)}", **read}
+        return {
+            "code": done.returncode,
+            "text": shown,
+            "words": f"erniekit {' '.join([words[0], 'x.yaml', *words[1:]])}",
+            **read,
+        }
 
 
 def _plan(board: Board, body: Body) -> Body:

@@ -322,7 +322,7 @@ def test_data_and_plan_are_those_of_the_commands(page: TestClient):
     assert document["tokens"][-1] == ["</s>", 1, 1]
     said = page.post("/api/plan", json={"yaml": text, "gpu": "H100"}).json()
     assert said["code"] == 0 and said["json"]["fits"] and said["json"]["gpu"] == "H100"
-    assert said["words"] == "erniekit plan gpu=H100" and "FITS" in said["text"]
+    assert said["words"] == "erniekit plan x.yaml gpu=H100" and "FITS" in said["text"]
     said = page.post("/api/plan", json={"yaml": text, "gpu": "H1000"}).json()
     assert said["code"] == 1 and said["json"] is None and "H1000" in said["text"]
     assert "whole numbers" in error(page.post("/api/records", json={"yaml": text, "first": "1"}))
