@@ -37,6 +37,8 @@ demo-quantise: $(VENV)/.installed
 	$(PY) tools/demo_quantise.py
 
 test: $(VENV)/.installed-dev
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		echo "tests/e2e/test_board.py is skipped: it needs chromium and chromedriver"
 	$(PY) -m pytest -q -n 3 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-dev

@@ -36,6 +36,7 @@ _SECONDS = 300  # that `check` and `plan` may take
 _OPEN = (LOGIN, "/static/board.css", "/static/board.js", "/health")
 _COOKIE_SECONDS = 30 * 86400
 STRINGS = {code: json.loads((_HERE / f"strings/{code}.json").read_text("utf-8")) for code in ("en", "zh")}
+KEY_DOCS: dict[str, str] = json.loads((_HERE / "strings/keys_zh.json").read_text("utf-8"))
 _PAGES = {"/": "runs", "/new": "new", "/data": "data", "/plan": "plan", "/chat": "chat", "/compare": "run"}
 _TITLES = {"eval": "evaluate", "export": "export"}
 Body = dict[str, Any]
@@ -105,7 +106,8 @@ async def _page(board: Board, name: str, request: Request) -> Response:
         runs = await run_in_threadpool(board.runs.list)
         facts |= {"command": command, "examples": _examples(), "runs": [run.id for run in runs]}
         if name == "new":
-            facts |= {"groups": forms.groups(command), "title": strings[_TITLES.get(command, name)]}
+            docs = KEY_DOCS if _language(request) == "zh" else {}
+            facts |= {"groups": forms.groups(command, docs), "title": strings[_TITLES.get(command, name)]}
     return _render(request, name, **facts)
 
 
@@ -251,7 +253,12 @@ def _ask(board: Board, text: str, words: list[str], results: tuple[str, ...]) ->
             raise UserError(f"`erniekit {words[0]}` takes more than {_SECONDS} seconds here.") from None
         shown = (done.stdout if done.stdout.strip() else done.stderr).replace(str(path), "the YAML")
         read = {name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in files.items()}
-        return {"code": done.returncode, "text": shown, "words": f"erniekit {' '.join(words)}", **read}
+        return {
+            "code": done.returncode,
+            "text": shown,
+            "words": f"erniekit {' '.join([words[0], 'x.yaml', *words[1:]])}",
+            **read,
+        }
 
 
 def _plan(board: Board, body: Body) -> Body:

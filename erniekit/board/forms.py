@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ _KEY = re.compile(r"\s*([A-Za-z_]\w*): ")
 _TREE = tuple[yaml.ScalarNode, yaml.Node]
 
 
-def groups(command: str) -> list[dict[str, Any]]:
-    """The fields of a command's form: name and fields of each group of keys, in the schema's order."""
+def groups(command: str, docs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The fields of a command's form: name and fields of each group of keys, in the schema's order. `docs` are
+    translated lines of documentation by key; the others stay in English.
+    """
     return [
-        {"name": name, "fields": [_field(entry) for entry in entries]}
+        {"name": name, "fields": [_field(entry, docs.get(entry.name, entry.doc)) for entry in entries]}
         for name, entries in reference.by_group(command).items()
     ]
 
 
-def _field(entry: reference.KeyEntry) -> dict[str, Any]:
+def _field(entry: reference.KeyEntry, doc: str) -> dict[str, Any]:
     choices = list(_FIELDS[entry.name].metadata["choices"]) if "item" not in _FIELDS[entry.name].metadata else []
     if entry.type == "switch":
         choices = ["True", "False"]
-    return {**vars(entry), "choices": [choice for choice in choices if choice]}
+    return {**vars(entry), "doc": doc, "choices": [choice for choice in choices if choice]}
 
 
 def values(text: str) -> dict[str, str]:

@@ -151,7 +151,7 @@ class Runs:
         self._lock.acquire()
 
     def close(self) -> None:
-        """Release the root. The runs go on."""
+        """Release the root. The runs continue."""
         self._lock.release()
 
     def list(self) -> list[Run]:

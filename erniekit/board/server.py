@@ -33,7 +33,7 @@ def serve(
     allowed_hosts: tuple[str, ...] = (),
     api_key_file: str | None = None,
 ) -> None:
-    """Show the board until the process is interrupted; runs go on. Raises ConfigError for a root of runs that another
+    """Show the board until the process is interrupted; runs continue. Raises ConfigError for a root of runs that another
     board uses, an address that is not free, and one that others reach without a key of the user's own.
     """
     keys = key_digests(api_key_file, runtime.environment_variable(KEY_VARIABLE))
@@ -47,7 +47,7 @@ def serve(
                 link += f"/login?key={_own_key(runs.root / KEY_FILE)}"
                 keys = key_digests(str(runs.root / KEY_FILE), None)
             board = Board(runs, keys, host, allowed_hosts, f"erniekit-board-{listening.getsockname()[1]}")
-            log.info(f"runs are in {short(runs.root)}, and go on when the board ends; it may read and write below:")
+            log.info(f"runs are in {short(runs.root)}, and continue when the board ends; it may read and write below:")
             log.info("  " + ", ".join(dict.fromkeys(str(root) for root in runs.roots)))
             log.info(f"board: {link} (this process ends by Ctrl-C)")
             quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}

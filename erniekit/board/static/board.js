@@ -66,7 +66,7 @@ function onClick(id, act) {
 }
 
 const badge = (run) => h("span", { class: `badge ${run.state}` }, say(run.state), run.code > 0 ? ` (${run.code})` : "");
-const sizeOf = (bytes) => bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
+const sizeOf = (bytes) => Math.abs(bytes) >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(0)} MB`;
 
 const isLong = (value) => Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3);
 const number = (value) => value == null ? "" : isLong(value) ? value.toExponential(2) : String(+value.toPrecision(5));

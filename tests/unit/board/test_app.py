@@ -19,11 +19,11 @@ from starlette.testclient import TestClient
 from support.source_tree import REPOSITORY
 
 from erniekit.board import server as board_server
-from erniekit.board.app import STRINGS, Board, make_app
+from erniekit.board.app import KEY_DOCS, STRINGS, Board, make_app
 from erniekit.board.runs import Runs
 from erniekit.board.server import serve
 from erniekit.cli import main as cli
-from erniekit.config.schema import GROUPS
+from erniekit.config.schema import GROUPS, fields
 from erniekit.serve.server_access import key_digests
 from erniekit.utils.errors import ConfigError, UserError
 
@@ -102,6 +102,12 @@ def test_both_languages_have_the_same_strings_and_all_are_used():
     assert not names & set(dir(dict)), "jinja would find the method"
 
 
+def test_the_documentation_of_keys_in_chinese_is_of_keys_that_there_are():
+    """A key without a translation is shown in English."""
+    assert KEY_DOCS.keys() <= fields().keys()
+    assert all(re.search(r"[\u4e00-\u9fff]", text) and text.endswith("。") for text in KEY_DOCS.values())
+
+
 def test_vendored_files_are_those_that_were_published():
     """uPlot 1.6.32 from npm: dist/uPlot.iife.min.js, dist/uPlot.min.css, LICENSE."""
     digests = {name: hashlib.sha256((BOARD / "static" / name).read_bytes()).hexdigest()[:16] for name in VENDORED}
@@ -113,10 +119,10 @@ VENDORED = {"uPlot.js": "19c8d4c6ad88929a", "uPlot.css": "df630c6a8d6f8eea", "uP
 
 def test_the_board_stays_small():
     """Lines of code in Python, templates, script, style sheet and strings, without blank lines, comments and
-    docstrings, as cloc counts; uPlot is not ours.
+    docstrings, as cloc counts; uPlot is not ours, and the keys' documentation in Chinese is a table of the schema's.
     """
     files = [path for path in BOARD.rglob("*") if path.suffix in (".py", ".html", ".js", ".css", ".json")]
-    texts = {path: path.read_text("utf-8") for path in files if path.name not in VENDORED}
+    texts = {path: path.read_text("utf-8") for path in files if path.name not in (*VENDORED, "keys_zh.json")}
     assert sum(code_lines(path, text) for path, text in texts.items()) < 1500
     assert max(len(line) for text in texts.values() for line in text.splitlines()) <= 120
 
@@ -316,7 +322,7 @@ def test_data_and_plan_are_those_of_the_commands(page: TestClient):
     assert document["tokens"][-1] == ["</s>", 1, 1]
     said = page.post("/api/plan", json={"yaml": text, "gpu": "H100"}).json()
     assert said["code"] == 0 and said["json"]["fits"] and said["json"]["gpu"] == "H100"
-    assert said["words"] == "erniekit plan gpu=H100" and "FITS" in said["text"]
+    assert said["words"] == "erniekit plan x.yaml gpu=H100" and "FITS" in said["text"]
     said = page.post("/api/plan", json={"yaml": text, "gpu": "H1000"}).json()
     assert said["code"] == 1 and said["json"] is None and "H1000" in said["text"]
     assert "whole numbers" in error(page.post("/api/records", json={"yaml": text, "first": "1"}))

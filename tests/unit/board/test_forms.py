@@ -55,11 +55,12 @@ def comments(text: str) -> list[str]:
 
 def test_every_key_of_a_command_has_a_field_with_its_words():
     for command in ("train", "eval", "export", "split", "server"):
-        fields = {field["name"]: field for group in forms.groups(command) for field in group["fields"]}
+        fields = {field["name"]: field for group in forms.groups(command, {}) for field in group["fields"]}
         assert fields.keys() == {entry.name for entries in reference.by_group(command).values() for entry in entries}
         assert all(field["doc"] == schema.fields()[name].metadata["doc"] for name, field in fields.items())
     assert fields["port"]["limits"] == "at least 0 and at most 65535"
-    train = {field["name"]: field for group in forms.groups("train") for field in group["fields"]}
+    train = {field["name"]: field for group in forms.groups("train", {"seed": "种子"}) for field in group["fields"]}
+    assert train["seed"]["doc"] == "种子" and train["stage"]["doc"] == schema.fields()["stage"].metadata["doc"]
     assert train["packing"]["choices"] == ["True", "False"] and "SFT" in train["stage"]["choices"]
     assert not train["train_dataset_type"]["choices"], "a list is typed"
 
