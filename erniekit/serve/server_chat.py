@@ -24,6 +24,7 @@ from erniekit.serve.server_run import Plan, Run, plan, reading, unless_client_le
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece, Reading
+from erniekit.serve.server_video import decoded, video_options, with_videos
 from erniekit.utils import log
 from erniekit.utils.version import __version__
 
@@ -146,7 +147,10 @@ def prompt_of(values: dict[str, Any], served: Served, tools: Any, answers: bool 
         return ids
     vision = model.vision
     assert vision is not None, "Messages refuses pictures for models of text"
-    plans = plan_media(media, MediaReader(Path("/nonexistent")), vision.settings, vision.video, reader.notes)
+    options = video_options(vision.video)
+    files = MediaReader(Path("/nonexistent"))
+    plans = with_videos(lambda: plan_media(media, files, vision.settings, options, reader.notes))
+    plans = decoded(plans, served.context, reader.notes)
     for doubt in sorted(reader.notes.doubts):
         log.info(doubt)
     return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)

@@ -94,7 +94,7 @@ _KEYS = {
         max_new_tokens min_tokens temperature top_p top_k repetition_penalty frequency_penalty presence_penalty stream
         enable_thinking chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
-        eval_benchmark eval_benchmark_path num_fewshot eval_mode eval_chat_template
+        eval_benchmark eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template
         format max_shard_size copy_tokenizer
         host port served_model_name max_model_len max_num_seqs max_num_batched_tokens
         max_waiting_requests queue_timeout request_timeout max_request_mb max_request_images

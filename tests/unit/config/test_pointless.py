@@ -23,6 +23,8 @@ GPTQ = {"quantization_algorithm": "gptq"}
 MEASURED = {**W4, "quantization_eval": True, "eval_dataset_path": "e", "eval_dataset_type": "erniekit"}
 SMOOTH = {**CALIBRATED, "quantization": "w8a8", "quantization_algorithm": "smoothquant"}
 LORA = {"fine_tuning": "LoRA"}
+MMLU: dict[str, Any] = {"eval_benchmark": "mmlu", "eval_benchmark_path": "d"}
+WRITTEN = {"eval_benchmark_mode": "generate"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
 # None instead of the last: there is no configuration of this command in which they do something.
@@ -130,6 +132,16 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"save_total_limit": 2, "use_async_save": True}, {"save_strategy": "no"}, {}),
     ("train", {"ckpt_quant_stage": "O1"}, {"ignore_save_lr_and_optim": True}, {}),
     ("train", {"logging_dir": "l"}, {}, {"report_to": "tensorboard"}),
+    ("train", {"logging_dir": "l"}, {"report_to": "trackio"}, {"report_to": "trackio,wandb"}),
+    ("train", {"run_name": "r", "project": "p"}, {"report_to": "tensorboard"}, {"report_to": "tensorboard,mlflow"}),
+    ("train", {"eval_benchmark": "mmlu", "eval_benchmark_path": "d"}, {}, None),
+    ("eval", {"eval_benchmark_path": "d", "num_fewshot": 2, "eval_chat_template": True}, EVAL, MMLU),
+    ("eval", {"max_seq_len": 9, "predict_with_generate": True, "packing": True}, {**EVAL, **MMLU}, EVAL),
+    ("eval", {"on_bad_line": "skip"}, MMLU, EVAL),
+    ("eval", {"max_new_tokens": 9, "top_p": 0.5}, MMLU, {**MMLU, **WRITTEN, "temperature": 1.0}),
+    ("eval", {"batch_size": 9}, {**MMLU, **WRITTEN}, MMLU),
+    ("eval", {"enable_thinking": True}, {**MMLU, **WRITTEN}, {**MMLU, **WRITTEN, "eval_chat_template": True}),
+    ("eval", {"chat_template": "text"}, MMLU, {**MMLU, **WRITTEN}),
     ("train", {"ignore_data_skip": True}, {"resume_from_checkpoint": "none"}, {}),
     ("train", {"save_format": "paddle"}, LORA, {}),
     ("train", {"temperature": 0.5, "top_p": 0.9, "predict_with_generate": True}, {}, None),
