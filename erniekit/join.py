@@ -37,7 +37,7 @@ PER_HOST = {
 
 # Keys among these that decide how many steps the ranks of an evaluation or a conversation run together.
 GENERATION = frozenset(option_names(GenerateArgs)) | {"predict_with_generate"}
-BENCHMARK = frozenset({"eval_benchmark", "num_fewshot", "eval_mode", "eval_chat_template"})
+BENCHMARK = frozenset({"eval_benchmark", "num_fewshot", "eval_benchmark_mode", "eval_chat_template"})
 
 
 def join(cfg: Config, degrees: ParallelDims | None = None, also_compared: Iterable[str] = ()) -> Mesh:

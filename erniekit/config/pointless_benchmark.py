@@ -2,10 +2,16 @@
 
 from erniekit.config.methods import option_names
 from erniekit.config.pointless_rule import Rule, always
+from erniekit.config.schema import Config
 from erniekit.config.schema_use import GenerateArgs
 
-_KEYS = "eval_benchmark_path num_fewshot eval_mode eval_chat_template"
+_KEYS = "eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template"
 _GENERATION = " ".join(name for name in option_names(GenerateArgs) if name != "enable_thinking")
+
+
+def _has_mode(cfg: Config, mode: str) -> bool:
+    return cfg.eval_benchmark is not None and cfg.eval_benchmark_mode == mode
+
 
 BENCHMARK_RULES = [
     Rule(f"eval_benchmark {_KEYS}", always, "read only by eval", ("train", "chat", "server", "export", "split")),
@@ -25,14 +31,14 @@ BENCHMARK_RULES = [
     ),
     Rule(
         _GENERATION,
-        lambda c, f: c.eval_benchmark is not None and c.eval_mode == "loglikelihood",
-        "eval_mode: loglikelihood generates no text",
+        lambda c, f: _has_mode(c, "loglikelihood"),
+        "eval_benchmark_mode: loglikelihood generates no text",
         ("eval",),
     ),
     Rule(
         "batch_size",
-        lambda c, f: c.eval_benchmark is not None and c.eval_mode == "generate",
-        "eval_mode: generate answers up to 128 questions at a time",
+        lambda c, f: _has_mode(c, "generate"),
+        "eval_benchmark_mode: generate answers up to 128 questions at a time",
         ("eval",),
     ),
     Rule(
@@ -43,7 +49,7 @@ BENCHMARK_RULES = [
     ),
     Rule(
         "chat_template",
-        lambda c, f: c.eval_benchmark is not None and c.eval_mode == "loglikelihood" and not c.eval_chat_template,
+        lambda c, f: _has_mode(c, "loglikelihood") and not c.eval_chat_template,
         "eval_chat_template is False",
         ("eval",),
     ),

@@ -84,7 +84,7 @@ class ServerArgs:
     queue_timeout: float = key(60.0, "Seconds that a request waits at most before it is refused (408).", gt=0)
     request_timeout: float = key(600.0, "Seconds that an answer takes at most (408).", gt=0)
     max_request_mb: int = key(64, "The largest body of a request, in MB, pictures included.", ge=1, le=4096)
-    max_request_images: int = key(8, "The largest number of pictures in a request.", ge=0)
+    max_request_images: int = key(8, "The largest number of pictures and videos in a request.", ge=0)
     api_key_file: str | None = key(
         None,
         "A file with one API key a line; requests then have to carry one. ERNIEKIT_API_KEY is another key.",
@@ -111,7 +111,7 @@ class EvalArgs:
     )
     eval_benchmark_path: str | None = key(None, "The directory with that benchmark's files, csv or jsonl.", path=True)
     num_fewshot: int = key(5, "Solved examples before each question of a benchmark, from its split dev.", ge=0)
-    eval_mode: str = key(
+    eval_benchmark_mode: str = key(
         "loglikelihood",
         "How a benchmark's answer is found: the letter of the highest probability (loglikelihood), or the one that the "
         "model writes (generate).",

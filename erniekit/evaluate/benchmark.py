@@ -76,10 +76,10 @@ class Choice:
 def measure_benchmark(cfg: Config, mesh: Mesh) -> tuple[dict[str, Any], list[Choice]]:
     """The results of the benchmark `eval_benchmark`, and each question with the model's choice; nothing is written.
 
-    With `eval_mode: loglikelihood` the model chooses the letter to which it gives the highest probability behind the
-    prompt (the first of equal ones), with `generate` the one that its answer names. `accuracy` is the share of right
-    choices over all questions, `accuracy_macro` the mean over the subjects, `accuracy_stderr` the standard error of
-    `accuracy`, pooled over the subjects (None where no subject has two questions).
+    With `eval_benchmark_mode: loglikelihood` the model chooses the letter to which it gives the highest probability
+    behind the prompt (the first of equal ones), with `generate` the one that its answer names. `accuracy` is the share
+    of right choices over all questions, `accuracy_macro` the mean over the subjects, `accuracy_stderr` the standard
+    error of `accuracy`, pooled over the subjects (None where no subject has two questions).
 
     Every rank calls it and gets the same. Raises UserError that names the key, or file and line.
     """
@@ -94,24 +94,25 @@ def measure_benchmark(cfg: Config, mesh: Mesh) -> tuple[dict[str, Any], list[Cho
     read = {_KEY: [fingerprint(questions), *(fingerprint(shown) for shown in examples.values())]}
     require_same_files(found.prepared.path, read, mesh.world_group)
     asked = [_ask(cfg, found, benchmark, item, examples.get(item.subject, [])) for item in questions]
-    reserve = cfg.max_new_tokens if cfg.eval_mode == "generate" else 0
+    generates = cfg.eval_benchmark_mode == "generate"
+    reserve = cfg.max_new_tokens if generates else 0
     asked, num_cut = _within_context(asked, found.prepared.config.max_position_embeddings - reserve)
     log.info(
         f"{cfg.eval_benchmark}: {len(questions)} questions of {len(by_subject(questions))} subjects, "
-        f"{cfg.num_fewshot} examples each, {cfg.eval_mode}"
+        f"{cfg.num_fewshot} examples each, {cfg.eval_benchmark_mode}"
     )
     opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
-    choices = _by_generation(cfg, opened, asked) if cfg.eval_mode == "generate" else _by_likelihood(cfg, opened, asked)
+    choices = (_by_generation if generates else _by_likelihood)(cfg, opened, asked)
     results: dict[str, Any] = {
         "model": str(opened.path),
         "benchmark": cfg.eval_benchmark,
-        "eval_mode": cfg.eval_mode,
+        "eval_benchmark_mode": cfg.eval_benchmark_mode,
         "num_fewshot": cfg.num_fewshot,
         "chat_template": found.template.name if cfg.eval_chat_template else None,
         "num_samples": len(choices),
         "num_cut_prompts": num_cut,
     }
-    return results | summarise(choices, cfg.eval_mode == "generate"), choices
+    return results | summarise(choices, generates), choices
 
 
 def summarise(choices: Sequence[Choice], generated: bool) -> dict[str, Any]:
@@ -167,8 +168,8 @@ def print_benchmark(results: dict[str, Any]) -> None:
         table.add_row("answers that are the letter alone", "", f"{results['exact_match']:.2%}", "")
     console = Console()
     with console.capture() as text:  # printed by us: where nobody reads, a console ends the process by itself
-        line = f"{results['model']}: {results['benchmark']}, {results['num_fewshot']} examples, {results['eval_mode']}"
-        console.print(line, markup=False, soft_wrap=True)
+        how = f"{results['benchmark']}, {results['num_fewshot']} examples, {results['eval_benchmark_mode']}"
+        console.print(f"{results['model']}: {how}", markup=False, soft_wrap=True)
         console.print(table)
     print(text.get(), end="", flush=True)
 

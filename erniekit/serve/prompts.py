@@ -17,6 +17,7 @@ from erniekit.serve.served_model import ServedModel
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_messages import Messages, read_tools
 from erniekit.serve.server_text import Reading
+from erniekit.serve.server_video import decoded, video_options, with_videos
 from erniekit.utils import log
 
 TAIL = 16  # last tokens of a prompt, among which it may open a thought
@@ -74,7 +75,9 @@ def prompt_of(
         return ids
     vision = model.vision
     assert vision is not None, "Messages refuses pictures for models of text"
-    plans = plan_media(media, MediaReader(Path("/nonexistent")), vision.settings, vision.video, reader.notes)
+    files, options = MediaReader(Path("/nonexistent")), video_options(vision.video)
+    plans = with_videos(lambda: plan_media(media, files, vision.settings, options, reader.notes))
+    plans = decoded(plans, served.context, reader.notes)
     for doubt in sorted(reader.notes.doubts):
         log.info(doubt)
     return picture_prompt(ids, plans, MediaTokens.of(model.tokenizer), vision)

@@ -19,6 +19,7 @@ from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_fields import type_name
+from erniekit.serve.server_video import video_content
 from erniekit.utils import log
 from erniekit.utils.errors import DataError
 
@@ -148,19 +149,24 @@ class Messages:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return {"type": "text", "text": _text(part.get("text"), f"{name}.text", required=True)}
-        kinds = ("image_url", "image_pil") if self._is_local else ("image_url",)
+        kinds = ("image_url", "video_url", "image_pil") if self._is_local else ("image_url", "video_url")
         if kind not in kinds:
-            raise _wrong(f"{name}.type", f"expected text or {' or '.join(kinds)}, got {str(kind)[:40]!r}")
-        if self._vision is None:
-            raise _wrong(name, "this model reads text alone, so it cannot be shown a picture")
-        self.num_images += 1
-        if self.num_images > self._max_images:
-            raise _wrong(name, f"at most {self._max_images} pictures in a request (max_request_images)")
+            raise _wrong(f"{name}.type", f"expected text, {' or '.join(kinds)}, got {str(kind)[:40]!r}")
+        self._count_picture(name)
+        if kind == "video_url":
+            return {"type": "video", "video": video_content(part, name)}
         image = part.get(kind)
         if kind == "image_pil" or (self._is_local and isinstance(image, dict) and _is_file(image.get("url"))):
             return {"type": "image", "image": self._local_pixels(image, name)}
         url = image.get("url") if isinstance(image, dict) else image
         return {"type": "image", "image": self._pixels(url, name)}
+
+    def _count_picture(self, name: str) -> None:
+        if self._vision is None:
+            raise _wrong(name, "this model reads text alone, so it cannot be shown a picture")
+        self.num_images += 1
+        if self.num_images > self._max_images:
+            raise _wrong(name, f"at most {self._max_images} pictures and videos in a request (max_request_images)")
 
     def _pixels(self, url: Any, name: str) -> Any:
         """The pixels of a data URI; nothing else is opened."""

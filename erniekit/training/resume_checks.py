@@ -113,7 +113,7 @@ _KEYS = {
         rollout_max_running log_completions num_completions_to_print print_completions_steps
         max_new_tokens min_tokens frequency_penalty presence_penalty stream chat_tools image_search_dir max_tool_rounds
         predict_with_generate eval_output checkpoint
-        eval_benchmark eval_benchmark_path num_fewshot eval_mode eval_chat_template
+        eval_benchmark eval_benchmark_path num_fewshot eval_benchmark_mode eval_chat_template
         format max_shard_size copy_tokenizer
         host port served_model_name lora_modules max_model_len max_num_seqs max_num_batched_tokens
         num_speculative_tokens

@@ -137,7 +137,7 @@ def test_ranks_that_would_answer_otherwise_are_refused(world2: World, directory:
         ("moe", EXPERT2, {"num_fewshot": 0}),
         ("moe", PIPE2, {"num_fewshot": 0}),
         ("dense", TENSOR2 | SEQUENCE, {"num_fewshot": 0}),
-        ("dense", DATA2, {"num_fewshot": 0, "eval_mode": "generate", "max_new_tokens": 4}),
+        ("dense", DATA2, {"num_fewshot": 0, "eval_benchmark_mode": "generate", "max_new_tokens": 4}),
     ],
 )
 def test_a_benchmark_on_two_ranks(

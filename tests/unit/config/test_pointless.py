@@ -29,7 +29,7 @@ KTO: dict[str, Any] = {"stage": "KTO"}
 GKD: dict[str, Any] = {"stage": "GKD", "teacher_model_name_or_path": "t"}
 RL: dict[str, Any] = {"stage": "RL"}
 METHOD_EXTRAS = {"GKD": GKD}  # what the configuration of a method needs
-MMLU = {"eval_benchmark": "mmlu", "eval_benchmark_path": "b"}
+WRITTEN = {"eval_benchmark_mode": "generate"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
 # None instead of the last: there is no configuration of this command in which they do something.
@@ -144,6 +144,16 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"save_total_limit": 2, "use_async_save": True}, {"save_strategy": "no"}, {}),
     ("train", {"ckpt_quant_stage": "O1"}, {"ignore_save_lr_and_optim": True}, {}),
     ("train", {"logging_dir": "l"}, {}, {"report_to": "tensorboard"}),
+    ("train", {"logging_dir": "l"}, {"report_to": "trackio"}, {"report_to": "trackio,wandb"}),
+    ("train", {"run_name": "r", "project": "p"}, {"report_to": "tensorboard"}, {"report_to": "tensorboard,mlflow"}),
+    ("train", {"eval_benchmark": "mmlu", "eval_benchmark_path": "d"}, {}, None),
+    ("eval", {"eval_benchmark_path": "d", "num_fewshot": 2, "eval_chat_template": True}, EVAL, MMLU),
+    ("eval", {"max_seq_len": 9, "predict_with_generate": True, "packing": True}, {**EVAL, **MMLU}, EVAL),
+    ("eval", {"on_bad_line": "skip"}, MMLU, EVAL),
+    ("eval", {"max_new_tokens": 9, "top_p": 0.5}, MMLU, {**MMLU, **WRITTEN, "temperature": 1.0}),
+    ("eval", {"batch_size": 9}, {**MMLU, **WRITTEN}, MMLU),
+    ("eval", {"enable_thinking": True}, {**MMLU, **WRITTEN}, {**MMLU, **WRITTEN, "eval_chat_template": True}),
+    ("eval", {"chat_template": "text"}, MMLU, {**MMLU, **WRITTEN}),
     ("train", {"ignore_data_skip": True}, {"resume_from_checkpoint": "none"}, {}),
     ("train", {"save_format": "paddle"}, LORA, {}),
     ("train", {"temperature": 0.5, "top_p": 0.9, "predict_with_generate": True}, {}, None),
@@ -255,11 +265,6 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("train", {"reward_coordinates": "pixels", "judge_model": "m", "code_time_limit": 3}, RL, None),
     ("train", {"reward_model_path": "p"}, RL, None),
     ("train", {"eval_benchmark": "mmlu"}, {}, None),
-    ("eval", {"num_fewshot": 3}, EVAL, MMLU),
-    ("eval", {"max_seq_len": 99, "on_bad_line": "skip"}, MMLU, EVAL),
-    ("eval", {"max_new_tokens": 9}, MMLU, {**MMLU, "eval_mode": "generate"}),
-    ("eval", {"batch_size": 9}, {**MMLU, "eval_mode": "generate"}, MMLU),
-    ("eval", {"enable_thinking": True, "chat_template": "default"}, MMLU, {**MMLU, "eval_chat_template": True}),
     ("train", {"run_name": "r"}, {"report_to": "tensorboard"}, {"report_to": "wandb"}),
     ("train", {"logging_dir": "l"}, {"report_to": "trackio"}, {"report_to": "wandb"}),
     ("split", {"max_new_tokens": 9, "predict_with_generate": True}, {}, None),

@@ -102,4 +102,4 @@ def test_references_that_double_are_bounded():
 
 
 def test_values_without_effect_are_resolved_too():
-    assert dict(load(None, {"run_name": "${RUNROOT}"}, "version").extras) == {"run_name": "/runs"}
+    assert dict(load(None, {"metrics_output_path": "${RUNROOT}"}, "version").extras) == {"metrics_output_path": "/runs"}

@@ -63,7 +63,7 @@ def test_scores_are_those_of_lm_eval(model_dir: Path, tmp_path: Path, case: str,
 
 def test_written_answers_are_those_of_lm_eval(model_dir: Path, tmp_path: Path):
     theirs = THEIRS["mmlu generate 2"]
-    cfg = settings(model_dir, tmp_path, num_fewshot=2, eval_mode="generate", max_new_tokens=MAX_NEW_TOKENS)
+    cfg = settings(model_dir, tmp_path, num_fewshot=2, eval_benchmark_mode="generate", max_new_tokens=MAX_NEW_TOKENS)
     results, lines = evaluate(cfg), lines_of(tmp_path)
     assert results["exact_match"] == pytest.approx(theirs["accuracy"])
     for subject, expected in theirs["subjects"].items():
@@ -88,10 +88,9 @@ def test_a_line_break_in_a_question_does_not_move_the_numbers_of_lines():
 
 
 def test_a_conversation_has_a_turn_for_each_example(model_dir: Path, tmp_path: Path):
-    plain = evaluate(settings(model_dir, tmp_path, num_fewshot=2, eval_mode="generate", max_new_tokens=4))
-    chat = evaluate(
-        settings(model_dir, tmp_path, num_fewshot=2, eval_mode="generate", max_new_tokens=4, eval_chat_template=True)
-    )
+    written = {"num_fewshot": 2, "eval_benchmark_mode": "generate", "max_new_tokens": 4}
+    plain = evaluate(settings(model_dir, tmp_path, **written))
+    chat = evaluate(settings(model_dir, tmp_path, eval_chat_template=True, **written))
     assert (plain["chat_template"], chat["chat_template"]) == (None, "text")
     scored = evaluate(settings(model_dir, tmp_path, num_fewshot=2, eval_chat_template=True))
     assert len({line["prediction"] for line in lines_of(tmp_path)}) > 1, "letters of one token each: the model varies"
@@ -170,5 +169,5 @@ def test_keys_that_a_benchmark_makes_pointless_are_named(model_dir: Path, tmp_pa
     cfg = settings(model_dir, tmp_path, eval_dataset_path="d.jsonl", top_p=0.5, on_bad_line="skip")
     notes = "\n".join(cfg.notes)
     assert "eval_dataset_path: no effect: eval_benchmark: mmlu is evaluated instead" in notes
-    assert "top_p: no effect: eval_mode: loglikelihood generates no text" in notes
+    assert "top_p: no effect: eval_benchmark_mode: loglikelihood generates no text" in notes
     assert "on_bad_line: no effect: a benchmark is scored with all its questions" in notes

@@ -114,8 +114,8 @@ def test_what_is_not_opened(server: Asking, url: str, said: str, monkeypatch: py
 
 
 def test_other_parts_and_too_many_pictures(server: Asking):
-    assert "at most 2 pictures" in server.bad(messages=question(*[data_uri(png(pixels()))] * 3))["message"]
-    video = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}]}]
-    assert "expected text or image_url" in server.bad(messages=video)["message"]
+    assert "at most 2 pictures and videos" in server.bad(messages=question(*[data_uri(png(pixels()))] * 3))["message"]
+    sound = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}]}]
+    assert "expected text, image_url or video_url" in server.bad(messages=sound)["message"]
     odd = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": {"a": 1}}}]}]
     assert "expected" in server.bad(messages=odd)["message"]

@@ -1,0 +1,106 @@
+"""Videos in requests: data URIs of MP4, QuickTime, WebM, Matroska or AVI, decoded while the request is read.
+
+Only files that begin as these formats do are given to FFmpeg: its readers of playlists would open other files and
+addresses.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from erniekit.data.records.errors import BadRecord, MissingPackage
+from erniekit.data.records.fields import Notes
+from erniekit.data.vision.plan import MediaPlan
+from erniekit.data.vision.video import VideoOptions
+from erniekit.serve.server_errors import ApiError
+from erniekit.serve.server_fields import type_name
+
+T = TypeVar("T")
+
+MAX_FRAME_PIXELS = 50_000_000
+MAX_DECODE_SECONDS = 60.0  # for one video: a request is read by a thread that others wait for
+_KINDS = tuple(f"data:video/{name}" for name in ("mp4", "quicktime", "webm", "x-matroska", "x-msvideo", "avi"))
+_FORMATS = "MP4, QuickTime, WebM, Matroska or AVI"
+
+
+@dataclass(frozen=True)
+class _Decoded(MediaPlan):
+    """A video whose patches are decoded already, so that nothing can fail once the answer has begun."""
+
+    decoded: np.ndarray = None  # type: ignore[assignment]
+
+    def patches(self, notes: Notes | None = None) -> np.ndarray:
+        return self.decoded
+
+
+def video_content(part: dict[str, Any], name: str) -> bytes:
+    """The bytes of a part {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,..."}}. Raises ApiError
+    that says what is wrong with it.
+    """
+    name = f"{name}.video_url"
+    video = part.get("video_url")
+    url = video.get("url") if isinstance(video, dict) else video
+    if not isinstance(url, str):
+        raise _wrong(name, f'expected {{"url": "data:video/mp4;base64,..."}}, got {type_name(url)}')
+    head, comma, data = url.partition(",")
+    kind, _, coding = head.lower().partition(";")
+    if kind not in _KINDS or coding != "base64" or not comma:
+        raise _wrong(
+            name,
+            f"videos are taken as data URIs of {_FORMATS} in base64 alone; the server opens no addresses and no files. "
+            f"Got {head[:60]!r}",
+        )
+    try:
+        content = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise _wrong(name, "the data URI is not valid base64") from None
+    is_known = content[4:8] == b"ftyp" or content[:4] == b"\x1aE\xdf\xa3"
+    if not is_known and not (content[:4] == b"RIFF" and content[8:12] == b"AVI "):
+        raise _wrong(name, f"the data URI holds no {_FORMATS}")
+    return content
+
+
+def video_options(options: VideoOptions) -> VideoOptions:
+    """The options of the configuration, with the time that a request may take."""
+    return replace(options, max_seconds=min(options.max_seconds, MAX_DECODE_SECONDS))
+
+
+def decoded(plans: Sequence[MediaPlan], context: int, notes: Notes) -> list[MediaPlan]:
+    """The plans, of which those of videos are decoded. Raises ApiError for a video that cannot be, whose frames are too
+    large, or that has more tokens than the context.
+    """
+    result: list[MediaPlan] = []
+    for plan in plans:
+        if plan.frames is None:
+            result.append(plan)
+            continue
+        if plan.width * plan.height > MAX_FRAME_PIXELS:
+            raise _wrong("messages", f"a video has frames of {plan.width} x {plan.height} pixels, which is too large")
+        if plan.geometry.tokens >= context:
+            raise _wrong(
+                "messages",
+                f"a video of {plan.frames} frames has {plan.geometry.tokens} tokens, and the context is {context}; a "
+                "shorter video, or video_max_frames and video_max_pixels in the server's YAML, makes fewer",
+            )
+        result.append(_Decoded(**vars(plan), decoded=with_videos(partial(plan.patches, notes))))
+    return result
+
+
+def with_videos(act: Callable[[], T]) -> T:
+    """The result of `act`, whose errors about a video become ApiErrors."""
+    try:
+        return act()
+    except BadRecord as error:
+        raise _wrong("messages", error.reason) from None
+    except MissingPackage:
+        message = "messages: this server reads no videos: PyAV is not installed (pip install 'erniekit[video]')."
+        raise ApiError(501, message, "messages", "videos_not_supported") from None
+
+
+def _wrong(name: str, what: str) -> ApiError:
+    return ApiError(400, f"{name}: {what}.", name, "invalid_value")
