@@ -18,6 +18,7 @@ from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -152,7 +153,7 @@ METHODS: dict[str, MethodFacts] = {
             "RL",
             "reinforcement learning from rewards that are computed",
             Records.PROMPTS,
-            options=(RLArgs, RewardArgs, CurriculumArgs),
+            options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
             defaults={
