@@ -12,13 +12,14 @@ from support.source_tree import REPOSITORY, Module, read_package
 from erniekit import config
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts, Records
+from erniekit.data.loader import Loader
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.parallel.mesh import Mesh
 from erniekit.training.build import build_run
 from erniekit.training.callbacks import Callback, StepMetrics
-from erniekit.training.evaluators import EvaluatedModel, Scores
+from erniekit.training.evaluators import EvaluatedModel, Scores, batch_groups
 from erniekit.training.forward_pass import forward_pass
 from erniekit.training.methods import METHODS, Method
 from erniekit.training.recipes.base import Recipe, RecipeContext, Term
@@ -110,9 +111,9 @@ class ShortStates(Recipe):
         return {"length": Term(x_TD.square().sum(), "states", self.weight)}
 
 
-def length_scores(evaluated: EvaluatedModel, groups) -> Scores:
+def length_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     lengths = []
-    for microbatches in groups:
+    for microbatches in batch_groups(evaluated, loader):
         forward_pass(
             evaluated.model, microbatches, lambda number, x_TD, inputs: lengths.append(float(x_TD.square().mean()))
         )

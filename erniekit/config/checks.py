@@ -207,6 +207,8 @@ def _answers(cfg: Config) -> Iterator[str]:
         return
     if cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path:
         yield "predict_with_generate: token files have no questions. Set it to False, or give eval_dataset_path"
+    elif cfg.method.records is Records.PROMPTS:
+        yield f"predict_with_generate: evaluating stage: {cfg.method.name} answers the prompts anyway. Remove it"
     elif cfg.method.records is Records.TEXT or "text" in cfg.eval_dataset_type:
         yield (
             "predict_with_generate: the evaluation data is plain text, which has no questions. Set it to False, or "

@@ -43,6 +43,7 @@ class MethodFacts:
     also_reads: keys that it reads although their group belongs to other methods, or to commands that generate.
     unread: the keys of other groups that it does not read, with the reason.
     defaults: the values of keys that are not given when it trains, where they are not those of the schema.
+    metric: the metric of evaluations that metric_for_best_model stands for where it is not given.
     later: the missing feature that it needs; empty if the method is built.
     """
 
@@ -55,6 +56,7 @@ class MethodFacts:
     also_reads: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "loss"
     later: str = ""
 
     def reads(self, key: str) -> bool:
@@ -156,6 +158,7 @@ METHODS: dict[str, MethodFacts] = {
             options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
             also_reads=("max_prompt_len", *_SAMPLING),
             unread=_UNREAD_BY_POLICIES,
+            metric="reward",
             defaults={
                 "learning_rate": 1e-6,
                 "batch_size": 8,

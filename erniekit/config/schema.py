@@ -83,6 +83,15 @@ class Config(
         """The depth of multi-token prediction that a run trains; 0 if the method has no loss for it."""
         return self.num_nextn_predict_layers if self.method.reads("num_nextn_predict_layers") else 0
 
+    def num_microbatches(self, data_ranks: int) -> int:
+        """The microbatches of an optimizer step on each data rank: gradient_accumulation_steps, or as many as the
+        completions of a step need.
+        """
+        if self.method.reads("gradient_accumulation_steps"):
+            return self.gradient_accumulation_steps
+        completions = self.rollout_batch_size * self.num_generations // self.steps_per_generation
+        return -(-completions // (self.batch_size * data_ranks))
+
     @property
     def recomputed_modules(self) -> frozenset[str]:
         """What is recomputed, in the words of recompute_modules; "layer" for whole layers. Empty without recompute."""

@@ -13,8 +13,8 @@ from rich.table import Table
 from erniekit.build import PreparedModel
 from erniekit.checkpoint.model_shape import require_pictures
 from erniekit.config import Config
-from erniekit.data.loader import Loader, build_loader
-from erniekit.evaluate.answers import Prediction, answer_questions, read_questions, score
+from erniekit.data.loader import Loader
+from erniekit.evaluate.answers import Prediction, Question, answer_questions, read_questions, score
 from erniekit.evaluate.reference import find_reference, open_reference
 from erniekit.generation.load import ChatModel, find_model
 from erniekit.join import GENERATION, join, require_same_files
@@ -22,7 +22,8 @@ from erniekit.models.decoder import CausalLM
 from erniekit.models.pipeline_layout import chunks_to_use
 from erniekit.parallel.agree import all_or_none
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.evaluators import EvaluatedModel
+from erniekit.training.data import DataContext
+from erniekit.training.evaluators import EvaluatedModel, EvaluationData
 from erniekit.training.evaluators import score as score_data
 from erniekit.training.methods import method_of
 from erniekit.training.reference import PairScorer
@@ -50,6 +51,9 @@ _SHOWN = {
     "logp_chosen": ("log-probability of the chosen", "{:.2f}"),
     "logp_rejected": ("log-probability of the rejected", "{:.2f}"),
     "kl": ("log(policy / reference)", "{:.4f}"),
+    "reward": ("reward", "{:.4f}"),
+    "completion_length": ("tokens of a completion", "{:.1f}"),
+    "truncated": ("completions without an end token", "{:.2%}"),
     "exact_match": ("exact match", "{:.2%}"),
     "tool_call_exact_match": ("calls: exact match", "{:.2%}"),
     "tool_name_match": ("calls: right functions", "{:.2%}"),
@@ -114,16 +118,17 @@ def measure(cfg: Config, mesh: Mesh, watch: Watch | None = None) -> tuple[dict[s
             require_pictures(cfg, found.prepared.config, found.path)
             chunks = chunks_to_use(cfg, found.prepared.config, mesh.degrees, mesh.pipe)
             reference = find_reference(cfg, found)
-            loader = stack.enter_context(
-                build_loader(
-                    cfg, found.tokenizer, "eval", mesh.data, mesh.degrees.data, found.template, vision=found.vision
-                )
-            )
-            questions = read_questions(cfg, loader.dataset, found) if cfg.predict_with_generate else []
-        require_same_files(found.prepared.path, loader.identity, world)
+            context = DataContext(cfg, found.tokenizer, found.template, mesh, found.vision)
+            data = method_of(cfg).open_evaluation_data(context)
+            stack.callback(data.close)
+            questions: list[Question] = []
+            if cfg.predict_with_generate:
+                assert isinstance(data, Loader), "config/checks.py refuses prompts without answers"
+                questions = read_questions(cfg, data.dataset, found)
+        require_same_files(found.prepared.path, data.identity, world)
         opened = found.load(mesh, chunks)  # keys and data are checked: from here on weights are read
         with nullcontext() if watch is None else watch(opened.model):
-            results = {"model": str(opened.path)} | _scores(cfg, opened, loader, reference)
+            results = {"model": str(opened.path)} | _scores(cfg, opened, data, reference)
         if cfg.predict_with_generate:
             predictions = answer_questions(cfg, opened, questions)
             results |= score(predictions)
@@ -145,14 +150,14 @@ def print_table(results: dict[str, Any]) -> None:
     print(text.get(), end="", flush=True)
 
 
-def _scores(cfg: Config, opened: ChatModel, loader: Loader, reference: PreparedModel | None) -> dict[str, Any]:
+def _scores(cfg: Config, opened: ChatModel, data: EvaluationData, reference: PreparedModel | None) -> dict[str, Any]:
     """The scores of the method's evaluator, with the numbers of samples, and of those dropped or cut."""
     model = opened.model
     compared_with = open_reference(cfg, model, reference, PairScorer(cfg.loss_subbatch_seqlen))
     evaluated = EvaluatedModel(str(opened.path), cfg, model, compared_with)
     cure = "Evaluate an earlier checkpoint (checkpoint: ...)."
-    scores = score_data(method_of(cfg).evaluator, evaluated, loader, cure)
-    return scores.counts | {"num_dropped": loader.report()["dropped"]} | scores.metrics
+    scores = score_data(method_of(cfg).evaluator, evaluated, data, cure)
+    return scores.counts | {"num_dropped": data.report()["dropped"]} | scores.metrics
 
 
 def _target(cfg: Config) -> Path:

@@ -69,7 +69,8 @@ class PolicyLoss:
     weights: of each term in the loss.
     counts: "sequences", "tokens" and "clipped_of" of these completions, on the device where they depend on the mask.
     metrics: scalars without gradient; sums over these completions under the names of METRIC_DIVISORS, smallest and
-        largest values under "ratio/min", "ratio/max" and "rollout/logp_difference_max".
+        largest values under "ratio/min", "ratio/max" and
+        "rollout/logp_difference/max".
     loss: the sum of weight * sum / divisor over the terms, with the divisors that were given or, by default, those of
         these completions.
     """
@@ -365,7 +366,7 @@ def _mismatch_metrics(
         "rollout/kl_k3": ((log_k.exp() - log_k - 1) * mask).sum(),
         "rollout/token_mult_prob_error": (distance.exp() * mask).sum(),
         "rollout/logp_difference": (distance * mask).sum(),
-        "rollout/logp_difference_max": (distance * mask).max(),
+        "rollout/logp_difference/max": (distance * mask).max(),
     }
     if weight is not None:
         metrics["rollout/masked_fraction"] = ((weight == 0).astype(mask.dtype) * mask).sum()

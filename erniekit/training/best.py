@@ -30,7 +30,7 @@ class BestModel:
     @property
     def metric(self) -> str:
         """The metric's name, as an evaluation reports it."""
-        return "eval_" + (self.cfg.metric_for_best_model or "loss").removeprefix("eval_")
+        return "eval_" + (self.cfg.metric_for_best_model or self.cfg.method.metric).removeprefix("eval_")
 
     @property
     def greater_is_better(self) -> bool:

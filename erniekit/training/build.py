@@ -25,7 +25,7 @@ from erniekit.checkpoint.model_shape import (
 from erniekit.config.schema import Config
 from erniekit.data.chat.template import Template
 from erniekit.data.chat.tokenizer import Tokenizer, check_fits, load_tokenizer
-from erniekit.data.loader import Loader, StepSource
+from erniekit.data.loader import StepSource
 from erniekit.data.record_feed import training_template
 from erniekit.data.vision.options import vision_spec
 from erniekit.data.vision.processor_files import read_settings
@@ -52,6 +52,7 @@ from erniekit.training.batch_warmup import last_step, warmup_steps
 from erniekit.training.best import BestModel
 from erniekit.training.data import DataContext
 from erniekit.training.ema import WeightAverage
+from erniekit.training.evaluators import EvaluationData
 from erniekit.training.fit_check import warn_if_too_large
 from erniekit.training.freezing import check_frozen, freeze, freeze_untrained_mtp
 from erniekit.training.lr_scheduler import Schedule, build_schedule
@@ -83,7 +84,7 @@ class Run:
     schedule: Schedule
     max_steps: int
     loader: StepSource
-    eval_loader: Loader | None
+    eval_loader: EvaluationData | None
     best: BestModel | None
     update_router_bias: bool
     average: WeightAverage | None
@@ -221,7 +222,7 @@ def prepare(cfg: Config, model_dir: Path, mesh: Mesh) -> PreparedModel:
 
 def _open_data(
     cfg: Config, method: Method, model_dir: Path, tokenizer: Tokenizer, mesh: Mesh, vision: VisionConfig | None
-) -> tuple[Template | None, StepSource, Loader | None]:
+) -> tuple[Template | None, StepSource, EvaluationData | None]:
     """The chat template, the training data, and those of evaluations if there are any; the same on every rank.
     `vision`: of the model, whose template is used for text, too; None: a model of text alone.
     """

@@ -2,6 +2,7 @@
 
 from erniekit.config.schema import Config
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.completions import CompletionLog
 from erniekit.training.reporting.metrics_file import MetricsFile
 from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.reporting.progress import ProgressReport
@@ -22,4 +23,6 @@ def build_callbacks(cfg: Config) -> list[Callback]:
     callbacks: list[Callback] = [ProgressReport(cfg.logging_steps, cfg.disable_tqdm), MetricsFile()]
     if cfg.report_to != "none":
         callbacks.append(Board(cfg))
+    if cfg.method.reads("log_completions"):
+        callbacks.append(CompletionLog(cfg.log_completions, cfg.num_completions_to_print, cfg.print_completions_steps))
     return [*callbacks, RouterLog(), LossPlot(), Summary()]

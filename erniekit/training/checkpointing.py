@@ -231,10 +231,8 @@ class Saver:
         if self.cfg.load_best_model_at_end and state.best_step not in (None, state.step):
             best = checkpoint_dir(self.output_dir, state.best_step)
             if on_first(self.ranks, best.is_dir):
-                log.info(
-                    f"the final model is that of {best.name}: {self.cfg.metric_for_best_model or 'loss'} "
-                    f"{state.best_metric:.6g}"
-                )
+                metric = self.cfg.metric_for_best_model or self.cfg.method.metric
+                log.info(f"the final model is that of {best.name}: {metric} {state.best_metric:.6g}")
                 with all_or_none(self.ranks):
                     load_trained(self.run.model, best)
             else:

@@ -5,9 +5,10 @@ runs it at the same time and gets the same numbers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -55,17 +56,28 @@ class Scores:
     counts: dict[str, int]
 
 
-Evaluator = Callable[[EvaluatedModel, Iterable[Sequence[PackedBatch]]], Scores]
+class EvaluationData(Protocol):
+    """Evaluation data, of the kind that the method's evaluator takes: a Loader, or for stage RL prompts."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
 
 
-def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure: str) -> Scores:
+Evaluator = Callable[[EvaluatedModel, Any], Scores]  # the second argument is the method's EvaluationData
+
+
+def score(evaluator: Evaluator, evaluated: EvaluatedModel, data: EvaluationData, cure: str) -> Scores:
     """Run an evaluator over the evaluation data: all of them, or the first max_evaluate_steps batches.
 
     Raises:
         DataError: the data hold nothing to evaluate on.
         EvaluationError: a metric is not finite; `cure` is what the user can do about it.
     """
-    scores = evaluator(evaluated, forward_groups(evaluated.mesh, loader.batches(evaluated.cfg.max_evaluate_steps)))
+    scores = evaluator(evaluated, data)
     for name, value in scores.metrics.items():
         if not math.isfinite(value):
             raise EvaluationError(
@@ -75,7 +87,12 @@ def score(evaluator: Evaluator, evaluated: EvaluatedModel, loader: Loader, cure:
     return scores
 
 
-def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+def batch_groups(evaluated: EvaluatedModel, loader: Loader) -> Iterator[list[PackedBatch]]:
+    """The evaluation batches, as many at a time as keep every pipeline stage busy."""
+    return forward_groups(evaluated.mesh, loader.batches(evaluated.cfg.max_evaluate_steps))
+
+
+def label_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     """Loss (nats a token), perplexity and accuracy of the labels. Methods with pictures also have "loss_text",
     "loss_image" and "loss_video", as in training: the losses of the labels in documents of text alone, with images, and
     with videos, each where there are such documents.
@@ -89,7 +106,7 @@ def label_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatc
             places = batch.supervised[batch.supervised_modality == modality]
             of_modality[modality] += score_hidden(model, hidden_TD, places, batch.labels)
 
-    for microbatches in groups:
+    for microbatches in batch_groups(evaluated, loader):
         num_samples += sum(batch.num_samples for batch in microbatches)
         forward_pass(model, microbatches, partial(add, microbatches))
     of_all_stages = comm.sum_floats(np.array(of_modality, np.float64).reshape(-1), mesh.pipe_group)
@@ -126,14 +143,14 @@ class _PairTable:
     score_deltas: np.ndarray
 
 
-def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> Scores:
+def pair_scores(evaluated: EvaluatedModel, loader: Loader) -> Scores:
     """The preference loss that the configuration asks for, and the means of losses.preference.pair_metrics.
 
     The loss is computed from all pairs together, because some losses contain means over them: how the pairs are batched
     and divided over ranks changes nothing. Without a reference its log-probabilities count as 0.
     """
     cfg, has_reference = evaluated.cfg, evaluated.reference is not None
-    table = _table_of_all_ranks(evaluated, groups)
+    table = _table_of_all_ranks(evaluated, loader)
     policy, reference, lengths, score_deltas = (paddle.to_tensor(array) for array in vars(table).values())
     loss, *rewards = preference_loss(
         *policy,
@@ -151,12 +168,12 @@ def pair_scores(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch
     return Scores({name: float(value.mean()) for name, value in metrics.items()}, {"num_samples": len(score_deltas)})
 
 
-def _table_of_all_ranks(evaluated: EvaluatedModel, groups: Iterable[Sequence[PackedBatch]]) -> _PairTable:
+def _table_of_all_ranks(evaluated: EvaluatedModel, loader: Loader) -> _PairTable:
     """The pairs of all data ranks, on every rank. DataError if there are none."""
     mesh, reference = evaluated.mesh, evaluated.reference
     scorer = PairScorer(evaluated.cfg.loss_subbatch_seqlen)
     tables: list[_PairTable] = []
-    for microbatches in groups:
+    for microbatches in batch_groups(evaluated, loader):
         policy = scorer.log_probs(evaluated.model, microbatches)
         other = policy if reference is None else reference.log_probs(microbatches)
         for batch, of_policy, of_reference in zip(microbatches, policy, other, strict=True):

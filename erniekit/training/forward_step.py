@@ -34,12 +34,13 @@ def attention_dropout(cfg: Config, step: int) -> DropoutStep | None:
 @dataclass
 class StepSums:
     """The sums over the microbatches of one step: the divisors (over all data ranks), each term of the loss and each
-    metric divided by them, the loss, and the statistics of each router.
+    metric divided by them, the extremes ("max" or "min", and the value), the loss, and the statistics of each router.
     """
 
     counts: dict[str, float]
     terms: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    extremes: dict[str, tuple[str, float]] = field(default_factory=dict)
     loss: float = 0.0
     routers: dict[tuple[int, int], RouterStats] = field(default_factory=dict)
 
@@ -53,6 +54,20 @@ class _TermMean(NamedTuple):
 
     name: str
     is_loss: bool
+
+
+class _Extreme(NamedTuple):
+    """A microbatch's candidate for the largest or smallest value of a metric."""
+
+    name: str
+    reduce: str
+    number: int
+
+
+def merge_extremes(target: dict[str, tuple[str, float]], name: str, reduce: str, value: float) -> None:
+    """Add a candidate to the extremes of a step."""
+    known = target.get(name, (reduce, value))[1]
+    target[name] = (reduce, max(known, value) if reduce == "max" else min(known, value))
 
 
 class _RouterSum(NamedTuple):
@@ -84,6 +99,7 @@ class TrainStage:
         self._runner = ChunkRunner(model, microbatches, cfg.neftune_noise_alpha if cfg.neftune else 0.0, dropout)
         self.on_device = DeviceSums()
         self._routers: dict[tuple[int, int], RouterStats] = {}
+        self._num_extremes = 0
         self._after_backward = after_backward
 
     def forward(
@@ -120,6 +136,10 @@ class TrainStage:
         """The weighted sum of the terms, each divided by the step's count."""
         shares = []
         for name, term in terms.items():
+            if term.reduce != "sum":
+                self._num_extremes += 1
+                self.on_device.add(_Extreme(name, term.reduce, self._num_extremes), term.total)
+                continue
             mean = term.total / max(self.counts[term.divisor], 1.0)
             self.on_device.add(_TermMean(name, is_loss=term.weight is not None), mean)
             if term.gradient_divisor is not None:
@@ -149,6 +169,8 @@ class TrainStage:
         for key, value in fetched.items():
             if isinstance(key, _TermMean):
                 (sums.terms if key.is_loss else sums.metrics)[key.name] = float(value)
+            elif isinstance(key, _Extreme):
+                merge_extremes(sums.extremes, key.name, key.reduce, float(value))
             elif isinstance(key, _RouterSum):
                 sums.routers[key.router].set_sum(key.name, float(value))
         return sums

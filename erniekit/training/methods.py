@@ -22,10 +22,10 @@ from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
 from erniekit.data.chat.tokenizer import Tokenizer
-from erniekit.data.loader import Loader, StepSource
+from erniekit.data.loader import StepSource
 from erniekit.losses.preference import wants_reference
 from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
-from erniekit.training.evaluators import Evaluator, label_scores, pair_scores
+from erniekit.training.evaluators import EvaluationData, Evaluator, label_scores, pair_scores
 from erniekit.training.judged_evaluator import judged_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
@@ -33,6 +33,7 @@ from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
 from erniekit.training.recipes.kto import KtoRecipe
 from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.rl.evaluate import open_evaluation_prompts, reward_scores
 from erniekit.training.rl.loader import open_prompts
 
 
@@ -61,7 +62,7 @@ class Method:
     wants_reference: Callable[[Config], bool] = _no_reference
     check: Callable[[Config, PreparedModel, Tokenizer], None] = _nothing_to_check
     open_data: Callable[[DataContext], StepSource] = open_rows
-    open_evaluation_data: Callable[[DataContext], Loader] = open_evaluation_rows
+    open_evaluation_data: Callable[[DataContext], EvaluationData] = open_evaluation_rows
 
 
 METHODS: dict[str, Method] = {
@@ -72,7 +73,13 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-SFT"], causal_recipe, label_scores),
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
-        Method(FACTS["RL"], PolicyRecipe.build, label_scores, open_data=open_prompts),
+        Method(
+            FACTS["RL"],
+            PolicyRecipe.build,
+            reward_scores,
+            open_data=open_prompts,
+            open_evaluation_data=open_evaluation_prompts,
+        ),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
         Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),

@@ -5,7 +5,7 @@ import numpy as np
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.parallel import comm
 from erniekit.parallel.mesh import Mesh
-from erniekit.training.forward_step import StepSums
+from erniekit.training.forward_step import StepSums, merge_extremes
 from erniekit.training.recipes.base import Recipe
 
 
@@ -28,10 +28,16 @@ def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
     """
     of_rank = {"terms": dict(sums.terms), "metrics": dict(sums.metrics), "loss": {"": sums.loss}}
     numbers: dict[tuple[str, str], float] = {}  # (field of StepSums, name)
-    for of_stage in comm.gather_objects(of_rank, mesh.pipe_group):
+    extremes: dict[str, tuple[str, float]] = {}
+    for of_stage, extremes_of_stage in comm.gather_objects([of_rank, sums.extremes], mesh.pipe_group):
+        for name, (reduce, value) in extremes_of_stage.items():
+            merge_extremes(extremes, name, reduce, value)
         for field, named in of_stage.items():
             for name, value in named.items():
                 numbers[field, name] = numbers.get((field, name), 0.0) + value
+    for of_data_rank in comm.gather_objects(extremes, mesh.data_group) if extremes else []:
+        for name, (reduce, value) in of_data_rank.items():
+            merge_extremes(extremes, name, reduce, value)
     keys = sorted(numbers)
     vectors = [np.array([numbers[key] for key in keys])]
     vectors += [stats.to_vector() for stats in sums.routers.values()]
@@ -44,4 +50,5 @@ def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
     }
     terms = {name: value for (field, name), value in values.items() if field == "terms"}
     metrics = {name: value for (field, name), value in values.items() if field == "metrics"}
-    return StepSums(sums.counts, terms, metrics, values["loss", ""], routers)
+    metrics |= {name: value for name, (_, value) in extremes.items()}
+    return StepSums(sums.counts, terms, metrics, extremes, values["loss", ""], routers)

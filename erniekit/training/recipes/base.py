@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import paddle
 
@@ -23,13 +24,15 @@ class Term:
 
     `total` is a scalar sum over this microbatch. The trainer logs `total / count` as "loss_" and the term's name; a
     term without weight is no part of the loss and only logged, under its name alone. `gradient_divisor`: the count that
-    the gradient is divided by, where it is not that of the logged value.
+    the gradient is divided by, where it is not that of the logged value. `reduce`: of a term without weight, "max" or
+    "min" if its number for the step is the largest or smallest of the microbatches', which nothing divides.
     """
 
     total: paddle.Tensor
     divisor: str
     weight: float | None = 1.0
     gradient_divisor: str | None = None
+    reduce: Literal["sum", "max", "min"] = "sum"
 
 
 class Recipe(ABC):

@@ -20,6 +20,8 @@ from erniekit.training.trainable import trained_tensors
 
 _CAPS = {"tis": "tis_cap", "mis": "mis_cap"}  # the key of the largest weight of a correction; of the others icepop_beta
 
+_TERMS = {"policy": "policy", "kl": "kl_penalty", "entropy": "entropy_bonus"}  # names that no metric has
+
 
 def policy_options(cfg: Config) -> dict[str, Any]:
     """The arguments of policy_loss that a configuration stands for."""
@@ -82,7 +84,9 @@ class PolicyRecipe(Recipe):
     def head_terms(
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
-        """Terms "policy" and, if asked for, "kl" and "entropy"; the metrics of the loss are only reported."""
+        """Terms "policy" and, if asked for, "kl_penalty" and "entropy_bonus"; the metrics of the loss are only
+        reported.
+        """
         hidden_TD = model.enter_head(final_norm(model, x_TD))
         if len(batch.supervised):
             log_probs, entropy = self._scorer.statistics(model, hidden_TD, batch)
@@ -108,14 +112,16 @@ class PolicyRecipe(Recipe):
         )
         divisors = {"sequences": "sequences", "tokens": "loss_tokens"}
         terms = {
-            name: Term(total, divisors[loss.divisors[name]], loss.weights[name]) for name, total in loss.sums.items()
+            _TERMS[name]: Term(total, divisors[loss.divisors[name]], loss.weights[name])
+            for name, total in loss.sums.items()
         }
         divisors["clipped_of"] = "sequences" if self._level == "sequence" else "loss_tokens"
-        return terms | {
-            name: Term(value, divisors[METRIC_DIVISORS[name]], None)
-            for name, value in loss.metrics.items()
-            if name in METRIC_DIVISORS
-        }
+        for name, value in loss.metrics.items():
+            if name in METRIC_DIVISORS:
+                terms[name] = Term(value, divisors[METRIC_DIVISORS[name]], None)
+            else:
+                terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
+        return terms
 
 
 class _Columns:

@@ -22,7 +22,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def column(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the records that have a number under `name`."""
     pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     array = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
@@ -36,32 +36,32 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps, rewards = _column(records, "reward_margin")
+    steps, rewards = column(records, "reward_margin")
     has_rewards = len(steps) > 0
     figure = Figure(figsize=(9, 8 if has_rewards else 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     heights = [3, 2, 1] if has_rewards else [3, 1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     upper, lower = panels[0], panels[-1]
-    _draw_train(upper, *_column(records, "loss"), _TRAIN, "train")
+    _draw_train(upper, *column(records, "loss"), _TRAIN, "train")
     _draw_modalities(upper, records)
-    _draw_eval(upper, *_column(records, "eval_loss"))
-    upper.set_ylabel("preference loss (mean over pairs)" if has_rewards else "loss (nats per token)")
+    _draw_eval(upper, *column(records, "eval_loss"))
+    upper.set_ylabel(_meaning_of_loss(records, has_rewards))
     upper.set_title(title, loc="left", fontsize=11)
     upper.legend(frameon=False)
     if has_rewards:
         _draw_train(panels[1], steps, rewards, _TRAIN, "margin, train")
-        _draw_eval(panels[1], *_column(records, "eval_reward_margin"))
+        _draw_eval(panels[1], *column(records, "eval_reward_margin"))
         panels[1].set_ylabel("reward margin")
         accuracy = panels[1].twinx()
-        _draw_train(accuracy, *_column(records, "reward_accuracy"), _RATE, "accuracy, train")
+        _draw_train(accuracy, *column(records, "reward_accuracy"), _RATE, "accuracy, train")
         accuracy.set_ylabel("reward accuracy", color=_RATE)
         accuracy.set_ylim(-0.03, 1.03)
         accuracy.spines["top"].set_visible(False)
         lines = [*panels[1].get_lines(), *accuracy.get_lines()]
         shown = [line for line in lines if not line.get_label().startswith("_")]
         panels[1].legend(shown, [line.get_label() for line in shown], frameon=False)
-    rate_steps, rate = _column(records, "learning_rate")
+    rate_steps, rate = column(records, "learning_rate")
     lower.plot(rate_steps, rate, color=_RATE, linewidth=1.5, marker="o" if len(rate) == 1 else None)
     lower.set_ylabel("learning rate")
     lower.set_xlabel("optimizer step")
@@ -74,6 +74,12 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.margins(x=0.01)
     figure.align_ylabels()
     figure.savefig(path, format="png")
+
+
+def _meaning_of_loss(records: list[dict[str, Any]], is_preference: bool) -> str:
+    if is_preference:
+        return "preference loss (mean over pairs)"
+    return "policy loss" if any("frac_reward_zero_std" in record for record in records) else "loss (nats per token)"
 
 
 def _draw_train(axes: Any, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
@@ -90,12 +96,12 @@ def _draw_modalities(axes: Any, records: list[dict[str, Any]]) -> None:
     """The losses of text, images and videos, where the data have more than one of them; each is drawn where it was. A
     point is an evaluation.
     """
-    columns = {name: _column(records, f"loss_{name}") for name in _MODALITIES}
+    columns = {name: column(records, f"loss_{name}") for name in _MODALITIES}
     if sum(len(steps) > 0 for steps, _ in columns.values()) > 1:
         for name, (steps, values) in columns.items():
             if len(steps):
                 axes.plot(steps, smooth(values), color=_MODALITIES[name], linewidth=1, linestyle="--", label=name)
-    evaluated = {name: _column(records, f"eval_loss_{name}") for name in _MODALITIES}
+    evaluated = {name: column(records, f"eval_loss_{name}") for name in _MODALITIES}
     if sum(len(steps) > 0 for steps, _ in evaluated.values()) > 1:
         for name, (steps, values) in evaluated.items():
             if len(steps):

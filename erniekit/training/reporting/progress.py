@@ -31,7 +31,12 @@ def _clock(seconds: float) -> str:
 
 
 def _rewards(parts: dict[str, float]) -> str:
-    """The reward margin and accuracy, which show whether preference training works."""
+    """The reward margin and accuracy, which show whether preference training works; for policies the mean reward,
+    where the step began a rollout, and the entropy.
+    """
+    if "reward" in parts:
+        accuracy = f"  accuracy {parts['accuracy']:.0%}" if "accuracy" in parts else ""
+        return f"  reward {parts['reward']:.3f}{accuracy}  entropy {parts.get('entropy', 0.0):.3f}"
     if "reward_margin" not in parts:
         return ""
     return f"  reward margin {parts['reward_margin']:.3f}  accuracy {parts['reward_accuracy']:.0%}"

@@ -32,6 +32,25 @@ def _total(records: list[dict[str, Any]], name: str) -> Any:
     return sum(record.get(name) or 0 for record in records)
 
 
+# Parts of the time of a run that generates, by their names in metrics.jsonl.
+_PARTS = {
+    "generation_seconds": "time/generation",
+    "scoring_seconds": "time/scoring",
+    "rollout_seconds": "time/rollout",
+}
+
+
+def _waiting(numbers: dict[str, Any]) -> str:
+    """Which share of the time is not spent on training steps."""
+    if "rollout_seconds" not in numbers:
+        return f"{numbers['data_wait_share']:.1%} of the step time waiting for data"
+    whole = max(numbers["step_seconds"] + numbers["rollout_seconds"], 1e-9)
+    shares = {name: numbers[f"{name}_seconds"] / whole for name in ("generation", "scoring", "step")}
+    return (
+        f"time: generation {shares['generation']:.0%}, scoring {shares['scoring']:.0%}, training {shares['step']:.0%}"
+    )
+
+
 def _plain(value: Any) -> Any:
     """Converts NaN and infinity, which JSON lacks, to null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -77,7 +96,7 @@ class Summary(Callback):
             log.info(
                 f"{end}: {numbers['steps']} steps, loss {numbers['final_loss']:.4f}, {numbers['num_tokens']} tokens, "
                 f"{numbers['tokens_per_second']:.0f} tokens/s, "
-                f"{numbers['data_wait_share']:.1%} of the step time waiting for data, "
+                f"{_waiting(numbers)}, "
                 f"peak memory {numbers['peak_memory_mb']:.0f} MB; "
                 f"see loss.png, {METRICS_FILE} and summary.json in {self._run.output_dir}"
             )
@@ -100,6 +119,7 @@ class Summary(Callback):
             "num_supervised_tokens": _total(steps, "num_supervised"),
             "step_seconds": round(busy, 3),
             "data_wait_share": round(waited / max(waited + busy, 1e-9), 4),
+            **{name: round(_total(steps, part), 3) for name, part in _PARTS.items() if any(part in s for s in steps)},
             "wall_seconds": round(wall, 3),
             "tokens_per_second": round(self._tokens / wall, 1) if wall > 0 else 0.0,
             "median_step_tokens_per_second": round(statistics.median(self._speeds), 1) if self._speeds else 0.0,

@@ -5,19 +5,22 @@ from typing import Any
 
 from erniekit.config.schema import Config
 from erniekit.training.reporting.base import Callback, RunInfo, StepMetrics
+from erniekit.training.reporting.completions import sample_lines
 from erniekit.utils.errors import ConfigError
 
 Write = Callable[[str, float, int], Any]  # (tag, value, step)
-Open = Callable[[str, int], tuple[Write, Callable[[], None]]]  # (directory, step resumed after) -> (write, close)
+WriteText = Callable[[str, str, int], Any]  # (tag, text, step)
+# (directory, step resumed after) -> (write, write a text, close)
+Open = Callable[[str, int], tuple[Write, WriteText, Callable[[], None]]]
 
 
 def _tensorboard() -> Open:
     from tensorboardX import SummaryWriter
 
-    def open_log(directory: str, last_step: int) -> tuple[Write, Callable[[], None]]:
+    def open_log(directory: str, last_step: int) -> tuple[Write, WriteText, Callable[[], None]]:
         # What was drawn for steps that run again after a resumption is hidden.
         writer = SummaryWriter(directory, purge_step=last_step + 1 if last_step else None)
-        return writer.add_scalar, writer.close
+        return writer.add_scalar, writer.add_text, writer.close
 
     return open_log
 
@@ -25,12 +28,18 @@ def _tensorboard() -> Open:
 def _visualdl() -> Open:
     from visualdl import LogWriter
 
-    def open_log(directory: str, last_step: int) -> tuple[Write, Callable[[], None]]:
+    def open_log(directory: str, last_step: int) -> tuple[Write, WriteText, Callable[[], None]]:
         writer = LogWriter(directory)
-        return lambda tag, value, step: writer.add_scalar(tag=tag, value=value, step=step), writer.close
+        return (
+            lambda tag, value, step: writer.add_scalar(tag=tag, value=value, step=step),
+            lambda tag, text, step: writer.add_text(tag=tag, text_string=text, step=step),
+            writer.close,
+        )
 
     return open_log
 
+
+_SHOWN_SAMPLES = 8  # completions of a rollout
 
 _WRITERS: dict[str, Callable[[], Open]] = {"tensorboard": _tensorboard, "visualdl": _visualdl}
 
@@ -53,7 +62,7 @@ class Board(Callback):
     def on_start(self, run: RunInfo) -> None:
         """Open the log."""
         directory = self._logging_dir or str(run.output_dir / "runs")
-        self._write, self._close = self._open(directory, run.start_step)
+        self._write, self._write_text, self._close = self._open(directory, run.start_step)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write the step's numbers under train/."""
@@ -65,6 +74,8 @@ class Board(Callback):
         }
         for name, value in (values | metrics.parts).items():
             self._write(f"train/{name}", value, metrics.step)
+        if metrics.samples:
+            self._write_text("completions", "\n\n".join(sample_lines(metrics.samples, _SHOWN_SAMPLES)), metrics.step)
 
     def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
         """Write the evaluation's numbers under eval/."""

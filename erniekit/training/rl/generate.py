@@ -65,14 +65,13 @@ class Generator:
             result[i].completions.append(found[number])
         return result
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """The likeliest completion of each prompt."""
-        self_sampling, self._sampling = self._sampling, self._greedy
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """The likeliest completion of each prompt, in groups of one."""
+        sampled, self._sampling = self._sampling, self._greedy
         try:
-            groups = self(prompts, [[0]] * len(prompts), range(len(prompts)))
+            return self(prompts, [[0]] * len(prompts), range(len(prompts)))
         finally:
-            self._sampling = self_sampling
-        return [group.completions[0] for group in groups]
+            self._sampling = sampled
 
     def _request(self, prompt: Prompt, draw: int) -> Request:
         return Request(

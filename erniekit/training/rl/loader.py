@@ -18,20 +18,19 @@ import numpy as np
 
 from erniekit.data.loader import StepReport
 from erniekit.data.packed_batch import PackedBatch
-from erniekit.data.prompts import Prompt, PromptOptions, PromptSet
+from erniekit.data.prompts import PromptSet
 from erniekit.data.record_feed import specs_of
-from erniekit.generation.thinking import opens_thought
-from erniekit.losses.advantages import Scaling, advantages_of, overlong_penalty
+from erniekit.losses.advantages import Scaling, advantages_of
 from erniekit.models.decoder import CausalLM
-from erniekit.parallel import comm
-from erniekit.parallel.agree import all_or_none
-from erniekit.rewards import Sample, Scorer
+from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
 from erniekit.training.rl.batches import microbatches
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
 from erniekit.training.rl.generate import Generator, draw_number
+from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options
 from erniekit.training.rl.reference import PolicyReference
+from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
 from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import CheckpointError, DataError
@@ -64,7 +63,7 @@ class RolloutLoader:
         cfg = self._cfg = context.cfg
         self.prompts, self._scorer = prompts, scorer
         self._mesh, self._template, self._tokenizer = context.mesh, context.template, context.tokenizer
-        self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, _pass_rates(prompts))
+        self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, known_pass_rates(prompts))
         self.identity: dict[str, Any] = {
             ("content of train_dataset_path" if name == "content of the prompts" else name): value
             for name, value in prompts.identity.items()
@@ -163,7 +162,11 @@ class RolloutLoader:
             for completion in group.completions:
                 completion.prompt = index
         generated = time.perf_counter()
-        self._score(groups, prompts)
+        scored = score_groups(cfg, self._mesh, self._scorer, self._tokenizer, groups, prompts, self._step)
+        flat = [completion for group in groups for completion in group.completions]
+        self._texts |= {id(completion): text for completion, text in zip(flat, scored.texts, strict=False)}
+        self._failures.update(scored.failures)
+        self._logged = scored.metrics
         self._seconds["generation"] += generated - began
         self._seconds["scoring"] += time.perf_counter() - generated
         outcomes = []
@@ -181,58 +184,6 @@ class RolloutLoader:
         if values is None or np.isnan(values).all():
             return None
         return float(np.clip(np.nanmean(values), 0.0, 1.0))
-
-    def _score(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
-        """Rewards of completions, which the first rank computes for all."""
-        cfg, flat = self._cfg, [completion for group in groups for completion in group.completions]
-        result: dict[str, Any] | None = None
-        with all_or_none(self._mesh.world_group):
-            if self._scorer is not None:
-                samples = [
-                    self._sample(completion, prompt)
-                    for group, prompt in zip(groups, prompts, strict=True)
-                    for completion in group.completions
-                ]
-                table = self._scorer.score(samples, step=self._step)
-                self._texts |= {id(c): sample.completion for c, sample in zip(flat, samples, strict=True)}
-                result = {
-                    "values": {name: column.tolist() for name, column in table.values.items()},
-                    "total": table.total.tolist(),
-                    "failures": table.failures,
-                    "metrics": table.metrics,
-                }
-                extras = table.extras
-        shared = comm.gather_objects(result, self._mesh.world_group)[0]
-        self._failures.update(shared["failures"])
-        self._logged = shared["metrics"]
-        size = cfg.num_generations
-        for i, group in enumerate(groups):
-            place = slice(i * size, (i + 1) * size)
-            group.rewards = {name: np.array(column[place]) for name, column in shared["values"].items()}
-            if self._scorer is not None:
-                group.extras = {name: column[place] for name, column in extras.items()}
-            for completion, total in zip(group.completions, shared["total"][place], strict=True):
-                completion.reward = total + self._overlong(completion)
-
-    def _overlong(self, completion: Completion) -> float:
-        limit = self._cfg.soft_max_length
-        if limit is None:
-            return 0.0
-        cache = self._cfg.soft_cache_length or max(limit // 5, 1)
-        return overlong_penalty(completion.num_sampled, limit, cache)
-
-    def _sample(self, completion: Completion, prompt: Prompt) -> Sample:
-        ids = completion.ids.tolist()
-        ends = ids if completion.is_truncated else ids[:-1]
-        return Sample(
-            prompt.messages,
-            self._tokenizer.decode(ends),
-            tuple(ids),
-            prompt.fields,
-            prompt.place,
-            opens_thought(self._tokenizer.decode(prompt.ids)),
-            completion.is_truncated,
-        )
 
     def _add_log_probs(self, completions: list[Completion]) -> None:
         """Log-probabilities of the policy before its first update, and of the reference, where they are needed."""
@@ -434,35 +385,9 @@ def open_prompts(context: DataContext) -> RolloutLoader:
     """The prompts and the rewards of a run; see training.data.open_rows."""
     cfg = context.cfg
     prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context), cfg.download_hub)
-    scorer = None
-    if context.mesh.rank == 0:
-        scorer = Scorer(cfg)
-        for index in range(len(prompts)):
-            scorer.check(prompts[index].fields, prompts[index].place)
+    scorer = Scorer(cfg) if context.mesh.rank == 0 else None
+    check_records(scorer, prompts)
     return RolloutLoader(context, prompts, scorer)
-
-
-def prompt_options(context: DataContext) -> PromptOptions:
-    """How the prompts of a run are read."""
-    cfg = context.cfg
-    assert context.template is not None, "prompts need a chat template"
-    return PromptOptions(
-        context.template,
-        min(cfg.max_prompt_len, cfg.max_seq_len - cfg.max_completion_length),
-        cfg.enable_thinking,
-        cfg.on_bad_line,
-        vision=context.vision,
-    )
-
-
-def _pass_rates(prompts: PromptSet) -> dict[int, float]:
-    """What the records say of their prompts' pass rates."""
-    rates = {}
-    for index in range(len(prompts)):
-        rate = prompts[index].fields.get("pass_rate")
-        if isinstance(rate, int | float) and 0 <= rate <= 1:
-            rates[index] = float(rate)
-    return rates
 
 
 def _sampled_kl(completion: Completion) -> float:

@@ -106,16 +106,17 @@ class ToolLoop:
             dialogue.messages.append({"role": "assistant", "content": text})
             return None
         calls = [{"type": "function", "function": call} for call in parsed.calls]
-        content = text if not calls else _without_calls(text)
-        dialogue.messages.append({"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {}))
+        said = text if not calls else _without_calls(text)
+        dialogue.messages.append({"role": "assistant", "content": said} | ({"tool_calls": calls} if calls else {}))
         before = list(dialogue.messages)
+        content: Any
         for number, call in enumerate(parsed.calls):
             if number < cfg.max_tool_calls:
-                result = self._toolbox.run(call, dialogue.messages)
+                content = self._cut(self._toolbox.run(call, dialogue.messages))
                 dialogue.num_calls += 1
             else:
-                result = failure(f"only {cfg.max_tool_calls} calls a turn are executed (max_tool_calls)")
-            dialogue.messages.append({"role": "tool", "name": call["name"], "content": self._cut(result)})
+                content = failure(f"only {cfg.max_tool_calls} calls a turn are executed (max_tool_calls)").content
+            dialogue.messages.append({"role": "tool", "name": call["name"], "content": content})
         if not calls:
             dialogue.messages.append({"role": "tool", "content": failure(_UNREADABLE).content})
         results = dialogue.messages[len(before) :]
@@ -170,4 +171,4 @@ class ToolLoop:
 
 def _without_calls(text: str) -> str:
     """A turn's text without its calls."""
-    return re.sub(r"\s*<tool_call>.*?(</tool_call>|\Z)", "", text, flags=re.DOTALL)
+    return re.sub(r"\s*<tool_call>.*?(</tool_call>|\Z)", "", text, flags=re.DOTALL).strip()
