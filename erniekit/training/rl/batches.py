@@ -10,6 +10,7 @@ import numpy as np
 from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
 from erniekit.training.rl.completions import Completion
+from erniekit.training.rl.sequence_pictures import SequencePictures
 
 
 def microbatches(
@@ -45,6 +46,7 @@ def batch_of(
     prompt_segments: list[int] = []
     segments: list[int] = []
     sources: list[str] = []
+    pictures = SequencePictures()
     for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
         prompt = prompt_of(number)
         before = len(prompt.ids) - 1
@@ -54,13 +56,15 @@ def batch_of(
             ids.append(np.array(prompt.ids[:-1], np.int64))
             labels.append(np.full(before, IGNORE))
             positions.append(np.arange(before))
+        pictures.add_prompt(prompt, before)
         for completion in neighbours:
             prompt_segments.append(shared)
             segments.append(len(ids))
             sources.append(prompt.place)
-            ids.append(np.append(prompt.ids[-1], completion.ids[:-1]))
+            ids.append(np.append(prompt.ids[-1], completion.input_ids[:-1]))
             labels.append(np.where(_has_loss(completion, mask_truncated), completion.ids, IGNORE))
             positions.append(np.arange(before, before + len(completion.ids)))
+            pictures.add_completion(prompt, completion, before)
     row = PackedBatch.text_row(
         np.concatenate(ids),
         np.concatenate(labels),
@@ -68,7 +72,8 @@ def batch_of(
         np.repeat(np.arange(len(ids)), [len(part) for part in ids]),
         sources,
     )
-    return replace(row, completions=_table(completions, prompt_segments, segments, mask_truncated))
+    table = _table(completions, prompt_segments, segments, mask_truncated)
+    return pictures.fill(replace(row, completions=table))
 
 
 def _has_loss(completion: Completion, mask_truncated: bool) -> np.ndarray:
