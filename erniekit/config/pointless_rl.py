@@ -71,7 +71,7 @@ RL_RULES = [
         _rl(lambda c: c.difficulty_weighting == "none"),
         "difficulty_weighting is none",
     ),
-    Rule("router_replay freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
+    Rule("freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free moe_use_aux_free_update_coef",
         _rl(lambda c: c.freeze_router_bias),

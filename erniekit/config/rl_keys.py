@@ -100,6 +100,12 @@ def _numbers(cfg: Config) -> Iterator[str]:
             f"one of {', '.join(map(str, working))}, or rollout_batch_size: "
             f"{-(-cfg.rollout_batch_size // cfg.steps_per_generation) * cfg.steps_per_generation}"
         )
+    if cfg.upo_weight and cfg.batch_size % cfg.num_generations:
+        yield (
+            f"batch_size: {cfg.batch_size}: upo_weight compares the completions of a group, so a microbatch has to "
+            "hold whole groups: use a multiple of num_generations, such as "
+            f"{max(cfg.batch_size // cfg.num_generations, 1) * cfg.num_generations}"
+        )
     if cfg.max_completion_length >= cfg.max_seq_len:
         yield (
             f"max_completion_length: {cfg.max_completion_length} leaves no room for a prompt in max_seq_len: "

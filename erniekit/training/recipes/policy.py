@@ -8,7 +8,7 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
-from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, policy_loss
+from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, pair_loss, policy_loss
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.training.forward_pass import final_norm
@@ -62,12 +62,13 @@ class PolicyRecipe(Recipe):
         return cls(cfg, context.model, loader, reference)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
-        """Completions, their tokens with loss, and all tokens."""
+        """Completions, their tokens with loss, all tokens, and pairs of completions."""
         table = batch.completions
         return {
             "sequences": float(len(table)),
             "loss_tokens": float(table.lengths.sum()),
             "tokens": float(batch.num_tokens),
+            "pairs": float(len(table.pairs)),
         }
 
     def after_step(self, step: int) -> None:
@@ -108,6 +109,7 @@ class PolicyRecipe(Recipe):
             entropy=columns.of(entropy),
             num_sequences=1.0,
             num_tokens=1.0,
+            min_entropy=table.min_entropy,
             **self._options,
         )
         divisors = {"sequences": "sequences", "tokens": "loss_tokens"}
@@ -116,12 +118,34 @@ class PolicyRecipe(Recipe):
             for name, total in loss.sums.items()
         }
         divisors["clipped_of"] = "sequences" if self._level == "sequence" else "loss_tokens"
+        if self.cfg.upo_weight:
+            terms |= self._pair_terms(columns, log_probs, batch)
         for name, value in loss.metrics.items():
             if name in METRIC_DIVISORS:
                 terms[name] = Term(value, divisors[METRIC_DIVISORS[name]], None)
             else:
                 terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
         return terms
+
+    def _pair_terms(self, columns: "_Columns", log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
+        """UPO's term "upo", and the share of pairs whose better completion is the likelier one, and their margin."""
+        table = batch.completions
+        if not len(table.pairs):
+            nothing = log_probs.sum() * 0.0
+            sums = {"upo": nothing, "upo/accuracy": nothing.detach(), "upo/margin": nothing.detach()}
+        else:
+            anchor = table.reference_log_probs if self.cfg.upo_reference == "ref" else table.old_log_probs
+            anchor_NT = columns.of_numbers(anchor)
+            assert anchor_NT is not None, "the loader computes what upo_reference names"
+            pairs = paddle.to_tensor(table.pairs)
+            losses, margins = pair_loss(columns.of(log_probs), anchor_NT, columns.mask, pairs, self.cfg.upo_beta)
+            sums = {
+                "upo": losses.sum(),
+                "upo/accuracy": (margins > 0).astype("float32").sum(),
+                "upo/margin": margins.sum(),
+            }
+        weights = {"upo": self.cfg.upo_weight}
+        return {name: Term(total, "pairs", weights.get(name)) for name, total in sums.items()}
 
 
 class _Columns:

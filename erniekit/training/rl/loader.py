@@ -9,12 +9,14 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 
 from erniekit.data.loader import StepReport
 from erniekit.data.packed_batch import PackedBatch
@@ -24,7 +26,7 @@ from erniekit.losses.advantages import Scaling, advantages_of
 from erniekit.models.decoder import CausalLM
 from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
-from erniekit.training.rl.batches import microbatches
+from erniekit.training.rl.batches import BatchOptions, microbatches, min_entropy_of
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
 from erniekit.training.rl.generate import Generator, draw_number
@@ -106,14 +108,11 @@ class RolloutLoader:
         staleness = {"staleness": float(update)} if self.steps_per_rollout > 1 else {}
         self._report = StepReport((rollout.metrics if is_new else {}) | staleness, rollout.samples if is_new else [])
         mesh = self._mesh
-        return microbatches(
-            completions,
-            self.prompts.__getitem__,
-            cfg.batch_size,
-            mesh.data,
-            mesh.degrees.data,
-            cfg.mask_truncated_completions,
-        )
+        options = BatchOptions(cfg.mask_truncated_completions, cfg.upo_margin if cfg.upo_weight else None)
+        if cfg.top_entropy_quantile < 1:
+            options = replace(options, min_entropy=min_entropy_of(completions, cfg.top_entropy_quantile, options))
+        prompt_of = self.prompts.__getitem__
+        return microbatches(completions, prompt_of, cfg.batch_size, mesh.data, mesh.degrees.data, options)
 
     def report_step(self) -> StepReport:
         """What the rollout of the last step says, if it was made for it."""
@@ -198,18 +197,24 @@ class RolloutLoader:
             or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
         )
         if wants_old:
-            log_probs = lambda batches: self._token_scorer.log_probs(self._model, batches)  # noqa: E731
-            for completion, values in zip(completions, self._log_probs(completions, log_probs), strict=True):
-                completion.old_logps = values
+            self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
+        if cfg.top_entropy_quantile < 1:
+            self._fill(completions, "entropies", partial(self._token_scorer.entropies, self._model))
         if self._reference is not None:
-            found = self._log_probs(completions, self._reference.log_probs)
-            for completion, values in zip(completions, found, strict=True):
-                completion.reference_logps = values
-        if wants_old or self._reference is not None:
+            self._fill(completions, "reference_logps", self._reference.log_probs)
+        if wants_old or self._reference is not None or cfg.top_entropy_quantile < 1:
             self._seconds["log_probs"] += time.perf_counter() - began
 
-    def _log_probs(self, completions: list[Completion], log_probs: Any) -> list[np.ndarray]:
-        return score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, log_probs)
+    def _fill(
+        self,
+        completions: list[Completion],
+        name: str,
+        score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+    ) -> None:
+        """Set one column of each completion's tokens by a pass over them."""
+        found = score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, score)
+        for completion, values in zip(completions, found, strict=True):
+            setattr(completion, name, values)
 
     def _add_advantages(self, groups: list[Group], num_padded: int) -> None:
         """Advantages of all completions; those of the last `num_padded` groups are 0."""

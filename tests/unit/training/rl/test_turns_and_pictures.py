@@ -49,6 +49,7 @@ def pictures(tmp_path: Path) -> dict:
         "train_dataset_type": "messages",
         "max_seq_len": 200,
         "rollout_correction": "icepop",
+        "num_generations": 2,
         "max_steps": 2,
         "save_strategy": "no",
     }
@@ -73,7 +74,7 @@ def always_calls(monkeypatch: pytest.MonkeyPatch):
 
 def test_pictures_are_the_same_in_generating_and_training(pictures):
     steps, lines = run(pictures)
-    assert len(steps) == 2 and all(step["sampling/sampling_logp_difference/max"] < CLOSE for step in steps)
+    assert len(steps) == 2 and all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
     assert {len(line["prompt"][0]["content"]) for line in lines} > {2, 3}
     small, _ = run(pictures, batch_size=16, output_dir=pictures["output_dir"] + "2")
     assert small[0]["loss"] == pytest.approx(steps[0]["loss"], abs=1e-5)
@@ -82,10 +83,15 @@ def test_pictures_are_the_same_in_generating_and_training(pictures):
 
 def test_turns_and_results_are_the_same_in_generating_and_training(tmp_path, always_calls):
     always_calls({"name": "calculator", "arguments": {"expression": "6*7"}})
-    keys = rl_workspace(tmp_path) | {"max_steps": 2, "save_strategy": "no", "rollout_correction": "icepop"}
+    keys = rl_workspace(tmp_path) | {
+        "max_steps": 2,
+        "save_strategy": "no",
+        "rollout_correction": "icepop",
+        "num_generations": 2,
+    }
     changes = {"tools": "calculator", "max_turns": 3, "max_completion_length": 90, "max_seq_len": 400}
     steps, lines = run(keys, **changes)
-    assert all(step["sampling/sampling_logp_difference/max"] < CLOSE for step in steps)
+    assert all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
     roles = {tuple(turn["role"] for turn in line["turns"]) for line in lines}
     assert ("assistant", "tool", "assistant", "tool", "assistant") in roles
     assert all(turn["content"] == "42" for line in lines for turn in line["turns"] if turn["role"] == "tool")
@@ -96,5 +102,5 @@ def test_a_zoomed_picture_is_the_same_in_generating_and_training(pictures, alway
     always_calls({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 100, 700, 800]}})
     changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 600}
     steps, _ = run(pictures, **changes, steps_per_generation=1, chat_template="vl_thinking", max_steps=1)
-    assert all(step["sampling/sampling_logp_difference/max"] < CLOSE for step in steps)
+    assert all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
     assert steps[0]["num_tokens"] > steps[0]["num_supervised"] * 2
