@@ -206,6 +206,15 @@ def preference_lines(rng: random.Random, items: list[Item]) -> Iterator[dict[str
         yield line | {"response": [text for text, _ in responses], "sort": [rank for _, rank in responses]}
 
 
+def judged_lines(pairs: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`erniekit` KTO lines: one answer of each pair of `preference_lines`, by turns the better and the worse one."""
+    for number, pair in enumerate(pairs):
+        is_good = number % 2 == 0
+        answer = pair["response"][pair["sort"].index(int(is_good))]
+        line = {name: value for name, value in pair.items() if name not in ("response", "sort")}
+        yield line | {"tgt": pair["tgt"] + answer, "label": is_good}
+
+
 def pretraining_lines(rng: random.Random, items: list[Item], per_document: int = 8) -> Iterator[dict[str, Any]]:
     """Running text for pretraining; both spellings of a line, {"text": "..."} and {"tgt": ["..."]}."""
     for number, start in enumerate(range(0, len(items), per_document)):
@@ -255,6 +264,8 @@ def main() -> None:
         # Of the demo's own questions: what it holds out is held out here, too.
         write(out / "dpo-train.jsonl", preference_lines(rng, demo_items[-600:]))
         write(out / "dpo-eval.jsonl", preference_lines(rng, demo_tests[:100]))
+        write(out / "kto-train.jsonl", judged_lines(preference_lines(rng, demo_items[-600:])))
+        write(out / "kto-eval.jsonl", judged_lines(preference_lines(rng, demo_tests[:100])))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def problems(cfg: Config, command: str) -> list[str]:
             _lora(cfg),
             _preference(cfg),
             rl_keys.problems(cfg),
+            _distillation(cfg),
             reward_problems(cfg) if cfg.method.reads("reward_funcs") else iter(()),
             _best(cfg),
         ]
@@ -137,7 +138,7 @@ def _dataset_types(cfg: Config, command: str) -> Iterator[str]:
     instead = next(facts.name for facts in METHODS.values() if facts.vision == cfg.method.vision)
     for split in splits:
         for name in dict.fromkeys(vars(cfg)[f"{split}_dataset_type"]):
-            if records in (Records.PAIRS, Records.PROMPTS) and name == "text":
+            if records in (Records.PAIRS, Records.PROMPTS, Records.JUDGED) and name == "text":
                 yield (
                     f"{split}_dataset_type: stage: {stage} reads {records.value}, not {name}. Use erniekit, messages, "
                     "sharegpt or alpaca"
@@ -419,6 +420,13 @@ def _preference(cfg: Config) -> Iterator[str]:
             f"ref_logps_cache: not with stage: {cfg.method.name}: the file knows a pair by its tokens, which do not "
             "tell its pictures. Leave it out; with fine_tuning: LoRA the reference needs no second copy either"
         )
+
+
+def _distillation(cfg: Config) -> Iterator[str]:
+    if cfg.method.reads("teacher_model_name_or_path") and cfg.teacher_model_name_or_path is None:
+        yield "teacher_model_name_or_path: needed with stage: GKD; the directory or name of the model to learn from"
+    if cfg.method.reads("gkd_beta") and cfg.temperature == 0:
+        yield "temperature: 0: it divides the logits of both models. Use 0.9, which is TRL's, or 1.0"
 
 
 def _best(cfg: Config) -> Iterator[str]:

@@ -12,10 +12,13 @@ from enum import Enum
 from typing import Any
 
 from erniekit.config.schema_curriculum import CurriculumArgs
+from erniekit.config.schema_gkd import GkdArgs
+from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -26,6 +29,7 @@ class Records(Enum):
     PAIRS = "pairs of answers"
     TEXT = 'pretraining text ({"text": ...})'
     PROMPTS = "prompts"
+    JUDGED = "judged answers"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ _UNREAD_BY_PREFERENCES = {
     "token_balance_loss": "every pair weighs the same",
     "z_loss_lambda": "it belongs to the next-token loss",
 }
+_UNREAD_BY_DISTILLATION = {
+    "num_nextn_predict_layers": "the teacher's predictions are of the next token alone",
+    "qat_distill_weight": "the loss is a divergence from a teacher already",
+    "token_balance_loss": "every token of an answer weighs the same",
+    "z_loss_lambda": "it belongs to the next-token loss",
+}
 _UNREAD_BY_POLICIES = {
     "num_nextn_predict_layers": "policy losses have no term for tokens further ahead",
     "qat_distill_weight": "policy losses have no term for the predictions of another model",
@@ -93,6 +103,22 @@ _UNREAD_BY_POLICIES = {
     for key in keys.split()
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking")
+_RL = MethodFacts(
+    "RL",
+    "reinforcement learning from rewards that are computed",
+    Records.PROMPTS,
+    options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
+    also_reads=("max_prompt_len", *_SAMPLING),
+    unread=_UNREAD_BY_POLICIES,
+    metric="reward",
+    defaults={
+        "learning_rate": 1e-6,
+        "batch_size": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "moe_aux_loss_lambda": 0.0,
+    },
+)
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
@@ -125,20 +151,30 @@ METHODS: dict[str, MethodFacts] = {
             | dict.fromkeys(option_names(MixtureArgs), "pairs without pictures may stand in train_dataset_path"),
         ),
         MethodFacts(
-            "RL",
-            "reinforcement learning from rewards that are computed",
-            Records.PROMPTS,
-            options=(RLArgs, RewardArgs, CurriculumArgs),
-            also_reads=("max_prompt_len", *_SAMPLING),
-            unread=_UNREAD_BY_POLICIES,
-            metric="reward",
-            defaults={
-                "learning_rate": 1e-6,
-                "batch_size": 8,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "moe_aux_loss_lambda": 0.0,
-            },
+            "KTO",
+            "answers that are judged one by one",
+            Records.JUDGED,
+            options=(KtoArgs,),
+            also_reads=("beta",),
+            unread=_UNREAD_BY_PREFERENCES | {"token_balance_loss": "every answer weighs the same"},
+        ),
+        MethodFacts(
+            "GKD",
+            "distillation from a teacher, also on the model's own answers",
+            Records.CONVERSATIONS,
+            options=(GkdArgs,),
+            also_reads=("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+            unread=_UNREAD_BY_DISTILLATION,
+            defaults={"max_new_tokens": 128, "temperature": 0.9, "top_p": 1.0},
+        ),
+        _RL,
+        dataclasses.replace(
+            _RL,
+            name="VL-RL",
+            title="with pictures",
+            vision=True,
+            unread=_UNREAD_BY_POLICIES
+            | dict.fromkeys(option_names(MixtureArgs), "prompts without pictures may stand in train_dataset_path"),
         ),
     )
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from erniekit.config.methods import Records
 from erniekit.config.pointless_rule import Facts, Rule
 from erniekit.config.schema import Config
+from erniekit.config.schema_rollout_tools import DOCUMENTS
 
 
 def _rl(when: Callable[[Config], bool]) -> Callable[[Config, Facts], bool]:
@@ -18,6 +19,11 @@ def has_reference(cfg: Config) -> bool:
 
 
 RL_RULES = [
+    Rule(
+        "max_new_tokens top_p top_k repetition_penalty",
+        lambda c, f: c.method.reads("lmbda") and c.lmbda == 0,
+        "lmbda is 0, so all answers are those of the data",
+    ),
     Rule("kl_estimator kl_in_reward kl_bias_correction", _rl(lambda c: c.kl_coef == 0), "kl_coef is 0"),
     Rule("kl_bias_correction", _rl(lambda c: c.kl_in_reward), "the divergence is subtracted from the reward"),
     Rule(
@@ -48,6 +54,17 @@ RL_RULES = [
         "max_resample_times difficulty_low difficulty_high difficulty_pause",
         _rl(lambda c: not c.dynamic_sample),
         "dynamic_sample is False",
+    ),
+    Rule("max_turns max_tool_calls max_tool_tokens", _rl(lambda c: not c.tools), "tools is empty"),
+    Rule(
+        "tool_timeout",
+        _rl(lambda c: not any(".py:" in name for name in c.tools)),
+        "tools has no function of your own",
+    ),
+    Rule(
+        "document_search_path",
+        _rl(lambda c: DOCUMENTS not in c.tools),
+        "tools does not have document_search",
     ),
     Rule(
         "difficulty_momentum difficulty_floor",

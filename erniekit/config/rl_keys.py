@@ -12,6 +12,7 @@ from erniekit.config.read import Entry
 from erniekit.config.schema import Config
 from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
+from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.values import plain
 
 # Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
@@ -57,12 +58,13 @@ def translate(layers: Sequence[Sequence[Entry]]) -> tuple[list[list[Entry]], lis
 
 def complete(values: dict[str, Any], notes: list[str]) -> None:
     """Fill in the values that rl_algorithm stands for, and those that the method has by itself."""
+    facts = METHODS.get(values.get("stage", ""))
+    for name, value in (facts.defaults if facts is not None else {}).items():
+        values.setdefault(name, value)
     if not optimises_rewards(values):
         return
     preset = PRESETS[values.get("rl_algorithm", "gspo")]
     for name, value in preset.items():
-        values.setdefault(name, value)
-    for name, value in METHODS[values["stage"]].defaults.items():
         values.setdefault(name, value)
     if "max_completion_length" not in values and "max_new_tokens" in values:
         values["max_completion_length"] = values["max_new_tokens"]
@@ -76,6 +78,12 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from tool_problems(
+        cfg,
+        cfg.method.vision,
+        cfg.tensor_parallel_degree * cfg.pipeline_parallel_degree,
+        cfg.num_iterations * cfg.steps_per_generation,
+    )
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )

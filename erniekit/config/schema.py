@@ -11,6 +11,8 @@ from erniekit.config.methods import METHODS, MethodFacts
 from erniekit.config.schema_curriculum import CurriculumArgs
 from erniekit.config.schema_data import DataArgs
 from erniekit.config.schema_fp8 import Fp8Args
+from erniekit.config.schema_gkd import GkdArgs
+from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import ModelArgs, MoEArgs
@@ -21,6 +23,7 @@ from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
@@ -40,6 +43,9 @@ class Config(
     RLArgs,
     RewardArgs,
     CurriculumArgs,
+    RolloutToolArgs,
+    KtoArgs,
+    GkdArgs,
     TrainArgs,
     OptimArgs,
     PartsArgs,

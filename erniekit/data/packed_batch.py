@@ -54,13 +54,14 @@ class DocumentPictures(NamedTuple):
 
 class Document(NamedTuple):
     """A tokenised document: `ids` and `labels` int32 [n], with labels[t] the target of position t or -100; the layout
-    of a pair of answers; images and videos.
+    of a pair of answers; images and videos; whether its answer is good, where it is judged.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     pair: PairLayout | None = None
     pictures: DocumentPictures | None = None
+    is_good: bool | None = None
 
     @property
     def num_patches(self) -> int:
@@ -129,6 +130,37 @@ class PairTable:
 
 
 NO_PAIRS = PairTable.of([])
+
+
+@dataclass(frozen=True)
+class JudgedTable:
+    """The N judged answers of a batch: `segments` int64 [N], the number of the document's segment; `is_good` bool [N].
+    `reference` fp32 [N]: log-probabilities under the reference model, None until a recipe computes them; it may be a
+    Paddle tensor.
+    """
+
+    segments: np.ndarray
+    is_good: np.ndarray
+    reference: Any = None
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @staticmethod
+    def of(entries: Sequence[tuple[int, bool]]) -> "JudgedTable":
+        """The table of (segment, is_good) of each answer."""
+        return JudgedTable(np.array([e[0] for e in entries], np.int64), np.array([e[1] for e in entries], bool))
+
+    @staticmethod
+    def join(tables: Sequence["JudgedTable"], first_segments: np.ndarray) -> "JudgedTable":
+        """Joins the tables of several rows; the segments of each are renumbered from its entry in
+        `first_segments` on.
+        """
+        shifted = [table.segments + int(first) for table, first in zip(tables, first_segments, strict=True)]
+        return JudgedTable(np.concatenate(shifted), np.concatenate([table.is_good for table in tables]))
+
+
+NOT_JUDGED = JudgedTable.of([])
 
 
 @dataclass(frozen=True)
@@ -237,7 +269,7 @@ class PackedBatch:
 
     `row_lengths` [R] are the numbers of tokens of the rows, with the sum T. `sources` has each document's place,
     "file:line", for error messages about a step. `pairs` are the pairs of answers, `pictures` the images and videos,
-    `completions` those of a policy; they are empty for other data.
+    `judged` the judged answers, `completions` those of a policy; they are empty for other data.
 
     A side table such as `pairs` or `pictures` has one column per fact, and refers to tokens or segments by their
     numbers in the whole batch. To add one: (1) a frozen class with a `join` that concatenates the columns and shifts
@@ -256,6 +288,7 @@ class PackedBatch:
     pairs: PairTable = NO_PAIRS
     pictures: PictureTable = NO_PICTURES
     completions: CompletionTable = NO_COMPLETIONS
+    judged: JudgedTable = NOT_JUDGED
 
     @staticmethod
     def text_row(
@@ -329,10 +362,17 @@ class PackedBatch:
         return prefixes
 
     @property
+    def answers(self) -> np.ndarray:
+        """The segments of the answers whose log-probabilities a loss compares: the chosen, then the rejected ones of
+        the pairs, then the judged ones [2 pairs + judged].
+        """
+        return np.concatenate([self.pairs.answers, self.judged.segments])
+
+    @property
     def answer_labels(self) -> np.ndarray:
-        """The number of labels of each answer, first the chosen and then the rejected ones: fp32 [2N]."""
+        """The number of labels of each of `answers`, fp32."""
         counts = np.bincount(self.segment_ids[self.supervised], minlength=self.num_segments)
-        return counts[self.pairs.answers].astype(np.float32)
+        return counts[self.answers].astype(np.float32)
 
 
 _NONE = np.empty(0, np.int64)
@@ -345,7 +385,10 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
     """
     spans: list[tuple[int, int]] = []  # (first position, length) of each segment
     pairs: list[tuple[int, int, int, float]] = []
+    judged: list[tuple[int, bool]] = []
     for document in documents:
+        if document.is_good is not None:
+            judged.append((len(spans), document.is_good))
         if document.pair is None:
             spans.append((0, len(document.ids)))
             continue
@@ -362,6 +405,7 @@ def make_row(documents: Sequence[Document], sources: Sequence[str]) -> PackedBat
         sources,
         PairTable.of(pairs),
     )
+    row = replace(row, judged=JudgedTable.of(judged))
     return _with_pictures(row, documents) if any(document.pictures for document in documents) else row
 
 
@@ -397,6 +441,7 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         row_lengths=[length for row in rows for length in row.row_lengths],
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([row.pairs for row in batches], first_segments),
+        judged=JudgedTable.join([row.judged for row in batches], first_segments),
         pictures=PictureTable.join(
             [row.pictures for row in batches],
             _starts([row.num_tokens for row in batches]),

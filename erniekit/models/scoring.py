@@ -59,7 +59,8 @@ def score_hidden(model: CausalLM, hidden_TD: paddle.Tensor, places: np.ndarray, 
 
 
 def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch, most: int) -> paddle.Tensor:
-    """Log-probabilities of the chosen answers, then of the rejected ones [2N], with gradients, from the hidden states
-    of all tokens as the head takes them [T, D]; at most `most` tokens' logits exist at a time.
+    """Log-probabilities of the batch's answers (PackedBatch.answers: of pairs [2N], of judged answers [N]), with
+    gradients, from the hidden states of all tokens as the head takes them [T, D]; at most `most` tokens' logits exist
+    at a time.
     """
-    return answer_log_probs(hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.pairs.answers, most)
+    return answer_log_probs(hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.answers, most)

@@ -56,6 +56,8 @@ def _expected(sample: Sample, cfg: RewardArgs) -> list[dict[str, Any]]:
         arguments = call.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-            raise ValueError(f'{cfg.answer_key!r} of the record must be a list of {{"name": ..., "arguments": {{...}}}}')
+            raise ValueError(
+                f'{cfg.answer_key!r} of the record must be a list of {{"name": ..., "arguments": {{...}}}}'
+            )
         calls.append({"name": call["name"], "arguments": arguments})
     return calls

@@ -150,6 +150,8 @@ def build_run(cfg: Config, mesh: Mesh, method: Method | None = None) -> Run:
     for line in layout_lines(cfg, prepared.config, mesh.degrees):
         log.info(line)
     check_frozen(cfg, prepared.config)
+    with all_or_none(mesh.world_group):
+        method.check(cfg, prepared, tokenizer)
     warn_if_too_large(cfg, prepared.config, mesh)
     # All checks of the configuration are done; weights are read from here on.
     chunks = cut_layers(cfg, prepared.config, mesh.degrees.pipeline)[mesh.pipe]

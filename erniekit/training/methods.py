@@ -17,15 +17,20 @@ New kinds of records also need a reader in data/records/. No other code tests fo
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from erniekit.build import PreparedModel
 from erniekit.config.methods import METHODS as FACTS
 from erniekit.config.methods import MethodFacts
 from erniekit.config.schema import Config
+from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.loader import StepSource
 from erniekit.losses.preference import wants_reference
 from erniekit.training.data import DataContext, open_evaluation_rows, open_rows
 from erniekit.training.evaluators import EvaluationData, Evaluator, label_scores, pair_scores
+from erniekit.training.judged_evaluator import judged_scores
 from erniekit.training.recipes.base import Recipe, RecipeContext
 from erniekit.training.recipes.distilled import causal_recipe
+from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
+from erniekit.training.recipes.kto import KtoRecipe
 from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
 from erniekit.training.rl.evaluate import open_evaluation_prompts, reward_scores
@@ -36,16 +41,26 @@ def _no_reference(cfg: Config) -> bool:
     return False
 
 
+def _has_reference(cfg: Config) -> bool:
+    return True
+
+
+def _nothing_to_check(cfg: Config, prepared: PreparedModel, tokenizer: Tokenizer) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class Method:
     """A method. `wants_reference`: whether the loss of a configuration compares with another model. `open_data`,
-    `open_evaluation_data`: open what it trains on, and what it is evaluated on, before a weight is read.
+    `open_evaluation_data`: open what it trains on, and what it is evaluated on, before a weight is read. `check`, which
+    is called before that too, raises a UserError for what the method needs beside model and data and does not find.
     """
 
     facts: MethodFacts
     build_recipe: Callable[[RecipeContext], Recipe]
     evaluator: Evaluator
     wants_reference: Callable[[Config], bool] = _no_reference
+    check: Callable[[Config, PreparedModel, Tokenizer], None] = _nothing_to_check
     open_data: Callable[[DataContext], StepSource] = open_rows
     open_evaluation_data: Callable[[DataContext], EvaluationData] = open_evaluation_rows
 
@@ -65,7 +80,16 @@ METHODS: dict[str, Method] = {
             open_data=open_prompts,
             open_evaluation_data=open_evaluation_prompts,
         ),
+        Method(
+            FACTS["VL-RL"],
+            PolicyRecipe.build,
+            reward_scores,
+            open_data=open_prompts,
+            open_evaluation_data=open_evaluation_prompts,
+        ),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
+        Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),
     )
 }
 

@@ -19,8 +19,8 @@ from erniekit.training.forward_pass import final_norm, forward_pass
 
 
 class Reference(Protocol):
-    """Gives the log-probabilities [2, N] fp32 (chosen, rejected) of each microbatch's N pairs, on the device; on stages
-    without the head, zeros. Every rank calls it at the same time.
+    """Gives the log-probabilities fp32 of each microbatch's N pairs [2, N] (chosen, rejected), or of its N judged
+    answers [N], on the device; on stages without the head, zeros. Every rank calls it at the same time.
     """
 
     def log_probs(self, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]: ...
@@ -36,19 +36,24 @@ class PairScorer:
 
     def log_probs(self, model: CausalLM, microbatches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
         """As Reference.log_probs, for the present weights of `model`, in eval mode."""
-        log_probs = [paddle.zeros([2, len(batch.pairs)]) for batch in microbatches]
+        log_probs = [paddle.zeros(_shape(batch)) for batch in microbatches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = model.enter_head(final_norm(model, x_TD))
-            if len(microbatches[number].pairs):
+            if len(microbatches[number].answers):
                 sums = pair_log_probs(model, hidden, microbatches[number], self.max_logit_tokens)
                 # Paddle's CPU softmax takes NaN and infinite logits for equal ones, which hides them; times 0 what they
                 # are made of is NaN.
                 sums += (hidden.sum(dtype="float32") + model.output_head().weight.sum(dtype="float32")) * 0
-                log_probs[number] = sums.detach().reshape([2, -1])
+                log_probs[number] = sums.detach().reshape(_shape(microbatches[number]))
 
         forward_pass(model, microbatches, note)
         return log_probs
+
+
+def _shape(batch: PackedBatch) -> list[int]:
+    """The shape of a batch's log-probabilities, see Reference."""
+    return [len(batch.judged)] if len(batch.judged) else [2, len(batch.pairs)]
 
 
 class SecondModel:

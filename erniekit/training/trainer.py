@@ -189,6 +189,7 @@ class Trainer:
         # Noise depends on step and data rank alone: nothing to save, and no two ranks draw the same.
         paddle.seed((self.cfg.seed * 1_000_003 + step + self.run.mesh.data * 15_485_863) % 2**32)
         with span("prepare"):
+            self.run.recipe.before_step(step)
             microbatches = self.run.recipe.prepare(batches)
         self._fp8_shares.begin(step + 1)
         stage, gradients = self._forward_backward(microbatches)

@@ -25,7 +25,7 @@ from erniekit.data.chat.template import load_template
 from erniekit.data.chat.tokenizer import load_tokenizer
 from erniekit.data.prompts import PromptOptions, PromptSet
 from erniekit.data.records.dataset import Dataset, Source, SourceSpec
-from erniekit.data.records.formats import PROMPT_FORMATS
+from erniekit.data.records.formats import JUDGED_FORMATS, PROMPT_FORMATS
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.tokens.build import build_token_files
 from erniekit.data.tokens.files import TokenFile
@@ -61,6 +61,10 @@ RECORDS = {
     "alpaca (DPO)": {"question": "q", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]},
     "messages (DPO)": {"chosen": CALLED, "rejected": [*ASKED, {"role": "assistant", "content": "no"}], "tools": TOOLS},
     "sharegpt (DPO)": {"conversations": SHARED[:1], "chosen": SHARED[-1], "rejected": {"from": "gpt", "value": "b"}},
+    "erniekit (KTO)": {"src": ["a", "b"], "tgt": ["x", "y"], "label": True},
+    "alpaca (KTO)": {"instruction": "q", "output": "a", "kto_tag": False},
+    "messages (KTO)": {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}], "label": 1},
+    "sharegpt (KTO)": {"conversations": SHARED, "tools": TOOLS, "label": False},
     "erniekit (RL)": {"src": ["a", "b"], "tgt": ["x"], "answer": "y", "domain": "d", "reward_model": {"n": [1]}},
     "alpaca (RL)": {"instruction": "q", "input": "i", "history": [["q", "a"]], "solution": "a"},
     "messages (RL)": {"prompt": CALLED, "tools": TOOLS, "reward_model": {"ground_truth": "42"}, "ability": "m"},
@@ -266,8 +270,10 @@ def encode_all(path, kind, skip, encoder):
     for i in range(len(source)):
         encoded = encoder(kind, *source.record(i))
         assert bool(encoded.documents) != bool(encoded.dropped)
-        for ids, labels, pair, _ in encoded.documents:
-            assert len(ids) == len(labels) and (kind not in PREFERENCE_FORMATS or pair is not None)
+        for document in encoded.documents:
+            assert len(document.ids) == len(document.labels)
+            assert (document.pair is not None) == (kind in PREFERENCE_FORMATS)
+            assert (document.is_good is not None) == (kind in JUDGED_FORMATS)
 
 
 def as_csv(record):

@@ -136,6 +136,13 @@ class Encoder:
             return Encoded(
                 where, dropped="no answer to learn is left: its label says 0, or the prompt alone fills max_seq_len"
             )
+        if sample.is_good is not None:
+            if len(documents) > 1:
+                raise _Refused(
+                    "the chat template rewrites earlier turns, so that a judged answer of several turns is not one "
+                    "sequence. Hint: give answers of one turn, or choose another template."
+                )
+            documents = [documents[0]._replace(is_good=sample.is_good)]
         return Encoded(where, documents, cut)
 
     def _fits(self, documents: list[Document]) -> bool:

@@ -19,6 +19,7 @@ from erniekit.data.records.data_file import DataFile, Raw
 from erniekit.data.records.fields import Notes
 from erniekit.data.records.find_files import find_files
 from erniekit.data.records.formats import ALIASES, VISION_TYPE, parse_record
+from erniekit.data.records.judged_formats import KTO_SUFFIX
 from erniekit.data.records.prompt_formats import RL_SUFFIX
 from erniekit.data.records.readers import load_record, open_file
 from erniekit.data.vision.encode import VisionSpec
@@ -31,14 +32,18 @@ from erniekit.utils.errors import DataError
 _SHOWN_BAD_LINES = 5  # the others are only counted
 _SHOWN_FIELDS = 20  # unused fields of a file that are listed
 _SECONDS_BETWEEN_NOTES = 30.0
-_SUFFIXES = {Records.PAIRS: " (DPO)", Records.PROMPTS: RL_SUFFIX}  # of the types of records of a method
+_SUFFIXES = {
+    Records.PAIRS: " (DPO)",
+    Records.PROMPTS: RL_SUFFIX,
+    Records.JUDGED: KTO_SUFFIX,
+}  # of the types of records of a method
 _SPLIT_WORDS = {"train": ("train", "training"), "eval": ("validation", "valid", "val", "eval", "dev", "test")}
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One entry of train_dataset_path: its path, the type of its records (a key of FORMATS, PREFERENCE_FORMATS or
-    PROMPT_FORMATS) and its share.
+    """One entry of train_dataset_path: its path, the type of its records (a key of the tables in formats) and its
+    share.
     """
 
     path: str
@@ -56,8 +61,8 @@ def read_specs(
     """The sources that {split}_dataset_path/type/prob describe; config/checks.py has checked that their counts agree.
 
     The default type is erniekit. For a method that trains on text, it means the type `text`; for a method that trains
-    on pairs of answers, each type means that of preference_formats, and for one that answers prompts that of
-    prompt_formats. Shares are equal by default, and are divided by
+    on pairs of answers, on prompts or on judged answers, each type means that of preference_formats, prompt_formats or
+    judged_formats. Shares are equal by default, and are divided by
     their sum.
     """
     if not paths:

@@ -40,7 +40,7 @@ DECISIVE = {
     "label": "use type erniekit, messages or sharegpt, which have a 0 or 1 for each answer, or remove it",
     "is_system": "use type erniekit, or remove it",
     **dict.fromkeys(("response", "sort", "chosen", "rejected", "chosen_response", "rejected_response"), _PAIRS),
-    "kto_tag": "training on single judged answers is not known: remove it",
+    "kto_tag": "judged answers are trained on with stage: KTO: set that stage, or remove it",
     **dict.fromkeys(("weight", "loss_weight", "sample_weight", "loss_mask"), _SAMPLE_WEIGHT),
     **dict.fromkeys(("image", "images", "video", "videos", "text_info", "image_info", "video_info"), _MEDIA),
     **dict.fromkeys(("audio", "audios"), _SOUND),

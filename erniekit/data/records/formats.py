@@ -2,7 +2,8 @@
 
 Types: `erniekit` (src/tgt), `alpaca`, `messages` (also called `chatml`), `sharegpt`, and `text` (pretraining: {"text":
 ...} or {"tgt": [...]}; at stage PT the type `erniekit` means this type). At stage DPO the first four mean pairs of
-answers, see preference_formats; at stage RL they mean prompts, see prompt_formats. The module `fields` describes the
+answers, see preference_formats; at stage RL they mean prompts, see prompt_formats, and at stage KTO judged answers, see
+judged_formats. The module `fields` describes the
 treatment of unknown fields.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from erniekit.data.records.errors import BadRecord, reading
 from erniekit.data.records.fields import DECISIVE, Notes, check_fields
+from erniekit.data.records.judged_formats import JUDGED_TYPES, KTO_SUFFIX, judged_fields, read_judged
 from erniekit.data.records.preference_formats import PREFERENCE_FORMATS
 from erniekit.data.records.prompt_formats import CLOSERS, PROMPT_NAMES, RL_SUFFIX, read_prompt
 from erniekit.data.records.sample import (
@@ -41,8 +43,8 @@ _PAIR_FIELDS = ("response", "chosen", "rejected", "chosen_response", "rejected_r
 def parse_record(record: Any, type_name: str, where: str = "record", notes: Notes | None = None) -> Sample:
     """Check a record and turn it into a Sample.
 
-    `type_name` is a key of FORMATS, PREFERENCE_FORMATS or PROMPT_FORMATS, or an alias. `where` ("file:line") begins the
-    message of the DataError that a wrong record raises. Ignored fields and doubts are added to `notes`.
+    `type_name` is a key of FORMATS or of the other tables below, or an alias. `where` ("file:line") begins the message
+    of the DataError that a wrong record raises. Ignored fields and doubts are added to `notes`.
     """
     format = _ALL[ALIASES.get(type_name, type_name)]
     notes = Notes() if notes is None else notes
@@ -174,5 +176,16 @@ def _prompts(name: str) -> Format:
     return Format(read, (*format.fields, *marks), marks, keeps_fields=True)
 
 
+def _judged(name: str) -> Format:
+    format = FORMATS[name]
+
+    def read(record: dict[str, Any], notes: Notes) -> Sample:
+        return read_judged(record, lambda conversation: format.read(conversation, notes))
+
+    marks = ("messages", "prompt") if name == "messages" else format.marks
+    return Format(read, judged_fields(name, format.fields), marks)
+
+
 PROMPT_FORMATS = {name + RL_SUFFIX: _prompts(name) for name in CLOSERS}
-_ALL = FORMATS | PREFERENCE_FORMATS | PROMPT_FORMATS
+JUDGED_FORMATS = {name + KTO_SUFFIX: _judged(name) for name in JUDGED_TYPES}
+_ALL = FORMATS | PREFERENCE_FORMATS | PROMPT_FORMATS | JUDGED_FORMATS

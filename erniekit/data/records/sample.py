@@ -41,7 +41,7 @@ class Sample:
     document. kind "pair": `messages` end with a user (or a tool) and `answers` are what may follow, the chosen one
     first, each as messages that begin and end with an assistant; `score_delta` > 0 is how much better the chosen one is
     (1 where the data do not say). kind "prompt": `messages` end with a user (or a tool), and `fields` has the record's
-    other fields, for rewards (see prompt_formats).
+    other fields, for rewards (see prompt_formats). `is_good`: whether the last answer is good, where it is judged.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -52,6 +52,7 @@ class Sample:
     answers: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None
     score_delta: float = 1.0
     fields: Mapping[str, Any] = field(default_factory=dict)
+    is_good: bool | None = None
 
 
 class Format(NamedTuple):

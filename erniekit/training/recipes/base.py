@@ -44,6 +44,10 @@ class Recipe(ABC):
 
     reference: Reference | None = None
 
+    def before_step(self, step: int) -> None:
+        """Called before `prepare` of optimizer step number `step`, from 0."""
+        return
+
     def prepare(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """Add to a step's microbatches what the recipe needs before the step, such as a reference's log-probabilities.
         Every rank calls it at the same time, so passes through the model are possible.

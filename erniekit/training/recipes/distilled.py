@@ -44,7 +44,7 @@ class Teacher:
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden = self.model.enter_head(final_norm(self.model, x_TD))
-            found[number] = gather(hidden, paddle.to_tensor(_places(microbatches[number]))).detach()
+            found[number] = gather(hidden, paddle.to_tensor(places_of(microbatches[number]))).detach()
 
         forward_pass(self.model, microbatches, note)
         return found
@@ -80,7 +80,7 @@ class DistilledRecipe(CausalRecipe):
         terms["lm"] = replace(terms["lm"], weight=1.0 - share)
         teacher_states, teacher = self._states.pop(id(batch)), self.teacher
         assert teacher is not None and teacher_states is not None
-        hidden = gather(model.enter_head(final_norm(model, x_TD)), paddle.to_tensor(_places(batch)))
+        hidden = gather(model.enter_head(final_norm(model, x_TD)), paddle.to_tensor(places_of(batch)))
         weights = paddle.full([hidden.shape[0]], 1.0 if len(batch.supervised) else 0.0)
         total = linear_divergence(
             hidden,
@@ -93,7 +93,7 @@ class DistilledRecipe(CausalRecipe):
         return terms | {"distill": Term(total, "distill", share)}
 
 
-def _places(batch: PackedBatch) -> np.ndarray:
+def places_of(batch: PackedBatch) -> np.ndarray:
     """The supervised tokens, or, where there are none, one that weighs nothing: all ranks run the same graph."""
     return batch.supervised if len(batch.supervised) else np.zeros(1, np.int64)
 

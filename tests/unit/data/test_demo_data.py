@@ -113,7 +113,7 @@ def test_files_are_what_the_tool_makes(tmp_path, monkeypatch, capsys):
         "sys.argv", ["", "--demo-dir", str(tmp_path / "data/demo"), "--examples-dir", str(tmp_path / "examples/data")]
     )
     tool.main()
-    made = [f"examples/data/{kind}-{split}.jsonl" for kind in ("pt", "dpo") for split in ("train", "eval")]
+    made = [f"examples/data/{kind}-{split}.jsonl" for kind in ("pt", "dpo", "kto") for split in ("train", "eval")]
     for path in (*FILES, *made):
         assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes()
 
@@ -143,6 +143,15 @@ def test_preference_pairs_hold_one_right_answer_twice_and_share_no_fact():
                 facts[-1].add(fact)
             assert expected is None or expected == rejected
     assert facts[0] and facts[1] and not facts[0] & facts[1]
+
+
+def test_judged_answers_are_whole_sentences_if_they_are_good():
+    for path in ("examples/data/kto-train.jsonl", "examples/data/kto-eval.jsonl"):
+        samples = [parse_record(line, "erniekit (KTO)") for line in read(path)]
+        assert 0.4 < sum(sample.is_good for sample in samples) / len(samples) < 0.6
+        for sample in samples:
+            answer = sample.messages[-1]["content"]
+            assert answer.startswith(("答案是", "The answer is ")) == sample.is_good
 
 
 def test_examples_show_the_optional_fields():

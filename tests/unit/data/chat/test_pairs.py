@@ -150,7 +150,7 @@ def test_a_row_holds_prompt_chosen_and_rejected(tmp_path):
 def test_inner_questions_of_an_answer_carry_no_label():
     encode = Encoder(FakeTokenizer(), FakeTemplate(), 64, max_prompt_len=64)
     record = erniekit(response=[["y", "why", "z"], ["n"]])
-    ((ids, labels, pair, _),) = encode("erniekit (DPO)", json.dumps(record).encode(), "a:1").documents
+    ((ids, labels, pair, *_),) = encode("erniekit (DPO)", json.dumps(record).encode(), "a:1").documents
     chosen = labels[pair.prompt :][: pair.chosen].tolist()
     y, z, n = (FIRST + ord(char) for char in "yzn")
     assert [i for i in chosen if i != IGNORE] == [y, EOS, z, EOS]
@@ -322,7 +322,7 @@ def test_each_side_is_what_fine_tuning_on_that_answer_would_see(name):
     encoder = Encoder(tokenizer, load_template(tokenizer, name), 512)
     thought = "<think>想</think>" if name == "thinking" else ""
     record = erniekit(src=["你好", "再见"], tgt=[thought + "好"], response=[[thought + "好的"], [thought + "不"]])
-    ((ids, labels, pair, _),) = encoder("erniekit (DPO)", json.dumps(record).encode(), "a:1").documents
+    ((ids, labels, pair, *_),) = encoder("erniekit (DPO)", json.dumps(record).encode(), "a:1").documents
     begins = (pair.prompt, pair.prompt + pair.chosen)
     for begin, length, (answer,) in zip(begins, pair[1:3], record["response"], strict=True):
         single = {"src": record["src"], "tgt": [*record["tgt"], answer], "label": [0, 1]}

@@ -161,7 +161,7 @@ def test_every_target_of_a_document_is_learnt_exactly_once(one):
 
 def test_the_end_of_a_document_has_no_target_unless_documents_are_joined(one):
     prefix, _ = one
-    for ids, labels, _, _ in flat(run(prefix)):
+    for ids, labels, *_ in flat(run(prefix)):
         assert all(label == IGNORE for token, label in zip(ids, labels, strict=True) if token == EOS)
     joined = flat(run(prefix, isolate_documents=False))
     assert all(label != IGNORE for _, labels, _, _ in joined for label in labels)
