@@ -5,6 +5,7 @@ from collections.abc import Callable
 from erniekit.config.methods import Records
 from erniekit.config.pointless_rule import Facts, Rule
 from erniekit.config.schema import Config
+from erniekit.config.schema_rollout_tools import DOCUMENTS
 
 
 def _rl(when: Callable[[Config], bool]) -> Callable[[Config, Facts], bool]:
@@ -53,6 +54,17 @@ RL_RULES = [
         "max_resample_times difficulty_low difficulty_high difficulty_pause",
         _rl(lambda c: not c.dynamic_sample),
         "dynamic_sample is False",
+    ),
+    Rule("max_turns max_tool_calls max_tool_tokens", _rl(lambda c: not c.tools), "tools is empty"),
+    Rule(
+        "tool_timeout",
+        _rl(lambda c: not any(".py:" in name for name in c.tools)),
+        "tools has no function of your own",
+    ),
+    Rule(
+        "document_search_path",
+        _rl(lambda c: DOCUMENTS not in c.tools),
+        "tools does not have document_search",
     ),
     Rule(
         "difficulty_momentum difficulty_floor",

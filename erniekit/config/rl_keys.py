@@ -12,6 +12,7 @@ from erniekit.config.read import Entry
 from erniekit.config.schema import Config
 from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
+from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.values import plain
 
 # Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
@@ -77,6 +78,12 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from tool_problems(
+        cfg,
+        cfg.method.vision,
+        cfg.tensor_parallel_degree * cfg.pipeline_parallel_degree,
+        cfg.num_iterations * cfg.steps_per_generation,
+    )
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )

@@ -24,6 +24,7 @@ from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
@@ -44,6 +45,7 @@ class Config(
     RLArgs,
     RewardArgs,
     CurriculumArgs,
+    RolloutToolArgs,
     KtoArgs,
     GkdArgs,
     TrainArgs,

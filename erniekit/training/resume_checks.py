@@ -75,6 +75,7 @@ _KEYS = {
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
+        tools max_turns max_tool_calls max_tool_tokens tool_timeout document_search_path
         kto_loss_type desirable_weight undesirable_weight teacher_model_name_or_path gkd_beta lmbda
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
         difficulty_momentum difficulty_weighting difficulty_floor rl_stage_steps

@@ -11,7 +11,7 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
 from erniekit.training.rl.loader import RolloutLoader
-from erniekit.training.rl.prompts import check_records, prompt_options
+from erniekit.training.rl.prompts import check_records, prompt_options, tool_loop
 
 _SHOWN_CHARACTERS = 300
 
@@ -22,7 +22,12 @@ def inspect(report: Report, section: Section, cfg: Config, split: str, facts: Mo
     context = DataContext(cfg, facts.tokenizer, facts.template, Mesh.single(), facts.vision)
     steps: int | None = None
     with section.collecting():
-        prompts = PromptSet.open(specs_of(cfg, split), split, prompt_options(context), cfg.download_hub)
+        tools = tool_loop(context)
+        if tools is not None:
+            names = ", ".join(tool["function"]["name"] for tool in tools.descriptions)
+            tools.close()
+            section.add("ok", f"tools: {names}; the chat template shows them")
+        prompts = PromptSet.open(specs_of(cfg, split), split, prompt_options(context, tools), cfg.download_hub)
         lengths = np.array([len(prompts[index].ids) for index in range(len(prompts))])
         section.add(
             "ok",

@@ -10,6 +10,7 @@ import numpy as np
 from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
 from erniekit.training.rl.completions import Completion
+from erniekit.training.rl.sequence_pictures import SequencePictures
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def batch_of(
     prompt_segments: list[int] = []
     segments: list[int] = []
     sources: list[str] = []
+    pictures = SequencePictures()
     for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
         prompt = prompt_of(number)
         before = len(prompt.ids) - 1
@@ -66,13 +68,15 @@ def batch_of(
             ids.append(np.array(prompt.ids[:-1], np.int64))
             labels.append(np.full(before, IGNORE))
             positions.append(np.arange(before))
+        pictures.add_prompt(prompt, before)
         for completion in neighbours:
             prompt_segments.append(shared)
             segments.append(len(ids))
             sources.append(prompt.place)
-            ids.append(np.append(prompt.ids[-1], completion.ids[:-1]))
+            ids.append(np.append(prompt.ids[-1], completion.input_ids[:-1]))
             labels.append(np.where(_has_loss(completion, options), completion.ids, IGNORE))
             positions.append(np.arange(before, before + len(completion.ids)))
+            pictures.add_completion(prompt, completion, before)
     row = PackedBatch.text_row(
         np.concatenate(ids),
         np.concatenate(labels),
@@ -80,7 +84,8 @@ def batch_of(
         np.repeat(np.arange(len(ids)), [len(part) for part in ids]),
         sources,
     )
-    return replace(row, completions=_table(completions, prompt_segments, segments, options))
+    table = _table(completions, prompt_segments, segments, options)
+    return pictures.fill(replace(row, completions=table))
 
 
 def _has_loss(completion: Completion, options: BatchOptions) -> np.ndarray:

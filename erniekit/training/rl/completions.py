@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.data.prompts import Prompt
+from erniekit.data.vision.plan import MediaPlan
 from erniekit.utils.errors import CheckpointError
 
 
@@ -23,6 +24,10 @@ class Completion:
     without an end token. reward: the weighted sum of its rewards with penalties, NaN where no function gave one.
     old_logps, reference_logps float32 [n]: of the policy before the first update and of the reference, as the training
     computation evaluates them, and entropies float32 [n] of the policy's distributions; None where nobody needs them.
+
+    With tools: inputs int32 [n], the ids as the model reads them, which differ from `ids` at the end of a turn that
+    others follow (None: they are the same). turns: the completion as messages. plans: the pictures among the results,
+    each of which has one placeholder in short_inputs.
     """
 
     prompt: int
@@ -36,6 +41,15 @@ class Completion:
     old_logps: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    inputs: np.ndarray | None = None
+    turns: tuple[dict[str, Any], ...] = ()
+    plans: tuple[MediaPlan, ...] = ()
+    short_inputs: tuple[int, ...] = ()
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """The ids as the model reads them, int32 [n]."""
+        return self.ids if self.inputs is None else self.inputs
 
     @property
     def num_sampled(self) -> int:
@@ -43,7 +57,7 @@ class Completion:
         return int(self.is_sampled.sum())
 
 
-_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies")
+_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies", "inputs")
 
 
 def to_bytes(completions: Sequence[Completion]) -> bytes:
@@ -115,6 +129,7 @@ def sample_records(
                     "length": completion.num_sampled,
                     "truncated": completion.is_truncated,
                 }
+                | ({"turns": json_value([dict(turn) for turn in completion.turns])} if completion.turns else {})
                 | {name: json_value(column[i]) for name, column in group.extras.items()}
             )
     return records

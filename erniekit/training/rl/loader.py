@@ -30,11 +30,12 @@ from erniekit.training.rl.batches import BatchOptions, microbatches, min_entropy
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
 from erniekit.training.rl.generate import Generator, draw_number
-from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options
+from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
 from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
+from erniekit.training.rl.tools import ToolLoop
 from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import read_bytes, read_json_object
@@ -60,11 +61,13 @@ class RolloutLoader:
     statistics of rewards, and the completions of a rollout that is not used up.
     """
 
-    def __init__(self, context: DataContext, prompts: PromptSet, scorer: Scorer | None) -> None:
-        """`scorer`: on the first rank alone."""
+    def __init__(
+        self, context: DataContext, prompts: PromptSet, scorer: Scorer | None, tools: ToolLoop | None = None
+    ) -> None:
+        """`scorer`: on the first rank alone. `tools`: what the model may call while it answers."""
         assert context.template is not None, "prompts need a chat template"
         cfg = self._cfg = context.cfg
-        self.prompts, self._scorer = prompts, scorer
+        self.prompts, self._scorer, self._tools = prompts, scorer, tools
         self._mesh, self._template, self._tokenizer = context.mesh, context.template, context.tokenizer
         self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, known_pass_rates(prompts))
         self.identity: dict[str, Any] = {
@@ -79,7 +82,7 @@ class RolloutLoader:
     def connect(self, model: CausalLM, reference: PolicyReference | None) -> None:
         """Take over the model that generates, before the first step."""
         self._model, self._reference = model, reference
-        self._generator = Generator(self._cfg, model, self._template)
+        self._generator = Generator(self._cfg, model, self._template, self._tools)
         self._token_scorer = TokenScorer(self._cfg.temperature, self._cfg.loss_subbatch_seqlen)
 
     @property
@@ -385,15 +388,18 @@ class RolloutLoader:
         """End the processes that compute rewards."""
         if self._scorer is not None:
             self._scorer.close()
+        if self._tools is not None:
+            self._tools.close()
 
 
 def open_prompts(context: DataContext) -> RolloutLoader:
     """The prompts and the rewards of a run; see training.data.open_rows."""
     cfg = context.cfg
-    prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context), cfg.download_hub)
+    tools = tool_loop(context)
+    prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context, tools), cfg.download_hub)
     scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
     check_records(scorer, prompts)
-    return RolloutLoader(context, prompts, scorer)
+    return RolloutLoader(context, prompts, scorer, tools)
 
 
 def _sampled_kl(completion: Completion) -> float:
