@@ -35,11 +35,7 @@ FORBIDDEN = {
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",
 }
-<<<<<<< HEAD
-WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards", "board")  # not even inside a function
-=======
-WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards", "tools")  # not even inside a function
->>>>>>> r2
+WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards", "tools", "board")  # not even inside a function
 WITHOUT_PADDLE_AT_IMPORT = (
     "erniekit",
     "erniekit.config",

@@ -31,14 +31,8 @@ _QAT = "qat apply_hadamard hadamard_block_size quantization_group_size"
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
         "data,vision,text beside pictures,model,FP8,quantisation-aware training,shape,LoRA,preference,"
-<<<<<<< HEAD
-        "reward model,judged answers,distillation from a teacher,reinforcement learning,rewards,"
-        "difficulty of prompts,train,"
-        "optimizer,parts of the model,parallel,mixture of experts",
-=======
         "reward model,judged answers,distillation from a teacher,reinforcement learning,rewards,difficulty of prompts,"
         "tools in rollouts,train,optimizer,parts of the model,parallel,mixture of experts",
->>>>>>> r2
         "",
     ),
     "eval": (
