@@ -29,6 +29,7 @@ KTO: dict[str, Any] = {"stage": "KTO"}
 GKD: dict[str, Any] = {"stage": "GKD", "teacher_model_name_or_path": "t"}
 RL: dict[str, Any] = {"stage": "RL"}
 METHOD_EXTRAS = {"GKD": GKD}  # what the configuration of a method needs
+MMLU: dict[str, Any] = {"eval_benchmark": "mmlu", "eval_benchmark_path": "d"}
 WRITTEN = {"eval_benchmark_mode": "generate"}
 
 # (command, keys with their values, where they are pointless, where they are not); facts are under "facts".
