@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from erniekit.models import config_vision
 from erniekit.models.config_keys import PADDLE_ONLY, PT_ONLY
+from erniekit.models.config_rope import written_rope
 from erniekit.models.config_values import ARCHITECTURES, CAUSAL, SEQUENCE, read_values, token_ids
 from erniekit.models.vision_config import VisionConfig
 from erniekit.nn.frequencies import RopeScaling
@@ -157,7 +158,6 @@ class ModelConfig:
         left_out |= set(_MOE_FIELDS) if self.model_type == "ernie4_5" else set()
         left_out |= {key for key, usual in _RARE_ROUTING.items() if vars(self)[key] == usual}
         out = {key: value for key, value in vars(self).items() if key not in left_out}
-        # Both spellings of theta in -PT: transformers 5 reads rope_parameters, older readers the top-level key.
         architecture = ARCHITECTURES[format][self.model_type]
         if self.has_score_head:
             architecture = architecture.replace(CAUSAL, SEQUENCE)
@@ -166,13 +166,8 @@ class ModelConfig:
             architectures=[architecture],
             model_type=self.model_type,
             hidden_act="silu",
-            rope_theta=self.rope_theta,
+            **written_rope(self.rope_theta, self.rope_scaling, with_parameters=format == "pt"),
         )
-        scaling = {} if self.rope_scaling is None else dict(self.rope_scaling.given)
-        if format == "pt":
-            out["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta} | scaling
-        if scaling:  # read by transformers before 5, and in -Paddle
-            out["rope_scaling"] = scaling | {"rope_theta": self.rope_theta}
         if self.dtype is not None:
             out["torch_dtype" if format == "pt" else "dtype"] = self.dtype
         out.update({key: value for key, value in self.extra.items() if key not in other_only})

@@ -53,6 +53,17 @@ def read_rope(config: JsonObject, length: int) -> tuple[float, RopeScaling | Non
     return theta, None if kind == "default" else _rope_scaling(inner, kind, length)
 
 
+def written_rope(theta: float, scaling: RopeScaling | None, with_parameters: bool) -> dict[str, Any]:
+    """What a config.json says about positions. Transformers 5 reads rope_parameters (`with_parameters`: -PT), older
+    readers the top-level rope_theta and rope_scaling.
+    """
+    given = {} if scaling is None else dict(scaling.given)
+    out: dict[str, Any] = {"rope_theta": theta}
+    if with_parameters:
+        out["rope_parameters"] = {"rope_type": "default", "rope_theta": theta} | given
+    return out | ({"rope_scaling": given | {"rope_theta": theta}} if given else {})
+
+
 def _kind(rope: JsonObject) -> str | None:
     """The type of positions by either of its names."""
     return rope.get_text("rope_type", None) or rope.get_text("type", None)

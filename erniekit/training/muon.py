@@ -171,13 +171,11 @@ class Muon(AdamW):
 
     def _direction(self, name: str, update: paddle.Tensor) -> paddle.Tensor:
         """The orthogonal update, scaled, of what this rank has of a parameter: the parameter's shape, or a chunk."""
-        layout, (group, spec) = self._matrices[name], (self._matrices[name].group, self._matrices[name].spec)
+        layout = self._matrices[name]
+        group, spec = layout.group, layout.spec
         update = self.parameters.whole(name, update)
         if spec is not None:
-            rows = update.shape[0]
-            gathered = comm.all_gather(update, group).split(group.size, axis=0)
-            assert gathered[0].shape[0] == rows
-            update = joined(gathered, spec)
+            update = joined(comm.all_gather(update, group).split(group.size, axis=0), spec)
         pieces: defaultdict[int, list[int]] = defaultdict(list)
         for number, width in enumerate(layout.widths):
             pieces[width].append(number)

@@ -92,6 +92,8 @@ LAYOUTS = (
            _LONG | _SELECTIVE | {"recompute_modules": "attention,experts"}),
     Layout("moe, blocks and shared experts by name", 1, "tiny-moe",
            _LONG | _SELECTIVE | {"recompute_modules": "core_attn,mlp,shared_experts"}),
+    Layout("moe, Muon", 1, "tiny-moe", _LONG | {"optim": "muon"}),
+    Layout("moe, 2 tensor ranks, Muon", 2, "tiny-moe", _LONG | {"tensor_parallel_degree": 2, "optim": "muon"}),
     Layout("dense, recompute, offloaded", 1, "tiny-dense", _LONG | {"recompute": True, "offload_activations": True}),
     Layout("dense, 2 tensor ranks", 2, "tiny-dense", _LONG | {"tensor_parallel_degree": 2}),
     Layout("dense, 2 tensor ranks share tokens", 2, "tiny-dense",

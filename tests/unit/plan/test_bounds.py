@@ -43,7 +43,7 @@ def sample(given: Job, number: int) -> list[Job]:
     ("model", "keys", "gpus", "pictures"),
     [
         ("baidu/ERNIE-4.5-300B-A47B-Paddle", ("pp_seg_method=balanced",), 96, 0),
-        ("baidu/ERNIE-4.5-21B-A3B-Paddle", ("pp_seg_method=balanced", "moment_dtype=bf16"), 16, 0),
+        ("baidu/ERNIE-4.5-21B-A3B-Paddle", ("pp_seg_method=balanced", "moment_dtype=bf16", "optim=muon"), 16, 0),
         ("baidu/ERNIE-4.5-21B-A3B-Paddle", ("fine_tuning=LoRA",), 8, 0),
         ("baidu/ERNIE-4.5-21B-A3B-Paddle", ("frozen_parameters=language",), 8, 0),
         ("baidu/ERNIE-4.5-21B-A3B-Paddle", ("recompute=true", "offload_activations=true"), 8, 0),
