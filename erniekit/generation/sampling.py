@@ -126,7 +126,7 @@ def _heaviest(weights_N: np.ndarray, total: float, p: float) -> np.ndarray:
     near = near[np.argsort(weights_N[near], kind="stable")]
     below = np.cumsum(weights_N[near], dtype=np.float64) + (up_to_bin[border - 1] if border else lighter)
     chosen = np.concatenate([near[below > (1 - p) * total], heavy])
-    return chosen if len(chosen) else weights_N.argmax(keepdims=True)
+    return chosen if len(chosen) else np.array([weights_N.argmax()])
 
 
 def softmax(scores_V: np.ndarray) -> np.ndarray:

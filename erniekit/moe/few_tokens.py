@@ -42,7 +42,8 @@ def run(x_TD: paddle.Tensor, experts: Experts, experts_TK: np.ndarray, weights_T
     (num_tokens, top_k), width = experts_TK.shape, x_TD.shape[1]
     chosen = experts_TK.reshape(-1)
     order = np.argsort(chosen, kind="stable")
-    counts = np.bincount(chosen, minlength=experts.up_gate_proj.num_experts).tolist()
+    num_experts = experts.up_gate_proj.weight_shape[0]
+    counts = np.bincount(chosen, minlength=num_experts).tolist()
     rows, of_rows = paddle.empty([len(order), width], dtype=x_TD.dtype), weights_TK.reshape(-1, 1)[order]
     np.take(np.from_dlpack(x_TD), order // top_k, axis=0, out=np.from_dlpack(rows))
     made: np.ndarray

@@ -57,7 +57,7 @@ class Products:
         count = next(len(each) for each in (rows, columns, inner) if isinstance(each, np.ndarray))
 
         def each(value: float | np.ndarray, dtype: type = np.int32) -> np.ndarray:
-            made = np.empty(count, dtype)
+            made: np.ndarray = np.empty(count, dtype)
             made[:] = value
             return made
 

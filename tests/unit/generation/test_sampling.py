@@ -133,3 +133,18 @@ def test_equal_to_transformers(seed: int):
     ours = keep_min_p(keep_top_p(keep_top_k(ours, 50), 0.8), 0.05)
     assert len(kept(ours)) < 50
     np.testing.assert_allclose(ours, expected[0].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.8, 0.95, 0.9999])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, 30.0])
+def test_top_p_equals_sorting_everything(p: float, scale: float):
+    for seed, size in enumerate((1, 2, 7, 500, 5000)):
+        scores = (rng(seed).standard_normal(size) * scale).round(2).astype(np.float32)  # with ties
+        probabilities = softmax(scores)
+        order = np.argsort(scores, kind="stable")
+        nucleus = order[np.cumsum(probabilities[order]) > 1 - p]
+        expected = len(nucleus) or 1
+        found = kept(keep_top_p(scores, p))
+        # Weights are fp32, so at a border within rounding there may be one token more or less.
+        assert abs(len(found) - expected) <= (0 if size < 500 else 1)
+        assert min(scores[found]) >= np.sort(scores)[-len(found)]
