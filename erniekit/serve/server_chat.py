@@ -2,8 +2,9 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,7 +16,7 @@ from erniekit.serve.request_plan import Plan, plan
 from erniekit.serve.server_body import read_body
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import json_response
-from erniekit.serve.server_run import Run, unless_client_leaves
+from erniekit.serve.server_run import Run, stream_of, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
 from erniekit.serve.server_text import AnswerReader, Piece
@@ -68,7 +69,9 @@ async def chat(request: HttpRequest, served: Served) -> Response:
             served.thread.release(count)
     served.metrics.request_params_n.observe(count)
     if values.get("stream"):
-        return EventStream(_stream(talk, wanted, run, usage), wanted.headers)
+        chunks = _ChatChunks(talk, run, list(wanted.requests[0].prompt))
+        head = talk.head("chat.completion.chunk")
+        return EventStream(stream_of(run, chunks, head, partial(_usage, wanted, run), usage), wanted.headers)
     body = await unless_client_leaves(request, _whole(talk, wanted, run))
     return json_response(body, headers=wanted.headers)
 
@@ -125,72 +128,58 @@ def _choice(talk: _Chat, index: int, reader: AnswerReader, said: dict[str, Any])
     return choice | ({"token_ids": reader.ids} if talk.values.get("return_token_ids") else {})
 
 
-async def _stream(
-    talk: _Chat, wanted: Plan, run: Run, usage: dict[str, Any]
-) -> AsyncGenerator[dict[str, Any] | None, None]:
-    """The chunks of a streamed response. Each choice begins with its role, in the order of the choices."""
-    head = talk.head("chat.completion.chunk")
-    each = usage.get("continuous_usage_stats")
-    num_begun, num_scored, num_ids = 0, [0] * len(run.readers), [0] * len(run.readers)
-    returns_ids = talk.values.get("return_token_ids")
-    writers = [_Deltas(talk.values.get("parallel_tool_calls") is not False) for _ in run.readers]
+class _ChatChunks:
+    """Writes the chunks of a streamed chat. Each choice begins with its role."""
 
-    def chunk(
-        index: int, delta: dict[str, Any], reader: AnswerReader | None = None, ends: bool = False
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        if reader is not None and talk.values.get("logprobs"):
-            choice["logprobs"] = _logprobs(talk, reader.tokens[num_scored[index] :])
-            num_scored[index] = len(reader.tokens)
-        if reader is not None and ends:
-            choice |= {"finish_reason": reader.finish_reason, "stop_reason": reader.stop_reason}
-        if reader is not None and returns_ids:
-            choice["token_ids"] = reader.ids[num_ids[index] :]
-            num_ids[index] = len(reader.ids)
-        piece = {**head, "choices": [choice]}
-        if reader is None and returns_ids:
-            piece["prompt_token_ids"] = list(wanted.requests[0].prompt)
-        if each:
-            piece["usage"] = _usage(wanted, run)
-        elif usage.get("include_usage"):
-            piece["usage"] = None
-        return piece
+    def __init__(self, talk: _Chat, run: Run, prompt_ids: list[int]) -> None:
+        self._talk, self._readers, self._prompt_ids = talk, run.readers, prompt_ids
+        self._returns_ids = bool(talk.values.get("return_token_ids"))
+        self._all_calls = talk.values.get("parallel_tool_calls") is not False
+        count = len(run.readers)
+        self._num_scored, self._num_ids, self._num_calls = [0] * count, [0] * count, [0] * count
 
-    async for step in run.steps():
-        if step.choice < 0:
-            yield None
-            continue
-        while num_begun <= step.choice:
-            yield chunk(num_begun, {"role": "assistant", "content": ""})
-            num_begun += 1
-        reader = run.readers[step.choice]
-        for piece in step.pieces:
-            delta = writers[step.choice].delta(piece)
+    def begin(self, index: int) -> dict[str, Any]:
+        """See Chunks."""
+        choice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        return {"choices": [choice]} | ({"prompt_token_ids": self._prompt_ids} if self._returns_ids else {})
+
+    def said(self, index: int, pieces: list[Piece]) -> Iterator[dict[str, Any]]:
+        """See Chunks."""
+        for piece in pieces:
+            delta = self._delta(index, piece)
             if delta:
-                yield chunk(step.choice, delta, reader)
+                yield {"choices": [self._choice(index, delta)]}
+        reader = self._readers[index]
         if reader.is_over:
-            yield chunk(step.choice, {}, reader, ends=True)
-    if usage.get("include_usage"):
-        yield {**head, "choices": [], "usage": _usage(wanted, run)}
+            end = {"finish_reason": reader.finish_reason, "stop_reason": reader.stop_reason}
+            yield {"choices": [self._choice(index, {}) | end]}
 
+    def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        reader = self._readers[index]
+        if self._talk.values.get("logprobs"):
+            choice["logprobs"] = _logprobs(self._talk, reader.tokens[self._num_scored[index] :])
+            self._num_scored[index] = len(reader.tokens)
+        if self._returns_ids:
+            choice["token_ids"] = reader.ids[self._num_ids[index] :]
+            self._num_ids[index] = len(reader.ids)
+        return choice
 
-@dataclass
-class _Deltas:
-    """Writes the pieces of one choice as deltas."""
-
-    all_calls: bool
-    num_calls: int = 0
-
-    def delta(self, piece: Piece) -> dict[str, Any]:
+    def _delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """The delta of a piece; empty for a call that the client does not want."""
         if piece.kind == "thought":
             return {"reasoning": piece.text, "reasoning_content": piece.text}
         if piece.kind == "text":
             return {"content": piece.text}
-        self.num_calls += 1
-        if self.num_calls > 1 and not self.all_calls:
+        self._num_calls[index] += 1
+        if self._num_calls[index] > 1 and not self._all_calls:
             return {}
-        return {"tool_calls": [{"index": self.num_calls - 1, **_call(piece)}]}
+        return {"tool_calls": [{"index": self._num_calls[index] - 1, **_call(piece)}]}
 
 
 def _call(piece: Piece) -> dict[str, Any]:

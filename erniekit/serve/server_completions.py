@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from erniekit.serve.server_body import read_body
 from erniekit.serve.server_chat import fingerprint, stream_options
 from erniekit.serve.server_errors import ApiError
 from erniekit.serve.server_responses import json_response
-from erniekit.serve.server_run import Run, unless_client_leaves
+from erniekit.serve.server_run import Run, stream_of, unless_client_leaves
 from erniekit.serve.server_state import Served
 from erniekit.serve.server_stream import EventStream
-from erniekit.serve.server_text import AnswerReader
+from erniekit.serve.server_text import AnswerReader, Piece
 
 MAX_SCORED = 8192  # tokens of a prompt whose scores are asked for: [tokens, vocabulary] is in memory at once
 
@@ -87,7 +87,8 @@ async def complete(request: HttpRequest, served: Served) -> Response:
             served.thread.release(count)
     served.metrics.request_params_n.observe(wanted.n)
     if values.get("stream"):
-        return EventStream(_stream(ask, wanted, run, scored, usage), wanted.headers)
+        chunks = _CompletionChunks(ask, wanted, run, scored)
+        return EventStream(stream_of(run, chunks, ask.head, partial(_usage, ask, wanted, run), usage), wanted.headers)
     return json_response(await unless_client_leaves(request, _whole(ask, wanted, run, scored)), headers=wanted.headers)
 
 
@@ -151,48 +152,40 @@ async def _whole(ask: _Completion, wanted: Plan, run: Run, scored: list[list[Tok
     return {**ask.head, "choices": choices, "usage": _usage(ask, wanted, run)}
 
 
-async def _stream(
-    ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]], usage: dict[str, Any]
-) -> AsyncGenerator[dict[str, Any] | None, None]:
-    num_begun, num_scored, lengths = 0, [0] * len(run.readers), [0] * len(run.readers)
-    num_ids = [0] * len(run.readers)
+class _CompletionChunks:
+    """Writes the chunks of streamed continuations. Each choice begins with its prompt, if that is echoed."""
 
-    def chunk(index: int, text: str, tokens: Scored, reader: AnswerReader | None = None) -> dict[str, Any]:
-        logprobs = None if ask.num_scores is None else _logprobs(ask, tokens, lengths[index])
-        lengths[index] += len(text)
-        end = {"finish_reason": None} if reader is None else _end(reader)
-        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, **end}
-        if ask.returns_ids:
-            ids = run.readers[index].ids
-            choice["token_ids"] = ids[num_ids[index] :]
-            if not num_ids[index]:
-                choice["prompt_token_ids"] = ask.prompts[index // wanted.n]
-            num_ids[index] = len(ids)
-        piece = {**ask.head, "choices": [choice]}
-        if usage.get("continuous_usage_stats"):
-            piece["usage"] = _usage(ask, wanted, run)
-        elif usage.get("include_usage"):
-            piece["usage"] = None
-        return piece
+    def __init__(self, ask: _Completion, wanted: Plan, run: Run, scored: list[list[TokenScore | None]]) -> None:
+        self._ask, self._n, self._readers, self._scored = ask, wanted.n, run.readers, scored
+        count = len(run.readers)
+        self._num_scored, self._num_ids, self._lengths = [0] * count, [0] * count, [0] * count
 
-    async for step in run.steps():
-        if step.choice < 0:
-            yield None
-            continue
-        while num_begun <= step.choice:
-            row = num_begun // wanted.n
-            tokens = list(zip(ask.prompts[row], scored[row], strict=True)) if scored else []
-            yield chunk(num_begun, ask.echoed(num_begun, wanted.n), tokens)
-            num_begun += 1
-        reader = run.readers[step.choice]
-        text = "".join(piece.text for piece in step.pieces)
-        is_over = reader.is_over
-        if text or is_over:
-            new = reader.tokens[num_scored[step.choice] :]
-            num_scored[step.choice] = len(reader.tokens)
-            yield chunk(step.choice, text, new, reader if is_over else None)
-    if usage.get("include_usage"):
-        yield {**ask.head, "choices": [], "usage": _usage(ask, wanted, run)}
+    def begin(self, index: int) -> dict[str, Any]:
+        """See Chunks."""
+        row = index // self._n
+        prompt = self._ask.prompts[row]
+        tokens = list(zip(prompt, self._scored[row], strict=True)) if self._scored else []
+        choice = self._choice(index, self._ask.echoed(index, self._n), tokens) | {"finish_reason": None}
+        return {"choices": [choice | ({"prompt_token_ids": prompt} if self._ask.returns_ids else {})]}
+
+    def said(self, index: int, pieces: list[Piece]) -> Iterator[dict[str, Any]]:
+        """See Chunks."""
+        reader, text = self._readers[index], "".join(piece.text for piece in pieces)
+        if text or reader.is_over:
+            new = reader.tokens[self._num_scored[index] :]
+            self._num_scored[index] = len(reader.tokens)
+            end = _end(reader) if reader.is_over else {"finish_reason": None}
+            yield {"choices": [self._choice(index, text, new) | end]}
+
+    def _choice(self, index: int, text: str, tokens: Scored) -> dict[str, Any]:
+        logprobs = None if self._ask.num_scores is None else _logprobs(self._ask, tokens, self._lengths[index])
+        self._lengths[index] += len(text)
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs}
+        if self._ask.returns_ids:
+            ids = self._readers[index].ids
+            choice["token_ids"] = ids[self._num_ids[index] :]
+            self._num_ids[index] = len(ids)
+        return choice
 
 
 def _end(reader: AnswerReader) -> dict[str, Any]:

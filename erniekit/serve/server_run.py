@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
-from typing import NamedTuple, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
@@ -116,6 +116,46 @@ class Run:
         if reader.num_unreadable:
             metrics.tool_calls_unreadable.inc(reader.num_unreadable)
             log.info(f"{reader.num_unreadable} calls of the model could not be read, and stay in its text")
+
+
+class Chunks(Protocol):
+    """Writes the choices of a stream's chunks, and what else a chunk has beside its head and its usage."""
+
+    def begin(self, index: int) -> dict[str, Any]:
+        """The first chunk of a choice."""
+        ...
+
+    def said(self, index: int, pieces: list[Piece]) -> Iterator[dict[str, Any]]:
+        """The chunks of what a step has brought to a choice."""
+        ...
+
+
+async def stream_of(
+    run: Run, chunks: Chunks, head: dict[str, Any], usage: Callable[[], dict[str, Any]], options: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any] | None, None]:
+    """The chunks of a streamed response, each with `head`; None where nothing came for a while. The choices begin in
+    their order. `options`: stream_options; `usage`: the numbers of tokens so far.
+    """
+
+    def whole(chunk: dict[str, Any]) -> dict[str, Any]:
+        if options.get("continuous_usage_stats"):
+            chunk["usage"] = usage()
+        elif options.get("include_usage"):
+            chunk["usage"] = None
+        return {**head, **chunk}
+
+    num_begun = 0
+    async for step in run.steps():
+        if step.choice < 0:
+            yield None
+            continue
+        while num_begun <= step.choice:
+            yield whole(chunks.begin(num_begun))
+            num_begun += 1
+        for chunk in chunks.said(step.choice, step.pieces):
+            yield whole(chunk)
+    if options.get("include_usage"):
+        yield {**head, "choices": [], "usage": usage()}
 
 
 class ClientLeft(Exception):
