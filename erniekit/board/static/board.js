@@ -86,7 +86,7 @@ function actionsOf(run, size) {
 }
 
 function runsPage() {
-  const chosen = new Set();
+  let [chosen, shown] = [new Set(), ""];
   const choose = (run) => (event) => {
     chosen[event.target.checked ? "add" : "delete"](run.id);
     [$("compare").hidden, $("compare").href] = [chosen.size < 2, `/compare?runs=${[...chosen].join(",")}`];
@@ -98,7 +98,7 @@ function runsPage() {
   ].map((cell, n) => h("td", n > 3 ? { class: n === 6 ? "quiet" : "num" } : {}, cell)));
   poll(async () => {
     const said = await api("runs", null, true);
-    if (!said) return;
+    if (!said || shown === (shown = JSON.stringify(said.runs))) return;
     [$("empty").hidden, $("runs").hidden] = [said.runs.length > 0, !said.runs.length];
     const focus = document.activeElement;
     const place = `[data-run="${focus.closest("tr")?.dataset.run}"] ${focus.tagName}`;
