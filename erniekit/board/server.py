@@ -33,8 +33,8 @@ def serve(
     allowed_hosts: tuple[str, ...] = (),
     api_key_file: str | None = None,
 ) -> None:
-    """Show the board until the process is interrupted; runs continue. Raises ConfigError for a root of runs that another
-    board uses, an address that is not free, and one that others reach without a key of the user's own.
+    """Show the board until the process is interrupted; runs continue. Raises ConfigError for a root of runs that
+    another board uses, an address that is not free, and one that others reach without a key of the user's own.
     """
     keys = key_digests(api_key_file, runtime.environment_variable(KEY_VARIABLE))
     require_key_if_reachable(host, keys)
