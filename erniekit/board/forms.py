@@ -78,11 +78,15 @@ def check(text: str, command: str, runs: Runs, words: Sequence[str] = ()) -> dic
             said: Sequence[str] = _outside(cfg, runs)
         except ConfigError as error:
             said = error.problems or (str(error),)
-        for line in said:
-            line = line.replace(str(path) + ":", "line ").replace(str(path), "the YAML")
+        for line in [_unnamed(str(path), each) for each in said]:
             key = _KEY.match(line)
             problems.setdefault(key[1] if key and key[1] in _FIELDS else "", []).append(line)
-        return {"problems": problems, "notes": [note.replace(str(path) + ":", "line ") for note in notes]}
+        return {"problems": problems, "notes": [_unnamed(str(path), note) for note in notes]}
+
+
+def _unnamed(path: str, line: str) -> str:
+    """A message about a draft without the name of its file."""
+    return re.sub(re.escape(path) + r":(?=\d)", "line ", line).replace(f"{path}: ", "").replace(path, "the YAML")
 
 
 @contextlib.contextmanager

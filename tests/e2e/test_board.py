@@ -18,11 +18,13 @@ from support.source_tree import REPOSITORY
 from erniekit.board.app import STRINGS
 from erniekit.board.forms import values
 from erniekit.config import load
+from erniekit.config.reference import by_group
 
 FIELDS = (  # the values of the fields of given keys
     "Object.fromEntries([...document.querySelectorAll('.field.given')].map("
     "(field) => [field.dataset.key, field.querySelector('input, select').value]))"
 )
+OF_TRAIN = {entry.name for entries in by_group("train").values() for entry in entries}
 HAS_BROWSER = bool(CHROMIUM and DRIVER and importlib.util.find_spec("selenium"))
 pytestmark = pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium, chromedriver and selenium")
 TINY = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "examples/configs/tiny").rglob("*.yaml"))
@@ -58,10 +60,10 @@ def test_every_page_in_both_languages_is_silent_and_asks_this_machine_alone(page
         assert len(links) == 8
         for link in [*links, f"{board.address}/login", f"{board.address}/run/none"]:
             page.open(link)
-            text = page.find("main").text
+            text = page.text("main")
             assert text.strip() and "undefined" not in text and "[object" not in text, link
         page.open(f"{board.address}/new?command=train")
-        assert page.find("h1").text == STRINGS[language]["new"]
+        assert page.text("h1") == STRINGS[language]["new"]
         problems = [line for line in page.problems() if "/run/none" not in line]  # Chromium logs its status, 400
         assert problems == [], language
     page.click("#language")
@@ -75,12 +77,11 @@ def test_the_form_shows_each_example_and_keeps_it(page: Page, board: BoardProces
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         page.choose("#source", f"example:{name}")
         page.wait(lambda: page.js("$('yaml').value") == text, name)  # noqa: B023
-        shown = values(text)
-        page.wait(lambda: shown.keys() - set(page.js(FIELDS)) <= {"temperature", "max_new_tokens"}, name)  # noqa: B023
-        for key, value in page.js(FIELDS).items():
-            assert value.lower() == shown[key].lower(), (name, key)
+        shown = {key: value for key, value in values(text).items() if key in OF_TRAIN}
+        shown = {key: value.lower() for key, value in shown.items()}
+        page.wait(lambda: {k: v.lower() for k, v in page.js(FIELDS).items()} == shown, name)  # noqa: B023
     page.type("#f-max_steps", "many\t")
-    page.wait(lambda: "expected an integer" in page.find("[data-key=max_steps] .problem").text, "the error")
+    page.wait(lambda: "expected an integer" in page.text("[data-key=max_steps] .problem"), "the error")
     assert not page.find("#start").is_enabled()
     page.type("#f-max_steps", "7\t")
     page.wait(lambda: page.find("#start").is_enabled(), "no error")
@@ -103,11 +104,11 @@ def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: P
             page.open(f"{board.address}/new?command=train")
             page.js("($('yaml').value = arguments[0], $('yaml').dispatchEvent(new Event('input')))", text)
             page.type("#name", "long")
-            page.wait(lambda: page.find("#start").is_enabled() and "long" in page.find("#words").text, "start")
+            page.wait(lambda: page.find("#start").is_enabled() and "long" in page.text("#words"), "start")
             page.click("#start")
             page.wait(lambda: page.js("location.pathname") == "/run/long", "its page")
             page.wait(lambda: page.js("!!document.querySelector('#chart-loss canvas')"), "a curve")
-            page.wait(lambda: "training begins" in page.find("#log").text, "the log")
+            page.wait(lambda: "training begins" in page.text("#log"), "the log")
             assert page.problems() == []
         board.end(signal.SIGKILL)
         metrics = runs / "long" / "output" / "metrics.jsonl"
@@ -119,18 +120,18 @@ def test_a_run_by_clicks_outlives_its_tab_and_its_board(root: Path, workspace: P
         board = BoardProcess(runs, root.parent, board.port)
         with browser(root / "first") as page:  # the cookie still holds
             page.open(board.address)
-            page.wait(lambda: page.find("[data-run=long] .badge").text == "running", "it is found again")
+            page.wait(lambda: page.text("[data-run=long] .badge") == "running", "it is found again")
             page.click("[data-run=long] button")
-            page.wait(lambda: page.find("[data-run=long] .badge").text.startswith("stopped"), "stopped")
+            page.wait(lambda: page.text("[data-run=long] .badge").startswith("stopped"), "stopped")
             page.open(f"{board.address}/run/long")
-            page.wait(lambda: "saved" in page.find("#log").text, "its checkpoint")
+            page.wait(lambda: "saved" in page.text("#log"), "its checkpoint")
             last = json.loads(metrics.read_text().splitlines()[-1])["step"]
             page.js("[...document.querySelectorAll('#actions button')].at(-1).click()")
-            page.wait(lambda: "resuming after step" in page.find("#log").text, "resumed")
+            page.wait(lambda: "resuming after step" in page.text("#log"), "resumed")
             page.wait(lambda: json.loads(metrics.read_text().splitlines()[-1])["step"] > last, "further steps")
             page.js("(window.confirm = () => true)")
             page.click("#actions .danger")
-            page.wait(lambda: page.find("#state").text == "killed", "killed")
+            page.wait(lambda: page.text("#state") == "killed", "killed")
             assert page.problems() == []
     finally:
         board.end()
@@ -180,7 +181,7 @@ def test_a_conversation_shows_thoughts_and_calls_and_is_saved(page: Page, board:
     page.wait(lambda: page.js("!!document.querySelector('.call pre')"), "the call")
     assert page.js("document.querySelector('.thought').textContent") == "Let me look."
     assert not page.js("document.querySelector('.message details').open"), "the thought is folded"
-    assert page.find(".call pre").text == '{"item": "K37"}'
+    assert page.text(".call pre") == '{"item": "K37"}'
     page.type(".call input", "58 in stock")
     page.js("document.querySelector('.call + button').click()")
     page.wait(

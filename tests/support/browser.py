@@ -59,8 +59,13 @@ class Page:
         self.wait(lambda: self.driver.find_elements("css selector", selector), selector)
         return self.driver.find_element("css selector", selector)
 
+    def text(self, selector: str) -> str:
+        """What an element shows; "" where there is none (now: pages replace their elements)."""
+        return self.js("document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
     def click(self, selector: str) -> None:
-        self.find(selector).click()
+        self.find(selector)
+        self.js("document.querySelector(arguments[0]).click()", selector)
 
     def type(self, selector: str, text: str) -> None:
         self.find(selector).clear()

@@ -86,7 +86,7 @@ function actionsOf(run, size) {
 }
 
 function runsPage() {
-  const chosen = new Set();
+  let [chosen, shown] = [new Set(), ""];
   const choose = (run) => (event) => {
     chosen[event.target.checked ? "add" : "delete"](run.id);
     [$("compare").hidden, $("compare").href] = [chosen.size < 2, `/compare?runs=${[...chosen].join(",")}`];
@@ -98,9 +98,12 @@ function runsPage() {
   ].map((cell, n) => h("td", n > 3 ? { class: n === 6 ? "quiet" : "num" } : {}, cell)));
   poll(async () => {
     const said = await api("runs", null, true);
-    if (!said) return;
+    if (!said || shown === (shown = JSON.stringify(said.runs))) return;
     [$("empty").hidden, $("runs").hidden] = [said.runs.length > 0, !said.runs.length];
-    if (!$("runs").contains(document.activeElement)) $("runs").tBodies[0].replaceChildren(...said.runs.map(row));
+    const focus = document.activeElement;
+    const place = `[data-run="${focus.closest("tr")?.dataset.run}"] ${focus.tagName}`;
+    $("runs").tBodies[0].replaceChildren(...said.runs.map(row));
+    if (!focus.isConnected) document.querySelector(place)?.focus();
   });
 }
 
@@ -304,8 +307,7 @@ function newPage() {
 
 async function ask(path, body) {
   const said = await api(path, { yaml: $("yaml").value, ...body });
-  if (!said) return null;
-  [$("report-part").hidden, $("report").textContent, $("words").textContent] = [false, said.text, said.words];
+  if (said) [$("report-part").hidden, $("report").textContent, $("words").textContent] = [false, said.text, said.words];
   return said;
 }
 
@@ -333,8 +335,7 @@ function planPage() {
   withSource(() => {});
 
   function showPlan(plan) {
-    [put("verdict"), put("stages")];
-    if (!plan) return;
+    if (!plan) return [put("verdict"), put("stages")];
     const fact = (value, name) => h("div", {}, h("b", {}, value), " ", h("span", { class: "quiet" }, name));
     const fits = h("b", { class: plan.fits ? "good" : "bad" }, plan.fits ? T.fits : T.fits_not);
     put("verdict", div("card verdict", fits, fact(`${number(plan.step_seconds)} s`, T.per_step),

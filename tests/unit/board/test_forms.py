@@ -111,6 +111,7 @@ def test_problems_stand_at_their_field(runs: Runs):
     said = forms.check("batch_size: x\nlearning_rat: 1\nlora_rank: 0\n", "train", runs)["problems"]
     assert said.keys() == {"batch_size", "", "lora_rank"} and "(line 1)" in said["batch_size"][0]
     assert "did you mean learning_rate" in said[""][0]
+    assert forms.check("", "train", runs)["problems"] == {"": ["the file is empty."]}
     good = "train_dataset_path: a.jsonl\nmodel_name_or_path: m\noutput_dir: o\n"
     assert forms.check(good, "train", runs)["problems"] == {}
     assert "lora_rank" in str(forms.check(good + "lora_rank: 4\n", "train", runs)["notes"])
