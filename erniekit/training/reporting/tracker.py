@@ -1,4 +1,4 @@
-"""The interface of a board of report_to, and what it is told of a run."""
+"""The interface of a board of report_to, and what it gets to know of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told at the start.
+    """What a tracker gets to know at the start.
 
     directory: where it writes files. start_step: the step after which the run resumes (0: none). config: the
     configuration, of JSON's types. run_id: the run's id in the tracker; None for a new run.
