@@ -57,6 +57,7 @@ MADE_BY_DEMOS = (
     "./demo_output/dense",
     "./demo_output/moe",
     "./demo_output/styles",
+    "./demo_output/dpo",
     "./demo_output/vl/stage1_text",
     "./demo_output/vl/stage2_vision",
     "./demo_output/vl/stage3_joint",
@@ -183,7 +184,7 @@ def test_it_is_named_after_its_model_and_length(name):
     length = re.search(r"_(\d+)k\.yaml", name)
     if length:
         assert cfg.max_seq_len == int(length.group(1)) * 1024
-    stage = {"pt": "PT", "pretrain": "PT", "dpo": "DPO"}.get(name.split("/")[1], "SFT")
+    stage = {"pt": "PT", "pretrain": "PT", "dpo": "DPO", "rl": "RL"}.get(name.split("/")[1], "SFT")
     if "-VL-" in name and command_of(name) in ("train", "eval"):
         stage = f"VL-{stage}"
     assert cfg.stage == stage

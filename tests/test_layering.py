@@ -20,7 +20,7 @@ LAYERS = (
     ("build", "join"),
     ("quantize",),
     ("export", "generation"),
-    ("rewards",),
+    ("rewards", "tools"),
     ("training",),
     ("evaluate", "serve"),
     ("cli",),
@@ -34,7 +34,7 @@ FORBIDDEN = {
     ("data", "parallel"): "ranks come into data as numbers",
     ("data", "nn"): "data is numpy only",
 }
-WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards")  # not even inside a function
+WITHOUT_PADDLE_ANYWHERE = ("config", "data", "cluster", "rewards", "tools")  # not even inside a function
 WITHOUT_PADDLE_AT_IMPORT = (
     "erniekit",
     "erniekit.config",

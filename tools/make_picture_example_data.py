@@ -324,6 +324,36 @@ def pairs() -> list[Row]:
     ]
 
 
+def prompts() -> list[Row]:
+    """Prompts for reinforcement learning, with what rewards compare answers with."""
+
+    def asks(question: str) -> list[Row]:
+        return [{"role": "user", "content": f"<image>{question}"}]
+
+    sign = relative(SIGN, street())
+    return [
+        {
+            "prompt": asks("How many cups? Give the number in \\boxed{}."),
+            "images": ["pictures/cups.png"],
+            "answer": "3",
+            "domain": "counting",
+        },
+        {
+            "prompt": asks("杯子有几个？把数字写在 \\boxed{} 里。"),
+            "images": ["pictures/two_cups.png"],
+            "answer": "2",
+            "domain": "counting",
+        },
+        {
+            "prompt": asks("Where is the sign? Give its box as [x1, y1, x2, y2], from 0 to 1000."),
+            "images": ["pictures/street.png"],
+            "answer": sign,
+            "domain": "grounding",
+            "reward_funcs": ["box_iou"],
+        },
+    ]
+
+
 def held_out() -> list[Row]:
     """Questions for the evaluation."""
     return [
@@ -345,6 +375,7 @@ FILES = {
     "sft_vl-alpaca.jsonl": alpaca,
     "pt_vl-train.jsonl": documents,
     "dpo_vl-train.jsonl": pairs,
+    "rl_vl-train.jsonl": prompts,
 }
 
 

@@ -330,4 +330,6 @@ def _finish(state: _State, path: str | None, command: str) -> Config:
         state.problems.append(f"{problem} ({places.get(key) or path or 'command line'})")
     state.raise_problems(path)
     lines = [*dialects.note(cfg, state.names | values.keys(), command), *state.notes, *support.notes(cfg, command)]
+    if command == "train":
+        lines += rl_keys.warnings(cfg)
     return dataclasses.replace(cfg, notes=tuple(lines))

@@ -19,6 +19,7 @@ from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_vision import VisionArgs
 
 
@@ -105,6 +106,22 @@ _UNREAD_BY_POLICIES = {
     for key in keys.split()
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "enable_thinking")
+_RL = MethodFacts(
+    "RL",
+    "reinforcement learning from rewards that are computed",
+    Records.PROMPTS,
+    options=(RLArgs, RewardArgs, CurriculumArgs, RolloutToolArgs),
+    also_reads=("max_prompt_len", *_SAMPLING),
+    unread=_UNREAD_BY_POLICIES,
+    metric="reward",
+    defaults={
+        "learning_rate": 1e-6,
+        "batch_size": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "moe_aux_loss_lambda": 0.0,
+    },
+)
 METHODS: dict[str, MethodFacts] = {
     facts.name: facts
     for facts in (
@@ -163,21 +180,14 @@ METHODS: dict[str, MethodFacts] = {
             unread=_UNREAD_BY_DISTILLATION,
             defaults={"max_new_tokens": 128, "temperature": 0.9, "top_p": 1.0},
         ),
-        MethodFacts(
-            "RL",
-            "reinforcement learning from rewards that are computed",
-            Records.PROMPTS,
-            options=(RLArgs, RewardArgs, CurriculumArgs),
-            also_reads=("max_prompt_len", *_SAMPLING),
-            unread=_UNREAD_BY_POLICIES,
-            metric="reward",
-            defaults={
-                "learning_rate": 1e-6,
-                "batch_size": 8,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "moe_aux_loss_lambda": 0.0,
-            },
+        _RL,
+        dataclasses.replace(
+            _RL,
+            name="VL-RL",
+            title="with pictures",
+            vision=True,
+            unread=_UNREAD_BY_POLICIES
+            | dict.fromkeys(option_names(MixtureArgs), "prompts without pictures may stand in train_dataset_path"),
         ),
     )
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from erniekit.config.methods import Records
 from erniekit.config.pointless_rule import Facts, Rule
 from erniekit.config.schema import Config
+from erniekit.config.schema_rollout_tools import DOCUMENTS
 
 
 def _rl(when: Callable[[Config], bool]) -> Callable[[Config, Facts], bool]:
@@ -54,12 +55,23 @@ RL_RULES = [
         _rl(lambda c: not c.dynamic_sample),
         "dynamic_sample is False",
     ),
+    Rule("max_turns max_tool_calls max_tool_tokens", _rl(lambda c: not c.tools), "tools is empty"),
+    Rule(
+        "tool_timeout",
+        _rl(lambda c: not any(".py:" in name for name in c.tools)),
+        "tools has no function of your own",
+    ),
+    Rule(
+        "document_search_path",
+        _rl(lambda c: DOCUMENTS not in c.tools),
+        "tools does not have document_search",
+    ),
     Rule(
         "difficulty_momentum difficulty_floor",
         _rl(lambda c: c.difficulty_weighting == "none"),
         "difficulty_weighting is none",
     ),
-    Rule("router_replay freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
+    Rule("freeze_router_bias", lambda c, f: f.num_experts == 0, "the model has no experts"),
     Rule(
         "moe_use_aux_free moe_use_aux_free_update_coef",
         _rl(lambda c: c.freeze_router_bias),

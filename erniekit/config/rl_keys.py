@@ -12,6 +12,7 @@ from erniekit.config.read import Entry
 from erniekit.config.schema import Config
 from erniekit.config.schema_curriculum import curriculum_problems
 from erniekit.config.schema_rl import PRESETS
+from erniekit.config.schema_rollout_tools import tool_problems
 from erniekit.config.values import plain
 
 # Names of TRL's GRPOConfig for keys that have another name here, because theirs belongs to another method or is new.
@@ -77,6 +78,12 @@ def problems(cfg: Config) -> Iterator[str]:
     yield from _numbers(cfg)
     yield from _loss(cfg)
     yield from _reference(cfg)
+    yield from tool_problems(
+        cfg,
+        cfg.method.vision,
+        cfg.tensor_parallel_degree * cfg.pipeline_parallel_degree,
+        cfg.num_iterations * cfg.steps_per_generation,
+    )
     yield from curriculum_problems(
         cfg, len(cfg.train_dataset_path), cfg.num_iterations * cfg.steps_per_generation, cfg.max_steps
     )
@@ -92,6 +99,12 @@ def _numbers(cfg: Config) -> Iterator[str]:
             f"{cfg.rollout_batch_size} prompts. Each step takes whole groups of {cfg.num_generations} completions: use "
             f"one of {', '.join(map(str, working))}, or rollout_batch_size: "
             f"{-(-cfg.rollout_batch_size // cfg.steps_per_generation) * cfg.steps_per_generation}"
+        )
+    if cfg.upo_weight and cfg.batch_size % cfg.num_generations:
+        yield (
+            f"batch_size: {cfg.batch_size}: upo_weight compares the completions of a group, so a microbatch has to "
+            "hold whole groups: use a multiple of num_generations, such as "
+            f"{max(cfg.batch_size // cfg.num_generations, 1) * cfg.num_generations}"
         )
     if cfg.max_completion_length >= cfg.max_seq_len:
         yield (

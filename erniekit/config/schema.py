@@ -24,6 +24,7 @@ from erniekit.config.schema_quantization import QuantizationArgs
 from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
+from erniekit.config.schema_rollout_tools import RolloutToolArgs
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_train import OptimArgs, TrainArgs
 from erniekit.config.schema_use import ChatArgs, EvalArgs, ExportArgs, GenerateArgs, ServerArgs
@@ -44,6 +45,7 @@ class Config(
     RLArgs,
     RewardArgs,
     CurriculumArgs,
+    RolloutToolArgs,
     KtoArgs,
     GkdArgs,
     TrainArgs,
@@ -82,6 +84,15 @@ class Config(
     def mtp_depths(self) -> int:
         """The depth of multi-token prediction that a run trains; 0 if the method has no loss for it."""
         return self.num_nextn_predict_layers if self.method.reads("num_nextn_predict_layers") else 0
+
+    def num_microbatches(self, data_ranks: int) -> int:
+        """The microbatches of an optimizer step on each data rank: gradient_accumulation_steps, or as many as the
+        completions of a step need.
+        """
+        if self.method.reads("gradient_accumulation_steps"):
+            return self.gradient_accumulation_steps
+        completions = self.rollout_batch_size * self.num_generations // self.steps_per_generation
+        return -(-completions // (self.batch_size * data_ranks))
 
     @property
     def recomputed_modules(self) -> frozenset[str]:

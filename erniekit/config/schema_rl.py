@@ -114,12 +114,6 @@ class RLArgs:
     top_entropy_quantile: float = key(
         1.0, "The share of tokens with the highest entropy that have a policy loss; 1: all.", gt=0, le=1
     )
-    router_replay: str = key(
-        "none",
-        "Experts in the training passes: as the router chooses now (none), as it chose before the first update (r2), "
-        "or as it chose while generating (r3).",
-        choices=("none", "r2", "r3"),
-    )
     freeze_router_bias: bool = key(True, "The routers' correction biases do not move.")
     upo_weight: float = key(
         0.0, "Weight of a preference loss on pairs of completions of one group, best and worst (UPO); 0: none.", ge=0

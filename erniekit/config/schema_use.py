@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from erniekit.config.fields import key, list_of
 
-# What `chat` can execute for a model that sees pictures (serve/image_tools.py).
+# What `chat` can execute for a model that sees pictures (tools/image_tools.py).
 CHAT_TOOLS = ("image_zoom_in_tool", "image_search")
 
 

@@ -56,7 +56,7 @@ _SAME: dict[str, str] = {
     "sft_loss_ratio": "pref_ftx rpo_alpha sft_weight",
     "label_smoothing": "dpo_label_smoothing",
     "dpop_lambda": "dpop_alpha",
-    "ref_model_update_steps": "ref_model_sync_steps",
+    "ref_model_update_steps ref_model_adapters": "ref_model_sync_steps",
     "batch_size": "train_batch_size micro_batch_size micro_train_batch_size mbs eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps accumulation_steps "
     "accumulate_grad_batches",
@@ -132,7 +132,7 @@ _OTHERWISE: dict[str, str] = {
     "media_dir image_dir image_folder": "paths of pictures are relative to the data file's directory",
     "use_mora lora_use_mixer pissa pissa_init": "adapters are LoRA, rsLoRA (rslora) or DoRA (use_dora)",
     "export_quantization_bit export_quantization_dataset": "quantization names the scheme of exported weights",
-    "reward_model ref_model_adapters": f"{_STAGES}; reward models and PPO are not built",
+    "reward_model": "stage: RM trains one; stage: RL uses it with reward_funcs: reward_model and reward_model_path",
     "disable_shuffling": "random_shuffle: False keeps the order of the files",
     "plot_loss": "remove it: loss.png is always drawn",
     "overwrite_cache": "remove it: there is no cache of encoded data",

@@ -172,7 +172,7 @@ class CompletionTable:
     `advantages` float32 [N]. `groups` int64 [N]: equal numbers for completions of one prompt. `lengths` int64 [N]: the
     labels of each, which stand in this order in the columns of labels, float32 [L]: `rollout_log_probs` (NaN: unknown),
     `old_log_probs` and `reference_log_probs` (None: not needed). `pairs` int64 [P, 2]: completions of one group, the
-    better one first.
+    better one first. `min_entropy`: the least entropy with which a token has a policy loss; None: all have.
     """
 
     prompts: np.ndarray
@@ -184,6 +184,7 @@ class CompletionTable:
     old_log_probs: np.ndarray | None = None
     reference_log_probs: np.ndarray | None = None
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    min_entropy: float | None = None
 
     def __len__(self) -> int:
         return len(self.segments)

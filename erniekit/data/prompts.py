@@ -7,7 +7,7 @@ prompt is never shortened: one that is longer than `max_prompt_len` is left out 
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from erniekit.data.records.sample import Sample
 from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.formats import parse_vision_record
 from erniekit.data.vision.parts import media_of
-from erniekit.data.vision.plan import plan_media
+from erniekit.data.vision.plan import MediaPlan, plan_media
 from erniekit.data.vision.prompt import PicturePrompt, picture_prompt
 from erniekit.data.vision.sequence import MediaTokens
 from erniekit.utils import log
@@ -38,6 +38,8 @@ _KEPT_TOKENS = 32 << 20  # rendered prompts that are kept in memory, in tokens
 class Prompt:
     """A prompt. ids: its token ids, at the end the generation prompt. messages, tools: the conversation that they show.
     fields: the record's other fields. place: "file:line". pictures: where its images and videos are; None: text alone.
+    short_ids: the ids with one placeholder for each picture. vision, tokens: how pictures are placed; None: the model
+    reads text alone.
     """
 
     ids: list[int]
@@ -46,6 +48,19 @@ class Prompt:
     fields: Mapping[str, Any]
     place: str
     pictures: PicturePrompt | None = None
+    short_ids: list[int] = field(default_factory=list)
+    vision: VisionSpec | None = None
+    tokens: MediaTokens | None = None
+
+    def continued(self, ids: Sequence[int], plans: Sequence[MediaPlan] = ()) -> PicturePrompt | None:
+        """The prompt with what comes after it, in which every picture of `plans` has one placeholder. None where there
+        is no picture.
+        """
+        own = () if self.pictures is None else self.pictures.plans
+        if not (own or plans):
+            return None
+        assert self.vision is not None and self.tokens is not None, "pictures need a model that sees them"
+        return picture_prompt([*self.short_ids, *ids], [*own, *plans], self.tokens, self.vision)
 
 
 @dataclass(frozen=True)
@@ -184,14 +199,13 @@ class PromptSet:
         options = vision.formats(where)
         sample = parse_vision_record(record, type_name, where, options)
         plans = plan_media(list(media_of(sample.messages)), options.reader, vision.settings_at(where), vision.video)
-        ids = self._ids(sample)
-        if not plans:
-            return self._prompt(sample, where, ids)
-        pictures = picture_prompt(ids, plans, MediaTokens.of(self._options.template.tokenizer), vision)
-        return self._prompt(sample, where, pictures.ids, pictures)
+        ids, tokens = self._ids(sample), MediaTokens.of(self._options.template.tokenizer)
+        pictures = picture_prompt(ids, plans, tokens, vision) if plans else None
+        prompt = self._prompt(sample, where, ids if pictures is None else pictures.ids)
+        return replace(prompt, pictures=pictures, short_ids=ids, vision=vision, tokens=tokens)
 
-    def _prompt(self, sample: Sample, where: str, ids: list[int], pictures: PicturePrompt | None = None) -> Prompt:
-        return Prompt(ids, sample.messages, self._tools(sample), sample.fields, where, pictures)
+    def _prompt(self, sample: Sample, where: str, ids: list[int]) -> Prompt:
+        return Prompt(ids, sample.messages, self._tools(sample), sample.fields, where, short_ids=ids)
 
     def _tools(self, sample: Sample) -> list[dict[str, Any]] | None:
         return self._options.tools if sample.tools is None else sample.tools

@@ -272,6 +272,21 @@ def kl_estimate(logps: paddle.Tensor, ref_logps: paddle.Tensor, estimator: KLEst
     raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {estimator!r}")
 
 
+def pair_loss(
+    logps: paddle.Tensor, anchor_logps: paddle.Tensor, mask: paddle.Tensor, pairs: paddle.Tensor, beta: float
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """(-log sigmoid(margin) [P], margins [P] without gradient) of pairs of completions: the preference loss of DPO
+    (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) on completions that the policy made itself, which the technical
+    report of ERNIE 4.5 adds to the policy loss under the name of online UPO without a formula.
+
+    logps, anchor_logps, mask [N, T] as in policy_loss; the anchor is a constant. pairs int64 [P, 2]: numbers of the
+    better and of the worse completion. margin = beta * the difference of sum over tokens of logps - anchor_logps.
+    """
+    ratios_N = ((logps - anchor_logps.detach()) * mask).sum(-1)
+    margins = beta * (paddle.gather(ratios_N, pairs[:, 0]) - paddle.gather(ratios_N, pairs[:, 1]))
+    return -paddle.nn.functional.log_sigmoid(margins), margins.detach()
+
+
 def entropy_threshold(entropy: paddle.Tensor, mask: paddle.Tensor, share: float) -> float:
     """The entropy that `share` of the tokens with mask 1 reach, for policy_loss's min_entropy (Wang et al. 2025, arXiv
     2506.01939, who keep 0.2): the quantile 1 - share, between two values by linear interpolation.

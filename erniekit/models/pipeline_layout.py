@@ -100,14 +100,15 @@ def layout_lines(cfg: Config, model_config: ModelConfig, degrees: ParallelDims) 
     shares = degrees.expert * degrees.tensor if model_config.moe_num_experts else 1
     experts = f", experts over {shares} of them" if shares > 1 else ""
     tokens = " sharing the tokens" if cfg.sequence_parallel and degrees.tensor > 1 else ""
+    microbatches = cfg.num_microbatches(degrees.data)
     lines = [
         f"{degrees.world} ranks = {degrees.pipeline} pipeline stages x {degrees.data} data ranks x {degrees.tensor} "
-        f"tensor ranks{tokens}{experts}; a step takes {cfg.batch_size} rows x {cfg.gradient_accumulation_steps} "
-        f"microbatches x {degrees.data} = {cfg.batch_size * cfg.gradient_accumulation_steps * degrees.data} rows"
+        f"tensor ranks{tokens}{experts}; a step takes {cfg.batch_size} rows x {microbatches} microbatches x "
+        f"{degrees.data} = {cfg.batch_size * microbatches * degrees.data} rows"
     ]
     if degrees.pipeline > 1:
         stages = cut_layers(cfg, model_config, degrees.pipeline)
-        lines.append(describe(schedule_of(cfg), cfg.gradient_accumulation_steps, stages))
+        lines.append(describe(schedule_of(cfg), microbatches, stages))
     return lines + notes
 
 

@@ -98,7 +98,7 @@ class Job:
     @property
     def num_microbatches(self) -> int:
         """Microbatches of a step on each data rank."""
-        return self.cfg.gradient_accumulation_steps
+        return self.cfg.num_microbatches(self.degrees.data)
 
     @property
     def row_tokens(self) -> int:

@@ -19,8 +19,9 @@ from erniekit.generation.load import ChatModel, sampling_of
 from erniekit.generation.session import Session
 from erniekit.generation.thinking import ThoughtParser, opens_thought
 from erniekit.generation.tool_calls import CallFilter, format_call, read_calls
-from erniekit.serve.image_tools import ImageTools, failure
 from erniekit.serve.typed_media import Medium, content_of, open_medium
+from erniekit.tools.image_tools import ImageTools
+from erniekit.tools.result import failure
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, UserError
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from erniekit.data.records.errors import BadRecord
 from erniekit.data.records.fields import Notes
 from erniekit.data.vision.encode import VisionSpec
@@ -16,6 +14,7 @@ from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.parts import merged
 from erniekit.data.vision.plan import plan_media
+from erniekit.tools.image_tools import picture_part
 from erniekit.utils.errors import UserError
 
 COMMANDS = {"/image": "image", "/video": "video"}
@@ -77,8 +76,3 @@ def open_medium(kind: str, path: str, spec: VisionSpec, notes: Notes) -> Medium:
     frames = "" if plan.frames is None else f"{plan.frames} frames of "
     size = f"{frames}{plan.width} x {plan.height} pixels"
     return Medium(part, f"{name}, {size}, {plan.geometry.tokens} tokens")
-
-
-def picture_part(pixels: np.ndarray) -> dict[str, Any]:
-    """The content part of a picture."""
-    return {"type": "image", "image": pixels}

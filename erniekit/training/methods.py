@@ -82,6 +82,13 @@ METHODS: dict[str, Method] = {
             open_data=open_prompts,
             open_evaluation_data=open_evaluation_prompts,
         ),
+        Method(
+            FACTS["VL-RL"],
+            PolicyRecipe.build,
+            reward_scores,
+            open_data=open_prompts,
+            open_evaluation_data=open_evaluation_prompts,
+        ),
         Method(FACTS["VL-DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
         Method(FACTS["KTO"], KtoRecipe.build, judged_scores, _has_reference),
         Method(FACTS["GKD"], GkdRecipe.build, label_scores, check=require_teacher),

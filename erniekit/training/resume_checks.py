@@ -68,13 +68,14 @@ _KEYS = {
         kl_coef kl_estimator kl_in_reward kl_bias_correction sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
         rollout_seed rollout_dtype mask_truncated_completions soft_max_length soft_cache_length
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
-        entropy_coef top_entropy_quantile router_replay freeze_router_bias
+        entropy_coef top_entropy_quantile freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
         reward_margin center_rewards_coefficient
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path
         temperature top_p top_k repetition_penalty enable_thinking
+        tools max_turns max_tool_calls max_tool_tokens tool_timeout document_search_path
         kto_loss_type desirable_weight undesirable_weight teacher_model_name_or_path gkd_beta lmbda
         dynamic_sample max_resample_times difficulty_low difficulty_high difficulty_metric difficulty_pause
         difficulty_momentum difficulty_weighting difficulty_floor rl_stage_steps

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from erniekit import hub
-from erniekit.cli.check import preview, survey
+from erniekit.cli.check import preview, prompts, survey
 from erniekit.cli.check.contact_sheet import Tile, write_sheet
 from erniekit.cli.check.model import ModelFacts
 from erniekit.cli.check.report import Level, Report, Section, count_of
 from erniekit.config import Config
+from erniekit.config.methods import Records
 from erniekit.data.chat.tokenizer import Tokenizer
 from erniekit.data.lengths import Lengths
 from erniekit.data.loader import Feed, Loader, build_loader
@@ -71,6 +72,10 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         tokenizer = _usable_tokenizer(cfg, facts)
         if tokenizer is None:
             _check_records(section, cfg, split, opened)
+            continue
+        if cfg.method.records is Records.PROMPTS:
+            found = prompts.inspect(report, section, cfg, split, facts)
+            steps.total = steps.total or found
             continue
         feed: Feed | None = None
         with section.collecting():

@@ -164,8 +164,9 @@ def _layout(section: Section, cfg: Config, facts: ModelFacts) -> None:
         if cfg.lora_target_modules or cfg.modules_to_save or cfg.freeze_config or cfg.frozen_parameters:
             _named_modules(section, cfg, facts.model_config)
         if facts.degrees.world == 1:
-            rows = count_of(cfg.batch_size * cfg.gradient_accumulation_steps, "row")
-            microbatches = count_of(cfg.gradient_accumulation_steps, "microbatch", "microbatches")
+            number = cfg.num_microbatches(data_ranks=1)
+            rows = count_of(cfg.batch_size * number, "row")
+            microbatches = count_of(number, "microbatch", "microbatches")
             section.add("ok", f"one process; a step takes {rows}: {microbatches} of {count_of(cfg.batch_size, 'row')}")
         for line in layout_lines(cfg, facts.model_config, facts.degrees):
             section.add("note" if "no effect" in line else "ok", line)

@@ -191,6 +191,26 @@ class Template:
                         ids += self._ids(text, mark)
         return ids + self._ids(prompt, mark)
 
+    def ids_between(self, before: Messages, after: Messages) -> tuple[list[int], int]:
+        """What stands between the end token of the assistant's message that `before` ends with and its next answer,
+        with the messages `after` in between: the ids, and the id of that end token as training reads it (training
+        predicts eos there, see `labels`).
+
+        Raises DataError like encode_all, and if the template shows `before` differently once `after` follows.
+        """
+        plain = self._plain([*before, *after])
+        self._check_shown(plain, None)
+        messages, _, mark = self._guard(plain, None)
+        prompt = self._render(messages, None, True, {})
+        turns = self._sequences(messages[: len(before)], None, {}, strict=True)[-1]
+        past = "".join(turn.prompt + turn.answer + turn.end for turn in turns)
+        if not prompt.startswith(past):
+            raise DataError(
+                f"chat template {self.name} rewrites earlier turns once others follow, so that what was generated does "
+                "not continue. Choose another one, such as chat_template: text."
+            )
+        return self._ids(prompt[len(past) :], mark), self.tokenizer.token_id(turns[-1].end)
+
     def _plain(self, messages: Messages) -> list[dict[str, Any]]:
         """The messages in the form that the jinja program expects."""
         return _plain(messages)

@@ -178,7 +178,7 @@ def _converted_answer(
 
 
 def _picture_of_box(pictures: list[_Shown], index: Any, name: str) -> _Shown:
-    """The picture that a box is in, as serve.image_tools has it: the one that `img_idx` names, or else the last one
+    """The picture that a box is in, as tools.image_tools has it: the one that `img_idx` names, or else the last one
     that the user gave. A box is relative to an original picture, not to the crop that a tool gave back.
     """
     if not pictures:

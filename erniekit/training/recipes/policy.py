@@ -8,7 +8,7 @@ import paddle
 from erniekit.config.schema import Config
 from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.log_probs import token_log_probs
-from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, policy_loss
+from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, pair_loss, policy_loss
 from erniekit.models.decoder import CausalLM
 from erniekit.models.inputs import ModelInputs
 from erniekit.training.forward_pass import final_norm
@@ -19,6 +19,8 @@ from erniekit.training.rl.token_scores import TokenScorer
 from erniekit.training.trainable import trained_tensors
 
 _CAPS = {"tis": "tis_cap", "mis": "mis_cap"}  # the key of the largest weight of a correction; of the others icepop_beta
+
+_TERMS = {"policy": "policy", "kl": "kl_penalty", "entropy": "entropy_bonus"}  # names that no metric has
 
 
 def policy_options(cfg: Config) -> dict[str, Any]:
@@ -60,12 +62,13 @@ class PolicyRecipe(Recipe):
         return cls(cfg, context.model, loader, reference)
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
-        """Completions, their tokens with loss, and all tokens."""
+        """Completions, their tokens with loss, all tokens, and pairs of completions."""
         table = batch.completions
         return {
             "sequences": float(len(table)),
             "loss_tokens": float(table.lengths.sum()),
             "tokens": float(batch.num_tokens),
+            "pairs": float(len(table.pairs)),
         }
 
     def after_step(self, step: int) -> None:
@@ -82,7 +85,9 @@ class PolicyRecipe(Recipe):
     def head_terms(
         self, model: CausalLM, x_TD: paddle.Tensor, inputs: ModelInputs, batch: PackedBatch
     ) -> dict[str, Term]:
-        """Terms "policy" and, if asked for, "kl" and "entropy"; the metrics of the loss are only reported."""
+        """Terms "policy" and, if asked for, "kl_penalty" and "entropy_bonus"; the metrics of the loss are only
+        reported.
+        """
         hidden_TD = model.enter_head(final_norm(model, x_TD))
         if len(batch.supervised):
             log_probs, entropy = self._scorer.statistics(model, hidden_TD, batch)
@@ -104,19 +109,43 @@ class PolicyRecipe(Recipe):
             entropy=columns.of(entropy),
             num_sequences=1.0,
             num_tokens=1.0,
+            min_entropy=table.min_entropy,
             **self._options,
         )
         divisors = {"sequences": "sequences", "tokens": "loss_tokens"}
         terms = {
-            name: Term(total, divisors[loss.divisors[name]], loss.weights[name]) for name, total in loss.sums.items()
+            _TERMS[name]: Term(total, divisors[loss.divisors[name]], loss.weights[name])
+            for name, total in loss.sums.items()
         }
         divisors["clipped_of"] = "sequences" if self._level == "sequence" else "loss_tokens"
+        if self.cfg.upo_weight:
+            terms |= self._pair_terms(columns, log_probs, batch)
         for name, value in loss.metrics.items():
             if name in METRIC_DIVISORS:
                 terms[name] = Term(value, divisors[METRIC_DIVISORS[name]], None)
             else:
                 terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
         return terms
+
+    def _pair_terms(self, columns: "_Columns", log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
+        """UPO's term "upo", and the share of pairs whose better completion is the likelier one, and their margin."""
+        table = batch.completions
+        if not len(table.pairs):
+            nothing = log_probs.sum() * 0.0
+            sums = {"upo": nothing, "upo/accuracy": nothing.detach(), "upo/margin": nothing.detach()}
+        else:
+            anchor = table.reference_log_probs if self.cfg.upo_reference == "ref" else table.old_log_probs
+            anchor_NT = columns.of_numbers(anchor)
+            assert anchor_NT is not None, "the loader computes what upo_reference names"
+            pairs = paddle.to_tensor(table.pairs)
+            losses, margins = pair_loss(columns.of(log_probs), anchor_NT, columns.mask, pairs, self.cfg.upo_beta)
+            sums = {
+                "upo": losses.sum(),
+                "upo/accuracy": (margins > 0).astype("float32").sum(),
+                "upo/margin": margins.sum(),
+            }
+        weights = {"upo": self.cfg.upo_weight}
+        return {name: Term(total, "pairs", weights.get(name)) for name, total in sums.items()}
 
 
 class _Columns:

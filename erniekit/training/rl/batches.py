@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -10,6 +10,19 @@ import numpy as np
 from erniekit.data.packed_batch import IGNORE, NO_SEGMENT, CompletionTable, PackedBatch, join_rows
 from erniekit.data.prompts import Prompt
 from erniekit.training.rl.completions import Completion
+from erniekit.training.rl.sequence_pictures import SequencePictures
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """mask_truncated: a completion without an end token has no loss. pair_margin: the best and the worst completion of
+    each group are a pair if their rewards differ by more (None: no pairs); microbatches then hold whole groups.
+    min_entropy: see CompletionTable.
+    """
+
+    mask_truncated: bool = False
+    pair_margin: float | None = None
+    min_entropy: float | None = None
 
 
 def microbatches(
@@ -18,7 +31,7 @@ def microbatches(
     batch_size: int,
     rank: int = 0,
     world: int = 1,
-    mask_truncated: bool = False,
+    options: BatchOptions = BatchOptions(),
 ) -> list[PackedBatch]:
     """A data rank's microbatches of up to `batch_size` completions; every rank has the same number, the last ones
     perhaps without completions. Microbatch m of rank r has the completions (m * world + r) * batch_size + [0,
@@ -26,16 +39,16 @@ def microbatches(
     """
     share = batch_size * world
     starts = range(rank * batch_size, rank * batch_size + math.ceil(len(completions) / share) * share, share)
-    return [batch_of(completions[start : start + batch_size], prompt_of, mask_truncated) for start in starts]
+    return [batch_of(completions[start : start + batch_size], prompt_of, options) for start in starts]
 
 
 def batch_of(
-    completions: Sequence[Completion], prompt_of: Callable[[int], Prompt], mask_truncated: bool = False
+    completions: Sequence[Completion], prompt_of: Callable[[int], Prompt], options: BatchOptions = BatchOptions()
 ) -> PackedBatch:
     """One row of completions. Neighbours of one prompt share its tokens: the prompt without its last token is a segment
     which the completions attend to; each of them begins with that last token, which predicts its first one.
 
-    The labels are the tokens that the policy chose; with `mask_truncated` a completion without an end token has none.
+    The labels are the tokens that the policy chose.
     """
     if not completions:
         return join_rows([])
@@ -45,6 +58,7 @@ def batch_of(
     prompt_segments: list[int] = []
     segments: list[int] = []
     sources: list[str] = []
+    pictures = SequencePictures()
     for number, neighbours in groupby(completions, key=lambda completion: completion.prompt):
         prompt = prompt_of(number)
         before = len(prompt.ids) - 1
@@ -54,13 +68,15 @@ def batch_of(
             ids.append(np.array(prompt.ids[:-1], np.int64))
             labels.append(np.full(before, IGNORE))
             positions.append(np.arange(before))
+        pictures.add_prompt(prompt, before)
         for completion in neighbours:
             prompt_segments.append(shared)
             segments.append(len(ids))
             sources.append(prompt.place)
-            ids.append(np.append(prompt.ids[-1], completion.ids[:-1]))
-            labels.append(np.where(_has_loss(completion, mask_truncated), completion.ids, IGNORE))
+            ids.append(np.append(prompt.ids[-1], completion.input_ids[:-1]))
+            labels.append(np.where(_has_loss(completion, options), completion.ids, IGNORE))
             positions.append(np.arange(before, before + len(completion.ids)))
+            pictures.add_completion(prompt, completion, before)
     row = PackedBatch.text_row(
         np.concatenate(ids),
         np.concatenate(labels),
@@ -68,18 +84,45 @@ def batch_of(
         np.repeat(np.arange(len(ids)), [len(part) for part in ids]),
         sources,
     )
-    return replace(row, completions=_table(completions, prompt_segments, segments, mask_truncated))
+    table = _table(completions, prompt_segments, segments, options)
+    return pictures.fill(replace(row, completions=table))
 
 
-def _has_loss(completion: Completion, mask_truncated: bool) -> np.ndarray:
+def _has_loss(completion: Completion, options: BatchOptions) -> np.ndarray:
     """bool [n]: the tokens of a completion that carry loss."""
-    return completion.is_sampled & (not (mask_truncated and completion.is_truncated))
+    return completion.is_sampled & (not (options.mask_truncated and completion.is_truncated))
+
+
+def min_entropy_of(completions: Sequence[Completion], share: float, options: BatchOptions) -> float:
+    """The entropy that `share` of the tokens with loss reach (losses.policy.entropy_threshold), over all completions of
+    a step, so that its division into microbatches changes nothing.
+    """
+    parts = [c.entropies[_has_loss(c, options)] for c in completions if c.entropies is not None]
+    values = np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
+    return float(np.quantile(values, 1 - share)) if len(values) else 0.0
+
+
+def _pairs_of(completions: Sequence[Completion], options: BatchOptions) -> np.ndarray:
+    """The best and the worst completion of each group, int64 [P, 2], if their rewards differ by more than the margin;
+    of those that have a reward and loss.
+    """
+    pairs = []
+    for _, members in groupby(range(len(completions)), key=lambda i: completions[i].group):
+        usable = [
+            i for i in members if not np.isnan(completions[i].reward) and _has_loss(completions[i], options).any()
+        ]
+        if usable:
+            best = max(usable, key=lambda i: completions[i].reward)
+            worst = min(usable, key=lambda i: completions[i].reward)
+            if completions[best].reward - completions[worst].reward > (options.pair_margin or 0.0):
+                pairs.append((best, worst))
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def _table(
-    completions: Sequence[Completion], prompts: list[int], segments: list[int], mask_truncated: bool
+    completions: Sequence[Completion], prompts: list[int], segments: list[int], options: BatchOptions
 ) -> CompletionTable:
-    masks = [_has_loss(completion, mask_truncated) for completion in completions]
+    masks = [_has_loss(completion, options) for completion in completions]
 
     def column(name: str) -> np.ndarray | None:
         parts = [vars(completion)[name] for completion in completions]
@@ -98,4 +141,6 @@ def _table(
         rollout_log_probs=rollout,
         old_log_probs=column("old_logps"),
         reference_log_probs=column("reference_logps"),
+        min_entropy=options.min_entropy,
+        **({} if options.pair_margin is None else {"pairs": _pairs_of(completions, options)}),
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from erniekit.data.prompts import Prompt
+from erniekit.data.vision.plan import MediaPlan
 from erniekit.utils.errors import CheckpointError
 
 
@@ -21,7 +23,11 @@ class Completion:
     float32 [n]: log-probabilities that generating reported, NaN where there is none. is_truncated: whether it ended
     without an end token. reward: the weighted sum of its rewards with penalties, NaN where no function gave one.
     old_logps, reference_logps float32 [n]: of the policy before the first update and of the reference, as the training
-    computation evaluates them; None where nobody needs them.
+    computation evaluates them, and entropies float32 [n] of the policy's distributions; None where nobody needs them.
+
+    With tools: inputs int32 [n], the ids as the model reads them, which differ from `ids` at the end of a turn that
+    others follow (None: they are the same). turns: the completion as messages. plans: the pictures among the results,
+    each of which has one placeholder in short_inputs.
     """
 
     prompt: int
@@ -34,6 +40,16 @@ class Completion:
     advantage: float = 0.0
     old_logps: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
+    entropies: np.ndarray | None = None
+    inputs: np.ndarray | None = None
+    turns: tuple[dict[str, Any], ...] = ()
+    plans: tuple[MediaPlan, ...] = ()
+    short_inputs: tuple[int, ...] = ()
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """The ids as the model reads them, int32 [n]."""
+        return self.ids if self.inputs is None else self.inputs
 
     @property
     def num_sampled(self) -> int:
@@ -41,7 +57,7 @@ class Completion:
         return int(self.is_sampled.sum())
 
 
-_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps")
+_ARRAYS = ("ids", "is_sampled", "rollout_logps", "old_logps", "reference_logps", "entropies", "inputs")
 
 
 def to_bytes(completions: Sequence[Completion]) -> bytes:
@@ -78,7 +94,7 @@ def from_bytes(data: bytes, where: str) -> list[Completion]:
             )
             for i in range(len(arrays["lengths"]))
         ]
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{where}: cannot be read ({error!r:.100}). Resume from an older checkpoint.") from None
 
 
@@ -113,6 +129,7 @@ def sample_records(
                     "length": completion.num_sampled,
                     "truncated": completion.is_truncated,
                 }
+                | ({"turns": json_value([dict(turn) for turn in completion.turns])} if completion.turns else {})
                 | {name: json_value(column[i]) for name, column in group.extras.items()}
             )
     return records

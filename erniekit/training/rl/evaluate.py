@@ -11,7 +11,7 @@ from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
 from erniekit.training.evaluators import EvaluatedModel, Scores
 from erniekit.training.rl.generate import Generator
-from erniekit.training.rl.prompts import check_records, prompt_options
+from erniekit.training.rl.prompts import check_records, prompt_options, tool_loop
 from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.utils import log
@@ -25,7 +25,9 @@ class PromptEvaluation:
     def __init__(self, context: DataContext) -> None:
         cfg = context.cfg
         self.context = context
-        self.prompts = PromptSet.open(specs_of(cfg, "eval"), "eval", prompt_options(context), cfg.download_hub)
+        self.tools = tool_loop(context)
+        options = prompt_options(context, self.tools)
+        self.prompts = PromptSet.open(specs_of(cfg, "eval"), "eval", options, cfg.download_hub)
         self.count = len(self.prompts)
         if cfg.max_evaluate_steps > 0:
             self.count = min(self.count, cfg.max_evaluate_steps * cfg.batch_size)
@@ -46,6 +48,8 @@ class PromptEvaluation:
         """End the processes that compute rewards."""
         if self.scorer is not None:
             self.scorer.close()
+        if self.tools is not None:
+            self.tools.close()
 
 
 def open_evaluation_prompts(context: DataContext) -> PromptEvaluation:
@@ -62,7 +66,7 @@ def reward_scores(evaluated: EvaluatedModel, data: PromptEvaluation) -> Scores:
     context = data.context
     assert context.template is not None, "prompts need a chat template"
     prompts = [data.prompts[index] for index in range(data.count)]
-    groups = Generator(cfg, evaluated.model, context.template).greedy(prompts)
+    groups = Generator(cfg, evaluated.model, context.template, data.tools).greedy(prompts)
     scored = score_groups(cfg, evaluated.mesh, data.scorer, context.tokenizer, groups, prompts)
     values = {name: np.concatenate([group.rewards[name] for group in groups]) for name in groups[0].rewards}
     completions = [group.completions[0] for group in groups]

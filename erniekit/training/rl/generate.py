@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import paddle
@@ -11,12 +13,15 @@ from erniekit.data.chat.template import Template
 from erniekit.data.prompts import Prompt
 from erniekit.generation.decode import eval_mode
 from erniekit.generation.engine import Engine
+from erniekit.generation.pictures import tables_of
 from erniekit.generation.request import Generation, Limits, Request
 from erniekit.generation.sampling import Sampling
 from erniekit.models.decoder import CausalLM
 from erniekit.models.stages import finish_passes
 from erniekit.parallel import comm
 from erniekit.training.rl.completions import Completion, Group
+from erniekit.training.rl.tools import ToolLoop
+from erniekit.training.rl.track import Track, completion_of
 from erniekit.utils import heartbeat
 
 
@@ -28,8 +33,9 @@ class Generator:
     else is generated, nor on the layout, as far as the scores that it is drawn from are the same to the last bits.
     """
 
-    def __init__(self, cfg: Config, model: CausalLM, template: Template) -> None:
-        self._cfg, self._model = cfg, model
+    def __init__(self, cfg: Config, model: CausalLM, template: Template, tools: ToolLoop | None = None) -> None:
+        """`tools`: what the model may call; None: every completion is one turn."""
+        self._cfg, self._model, self._tools = cfg, model, tools
         stops = tuple(sorted({*template.stop_ids, *model.end_ids}))
         self._limits = Limits(cfg.max_completion_length, 0, stops)
         self._sampling = Sampling(
@@ -51,15 +57,17 @@ class Generator:
         tasks = [(i, draw) for i, of_prompt in enumerate(draws) for draw in of_prompt]
         mesh = self._model.mesh
         mine = [number for number, (i, _) in enumerate(tasks) if i % mesh.degrees.data == mesh.data]
-        requests = [self._request(prompts[tasks[number][0]], tasks[number][1]) for number in mine]
+        tracks = [Track.begin(prompts[tasks[number][0]], tasks[number][1], self._tools) for number in mine]
         with eval_mode(self._model), _rounded(self._model, self._cfg.rollout_dtype):
-            done = self._run(requests)
+            self._run(tracks)
         found: dict[int, Completion] = {}
-        lines = [[number, *_as_json(generation)] for number, generation in zip(mine, done, strict=True)]
+        lines = [[number, track.finished()] for number, track in zip(mine, tracks, strict=True)]
         for part in comm.gather_objects(lines, mesh.data_group):
-            for number, ids, logps, is_truncated in part:
+            for number, columns in part:
                 index = tasks[number][0]
-                found[number] = _completion(index, groups[index], ids, logps, is_truncated)
+                found[number] = completion_of(index, groups[index], columns)
+        for number, track in zip(mine, tracks, strict=True):
+            found[number].plans, found[number].short_inputs = tuple(track.plans), tuple(track.short)
         result = [Group(i, []) for i in range(len(prompts))]
         for number, (i, _) in enumerate(tasks):
             result[i].completions.append(found[number])
@@ -73,25 +81,61 @@ class Generator:
         finally:
             self._sampling = sampled
 
-    def _request(self, prompt: Prompt, draw: int) -> Request:
+    def _request(self, track: Track) -> Request:
+        """The next turn of a completion."""
+        pictures = track.sequence()
         return Request(
-            prompt.ids,
-            self._limits,
+            [*track.prompt.ids, *track.inputs],
+            replace(self._limits, max_new_tokens=self._cfg.max_completion_length - len(track.ids)),
             self._sampling,
-            draw,
+            track.draw + (track.num_turns << _TURN_BITS),
+            picture_prompt=pictures,
+            open_pictures=None if pictures is None else partial(tables_of, pictures),
             num_scores=0,
             score_temperature=self._sampling.temperature or 1.0,
             constraint=self._constraint,
         )
 
-    def _run(self, requests: Sequence[Request]) -> list[Generation]:
-        engine = Engine(self._model, self._cfg.rollout_max_running)
-        generations = [engine.add(request) for request in requests]
+    def _run(self, tracks: Sequence[Track]) -> None:
+        """Generate until every completion is over. With tools a turn's keys and values are kept for the next one."""
+        engine = Engine(self._model, self._cfg.rollout_max_running, num_kept=0 if self._tools is None else _KEPT)
+        running = {id(generation): (generation, track) for track in tracks for generation in [self._add(engine, track)]}
         while not engine.is_idle:
             heartbeat.waiting(None)
-            engine.step()
+            for generation in engine.step():
+                if not generation.answer.stop:
+                    continue
+                _, track = running.pop(id(generation))
+                if self._goes_on(track, generation):
+                    following = self._add(engine, track)
+                    running[id(following)] = following, track
         finish_passes(self._model)
-        return generations
+
+    def _add(self, engine: Engine, track: Track) -> Generation:
+        return engine.add(self._request(track))
+
+    def _goes_on(self, track: Track, generation: Generation) -> bool:
+        """Add a turn to its completion, and the results of its calls; whether another turn follows."""
+        answer = generation.answer
+        track.add_turn(answer.ids, answer.stop_id, [score.logprob for score in answer.scores])
+        if self._tools is None or track.dialogue is None:
+            return False
+        continuation = self._tools.after_turn(track.dialogue, answer.ids, answer.stop_id is not None)
+        if continuation is None:
+            return False
+        room = min(
+            self._cfg.max_completion_length - len(track.ids),
+            self._model.config.max_position_embeddings - len(track.prompt.ids) - len(track.ids),
+        )
+        if track.length_of(continuation) >= room:  # no token would be left for the next turn
+            track.is_truncated = True
+            return False
+        track.add_results(continuation)
+        return True
+
+
+_TURN_BITS = 192  # above the bits of draw_number
+_KEPT = 64  # conversations whose keys and values wait for their next turn
 
 
 def draw_number(step: int, prompt: int, occurrence: int, sample: int) -> int:
@@ -99,22 +143,6 @@ def draw_number(step: int, prompt: int, occurrence: int, sample: int) -> int:
     step `step`, in which the prompt is drawn for the `occurrence`-th time.
     """
     return (step << 96) | (prompt << 48) | (occurrence << 24) | sample
-
-
-def _as_json(generation: Generation) -> tuple[list[int], list[float], bool]:
-    answer = generation.answer
-    return answer.all_ids, [score.logprob for score in answer.scores], answer.stop_id is None
-
-
-def _completion(prompt: int, group: int, ids: list[int], logps: list[float], is_truncated: bool) -> Completion:
-    return Completion(
-        prompt,
-        group,
-        np.array(ids, np.int32),
-        np.ones(len(ids), bool),
-        np.array(logps, np.float32),
-        is_truncated,
-    )
 
 
 def _never_sampled(model: CausalLM, template: Template) -> set[int]:

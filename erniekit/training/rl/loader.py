@@ -9,12 +9,14 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 
 from erniekit.data.loader import StepReport
 from erniekit.data.packed_batch import PackedBatch
@@ -24,15 +26,16 @@ from erniekit.losses.advantages import Scaling, advantages_of
 from erniekit.models.decoder import CausalLM
 from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
-from erniekit.training.rl.batches import microbatches
+from erniekit.training.rl.batches import BatchOptions, microbatches, min_entropy_of
 from erniekit.training.rl.completions import Completion, Group, from_bytes, sample_records, to_bytes
 from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill_rollout
 from erniekit.training.rl.generate import Generator, draw_number
-from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options
+from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
 from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
+from erniekit.training.rl.tools import ToolLoop
 from erniekit.utils import heartbeat, log
 from erniekit.utils.errors import CheckpointError, DataError
 from erniekit.utils.user_files import read_bytes, read_json_object
@@ -58,11 +61,13 @@ class RolloutLoader:
     statistics of rewards, and the completions of a rollout that is not used up.
     """
 
-    def __init__(self, context: DataContext, prompts: PromptSet, scorer: Scorer | None) -> None:
-        """`scorer`: on the first rank alone."""
+    def __init__(
+        self, context: DataContext, prompts: PromptSet, scorer: Scorer | None, tools: ToolLoop | None = None
+    ) -> None:
+        """`scorer`: on the first rank alone. `tools`: what the model may call while it answers."""
         assert context.template is not None, "prompts need a chat template"
         cfg = self._cfg = context.cfg
-        self.prompts, self._scorer = prompts, scorer
+        self.prompts, self._scorer, self._tools = prompts, scorer, tools
         self._mesh, self._template, self._tokenizer = context.mesh, context.template, context.tokenizer
         self._sampler = PromptSampler(prompts.sizes, cfg, cfg.seed, known_pass_rates(prompts))
         self.identity: dict[str, Any] = {
@@ -77,7 +82,7 @@ class RolloutLoader:
     def connect(self, model: CausalLM, reference: PolicyReference | None) -> None:
         """Take over the model that generates, before the first step."""
         self._model, self._reference = model, reference
-        self._generator = Generator(self._cfg, model, self._template)
+        self._generator = Generator(self._cfg, model, self._template, self._tools)
         self._token_scorer = TokenScorer(self._cfg.temperature, self._cfg.loss_subbatch_seqlen)
 
     @property
@@ -104,14 +109,11 @@ class RolloutLoader:
         staleness = {"staleness": float(update)} if self.steps_per_rollout > 1 else {}
         self._report = StepReport((rollout.metrics if is_new else {}) | staleness, rollout.samples if is_new else [])
         mesh = self._mesh
-        return microbatches(
-            completions,
-            self.prompts.__getitem__,
-            cfg.batch_size,
-            mesh.data,
-            mesh.degrees.data,
-            cfg.mask_truncated_completions,
-        )
+        options = BatchOptions(cfg.mask_truncated_completions, cfg.upo_margin if cfg.upo_weight else None)
+        if cfg.top_entropy_quantile < 1:
+            options = replace(options, min_entropy=min_entropy_of(completions, cfg.top_entropy_quantile, options))
+        prompt_of = self.prompts.__getitem__
+        return microbatches(completions, prompt_of, cfg.batch_size, mesh.data, mesh.degrees.data, options)
 
     def report_step(self) -> StepReport:
         """What the rollout of the last step says, if it was made for it."""
@@ -196,18 +198,24 @@ class RolloutLoader:
             or (cfg.upo_weight > 0 and cfg.upo_reference == "old")
         )
         if wants_old:
-            log_probs = lambda batches: self._token_scorer.log_probs(self._model, batches)  # noqa: E731
-            for completion, values in zip(completions, self._log_probs(completions, log_probs), strict=True):
-                completion.old_logps = values
+            self._fill(completions, "old_logps", partial(self._token_scorer.log_probs, self._model))
+        if cfg.top_entropy_quantile < 1:
+            self._fill(completions, "entropies", partial(self._token_scorer.entropies, self._model))
         if self._reference is not None:
-            found = self._log_probs(completions, self._reference.log_probs)
-            for completion, values in zip(completions, found, strict=True):
-                completion.reference_logps = values
-        if wants_old or self._reference is not None:
+            self._fill(completions, "reference_logps", self._reference.log_probs)
+        if wants_old or self._reference is not None or cfg.top_entropy_quantile < 1:
             self._seconds["log_probs"] += time.perf_counter() - began
 
-    def _log_probs(self, completions: list[Completion], log_probs: Any) -> list[np.ndarray]:
-        return score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, log_probs)
+    def _fill(
+        self,
+        completions: list[Completion],
+        name: str,
+        score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+    ) -> None:
+        """Set one column of each completion's tokens by a pass over them."""
+        found = score_completions(self._cfg, self._mesh, completions, self.prompts.__getitem__, score)
+        for completion, values in zip(completions, found, strict=True):
+            setattr(completion, name, values)
 
     def _add_advantages(self, groups: list[Group], num_padded: int) -> None:
         """Advantages of all completions; those of the last `num_padded` groups are 0."""
@@ -380,15 +388,18 @@ class RolloutLoader:
         """End the processes that compute rewards."""
         if self._scorer is not None:
             self._scorer.close()
+        if self._tools is not None:
+            self._tools.close()
 
 
 def open_prompts(context: DataContext) -> RolloutLoader:
     """The prompts and the rewards of a run; see training.data.open_rows."""
     cfg = context.cfg
-    prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context), cfg.download_hub)
+    tools = tool_loop(context)
+    prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context, tools), cfg.download_hub)
     scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
     check_records(scorer, prompts)
-    return RolloutLoader(context, prompts, scorer)
+    return RolloutLoader(context, prompts, scorer, tools)
 
 
 def _sampled_kl(completion: Completion) -> float:

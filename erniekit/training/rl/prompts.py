@@ -1,11 +1,24 @@
 """How a run reads its prompts."""
 
+from erniekit.config.schema_rollout_tools import ZOOM
 from erniekit.data.prompts import PromptOptions, PromptSet
 from erniekit.rewards import Scorer
 from erniekit.training.data import DataContext
+from erniekit.training.rl.tools import ToolLoop
+from erniekit.utils.errors import ConfigError
 
 
-def prompt_options(context: DataContext) -> PromptOptions:
+def tool_loop(context: DataContext) -> ToolLoop | None:
+    """The tools that the model may call while it answers; None: there are none. Raises ConfigError."""
+    if not context.cfg.tools:
+        return None
+    assert context.template is not None, "prompts need a chat template"
+    if ZOOM in context.cfg.tools and context.mesh.world > 1:
+        raise ConfigError(f"tools: {ZOOM}: the pictures that it gives are not exchanged between ranks. Use one process")
+    return ToolLoop(context.cfg, context.template, context.vision)
+
+
+def prompt_options(context: DataContext, tools: ToolLoop | None) -> PromptOptions:
     """The options of the prompts of a run or an evaluation."""
     cfg = context.cfg
     assert context.template is not None, "prompts need a chat template"
@@ -14,7 +27,8 @@ def prompt_options(context: DataContext) -> PromptOptions:
         min(cfg.max_prompt_len, cfg.max_seq_len - cfg.max_completion_length),
         cfg.enable_thinking,
         cfg.on_bad_line,
-        vision=context.vision,
+        None if tools is None else tools.descriptions,
+        context.vision,
     )
 
 

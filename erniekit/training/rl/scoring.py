@@ -17,6 +17,8 @@ from erniekit.parallel.mesh import Mesh
 from erniekit.rewards import Sample, Scorer
 from erniekit.training.rl.completions import Completion, Group
 
+_TAIL = 16  # last tokens of what comes before a turn, among which it may open a thought
+
 
 @dataclass
 class Scored:
@@ -74,14 +76,17 @@ def score_groups(
 
 def _sample(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> Sample:
     ids = completion.ids.tolist()
+    begin = 0 if completion.is_sampled.all() else int(np.flatnonzero(~completion.is_sampled)[-1]) + 1  # the last turn
+    opening = prompt.ids if not begin else ids[:begin]
     return Sample(
         prompt.messages,
-        tokenizer.decode(ids if completion.is_truncated else ids[:-1]),
+        tokenizer.decode(ids[begin:] if completion.is_truncated else ids[begin:-1]),
         tuple(ids),
         prompt.fields,
         prompt.place,
-        opens_thought(tokenizer.decode(prompt.ids)),
+        opens_thought(tokenizer.decode(opening[-_TAIL:])),
         completion.is_truncated,
+        completion.turns,
     )
 
 

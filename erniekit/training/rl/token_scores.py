@@ -34,15 +34,22 @@ class TokenScorer:
         """Those of each microbatch for the present weights of `model`, in eval mode; zeros on stages without the head.
         Every rank calls it at the same time.
         """
-        log_probs = [paddle.zeros([len(batch.supervised)]) for batch in batches]
+        return self._of(model, batches, 0)
+
+    def entropies(self, model: CausalLM, batches: Sequence[PackedBatch]) -> list[paddle.Tensor]:
+        """As log_probs, the entropies of the labels' distributions."""
+        return self._of(model, batches, 1)
+
+    def _of(self, model: CausalLM, batches: Sequence[PackedBatch], which: int) -> list[paddle.Tensor]:
+        values = [paddle.zeros([len(batch.supervised)]) for batch in batches]
 
         def note(number: int, x_TD: paddle.Tensor, inputs: ModelInputs) -> None:
             hidden_TD = model.enter_head(final_norm(model, x_TD))
             if len(batches[number].supervised):
-                log_probs[number] = self.statistics(model, hidden_TD, batches[number])[0].detach()
+                values[number] = self.statistics(model, hidden_TD, batches[number])[which].detach()
 
         forward_pass(model, batches, note)
-        return log_probs
+        return values
 
     def statistics(
         self, model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch
@@ -61,15 +68,15 @@ def score_completions(
     mesh: Mesh,
     completions: Sequence[Completion],
     prompt_of: Callable[[int], Prompt],
-    log_probs: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
+    score: Callable[[Sequence[PackedBatch]], list[paddle.Tensor]],
 ) -> list[np.ndarray]:
-    """Log-probabilities float32 [n] of the tokens of each completion, NaN for those that the policy did not choose, by
-    passes of `log_probs` in the microbatches of training. Every rank gets all.
+    """What `score` says of the tokens of each completion, float32 [n], NaN for those that the policy did not choose, by
+    passes in the microbatches of training. Every rank gets all.
     """
     size, world = cfg.batch_size, mesh.degrees.data
     batches = microbatches(completions, prompt_of, size, mesh.data, world)
     mine: list[list[float]] = []
-    for batch, values in zip(batches, log_probs(batches), strict=True):
+    for batch, values in zip(batches, score(batches), strict=True):
         ends = np.cumsum(batch.completions.lengths)[:-1]
         mine += [part.tolist() for part in np.split(values.numpy(), ends)] if len(batch.completions) else []
     numbers = [

@@ -22,7 +22,7 @@ SPEC.loader.exec_module(tool)
 
 DATA = ROOT / "examples" / "data"
 TYPES = {"sft_vl-messages": "messages", "sft_vl-sharegpt": "sharegpt", "sft_vl-alpaca": "alpaca"}  # else erniekit
-OTHER_METHODS = {"pt_vl-train.jsonl": "VL-PT", "dpo_vl-train.jsonl": "VL-DPO"}
+OTHER_METHODS = {"pt_vl-train.jsonl": "VL-PT", "dpo_vl-train.jsonl": "VL-DPO", "rl_vl-train.jsonl": "VL-RL"}
 ROWS = [
     pytest.param(name, number, line, id=f"{name}:{number}")
     for name in tool.FILES
@@ -99,6 +99,7 @@ def test_files_are_what_the_tool_makes(tmp_path, monkeypatch):
         *(("VL-SFT", kind, [f"{name}.jsonl"]) for name, kind in TYPES.items()),
         ("VL-PT", "text", ["pt_vl-train.jsonl"]),
         ("VL-DPO", "messages", ["dpo_vl-train.jsonl"]),
+        ("VL-RL", "messages", ["rl_vl-train.jsonl"]),
     ],
 )
 def test_the_check_command_finds_nothing_wrong(stage, kind, names, tmp_path):

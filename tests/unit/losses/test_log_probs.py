@@ -6,7 +6,7 @@ import pytest
 from support.numeric import numeric_gradient
 
 from erniekit.losses.lm import Head, linear_cross_entropy
-from erniekit.losses.log_probs import answer_log_probs, token_log_probs
+from erniekit.losses.log_probs import answer_log_probs, token_log_probs, token_statistics
 
 TOKENS, SIZE, VOCAB = 9, 5, 11
 LABELS = np.array([-100, 3, 10, -100, 0, 7, 7, -100, 2])
@@ -67,3 +67,45 @@ def test_equal_to_the_fused_cross_entropy():
     (-loss).backward()
     for gradient, tensor in zip(ours, (hidden, weight, bias), strict=True):
         np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_statistics_and_their_gradients_equal_plain_autograd(temperature: float, has_bias: bool):
+    """Log-probabilities and entropies of softmax(logits / temperature), as paddle's own operators differentiate them.
+    Tolerance: fp32 sums over 50 logits.
+    """
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=[9, 6]).astype(np.float32)
+    weight = rng.normal(size=[6, 50]).astype(np.float32)
+    bias = rng.normal(size=[50]).astype(np.float32)
+    labels = paddle.to_tensor(rng.integers(0, 50, 9))
+    weights = [paddle.to_tensor(rng.normal(size=[9]).astype(np.float32)) for _ in range(2)]
+
+    def inputs() -> list[paddle.Tensor]:
+        tensors = [paddle.to_tensor(array) for array in (hidden, weight, bias)]
+        for tensor in tensors:
+            tensor.stop_gradient = False
+        return tensors
+
+    ours, plain = inputs(), inputs()
+    head = Head(ours[1], False, ours[2] if has_bias else None)
+    log_p, entropy = token_statistics(ours[0], head, labels, 4, temperature)
+    (log_p * weights[0] + entropy * weights[1]).sum().backward()
+    logits = (paddle.matmul(plain[0], plain[1]) + (plain[2] if has_bias else 0.0)) / temperature
+    all_log_p = paddle.nn.functional.log_softmax(logits, axis=-1)
+    wanted_log_p = paddle.take_along_axis(all_log_p, labels.unsqueeze(-1), 1).squeeze(-1)
+    wanted_entropy = -(all_log_p.exp() * all_log_p).sum(-1)
+    (wanted_log_p * weights[0] + wanted_entropy * weights[1]).sum().backward()
+    np.testing.assert_allclose(log_p.numpy(), wanted_log_p.numpy(), atol=1e-5)
+    np.testing.assert_allclose(entropy.numpy(), wanted_entropy.numpy(), atol=1e-5)
+    for mine, theirs in zip(ours[: 3 if has_bias else 2], plain, strict=False):
+        np.testing.assert_allclose(mine.grad.numpy(), theirs.grad.numpy(), atol=2e-5)
+
+
+def test_without_its_gradient_the_entropy_is_only_reported():
+    hidden = paddle.randn([5, 6])
+    hidden.stop_gradient = False
+    head = Head(paddle.randn([6, 20]), False)
+    log_p, entropy = token_statistics(hidden, head, paddle.zeros([5], dtype="int64"), 8, entropy_gradient=False)
+    assert entropy.stop_gradient and not log_p.stop_gradient

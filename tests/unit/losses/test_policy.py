@@ -12,7 +12,7 @@ import pytest
 
 from erniekit.losses import policy_loss
 from erniekit.losses.advantages import advantages_of, combined, overlong_penalty
-from erniekit.losses.policy import LOSS_TYPES, PolicyLoss, entropy_threshold, kl_estimate
+from erniekit.losses.policy import LOSS_TYPES, PolicyLoss, entropy_threshold, kl_estimate, pair_loss
 
 VECTORS = json.loads((Path(__file__).parents[2] / "fixtures" / "rl_vectors.json").read_text())
 INPUTS = VECTORS["inputs"]
@@ -112,6 +112,23 @@ def test_published_formulas_equal_independent_numpy(name: str):
     np.testing.assert_allclose(gradient, case["grad"], atol=EXACT)
     if "masked_fraction" in case:
         assert result.means()["rollout/masked_fraction"] == pytest.approx(case["masked_fraction"], abs=EXACT)
+
+
+def test_the_loss_of_pairs_equals_independent_numpy():
+    case = next(case for case in VECTORS["numpy"] if case["name"].startswith("upo"))
+    given = inputs()
+    logps = given["logp"]
+    logps.stop_gradient = False
+    losses, margins = pair_loss(
+        logps, given["ref_logp"], given["mask"], paddle.to_tensor(case["pairs"]), case["dpo_beta"]
+    )
+    policy, gradient = run({"importance_sampling_level": "sequence"})
+    assert float(policy.loss) == pytest.approx(case["policy_loss"], abs=EXACT)
+    assert float(losses.mean()) == pytest.approx(case["pair_loss"], abs=EXACT)
+    (case["upo_weight"] * losses.mean()).backward()
+    found = gradient + logps.grad.numpy()[given["mask"].numpy() > 0]
+    np.testing.assert_allclose(found, case["grad"], atol=EXACT)
+    assert margins.stop_gradient and margins.shape == [2]
 
 
 def test_differences_of_the_two_computations_equal_independent_numpy():

@@ -432,7 +432,7 @@ class TestBoxes:
 
     @pytest.mark.parametrize(("index", "x"), [({}, 500), ({"img_idx": 1}, 1000), ({"img_idx": 2.0}, 1000)])
     def test_a_box_after_a_zoom_is_in_the_user_s_picture(self, options, index, x):
-        """As the tool of `chat` takes it (serve/image_tools.py): b.png is the crop, which is 50 pixels wide."""
+        """As the tool of `chat` takes it (tools/image_tools.py): b.png is the crop, which is 50 pixels wide."""
 
         def zoom(**arguments):
             calls = [{"name": "zoom", "arguments": arguments}]

@@ -7,7 +7,6 @@ call becomes text for the model, which may then call again.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from erniekit.data.vision.encode import VisionSpec
 from erniekit.data.vision.images import load_image
 from erniekit.data.vision.media import MediaReader
 from erniekit.data.vision.smart_resize import TOKEN_AREA
-from erniekit.serve.image_search import ImageSearch
-from erniekit.serve.typed_media import picture_part
+from erniekit.tools.image_search import ImageSearch
+from erniekit.tools.result import BadCall, ToolResult, failure
 
 ZOOM, SEARCH = "image_zoom_in_tool", "image_search"
 ZOOM_AREA = 256 * TOKEN_AREA  # pixels that a smaller crop is enlarged to
@@ -52,18 +51,6 @@ _DESCRIPTIONS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["img_idx"],
     ),
 }
-
-
-class BadCall(Exception):
-    """What is wrong with a call, for the model."""
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """`content`: text or parts, as a tool message has it. `note`: the same for people, in a few words."""
-
-    content: str | list[dict[str, Any]]
-    note: str
 
 
 class ImageTools:
@@ -151,9 +138,9 @@ class ImageTools:
         return number, load_image(pictures[number][1], self._reader, self._spec.images)
 
 
-def failure(reason: str) -> ToolResult:
-    """The result of a call that cannot be executed."""
-    return ToolResult(f"Error: {reason}.", reason)
+def picture_part(pixels: np.ndarray) -> dict[str, Any]:
+    """The content part of a picture, uint8 [height, width, 3]."""
+    return {"type": "image", "image": pixels}
 
 
 def crop_of(pixels: np.ndarray, box: Sequence[float]) -> np.ndarray:

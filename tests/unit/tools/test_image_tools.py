@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from support.pictures import blocks, write_picture
 
-from erniekit.serve.image_search import ImageSearch, features, similarities
-from erniekit.serve.image_tools import crop_of, enlarged
+from erniekit.tools.image_search import ImageSearch, features, similarities
+from erniekit.tools.image_tools import crop_of, enlarged
 
 PIXELS = np.arange(20 * 10 * 3, dtype=np.uint8).reshape(10, 20, 3)  # 20 wide, 10 high
 

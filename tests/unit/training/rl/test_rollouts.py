@@ -1,0 +1,177 @@
+"""Runs of stage RL by the real trainer: what a step is made of, resuming at any step, equality of all divisions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.rl_runs import rl_workspace
+
+from erniekit import config
+from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.training.reporting.completions import CompletionLog
+from erniekit.training.reporting.plot import LossPlot
+from erniekit.training.run import train
+from erniekit.utils.errors import CheckpointError, DataError, TrainError
+
+CLOCKS = ("seconds", "tokens_per_second", "data_seconds")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than these runs."""
+    monkeypatch.setattr(LossPlot, "_draw", lambda self: None)
+    monkeypatch.setattr(CompletionLog, "_draw", lambda self: None)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict:
+    return rl_workspace(tmp_path)
+
+
+def run(keys: dict, **changes: object) -> list[dict]:
+    """Train; the steps in metrics.jsonl without what a clock measured."""
+    result = train(config.load(None, keys | changes, "train"))
+    steps = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in step.items() if name not in CLOCKS and not name.startswith("time/")}
+        for step in steps
+        if "loss" in step
+    ]
+
+
+def samples(directory: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(directory) / "samples.jsonl").read_text().splitlines()]
+
+
+def weights(directory: str | Path) -> dict[str, np.ndarray]:
+    reader = Reader(Path(directory))
+    return {name: reader.read(name) for name in reader.keys()}  # noqa: SIM118
+
+
+def without_speed(steps: list[dict]) -> list[dict]:
+    return [{k: v for k, v in step.items() if k != "rollout/tokens_per_second"} for step in steps]
+
+
+def test_a_rollout_is_divided_into_steps_of_whole_groups(keys):
+    steps = run(keys, num_iterations=2)
+    lines = samples(keys["output_dir"])
+    assert [step["staleness"] for step in steps] == [0, 1, 2, 3]
+    assert {line["step"] for line in lines} == {1} and len(lines) == 16
+    assert steps[0]["num_supervised"] + steps[1]["num_supervised"] == sum(line["length"] for line in lines)
+    assert [steps[i]["num_supervised"] for i in (0, 1)] == [steps[i]["num_supervised"] for i in (2, 3)]
+    assert steps[0]["reward"] == pytest.approx(np.mean([line["reward"] for line in lines]))
+    # The first update is on the policy that generated; afterwards ratios differ from 1.
+    assert steps[0]["ratio/max"] == pytest.approx(1, abs=1e-5) and steps[3]["ratio/max"] > 1 + 1e-4
+    for source in {line["source"] for line in lines}:
+        group = [line for line in lines if line["source"] == source]
+        assert len(group) == 4 and sum(line["advantage"] for line in group) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl_algorithm": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "temperature": 0.7, "soft_max_length": 5},
+        pytest.param(
+            {"rl_algorithm": "dapo", "rollout_correction": "icepop", "mask_truncated_completions": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_microbatches_change_nothing(keys, changes):
+    first = run(keys, **changes)
+    lines = samples(keys["output_dir"])
+    other = run(keys, **changes, batch_size=8, output_dir=keys["output_dir"] + "2", rollout_max_running=3)
+    assert len(first) == len(other) == 4
+    again = samples(keys["output_dir"] + "2")
+    assert [line["completion"] for line in lines] == [line["completion"] for line in again]
+    for one, two in zip(first, other, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"rollout/tokens_per_second", "num_tokens"}:  # neighbours share their prompt's tokens
+            # fp32 sums in another order, after up to three updates
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_resumed_run_repeats_an_uninterrupted_one(keys, step):
+    changes = {"dynamic_sample": True, "kl_coef": 0.1, "rollout_correction": "icepop"}
+    whole = run(keys, **changes)
+    there = f"{keys['output_dir']}/checkpoint-{step}"
+    wanted, lines = weights(keys["output_dir"]), samples(keys["output_dir"])
+    resumed = run(keys, **changes, resume_from_checkpoint=there)
+    assert without_speed(resumed) == without_speed(whole)
+    assert samples(keys["output_dir"]) == lines
+    found = weights(keys["output_dir"])
+    assert all((wanted[name] == found[name]).all() for name in wanted)
+
+
+@pytest.mark.slow
+def test_loss_terms_and_metrics_have_names_of_their_own(keys):
+    steps = run(keys, kl_coef=0.5, entropy_coef=0.1, num_iterations=2)
+    for step in steps:
+        total = step["loss_policy"] + 0.5 * step["loss_kl_penalty"] - 0.1 * step["loss_entropy_bonus"]
+        assert step["loss"] == pytest.approx(total, abs=1e-6)
+        assert step["entropy"] == pytest.approx(step["loss_entropy_bonus"], abs=1e-6)
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[3]["kl"] > 1e-6
+
+
+@pytest.mark.slow
+def test_without_the_divergence_in_the_reward_advantages_are_those_of_the_rewards(keys):
+    run(keys, kl_coef=0.1, kl_in_reward=True, num_iterations=2, max_steps=8)
+    later = [line for line in samples(keys["output_dir"]) if line["step"] == 5]
+    assert any(abs(line["reward"] - line["rewards"]["checksum"]) > 1e-6 for line in later)
+
+
+@pytest.mark.slow
+def test_a_rollout_in_use_is_not_divided_otherwise(keys):
+    run(keys)
+    there = f"{keys['output_dir']}/checkpoint-1"
+    with pytest.raises(CheckpointError, match="steps_per_generation: 2 -> 4"):
+        run(keys, resume_from_checkpoint=there, steps_per_generation=4)
+    run(keys, resume_from_checkpoint=f"{keys['output_dir']}/checkpoint-2", steps_per_generation=1)
+
+
+def test_a_missing_or_damaged_rollout_is_named(keys):
+    run(keys)
+    there = Path(keys["output_dir"]) / "checkpoint-1"
+    data = (there / "rollout.npz").read_bytes()
+    (there / "rollout.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"rollout\.npz: cannot be read"):
+        run(keys, resume_from_checkpoint=str(there))
+    (there / "rollout.npz").unlink()
+    with pytest.raises(CheckpointError, match=r"rollout\.npz is missing"):
+        run(keys, resume_from_checkpoint=str(there))
+
+
+def test_prompts_that_teach_nothing_end_the_run(keys, tmp_path):
+    (tmp_path / "same.py").write_text("def same(completions, **rest):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(DataError, match="there is nothing to learn"):
+        run(keys, reward_funcs=f"{tmp_path / 'same.py'}:same", dynamic_sample=True, difficulty_pause=1)
+
+
+def test_a_reward_that_fails_ends_the_run(keys, tmp_path):
+    (tmp_path / "bad.py").write_text("def bad(completions, **rest):\n    raise KeyError('solution')\n")
+    with pytest.raises(TrainError, match="reward bad: failed for 16 of 16 completions"):
+        run(keys, reward_funcs=f"{tmp_path / 'bad.py'}:bad")
+
+
+def test_records_without_an_answer_are_refused_before_weights_are_read(keys, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"src": ["1+1?"]}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the record has no 'answer'"):
+        run(keys, reward_funcs="accuracy")
+
+
+@pytest.mark.slow
+def test_an_evaluation_reports_the_rewards_of_the_likeliest_completions(keys, tmp_path):
+    train(
+        config.load(
+            None,
+            keys | {"eval_dataset_path": keys["train_dataset_path"], "evaluation_strategy": "steps", "eval_steps": 4},
+            "train",
+        )
+    )
+    lines = [json.loads(line) for line in (Path(keys["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    (evaluation,) = [line for line in lines if "eval_reward" in line]
+    assert 0 <= evaluation["eval_reward"] <= 1 and evaluation["eval_reward"] == evaluation["eval_reward_checksum"]
+    state = json.loads((Path(keys["output_dir"]) / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == evaluation["eval_reward"]
