@@ -56,7 +56,7 @@ _SAME: dict[str, str] = {
     "sft_loss_ratio": "pref_ftx rpo_alpha sft_weight",
     "label_smoothing": "dpo_label_smoothing",
     "dpop_lambda": "dpop_alpha",
-    "ref_model_update_steps ref_model_adapters": "ref_model_sync_steps",
+    "ref_model_update_steps": "ref_model_sync_steps",
     "batch_size": "train_batch_size micro_batch_size micro_train_batch_size mbs eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps accumulation_steps "
     "accumulate_grad_batches",
@@ -140,7 +140,7 @@ _OTHERWISE: dict[str, str] = {
     "streaming": "remove it: data is always read as it is needed",
     "max_samples max_train_samples": "max_steps limits training, max_evaluate_steps evaluation",
     "task train_task rlhf_type trainer trainer_type training_stage": _STAGES,
-    "ref_model ref_model_name_or_path reference_model": (
+    "ref_model ref_model_name_or_path reference_model ref_model_adapters": (
         "the reference is the model as it was before training, or with LoRA the model without its adapter"
     ),
     "precompute_ref_log_probs": "ref_logps_cache names the file for the reference's log-probabilities",
