@@ -87,12 +87,12 @@ def serve_ours(commands: Any, answer: Any, job: dict[str, Any]) -> None:
     for steps in commands:
         rows = []
         for _ in range(steps):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             batches = run.loader.next_step()
             generated = time.perf_counter()
             trainer.train_step(batches)
             length = run.loader.report_step().metrics["completions/mean_length"]
-            rows.append([time.perf_counter() - began, generated - began, length])
+            rows.append([time.perf_counter() - began, time.process_time() - cpu, length, generated - began])
         answer({"rows": rows})
     run.close()
 
@@ -136,7 +136,7 @@ def serve_trl(commands: Any, answer: Any, job: dict[str, Any]) -> None:
     class Turns(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[list[float]] = []
-            self.left, self.began = 0, 0.0
+            self.left, self.began, self.cpu = 0, 0.0, 0.0
 
         def wait(self, control: Any) -> None:
             steps = next(commands, None)
@@ -144,16 +144,16 @@ def serve_trl(commands: Any, answer: Any, job: dict[str, Any]) -> None:
                 control.should_training_stop = True
             else:
                 self.left, self.rows = steps, []
-            self.began = time.perf_counter()
+            self.began, self.cpu = time.perf_counter(), time.process_time()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **__: Any) -> None:
             self.wait(control)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.process_time()
             length = trainer._metrics["train"]["completions/mean_length"][-1]
-            self.rows.append([now - self.began, 0.0, length])
-            self.began = now
+            self.rows.append([now - self.began, cpu - self.cpu, length])
+            self.began, self.cpu = now, cpu
             self.left -= 1
             if self.left == 0:
                 answer({"rows": self.rows})
@@ -209,12 +209,14 @@ def main() -> None:
             worker.ask(1)  # warm up
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         lengths: dict[str, list[float]] = {side: [] for side in sides}
+        processor: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(args.rounds):
             for worker in workers if number % 2 == 0 else reversed(workers):
                 time.sleep(PAUSE)
                 rows = worker.ask(2)["rows"]
                 seconds[worker.side].append(statistics.mean(row[0] for row in rows))
                 lengths[worker.side] += [row[2] for row in rows]
+                processor[worker.side] += [row[1] for row in rows]
         for worker in workers:
             worker.close()
         print(
@@ -226,11 +228,15 @@ def main() -> None:
             print(
                 f"{worker.side:5} {count / statistics.median(times):8.1f} samples/s  (rounds {count / max(times):.1f} "
                 f"to {count / min(times):.1f})  mean length {statistics.mean(lengths[worker.side]):.1f}  peak "
-                f"{worker.peak_mb:.0f} MB"
+                f"{worker.peak_mb:.0f} MB  {statistics.median(processor[worker.side]):.2f} s of processor time a step"
             )
         if len(sides) == 2:
             ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["trl"], strict=True)]
-            print(f"ours / trl: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+            used = statistics.median(processor["trl"]) / statistics.median(processor["ours"])
+            print(
+                f"ours / trl: {statistics.median(ratios):.2f} of its samples/s (rounds {min(ratios):.2f} to "
+                f"{max(ratios):.2f}), {used:.2f} of its samples per second of processor time"
+            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from erniekit.config.methods import BUILT, METHODS, MethodFacts, join_names, opt
 from erniekit.config.pointless_benchmark import BENCHMARK_RULES
 from erniekit.config.pointless_fp8 import FP8_RULES
 from erniekit.config.pointless_optimizer import OPTIMIZER_RULES
+from erniekit.config.pointless_preference import PREFERENCE_RULES
 from erniekit.config.pointless_qat import QAT_RULES
 from erniekit.config.pointless_quantization import QUANTIZATION_RULES
 from erniekit.config.pointless_report import REPORT_RULES
@@ -24,7 +25,6 @@ from erniekit.config.schema_lora import LoraArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_model import MoEArgs
 from erniekit.config.schema_parts import FREEZE_VISION
-from erniekit.config.schema_preference import ALIASES, AVERAGED, REFERENCE_FREE
 from erniekit.config.schema_shape import ShapeArgs
 from erniekit.config.schema_use import ChatArgs, ExportArgs, GenerateArgs, ServerArgs
 from erniekit.config.schema_vision import VisionArgs
@@ -76,27 +76,9 @@ def _names(group: type) -> str:
     return " ".join(option_names(group))
 
 
-def _loss(cfg: Config) -> str:
-    return ALIASES.get(cfg.loss_type, cfg.loss_type)
-
-
-def _prefers(cfg: Config) -> bool:
-    """Whether the method has a preference loss."""
-    return cfg.method.reads("loss_type")
-
-
-def _has_no_reference(cfg: Config) -> bool:
-    return _prefers(cfg) and (cfg.reference_free or _loss(cfg) in REFERENCE_FREE)
-
-
 def _only_token_files(cfg: Config) -> bool:
     """Whether all data, including that of the evaluation, comes from token files."""
     return cfg.dataset_type == "pretrain" and not cfg.eval_dataset_path
-
-
-def _has_other_loss(loss: str) -> Callable[[Config, Facts], bool]:
-    """A condition: the method has a preference loss, and it is not `loss`."""
-    return lambda c, f: _prefers(c) and c.loss_type != loss
 
 
 def _trains_without(key: str) -> Callable[[Config, Facts], bool]:
@@ -382,42 +364,6 @@ def _only_readers(keys: Sequence[str]) -> str:
 
 METHOD_RULES = _method_rules()  # keys that the method of the configuration does not read
 
-
-_PREFERENCE_RULES = [
-    Rule(
-        "reference_free",
-        lambda c, f: _prefers(c) and _loss(c) in REFERENCE_FREE,
-        "loss_type: {loss_type} has no reference by itself",
-        DATA,
-    ),
-    Rule("simpo_gamma", _has_other_loss("simpo"), "read only with loss_type: simpo", DATA),
-    Rule("dpop_lambda", _has_other_loss("dpop"), "read only with loss_type: dpop", DATA),
-    Rule(
-        "beta",
-        lambda c, f: _prefers(c) and _loss(c) == "or",
-        "loss_type: {loss_type} has none; only the logged rewards are scaled by it",
-        DATA,
-    ),
-    Rule(
-        "ref_logps_cache ref_model_update_steps",
-        lambda c, f: _has_no_reference(c),
-        "loss_type: {loss_type} with reference_free: {reference_free} has no reference",
-        DATA,
-    ),
-    Rule(
-        "ref_model_update_steps",
-        lambda c, f: _prefers(c) and c.fine_tuning == "LoRA",
-        "the reference is the model without its adapter",
-        DATA,
-    ),
-    Rule(
-        "normalize_logps",
-        lambda c, f: _prefers(c) and _loss(c) in AVERAGED,
-        "loss_type: {loss_type} averages over tokens by itself",
-        DATA,
-    ),
-]
-
 _RANK_RULES = [
     Rule(
         _DEGREES,
@@ -484,7 +430,7 @@ RULES: list[Rule] = [
     *_VISION_RULES,
     *_MODEL_RULES,
     *METHOD_RULES,
-    *_PREFERENCE_RULES,
+    *PREFERENCE_RULES,
     *RL_RULES,
     *REWARD_RULES,
     *_RANK_RULES,

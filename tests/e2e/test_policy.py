@@ -75,7 +75,7 @@ def test_a_killed_run_repeats_its_last_rollout(tmp_path):
             text=True,
             start_new_session=True,
         )
-        launched.wait_for(marks / moment, process)
+        launched.wait_for(marks / moment, process, timeout=900)
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -223,6 +223,7 @@ def _curve(axes: Any, steps: np.ndarray, values: np.ndarray, what: str, color: s
         return
     is_long = len(steps) >= 60
     marker = "o" if len(steps) == 1 else None
-    axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1.2, marker=marker, label=what)
+    shown = "_" if is_long else what  # matplotlib leaves labels that begin with _ out of the legend
+    axes.plot(steps, values, color=color, alpha=0.3 if is_long else 1, linewidth=1.2, marker=marker, label=shown)
     if is_long:
-        axes.plot(steps, smooth(values), color=color, linewidth=2)
+        axes.plot(steps, smooth(values), color=color, linewidth=2, label=what)
