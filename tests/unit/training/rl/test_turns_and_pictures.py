@@ -75,7 +75,7 @@ def always_calls(monkeypatch: pytest.MonkeyPatch):
 def test_pictures_are_the_same_in_generating_and_training(pictures):
     steps, lines = run(pictures)
     assert len(steps) == 2 and all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
-    assert {len(line["prompt"][0]["content"]) for line in lines} > {2, 3}
+    assert {len(line["prompt"][0]["content"]) for line in lines} == {2, 3}  # one picture and text, or two
     small, _ = run(pictures, batch_size=16, output_dir=pictures["output_dir"] + "2")
     assert small[0]["loss"] == pytest.approx(steps[0]["loss"], abs=1e-5)
     assert small[0]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-3)
