@@ -100,7 +100,9 @@ def test_turns_and_results_are_the_same_in_generating_and_training(tmp_path, alw
 
 def test_a_zoomed_picture_is_the_same_in_generating_and_training(pictures, always_calls):
     always_calls({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 100, 700, 800]}})
-    changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 600}
-    steps, _ = run(pictures, **changes, steps_per_generation=1, chat_template="vl_thinking", max_steps=1)
+    changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 3000}
+    steps, _ = run(
+        pictures, **changes, steps_per_generation=1, rollout_batch_size=2, chat_template="vl_thinking", max_steps=1
+    )
     assert all(step["rollout/logp_difference/max"] < CLOSE for step in steps)
     assert steps[0]["num_tokens"] > steps[0]["num_supervised"] * 2
