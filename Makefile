@@ -1,6 +1,7 @@
 # make demo      set up .venv and run the whole way on a CPU: train, evaluate, export, chat
 # make demo-pretrain   the same for pretraining: text, token files, two stages, a sample of its writing
 # make demo-align      SFT, then preference optimisation with LoRA, judged by what the model writes before and after
+# make demo-rl         reinforcement learning: a tiny mixture of experts chooses between two habits, with three seeds
 # make demo-vl         pictures and clips: three stages of pretraining, fine-tuning, questions answered before and after
 # make demo-quantise   the trained model of `make demo` in every scheme of quantised weights: errors, answers, bytes
 # make test      set up .venv and run the test suite
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do for p
 	"$$path" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$path" && exit; done; done)
 
-.PHONY: demo demo-pretrain demo-align demo-vl demo-quantise test test-all lint clean
+.PHONY: demo demo-pretrain demo-align demo-rl demo-vl demo-quantise test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ demo-pretrain: $(VENV)/.installed
 
 demo-align: $(VENV)/.installed
 	$(PY) tools/demo_align.py
+
+demo-rl: $(VENV)/.installed
+	$(PY) tools/demo_rl.py
 
 demo-vl: $(VENV)/.installed-vl
 	$(PY) tools/demo_vl.py

@@ -43,6 +43,7 @@ from erniekit.precision.fp8 import choose_fp8
 from erniekit.precision.policy import Policy
 from erniekit.precision.qat import choose_qat
 from erniekit.utils import log, runtime
+from erniekit.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Overrides:
     """The changes that a configuration makes to a model's config.json. The defaults change nothing.
 
     `min_positions`: max_position_embeddings is raised to this value. `mtp_depths`: the minimum number of blocks of
-    multi-token prediction; blocks that the weights lack are initialised at random.
+    multi-token prediction; blocks that the weights lack are initialised at random. `score_head`: whether the model is a
+    reward model, whose head starts at random where the weights have none; None: as it is.
     """
 
     rope_theta: float | None = None
@@ -58,6 +60,7 @@ class Overrides:
     group_experts: bool = False
     capacity_factor: float | None = None
     mtp_depths: int = 0
+    score_head: bool | None = None
 
     def apply(self, model_config: ModelConfig) -> ModelConfig:
         """The model's configuration with these changes, each of which is logged."""
@@ -79,7 +82,24 @@ class Overrides:
                     "moe_group_experts: other tools know only plain top-k; this model has to be used with erniekit"
                 )
                 changes["moe_group_experts"] = True
+        if self.score_head is not None and self.score_head != model_config.has_score_head:
+            changes |= _with_score_head(model_config)
         return dataclasses.replace(model_config, **changes)
+
+
+def _with_score_head(model_config: ModelConfig) -> dict[str, Any]:
+    """The changes that make a reward model of a language model. ConfigError the other way round."""
+    if model_config.has_score_head:
+        raise ConfigError(
+            "model_name_or_path: this is a reward model (stage: RM), which gives a text one number and generates none. "
+            "Name a language model, or set stage: RM"
+        )
+    if model_config.vision is not None:
+        raise ConfigError(
+            "stage: RM: reward models of vision-language models are not built. Name a model of text alone"
+        )
+    log.info("the model becomes a reward model: its output head is replaced by a score head, which starts at random")
+    return {"has_score_head": True}
 
 
 @dataclass(frozen=True)
@@ -178,7 +198,7 @@ def lora_options(cfg: Config) -> lora.LoraOptions:
         rslora=cfg.rslora,
         dora=cfg.use_dora,
         targets=cfg.lora_target_modules,
-        modules_to_save=cfg.modules_to_save,
+        modules_to_save=(*cfg.modules_to_save, *(("score",) if cfg.method.scores else ())),
         seed=cfg.seed,
     )
 
@@ -190,6 +210,7 @@ def overrides_of(cfg: Config) -> Overrides:
         # The default of max_seq_len is just the length of a training row, so it must not change the model's context.
         min_positions=cfg.max_seq_len if "max_seq_len" in cfg.given else 0,
         group_experts=cfg.moe_group_experts,
+        score_head=cfg.method.scores,
     )
 
 

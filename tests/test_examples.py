@@ -57,6 +57,7 @@ MADE_BY_DEMOS = (
     "./demo_output/dense",
     "./demo_output/moe",
     "./demo_output/styles",
+    "./demo_output/rl/sft",
     "./demo_output/dpo",
     "./demo_output/vl/stage1_text",
     "./demo_output/vl/stage2_vision",

@@ -36,6 +36,8 @@ FAST = {
     "plan_accuracy": "plan_accuracy.py --only 22B",
     "make_demo_data": "make_demo_data.py --train 20 --test 5 --demo-dir {tmp} --examples-dir {tmp}",
     "make_tool_demo_data": "make_tool_demo_data.py --train 12 --test 4 --demo-dir {tmp} --examples-dir {tmp}",
+    "make_rl_demo_data": "make_rl_demo_data.py --sft 4 --train 3 --test 2 --out {tmp}",
+    "bench_rl, ours alone": "bench_rl.py --only ours --rounds 1 --prompts 2 --generations 2 --tokens 4",
     "join_captions": "join_captions.py {tmp}/text.jsonl {tmp}/long.jsonl",
     "make_picture_example_data": "make_picture_example_data.py --out {tmp}",
 }
@@ -79,7 +81,13 @@ FOREIGN = {
 }
 # Run by hand. The demos replace what an earlier demo left; the commands they are made of are those of tests/e2e. The
 # tables of the planner take minutes; tests/distributed/test_plan_memory.py and tests/unit/plan call what they call.
-BY_HAND = {"plan_truth.py", "plan_minimum.py"} | {"demo.py", "demo_align.py", "demo_pretrain.py", "demo_vl.py"}
+BY_HAND = {"plan_truth.py", "plan_minimum.py"} | {
+    "demo.py",
+    "demo_align.py",
+    "demo_pretrain.py",
+    "demo_rl.py",
+    "demo_vl.py",
+}
 # No scripts.
 HELPERS = {"bench_worker.py", "comparison.py", "published_runs.py"}
 

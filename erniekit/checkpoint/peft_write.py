@@ -146,7 +146,7 @@ def _config_json(state: LoraState, config: ModelConfig) -> dict[str, Any]:
     parameters = [name for name, (_, is_parameter) in named.items() if is_parameter]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if config.has_score_head else "CAUSAL_LM",
         "base_model_name_or_path": state.base,
         "inference_mode": True,
         "r": rank,

@@ -16,6 +16,7 @@ from erniekit.config.schema_gkd import GkdArgs
 from erniekit.config.schema_kto import KtoArgs
 from erniekit.config.schema_mixture import MixtureArgs
 from erniekit.config.schema_preference import PreferenceArgs
+from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
@@ -43,6 +44,7 @@ class MethodFacts:
     also_reads: keys that it reads although their group belongs to other methods, or to commands that generate.
     unread: the keys of other groups that it does not read, with the reason.
     defaults: the values of keys that are not given when it trains, where they are not those of the schema.
+    scores: whether its model gives a text one number instead of logits.
     metric: the metric of evaluations that metric_for_best_model stands for where it is not given.
     later: the missing feature that it needs; empty if the method is built.
     """
@@ -56,6 +58,7 @@ class MethodFacts:
     also_reads: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    scores: bool = False
     metric: str = "loss"
     later: str = ""
 
@@ -136,6 +139,16 @@ METHODS: dict[str, MethodFacts] = {
             Records.PAIRS,
             options=(PreferenceArgs,),
             unread=_UNREAD_BY_PREFERENCES,
+        ),
+        MethodFacts(
+            "RM",
+            "reward model",
+            Records.PAIRS,
+            options=(RewardModelArgs,),
+            also_reads=("max_prompt_len",),
+            scores=True,
+            unread=_UNREAD_BY_PREFERENCES
+            | {"loss_subbatch_seqlen": "a score is one number, and no logits are computed"},
         ),
         MethodFacts("VL-SFT", "with pictures", Records.CONVERSATIONS, vision=True),
         MethodFacts("OCR-VL-SFT", "", Records.CONVERSATIONS, vision=True, later="PaddleOCR-VL"),

@@ -31,12 +31,12 @@ _QAT = "qat apply_hadamard hadamard_block_size quantization_group_size"
 KEYS: dict[str, tuple[str, str]] = {
     "train": (
         "data,vision,text beside pictures,model,FP8,quantisation-aware training,shape,LoRA,preference,"
-        "judged answers,distillation from a teacher,reinforcement learning,rewards,difficulty of prompts,"
+        "reward model,judged answers,distillation from a teacher,reinforcement learning,rewards,difficulty of prompts,"
         "tools in rollouts,train,optimizer,parts of the model,parallel,mixture of experts",
         "",
     ),
     "eval": (
-        "data,vision,model,preference,judged answers,generation,evaluation",
+        "data,vision,model,preference,reward model,judged answers,generation,evaluation",
         f"{_QAT} output_dir batch_size max_evaluate_steps seed lora_path moe_group_experts disable_tqdm {_RANKS} "
         "data_parallel_degree sharding_parallel_degree",
     ),

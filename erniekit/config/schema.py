@@ -21,6 +21,7 @@ from erniekit.config.schema_parts import PartsArgs
 from erniekit.config.schema_preference import PreferenceArgs
 from erniekit.config.schema_qat import QatArgs
 from erniekit.config.schema_quantization import QuantizationArgs
+from erniekit.config.schema_reward_model import RewardModelArgs
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.config.schema_rl import RLArgs
 from erniekit.config.schema_rollout_tools import RolloutToolArgs
@@ -40,6 +41,7 @@ class Config(
     QatArgs,
     LoraArgs,
     PreferenceArgs,
+    RewardModelArgs,
     RLArgs,
     RewardArgs,
     CurriculumArgs,

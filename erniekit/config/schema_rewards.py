@@ -88,7 +88,9 @@ class RewardArgs:
     code_network: bool = key(
         False, "Let the programs run although this system has no network namespaces to keep them from the network."
     )
-    code_time_limit: float = key(5.0, "Seconds of a program for each test of the reward code.", gt=0)
+    code_time_limit: float = key(
+        5.0, "Processor time of a program for each test of the reward code, in whole seconds.", gt=0
+    )
     code_memory_mb: int = key(512, "Memory of a program of the reward code, in MB.", ge=32)
     code_score: str = key(
         "all",

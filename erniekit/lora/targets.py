@@ -19,7 +19,7 @@ _RESAMPLER_TARGETS = ("spatial_linear.0", "spatial_linear.2", "temporal_linear.0
 _LEAVES = (*FUSED, "o_proj", "down_proj")
 _KNOWN = (*_LEAVES, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
 # Modules that modules_to_save can name: whole parameters outside the projections and the routers.
-SAVEABLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
+SAVEABLE = ("embed_tokens", "lm_head", "score", "norm", "input_layernorm", "post_attention_layernorm")
 _PLAIN = re.compile(r"[\w.]+")
 # The projections of the vision transformer and of the resampler.
 _VISUAL = re.compile(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from erniekit.models import config_vision
 from erniekit.models.config_keys import PADDLE_ONLY, PT_ONLY
-from erniekit.models.config_values import ARCHITECTURES, read_values, token_ids
+from erniekit.models.config_values import ARCHITECTURES, CAUSAL, SEQUENCE, read_values, token_ids
 from erniekit.models.vision_config import VisionConfig
 from erniekit.utils import log
 from erniekit.utils.errors import CheckpointError
@@ -75,6 +75,7 @@ class ModelConfig:
     moe_group_experts: bool = False  # the best expert of each of moe_k groups, instead of the moe_k best of all
     moe_capacity_factor: float | None = None  # training only: see moe.router.RouterOptions.capacity
     num_nextn_predict_layers: int = 0  # multi-token-prediction depths
+    has_score_head: bool = False  # a reward model: one number a text instead of logits (models/score_head.py)
     vision: VisionConfig | None = None  # None: a model of text alone
     dtype: str | None = None  # of the weights in the file, as config.json says ("bfloat16")
     extra: Mapping[str, Any] = field(
@@ -95,7 +96,7 @@ class ModelConfig:
     @property
     def has_head_bias(self) -> bool:
         """Whether the output head has a bias: as in transformers, only that of a text model with experts can have."""
-        return self.use_bias and self.moe_num_experts > 0 and self.vision is None
+        return self.use_bias and self.moe_num_experts > 0 and self.vision is None and not self.has_score_head
 
     @property
     def expert_sizes(self) -> tuple[int, ...]:
@@ -150,13 +151,17 @@ class ModelConfig:
         if format not in FORMATS:
             raise CheckpointError(f"unknown weight format {format!r}: use 'pt' (Hugging Face) or 'paddle'.")
         other_only = (PADDLE_ONLY if format == "pt" else PT_ONLY) | _NEVER_WRITTEN
-        left_out = {"extra", "dtype", "vision", "moe_capacity_factor"}
+        left_out = {"extra", "dtype", "vision", "moe_capacity_factor", "has_score_head"}
         left_out |= set(_MOE_FIELDS) if self.model_type == "ernie4_5" else set()
         left_out |= {key for key, usual in _RARE_ROUTING.items() if vars(self)[key] == usual}
         out = {key: value for key, value in vars(self).items() if key not in left_out}
         # Both spellings of theta in -PT: transformers 5 reads rope_parameters, older readers the top-level key.
+        architecture = ARCHITECTURES[format][self.model_type]
+        if self.has_score_head:
+            architecture = architecture.replace(CAUSAL, SEQUENCE)
+            out["num_labels"] = 1
         out.update(
-            architectures=[ARCHITECTURES[format][self.model_type]],
+            architectures=[architecture],
             model_type=self.model_type,
             hidden_act="silu",
             rope_theta=self.rope_theta,

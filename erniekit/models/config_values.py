@@ -25,6 +25,9 @@ ARCHITECTURES: dict[str, dict[str, str]] = {
 }
 _MODEL_TYPES = {name: model_type for names in ARCHITECTURES.values() for model_type, name in names.items()}
 
+# A reward model has the class name that transformers gives to such models of other families.
+CAUSAL, SEQUENCE = "ForCausalLM", "ForSequenceClassification"
+
 # Far above any model, and low enough that a slip of the keyboard is an error message and not a full memory.
 _MAX_WIDTH = 1 << 24
 _MAX_LAYERS = 4096
@@ -83,13 +86,14 @@ def read_values(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     fields |= {key: _token_id(config, key, default, fields["vocab_size"]) for key, default in _TOKEN_IDS.items()}
     if model_type != "ernie4_5":
         fields |= _moe_fields(config, fields["num_hidden_layers"])
+    fields["has_score_head"] = _has_score_head(config)
     lines = check_keys(config, fields)
     if config.values.get("hidden_act") not in (None, "silu"):
         raise refusal(config, "hidden_act", "ERNIE 4.5 models use silu")
     fields["extra"] = {
         key: value
         for key, value in config.values.items()
-        if (key not in OWN_KEYS | fields.keys() and key not in QUANTISED)
+        if (key not in OWN_KEYS | fields.keys() and key not in QUANTISED and key != "num_labels")
         or (key == "eos_token_id" and isinstance(value, list))
     }
     fields["head_dim"] = _head_dim(config, fields, model_type)
@@ -154,6 +158,17 @@ def _model_type(config: JsonObject) -> str:
         f"{config.where}: model_type: {found!r:.60} is not supported. Supported: ernie4_5 (dense), ernie4_5_moe, and "
         "ernie4_5_vl_moe or ernie4_5_moe_vl (vision-language)."
     )
+
+
+def _has_score_head(config: JsonObject) -> bool:
+    """Whether the file is of a reward model: one label, and a class for sequences."""
+    names = [name for name in config.get_list("architectures", []) if isinstance(name, str)]
+    if not any(name.endswith(SEQUENCE) for name in names):
+        return False
+    labels = config.get_int("num_labels", 1, 0, 1 << 16)
+    if labels != 1:
+        raise refusal(config, "num_labels", f"a {names[0]:.60} is read as a reward model, which has one")
+    return True
 
 
 def _moe_fields(config: JsonObject, num_hidden_layers: int) -> dict[str, Any]:

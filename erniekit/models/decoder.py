@@ -34,6 +34,7 @@ from erniekit.models.inputs import (
 from erniekit.models.picture_balance import PictureRanks
 from erniekit.models.pictures import HostArray, PictureArguments, picture_tables
 from erniekit.models.resampler import Resampler
+from erniekit.models.score_head import ScoreHead
 from erniekit.models.stages import run_stages
 from erniekit.models.vision import VisionTransformer
 from erniekit.moe.layer import MoELayer, MoESizes, Routed, TokenInfo
@@ -252,9 +253,12 @@ class CausalLM(nn.Layer):
         self.chunks: tuple[tuple[int, ...], ...] = (self.model.layers.numbers,)
         # Tied, the head is the embedding; transformers still gives a biased MoE head a bias of its own.
         bias = config.has_head_bias
+        self.score: ScoreHead | None = None  # of a reward model
+        if shard.has_head and config.has_score_head:
+            self.score = ScoreHead(config.hidden_size, config.initializer_range)
         self.lm_head: Linear | HeadBias | None = None
         vocab_size = config.vocab_size // shard.tensor_degree
-        if shard.has_head and not config.tie_word_embeddings:
+        if shard.has_head and not config.tie_word_embeddings and not config.has_score_head:
             std = config.initializer_range
             self.lm_head = Linear(
                 config.hidden_size, vocab_size, bias=bias, split="column", init_std=std, role=Role.HEAD
@@ -270,7 +274,7 @@ class CausalLM(nn.Layer):
         places: list[tuple[int, nn.Layer | None]]
         places = [(number + 1, self.model.layers[number]) for number in self.model.layers.numbers]
         places += [(0, self.model.embed_tokens), (0, self.model.vision_model), (0, self.model.resampler_model)]
-        places += [(behind + 1, self.lm_head)]
+        places += [(behind + 1, self.lm_head), (behind + 1, self.score)]
         depths = {id(p): depth for depth, layer in places if layer is not None for p in layer.parameters()}
         return {name: depths.get(id(p), behind) for name, p in self.named_parameters()}
 
@@ -285,7 +289,7 @@ class CausalLM(nn.Layer):
         return self.tensor.group.size if self.tensor is not None and self.tensor.sequence else 1
 
     def output_head(self) -> Head:
-        """The head's parameters, as the fused loss takes them."""
+        """The head's parameters, as the fused loss takes them. A reward model has none, and no logits."""
         bias = None if self.lm_head is None else self.lm_head.bias
         group = None if self.tensor is None else self.tensor.group
         if self.config.tie_word_embeddings:

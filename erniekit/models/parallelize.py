@@ -56,6 +56,8 @@ def parallelize(
             connect_ranks(layer, mesh)
     model.picture_ranks = _picture_ranks(model, mesh) if balance_pictures else None
     model.tensor = ranks
+    if model.score is not None:
+        model.score.num_ranks = degrees.tensor
     if ranks is not None and model.model.embed_tokens is not None:
         model.model.embed_tokens.lookup = ranks.lookup
         model.model.embed_tokens.own_span = ranks.own_span

@@ -10,6 +10,7 @@ from erniekit.data.packed_batch import PackedBatch
 from erniekit.losses.lm import chunks_of, label_nll
 from erniekit.losses.log_probs import answer_log_probs
 from erniekit.models.decoder import CausalLM
+from erniekit.nn.narrow import gather
 
 LARGEST_EXPONENT = 700.0
 
@@ -64,3 +65,14 @@ def pair_log_probs(model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch
     at a time.
     """
     return answer_log_probs(hidden_TD, model.output_head(), batch.labels, batch.segment_ids, batch.answers, most)
+
+
+def last_token_scores(
+    model: CausalLM, hidden_TD: paddle.Tensor, batch: PackedBatch, segments: np.ndarray
+) -> paddle.Tensor:
+    """The scores of a reward model for the last token of each of the given segments: fp32 [N], with gradients. hidden:
+    as the head takes it [T, D].
+    """
+    assert model.score is not None, "only a reward model has scores"
+    ends = np.cumsum(batch.segment_lengths) - 1
+    return model.score(gather(hidden_TD, paddle.to_tensor(ends[segments])))

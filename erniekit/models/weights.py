@@ -276,7 +276,9 @@ def logical_tensors(config: ModelConfig) -> list[Logical]:
     for i in range(config.num_hidden_layers):
         table.layer(f"model.layers.{i}", config.is_moe_layer(i))
     table.plain("model.norm.weight", (size,))
-    if not config.tie_word_embeddings:
+    if config.has_score_head:
+        table.matrix("score.weight", (size, 1))
+    if not config.tie_word_embeddings and not config.has_score_head:
         table.matrix("lm_head.weight", (size, config.vocab_size))
     if config.has_head_bias:  # a tied head still has its own
         table.plain("lm_head.bias", (config.vocab_size,))

@@ -234,6 +234,8 @@ def _head(job: Job, device: Device, model: CausalLM) -> Operation:
     """Logits chunk by chunk with the loss. Next-token losses form the gradients in the forward pass; preference losses
     compute the logits again in the backward pass.
     """
+    if model.score is not None:  # one row of each answer
+        return Operation("output head", 0.0, FP32 * job.model.hidden_size, 0.0)
     head = model.output_head()
     width, vocabulary = job.model.hidden_size, head.vocab_size
     labelled, rows = device.tokens * job.supervised_share, job.head_rows

@@ -12,8 +12,8 @@ def tool_calls(sample: Sample, cfg: RewardArgs) -> float:
     """How well the calls of a completion agree with the record's list of {"name", "arguments"}, from 0 to 1.
 
     The same calls are 1. Otherwise each expected call is compared with one of the completion's: a third for the name, a
-    third for the share of arguments that both have, a third for the share that has the same value; the sum is divided by
-    the larger number of calls, unreadable ones included. Where no call is due, 1 for none and 0 for any.
+    third for the share of arguments that both have, a third for the share that has the same value; the sum is divided
+    by the larger number of calls, unreadable ones included. Where no call is due, 1 for none and 0 for any.
     """
     expected = _expected(sample, cfg)
     found, unreadable = sample.calls.calls, sample.calls.unreadable

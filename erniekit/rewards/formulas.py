@@ -1,5 +1,7 @@
 """Compares mathematical answers by math-verify, which parses LaTeX and compares by SymPy."""
 
+import logging
+
 from erniekit.config.schema_rewards import RewardArgs
 from erniekit.rewards.right_answer import right_answers
 from erniekit.rewards.sample import Sample
@@ -15,8 +17,10 @@ def math(sample: Sample, cfg: RewardArgs) -> float:
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+    # It warns at every call that it has no time limits: they work by a signal and may never end a loop in C, so this
+    # process is killed instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    # math-verify's own time limits work by a signal and may never end a loop in C; this process is killed instead.
     found = parse(sample.answer[-_LONGEST:], configs, parsing_timeout=None)
     for right in right_answers(sample, cfg):
         gold = parse(right if "$" in right or "\\boxed" in right else f"${right}$", configs, parsing_timeout=None)

@@ -13,8 +13,8 @@ _POINT = re.compile(rf"[\[(（]\s*{_NUMBER}\s*[,，]\s*{_NUMBER}\s*[\])）]")
 
 
 def box_iou(sample: Sample, cfg: RewardArgs) -> float:
-    """The mean overlap (intersection over union) of the record's boxes and the answer's, each box paired once. A box too
-    many, or with swapped corners, counts as a pair without overlap.
+    """The mean overlap (intersection over union) of the record's boxes and the answer's, each box paired once. A box
+    too many, or with swapped corners, counts as a pair without overlap.
     """
     expected, found = _expected(sample, cfg), _read(sample.answer, cfg)
     pairs = max(len(expected.boxes), len(found.boxes) + found.refused)

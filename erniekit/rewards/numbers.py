@@ -15,7 +15,8 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:\\[dt]?frac\s*\{{\s*(?P<over>{_PLAIN})\s*\}}\s*\{{\s*(?P<under>{_PLAIN})\s*\}}"
     rf"|(?P<plain>{_PLAIN})(?:\s*/\s*(?P<divisor>{_PLAIN}))?)\s*(?P<percent>\\?%)?"
 )
-_UNIT = re.compile(r"[A-Za-z°$€£¥\u4e00-\u9fff][A-Za-z°$€£¥\u4e00-\u9fff\s^0-9/.²³]*")
+_WORD = r"(?!or\b|and\b|to\b)[A-Za-z°$€£¥\u4e00-\u9fff]+(?:\^\{?\d\}?|[²³])?"
+_UNIT = re.compile(rf"{_WORD}(?:\s?/\s?{_WORD}|\s{_WORD})?")
 _LATEX = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}|\\[,;! ]|\\left|\\right|\\\(|\\\)|\\\[|\\\]|[$*`]")
 
 

@@ -1,7 +1,10 @@
 """Scores completions by the configured functions, in processes with time limits."""
 
+import math
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,19 @@ import numpy as np
 from erniekit.config.methods import option_names
 from erniekit.config.schema import Config
 from erniekit.config.schema_rewards import RIGHT_OR_WRONG, RewardArgs, reward_names, reward_problems
+from erniekit.rewards.code import limits_of
 from erniekit.rewards.domains import DomainStatistics
+from erniekit.rewards.judge import Judge
 from erniekit.rewards.sample import Sample, ScoreTable
+from erniekit.rewards.sandbox import problem_of
 from erniekit.rewards.table import BUILTINS
-from erniekit.rewards.workers import Chunk, Result, Step, Workers
+from erniekit.rewards.workers import Chunk, Result, Step, Workers, checked
 from erniekit.utils import log
 from erniekit.utils.errors import ConfigError, DataError, TrainError
 
 _SHOWN_FAILURES = 3  # of each function; the others are only counted
-GIVEN = ("reward_model",)  # functions whose values the caller computes, since they need the engine
+GIVEN = ("reward_model",)  # functions that the caller gives, since they need the engine
+GivenFunction = Callable[[Sequence[Sample]], np.ndarray]
 
 
 class Scorer:
@@ -27,8 +34,14 @@ class Scorer:
     names: of the functions, as in tables and logs. weights: float64, one each.
     """
 
-    def __init__(self, cfg: RewardArgs, base_dir: Path | None = None) -> None:
-        """`base_dir`: what paths of the user's functions are relative to; None: the working directory.
+    def __init__(
+        self,
+        cfg: RewardArgs,
+        base_dir: Path | None = None,
+        given: Mapping[str, GivenFunction] | None = None,
+    ) -> None:
+        """`base_dir`: what paths of the user's functions are relative to; None: the working directory. `given`: the
+        functions of GIVEN that the configuration names; they return float64 [N], NaN for no reward.
 
         Raises ConfigError for unknown names, files that cannot be imported, packages that are not installed, and a
         wrong number of weights.
@@ -40,9 +53,14 @@ class Scorer:
         self.names = reward_names(cfg.reward_funcs)
         self.weights = np.array(cfg.reward_weights or [1.0] * len(self.names))
         self._right = next((name for name in self.names if name in RIGHT_OR_WRONG), None)
+        self._given = {name: (given or {})[name] for name in self.names if name in GIVEN}
         self._domains = DomainStatistics()
         self._shown: Counter[str] = Counter()
-        self._in_workers = [name for name in self.names if name not in GIVEN]
+        self._in_workers = [name for name in self.names if name not in (*GIVEN, "judge")]
+        _check_packages(self.names)
+        if "code" in self.names:
+            _check_sandbox(cfg)
+        self._judge = Judge(cfg) if "judge" in self.names else None
         self._workers = Workers(_reward_args(cfg), base_dir or Path.cwd())
 
     def __enter__(self) -> "Scorer":
@@ -62,31 +80,27 @@ class Scorer:
             needed = builtin.fields if builtin else self._workers.fields.get(name, ())
             if builtin and builtin.reads_answer:
                 needed = (self._cfg.answer_key, *needed)
-            missing = [field for field in needed if fields.get(field) in (None, "", [])]
-            if missing and not (name == "tool_calls" and fields.get(missing[0]) == []):
+            empty: tuple[object, ...] = (None, "") if builtin and builtin.may_be_empty else (None, "", [])
+            missing = [field for field in needed if fields.get(field) in empty]
+            if missing:
                 keys = ", ".join(repr(field) for field in missing)
                 raise DataError(
                     f"{place}: the record has no {keys}, which the reward {name} needs. Add it, name the field of the "
                     "right answer (answer_key), or leave the function out of reward_funcs"
                 )
 
-    def score(
-        self, samples: Sequence[Sample], given: Mapping[str, np.ndarray] | None = None, step: int = 0
-    ) -> ScoreTable:
+    def score(self, samples: Sequence[Sample], step: int = 0) -> ScoreTable:
         """The rewards of N completions; those of one prompt must be neighbours.
 
-        given: values [N] of functions that the caller computes (GIVEN). step: the optimizer step, for the user's
-        functions. Raises TrainError for a failure with reward_on_failure: stop, or too many failures of a function.
+        step: the optimizer step, for the user's functions. Raises TrainError for a failure with reward_on_failure: stop,
+        or too many failures of a function.
         """
         values = {name: np.full(len(samples), np.nan) for name in self.names}
-        for name in set(self.names) & set(GIVEN):
-            assert given is not None and given[name].shape == (len(samples),), name
-            values[name][:] = given[name]
         failures: Counter[str] = Counter()
         seconds = dict.fromkeys(self.names, 0.0)
         logged: dict[str, list[float]] = {}
         extras: dict[str, list[Any]] = {}
-        for result in self._workers.run(self._chunks(samples), step):
+        for result in self._results(samples, step):
             seconds[result.name] += result.seconds
             for number, value in zip(result.numbers, result.values, strict=True):
                 if isinstance(value, str):
@@ -101,7 +115,7 @@ class Scorer:
             values[self._right] if self._right else None,
             dict(failures),
             seconds,
-            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(logged.items())},
+            {name: float(np.mean(sorted(numbers))) for name, numbers in sorted(logged.items())} | self._usage(),
             extras,
         )
 
@@ -116,6 +130,33 @@ class Scorer:
     def close(self) -> None:
         """End all processes."""
         self._workers.close()
+        if self._judge:
+            self._judge.close()
+
+    def _results(self, samples: Sequence[Sample], step: int) -> Iterator[Result]:
+        """The results of all functions; the judge works while the processes do."""
+        begin, asked = time.perf_counter(), {}
+        if self._judge:
+            judged = [i for i, sample in enumerate(samples) if "judge" in self._wanted(sample.fields, sample.place)]
+            asked = dict(zip(judged, self._judge.ask([samples[i] for i in judged]), strict=True))
+        yield from self._workers.run(self._chunks(samples), step)
+        for name, function in self._given.items():
+            start = time.perf_counter()
+            chosen = [i for i, sample in enumerate(samples) if name in self._wanted(sample.fields, sample.place)]
+            found = function([samples[i] for i in chosen])
+            assert found.shape == (len(chosen),), (name, found.shape)
+            values = [checked(None if math.isnan(value) else value) for value in found.tolist()]
+            yield Result(name, tuple(chosen), values, time.perf_counter() - start)
+        for number, future in asked.items():
+            yield Result("judge", (number,), [future.result()])
+        if asked:
+            yield Result("judge", (), [], time.perf_counter() - begin)
+
+    def _usage(self) -> dict[str, float]:
+        """What the judge has been asked since the start of the process."""
+        return (
+            {f"judge/{name}": float(count) for name, count in sorted(self._judge.usage.items())} if self._judge else {}
+        )
 
     def _wanted(self, fields: Mapping[str, Any], place: str) -> list[str]:
         """The functions that score a record: all, or those that its field `reward_funcs` names."""
@@ -185,6 +226,27 @@ def _collect(result: Result, num_samples: int, logged: dict[str, list[float]], e
         rows = extras.setdefault(name, [None] * num_samples)
         for number, value in zip(result.numbers, column, strict=False):
             rows[number] = value
+
+
+def _check_packages(names: Sequence[str]) -> None:
+    for name in names:
+        missing = [package for package in BUILTINS[name].packages if not find_spec(package)] if name in BUILTINS else []
+        if missing:
+            raise ConfigError(
+                f"reward_funcs: {name} needs {' and '.join(missing)}, not installed here: pip install 'erniekit[rl]'"
+            )
+
+
+def _check_sandbox(cfg: RewardArgs) -> None:
+    problem = problem_of(limits_of(cfg))
+    if problem:
+        more = "" if cfg.code_network else ". If it may have the network, set code_network: true"
+        raise ConfigError(f"code_sandbox: programs cannot be run here: {problem}{more}")
+    log.warning(
+        "code_sandbox: subprocess: programs that the model writes are run on this machine, with limits "
+        f"({cfg.code_time_limit:g} s, {cfg.code_memory_mb} MB) that are no protection against attacks (docs/rewards.md)"
+        + (", and with its network" if cfg.code_network else "")
+    )
 
 
 def _reward_args(cfg: RewardArgs) -> RewardArgs:

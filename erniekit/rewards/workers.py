@@ -292,12 +292,12 @@ def _call(
             values, logged = users[step.name](samples, number)
         else:
             values, logged = [BUILTINS[step.name].function(samples[0], cfg)], Logged()
-        return [_checked(value) for value in values], logged
+        return [checked(value) for value in values], logged
     except BaseException as error:  # also SystemExit
         return _failure(error), Logged()
 
 
-def _checked(value: Any) -> float | str | None:
+def checked(value: Any) -> float | str | None:
     """The value as a float; a text if it is no finite number of a usual size."""
     if value is None:
         return None

@@ -33,6 +33,7 @@ from erniekit.training.recipes.gkd import GkdRecipe, require_teacher
 from erniekit.training.recipes.kto import KtoRecipe
 from erniekit.training.recipes.policy import PolicyRecipe
 from erniekit.training.recipes.preference import PreferenceRecipe
+from erniekit.training.recipes.reward_model import RewardModelRecipe, reward_model_scores
 from erniekit.training.rl.evaluate import open_evaluation_prompts, reward_scores
 from erniekit.training.rl.loader import open_prompts
 
@@ -73,6 +74,7 @@ METHODS: dict[str, Method] = {
         Method(FACTS["VL-SFT"], causal_recipe, label_scores),
         Method(FACTS["VL-PT"], causal_recipe, label_scores),
         Method(FACTS["DPO"], PreferenceRecipe.build, pair_scores, wants_reference),
+        Method(FACTS["RM"], RewardModelRecipe.build, reward_model_scores),
         Method(
             FACTS["RL"],
             PolicyRecipe.build,

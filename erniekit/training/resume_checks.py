@@ -70,6 +70,7 @@ _KEYS = {
         rollout_correction icepop_alpha icepop_beta tis_cap mis_cap off_policy_mask_threshold
         entropy_coef top_entropy_quantile freeze_router_bias
         upo_weight upo_beta upo_margin upo_reference
+        reward_margin center_rewards_coefficient
         reward_funcs reward_weights answer_key reward_timeout reward_on_failure domain_normalize
         reward_min_length reward_max_length cosine_max_length reward_language reward_coordinates
         code_time_limit code_memory_mb code_score judge_model judge_prompt judge_max_score reward_model_path

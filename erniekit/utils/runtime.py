@@ -129,6 +129,14 @@ def job_token_of(addresses: Collection[str]) -> str:
     return job_token.find(os.environ, cache_directory() if len(set(addresses)) == 1 else None)
 
 
+JUDGE_KEY_VARIABLE = "ERNIEKIT_JUDGE_API_KEY"
+
+
+def judge_api_key() -> str:
+    """The key of the server that judges answers (judge_base_url); "" if there is none. Never log it."""
+    return os.environ.get(JUDGE_KEY_VARIABLE, "").strip()
+
+
 def cache_directory() -> Path:
     """The user's cache directory (XDG base directory specification, by which a relative path is invalid and
     ignored).

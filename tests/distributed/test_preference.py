@@ -11,6 +11,7 @@ TOLERANCE = 1e-5  # as in test_equality
 LORA = {"continue_training": True, "fine_tuning": "LoRA", "lora_rank": 4, "learning_rate": 1e-2}
 PIPE2, TENSOR2 = {"pipeline_parallel_degree": 2}, {"tensor_parallel_degree": 2}
 MOVING = {"ref_model_update_steps": 2, "sft_loss_ratio": 0.3}
+REWARD_MODEL = {"stage": "RM", "reward_margin": 0.5, "center_rewards_coefficient": 0.01}
 KTO = {"loss_type": "kto_pair", "normalize_logps": True}
 
 TWO = {
@@ -22,6 +23,8 @@ TWO = {
     "dense-pp2-cached": ("dense", PIPE2, {"ref_logps_cache": "cache.npz", "continue_training": True}),
     "moe-ep2-cached": ("moe", {"expert_parallel_degree": 2}, {"ref_logps_cache": "cache.npz"}),
     "moe-lora-pp2": ("moe", PIPE2, LORA),
+    "untied-tp2-sp-rm": ("untied", TENSOR2 | {"sequence_parallel": True}, REWARD_MODEL),
+    "moe-lora-pp2-rm": ("moe", PIPE2, REWARD_MODEL | LORA),
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from erniekit.config.schema import Config
-from erniekit.data.packed_batch import PackedBatch
+from erniekit.data.packed_batch import CompletionTable, PackedBatch
 from erniekit.losses.log_probs import token_log_probs
 from erniekit.losses.policy import METRIC_DIVISORS, PolicyOptions, pair_loss, policy_loss
 from erniekit.models.decoder import CausalLM
@@ -104,7 +104,7 @@ class PolicyRecipe(Recipe):
             columns.of_numbers(table.old_log_probs),
             paddle.to_tensor(table.advantages if len(table) else np.zeros(1, np.float32)),
             columns.mask,
-            ref_logps=None if self.cfg.kl_in_reward else columns.of_numbers(table.reference_log_probs),
+            ref_logps=columns.of_numbers(self._reference_of(table)),
             rollout_logps=columns.of_numbers(table.rollout_log_probs),
             entropy=columns.of(entropy),
             num_sequences=1.0,
@@ -126,6 +126,12 @@ class PolicyRecipe(Recipe):
             else:
                 terms[name] = Term(value, "tokens", None, reduce="min" if name.endswith("min") else "max")
         return terms
+
+    def _reference_of(self, table: CompletionTable) -> np.ndarray | None:
+        """The reference's log-probabilities, if the loss compares with them; a batch without completions has none."""
+        if self._options["kl_coef"] == 0:
+            return None
+        return table.reference_log_probs if len(table) else np.zeros(1, np.float32)
 
     def _pair_terms(self, columns: "_Columns", log_probs: paddle.Tensor, batch: PackedBatch) -> dict[str, Term]:
         """UPO's term "upo", and the share of pairs whose better completion is the likelier one, and their margin."""

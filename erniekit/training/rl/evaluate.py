@@ -12,6 +12,7 @@ from erniekit.training.data import DataContext
 from erniekit.training.evaluators import EvaluatedModel, Scores
 from erniekit.training.rl.generate import Generator
 from erniekit.training.rl.prompts import check_records, prompt_options, tool_loop
+from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.utils import log
 
@@ -30,7 +31,7 @@ class PromptEvaluation:
         self.count = len(self.prompts)
         if cfg.max_evaluate_steps > 0:
             self.count = min(self.count, cfg.max_evaluate_steps * cfg.batch_size)
-        self.scorer = Scorer(cfg) if context.mesh.rank == 0 else None
+        self.scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
         check_records(self.scorer, self.prompts)
 
     @property

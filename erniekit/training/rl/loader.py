@@ -32,6 +32,7 @@ from erniekit.training.rl.difficulty import Filled, Outcome, PromptSampler, fill
 from erniekit.training.rl.generate import Generator, draw_number
 from erniekit.training.rl.prompts import check_records, known_pass_rates, prompt_options, tool_loop
 from erniekit.training.rl.reference import PolicyReference
+from erniekit.training.rl.reward_model import reward_models
 from erniekit.training.rl.scoring import score_groups
 from erniekit.training.rl.token_scores import TokenScorer, score_completions
 from erniekit.training.rl.tools import ToolLoop
@@ -396,7 +397,7 @@ def open_prompts(context: DataContext) -> RolloutLoader:
     cfg = context.cfg
     tools = tool_loop(context)
     prompts = PromptSet.open(specs_of(cfg, "train"), "train", prompt_options(context, tools), cfg.download_hub)
-    scorer = Scorer(cfg) if context.mesh.rank == 0 else None
+    scorer = Scorer(cfg, given=reward_models(cfg)) if context.mesh.rank == 0 else None
     check_records(scorer, prompts)
     return RolloutLoader(context, prompts, scorer, tools)
 

@@ -9,10 +9,19 @@ from support.rl_runs import rl_workspace
 
 from erniekit import config
 from erniekit.checkpoint.safetensors_read import Reader
+from erniekit.training.reporting.completions import CompletionLog
+from erniekit.training.reporting.plot import LossPlot
 from erniekit.training.run import train
 from erniekit.utils.errors import CheckpointError, DataError, TrainError
 
 CLOCKS = ("seconds", "tokens_per_second", "data_seconds")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than these runs."""
+    monkeypatch.setattr(LossPlot, "_draw", lambda self: None)
+    monkeypatch.setattr(CompletionLog, "_draw", lambda self: None)
 
 
 @pytest.fixture
@@ -63,7 +72,10 @@ def test_a_rollout_is_divided_into_steps_of_whole_groups(keys):
     "changes",
     [
         {"rl_algorithm": "gspo", "kl_coef": 0.1, "entropy_coef": 0.01, "temperature": 0.7, "soft_max_length": 5},
-        {"rl_algorithm": "dapo", "rollout_correction": "icepop", "mask_truncated_completions": True},
+        pytest.param(
+            {"rl_algorithm": "dapo", "rollout_correction": "icepop", "mask_truncated_completions": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_microbatches_change_nothing(keys, changes):
@@ -80,7 +92,7 @@ def test_microbatches_change_nothing(keys, changes):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=2e-5), name
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_repeats_an_uninterrupted_one(keys, step):
     changes = {"dynamic_sample": True, "kl_coef": 0.1, "rollout_correction": "icepop"}
     whole = run(keys, **changes)
@@ -93,6 +105,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(keys, step):
     assert all((wanted[name] == found[name]).all() for name in wanted)
 
 
+@pytest.mark.slow
 def test_loss_terms_and_metrics_have_names_of_their_own(keys):
     steps = run(keys, kl_coef=0.5, entropy_coef=0.1, num_iterations=2)
     for step in steps:
@@ -102,12 +115,14 @@ def test_loss_terms_and_metrics_have_names_of_their_own(keys):
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[3]["kl"] > 1e-6
 
 
+@pytest.mark.slow
 def test_without_the_divergence_in_the_reward_advantages_are_those_of_the_rewards(keys):
     run(keys, kl_coef=0.1, kl_in_reward=True, num_iterations=2, max_steps=8)
     later = [line for line in samples(keys["output_dir"]) if line["step"] == 5]
     assert any(abs(line["reward"] - line["rewards"]["checksum"]) > 1e-6 for line in later)
 
 
+@pytest.mark.slow
 def test_a_rollout_in_use_is_not_divided_otherwise(keys):
     run(keys)
     there = f"{keys['output_dir']}/checkpoint-1"
@@ -146,6 +161,7 @@ def test_records_without_an_answer_are_refused_before_weights_are_read(keys, tmp
         run(keys, reward_funcs="accuracy")
 
 
+@pytest.mark.slow
 def test_an_evaluation_reports_the_rewards_of_the_likeliest_completions(keys, tmp_path):
     train(
         config.load(

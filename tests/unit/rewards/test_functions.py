@@ -1,0 +1,298 @@
+"""The built-in reward functions, called directly: right, wrong, empty, huge and hostile answers."""
+
+import importlib.util
+import json
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from erniekit.config.schema_rewards import REWARD_FUNCS, RewardArgs
+from erniekit.rewards import Sample, texts
+from erniekit.rewards.numbers import last_number, number_of
+from erniekit.rewards.right_answer import final_answer
+from erniekit.rewards.scorer import GIVEN
+from erniekit.rewards.table import BUILTINS
+
+CFG = RewardArgs()
+
+
+def score(name: str, completion: str, answer: Any = None, cfg: RewardArgs = CFG, **more: Any) -> float | None:
+    fields = {"answer": answer} | more.pop("fields", {})
+    ids = more.pop("ids", tuple(range(len(completion.split()))))
+    prompt = [{"role": "user", "content": more.pop("prompt", "What is it?")}]
+    return BUILTINS[name].function(Sample(prompt, completion, ids, fields, "d:1", **more), cfg)
+
+
+def test_every_documented_function_exists():
+    assert set(REWARD_FUNCS) == set(BUILTINS) | set(GIVEN) | {"judge"}
+
+
+RIGHT = [
+    ("5", "5"),
+    ("so it is 5.", "5"),
+    ("The answer is 1,234.", "1234"),
+    ("\\boxed{\\frac{3}{4}}", "0.75"),
+    ("\\boxed{3/4} of them", "\\frac{3}{4}"),
+    ("答案是 12", 12),
+    ("#### 12", "12"),
+    ("<think>7 or 8</think>\\boxed{8}", "8"),
+    ("x = -3", "-3"),
+    ("10-5 = 5", "5"),
+    ("It costs $5", "5"),
+    ("5 km", "5 km"),
+    ("50%", "0.5"),
+    ("50%", "50%"),
+    ("0.333333", "1/3"),
+    ("**Answer:** 42", "42"),
+    ("\\boxed{1} no, \\boxed{2}", "2"),
+    ("Paris", "paris."),
+    ("The answer is Paris.", "Paris"),
+    ("\\boxed{\\text{Paris}}", "\\text{Paris}"),
+    ("4", ["four", "4"]),
+    ("1e3", "1000"),
+    ("The result is 2 and the answer is 5 because 2 + 3 = 5", "5"),
+]
+WRONG = [
+    ("6", "5"),
+    ("", "5"),
+    ("   ", "5"),
+    ("<think>5", "5"),
+    ("50", "50%"),
+    ("0.33", "1/3"),
+    ("123456788", "123456789"),
+    ("-5", "5"),
+    ("\\boxed{}", "5"),
+    ("1/0", "5"),
+    ("nan", "5"),
+    ("inf", "5"),
+    ("\\boxed{5", "6"),
+    ("9" * 100_000, "5"),
+    ("Paris or London", "Paris"),
+    ("London", "Paris"),
+    ("", "Paris"),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer"), RIGHT)
+def test_right_answers(completion: str, answer: Any):
+    assert score("accuracy", completion, answer) == 1.0
+
+
+@pytest.mark.parametrize(("completion", "answer"), WRONG)
+def test_wrong_answers(completion: str, answer: Any):
+    assert score("accuracy", completion, answer) == 0.0
+
+
+@pytest.mark.parametrize("answer", [None, {}, [], "", [None]])
+@pytest.mark.parametrize("name", ["accuracy", "exact", "choice"])
+def test_a_record_without_a_usable_answer_is_an_error(name: str, answer: Any):
+    with pytest.raises(ValueError, match="'answer' of the record"):
+        score(name, "5", answer)
+
+
+def test_numbers_have_their_exact_value():
+    assert number_of("-1,234.50") == Fraction(-2469, 2)
+    assert number_of("\\dfrac{1}{3}") == Fraction(1, 3)
+    assert number_of("12 \\text{ km}") == 12
+    for text in ("", "abc", "1 2", "5 or 6", "1/0", "1" * 500):
+        assert number_of(text) is None, text
+    assert last_number("from 3 to 10-7") == 7
+    assert last_number("it is -7") == -7
+    assert final_answer("no mark") == "no mark"
+
+
+MATH = [
+    ("\\frac{x}{2}", "\\boxed{\\frac{1}{2}x}", 1.0),
+    ("$\\sqrt{8}$", "It is $2\\sqrt{2}$.", 1.0),
+    ("(1, 2)", "\\boxed{(1,2)}", 1.0),
+    ("0.5", "\\boxed{\\frac12}", 1.0),
+    ("x+1", "\\boxed{x+2}", 0.0),
+    ("5", "", 0.0),
+    ("5", "\\boxed{}", 0.0),
+    ("5", "9" * 50_000, 0.0),
+]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="the extra `rl` is not installed")
+@pytest.mark.parametrize(("answer", "completion", "expected"), MATH)
+def test_formulas(answer: str, completion: str, expected: float):
+    assert score("math", completion, answer) == expected
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="the extra `rl` is not installed")
+def test_our_numbers_agree_with_math_verify():
+    """On answers that are numbers. math-verify takes "50" for equal to "50%", does not read 1e3, and takes several
+    boxes for one answer, where we take the last.
+    """
+    differ = {
+        (completion, answer)
+        for expected, cases in ((1.0, RIGHT), (0.0, WRONG))
+        for completion, answer in cases
+        if isinstance(answer, str) and number_of(answer) is not None
+        if score("math", completion, answer) != expected
+    }
+    assert differ == {("50", "50%"), ("1e3", "1000"), ("\\boxed{1} no, \\boxed{2}", "2")}
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "answer", "expected"),
+    [
+        ("exact", "  The Cat. ", "the cat", 1.0),
+        ("exact", "a Cat", "the cat", 0.0),
+        ("exact", "-5", "5", 0.0),
+        ("exact", "", "x", 0.0),
+        ("exact", "ｆｕｌｌ", "full", 1.0),
+        ("exact", "<think>no</think>\n\nyes", ["yes", "y"], 1.0),
+        ("choice", "B", "B", 1.0),
+        ("choice", "The answer is (B).", "B", 1.0),
+        ("choice", "A, B, C and D", "B", 0.0),
+        ("choice", "\\boxed{A, C}", "AC", 1.0),
+        ("choice", "The answer is A and C.", ["C", "A"], 1.0),
+        ("choice", "ABCD", "AC", 0.0),
+        ("choice", "", "B", 0.0),
+    ],
+)
+def test_texts_and_choices(name: str, completion: str, answer: Any, expected: float):
+    assert score(name, completion, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "opened", "expected"),
+    [
+        ("<think>a</think>b", False, 1.0),
+        ("<think>\na\n</think>\n\n<response>b</response>", False, 1.0),
+        ("a</think>b", True, 1.0),
+        ("a</think>b", False, 0.0),
+        ("<think>a</think>b", True, 0.0),
+        ("<think>a</think>", False, 0.0),
+        ("<think>a</think><think>b</think>c", False, 0.0),
+        ("<think>a</think>b</think>", False, 0.0),
+        ("b", False, 0.0),
+        ("", False, 0.0),
+        ("", True, 0.0),
+        ("<think>" * 100_000, False, 0.0),
+    ],
+)
+def test_the_format_of_thinking(completion: str, opened: bool, expected: float):
+    assert score("format", completion, opened_thought=opened) == expected
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jsonschema"), reason="the extra `rl` is not installed")
+def test_json_that_fits_a_schema():
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    cases = (('{"a": 1}', 1.0), ('```json\n{"a": 1}\n```', 1.0), ('{"a": "1"}', 0.0), ("", 0.0), ('{"a": NaN}', 0.0))
+    for text, expected in cases:
+        for written in (schema, json.dumps(schema)):
+            assert score("json_schema", text, fields={"json_schema": written}) == expected
+    assert score("json_schema", "[" * 100_000, fields={"json_schema": schema}) == 0.0
+    for wrong in (None, 5, {"type": "nothing"}, "{"):
+        with pytest.raises(Exception, match=r"."):
+            score("json_schema", "{}", fields={"json_schema": wrong})
+
+
+def test_lengths():
+    cfg = RewardArgs(reward_funcs=("exact", "cosine"), reward_min_length=2, reward_max_length=3, cosine_max_length=100)
+    for count, expected in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)):
+        assert score("length", "x", cfg=cfg, ids=tuple(range(count))) == expected
+    # Equation 1 of arXiv 2502.03373: CosFn(t, T, low, high) = low + (high - low) (1 + cos(t pi / T)) / 2.
+    for count, completion, expected in (
+        (0, "x", 1.0),
+        (50, "x", 0.75),
+        (100, "x", 0.5),
+        (1000, "x", 0.5),
+        (0, "y", -1.0),
+        (100, "y", -0.5),
+    ):
+        assert score("cosine", completion, "x", cfg, ids=tuple(range(count))) == pytest.approx(expected)
+    assert texts.cosine(25, True, 100) == pytest.approx(0.5 + 0.5 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_repetition_is_the_share_of_repeated_sequences():
+    assert score("repetition", "a b c d") == 0.0
+    assert score("repetition", "a a a a a") == pytest.approx(-2 / 3)  # 3 sequences, 1 of them different
+    assert score("repetition", "A b c a B C") == pytest.approx(-1 / 4)
+    assert score("repetition", "好好好好好") == pytest.approx(-2 / 3)
+    assert score("repetition", "") == 0.0
+    assert score("repetition", "word " * 100_000) == pytest.approx(-1, abs=1e-4)
+
+
+def test_language():
+    zh, en = RewardArgs(reward_language="zh"), RewardArgs(reward_language="en")
+    assert score("language", "我们走吧", cfg=zh) == 1.0
+    assert score("language", "我们 go now", cfg=zh) == 0.5
+    assert score("language", "我们 go now", cfg=en) == 0.5
+    assert score("language", "我们 `code here` $x^2 + foo$ <think>", cfg=zh) == 1.0
+    assert score("language", "42", cfg=en) == 1.0
+    assert score("language", "", cfg=en) == 1.0
+    assert score("language", "hello", prompt="你好吗") == 0.0
+    assert score("language", "你好", prompt="12 + 3 = ?") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "answer", "expected"),
+    [
+        ("box_iou", "[0, 0, 10, 10]", [0, 0, 10, 10], 1.0),
+        ("box_iou", "[0, 0, 10, 5]", "[0, 0, 10, 10]", 0.5),
+        ("box_iou", "[0, 0, 10, 10] [20, 20, 30, 30]", [0, 0, 10, 10], 0.5),
+        ("box_iou", "[10, 10, 0, 0]", [0, 0, 10, 10], 0.0),
+        ("box_iou", "", [0, 0, 10, 10], 0.0),
+        ("box_iou", '{"bbox_2d": [0, 0, 1e999, NaN]}', [0, 0, 10, 10], 0.0),
+        ("box_f1", "[0, 0, 10, 6]", [0, 0, 10, 10], 1.0),
+        ("box_f1", "[0, 0, 10, 4]", [0, 0, 10, 10], 0.0),
+        ("box_f1", "[0, 0, 10, 10] [20, 20, 30, 30]", [[0, 0, 10, 10], [50, 50, 60, 60]], 0.5),
+        ("point_in_box", "(5, 5)", [0, 0, 10, 10], 1.0),
+        ("point_in_box", "[11, 5]", [0, 0, 10, 10], 0.0),
+        ("point_in_box", "[5, 5] [50, 50] [60, 60]", [0, 0, 10, 10], 0.5),
+        ("point_in_box", "[0, 0, 10, 10]", [0, 0, 10, 10], 1.0),
+        ("point_in_box", "", [0, 0, 10, 10], 0.0),
+    ],
+)
+def test_boxes_and_points(name: str, completion: str, answer: Any, expected: float):
+    assert score(name, completion, answer) == pytest.approx(expected)
+
+
+def test_coordinates_in_pixels_are_not_clamped():
+    pixels = RewardArgs(reward_coordinates="pixels")
+    assert score("box_iou", "[0, 0, 2000, 2000]", [0, 0, 2000, 1000], pixels) == 0.5
+    for wrong in ([0, 0, 2000, 1000], [10, 10, 0, 0], "none", None, 5):
+        with pytest.raises(ValueError, match="'answer' of the record must be boxes"):
+            score("box_iou", "[0, 0, 1, 1]", wrong)
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
+
+
+def written(*calls: dict[str, Any]) -> str:
+    return "".join(f"<tool_call>{json.dumps(one)}</tool_call>" for one in calls)
+
+
+def test_calls_of_tools():
+    due = [call("add", a=1, b=2)]
+    assert score("tool_calls", written(*due), due) == 1.0
+    assert score("tool_calls", "<think>x</think>" + written(call("add", b=2.0, a=1)), due) == 1.0
+    assert score("tool_calls", written(call("sub", a=1, b=2)), due) == 0.0
+    assert score("tool_calls", written(call("add", a=1, b="2")), due) == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert score("tool_calls", written(call("add", a=1)), due) == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+    assert score("tool_calls", written(*due, *due), due) == 0.5
+    assert score("tool_calls", written(*due) + "<tool_call>{", due) == 0.5
+    assert score("tool_calls", "", due) == 0.0
+    assert score("tool_calls", "none is due", []) == 1.0
+    assert score("tool_calls", written(*due), []) == 0.0
+    two = [call("add", a=1), call("add", a=2)]
+    assert score("tool_calls", written(*two[::-1]), two) == 1.0
+    openai = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}]
+    assert score("tool_calls", written(*due), openai) == 1.0
+    turns = ({"role": "assistant", "content": "", "tool_calls": openai}, {"role": "tool", "content": "3"})
+    parsed = [{"type": "function", "function": due[0]}]
+    turns = (
+        {"role": "assistant", "content": "", "tool_calls": parsed},
+        {"role": "tool", "content": "3"},
+        {"content": "3"},
+    )
+    assert score("tool_calls", "3", due, turns=turns) == 1.0
+    for wrong in (None, 5, [{"name": 1}], [{"name": "a", "arguments": 5}]):
+        with pytest.raises((ValueError, TypeError)):
+            score("tool_calls", "", wrong)
