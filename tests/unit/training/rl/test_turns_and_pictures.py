@@ -98,6 +98,7 @@ def test_turns_and_results_are_the_same_in_generating_and_training(tmp_path, alw
     assert sum(step["num_supervised"] for step in steps) == sum(line["length"] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_zoomed_picture_is_the_same_in_generating_and_training(pictures, always_calls):
     always_calls({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 100, 700, 800]}})
     changes = {"tools": "image_zoom_in_tool", "max_turns": 3, "max_completion_length": 120, "max_seq_len": 3000}
