@@ -271,6 +271,32 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any] | None]] =
     ("split", {"max_new_tokens": 9, "predict_with_generate": True}, {}, None),
     ("train", {"max_new_tokens": 9, "min_tokens": 1, "top_k": 4, "repetition_penalty": 1.1, "stream": True}, {}, None),
     ("train", {"frequency_penalty": 0.1, "presence_penalty": 0.1, "enable_thinking": True}, {}, None),
+    ("train", {"kto_loss_type": "apo_zero_unpaired", "desirable_weight": 2.0, "undesirable_weight": 2.0}, {}, KTO),
+    ("train", {"beta": 0.2}, GKD, KTO),
+    *(
+        ("train", {"num_nextn_predict_layers": 1, "token_balance_loss": "sample", "z_loss_lambda": 0.1}, stage, {})
+        for stage in (KTO, GKD, RL)
+    ),
+    *(("train", {"qat_distill_weight": 0.5}, {**stage, "qat": "w8a8"}, {"qat": "w8a8"}) for stage in (KTO, GKD, RL)),
+    ("train", {"teacher_model_name_or_path": "t", "gkd_beta": 0.1, "lmbda": 0.1}, {}, GKD),
+    ("train", {"max_new_tokens": 9, "top_p": 0.9, "top_k": 4, "repetition_penalty": 1.1}, {**GKD, "lmbda": 0}, GKD),
+    (
+        "train",
+        {"max_resample_times": 2, "difficulty_low": 0.1, "difficulty_high": 0.9, "difficulty_pause": 2},
+        RL,
+        {**RL, "dynamic_sample": True},
+    ),
+    (
+        "train",
+        {"difficulty_momentum": 0.1, "difficulty_floor": 0.1},
+        RL,
+        {**RL, "difficulty_weighting": "variance"},
+    ),
+    ("train", {"max_turns": 3, "max_tool_calls": 2, "max_tool_tokens": 9}, RL, {**RL, "tools": "calculator"}),
+    ("train", {"tool_timeout": 3}, {**RL, "tools": "calculator"}, {**RL, "tools": "a.py:f"}),
+    ("train", {"document_search_path": "d"}, {**RL, "tools": "calculator"}, {**RL, "tools": "document_search"}),
+    ("train", {"dynamic_sample": True, "difficulty_weighting": "variance", "difficulty_metric": "exact"}, {}, RL),
+    ("train", {"tools": "calculator"}, {}, RL),
 ]
 
 
