@@ -80,6 +80,7 @@ def test_the_form_shows_each_example_and_keeps_it(page: Page, board: BoardProces
         shown = {key: value for key, value in values(text).items() if key in OF_TRAIN}
         shown = {key: value.lower() for key, value in shown.items()}
         page.wait(lambda: {k: v.lower() for k, v in page.js(FIELDS).items()} == shown, name)  # noqa: B023
+    page.js("[...document.querySelectorAll('details')].map((group) => { group.open = true; })")
     page.type("#f-max_steps", "many\t")
     page.wait(lambda: "expected an integer" in page.text("[data-key=max_steps] .problem"), "the error")
     assert not page.find("#start").is_enabled()
