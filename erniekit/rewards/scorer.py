@@ -92,8 +92,8 @@ class Scorer:
     def score(self, samples: Sequence[Sample], step: int = 0) -> ScoreTable:
         """The rewards of N completions; those of one prompt must be neighbours.
 
-        step: the optimizer step, for the user's functions. Raises TrainError for a failure with reward_on_failure: stop,
-        or too many failures of a function.
+        step: the optimizer step, for the user's functions. Raises TrainError for a failure with reward_on_failure:
+        stop, or too many failures of a function.
         """
         values = {name: np.full(len(samples), np.nan) for name in self.names}
         failures: Counter[str] = Counter()
