@@ -201,42 +201,40 @@ def main() -> None:
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit("bench_rl: the model could not be prepared")
-        count = args.prompts * args.generations
-        job = vars(args) | {"directory": name, "microbatch": min(args.microbatch, count)}
-        sides = [args.only] if args.only else ["ours", "trl"]
-        workers = [Worker(__file__, side, job) for side in sides]
-        for worker in workers:
-            worker.ask(1)  # warm up
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        lengths: dict[str, list[float]] = {side: [] for side in sides}
-        processor: dict[str, list[float]] = {side: [] for side in sides}
-        for number in range(args.rounds):
-            for worker in workers if number % 2 == 0 else reversed(workers):
-                time.sleep(PAUSE)
-                rows = worker.ask(2)["rows"]
-                seconds[worker.side].append(statistics.mean(row[0] for row in rows))
-                lengths[worker.side] += [row[2] for row in rows]
-                processor[worker.side] += [row[1] for row in rows]
-        for worker in workers:
-            worker.close()
+        measure(args, name)
+
+
+def measure(args: argparse.Namespace, directory: str) -> None:
+    """Run the sides by turns and print the table."""
+    count = args.prompts * args.generations
+    job = vars(args) | {"directory": directory, "microbatch": min(args.microbatch, count)}
+    workers = [Worker(__file__, side, job) for side in ([args.only] if args.only else ["ours", "trl"])]
+    for worker in workers:
+        worker.ask(1)  # warm up
+    rows: dict[str, list[list[float]]] = {worker.side: [] for worker in workers}
+    for number in range(args.rounds):
+        for worker in workers if number % 2 == 0 else reversed(workers):
+            time.sleep(PAUSE)
+            rows[worker.side] += worker.ask(2)["rows"]
+    for worker in workers:
+        worker.close()
+    print(
+        f"{args.model}: {args.prompts} prompts x {args.generations} completions of up to {args.tokens} tokens, "
+        f"{args.threads} threads, {args.rounds} rounds of 2 steps, load {os.getloadavg()[0]:.1f}"
+    )
+    for worker in workers:
+        seconds, processor, length = (statistics.median(row[i] for row in rows[worker.side]) for i in range(3))
         print(
-            f"{args.model}: {args.prompts} prompts x {args.generations} completions of up to {args.tokens} tokens, "
-            f"{args.threads} threads, {args.rounds} rounds of 2 steps, load {os.getloadavg()[0]:.1f}"
+            f"{worker.side:5} {count / seconds:8.1f} samples/s  length {length:.1f}  {processor:.2f} s of processor "
+            f"time a step  peak {worker.peak_mb:.0f} MB"
         )
-        for worker in workers:
-            times = seconds[worker.side]
-            print(
-                f"{worker.side:5} {count / statistics.median(times):8.1f} samples/s  (rounds {count / max(times):.1f} "
-                f"to {count / min(times):.1f})  mean length {statistics.mean(lengths[worker.side]):.1f}  peak "
-                f"{worker.peak_mb:.0f} MB  {statistics.median(processor[worker.side]):.2f} s of processor time a step"
-            )
-        if len(sides) == 2:
-            ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["trl"], strict=True)]
-            used = statistics.median(processor["trl"]) / statistics.median(processor["ours"])
-            print(
-                f"ours / trl: {statistics.median(ratios):.2f} of its samples/s (rounds {min(ratios):.2f} to "
-                f"{max(ratios):.2f}), {used:.2f} of its samples per second of processor time"
-            )
+    if len(workers) == 2:
+        ratios = [theirs[0] / mine[0] for mine, theirs in zip(rows["ours"], rows["trl"], strict=True)]
+        used = [statistics.median(row[1] for row in rows[side]) for side in ("trl", "ours")]
+        print(
+            f"ours / trl: {statistics.median(ratios):.2f} of its samples/s (steps {min(ratios):.2f} to "
+            f"{max(ratios):.2f}), {used[0] / used[1]:.2f} of its samples per second of processor time"
+        )
 
 
 if __name__ == "__main__":

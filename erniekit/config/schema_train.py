@@ -109,8 +109,7 @@ class OptimArgs:
         "adamw",
         "The optimizer: AdamW with decoupled weight decay, or muon (orthogonal momentum for the matrices of layers, "
         "AdamW for the rest; docs/muon.md).",
-        choices=("adamw", "muon"),
-        words={"adamw_custom": "adamw"},
+        choices=("adamw", "adamw_custom", "muon"),
     )
     muon_momentum: float = key(0.95, "Muon's momentum (Nesterov's).", ge=0, lt=1)
     muon_ns_steps: int = key(5, "Newton-Schulz steps by which Muon makes momentum orthogonal.", ge=1)

@@ -427,7 +427,6 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
     Without rows the batch has no tokens. With such a batch a rank without data takes part in a short last step, with a
     loss of zero.
     """
-    assert not any(len(row.completions) for row in rows), "completions are added to joined rows"
     batches = [_EMPTY, *rows]
     first_segments = _starts([row.num_segments for row in batches])
     return PackedBatch(
@@ -442,12 +441,24 @@ def join_rows(rows: Sequence[PackedBatch]) -> PackedBatch:
         sources=[source for row in rows for source in row.sources],
         pairs=PairTable.join([row.pairs for row in batches], first_segments),
         judged=JudgedTable.join([row.judged for row in batches], first_segments),
-        pictures=PictureTable.join(
-            [row.pictures for row in batches],
-            _starts([row.num_tokens for row in batches]),
-            _starts([row.num_samples for row in batches]),
-        ),
+        pictures=_join_pictures(batches),
+        completions=_no_completions(rows),
     )
+
+
+def _join_pictures(batches: Sequence[PackedBatch]) -> PictureTable:
+    """The pictures of all rows."""
+    return PictureTable.join(
+        [batch.pictures for batch in batches],
+        _starts([batch.num_tokens for batch in batches]),
+        _starts([batch.num_samples for batch in batches]),
+    )
+
+
+def _no_completions(rows: Sequence[PackedBatch]) -> CompletionTable:
+    """Completions are added to joined rows (training/rl/batches.py), so rows have none."""
+    assert not any(len(row.completions) for row in rows), "completions are added to joined rows"
+    return NO_COMPLETIONS
 
 
 def _join_positions(positions: Sequence[np.ndarray]) -> np.ndarray:

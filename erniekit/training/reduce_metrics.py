@@ -1,5 +1,7 @@
 """Reduce the counts, losses and router statistics of a step over all ranks."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from erniekit.data.packed_batch import PackedBatch
@@ -22,22 +24,29 @@ def global_counts(recipe: Recipe, microbatches: list[PackedBatch], mesh: Mesh) -
     return dict(zip(counts, summed.tolist(), strict=True))
 
 
+def _merged(parts: Iterable[dict[str, tuple[str, float]]]) -> dict[str, tuple[str, float]]:
+    """The extremes of several ranks together."""
+    result: dict[str, tuple[str, float]] = {}
+    for part in parts:
+        for name, (reduce, value) in part.items():
+            merge_extremes(result, name, reduce, value)
+    return result
+
+
 def global_sums(sums: StepSums, mesh: Mesh) -> StepSums:
     """Terms, metrics and loss over all stages and data ranks; routers (those of this rank's own layers) over the data
     ranks.
     """
     of_rank = {"terms": dict(sums.terms), "metrics": dict(sums.metrics), "loss": {"": sums.loss}}
     numbers: dict[tuple[str, str], float] = {}  # (field of StepSums, name)
-    extremes: dict[str, tuple[str, float]] = {}
-    for of_stage, extremes_of_stage in comm.gather_objects([of_rank, sums.extremes], mesh.pipe_group):
-        for name, (reduce, value) in extremes_of_stage.items():
-            merge_extremes(extremes, name, reduce, value)
+    stages = comm.gather_objects([of_rank, sums.extremes], mesh.pipe_group)
+    for of_stage, _ in stages:
         for field, named in of_stage.items():
             for name, value in named.items():
                 numbers[field, name] = numbers.get((field, name), 0.0) + value
-    for of_data_rank in comm.gather_objects(extremes, mesh.data_group) if extremes else []:
-        for name, (reduce, value) in of_data_rank.items():
-            merge_extremes(extremes, name, reduce, value)
+    extremes = _merged(of_stage for _, of_stage in stages)
+    if extremes:
+        extremes = _merged(comm.gather_objects(extremes, mesh.data_group))
     keys = sorted(numbers)
     vectors = [np.array([numbers[key] for key in keys])]
     vectors += [stats.to_vector() for stats in sums.routers.values()]

@@ -76,31 +76,49 @@ def inspect(report: Report, cfg: Config, command: str, facts: ModelFacts, wishes
         tokenizer = _usable_tokenizer(cfg, facts)
         if tokenizer is None:
             _check_records(section, cfg, split, opened)
-            continue
-        if cfg.method.records is Records.PROMPTS:
+        elif cfg.method.records is Records.PROMPTS:
             found = prompts.inspect(report, section, cfg, split, facts)
             steps.total = steps.total or found
-            continue
-        feed: Feed | None = None
-        with section.collecting():
-            ranks = 1 if facts.degrees is None else facts.degrees.data
-            loader = _open(cfg, split, facts, ranks)
-            with closing(loader):
-                feed, usable = loader.feed, True
-                for name, part in _record_feeds(feed, split):
-                    opened[name] = part.dataset
-                    usable &= _records(section, cfg, part, bool(facts.vision) and name == split, wishes)
-                if split == "train" and usable:
-                    _steps(section, cfg, loader, ranks, steps)
-        if wishes.preview or not report.count("error"):
-            for name, part in _record_feeds(feed, split):
-                count, first = wishes.preview or 1, wishes.first
-                tiles += preview.inspect(report, part, tokenizer, name, count, first, written)
+        else:
+            tiles += _rows(report, section, cfg, split, facts, wishes, steps, opened, written)
     _draw(report, tiles, wishes)
     if wishes.records is not None:
         atomic.write_json(wishes.records, written)
     _duplicates(report, opened)
     return steps
+
+
+def _rows(
+    report: Report,
+    section: Section,
+    cfg: Config,
+    split: str,
+    facts: ModelFacts,
+    wishes: Wishes,
+    steps: Steps,
+    opened: dict[str, Dataset],
+    written: preview.Written | None,
+) -> list[Tile]:
+    """Check the rows of a split, and show some records -> their pictures. `written` takes what is to be written."""
+    tokenizer = _usable_tokenizer(cfg, facts)
+    assert tokenizer is not None
+    tiles: list[Tile] = []
+    feed: Feed | None = None
+    with section.collecting():
+        ranks = 1 if facts.degrees is None else facts.degrees.data
+        loader = _open(cfg, split, facts, ranks)
+        with closing(loader):
+            feed, usable = loader.feed, True
+            for name, part in _record_feeds(feed, split):
+                opened[name] = part.dataset
+                usable &= _records(section, cfg, part, bool(facts.vision) and name == split, wishes)
+            if split == "train" and usable:
+                _steps(section, cfg, loader, ranks, steps)
+    if wishes.preview or not report.count("error"):
+        for name, part in _record_feeds(feed, split):
+            count = wishes.preview or 1
+            tiles += preview.inspect(report, part, tokenizer, name, count, wishes.first, written)
+    return tiles
 
 
 def _usable_tokenizer(cfg: Config, facts: ModelFacts) -> Tokenizer | None:

@@ -126,6 +126,7 @@ class RolloutLoader:
         self._seconds: dict[str, float] = defaultdict(float)
         self._drawn: Counter[int] = Counter()
         self._all_rewards: list[np.ndarray] = []
+        self._num_tokens = 0
         self._samples: list[dict[str, Any]] = []
         self._texts: dict[int, str] = {}
         self._failures: Counter[str] = Counter()
@@ -176,6 +177,7 @@ class RolloutLoader:
         for group in groups:
             rewards = np.array([completion.reward for completion in group.completions])
             self._all_rewards.append(rewards)
+            self._num_tokens += sum(completion.num_sampled for completion in group.completions)
             given = rewards[~np.isnan(rewards)]
             has_variance = len(given) > 1 and bool((given != given[0]).any())
             outcomes.append(Outcome(group.prompt, self._pass_rate(group), has_variance, group))
@@ -244,21 +246,14 @@ class RolloutLoader:
         """Numbers about the rollout under TRL's names; rewards are those of the groups that are trained on."""
         rewards = np.array([completion.reward for completion in completions])
         stds = [_std(np.array([c.reward for c in group.completions])) for group in groups]
-        lengths = np.array([completion.num_sampled for completion in completions], np.float64)
-        ended = lengths[[not completion.is_truncated for completion in completions]]
         result = {
             "reward": _mean(rewards),
             "reward_std": float(np.mean(stds)),
             "frac_reward_zero_std": float(np.mean([std == 0 for std in stds])),
             "reward_generated": _mean(np.concatenate(self._all_rewards)),
-            "completions/mean_length": float(lengths.mean()),
-            "completions/min_length": float(lengths.min()),
-            "completions/max_length": float(lengths.max()),
-            "completions/clipped_ratio": float(np.mean([completion.is_truncated for completion in completions])),
-            "rollout/generated_tokens": float(lengths.sum()),
+            "rollout/generated_tokens": float(self._num_tokens),
         }
-        if len(ended):
-            result["completions/mean_terminated_length"] = float(ended.mean())
+        result |= _length_metrics(completions)
         for name in groups[0].rewards:
             values = np.concatenate([group.rewards[name] for group in groups])
             result |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": _std(values)}
@@ -406,6 +401,21 @@ def _sampled_kl(completion: Completion) -> float:
     """The sum over a completion's tokens of log old - log ref (k1)."""
     assert completion.old_logps is not None and completion.reference_logps is not None
     return float(np.nansum(completion.old_logps.astype(np.float64) - completion.reference_logps))
+
+
+def _length_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """The lengths of completions in tokens that the policy chose, and the share without an end token."""
+    lengths = np.array([completion.num_sampled for completion in completions], np.float64)
+    has_ended = np.array([not completion.is_truncated for completion in completions])
+    result = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - has_ended.mean()),
+    }
+    if has_ended.any():
+        result["completions/mean_terminated_length"] = float(lengths[has_ended].mean())
+    return result
 
 
 def _mean(values: np.ndarray) -> float:

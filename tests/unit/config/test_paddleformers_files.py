@@ -352,7 +352,7 @@ def test_a_device_that_paddle_chooses_by_itself_is_noted(read, device):
         ("use_global_causal_attn: true", "never see one another"),
         ("data_impl: lazy", "token files are mapped"),
         ("resume_from_huggingface_ckpt: ./m", "give that directory as model_name_or_path"),
-        ("muon_ns_coeff_type: aol", "muon_ns_coeff_type: Newton-Schulz steps have the coefficients of `simple`"),
+        ("muon_ns_coeff_type: aol", "muon_ns_coeff_type: aol: Newton-Schulz steps have the coefficients of `simple`"),
     ],
 )
 def test_what_has_one_value_here_says_what_to_do(read, line, expected):
