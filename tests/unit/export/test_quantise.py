@@ -217,7 +217,7 @@ def test_a_quantised_directory_is_not_rounded_again(models: Path, tmp_path: Path
     np.testing.assert_array_equal(logits(qat="wint4"), plain)
     assert "qat: wint4: no effect on weights that are quantised already" in caplog.text
     assert np.abs(logits(compute_type="wint4") - plain).max() > 1e-3
-    assert "these weights are rounded a second time, to wint4" in caplog.text
+    assert "these weights are rounded a second time, to int4" in caplog.text
 
 
 @pytest.mark.parametrize(("num_threads", "share"), [(1, 1 / 4), (4, 1 / 3)])
