@@ -83,8 +83,8 @@ def test_every_key_is_documented_in_a_line():
 
 
 def keys_read() -> set[str]:
-    """Every `cfg.name`, `self.cfg.name` and, of a group of keys, `args.name` in the package outside config, and what the
-    properties of Config among them read.
+    """Every `cfg.name`, `self.cfg.name` and, of a group of keys, `args.name` in the package outside config, and what
+    the properties of Config among them read.
     """
     package, found = read_package(REPOSITORY), set[str]()
     for module in package.values():
